@@ -1,0 +1,48 @@
+"""What can go wrong, as the user is told it. Imports nothing, so every module may use it."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class LlamaAccError(Exception):
+    """A failure with one clear message. `exit_code` is what the command returns."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        """Args:
+        message: what is wrong and where.
+        hint: what to type or try next.
+        """
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\n{self.hint}"
+
+
+class UserError(LlamaAccError):
+    """The user's input is at fault: a flag, a recipe, data, a checkpoint. Found before the first step."""
+
+    exit_code = 2
+
+
+class RunError(LlamaAccError):
+    """It failed while running: a non-finite loss, no memory, a full disk."""
+
+    exit_code = 1
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A question naming the closest of `known` ("did you mean 'lima'?"), or an empty string if none is close."""
+    close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
+    return f"did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+
+
+def listed(problems: Sequence[str], most: int = 20) -> str:
+    """Problems one to a line, at most `most` of them, then the count of the rest."""
+    lines = [f"  {problem}" for problem in problems[:most]]
+    if len(problems) > most:
+        lines.append(f"  ... and {len(problems) - most} more")
+    return "\n".join(lines)

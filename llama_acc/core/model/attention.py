@@ -1,0 +1,134 @@
+"""Causal attention within documents of a stream, and over a key-value cache.
+
+Shapes: T tokens of the stream, H query heads, K key-value heads, D head dimension, S positions in the cache.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.layers import Linear, rotate
+
+
+class LayerCache:
+    """Keys and values of one layer's past, [K, S, D] each; room is doubled when it runs out."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Stores [T, K, D] keys and values from position `start` on; returns all up to there, [K, start+T, D]."""
+        end = start + k.shape[0]
+        if self.keys is None or self.values is None or end > self.keys.shape[1]:
+            self._grow(k, start, end)
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys[:, start:end] = k.transpose(0, 1)
+        self.values[:, start:end] = v.transpose(0, 1)
+        return self.keys[:, :end], self.values[:, :end]
+
+    def _grow(self, like: Tensor, start: int, end: int) -> None:
+        capacity = max(256, 1 << (end - 1).bit_length())
+        shape = (like.shape[1], capacity, like.shape[2])
+        grown_keys, grown_values = like.new_empty(shape), like.new_empty(shape)
+        if self.keys is not None and self.values is not None:
+            grown_keys[:, :start] = self.keys[:, :start]
+            grown_values[:, :start] = self.values[:, :start]
+        self.keys, self.values = grown_keys, grown_values
+
+
+class KVCache:
+    """The keys and values of all layers for one conversation. `length` positions of it are valid."""
+
+    def __init__(self, n_layers: int) -> None:
+        self.layers = [LayerCache() for _ in range(n_layers)]
+        self.length = 0
+
+    def truncate(self, length: int) -> None:
+        """Forgets every position from `length` on."""
+        self.length = min(self.length, length)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        kv_dim = config.kv_heads * config.head_dim
+        self.wq = Linear(config.dim, config.dim)
+        self.wk = Linear(config.dim, kv_dim)
+        self.wv = Linear(config.dim, kv_dim)
+        self.wo = Linear(config.dim, config.dim)
+
+    def forward(
+        self, x: Tensor, rotations: Tensor, lengths: Sequence[int], cache: LayerCache | None = None, start: int = 0
+    ) -> Tensor:
+        """[T, dim] to [T, dim]; see `Transformer.forward` for the arguments."""
+        q, k, v = self.wq(x), self.wk(x), self.wv(x)
+        return self.wo(self.attend(q, k, v, rotations, lengths, cache, start))
+
+    # Document lengths differ in every batch: torch.compile would make a new graph for each.
+    @torch.compiler.disable
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotations: Tensor,
+        lengths: Sequence[int],
+        cache: LayerCache | None,
+        start: int,
+    ) -> Tensor:
+        """Projected [T, H*D], [T, K*D], [T, K*D] to the heads' outputs side by side, [T, H*D]."""
+        q = rotate(q.unflatten(-1, (-1, self.head_dim)), rotations)
+        k = rotate(k.unflatten(-1, (-1, self.head_dim)), rotations)
+        v = v.unflatten(-1, (-1, self.head_dim))
+        if cache is None:
+            return attend_documents(q, k, v, lengths).flatten(1)
+        return attend_cached(q, *cache.append(k, v, start)).flatten(1)
+
+
+def attend_documents(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Causal attention within each document of a stream: q [T, H, D], k and v [T, K, D] to [T, H, D].
+
+    One fused kernel call per document: nothing is padded and no mask is made.
+    """
+    documents = list(lengths)
+    outputs = []
+    for q_d, k_d, v_d in zip(q.split(documents), k.split(documents), v.split(documents), strict=True):
+        output = F.scaled_dot_product_attention(
+            q_d.transpose(0, 1).unsqueeze(0),
+            k_d.transpose(0, 1).unsqueeze(0),
+            v_d.transpose(0, 1).unsqueeze(0),
+            is_causal=True,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        outputs.append(output.squeeze(0).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def attend_cached(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The last T positions attend to a cache: q [T, H, D], keys and values [K, S, D] to [T, H, D]."""
+    tokens, heads, head_dim = q.shape
+    kv_heads, positions, _ = keys.shape
+    if tokens == 1:
+        # The query heads of a group share keys and values: they form the "sequence" of one unmasked call.
+        grouped = q.reshape(1, kv_heads, heads // kv_heads, head_dim)
+        return F.scaled_dot_product_attention(grouped, keys.unsqueeze(0), values.unsqueeze(0)).reshape(q.shape)
+    mask = None
+    if tokens != positions:
+        mask = torch.ones(tokens, positions, dtype=torch.bool, device=q.device).tril(positions - tokens)
+    output = F.scaled_dot_product_attention(
+        q.transpose(0, 1).unsqueeze(0),
+        keys.unsqueeze(0),
+        values.unsqueeze(0),
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=heads != kv_heads,
+    )
+    return output.squeeze(0).transpose(0, 1)

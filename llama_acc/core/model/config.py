@@ -1,0 +1,204 @@
+"""The shape of a LLaMA: params.json as Meta writes it, and the sizes people know by name. Imports no torch."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from llama_acc.core.errors import UserError, did_you_mean, listed
+
+# Written into params.json or config.json by others, without meaning for the computation.
+_IGNORED = {"max_batch_size", "trainable_mode", "load_pretrained_visual_encoder"}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A LLaMA's shape, with params.json's names.
+
+    Attributes:
+        dim: width of the residual stream.
+        n_layers: number of transformer blocks.
+        n_heads: query heads; the head dimension is dim / n_heads.
+        n_kv_heads: key and value heads (grouped-query attention); None means n_heads.
+        vocab_size: rows of the embedding; -1 (Meta's files) means the tokenizer's.
+        multiple_of: the SwiGLU width is rounded up to a multiple of this.
+        ffn_dim_multiplier: factor on the SwiGLU width, or None.
+        norm_eps: epsilon of RMSNorm.
+        rope_theta: base of the rotary frequencies.
+        max_seq_len: longest sequence meant to be used.
+        rope_scaling: factor the positions are multiplied by, or None.
+    """
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int | None = None
+    vocab_size: int = -1
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_seq_len: int = 2048
+    rope_scaling: float | None = None
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads, n_heads where the file does not say."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """SwiGLU width: 2/3 of 4*dim, times the multiplier, rounded up (as Meta's FeedForward computes it)."""
+        hidden = int(2 * 4 * self.dim / 3)
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
+        return self.multiple_of * -(-hidden // self.multiple_of)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter's name, as in Meta's checkpoints, and full shape."""
+        kv_dim = self.kv_heads * self.head_dim
+        block: dict[str, tuple[int, ...]] = {
+            "attention_norm.weight": (self.dim,),
+            "attention.wq.weight": (self.dim, self.dim),
+            "attention.wk.weight": (kv_dim, self.dim),
+            "attention.wv.weight": (kv_dim, self.dim),
+            "attention.wo.weight": (self.dim, self.dim),
+            "ffn_norm.weight": (self.dim,),
+            "feed_forward.w1.weight": (self.hidden_dim, self.dim),
+            "feed_forward.w2.weight": (self.dim, self.hidden_dim),
+            "feed_forward.w3.weight": (self.hidden_dim, self.dim),
+        }
+        shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (self.vocab_size, self.dim)}
+        for layer in range(self.n_layers):
+            shapes |= {f"layers.{layer}.{name}": shape for name, shape in block.items()}
+        return shapes | {"norm.weight": (self.dim,), "output.weight": (self.vocab_size, self.dim)}
+
+    def parameter_count(self) -> int:
+        """Number of parameters, from the shape alone."""
+        count = 0
+        for shape in self.parameter_shapes().values():
+            size = 1
+            for length in shape:
+                size *= length
+            count += size
+        return count
+
+    def to_params(self) -> dict[str, Any]:
+        """The mapping params.json holds: what is set, under LLaMA2-Accessory's names."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    def with_vocabulary(self, pieces: int) -> "ModelConfig":
+        """This shape with a vocabulary of -1 replaced by the tokenizer's number of pieces."""
+        return self if self.vocab_size > 0 else replace(self, vocab_size=pieces)
+
+    def check_tokenizer(self, pieces: int, where: object) -> None:
+        """Refuses a tokenizer that cannot be this model's.
+
+        A vocabulary padded to a round size is usual, so up to 255 rows without a piece are accepted.
+
+        Raises:
+            UserError: naming both sizes.
+        """
+        if not pieces <= self.vocab_size < pieces + 256:
+            raise UserError(
+                f"tokenizer and model do not fit: {where} has {pieces} pieces, the model's vocabulary is "
+                f"{self.vocab_size}",
+                "give the tokenizer the model was trained with: --tokenizer FILE",
+            )
+
+
+def config_from_params(params: Mapping[str, Any], source: object = "model.params") -> ModelConfig:
+    """Checks a params.json mapping and makes a ModelConfig of it.
+
+    Raises:
+        UserError: unknown, missing or impossible values, all of them listed.
+    """
+    known = {field.name: field for field in fields(ModelConfig)}
+    problems = []
+    values = {}
+    for key, value in params.items():
+        if key in _IGNORED or (value is None and key in known):
+            continue
+        if key not in known:
+            problems.append(f"unknown key '{key}' {did_you_mean(key, known)}".rstrip())
+            continue
+        kind = float if key in {"ffn_dim_multiplier", "norm_eps", "rope_theta", "rope_scaling"} else int
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or kind(value) != value:
+            problems.append(f"{key}: {'a number' if kind is float else 'a whole number'} is expected, not {value!r}")
+            continue
+        values[key] = kind(value)
+    problems += [f"missing key '{key}'" for key in ("dim", "n_layers", "n_heads") if params.get(key) is None]
+    if not problems:
+        config = ModelConfig(**values)
+        problems = _impossible(config)
+        if not problems:
+            return config
+    raise UserError(f"the model's shape in {source} is not usable:\n{listed(problems)}")
+
+
+def _impossible(config: ModelConfig) -> list[str]:
+    problems = [
+        f"{key} must be positive, not {value}"
+        for key, value in asdict(config).items()
+        if value is not None and value <= 0 and key != "vocab_size"
+    ]
+    if config.vocab_size < 1 and config.vocab_size != -1:
+        problems.append(f"vocab_size must be positive, or -1 for the tokenizer's, not {config.vocab_size}")
+    if problems:
+        return problems
+    if config.dim % config.n_heads:
+        problems.append(f"dim ({config.dim}) must be divisible by n_heads ({config.n_heads})")
+    elif config.head_dim % 2:
+        problems.append(f"the head dimension ({config.head_dim} = dim / n_heads) must be even for rotary embedding")
+    if config.n_heads % config.kv_heads:
+        problems.append(f"n_heads ({config.n_heads}) must be divisible by n_kv_heads ({config.kv_heads})")
+    return problems
+
+
+def read_params(paths: Sequence[Path]) -> dict[str, Any]:
+    """The union of several params.json files; the last one wins.
+
+    Raises:
+        UserError: a file that is missing, unreadable or not a JSON object.
+    """
+    union: dict[str, Any] = {}
+    for path in paths:
+        try:
+            params = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read the model's shape from {path}: {error}") from None
+        if not isinstance(params, dict):
+            raise UserError(f"{path} must hold a JSON object such as {{\"dim\": 4096, ...}}")
+        union |= params
+    return union
+
+
+def _llama2(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, multiple_of: int = 256) -> ModelConfig:
+    shape = ModelConfig(dim, n_layers, n_heads, n_kv_heads, vocab_size=32000, multiple_of=multiple_of)
+    return replace(shape, max_seq_len=4096)
+
+
+NAMED_SIZES: dict[str, ModelConfig] = {
+    "llama2-7b": _llama2(4096, 32, 32, 32),
+    "llama2-13b": _llama2(5120, 40, 40, 40),
+    "llama2-70b": replace(_llama2(8192, 80, 64, 8, multiple_of=4096), ffn_dim_multiplier=1.3),
+    "codellama-34b": replace(_llama2(8192, 48, 64, 8), ffn_dim_multiplier=1.0, rope_theta=1e6, max_seq_len=16384),
+}
+
+
+def named_size(name: str) -> ModelConfig:
+    """The shape of a size known by name.
+
+    Raises:
+        UserError: an unknown name, with the near ones.
+    """
+    if name not in NAMED_SIZES:
+        hint = did_you_mean(name, NAMED_SIZES) or f"known sizes: {', '.join(NAMED_SIZES)}"
+        raise UserError(f"unknown model size '{name}'", hint)
+    return NAMED_SIZES[name]

@@ -1,0 +1,141 @@
+"""LLaMA: a decoder-only transformer with RMSNorm, rotary positions, SwiGLU and grouped-query attention.
+
+It computes on a stream: documents laid end to end, with no padding and no batch dimension. It knows nothing of
+devices, training precision, activation checkpointing, compilation or parallelism; those are applied from outside.
+Parameter names are those of Meta's checkpoints.
+
+Shapes: T tokens of the stream, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_acc.core.model.attention import Attention, KVCache, LayerCache
+from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.cross_entropy import linear_cross_entropy
+from llama_acc.core.model.layers import Embedding, Linear, RMSNorm, rotary_table
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w1 = Linear(config.dim, config.hidden_dim)
+        self.w2 = Linear(config.hidden_dim, config.dim)
+        self.w3 = Linear(config.dim, config.hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, dim] to [T, dim]."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward, each after a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(
+        self, x: Tensor, rotations: Tensor, lengths: Sequence[int], cache: LayerCache | None = None, start: int = 0
+    ) -> Tensor:
+        """[T, dim] to [T, dim]."""
+        x = x + self.attention(self.attention_norm(x), rotations, lengths, cache, start)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """A LLaMA. Made on the meta device it costs nothing until its parameters are filled.
+
+    Attributes:
+        config: its shape.
+        dtype: type of the activations; parameters may be kept in another.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.tok_embeddings = Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = Linear(config.dim, config.vocab_size)
+        self._rotations: Tensor | None = None
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        lengths: Sequence[int],
+        targets: Tensor | None = None,
+        loss_scale: float = 1.0,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The stream's last hidden states, or its loss if `targets` are given.
+
+        Args:
+            tokens: [T] integers.
+            positions: [T], from 0 in each document.
+            lengths: length of each document; their sum is T. Attention never crosses a document.
+            targets: [T] the token to predict at each place, -100 = none.
+            loss_scale: factor on the summed loss.
+            cache: the past of one conversation, which the T tokens continue; it is advanced.
+
+        Returns:
+            [T, dim] normed hidden states, for `logits`; or the float32 scalar loss_scale * sum of cross-entropies.
+        """
+        x = self.tok_embeddings(tokens, self.dtype)
+        start = 0 if cache is None else cache.length
+        rotations = self._rotations_at(positions, max(start + len(tokens), max(lengths)))
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rotations, lengths, None if cache is None else cache.layers[i], start)
+        if cache is not None:
+            cache.length += len(tokens)
+        x = self.norm(x)
+        if targets is None:
+            return x
+        return linear_cross_entropy(x, self.output.weight, targets, loss_scale)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., dim] to float32 logits [..., V]."""
+        return self.output(hidden).float()
+
+    def _rotations_at(self, positions: Tensor, length: int) -> Tensor:
+        table = self._rotations
+        if table is None or table.shape[0] < length or table.device != positions.device:
+            config = self.config
+            room = max(length, config.max_seq_len)
+            table = rotary_table(config.head_dim, room, config.rope_theta, config.rope_scaling, positions.device)
+            self._rotations = table
+        return table[positions]
+
+
+def build_on_meta(config: ModelConfig, dtype: torch.dtype) -> Transformer:
+    """A model without storage, computing in `dtype`."""
+    with torch.device("meta"):
+        return Transformer(config, dtype)
+
+
+def initialise(model: Transformer, seed: int) -> None:
+    """Fills every parameter with random values: normal with standard deviation 0.02, ones for norms.
+
+    The matrices that write into the residual stream are scaled by 1/sqrt(2 * n_layers) (GPT-2's rule), so that its
+    variance does not grow with depth. Each parameter has its own generator, made from (seed, place), so a parameter's
+    values do not depend on the others.
+    """
+    residual = (2 * model.config.n_layers) ** -0.5
+    with torch.no_grad():
+        for place, (name, parameter) in enumerate(model.named_parameters()):
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+                continue
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
+            std = 0.02 * (residual if name.endswith(("wo.weight", "w2.weight")) else 1.0)
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))

@@ -1,0 +1,333 @@
+"""What a run is: a strict schema, shipped recipes, `key=value` overrides. Imports no torch.
+
+A recipe is a YAML file. Every key is known and typed; an unknown key is an error with the nearest known one, and all
+problems of a recipe are told together.
+"""
+
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from llama_acc.core.errors import UserError, did_you_mean, listed
+
+RECIPES_FOLDER = Path(str(files("llama_acc"))) / "recipes"
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors, values are checked when they change."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class Model(Section):
+    """Which model, and where its weights come from.
+
+    Attributes:
+        pretrained: a checkpoint folder or a downloaded name, or several (left to right); null = random weights.
+        size: a size known by name, used where no weights are at hand.
+        params: a mapping as in params.json, a path, or several paths (union, the last wins).
+        max_seq_len: longest sequence the model is meant for; null = what the checkpoint says.
+        tokenizer: a tokenizer file; null = the one beside the checkpoint.
+    """
+
+    pretrained: str | list[str] | None
+    size: str | None = None
+    params: dict[str, Any] | str | list[str] | None = None
+    max_seq_len: int | None = Field(default=None, ge=2)
+    tokenizer: str | None = None
+
+    def pretrained_list(self) -> list[str]:
+        """The checkpoints to load, left to right."""
+        if self.pretrained is None:
+            return []
+        return [self.pretrained] if isinstance(self.pretrained, str) else list(self.pretrained)
+
+
+class Tuning(Section):
+    """What trains. `full` trains every parameter; nothing is quantised."""
+
+    method: Literal["full"] = "full"
+    quantize: Literal["none"] = "none"
+
+
+class Source(Section):
+    """One source of data: a file, glob, folder or downloaded name; `ratio` keeps a fixed random part of it."""
+
+    path: str
+    format: Literal["auto", "single_turn", "dialogue"] = "auto"
+    template: str = "auto"
+    ratio: float = Field(default=1.0, gt=0, le=1)
+
+
+class Validation(Section):
+    """Held-out data: a fraction of the training items or a file; evaluated every N steps (0 = each epoch) and at the
+    end."""
+
+    fraction: float = Field(default=0.0, ge=0, lt=1)
+    path: str | None = None
+    every_steps: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Validation":
+        if self.fraction and self.path is not None:
+            raise ValueError("give validation.fraction or validation.path, not both")
+        return self
+
+
+class Data(Section):
+    """What is learned. Examples longer than `max_tokens` are cut, and counted."""
+
+    sources: list[Source] = Field(min_length=1)
+    max_tokens: int = Field(default=2048, ge=2)
+    validation: Validation = Validation()
+
+
+class Optimizer(Section):
+    """AdamW with a linear warm-up and a cosine to `min_lr`."""
+
+    lr: float = Field(ge=0)
+    min_lr: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    clip_grad_norm: float = Field(default=2.0, gt=0)
+
+    @field_validator("betas")
+    @classmethod
+    def _betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("each beta must be at least 0 and below 1")
+        return betas
+
+    @model_validator(mode="after")
+    def _falling(self) -> "Optimizer":
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr}) must not be above lr ({self.lr})")
+        return self
+
+
+class Train(Section):
+    """How it is learned.
+
+    Attributes:
+        epochs: passes over the data; may be a fraction.
+        warmup_epochs: length of the linear warm-up, in epochs.
+        global_batch_size: examples per optimizer step, whatever the number of processes.
+        batch_size: most examples per micro-batch; the memory knob.
+        micro_batch_tokens: most tokens per micro-batch, or null. One longer example still goes alone.
+        precision: bf16 (activations and matrix products; what trains is kept in float32) or fp32.
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        compile: run each block through torch.compile.
+        shuffle: a new order of the examples each epoch.
+        seed: decides the order of data, splits and random weights.
+        max_steps: end after so many optimizer steps (the schedule keeps its horizon), or null.
+        deterministic: use only deterministic kernels (CUDA; a CPU run always is).
+    """
+
+    epochs: float = Field(default=3, gt=0)
+    warmup_epochs: float = Field(default=0.0, ge=0)
+    global_batch_size: int = Field(default=256, ge=1)
+    batch_size: int = Field(default=4, ge=1)
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    activation_checkpointing: bool = True
+    compile: bool = False
+    shuffle: bool = True
+    seed: int = Field(default=0, ge=0)
+    max_steps: int | None = Field(default=None, ge=1)
+    deterministic: bool = False
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> "Train":
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs ({self.warmup_epochs:g}) must be below epochs ({self.epochs:g})")
+        return self
+
+
+class Parallel(Section):
+    """How the work is split over processes. One process is what this version runs: every way is the same then."""
+
+    model_parallel_size: int = Field(default=1, ge=1)
+    data_parallel: Literal["ddp", "sdp", "fsdp"] = "sdp"
+
+
+class Checkpoint(Section):
+    """When to save, and how many to keep. The end of a run always saves.
+
+    Attributes:
+        every_epochs: save after so many epochs; 0 = only at the end.
+        every_steps: also save after so many optimizer steps; 0 = never.
+        keep: how many checkpoint folders stay, the newest; 0 = all.
+        dtype: type of the saved weights; auto = the training precision.
+        trainable_only: save only what trains (with method `full` that is everything).
+    """
+
+    every_epochs: int = Field(default=1, ge=0)
+    every_steps: int = Field(default=0, ge=0)
+    keep: int = Field(default=3, ge=0)
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    trainable_only: bool = False
+
+
+class Recipe(Section):
+    """A whole run. `Recipe.load("lima", ["train.epochs=1"])` gives a shipped one, changed."""
+
+    name: str
+    description: str = ""
+    model: Model
+    tuning: Tuning = Tuning()
+    data: Data
+    optimizer: Optimizer
+    train: Train = Train()
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+
+    @classmethod
+    def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
+        """Reads a shipped recipe by name, or a YAML file, and applies `key=value` overrides.
+
+        Raises:
+            UserError: an unknown recipe or key, a value of the wrong kind; all of them listed.
+        """
+        path = find_recipe(source)
+        return cls.from_mapping(read_yaml(path), overrides, where=str(source))
+
+    @classmethod
+    def from_mapping(cls, values: dict[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> "Recipe":
+        """Checks a mapping, after applying `key=value` overrides to it.
+
+        Raises:
+            UserError: as `load`.
+        """
+        values = apply_overrides(values, overrides)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise UserError(f"recipe {where} is not valid:\n{listed(_problems(error))}") from None
+
+    def to_yaml(self) -> str:
+        """The recipe with every key resolved."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes, sorted."""
+    return sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
+
+
+def find_recipe(source: str | Path) -> Path:
+    """The file of a shipped recipe's name, or of a path.
+
+    Raises:
+        UserError: neither.
+    """
+    shipped = RECIPES_FOLDER / f"{source}.yaml"
+    if shipped.is_file() and re.fullmatch(r"[\w.-]+", str(source)):
+        return shipped
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
+        raise UserError(f"recipe file {source} does not exist", "`llama-acc recipes` lists the shipped ones")
+    hint = did_you_mean(str(source), recipe_names())
+    raise UserError(f"unknown recipe '{source}'" + (f": {hint}" if hint else ""), "`llama-acc recipes` lists them all")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping.
+
+    Raises:
+        UserError: unreadable, not YAML, or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read recipe {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {path} must be a mapping with keys such as model, data and train")
+    return values
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `values` with each `a.b.c=VALUE` set; VALUE is read as YAML, list items are addressed by number.
+
+    Raises:
+        UserError: an override without '=', unreadable values, or keys that lead nowhere; all of them listed.
+    """
+    values = yaml.safe_load(yaml.safe_dump(values))
+    problems = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            problems.append(f"'{override}': an override is written key=value, such as train.epochs=1")
+            continue
+        try:
+            _assign(values, key.split("."), yaml.safe_load(text))
+        except yaml.YAMLError:
+            problems.append(f"'{override}': the value is not YAML")
+        except (KeyError, IndexError, ValueError, TypeError):
+            problems.append(f"'{override}': there is no key '{key}'")
+    if problems:
+        raise UserError(f"these overrides cannot be applied:\n{listed(problems)}")
+    return values
+
+
+def _assign(values: Any, keys: list[str], value: Any) -> None:
+    for position, key in enumerate(keys[:-1]):
+        if isinstance(values, list):
+            values = values[int(key)]
+            continue
+        if values.get(key) is None:
+            # A section the file leaves out: its defaults come from the schema, a wrong name is found there.
+            values[key] = {}
+        values = values[key]
+        if not isinstance(values, (dict, list)):
+            raise KeyError(".".join(keys[: position + 1]))
+    if isinstance(values, list):
+        values[int(keys[-1])] = value
+    else:
+        values[keys[-1]] = value
+
+
+def known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+    return keys + (known_keys(Source, "data.sources.") if section is Recipe else [])
+
+
+def _problems(error: ValidationError) -> list[str]:
+    problems = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"] if not isinstance(part, int) or "sources" in item["loc"])
+        # A union's branch is no part of the key the user typed.
+        key = re.sub(r"\.(str|list\[str\]|dict\[str,any\])$", "", key)
+        if item["type"] == "extra_forbidden":
+            problems.append(f"unknown key '{key}'{_suggestion(key)}")
+        elif item["type"] == "missing":
+            problems.append(f"missing key '{key}'")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            shown = "" if item["type"] == "value_error" else f", not {item['input']!r}"
+            problems.append(f"{key}: {message}{shown}" if key else message)
+    return list(dict.fromkeys(problems))
+
+
+def _suggestion(key: str) -> str:
+    known = known_keys()
+    generic = re.sub(r"\.\d+\.", ".", key)
+    parent = generic.rpartition(".")[0]
+    homes = [name for name in known if name.rpartition(".")[2] == generic.rpartition(".")[2]]
+    if homes:  # the right name in the wrong section
+        return f": did you mean {' or '.join(repr(name) for name in homes)}?"
+    siblings = [name for name in known if name.rpartition(".")[0] == parent]
+    hint = did_you_mean(generic, siblings) or did_you_mean(generic, known)
+    return f": {hint}" if hint else ""
