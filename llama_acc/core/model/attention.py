@@ -4,6 +4,7 @@ Shapes: T tokens of the stream, H query heads, K key-value heads, D head dimensi
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -53,44 +54,63 @@ class KVCache:
         self.length = min(self.length, length)
 
 
+class Attend(Protocol):
+    """How projected queries, keys and values meet: what a block needs to know of the batch it computes on."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[T, H*D], [T, K*D], [T, K*D] to the heads' outputs side by side, [T, H*D]."""
+
+
+class DocumentAttention:
+    """Causal attention within the documents of a stream, whose lengths sum to T; rotations are [T, D/2]."""
+
+    def __init__(self, lengths: Sequence[int], rotations: Tensor) -> None:
+        self.lengths = list(lengths)
+        self.rotations = rotations
+
+    # Document lengths differ in every batch: torch.compile would make a new graph for each.
+    @torch.compiler.disable
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `Attend`."""
+        q, k, v = rotated_heads(q, k, v, self.rotations)
+        return attend_documents(q, k, v, self.lengths).flatten(1)
+
+
+class CachedAttention:
+    """One conversation's T new positions attend to its past and to themselves; they are added to the cache."""
+
+    def __init__(self, layer: LayerCache, start: int, rotations: Tensor) -> None:
+        self.layer = layer
+        self.start = start
+        self.rotations = rotations
+
+    @torch.compiler.disable
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `Attend`."""
+        q, k, v = rotated_heads(q, k, v, self.rotations)
+        return attend_cached(q, *self.layer.append(k, v, self.start)).flatten(1)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
         kv_dim = config.kv_heads * config.head_dim
         self.wq = Linear(config.dim, config.dim)
         self.wk = Linear(config.dim, kv_dim)
         self.wv = Linear(config.dim, kv_dim)
         self.wo = Linear(config.dim, config.dim)
 
-    def forward(
-        self, x: Tensor, rotations: Tensor, lengths: Sequence[int], cache: LayerCache | None = None, start: int = 0
-    ) -> Tensor:
-        """[T, dim] to [T, dim]; see `Transformer.forward` for the arguments."""
-        q, k, v = self.wq(x), self.wk(x), self.wv(x)
-        return self.wo(self.attend(q, k, v, rotations, lengths, cache, start))
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """[T, dim] to [T, dim]."""
+        return self.wo(attend(self.wq(x), self.wk(x), self.wv(x)))
 
-    # Document lengths differ in every batch: torch.compile would make a new graph for each.
-    @torch.compiler.disable
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rotations: Tensor,
-        lengths: Sequence[int],
-        cache: LayerCache | None,
-        start: int,
-    ) -> Tensor:
-        """Projected [T, H*D], [T, K*D], [T, K*D] to the heads' outputs side by side, [T, H*D]."""
-        q = rotate(q.unflatten(-1, (-1, self.head_dim)), rotations)
-        k = rotate(k.unflatten(-1, (-1, self.head_dim)), rotations)
-        v = v.unflatten(-1, (-1, self.head_dim))
-        if cache is None:
-            return attend_documents(q, k, v, lengths).flatten(1)
-        return attend_cached(q, *cache.append(k, v, start)).flatten(1)
+
+def rotated_heads(q: Tensor, k: Tensor, v: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Splits [T, H*D] and [T, K*D] into heads of D and rotates q and k to their positions."""
+    heads = (-1, 2 * rotations.shape[-1])
+    return rotate(q.unflatten(-1, heads), rotations), rotate(k.unflatten(-1, heads), rotations), v.unflatten(-1, heads)
 
 
 def attend_documents(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -7,13 +7,13 @@ Parameter names are those of Meta's checkpoints.
 Shapes: T tokens of the stream, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_acc.core.model.attention import Attention, KVCache, LayerCache
+from llama_acc.core.model.attention import Attend, Attention, CachedAttention, DocumentAttention, KVCache
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.cross_entropy import linear_cross_entropy
 from llama_acc.core.model.layers import Embedding, Linear, RMSNorm, rotary_table
@@ -43,11 +43,9 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(
-        self, x: Tensor, rotations: Tensor, lengths: Sequence[int], cache: LayerCache | None = None, start: int = 0
-    ) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """[T, dim] to [T, dim]."""
-        x = x + self.attention(self.attention_norm(x), rotations, lengths, cache, start)
+        x = x + self.attention(self.attention_norm(x), attend)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -57,6 +55,7 @@ class Transformer(nn.Module):
     Attributes:
         config: its shape.
         dtype: type of the activations; parameters may be kept in another.
+        run_block: calls a block on its arguments; activation checkpointing puts itself here.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
@@ -67,6 +66,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = Linear(config.dim, config.vocab_size)
+        self.run_block: Callable[[nn.Module, Tensor, Attend], Tensor] = _call
         self._rotations: Tensor | None = None
 
     def forward(
@@ -94,8 +94,10 @@ class Transformer(nn.Module):
         x = self.tok_embeddings(tokens, self.dtype)
         start = 0 if cache is None else cache.length
         rotations = self._rotations_at(positions, max(start + len(tokens), max(lengths)))
+        documents = DocumentAttention(lengths, rotations)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rotations, lengths, None if cache is None else cache.layers[i], start)
+            attend = documents if cache is None else CachedAttention(cache.layers[i], start, rotations)
+            x = self.run_block(layer, x, attend)
         if cache is not None:
             cache.length += len(tokens)
         x = self.norm(x)
@@ -115,6 +117,11 @@ class Transformer(nn.Module):
             table = rotary_table(config.head_dim, room, config.rope_theta, config.rope_scaling, positions.device)
             self._rotations = table
         return table[positions]
+
+
+def _call(block: nn.Module, x: Tensor, attend: Attend) -> Tensor:
+    result: Tensor = block(x, attend)
+    return result
 
 
 def build_on_meta(config: ModelConfig, dtype: torch.dtype) -> Transformer:

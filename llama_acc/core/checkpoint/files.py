@@ -1,0 +1,127 @@
+"""Folders that appear whole or not at all: written aside, synced, described by a manifest, renamed.
+
+manifest.json: `{"format_version": 1, "files": {name: {"bytes": n, "sha256": hex}}, ...}`.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llama_acc.core.errors import UserError, listed
+
+FORMAT_VERSION = 1
+_ASIDE = ".writing-"
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Gives a temporary folder to write into; on a normal exit it is synced and takes the name `folder`.
+
+    A folder already of that name is replaced. After an exception, or a kill, `folder` is what it was.
+    """
+    aside = folder.with_name(_ASIDE + folder.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        write_manifest(aside)
+        for path in aside.rglob("*"):
+            _sync(path)
+        _sync(aside)
+        if folder.exists():
+            shutil.rmtree(folder)
+        aside.rename(folder)
+        _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def remove_unfinished(parent: Path) -> None:
+    """Removes what a killed writer left."""
+    for path in parent.glob(_ASIDE + "*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old text or the new, never a part."""
+    aside = path.with_name(_ASIDE + path.name)
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """Describes every file in the folder in its manifest.json."""
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "manifest.json"
+    }
+    text = json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1)
+    (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
+
+
+def check_manifest(folder: Path, contents: bool = False, under: str = "") -> None:
+    """Compares a folder with its manifest, if it has one: files and sizes, and with `contents` their SHA-256.
+
+    Args:
+        folder: a checkpoint.
+        contents: read every byte.
+        under: look only at files whose name starts so, such as "state/".
+
+    Raises:
+        UserError: a newer format, or files that are missing or not what was written; all of them listed.
+    """
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version, files = manifest["format_version"], dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {error!r}") from None
+    if version > FORMAT_VERSION:
+        raise UserError(f"{path} has format_version {version}, this program knows up to {FORMAT_VERSION}", "update it")
+    problems = []
+    for name, described in files.items():
+        file = folder / name
+        if not name.startswith(under):
+            continue
+        if not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != described["bytes"]:
+            problems.append(f"{name} has {file.stat().st_size} bytes, {described['bytes']} were written")
+        elif contents and sha256_of(file) != described["sha256"]:
+            problems.append(f"{name} was changed: its SHA-256 is not the one written")
+    if problems:
+        raise UserError(f"{folder} is damaged:\n{listed(problems)}", "use another checkpoint of the run")

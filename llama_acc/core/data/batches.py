@@ -1,0 +1,118 @@
+"""Which examples an optimizer step sees, and how they are dealt to micro-batches.
+
+The first depends on data, seed, epoch and `global_batch_size` only, so a run is the same on any number of processes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+IGNORED = -100
+"""The target of a position that is not trained."""
+
+
+def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True) -> NDArray[np.int64]:
+    """The order of `n` documents in an epoch: a function of (seed, epoch). [n]"""
+    if not shuffle:
+        return np.arange(n, dtype=np.int64)
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
+    return generator.permutation(n).astype(np.int64)
+
+
+def step_items(order: NDArray[np.int64], step: int, global_batch_size: int) -> NDArray[np.int64]:
+    """The documents of optimizer step `step` of the epoch, from 0. The last step takes what is left."""
+    return order[step * global_batch_size : (step + 1) * global_batch_size]
+
+
+def micro_batches(
+    items: Sequence[int] | NDArray[np.int64],
+    lengths: Sequence[int] | NDArray[np.int64],
+    batch_size: int,
+    max_tokens: int | None = None,
+) -> list[list[int]]:
+    """Deal documents into few micro-batches of about equally many tokens.
+
+    Args:
+        items: the step's documents.
+        lengths: tokens of every document of the dataset.
+        batch_size: the most documents in a micro-batch.
+        max_tokens: the most tokens in one; a longer document gets one of its own.
+    """
+    longest_first = sorted((int(item) for item in items), key=lambda item: (-int(lengths[item]), item))
+    bound = np.inf if max_tokens is None else max_tokens
+    alone = [[item] for item in longest_first if lengths[item] > bound]
+    rest = longest_first[len(alone) :]
+    if not rest:
+        return alone
+    by_tokens = 1 if max_tokens is None else -(-sum(int(lengths[item]) for item in rest) // max_tokens)
+    count = max(-(-len(rest) // batch_size), by_tokens)
+    while True:
+        # Balanced where that fits; packed tightly before one more micro-batch is spent.
+        for fullest in (False, True):
+            dealt = _deal(rest, lengths, count, batch_size, bound, fullest)
+            if dealt is not None:
+                return alone + [batch for batch in dealt if batch]
+        count += 1
+
+
+def _deal(
+    items: list[int],
+    lengths: Sequence[int] | NDArray[np.int64],
+    count: int,
+    batch_size: int,
+    bound: float,
+    fullest: bool,
+) -> list[list[int]] | None:
+    """Each item to the least loaded micro-batch that has room (or the fullest); None if one finds no room."""
+    batches: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    sign = -1 if fullest else 1
+    for item in items:
+        length = int(lengths[item])
+        room = [b for b in range(count) if len(batches[b]) < batch_size and loads[b] + length <= bound]
+        if not room:
+            return None
+        best = min(room, key=lambda b: (sign * loads[b], b))
+        batches[best].append(item)
+        loads[best] += length
+    return batches
+
+
+class Documents(Protocol):
+    """What batches are built from: a `Dataset`."""
+
+    def document(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]: ...
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Documents end to end, without padding. T is the sum of `lengths`."""
+
+    tokens: NDArray[np.int64]
+    """[T]"""
+    targets: NDArray[np.int64]
+    """[T]: the next token of the same document where that one is labelled, else -100."""
+    positions: NDArray[np.int64]
+    """[T]: from 0 in each document."""
+    lengths: list[int]
+    """Tokens of each document."""
+
+
+def build(dataset: Documents, items: Sequence[int]) -> MicroBatch:
+    """The micro-batch of these documents, at least one, in this order."""
+    documents = [dataset.document(item) for item in items]
+    return MicroBatch(
+        tokens=np.concatenate([tokens for tokens, _ in documents]).astype(np.int64),
+        targets=np.concatenate([_targets(tokens, labelled) for tokens, labelled in documents]),
+        positions=np.concatenate([np.arange(len(tokens), dtype=np.int64) for tokens, _ in documents]),
+        lengths=[len(tokens) for tokens, _ in documents],
+    )
+
+
+def _targets(tokens: NDArray[np.int32], labelled: NDArray[np.bool_]) -> NDArray[np.int64]:
+    targets = np.full(len(tokens), IGNORED, dtype=np.int64)
+    targets[:-1] = np.where(labelled[1:], tokens[1:], IGNORED)
+    return targets

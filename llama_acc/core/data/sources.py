@@ -1,0 +1,194 @@
+"""From what a recipe's `data.sources` says to the files to read: names, folders, globs, LLaMA2-Accessory's YAML."""
+
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from llama_acc.core.data.readers import (
+    FORMATS,
+    YAML_SUFFIXES,
+    DataError,
+    data_files,
+    nearest_names,
+    raise_together,
+    read_bytes,
+)
+from llama_acc.core.data.templates import TEMPLATES, get_template
+from llama_acc.core.errors import UserError, did_you_mean
+from llama_acc.core.home import home
+
+SHIPPED = Path(__file__).parents[2] / "recipes"
+_META_KEYS = ("path", "type", "preprocess", "prompt_type", "ratio", "root")
+_META_TYPES = ("text", "image_text")
+_IMAGE_PREPROCESS = ("caption", "single_turn_llava")
+_NO_IMAGES = "images are not supported yet"
+
+
+class SourceLike(Protocol):
+    """One of a recipe's `data.sources`."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def template(self) -> str: ...
+    @property
+    def ratio(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where data comes from: a file, glob, folder, downloaded name, or LLaMA2-Accessory's data YAML."""
+
+    path: str
+    format: str = "auto"
+    template: str = "auto"
+    ratio: float = 1.0
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    """One file to read, and how. `seed` makes its random choices differ from other files'."""
+
+    path: Path
+    format: str
+    template: str
+    ratio: float
+    seed: tuple[int, int]
+
+
+def expand(sources: Sequence[SourceLike], recipe_folder: Path | None = None) -> list[FileSpec]:
+    """All files of all sources.
+
+    Raises:
+        UserError: sources that are not there or say something unknown, all of them together.
+    """
+    specs: list[FileSpec] = []
+    errors: list[UserError] = []
+    for number, source in enumerate(sources):
+        try:
+            expanded = _expand_one(source, recipe_folder)
+        except UserError as error:
+            errors.append(error)
+            continue
+        specs += [FileSpec(path, s.format, s.template, s.ratio, (number, i)) for i, (path, s) in enumerate(expanded)]
+    raise_together(errors)
+    return specs
+
+
+def resolve_data_path(path: str, recipe_folder: Path | None = None) -> Path:
+    """Where a source's `path` is; a glob stays one.
+
+    `shipped:NAME` comes with the package. Else it is looked for beside the recipe, in the current folder and among
+    the downloads.
+
+    Raises:
+        UserError: it is nowhere.
+    """
+    if path.startswith("shipped:"):
+        return _shipped(path.removeprefix("shipped:"))
+    given = Path(path).expanduser()
+    if given.is_absolute():
+        places = [given]
+    else:
+        places = [Path.cwd() / given, home() / "data" / given]
+        if recipe_folder is not None:
+            places.insert(0, recipe_folder / given)
+    for place in places:
+        if place.exists() or (glob.has_magic(str(place)) and glob.glob(str(place), recursive=True)):
+            return place
+    looked = "".join(f"\n  {place}" for place in places)
+    near = [hint for place in places if place.parent.is_dir() and (hint := nearest_names(place))]
+    hint = f"give it with --data FILE, or: llama-acc download {path}" if _is_name(path) else "give it with --data FILE"
+    raise UserError(f"there is no data {path!r}; looked for:{looked}", "; or ".join([*near[:1], hint]))
+
+
+def _is_name(path: str) -> bool:
+    return path.replace("-", "").replace("_", "").isalnum()
+
+
+def _shipped(name: str) -> Path:
+    path = SHIPPED / name
+    if not path.exists() or SHIPPED.resolve() not in path.resolve().parents:
+        raise UserError(f"no data {name!r} comes with llama-acc", nearest_names(path))
+    return path
+
+
+def _expand_one(source: SourceLike, recipe_folder: Path | None) -> list[tuple[Path, SourceLike]]:
+    _check(source)
+    path = resolve_data_path(source.path, recipe_folder)
+    if path.suffix.lower() not in YAML_SUFFIXES:
+        return [(file, source) for file in data_files(path)]
+    entries = _accessory_sources(path, source)
+    return [(file, entry) for entry in entries for file in data_files(resolve_data_path(entry.path, path.parent))]
+
+
+def _check(source: SourceLike) -> None:
+    if source.format not in FORMATS:
+        hint = did_you_mean(source.format, FORMATS) or f"it is one of: {', '.join(FORMATS)}"
+        raise UserError(f"{source.path}: unknown format {source.format!r}", hint)
+    if source.template != "auto":
+        get_template(source.template)
+    if not 0 < source.ratio <= 1:
+        raise UserError(f"{source.path}: ratio should be above 0 and at most 1, but is {source.ratio}")
+
+
+def _accessory_sources(path: Path, outer: SourceLike) -> list[Source]:
+    """LLaMA2-Accessory's `META: [{path, type, ...}]`. Its paths are looked for beside the YAML file too."""
+    content = _yaml(path)
+    if not isinstance(content, dict) or list(content) != ["META"]:
+        raise UserError(f"{path} is not a data file of LLaMA2-Accessory: it should have one key, META")
+    entries = content["META"]
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path}: META should be a list of files")
+    problems: list[str] = []
+    sources = []
+    for number, entry in enumerate(entries, start=1):
+        found = _meta_problems(entry)
+        problems += [f"{path}: META entry {number}: {problem}" for problem in found]
+        if not found:
+            template = _template_name(entry["prompt_type"]) if "prompt_type" in entry else outer.template
+            ratio = float(entry.get("ratio", 1.0)) * outer.ratio
+            sources.append(Source(entry["path"], outer.format, template, ratio))
+    if problems:
+        raise DataError(problems)
+    return sources
+
+
+def _meta_problems(entry: Any) -> list[str]:
+    if not isinstance(entry, dict):
+        return ["should have the keys path and type"]
+    problems = [f"unknown key {k!r} {did_you_mean(str(k), _META_KEYS)}".strip() for k in entry if k not in _META_KEYS]
+    problems += [f"no {key!r}" for key in ("path", "type") if key not in entry]
+    if not isinstance(entry.get("path", ""), str):
+        problems.append("'path' should be text")
+    kind, preprocess = entry.get("type", "text"), entry.get("preprocess")
+    if kind == "image_text" or preprocess in _IMAGE_PREPROCESS:
+        problems.append(_NO_IMAGES)
+    elif kind not in _META_TYPES:
+        problems.append(f"unknown type {kind!r}: it is one of {', '.join(_META_TYPES)}")
+    elif preprocess is not None:
+        problems.append(f"unknown preprocess {preprocess!r}: it is one of {', '.join(_IMAGE_PREPROCESS)}")
+    if "prompt_type" in entry and _template_name(entry["prompt_type"]) not in TEMPLATES:
+        problems.append(f"unknown prompt_type {entry['prompt_type']!r}: it is one of {', '.join(TEMPLATES)}")
+    ratio = entry.get("ratio", 1.0)
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
+        problems.append(f"ratio should be above 0 and at most 1, but is {ratio!r}")
+    return problems
+
+
+def _template_name(prompt_type: Any) -> str:
+    """There, the bare instruction is called "None"."""
+    return "none" if prompt_type in (None, "None") else str(prompt_type)
+
+
+def _yaml(path: Path) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(read_bytes(path).decode("utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {error}") from error

@@ -1,0 +1,64 @@
+"""Which device computes, how much memory it has and has used."""
+
+import ctypes
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from llama_acc.core.errors import UserError
+
+GIB = 2**30
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device asked for; else CUDA, then MPS, then CPU.
+
+    Raises:
+        UserError: a device that does not exist here.
+    """
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}", "try --device cpu") from None
+    return device
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far in GiB: torch's peak reserved on CUDA, else the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / GIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / GIB
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could still be allocated."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) * 1024
+    return 4 * GIB
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep freed blocks for the next tensor instead of giving them back to the system.
+
+    A training step frees and allocates the same large tensors again and again; each time the kernel would have to map
+    and zero their pages anew. Only glibc has this switch; elsewhere nothing happens.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    libc.mallopt(m_mmap_threshold, 32 << 20)  # the largest it takes
+    libc.mallopt(m_trim_threshold, 512 << 20)

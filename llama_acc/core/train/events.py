@@ -1,0 +1,53 @@
+"""What a run tells whoever watches it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from llama_acc.core.train.metrics import Metrics
+
+if TYPE_CHECKING:
+    from llama_acc.core.train.plan import Plan
+
+
+class Events(Protocol):
+    """A watcher of a run: the command line's console, or a test."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+    def encoding(self, file: str, done: int, total: int) -> None:
+        """`done` of the `total` items of a file are encoded."""
+
+    def plan(self, plan: "Plan") -> None:
+        """What will be done, before it starts."""
+
+    def step(self, metrics: Metrics, plan: "Plan") -> None:
+        """An optimizer step, as in metrics.jsonl."""
+
+    def validation(self, metrics: Metrics) -> None:
+        """A validation line, as in metrics.jsonl."""
+
+    def saved(self, checkpoint: Path) -> None:
+        """A checkpoint is whole on disk."""
+
+
+class Quiet:
+    """Watches and says nothing."""
+
+    def note(self, text: str) -> None:
+        """See `Events`."""
+
+    def encoding(self, file: str, done: int, total: int) -> None:
+        """See `Events`."""
+
+    def plan(self, plan: "Plan") -> None:
+        """See `Events`."""
+
+    def step(self, metrics: Metrics, plan: "Plan") -> None:
+        """See `Events`."""
+
+    def validation(self, metrics: Metrics) -> None:
+        """See `Events`."""
+
+    def saved(self, checkpoint: Path) -> None:
+        """See `Events`."""

@@ -1,0 +1,53 @@
+"""Ctrl-C and SIGTERM end a run after it has saved; a second one ends it at once."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+class Interrupted(BaseException):
+    """The run was asked to stop, and has saved. `exit_code` is what the command returns."""
+
+    def __init__(self, received: signal.Signals) -> None:
+        super().__init__(received.name)
+        self.received = received
+        self.exit_code = EXIT_CODES[received]
+
+
+class StopRequest:
+    """Set when a signal came in."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+
+@contextlib.contextmanager
+def stop_on_signal(tell: Callable[[str], None]) -> Iterator[StopRequest]:
+    """Collects SIGINT and SIGTERM while the block runs; a second signal ends the process at once.
+
+    Args:
+        tell: is given a line for the user when the first one comes in.
+    """
+    request = StopRequest()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received = signal.Signals(number)
+        if request.received is not None:
+            os._exit(EXIT_CODES[received])
+        request.received = received
+        tell(f"{received.name}: saving after this step, then stopping; again to stop at once without saving")
+
+    try:
+        previous = {number: signal.signal(number, handle) for number in EXIT_CODES}
+    except ValueError:  # not the main thread: the caller handles signals
+        yield request
+        return
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,271 @@
+"""What a run will do, found out and checked before anything is computed.
+
+`make_plan` goes through everything that can be wrong with the user's input: recipe, checkpoint, tokenizer, data, disk.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_acc.core.checkpoint.files import check_manifest
+from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config
+from llama_acc.core.checkpoint.save import DTYPES, free_bytes, needed_bytes
+from llama_acc.core.checkpoint.shards import Weights, check_tensors, read_weights
+from llama_acc.core.data.dataset import Dataset, load_dataset
+from llama_acc.core.data.sources import Source
+from llama_acc.core.errors import UserError
+from llama_acc.core.model.config import ModelConfig, config_from_params, named_size, read_params
+from llama_acc.core.recipe import RECIPES_FOLDER, Recipe
+from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from llama_acc.core.train.events import Events
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that was checked.
+
+    Attributes:
+        recipe: with every path absolute.
+        config: the model's shape.
+        tokenizer: the model's.
+        layouts: checkpoints the weights come from, left to right; empty = random weights.
+        train: what is learned.
+        validation: what is held out, or None.
+        report: what data.json holds, held-out items included.
+        steps_per_epoch: optimizer steps in a whole epoch; the last one may be smaller.
+        total_steps: optimizer steps in the run.
+    """
+
+    recipe: Recipe
+    config: ModelConfig
+    tokenizer: Tokenizer
+    layouts: list[Layout]
+    train: Dataset
+    validation: Dataset | None
+    report: dict[str, Any]
+    steps_per_epoch: int
+    total_steps: int
+
+    @property
+    def save_dtype(self) -> torch.dtype:
+        """Type of the saved weights."""
+        name = self.recipe.checkpoint.dtype
+        return DTYPES[self.recipe.train.precision if name == "auto" else name]
+
+    def parameter_count(self) -> int:
+        """Number of parameters; all of them train."""
+        return self.config.parameter_count()
+
+    def checkpoint_bytes(self) -> int:
+        """Size of one checkpoint on disk."""
+        return needed_bytes(self.parameter_count(), self.save_dtype)
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint is due once `step` optimizer steps are done."""
+        checkpoint = self.recipe.checkpoint
+        if step >= self.total_steps:
+            return True
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if within == 0:
+            return bool(checkpoint.every_epochs) and epoch % checkpoint.every_epochs == 0
+        return bool(checkpoint.every_steps) and within % checkpoint.every_steps == 0
+
+    def validates_at(self, step: int) -> bool:
+        """Whether validation is due once `step` optimizer steps are done."""
+        if self.validation is None:
+            return False
+        every = self.recipe.data.validation.every_steps or self.steps_per_epoch
+        return step >= self.total_steps or step % every == 0
+
+    def checkpoint_name(self, step: int) -> str:
+        """`epoch0` when epoch 0 is done, `epoch0-iter500` after 500 steps of epoch 0 (LLaMA2-Accessory's names)."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return f"epoch{epoch}-iter{within}" if within else f"epoch{epoch - 1}"
+
+    def save_count(self) -> int:
+        """How many checkpoints the whole run writes."""
+        return sum(self.saves_at(step) for step in range(1, self.total_steps + 1))
+
+    def lines(self) -> list[tuple[str, str]]:
+        """What will be done, as pairs of a subject and a text."""
+        recipe, config, data = self.recipe, self.config, self.train
+        count = self.parameter_count()
+        start = ", ".join(str(layout.folder) for layout in self.layouts) or f"random weights (seed {recipe.train.seed})"
+        grouped = f" ({config.kv_heads} for keys and values)" if config.kv_heads != config.n_heads else ""
+        saves = self.save_count()
+        kept = min(saves, recipe.checkpoint.keep) if recipe.checkpoint.keep else saves
+        lines = [
+            ("recipe", f"{recipe.name}: {recipe.description}" if recipe.description else recipe.name),
+            ("model", f"{config.n_layers} layers, width {config.dim}, {config.n_heads} heads{grouped}, "
+                      f"vocabulary {config.vocab_size}"),
+            ("weights", f"from {start}"),
+            ("parameters", f"{count:,}, of which {count:,} train (method {recipe.tuning.method})"),
+            ("data", f"{len(data):,} items, {int(data.lengths.sum()):,} tokens, {int(data.label_counts.sum()):,} of them trained"
+                     f"{_counted(self.report['truncated'], 'cut')}{_counted(self.report['dropped'], 'dropped')}"),
+        ]
+        if self.validation is not None:
+            lines.append(("validation", f"{len(self.validation):,} items"))
+        lines += [
+            ("steps", f"{self.total_steps:,} of {recipe.train.global_batch_size} examples; "
+                      f"{self.steps_per_epoch:,} in an epoch, {recipe.train.epochs:g} epochs, "
+                      f"{recipe.train.precision}"),
+            ("checkpoints", f"{saves} of {_gib(self.checkpoint_bytes())}, the newest {kept} kept"),
+        ]
+        return lines
+
+
+def _counted(count: int, what: str) -> str:
+    return f", {count:,} {what}" if count else ""
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def make_plan(recipe: Recipe, events: Events, *, recipe_folder: Path | None, dry_run: bool, resumes: bool) -> Plan:
+    """Finds and checks everything a run needs, except its output folder and its weights.
+
+    Args:
+        recipe: what the user wants.
+        events: told of notes and of progress.
+        recipe_folder: where the recipe file lies; relative paths are looked for there first.
+        dry_run: weights may be absent.
+        resumes: weights come from a checkpoint of the run itself.
+
+    Raises:
+        UserError: the first group of problems found.
+    """
+    if recipe.parallel.model_parallel_size != 1:
+        raise UserError(
+            f"parallel.model_parallel_size is {recipe.parallel.model_parallel_size}: this version runs one process, "
+            "so only 1 is possible"
+        )
+    layouts = _layouts(recipe, dry_run or resumes)
+    config = _config(recipe, layouts, recipe_folder)
+    tokenizer = load_tokenizer(_tokenizer_path(recipe, layouts, recipe_folder))
+    config = config.with_vocabulary(tokenizer.vocab_size)
+    config.check_tokenizer(tokenizer.vocab_size, tokenizer.path)
+    if recipe.data.max_tokens > config.max_seq_len:
+        raise UserError(
+            f"data.max_tokens ({recipe.data.max_tokens}) is more than the model's max_seq_len ({config.max_seq_len})",
+            "lower data.max_tokens, or raise model.max_seq_len",
+        )
+    train, validation, report = _data(recipe, tokenizer, recipe_folder, events)
+    steps_per_epoch = math.ceil(len(train) / recipe.train.global_batch_size)
+    total = math.ceil(recipe.train.epochs * steps_per_epoch - 1e-9)
+    total = min(total, recipe.train.max_steps or total)
+    recipe = _resolved(recipe, layouts, tokenizer)
+    return Plan(recipe, config, tokenizer, layouts, train, validation, report, steps_per_epoch, total)
+
+
+def _layouts(recipe: Recipe, may_be_absent: bool) -> list[Layout]:
+    layouts = []
+    for name in recipe.model.pretrained_list():
+        try:
+            layouts.append(inspect(locate(name)))
+        except UserError:
+            # A dry run needs the shape only, a resumed one has weights of its own.
+            if may_be_absent and not Path(name).exists():
+                continue
+            raise
+    return layouts
+
+
+def _config(recipe: Recipe, layouts: list[Layout], recipe_folder: Path | None) -> ModelConfig:
+    model = recipe.model
+    config = read_config(layouts)
+    if config is None and isinstance(model.params, dict):
+        config = config_from_params(model.params)
+    elif config is None and model.params is not None:
+        names = [model.params] if isinstance(model.params, str) else model.params
+        paths = [_beside(name, recipe_folder) for name in names]
+        config = config_from_params(read_params(paths), " and ".join(names))
+    elif config is None and model.size is not None:
+        config = named_size(model.size)
+    if config is None:
+        raise UserError("the model's shape is not known", "give model.params or model.size, or a checkpoint with both")
+    return config if model.max_seq_len is None else replace(config, max_seq_len=model.max_seq_len)
+
+
+def _beside(name: str, recipe_folder: Path | None) -> Path:
+    if name.startswith("shipped:"):
+        return RECIPES_FOLDER / name.removeprefix("shipped:")
+    path = Path(name).expanduser()
+    if recipe_folder is not None and (recipe_folder / path).exists():
+        return recipe_folder / path
+    return path
+
+
+def _tokenizer_path(recipe: Recipe, layouts: list[Layout], recipe_folder: Path | None) -> Path:
+    if recipe.model.tokenizer is not None:
+        return _beside(recipe.model.tokenizer, recipe_folder)
+    for layout in reversed(layouts):
+        if (path := find_tokenizer(layout.folder)) is not None:
+            return path
+    where = f" in {' or '.join(str(layout.folder) for layout in layouts)}" if layouts else ""
+    raise UserError(f"there is no tokenizer{where}", "give it with --tokenizer FILE (tokenizer.model or tokenizer.json)")
+
+
+def _data(
+    recipe: Recipe, tokenizer: Tokenizer, recipe_folder: Path | None, events: Events
+) -> tuple[Dataset, Dataset | None, dict[str, Any]]:
+    data, seed = recipe.data, recipe.train.seed
+
+    def load(sources: list[Source]) -> Dataset:
+        return load_dataset(
+            sources, tokenizer, data.max_tokens, seed, recipe_folder=recipe_folder, progress=events.encoding
+        )
+
+    train = load([Source(**source.model_dump()) for source in data.sources])
+    report = train.report()
+    if data.validation.path is not None:
+        return train, load([Source(data.validation.path, template=data.sources[0].template)]), report
+    if data.validation.fraction:
+        return *train.split(data.validation.fraction, seed), report
+    return train, None, report
+
+
+def _resolved(recipe: Recipe, layouts: list[Layout], tokenizer: Tokenizer) -> Recipe:
+    """The recipe with absolute paths, so that it means the same from any folder."""
+    resolved = recipe.model_copy(deep=True)
+    if layouts:
+        resolved.model.pretrained = [str(layout.folder.resolve()) for layout in layouts]
+    resolved.model.tokenizer = str(tokenizer.path.resolve())
+    return resolved
+
+
+def read_base(plan: Plan, verify: bool = False) -> Weights | None:
+    """Maps the weights a run starts from and checks every tensor against the model; None = random weights.
+
+    Raises:
+        UserError: damaged files, or tensors that do not fit, all of them listed.
+    """
+    if not plan.layouts:
+        return None
+    for layout in plan.layouts:
+        check_manifest(layout.folder, contents=verify)
+    weights = read_weights(plan.layouts)
+    where = " and ".join(str(layout.folder) for layout in plan.layouts)
+    check_tensors(weights.tensors, plan.config.parameter_shapes(), where)
+    return weights
+
+
+def check_disk(plan: Plan, output: Path) -> None:
+    """Compares the space the run's checkpoints take with what is free.
+
+    Raises:
+        UserError: too little, naming both.
+    """
+    # A new checkpoint is whole before an old one goes.
+    keep = plan.recipe.checkpoint.keep
+    at_once = min(plan.save_count(), keep + 1) if keep else plan.save_count()
+    needed, free = at_once * plan.checkpoint_bytes(), free_bytes(output)
+    if needed > free:
+        raise UserError(
+            f"too little disk for the checkpoints: {at_once} of {_gib(plan.checkpoint_bytes())} need {_gib(needed)}, "
+            f"{_gib(free)} are free at {output}",
+            "free some, choose another --output, or lower checkpoint.keep",
+        )

@@ -1,0 +1,147 @@
+"""A whole run, from a recipe to a checkpoint: what `llama-acc finetune` and `llama_acc.finetune` do."""
+
+import errno
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from llama_acc.core.checkpoint.layout import latest_checkpoint
+from llama_acc.core.checkpoint.save import read_progress
+from llama_acc.core.checkpoint.shards import Weights, check_tensors
+from llama_acc.core.device import pick_device
+from llama_acc.core.errors import RunError
+from llama_acc.core.recipe import Recipe
+from llama_acc.core.train.events import Events, Quiet
+from llama_acc.core.train.folder import RunFolder, check_same_run
+from llama_acc.core.train.interrupt import Interrupted, StopRequest, stop_on_signal
+from llama_acc.core.train.loop import Loop, Trainer, saved_masters
+from llama_acc.core.train.metrics import MetricsLog, read_metrics
+from llama_acc.core.train.plan import Plan, check_disk, make_plan, read_base
+from llama_acc.core.train.report import write_report
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run leaves: its folder, its last checkpoint, and the loss per label token of its last step."""
+
+    output: Path
+    checkpoint: Path
+    loss: float
+
+
+def finetune(
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    device: str | None = None,
+    recipe_folder: Path | None = None,
+    events: Events | None = None,
+    handle_signals: bool = False,
+    verify: bool = False,
+) -> Finished:
+    """Fine-tunes as the recipe says.
+
+    Args:
+        recipe: what to do.
+        output: the run's folder; it must be empty unless `resume`.
+        resume: go on from the newest whole checkpoint in `output`.
+        device: such as "cpu" or "cuda:0"; None picks CUDA, then MPS, then CPU.
+        recipe_folder: where relative paths of the recipe are looked for first.
+        events: told what happens; None keeps quiet.
+        handle_signals: save on SIGINT and SIGTERM, then raise `Interrupted`.
+        verify: also compare the SHA-256 of the checkpoint that is loaded with its manifest.
+
+    Raises:
+        UserError: something in the input is wrong; found before the first step.
+        RunError: it failed while running.
+        Interrupted: it was asked to stop, and has saved.
+    """
+    started = time.perf_counter()
+    events = events or Quiet()
+    folder = RunFolder(Path(output), resume=resume)
+    try:
+        plan = make_plan(
+            recipe, events, recipe_folder=recipe_folder, dry_run=False, resumes=folder.checkpoint is not None
+        )
+        if folder.checkpoint is not None:
+            check_same_run(plan.recipe, folder.checkpoint)
+        elif resume:
+            events.note(f"no whole checkpoint in {folder.path} to resume from: starting at step 0")
+        weights = _weights(plan, folder, verify)
+        check_disk(plan, folder.path)
+        target = pick_device(device)
+        folder.write_recipe(plan.recipe)
+        folder.write_data_report(plan.report)
+        events.plan(plan)
+        signals = stop_on_signal(events.note) if handle_signals else nullcontext(StopRequest())
+        with signals as stop:
+            return _explain_failures(lambda: _train(plan, folder, weights, target, events, stop, started))
+    finally:
+        folder.close()
+
+
+def _weights(plan: Plan, folder: RunFolder, verify: bool) -> Weights | None:
+    if folder.checkpoint is None:
+        return read_base(plan, verify)
+    read_progress(folder.checkpoint)  # checks the state's bytes before they are read
+    weights = saved_masters(folder.checkpoint)
+    check_tensors(weights.tensors, plan.config.parameter_shapes(), folder.checkpoint)
+    return weights
+
+
+def _train(
+    plan: Plan,
+    folder: RunFolder,
+    weights: Weights | None,
+    device: torch.device,
+    events: Events,
+    stop: StopRequest,
+    started: float,
+) -> Finished:
+    trainer = Trainer(plan, device, weights)
+    if folder.checkpoint is not None:
+        trainer.load(folder.checkpoint)
+        events.note(f"resuming from {folder.checkpoint}, {trainer.step} of {plan.total_steps} steps done")
+    how = "The run did not finish."
+    with MetricsLog(folder.path, trainer.step) as log:
+        try:
+            Loop(trainer, folder, log, events, stop).run()
+            how = "The run is complete."
+        except Interrupted as interrupted:
+            how = f"The run was stopped by {interrupted.received.name}; continue it with --resume."
+            raise
+        finally:
+            write_report(folder.path, plan, device, time.perf_counter() - started, how)
+    losses = [line["loss"] for line in read_metrics(folder.path / "metrics.jsonl") if "loss" in line]
+    checkpoint = latest_checkpoint(folder.path)
+    assert checkpoint is not None
+    return Finished(folder.path, checkpoint, losses[-1])
+
+
+def _explain_failures(run: Callable[[], _Result]) -> _Result:
+    """Turns what a machine runs out of into an error that says what to try."""
+    advice = "lower train.batch_size or data.max_tokens, or set train.activation_checkpointing=true"
+    try:
+        return run()
+    except torch.cuda.OutOfMemoryError as error:
+        raise RunError(f"out of GPU memory: {str(error).splitlines()[0]}", advice) from error
+    except MemoryError as error:
+        raise RunError("out of memory", advice) from error
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise RunError(f"out of memory: {str(error).splitlines()[-1]}", advice) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError(
+            "the disk is full: the last checkpoint before this is whole", "free some space, then continue with --resume"
+        ) from error

@@ -1,0 +1,62 @@
+"""What every test may use: a home of its own, a tiny tokenizer, and the real inputs where they are present."""
+
+import io
+from pathlib import Path
+
+import pytest
+
+_SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+_TRAINING_TEXT = """\
+Below is an instruction that describes a task. Write a response that appropriately completes the request.
+A chat between a curious human and an artificial intelligence assistant.
+the answer is in the question, and the question is in the answer
+once upon a time there was a little model that wanted to learn to talk
+what is the name of the capital of the country? it is the name of a town
+### Instruction: ### Response: ### Human: ### Assistant:
+"""
+
+
+@pytest.fixture(autouse=True)
+def llama_acc_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test reads or fills the user's own downloads and token cache."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("LLAMA_ACC_HOME", str(home))
+    monkeypatch.delenv("LLAMA_ACC_CACHE_GIB", raising=False)
+    return home
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real inputs beside the repository."""
+    if not _SHARED.is_dir():
+        pytest.skip("no ../shared beside the repository")
+    return _SHARED
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model like LLaMA's (BPE, byte fallback, identity normalisation), but of 300 pieces."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(_TRAINING_TEXT.splitlines()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=300,
+        character_coverage=0.98,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return path

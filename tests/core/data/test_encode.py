@@ -1,0 +1,194 @@
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_acc.core.data.encode import Encoded, encode_items
+from llama_acc.core.data.readers import Dialogue, Item, SingleTurn, read_items
+from llama_acc.core.data.templates import get_template
+from llama_acc.core.errors import UserError
+from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_path: Path) -> Tokenizer:
+    return load_tokenizer(tokenizer_path)
+
+
+def encode(items: Sequence[Item], template: str, tokenizer: Tokenizer, max_tokens: int = 4096) -> Encoded:
+    return encode_items(items, get_template(template), tokenizer, max_tokens)
+
+
+def document(encoded: Encoded, i: int = 0) -> tuple[list[int], list[int]]:
+    """A document's tokens, and the indices of its labels."""
+    span = slice(encoded.offsets[i], encoded.offsets[i + 1])
+    return encoded.tokens[span].tolist(), np.flatnonzero(encoded.labelled[span]).tolist()
+
+
+def labelled_text(encoded: Encoded, tokenizer: Tokenizer, i: int = 0) -> str:
+    tokens, labels = document(encoded, i)
+    return "".join(tokenizer.piece(tokens[label]) for label in labels)
+
+
+def talk(*texts: str) -> Dialogue:
+    return Dialogue([(("human", "assistant")[i % 2], text) for i, text in enumerate(texts)])
+
+
+@pytest.mark.parametrize("template", ["alpaca", "none", "qg", "shortqa", "caption"])
+@pytest.mark.parametrize("output", ["the answer", " the answer\n", "😀", ""])
+def test_single_turn_labels_begin_behind_the_prompts_tokens(template: str, output: str, tokenizer: Tokenizer) -> None:
+    prompt = get_template(template).single_turn_prompt("what is it?", "a town")
+    tokens, labels = document(encode([SingleTurn("what is it?", "a town", output)], template, tokenizer))
+    assert tokens == tokenizer.encode(prompt + output, bos=True, eos=True)
+    assert labels == list(range(len(tokenizer.encode(prompt, bos=True)), len(tokens)))
+
+
+def test_an_empty_reply_trains_the_end(tokenizer: Tokenizer) -> None:
+    tokens, labels = document(encode([SingleTurn("go", None, "")], "alpaca", tokenizer))
+    assert [tokens[label] for label in labels] == [tokenizer.eos_id]
+    encoded = encode([talk("hi", " ")], "dialogue", tokenizer)
+    assert labelled_text(encoded, tokenizer).replace("▁", "") == "<0x0A>###"
+
+
+def test_a_reply_that_echoes_the_human_turn_is_labelled_where_it_stands(tokenizer: Tokenizer) -> None:
+    tokens, labels = document(encode([talk("the answer", "the answer")], "dialogue", tokenizer))
+    reply = tokenizer.encode("the answer\n###")
+    assert labels == list(range(len(tokens) - 1 - len(reply), len(tokens) - 1))
+    assert [tokens[label] for label in labels] == reply
+
+
+def test_a_dialogue_is_framed_and_its_eos_is_no_label(tokenizer: Tokenizer) -> None:
+    text, _ = get_template("dialogue").dialogue_text([("human", "hi"), ("assistant", "a"), ("human", "b")])
+    tokens, labels = document(encode([talk("hi", "a", "b")], "dialogue", tokenizer))
+    assert tokens == tokenizer.encode(text, bos=True, eos=True)
+    assert len(tokens) - 1 not in labels
+
+
+@pytest.mark.parametrize("reply", ["😀", "a 👩‍👩‍👧 b", "日本", "▁ ▁", "é\nñ", "x"])
+def test_what_is_labelled_is_what_the_model_is_to_write(reply: str, tokenizer: Tokenizer) -> None:
+    """From where the prompt ends, to and with the end mark; whatever characters the reply has."""
+    template = get_template("dialogue")
+    tokens, labels = document(encode([talk("hi", reply)], "dialogue", tokenizer))
+    prompt = template.prompt_ids(tokenizer, [("human", "hi")])
+    assert tokens[: len(prompt)] == prompt
+    assert labels == list(range(len(prompt), len(tokens) - 1))
+
+
+def test_chatml_has_no_bos_and_eos_and_trains_the_end_mark(tokenizer: Tokenizer) -> None:
+    text, _ = get_template("chatml").dialogue_text([("human", "hi"), ("assistant", "the answer")])
+    encoded = encode([talk("hi", "the answer")], "chatml", tokenizer)
+    tokens, labels = document(encoded)
+    assert tokens == tokenizer.encode(text)
+    assert tokenizer.decode([tokens[label] for label in labels]) == "the answer<|im_end|>"
+
+
+def test_single_turn_items_become_dialogues_of_one_exchange(tokenizer: Tokenizer) -> None:
+    singles = encode([SingleTurn("go", " ", "ok"), SingleTurn("go", "there", "ok")], "chatml", tokenizer)
+    dialogues = encode([talk("go", "ok"), talk("go\n\nthere", "ok")], "chatml", tokenizer)
+    assert [document(singles, i) for i in (0, 1)] == [document(dialogues, i) for i in (0, 1)]
+
+
+def test_inputs_that_a_template_does_not_show_are_counted(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    items = [SingleTurn("go", context, "ok") for context in (None, " ", "there", "here")]
+    encode(items, "alpaca", tokenizer)
+    encode(items, "chatml", tokenizer)
+    assert caplog.text == ""
+    encode(items, "none", tokenizer)
+    assert "2 items have an input, which template 'none' does not show" in caplog.text
+
+
+def test_dialogues_do_not_fit_a_single_turn_template(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="'alpaca' is for single-turn items"):
+        encode([talk("a", "b")], "alpaca", tokenizer)
+
+
+def test_what_is_too_long_is_cut_and_what_has_no_label_left_is_dropped(tokenizer: Tokenizer) -> None:
+    short, long = SingleTurn("go", None, "ok"), SingleTurn("go", None, "ok " * 50)
+    hopeless, silent = SingleTurn("go " * 80, None, "ok"), talk("hi")
+    limit = len(tokenizer.encode("go" + "ok", bos=True, eos=True))
+    encoded = encode([hopeless, short, hopeless, long], "none", tokenizer, limit)
+    assert (encoded.items, encoded.truncated, encoded.dropped) == (4, 1, 2)
+    assert encoded.item.tolist() == [1, 3]
+    assert encoded.cut.tolist() == [False, True]
+    assert np.diff(encoded.offsets).tolist() == [limit, limit]
+    assert document(encoded, 1)[0] == tokenizer.encode("go" + "ok " * 50, bos=True)[:limit]
+    assert encode([silent], "dialogue", tokenizer).dropped == 1
+
+
+def test_the_first_token_is_never_a_target(tokenizer: Tokenizer) -> None:
+    without_bos = get_template("caption").model_copy(update={"bos": False})
+    encoded = encode_items([SingleTurn("", None, "a town")], without_bos, tokenizer, 100)
+    assert document(encoded)[1] == list(range(1, len(encoded.tokens)))
+
+
+def test_many_items_are_encoded_like_few(tokenizer: Tokenizer) -> None:
+    items = [SingleTurn("go", None, f"answer {i}") for i in range(2100)]
+    told: list[tuple[int, int]] = []
+    encoded = encode_items(items, get_template("none"), tokenizer, 64, lambda done, total: told.append((done, total)))
+    assert told == [(1000, 2100), (2000, 2100), (2100, 2100)]
+    assert encoded.item.tolist() == list(range(2100))
+    assert document(encoded, 1500) == document(encode(items[1500:1501], "none", tokenizer, 64))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    turns=st.lists(
+        st.tuples(st.sampled_from(["human", "assistant"]), st.text("ab \n#:😀é▁", max_size=8)), min_size=1, max_size=5
+    ),
+    name=st.sampled_from(["dialogue", "chatml"]),
+)
+def test_a_token_is_labelled_if_and_only_if_it_overlaps_a_trained_span(
+    turns: list[tuple[str, str]], name: str, tokenizer: Tokenizer
+) -> None:
+    template = get_template(name)
+    encoded = encode([Dialogue(turns)], name, tokenizer)
+    text, trained = template.dialogue_text(turns)
+    [spans] = tokenizer.encode_batch_with_spans([text])
+    wanted = {i for begin, end in trained for i in range(begin, end)}
+    expected = [
+        i + template.bos
+        for i, (begin, end) in enumerate(zip(spans.begins, spans.ends, strict=True))
+        if wanted & set(range(begin, end)) and i + template.bos > 0
+    ]
+    assert (document(encoded)[1] if encoded.items > encoded.dropped else []) == expected
+
+
+def searched_labels(tokenizer: Tokenizer, dialogue: Dialogue) -> list[int] | None:
+    """LLaMA2-Accessory's rule: search for each reply's own tokens, on from the last one found."""
+    text, trained = get_template("dialogue").dialogue_text(dialogue.turns)
+    tokens, labels, position = tokenizer.encode(text, bos=True, eos=True), [], 0
+    for begin, end in trained:
+        reply = tokenizer.encode(text[begin:end].lstrip(" "))
+        last = len(tokens) - len(reply) + 1
+        found = next((i for i in range(position, last) if tokens[i : i + len(reply)] == reply), None)
+        if found is None:
+            return None
+        position = found + len(reply)
+        labels += range(found, position)
+    return labels
+
+
+def test_limas_labels_are_llama2_accessorys(shared: Path) -> None:
+    tokenizer = load_tokenizer(shared / "assets/tokenizer")
+    items = read_items(shared / "assets/data/lima_vicuna_format.json")
+    encoded = encode(items, "dialogue", tokenizer, 10**6)
+    assert (encoded.items, encoded.dropped, encoded.truncated) == (1029, 0, 0)
+    assert int(encoded.labelled.sum()) == 671_984
+    different = [i for i, item in enumerate(items) if searched_labels(tokenizer, item) != document(encoded, i)[1]]
+    assert different == []
+
+
+def test_alpacas_labels_are_llama2_accessorys(shared: Path) -> None:
+    tokenizer = load_tokenizer(shared / "assets/tokenizer")
+    items = read_items(shared / "assets/data/alpaca_5000.json")
+    encoded = encode(items, "alpaca", tokenizer)
+    for i in range(0, 5000, 50):
+        prompt = get_template("alpaca").single_turn_prompt(items[i].instruction, items[i].input)
+        tokens = tokenizer.encode(prompt + items[i].output, bos=True, eos=True)
+        labels = list(range(len(tokenizer.encode(prompt, bos=True)), len(tokens)))
+        assert document(encoded, i) == (tokens, labels)

@@ -1,0 +1,253 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_acc.core.errors import UserError
+from llama_acc.core.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    StreamDecoder,
+    Tokenizer,
+    find_tokenizer,
+    load_tokenizer,
+)
+
+CORPUS = ["the answer is in the question", "once upon a time there was a town", "what is 10 + 32? é 😀"] * 3
+TEXTS = [
+    "",
+    " ",
+    "hello",
+    "  two  spaces ",
+    "a\n\n\tb",
+    "naïve café",
+    "😀",
+    "x😀y👩‍👩‍👧z",
+    "▁ U+2581 ▁▁",
+    "日本語",
+    "nul \0 byte",
+    "a\u2028b",
+]
+
+
+def byte_level(folder: Path, config: dict | None = None, template: bool = False) -> Path:
+    """A GPT-2-like tokenizer.json, whose own post-processing, truncation and padding we must not follow."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer as Fast
+
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    fast.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
+    fast.add_special_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>", "<|eot_id|>")])
+    fast.post_processor = processors.ByteLevel(trim_offsets=True)
+    fast.enable_truncation(4)
+    fast.enable_padding(length=64)
+    folder.mkdir(parents=True, exist_ok=True)
+    fast.save(str(folder / "tokenizer.json"))
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if template:
+        (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    return folder / "tokenizer.json"
+
+
+def byte_fallback(folder: Path) -> Path:
+    """LLaMA's tokenizer as Hugging Face writes it: byte pieces, and a decoder that fuses them."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, normalizers
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *"abcdehlnostx", "▁a", "he"]
+    model = models.BPE(
+        {p: i for i, p in enumerate(pieces)}, [("▁", "a"), ("h", "e")], byte_fallback=True, unk_token="<unk>"
+    )
+    fast = Fast(model)
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    fast.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "byte_level", "byte_fallback"])
+def tokenizer(
+    request: pytest.FixtureRequest, tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Tokenizer:
+    if request.param == "sentencepiece":
+        return load_tokenizer(tokenizer_path)
+    make = byte_level if request.param == "byte_level" else byte_fallback
+    return load_tokenizer(make(tmp_path_factory.mktemp(request.param)))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_decode_is_the_inverse_of_encode(tokenizer: Tokenizer, text: str) -> None:
+    # U+2581 is SentencePiece's own mark for a space.
+    expected = text if "▁" not in text or tokenizer.encode("▁") != tokenizer.encode(" ") else text.replace("▁", " ")
+    assert tokenizer.decode(tokenizer.encode(text, bos=True, eos=True)) == expected
+
+
+def test_bos_and_eos_frame_the_tokens(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a")
+    assert tokenizer.encode("a", bos=True, eos=True) == [tokenizer.bos_id, *ids, tokenizer.eos_id]
+
+
+def test_batches_are_encoded_like_single_texts(tokenizer: Tokenizer) -> None:
+    one_by_one = [tokenizer.encode(text) for text in TEXTS]
+    assert tokenizer.encode_batch(TEXTS) == one_by_one
+    assert [spans.ids for spans in tokenizer.encode_batch_with_spans(TEXTS)] == one_by_one
+    assert tokenizer.encode_batch([]) == []
+    assert tokenizer.encode_batch_with_spans([]) == []
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_spans_cover_every_character_in_order(tokenizer: Tokenizer, text: str) -> None:
+    [spans] = tokenizer.encode_batch_with_spans([text])
+    assert len(spans.ids) == len(spans.begins) == len(spans.ends)
+    assert np.all(np.diff(spans.begins) >= 0)
+    assert np.all(np.diff(spans.ends) >= 0)
+    covered = {i for begin, end in zip(spans.begins, spans.ends, strict=True) for i in range(begin, end)}
+    assert covered == set(range(len(text)))
+
+
+def test_every_piece_of_a_multi_byte_character_spans_it(tokenizer: Tokenizer) -> None:
+    [spans] = tokenizer.encode_batch_with_spans(["a😀b"])
+    of_emoji = [i for i, (b, e) in enumerate(zip(spans.begins, spans.ends, strict=True)) if b == 1 and e == 2]
+    assert b"".join(_bytes_of(tokenizer, spans.ids[i]) for i in of_emoji) == "😀".encode()
+
+
+def _bytes_of(tokenizer: Tokenizer, token: int) -> bytes:
+    piece = tokenizer.piece(token)
+    if piece.startswith("<0x"):
+        return bytes([int(piece[3:5], 16)])
+    table = _byte_level_alphabet()
+    return bytes(table[c] for c in piece)
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's table: printable bytes stand for themselves, the others for U+0100 and on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_streamed_text_is_the_decoded_text(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    tokens = st.integers(0, tokenizer.vocab_size + 2)
+    some = st.sampled_from([tokenizer.bos_id, tokenizer.eos_id, *tokenizer.encode(" 😀 é\n")])
+    ids = data.draw(st.lists(tokens | some, max_size=30))
+    stream = StreamDecoder(tokenizer)
+    assert "".join([stream.push(token) for token in ids]) + stream.flush() == tokenizer.decode(ids)
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(st.characters(codec="utf-8"), max_size=30))
+def test_streaming_an_encoded_text_gives_it_back(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    stream = StreamDecoder(tokenizer)
+    assert "".join([stream.push(token) for token in ids]) + stream.flush() == tokenizer.decode(ids)
+
+
+def test_a_stream_gives_characters_only_whole(tokenizer: Tokenizer) -> None:
+    stream = StreamDecoder(tokenizer)
+    given = [stream.push(token) for token in tokenizer.encode("a😀b")]
+    assert "\ufffd" not in "".join(given)
+    assert "".join(given) == "a😀b"
+
+
+def test_tokens_outside_the_vocabulary_have_no_text(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.vocab_size + 7, -1]) == "a"
+    assert tokenizer.piece(tokenizer.vocab_size + 7) == f"<{tokenizer.vocab_size + 7}>"
+
+
+def test_a_tokenizer_is_known_by_its_files(tmp_path: Path) -> None:
+    plain = load_tokenizer(byte_level(tmp_path / "a"))
+    again = load_tokenizer(byte_level(tmp_path / "b"))
+    other = load_tokenizer(byte_level(tmp_path / "c", {"bos_token": "<|im_end|>", "eos_token": "<|im_end|>"}))
+    assert plain.fingerprint() == again.fingerprint() != other.fingerprint()
+
+
+def test_bos_and_eos_come_from_the_config(tmp_path: Path) -> None:
+    config = {"bos_token": None, "eos_token": {"content": "<|eot_id|>"}}
+    tokenizer = load_tokenizer(byte_level(tmp_path, config))
+    assert tokenizer.piece(tokenizer.eos_id) == "<|eot_id|>"
+    assert tokenizer.bos_id == tokenizer.eos_id
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"bos_token": "<s>", "eos_token": "<nope>"}, "'<nope>'"),
+        ("{", "not JSON"),
+    ],
+)
+def test_a_wrong_config_is_an_error(tmp_path: Path, config: dict | str, words: str) -> None:
+    byte_level(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    with pytest.raises(UserError, match=words):
+        load_tokenizer(tmp_path)
+
+
+def test_special_tokens_in_a_text_are_read_and_shown_but_bos_and_eos_are_not(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(byte_level(tmp_path))
+    ids = tokenizer.encode("<|im_start|>a<|eot_id|>b<|im_end|>")
+    assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert tokenizer.decode(ids) == "a<|eot_id|>b"
+
+
+def test_files_are_what_a_checkpoint_needs(tmp_path: Path, tokenizer_path: Path) -> None:
+    assert load_tokenizer(tokenizer_path).files() == [tokenizer_path]
+    config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    tokenizer = load_tokenizer(byte_level(tmp_path, config, template=True))
+    names = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+    assert [file.name for file in tokenizer.files()] == names
+
+
+def test_a_tokenizer_is_found_in_the_folder_or_one_above(tmp_path: Path, tokenizer_path: Path) -> None:
+    model = tmp_path / "7B"
+    model.mkdir()
+    assert find_tokenizer(model) is None
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+    assert find_tokenizer(model) == tmp_path / "tokenizer.model"
+    byte_level(model)
+    assert find_tokenizer(model) == model / "tokenizer.json"
+    assert isinstance(load_tokenizer(model), HuggingFaceTokenizer)
+    assert isinstance(load_tokenizer(tmp_path), SentencePieceTokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "tiktoken"),
+        ("tokenizer.model", b"version https://git-lfs", "not a SentencePiece model"),
+        ("tokenizer.model", b"", "not a SentencePiece model"),
+        ("tokenizer.json", b"{}", "not a tokenizer.json"),
+        ("tokenizer.json", b"\xff", "not a tokenizer.json"),
+    ],
+)
+def test_what_is_not_a_tokenizer_is_an_error(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        load_tokenizer(tmp_path / name)
+
+
+def test_no_tokenizer_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no tokenizer in"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="there is no tokenizer"):
+        load_tokenizer(tmp_path / "tokenizer.model")
+
+
+def test_llamas_own_tokenizer(shared: Path) -> None:
+    tokenizer = load_tokenizer(shared / "assets/tokenizer")
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (32000, 1, 2)
+    assert tokenizer.fingerprint().startswith("9e556afd")
+    assert tokenizer.encode("Hello world", bos=True) == [1, 15043, 3186]
