@@ -26,7 +26,9 @@ def pick_device(name: str | None = None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}", "try --device cpu") from None
+        raise UserError(
+            f"device '{name}' cannot be used here: {str(error).splitlines()[0]}", "try --device cpu"
+        ) from None
     return device
 
 

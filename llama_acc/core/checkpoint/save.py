@@ -55,7 +55,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         file.write(text)
         for tensor in tensors.values():
             raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            file.write(memoryview(raw.numpy()))
+            file.write(raw.numpy().data)
 
 
 def write_state(folder: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:

@@ -121,7 +121,7 @@ def config_from_params(params: Mapping[str, Any], source: object = "model.params
     """
     known = {field.name: field for field in fields(ModelConfig)}
     problems = []
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in params.items():
         if key in _IGNORED or (value is None and key in known):
             continue
@@ -174,7 +174,7 @@ def read_params(paths: Sequence[Path]) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read the model's shape from {path}: {error}") from None
         if not isinstance(params, dict):
-            raise UserError(f"{path} must hold a JSON object such as {{\"dim\": 4096, ...}}")
+            raise UserError(f'{path} must hold a JSON object such as {{"dim": 4096, ...}}')
         union |= params
     return union
 

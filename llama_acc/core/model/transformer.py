@@ -120,8 +120,7 @@ class Transformer(nn.Module):
 
 
 def _call(block: nn.Module, x: Tensor, attend: Attend) -> Tensor:
-    result: Tensor = block(x, attend)
-    return result
+    return block(x, attend)
 
 
 def build_on_meta(config: ModelConfig, dtype: torch.dtype) -> Transformer:

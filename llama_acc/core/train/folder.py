@@ -47,7 +47,9 @@ class RunFolder:
             # The folder itself is locked, so no lock file can be left behind.
             self._lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
-            raise UserError(f"cannot use {path} as output folder: {error.strerror}", "choose another --output") from None
+            raise UserError(
+                f"cannot use {path} as output folder: {error.strerror}", "choose another --output"
+            ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -117,9 +119,5 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     else:
         return {prefix: values}
     return {
-        name: leaf
-        for key, value in pairs
-        for name, leaf in _flat(value, f"{prefix}.{key}" if prefix else key).items()
+        name: leaf for key, value in pairs for name, leaf in _flat(value, f"{prefix}.{key}" if prefix else key).items()
     }
-
-

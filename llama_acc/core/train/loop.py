@@ -15,7 +15,7 @@ from llama_acc.core.data.batches import MicroBatch, build, epoch_order, micro_ba
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.device import keep_freed_memory, peak_memory_gib
 from llama_acc.core.errors import RunError, UserError, listed
-from llama_acc.core.model.transformer import Transformer, build_on_meta, initialise
+from llama_acc.core.model.transformer import build_on_meta, initialise
 from llama_acc.core.train.events import Events
 from llama_acc.core.train.folder import RunFolder
 from llama_acc.core.train.interrupt import Interrupted, StopRequest
@@ -95,9 +95,7 @@ class Trainer:
         data = self.plan.train
         label_tokens = int(data.label_counts[items].sum())
         lr = self.learning_rate()
-        result = train_step(
-            self.model, self.optimizer, self.micro_batches(data, items), label_tokens, lr, self.device
-        )
+        result = train_step(self.model, self.optimizer, self.micro_batches(data, items), label_tokens, lr, self.device)
         self.step += 1
         facts = {
             "step": self.step,

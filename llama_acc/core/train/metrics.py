@@ -69,7 +69,9 @@ def draw_loss(metrics: list[Metrics], path: Path, title: str) -> None:
     few = len(training) < 30
     for points, label, style in ((training, "training", "-"), (validation, "validation", "o-")):
         if points:
-            axes.plot(*zip(*points, strict=True), style + ("o" if few and style == "-" else ""), label=label, ms=3, lw=1.2)
+            axes.plot(
+                *zip(*points, strict=True), style + ("o" if few and style == "-" else ""), label=label, ms=3, lw=1.2
+            )
     axes.set(title=title, xlabel="optimizer step", ylabel="loss per label token")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

@@ -99,19 +99,29 @@ class Plan:
         kept = min(saves, recipe.checkpoint.keep) if recipe.checkpoint.keep else saves
         lines = [
             ("recipe", f"{recipe.name}: {recipe.description}" if recipe.description else recipe.name),
-            ("model", f"{config.n_layers} layers, width {config.dim}, {config.n_heads} heads{grouped}, "
-                      f"vocabulary {config.vocab_size}"),
+            (
+                "model",
+                f"{config.n_layers} layers, width {config.dim}, {config.n_heads} heads{grouped}, "
+                f"vocabulary {config.vocab_size}",
+            ),
             ("weights", f"from {start}"),
             ("parameters", f"{count:,}, of which {count:,} train (method {recipe.tuning.method})"),
-            ("data", f"{len(data):,} items, {int(data.lengths.sum()):,} tokens, {int(data.label_counts.sum()):,} of them trained"
-                     f"{_counted(self.report['truncated'], 'cut')}{_counted(self.report['dropped'], 'dropped')}"),
+            (
+                "data",
+                f"{len(data):,} items, {int(data.lengths.sum()):,} tokens, "
+                f"{int(data.label_counts.sum()):,} of them trained"
+                f"{_counted(self.report['truncated'], 'cut')}{_counted(self.report['dropped'], 'dropped')}",
+            ),
         ]
         if self.validation is not None:
             lines.append(("validation", f"{len(self.validation):,} items"))
         lines += [
-            ("steps", f"{self.total_steps:,} of {recipe.train.global_batch_size} examples; "
-                      f"{self.steps_per_epoch:,} in an epoch, {recipe.train.epochs:g} epochs, "
-                      f"{recipe.train.precision}"),
+            (
+                "steps",
+                f"{self.total_steps:,} of {recipe.train.global_batch_size} examples; "
+                f"{self.steps_per_epoch:,} in an epoch, {recipe.train.epochs:g} epochs, "
+                f"{recipe.train.precision}",
+            ),
             ("checkpoints", f"{saves} of {_gib(self.checkpoint_bytes())}, the newest {kept} kept"),
         ]
         return lines
@@ -206,7 +216,9 @@ def _tokenizer_path(recipe: Recipe, layouts: list[Layout], recipe_folder: Path |
         if (path := find_tokenizer(layout.folder)) is not None:
             return path
     where = f" in {' or '.join(str(layout.folder) for layout in layouts)}" if layouts else ""
-    raise UserError(f"there is no tokenizer{where}", "give it with --tokenizer FILE (tokenizer.model or tokenizer.json)")
+    raise UserError(
+        f"there is no tokenizer{where}", "give it with --tokenizer FILE (tokenizer.model or tokenizer.json)"
+    )
 
 
 def _data(

@@ -34,8 +34,12 @@ def write_report(run: Path, plan: Plan, device: torch.device, seconds: float, st
         ("steps done", f"{steps[-1]['step']:,} of {plan.total_steps:,}"),
         ("loss", f"{steps[0]['loss']:.4f} at step {steps[0]['step']}, {steps[-1]['loss']:.4f} at the end"),
         *(
-            [("validation loss", f"{validation[0]['validation_loss']:.4f} first, "
-                                 f"{validation[-1]['validation_loss']:.4f} at the end")]
+            [
+                (
+                    "validation loss",
+                    f"{validation[0]['validation_loss']:.4f} first, {validation[-1]['validation_loss']:.4f} at the end",
+                )
+            ]
             if validation
             else []
         ),

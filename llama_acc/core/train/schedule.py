@@ -3,9 +3,7 @@
 import math
 
 
-def learning_rate(
-    epoch: float, *, epochs: float, warmup_epochs: float, lr: float, min_lr: float
-) -> float:
+def learning_rate(epoch: float, *, epochs: float, warmup_epochs: float, lr: float, min_lr: float) -> float:
     """Linear warm-up from 0 to `lr`, then half a cosine down to `min_lr` (LLaMA2-Accessory's schedule).
 
     Args:

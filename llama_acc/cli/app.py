@@ -1,0 +1,91 @@
+"""The command line: one file per subcommand, and one place that turns an error into a line and an exit code."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from llama_acc import __version__
+from llama_acc.cli import chat, finetune, recipes
+from llama_acc.core.errors import LlamaAccError
+
+app = typer.Typer(
+    name="llama-acc",
+    help="Fine-tune LLaMA models: from a checkpoint and a data file to a model you can talk to.",
+    epilog="First try: llama-acc finetune --recipe quickstart --output runs/quickstart",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"llama-acc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _everywhere(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error. Also: LLAMA_ACC_DEBUG=1.")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ["LLAMA_ACC_DEBUG"] = "1"
+
+
+def _reported(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a command so that what goes wrong ends in one clear message and the promised exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        from llama_acc.cli import console
+
+        try:
+            return command(*args, **kwargs)
+        except LlamaAccError as error:
+            if os.environ.get("LLAMA_ACC_DEBUG", "0") not in ("", "0"):
+                raise
+            console.error(error.message, error.hint)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            console.note("stopped by Ctrl-C")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            # Whoever read our output has seen enough; Python would complain once more when it flushes.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except Exception as error:
+            if os.environ.get("LLAMA_ACC_DEBUG", "0") not in ("", "0"):
+                raise
+            console.error(
+                f"{type(error).__name__}: {error}", "this is a fault of the program: add --debug to see where"
+            )
+            raise typer.Exit(1) from None
+
+    return run
+
+
+app.command("finetune", help=finetune.HELP)(_reported(finetune.finetune))
+app.command("chat", help=chat.HELP)(_reported(chat.chat))
+recipes.app.callback(invoke_without_command=True)(_reported(recipes.default))
+recipes.app.command("list", help="List the shipped recipes.")(_reported(recipes.list_recipes))
+recipes.app.command("show", help="Print a recipe.")(_reported(recipes.show))
+recipes.app.command("copy", help="Copy a recipe to a file, to change it.")(_reported(recipes.copy))
+app.add_typer(recipes.app, name="recipes", help=recipes.HELP)
+
+
+def main() -> None:
+    """The entry point `llama-acc`."""
+    # --debug is understood wherever it stands.
+    if "--debug" in sys.argv[1:]:
+        sys.argv = [sys.argv[0], "--debug", *(word for word in sys.argv[1:] if word != "--debug")]
+    app()

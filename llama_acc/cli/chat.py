@@ -1,0 +1,165 @@
+"""`llama-acc chat`: one answer for a script, or a conversation."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llama_acc.cli import console
+from llama_acc.core.errors import UserError
+
+if TYPE_CHECKING:
+    from llama_acc.core.inference import Conversation, LoadedModel
+
+HELP = """Talk to a model. A run's folder means its latest checkpoint.
+
+Examples:
+
+  llama-acc chat --ckpt runs/alpaca
+
+  llama-acc chat --ckpt runs/alpaca --prompt "Name three colours." --temperature 0
+
+  cat question.txt | llama-acc chat --ckpt runs/alpaca --prompt -
+"""
+
+COMMANDS = """/reset          forget the conversation
+/system TEXT    set the system text (without TEXT: show it)
+/save FILE      write the conversation to a JSON file
+/help           this list
+/quit           leave (also Ctrl-D)"""
+
+
+def chat(
+    ckpt: Annotated[
+        list[str],
+        typer.Option("--ckpt", metavar="DIR", help="Checkpoint or run folder; may repeat: a later one overrides."),
+    ],
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", metavar="TEXT|-", help="Print the answer to this alone; - reads standard input."),
+    ] = None,
+    template: Annotated[
+        str, typer.Option("--template", metavar="NAME", help="auto, alpaca, dialogue, none, ...: the prompt format.")
+    ] = "auto",
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="System text in place of the template's own.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Most tokens of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.7,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Draw from the likeliest tokens of this total probability.")
+    ] = 0.9,
+    seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answers.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", metavar="FILE", help="In place of the one beside the checkpoint.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare the SHA-256 of the checkpoint's files with its manifest.")
+    ] = False,
+) -> None:
+    """Talk to a model."""
+    from llama_acc.core.inference import Conversation, Sampling, load_model
+
+    sampling = Sampling(temperature, top_p, seed, max_new_tokens)
+    loaded = load_model(*ckpt, device=device, tokenizer=tokenizer, template=template, verify=verify)
+    conversation = Conversation(loaded, sampling)
+    if system is not None:
+        _set_system(conversation, loaded, system)
+    if loaded.template.name == "none" and template == "auto":
+        console.note("the checkpoint keeps no prompt format: template none, the text is continued as it stands")
+    if prompt is None:
+        _converse(conversation, loaded)
+        return
+    question = sys.stdin.read() if prompt == "-" else prompt
+    _print_pieces(conversation.ask(question))
+
+
+def _print_pieces(pieces: Iterator[str]) -> None:
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def _converse(conversation: "Conversation", loaded: "LoadedModel") -> None:
+    if console.is_terminal():
+        import readline  # noqa: F401  (input() then knows the arrow keys)
+
+        console.note(f"template: {loaded.template.name} ({loaded.template_from}). /help lists what else you can type.")
+        if loaded.template.kind == "single_turn":
+            console.note("this format was trained on single questions: each one stands alone, without the history")
+    while True:
+        try:
+            line = input("> " if console.is_terminal() else "").strip()
+        except EOFError:
+            return
+        if line.startswith("/"):
+            if line.split()[0] in ("/quit", "/exit"):
+                return
+            _command(line, conversation, loaded)
+        elif line:
+            _answer(conversation, line)
+
+
+def _answer(conversation: "Conversation", line: str) -> None:
+    try:
+        pieces = conversation.ask(line)
+    except UserError as error:
+        console.error(error.message, error.hint)
+        return
+    if conversation.dropped_turns:
+        console.note(f"the conversation is long: its {conversation.dropped_turns} oldest turns were forgotten")
+    try:
+        _print_pieces(pieces)
+    except KeyboardInterrupt:
+        sys.stdout.write("\n")
+        console.note("answer cut short; Ctrl-C again at the prompt to leave")
+
+
+def _command(line: str, conversation: "Conversation", loaded: "LoadedModel") -> None:
+    name, _, rest = line.partition(" ")
+    rest = rest.strip()
+    if name == "/reset":
+        conversation.reset()
+        console.note("forgotten")
+    elif name == "/system":
+        if rest:
+            try:
+                _set_system(conversation, loaded, rest)
+            except UserError as error:
+                console.error(error.message, error.hint)
+        shown = conversation.system if conversation.system is not None else getattr(loaded.template, "system", None)
+        console.note(f"system: {shown}" if shown else "there is no system text")
+    elif name == "/save":
+        _save(conversation, rest)
+    else:
+        if name != "/help":
+            console.error(f"there is no {name}")
+        console.note(COMMANDS)
+
+
+def _set_system(conversation: "Conversation", loaded: "LoadedModel", text: str) -> None:
+    if loaded.template.kind == "single_turn":
+        raise UserError(f"template {loaded.template.name} has no place for a system text")
+    conversation.system = text
+
+
+def _save(conversation: "Conversation", name: str) -> None:
+    """Writes the conversation as a data file of one dialogue."""
+    if not name:
+        console.error("to which file? /save FILE")
+        return
+    roles = {"human": "human", "assistant": "gpt"}
+    turns = [{"from": roles[role], "value": text} for role, text in conversation.turns]
+    try:
+        text = json.dumps([{"conversations": turns}], indent=1, ensure_ascii=False)
+        Path(name).expanduser().write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        console.error(f"cannot write {name}: {error.strerror}")
+        return
+    console.note(f"wrote {len(turns)} turns to {name}")

@@ -1,0 +1,134 @@
+"""What the user sees: results on standard output, everything else on standard error."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from llama_acc.core.train.plan import Plan
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def error(message: str, hint: str | None = None) -> None:
+    """Tells what is wrong, and what to type next."""
+    err.print(Text("error: ", style="bold red") + Text(message))
+    if hint:
+        err.print(Text("hint: ", style="bold") + Text(hint))
+
+
+def note(text: str) -> None:
+    """Tells something on the side."""
+    err.print(Text(text, style="dim" if err.is_terminal else ""))
+
+
+def pairs(lines: list[tuple[str, str]], console: Console | None = None) -> None:
+    """Prints subjects and texts in two columns."""
+    width = max(len(subject) for subject, _ in lines)
+    for subject, text in lines:
+        (console or err).print(Text(f"{subject:<{width}}  ", style="bold") + Text(text))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say it: 45 s, 3 min 20 s, 5 h 12 min, 2 d 4 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    units = [(86400, "d"), (3600, "h"), (60, "min"), (1, "s")]
+    first = next(i for i, (size, _) in enumerate(units) if whole >= size)
+    (size, name), (next_size, next_name) = units[first], units[first + 1]
+    return f"{whole // size} {name} {whole % size // next_size} {next_name}"
+
+
+class _Facts(ProgressColumn):
+    """Loss, learning rate, speed and memory of the newest step."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("facts", ""))
+
+
+class RunConsole:
+    """Watches a run (see `core.train.events.Events`): a bar on a terminal, a line every few seconds otherwise."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._last_line = 0.0
+        self._encoding_since: dict[str, float] = {}
+
+    def __enter__(self) -> "RunConsole":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def note(self, text: str) -> None:
+        """A line on the side."""
+        note(text)
+
+    def encoding(self, file: str, done: int, total: int) -> None:
+        """A sign of life where encoding takes longer than a few seconds."""
+        now = time.monotonic()
+        since = self._encoding_since.setdefault(file, now)
+        if now - max(since, self._last_line) > _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            note(f"encoding {file}: {done:,} of {total:,} items")
+
+    def plan(self, plan: "Plan") -> None:
+        """What will be done."""
+        pairs(plan.lines())
+        self._last_line = 0.0
+        if err.is_terminal:
+            self._progress = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=24),
+                _Facts(),
+                TimeRemainingColumn(compact=True),
+                TextColumn("left"),
+                console=err,
+            )
+            self._task = self._progress.add_task("train", total=plan.total_steps)
+            self._progress.start()
+
+    def step(self, metrics: dict[str, Any], plan: "Plan") -> None:
+        """Moves the bar, or prints a line now and then; always at the last step."""
+        facts = (
+            f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  {metrics['tokens_per_second']:,.0f} tokens/s  "
+            f"{metrics['peak_memory_gib']:.2f} GiB"
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, completed=metrics["step"], facts=facts)
+            return
+        now = time.monotonic()
+        if not self._last_line:
+            self._started, self._first = now, metrics["step"]
+        if now - self._last_line < _SECONDS_BETWEEN_LINES and metrics["step"] != plan.total_steps:
+            return
+        self._last_line = now
+        done = metrics["step"] - self._first
+        left = (plan.total_steps - metrics["step"]) * (now - self._started) / done if done else None
+        ending = "" if left is None or metrics["step"] == plan.total_steps else f"  {duration(left)} left"
+        err.print(f"step {metrics['step']}/{plan.total_steps}  {facts}{ending}", markup=False)
+
+    def validation(self, metrics: dict[str, Any]) -> None:
+        """The loss on held-out items."""
+        err.print(f"step {metrics['step']}: validation loss {metrics['validation_loss']:.4f}", markup=False)
+
+    def saved(self, checkpoint: Path) -> None:
+        """Where a checkpoint is."""
+        err.print(f"saved {checkpoint}", markup=False)
+
+
+def is_terminal() -> bool:
+    """Whether a person types the input."""
+    return sys.stdin.isatty()

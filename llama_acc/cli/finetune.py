@@ -1,0 +1,194 @@
+"""`llama-acc finetune`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llama_acc.cli import console
+from llama_acc.core.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from llama_acc.core.recipe import Recipe
+    from llama_acc.core.train.dry_run import Estimate
+    from llama_acc.core.train.plan import Plan
+
+HELP = """Fine-tune a model as a recipe says.
+
+Examples:
+
+  llama-acc finetune --recipe quickstart --output runs/quickstart
+
+  llama-acc finetune --recipe alpaca --pretrained llama-2-7b --data alpaca.json --output runs/alpaca
+
+  llama-acc finetune --recipe lima --pretrained llama-2-7b --data lima.json --dry-run train.epochs=1
+
+  llama-acc finetune --recipe lima --output runs/lima --resume
+"""
+
+
+def finetune(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Change any key of the recipe: train.epochs=1 optimizer.lr=1e-5",
+            show_default=False,
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", "-r", metavar="NAME|FILE", help="A shipped recipe (llama-acc recipes) or a YAML file."
+        ),
+    ] = None,
+    pretrained: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pretrained", metavar="DIR", help="Checkpoint to start from; may repeat: a later one overrides."
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="FILE", help="Data in place of the recipe's: file, folder or glob; may repeat."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", metavar="FILE", help="In place of the one beside the checkpoint.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="The run's folder. [default: runs/RECIPE]")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --output.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, show what would be trained, do not train.")
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu. [default: the first there is]"),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare the SHA-256 of the checkpoint's files with its manifest.")
+    ] = False,
+) -> None:
+    """Fine-tune a model as a recipe says."""
+    loaded, folder = _load_recipe(recipe, output, resume, overrides or [], pretrained, data, tokenizer)
+    output = output or (None if dry_run else Path("runs") / loaded.name)
+    if dry_run:
+        if resume:
+            raise UserError("--dry-run and --resume cannot be combined")
+        _dry_run(loaded, output, folder, device, verify)
+        return
+    assert output is not None
+    _train(loaded, output, folder, resume, device, verify)
+
+
+def _load_recipe(
+    name: str | None,
+    output: Path | None,
+    resume: bool,
+    overrides: list[str],
+    pretrained: list[str] | None,
+    data: list[str] | None,
+    tokenizer: str | None,
+) -> "tuple[Recipe, Path | None]":
+    """The recipe with what the command line changes, and the folder its relative paths are looked for in first."""
+    from llama_acc.core.recipe import RECIPES_FOLDER, Recipe, find_recipe
+
+    if name is None and resume and output is not None and (output / "recipe.yaml").is_file():
+        name = str(output / "recipe.yaml")
+    if name is None:
+        raise UserError(
+            "which recipe? --recipe is missing", "`llama-acc recipes` lists them; begin with --recipe quickstart"
+        )
+    path = find_recipe(name)
+    loaded = Recipe.load(path if path.parent != RECIPES_FOLDER else name, overrides)
+    if pretrained:
+        loaded.model.pretrained = pretrained[0] if len(pretrained) == 1 else pretrained
+    elif any(override.startswith("model.params") for override in overrides):
+        loaded.model.pretrained = None
+    if data:
+        first = loaded.data.sources[0]
+        loaded.data.sources = [first.model_copy(update={"path": file, "ratio": 1.0}) for file in data]
+    if tokenizer is not None:
+        loaded.model.tokenizer = tokenizer
+    return loaded, None if path.parent == RECIPES_FOLDER else path.parent.absolute()
+
+
+def _train(recipe: "Recipe", output: Path, folder: Path | None, resume: bool, device: str | None, verify: bool) -> None:
+    from llama_acc.core.train.interrupt import Interrupted
+    from llama_acc.core.train.run import finetune as run
+
+    again = f"llama-acc finetune --output {output} --resume"
+    with console.RunConsole() as watcher:
+        try:
+            finished = run(
+                recipe,
+                output,
+                resume=resume,
+                device=device,
+                recipe_folder=folder,
+                events=watcher,
+                handle_signals=True,
+                verify=verify,
+            )
+        except Interrupted as interrupted:
+            console.note(f"stopped; go on with: {again}")
+            raise typer.Exit(interrupted.exit_code) from None
+        except RunError as error:
+            raise RunError(error.message, error.hint or f"go on with: {again}") from error
+    console.note(f"loss {finished.loss:.4f}; the report is {output / 'report.md'}; talk to it with:")
+    typer.echo(f"llama-acc chat --ckpt {output}")
+
+
+def _dry_run(recipe: "Recipe", output: Path | None, folder: Path | None, device: str | None, verify: bool) -> None:
+    from llama_acc.core.train.dry_run import dry_run
+
+    with console.RunConsole() as watcher:
+        plan, estimate = dry_run(recipe, output, device=device, recipe_folder=folder, events=watcher, verify=verify)
+    _show_dry_run(plan, estimate)
+
+
+def _show_dry_run(plan: "Plan", estimate: "Estimate") -> None:
+    lengths = plan.report["lengths"]
+    disk = min(plan.save_count(), plan.recipe.checkpoint.keep or plan.save_count()) * plan.checkpoint_bytes()
+    console.pairs(
+        [
+            *plan.lines(),
+            ("lengths", ", ".join(f"{name} {value}" for name, value in lengths.items()) + " tokens"),
+            ("truncated", f"{plan.report['truncated']:,} items are longer than {plan.recipe.data.max_tokens} tokens"),
+            ("label tokens", f"{plan.report['label_tokens']:,} of {plan.report['tokens']:,}"),
+            ("time", f"about {console.duration(estimate.seconds)} for the steps ({estimate.how})"),
+            ("disk", f"{disk / 2**30:.2f} GiB for the checkpoints that stay"),
+        ],
+        console.out,
+    )
+    for number in range(min(2, len(plan.train))):
+        console.out.print()
+        console.out.print(f"example {number + 1}: {plan.train.origin(number)} ", style="bold", markup=False, end="")
+        console.out.print(
+            "(trained tokens in green)" if console.out.is_terminal else "(trained tokens between ⟦ and ⟧)"
+        )
+        console.out.print(_example(plan, number))
+
+
+def _example(plan: "Plan", number: int) -> "Text":
+    """A document's text as the model sees it, token by token; what is trained stands out."""
+    from rich.text import Text
+
+    from llama_acc.core.tokenizer import StreamDecoder
+
+    tokens, labelled = plan.train.document(number)
+    decoder, text, inside = StreamDecoder(plan.tokenizer), Text(), False
+    special = {plan.tokenizer.bos_id, plan.tokenizer.eos_id}
+    for token, trained in zip(tokens.tolist(), labelled.tolist(), strict=True):
+        if trained != inside and not console.out.is_terminal:
+            text.append("⟦" if trained else "⟧")
+        inside = trained
+        shown = plan.tokenizer.piece(token) if token in special else decoder.push(token)
+        text.append(shown, style="green" if trained else "dim")
+    text.append(decoder.flush(), style="green" if inside else "dim")
+    if inside and not console.out.is_terminal:
+        text.append("⟧")
+    return text

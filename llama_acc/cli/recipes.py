@@ -1,0 +1,69 @@
+"""`llama-acc recipes`: list, show, copy."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llama_acc.cli import console
+from llama_acc.core.errors import UserError
+
+HELP = """Recipes: everything a run is, in one YAML file.
+
+Examples:
+
+  llama-acc recipes
+
+  llama-acc recipes show lima
+
+  llama-acc recipes copy lima my.yaml    (then: llama-acc finetune --recipe my.yaml ...)
+"""
+
+app = typer.Typer()
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def default(context: typer.Context) -> None:
+    """Without a subcommand, list the recipes."""
+    if context.invoked_subcommand is None:
+        list_recipes()
+
+
+def list_recipes(as_json: Json = False) -> None:
+    """List the shipped recipes."""
+    from llama_acc.core.recipe import Recipe, recipe_names
+
+    found = [Recipe.load(name) for name in recipe_names()]
+    if as_json:
+        typer.echo(json.dumps([{"name": recipe.name, "description": recipe.description} for recipe in found], indent=1))
+    else:
+        console.pairs([(recipe.name, recipe.description) for recipe in found], console.out)
+
+
+def show(name: Annotated[str, typer.Argument(help="A shipped recipe, or a file.")]) -> None:
+    """Print a recipe as it is written; every other key has its default (see docs/recipes.md)."""
+    from llama_acc.core.recipe import Recipe, find_recipe
+
+    path = find_recipe(name)
+    Recipe.load(path)
+    typer.echo(path.read_text(encoding="utf-8"), nl=False)
+
+
+def copy(
+    name: Annotated[str, typer.Argument(help="A shipped recipe, or a file.")],
+    file: Annotated[Path, typer.Argument(help="Where to write it; it must not exist yet.")],
+) -> None:
+    """Copy a recipe to a file, to change it."""
+    from llama_acc.core.recipe import find_recipe
+
+    text = find_recipe(name).read_text(encoding="utf-8")
+    try:
+        with file.open("x", encoding="utf-8") as target:
+            target.write(text)
+    except FileExistsError:
+        raise UserError(f"{file} exists already", "choose another name, or remove it") from None
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from None
+    console.note(f"wrote {file}; use it with: llama-acc finetune --recipe {file} ...")

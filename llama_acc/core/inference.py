@@ -1,0 +1,286 @@
+"""A trained model to talk to: loading, generation token by token, conversations.
+
+model = load_model("runs/alpaca")
+print(generate(model, "Name three colours.", temperature=0))
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama_acc.core.checkpoint.files import check_manifest
+from llama_acc.core.checkpoint.layout import inspect, locate, read_config
+from llama_acc.core.checkpoint.shards import check_tensors, fill, read_weights
+from llama_acc.core.data.templates import ChatTemplate, Template, get_template, template_of_folder
+from llama_acc.core.device import pick_device
+from llama_acc.core.errors import UserError
+from llama_acc.core.model.attention import KVCache
+from llama_acc.core.model.transformer import Transformer, build_on_meta
+from llama_acc.core.tokenizer import StreamDecoder, Tokenizer, find_tokenizer, load_tokenizer
+
+Turn = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; above, probabilities are softmax(logits / temperature).
+        top_p: only the likeliest tokens that together reach this probability are drawn from.
+        seed: of the generator; None = a new one each time.
+        max_new_tokens: most tokens of an answer.
+    """
+
+    temperature: float = 0.7
+    top_p: float = 0.9
+    seed: int | None = None
+    max_new_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"the temperature must not be negative, but is {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top-p must be above 0 and at most 1, but is {self.top_p}")
+        if self.max_new_tokens < 1:
+            raise UserError(f"at least 1 new token must be allowed, not {self.max_new_tokens}")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its tokenizer and the prompt format it was trained with.
+
+    Attributes:
+        model: its parameters may lie in the checkpoint's file; they must not be trained.
+        tokenizer: its tokenizer.
+        template: its prompt format.
+        template_from: where that came from, for the user.
+        device: where it computes.
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer
+    template: Template | ChatTemplate
+    template_from: str
+    device: torch.device
+
+
+def load_model(
+    *checkpoints: str | Path,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    tokenizer: str | Path | None = None,
+    template: str = "auto",
+    verify: bool = False,
+) -> LoadedModel:
+    """Loads a checkpoint for generation.
+
+    Args:
+        checkpoints: folders, or run folders (their latest checkpoint); a later one overrides an earlier one.
+        device: such as "cpu"; None picks CUDA, then MPS, then CPU.
+        dtype: type of weights and activations; None = the checkpoint's.
+        tokenizer: its file; None = the one beside the checkpoint.
+        template: a prompt format's name; "auto" = the one kept in the checkpoint, else its chat template, else none.
+        verify: compare the SHA-256 of every file with the manifest.
+
+    Raises:
+        UserError: something is missing, damaged or does not fit.
+    """
+    layouts = [inspect(locate(str(checkpoint))) for checkpoint in checkpoints]
+    last = layouts[-1].folder
+    config = read_config(layouts)
+    if config is None:
+        raise UserError(f"{last} has no params.json or config.json: the model's shape is not known")
+    path = find_tokenizer(last) if tokenizer is None else Path(tokenizer)
+    if path is None:
+        raise UserError(f"there is no tokenizer in {last}", "put tokenizer.model or tokenizer.json beside the weights")
+    words = load_tokenizer(path)
+    config = config.with_vocabulary(words.vocab_size)
+    config.check_tokenizer(words.vocab_size, path)
+    chosen: tuple[Template | ChatTemplate, str]
+    chosen = template_of_folder(last, words) if template == "auto" else (get_template(template), "asked for")
+    for layout in layouts:
+        check_manifest(layout.folder, contents=verify)
+    weights = read_weights(layouts)
+    check_tensors(weights.tensors, config.parameter_shapes(), last)
+    own_dtype = weights.tensors["output.weight"].dtype
+    if dtype is None:
+        dtype = own_dtype if own_dtype in (torch.float32, torch.bfloat16) else torch.float32
+    target = pick_device(device)
+    model = build_on_meta(config, dtype).requires_grad_(False)
+    fill(model, weights, target, dtype, copy=False)
+    return LoadedModel(model, words, *chosen, target)
+
+
+class Generator:
+    """Continues token sequences, keeping the keys and values of what it has already seen."""
+
+    def __init__(self, loaded: LoadedModel, sampling: Sampling) -> None:
+        self.model, self.device, self.sampling = loaded.model, loaded.device, sampling
+        self.eos_id = loaded.tokenizer.eos_id
+        self._cache = KVCache(loaded.model.config.n_layers)
+        self._seen: list[int] = []
+        self._random = torch.Generator(device="cpu")
+        if sampling.seed is None:
+            self._random.seed()
+        else:
+            self._random.manual_seed(sampling.seed)
+
+    @torch.inference_mode()
+    def tokens(self, prompt: Sequence[int]) -> Iterator[int]:
+        """The tokens that follow `prompt`, up to EOS (which is not given) or the sampling's limit.
+
+        Whatever the prompt shares with the tokens seen before is not computed again.
+        """
+        shared = 0
+        # The last token of the prompt is always fed: its output is needed.
+        for old, new in zip(self._seen, prompt[:-1], strict=False):
+            if old != new:
+                break
+            shared += 1
+        self._cache.truncate(shared)
+        self._seen = list(prompt[:shared])
+        feed = list(prompt[shared:])
+        room = self.model.config.max_seq_len - len(prompt)
+        for _ in range(min(self.sampling.max_new_tokens, room)):
+            token = self._choose(self._logits(feed))
+            if token == self.eos_id:
+                return
+            yield token
+            feed = [token]
+
+    def _logits(self, feed: list[int]) -> Tensor:
+        start = self._cache.length
+        tokens = torch.tensor(feed, device=self.device)
+        positions = torch.arange(start, start + len(feed), device=self.device)
+        hidden = self.model(tokens, positions, [len(feed)], cache=self._cache)
+        self._seen += feed
+        return self.model.logits(hidden[-1])
+
+    def _choose(self, logits: Tensor) -> int:
+        if self.sampling.temperature == 0:
+            return int(logits.argmax())
+        # Drawn on the CPU, so that a seed gives the same answer on every device with the same logits.
+        probabilities = torch.softmax(logits.cpu() / self.sampling.temperature, -1)
+        ordered, order = probabilities.sort(descending=True, stable=True)
+        # Keep a token if those before it have not yet reached top_p; the first is always kept.
+        ordered[ordered.cumsum(-1) - ordered >= self.sampling.top_p] = 0.0
+        return int(order[torch.multinomial(ordered, 1, generator=self._random)])
+
+
+def visible_text(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
+    """Passes text on as it comes, up to the first stop string; what could be the start of one is held back."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [position for stop in stops if (position := held.find(stop)) >= 0]
+        if found:
+            if held[: min(found)]:
+                yield held[: min(found)]
+            return
+        keep = max((_overlap(held, stop) for stop in stops), default=0)
+        if keep < len(held):
+            yield held[: len(held) - keep]
+            held = held[len(held) - keep :]
+    if held:
+        yield held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Conversation:
+    """Questions and answers with the whole history in view.
+
+    Attributes:
+        turns: ("human" | "assistant", text) so far.
+        system: the system text; None = the template's own.
+    """
+
+    def __init__(self, loaded: LoadedModel, sampling: Sampling) -> None:
+        self.loaded = loaded
+        self.turns: list[Turn] = []
+        self.system: str | None = None
+        self._generator = Generator(loaded, sampling)
+
+    def reset(self) -> None:
+        """Forgets all turns."""
+        self.turns = []
+
+    def ask(self, question: str) -> Iterator[str]:
+        """The answer, piece by piece. The turns are kept, also of an answer that is not listened to till its end.
+
+        Raises:
+            UserError: the question alone is longer than the model's context, or is not text.
+        """
+        question = _checked_text(question)
+        prompt, dropped = self._prompt([*self.turns, ("human", question)])
+        self.turns = [*self.turns[dropped:], ("human", question)]
+        self.dropped_turns = dropped
+        return self._answer(prompt)
+
+    def _answer(self, prompt: list[int]) -> Iterator[str]:
+        decoder = StreamDecoder(self.loaded.tokenizer)
+
+        def pieces() -> Iterator[str]:
+            for token in self._generator.tokens(prompt):
+                yield decoder.push(token)
+            yield decoder.flush()
+
+        answer = ""
+        try:
+            for text in visible_text(pieces(), self.loaded.template.stop):
+                # A template that ends a prompt with "Assistant:" leaves the space before the answer to the model.
+                shown = text.lstrip() if not answer and self.loaded.template.kind == "dialogue" else text
+                answer += shown
+                if shown:
+                    yield shown
+        finally:
+            self.turns.append(("assistant", answer.rstrip() if self.loaded.template.kind == "dialogue" else answer))
+
+    def _prompt(self, turns: list[Turn]) -> tuple[list[int], int]:
+        """The prompt in tokens, and how many of the oldest turns had to go for it to leave room for an answer."""
+        template, tokenizer = self.loaded.template, self.loaded.tokenizer
+        context = self.loaded.model.config.max_seq_len
+        room = context - min(self._generator.sampling.max_new_tokens, context // 4)
+        dropped = 0
+        while True:
+            ids = template.prompt_ids(tokenizer, turns[dropped:], self.system)
+            # Without BOS and text there is nothing to go on from.
+            ids = ids or [tokenizer.bos_id]
+            if len(ids) <= room or (dropped >= len(turns) - 1 and len(ids) < context):
+                return ids, dropped
+            if dropped >= len(turns) - 1:
+                raise UserError(f"the prompt has {len(ids)} tokens, the model's context is {context}", "shorten it")
+            # A question goes with its answer.
+            dropped += 2 if dropped + 1 < len(turns) and turns[dropped + 1][0] == "assistant" else 1
+
+
+def _checked_text(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"the text is not valid Unicode at character {error.start + 1}") from None
+    return text
+
+
+def generate(
+    loaded: LoadedModel,
+    prompt: str,
+    *,
+    system: str | None = None,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    seed: int | None = None,
+    max_new_tokens: int = 512,
+) -> str:
+    """The model's answer to one prompt, in the format it was trained with; see `Sampling` for the arguments."""
+    sampling = Sampling(temperature, top_p, seed, max_new_tokens)
+    conversation = Conversation(loaded, sampling)
+    conversation.system = system
+    return "".join(conversation.ask(prompt))
