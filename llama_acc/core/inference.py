@@ -18,7 +18,7 @@ from llama_acc.core.data.templates import ChatTemplate, Template, get_template, 
 from llama_acc.core.device import pick_device
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.attention import KVCache
-from llama_acc.core.model.transformer import Transformer, build_on_meta
+from llama_acc.core.model.transformer import Transformer, build_on_meta, pack_small
 from llama_acc.core.tokenizer import StreamDecoder, Tokenizer, find_tokenizer, load_tokenizer
 
 Turn = tuple[str, str]
@@ -112,6 +112,7 @@ def load_model(
     target = pick_device(device)
     model = build_on_meta(config, dtype).requires_grad_(False)
     fill(model, weights, target, dtype, copy=False)
+    pack_small(model)
     return LoadedModel(model, words, *chosen, target)
 
 
@@ -158,7 +159,7 @@ class Generator:
         positions = torch.arange(start, start + len(feed), device=self.device)
         hidden = self.model(tokens, positions, [len(feed)], cache=self._cache)
         self._seen += feed
-        return self.model.logits(hidden[-1])
+        return self.model.logits(hidden[-1:])[0]
 
     def _choose(self, logits: Tensor) -> int:
         if self.sampling.temperature == 0:

@@ -36,7 +36,7 @@ class Layout:
 
 
 def locate(name: str) -> Path:
-    """A checkpoint folder from what the user typed: a folder, a run's folder (its latest checkpoint), a downloaded name.
+    """The checkpoint folder the user means: a folder, a run's folder (its latest checkpoint) or a downloaded name.
 
     Raises:
         UserError: nothing is there.

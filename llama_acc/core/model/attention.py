@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.layers import Linear, rotate
+from llama_acc.core.model.layers import Linear, Packed, rotate
 
 
 class LayerCache:
@@ -72,8 +72,10 @@ class DocumentAttention:
     @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Attend`."""
-        q, k, v = rotated_heads(q, k, v, self.rotations)
-        return attend_documents(q, k, v, self.lengths).flatten(1)
+        heads = (-1, 2 * self.rotations.shape[-1])
+        q = rotate(q.unflatten(-1, heads), self.rotations)
+        k = rotate(k.unflatten(-1, heads), self.rotations)
+        return attend_documents(q, k, v.unflatten(-1, heads), self.lengths).flatten(1)
 
 
 class CachedAttention:
@@ -87,12 +89,19 @@ class CachedAttention:
     @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Attend`."""
-        q, k, v = rotated_heads(q, k, v, self.rotations)
-        return attend_cached(q, *self.layer.append(k, v, self.start)).flatten(1)
+        heads = (-1, 2 * self.rotations.shape[-1])
+        # Queries and keys are rotated together: for a single token the calls cost more than their work.
+        together = rotate(torch.cat((q, k), -1).unflatten(-1, heads), self.rotations)
+        q, k = together.split((q.shape[-1] // heads[1], k.shape[-1] // heads[1]), 1)
+        return attend_cached(q, *self.layer.append(k, v.unflatten(-1, heads), self.start)).flatten(1)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions.
+
+    Attributes:
+        packed: wq, wk and wv in one, or None; see `transformer.pack_small`.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -101,16 +110,13 @@ class Attention(nn.Module):
         self.wk = Linear(config.dim, kv_dim)
         self.wv = Linear(config.dim, kv_dim)
         self.wo = Linear(config.dim, config.dim)
+        self.packed: Packed | None = None
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """[T, dim] to [T, dim]."""
+        if self.packed is not None:
+            return self.wo(attend(*self.packed(x)))
         return self.wo(attend(self.wq(x), self.wk(x), self.wv(x)))
-
-
-def rotated_heads(q: Tensor, k: Tensor, v: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Splits [T, H*D] and [T, K*D] into heads of D and rotates q and k to their positions."""
-    heads = (-1, 2 * rotations.shape[-1])
-    return rotate(q.unflatten(-1, heads), rotations), rotate(k.unflatten(-1, heads), rotations), v.unflatten(-1, heads)
 
 
 def attend_documents(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-# Rows per chunk. 256 rows of 32000 float32 logits are 31 MiB; fewer rows make the products slower, more only cost memory.
+# 256 rows of 32000 float32 logits are 31 MiB; fewer rows make the products slower, more only cost memory.
 CHUNK_ROWS = 256
 
 

@@ -16,21 +16,27 @@ from torch import Tensor, nn
 from llama_acc.core.model.attention import Attend, Attention, CachedAttention, DocumentAttention, KVCache
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.cross_entropy import linear_cross_entropy
-from llama_acc.core.model.layers import Embedding, Linear, RMSNorm, rotary_table
+from llama_acc.core.model.layers import Embedding, Linear, Packed, RMSNorm, rotary_table
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+    """SwiGLU: w2(silu(w1 x) * w3 x).
+
+    Attributes:
+        packed: w1 and w3 in one, or None; see `pack_small`.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.w1 = Linear(config.dim, config.hidden_dim)
         self.w2 = Linear(config.hidden_dim, config.dim)
         self.w3 = Linear(config.dim, config.hidden_dim)
+        self.packed: Packed | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, dim] to [T, dim]."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, up = (self.w1(x), self.w3(x)) if self.packed is None else self.packed(x)
+        return self.w2(F.silu(gate) * up)
 
 
 class TransformerBlock(nn.Module):
@@ -127,6 +133,20 @@ def build_on_meta(config: ModelConfig, dtype: torch.dtype) -> Transformer:
     """A model without storage, computing in `dtype`."""
     with torch.device("meta"):
         return Transformer(config, dtype)
+
+
+def pack_small(model: Transformer) -> None:
+    """Joins the matrices that share an input, for generation with a small model: fewer calls for each token.
+
+    In a larger model the time is that of reading the weights, and packing would only copy them.
+    """
+    if model.config.dim > 1024:
+        return
+    for block in model.layers:
+        assert isinstance(block, TransformerBlock)
+        attention, feed_forward = block.attention, block.feed_forward
+        attention.packed = Packed([attention.wq, attention.wk, attention.wv])
+        feed_forward.packed = Packed([feed_forward.w1, feed_forward.w3])
 
 
 def initialise(model: Transformer, seed: int) -> None:

@@ -14,7 +14,7 @@ from llama_acc.core.errors import UserError, listed
 from llama_acc.core.recipe import Recipe
 
 _DRY_RUN_FILES = {"recipe.yaml", "data.json"}
-# A resumed run may be prolonged, logged and saved otherwise, or spread over other processes; it must not be another run.
+# A resumed run may be prolonged, logged, saved or spread over processes otherwise; it must not be another run.
 _MAY_CHANGE = {
     "name",
     "description",

@@ -1,0 +1,105 @@
+"""llama-acc on the baselines' tasks: the same items, order, weights and options; one JSON line.
+
+python benchmarks/ours.py train --shape 15M --data alpaca.json --tokenizer tokenizer.model [--precision bf16]
+python benchmarks/ours.py generate --shape 15M --data ... --tokenizer ... --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import numpy as np
+import torch
+from baselines import (
+    BETAS,
+    CLIP_NORM,
+    LEARNING_RATE,
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    Item,
+    add_task_arguments,
+    checkpoint_folder,
+    generation_result,
+    load_items,
+    micro_batches,
+    training_result,
+)
+
+from llama_acc import load_model
+from llama_acc.core.checkpoint.layout import inspect, read_config
+from llama_acc.core.checkpoint.shards import fill, read_weights
+from llama_acc.core.data.batches import MicroBatch
+from llama_acc.core.device import keep_freed_memory
+from llama_acc.core.inference import Generator, Sampling
+from llama_acc.core.model.transformer import build_on_meta
+from llama_acc.core.train.optimizer import ClippedAdamW
+from llama_acc.core.train.step import train_step
+
+CPU = torch.device("cpu")
+
+
+def stream(items: list[Item]) -> MicroBatch:
+    """The items end to end."""
+    return MicroBatch(
+        tokens=np.concatenate([np.array(item.tokens, dtype=np.int64) for item in items]),
+        targets=np.concatenate([np.array([*item.labels[1:], -100], dtype=np.int64) for item in items]),
+        positions=np.concatenate([np.arange(len(item.tokens), dtype=np.int64) for item in items]),
+        lengths=[len(item.tokens) for item in items],
+    )
+
+
+def run_train(args: argparse.Namespace) -> dict:
+    """Train one pass with llama-acc's model, loss and optimizer."""
+    keep_freed_memory()
+    batches = micro_batches(load_items(args), args.batch_size)
+    layout = inspect(checkpoint_folder(args))
+    config = read_config([layout])
+    assert config is not None
+    model = build_on_meta(config, torch.bfloat16 if args.precision == "bf16" else torch.float32)
+    fill(model, read_weights([layout]), CPU, torch.float32, copy=True)
+    optimizer = ClippedAdamW(model, betas=BETAS, eps=1e-8, weight_decay=0.0, clip_grad_norm=CLIP_NORM)
+    losses = []
+    start = time.perf_counter()
+    for items in batches:
+        batch = stream(items)
+        label_tokens = int((batch.targets != -100).sum())
+        losses.append(train_step(model, optimizer, [batch], label_tokens, LEARNING_RATE, CPU).loss.item())
+    return training_result(args, batches, time.perf_counter() - start, losses) | {"precision": args.precision}
+
+
+def run_generate(args: argparse.Namespace) -> dict:
+    """Generate greedily with llama-acc; the median of three runs after a short one to warm up."""
+    prompt = load_items(args)[0].tokens[:PROMPT_TOKENS]
+    loaded = load_model(checkpoint_folder(args), device="cpu", dtype=getattr(torch, args.dtype))
+
+    def answer(new_tokens: int) -> int:
+        generator = Generator(loaded, Sampling(temperature=0, max_new_tokens=new_tokens))
+        generator.eos_id = -1  # every run makes exactly as many tokens as asked
+        return sum(1 for _ in generator.tokens(prompt))
+
+    answer(8)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        made = answer(NEW_TOKENS)
+        seconds.append(time.perf_counter() - start)
+        if made != NEW_TOKENS:
+            raise RuntimeError(f"generated {made} tokens instead of {NEW_TOKENS}")
+    return generation_result(args, statistics.median(seconds))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="llama-acc on a task, one JSON line.")
+    parser.add_argument("name", choices=["train", "generate"])
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="for train only")
+    add_task_arguments(parser)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(json.dumps({"train": run_train, "generate": run_generate}[args.name](args)))
+
+
+if __name__ == "__main__":
+    main()
