@@ -1,6 +1,7 @@
 """The shape of a LLaMA: params.json as Meta writes it, and the sizes people know by name. Imports no torch."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -126,10 +127,12 @@ def config_from_params(params: Mapping[str, Any], source: object = "model.params
         if key in _IGNORED or (value is None and key in known):
             continue
         if key not in known:
-            problems.append(f"unknown key '{key}' {did_you_mean(key, known)}".rstrip())
+            hint = did_you_mean(key, known)
+            problems.append(f"unknown key '{key}'" + (f": {hint}" if hint else ""))
             continue
         kind = float if key in {"ffn_dim_multiplier", "norm_eps", "rope_theta", "rope_scaling"} else int
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or kind(value) != value:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or kind(value) != value:
             problems.append(f"{key}: {'a number' if kind is float else 'a whole number'} is expected, not {value!r}")
             continue
         values[key] = kind(value)

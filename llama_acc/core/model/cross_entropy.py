@@ -12,30 +12,38 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-# 256 rows of 32000 float32 logits are 31 MiB; fewer rows make the products slower, more only cost memory.
-CHUNK_ROWS = 256
+# Rows per matrix product, 62 MiB of float32 logits at a vocabulary of 32000: fewer make it slower, more cost memory.
+CHUNK_ROWS = 512
+# Rows whose softmax is made at once on a CPU: their logits should stay in its cache between the passes over them.
+_CACHED_ROWS = 64
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> Tensor:
-        needs_gradient = hidden.requires_grad or weight.requires_grad
         rows = (targets != IGNORED).nonzero().squeeze(1)
-        compute_weight = weight.detach().to(hidden.dtype)
         picked, picked_targets = hidden.detach()[rows], targets[rows]
-        d_picked = torch.empty_like(picked) if needs_gradient else None
-        d_weight = None
-        if needs_gradient and weight.requires_grad:
-            d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        compute_weight = weight.detach().to(hidden.dtype)
+        logits = picked.new_empty(min(len(rows), CHUNK_ROWS), len(weight))
+        d_picked = torch.empty_like(picked) if hidden.requires_grad else None
+        d_weight = torch.empty_like(weight) if weight.requires_grad else None
+        if d_weight is not None and not len(rows):
+            d_weight.zero_()
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, rows.numel(), CHUNK_ROWS):
+        for start in range(0, len(rows), CHUNK_ROWS):
             chunk = slice(start, start + CHUNK_ROWS)
-            loss += _chunk(picked[chunk], compute_weight, picked_targets[chunk], scale, d_picked, d_weight, chunk)
+            x = picked[chunk]
+            d_logits = torch.mm(x, compute_weight.t(), out=logits[: len(x)])
+            loss += _softmax_minus_one_hot_(d_logits, picked_targets[chunk])
+            if d_picked is not None:
+                torch.mm(d_logits, compute_weight, out=d_picked[chunk])
+            if d_weight is not None:
+                _accumulate(d_weight, d_logits, x * scale, first=start == 0)
         d_hidden = None
         if d_picked is not None:
-            d_hidden = torch.zeros_like(hidden).index_copy_(0, rows, d_picked)
+            d_hidden = torch.zeros_like(hidden).index_copy_(0, rows, d_picked.mul_(scale))
         ctx.save_for_backward(d_hidden, d_weight)
-        return loss
+        return loss * scale
 
     @staticmethod
     def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -43,31 +51,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return gradients[0], gradients[1], None, None
 
 
-def _chunk(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    scale: float,
-    d_hidden: Tensor | None,
-    d_weight: Tensor | None,
-    chunk: slice,
-) -> Tensor:
-    """The scaled loss of some rows, all labelled; their gradients are written into d_hidden and added to d_weight."""
-    log_probabilities = (hidden @ weight.t()).float()
-    torch.log_softmax(log_probabilities, -1, out=log_probabilities)
-    picked = log_probabilities.gather(1, targets.unsqueeze(1))
-    if d_hidden is not None:
-        # d loss / d logits = softmax - one-hot.
-        d_logits = log_probabilities.exp_()
-        d_logits.scatter_add_(1, targets.unsqueeze(1), torch.full_like(picked, -1.0))
-        d_logits = d_logits.to(hidden.dtype)
-        torch.mm(d_logits, weight, out=d_hidden[chunk]).mul_(scale)
-        if d_weight is not None:
-            if d_weight.dtype == hidden.dtype:
-                d_weight.addmm_(d_logits.t(), hidden * scale)
-            else:
-                d_weight.add_(d_logits.t() @ (hidden * scale))
-    return -picked.sum() * scale
+def _softmax_minus_one_hot_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Turns logits [R, V] into the gradient of their summed cross-entropy, in place; returns that sum, in float32."""
+    loss = torch.zeros((), dtype=torch.float32, device=logits.device)
+    block = _CACHED_ROWS if logits.device.type == "cpu" else len(logits)
+    for rows, wanted in zip(logits.split(block), targets.unsqueeze(1).split(block), strict=True):
+        # Of float32 logits this is `rows` itself, and everything happens in place.
+        probabilities = rows.float()
+        torch.log_softmax(probabilities, -1, out=probabilities)
+        loss -= probabilities.gather(1, wanted).sum()
+        probabilities.exp_()
+        probabilities.scatter_add_(1, wanted, probabilities.new_full(wanted.shape, -1.0))
+        rows.copy_(probabilities)
+    return loss
+
+
+def _accumulate(d_weight: Tensor, d_logits: Tensor, x: Tensor, first: bool) -> None:
+    """Adds d_logits^T x [V, dim] to d_weight, or writes it there."""
+    if d_weight.dtype == x.dtype:
+        d_weight.addmm_(d_logits.t(), x, beta=0 if first else 1)
+    elif first:
+        d_weight.copy_(d_logits.t() @ x)
+    else:
+        d_weight.add_(d_logits.t() @ x)
 
 
 def _times(gradient: Tensor | None, factor: Tensor) -> Tensor | None:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 # Elements of a bf16 matrix up to which one row is multiplied faster without oneDNN (measured on two Zen 4 cores).
 _SMALL = 1 << 19
 _onednn: Any = torch.backends.mkldnn
@@ -106,8 +105,30 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] to [..., dim], in the type of `x`."""
-        normed = F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
-        return normed * self.weight.to(x.dtype)
+        return _RMSNormFunction.apply(x, self.weight, self.eps)
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """Keeps only its input and 1 / rms for the backward pass; out of single operations it would keep copies of both."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse).to(x.dtype) * weight.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        d_y = d_outputs[0].float()
+        normed = x.float() * inverse
+        d_weight = (d_y * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        d_normed = d_y * weight.float()
+        # d x = (d n - n * mean(d n * n)) / rms
+        projection = (d_normed * normed).mean(-1, keepdim=True)
+        d_x = (d_normed - normed * projection) * inverse
+        return d_x.to(x.dtype), d_weight, None
 
 
 def rotary_table(head_dim: int, length: int, theta: float, scaling: float | None, device: torch.device) -> Tensor:
