@@ -32,7 +32,7 @@ from llama_acc import load_model
 from llama_acc.core.checkpoint.layout import inspect, read_config
 from llama_acc.core.checkpoint.shards import fill, read_weights
 from llama_acc.core.data.batches import MicroBatch
-from llama_acc.core.device import keep_freed_memory
+from llama_acc.core.device import prepare_cpu
 from llama_acc.core.inference import Generator, Sampling
 from llama_acc.core.model.transformer import build_on_meta
 from llama_acc.core.train.optimizer import ClippedAdamW
@@ -53,7 +53,7 @@ def stream(items: list[Item]) -> MicroBatch:
 
 def run_train(args: argparse.Namespace) -> dict:
     """Train one pass with llama-acc's model, loss and optimizer."""
-    keep_freed_memory()
+    prepare_cpu()
     batches = micro_batches(load_items(args), args.batch_size)
     layout = inspect(checkpoint_folder(args))
     config = read_config([layout])

@@ -1,8 +1,10 @@
 """The command line: one file per subcommand, and one place that turns an error into a line and an exit code."""
 
 import functools
+import io
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -12,10 +14,18 @@ from llama_acc import __version__
 from llama_acc.cli import chat, finetune, recipes
 from llama_acc.core.errors import LlamaAccError
 
+HELP = """Fine-tune LLaMA models: from a checkpoint and a data file to a model you can talk to.
+
+Examples (nothing to download, one minute on a CPU):
+
+  llama-acc finetune --recipe quickstart --output runs/quickstart
+
+  llama-acc chat --ckpt runs/quickstart
+"""
+
 app = typer.Typer(
     name="llama-acc",
-    help="Fine-tune LLaMA models: from a checkpoint and a data file to a model you can talk to.",
-    epilog="First try: llama-acc finetune --recipe quickstart --output runs/quickstart",
+    help=HELP,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -52,8 +62,7 @@ def _reported(command: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return command(*args, **kwargs)
         except LlamaAccError as error:
-            if os.environ.get("LLAMA_ACC_DEBUG", "0") not in ("", "0"):
-                raise
+            _show_traceback()
             console.error(error.message, error.hint)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
@@ -61,31 +70,55 @@ def _reported(command: Callable[..., Any]) -> Callable[..., Any]:
             raise typer.Exit(130) from None
         except BrokenPipeError:
             # Whoever read our output has seen enough; Python would complain once more when it flushes.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            console.discard(sys.stdout)
             raise typer.Exit(0) from None
         except Exception as error:
-            if os.environ.get("LLAMA_ACC_DEBUG", "0") not in ("", "0"):
-                raise
-            console.error(
-                f"{type(error).__name__}: {error}", "this is a fault of the program: add --debug to see where"
-            )
+            _show_traceback()
+            console.error(*_unforeseen(error))
             raise typer.Exit(1) from None
 
     return run
 
 
+def _show_traceback() -> None:
+    """Prints the traceback of the error being handled, if the user wants to see it."""
+    if os.environ.get("LLAMA_ACC_DEBUG", "0") not in ("", "0"):
+        traceback.print_exc()
+
+
+def _unforeseen(error: Exception) -> tuple[str, str]:
+    """What to say of an error no other message was written for."""
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's
+        return "this user has no home folder", "set LLAMA_ACC_HOME to a folder for downloads and the token cache"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror}", "add --debug to see what was being done"
+    return f"{type(error).__name__}: {error}", "this is a fault of the program: add --debug to see where"
+
+
 app.command("finetune", help=finetune.HELP)(_reported(finetune.finetune))
 app.command("chat", help=chat.HELP)(_reported(chat.chat))
 recipes.app.callback(invoke_without_command=True)(_reported(recipes.default))
-recipes.app.command("list", help="List the shipped recipes.")(_reported(recipes.list_recipes))
-recipes.app.command("show", help="Print a recipe.")(_reported(recipes.show))
-recipes.app.command("copy", help="Copy a recipe to a file, to change it.")(_reported(recipes.copy))
+recipes.app.command("list", help=recipes.LIST_HELP)(_reported(recipes.list_recipes))
+recipes.app.command("show", help=recipes.SHOW_HELP)(_reported(recipes.show))
+recipes.app.command("copy", help=recipes.COPY_HELP)(_reported(recipes.copy))
 app.add_typer(recipes.app, name="recipes", help=recipes.HELP)
 
 
 def main() -> None:
     """The entry point `llama-acc`."""
+    _mend_streams()
     # --debug is understood wherever it stands.
     if "--debug" in sys.argv[1:]:
         sys.argv = [sys.argv[0], "--debug", *(word for word in sys.argv[1:] if word != "--debug")]
     app()
+
+
+def _mend_streams() -> None:
+    """Standard streams that were closed lead nowhere; what a terminal cannot show is shown as its code."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

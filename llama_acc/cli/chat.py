@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llama_acc.cli import console
+from llama_acc.cli import console, options
 from llama_acc.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +35,12 @@ COMMANDS = """/reset          forget the conversation
 def chat(
     ckpt: Annotated[
         list[str],
-        typer.Option("--ckpt", metavar="DIR", help="Checkpoint or run folder; may repeat: a later one overrides."),
+        typer.Option(
+            "--ckpt",
+            metavar="DIR",
+            help="Checkpoint or run folder; may repeat: a later one overrides.",
+            callback=options.given,
+        ),
     ],
     prompt: Annotated[
         str | None,
@@ -54,9 +59,18 @@ def chat(
     ] = 0.9,
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answers.")] = None,
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", metavar="FILE", help="In place of the one beside the checkpoint.")
+        str | None,
+        typer.Option(
+            "--tokenizer",
+            metavar="FILE",
+            help="In place of the one beside the checkpoint.",
+            callback=options.given,
+        ),
     ] = None,
-    device: Annotated[str | None, typer.Option("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu.", callback=options.device),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare the SHA-256 of the checkpoint's files with its manifest.")
     ] = False,
@@ -74,8 +88,15 @@ def chat(
     if prompt is None:
         _converse(conversation, loaded)
         return
-    question = sys.stdin.read() if prompt == "-" else prompt
+    question = _standard_input() if prompt == "-" else prompt
     _print_pieces(conversation.ask(question))
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not {error.encoding} text: byte {error.start} cannot be decoded") from None
 
 
 def _print_pieces(pieces: Iterator[str]) -> None:
@@ -95,7 +116,7 @@ def _converse(conversation: "Conversation", loaded: "LoadedModel") -> None:
             console.note("this format was trained on single questions: each one stands alone, without the history")
     while True:
         try:
-            line = input("> " if console.is_terminal() else "").strip()
+            line = _read_line().strip()
         except EOFError:
             return
         if line.startswith("/"):
@@ -106,16 +127,31 @@ def _converse(conversation: "Conversation", loaded: "LoadedModel") -> None:
             _answer(conversation, line)
 
 
+def _read_line() -> str:
+    """A line of standard input, after a prompt where a person types it.
+
+    Raises:
+        EOFError: there are no more.
+    """
+    shown = "> " if console.is_terminal() else ""
+    if not sys.stdout.isatty():  # input() would print it among the answers
+        sys.stderr.write(shown)
+        sys.stderr.flush()
+        shown = ""
+    try:
+        return input(shown)
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not {error.encoding} text: byte {error.start} cannot be decoded") from None
+
+
 def _answer(conversation: "Conversation", line: str) -> None:
     try:
         pieces = conversation.ask(line)
+        if conversation.dropped_turns:
+            console.note(f"the conversation is long: its {conversation.dropped_turns} oldest turns were forgotten")
+        _print_pieces(pieces)
     except UserError as error:
         console.error(error.message, error.hint)
-        return
-    if conversation.dropped_turns:
-        console.note(f"the conversation is long: its {conversation.dropped_turns} oldest turns were forgotten")
-    try:
-        _print_pieces(pieces)
     except KeyboardInterrupt:
         sys.stdout.write("\n")
         console.note("answer cut short; Ctrl-C again at the prompt to leave")
@@ -153,6 +189,9 @@ def _save(conversation: "Conversation", name: str) -> None:
     """Writes the conversation as a data file of one dialogue."""
     if not name:
         console.error("to which file? /save FILE")
+        return
+    if not conversation.turns:
+        console.error("there is nothing to save yet")
         return
     roles = {"human": "human", "assistant": "gpt"}
     turns = [{"from": roles[role], "value": text} for role, text in conversation.turns]

@@ -1,9 +1,10 @@
 """What the user sees: results on standard output, everything else on standard error."""
 
+import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -14,8 +15,27 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_LINES = 5.0
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class _Stream(Console):
+    """A console whose reader may leave: then results end, and what stands on the side is lost without a word."""
+
+    def __init__(self, stderr: bool) -> None:
+        super().__init__(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich in place of the error."""
+        discard(self.file)
+        if not self.stderr:
+            raise SystemExit(0)
+
+
+def discard(stream: IO[str]) -> None:
+    """Lets a stream whose reader has left lead nowhere, so that Python does not complain when it flushes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+out = _Stream(stderr=False)
+err = _Stream(stderr=True)
 
 
 def error(message: str, hint: str | None = None) -> None:
@@ -87,7 +107,7 @@ class RunConsole:
         """What will be done."""
         pairs(plan.lines())
         self._last_line = 0.0
-        if err.is_terminal:
+        if sys.stderr.isatty() and not err.is_dumb_terminal:
             self._progress = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),

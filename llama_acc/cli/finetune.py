@@ -1,11 +1,13 @@
 """`llama-acc finetune`."""
 
+import glob
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llama_acc.cli import console
+from llama_acc.cli import console, options
 from llama_acc.core.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -21,11 +23,11 @@ Examples:
 
   llama-acc finetune --recipe quickstart --output runs/quickstart
 
-  llama-acc finetune --recipe alpaca --pretrained llama-2-7b --data alpaca.json --output runs/alpaca
+  llama-acc finetune --recipe alpaca --pretrained Llama-2-7b --data alpaca.json --output runs/alpaca
 
-  llama-acc finetune --recipe lima --pretrained llama-2-7b --data lima.json --dry-run train.epochs=1
+  llama-acc finetune --recipe lima --pretrained Llama-2-7b --data lima.json --dry-run train.epochs=1
 
-  llama-acc finetune --recipe lima --output runs/lima --resume
+  llama-acc finetune --output runs/alpaca --resume
 """
 
 
@@ -33,7 +35,7 @@ def finetune(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...",
+            metavar="KEY=VALUE",
             help="Change any key of the recipe: train.epochs=1 optimizer.lr=1e-5",
             show_default=False,
         ),
@@ -41,24 +43,45 @@ def finetune(
     recipe: Annotated[
         str | None,
         typer.Option(
-            "--recipe", "-r", metavar="NAME|FILE", help="A shipped recipe (llama-acc recipes) or a YAML file."
+            "--recipe",
+            "-r",
+            metavar="NAME|FILE",
+            help="A shipped recipe (llama-acc recipes) or a YAML file.",
+            callback=options.given,
         ),
     ] = None,
     pretrained: Annotated[
         list[str] | None,
         typer.Option(
-            "--pretrained", metavar="DIR", help="Checkpoint to start from; may repeat: a later one overrides."
+            "--pretrained",
+            metavar="DIR",
+            help="Checkpoint to start from; may repeat: a later one overrides.",
+            callback=options.given,
         ),
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", metavar="FILE", help="Data in place of the recipe's: file, folder or glob; may repeat."),
+        typer.Option(
+            "--data",
+            metavar="FILE",
+            help="Data in place of the recipe's: file, folder or glob; may repeat.",
+            callback=options.given,
+        ),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", metavar="FILE", help="In place of the one beside the checkpoint.")
+        str | None,
+        typer.Option(
+            "--tokenizer",
+            metavar="FILE",
+            help="In place of the one beside the checkpoint.",
+            callback=options.given,
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="The run's folder. [default: runs/RECIPE]")
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="The run's folder. [default: runs/RECIPE]", callback=options.given
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --output.")] = False,
     dry_run: Annotated[
@@ -66,22 +89,26 @@ def finetune(
     ] = False,
     device: Annotated[
         str | None,
-        typer.Option("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu. [default: the first there is]"),
+        typer.Option(
+            "--device",
+            metavar="NAME",
+            help="cuda, cuda:1, mps or cpu. [default: the first there is]",
+            callback=options.device,
+        ),
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare the SHA-256 of the checkpoint's files with its manifest.")
     ] = False,
 ) -> None:
     """Fine-tune a model as a recipe says."""
-    loaded, folder = _load_recipe(recipe, output, resume, overrides or [], pretrained, data, tokenizer)
-    output = output or (None if dry_run else Path("runs") / loaded.name)
+    if dry_run and resume:
+        raise UserError("--dry-run and --resume cannot be combined", "leave one of them out")
+    run = None if output is None else Path(output).expanduser()
+    loaded, folder = _load_recipe(recipe, run, resume, overrides or [], pretrained, data, tokenizer)
     if dry_run:
-        if resume:
-            raise UserError("--dry-run and --resume cannot be combined")
-        _dry_run(loaded, output, folder, device, verify)
-        return
-    assert output is not None
-    _train(loaded, output, folder, resume, device, verify)
+        _dry_run(loaded, run, folder, device, verify)
+    else:
+        _train(loaded, run or Path("runs") / loaded.name, folder, resume, device, verify)
 
 
 def _load_recipe(
@@ -110,17 +137,25 @@ def _load_recipe(
         loaded.model.pretrained = None
     if data:
         first = loaded.data.sources[0]
-        loaded.data.sources = [first.model_copy(update={"path": file, "ratio": 1.0}) for file in data]
+        loaded.data.sources = [first.model_copy(update={"path": _typed(file), "ratio": 1.0}) for file in data]
     if tokenizer is not None:
-        loaded.model.tokenizer = tokenizer
+        loaded.model.tokenizer = _typed(tokenizer)
     return loaded, None if path.parent == RECIPES_FOLDER else path.parent.absolute()
+
+
+def _typed(path: str) -> str:
+    """A path on the command line means the current folder, not the recipe's; what is not there may be a name."""
+    here = Path(path).expanduser()
+    there = here.exists() or glob.glob(str(here), recursive=True)
+    return str(here.absolute()) if there else path
 
 
 def _train(recipe: "Recipe", output: Path, folder: Path | None, resume: bool, device: str | None, verify: bool) -> None:
     from llama_acc.core.train.interrupt import Interrupted
     from llama_acc.core.train.run import finetune as run
 
-    again = f"llama-acc finetune --output {output} --resume"
+    quoted = shlex.quote(str(output))
+    again = f"llama-acc finetune --output {quoted} --resume"
     with console.RunConsole() as watcher:
         try:
             finished = run(
@@ -139,7 +174,7 @@ def _train(recipe: "Recipe", output: Path, folder: Path | None, resume: bool, de
         except RunError as error:
             raise RunError(error.message, error.hint or f"go on with: {again}") from error
     console.note(f"loss {finished.loss:.4f}; the report is {output / 'report.md'}; talk to it with:")
-    typer.echo(f"llama-acc chat --ckpt {output}")
+    typer.echo(f"llama-acc chat --ckpt {quoted}")
 
 
 def _dry_run(recipe: "Recipe", output: Path | None, folder: Path | None, device: str | None, verify: bool) -> None:

@@ -20,6 +20,31 @@ Examples:
   llama-acc recipes copy lima my.yaml    (then: llama-acc finetune --recipe my.yaml ...)
 """
 
+LIST_HELP = """List the shipped recipes.
+
+Examples:
+
+  llama-acc recipes list
+
+  llama-acc recipes list --json
+"""
+
+SHOW_HELP = """Print a recipe.
+
+Example:
+
+  llama-acc recipes show lima
+"""
+
+COPY_HELP = """Copy a recipe to a file, to change it.
+
+Examples:
+
+  llama-acc recipes copy lima my.yaml
+
+  llama-acc finetune --recipe my.yaml ...
+"""
+
 app = typer.Typer()
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -4,6 +4,7 @@ model = load_model("runs/alpaca")
 print(generate(model, "Name three colours.", temperature=0))
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +42,14 @@ class Sampling:
     max_new_tokens: int = 512
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"the temperature must not be negative, but is {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"the temperature must be 0 or above, not {self.temperature}", "0 is greedy, 1 the model's")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top-p must be above 0 and at most 1, but is {self.top_p}")
+            raise UserError(f"top-p must be above 0 and at most 1, not {self.top_p}", "1 draws from all tokens")
         if self.max_new_tokens < 1:
             raise UserError(f"at least 1 new token must be allowed, not {self.max_new_tokens}")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"the seed must fit in 64 bits, but is {self.seed}")
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,11 @@ _ASIDE = ".writing-"
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Gives a temporary folder to write into; on a normal exit it is synced and takes the name `folder`.
 
-    A folder already of that name is replaced. After an exception, or a kill, `folder` is what it was.
+    After an exception, or a kill, `folder` is what it was. One that is already there is replaced, in two renames: do
+    not replace what must survive a kill between them.
     """
     aside = folder.with_name(_ASIDE + folder.name)
+    old = folder.with_name(f"{_ASIDE}{folder.name}-old")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
@@ -34,12 +36,15 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             _sync(path)
         _sync(aside)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(old)
         aside.rename(folder)
         _sync(folder.parent)
     except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_unfinished(parent: Path) -> None:

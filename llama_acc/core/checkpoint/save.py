@@ -100,9 +100,10 @@ def publish(folder: Path, write: Callable[[Path], None], keep: int) -> None:
     with whole_folder(folder) as aside:
         write(aside)
     write_text_whole(run / "latest", folder.name + "\n")
-    if keep:
-        for old in checkpoints(run)[:-keep]:
-            remove_checkpoint(old)
+    # One with more steps can be there: a kill between the two lines above leaves it, and the run went on from before.
+    others = [path for path in checkpoints(run) if path != folder]
+    for old in others[: len(others) + 1 - keep] if keep else []:
+        remove_checkpoint(old)
 
 
 def checkpoints(run: Path) -> list[Path]:

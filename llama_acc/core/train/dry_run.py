@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llama_acc.core.device import free_memory, keep_freed_memory, pick_device
+from llama_acc.core.device import free_memory, pick_device, prepare_cpu
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.events import Events
 from llama_acc.core.train.folder import RunFolder, refuse_non_empty
@@ -124,7 +124,7 @@ def _matmul_rate(plan: Plan, device: torch.device) -> float:
     dtype = torch.bfloat16 if plan.recipe.train.precision == "bf16" else torch.float32
     size = 1024 if device.type == "cpu" else 8192
     if device.type == "cpu":
-        keep_freed_memory()
+        prepare_cpu()
     a, b = torch.ones(size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
     seconds = []
     for _ in range(3):

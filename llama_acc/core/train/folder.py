@@ -1,5 +1,6 @@
 """A run's folder: claimed by one process, laid out as people expect it."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -10,6 +11,7 @@ import yaml
 
 from llama_acc.core.checkpoint.files import remove_unfinished, write_text_whole
 from llama_acc.core.checkpoint.layout import latest_checkpoint
+from llama_acc.core.checkpoint.save import checkpoints
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.recipe import Recipe
 
@@ -42,6 +44,7 @@ class RunFolder:
         """
         self.path = path
         self.checkpoint: Path | None = None
+        self._made = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
             # The folder itself is locked, so no lock file can be left behind.
@@ -52,18 +55,30 @@ class RunFolder:
             ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"{path} is in use by another run", "wait for it, or choose another --output") from None
+        except OSError as error:
+            raise UserError(f"cannot lock {path}: {error.strerror}", "choose another --output") from None
         if not os.access(path, os.W_OK):
             raise UserError(f"cannot write into {path}", "choose another --output")
         if not resume:
             refuse_non_empty(path)
             return
         remove_unfinished(path)
-        self.checkpoint = latest_checkpoint(path)
+        self.checkpoint = latest_checkpoint(path) or self._first_checkpoint()
+
+    def _first_checkpoint(self) -> Path | None:
+        """A first checkpoint that a killed process wrote whole, but did not come to name in `latest`."""
+        found = checkpoints(self.path)
+        if found:
+            write_text_whole(self.path / "latest", found[-1].name + "\n")
+        return found[-1] if found else None
 
     def close(self) -> None:
-        """Gives the folder free for another run."""
+        """Gives the folder free for another run; one that was made for nothing goes."""
+        if self._made:
+            with contextlib.suppress(OSError):  # it holds something
+                self.path.rmdir()
         os.close(self._lock)
 
     def write_recipe(self, recipe: Recipe) -> None:
@@ -107,7 +122,8 @@ def check_same_run(recipe: Recipe, checkpoint: Path) -> None:
     if changed:
         raise UserError(
             f"the recipe is not the one {checkpoint} was trained with:\n{listed(changed)}",
-            "resume with the same values, or start a new run in another --output",
+            "leave out --recipe and what you changed: --resume then takes the run's own recipe.yaml. "
+            "Or start a new run in another --output",
         )
 
 

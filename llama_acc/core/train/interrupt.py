@@ -39,7 +39,9 @@ def stop_on_signal(tell: Callable[[str], None]) -> Iterator[StopRequest]:
         if request.received is not None:
             os._exit(EXIT_CODES[received])
         request.received = received
-        tell(f"{received.name}: saving after this step, then stopping; again to stop at once without saving")
+        # Where standard error is broken, or just being written to, saving still comes first.
+        with contextlib.suppress(Exception):
+            tell(f"{received.name}: saving after this step, then stopping; again to stop at once without saving")
 
     try:
         previous = {number: signal.signal(number, handle) for number in EXIT_CODES}

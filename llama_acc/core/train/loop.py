@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama_acc.core.checkpoint.files import check_manifest
 from llama_acc.core.checkpoint.save import publish, read_progress, read_state, write_state, write_weights
 from llama_acc.core.checkpoint.shards import Weights, fill, open_shard
 from llama_acc.core.data.batches import MicroBatch, build, epoch_order, micro_batches, step_items
 from llama_acc.core.data.dataset import Dataset
-from llama_acc.core.device import keep_freed_memory, peak_memory_gib
+from llama_acc.core.device import peak_memory_gib, prepare_cpu
 from llama_acc.core.errors import RunError, UserError, listed
 from llama_acc.core.model.transformer import build_on_meta, initialise
 from llama_acc.core.train.events import Events
@@ -41,7 +42,7 @@ class Trainer:
         """
         train = plan.recipe.train
         if device.type == "cpu":
-            keep_freed_memory()
+            prepare_cpu()
         if train.deterministic:
             torch.use_deterministic_algorithms(True)
         dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
@@ -134,28 +135,39 @@ class Trainer:
             tensors |= {f"master.{name}": parameter for name, parameter in self.model.named_parameters()}
         return tensors | {"rng.cpu": torch.get_rng_state()}
 
-    def load(self, checkpoint: Path) -> None:
-        """Takes over everything a checkpoint's state holds.
-
-        Raises:
-            UserError: the state is of another version or other data.
-        """
-        progress = read_progress(checkpoint)
-        if progress["format_version"] > _FORMAT_VERSION:
-            raise UserError(f"{checkpoint}/state was written by a newer version", "update llama-acc")
-        if progress["data"] != self.plan.train.fingerprint():
-            raise UserError(f"the data is not what {checkpoint} was trained on", "resume with the same files")
+    def load(self, checkpoint: Path, step: int) -> None:
+        """Takes over everything a checkpoint's state holds but the masters; `step` is where its progress stands."""
         state = read_state(checkpoint)
         self.optimizer.load_state_tensors(state)
         torch.set_rng_state(state["rng.cpu"])
-        self.step = progress["step"]
+        self.step = step
+
+
+def saved_step(checkpoint: Path, plan: Plan) -> int:
+    """How many steps a checkpoint has done of this plan; its state's bytes are checked.
+
+    Raises:
+        UserError: the state is damaged, of another version or other data.
+    """
+    progress = read_progress(checkpoint)
+    if progress["format_version"] > _FORMAT_VERSION:
+        raise UserError(f"{checkpoint}/state was written by a newer version", "update llama-acc")
+    if progress["data"] != plan.train.fingerprint():
+        raise UserError(f"the data is not what {checkpoint} was trained on", "resume with the same files")
+    step: int = progress["step"]
+    return step
 
 
 def saved_masters(checkpoint: Path) -> Weights:
-    """A checkpoint's weights in float32, exactly as they were trained: the masters, or the saved float32 weights."""
+    """A checkpoint's weights in float32, exactly as they were trained: the masters, or the saved float32 weights.
+
+    Raises:
+        UserError: the weights were changed since.
+    """
     masters = {name: tensor for name, tensor in read_state(checkpoint).items() if name.startswith("master.")}
     if masters:
         return Weights({name.removeprefix("master."): tensor for name, tensor in masters.items()})
+    check_manifest(checkpoint, contents=True, under="consolidated.")
     return open_shard(next(checkpoint.glob("consolidated.*.model.pth")))
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from llama_acc.core.checkpoint.files import write_text_whole
+
 Metrics = dict[str, Any]
 
 
@@ -16,7 +18,7 @@ class MetricsLog:
 
         self.path = run / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_text_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         for old in (run / "tensorboard").glob("events.*"):
             old.unlink()
         self._writer = SummaryWriter(run / "tensorboard")

@@ -15,8 +15,9 @@ from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_confi
 from llama_acc.core.checkpoint.save import DTYPES, free_bytes, needed_bytes
 from llama_acc.core.checkpoint.shards import Weights, check_tensors, read_weights
 from llama_acc.core.data.dataset import Dataset, load_dataset
-from llama_acc.core.data.sources import Source
+from llama_acc.core.data.sources import Source, resolve_data_path
 from llama_acc.core.errors import UserError
+from llama_acc.core.home import home
 from llama_acc.core.model.config import ModelConfig, config_from_params, named_size, read_params
 from llama_acc.core.recipe import RECIPES_FOLDER, Recipe
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
@@ -87,13 +88,20 @@ class Plan:
 
     def save_count(self) -> int:
         """How many checkpoints the whole run writes."""
-        return sum(self.saves_at(step) for step in range(1, self.total_steps + 1))
+        checkpoint, before_the_end = self.recipe.checkpoint, self.total_steps - 1
+        epochs, rest = divmod(before_the_end, self.steps_per_epoch)
+        count = epochs // checkpoint.every_epochs if checkpoint.every_epochs else 0
+        if checkpoint.every_steps:
+            count += epochs * ((self.steps_per_epoch - 1) // checkpoint.every_steps) + rest // checkpoint.every_steps
+        return count + 1
 
     def lines(self) -> list[tuple[str, str]]:
         """What will be done, as pairs of a subject and a text."""
         recipe, config, data = self.recipe, self.config, self.train
         count = self.parameter_count()
-        start = ", ".join(str(layout.folder) for layout in self.layouts) or f"random weights (seed {recipe.train.seed})"
+        start = ", ".join(str(layout.folder) for layout in self.layouts)
+        if not start and recipe.model.pretrained_list():
+            start = f"{', '.join(recipe.model.pretrained_list())}, which is not there"
         grouped = f" ({config.kv_heads} for keys and values)" if config.kv_heads != config.n_heads else ""
         saves = self.save_count()
         kept = min(saves, recipe.checkpoint.keep) if recipe.checkpoint.keep else saves
@@ -104,7 +112,7 @@ class Plan:
                 f"{config.n_layers} layers, width {config.dim}, {config.n_heads} heads{grouped}, "
                 f"vocabulary {config.vocab_size}",
             ),
-            ("weights", f"from {start}"),
+            ("weights", f"from {start}" if start else f"random (seed {recipe.train.seed})"),
             ("parameters", f"{count:,}, of which {count:,} train (method {recipe.tuning.method})"),
             (
                 "data",
@@ -167,7 +175,7 @@ def make_plan(recipe: Recipe, events: Events, *, recipe_folder: Path | None, dry
     steps_per_epoch = math.ceil(len(train) / recipe.train.global_batch_size)
     total = math.ceil(recipe.train.epochs * steps_per_epoch - 1e-9)
     total = min(total, recipe.train.max_steps or total)
-    recipe = _resolved(recipe, layouts, tokenizer)
+    recipe = _resolved(recipe, layouts, tokenizer, recipe_folder)
     return Plan(recipe, config, tokenizer, layouts, train, validation, report, steps_per_epoch, total)
 
 
@@ -240,13 +248,28 @@ def _data(
     return train, None, report
 
 
-def _resolved(recipe: Recipe, layouts: list[Layout], tokenizer: Tokenizer) -> Recipe:
+def _resolved(recipe: Recipe, layouts: list[Layout], tokenizer: Tokenizer, recipe_folder: Path | None) -> Recipe:
     """The recipe with absolute paths, so that it means the same from any folder."""
     resolved = recipe.model_copy(deep=True)
+    model, data = resolved.model, resolved.data
+    if isinstance(model.params, (str, list)):
+        paths = [model.params] if isinstance(model.params, str) else model.params
+        model.params = [_absolute(path, _beside(path, recipe_folder)) for path in paths]
+    for source in data.sources:
+        source.path = _absolute(source.path, resolve_data_path(source.path, recipe_folder))
+    if data.validation.path is not None:
+        data.validation.path = _absolute(data.validation.path, resolve_data_path(data.validation.path, recipe_folder))
     if layouts:
         resolved.model.pretrained = [str(layout.folder.resolve()) for layout in layouts]
     resolved.model.tokenizer = str(tokenizer.path.resolve())
     return resolved
+
+
+def _absolute(name: str, found: Path) -> str:
+    """Where `name` was found; what is shipped or downloaded keeps its name, which is found from everywhere."""
+    if name.startswith("shipped:") or found == home() / "data" / name:
+        return name
+    return str(found.absolute())
 
 
 def read_base(plan: Plan, verify: bool = False) -> Weights | None:

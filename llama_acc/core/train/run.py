@@ -11,7 +11,6 @@ from typing import TypeVar
 import torch
 
 from llama_acc.core.checkpoint.layout import latest_checkpoint
-from llama_acc.core.checkpoint.save import read_progress
 from llama_acc.core.checkpoint.shards import Weights, check_tensors
 from llama_acc.core.device import pick_device
 from llama_acc.core.errors import RunError
@@ -19,7 +18,7 @@ from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.events import Events, Quiet
 from llama_acc.core.train.folder import RunFolder, check_same_run
 from llama_acc.core.train.interrupt import Interrupted, StopRequest, stop_on_signal
-from llama_acc.core.train.loop import Loop, Trainer, saved_masters
+from llama_acc.core.train.loop import Loop, Trainer, saved_masters, saved_step
 from llama_acc.core.train.metrics import MetricsLog, read_metrics
 from llama_acc.core.train.plan import Plan, check_disk, make_plan, read_base
 from llama_acc.core.train.report import write_report
@@ -71,8 +70,10 @@ def finetune(
         plan = make_plan(
             recipe, events, recipe_folder=recipe_folder, dry_run=False, resumes=folder.checkpoint is not None
         )
+        done = 0
         if folder.checkpoint is not None:
             check_same_run(plan.recipe, folder.checkpoint)
+            done = saved_step(folder.checkpoint, plan)
         elif resume:
             events.note(f"no whole checkpoint in {folder.path} to resume from: starting at step 0")
         weights = _weights(plan, folder, verify)
@@ -83,7 +84,7 @@ def finetune(
         events.plan(plan)
         signals = stop_on_signal(events.note) if handle_signals else nullcontext(StopRequest())
         with signals as stop:
-            return _explain_failures(lambda: _train(plan, folder, weights, target, events, stop, started))
+            return _explain_failures(lambda: _train(plan, folder, weights, done, target, events, stop, started))
     finally:
         folder.close()
 
@@ -91,7 +92,6 @@ def finetune(
 def _weights(plan: Plan, folder: RunFolder, verify: bool) -> Weights | None:
     if folder.checkpoint is None:
         return read_base(plan, verify)
-    read_progress(folder.checkpoint)  # checks the state's bytes before they are read
     weights = saved_masters(folder.checkpoint)
     check_tensors(weights.tensors, plan.config.parameter_shapes(), folder.checkpoint)
     return weights
@@ -101,6 +101,7 @@ def _train(
     plan: Plan,
     folder: RunFolder,
     weights: Weights | None,
+    done: int,
     device: torch.device,
     events: Events,
     stop: StopRequest,
@@ -108,7 +109,7 @@ def _train(
 ) -> Finished:
     trainer = Trainer(plan, device, weights)
     if folder.checkpoint is not None:
-        trainer.load(folder.checkpoint)
+        trainer.load(folder.checkpoint, done)
         events.note(f"resuming from {folder.checkpoint}, {trainer.step} of {plan.total_steps} steps done")
     how = "The run did not finish."
     with MetricsLog(folder.path, trainer.step) as log:

@@ -1,0 +1,197 @@
+import copy
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_acc.core.checkpoint.layout import inspect
+from llama_acc.core.checkpoint.shards import check_tensors, fill, open_shard, read_weights
+from llama_acc.core.errors import UserError
+from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.transformer import Transformer, build_on_meta
+from tests.core.tiny import CPU, SMALL, random_model
+
+NAME = "consolidated.00-of-01.model.pth"
+
+
+def state(config: ModelConfig = SMALL) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in random_model(config).state_dict().items()}
+
+
+def refused(path: Path, content: Any) -> str:
+    torch.save(content, path)
+    with pytest.raises(UserError) as error:
+        open_shard(path)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["flat", "under model"])
+@pytest.mark.parametrize("prefix", ["", "llma."])
+def test_every_way_of_writing_the_names_is_read(prefix: str, wrapped: bool, tmp_path: Path) -> None:
+    named = {prefix + name: tensor for name, tensor in state().items()}
+    torch.save({"model": named} if wrapped else named, tmp_path / NAME)
+    weights = open_shard(tmp_path / NAME)
+    assert weights.tensors.keys() == state().keys() == weights.mapped
+    assert all(torch.equal(tensor, state()[name]) for name, tensor in weights.tensors.items())
+    check_tensors(weights.tensors, SMALL.parameter_shapes(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rope.freqs", "llma.rope.freqs"])
+def test_the_rotary_buffer_is_ignored(name: str, tmp_path: Path) -> None:
+    torch.save({**state(), name: torch.ones(4)}, tmp_path / NAME)
+    assert open_shard(tmp_path / NAME).tensors.keys() == state().keys()
+
+
+def test_all_that_does_not_fit_is_listed(tmp_path: Path) -> None:
+    tensors = state()
+    del tensors["norm.weight"], tensors["layers.1.attention.wq.weight"]
+    tensors["layers.0.attention.wq.bias"] = torch.zeros(32)
+    tensors["output.weight"] = torch.zeros(301, 32)
+    tensors["tok_embeddings.weight"] = torch.zeros(300, 32, dtype=torch.int8)
+    with pytest.raises(UserError) as error:
+        check_tensors(tensors, SMALL.parameter_shapes(), "base")
+    lines = error.value.message.splitlines()
+    assert lines[0] == "the weights in base do not fit the model:"
+    assert sorted(lines[1:]) == [
+        "  missing: layers.1.attention.wq.weight [32, 32]",
+        "  missing: norm.weight [32]",
+        "  shape: output.weight is [301, 32], the model needs [300, 32]",
+        "  type: tok_embeddings.weight holds torch.int8, not numbers with a fraction",
+        "  unknown: layers.0.attention.wq.bias [32]",
+    ]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.999])
+def test_a_file_cut_short_is_refused(share: float, tmp_path: Path) -> None:
+    path = tmp_path / NAME
+    torch.save(state(), path)
+    os.truncate(path, int(path.stat().st_size * share))
+    with pytest.raises(UserError, match=f"cannot read {path}"):
+        open_shard(path)
+
+
+def test_a_missing_or_unreadable_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"cannot read {tmp_path / NAME}"):
+        open_shard(tmp_path / NAME)
+    (tmp_path / NAME).write_text("<html>404</html>")
+    with pytest.raises(UserError, match=f"cannot read {tmp_path / NAME}"):
+        open_shard(tmp_path / NAME)
+
+
+class Hostile:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.proof}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+@pytest.mark.parametrize("inside", [True, False], ids=["among tensors", "alone"])
+def test_a_file_with_code_is_refused_and_the_code_never_runs(inside: bool, zipped: bool, tmp_path: Path) -> None:
+    path, proof = tmp_path / NAME, tmp_path / "proof"
+    content = {**state(), "extra": Hostile(proof)} if inside else Hostile(proof)
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="is refused: it holds Python code besides tensors"):
+        open_shard(path)
+    assert not proof.exists()
+    torch.load(path, weights_only=False)
+    assert proof.exists(), "the file was not hostile at all"
+
+
+def test_a_bare_pickle_is_refused_and_never_runs(tmp_path: Path) -> None:
+    (tmp_path / NAME).write_bytes(pickle.dumps(Hostile(tmp_path / "proof")))
+    with pytest.raises(UserError):
+        open_shard(tmp_path / NAME)
+    assert not (tmp_path / "proof").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [[torch.zeros(2)], {"norm.weight": 3}, {"model": {"norm.weight": [1.0]}}, 7], ids=str
+)
+def test_anything_but_names_and_tensors_is_refused(content: Any, tmp_path: Path) -> None:
+    assert "a mapping from names to tensors is expected" in refused(tmp_path / NAME, content)
+
+
+def test_files_older_than_the_zip_format_are_read(tmp_path: Path) -> None:
+    torch.save({"model": state()}, tmp_path / NAME, _use_new_zipfile_serialization=False)
+    weights = open_shard(tmp_path / NAME)
+    assert all(torch.equal(tensor, state()[name]) for name, tensor in weights.tensors.items())
+    assert weights.mapped == set()
+    model = build_on_meta(SMALL, torch.float32)
+    fill(model, weights, CPU, torch.float32, copy=True)
+    assert torch.equal(model.norm.weight, state()["norm.weight"])
+
+
+def test_a_later_checkpoint_overrides_an_earlier_one(tmp_path: Path) -> None:
+    layouts = []
+    for name, tensors in {"base": state(), "tuned": {"norm.weight": torch.full((32,), 7.0)}}.items():
+        (tmp_path / name).mkdir()
+        torch.save(tensors, tmp_path / name / NAME)
+        layouts.append(inspect(tmp_path / name))
+    weights = read_weights(layouts)
+    assert (weights.tensors["norm.weight"] == 7).all()
+    assert torch.equal(weights.tensors["output.weight"], state()["output.weight"])
+    assert torch.equal(read_weights(layouts[::-1]).tensors["norm.weight"], state()["norm.weight"])
+
+
+def test_more_than_one_shard_is_refused_by_this_version(tmp_path: Path) -> None:
+    for part in range(2):
+        torch.save(state(), tmp_path / f"consolidated.{part:02d}-of-02.model.pth")
+    with pytest.raises(UserError, match="has model-parallel size 2"):
+        read_weights([inspect(tmp_path)])
+
+
+def filled(path: Path, dtype: torch.dtype, copy: bool) -> tuple[Transformer, dict[str, int]]:
+    """A model filled from a file, and where the mapped tensors began."""
+    weights = open_shard(path)
+    mapped = {name: tensor.data_ptr() for name, tensor in weights.tensors.items()}
+    model = build_on_meta(SMALL, dtype)
+    fill(model, weights, CPU, dtype, copy=copy)
+    assert weights.tensors == {}
+    return model, mapped
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weights_are_put_into_place_in_the_type_asked_for(saved: torch.dtype, tmp_path: Path) -> None:
+    torch.save({name: tensor.to(saved) for name, tensor in state().items()}, tmp_path / NAME)
+    for dtype in (torch.float32, torch.bfloat16):
+        model, _ = filled(tmp_path / NAME, dtype, copy=False)
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, state()[name].to(saved).to(dtype)), name
+
+
+def test_what_trains_never_lies_in_the_file_nor_changes_it(tmp_path: Path) -> None:
+    path = tmp_path / NAME
+    torch.save(state(), path)
+    before = path.read_bytes()
+    model, mapped = filled(path, torch.float32, copy=True)
+    assert all(parameter.data_ptr() != mapped[name] for name, parameter in model.named_parameters())
+    storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert len(storages) == len(mapped), "parameters share storage"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(9.0)
+    assert path.read_bytes() == before
+    assert torch.equal(open_shard(path).tensors["norm.weight"], state()["norm.weight"])
+
+
+def test_what_is_only_read_stays_in_the_file_where_the_type_fits(tmp_path: Path) -> None:
+    torch.save(state(), tmp_path / NAME)
+    model, mapped = filled(tmp_path / NAME, torch.float32, copy=False)
+    assert all(parameter.data_ptr() == mapped[name] for name, parameter in model.named_parameters())
+
+
+def test_a_mapped_tensor_can_be_read_again_after_its_pages_were_let_go(tmp_path: Path) -> None:
+    config = ModelConfig(dim=128, n_layers=1, n_heads=2, vocab_size=500, multiple_of=32)
+    torch.save(state(config), tmp_path / NAME)
+    weights = open_shard(tmp_path / NAME)
+    kept = copy.copy(weights.tensors)
+    fill(build_on_meta(config, torch.float32), weights, CPU, torch.float32, copy=True)
+    assert all(torch.equal(tensor, state(config)[name]) for name, tensor in kept.items())

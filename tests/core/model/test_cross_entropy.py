@@ -1,0 +1,114 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama_acc.core.model.cross_entropy import CHUNK_ROWS, IGNORED, linear_cross_entropy
+from tests.core.tiny import difference
+
+
+def problem(rows: int, labelled: float = 0.6, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, 24, generator=generator).to(dtype)
+    weight = 0.5 * torch.randn(77, 24, generator=generator)
+    targets = torch.randint(77, (rows,), generator=generator)
+    targets[torch.rand(rows, generator=generator) >= labelled] = IGNORED
+    return hidden, weight, targets
+
+
+def ours(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, targets, scale)
+    loss.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return loss.detach(), hidden.grad, weight.grad
+
+
+def reference(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """In double precision, by the definition."""
+    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    loss = scale * F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORED, reduction="sum")
+    loss.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return loss.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 37])
+@pytest.mark.parametrize("rows", [1, 40, CHUNK_ROWS, 2 * CHUNK_ROWS + 9])
+def test_loss_and_both_gradients_are_those_of_the_definition(rows: int, scale: float) -> None:
+    hidden, weight, targets = problem(rows, labelled=1.0)
+    for actual, expected in zip(
+        ours(hidden, weight, targets, scale), reference(hidden, weight, targets, scale), strict=True
+    ):
+        assert actual.dtype == torch.float32
+        assert difference(actual, expected) < 2e-6
+
+
+def test_rows_without_a_label_add_nothing_and_get_no_gradient() -> None:
+    hidden, weight, targets = problem(3 * CHUNK_ROWS)
+    actual, expected = ours(hidden, weight, targets, 1.0), reference(hidden, weight, targets, 1.0)
+    assert all(difference(a, e) < 2e-6 for a, e in zip(actual, expected, strict=True))
+    assert actual[1][targets == IGNORED].count_nonzero() == 0
+    assert (actual[1][targets != IGNORED].abs().sum(1) > 0).all()
+
+
+def test_token_zero_is_a_target_like_any_other() -> None:
+    hidden, weight, _ = problem(8)
+    targets = torch.zeros(8, dtype=torch.long)
+    loss, d_hidden, _ = ours(hidden, weight, targets, 1.0)
+    assert difference(loss, reference(hidden, weight, targets, 1.0)[0]) < 2e-6
+    assert (d_hidden.abs().sum(1) > 0).all()
+
+
+def test_no_label_at_all_is_a_loss_of_zero_with_zero_gradients() -> None:
+    hidden, weight, _ = problem(16)
+    loss, d_hidden, d_weight = ours(hidden, weight, torch.full((16,), IGNORED), 1.0)
+    assert loss.item() == 0.0
+    assert loss.dtype == torch.float32
+    assert d_hidden.count_nonzero() == d_weight.count_nonzero() == 0
+
+
+def test_the_gradient_follows_what_is_done_to_the_loss_afterwards() -> None:
+    hidden, weight, targets = problem(20)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    (3.5 * linear_cross_entropy(hidden, weight, targets, 0.5)).backward()
+    _, d_hidden, d_weight = reference(hidden.detach(), weight.detach(), targets, 1.75)
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert difference(hidden.grad, d_hidden) < 2e-6
+    assert difference(weight.grad, d_weight) < 2e-6
+
+
+@pytest.mark.parametrize("trains", ["hidden", "weight"])
+def test_only_what_trains_gets_a_gradient(trains: str) -> None:
+    hidden, weight, targets = problem(30)
+    expected = dict(zip(("loss", "hidden", "weight"), reference(hidden, weight, targets, 1.0), strict=True))
+    tensors = {"hidden": hidden, "weight": weight}
+    tensors[trains].requires_grad_()
+    linear_cross_entropy(hidden, weight, targets).backward()
+    for name, tensor in tensors.items():
+        if name == trains:
+            assert tensor.grad is not None
+            assert difference(tensor.grad, expected[name]) < 2e-6
+        else:
+            assert tensor.grad is None
+
+
+def test_nothing_that_trains_gives_the_same_loss() -> None:
+    hidden, weight, targets = problem(2 * CHUNK_ROWS)
+    trained, _, _ = ours(hidden, weight, targets, 0.1)
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(hidden, weight, targets, 0.1), trained)
+
+
+def test_bf16_hidden_states_give_a_float32_loss_near_the_exact_one() -> None:
+    hidden, weight, targets = problem(2 * CHUNK_ROWS, dtype=torch.bfloat16)
+    loss, d_hidden, d_weight = ours(hidden, weight, targets, 1 / 100)
+    exact, exact_d_hidden, exact_d_weight = reference(hidden, weight, targets, 1 / 100)
+    assert (loss.dtype, d_hidden.dtype, d_weight.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    assert difference(loss, exact) < 1e-3
+    assert difference(d_hidden, exact_d_hidden) < 2e-2
+    assert difference(d_weight, exact_d_weight) < 2e-2

@@ -1,0 +1,70 @@
+"""Small models and streams of documents, and how far two results are apart."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama_acc.core.checkpoint.layout import Layout, inspect, read_config
+from llama_acc.core.checkpoint.shards import fill, read_weights
+from llama_acc.core.model.attention import KVCache
+from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.transformer import Transformer, build_on_meta, initialise
+
+CPU = torch.device("cpu")
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+SMALL = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, multiple_of=16, max_seq_len=256)
+
+
+def random_model(config: ModelConfig = SMALL, seed: int = 0, dtype: torch.dtype = torch.float32) -> Transformer:
+    """A float32 model computing in `dtype`, whose random weights are large enough for its logits to matter."""
+    model = build_on_meta(config, dtype)
+    model.to_empty(device="cpu")
+    initialise(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            else:
+                parameter.mul_(8.0)
+    return model
+
+
+def loaded_model(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
+    """The model of a checkpoint folder, with float32 parameters of its own."""
+    layout: Layout = inspect(folder)
+    config = read_config([layout])
+    assert config is not None
+    model = build_on_meta(config, dtype)
+    fill(model, read_weights([layout]), CPU, torch.float32, copy=True)
+    return model
+
+
+def document_logits(model: Transformer, documents: Sequence[Tensor]) -> list[Tensor]:
+    """The logits [T, V] of each document, computed as one stream without a cache."""
+    lengths = [len(document) for document in documents]
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    with torch.no_grad():
+        hidden = model(torch.cat(list(documents)), positions, lengths)
+        return list(model.logits(hidden).split(lengths))
+
+
+def cached_logits(model: Transformer, tokens: Tensor, chunks: Sequence[int]) -> Tensor:
+    """The logits [T, V] of one document, fed in chunks of these sizes to a cache."""
+    assert sum(chunks) == len(tokens)
+    cache = KVCache(model.config.n_layers)
+    logits = []
+    with torch.no_grad():
+        everywhere = torch.arange(len(tokens)).split(list(chunks))
+        for chunk, positions in zip(tokens.split(list(chunks)), everywhere, strict=True):
+            logits.append(model.logits(model(chunk, positions, [len(chunk)], cache=cache)))
+    assert cache.length == len(tokens)
+    return torch.cat(logits)
+
+
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest magnitude."""
+    assert actual.shape == expected.shape
+    return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()

@@ -1,0 +1,54 @@
+"""Documents given as tokens and labels, as micro-batches are built from them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llama_acc.core.data.batches import MicroBatch, build
+from llama_acc.core.model.transformer import Transformer
+from llama_acc.core.train.optimizer import ClippedAdamW
+
+
+class Labelled:
+    """Documents as LLaMA2-Accessory has them: label i belongs to token i, -100 is none."""
+
+    def __init__(self, documents: Sequence[dict[str, list[int]]]) -> None:
+        self.documents = documents
+
+    def document(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        tokens, labels = np.array(self.documents[i]["tokens"]), np.array(self.documents[i]["labels"])
+        labelled = labels != -100
+        assert (labels[labelled] == tokens[labelled]).all()
+        return tokens.astype(np.int32), labelled
+
+    def label_tokens(self) -> int:
+        """How many tokens are predicted: the first of a document never is."""
+        return sum(int(self.document(i)[1][1:].sum()) for i in range(len(self.documents)))
+
+    def dealt(self, *sizes: int) -> list[MicroBatch]:
+        """Micro-batches of these many documents, in order."""
+        assert sum(sizes) == len(self.documents)
+        starts = np.cumsum([0, *sizes[:-1]])
+        return [build(self, range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
+
+
+def random_documents(count: int, vocabulary: int, seed: int = 0) -> Labelled:
+    draw = np.random.default_rng(seed)
+    documents = []
+    for _ in range(count):
+        tokens = draw.integers(vocabulary, size=draw.integers(5, 30))
+        labels = np.where(np.arange(len(tokens)) < len(tokens) // 2, -100, tokens)
+        documents.append({"tokens": tokens.tolist(), "labels": labels.tolist()})
+    return Labelled(documents)
+
+
+def adamw(model: Transformer, **settings: Any) -> ClippedAdamW:
+    defaults = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.02, "clip_grad_norm": 2.0}
+    return ClippedAdamW(model, **{**defaults, **settings})
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

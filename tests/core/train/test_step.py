@@ -1,0 +1,135 @@
+import json
+import shutil
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llama_acc.core.model.transformer import Transformer
+from llama_acc.core.train.schedule import learning_rate
+from llama_acc.core.train.step import (
+    StepResult,
+    apply_activation_checkpointing,
+    apply_compile,
+    evaluate,
+    train_step,
+)
+from tests.core.tiny import CPU, GOLDEN, SMALL, document_logits, loaded_model, random_model
+from tests.core.train.documents import Labelled, adamw, random_documents, weights_of
+
+DOCUMENTS = random_documents(8, SMALL.vocab_size)
+
+
+def steps(model: Transformer, sizes: Sequence[int], count: int = 1, lr: float = 1e-2) -> list[StepResult]:
+    optimizer = adamw(model)
+    labels = DOCUMENTS.label_tokens()
+    return [train_step(model, optimizer, DOCUMENTS.dealt(*sizes), labels, lr, CPU) for _ in range(count)]
+
+
+def test_the_golden_training_curve_is_reproduced() -> None:
+    golden = json.loads((GOLDEN / "llama" / "training.json").read_text())
+    model = loaded_model(GOLDEN / "llama")
+    optimizer = adamw(
+        model,
+        betas=tuple(golden["betas"]),
+        weight_decay=golden["weight_decay"],
+        clip_grad_norm=golden["clip_grad_norm"],
+    )
+    batches = [Labelled(documents) for documents in golden["batches"]]
+    assert len(golden["log"]) == len(batches) * golden["epochs"] == 16
+    for line in golden["log"]:
+        done = line["step"] - 1
+        schedule = {key: golden[key] for key in ("epochs", "warmup_epochs", "lr", "min_lr")}
+        lr = learning_rate(done / len(batches), **schedule)
+        assert lr == pytest.approx(line["lr"], rel=1e-9)
+        batch = batches[done % len(batches)]
+        assert batch.label_tokens() == line["label_tokens"]
+        result = train_step(model, optimizer, batch.dealt(2, 2), line["label_tokens"], lr, CPU)
+        assert result.loss.item() == pytest.approx(line["loss"], rel=1e-4)
+        assert result.grad_norm.item() == pytest.approx(line["grad_norm"], rel=1e-4)
+
+
+def test_the_loss_is_the_mean_over_the_label_tokens_of_all_documents() -> None:
+    model = random_model()
+    documents = [torch.tensor(document["tokens"]) for document in DOCUMENTS.documents]
+    total = 0.0
+    for document, logits in zip(DOCUMENTS.documents, document_logits(model, documents), strict=True):
+        total += F.cross_entropy(logits[:-1], torch.tensor(document["labels"][1:]), reduction="sum").item()
+    expected = total / DOCUMENTS.label_tokens()
+    assert evaluate(model, DOCUMENTS.dealt(3, 5), DOCUMENTS.label_tokens(), CPU) == pytest.approx(expected, rel=1e-6)
+    (result,) = steps(model, [3, 5])
+    assert result.loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 8, [4, 4], [3, 3, 2], [2, 2, 2, 2]], ids=str)
+def test_how_documents_are_dealt_to_micro_batches_changes_nothing(sizes: list[int]) -> None:
+    whole, dealt = random_model(), random_model()
+    (expected,), (actual,) = steps(whole, [8]), steps(dealt, sizes)
+    assert actual.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    assert actual.grad_norm.item() == pytest.approx(expected.grad_norm.item(), rel=1e-6)
+
+
+def after(change: Callable[[Transformer], None], model: Transformer) -> Transformer:
+    change(model)
+    return model
+
+
+def test_activation_checkpointing_changes_no_bit() -> None:
+    plain, recomputing = random_model(), after(apply_activation_checkpointing, random_model())
+    for expected, actual in zip(steps(plain, [4, 4], 3), steps(recomputing, [4, 4], 3), strict=True):
+        assert torch.equal(actual.loss, expected.loss)
+        assert torch.equal(actual.grad_norm, expected.grad_norm)
+    for (name, expected), actual in zip(plain.named_parameters(), recomputing.parameters(), strict=True):
+        assert torch.equal(actual, expected), name
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_give_the_same_loss() -> None:
+    from dataclasses import replace
+
+    config = replace(SMALL, n_layers=1)
+    plain, compiled = random_model(config), after(apply_compile, random_model(config))
+    for expected, actual in zip(steps(plain, [5, 3], 2), steps(compiled, [5, 3], 2), strict=True):
+        assert actual.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+        assert actual.grad_norm.item() == pytest.approx(expected.grad_norm.item(), rel=1e-4)
+
+
+def test_bf16_computes_near_float32_and_trains_float32_masters() -> None:
+    exact, rounded = random_model(), random_model(dtype=torch.bfloat16)
+    before = weights_of(rounded)
+    expected, actual = steps(exact, [8], 3), steps(rounded, [8], 3)
+    for e, a in zip(expected, actual, strict=True):
+        assert a.loss.dtype == a.grad_norm.dtype == torch.float32
+        assert a.loss.item() == pytest.approx(e.loss.item(), rel=0.02)
+    assert actual[-1].loss < actual[0].loss
+    for name, parameter in rounded.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert not torch.equal(parameter, before[name])
+        assert not torch.equal(parameter, parameter.bfloat16().float()), f"{name} was rounded"
+
+
+def test_evaluating_trains_nothing() -> None:
+    model = random_model()
+    before = weights_of(model)
+    evaluate(model, DOCUMENTS.dealt(8), DOCUMENTS.label_tokens(), CPU)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_told_and_not_taken(poison: float) -> None:
+    model = random_model()
+    optimizer = adamw(model)
+    labels = DOCUMENTS.label_tokens()
+    train_step(model, optimizer, DOCUMENTS.dealt(8), labels, 1e-2, CPU)
+    with torch.no_grad():
+        model.norm.weight[3] = poison
+    weights = weights_of(model)
+    moments = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
+    result = train_step(model, optimizer, DOCUMENTS.dealt(8), labels, 1e-2, CPU)
+    assert not (torch.isfinite(result.loss) and torch.isfinite(result.grad_norm))
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), weights[name], rtol=0, atol=0, equal_nan=True)
+    for name, tensor in optimizer.state_tensors().items():
+        assert torch.equal(tensor, moments[name]), name
