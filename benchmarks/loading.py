@@ -3,8 +3,8 @@
     python benchmarks/loading.py --tokenizer tokenizer.model [--folder DIR] [--rounds 3]
 
 Each load is a process of its own; importing torch is not counted. `plain` builds the model, reads the file and copies
-it in (`torch.load` without mapping, then `load_state_dict`). Ours maps the file, so `with_first_token` adds an answer of
-one token, which reads every weight. Prints one JSON line for each load, then the medians.
+it in (`torch.load` without mapping, then `load_state_dict`). Ours maps the file, so `with_first_token` adds an answer
+of one token, which reads every weight. Prints one JSON line for each load, then the medians.
 """
 
 from __future__ import annotations

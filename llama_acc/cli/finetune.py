@@ -133,6 +133,8 @@ def _load_recipe(
     loaded = Recipe.load(path if path.parent != RECIPES_FOLDER else name, overrides)
     if pretrained:
         loaded.model.pretrained = pretrained[0] if len(pretrained) == 1 else pretrained
+        if not any(override.startswith("model.tokenizer=") for override in overrides):
+            loaded.model.tokenizer = None  # the recipe's belongs to the recipe's model
     elif any(override.startswith("model.params") for override in overrides):
         loaded.model.pretrained = None
     if data:

@@ -67,4 +67,4 @@ def prepare_cpu() -> None:
         return
     m_trim_threshold, m_mmap_threshold = -1, -3
     libc.mallopt(m_mmap_threshold, 32 << 20)  # the largest it takes
-    libc.mallopt(m_trim_threshold, 512 << 20)
+    libc.mallopt(m_trim_threshold, 256 << 20)

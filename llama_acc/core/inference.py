@@ -23,6 +23,8 @@ from llama_acc.core.model.transformer import Transformer, build_on_meta, pack_sm
 from llama_acc.core.tokenizer import StreamDecoder, Tokenizer, find_tokenizer, load_tokenizer
 
 Turn = tuple[str, str]
+# A temperature so low leaves one token anyway, and logits divided by less would overflow.
+_GREEDY_BELOW = 1e-6
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class Generator:
         return self.model.logits(hidden[-1:])[0]
 
     def _choose(self, logits: Tensor) -> int:
-        if self.sampling.temperature == 0:
+        if self.sampling.temperature < _GREEDY_BELOW:
             return int(logits.argmax())
         # Drawn on the CPU, so that a seed gives the same answer on every device with the same logits.
         probabilities = torch.softmax(logits.cpu() / self.sampling.temperature, -1)

@@ -4,6 +4,7 @@ A recipe is a YAML file. Every key is known and typed; an unknown key is an erro
 problems of a recipe are told together.
 """
 
+import copy
 import re
 from collections.abc import Sequence
 from importlib.resources import files
@@ -15,13 +16,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from llama_acc.core.errors import UserError, did_you_mean, listed
 
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-5 as a number, as YAML 1.2 and everybody does; PyYAML alone wants 1.0e-5."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+)
+
 RECIPES_FOLDER = Path(str(files("llama_acc"))) / "recipes"
 
 
 class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, values are checked when they change."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -245,7 +255,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: unreadable, not YAML, or not a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read recipe {path}: {error}") from None
     if not isinstance(values, dict):
@@ -259,7 +269,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     Raises:
         UserError: an override without '=', unreadable values, or keys that lead nowhere; all of them listed.
     """
-    values = yaml.safe_load(yaml.safe_dump(values))
+    values = copy.deepcopy(values)
     problems = []
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -267,7 +277,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
             problems.append(f"'{override}': an override is written key=value, such as train.epochs=1")
             continue
         try:
-            _assign(values, key.split("."), yaml.safe_load(text))
+            _assign(values, key.split("."), yaml.load(text, _Loader))
         except yaml.YAMLError:
             problems.append(f"'{override}': the value is not YAML")
         except (KeyError, IndexError, ValueError, TypeError):

@@ -112,21 +112,25 @@ def check_manifest(folder: Path, contents: bool = False, under: str = "") -> Non
         return
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        version, files = manifest["format_version"], dict(manifest["files"])
+        version = int(manifest["format_version"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {path}: {error!r}") from None
     if version > FORMAT_VERSION:
         raise UserError(f"{path} has format_version {version}, this program knows up to {FORMAT_VERSION}", "update it")
+    try:
+        files = {name: (int(file["bytes"]), str(file["sha256"])) for name, file in manifest["files"].items()}
+    except (AttributeError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {error!r}") from None
     problems = []
-    for name, described in files.items():
+    for name, (size, sha256) in files.items():
         file = folder / name
         if not name.startswith(under):
             continue
         if not file.is_file():
             problems.append(f"{name} is missing")
-        elif file.stat().st_size != described["bytes"]:
-            problems.append(f"{name} has {file.stat().st_size} bytes, {described['bytes']} were written")
-        elif contents and sha256_of(file) != described["sha256"]:
+        elif file.stat().st_size != size:
+            problems.append(f"{name} has {file.stat().st_size} bytes, {size} were written")
+        elif contents and sha256_of(file) != sha256:
             problems.append(f"{name} was changed: its SHA-256 is not the one written")
     if problems:
         raise UserError(f"{folder} is damaged:\n{listed(problems)}", "use another checkpoint of the run")

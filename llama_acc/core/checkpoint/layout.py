@@ -60,7 +60,7 @@ def latest_checkpoint(run: Path) -> Path | None:
     if not pointer.is_file():
         return None
     name = pointer.read_text(encoding="utf-8").strip()
-    if not name or Path(name).name != name or not (run / name).is_dir():
+    if name in ("", "..") or Path(name).name != name or not (run / name).is_dir():
         raise UserError(
             f"{pointer} names '{name}', which is not a checkpoint in {run}",
             "write the name of a checkpoint folder into it",

@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import pickle
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,10 +40,14 @@ def open_shard(path: object) -> Weights:
             warnings.simplefilter("ignore")
             content, is_mapped = _load(str(path))
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
+        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise UserError(
+                f"{path} is refused: it holds Python code besides tensors ({code[1]})", "none of it was run"
+            ) from None
+        # torch's own words on an unreadable pickle advise to run whatever is in it.
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "weights_only" in str(error) or "Weights only" in str(error) or "Unsupported global" in str(error):
-            raise UserError(f"{path} is refused: it holds Python code besides tensors", first) from None
-        raise UserError(f"cannot read {path}: {first}", "the file may be cut short: copy it again") from None
+        reason = "it is no file of tensors" if isinstance(error, pickle.UnpicklingError) else first
+        raise UserError(f"cannot read {path}: {reason}", "the file may be cut short: copy it again") from None
     tensors = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path} is not a checkpoint: a mapping from names to tensors is expected")

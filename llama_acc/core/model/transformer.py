@@ -10,13 +10,12 @@ Shapes: T tokens of the stream, V vocabulary.
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_acc.core.model.attention import Attend, Attention, CachedAttention, DocumentAttention, KVCache
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.cross_entropy import linear_cross_entropy
-from llama_acc.core.model.layers import Embedding, Linear, Packed, RMSNorm, rotary_table
+from llama_acc.core.model.layers import Embedding, Linear, Packed, RMSNorm, gated_linear, rotary_table
 
 
 class FeedForward(nn.Module):
@@ -36,7 +35,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[T, dim] to [T, dim]."""
         gate, up = (self.w1(x), self.w3(x)) if self.packed is None else self.packed(x)
-        return self.w2(F.silu(gate) * up)
+        return gated_linear(gate, up, self.w2.weight)
 
 
 class TransformerBlock(nn.Module):

@@ -43,17 +43,27 @@ def test_a_folder_appears_whole_with_a_manifest_of_every_file(tmp_path: Path) ->
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_an_exception_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
-    with pytest.raises(error), whole_folder(tmp_path / "epoch0") as aside:
-        (aside / "a.txt").write_text("half")
-        raise error
+
+    def write_half() -> None:
+        with whole_folder(tmp_path / "epoch0") as aside:
+            (aside / "a.txt").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
     assert names(tmp_path) == set()
 
 
 def test_an_exception_leaves_the_folder_that_was_there(tmp_path: Path) -> None:
     folder = written(tmp_path / "epoch0", "old")
-    with pytest.raises(ValueError, match="late"), whole_folder(folder) as aside:
-        (aside / "a.txt").write_text("new")
-        raise ValueError("late")
+
+    def write_half() -> None:
+        with whole_folder(folder) as aside:
+            (aside / "a.txt").write_text("new")
+            raise ValueError("late")
+
+    with pytest.raises(ValueError, match="late"):
+        write_half()
     assert (folder / "a.txt").read_text() == "old"
     check_manifest(folder, contents=True)
 

@@ -56,7 +56,7 @@ def test_files_of_a_training_state_are_no_shards(tmp_path: Path) -> None:
         ),
         (
             ["consolidated.00.pth", "consolidated.00-of-01.model.pth"],
-            r"mixes checkpoint formats:\n.*meta_ori: consolidated\.00\.pth\n.*consolidated: consolidated\.00-of-01",
+            r"mixes checkpoint formats:\n  consolidated: consolidated\.00-of-01\.model\.pth\n  meta_ori: .*\.00\.pth",
         ),
         (
             ["consolidated.00-of-01.model.pth", "consolidated.00-of-02.model.pth"],

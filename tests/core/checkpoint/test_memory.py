@@ -39,7 +39,6 @@ load(warm_up, dtype, copy)
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
 model = load(folder, dtype, copy)
-touched = sum(parameter.float().sum().item() for parameter in model.layers[0].parameters())
 total = sum(parameter.detach().view(-1)[::512].float().sum().item() for parameter in model.parameters())
 print(json.dumps({"peak": status("VmHWM") - before, "total": total}))
 """

@@ -171,7 +171,7 @@ def test_the_plan_says_what_will_be_done() -> None:
     plan = plan_of("data.validation.fraction=0.25", "checkpoint.keep=1", "checkpoint.every_epochs=1")
     lines = dict(plan.lines())
     assert lines["model"] == "2 layers, width 32, 4 heads (2 for keys and values), vocabulary 640"
-    assert lines["weights"] == "from random weights (seed 0)"
+    assert lines["weights"] == "random (seed 0)"
     assert lines["parameters"].startswith(f"{plan.config.parameter_count():,}, of which")
     assert lines["data"].startswith("24 items, ")
     assert lines["validation"] == "8 items"

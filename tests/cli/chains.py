@@ -1,0 +1,64 @@
+"""Models whose next token follows from the last one alone, as a table says: what they answer is known beforehand.
+
+The embedding is one-hot, the blocks add nothing, and the output layer holds the table.
+"""
+
+import itertools
+import json
+from pathlib import Path
+
+import torch
+
+from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.tokenizer import find_tokenizer, load_tokenizer
+
+
+def write_chain(
+    folder: Path,
+    *,
+    answer: str,
+    after: str,
+    endless: str | None = None,
+    endless_after: str = "",
+    end: int | None = None,
+    max_seq_len: int = 512,
+) -> None:
+    """Writes a model for the tokenizer in `folder`, as Meta lays them out.
+
+    Args:
+        folder: holds the tokenizer.
+        answer: said after a prompt whose last token is that of `after`, then the end.
+        after: see `answer`.
+        endless: said again and again after a prompt that ends with `endless_after`.
+        endless_after: see `endless`.
+        end: the token that ends the answer; None = EOS.
+        max_seq_len: the model's context.
+    """
+    path = find_tokenizer(folder)
+    assert path is not None
+    tokenizer = load_tokenizer(path)
+    said = tokenizer.encode("x" + answer)[len(tokenizer.encode("x")) :]
+    chain = [tokenizer.encode("x" + after)[-1], *said, tokenizer.eos_id if end is None else end]
+    assert len(set(chain)) == len(chain), f"the answer has a token twice: {chain}"
+    follows = dict(itertools.pairwise(chain))
+    if endless is not None:
+        word = tokenizer.encode("x" + endless)[-1]
+        assert word not in chain
+        follows |= {tokenizer.encode("x" + endless_after)[-1]: word, word: word}
+    config = ModelConfig(
+        dim=-(-tokenizer.vocab_size // 4) * 4,
+        n_layers=1,
+        n_heads=2,
+        vocab_size=tokenizer.vocab_size,
+        multiple_of=4,
+        max_seq_len=max_seq_len,
+    )
+    tensors = {name: torch.zeros(shape) for name, shape in config.parameter_shapes().items()}
+    for name in tensors:
+        if name.endswith("norm.weight"):
+            tensors[name].fill_(1.0)
+    tensors["tok_embeddings.weight"].fill_diagonal_(1.0)
+    for token, following in follows.items():
+        tensors["output.weight"][following, token] = 10.0
+    torch.save(tensors, folder / "consolidated.00.pth")
+    (folder / "params.json").write_text(json.dumps(config.to_params()), encoding="utf-8")

@@ -1,0 +1,282 @@
+"""`llama-acc chat` for scripts: one answer, piped conversations, prompt formats."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cli.chains import write_chain
+from tests.cli.commands import COMMAND, PATIENCE, QUICKSTART, environment, invoke, refused, run, start
+from tests.cli.conftest import ANSWER
+
+# Of the model `talker`: after ":" it answers, after "?" it never ends.
+
+
+def test_the_answer_stands_alone_on_standard_output(talker: Path) -> None:
+    done = run("chat", "--ckpt", talker, "--template", "alpaca", "--temperature", "0", "--prompt", "hello")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{ANSWER}\n", "")
+
+
+def test_a_checkpoint_without_a_prompt_format_says_so_beside_the_answer(talker: Path) -> None:
+    result = invoke("chat", "--ckpt", talker, "--temperature", "0", "--prompt", "say:")
+    assert (result.exit_code, result.stdout) == (0, f"{ANSWER}\n")
+    assert "the checkpoint keeps no prompt format: template none" in result.stderr
+
+
+def test_the_prompt_can_come_from_standard_input(talker: Path) -> None:
+    result = invoke("chat", "--ckpt", talker, "--template", "none", "--temperature", "0", "--prompt", "-", input="say:")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{ANSWER}\n", "")
+
+
+def test_bytes_that_are_no_text_are_refused(talker: Path) -> None:
+    done = subprocess.run(
+        [*COMMAND, "chat", "--ckpt", talker, "--prompt", "-"],
+        input=b"\xff\xfe",
+        capture_output=True,
+        env=environment(),
+        timeout=PATIENCE,
+    )
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"Traceback" not in done.stderr
+    assert b"not valid Unicode" in done.stderr or b"cannot be decoded" in done.stderr
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "\x00", "🦙\u202e\u2028"])
+def test_any_text_is_a_prompt(talker: Path, prompt: str) -> None:
+    result = invoke("chat", "--ckpt", talker, "--template", "alpaca", "--temperature", "0", "--prompt", prompt)
+    assert (result.exit_code, result.stdout) == (0, f"{ANSWER}\n")
+
+
+def test_max_new_tokens_ends_an_answer(talker: Path) -> None:
+    flags = ["--template", "none", "--temperature", "0", "--max-new-tokens", "3"]
+    assert invoke("chat", "--ckpt", talker, "--prompt", "who?", *flags).stdout == "the the the\n"
+
+
+@pytest.mark.parametrize("temperature", ["1e-300", "0.01"])
+def test_a_low_temperature_is_greedy(talker: Path, temperature: str) -> None:
+    flags = ["--template", "alpaca", "--temperature", temperature, "--seed", "1"]
+    assert invoke("chat", "--ckpt", talker, "--prompt", "hello", *flags).stdout == f"{ANSWER}\n"
+
+
+def test_the_same_seed_gives_the_same_answer(trained_once: Path) -> None:
+    def answer(seed: int) -> str:
+        flags = ["--seed", seed, "--temperature", "1.5", "--max-new-tokens", "20"]
+        return invoke("chat", "--ckpt", trained_once, "--prompt", "What is LLaMA?", *flags).stdout
+
+    assert answer(1) == answer(1) != answer(2)
+
+
+def test_a_run_means_its_latest_checkpoint(trained_once: Path) -> None:
+    flags = ["--prompt", "What is LLaMA?", "--temperature", "0", "--max-new-tokens", "20"]
+    by_run = invoke("chat", "--ckpt", trained_once, *flags)
+    by_checkpoint = invoke("chat", "--ckpt", trained_once / "epoch0", *flags)
+    assert by_run.exit_code == 0
+    assert by_run.stdout == by_checkpoint.stdout
+    assert by_run.stderr == ""
+
+
+def test_later_checkpoints_override_earlier_ones(trained_once: Path, talker: Path) -> None:
+    flags = ["--prompt", "What is LLaMA?", "--temperature", "0", "--max-new-tokens", "20"]
+    both = invoke("chat", "--ckpt", talker, "--ckpt", trained_once, *flags)
+    assert both.exit_code == 0, both.stderr
+    assert both.stdout == invoke("chat", "--ckpt", trained_once, *flags).stdout
+
+
+# Conversations through a pipe
+
+
+def test_a_piped_conversation_puts_nothing_but_answers_on_standard_output(talker: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "chat.json"
+    typed = [
+        "/save " + str(saved),
+        "hello",
+        "/system you are a town",
+        "/system",
+        "and again",
+        f"/save {saved}",
+        "/reset",
+        "once more",
+        "/hlep",
+        "/save",
+        f"/save {tmp_path / 'no' / 'chat.json'}",
+        "",
+        "/help",
+        "/quit",
+        "this is not asked",
+    ]
+    flags = ["--template", "dialogue", "--temperature", "0"]
+    done = run("chat", "--ckpt", talker, *flags, input="\n".join(typed) + "\n")
+    assert done.returncode == 0
+    assert done.stdout == f"{ANSWER}\n" * 3
+    assert done.stderr.splitlines()[:5] == [
+        "error: there is nothing to save yet",
+        "system: you are a town",
+        "system: you are a town",
+        f"wrote 4 turns to {saved}",
+        "forgotten",
+    ]
+    assert "error: there is no /hlep" in done.stderr
+    assert "error: to which file? /save FILE" in done.stderr
+    assert f"error: cannot write {tmp_path / 'no' / 'chat.json'}: No such file or directory" in done.stderr
+    assert done.stderr.count("/reset          forget the conversation") == 2
+    turns = json.loads(saved.read_text())[0]["conversations"]
+    assert [(turn["from"], turn["value"]) for turn in turns] == [
+        ("human", "hello"),
+        ("gpt", ANSWER),
+        ("human", "and again"),
+        ("gpt", ANSWER),
+    ]
+
+
+def test_a_saved_conversation_is_data_to_train_on(talker: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "chat.json"
+    talk = ["chat", "--ckpt", talker, "--template", "dialogue", "--temperature", "0"]
+    assert invoke(*talk, input=f"hello\nand again\n/save {saved}\n").exit_code == 0
+    kind = ["data.sources.0.format=dialogue", "data.sources.0.template=dialogue"]
+    trained = invoke("finetune", "--recipe", "quickstart", "--pretrained", talker, "--data", saved, "--dry-run", *kind)
+    assert trained.exit_code == 0, trained.stderr
+    assert f"{ANSWER}\n###" in trained.stdout
+
+
+def test_the_end_of_the_input_ends_the_conversation(talker: Path) -> None:
+    result = invoke("chat", "--ckpt", talker, "--template", "alpaca", "--temperature", "0", input="hello")
+    assert (result.exit_code, result.stdout) == (0, f"{ANSWER}\n")
+
+
+def test_a_question_too_long_is_told_and_the_conversation_goes_on(talker: Path) -> None:
+    result = invoke(
+        "chat", "--ckpt", talker, "--template", "alpaca", "--temperature", "0", input="x" * 9000 + "\nhello\n"
+    )
+    assert (result.exit_code, result.stdout) == (0, f"{ANSWER}\n")
+    assert "the model's context is 4096" in result.stderr
+
+
+def test_a_long_conversation_forgets_its_oldest_turns_and_says_so(talker: Path) -> None:
+    flags = ["--template", "dialogue", "--temperature", "0"]
+    result = invoke("chat", "--ckpt", talker, *flags, input=("q" * 1500 + "\n") * 4)
+    assert (result.exit_code, result.stdout) == (0, f"{ANSWER}\n" * 4)
+    assert "the conversation is long: its 2 oldest turns were forgotten" in result.stderr
+
+
+# Where the output goes
+
+
+def test_a_reader_who_has_seen_enough_ends_it_quietly(talker: Path) -> None:
+    flags = ["--template", "none", "--temperature", "0", "--max-new-tokens", "100000"]
+    with start("chat", "--ckpt", talker, *flags, "--prompt", "who?") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(5) == "the t"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 0
+
+
+@pytest.mark.parametrize(("closed", "prompt"), [("<&-", ""), (">&-", "--prompt hello")])
+def test_a_closed_stream_is_no_traceback(talker: Path, closed: str, prompt: str) -> None:
+    command = f"{shlex.join(COMMAND)} chat --ckpt {talker} --template alpaca --temperature 0 {prompt} {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, env=environment(), timeout=PATIENCE)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device")
+def test_a_full_disk_is_one_line_and_exit_code_1(talker: Path) -> None:
+    with open("/dev/full", "w") as full:
+        ask = ["chat", "--ckpt", talker, "--template", "alpaca", "--temperature", "0", "--prompt", "hello"]
+        with start(*ask, stdout=full) as process:
+            _, said = process.communicate()
+    assert process.returncode == 1
+    assert "error: No space left on device" in said
+    assert "Traceback" not in said
+
+
+def test_what_the_terminal_cannot_show_is_shown_as_its_code() -> None:
+    done = run(*QUICKSTART, "--dry-run", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0
+    assert "### Response:\\u27e6LLaMA is a family" in done.stdout
+
+
+# A Hugging Face tokenizer and its chat template
+
+
+@pytest.fixture(scope="session")
+def instruct_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ChatML tokenizer as Hugging Face lays it out, without a model."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("instruct")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    lines = ["You are a helpful assistant", "user and assistant and system", "The capital of France is Paris."]
+    tokenizer.train_from_iterator(lines * 10, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    return folder
+
+
+def test_the_chat_template_of_a_hugging_face_folder_is_used_and_said(instruct_folder: Path) -> None:
+    write_chain(instruct_folder, answer="The capital of France is Paris.", after="\n")
+    flags = ["--ckpt", instruct_folder, "--temperature", "0"]
+    result = invoke("chat", *flags, "--prompt", "What is the capital of France?")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "The capital of France is Paris.\n", "")
+    spoken = invoke("chat", *flags, input="hello\n/system be brief\nand now?\n")
+    assert (spoken.exit_code, spoken.stdout) == (0, "The capital of France is Paris.\n" * 2)
+    assert spoken.stderr == "system: be brief\n"
+
+
+@pytest.mark.parametrize(
+    ("eos", "end"),
+    [
+        ("<|im_end|>", "<|im_end|>"),
+        ("<|endoftext|>", "<|im_end|>"),
+        pytest.param(
+            "<|im_end|>",
+            "<|endoftext|>",
+            marks=pytest.mark.xfail(strict=True, reason="special tokens other than BOS and EOS are written out"),
+        ),
+    ],
+)
+def test_special_tokens_never_leak_into_an_answer(instruct_folder: Path, tmp_path: Path, eos: str, end: str) -> None:
+    from tokenizers import Tokenizer
+
+    folder = shutil.copytree(instruct_folder, tmp_path / "instruct")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|im_start|>", "eos_token": eos}))
+    write_chain(
+        folder, answer="Paris", after="\n", end=Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(end)
+    )
+    result = invoke("chat", "--ckpt", folder, "--prompt", "Where?", "--temperature", "0", "--max-new-tokens", "9")
+    assert (result.exit_code, result.stdout) == (0, "Paris\n")
+
+
+def test_a_chat_template_that_fails_is_told_with_its_file(instruct_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(instruct_folder, tmp_path / "broken")
+    write_chain(folder, answer="Paris", after="\n")
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('only cats may ask') }}")
+    refused(invoke("chat", "--ckpt", folder, "--prompt", "x"), str(folder / "chat_template.jinja"), "only cats may ask")
+    (folder / "chat_template.jinja").write_text("{% for %}")
+    refused(invoke("chat", "--ckpt", folder, "--prompt", "x"), "chat_template.jinja is not a chat template")
+
+
+def test_a_real_instruct_model_answers() -> None:
+    folder = os.environ.get("LLAMA_ACC_SMOLLM2")
+    if not folder:
+        pytest.skip("LLAMA_ACC_SMOLLM2 does not name a folder with SmolLM2-135M-Instruct in Meta's layout")
+    done = run("chat", "--ckpt", folder, "--temperature", "0", "--prompt", "What is the capital of France?")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "The capital of France is Paris.\n", "")

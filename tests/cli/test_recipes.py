@@ -1,0 +1,71 @@
+"""`llama-acc recipes`, `--version` and `--help`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llama_acc import __version__
+from llama_acc.core.recipe import Recipe, recipe_names
+from tests.cli.commands import invoke, refused, run, words
+
+
+@pytest.mark.parametrize("arguments", [["recipes"], ["recipes", "list"]])
+def test_recipes_lists_every_shipped_recipe_with_what_it_is(arguments: list[str]) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    listed = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert listed == {name: Recipe.load(name).description for name in recipe_names()}
+
+
+def test_recipes_list_as_json() -> None:
+    listed = json.loads(invoke("recipes", "list", "--json").stdout)
+    assert [entry["name"] for entry in listed] == recipe_names()
+    assert all(entry["description"] for entry in listed)
+
+
+def test_show_prints_a_recipe_that_works_as_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text(invoke("recipes", "show", "lima").stdout)
+    assert Recipe.load(path) == Recipe.load("lima")
+    assert invoke("recipes", "show", path).stdout == path.read_text()
+
+
+def test_copy_writes_a_recipe_once_and_says_how_to_use_it(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    result = invoke("recipes", "copy", "alpaca", path)
+    assert result.exit_code == 0
+    assert f"llama-acc finetune --recipe {path}" in result.stderr
+    assert Recipe.load(path) == Recipe.load("alpaca")
+    path.write_text("mine")
+    refused(invoke("recipes", "copy", "alpaca", path), f"{path} exists already")
+    assert path.read_text() == "mine"
+    refused(invoke("recipes", "copy", "alpaca", tmp_path / "no" / "my.yaml"), "cannot write", "No such file")
+
+
+def test_an_unknown_recipe_is_refused_by_all_of_them(tmp_path: Path) -> None:
+    refused(invoke("recipes", "show", "alpacca"), "unknown recipe 'alpacca': did you mean 'alpaca'?")
+    refused(invoke("recipes", "copy", "alpacca", tmp_path / "x"), "unknown recipe 'alpacca': did you mean 'alpaca'?")
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"llama-acc {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[], ["finetune"], ["chat"], ["recipes"], ["recipes", "list"], ["recipes", "show"], ["recipes", "copy"]],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_the_help_of_every_command_shows_examples(command: list[str], flag: str) -> None:
+    result = invoke(*command, flag)
+    assert result.exit_code == 0
+    assert "Example" in result.stdout
+    assert words(result.stdout).count(" ".join(["llama-acc", *command])) >= 2  # the usage line, and an example
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    assert "Usage: llama-acc" in words(invoke().output)

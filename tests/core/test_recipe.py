@@ -1,0 +1,264 @@
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llama_acc.core.errors import UserError
+from llama_acc.core.recipe import RECIPES_FOLDER, Recipe, find_recipe, known_keys, recipe_names
+
+FULL_7B = {
+    "alpaca": ("alpaca", "single_turn", "alpaca", 512),
+    "gorilla": ("gorilla", "single_turn", "alpaca", 512),
+    "platypus": ("platypus", "single_turn", "alpaca", 512),
+    "lima": ("lima", "dialogue", "dialogue", 4096),
+    "sharegpt": ("sharegpt", "dialogue", "dialogue", 4096),
+    "wizardlm": ("wizardlm", "dialogue", "dialogue", 4096),
+    "wizardcode": ("wizardcode", "dialogue", "dialogue", 4096),
+    "flacuna": ("flacuna", "dialogue", "dialogue", 4096),
+    "ultrachat": ("ultrachat", "dialogue", "dialogue", 4096),
+    "moss": ("moss", "dialogue", "dialogue", 4096),
+}
+SMALLEST: dict[str, Any] = {
+    "name": "smallest",
+    "model": {"pretrained": None},
+    "data": {"sources": [{"path": "data.json"}]},
+    "optimizer": {"lr": 1e-3},
+}
+
+
+def refused(*overrides: str, name: str | Path = "quickstart") -> str:
+    with pytest.raises(UserError) as error:
+        Recipe.load(name, overrides)
+    assert error.value.exit_code == 2
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_is_valid_and_says_what_it_is(name: str) -> None:
+    recipe = Recipe.load(name)
+    assert recipe.name == name
+    assert recipe.description
+    assert Recipe.from_mapping(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_the_full_7b_recipes_and_quickstart_are_shipped() -> None:
+    assert {*FULL_7B, "quickstart"} <= set(recipe_names())
+
+
+@pytest.mark.parametrize("name", FULL_7B)
+def test_full_7b_recipes_have_llama2_accessorys_hyper_parameters(name: str) -> None:
+    recipe = Recipe.load(name)
+    path, format, template, max_tokens = FULL_7B[name]
+    assert [source.model_dump() for source in recipe.data.sources] == [
+        {"path": path, "format": format, "template": template, "ratio": 1.0}
+    ]
+    assert recipe.data.max_tokens == max_tokens
+    assert recipe.data.validation.fraction == 0
+    assert (recipe.model.pretrained, recipe.model.size, recipe.model.max_seq_len) == ("llama2-7b", "llama2-7b", 4096)
+    assert (recipe.tuning.method, recipe.tuning.quantize) == ("full", "none")
+    assert recipe.optimizer.model_dump() == {
+        "lr": 2e-5,
+        "min_lr": 0.0,
+        "weight_decay": 0.0,
+        "betas": (0.9, 0.95),
+        "eps": 1e-8,
+        "clip_grad_norm": 2.0,
+    }
+    train = recipe.train
+    assert (train.epochs, train.warmup_epochs) == (3, 0.04)
+    assert train.global_batch_size == 4 * 8 * 8  # batch size x accumulation x processes
+    assert (train.batch_size, train.precision, train.activation_checkpointing) == (4, "bf16", True)
+    assert (recipe.parallel.model_parallel_size, recipe.parallel.data_parallel) == (1, "sdp")
+    assert (recipe.checkpoint.every_epochs, recipe.checkpoint.keep) == (1, 3)
+
+
+def test_what_a_recipe_leaves_out_has_defaults() -> None:
+    recipe = Recipe.from_mapping(SMALLEST)
+    assert (recipe.train.epochs, recipe.train.global_batch_size, recipe.train.seed) == (3, 256, 0)
+    assert recipe.data.sources[0].template == "auto"
+    assert recipe.checkpoint.dtype == "auto"
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("train.epochs=1.5", "train", "epochs", 1.5),
+        ("optimizer.lr=1e-3", "optimizer", "lr", 1e-3),
+        ("optimizer.betas=[0.8, 0.9]", "optimizer", "betas", (0.8, 0.9)),
+        ("train.max_steps=10", "train", "max_steps", 10),
+        ("train.max_steps=null", "train", "max_steps", None),
+        ("train.shuffle=false", "train", "shuffle", False),
+        ("model.params={dim: 64, n_layers: 2}", "model", "params", {"dim": 64, "n_layers": 2}),
+        ("model.params=params.json", "model", "params", "params.json"),
+        ("model.params=[a.json, b.json]", "model", "params", ["a.json", "b.json"]),
+        ("model.pretrained=[base, tuned]", "model", "pretrained", ["base", "tuned"]),
+        ("name=a=b", None, "name", "a=b"),
+        ("description=", None, "description", None),
+    ],
+)
+def test_any_key_may_be_overridden_with_a_yaml_value(override: str, section: str | None, key: str, value: Any) -> None:
+    if override == "description=":
+        assert "description: Input should be a valid string" in refused(override)
+        return
+    recipe = Recipe.load("quickstart", [override])
+    assert getattr(getattr(recipe, section) if section else recipe, key) == value
+
+
+def test_overrides_reach_into_mappings_and_lists_and_sections_left_out() -> None:
+    recipe = Recipe.from_mapping(
+        SMALLEST, ["model.params.dim=64", "data.sources.0.ratio=0.5", "data.validation.fraction=0.1", "train.epochs=7"]
+    )
+    assert recipe.model.params == {"dim": 64}
+    assert recipe.data.sources[0].ratio == 0.5
+    assert recipe.data.validation.fraction == 0.1
+    assert recipe.train.epochs == 7
+
+
+def test_a_later_override_wins_and_the_recipe_given_is_left_alone() -> None:
+    given = {**SMALLEST, "train": {"epochs": 2}}
+    assert Recipe.from_mapping(given, ["train.epochs=4", "train.epochs=5"]).train.epochs == 5
+    assert given["train"] == {"epochs": 2}
+
+
+@pytest.mark.parametrize("number", ["1e-6", "1.0e-6", "1E-6", "0.000001"])
+def test_a_number_may_be_written_in_any_way(number: str, tmp_path: Path) -> None:
+    recipe = Recipe.load("quickstart", [f"optimizer.eps={number}", f"model.params.norm_eps={number}"])
+    assert recipe.optimizer.eps == 1e-6
+    assert recipe.model.params is not None
+    assert recipe.model.params["norm_eps"] == 1e-6  # type: ignore[call-overload,index]
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        yaml.safe_dump(SMALLEST).replace("pretrained: null", f"params: {{norm_eps: {number}}}\n  pretrained:")
+    )
+    assert Recipe.load(path).model.params == {"norm_eps": 1e-6}
+
+
+def test_a_recipe_survives_a_round_trip_through_its_yaml(tmp_path: Path) -> None:
+    recipe = Recipe.load(
+        "lima",
+        [
+            "description='Grüße: {a: 1} # ünïcode'",
+            "model.params={dim: 64, norm_eps: 1e-6}",
+            "model.pretrained=[a, b]",
+            "optimizer.lr=1.25e-7",
+            "train.max_steps=3",
+        ],
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert Recipe.load(path) == recipe
+    assert Recipe.load(path).to_yaml() == recipe.to_yaml()
+
+
+def test_the_yaml_holds_every_key() -> None:
+    written = yaml.safe_load(Recipe.from_mapping(SMALLEST).to_yaml())
+
+    def keys(values: Any, prefix: str = "") -> set[str]:
+        if not isinstance(values, dict):
+            return {prefix}
+        return {prefix} | {key for name, value in values.items() for key in keys(value, f"{prefix}.{name}".lstrip("."))}
+
+    assert keys(written) - {""} == {key for key in known_keys() if not key.startswith("data.sources.")}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.precison=bf16", "unknown key 'train.precison': did you mean 'train.precision'"),
+        ("epochs=1", "unknown key 'epochs': did you mean 'train.epochs'?"),
+        ("optimizer.epochs=1", "unknown key 'optimizer.epochs': did you mean 'train.epochs'?"),
+        ("lr=1", "unknown key 'lr': did you mean 'optimizer.lr'?"),
+        ("data.sources.0.tempalte=none", "unknown key 'data.sources.0.tempalte': did you mean 'data.sources.template'"),
+        ("trian={}", "unknown key 'trian': did you mean 'train'"),
+        ("colour=red", "unknown key 'colour'"),
+        ("optimizer.lr=fast", "optimizer.lr: Input should be a valid number"),
+        ("optimizer.lr=-1", "optimizer.lr: Input should be greater than or equal to 0, not -1"),
+        ("optimizer.lr=.inf", "optimizer.lr: Input should be a finite number, not inf"),
+        ("train.epochs=.inf", "train.epochs: Input should be a finite number, not inf"),
+        ("train.epochs=.nan", "train.epochs: Input should be"),
+        ("train.epochs=0", "train.epochs: Input should be greater than 0, not 0"),
+        ("train.precision=fp16", "train.precision: Input should be 'bf16' or 'fp32', not 'fp16'"),
+        ("train.global_batch_size=2.5", "train.global_batch_size: Input should be a valid integer"),
+        ("train.batch_size=0", "train.batch_size: Input should be greater than or equal to 1, not 0"),
+        ("train.warmup_epochs=60", "train: warmup_epochs (60) must be below epochs (60)"),
+        ("optimizer.min_lr=1", "optimizer: min_lr (1.0) must not be above lr (0.002)"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas: each beta must be at least 0 and below 1"),
+        ("data.validation={fraction: 0.5, path: x}", "give validation.fraction or validation.path, not both"),
+        ("data.sources=[]", "data.sources: List should have at least 1 item"),
+        ("data.sources.0.ratio=2", "data.sources.0.ratio: Input should be less than or equal to 1, not 2"),
+        ("data.sources.0.format=xml", "data.sources.0.format: Input should be 'auto', 'single_turn' or 'dialogue'"),
+        ("tuning.method=magic", "tuning.method: Input should be 'full'"),
+        ("model.pretrained=3", "model.pretrained: Input should be a valid string, not 3"),
+        ("train=null", "train: Input should be a valid dictionary"),
+        ("optimizer={}", "missing key 'optimizer.lr'"),
+        ("train.epochs", "'train.epochs': an override is written key=value, such as train.epochs=1"),
+        ("=1", "'=1': an override is written key=value"),
+        ("train.epochs=[1", "'train.epochs=[1': the value is not YAML"),
+        ("data.sources.3.path=x", "there is no key 'data.sources.3.path'"),
+        ("data.sources.first.path=x", "there is no key 'data.sources.first.path'"),
+        ("name.first=x", "there is no key 'name.first'"),
+    ],
+)
+def test_a_wrong_override_is_refused_saying_what_was_meant(override: str, message: str) -> None:
+    assert message in refused(override)
+
+
+def test_all_problems_of_a_recipe_are_told_together() -> None:
+    text = refused("train.epochs=-1", "optimizer.lr=fast", "train.precison=bf16")
+    assert len(text.splitlines()) == 4
+    assert text.startswith("recipe quickstart is not valid:")
+    text = refused("nonsense", "train.epochs=[1", "data.sources.3.path=x")
+    assert len(text.splitlines()) == 4
+    assert text.startswith("these overrides cannot be applied:")
+
+
+def test_missing_keys_are_all_named() -> None:
+    with pytest.raises(UserError) as error:
+        Recipe.from_mapping({"name": "x", "data": {}})
+    assert re.findall(r"missing key '(.*)'", str(error.value)) == ["model", "data.sources", "optimizer"]
+
+
+def test_an_unknown_recipe_is_refused_with_the_near_ones() -> None:
+    assert "unknown recipe 'lma': did you mean 'lima'" in refused(name="lma")
+    text = refused(name="zzz")
+    assert "unknown recipe 'zzz'" in text
+    assert "`llama-acc recipes` lists them all" in text
+    assert "recipe file runs/lima.yaml does not exist" in refused(name="runs/lima.yaml")
+    assert "recipe file lima.yaml does not exist" in refused(name="lima.yaml")
+
+
+def test_a_shipped_name_wins_over_a_file_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lima").write_text("name: other")
+    assert find_recipe("lima") == RECIPES_FOLDER / "lima.yaml"
+    assert find_recipe("./lima") == Path("lima")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "must be a mapping with keys such as model, data and train"),
+        ("", "must be a mapping"),
+        ("model: [", "cannot read recipe"),
+        ("model: !!python/object/apply:os.system [touch proof]", "cannot read recipe"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    assert message in refused(name=path)
+    assert not (tmp_path / "proof").exists()
+
+
+def test_values_are_checked_when_they_are_changed_in_python() -> None:
+    recipe = Recipe.load("quickstart")
+    recipe.train.epochs = 2.5
+    with pytest.raises(ValueError, match="greater than 0"):
+        recipe.train.epochs = 0
+    with pytest.raises(ValueError, match="extra"):
+        recipe.train.epoch = 3  # type: ignore[attr-defined]

@@ -1,0 +1,286 @@
+"""The documentation says what the code does: its example runs, its commands parse, its links and tables are right."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import typer
+import yaml
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from llama_acc.cli.app import app
+from llama_acc.core.data.readers import ROLES
+from llama_acc.core.data.templates import TEMPLATES, Template
+from llama_acc.core.recipe import Recipe, Source, known_keys, recipe_names
+from llama_acc.core.train.folder import _MAY_CHANGE
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
+PACKAGE = ROOT / "llama_acc"
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def section(text: str, heading: str) -> str:
+    """What stands under a heading, up to the next one of the same or a higher level."""
+    level = heading.split()[0]
+    start = text.index(f"\n{heading}\n") + len(heading) + 2
+    end = re.search(rf"^#{{1,{len(level)}}} ", text[start:], re.MULTILINE)
+    return text[start : start + end.start()] if end else text[start:]
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """The cells of every table row but the rules between header and body."""
+    rows = [line.strip().strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows if set("".join(row)) - set("-: ")]
+
+
+def code(cell: str) -> str:
+    return cell.strip("`")
+
+
+# README's Python example
+
+
+class Run(NamedTuple):
+    stdout: str
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def readme_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """README's only python block, run as a user would: as a script, in a folder of its own."""
+    (example,) = re.findall(r"^```python\n(.*?)^```", read("README.md"), re.MULTILINE | re.DOTALL)
+    folder = tmp_path_factory.mktemp("readme")
+    environment = os.environ | {"LLAMA_ACC_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", example], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return Run(done.stdout, folder / "runs" / "python")
+
+
+def test_readme_example_learns_its_answer(readme_run: Run) -> None:
+    assert readme_run.stdout == "LLaMA is a family of language models made by Meta.\n"
+
+
+def test_readme_lists_what_a_run_leaves(readme_run: Run) -> None:
+    listed = section(read("README.md"), "## What a run leaves")
+    for path in readme_run.folder.iterdir():
+        assert re.sub(r"epoch\d+.*", "epoch0/", path.name) in listed
+    for name in re.findall(r"^    (\S+?\.\w+|latest)[ ,]", listed, re.MULTILINE):
+        assert (readme_run.folder / name).exists(), name
+
+
+def test_checkpoints_page_lists_what_a_checkpoint_holds(readme_run: Run) -> None:
+    (checkpoint,) = readme_run.folder.glob("epoch*")
+    saved = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+    assert {code(row[0]) for row in table_rows(section(read("docs/checkpoints.md"), "## What is saved"))[1:]} == saved
+
+
+def test_data_page_lists_the_fields_of_the_report(readme_run: Run) -> None:
+    report = json.loads((readme_run.folder / "data.json").read_text(encoding="utf-8"))
+    text = section(read("docs/data.md"), "## The data report")
+    assert {code(row[0]) for row in table_rows(text)[1:]} == set(report)
+    assert ", ".join(f"`{quantile}`" for quantile in report["lengths"]) in text
+
+
+# Command lines
+
+
+class CommandLine(NamedTuple):
+    page: str
+    words: list[str]
+    whole: bool
+    """It can be typed as it stands; else it is a mention, which may leave out what is required."""
+
+
+def command_lines() -> Iterator[CommandLine]:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for line in re.findall(r"^(?:    |\$ )(.*\bllama-acc .*)$", text, re.MULTILINE):
+            yield CommandLine(page.name, words_of(line), True)
+        for mention in re.findall(r"`(llama-acc [^`\n]+)`", text):
+            yield CommandLine(page.name, words_of(mention), False)
+
+
+def words_of(line: str) -> list[str]:
+    """The words after `llama-acc`, up to a pipe or a redirection."""
+    words = shlex.split(line, comments=True)
+    words = words[words.index("llama-acc") + 1 :]
+    ends = [i for i, word in enumerate(words) if word in ("|", ">", "<", "&&")]
+    return words[: ends[0]] if ends else words
+
+
+@pytest.mark.parametrize("line", command_lines(), ids=lambda line: f"{line.page}: {' '.join(line.words)}")
+def test_every_command_line_parses(line: CommandLine) -> None:
+    command: Any = typer.main.get_command(app)
+    context, words = command.context_class(command, info_name="llama-acc"), line.words
+    while words and not words[0].startswith("-") and hasattr(command, "commands"):
+        assert words[0] in command.commands, f"there is no command {words[0]}"
+        command, words = command.commands[words[0]], words[1:]
+        context = command.context_class(command, info_name=command.name, parent=context)
+    if line.whole:
+        command.make_context(command.name, list(words), parent=context.parent)
+    else:
+        command.make_parser(context).parse_args(list(words))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [line for line in command_lines() if line.words[:1] == ["finetune"] and any("=" in word for word in line.words)],
+    ids=lambda line: " ".join(line.words),
+)
+def test_every_override_is_a_key_with_a_possible_value(line: CommandLine) -> None:
+    name = line.words[line.words.index("--recipe") + 1] if "--recipe" in line.words else "alpaca"
+    Recipe.load(name, [word for word in line.words if "=" in word])
+
+
+def test_chat_page_lists_every_option() -> None:
+    chat: Any = typer.main.get_command(app).commands["chat"]
+    options = {option for parameter in chat.params for option in parameter.opts} - {"--ckpt", "--help", "-h"}
+    rows = table_rows(section(read("docs/chat.md"), "## Options"))[1:]
+    assert {code(row[0]).split()[0] for row in rows} == options
+
+
+# Links
+
+
+def links() -> Iterator[tuple[Path, str]]:
+    for page in PAGES:
+        prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+            if not target.startswith(("http://", "https://")):
+                yield page, target
+
+
+def anchors(page: Path) -> set[str]:
+    """GitHub's names for the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(("page", "target"), links(), ids=lambda part: part if isinstance(part, str) else part.name)
+def test_every_link_leads_somewhere(page: Path, target: str) -> None:
+    file, _, anchor = target.partition("#")
+    path = page.parent / file if file else page
+    assert path.exists()
+    assert not anchor or anchor in anchors(path)
+
+
+def test_readme_tree_names_every_module() -> None:
+    tree = section(read("README.md"), "## Architecture")
+    named = set(re.findall(r"\b(\w+\.py)\b", tree))
+    assert named == {path.name for path in PACKAGE.rglob("*.py") if not path.name.startswith("__")}
+
+
+def test_readme_gives_a_reason_for_every_dependency() -> None:
+    # Python 3.10 has no TOML reader; the list is plain enough.
+    (listed,) = re.findall(r"^dependencies = \[\n(.*?)^\]", read("pyproject.toml"), re.MULTILINE | re.DOTALL)
+    rows = table_rows(section(read("README.md"), "## Dependencies"))[1:]
+    assert sorted(row[0] for row in rows) == sorted(re.findall(r'^ +"([\w-]+)', listed, re.MULTILINE))
+
+
+# Recipes
+
+
+def defaults(schema: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, Any]:
+    """Every key that holds a value, with its default."""
+    found: dict[str, Any] = {}
+    for name, field in schema.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= defaults(field.annotation, f"{prefix}{name}.")
+        elif name != "sources":
+            default = field.default
+            found[prefix + name] = list(default) if isinstance(default, tuple) else default
+    return found | (defaults(Source, "data.sources.") if schema is Recipe else {})
+
+
+def documented_keys() -> dict[str, Any]:
+    rows = table_rows(section(read("docs/recipes.md"), "## Every key"))
+    return {
+        code(row[0]): PydanticUndefined if row[2] == "required" else yaml.safe_load(code(row[2]))
+        for row in rows
+        if row[0] != "key"
+    }
+
+
+def test_recipes_page_has_every_key_and_no_other() -> None:
+    known = known_keys()
+    with_a_value = [key for key in known if not any(other.startswith(f"{key}.") for other in known)]
+    assert sorted(documented_keys()) == sorted(with_a_value)
+
+
+def test_recipes_page_has_the_defaults() -> None:
+    assert documented_keys() == defaults()
+
+
+def test_recipes_page_has_what_may_change_on_resume() -> None:
+    text = section(read("docs/recipes.md"), "## What may change on `--resume`")
+    listed = [line for line in text.splitlines() if line.startswith("- ")]
+    assert set(re.findall(r"`([\w.]+)`", "\n".join(listed))) == _MAY_CHANGE
+
+
+def test_recipes_page_has_every_shipped_recipe_with_its_values() -> None:
+    header, *rows = table_rows(section(read("docs/recipes.md"), "## The shipped recipes"))
+    assert sorted(code(row[0]) for row in rows) == recipe_names()
+    for name, *cells in rows:
+        recipe = Recipe.load(code(name)).model_dump()
+        for key, cell in zip(header[1:], cells, strict=True):
+            assert yaml.safe_load(cell) == value_at(recipe, code(key)), f"{name} {key}"
+
+
+def value_at(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values[int(part)] if isinstance(values, list) else values[part]
+    return values
+
+
+def test_recipes_page_says_where_the_data_of_every_recipe_comes_from() -> None:
+    rows = table_rows(section(read("docs/recipes.md"), "## Data of each recipe"))[1:]
+    assert sorted(name for row in rows for name in re.findall(r"`([\w-]+)`", row[0])) == recipe_names()
+
+
+# Prompt formats
+
+
+def marked(template: Template, item: Any) -> str:
+    """An example's text with what is trained between ⟦ and ⟧."""
+    bos, eos = "<s>" * template.bos, "</s>" * template.eos
+    if template.kind == "single_turn":
+        prompt = template.single_turn_prompt(item["instruction"], item["input"])
+        return f"{bos}{prompt}⟦{item['output']}{eos}⟧"
+    text, trained = template.dialogue_text([(ROLES[turn["from"]], turn["value"]) for turn in item["conversations"]])
+    for begin, end in reversed(trained):
+        text = f"{text[:begin]}⟦{text[begin:end]}⟧{text[end:]}"
+    return f"{bos}{text}{eos}"
+
+
+def fenced(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def documented_examples() -> Iterator[tuple[str, Any]]:
+    """The name of every prompt format, with the items of the page that it is shown for."""
+    (without, with_input), (dialogue,) = map(json.loads, fenced(read("docs/data.md"), "json"))
+    for name, template in TEMPLATES.items():
+        yield name, without if template.kind == "single_turn" else dialogue
+        if template.prompt_with_input is not None:
+            yield name, with_input
+
+
+@pytest.mark.parametrize(("name", "item"), documented_examples())
+def test_data_page_has_the_exact_text_of_every_prompt_format(name: str, item: Any) -> None:
+    formats = section(read("docs/data.md"), "## Prompt formats")
+    assert f"`{name}`" in formats
+    assert marked(TEMPLATES[name], item).rstrip("\n") + "\n" in fenced(formats, "text")
