@@ -65,19 +65,36 @@ def _reported(command: Callable[..., Any]) -> Callable[..., Any]:
             _show_traceback()
             console.error(error.message, error.hint)
             raise typer.Exit(error.exit_code) from None
+        except typer.Exit:
+            raise
         except KeyboardInterrupt:
-            console.note("stopped by Ctrl-C")
-            raise typer.Exit(130) from None
+            raise _stopped() from None
         except BrokenPipeError:
             # Whoever read our output has seen enough; Python would complain once more when it flushes.
             console.discard(sys.stdout)
             raise typer.Exit(0) from None
         except Exception as error:
+            if _was_ctrl_c(error):
+                raise _stopped() from None
             _show_traceback()
             console.error(*_unforeseen(error))
             raise typer.Exit(1) from None
 
     return run
+
+
+def _stopped() -> typer.Exit:
+    from llama_acc.cli import console
+
+    console.note("stopped by Ctrl-C")
+    return typer.Exit(130)
+
+
+def _was_ctrl_c(error: BaseException | None) -> bool:
+    """Whether an error comes of a Ctrl-C: one during the import of a C++ extension arrives as ImportError."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _show_traceback() -> None:

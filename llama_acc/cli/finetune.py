@@ -80,7 +80,7 @@ def finetune(
     output: Annotated[
         str | None,
         typer.Option(
-            "--output", "-o", metavar="DIR", help="The run's folder. [default: runs/RECIPE]", callback=options.given
+            "--output", "-o", metavar="DIR", help="The run's folder; without it, runs/RECIPE.", callback=options.given
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --output.")] = False,
@@ -92,7 +92,7 @@ def finetune(
         typer.Option(
             "--device",
             metavar="NAME",
-            help="cuda, cuda:1, mps or cpu. [default: the first there is]",
+            help="cuda, cuda:1, mps or cpu; without it, the first there is.",
             callback=options.device,
         ),
     ] = None,

@@ -21,9 +21,14 @@ class _Loader(yaml.SafeLoader):
     """Reads 1e-5 as a number, as YAML 1.2 and everybody does; PyYAML alone wants 1.0e-5."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around a text that `_Loader` would read as a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 RECIPES_FOLDER = Path(str(files("llama_acc"))) / "recipes"
 
@@ -222,7 +227,8 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The recipe with every key resolved."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
+        values = self.model_dump(mode="json")
+        return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
 
 
 def recipe_names() -> list[str]:

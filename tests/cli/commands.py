@@ -8,9 +8,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from click.testing import Result
 from typer.testing import CliRunner
 
 from llama_acc.cli.app import app
@@ -20,6 +19,15 @@ COMMAND = [sys.executable, "-m", "llama_acc"]
 TINY = "model.params={dim: 32, n_layers: 2, n_heads: 4, n_kv_heads: 2, multiple_of: 16, max_seq_len: 256}"
 QUICKSTART = ("finetune", "--recipe", "quickstart", "--device", "cpu", TINY, "train.warmup_epochs=0.5")
 PATIENCE = 120.0  # seconds; only a test that has failed waits so long
+
+
+class Result(Protocol):
+    """What a command left."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+    output: str
 
 
 def invoke(*arguments: object, input: str | bytes | None = None) -> Result:

@@ -34,6 +34,19 @@ class Terminal:
         """Presses keys; "\\x03" is Ctrl-C, "\\x04" Ctrl-D."""
         os.write(self._terminal, text.encode())
 
+    def interrupt(self, then: str) -> None:
+        """Presses Ctrl-C, and again where nothing comes of it, until `then` shows up.
+
+        Python's input() does not notice one that comes just before it begins to wait.
+        """
+        silent = True
+        while self.seen.find(then, self._read) < 0:
+            if silent:
+                self.type("\x03")
+            silent = not select.select([self._terminal], [], [], 2.0)[0]
+            assert silent or self._more(), f"it ended without {then!r}: {self.seen!r}"
+        self.expect(then)
+
     def expect(self, text: str) -> str:
         """Waits until `text` shows up behind what was expected before; returns what came before it."""
         deadline = time.monotonic() + PATIENCE

@@ -58,6 +58,29 @@ def test_a_fault_of_the_program_is_one_line_and_exit_code_1(monkeypatch: pytest.
     assert "Traceback" not in result.stderr
 
 
+def test_ctrl_c_during_an_import_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C++ extensions turn it into an ImportError."""
+
+    def interrupted(name: str) -> Path:
+        raise ImportError("initialization failed") from KeyboardInterrupt()
+
+    monkeypatch.setattr("llama_acc.core.recipe.find_recipe", interrupted)
+    result = invoke("recipes", "show", "lima")
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "stopped by Ctrl-C\n")
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_set(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("LLAMA_ACC_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    result = invoke("chat", "--ckpt", "no-such-model")
+    assert result.exit_code == 1
+    assert "this user has no home folder" in result.stderr
+    assert "set LLAMA_ACC_HOME" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -15,7 +15,7 @@ from llama_acc.core.train.loop import Trainer
 from llama_acc.core.train.plan import Plan, check_disk, make_plan, read_base
 from llama_acc.core.train.step import train_step
 
-_PROBE_STEPS = 2  # the first one warms up
+_PROBE_STEPS = 3  # the first one warms up, and another may have been disturbed
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _timed_step(plan: Plan, device: torch.device) -> tuple[float, float]:
         start = time.perf_counter()
         trainer.optimizer.step(0.0, result.loss).item()
         updates.append(time.perf_counter() - start)
-    return max(whole[-1] - updates[-1], 0.0) / len(batch.tokens), updates[-1]
+    return max(min(whole) - min(updates), 0.0) / len(batch.tokens), min(updates)
 
 
 def _matmul_rate(plan: Plan, device: torch.device) -> float:

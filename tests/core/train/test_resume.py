@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llama_acc.core.errors import UserError
 from llama_acc.core.train.events import Quiet
@@ -236,6 +237,27 @@ def test_newest_means_written_last_whatever_an_abandoned_run_left(tmp_path: Path
     assert (tmp_path / "epoch1-iter2").is_dir()
     run(tmp_path, "train.epochs=3", resume=True)
     assert len(losses(tmp_path)) == 12
+
+
+def test_a_first_checkpoint_that_nothing_names_yet_is_found(tmp_path: Path) -> None:
+    common = ["train.epochs=3", "checkpoint.every_epochs=1", "checkpoint.keep=0"]
+    run(tmp_path / "whole", *common)
+    run(tmp_path / "killed", *common, "train.max_steps=4")
+    (tmp_path / "killed" / "latest").unlink()
+    events = Notes()
+    run(tmp_path / "killed", *common, resume=True, events=events)
+    assert any("epoch0, 4 of 12 steps done" in text for text in events.texts)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_the_random_number_generator_goes_on_where_it_was(tmp_path: Path) -> None:
+    torch.manual_seed(11)
+    run(tmp_path, "train.max_steps=2")
+    torch.manual_seed(22)
+    run(tmp_path, resume=True)
+    saved = [saved_state(tmp_path / name)["rng.cpu"] for name in ("epoch0-iter2", "epoch1")]
+    assert torch.equal(saved[0], saved[1])
+    assert torch.equal(saved[0], torch.manual_seed(11).get_state())
 
 
 def test_quickstart_overrides_are_what_the_tests_think_they_are() -> None:

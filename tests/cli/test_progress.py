@@ -1,0 +1,113 @@
+"""What a run tells while it goes: a bar on a terminal, plain lines anywhere else, both on standard error."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.cli.commands import QUICKSTART, invoke, metrics, run, start
+from tests.cli.terminal import Terminal
+
+SHORT = (*QUICKSTART, "train.epochs=3", "checkpoint.every_epochs=1", "checkpoint.keep=2")
+
+
+def test_the_first_lines_say_what_will_be_done_and_the_last_ones_what_was(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    result = invoke(*SHORT, "--output", output)
+    assert result.exit_code == 0
+    lines = result.stderr.splitlines()
+    assert [line.split("  ")[0] for line in lines[:7]] == [
+        "recipe", "model", "weights", "parameters", "data", "steps", "checkpoints",
+    ]  # fmt: skip
+    told = {line.partition("  ")[0]: line.partition("  ")[2].strip() for line in lines[:7]}
+    assert told["model"] == "2 layers, width 32, 4 heads (2 for keys and values), vocabulary 640"
+    assert told["weights"] == "random (seed 0)"
+    assert told["parameters"] == "65,696, of which 65,696 train (method full)"
+    assert told["data"] == "32 items, 1,129 tokens, 556 of them trained"
+    assert told["steps"] == "12 of 8 examples; 4 in an epoch, 3 epochs, fp32"
+    assert told["checkpoints"] == "3 of 1.8 MiB, the newest 2 kept"
+    assert [line for line in lines if line.startswith("saved ")] == [f"saved {output}/epoch{i}" for i in range(3)]
+    facts = r"  loss \d+\.\d{4}  lr \S+  [\d,]+ tokens/s  \d+\.\d\d GiB"
+    assert re.fullmatch(f"step 1/12{facts}", next(line for line in lines if line.startswith("step 1/12")))
+    assert any(re.fullmatch(f"step 12/12{facts}", line) for line in lines)
+    last = metrics(output)[-1]["loss"]
+    assert lines[-1] == f"loss {last:.4f}; the report is {output}/report.md; talk to it with:"
+    assert result.stdout == f"llama-acc chat --ckpt {output}\n"
+
+
+def test_the_folder_of_a_run_is_laid_out_as_promised(trained_once: Path) -> None:
+    assert sorted(path.name for path in trained_once.iterdir()) == [
+        "data.json", "epoch0", "epoch0-iter2", "latest", "loss.png", "metrics.jsonl", "recipe.yaml", "report.md",
+        "tensorboard",
+    ]  # fmt: skip
+    assert sorted(path.name for path in (trained_once / "epoch0").iterdir()) == [
+        "config.json", "consolidated.00-of-01.model.pth", "manifest.json", "meta.json", "recipe.yaml", "state",
+        "template.json", "tokenizer.model",
+    ]  # fmt: skip
+    lines = [json.loads(line) for line in (trained_once / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert set(lines[0]) == {
+        "step", "epoch", "loss", "lr", "grad_norm", "label_tokens", "tokens", "tokens_per_second", "peak_memory_gib",
+    }  # fmt: skip
+
+
+def test_validation_is_told_and_logged(tmp_path: Path) -> None:
+    result = invoke(*SHORT, "--output", tmp_path, "data.validation.fraction=0.25", "data.validation.every_steps=4")
+    assert result.exit_code == 0, result.stderr
+    assert "validation" in [line.split("  ")[0] for line in result.stderr.splitlines()]
+    validations = [line for line in metrics(tmp_path) if "validation_loss" in line]
+    assert [line["step"] for line in validations] == [4, 8, 9]
+    for line in validations:
+        assert f"step {line['step']}: validation loss {line['validation_loss']:.4f}" in result.stderr
+
+
+@pytest.mark.parametrize("variables", [{}, {"FORCE_COLOR": "1"}])
+def test_a_pipe_gets_plain_lines_and_no_bar(tmp_path: Path, variables: dict[str, str]) -> None:
+    done = run(*SHORT, "--output", tmp_path / "run", **variables)
+    assert done.returncode == 0
+    assert "━" not in done.stderr
+    assert "\r" not in done.stderr
+    assert "step 12/12  loss " in done.stderr
+    if not variables:
+        assert "\x1b" not in done.stderr
+
+
+def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
+    with Terminal(*SHORT, "--output", tmp_path / "run", term="xterm") as terminal:
+        terminal.expect("parameters")
+        terminal.expect("━━━━")
+        assert terminal.end() == 0
+        shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", terminal.seen)
+        assert "12/12" in shown
+        assert f"llama-acc chat --ckpt {tmp_path / 'run'}" in shown
+
+
+def test_a_terminal_that_cannot_draw_gets_plain_lines(tmp_path: Path) -> None:
+    with Terminal(*SHORT, "--output", tmp_path / "run", term="dumb") as terminal:
+        assert terminal.end() == 0
+        assert "━" not in terminal.seen
+        assert "step 12/12  loss " in terminal.seen
+
+
+def test_the_default_output_is_named_after_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*SHORT)
+    assert (result.exit_code, result.stdout) == (0, "llama-acc chat --ckpt runs/quickstart\n")
+
+
+def test_a_run_whose_reader_leaves_goes_on_to_its_end(tmp_path: Path) -> None:
+    """`llama-acc finetune ... 2>&1 | head` loses its remarks, not its work."""
+    with start(*QUICKSTART, "train.epochs=20", "--output", tmp_path / "run") as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("recipe")
+        process.stderr.close()
+        assert process.wait() == 0
+    assert (tmp_path / "run" / "latest").read_text() == "epoch19\n"
+
+
+def test_a_name_with_spaces_is_quoted_where_it_is_to_be_typed(tmp_path: Path, trained_once: Path) -> None:
+    output = Path(shutil.copytree(trained_once, tmp_path / "my run"))
+    result = invoke("finetune", "--device", "cpu", "--output", output, "--resume", "train.epochs=2")
+    assert result.stdout == f"llama-acc chat --ckpt '{output}'\n"
