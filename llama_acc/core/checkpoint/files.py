@@ -105,12 +105,10 @@ def check_manifest(folder: Path, contents: bool = False, under: str = "") -> Non
         under: look only at files whose name starts so, such as "state/".
 
     Raises:
-        UserError: nothing to verify with, a newer format, or files that are missing or not what was written; all of them listed.
+        UserError: a newer format, or files that are missing or not what was written; all of them listed.
     """
     path = folder / "manifest.json"
     if not path.is_file():
-        if contents and not under:
-            raise UserError(f"{folder} has no manifest.json to verify it with", "leave out --verify")
         return
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

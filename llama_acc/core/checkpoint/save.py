@@ -102,7 +102,7 @@ def publish(folder: Path, write: Callable[[Path], None], keep: int) -> None:
     write_text_whole(run / "latest", folder.name + "\n")
     # One with more steps can be there: a kill between the two lines above leaves it, and the run went on from before.
     others = [path for path in checkpoints(run) if path != folder]
-    for old in others[: len(others) + 1 - keep] if keep else []:
+    for old in others[: max(0, len(others) + 1 - keep)] if keep else []:
         remove_checkpoint(old)
 
 

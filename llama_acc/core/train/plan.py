@@ -261,7 +261,7 @@ def _resolved(recipe: Recipe, layouts: list[Layout], tokenizer: Tokenizer, recip
         data.validation.path = _absolute(data.validation.path, resolve_data_path(data.validation.path, recipe_folder))
     if layouts:
         resolved.model.pretrained = [str(layout.folder.resolve()) for layout in layouts]
-    resolved.model.tokenizer = str(tokenizer.path.resolve())
+    resolved.model.tokenizer = _absolute(model.tokenizer or "", tokenizer.path.resolve())
     return resolved
 
 
