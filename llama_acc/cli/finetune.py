@@ -108,7 +108,7 @@ def finetune(
     if dry_run:
         _dry_run(loaded, run, folder, device, verify)
     else:
-        _train(loaded, run or Path("runs") / loaded.name, folder, resume, device, verify)
+        _train(loaded, run or _named_after(loaded), folder, resume, device, verify)
 
 
 def _load_recipe(
@@ -143,6 +143,12 @@ def _load_recipe(
     if tokenizer is not None:
         loaded.model.tokenizer = _typed(tokenizer)
     return loaded, None if path.parent == RECIPES_FOLDER else path.parent.absolute()
+
+
+def _named_after(recipe: "Recipe") -> Path:
+    if recipe.name in ("", "..") or Path(recipe.name).name != recipe.name:
+        raise UserError(f"the recipe's name {recipe.name!r} is no name for a folder", "give --output DIR")
+    return Path("runs") / recipe.name
 
 
 def _typed(path: str) -> str:

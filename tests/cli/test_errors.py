@@ -435,6 +435,13 @@ def test_a_file_as_output_is_refused(tmp_path: Path) -> None:
         refused(invoke(*QUICKSTART, "--output", output), f"cannot use {output} as output folder", "another --output")
 
 
+@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "..", '""'])
+def test_a_recipes_name_never_leads_out_of_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(invoke(*QUICKSTART, f"name={name}"), "is no name for a folder", "give --output DIR")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)

@@ -22,6 +22,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run(*LONG, "--output", output, LLAMA_ACC_HOME=home)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"llama-acc chat --ckpt {output}\n"
+    assert "\x1b" not in done.stderr
     return output
 
 
