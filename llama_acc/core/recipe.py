@@ -153,7 +153,7 @@ class Train(Section):
     activation_checkpointing: bool = True
     compile: bool = False
     shuffle: bool = True
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     max_steps: int | None = Field(default=None, ge=1)
     deterministic: bool = False
 
