@@ -3,15 +3,15 @@
 Shapes: T tokens of the stream, H query heads, K key-value heads, D head dimension, S positions in the cache.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.layers import Linear, Packed, rotate
+from llama_acc.core.model.layers import Linear, Packed, RMSNorm, normed_linears, rotate
 
 
 class LayerCache:
@@ -72,10 +72,64 @@ class DocumentAttention:
     @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Attend`."""
+        if q.device.type == "cpu" and torch.is_grad_enabled():
+            return _DocumentsOnCPU.apply(q, k, v, self.rotations, self.lengths)
         heads = (-1, 2 * self.rotations.shape[-1])
         q = rotate(q.unflatten(-1, heads), self.rotations)
         k = rotate(k.unflatten(-1, heads), self.rotations)
         return attend_documents(q, k, v.unflatten(-1, heads), self.lengths).flatten(1)
+
+
+class _DocumentsOnCPU(torch.autograd.Function):
+    """Rotation and attention of all documents in one, for training on a CPU.
+
+    The kernels are those of `scaled_dot_product_attention`. Out of single calls to it, the outputs would be kept twice,
+    for each document and joined, and the gradients be copied once more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rotations: Tensor, lengths: Sequence[int]) -> Tensor:
+        heads = (-1, 2 * rotations.shape[-1])
+        q, k = (rotate(x.unflatten(-1, heads), rotations) for x in (q, k))
+        v = v.unflatten(-1, heads)
+        outputs = torch.empty_like(q)
+        log_sums = []
+        for document in _slices(lengths):
+            q_k_v = [_batch(x[document]) for x in (q, k, v)]
+            output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*q_k_v, 0.0, True)
+            _batch(outputs[document]).copy_(output)
+            log_sums.append(log_sum)
+        ctx.lengths = lengths
+        ctx.save_for_backward(q, k, v, rotations, outputs, *log_sums)
+        return outputs.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, rotations, outputs, *log_sums = ctx.saved_tensors
+        d_output = d_outputs[0].view_as(outputs)
+        gradients = [torch.empty_like(x) for x in (q, k, v)]
+        for document, log_sum in zip(_slices(ctx.lengths), log_sums, strict=True):
+            d_out, *q_k_v_out = [_batch(x[document]) for x in (d_output, q, k, v, outputs)]
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                d_out, *q_k_v_out, log_sum, 0.0, True
+            )
+            for gradient, part in zip(gradients, parts, strict=True):
+                _batch(gradient[document]).copy_(part)
+        d_q, d_k, d_v = gradients
+        back = rotations.conj()
+        return rotate(d_q, back).flatten(1), rotate(d_k, back).flatten(1), d_v.flatten(1), None, None
+
+
+def _slices(lengths: Sequence[int]) -> Iterator[slice]:
+    start = 0
+    for length in lengths:
+        yield slice(start, start + length)
+        start += length
+
+
+def _batch(x: Tensor) -> Tensor:
+    """A document's [T, H, D] as the kernels take it, [1, H, T, D]."""
+    return x.transpose(0, 1).unsqueeze(0)
 
 
 class CachedAttention:
@@ -112,11 +166,11 @@ class Attention(nn.Module):
         self.wo = Linear(config.dim, config.dim)
         self.packed: Packed | None = None
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """[T, dim] to [T, dim]."""
+    def forward(self, x: Tensor, norm: RMSNorm, attend: Attend) -> Tensor:
+        """[T, dim] to [T, dim]; `norm` is applied to x first."""
         if self.packed is not None:
-            return self.wo(attend(*self.packed(x)))
-        return self.wo(attend(self.wq(x), self.wk(x), self.wv(x)))
+            return self.wo(attend(*self.packed(norm(x))))
+        return self.wo(attend(*normed_linears(x, norm, (self.wq, self.wk, self.wv))))
 
 
 def attend_documents(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -124,13 +178,12 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) ->
 
     One fused kernel call per document: nothing is padded and no mask is made.
     """
-    documents = list(lengths)
     outputs = []
-    for q_d, k_d, v_d in zip(q.split(documents), k.split(documents), v.split(documents), strict=True):
+    for document in _slices(lengths):
         output = F.scaled_dot_product_attention(
-            q_d.transpose(0, 1).unsqueeze(0),
-            k_d.transpose(0, 1).unsqueeze(0),
-            v_d.transpose(0, 1).unsqueeze(0),
+            _batch(q[document]),
+            _batch(k[document]),
+            _batch(v[document]),
             is_causal=True,
             enable_gqa=q.shape[1] != k.shape[1],
         )

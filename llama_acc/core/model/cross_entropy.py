@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama_acc.core.model.layers import add_product
+
 IGNORED = -100
 # Rows per matrix product, 62 MiB of float32 logits at a vocabulary of 32000: fewer make it slower, more cost memory.
 CHUNK_ROWS = 512
@@ -38,7 +40,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if d_picked is not None:
                 torch.mm(d_logits, compute_weight, out=d_picked[chunk])
             if d_weight is not None:
-                _accumulate(d_weight, d_logits, x * scale, first=start == 0)
+                add_product(d_weight, d_logits.t(), x * scale, first=start == 0)
         d_hidden = None
         if d_picked is not None:
             d_hidden = torch.zeros_like(hidden).index_copy_(0, rows, d_picked.mul_(scale))
@@ -64,16 +66,6 @@ def _softmax_minus_one_hot_(logits: Tensor, targets: Tensor) -> Tensor:
         probabilities.scatter_add_(1, wanted, probabilities.new_full(wanted.shape, -1.0))
         rows.copy_(probabilities)
     return loss
-
-
-def _accumulate(d_weight: Tensor, d_logits: Tensor, x: Tensor, first: bool) -> None:
-    """Adds d_logits^T x [V, dim] to d_weight, or writes it there."""
-    if d_weight.dtype == x.dtype:
-        d_weight.addmm_(d_logits.t(), x, beta=0 if first else 1)
-    elif first:
-        d_weight.copy_(d_logits.t() @ x)
-    else:
-        d_weight.add_(d_logits.t() @ x)
 
 
 def _times(gradient: Tensor | None, factor: Tensor) -> Tensor | None:

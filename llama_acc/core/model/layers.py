@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Elements of a bf16 matrix up to which one row is multiplied faster without oneDNN (measured on two Zen 4 cores).
-_SMALL = 1 << 19
+# Rows a feed-forward layer works on at a time on a CPU.
+_PIECE_ROWS = 256
 _onednn: Any = torch.backends.mkldnn
 
 
@@ -65,8 +65,9 @@ def _one_row(x: Tensor, weight: Tensor) -> Tensor:
         # The library reads a matrix with one thread if there is one vector to multiply; as a batch of matrices, one
         # for each thread, it is read with all.
         return torch.bmm(x.expand(threads, 1, columns), weight.view(threads, rows // threads, columns).mT).view(1, rows)
-    if x.dtype == torch.bfloat16 and weight.numel() <= _SMALL and _onednn.enabled:
-        # oneDNN takes longer to start its threads than a small product takes without it.
+    if x.dtype == torch.bfloat16 and _onednn.enabled:
+        # oneDNN reaches half the memory's speed or less, at every size (measured on two Zen 4 cores); torch's own
+        # product of a matrix and a vector nearly all of it.
         _onednn.enabled = False
         try:
             return F.linear(x, weight)
@@ -105,7 +106,30 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] to [..., dim], in the type of `x`."""
-        return _RMSNormFunction.apply(x, self.weight, self.eps)
+        if torch.is_grad_enabled():
+            return _RMSNormFunction.apply(x, self.weight, self.eps)
+        return _rms_norm(x, self.weight, self.eps)[0]
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The normed [..., dim] in the type of `x`, and 1 / rms [..., 1] in float32."""
+    wide = x.float()
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * inverse).to(x.dtype) * weight.to(x.dtype), inverse
+
+
+def _rms_norm_backward(
+    d_y: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, weight_needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x and weight from that of the output, all [..., dim]."""
+    wide = d_y.float()
+    normed = x.float() * inverse
+    d_weight = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype) if weight_needs_grad else None
+    d_normed = wide * weight.float()
+    # d x = (d n - n * mean(d n * n)) / rms
+    projection = (d_normed * normed).mean(-1, keepdim=True)
+    d_x = d_normed.sub_(normed.mul_(projection)).mul_(inverse)
+    return d_x.to(x.dtype), d_weight
 
 
 class _RMSNormFunction(torch.autograd.Function):
@@ -113,50 +137,103 @@ class _RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        y, inverse = _rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).to(x.dtype) * weight.to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        d_y = d_outputs[0].float()
-        normed = x.float() * inverse
-        d_weight = (d_y * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        d_normed = d_y * weight.float()
-        # d x = (d n - n * mean(d n * n)) / rms
-        projection = (d_normed * normed).mean(-1, keepdim=True)
-        d_x = (d_normed - normed * projection) * inverse
-        return d_x.to(x.dtype), d_weight, None
+        return *_rms_norm_backward(d_outputs[0], x, weight, inverse, ctx.needs_input_grad[1]), None
+
+
+def normed_linears(x: Tensor, norm: RMSNorm, layers: Sequence[Linear]) -> tuple[Tensor, ...]:
+    """Each layer of norm(x), [T, dim] to one [T, out] for each layer. For training it keeps x, but not norm(x)."""
+    if torch.is_grad_enabled():
+        return _NormedLinearsFunction.apply(x, norm.weight, norm.eps, *(layer.weight for layer in layers))
+    normed = norm(x)
+    return tuple(layer(normed) for layer in layers)
+
+
+class _NormedLinearsFunction(torch.autograd.Function):
+    """Computes the norm's output again in the backward pass, and sums the layers' gradients of it in one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm_weight: Tensor, eps: float, *weights: Tensor) -> tuple[Tensor, ...]:
+        normed, inverse = _rms_norm(x, norm_weight, eps)
+        ctx.save_for_backward(x, norm_weight, inverse, *weights)
+        return tuple(F.linear(normed, weight.to(x.dtype)) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm_weight, inverse, *weights = ctx.saved_tensors
+        needs_norm, needs_weights = ctx.needs_input_grad[1], ctx.needs_input_grad[3:]
+        d_normed = d_outputs[0] @ weights[0].to(x.dtype)
+        for d_y, weight in zip(d_outputs[1:], weights[1:], strict=True):
+            d_normed.addmm_(d_y, weight.to(x.dtype))
+        d_weights: list[Tensor | None] = [None] * len(weights)
+        if any(needs_weights):
+            normed = (x.float() * inverse).to(x.dtype) * norm_weight.to(x.dtype)
+            for i, (d_y, weight) in enumerate(zip(d_outputs, weights, strict=True)):
+                if needs_weights[i]:
+                    d_weights[i] = (d_y.t() @ normed).to(weight.dtype)
+            del normed
+        d_x, d_norm_weight = _rms_norm_backward(d_normed, x, norm_weight, inverse, needs_norm)
+        return d_x, d_norm_weight, None, *d_weights
 
 
 def gated_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-    """SwiGLU's second half: (silu(gate) * up) [..., hidden] times weight [out, hidden] transposed, [..., out]."""
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+    """SwiGLU's second half: silu(gate) * up [T, hidden] times weight [out, hidden] transposed, [T, out]."""
+    if torch.is_grad_enabled():
         return _GatedLinearFunction.apply(gate, up, weight)
     return linear(F.silu(gate).mul_(up), weight)
 
 
 class _GatedLinearFunction(torch.autograd.Function):
-    """Keeps gate and up for the backward pass and computes silu and product again: half the memory of SwiGLU."""
+    """Keeps gate and up for the backward pass and computes silu and product again: half the memory of SwiGLU.
+
+    On a CPU it goes through the rows in pieces that stay in the cache from one operation to the next.
+    """
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
-        return F.linear(F.silu(gate).mul_(up), weight.to(gate.dtype))
+        compute_weight = weight.to(gate.dtype).t()
+        y = gate.new_empty(len(gate), len(weight))
+        for rows in _pieces(gate):
+            torch.mm(F.silu(gate[rows]).mul_(up[rows]), compute_weight, out=y[rows])
+        return y
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight = ctx.saved_tensors
         d_y = d_outputs[0]
-        activated = F.silu(gate)
-        d_weight = None
-        if ctx.needs_input_grad[2]:
-            d_weight = (d_y.flatten(0, -2).t() @ (activated * up).flatten(0, -2)).to(weight.dtype)
-        d_product = d_y @ weight.to(d_y.dtype)
-        d_up = activated.mul_(d_product)
-        return torch.ops.aten.silu_backward(d_product.mul_(up), gate), d_up, d_weight
+        compute_weight = weight.to(d_y.dtype)
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[2] else None
+        # Their gradients take the place of gate and up; torch refuses a second backward pass over them.
+        for rows in _pieces(gate):
+            activated, d_product = F.silu(gate[rows]), d_y[rows] @ compute_weight
+            if d_weight is not None:
+                add_product(d_weight, d_y[rows].t(), activated * up[rows], first=not rows.start)
+            torch.ops.aten.silu_backward.grad_input(d_product * up[rows], gate[rows], grad_input=gate[rows])
+            torch.mul(activated, d_product, out=up[rows])
+        return gate, up, d_weight
+
+
+def _pieces(x: Tensor) -> list[slice]:
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return [slice(None)]
+    return [slice(start, start + _PIECE_ROWS) for start in range(0, len(x), _PIECE_ROWS)]
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """Adds the product a @ b to `total`, or writes it there if it is the first. `total` may be of a wider type."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, beta=0 if first else 1)
+    elif first:
+        total.copy_(a @ b)
+    else:
+        total.add_(a @ b)
 
 
 def rotary_table(head_dim: int, length: int, theta: float, scaling: float | None, device: torch.device) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llama_acc.core.model.attention import Attend, Attention, CachedAttention, DocumentAttention, KVCache
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.cross_entropy import linear_cross_entropy
-from llama_acc.core.model.layers import Embedding, Linear, Packed, RMSNorm, gated_linear, rotary_table
+from llama_acc.core.model.layers import Embedding, Linear, Packed, RMSNorm, gated_linear, normed_linears, rotary_table
 
 
 class FeedForward(nn.Module):
@@ -32,9 +32,9 @@ class FeedForward(nn.Module):
         self.w3 = Linear(config.dim, config.hidden_dim)
         self.packed: Packed | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, dim] to [T, dim]."""
-        gate, up = (self.w1(x), self.w3(x)) if self.packed is None else self.packed(x)
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """[T, dim] to [T, dim]; `norm` is applied to x first."""
+        gate, up = normed_linears(x, norm, (self.w1, self.w3)) if self.packed is None else self.packed(norm(x))
         return gated_linear(gate, up, self.w2.weight)
 
 
@@ -50,8 +50,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """[T, dim] to [T, dim]."""
-        x = x + self.attention(self.attention_norm(x), attend)
-        return x + self.feed_forward(self.ffn_norm(x))
+        x = x + self.attention(x, self.attention_norm, attend)
+        return x + self.feed_forward(x, self.ffn_norm)
 
 
 class Transformer(nn.Module):

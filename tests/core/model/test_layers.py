@@ -1,0 +1,87 @@
+"""The layers whose backward pass is written by hand, against torch's own derivatives of their definitions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama_acc.core.model.layers import Linear, RMSNorm, gated_linear, normed_linears, rotary_table, rotate
+
+# More rows than the feed-forward layer takes at once on a CPU.
+ROWS, DIM, HIDDEN = 600, 24, 40
+
+
+def _random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _leaf(values: Tensor, dtype: torch.dtype, trains: bool = True) -> Tensor:
+    return values.to(dtype, copy=True).requires_grad_(trains)
+
+
+def _gradients(outputs: tuple[Tensor, ...], leaves: list[Tensor]) -> list[Tensor | None]:
+    """Of a fixed weighted sum of the outputs."""
+    loss = sum((y * _random(*y.shape, seed=90 + i).to(y.dtype)).sum() for i, y in enumerate(outputs))
+    assert isinstance(loss, Tensor)
+    return list(torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad]))
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+@pytest.mark.parametrize("frozen", [(), (1,), (2,), (2, 3), (1, 2, 3)], ids=str)
+def test_normed_linears_and_their_gradients(frozen: tuple[int, ...]) -> None:
+    values = [_random(ROWS, DIM, seed=0), _random(DIM, seed=1)]
+    values += [_random(HIDDEN, DIM, seed=2), _random(DIM, DIM, seed=3)]
+
+    leaves = [_leaf(v, torch.float32, i not in frozen) for i, v in enumerate(values)]
+    norm = RMSNorm(DIM, 1e-5)
+    norm.weight = torch.nn.Parameter(leaves[1], leaves[1].requires_grad)
+    layers = [Linear(DIM, HIDDEN), Linear(DIM, DIM)]
+    for layer, leaf in zip(layers, leaves[2:], strict=True):
+        layer.weight = torch.nn.Parameter(leaf, leaf.requires_grad)
+    outputs = normed_linears(leaves[0], norm, layers)
+    mine = _gradients(outputs, [leaves[0], norm.weight, *(layer.weight for layer in layers)])
+
+    wide = [_leaf(v, torch.float64, i not in frozen) for i, v in enumerate(values)]
+    normed = _normed(wide[0], wide[1], 1e-5)
+    expected_outputs = (normed @ wide[2].t(), normed @ wide[3].t())
+    expected = _gradients(expected_outputs, wide)
+
+    for got, wanted in zip((*outputs, *mine), (*expected_outputs, *expected), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        for got, kept in zip(normed_linears(leaves[0], norm, layers), outputs, strict=True):
+            torch.testing.assert_close(got, kept)
+
+
+@pytest.mark.parametrize("weight_trains", [True, False])
+def test_gated_linear_and_its_gradients(weight_trains: bool) -> None:
+    values = [_random(ROWS, HIDDEN, seed=4), _random(ROWS, HIDDEN, seed=5), _random(DIM, HIDDEN, seed=6)]
+    gate, up, weight = (_leaf(v, torch.float32, i < 2 or weight_trains) for i, v in enumerate(values))
+    y = gated_linear(gate, up, weight)
+    mine = _gradients((y,), [gate, up, weight])
+
+    wide = [_leaf(v, torch.float64, i < 2 or weight_trains) for i, v in enumerate(values)]
+    expected_y = (F.silu(wide[0]) * wide[1]) @ wide[2].t()
+    expected = _gradients((expected_y,), wide)
+
+    for got, wanted in zip((y, *mine), (expected_y, *expected), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_bf16_activations_with_float32_weights_give_float32_gradients() -> None:
+    """The masters' gradients must not be rounded to the activations' type more than their products are."""
+    gate, up = (_leaf(_random(ROWS, HIDDEN, seed=i), torch.bfloat16) for i in (4, 5))
+    weight = _leaf(_random(DIM, HIDDEN, seed=6), torch.float32)
+    gradients = _gradients((gated_linear(gate, up, weight),), [gate, up, weight])
+    assert [g.dtype for g in gradients if g is not None] == [torch.bfloat16, torch.bfloat16, torch.float32]
+
+
+def test_rotation_turns_pairs_by_position_times_frequency() -> None:
+    table = rotary_table(4, 3, theta=100.0, scaling=None, device=torch.device("cpu"))
+    x = torch.tensor([1.0, 0.0, 1.0, 0.0]).expand(3, 1, 4)
+    positions = torch.arange(3.0)
+    expected = torch.stack((positions.cos(), positions.sin(), (positions / 10).cos(), (positions / 10).sin()), -1)
+    torch.testing.assert_close(rotate(x, table), expected.unsqueeze(1))
