@@ -77,7 +77,7 @@ def run_generate(args: argparse.Namespace) -> dict:
 
     def answer(new_tokens: int) -> int:
         generator = Generator(loaded, Sampling(temperature=0, max_new_tokens=new_tokens))
-        generator.eos_id = -1  # every run makes exactly as many tokens as asked
+        generator.end_ids = frozenset()  # every run makes exactly as many tokens as asked
         return sum(1 for _ in generator.tokens(prompt))
 
     answer(8)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_acc.core.checkpoint.files import check_manifest
+from llama_acc.core.checkpoint.files import check_checkpoint
 from llama_acc.core.checkpoint.layout import inspect, locate, read_config
 from llama_acc.core.checkpoint.shards import check_tensors, fill, read_weights
 from llama_acc.core.data.templates import ChatTemplate, Template, get_template, template_of_folder
@@ -108,7 +108,7 @@ def load_model(
     chosen: tuple[Template | ChatTemplate, str]
     chosen = template_of_folder(last, words) if template == "auto" else (get_template(template), "asked for")
     for layout in layouts:
-        check_manifest(layout.folder, contents=verify)
+        check_checkpoint(layout.folder, verify)
     weights = read_weights(layouts)
     check_tensors(weights.tensors, config.parameter_shapes(), last)
     own_dtype = weights.tensors["output.weight"].dtype
@@ -126,7 +126,7 @@ class Generator:
 
     def __init__(self, loaded: LoadedModel, sampling: Sampling) -> None:
         self.model, self.device, self.sampling = loaded.model, loaded.device, sampling
-        self.eos_id = loaded.tokenizer.eos_id
+        self.end_ids = loaded.tokenizer.end_ids
         self._cache = KVCache(loaded.model.config.n_layers)
         self._seen: list[int] = []
         self._random = torch.Generator(device="cpu")
@@ -137,7 +137,7 @@ class Generator:
 
     @torch.inference_mode()
     def tokens(self, prompt: Sequence[int]) -> Iterator[int]:
-        """The tokens that follow `prompt`, up to EOS (which is not given) or the sampling's limit.
+        """The tokens that follow `prompt`, up to one that ends an answer (which is not given) or the sampling's limit.
 
         Whatever the prompt shares with the tokens seen before is not computed again.
         """
@@ -153,7 +153,7 @@ class Generator:
         room = self.model.config.max_seq_len - len(prompt)
         for _ in range(min(self.sampling.max_new_tokens, room)):
             token = self._choose(self._logits(feed))
-            if token == self.eos_id:
+            if token in self.end_ids:
                 return
             yield token
             feed = [token]

@@ -49,6 +49,8 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int
     eos_id: int
+    # Tokens that end an answer: EOS, and what else has no place in a text.
+    end_ids: frozenset[int]
 
     def fingerprint(self) -> str:
         """sha256 of the files that decide how text is encoded."""
@@ -101,6 +103,7 @@ class SentencePieceTokenizer:
         self.eos_id: int = self._processor.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise UserError(f"{path} has no BOS or no EOS piece", "train it with bos_id=1 and eos_id=2, as LLaMA's is")
+        self.end_ids = frozenset({self.eos_id})
 
     def fingerprint(self) -> str:
         return self._fingerprint
@@ -161,6 +164,10 @@ class HuggingFaceTokenizer:
         vocabulary: dict[str, int] = self._fast.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.bos_id, self.eos_id = _bos_eos(path, config, vocabulary)
+        # Models are published with an EOS that is not the token their answers end with (<|eot_id|>, <|im_end|>), and
+        # a special token inside an answer would be the start of another turn.
+        added = self._fast.get_added_tokens_decoder()
+        self.end_ids = frozenset({self.eos_id, *(token for token, entry in added.items() if entry.special)})
         # A run of byte pieces is decoded as a whole by this decoder: one wrong byte spoils all of it.
         self._bytes_fall_back = b'"ByteFallback"' in data
 

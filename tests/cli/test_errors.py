@@ -201,7 +201,7 @@ def test_data_named_in_a_recipe_says_how_to_give_it(tokenizer_path: Path) -> Non
         ("deep.json", b"[" * 100_000, "deep.json is not JSON that can be read"),
         ("column.csv", b"instruction,answer\na,b\n", "line 1: no column 'output'"),
         ("cells.csv", b"instruction,output\na,b,c\n", "item 1 (line 2): 3 cells, but the header has 2"),
-        ("paper.pdf", b"%PDF-1.4 plain", ".pdf is not a kind of data file"),
+        ("paper.pdf", b"%PDF-1.4 \xe2\xe3\xcf\xd3", ".pdf is not a kind of data file"),
         ("notes", b"hello", "no suffix is not a kind of data file"),
         ("other.yaml", b"a: 1\n", "it should have one key, META"),
         ("meta.yaml", b"META: [{pth: a, type: text}]", "META entry 1: unknown key 'pth'"),
@@ -399,6 +399,15 @@ def test_verify_finds_a_byte_that_changed(trained: Path) -> None:
     content[-200] ^= 1
     path.write_bytes(content)
     refused(invoke("chat", "--ckpt", trained, "--prompt", "hi", "--verify"), f"{path.name} was changed")
+
+
+def test_verify_without_a_manifest_is_refused(trained: Path) -> None:
+    checkpoint = trained / "epoch0"
+    (checkpoint / "manifest.json").unlink()
+    refused(
+        invoke("chat", "--ckpt", checkpoint, "--prompt", "hi", "--verify"), "epoch0 has no manifest.json", "--verify"
+    )
+    assert invoke("chat", "--ckpt", checkpoint, "--prompt", "hi").exit_code == 0
 
 
 # The output folder

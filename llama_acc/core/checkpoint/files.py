@@ -96,6 +96,17 @@ def write_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
 
 
+def check_checkpoint(folder: Path, verify: bool) -> None:
+    """Compares a checkpoint that is to be loaded with its manifest: files and sizes, and SHA-256 if `verify`.
+
+    Raises:
+        UserError: it differs, or `verify` was asked for and there is nothing to compare with.
+    """
+    if verify and not (folder / "manifest.json").is_file():
+        raise UserError(f"{folder} has no manifest.json to compare its files with", "leave --verify out")
+    check_manifest(folder, contents=verify)
+
+
 def check_manifest(folder: Path, contents: bool = False, under: str = "") -> None:
     """Compares a folder with its manifest, if it has one: files and sizes, and with `contents` their SHA-256.
 

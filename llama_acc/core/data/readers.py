@@ -108,7 +108,12 @@ def read_file(path: Path, format: str = "auto", data: bytes | None = None) -> It
         raise UserError(
             f"unknown data format {format!r}", did_you_mean(format, FORMATS) or "it is one of: " + ", ".join(FORMATS)
         )
-    text = _decode(path, read_bytes(path) if data is None else data)
+    data = read_bytes(path) if data is None else data
+    if (suffix := path.suffix.lower()) not in DATA_SUFFIXES:
+        raise UserError(
+            f"{path}: {suffix or 'no suffix'} is not a kind of data file", f"use {', '.join(DATA_SUFFIXES)}"
+        )
+    text = _decode(path, data)
     rows = _rows(path, text)
     if not rows:
         raise UserError(f"{path} holds no items")
@@ -197,9 +202,7 @@ def _rows(path: Path, text: str) -> list[_Row]:
         return _json_rows(path, text)
     if suffix == ".jsonl":
         return _jsonl_rows(path, text)
-    if suffix == ".csv":
-        return _csv_rows(path, text)
-    raise UserError(f"{path}: {suffix or 'no suffix'} is not a kind of data file", f"use {', '.join(DATA_SUFFIXES)}")
+    return _csv_rows(path, text)
 
 
 def _json_rows(path: Path, text: str) -> list[_Row]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llama_acc.core.checkpoint.files import check_manifest
+from llama_acc.core.checkpoint.files import check_checkpoint
 from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config
 from llama_acc.core.checkpoint.save import DTYPES, free_bytes, needed_bytes
 from llama_acc.core.checkpoint.shards import Weights, check_tensors, read_weights
@@ -281,7 +281,7 @@ def read_base(plan: Plan, verify: bool = False) -> Weights | None:
     if not plan.layouts:
         return None
     for layout in plan.layouts:
-        check_manifest(layout.folder, contents=verify)
+        check_checkpoint(layout.folder, verify)
     weights = read_weights(plan.layouts)
     where = " and ".join(str(layout.folder) for layout in plan.layouts)
     check_tensors(weights.tensors, plan.config.parameter_shapes(), where)
