@@ -66,8 +66,8 @@ def _one_row(x: Tensor, weight: Tensor) -> Tensor:
         # for each thread, it is read with all.
         return torch.bmm(x.expand(threads, 1, columns), weight.view(threads, rows // threads, columns).mT).view(1, rows)
     if x.dtype == torch.bfloat16 and _onednn.enabled:
-        # oneDNN reaches half the memory's speed or less, at every size (measured on two Zen 4 cores); torch's own
-        # product of a matrix and a vector nearly all of it.
+        # oneDNN takes 1.1 to 4 times as long as torch's own product of a matrix and a vector, at every size (measured
+        # on two Zen 4 cores).
         _onednn.enabled = False
         try:
             return F.linear(x, weight)
