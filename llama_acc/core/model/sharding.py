@@ -1,8 +1,9 @@
 """Which dimension of which tensor is split over the ranks of a model-parallel group. Imports no torch.
 
-The rule is that of Meta's and LLaMA2-Accessory's checkpoints, so a rank's part is a shard of such a checkpoint: matrices
-that read the residual stream (wq wk wv w1 w3 output) are split by rows (column-parallel, dimension 0), those that write
-to it (wo w2) by columns (row-parallel, dimension 1), the embedding by features (dimension 1); norms are whole everywhere.
+The rule is that of Meta's and LLaMA2-Accessory's checkpoints, so a rank's part is a shard of such a checkpoint:
+matrices that read the residual stream (wq wk wv w1 w3 output) are split by rows (column-parallel, dimension 0), those
+that write to it (wo w2) by columns (row-parallel, dimension 1), the embedding by features (dimension 1); norms are
+whole everywhere.
 """
 
 from llama_acc.core.errors import UserError, listed
