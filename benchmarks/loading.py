@@ -45,6 +45,7 @@ def load(name: str, folder: Path) -> dict:
     from llama_acc import generate, load_model
     from llama_acc.core.checkpoint.layout import inspect, read_config
     from llama_acc.core.model.transformer import Transformer
+    from llama_acc.core.parallel import Parallel
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
@@ -56,7 +57,7 @@ def load(name: str, folder: Path) -> dict:
         config = read_config([inspect(folder)])
         assert config is not None
         torch.set_default_dtype(torch.bfloat16)
-        model = Transformer(config, torch.bfloat16).requires_grad_(False)
+        model = Transformer(config, torch.bfloat16, Parallel()).requires_grad_(False)
         model.load_state_dict(torch.load(folder / "consolidated.00.pth", weights_only=True))
         seconds = time.perf_counter() - start
         hidden = model(torch.tensor([1]), torch.tensor([0]), [1])

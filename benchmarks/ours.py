@@ -35,6 +35,8 @@ from llama_acc.core.data.batches import MicroBatch
 from llama_acc.core.device import prepare_cpu
 from llama_acc.core.inference import Generator, Sampling
 from llama_acc.core.model.transformer import build_on_meta
+from llama_acc.core.parallel import Parallel
+from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.optimizer import ClippedAdamW
 from llama_acc.core.train.step import train_step
 
@@ -61,12 +63,14 @@ def run_train(args: argparse.Namespace) -> dict:
     model = build_on_meta(config, torch.bfloat16 if args.precision == "bf16" else torch.float32)
     fill(model, read_weights([layout]), CPU, torch.float32, copy=True)
     optimizer = ClippedAdamW(model, betas=BETAS, eps=1e-8, weight_decay=0.0, clip_grad_norm=CLIP_NORM)
+    alone = DataParallel(model, Parallel(), "ddp", False, "cpu")
     losses = []
     start = time.perf_counter()
     for items in batches:
         batch = stream(items)
         label_tokens = int((batch.targets != -100).sum())
-        losses.append(train_step(model, optimizer, [batch], label_tokens, LEARNING_RATE, CPU).loss.item())
+        result = train_step(model, optimizer, alone, [batch], label_tokens, LEARNING_RATE, CPU)
+        losses.append(result.loss.item())
     return training_result(args, batches, time.perf_counter() - start, losses) | {"precision": args.precision}
 
 

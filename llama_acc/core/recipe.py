@@ -165,10 +165,19 @@ class Train(Section):
 
 
 class Parallel(Section):
-    """How the work is split over processes. One process is what this version runs: every way is the same then."""
+    """How the work is split over processes.
+
+    Attributes:
+        model_parallel_size: processes that share one copy of the model: 1, 2, 4 or 8.
+        data_parallel: what the others do with theirs. ddp: all keep all of it; sdp: gradients and optimizer state are
+            sharded; fsdp: parameters too.
+        accumulate_unsharded: with fsdp, sum a step's gradients over the processes once instead of after each
+            micro-batch: less communication, more memory.
+    """
 
     model_parallel_size: int = Field(default=1, ge=1)
     data_parallel: Literal["ddp", "sdp", "fsdp"] = "sdp"
+    accumulate_unsharded: bool = False
 
 
 class Checkpoint(Section):
@@ -179,6 +188,7 @@ class Checkpoint(Section):
         every_steps: also save after so many optimizer steps; 0 = never.
         keep: how many checkpoint folders stay, the newest; 0 = all.
         dtype: type of the saved weights; auto = the training precision.
+        asynchronous: write while training goes on, from a copy in the host's memory, where that has room for it.
         trainable_only: save only what trains (with method `full` that is everything).
     """
 
@@ -186,6 +196,7 @@ class Checkpoint(Section):
     every_steps: int = Field(default=0, ge=0)
     keep: int = Field(default=3, ge=0)
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    asynchronous: bool = True
     trainable_only: bool = False
 
 

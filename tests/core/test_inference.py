@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llama_acc
-from llama_acc.core.checkpoint.save import write_weights
 from llama_acc.core.data.templates import get_template
 from llama_acc.core.errors import UserError
 from llama_acc.core.inference import Conversation, Generator, LoadedModel, Sampling, generate, load_model, visible_text
 from llama_acc.core.recipe import RECIPES_FOLDER
-from tests.core.tiny import SMALL, difference, document_logits, loaded_model, random_model
+from tests.core.tiny import SMALL, difference, document_logits, loaded_model, random_model, save_model
 
 CONTEXT = 600
 GREEDY = Sampling(temperature=0, max_new_tokens=24)
@@ -27,7 +26,7 @@ GREEDY = Sampling(temperature=0, max_new_tokens=24)
 def folder(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of random weights, in the layout a run leaves."""
     folder = tmp_path_factory.mktemp("random")
-    write_weights(random_model(seed=5), folder, torch.float32)
+    save_model(random_model(seed=5), folder, torch.float32)
     shutil.copy(tokenizer_path, folder)
     return folder
 
@@ -36,7 +35,7 @@ def folder(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def dialogue(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     """A model of random weights with room for a conversation."""
     folder = tmp_path_factory.mktemp("dialogue")
-    write_weights(random_model(replace(SMALL, max_seq_len=CONTEXT), seed=5), folder, torch.float32)
+    save_model(random_model(replace(SMALL, max_seq_len=CONTEXT), seed=5), folder, torch.float32)
     shutil.copy(tokenizer_path, folder)
     return load_model(folder, device="cpu", template="dialogue")
 
@@ -310,7 +309,7 @@ def test_the_template_asked_for_wins(folder: Path) -> None:
 def test_a_model_computes_in_its_checkpoints_type_unless_told(
     saved: torch.dtype, dtype: torch.dtype | None, expected: torch.dtype, folder: Path, tmp_path: Path
 ) -> None:
-    write_weights(random_model(), tmp_path, saved)
+    save_model(random_model(), tmp_path, saved)
     shutil.copy(folder / "tokenizer.model", tmp_path)
     model = load_model(tmp_path, device="cpu", dtype=dtype).model
     assert model.dtype == expected

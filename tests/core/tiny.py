@@ -1,5 +1,6 @@
 """Small models and streams of documents, and how far two results are apart."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,14 @@ def random_model(config: ModelConfig = SMALL, seed: int = 0, dtype: torch.dtype 
             else:
                 parameter.mul_(8.0)
     return model
+
+
+def save_model(model: Transformer, folder: Path, dtype: torch.dtype) -> None:
+    """Writes a model as LLaMA2-Accessory does, at model-parallel size 1."""
+    tensors = {f"llma.{name}": parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
+    torch.save({"model": tensors}, folder / "consolidated.00-of-01.model.pth")
+    (folder / "config.json").write_text(json.dumps(model.config.to_params()), encoding="utf-8")
+    (folder / "meta.json").write_text(json.dumps({"llama_type": "llama"}), encoding="utf-8")
 
 
 def loaded_model(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:

@@ -8,8 +8,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from llama_acc.core.errors import UserError, listed
@@ -25,26 +26,57 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     After an exception, or a kill, `folder` is what it was. One that is already there is replaced, in two renames: do
     not replace what must survive a kill between them.
     """
-    aside = folder.with_name(_ASIDE + folder.name)
-    old = folder.with_name(f"{_ASIDE}{folder.name}-old")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside = begin_folder(folder)
     try:
         yield aside
-        write_manifest(aside)
-        for path in aside.rglob("*"):
-            _sync(path)
-        _sync(aside)
-        if folder.exists():
-            folder.rename(old)
-        aside.rename(folder)
-        _sync(folder.parent)
+        finish_folder(folder, {})
     except BaseException:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(aside, ignore_errors=True)
+        abandon_folder(folder)
         raise
+
+
+def aside_of(folder: Path) -> Path:
+    """The temporary folder in which `folder` is written."""
+    return folder.with_name(_ASIDE + folder.name)
+
+
+def _old_of(folder: Path) -> Path:
+    return folder.with_name(f"{_ASIDE}{folder.name}-old")
+
+
+def begin_folder(folder: Path) -> Path:
+    """Makes `folder`'s temporary folder, empty."""
+    aside = aside_of(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def finish_folder(folder: Path, digests: Mapping[str, str]) -> None:
+    """Syncs the temporary folder, describes it and gives it its name.
+
+    Args:
+        folder: see `whole_folder`.
+        digests: SHA-256 of files that need not be read again.
+    """
+    aside, old = aside_of(folder), _old_of(folder)
+    write_manifest(aside, digests)
+    for path in aside.rglob("*"):
+        sync(path)
+    sync(aside)
+    if folder.exists():
+        folder.rename(old)
+    aside.rename(folder)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def abandon_folder(folder: Path) -> None:
+    """Removes the temporary folder; `folder` is again what it was."""
+    old = _old_of(folder)
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    shutil.rmtree(aside_of(folder), ignore_errors=True)
 
 
 def remove_unfinished(parent: Path) -> None:
@@ -61,10 +93,11 @@ def write_text_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -85,12 +118,13 @@ def _digest(file: Any) -> str:  # Python 3.10
     return digest.hexdigest()
 
 
-def write_manifest(folder: Path) -> None:
-    """Describes every file in the folder in its manifest.json."""
+def write_manifest(folder: Path, digests: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Describes every file in the folder in its manifest.json; `digests` are SHA-256 that are known already."""
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "manifest.json"
+        name: {"bytes": path.stat().st_size, "sha256": digests.get(name) or sha256_of(path)}
+        for name, path in paths.items()
+        if name != "manifest.json"
     }
     text = json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1)
     (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")

@@ -1,109 +1,265 @@
 """Writing a checkpoint: the weights LLaMA2-Accessory and this toolkit read, and beside them what a resume needs.
 
-state/ holds `training.safetensors` (float32 masters where the saved weights are rounded, AdamW's moments, the random
-number generator) and `progress.json`. safetensors files are written here tensor by tensor: the format is 8 bytes of
-header length, a JSON header and raw bytes (https://github.com/huggingface/safetensors), and the library's own writer
-first copies everything.
+    consolidated.NN-of-MM.model.pth     the weights, one file for each model-parallel rank
+    state/training-NN-of-MM.safetensors float32 masters where the saved weights are rounded, AdamW's moments
+    state/rng-RRRRR-of-WWWWW.safetensors  the random number generators of every rank
+    state/progress.json                 where the run stands
+
+All ranks write at once, each the rows it has, into files that were laid out before: nothing is gathered. The folder
+must lie on a disk that all of them see.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from llama_acc.core.checkpoint.files import check_manifest, whole_folder, write_text_whole
-from llama_acc.core.errors import UserError
-from llama_acc.core.model.transformer import Transformer
+from llama_acc.core.checkpoint.files import (
+    abandon_folder,
+    aside_of,
+    begin_folder,
+    finish_folder,
+    sha256_of,
+    sync,
+    write_text_whole,
+)
+from llama_acc.core.checkpoint.pth import (
+    Spec,
+    Specs,
+    lay_out_pth,
+    lay_out_safetensors,
+    pth_offsets,
+    safetensors_offsets,
+    seal_pth,
+    write_at,
+)
+from llama_acc.core.parallel import Parallel
 
-MODEL_FILE = "consolidated.00-of-01.model.pth"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int64: "I64"}
-_ALIGNMENT = 64
 
 
-def write_weights(model: Transformer, folder: Path, dtype: torch.dtype) -> None:
-    """Writes the weights with LLaMA2-Accessory's keys (`llma.` + Meta's), moved and rounded tensor by tensor."""
-    tensors = {
-        f"llma.{name}": parameter.detach().to(device="cpu", dtype=dtype) for name, parameter in model.named_parameters()
-    }
-    torch.save({"model": tensors}, folder / MODEL_FILE)
-    (folder / "config.json").write_text(json.dumps(model.config.to_params(), indent=1) + "\n", encoding="utf-8")
-    (folder / "meta.json").write_text(json.dumps({"llama_type": "llama"}) + "\n", encoding="utf-8")
+class Piece(NamedTuple):
+    """Some rows of a tensor, as a rank holds them.
 
-
-def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes tensors one after the other, copying one at a time from its device."""
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.nbytes
-        header[name] = {
-            "dtype": _SAFETENSORS_TYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for tensor in tensors.values():
-            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            file.write(raw.numpy().data)
-
-
-def write_state(folder: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
-    """Writes what a resume needs into `folder`/state."""
-    state = folder / "state"
-    state.mkdir()
-    write_safetensors(tensors, state / "training.safetensors")
-    (state / "progress.json").write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
-
-
-def read_progress(checkpoint: Path) -> dict[str, Any]:
-    """Where a checkpoint stands: epoch, steps, what the run was. Its state is checked against the manifest.
-
-    Raises:
-        UserError: no state, or a damaged one.
+    Attributes:
+        tensor: the rows.
+        first: number of the first one.
+        shape: of all rows together, which is what this model-parallel rank has of the tensor.
+        shared: whether every data-parallel rank has the same rows, rather than others.
     """
-    path = checkpoint / "state" / "progress.json"
-    if not path.is_file():
-        raise UserError(f"{checkpoint} holds no training state to resume from", "start anew with --pretrained")
-    check_manifest(checkpoint)
-    check_manifest(checkpoint, contents=True, under="state/")
-    progress: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return progress
+
+    tensor: Tensor
+    first: int
+    shape: tuple[int, ...]
+    shared: bool
 
 
-def read_state(checkpoint: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's state, memory-mapped by safetensors."""
-    from safetensors.torch import load_file
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint is to hold, as one rank has it.
 
-    return load_file(checkpoint / "state" / "training.safetensors")
+    Attributes:
+        weights: the trained parameters, by Meta's names.
+        state: what else a resume needs, by its own names.
+        rng: this rank's random number generators.
+        dtype: type of the saved weights.
+        files: small files by name, written as they are.
+        parallel: the ranks that write together.
+    """
+
+    weights: Mapping[str, Piece]
+    state: Mapping[str, Piece]
+    rng: Mapping[str, Tensor]
+    dtype: torch.dtype
+    files: Mapping[str, bytes]
+    parallel: Parallel
+
+    def copied(self) -> "Snapshot":
+        """The same with tensors of its own, in the host's memory; a tensor that is there twice is copied once."""
+        copies: dict[int, Tensor] = {}
+
+        def copy(piece: Piece) -> Piece:
+            pointer = piece.tensor.data_ptr()
+            if pointer not in copies or not pointer:
+                copies[pointer] = piece.tensor.detach().to("cpu", copy=True)
+            return piece._replace(tensor=copies[pointer])
+
+        return replace(
+            self,
+            weights={name: copy(piece) for name, piece in self.weights.items()},
+            state={name: copy(piece) for name, piece in self.state.items()},
+        )
+
+    def nbytes(self) -> int:
+        """Bytes of `copied`."""
+        pieces = [*self.weights.values(), *self.state.values()]
+        return sum({piece.tensor.data_ptr(): piece.tensor.nbytes for piece in pieces}.values())
+
+    def weights_name(self) -> str:
+        """The file of this model-parallel rank's weights."""
+        return f"consolidated.{self.parallel.model_rank:02d}-of-{self.parallel.model_size:02d}.model.pth"
+
+    def state_name(self) -> str:
+        """The file of this model-parallel rank's state."""
+        return f"state/training-{self.parallel.model_rank:02d}-of-{self.parallel.model_size:02d}.safetensors"
+
+    def rng_name(self) -> str:
+        """The file of this rank's random number generators."""
+        return f"state/rng-{self.parallel.rank:05d}-of-{self.parallel.world_size:05d}.safetensors"
 
 
-def publish(folder: Path, write: Callable[[Path], None], keep: int) -> None:
-    """Writes a checkpoint folder through `write(temporary folder)`, points `latest` at it and removes old ones.
+def write_checkpoint(snapshot: Snapshot, folder: Path, keep: int) -> None:
+    """Writes a checkpoint, together with all other ranks, points `latest` at it and removes old ones.
+
+    A kill at any moment leaves the run's folder with a whole newest checkpoint.
 
     Args:
+        snapshot: what to write.
         folder: the checkpoint's name in the run's folder.
-        write: called with the folder to fill.
         keep: how many checkpoints stay, the newest; 0 = all.
     """
+    parallel, aside = snapshot.parallel, aside_of(folder)
+    try:
+        parallel.on_main(lambda: _write_files(snapshot.files, begin_folder(folder)))
+        parallel.agree(lambda: _lay_out(snapshot, aside))
+        parallel.agree(lambda: _write_pieces(snapshot, aside))
+        digests = parallel.gather(parallel.agree(lambda: _seal(snapshot, aside)))
+        parallel.on_main(lambda: _publish(folder, {name: sha for part in digests for name, sha in part.items()}, keep))
+    except BaseException:
+        if parallel.is_main:
+            abandon_folder(folder)
+        raise
+
+
+def _write_files(files: Mapping[str, bytes], aside: Path) -> None:
+    (aside / "state").mkdir()
+    for name, content in files.items():
+        (aside / name).write_bytes(content)
+
+
+def _weight_specs(snapshot: Snapshot) -> Specs:
+    return {f"llma.{name}": Spec(piece.shape, snapshot.dtype) for name, piece in snapshot.weights.items()}
+
+
+def _lay_out(snapshot: Snapshot, aside: Path) -> None:
+    state = {name: Spec(piece.shape, piece.tensor.dtype) for name, piece in snapshot.state.items()}
+    rng = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in snapshot.rng.items()}
+    lay_out_safetensors(aside / snapshot.rng_name(), rng)
+    if snapshot.parallel.data_rank == 0:
+        lay_out_pth(aside / snapshot.weights_name(), _weight_specs(snapshot))
+        lay_out_safetensors(aside / snapshot.state_name(), state)
+
+
+def _write_pieces(snapshot: Snapshot, aside: Path) -> None:
+    specs = _weight_specs(snapshot)
+    weights = {f"llma.{name}": piece for name, piece in snapshot.weights.items()}
+    path = aside / snapshot.weights_name()
+    _write_own(path, pth_offsets(path, specs), weights, snapshot.parallel, snapshot.dtype)
+    path = aside / snapshot.state_name()
+    _write_own(path, safetensors_offsets(path), snapshot.state, snapshot.parallel, None)
+    path = aside / snapshot.rng_name()
+    rng = {name: Piece(tensor, 0, tuple(tensor.shape), True) for name, tensor in snapshot.rng.items()}
+    _write_own(path, safetensors_offsets(path), rng, Parallel(), None)
+
+
+def _write_own(
+    path: Path, offsets: Mapping[str, int], pieces: Mapping[str, Piece], parallel: Parallel, dtype: torch.dtype | None
+) -> None:
+    """Writes this rank's rows, rounded to `dtype` one tensor at a time, and its turn of what every rank has."""
+    descriptor = os.open(path, os.O_WRONLY)
+    turns = [0] * parallel.data_size
+    try:
+        for name, (tensor, first, _, shared) in pieces.items():
+            if shared:
+                turn = turns.index(min(turns))
+                turns[turn] += tensor.nbytes
+                if turn != parallel.data_rank:
+                    continue
+            rounded = tensor.detach().to("cpu", tensor.dtype if dtype is None else dtype)
+            row = rounded.nbytes // len(rounded) if rounded.dim() and len(rounded) else 0
+            write_at(descriptor, offsets[name] + first * row, rounded)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _seal(snapshot: Snapshot, aside: Path) -> dict[str, str]:
+    """Completes this model-parallel rank's files, once every rank has written. Returns their SHA-256."""
+    if snapshot.parallel.data_rank:
+        return {}
+    weights = aside / snapshot.weights_name()
+    seal_pth(weights)
+    sync(weights)
+    return {name: sha256_of(aside / name) for name in (snapshot.weights_name(), snapshot.state_name())}
+
+
+def _publish(folder: Path, digests: Mapping[str, str], keep: int) -> None:
+    finish_folder(folder, digests)
     run = folder.parent
-    with whole_folder(folder) as aside:
-        write(aside)
     write_text_whole(run / "latest", folder.name + "\n")
     # One with more steps can be there: a kill between the two lines above leaves it, and the run went on from before.
     others = [path for path in checkpoints(run) if path != folder]
     for old in others[: max(0, len(others) + 1 - keep)] if keep else []:
         remove_checkpoint(old)
+
+
+class Saver:
+    """Writes checkpoints while training goes on, one at a time.
+
+    A copy is taken while the next step's forward and backward passes run; only its update has to wait for that.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._folder: Path | None = None
+        self._copied = threading.Event()
+        self._error: BaseException | None = None
+
+    def start(self, snapshot: Snapshot, folder: Path, keep: int) -> None:
+        """Begins to write; `wait_for_copy` before anything in `snapshot` changes. No other one may be under way."""
+        assert self._thread is None
+
+        def work() -> None:
+            try:
+                copy = snapshot.copied()
+                self._copied.set()
+                write_checkpoint(copy, folder, keep)
+            except BaseException as error:  # raised again where the loop asks for the result
+                self._error = error
+            finally:
+                self._copied.set()
+
+        self._folder = folder
+        self._copied.clear()
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait_for_copy(self) -> None:
+        """Returns once the tensors being saved may change."""
+        if self._thread is not None:
+            self._copied.wait()
+
+    def finished(self, wait: bool) -> Path | None:
+        """The checkpoint that became whole since it was last asked, if any; its error is raised here.
+
+        Args:
+            wait: for the one under way.
+        """
+        if self._thread is None or (self._thread.is_alive() and not wait):
+            return None
+        self._thread.join()
+        self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return self._folder
 
 
 def checkpoints(run: Path) -> list[Path]:

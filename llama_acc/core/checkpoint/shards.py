@@ -13,7 +13,9 @@ from torch import Tensor
 
 from llama_acc.core.checkpoint.layout import Layout
 from llama_acc.core.errors import UserError, listed
-from llama_acc.core.model.transformer import Transformer
+from llama_acc.core.model.sharding import split_dimension
+from llama_acc.core.model.transformer import Transformer, own_part
+from llama_acc.core.parallel import Parallel, local_part
 
 _PREFIX = "llma."
 _BUFFERS = {"rope.freqs"}  # in Meta's files; it follows from the shape
@@ -70,17 +72,16 @@ def read_weights(layouts: Sequence[Layout]) -> Weights:
     """All tensors of the checkpoints, memory-mapped; a later checkpoint overrides an earlier one.
 
     Raises:
-        UserError: an unreadable file, or a model-parallel size above 1.
+        UserError: an unreadable file.
     """
     weights = Weights()
     for layout in layouts:
-        if len(layout.shards) != 1:
-            raise UserError(
-                f"{layout.folder} has model-parallel size {len(layout.shards)}: this version reads size 1 only"
-            )
-        shard = open_shard(layout.shards[0])
-        weights.tensors |= shard.tensors
-        weights.mapped = (weights.mapped - set(shard.tensors)) | shard.mapped
+        shards = [open_shard(path) for path in layout.shards]
+        joined = {
+            name: join_parts(name, [shard.tensors[name] for shard in shards], Parallel()) for name in shards[0].tensors
+        }
+        weights.tensors |= joined
+        weights.mapped = (weights.mapped - set(joined)) | (shards[0].mapped if len(shards) == 1 else set())
     return weights
 
 
@@ -137,3 +138,24 @@ def _release_pages(tensor: Tensor) -> None:
     end = (tensor.data_ptr() + tensor.nbytes) // page * page
     if end > start:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+def load_parameters(model: Transformer, weights: Weights) -> None:
+    """Puts weights into the storage a model has; `weights` are used up."""
+    for name, parameter in model.named_parameters():
+        local = local_part(parameter)
+        source = weights.tensors.pop(name)
+        local.tensor.copy_(own_part(name, source, model.parallel)[local.rows])
+        if name in weights.mapped:
+            _release_pages(source)
+
+
+def join_parts(name: str, parts: list[Tensor], parallel: Parallel) -> Tensor:
+    """This model-parallel rank's part of a tensor that was saved in parts by another number of them."""
+    dimension = split_dimension(name)
+    saved, wanted, rank = len(parts), parallel.model_size, parallel.model_rank
+    if dimension is None or saved == wanted:
+        return parts[min(rank, saved - 1)]
+    if saved > wanted:
+        return torch.cat(parts[rank * saved // wanted : (rank + 1) * saved // wanted], dimension)
+    return parts[rank * saved // wanted].chunk(wanted // saved, dimension)[rank % (wanted // saved)]

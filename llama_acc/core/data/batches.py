@@ -32,6 +32,7 @@ def micro_batches(
     lengths: Sequence[int] | NDArray[np.int64],
     batch_size: int,
     max_tokens: int | None = None,
+    multiple_of: int = 1,
 ) -> list[list[int]]:
     """Deal documents into few micro-batches of about equally many tokens.
 
@@ -40,22 +41,41 @@ def micro_batches(
         lengths: tokens of every document of the dataset.
         batch_size: the most documents in a micro-batch.
         max_tokens: the most tokens in one; a longer document gets one of its own.
+        multiple_of: the number of micro-batches is a multiple of this; where there are too few documents, some are
+            empty.
     """
     longest_first = sorted((int(item) for item in items), key=lambda item: (-int(lengths[item]), item))
     bound = np.inf if max_tokens is None else max_tokens
     alone = [[item] for item in longest_first if lengths[item] > bound]
     rest = longest_first[len(alone) :]
-    if not rest:
-        return alone
     by_tokens = 1 if max_tokens is None else -(-sum(int(lengths[item]) for item in rest) // max_tokens)
-    count = max(-(-len(rest) // batch_size), by_tokens)
+    count = max(-(-len(rest) // batch_size), by_tokens) if rest else 0
     while True:
+        count += -(len(alone) + count) % multiple_of
         # Balanced where that fits; packed tightly before one more micro-batch is spent.
         for fullest in (False, True):
             dealt = _deal(rest, lengths, count, batch_size, bound, fullest)
             if dealt is not None:
-                return alone + [batch for batch in dealt if batch]
+                batches = alone + [batch for batch in dealt if batch]
+                return batches + [[] for _ in range(-len(batches) % multiple_of)]
         count += 1
+
+
+def deal_to_ranks(batches: list[list[int]], lengths: Sequence[int] | NDArray[np.int64], ranks: int) -> list[list[int]]:
+    """Which micro-batches each data-parallel rank computes: equally many, of about equally many tokens.
+
+    Returns:
+        For each rank the indices into `batches`, whose number is a multiple of `ranks`.
+    """
+    loads = [sum(int(lengths[item]) for item in batch) for batch in batches]
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    totals = [0] * ranks
+    for index in sorted(range(len(batches)), key=lambda index: (-loads[index], index)):
+        room = [rank for rank in range(ranks) if len(dealt[rank]) < len(batches) // ranks]
+        best = min(room, key=lambda rank: (totals[rank], rank))
+        dealt[best].append(index)
+        totals[best] += loads[index]
+    return dealt
 
 
 def _deal(
@@ -102,7 +122,11 @@ class MicroBatch:
 
 
 def build(dataset: Documents, items: Sequence[int]) -> MicroBatch:
-    """The micro-batch of these documents, at least one, in this order."""
+    """The micro-batch of these documents, in this order. Of none it is a single token without a label: a rank that has
+    nothing to learn still takes part in what all ranks do together."""
+    if not items:
+        one = np.zeros(1, dtype=np.int64)
+        return MicroBatch(one, np.full(1, IGNORED, dtype=np.int64), one, [1])
     documents = [dataset.document(item) for item in items]
     return MicroBatch(
         tokens=np.concatenate([tokens for tokens, _ in documents]).astype(np.int64),

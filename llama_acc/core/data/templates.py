@@ -133,7 +133,11 @@ class Template(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write the whole format as JSON."""
-        path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        path.write_text(self.to_json(), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """The whole format, as in template.json."""
+        return self.model_dump_json(indent=1) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> "Template":

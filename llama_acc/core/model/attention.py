@@ -1,6 +1,7 @@
 """Causal attention within documents of a stream, and over a key-value cache.
 
-Shapes: T tokens of the stream, H query heads, K key-value heads, D head dimension, S positions in the cache.
+Shapes: T tokens of the stream, H query heads, K key-value heads, D head dimension, S positions in the cache. Heads are
+those of this rank: model parallelism deals them out whole, a query head with its key-value head.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.layers import Linear, Packed, RMSNorm, normed_linears, rotate
+from llama_acc.core.model.layers import (
+    ColumnParallelLinear,
+    Packed,
+    RMSNorm,
+    RowParallelLinear,
+    normed_linears,
+    rotate,
+)
+from llama_acc.core.parallel import Parallel
 
 
 class LayerCache:
@@ -157,13 +166,13 @@ class Attention(nn.Module):
         packed: wq, wk and wv in one, or None; see `transformer.pack_small`.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parallel: Parallel) -> None:
         super().__init__()
         kv_dim = config.kv_heads * config.head_dim
-        self.wq = Linear(config.dim, config.dim)
-        self.wk = Linear(config.dim, kv_dim)
-        self.wv = Linear(config.dim, kv_dim)
-        self.wo = Linear(config.dim, config.dim)
+        self.wq = ColumnParallelLinear(config.dim, config.dim, parallel)
+        self.wk = ColumnParallelLinear(config.dim, kv_dim, parallel)
+        self.wv = ColumnParallelLinear(config.dim, kv_dim, parallel)
+        self.wo = RowParallelLinear(config.dim, config.dim, parallel)
         self.packed: Packed | None = None
 
     def forward(self, x: Tensor, norm: RMSNorm, attend: Attend) -> Tensor:

@@ -4,57 +4,65 @@ With a vocabulary of 32000 the logits, their softmax and their gradient are the 
 their memory traffic most of its time. Here rows without a label are never projected, the rest is done in chunks, and
 the gradient of a chunk is made at once, while its logits are at hand (the idea of Liger Kernel's fused linear
 cross-entropy, arXiv:2410.10989).
+
+Under model parallelism each rank has the logits of a part of the vocabulary. Ranks tell each other only the
+log-sum-exp of a row and the logit of its target, and sum the gradient of the hidden states.
 """
 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from llama_acc.core.model.layers import add_product
+from llama_acc.core.model.layers import accumulator, add_product
+from llama_acc.core.parallel import Parallel
 
 IGNORED = -100
 # Rows per matrix product, 62 MiB of float32 logits at a vocabulary of 32000: fewer make it slower, more cost memory.
 CHUNK_ROWS = 512
 # Rows whose softmax is made at once on a CPU: their logits should stay in its cache between the passes over them.
 _CACHED_ROWS = 64
+_ALONE = Parallel()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, parallel: Parallel) -> Tensor:
         rows = (targets != IGNORED).nonzero().squeeze(1)
         picked, picked_targets = hidden.detach()[rows], targets[rows]
         compute_weight = weight.detach().to(hidden.dtype)
         logits = picked.new_empty(min(len(rows), CHUNK_ROWS), len(weight))
         d_picked = torch.empty_like(picked) if hidden.requires_grad else None
-        d_weight = torch.empty_like(weight) if weight.requires_grad else None
-        if d_weight is not None and not len(rows):
-            d_weight.zero_()
+        d_weight = accumulator(weight, -(-len(rows) // CHUNK_ROWS)) if weight.requires_grad else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(rows), CHUNK_ROWS):
             chunk = slice(start, start + CHUNK_ROWS)
             x = picked[chunk]
             d_logits = torch.mm(x, compute_weight.t(), out=logits[: len(x)])
-            loss += _softmax_minus_one_hot_(d_logits, picked_targets[chunk])
+            loss += _softmax_minus_one_hot_(d_logits, picked_targets[chunk], parallel)
             if d_picked is not None:
                 torch.mm(d_logits, compute_weight, out=d_picked[chunk])
             if d_weight is not None:
                 add_product(d_weight, d_logits.t(), x * scale, first=start == 0)
         d_hidden = None
         if d_picked is not None:
+            if parallel.model_size > 1 and len(rows):
+                dist.all_reduce(d_picked, group=parallel.model_group)
             d_hidden = torch.zeros_like(hidden).index_copy_(0, rows, d_picked.mul_(scale))
-        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
         return loss * scale
 
     @staticmethod
     def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [_times(gradient, d_loss[0]) for gradient in ctx.saved_tensors]
-        return gradients[0], gradients[1], None, None
+        return gradients[0], gradients[1], None, None, None
 
 
-def _softmax_minus_one_hot_(logits: Tensor, targets: Tensor) -> Tensor:
+def _softmax_minus_one_hot_(logits: Tensor, targets: Tensor, parallel: Parallel) -> Tensor:
     """Turns logits [R, V] into the gradient of their summed cross-entropy, in place; returns that sum, in float32."""
+    if parallel.model_size > 1:
+        return _split_softmax_minus_one_hot_(logits, targets, parallel)
     loss = torch.zeros((), dtype=torch.float32, device=logits.device)
     block = _CACHED_ROWS if logits.device.type == "cpu" else len(logits)
     for rows, wanted in zip(logits.split(block), targets.unsqueeze(1).split(block), strict=True):
@@ -68,23 +76,43 @@ def _softmax_minus_one_hot_(logits: Tensor, targets: Tensor) -> Tensor:
     return loss
 
 
+def _split_softmax_minus_one_hot_(logits: Tensor, targets: Tensor, parallel: Parallel) -> Tensor:
+    """The same where this rank has a part of the vocabulary: logits [R, V / model_size]; the sum is the whole one."""
+    wanted = (targets - parallel.model_rank * logits.shape[1]).unsqueeze(1)
+    here = (wanted >= 0) & (wanted < logits.shape[1])
+    wanted = wanted.where(here, 0)
+    probabilities = logits.float()
+    own = torch.stack((probabilities.logsumexp(-1), probabilities.gather(1, wanted).where(here, 0.0).squeeze(1)))
+    parts = [torch.empty_like(own) for _ in range(parallel.model_size)]
+    dist.all_gather(parts, own, group=parallel.model_group)
+    log_sums, target_logits = torch.stack(parts).unbind(1)
+    log_sum = log_sums.logsumexp(0)
+    probabilities.sub_(log_sum.unsqueeze(1)).exp_()
+    probabilities.scatter_add_(1, wanted, -here.float())
+    logits.copy_(probabilities)
+    return (log_sum - target_logits.sum(0)).sum()
+
+
 def _times(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
     if gradient is None or (factor.device.type == "cpu" and factor.item() == 1.0):
         return gradient  # the usual case, and the weight's gradient is too large to be multiplied by 1
     return gradient * factor.to(gradient.dtype)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0, parallel: Parallel = _ALONE
+) -> Tensor:
     """Sum over labelled rows of the cross-entropy of `hidden @ weight.T`, times `scale`.
 
     Args:
         hidden: [T, dim].
-        weight: [vocab_size, dim]; cast to the type of `hidden` for compute.
+        weight: [vocab_size / model_size, dim], this rank's rows; cast to the type of `hidden` for compute.
         targets: [T] token to predict at each row; -100 = no label.
         scale: factor on the loss, such as 1 / label tokens of the optimizer step.
+        parallel: who has the other rows.
 
     Returns:
         float32 scalar; zero, with zero gradients, where nothing is labelled.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, scale)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, scale, parallel)
     return loss

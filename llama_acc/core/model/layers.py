@@ -1,14 +1,22 @@
 """The layers a LLaMA is made of. Parameters may be of another type than the activations: they are cast for compute.
 
-Shapes: T tokens of the stream, H heads, D head dimension.
+Under model parallelism each rank holds a part of a matrix (see `sharding`). A column-parallel layer takes the whole
+input and gives its part of the output's features; a row-parallel one takes such a part, and its output is summed over
+the group. The groups and the differentiable communication are fairscale's; where an operation has a backward pass of
+its own, the communication is in there.
+
+Shapes: T tokens of the stream, H heads, D head dimension; features are those of this rank.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from llama_acc.core.parallel import Group, Parallel
 
 # Rows a feed-forward layer works on at a time on a CPU.
 _PIECE_ROWS = 256
@@ -29,6 +37,47 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], in the type of `x`."""
         return linear(x, self.weight)
+
+
+class ColumnParallelLinear(Linear):
+    """A matrix product of which this rank computes a part of the output's features.
+
+    Its input's gradient is a part of a sum over `group`: `normed_linears` and `linear_cross_entropy` see to that.
+    """
+
+    def __init__(self, in_features: int, out_features: int, parallel: Parallel) -> None:
+        super().__init__(in_features, out_features // parallel.model_size)
+        self.group = parallel.model_group if parallel.model_size > 1 else None
+
+
+class RowParallelLinear(Linear):
+    """A matrix product of which this rank has a part of the input's features; the output is whole."""
+
+    def __init__(self, in_features: int, out_features: int, parallel: Parallel) -> None:
+        super().__init__(in_features // parallel.model_size, out_features)
+        self.group = parallel.model_group if parallel.model_size > 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., this rank's in_features] to [..., out_features], in the type of `x`."""
+        return _summed(linear(x, self.weight), self.group)
+
+
+def _summed(x: Tensor, group: Group | None) -> Tensor:
+    """The sum over the model-parallel group, in place; its gradient is passed on as it is."""
+    if group is None:
+        return x
+    from fairscale.nn.model_parallel.mappings import reduce_from_model_parallel_region
+
+    return reduce_from_model_parallel_region(x)
+
+
+def gathered(x: Tensor, group: Group | None) -> Tensor:
+    """The parts of the model-parallel group side by side in the last dimension; of the gradient each gets its part."""
+    if group is None:
+        return x
+    from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
+
+    return gather_from_model_parallel_region(x)
 
 
 class Packed:
@@ -76,20 +125,21 @@ def _one_row(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-class Embedding(nn.Module):
-    """A table of vectors.
+class ParallelEmbedding(nn.Module):
+    """A table of vectors, of which this rank holds a part of the features.
 
     Attributes:
-        weight: [vocab_size, dim].
+        weight: [vocab_size, this rank's part of dim].
     """
 
-    def __init__(self, vocab_size: int, dim: int) -> None:
+    def __init__(self, vocab_size: int, dim: int, parallel: Parallel) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim // parallel.model_size))
+        self.group = parallel.model_group if parallel.model_size > 1 else None
 
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """Tokens [T] to vectors [T, dim] of `dtype`. Rows are cast after they are picked: the table is large."""
-        return F.embedding(tokens, self.weight).to(dtype)
+        return gathered(F.embedding(tokens, self.weight).to(dtype), self.group)
 
 
 class RMSNorm(nn.Module):
@@ -147,30 +197,38 @@ class _RMSNormFunction(torch.autograd.Function):
         return *_rms_norm_backward(d_outputs[0], x, weight, inverse, ctx.needs_input_grad[1]), None
 
 
-def normed_linears(x: Tensor, norm: RMSNorm, layers: Sequence[Linear]) -> tuple[Tensor, ...]:
+def normed_linears(x: Tensor, norm: RMSNorm, layers: Sequence[ColumnParallelLinear]) -> tuple[Tensor, ...]:
     """Each layer of norm(x), [T, dim] to one [T, out] for each layer. For training it keeps x, but not norm(x)."""
     if torch.is_grad_enabled():
-        return _NormedLinearsFunction.apply(x, norm.weight, norm.eps, *(layer.weight for layer in layers))
+        weights = (layer.weight for layer in layers)
+        return _NormedLinearsFunction.apply(x, norm.weight, norm.eps, layers[0].group, *weights)
     normed = norm(x)
     return tuple(layer(normed) for layer in layers)
 
 
 class _NormedLinearsFunction(torch.autograd.Function):
-    """Computes the norm's output again in the backward pass, and sums the layers' gradients of it in one tensor."""
+    """Computes the norm's output again in the backward pass, and sums the layers' gradients of it in one tensor.
+
+    Under model parallelism that tensor is summed over the group while the weights' gradients are computed.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm_weight: Tensor, eps: float, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, norm_weight: Tensor, eps: float, group: Group | None, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         normed, inverse = _rms_norm(x, norm_weight, eps)
         ctx.save_for_backward(x, norm_weight, inverse, *weights)
+        ctx.group = group
         return tuple(F.linear(normed, weight.to(x.dtype)) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, inverse, *weights = ctx.saved_tensors
-        needs_norm, needs_weights = ctx.needs_input_grad[1], ctx.needs_input_grad[3:]
+        needs_norm, needs_weights = ctx.needs_input_grad[1], ctx.needs_input_grad[4:]
         d_normed = d_outputs[0] @ weights[0].to(x.dtype)
         for d_y, weight in zip(d_outputs[1:], weights[1:], strict=True):
             d_normed.addmm_(d_y, weight.to(x.dtype))
+        summing = None if ctx.group is None else dist.all_reduce(d_normed, group=ctx.group, async_op=True)
         d_weights: list[Tensor | None] = [None] * len(weights)
         if any(needs_weights):
             normed = (x.float() * inverse).to(x.dtype) * norm_weight.to(x.dtype)
@@ -178,15 +236,17 @@ class _NormedLinearsFunction(torch.autograd.Function):
                 if needs_weights[i]:
                     d_weights[i] = (d_y.t() @ normed).to(weight.dtype)
             del normed
+        if summing is not None:
+            summing.wait()
         d_x, d_norm_weight = _rms_norm_backward(d_normed, x, norm_weight, inverse, needs_norm)
-        return d_x, d_norm_weight, None, *d_weights
+        return d_x, d_norm_weight, None, None, *d_weights
 
 
-def gated_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-    """SwiGLU's second half: silu(gate) * up [T, hidden] times weight [out, hidden] transposed, [T, out]."""
+def gated_linear(gate: Tensor, up: Tensor, w2: RowParallelLinear) -> Tensor:
+    """SwiGLU's second half: w2(silu(gate) * up), [T, hidden] to [T, out]."""
     if torch.is_grad_enabled():
-        return _GatedLinearFunction.apply(gate, up, weight)
-    return linear(F.silu(gate).mul_(up), weight)
+        return _summed(_GatedLinearFunction.apply(gate, up, w2.weight), w2.group)
+    return w2(F.silu(gate).mul_(up))
 
 
 class _GatedLinearFunction(torch.autograd.Function):
@@ -209,21 +269,29 @@ class _GatedLinearFunction(torch.autograd.Function):
         gate, up, weight = ctx.saved_tensors
         d_y = d_outputs[0]
         compute_weight = weight.to(d_y.dtype)
-        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[2] else None
+        pieces = _pieces(gate)
+        d_weight = accumulator(weight, len(pieces)) if ctx.needs_input_grad[2] else None
         # Their gradients take the place of gate and up; torch refuses a second backward pass over them.
-        for rows in _pieces(gate):
+        for rows in pieces:
             activated, d_product = F.silu(gate[rows]), d_y[rows] @ compute_weight
             if d_weight is not None:
                 add_product(d_weight, d_y[rows].t(), activated * up[rows], first=not rows.start)
             torch.ops.aten.silu_backward.grad_input(d_product * up[rows], gate[rows], grad_input=gate[rows])
             torch.mul(activated, d_product, out=up[rows])
-        return gate, up, d_weight
+        return gate, up, None if d_weight is None else d_weight.to(weight.dtype)
 
 
 def _pieces(x: Tensor) -> list[slice]:
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return [slice(None)]
     return [slice(start, start + _PIECE_ROWS) for start in range(0, len(x), _PIECE_ROWS)]
+
+
+def accumulator(weight: Tensor, terms: int) -> Tensor:
+    """Where `add_product` sums that many terms of a weight's gradient: in float32 if there is more than one."""
+    if not terms:
+        return torch.zeros_like(weight)
+    return torch.empty_like(weight, dtype=weight.dtype if terms == 1 else torch.float32)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

@@ -1,8 +1,8 @@
 """LLaMA: a decoder-only transformer with RMSNorm, rotary positions, SwiGLU and grouped-query attention.
 
-It computes on a stream: documents laid end to end, with no padding and no batch dimension. It knows nothing of
-devices, training precision, activation checkpointing, compilation or parallelism; those are applied from outside.
-Parameter names are those of Meta's checkpoints.
+It computes on a stream: documents laid end to end, with no padding and no batch dimension. Its layers may be split over
+a model-parallel group; it knows nothing of devices, training precision, activation checkpointing, compilation or data
+parallelism: those are applied from outside. Parameter names are those of Meta's checkpoints.
 
 Shapes: T tokens of the stream, V vocabulary.
 """
@@ -15,7 +15,21 @@ from torch import Tensor, nn
 from llama_acc.core.model.attention import Attend, Attention, CachedAttention, DocumentAttention, KVCache
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.cross_entropy import linear_cross_entropy
-from llama_acc.core.model.layers import Embedding, Linear, Packed, RMSNorm, gated_linear, normed_linears, rotary_table
+from llama_acc.core.model.layers import (
+    ColumnParallelLinear,
+    Packed,
+    ParallelEmbedding,
+    RMSNorm,
+    RowParallelLinear,
+    gated_linear,
+    gathered,
+    normed_linears,
+    rotary_table,
+)
+from llama_acc.core.model.sharding import split_dimension
+from llama_acc.core.parallel import Parallel, local_part
+
+_ALONE = Parallel()
 
 
 class FeedForward(nn.Module):
@@ -25,26 +39,26 @@ class FeedForward(nn.Module):
         packed: w1 and w3 in one, or None; see `pack_small`.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parallel: Parallel) -> None:
         super().__init__()
-        self.w1 = Linear(config.dim, config.hidden_dim)
-        self.w2 = Linear(config.hidden_dim, config.dim)
-        self.w3 = Linear(config.dim, config.hidden_dim)
+        self.w1 = ColumnParallelLinear(config.dim, config.hidden_dim, parallel)
+        self.w2 = RowParallelLinear(config.hidden_dim, config.dim, parallel)
+        self.w3 = ColumnParallelLinear(config.dim, config.hidden_dim, parallel)
         self.packed: Packed | None = None
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """[T, dim] to [T, dim]; `norm` is applied to x first."""
         gate, up = normed_linears(x, norm, (self.w1, self.w3)) if self.packed is None else self.packed(norm(x))
-        return gated_linear(gate, up, self.w2.weight)
+        return gated_linear(gate, up, self.w2)
 
 
 class TransformerBlock(nn.Module):
     """Attention and feed-forward, each after a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parallel: Parallel) -> None:
         super().__init__()
-        self.attention = Attention(config)
-        self.feed_forward = FeedForward(config)
+        self.attention = Attention(config, parallel)
+        self.feed_forward = FeedForward(config, parallel)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
@@ -58,19 +72,21 @@ class Transformer(nn.Module):
     """A LLaMA. Made on the meta device it costs nothing until its parameters are filled.
 
     Attributes:
-        config: its shape.
+        config: its shape, that of the whole model.
+        parallel: which part of it is here.
         dtype: type of the activations; parameters may be kept in another.
         run_block: calls a block on its arguments; activation checkpointing puts itself here.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, parallel: Parallel) -> None:
         super().__init__()
         self.config = config
+        self.parallel = parallel
         self.dtype = dtype
-        self.tok_embeddings = Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
+        self.tok_embeddings = ParallelEmbedding(config.vocab_size, config.dim, parallel)
+        self.layers = nn.ModuleList(TransformerBlock(config, parallel) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = Linear(config.dim, config.vocab_size)
+        self.output = ColumnParallelLinear(config.dim, config.vocab_size, parallel)
         self.run_block: Callable[[nn.Module, Tensor, Attend], Tensor] = _call
         self._rotations: Tensor | None = None
 
@@ -108,11 +124,11 @@ class Transformer(nn.Module):
         x = self.norm(x)
         if targets is None:
             return x
-        return linear_cross_entropy(x, self.output.weight, targets, loss_scale)
+        return linear_cross_entropy(x, self.output.weight, targets, loss_scale, self.parallel)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., dim] to float32 logits [..., V]."""
-        return self.output(hidden).float()
+        return gathered(self.output(hidden), self.output.group).float()
 
     def _rotations_at(self, positions: Tensor, length: int) -> Tensor:
         table = self._rotations
@@ -128,10 +144,10 @@ def _call(block: nn.Module, x: Tensor, attend: Attend) -> Tensor:
     return block(x, attend)
 
 
-def build_on_meta(config: ModelConfig, dtype: torch.dtype) -> Transformer:
-    """A model without storage, computing in `dtype`."""
+def build_on_meta(config: ModelConfig, dtype: torch.dtype, parallel: Parallel = _ALONE) -> Transformer:
+    """This rank's part of a model, without storage, computing in `dtype`."""
     with torch.device("meta"):
-        return Transformer(config, dtype)
+        return Transformer(config, dtype, parallel)
 
 
 def pack_small(model: Transformer) -> None:
@@ -153,14 +169,23 @@ def initialise(model: Transformer, seed: int) -> None:
 
     The matrices that write into the residual stream are scaled by 1/sqrt(2 * n_layers) (GPT-2's rule), so that its
     variance does not grow with depth. Each parameter has its own generator, made from (seed, place), so a parameter's
-    values do not depend on the others.
+    values do not depend on the others, nor on how the model is split.
     """
     residual = (2 * model.config.n_layers) ** -0.5
+    shapes = model.config.parameter_shapes()
     with torch.no_grad():
         for place, (name, parameter) in enumerate(model.named_parameters()):
             if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
+                local_part(parameter).tensor.fill_(1.0)
                 continue
             generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
             std = 0.02 * (residual if name.endswith(("wo.weight", "w2.weight")) else 1.0)
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+            whole = torch.empty(shapes[name]).normal_(0.0, std, generator=generator)
+            local = local_part(parameter)
+            local.tensor.copy_(own_part(name, whole, model.parallel)[local.rows])
+
+
+def own_part(name: str, whole: Tensor, parallel: Parallel) -> Tensor:
+    """This model-parallel rank's part of a whole parameter."""
+    dimension = split_dimension(name)
+    return whole if dimension is None else whole.chunk(parallel.model_size, dimension)[parallel.model_rank]

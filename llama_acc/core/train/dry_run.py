@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from llama_acc.core.checkpoint.files import check_checkpoint
+from llama_acc.core.data.batches import build
 from llama_acc.core.device import free_memory, pick_device, prepare_cpu
+from llama_acc.core.parallel import Parallel
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.events import Events
 from llama_acc.core.train.folder import RunFolder, refuse_non_empty
-from llama_acc.core.train.loop import Trainer
 from llama_acc.core.train.plan import Plan, check_disk, make_plan, read_base
 from llama_acc.core.train.step import train_step
+from llama_acc.core.train.trainer import Trainer
 
 _PROBE_STEPS = 3  # the first one warms up, and another may have been disturbed
 
@@ -43,7 +46,9 @@ def dry_run(
     if output is not None:
         refuse_non_empty(output)
     plan = make_plan(recipe, events, recipe_folder=recipe_folder, dry_run=True, resumes=False)
-    read_base(plan, verify)
+    for layout in plan.layouts:
+        check_checkpoint(layout.folder, verify)
+    read_base(plan)
     check_disk(plan, output or Path.cwd())
     target = pick_device(device)
     if output is not None:
@@ -102,19 +107,24 @@ def training_flops(plan: Plan, tokens: float) -> float:
 
 def _timed_step(plan: Plan, device: torch.device) -> tuple[float, float]:
     """Seconds for a token forward and backward, and for an update, on a model of random weights."""
-    trainer = Trainer(plan, device, None)
+    trainer = Trainer(plan, device, None, Parallel())
     typical = np.argsort(plan.train.lengths, kind="stable")[len(plan.train) // 2 :][: plan.recipe.train.batch_size]
-    (batch, *_) = trainer.micro_batches(plan.train, typical)
+    (group, *_), _ = trainer.deal(plan.train, typical)
+    batch = build(plan.train, group)
     whole, updates = [], []
     for _ in range(_PROBE_STEPS):
         start = time.perf_counter()
-        result = train_step(trainer.model, trainer.optimizer, [batch], len(batch.tokens), 0.0, device)
+        result = train_step(
+            trainer.model, trainer.optimizer, trainer.data_parallel, [batch], len(batch.tokens), 0.0, device
+        )
         result.loss.item()
         whole.append(time.perf_counter() - start)
         for parameter in trainer.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         start = time.perf_counter()
-        trainer.optimizer.step(0.0, result.loss).item()
+        norm = trainer.optimizer.squared_norm().sqrt()
+        trainer.optimizer.step(0.0, norm, result.loss)
+        norm.item()
         updates.append(time.perf_counter() - start)
     return max(min(whole) - min(updates), 0.0) / len(batch.tokens), min(updates)
 

@@ -27,23 +27,34 @@ _MAY_CHANGE = {
     "checkpoint.keep",
     "checkpoint.every_epochs",
     "checkpoint.every_steps",
+    "checkpoint.asynchronous",
     "data.validation.every_steps",
     "parallel.model_parallel_size",
     "parallel.data_parallel",
+    "parallel.accumulate_unsharded",
 }
 
 
 class RunFolder:
     """The `--output` of a run, locked while it lives. The lock goes with the process, however that ends."""
 
-    def __init__(self, path: Path, *, resume: bool) -> None:
+    def __init__(self, path: Path, *, resume: bool, claim: bool = True) -> None:
         """Makes and locks the folder.
+
+        Args:
+            path: where it is.
+            resume: go on from what it holds.
+            claim: False for a process that works under another one's lock, after that has it.
 
         Raises:
             UserError: it is a file, cannot be written, is in use, or holds something and `resume` was not asked for.
         """
         self.path = path
         self.checkpoint: Path | None = None
+        self._made, self._lock = False, -1
+        if not claim:
+            self.checkpoint = latest_checkpoint(path) if resume else None
+            return
         self._made = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -79,7 +90,8 @@ class RunFolder:
         if self._made:
             with contextlib.suppress(OSError):  # it holds something
                 self.path.rmdir()
-        os.close(self._lock)
+        if self._lock >= 0:
+            os.close(self._lock)
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Writes recipe.yaml."""

@@ -1,9 +1,15 @@
 """AdamW, with clipping and the guard against non-finite steps inside the update itself."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from llama_acc.core.model.sharding import split_dimension
+from llama_acc.core.parallel import Parallel, is_sharded, local_part
+
+_ALONE = Parallel()
 
 
 def decays(name: str) -> bool:
@@ -19,30 +25,55 @@ class ClippedAdamW:
     """
 
     def __init__(
-        self, model: nn.Module, *, betas: tuple[float, float], eps: float, weight_decay: float, clip_grad_norm: float
+        self,
+        model: nn.Module,
+        parallel: Parallel = _ALONE,
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        clip_grad_norm: float,
     ) -> None:
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        """Args:
+        model: its parameters that require gradients are trained. They have storage, and keep it.
+        parallel: the ranks it is split over.
+        betas: AdamW's.
+        eps: AdamW's.
+        weight_decay: AdamW's, on what `decays`.
+        clip_grad_norm: the largest norm of a step's gradients.
+        """
+        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        # The fused kernel takes plain tensors: what is stored here of a parameter, as a parameter of its own.
+        self._stored = {
+            name: p if not isinstance(p, DTensor) else nn.Parameter(local_part(p).tensor)
+            for name, p in self.named.items()
+        }
         groups = [
-            {"params": [p for name, p in named.items() if decays(name)], "weight_decay": weight_decay},
-            {"params": [p for name, p in named.items() if not decays(name)], "weight_decay": 0.0},
+            {"params": [p for name, p in self._stored.items() if decays(name)], "weight_decay": weight_decay},
+            {"params": [p for name, p in self._stored.items() if not decays(name)], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        self.named = named
         self.clip = clip_grad_norm
+        self._shares = {name: _share(name, p, parallel) for name, p in self.named.items()}
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
-    def step(self, lr: float, loss: Tensor) -> Tensor:
+    def squared_norm(self) -> Tensor:
+        """This rank's share of the squared L2 norm of all gradients, a float32 scalar: to be summed over all ranks."""
+        mine = [_stored(p.grad) for name, p in self.named.items() if self._shares[name] and p.grad is not None]
+        return total_norm(mine).square()
+
+    def step(self, lr: float, norm: Tensor, loss: Tensor) -> None:
         """One update from the parameters' gradients, which are then dropped.
 
         Args:
             lr: learning rate.
-            loss: scalar; where it or the gradients' norm is not finite, nothing changes.
-
-        Returns:
-            The gradients' global L2 norm before clipping, a scalar on the device.
+            norm: scalar, the L2 norm of the gradients of all ranks together.
+            loss: scalar; where it or the norm is not finite, nothing changes.
         """
-        gradients = [p.grad for p in self.named.values() if p.grad is not None]
-        norm = total_norm(gradients)
+        for name, parameter in self.named.items():
+            if parameter is not self._stored[name] and parameter.grad is not None:
+                self._stored[name].grad = _stored(parameter.grad)
+                parameter.grad = None
         for group in self.adamw.param_groups:
             group["lr"] = lr
         # clip_grad_norm_'s factor: clip / (norm + 1e-6), at most 1. The kernel divides by grad_scale.
@@ -51,23 +82,34 @@ class ClippedAdamW:
         self.adamw.found_inf = (~finite).float()  # type: ignore[attr-defined]
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        return norm
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """The moments and step counts, as `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`."""
-        tensors = {}
-        for name, parameter in self.named.items():
-            for key, value in self.adamw.state[parameter].items():
-                tensors[f"{key}.{name}"] = value
-        return tensors
+    def state_tensors(self) -> list[tuple[str, str, Tensor]]:
+        """What is kept for each parameter: ("step" | "exp_avg" | "exp_avg_sq", its name, the rows stored here)."""
+        return [
+            (key, name, value)
+            for name, parameter in self._stored.items()
+            for key, value in self.adamw.state[parameter].items()
+        ]
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over what `state_tensors` gave."""
+    def load_state(self, read: Callable[[str, Tensor], Tensor | None]) -> None:
+        """Takes over what `state_tensors` gave.
+
+        Args:
+            read: given `KEY.NAME` and the parameter, the rows to be stored here, or None if there are none.
+        """
         for name, parameter in self.named.items():
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
-            self.adamw.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to(parameter.device, copy=True) for key in keys
-            }
+            found = {key: read(f"{key}.{name}", parameter) for key in ("step", "exp_avg", "exp_avg_sq")}
+            self.adamw.state[self._stored[name]] = {key: value for key, value in found.items() if value is not None}
+
+
+def _stored(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def _share(name: str, parameter: Tensor, parallel: Parallel) -> bool:
+    """Whether this rank's part of a parameter counts in the norm, or is a copy of one that another rank counts."""
+    copied_in_model = split_dimension(name) is None and parallel.model_rank > 0
+    return not copied_in_model and (is_sharded(parameter) or parallel.data_rank == 0)
 
 
 def total_norm(gradients: Iterable[Tensor]) -> Tensor:

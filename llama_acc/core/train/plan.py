@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from llama_acc.core.checkpoint.files import check_checkpoint
 from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config
+from llama_acc.core.checkpoint.resume import FORMAT_VERSION, read_progress
 from llama_acc.core.checkpoint.save import DTYPES, free_bytes, needed_bytes
 from llama_acc.core.checkpoint.shards import Weights, check_tensors, read_weights
 from llama_acc.core.data.dataset import Dataset, load_dataset
@@ -19,6 +19,7 @@ from llama_acc.core.data.sources import Source, resolve_data_path
 from llama_acc.core.errors import UserError
 from llama_acc.core.home import home
 from llama_acc.core.model.config import ModelConfig, config_from_params, named_size, read_params
+from llama_acc.core.model.sharding import check_divides
 from llama_acc.core.recipe import RECIPES_FOLDER, Recipe
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from llama_acc.core.train.events import Events
@@ -49,6 +50,11 @@ class Plan:
     report: dict[str, Any]
     steps_per_epoch: int
     total_steps: int
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of activations and matrix products."""
+        return DTYPES[self.recipe.train.precision]
 
     @property
     def save_dtype(self) -> torch.dtype:
@@ -156,16 +162,12 @@ def make_plan(recipe: Recipe, events: Events, *, recipe_folder: Path | None, dry
     Raises:
         UserError: the first group of problems found.
     """
-    if recipe.parallel.model_parallel_size != 1:
-        raise UserError(
-            f"parallel.model_parallel_size is {recipe.parallel.model_parallel_size}: this version runs one process, "
-            "so only 1 is possible"
-        )
     layouts = _layouts(recipe, dry_run or resumes)
     config = _config(recipe, layouts, recipe_folder)
     tokenizer = load_tokenizer(_tokenizer_path(recipe, layouts, recipe_folder))
     config = config.with_vocabulary(tokenizer.vocab_size)
     config.check_tokenizer(tokenizer.vocab_size, tokenizer.path)
+    check_divides(config, recipe.parallel.model_parallel_size)
     if recipe.data.max_tokens > config.max_seq_len:
         raise UserError(
             f"data.max_tokens ({recipe.data.max_tokens}) is more than the model's max_seq_len ({config.max_seq_len})",
@@ -272,7 +274,22 @@ def _absolute(name: str, found: Path) -> str:
     return str(found.absolute())
 
 
-def read_base(plan: Plan, verify: bool = False) -> Weights | None:
+def saved_step(checkpoint: Path, plan: Plan) -> int:
+    """How many steps a checkpoint has done of this plan; its state's bytes are checked.
+
+    Raises:
+        UserError: the state is damaged, of another version or other data.
+    """
+    progress = read_progress(checkpoint)
+    if progress["format_version"] > FORMAT_VERSION:
+        raise UserError(f"{checkpoint}/state was written by a newer version", "update llama-acc")
+    if progress["data"] != plan.train.fingerprint():
+        raise UserError(f"the data is not what {checkpoint} was trained on", "resume with the same files")
+    step: int = progress["step"]
+    return step
+
+
+def read_base(plan: Plan) -> Weights | None:
     """Maps the weights a run starts from and checks every tensor against the model; None = random weights.
 
     Raises:
@@ -280,8 +297,6 @@ def read_base(plan: Plan, verify: bool = False) -> Weights | None:
     """
     if not plan.layouts:
         return None
-    for layout in plan.layouts:
-        check_checkpoint(layout.folder, verify)
     weights = read_weights(plan.layouts)
     where = " and ".join(str(layout.folder) for layout in plan.layouts)
     check_tensors(weights.tensors, plan.config.parameter_shapes(), where)

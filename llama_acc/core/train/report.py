@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from llama_acc.core.train.metrics import draw_loss, read_metrics
+from llama_acc.core.train.metrics import Metrics, draw_loss, read_metrics
 from llama_acc.core.train.plan import Plan
 
 
@@ -43,6 +43,7 @@ def write_report(run: Path, plan: Plan, device: torch.device, seconds: float, st
             if validation
             else []
         ),
+        *_imbalance(steps),
         ("speed", f"{tokens / training_seconds:,.0f} tokens/s over {training_seconds:,.0f} s of training steps"),
         ("time", f"{seconds:,.0f} s for this process, data and saving included"),
         ("peak memory", f"{max(line['peak_memory_gib'] for line in steps):.2f} GiB"),
@@ -52,6 +53,14 @@ def write_report(run: Path, plan: Plan, device: torch.device, seconds: float, st
     table = "\n".join(f"| {name} | {text.replace('|', '&#124;')} |" for name, text in rows)
     text = f"# {plan.recipe.name}\n\n{state}\n\n| | |\n|---|---|\n{table}\n\n![loss](loss.png)\n"
     (run / "report.md").write_text(text, encoding="utf-8")
+
+
+def _imbalance(steps: list[Metrics]) -> list[tuple[str, str]]:
+    several = [line["imbalance"] for line in steps if "imbalance" in line]
+    if not several:
+        return []
+    mean = sum(several) / len(several)
+    return [("imbalance", f"the fullest rank had {mean:.1%} more tokens than the mean one, {max(several):.1%} at most")]
 
 
 def _device_name(device: torch.device) -> str:

@@ -10,18 +10,22 @@ from typing import TypeVar
 
 import torch
 
+from llama_acc.core.checkpoint.files import check_checkpoint
 from llama_acc.core.checkpoint.layout import latest_checkpoint
+from llama_acc.core.checkpoint.resume import SavedState, saved_masters
 from llama_acc.core.checkpoint.shards import Weights, check_tensors
 from llama_acc.core.device import pick_device
 from llama_acc.core.errors import RunError
+from llama_acc.core.parallel import Parallel, joined
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.events import Events, Quiet
 from llama_acc.core.train.folder import RunFolder, check_same_run
 from llama_acc.core.train.interrupt import Interrupted, StopRequest, stop_on_signal
-from llama_acc.core.train.loop import Loop, Trainer, saved_masters, saved_step
+from llama_acc.core.train.loop import Loop
 from llama_acc.core.train.metrics import MetricsLog, read_metrics
-from llama_acc.core.train.plan import Plan, check_disk, make_plan, read_base
+from llama_acc.core.train.plan import Plan, check_disk, make_plan, read_base, saved_step
 from llama_acc.core.train.report import write_report
+from llama_acc.core.train.trainer import Trainer
 
 _Result = TypeVar("_Result")
 
@@ -65,33 +69,49 @@ def finetune(
     """
     started = time.perf_counter()
     events = events or Quiet()
-    folder = RunFolder(Path(output), resume=resume)
-    try:
-        plan = make_plan(
-            recipe, events, recipe_folder=recipe_folder, dry_run=False, resumes=folder.checkpoint is not None
-        )
-        done = 0
-        if folder.checkpoint is not None:
-            check_same_run(plan.recipe, folder.checkpoint)
-            done = saved_step(folder.checkpoint, plan)
-        elif resume:
-            events.note(f"no whole checkpoint in {folder.path} to resume from: starting at step 0")
-        weights = _weights(plan, folder, verify)
-        check_disk(plan, folder.path)
-        target = pick_device(device)
-        folder.write_recipe(plan.recipe)
-        folder.write_data_report(plan.report)
-        events.plan(plan)
-        signals = stop_on_signal(events.note) if handle_signals else nullcontext(StopRequest())
-        with signals as stop:
-            return _explain_failures(lambda: _train(plan, folder, weights, done, target, events, stop, started))
-    finally:
-        folder.close()
+    target = pick_device(device)
+    with joined(target, recipe.parallel.model_parallel_size) as parallel:
+        if not parallel.is_main:
+            events = Quiet()
+        folder = parallel.main_first(lambda: RunFolder(Path(output), resume=resume, claim=parallel.is_main))
+        try:
+            plan = parallel.main_first(
+                lambda: make_plan(
+                    recipe, events, recipe_folder=recipe_folder, dry_run=False, resumes=folder.checkpoint is not None
+                )
+            )
+            done = parallel.on_main(lambda: _check(plan, folder, verify))
+            if resume and folder.checkpoint is None:
+                events.note(f"no whole checkpoint in {folder.path} to resume from: starting at step 0")
+            weights = parallel.agree(lambda: _weights(plan, folder))
+            events.plan(plan)
+            signals = stop_on_signal(events.note) if handle_signals else nullcontext(StopRequest())
+            with signals as stop:
+                return _explain_failures(
+                    lambda: _train(plan, folder, weights, done, target, parallel, events, stop, started)
+                )
+        finally:
+            folder.close()
 
 
-def _weights(plan: Plan, folder: RunFolder, verify: bool) -> Weights | None:
+def _check(plan: Plan, folder: RunFolder, verify: bool) -> int:
+    """What only one process need look at, before anything is written. Returns how many steps are done."""
+    done = 0
+    if folder.checkpoint is not None:
+        check_same_run(plan.recipe, folder.checkpoint)
+        done = saved_step(folder.checkpoint, plan)
+    else:
+        for layout in plan.layouts:
+            check_checkpoint(layout.folder, verify)
+    check_disk(plan, folder.path)
+    folder.write_recipe(plan.recipe)
+    folder.write_data_report(plan.report)
+    return done
+
+
+def _weights(plan: Plan, folder: RunFolder) -> Weights | None:
     if folder.checkpoint is None:
-        return read_base(plan, verify)
+        return read_base(plan)
     weights = saved_masters(folder.checkpoint)
     check_tensors(weights.tensors, plan.config.parameter_shapes(), folder.checkpoint)
     return weights
@@ -103,14 +123,27 @@ def _train(
     weights: Weights | None,
     done: int,
     device: torch.device,
+    parallel: Parallel,
     events: Events,
     stop: StopRequest,
     started: float,
 ) -> Finished:
-    trainer = Trainer(plan, device, weights)
+    trainer = Trainer(plan, device, weights, parallel)
     if folder.checkpoint is not None:
-        trainer.load(folder.checkpoint, done)
+        trainer.load(SavedState(folder.checkpoint, parallel), done)
         events.note(f"resuming from {folder.checkpoint}, {trainer.step} of {plan.total_steps} steps done")
+    if not parallel.is_main:
+        Loop(trainer, folder, None, events, stop).run()
+    else:
+        _train_and_report(trainer, folder, events, stop, started)
+    parallel.barrier()
+    losses = [line["loss"] for line in read_metrics(folder.path / "metrics.jsonl") if "loss" in line]
+    checkpoint = latest_checkpoint(folder.path)
+    assert checkpoint is not None
+    return Finished(folder.path, checkpoint, losses[-1])
+
+
+def _train_and_report(trainer: Trainer, folder: RunFolder, events: Events, stop: StopRequest, started: float) -> None:
     how = "The run did not finish."
     with MetricsLog(folder.path, trainer.step) as log:
         try:
@@ -120,11 +153,7 @@ def _train(
             how = f"The run was stopped by {interrupted.received.name}; continue it with --resume."
             raise
         finally:
-            write_report(folder.path, plan, device, time.perf_counter() - started, how)
-    losses = [line["loss"] for line in read_metrics(folder.path / "metrics.jsonl") if "loss" in line]
-    checkpoint = latest_checkpoint(folder.path)
-    assert checkpoint is not None
-    return Finished(folder.path, checkpoint, losses[-1])
+            write_report(folder.path, trainer.plan, trainer.device, time.perf_counter() - started, how)
 
 
 def _explain_failures(run: Callable[[], _Result]) -> _Result:

@@ -1,22 +1,32 @@
 """One optimizer step: micro-batches forward and backward, then the update. Everything a run does in its hot loop."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from llama_acc.core.data.batches import MicroBatch
 from llama_acc.core.model.transformer import Transformer
+from llama_acc.core.parallel import Parallel
+from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.optimizer import ClippedAdamW
 
 
 class StepResult(NamedTuple):
-    """Scalars on the device: the loss per label token, and the gradients' norm before clipping."""
+    """What a step came to, on the device: scalars of all ranks together.
+
+    Attributes:
+        loss: per label token.
+        grad_norm: the gradients' L2 norm before clipping.
+        facts: the sums over all ranks of the numbers they passed in.
+    """
 
     loss: Tensor
     grad_norm: Tensor
+    facts: Tensor
 
 
 def forward(model: Transformer, batch: MicroBatch, loss_scale: float, device: torch.device) -> Tensor:
@@ -34,31 +44,67 @@ def forward(model: Transformer, batch: MicroBatch, loss_scale: float, device: to
 def train_step(
     model: Transformer,
     optimizer: ClippedAdamW,
+    data_parallel: DataParallel,
     batches: Iterable[MicroBatch],
     label_tokens: int,
     lr: float,
     device: torch.device,
+    facts: Sequence[float] = (),
+    before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
-    """One optimizer step over the micro-batches of one global batch.
+    """One optimizer step over this rank's micro-batches of one global batch.
 
     The loss is the sum over label tokens divided by `label_tokens`, the number of them in the whole step, so it does
-    not depend on how examples are dealt to micro-batches.
+    not depend on how examples are dealt to ranks and micro-batches. Ranks speak to each other about it once: loss,
+    gradient norm and `facts` are summed together. `before_update` is called when only the update is left.
     """
     total = torch.zeros((), device=device)
-    for batch in batches:
+    for batch, last in _with_last(batches):
+        data_parallel.before_backward(last)
         loss = forward(model, batch, 1.0 / label_tokens, device)
         loss.backward()
         total += loss.detach()
-    return StepResult(total, optimizer.step(lr, total))
+    result = _summed(model.parallel, total, optimizer.squared_norm(), facts)
+    before_update()
+    optimizer.step(lr, result.grad_norm, result.loss)
+    return result
+
+
+def _summed(parallel: Parallel, loss: Tensor, squared_norm: Tensor, facts: Sequence[float]) -> StepResult:
+    own = torch.tensor(facts, dtype=torch.float32).to(loss.device, non_blocking=True)
+    if parallel.world_size == 1:
+        return StepResult(loss, squared_norm.sqrt(), own)
+    # The ranks of a model-parallel group have the same loss.
+    counted = loss if parallel.model_rank == 0 else torch.zeros_like(loss)
+    sums = torch.cat((counted.view(1), squared_norm.view(1), own))
+    dist.all_reduce(sums)
+    return StepResult(sums[0], sums[1].sqrt(), sums[2:])
+
+
+def _with_last(batches: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, bool]]:
+    """Each micro-batch, and whether it is the last."""
+    iterator = iter(batches)
+    current = next(iterator)
+    for following in iterator:
+        yield current, False
+        current = following
+    yield current, True
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, batches: Iterable[MicroBatch], label_tokens: int, device: torch.device) -> float:
-    """The loss per label token over micro-batches, without training."""
+def evaluate(
+    model: Transformer,
+    data_parallel: DataParallel,
+    batches: Iterable[MicroBatch],
+    label_tokens: int,
+    device: torch.device,
+) -> float:
+    """The loss per label token over all ranks' micro-batches, without training. Every rank has equally many."""
     total = torch.zeros((), device=device)
     for batch in batches:
         total += forward(model, batch, 1.0 / label_tokens, device)
-    return total.item()
+    data_parallel.after_evaluation()
+    return _summed(model.parallel, total, torch.zeros_like(total), ()).loss.item()
 
 
 def apply_activation_checkpointing(model: Transformer) -> None:

@@ -1,37 +1,58 @@
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
+from llama_acc.core.checkpoint import save
 from llama_acc.core.checkpoint.files import check_manifest
 from llama_acc.core.checkpoint.layout import latest_checkpoint
+from llama_acc.core.checkpoint.pth import (
+    Spec,
+    lay_out_pth,
+    lay_out_safetensors,
+    pth_offsets,
+    safetensors_offsets,
+    seal_pth,
+    write_at,
+)
+from llama_acc.core.checkpoint.resume import read_progress, rng_state
 from llama_acc.core.checkpoint.save import (
+    Piece,
+    Saver,
+    Snapshot,
     checkpoints,
     free_bytes,
     needed_bytes,
-    publish,
-    read_progress,
-    read_state,
     remove_checkpoint,
-    write_safetensors,
-    write_state,
-    write_weights,
+    write_checkpoint,
 )
 from llama_acc.core.errors import UserError
-from tests.core.tiny import SMALL, loaded_model, random_model
+from llama_acc.core.parallel import Parallel
+from tests.core.tiny import CPU
 
 NAN = float("nan")
 
 
-def write(step: int):  # type: ignore[no-untyped-def]
-    return lambda folder: write_state(folder, {"x": torch.tensor([float(step)])}, {"format_version": 1, "step": step})
+def publish(folder: Path, step: int, keep: int, dtype: torch.dtype = torch.float32, **weights: torch.Tensor) -> None:
+    """Writes a checkpoint of these weights, a moment of each, and that many steps."""
+    pieces = {name: Piece(tensor, 0, tuple(tensor.shape), True) for name, tensor in weights.items()}
+    progress = json.dumps({"format_version": 1, "step": step}).encode()
+    snapshot = Snapshot(
+        pieces,
+        {f"exp_avg.{name}": piece for name, piece in pieces.items()},
+        rng_state(CPU),
+        dtype,
+        {"state/progress.json": progress},
+        Parallel(),
+    )
+    write_checkpoint(snapshot, folder, keep)
 
 
-def test_the_safetensors_library_reads_what_is_written_bit_for_bit(tmp_path: Path) -> None:
-    tensors = {
+def some_tensors() -> dict[str, torch.Tensor]:
+    return {
         "weights": torch.randn(7, 5),
         "rounded": torch.randn(3, 3, 3).bfloat16(),
         "odd": torch.tensor([NAN, float("inf"), -0.0, 1e-45]),
@@ -43,33 +64,81 @@ def test_the_safetensors_library_reads_what_is_written_bit_for_bit(tmp_path: Pat
         "part": torch.arange(20.0)[5:9],
         "trained": torch.nn.Parameter(torch.ones(2)),
     }
-    write_safetensors(tensors, tmp_path / "x.safetensors")
-    read = load_file(tmp_path / "x.safetensors")
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+def filled(path: Path, offsets: dict[str, int], tensors: dict[str, torch.Tensor]) -> None:
+    with path.open("r+b") as file:
+        for name in reversed(tensors):  # the order does not matter
+            write_at(file.fileno(), offsets[name], tensors[name])
+
+
+def test_the_safetensors_library_reads_what_is_filled_in_bit_for_bit(tmp_path: Path) -> None:
+    tensors, path = some_tensors(), tmp_path / "x.safetensors"
+    lay_out_safetensors(path, {name: Spec(tuple(t.shape), t.dtype) for name, t in tensors.items()})
+    filled(path, safetensors_offsets(path), tensors)
+    read = load_file(path)
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
-        raw = tensor.detach().contiguous().flatten().view(torch.uint8)
-        assert torch.equal(read[name].flatten().view(torch.uint8), raw), name
-    with safe_open(tmp_path / "x.safetensors", "pt") as file:
-        assert set(file.keys()) == tensors.keys()
+        assert torch.equal(bits(read[name]), bits(tensor)), name
 
 
-def test_weights_survive_a_round_trip_to_the_bit(tmp_path: Path) -> None:
-    model = random_model()
-    write_weights(model, tmp_path, torch.float32)
-    again = loaded_model(tmp_path)
-    assert again.config == model.config == SMALL
-    for (name, parameter), read in zip(model.named_parameters(), again.parameters(), strict=True):
-        assert torch.equal(parameter, read), name
-    write_weights(model, tmp_path, torch.bfloat16)
-    for parameter, read in zip(model.parameters(), loaded_model(tmp_path).parameters(), strict=True):
-        assert torch.equal(parameter.bfloat16().float(), read)
+@pytest.mark.parametrize("mapped", [True, False])
+def test_torch_and_zip_programs_read_what_is_filled_in_bit_for_bit(mapped: bool, tmp_path: Path) -> None:
+    tensors, path = some_tensors(), tmp_path / "x.pth"
+    specs = {name: Spec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    lay_out_pth(path, specs)
+    filled(path, pth_offsets(path, specs), tensors)
+    seal_pth(path)
+    assert zipfile.ZipFile(path).testzip() is None
+    read = torch.load(path, weights_only=True, mmap=mapped)["model"]
+    assert list(read) == list(tensors)
+    for name, tensor in tensors.items():
+        assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(bits(read[name]), bits(tensor)), name
 
 
-def test_a_state_survives_a_round_trip(tmp_path: Path) -> None:
-    publish(tmp_path / "epoch0", write(4), keep=0)
+def test_a_checksum_that_is_wrong_is_found_by_zip_programs(tmp_path: Path) -> None:
+    specs = {"x": Spec((4,), torch.float32)}
+    lay_out_pth(tmp_path / "x.pth", specs)
+    filled(tmp_path / "x.pth", pth_offsets(tmp_path / "x.pth", specs), {"x": torch.ones(4)})
+    assert zipfile.ZipFile(tmp_path / "x.pth").testzip() is not None
+
+
+def test_weights_are_rounded_to_the_type_asked_for_and_state_is_not(tmp_path: Path) -> None:
+    x = torch.randn(5, 3)
+    publish(tmp_path / "epoch0", 4, 0, torch.bfloat16, x=x)
+    saved = torch.load(tmp_path / "epoch0" / "consolidated.00-of-01.model.pth", weights_only=True)["model"]
+    assert torch.equal(saved["llma.x"], x.bfloat16())
+    assert torch.equal(load_file(tmp_path / "epoch0/state/training-00-of-01.safetensors")["exp_avg.x"], x)
     assert read_progress(tmp_path / "epoch0") == {"format_version": 1, "step": 4}
-    assert read_state(tmp_path / "epoch0")["x"].item() == 4.0
+
+
+def test_a_copy_is_taken_before_an_update_and_the_checkpoint_is_of_that_moment(tmp_path: Path) -> None:
+    x = torch.zeros(1000, 100)
+    piece = Piece(x, 0, tuple(x.shape), True)
+    files = {"state/progress.json": b'{"format_version": 1, "step": 1}'}
+    saver = Saver()
+    saver.start(Snapshot({"x": piece}, {"m": piece}, {}, torch.float32, files, Parallel()), tmp_path / "epoch0", 0)
+    saver.wait_for_copy()
+    x.fill_(1.0)
+    assert saver.finished(wait=True) == tmp_path / "epoch0"
+    assert saver.finished(wait=True) is None
+    saved = torch.load(tmp_path / "epoch0" / "consolidated.00-of-01.model.pth", weights_only=True)["model"]
+    assert not saved["llma.x"].any()
+
+
+def test_an_error_of_the_writing_thread_is_raised_where_the_result_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    saver = Saver()
+    saver.start(Snapshot({}, {}, {}, torch.float32, {}, Parallel()), tmp_path / "file" / "epoch0", 0)
+    saver.wait_for_copy()
+    with pytest.raises(NotADirectoryError):
+        saver.finished(wait=True)
 
 
 def test_a_folder_without_state_has_no_progress(tmp_path: Path) -> None:
@@ -78,36 +147,36 @@ def test_a_folder_without_state_has_no_progress(tmp_path: Path) -> None:
 
 
 def test_a_published_checkpoint_is_whole_and_the_latest(tmp_path: Path) -> None:
-    publish(tmp_path / "epoch0", write(4), keep=0)
+    publish(tmp_path / "epoch0", 4, keep=0)
     check_manifest(tmp_path / "epoch0", contents=True)
     assert latest_checkpoint(tmp_path) == tmp_path / "epoch0"
-    publish(tmp_path / "epoch1", write(8), keep=0)
+    publish(tmp_path / "epoch1", 8, keep=0)
     assert latest_checkpoint(tmp_path) == tmp_path / "epoch1"
     assert checkpoints(tmp_path) == [tmp_path / "epoch0", tmp_path / "epoch1"]
 
 
 def test_checkpoints_are_in_the_order_of_their_steps_not_of_their_names(tmp_path: Path) -> None:
     for name, step in (("epoch10", 44), ("epoch2", 12), ("epoch9-iter3", 43)):
-        publish(tmp_path / name, write(step), keep=0)
+        publish(tmp_path / name, step, keep=0)
     assert [path.name for path in checkpoints(tmp_path)] == ["epoch2", "epoch9-iter3", "epoch10"]
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_the_oldest_go_once_the_new_one_is_there(keep: int, tmp_path: Path) -> None:
     for epoch in range(5):
-        publish(tmp_path / f"epoch{epoch}", write(epoch + 1), keep)
+        publish(tmp_path / f"epoch{epoch}", epoch + 1, keep)
     assert {path.name for path in tmp_path.iterdir()} == {"latest", *(f"epoch{epoch}" for epoch in range(5 - keep, 5))}
 
 
-def test_a_write_that_fails_removes_nothing(tmp_path: Path) -> None:
-    publish(tmp_path / "epoch0", write(1), keep=1)
+def test_a_write_that_fails_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(tmp_path / "epoch0", 1, keep=1)
 
-    def fail(folder: Path) -> None:
-        (folder / "half").write_text("")
+    def fail(descriptor: int, offset: int, tensor: torch.Tensor) -> None:
         raise OSError("no space")
 
+    monkeypatch.setattr(save, "write_at", fail)
     with pytest.raises(OSError, match="no space"):
-        publish(tmp_path / "epoch1", fail, keep=1)
+        publish(tmp_path / "epoch1", 2, keep=1, x=torch.ones(3))
     assert {path.name for path in tmp_path.iterdir()} == {"latest", "epoch0"}
     assert latest_checkpoint(tmp_path) == tmp_path / "epoch0"
 
@@ -115,7 +184,7 @@ def test_a_write_that_fails_removes_nothing(tmp_path: Path) -> None:
 def test_a_checkpoint_loses_its_name_before_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
-    publish(tmp_path / "epoch0", write(1), keep=0)
+    publish(tmp_path / "epoch0", 1, keep=0)
 
     def killed(path: Path) -> None:
         assert not (tmp_path / "epoch0").exists()
@@ -135,14 +204,3 @@ def test_the_space_a_checkpoint_needs_is_its_weights_moments_and_masters() -> No
 
 def test_free_space_is_that_of_the_disk_a_folder_will_be_on(tmp_path: Path) -> None:
     assert free_bytes(tmp_path / "not" / "yet" / "there") == pytest.approx(free_bytes(tmp_path), rel=0.05)
-
-
-def test_config_and_meta_are_what_llama2_accessory_reads(tmp_path: Path) -> None:
-    write_weights(random_model(), tmp_path, torch.float32)
-    assert json.loads((tmp_path / "meta.json").read_text()) == {"llama_type": "llama"}
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["dim"] == 32
-    assert config["n_kv_heads"] == 2
-    saved = torch.load(tmp_path / "consolidated.00-of-01.model.pth", weights_only=True)
-    assert list(saved) == ["model"]
-    assert all(name.startswith("llma.") for name in saved["model"])

@@ -142,13 +142,6 @@ def test_a_later_checkpoint_overrides_an_earlier_one(tmp_path: Path) -> None:
     assert torch.equal(read_weights(layouts[::-1]).tensors["norm.weight"], state()["norm.weight"])
 
 
-def test_more_than_one_shard_is_refused_by_this_version(tmp_path: Path) -> None:
-    for part in range(2):
-        torch.save(state(), tmp_path / f"consolidated.{part:02d}-of-02.model.pth")
-    with pytest.raises(UserError, match="has model-parallel size 2"):
-        read_weights([inspect(tmp_path)])
-
-
 def filled(path: Path, dtype: torch.dtype, copy: bool) -> tuple[Transformer, dict[str, int]]:
     """A model filled from a file, and where the mapped tensors began."""
     weights = open_shard(path)

@@ -5,7 +5,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_acc.core.model.layers import Linear, RMSNorm, gated_linear, normed_linears, rotary_table, rotate
+from llama_acc.core.model.layers import (
+    ColumnParallelLinear,
+    RMSNorm,
+    RowParallelLinear,
+    gated_linear,
+    normed_linears,
+    rotary_table,
+    rotate,
+)
+from llama_acc.core.parallel import Parallel
 
 # More rows than the feed-forward layer takes at once on a CPU.
 ROWS, DIM, HIDDEN = 600, 24, 40
@@ -38,7 +47,7 @@ def test_normed_linears_and_their_gradients(frozen: tuple[int, ...]) -> None:
     leaves = [_leaf(v, torch.float32, i not in frozen) for i, v in enumerate(values)]
     norm = RMSNorm(DIM, 1e-5)
     norm.weight = torch.nn.Parameter(leaves[1], leaves[1].requires_grad)
-    layers = [Linear(DIM, HIDDEN), Linear(DIM, DIM)]
+    layers = [ColumnParallelLinear(DIM, HIDDEN, Parallel()), ColumnParallelLinear(DIM, DIM, Parallel())]
     for layer, leaf in zip(layers, leaves[2:], strict=True):
         layer.weight = torch.nn.Parameter(leaf, leaf.requires_grad)
     outputs = normed_linears(leaves[0], norm, layers)
@@ -56,12 +65,19 @@ def test_normed_linears_and_their_gradients(frozen: tuple[int, ...]) -> None:
             torch.testing.assert_close(got, kept)
 
 
+def _w2(weight: Tensor) -> RowParallelLinear:
+    layer = RowParallelLinear(HIDDEN, DIM, Parallel())
+    layer.weight = torch.nn.Parameter(weight.detach(), weight.requires_grad)
+    return layer
+
+
 @pytest.mark.parametrize("weight_trains", [True, False])
 def test_gated_linear_and_its_gradients(weight_trains: bool) -> None:
     values = [_random(ROWS, HIDDEN, seed=4), _random(ROWS, HIDDEN, seed=5), _random(DIM, HIDDEN, seed=6)]
     gate, up, weight = (_leaf(v, torch.float32, i < 2 or weight_trains) for i, v in enumerate(values))
-    y = gated_linear(gate, up, weight)
-    mine = _gradients((y,), [gate, up, weight])
+    w2 = _w2(weight)
+    y = gated_linear(gate, up, w2)
+    mine = _gradients((y,), [gate, up, w2.weight])
 
     wide = [_leaf(v, torch.float64, i < 2 or weight_trains) for i, v in enumerate(values)]
     expected_y = (F.silu(wide[0]) * wide[1]) @ wide[2].t()
@@ -75,7 +91,8 @@ def test_bf16_activations_with_float32_weights_give_float32_gradients() -> None:
     """The masters' gradients must not be rounded to the activations' type more than their products are."""
     gate, up = (_leaf(_random(ROWS, HIDDEN, seed=i), torch.bfloat16) for i in (4, 5))
     weight = _leaf(_random(DIM, HIDDEN, seed=6), torch.float32)
-    gradients = _gradients((gated_linear(gate, up, weight),), [gate, up, weight])
+    w2 = _w2(weight)
+    gradients = _gradients((gated_linear(gate, up, w2),), [gate, up, w2.weight])
     assert [g.dtype for g in gradients if g is not None] == [torch.bfloat16, torch.bfloat16, torch.float32]
 
 

@@ -9,7 +9,10 @@ from numpy.typing import NDArray
 
 from llama_acc.core.data.batches import MicroBatch, build
 from llama_acc.core.model.transformer import Transformer
+from llama_acc.core.parallel import Parallel
+from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.optimizer import ClippedAdamW
+from llama_acc.core.train.step import StepResult, evaluate, train_step
 
 
 class Labelled:
@@ -48,6 +51,34 @@ def random_documents(count: int, vocabulary: int, seed: int = 0) -> Labelled:
 def adamw(model: Transformer, **settings: Any) -> ClippedAdamW:
     defaults = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.02, "clip_grad_norm": 2.0}
     return ClippedAdamW(model, **{**defaults, **settings})
+
+
+def alone(model: Transformer) -> DataParallel:
+    """The data parallelism of one process: none."""
+    return DataParallel(model, Parallel(), "ddp", False, "cpu")
+
+
+def step(
+    model: Transformer, optimizer: ClippedAdamW, batches: Sequence[MicroBatch], label_tokens: int, lr: float
+) -> StepResult:
+    """One optimizer step in one process on the CPU."""
+    return train_step(model, optimizer, alone(model), batches, label_tokens, lr, torch.device("cpu"))
+
+
+def loss_of(model: Transformer, batches: Sequence[MicroBatch], label_tokens: int) -> float:
+    """The loss per label token, without training."""
+    return evaluate(model, alone(model), batches, label_tokens, torch.device("cpu"))
+
+
+def update(optimizer: ClippedAdamW, lr: float, loss: float) -> torch.Tensor:
+    """One update of one process; returns the gradients' norm."""
+    norm = optimizer.squared_norm().sqrt()
+    optimizer.step(lr, norm, torch.tensor(loss))
+    return norm
+
+
+def moments_of(optimizer: ClippedAdamW) -> dict[str, torch.Tensor]:
+    return {f"{key}.{name}": tensor.clone() for key, name, tensor in optimizer.state_tensors()}
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -50,7 +50,7 @@ def saved_weights(checkpoint: Path) -> dict[str, Tensor]:
 def saved_state(checkpoint: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(checkpoint / "state" / "training.safetensors")
+    return load_file(checkpoint / "state" / "training-00-of-01.safetensors")
 
 
 def assert_bitwise_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -4,7 +4,7 @@ from torch import nn
 
 from llama_acc.core.train.optimizer import ClippedAdamW, decays, total_norm
 from tests.core.tiny import difference, random_model
-from tests.core.train.documents import adamw, weights_of
+from tests.core.train.documents import adamw, moments_of, update, weights_of
 
 SETTINGS = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "clip_grad_norm": 2.0}
 
@@ -68,7 +68,7 @@ def test_updates_are_those_of_adamw_after_clip_grad_norm(size: float) -> None:
         for group in reference.param_groups:
             group["lr"] = lr
         reference.step()
-        norm = optimizer.step(lr, torch.tensor(1.0))
+        norm = update(optimizer, lr, 1.0)
         assert norm.item() == pytest.approx(expected_norm.item(), rel=1e-6)
         assert (norm > 2.0) == (size == 10.0)
         for actual, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -78,7 +78,7 @@ def test_updates_are_those_of_adamw_after_clip_grad_norm(size: float) -> None:
 def test_gradients_are_dropped_after_a_step() -> None:
     model = Parts()
     give_gradients(model, 0, 1.0)
-    ClippedAdamW(model, **SETTINGS).step(0.1, torch.tensor(1.0))
+    update(ClippedAdamW(model, **SETTINGS), 0.1, 1.0)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -89,17 +89,17 @@ def test_nothing_changes_where_the_step_is_not_finite(poison: str, first: bool) 
     optimizer = ClippedAdamW(model, **SETTINGS)
     if not first:
         give_gradients(model, 0, 1.0)
-        optimizer.step(0.1, torch.tensor(1.0))
+        update(optimizer, 0.1, 1.0)
     weights = weights_of(model)
-    moments = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
+    moments = moments_of(optimizer)
     give_gradients(model, 1, 1.0)
     value = float("nan") if "nan" in poison else float("inf")
     assert model.wq.weight.grad is not None
     if "gradient" in poison:
         model.wq.weight.grad[0, 0] = value
-    optimizer.step(0.1, torch.tensor(value if "loss" in poison else 1.0))
+    update(optimizer, 0.1, value if "loss" in poison else 1.0)
     assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
-    for name, tensor in optimizer.state_tensors().items():
+    for name, tensor in moments_of(optimizer).items():
         assert torch.equal(tensor, moments[name]) if name in moments else not tensor.any()
 
 
@@ -108,10 +108,10 @@ def test_a_step_after_one_that_was_not_taken_is_as_if_it_had_never_been() -> Non
     disturbed_adamw, quiet_adamw = ClippedAdamW(disturbed, **SETTINGS), ClippedAdamW(quiet, **SETTINGS)
     for seed in range(3):
         give_gradients(disturbed, 100 + seed, float("nan"))
-        disturbed_adamw.step(0.1, torch.tensor(1.0))
+        update(disturbed_adamw, 0.1, 1.0)
         for model, optimizer in ((disturbed, disturbed_adamw), (quiet, quiet_adamw)):
             give_gradients(model, seed, 1.0)
-            optimizer.step(0.1, torch.tensor(1.0))
+            update(optimizer, 0.1, 1.0)
     for actual, expected in zip(disturbed.parameters(), quiet.parameters(), strict=True):
         assert torch.equal(actual, expected)
 
@@ -120,16 +120,16 @@ def test_an_optimizer_goes_on_bitwise_from_its_saved_state() -> None:
     model = Parts()
     optimizer = ClippedAdamW(model, **SETTINGS)
     give_gradients(model, 0, 1.0)
-    optimizer.step(0.1, torch.tensor(1.0))
-    state = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
+    update(optimizer, 0.1, 1.0)
+    state = moments_of(optimizer)
     assert len(state) == 3 * len(list(model.parameters()))
     copy = Parts()
     copy.load_state_dict(model.state_dict())
     restored = ClippedAdamW(copy, **SETTINGS)
-    restored.load_state_tensors(state)
+    restored.load_state(lambda name, parameter: state.get(name))
     for trained, by in ((model, optimizer), (copy, restored)):
         give_gradients(trained, 1, 1.0)
-        by.step(0.05, torch.tensor(1.0))
+        update(by, 0.05, 1.0)
     for actual, expected in zip(copy.parameters(), model.parameters(), strict=True):
         assert torch.equal(actual, expected)
 
@@ -141,9 +141,9 @@ def test_frozen_parameters_stay_as_they_are() -> None:
     optimizer = ClippedAdamW(model, **SETTINGS)
     give_gradients(model, 0, 1.0)
     model.wq.weight.grad = None
-    optimizer.step(0.1, torch.tensor(1.0))
+    update(optimizer, 0.1, 1.0)
     assert torch.equal(model.wq.weight, before)
-    assert not any(name.endswith("wq.weight") for name in optimizer.state_tensors())
+    assert not any(name.endswith("wq.weight") for name in moments_of(optimizer))
 
 
 def test_the_norm_is_over_all_gradients_together() -> None:

@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llama_acc.core.checkpoint.save import write_checkpoint
+from llama_acc.core.data.batches import build
 from llama_acc.core.errors import UserError
+from llama_acc.core.parallel import Parallel
 from llama_acc.core.train.plan import Plan
 from tests.core.tiny import CPU
 from tests.core.train.runs import plan_of
@@ -84,10 +87,10 @@ def test_held_out_items_are_never_trained_on() -> None:
 
 
 def test_every_item_is_used_once_an_epoch_and_the_last_step_takes_what_is_left() -> None:
-    from llama_acc.core.train.loop import Trainer
+    from llama_acc.core.train.trainer import Trainer
 
     plan = plan_of("train.global_batch_size=5", "train.epochs=3")
-    trainer = Trainer(plan, CPU, None)
+    trainer = Trainer(plan, CPU, None, Parallel())
     orders = []
     for epoch in range(3):
         steps = [trainer.items(epoch * 7 + step) for step in range(7)]
@@ -98,9 +101,9 @@ def test_every_item_is_used_once_an_epoch_and_the_last_step_takes_what_is_left()
 
 
 def test_without_shuffling_items_come_in_the_order_of_the_file() -> None:
-    from llama_acc.core.train.loop import Trainer
+    from llama_acc.core.train.trainer import Trainer
 
-    trainer = Trainer(plan_of("train.shuffle=false"), CPU, None)
+    trainer = Trainer(plan_of("train.shuffle=false"), CPU, None, Parallel())
     assert np.concatenate([trainer.items(step) for step in (4, 5, 6, 7)]).tolist() == list(range(32))
 
 
@@ -109,14 +112,16 @@ def test_without_shuffling_items_come_in_the_order_of_the_file() -> None:
     ["train.batch_size=1", "train.batch_size=3", "train.micro_batch_tokens=40", "parallel.data_parallel=fsdp"],
 )
 def test_which_items_a_step_sees_does_not_depend_on_how_they_are_dealt(override: str) -> None:
-    from llama_acc.core.train.loop import Trainer
+    from llama_acc.core.train.trainer import Trainer
 
-    plain, dealt = Trainer(plan_of(), CPU, None), Trainer(plan_of(override), CPU, None)
+    plain, dealt = Trainer(plan_of(), CPU, None, Parallel()), Trainer(plan_of(override), CPU, None, Parallel())
     for step in range(8):
         items = plain.items(step)
         assert (dealt.items(step) == items).all()
-        batches = list(dealt.micro_batches(dealt.plan.train, items))
-        assert sum(len(batch.lengths) for batch in batches) == len(items)
+        groups, imbalance = dealt.deal(dealt.plan.train, items)
+        assert imbalance == 0.0
+        assert sorted(item for group in groups for item in group) == sorted(items.tolist())
+        batches = [build(dealt.plan.train, group) for group in groups]
         if override == "train.micro_batch_tokens=40":
             assert all(sum(batch.lengths) <= 40 or len(batch.lengths) == 1 for batch in batches)
         elif "batch_size" in override:
@@ -142,7 +147,7 @@ def test_saved_weights_have_the_training_precision_unless_told_otherwise() -> No
         ("model.params.dims=3", "unknown key 'dims': did you mean 'dim'"),
         ("model.pretrained=nowhere", "there is no checkpoint folder nowhere"),
         ("data.sources.0.path=nowhere.json", "there is no data 'nowhere.json'"),
-        ("parallel.model_parallel_size=2", "parallel.model_parallel_size is 2"),
+        ("parallel.model_parallel_size=4", r"n_kv_heads \(2\) is not divisible by the model-parallel size \(4\)"),
     ],
 )
 def test_what_is_wrong_with_the_input_is_found_while_planning(override: str, message: str) -> None:
@@ -180,15 +185,14 @@ def test_the_plan_says_what_will_be_done() -> None:
 
 
 def test_a_checkpoint_takes_the_disk_space_that_was_foretold(tmp_path: Path) -> None:
-    from llama_acc.core.train.loop import Trainer
+    from llama_acc.core.train.trainer import Trainer
 
     for precision in ("fp32", "bf16"):
         plan = plan_of(f"train.precision={precision}", "model.params.dim=64")
         plan = replace(plan, recipe=plan.recipe.model_copy(deep=True))
-        trainer = Trainer(plan, CPU, None)
+        trainer = Trainer(plan, CPU, None, Parallel())
         trainer.advance()
         folder = tmp_path / precision
-        folder.mkdir()
-        trainer.save(folder)
+        write_checkpoint(trainer.snapshot(), folder, keep=0)
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         assert 0.5 * plan.checkpoint_bytes() < written < plan.checkpoint_bytes()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llama_acc.core.errors import UserError
 from llama_acc.core.train.events import Quiet
@@ -164,7 +165,7 @@ def test_other_data_is_refused_and_the_run_left_as_it_was(tmp_path: Path) -> Non
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("file", ["state/training.safetensors", "state/progress.json"])
+@pytest.mark.parametrize("file", ["state/training-00-of-01.safetensors", "state/progress.json"])
 def test_a_damaged_state_is_never_resumed_from(file: str, tmp_path: Path) -> None:
     run(tmp_path, "train.max_steps=2")
     damaged = tmp_path / "epoch0-iter2" / file
@@ -255,7 +256,8 @@ def test_the_random_number_generator_goes_on_where_it_was(tmp_path: Path) -> Non
     run(tmp_path, "train.max_steps=2")
     torch.manual_seed(22)
     run(tmp_path, resume=True)
-    saved = [saved_state(tmp_path / name)["rng.cpu"] for name in ("epoch0-iter2", "epoch1")]
+    files = [tmp_path / name / "state" / "rng-00000-of-00001.safetensors" for name in ("epoch0-iter2", "epoch1")]
+    saved = [load_file(file)["cpu"] for file in files]
     assert torch.equal(saved[0], saved[1])
     assert torch.equal(saved[0], torch.manual_seed(11).get_state())
 

@@ -240,6 +240,12 @@ def test_a_run_tells_its_watcher_everything_it_writes(tmp_path: Path) -> None:
         def saved(self, checkpoint: Path) -> None:
             told.append(("saved", checkpoint.name))
 
-    run(tmp_path, "data.validation.fraction=0.5", "checkpoint.every_epochs=1", events=Watcher())
+    run(
+        tmp_path,
+        "data.validation.fraction=0.5",
+        "checkpoint.every_epochs=1",
+        "checkpoint.asynchronous=false",
+        events=Watcher(),
+    )
     epoch = [("step", 1), ("step", 2), ("validation", 2), ("saved", "epoch0")]
     assert told == [("plan", None), *epoch, ("step", 3), ("step", 4), ("validation", 4), ("saved", "epoch1")]

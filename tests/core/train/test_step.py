@@ -8,15 +8,9 @@ import torch.nn.functional as F
 
 from llama_acc.core.model.transformer import Transformer
 from llama_acc.core.train.schedule import learning_rate
-from llama_acc.core.train.step import (
-    StepResult,
-    apply_activation_checkpointing,
-    apply_compile,
-    evaluate,
-    train_step,
-)
-from tests.core.tiny import CPU, GOLDEN, SMALL, document_logits, loaded_model, random_model
-from tests.core.train.documents import Labelled, adamw, random_documents, weights_of
+from llama_acc.core.train.step import StepResult, apply_activation_checkpointing, apply_compile
+from tests.core.tiny import GOLDEN, SMALL, document_logits, loaded_model, random_model
+from tests.core.train.documents import Labelled, adamw, loss_of, moments_of, random_documents, step, weights_of
 
 DOCUMENTS = random_documents(8, SMALL.vocab_size)
 
@@ -24,7 +18,7 @@ DOCUMENTS = random_documents(8, SMALL.vocab_size)
 def steps(model: Transformer, sizes: Sequence[int], count: int = 1, lr: float = 1e-2) -> list[StepResult]:
     optimizer = adamw(model)
     labels = DOCUMENTS.label_tokens()
-    return [train_step(model, optimizer, DOCUMENTS.dealt(*sizes), labels, lr, CPU) for _ in range(count)]
+    return [step(model, optimizer, DOCUMENTS.dealt(*sizes), labels, lr) for _ in range(count)]
 
 
 def test_the_golden_training_curve_is_reproduced() -> None:
@@ -45,7 +39,7 @@ def test_the_golden_training_curve_is_reproduced() -> None:
         assert lr == pytest.approx(line["lr"], rel=1e-9)
         batch = batches[done % len(batches)]
         assert batch.label_tokens() == line["label_tokens"]
-        result = train_step(model, optimizer, batch.dealt(2, 2), line["label_tokens"], lr, CPU)
+        result = step(model, optimizer, batch.dealt(2, 2), line["label_tokens"], lr)
         assert result.loss.item() == pytest.approx(line["loss"], rel=1e-4)
         assert result.grad_norm.item() == pytest.approx(line["grad_norm"], rel=1e-4)
 
@@ -57,7 +51,7 @@ def test_the_loss_is_the_mean_over_the_label_tokens_of_all_documents() -> None:
     for document, logits in zip(DOCUMENTS.documents, document_logits(model, documents), strict=True):
         total += F.cross_entropy(logits[:-1], torch.tensor(document["labels"][1:]), reduction="sum").item()
     expected = total / DOCUMENTS.label_tokens()
-    assert evaluate(model, DOCUMENTS.dealt(3, 5), DOCUMENTS.label_tokens(), CPU) == pytest.approx(expected, rel=1e-6)
+    assert loss_of(model, DOCUMENTS.dealt(3, 5), DOCUMENTS.label_tokens()) == pytest.approx(expected, rel=1e-6)
     (result,) = steps(model, [3, 5])
     assert result.loss.item() == pytest.approx(expected, rel=1e-6)
 
@@ -112,7 +106,7 @@ def test_bf16_computes_near_float32_and_trains_float32_masters() -> None:
 def test_evaluating_trains_nothing() -> None:
     model = random_model()
     before = weights_of(model)
-    evaluate(model, DOCUMENTS.dealt(8), DOCUMENTS.label_tokens(), CPU)
+    loss_of(model, DOCUMENTS.dealt(8), DOCUMENTS.label_tokens())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
@@ -122,14 +116,14 @@ def test_a_step_that_is_not_finite_is_told_and_not_taken(poison: float) -> None:
     model = random_model()
     optimizer = adamw(model)
     labels = DOCUMENTS.label_tokens()
-    train_step(model, optimizer, DOCUMENTS.dealt(8), labels, 1e-2, CPU)
+    step(model, optimizer, DOCUMENTS.dealt(8), labels, 1e-2)
     with torch.no_grad():
         model.norm.weight[3] = poison
     weights = weights_of(model)
-    moments = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
-    result = train_step(model, optimizer, DOCUMENTS.dealt(8), labels, 1e-2, CPU)
+    moments = moments_of(optimizer)
+    result = step(model, optimizer, DOCUMENTS.dealt(8), labels, 1e-2)
     assert not (torch.isfinite(result.loss) and torch.isfinite(result.grad_norm))
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), weights[name], rtol=0, atol=0, equal_nan=True)
-    for name, tensor in optimizer.state_tensors().items():
+    for name, tensor in moments_of(optimizer).items():
         assert torch.equal(tensor, moments[name]), name

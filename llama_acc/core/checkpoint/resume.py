@@ -1,0 +1,101 @@
+"""Reading what a resume needs, from a checkpoint saved by any number of ranks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_acc.core.checkpoint.files import check_manifest
+from llama_acc.core.checkpoint.layout import inspect
+from llama_acc.core.checkpoint.shards import Weights, join_parts, read_weights
+from llama_acc.core.errors import UserError
+from llama_acc.core.parallel import Parallel, local_part
+
+FORMAT_VERSION = 2
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """Where a checkpoint stands: epoch, steps, what the run was. Its state is checked against the manifest.
+
+    Raises:
+        UserError: no state, or a damaged one.
+    """
+    path = checkpoint / "state" / "progress.json"
+    if not path.is_file():
+        raise UserError(f"{checkpoint} holds no training state to resume from", "start anew with --pretrained")
+    check_manifest(checkpoint)
+    check_manifest(checkpoint, contents=True, under="state/")
+    progress: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return progress
+
+
+class SavedState:
+    """A checkpoint's state/, memory-mapped; each rank takes its part of it."""
+
+    def __init__(self, checkpoint: Path, parallel: Parallel) -> None:
+        from safetensors.torch import load_file
+
+        self.folder = checkpoint / "state"
+        self.parallel = parallel
+        self._shards = [load_file(path) for path in sorted(self.folder.glob("training*.safetensors"))]
+
+    def read(self, name: str, parameter: Tensor) -> Tensor | None:
+        """A tensor kept for a parameter: a number, or the rows of it that are stored here, on the parameter's device.
+
+        Args:
+            name: such as `exp_avg.layers.0.attention.wq.weight`.
+            parameter: the one it is kept for.
+        """
+        if name not in self._shards[0]:
+            return None
+        local = local_part(parameter)
+        value = self._shards[0][name]
+        if value.dim():
+            value = join_parts(name, [shard[name] for shard in self._shards], self.parallel)[local.rows]
+        return value.to(local.tensor.device, copy=True)
+
+    def masters(self) -> dict[str, Tensor]:
+        """The float32 parameters by Meta's names; none if the saved weights are as exact."""
+        prefix = "master."
+        return {
+            name.removeprefix(prefix): join_parts(name, [shard[name] for shard in self._shards], self.parallel)
+            for name in self._shards[0]
+            if name.startswith(prefix)
+        }
+
+    def rng(self) -> dict[str, Tensor]:
+        """The random number generators of this rank when it saved; none if there were other ranks then."""
+        from safetensors.torch import load_file
+
+        name = f"rng-{self.parallel.rank:05d}-of-{self.parallel.world_size:05d}.safetensors"
+        return load_file(self.folder / name) if (self.folder / name).exists() else {}
+
+
+def saved_masters(checkpoint: Path) -> Weights:
+    """A checkpoint's weights in float32, exactly as they were trained: the masters, or the saved float32 weights.
+
+    Raises:
+        UserError: the weights were changed since.
+    """
+    state = SavedState(checkpoint, Parallel())
+    masters = state.masters()
+    if masters:
+        return Weights(masters)
+    check_manifest(checkpoint, contents=True, under="consolidated.")
+    return read_weights([inspect(checkpoint)])
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """This process's random number generators."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def restore_rng(state: dict[str, Tensor], device: torch.device) -> None:
+    """Takes over what `rng_state` gave, as far as it is there."""
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

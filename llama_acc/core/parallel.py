@@ -1,0 +1,193 @@
+"""Where this process stands among the others: its data-parallel and model-parallel group, and how they agree.
+
+Ranks are numbered so that a model-parallel group's are next to each other (fairscale's rule): rank = data_rank *
+model_size + model_rank. A run of one process needs no process group, and makes none.
+"""
+
+import contextlib
+import io
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from llama_acc.core.errors import LlamaAccError, UserError
+
+_Result = TypeVar("_Result")
+Group = dist.ProcessGroup
+# A rank may wait this long for another, such as for rank 0 to encode a large data set.
+_PATIENCE = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This process's place. `Parallel()` is that of a process on its own.
+
+    Attributes:
+        model_rank: place among those who share one copy of the model.
+        model_size: how many share it.
+        data_rank: place among those who hold the same part of the model and see other data.
+        data_size: how many they are.
+        model_group: the process group of the first; None if there is one process only.
+        data_group: that of the second.
+        control: a group of all ranks on gloo, for what the hosts tell each other.
+        background: another one, for a thread that saves while training goes on.
+    """
+
+    model_rank: int = 0
+    model_size: int = 1
+    data_rank: int = 0
+    data_size: int = 1
+    model_group: Group | None = None
+    data_group: Group | None = None
+    control: Group | None = None
+    background: Group | None = None
+
+    @property
+    def rank(self) -> int:
+        """Place among all processes."""
+        return self.data_rank * self.model_size + self.model_rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.data_size * self.model_size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for all: rank 0."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank, in order. Values are pickled: only between processes of one run."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        self.gather(None)
+
+    def agree(self, work: Callable[[], _Result]) -> _Result:
+        """Does the same work on every rank. If it fails on one, it fails on all, so that none waits for one that left.
+
+        Raises:
+            LlamaAccError, OSError: this rank's, or that of the lowest rank that had one.
+        """
+        result: _Result | None = None
+        error: LlamaAccError | OSError | None = None
+        try:
+            result = work()
+        except (LlamaAccError, OSError) as raised:
+            error = raised
+        errors = [told for told in self.gather(error) if told is not None]
+        if errors:
+            raise error or errors[0]
+        return result  # type: ignore[return-value]
+
+    def main_first(self, work: Callable[[], _Result]) -> _Result:
+        """Does the same work on every rank, on rank 0 before the others: they find what it has cached."""
+        if self.control is None:
+            return work()
+        result = self.agree(lambda: work() if self.is_main else None)
+        return self.agree(lambda: work() if result is None else result)
+
+    def on_main(self, work: Callable[[], _Result]) -> _Result:
+        """Does some work on rank 0; its result, or error, is that of every rank."""
+        return self.gather(self.agree(lambda: work() if self.is_main else None))[0]
+
+
+def local_world_size() -> int:
+    """Number of processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_initialized() else 1
+
+
+def check_world(model_parallel_size: int, processes: int) -> None:
+    """Refuses a number of processes that model-parallel groups cannot share out.
+
+    Raises:
+        UserError: naming both numbers.
+    """
+    if processes % model_parallel_size:
+        raise UserError(
+            f"parallel.model_parallel_size is {model_parallel_size}, which does not divide the number of processes "
+            f"({processes})",
+            f"start {model_parallel_size} processes or a multiple of it, such as with --nproc {model_parallel_size}",
+        )
+
+
+@contextlib.contextmanager
+def joined(device: torch.device, model_parallel_size: int) -> Iterator[Parallel]:
+    """Joins the processes started with this one for a while: env://, that is RANK, WORLD_SIZE, MASTER_ADDR and _PORT.
+
+    Raises:
+        UserError: their number is not a multiple of `model_parallel_size`.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    check_world(model_parallel_size, processes)
+    if processes == 1:
+        yield Parallel()
+        return
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_PATIENCE, device_id=device if on_gpu else None
+    )
+    from fairscale.nn.model_parallel import initialize
+
+    try:
+        yield _groups(model_parallel_size)
+    finally:
+        initialize.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _groups(model_parallel_size: int) -> Parallel:
+    """Splits the processes into fairscale's model-parallel and data-parallel groups."""
+    from fairscale.nn.model_parallel import initialize
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its sizes, and standard output carries results
+        initialize.initialize_model_parallel(model_parallel_size)
+    return Parallel(
+        initialize.get_model_parallel_rank(),
+        initialize.get_model_parallel_world_size(),
+        initialize.get_data_parallel_rank(),
+        initialize.get_data_parallel_world_size(),
+        initialize.get_model_parallel_group(),
+        initialize.get_data_parallel_group(),
+        dist.new_group(backend="gloo", timeout=_PATIENCE),
+        dist.new_group(backend="gloo", timeout=_PATIENCE),
+    )
+
+
+class LocalPart(NamedTuple):
+    """What is stored here of a parameter: some of the rows this model-parallel rank has of it."""
+
+    tensor: Tensor
+    rows: slice
+
+
+def local_part(parameter: Tensor) -> LocalPart:
+    """The stored part of a parameter; writing to it changes the parameter."""
+    if not isinstance(parameter, DTensor):
+        return LocalPart(parameter.detach(), slice(0, parameter.shape[0]))
+    local = parameter.to_local().detach()
+    if parameter.placements[0].is_replicate():
+        return LocalPart(local, slice(0, parameter.shape[0]))
+    # fully_shard deals rows as torch.chunk does: the last ranks may have fewer, or none.
+    mesh = parameter.device_mesh
+    share = -(-parameter.shape[0] // mesh.size())
+    start = min(mesh.get_local_rank() * share, parameter.shape[0])
+    return LocalPart(local, slice(start, start + local.shape[0]))
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether the data-parallel ranks have different rows of a parameter."""
+    return isinstance(parameter, DTensor) and parameter.placements[0].is_shard()

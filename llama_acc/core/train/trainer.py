@@ -1,0 +1,188 @@
+"""This rank's part of a model in training: what it computes in a step, and what a checkpoint of it holds."""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama_acc.core.checkpoint.resume import FORMAT_VERSION, SavedState, restore_rng, rng_state
+from llama_acc.core.checkpoint.save import Piece, Snapshot
+from llama_acc.core.checkpoint.shards import Weights, load_parameters
+from llama_acc.core.data.batches import build, deal_to_ranks, epoch_order, micro_batches, step_items
+from llama_acc.core.data.dataset import Dataset
+from llama_acc.core.device import prepare_cpu
+from llama_acc.core.model.transformer import build_on_meta, initialise
+from llama_acc.core.parallel import Parallel, is_sharded, local_part
+from llama_acc.core.train.data_parallel import DataParallel
+from llama_acc.core.train.optimizer import ClippedAdamW
+from llama_acc.core.train.plan import Plan
+from llama_acc.core.train.schedule import learning_rate
+from llama_acc.core.train.step import StepResult, apply_activation_checkpointing, apply_compile, evaluate, train_step
+
+
+class Trainer:
+    """A model, its optimizer and how far they are. `step` counts optimizer steps done."""
+
+    def __init__(self, plan: Plan, device: torch.device, weights: Weights | None, parallel: Parallel) -> None:
+        """Builds the model and its optimizer.
+
+        Args:
+            plan: what to do.
+            device: where to compute.
+            weights: mapped and checked, to start from; None = random ones. What trains is float32, and copied.
+            parallel: who trains together.
+        """
+        recipe = plan.recipe
+        if device.type == "cpu":
+            prepare_cpu()
+        if recipe.train.deterministic:
+            torch.use_deterministic_algorithms(True)
+        model = build_on_meta(plan.config, plan.compute_dtype, parallel)
+        if recipe.train.compile:
+            apply_compile(model)
+        if recipe.train.activation_checkpointing:
+            apply_activation_checkpointing(model)
+        settings = recipe.parallel
+        self.data_parallel = DataParallel(
+            model, parallel, settings.data_parallel, settings.accumulate_unsharded, device.type
+        )
+        model.to_empty(device=device)
+        if weights is None:
+            initialise(model, recipe.train.seed)
+        else:
+            load_parameters(model, weights)
+        self.plan, self.device, self.model, self.parallel, self.step = plan, device, model, parallel, 0
+        self.optimizer = ClippedAdamW(
+            model,
+            parallel,
+            betas=recipe.optimizer.betas,
+            eps=recipe.optimizer.eps,
+            weight_decay=recipe.optimizer.weight_decay,
+            clip_grad_norm=recipe.optimizer.clip_grad_norm,
+        )
+
+    def learning_rate(self) -> float:
+        """The rate of the coming step."""
+        recipe = self.plan.recipe
+        return learning_rate(
+            self.step / self.plan.steps_per_epoch,
+            epochs=recipe.train.epochs,
+            warmup_epochs=recipe.train.warmup_epochs,
+            lr=recipe.optimizer.lr,
+            min_lr=recipe.optimizer.min_lr,
+        )
+
+    def items(self, step: int) -> np.ndarray:
+        """The training items of optimizer step `step`, counted from 0: a function of data, seed and batch size."""
+        train = self.plan.recipe.train
+        epoch, within = divmod(step, self.plan.steps_per_epoch)
+        order = epoch_order(len(self.plan.train), train.seed, epoch, train.shuffle)
+        return step_items(order, within, train.global_batch_size)
+
+    def deal(self, dataset: Dataset, items: np.ndarray) -> tuple[list[list[int]], float]:
+        """Deals items to ranks and micro-batches, within the recipe's bounds.
+
+        Returns:
+            The items of each of this rank's micro-batches, and how many more tokens the fullest rank has than the mean
+            one, as a fraction of that.
+        """
+        train, ranks = self.plan.recipe.train, self.parallel.data_size
+        groups = micro_batches(items, dataset.lengths, train.batch_size, train.micro_batch_tokens, ranks)
+        dealt = deal_to_ranks(groups, dataset.lengths, ranks)
+        loads = [sum(int(dataset.lengths[item]) for group in own for item in groups[group]) for own in dealt]
+        own = [groups[group] for group in dealt[self.parallel.data_rank]]
+        return own, max(loads) * ranks / sum(loads) - 1.0
+
+    def advance(
+        self, before_update: Callable[[], None] = lambda: None, facts: Sequence[float] = ()
+    ) -> tuple[StepResult, dict[str, Any]]:
+        """One optimizer step.
+
+        Args:
+            before_update: called before anything that a checkpoint holds changes.
+            facts: numbers to sum over all ranks along with the results.
+
+        Returns:
+            Its results on the device, and what the host knows of it.
+        """
+        items = self.items(self.step)
+        data = self.plan.train
+        label_tokens = int(data.label_counts[items].sum())
+        lr = self.learning_rate()
+        groups, imbalance = self.deal(data, items)
+        result = train_step(
+            self.model,
+            self.optimizer,
+            self.data_parallel,
+            (build(data, group) for group in groups),
+            label_tokens,
+            lr,
+            self.device,
+            facts,
+            before_update,
+        )
+        self.step += 1
+        told = {
+            "step": self.step,
+            "epoch": self.step / self.plan.steps_per_epoch,
+            "lr": lr,
+            "label_tokens": label_tokens,
+            "tokens": int(data.lengths[items].sum()),
+        }
+        if self.parallel.data_size > 1:
+            told["imbalance"] = imbalance
+        return result, told
+
+    def validate(self) -> float:
+        """The loss per label token over the held-out items."""
+        held_out = self.plan.validation
+        assert held_out is not None
+        groups, _ = self.deal(held_out, np.arange(len(held_out)))
+        batches = (build(held_out, group) for group in groups)
+        return evaluate(self.model, self.data_parallel, batches, int(held_out.label_counts.sum()), self.device)
+
+    def snapshot(self) -> Snapshot:
+        """Everything a checkpoint of this moment holds; its tensors are the ones in use."""
+        plan = self.plan
+        progress = {
+            "format_version": FORMAT_VERSION,
+            "step": self.step,
+            "steps_per_epoch": plan.steps_per_epoch,
+            "data": plan.train.fingerprint(),
+            "model_parallel_size": self.parallel.model_size,
+            "data_parallel_size": self.parallel.data_size,
+        }
+        files = {
+            "config.json": _json(plan.config.to_params()),
+            "meta.json": _json({"llama_type": "llama"}),
+            "recipe.yaml": plan.recipe.to_yaml().encode(),
+            "template.json": plan.train.template.to_json().encode(),
+            "state/progress.json": _json(progress),
+            **{file.name: file.read_bytes() for file in plan.tokenizer.files()},
+        }
+        weights = {name: _piece(p, local_part(p).tensor) for name, p in self.model.named_parameters()}
+        named = self.optimizer.named
+        state = {f"{key}.{name}": _piece(named[name], value) for key, name, value in self.optimizer.state_tensors()}
+        if plan.save_dtype != torch.float32:
+            state |= {f"master.{name}": piece for name, piece in weights.items()}
+        return Snapshot(weights, state, rng_state(self.device), plan.save_dtype, files, self.parallel)
+
+    def load(self, state: SavedState, step: int) -> None:
+        """Takes over everything a checkpoint's state holds but the masters; `step` is where its progress stands."""
+        self.optimizer.load_state(state.read)
+        restore_rng(state.rng(), self.device)
+        self.step = step
+
+
+def _piece(parameter: Tensor, value: Tensor) -> Piece:
+    """A value as rows of a tensor that is shaped and dealt out like a parameter, or a number that all ranks have."""
+    if not value.dim():
+        return Piece(value, 0, (), shared=True)
+    return Piece(value, local_part(parameter).rows.start, tuple(parameter.shape), shared=not is_sharded(parameter))
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=1) + "\n").encode()
