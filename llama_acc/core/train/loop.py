@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from llama_acc.core.checkpoint.files import check_manifest
+from llama_acc.core.checkpoint.layout import inspect
 from llama_acc.core.checkpoint.save import publish, read_progress, read_state, write_state, write_weights
-from llama_acc.core.checkpoint.shards import Weights, fill, open_shard
+from llama_acc.core.checkpoint.shards import Weights, fill, read_weights
 from llama_acc.core.data.batches import MicroBatch, build, epoch_order, micro_batches, step_items
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.device import peak_memory_gib, prepare_cpu
@@ -166,9 +167,9 @@ def saved_masters(checkpoint: Path) -> Weights:
     """
     masters = {name: tensor for name, tensor in read_state(checkpoint).items() if name.startswith("master.")}
     if masters:
-        return Weights({name.removeprefix("master."): tensor for name, tensor in masters.items()})
+        return Weights.of({name.removeprefix("master."): tensor for name, tensor in masters.items()})
     check_manifest(checkpoint, contents=True, under="consolidated.")
-    return open_shard(next(checkpoint.glob("consolidated.*.model.pth")))
+    return read_weights([inspect(checkpoint)])
 
 
 class Loop:

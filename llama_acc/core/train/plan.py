@@ -284,7 +284,7 @@ def read_base(plan: Plan, verify: bool = False) -> Weights | None:
         check_checkpoint(layout.folder, verify)
     weights = read_weights(plan.layouts)
     where = " and ".join(str(layout.folder) for layout in plan.layouts)
-    check_tensors(weights.tensors, plan.config.parameter_shapes(), where)
+    check_tensors(weights, plan.config.parameter_shapes(), where)
     return weights
 
 

@@ -93,7 +93,7 @@ def _weights(plan: Plan, folder: RunFolder, verify: bool) -> Weights | None:
     if folder.checkpoint is None:
         return read_base(plan, verify)
     weights = saved_masters(folder.checkpoint)
-    check_tensors(weights.tensors, plan.config.parameter_shapes(), folder.checkpoint)
+    check_tensors(weights, plan.config.parameter_shapes(), folder.checkpoint)
     return weights
 
 

@@ -29,7 +29,7 @@ def load(folder, dtype, copy):
     layout = inspect(Path(folder))
     config = read_config([layout])
     weights = read_weights([layout])
-    check_tensors(weights.tensors, config.parameter_shapes(), folder)
+    check_tensors(weights, config.parameter_shapes(), folder)
     model = build_on_meta(config, dtype)
     fill(model, weights, torch.device("cpu"), dtype, copy=copy)
     return model
