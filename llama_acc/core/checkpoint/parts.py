@@ -102,11 +102,12 @@ class Part:
         return torch.Size(self.shape).numel()
 
     def rows(self, start: int, stop: int) -> "Part":
-        """Its rows start to stop."""
+        """Its rows start to stop, as many as there are."""
         return self.narrow(0, start, stop)
 
     def narrow(self, dimension: int, start: int, stop: int) -> "Part":
-        """What lies from start to stop in a dimension (0 rows, 1 columns)."""
+        """What lies from start to stop in a dimension (0 rows, 1 columns); beyond the end there is nothing."""
+        start, stop = min(start, self.shape[dimension]), min(stop, self.shape[dimension])
         shape = (*self.shape[:dimension], stop - start, *self.shape[dimension + 1 :])
         cut = Piece.cut_rows if dimension == 0 else Piece.cut_columns
         layers = tuple(

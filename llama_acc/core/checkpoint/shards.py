@@ -3,7 +3,7 @@
 import pickle
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,12 +35,12 @@ class Weights:
     Attributes:
         tensors: the shares.
         shapes: the shapes of the whole parameters.
-        problems: what does not fit together among the files; see `check_tensors`.
+        problems: what does not fit together among the files, by parameter; see `check_tensors`.
     """
 
     tensors: dict[str, Part] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor]) -> "Weights":
@@ -133,11 +133,15 @@ def read_weights(layouts: Sequence[Layout], rank: int = 0, size: int = 1) -> Wei
     weights = Weights()
     for layout in layouts:
         whole = open_checkpoint(layout)
-        weights.problems += whole.problems
+        weights.problems |= whole.problems
         if layout.is_diff:
-            weights.problems += _misfits(whole, weights, layout)
+            weights.problems |= _misfits(whole, weights, layout)
         for name, part in whole.tensors.items():
-            share = _share(name, part, rank, size, weights.problems)
+            dimension = split_dimension(name)
+            if not _divides(part, dimension, size):
+                text = f"shape: {name} {list(part.shape)} cannot be split in {size} along dimension {dimension}"
+                weights.problems.setdefault(name, text)
+            share = _share(part, dimension, rank, size)
             base = weights.tensors.get(name)
             weights.tensors[name] = base.plus(share) if layout.is_diff and base is not None else share
             weights.shapes[name] = part.shape
@@ -154,23 +158,26 @@ def _check_size(layout: Layout, size: int) -> None:
         )
 
 
-def _share(name: str, part: Part, rank: int, size: int, problems: list[str]) -> Part:
-    dimension = split_dimension(name)
+def _divides(part: Part, dimension: int | None, size: int) -> bool:
+    return dimension is None or len(part.shape) <= dimension or part.shape[dimension] % size == 0
+
+
+def _share(part: Part, dimension: int | None, rank: int, size: int) -> Part:
     if dimension is None or size == 1 or len(part.shape) <= dimension:
-        return part
-    if part.shape[dimension] % size:
-        problems.append(f"shape: {name} {list(part.shape)} cannot be split in {size} along dimension {dimension}")
         return part
     length = part.shape[dimension] // size
     return part.narrow(dimension, rank * length, (rank + 1) * length)
 
 
-def _misfits(diff: Weights, base: Weights, layout: Layout) -> Iterator[str]:
+def _misfits(diff: Weights, base: Weights, layout: Layout) -> dict[str, str]:
+    problems = {}
     for name, shape in diff.shapes.items():
         if name not in base.tensors:
-            yield f"unknown: {name} {list(shape)} is in the diff {layout.folder}, but in no checkpoint before it"
+            problems[name] = f"unknown: {name} {list(shape)} is in the diff {layout.folder}, in no checkpoint before it"
         elif base.shapes[name] != shape:
-            yield f"shape: {name} is {list(shape)} in the diff {layout.folder}, {list(base.shapes[name])} before it"
+            before = list(base.shapes[name])
+            problems[name] = f"shape: {name} is {list(shape)} in the diff {layout.folder}, {before} before it"
+    return problems
 
 
 def open_checkpoint(layout: Layout) -> Weights:
@@ -188,7 +195,7 @@ def _join(layout: Layout) -> Weights:
     for name in dict.fromkeys(name for shard in shards for name in shard.tensors):
         inconsistency = _inconsistency(name, shards, layout)
         if inconsistency is not None:
-            weights.problems.append(inconsistency)
+            weights.problems[name] = inconsistency
         part = _joined(name, [shard for shard in shards if name in shard.tensors])
         weights.tensors[name], weights.shapes[name] = part, part.shape
     return weights
@@ -232,7 +239,7 @@ def _open_huggingface(layout: Layout) -> Weights:
             if name is None:
                 continue
             if name in found_in:
-                weights.problems.append(f"twice: {theirs} is in {found_in[name]} and in {path.name}")
+                weights.problems[name] = f"twice: {theirs} is in {found_in[name]} and in {path.name}"
             found_in[name] = path.name
             part = Part.of(tensor, theirs in shard.mapped)
             heads = rotated_heads(name, config)
@@ -252,12 +259,10 @@ def check_tensors(weights: Weights, shapes: Mapping[str, tuple[int, ...]], where
         UserError: unknown, missing, misshapen or non-float tensors, and shards that differ, all of them listed.
     """
     problems = [f"missing: {name} {list(shape)}" for name, shape in shapes.items() if name not in weights.tensors]
-    problems += weights.problems
-    # A tensor whose shards differ has been named.
-    named = {problem.split(": ", 1)[1].split()[0] for problem in weights.problems}
+    problems += weights.problems.values()
     for name, part in weights.tensors.items():
         shape = weights.shapes[name]
-        if name in named:
+        if name in weights.problems:
             continue
         if name not in shapes:
             problems.append(f"unknown: {name} {list(shape)}")
