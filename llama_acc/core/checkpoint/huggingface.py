@@ -148,18 +148,15 @@ def _with_width(config: ModelConfig, width: Any, path: Path) -> ModelConfig:
     return exact if exact.hidden_dim == width else replace(exact, ffn_dim_multiplier=width / int(8 * config.dim / 3))
 
 
-def huggingface_config(
-    config: ModelConfig, dtype: str, tied: bool, special_ids: tuple[int, int] | None
-) -> dict[str, Any]:
+def huggingface_config(config: ModelConfig, dtype: str, tied: bool, special_ids: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a shape.
 
     Args:
         config: the shape.
         dtype: type of the weights, by torch's name: bfloat16.
         tied: the output matrix is the embedding, and not in the file.
-        special_ids: BOS and EOS; None = not known, so transformers' own 1 and 2.
+        special_ids: `bos_token_id` and `eos_token_id`; those that are not given are transformers' own, 1 and 2.
     """
-    bos, eos = special_ids or (1, 2)
     # rope_theta and rope_scaling are where transformers 4 looks; 5 reads them too.
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -181,7 +178,6 @@ def huggingface_config(
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": tied,
-        "bos_token_id": bos,
-        "eos_token_id": eos,
         "torch_dtype": dtype,
+        **special_ids,
     }

@@ -150,20 +150,14 @@ class Part:
             layers.append(tuple(pieces))
         return replace(self, layers=tuple(layers))
 
-    def blocks(self) -> Iterator[tuple[int, "Part"]]:
-        """The part in pieces of some megabytes: (first row, rows)."""
-        count = max(1, _BLOCK_BYTES * self.shape[0] // max(1, 4 * self.numel())) if self.shape else 1
-        for start in range(0, self.shape[0], count):
-            yield start, self.rows(start, min(self.shape[0], start + count))
-
     def copy_into(self, target: Tensor) -> None:
         """Reads it into `target`, which has its shape, on any device and of any type."""
         if len(self.layers) == 1:
             for piece in self.layers[0]:
                 piece.copy_into(target)
             return
-        for start, block in self.blocks():
-            block._add_up_into(target[start : start + block.shape[0]])
+        for start, stop in blocks_of(self.shape):
+            self.rows(start, stop)._add_up_into(target[start:stop])
 
     def _add_up_into(self, target: Tensor) -> None:
         total = torch.empty(self.shape, dtype=torch.float32)
@@ -190,6 +184,13 @@ class Part:
             return None
         source = self.layers[0][0].source
         return source if source.is_contiguous() and tuple(source.shape) == self.shape else None
+
+
+def blocks_of(shape: tuple[int, ...], most_bytes: int = _BLOCK_BYTES) -> list[tuple[int, int]]:
+    """Ranges of rows that hold at most `most_bytes` in float32, but at least a row each."""
+    row_bytes = 4 * torch.Size(shape[1:]).numel()
+    count = max(1, most_bytes // max(1, row_bytes))
+    return [(start, min(start + count, shape[0])) for start in range(0, shape[0], count)]
 
 
 def _halves(piece: Piece, start: int, half: int) -> Iterator[Piece]:
