@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_BLOCK_BYTES = 16 << 20
+_BLOCK_BYTES = 4 << 20
 _HUGE_FROM_BYTES = 4 << 20
 _MADV_POPULATE_READ = 22  # Linux 5.14; older ones refuse it, and the pages come one by one
 _MADV_HUGEPAGE = 14
