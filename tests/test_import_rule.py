@@ -34,6 +34,7 @@ def test_a_recipe_is_read_without_anything_heavy() -> None:
         ["--version"],
         ["finetune", "--help"],
         ["chat", "--help"],
+        ["convert-checkpoint", "--help"],
         ["recipes", "--help"],
         ["recipes", "list"],
         ["recipes", "show", "lima"],

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from llama_acc import __version__
-from llama_acc.cli import chat, finetune, recipes
+from llama_acc.cli import chat, convert_checkpoint, finetune, recipes
 from llama_acc.core.errors import LlamaAccError
 
 HELP = """Fine-tune LLaMA models: from a checkpoint and a data file to a model you can talk to.
@@ -115,6 +115,7 @@ def _unforeseen(error: Exception) -> tuple[str, str]:
 
 app.command("finetune", help=finetune.HELP)(_reported(finetune.finetune))
 app.command("chat", help=chat.HELP)(_reported(chat.chat))
+app.command("convert-checkpoint", help=convert_checkpoint.HELP)(_reported(convert_checkpoint.convert_checkpoint))
 recipes.app.callback(invoke_without_command=True)(_reported(recipes.default))
 recipes.app.command("list", help=recipes.LIST_HELP)(_reported(recipes.list_recipes))
 recipes.app.command("show", help=recipes.SHOW_HELP)(_reported(recipes.show))

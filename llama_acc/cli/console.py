@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -147,6 +157,40 @@ class RunConsole:
     def saved(self, checkpoint: Path) -> None:
         """Where a checkpoint is."""
         err.print(f"saved {checkpoint}", markup=False)
+
+
+class ByteProgress:
+    """Watches work on bytes: a bar on a terminal, a line every few seconds otherwise."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._last_line = time.monotonic()
+        if sys.stderr.isatty() and not err.is_dumb_terminal:
+            columns = (DownloadColumn(binary_units=True), BarColumn(bar_width=24), TransferSpeedColumn())
+            ending = (TimeRemainingColumn(compact=True), TextColumn("left"))
+            self._progress = Progress(TextColumn("{task.description}"), *columns, *ending, console=err, transient=True)
+
+    def __enter__(self) -> "ByteProgress":
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def tell(self, what: str, done: int, total: int) -> None:
+        """`what` is being done, so many bytes of all are done."""
+        if self._progress is not None:
+            if self._task is None:
+                self._task = self._progress.add_task(what, total=total)
+            self._progress.update(self._task, description=what, completed=done, total=total)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            note(f"{what}: {done / 2**30:.1f} of {total / 2**30:.1f} GiB")
 
 
 def is_terminal() -> bool:

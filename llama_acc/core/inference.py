@@ -110,7 +110,7 @@ def load_model(
     for layout in layouts:
         check_checkpoint(layout.folder, verify)
     weights = read_weights(layouts)
-    check_tensors(weights.tensors, config.parameter_shapes(), last)
+    check_tensors(weights, config.parameter_shapes(), last)
     own_dtype = weights.tensors["output.weight"].dtype
     if dtype is None:
         dtype = own_dtype if own_dtype in (torch.float32, torch.bfloat16) else torch.float32

@@ -336,7 +336,7 @@ def _break_tokenizer(base: Path) -> None:
         (_mix_sizes, ["mixes shards of model-parallel sizes 1, 2"]),
         (_cut_short, ["cannot read", "consolidated.00-of-01.model.pth", "copy it again"]),
         (_put_code_in, ["consolidated.00-of-01.model.pth is refused: it holds Python code besides tensors"]),
-        (_hugging_face, ["it looks like a Hugging Face folder, which this version cannot read"]),
+        (_hugging_face, ["describes a model that cannot be computed here", "model_type"]),
         (
             _break_shape,
             ["unknown key 'n_layer'", "did you mean 'n_layers'?", "missing key 'n_layers'", "n_heads: a whole"],

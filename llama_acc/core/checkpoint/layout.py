@@ -7,14 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llama_acc.core.checkpoint.huggingface import read_huggingface
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.home import home
 from llama_acc.core.model.config import ModelConfig, config_from_params, read_params
 
-_FORMATS: dict[str, str] = {
+Format = Literal["meta_ori", "consolidated", "consolidated_diff", "huggingface"]
+_FORMATS: dict[Format, str] = {
     "meta_ori": r"consolidated\.(?P<part>\d+)\.pth",
     "consolidated": r"consolidated\.(?P<part>\d+)-of-(?P<parts>\d+)\.model\.pth",
     "consolidated_diff": r"consolidated\.(?P<part>\d+)-of-(?P<parts>\d+)\.model-diff\.pth",
+    "huggingface": r"model(-(?P<part>\d{5})-of-(?P<parts>\d{5}))?\.safetensors",
+}
+_NAMES: dict[Format, str] = {
+    "meta_ori": "consolidated.{part:02d}.pth",
+    "consolidated": "consolidated.{part:02d}-of-{parts:02d}.model.pth",
+    "consolidated_diff": "consolidated.{part:02d}-of-{parts:02d}.model-diff.pth",
+    "huggingface": "model-{part:05d}-of-{parts:05d}.safetensors",
 }
 
 
@@ -24,15 +33,26 @@ class Layout:
 
     Attributes:
         folder: where it is.
-        format: `meta_ori` (Meta's release) or `consolidated` (saved by this toolkit or LLaMA2-Accessory).
-        shards: the files with weights, in model-parallel order.
+        format: `meta_ori` (Meta's release), `consolidated` (saved by this toolkit or LLaMA2-Accessory),
+            `consolidated_diff` (the same, to be added to what comes before it) or `huggingface`.
+        shards: the files with weights, in order.
         params_path: params.json or config.json, if there is one.
     """
 
     folder: Path
-    format: Literal["meta_ori", "consolidated"]
+    format: Format
     shards: tuple[Path, ...]
     params_path: Path | None
+
+    @property
+    def model_parallel_size(self) -> int:
+        """How many ranks the tensors are split over; Hugging Face's files hold whole tensors."""
+        return 1 if self.format == "huggingface" else len(self.shards)
+
+    @property
+    def is_diff(self) -> bool:
+        """Whether its tensors are added to those of the checkpoint before it."""
+        return self.format == "consolidated_diff"
 
 
 def locate(name: str) -> Path:
@@ -47,7 +67,7 @@ def locate(name: str) -> Path:
     if not folder.exists():
         raise UserError(
             f"there is no checkpoint folder {name}, and no downloaded model of that name in {home() / 'models'}",
-            "give the folder that holds consolidated.00.pth or consolidated.00-of-01.model.pth",
+            "give the folder that holds consolidated.00.pth, consolidated.00-of-01.model.pth or model.safetensors",
         )
     if not folder.is_dir():
         raise UserError(f"{name} is a file: give the folder that holds it")
@@ -74,44 +94,57 @@ def inspect(folder: Path) -> Layout:
     Raises:
         UserError: no checkpoint, two formats, a missing shard, a format that cannot be read.
     """
-    found: dict[str, dict[int, Path]] = {}
-    counts: dict[str, set[int]] = {}
+    found: dict[Format, dict[tuple[int, int], Path]] = {}
     for path in sorted(folder.iterdir()):
         for name, pattern in _FORMATS.items():
             if match := re.fullmatch(pattern, path.name):
-                found.setdefault(name, {})[int(match["part"])] = path
-                if "parts" in match.re.groupindex:
-                    counts.setdefault(name, set()).add(int(match["parts"]))
+                groups = {"part": None, "parts": None, **match.groupdict()}
+                found.setdefault(name, {})[int(groups["parts"] or 0), int(groups["part"] or 0)] = path
     if not found:
         raise UserError(f"{folder} holds no LLaMA checkpoint", _what_is_there(folder))
     if len(found) > 1:
         files = [f"{name}: {', '.join(path.name for path in parts.values())}" for name, parts in found.items()]
         raise UserError(f"{folder} mixes checkpoint formats:\n{listed(files)}", "keep one format per folder")
-    ((name, parts),) = found.items()
-    if name == "consolidated_diff":
-        raise UserError(f"{folder} is a diff checkpoint, to be added to another one: this version cannot read it")
-    sizes = counts.get(name) or {max(parts) + 1}
-    if len(sizes) > 1:
-        raise UserError(f"{folder} mixes shards of model-parallel sizes {', '.join(map(str, sorted(sizes)))}")
-    (size,) = sizes
-    missing = sorted(set(range(size)) - set(parts))
-    if missing:
-        names = ", ".join(_shard_name(name, part, size) for part in missing)
-        raise UserError(f"shards are missing in {folder}: {names}", "download or copy the checkpoint again")
+    ((kind, files_found),) = found.items()
+    shards = _shards(folder, kind, files_found)
     params = [folder / file for file in ("params.json", "config.json") if (folder / file).is_file()]
-    assert name in ("meta_ori", "consolidated")
-    shards = tuple(parts[part] for part in range(size))
-    return Layout(folder, name, shards, params[0] if params else None)  # type: ignore[arg-type]
+    if kind == "huggingface" and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} holds {shards[0].name} but no config.json, which says how to read it",
+            "copy config.json from where the weights came from",
+        )
+    # Hugging Face's is always config.json, whatever else lies there.
+    return Layout(folder, kind, shards, (params[-1] if kind == "huggingface" else params[0]) if params else None)
 
 
-def _shard_name(name: str, part: int, size: int) -> str:
-    return f"consolidated.{part:02d}.pth" if name == "meta_ori" else f"consolidated.{part:02d}-of-{size:02d}.model.pth"
+def _shards(folder: Path, kind: Format, found: dict[tuple[int, int], Path]) -> tuple[Path, ...]:
+    """The files in order; `found` by (number of files, or 0 where the name does not say; which of them)."""
+    sizes = sorted({size for size, _ in found})
+    if len(sizes) > 1 and kind == "huggingface":
+        raise UserError(
+            f"{folder} holds model files of two savings: {', '.join(path.name for path in found.values())}",
+            "keep those that belong together",
+        )
+    if len(sizes) > 1:
+        raise UserError(f"{folder} mixes shards of model-parallel sizes {', '.join(map(str, sizes))}")
+    # Hugging Face counts from 1, except for a single file, which has no number.
+    first = 1 if kind == "huggingface" and sizes[0] else 0
+    size = sizes[0] or max(part for _, part in found) + 1
+    wanted = range(first, first + size)
+    missing = [part for part in wanted if (sizes[0], part) not in found]
+    if missing:
+        names = ", ".join(_NAMES[kind].format(part=part, parts=size) for part in missing)
+        raise UserError(f"shards are missing in {folder}: {names}", "download or copy the checkpoint again")
+    return tuple(found[sizes[0], part] for part in wanted)
 
 
 def _what_is_there(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
-    if any(name.endswith((".safetensors", ".bin")) for name in names):
-        return "it looks like a Hugging Face folder, which this version cannot read: give Meta's .pth files"
+    if any(re.fullmatch(r"pytorch_model.*\.bin", name) for name in names):
+        return (
+            "it has Hugging Face's weights as pytorch_model.bin; save them as safetensors: "
+            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
+        )
     inside = [name for name in names if (folder / name).is_dir() and any((folder / name).glob("consolidated.*"))]
     if inside:
         return f"did you mean {' or '.join(str(folder / name) for name in inside[:3])}?"
@@ -123,14 +156,35 @@ def read_config(layouts: Sequence[Layout]) -> ModelConfig | None:
     """The shape the checkpoints say they have (union of their files, the last wins), or None if they say nothing.
 
     Raises:
-        UserError: unusable values, or a tuning method other than full.
+        UserError: unusable values, a tuning method other than full, or a diff without its base.
     """
+    check_order(layouts)
+    union: dict[str, Any] = {}
     paths = [layout.params_path for layout in layouts if layout.params_path is not None]
     for layout in layouts:
         kind = _read_json(layout.folder / "meta.json").get("llama_type", "llama")
         if kind != "llama":
             raise UserError(f"{layout.folder} is a checkpoint of kind '{kind}': this version reads 'llama' only")
-    return config_from_params(read_params(paths), " and ".join(map(str, paths))) if paths else None
+        if layout.params_path is None:
+            continue
+        if layout.format == "huggingface":
+            union |= read_huggingface(layout.params_path)[0].to_params()
+        else:
+            union |= read_params([layout.params_path])
+    return config_from_params(union, " and ".join(map(str, paths))) if paths else None
+
+
+def check_order(layouts: Sequence[Layout]) -> None:
+    """Refuses a diff that has nothing before it.
+
+    Raises:
+        UserError: naming it.
+    """
+    if layouts and layouts[0].is_diff:
+        raise UserError(
+            f"{layouts[0].folder} is a diff checkpoint: it is added to the one before it, and there is none",
+            "give its base first: the same option once more, before this one",
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

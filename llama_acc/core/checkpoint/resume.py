@@ -9,7 +9,8 @@ from torch import Tensor
 
 from llama_acc.core.checkpoint.files import check_manifest
 from llama_acc.core.checkpoint.layout import inspect
-from llama_acc.core.checkpoint.shards import Weights, join_parts, read_weights
+from llama_acc.core.checkpoint.parts import Part
+from llama_acc.core.checkpoint.shards import Weights, join_shards, open_safetensors, read_weights, share_of
 from llama_acc.core.errors import UserError
 from llama_acc.core.parallel import Parallel, local_part
 
@@ -35,11 +36,9 @@ class SavedState:
     """A checkpoint's state/, memory-mapped; each rank takes its part of it."""
 
     def __init__(self, checkpoint: Path, parallel: Parallel) -> None:
-        from safetensors.torch import load_file
-
         self.folder = checkpoint / "state"
         self.parallel = parallel
-        self._shards = [load_file(path) for path in sorted(self.folder.glob("training*.safetensors"))]
+        self._shards = [open_safetensors(path) for path in sorted(self.folder.glob("training*.safetensors"))]
 
     def read(self, name: str, parameter: Tensor) -> Tensor | None:
         """A tensor kept for a parameter: a number, or the rows of it that are stored here, on the parameter's device.
@@ -48,22 +47,27 @@ class SavedState:
             name: such as `exp_avg.layers.0.attention.wq.weight`.
             parameter: the one it is kept for.
         """
-        if name not in self._shards[0]:
+        value = self._shards[0].tensors.get(name)
+        if value is None:
             return None
         local = local_part(parameter)
-        value = self._shards[0][name]
-        if value.dim():
-            value = join_parts(name, [shard[name] for shard in self._shards], self.parallel)[local.rows]
-        return value.to(local.tensor.device, copy=True)
+        if not value.dim():
+            return value.to(local.tensor.device, copy=True)
+        own = self._share(name, join_shards(name, self._shards))
+        return own.rows(local.rows.start, local.rows.stop).to(value.dtype, local.tensor.device)
 
-    def masters(self) -> dict[str, Tensor]:
-        """The float32 parameters by Meta's names; none if the saved weights are as exact."""
-        prefix = "master."
-        return {
-            name.removeprefix(prefix): join_parts(name, [shard[name] for shard in self._shards], self.parallel)
-            for name in self._shards[0]
-            if name.startswith(prefix)
-        }
+    def _share(self, name: str, part: Part) -> Part:
+        return share_of(name, part, self.parallel.model_rank, self.parallel.model_size)
+
+    def masters(self) -> Weights:
+        """This rank's share of the float32 parameters; none if the saved weights are as exact."""
+        prefix, masters = "master.", Weights()
+        for name in self._shards[0].tensors:
+            if name.startswith(prefix):
+                whole = join_shards(name, self._shards)
+                masters.shapes[name.removeprefix(prefix)] = whole.shape
+                masters.tensors[name.removeprefix(prefix)] = self._share(name, whole)
+        return masters
 
     def rng(self) -> dict[str, Tensor]:
         """The random number generators of this rank when it saved; none if there were other ranks then."""
@@ -73,18 +77,18 @@ class SavedState:
         return load_file(self.folder / name) if (self.folder / name).exists() else {}
 
 
-def saved_masters(checkpoint: Path) -> Weights:
-    """A checkpoint's weights in float32, exactly as they were trained: the masters, or the saved float32 weights.
+def saved_masters(checkpoint: Path, parallel: Parallel) -> Weights:
+    """A rank's share of the weights a checkpoint was trained to, in float32: the masters, or the saved weights.
 
     Raises:
         UserError: the weights were changed since.
     """
-    state = SavedState(checkpoint, Parallel())
-    masters = state.masters()
-    if masters:
-        return Weights(masters)
-    check_manifest(checkpoint, contents=True, under="consolidated.")
-    return read_weights([inspect(checkpoint)])
+    masters = SavedState(checkpoint, parallel).masters()
+    if masters.tensors:
+        return masters
+    if parallel.is_main:
+        check_manifest(checkpoint, contents=True, under="consolidated.")
+    return read_weights([inspect(checkpoint)], parallel.model_rank, parallel.model_size)
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from llama_acc.core.checkpoint.files import (
     sync,
     write_text_whole,
 )
-from llama_acc.core.checkpoint.pth import (
+from llama_acc.core.checkpoint.tensor_files import (
     Spec,
     Specs,
     lay_out_pth,
@@ -45,7 +45,7 @@ from llama_acc.core.parallel import Parallel
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class Piece(NamedTuple):
+class Rows(NamedTuple):
     """Some rows of a tensor, as a rank holds them.
 
     Attributes:
@@ -74,8 +74,8 @@ class Snapshot:
         parallel: the ranks that write together.
     """
 
-    weights: Mapping[str, Piece]
-    state: Mapping[str, Piece]
+    weights: Mapping[str, Rows]
+    state: Mapping[str, Rows]
     rng: Mapping[str, Tensor]
     dtype: torch.dtype
     files: Mapping[str, bytes]
@@ -85,7 +85,7 @@ class Snapshot:
         """The same with tensors of its own, in the host's memory; a tensor that is there twice is copied once."""
         copies: dict[int, Tensor] = {}
 
-        def copy(piece: Piece) -> Piece:
+        def copy(piece: Rows) -> Rows:
             pointer = piece.tensor.data_ptr()
             if pointer not in copies or not pointer:
                 copies[pointer] = piece.tensor.detach().to("cpu", copy=True)
@@ -165,12 +165,12 @@ def _write_pieces(snapshot: Snapshot, aside: Path) -> None:
     path = aside / snapshot.state_name()
     _write_own(path, safetensors_offsets(path), snapshot.state, snapshot.parallel, None)
     path = aside / snapshot.rng_name()
-    rng = {name: Piece(tensor, 0, tuple(tensor.shape), True) for name, tensor in snapshot.rng.items()}
+    rng = {name: Rows(tensor, 0, tuple(tensor.shape), True) for name, tensor in snapshot.rng.items()}
     _write_own(path, safetensors_offsets(path), rng, Parallel(), None)
 
 
 def _write_own(
-    path: Path, offsets: Mapping[str, int], pieces: Mapping[str, Piece], parallel: Parallel, dtype: torch.dtype | None
+    path: Path, offsets: Mapping[str, int], pieces: Mapping[str, Rows], parallel: Parallel, dtype: torch.dtype | None
 ) -> None:
     """Writes this rank's rows, rounded to `dtype` one tensor at a time, and its turn of what every rank has."""
     descriptor = os.open(path, os.O_WRONLY)

@@ -1,7 +1,5 @@
-"""Reading weights: shards are memory-mapped, checked as a whole, and put into the model tensor by tensor."""
+"""Reading weights: shards are memory-mapped, checked as a whole, and read tensor by tensor, only what a rank needs."""
 
-import ctypes
-import mmap
 import pickle
 import re
 import warnings
@@ -11,25 +9,48 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llama_acc.core.checkpoint.layout import Layout
+from llama_acc.core.checkpoint.huggingface import meta_name, read_huggingface, rotated_heads
+from llama_acc.core.checkpoint.layout import Layout, check_order
+from llama_acc.core.checkpoint.parts import Part, Piece
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.model.sharding import split_dimension
-from llama_acc.core.model.transformer import Transformer, own_part
-from llama_acc.core.parallel import Parallel, local_part
+from llama_acc.core.model.transformer import Transformer
+from llama_acc.core.parallel import local_part
 
 _PREFIX = "llma."
 _BUFFERS = {"rope.freqs"}  # in Meta's files; it follows from the shape
 
 
 @dataclass
-class Weights:
-    """Tensors by Meta's names, and which of them lie in a memory-mapped file."""
+class Shard:
+    """The tensors of one file, and which of them lie in it, memory-mapped."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     mapped: set[str] = field(default_factory=set)
 
 
-def open_shard(path: object) -> Weights:
+@dataclass
+class Weights:
+    """A rank's share of every parameter, by Meta's names.
+
+    Attributes:
+        tensors: the shares.
+        shapes: the shapes of the whole parameters.
+        problems: what does not fit together among the files, by parameter; see `check_tensors`.
+    """
+
+    tensors: dict[str, Part] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor]) -> "Weights":
+        """Tensors that are at hand."""
+        parts = {name: Part.of(tensor) for name, tensor in tensors.items()}
+        return Weights(parts, {name: part.shape for name, part in parts.items()})
+
+
+def open_shard(path: object) -> Shard:
     """The tensors of a .pth file by Meta's names, memory-mapped: nothing is read until it is used.
 
     Accepts a flat mapping (Meta) or `{"model": mapping}` with or without the prefix `llma.` (consolidated).
@@ -47,15 +68,14 @@ def open_shard(path: object) -> Weights:
                 f"{path} is refused: it holds Python code besides tensors ({code[1]})", "none of it was run"
             ) from None
         # torch's own words on an unreadable pickle advise to run whatever is in it.
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        reason = "it is no file of tensors" if isinstance(error, pickle.UnpicklingError) else first
-        raise UserError(f"cannot read {path}: {reason}", "the file may be cut short: copy it again") from None
+        reason = "it is no file of tensors" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
+        raise _unreadable(path, reason) from None
     tensors = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path} is not a checkpoint: a mapping from names to tensors is expected")
     named = {str(name).removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     named = {name: tensor for name, tensor in named.items() if name not in _BUFFERS}
-    return Weights(named, set(named) if is_mapped else set())
+    return Shard(named, set(named) if is_mapped else set())
 
 
 def _load(path: str) -> tuple[object, bool]:
@@ -68,37 +88,190 @@ def _load(path: str) -> tuple[object, bool]:
         return torch.load(path, map_location="cpu", weights_only=True), False
 
 
-def read_weights(layouts: Sequence[Layout]) -> Weights:
-    """All tensors of the checkpoints, memory-mapped; a later checkpoint overrides an earlier one.
+def open_safetensors(path: object) -> Shard:
+    """The tensors of a safetensors file by the names they have in it, memory-mapped.
+
+    Raises:
+        UserError: unreadable or cut short.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
+            # Asked twice, a mapped file gives the same memory. Only what is mapped may have its pages let go.
+            is_mapped = all(tensors[name].data_ptr() == file.get_tensor(name).data_ptr() for name in names[:1])
+    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
+        raise _unreadable(path, _first_line(error)) from None
+    return Shard(tensors, set(tensors) if is_mapped else set())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _unreadable(path: object, reason: str) -> UserError:
+    return UserError(f"cannot read {path}: {reason}", "the file may be cut short: copy it again")
+
+
+def read_weights(layouts: Sequence[Layout], rank: int = 0, size: int = 1) -> Weights:
+    """A rank's share of all tensors of the checkpoints, from left to right; nothing is read until it is used.
+
+    A later checkpoint overrides the tensors it has, a diff is added to them.
+
+    Args:
+        layouts: the checkpoints; of any model-parallel size that divides `size` or is divided by it.
+        rank: which share.
+        size: the model-parallel size to read at.
+
+    Raises:
+        UserError: an unreadable file, a size that does not fit, a diff that comes first.
+    """
+    check_order(layouts)
+    for layout in layouts:
+        _check_size(layout, size)
+    weights = Weights()
+    for layout in layouts:
+        whole = open_checkpoint(layout)
+        weights.problems |= whole.problems
+        if layout.is_diff:
+            weights.problems |= _misfits(whole, weights, layout)
+        for name, part in whole.tensors.items():
+            if not _divides(part, split_dimension(name), size):
+                text = f"shape: {name} {list(part.shape)} cannot be split in {size}"
+                weights.problems.setdefault(name, text)
+            share = share_of(name, part, rank, size)
+            base = weights.tensors.get(name)
+            weights.tensors[name] = base.plus(share) if layout.is_diff and base is not None else share
+            weights.shapes[name] = part.shape
+    return weights
+
+
+def _check_size(layout: Layout, size: int) -> None:
+    own = layout.model_parallel_size
+    if own % size and size % own:
+        raise UserError(
+            f"{layout.folder} has model-parallel size {own}, which cannot be read at size {size}: "
+            "one of the two must be a multiple of the other",
+            f"choose a size that divides {own} or is a multiple of it",
+        )
+
+
+def _divides(part: Part, dimension: int | None, size: int) -> bool:
+    return dimension is None or len(part.shape) <= dimension or part.shape[dimension] % size == 0
+
+
+def share_of(name: str, part: Part, rank: int, size: int) -> Part:
+    """A model-parallel rank's share of a whole parameter, or of what is kept for one under a name that ends so."""
+    dimension = split_dimension(name)
+    if dimension is None or size == 1 or len(part.shape) <= dimension:
+        return part
+    length = part.shape[dimension] // size
+    return part.narrow(dimension, rank * length, (rank + 1) * length)
+
+
+def _misfits(diff: Weights, base: Weights, layout: Layout) -> dict[str, str]:
+    problems = {}
+    for name, shape in diff.shapes.items():
+        if name not in base.tensors:
+            problems[name] = f"unknown: {name} {list(shape)} is in the diff {layout.folder}, in no checkpoint before it"
+        elif base.shapes[name] != shape:
+            before = list(base.shapes[name])
+            problems[name] = f"shape: {name} is {list(shape)} in the diff {layout.folder}, {before} before it"
+    return problems
+
+
+def open_checkpoint(layout: Layout) -> Weights:
+    """The whole parameters of one checkpoint, whatever its format and model-parallel size; a diff's are differences.
 
     Raises:
         UserError: an unreadable file.
     """
+    return _open_huggingface(layout) if layout.format == "huggingface" else _join(layout)
+
+
+def _join(layout: Layout) -> Weights:
+    shards = [open_shard(path) for path in layout.shards]
     weights = Weights()
-    for layout in layouts:
-        shards = [open_shard(path) for path in layout.shards]
-        joined = {
-            name: join_parts(name, [shard.tensors[name] for shard in shards], Parallel()) for name in shards[0].tensors
-        }
-        weights.tensors |= joined
-        weights.mapped = (weights.mapped - set(joined)) | (shards[0].mapped if len(shards) == 1 else set())
+    for name in dict.fromkeys(name for shard in shards for name in shard.tensors):
+        inconsistency = _inconsistency(name, shards, layout)
+        if inconsistency is not None:
+            weights.problems[name] = inconsistency
+        part = join_shards(name, [shard for shard in shards if name in shard.tensors])
+        weights.tensors[name], weights.shapes[name] = part, part.shape
     return weights
 
 
-def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: object) -> None:
-    """Compares names and shapes with what the model needs.
+def _inconsistency(name: str, shards: list[Shard], layout: Layout) -> str | None:
+    kinds: dict[str, list[str]] = {}
+    for shard, path in zip(shards, layout.shards, strict=True):
+        tensor = shard.tensors.get(name)
+        kind = "missing" if tensor is None else f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        kinds.setdefault(kind, []).append(path.name)
+    if len(kinds) == 1:
+        return None
+    return f"shards: {name} is " + ", ".join(f"{kind} in {' and '.join(files)}" for kind, files in kinds.items())
+
+
+def join_shards(name: str, shards: Sequence[Shard]) -> Part:
+    """One parameter out of its shards; what is not split is taken from the first."""
+    tensors = [(shard.tensors[name], name in shard.mapped) for shard in shards]
+    first, is_mapped = tensors[0]
+    dimension = split_dimension(name)
+    if dimension is None or first.dim() <= dimension or len(tensors) == 1:
+        return Part.of(first, is_mapped)
+    pieces, offset = [], 0
+    for tensor, mapped in tensors:
+        row, column = (offset, 0) if dimension == 0 else (0, offset)
+        pieces.append(Piece(tensor, row=row, column=column, mapped=mapped))
+        offset += tensor.shape[dimension] if tensor.dim() > dimension else 0
+    shape = (*first.shape[:dimension], offset, *first.shape[dimension + 1 :])
+    return Part(shape, first.dtype, (tuple(pieces),))
+
+
+def _open_huggingface(layout: Layout) -> Weights:
+    assert layout.params_path is not None
+    config, tied = read_huggingface(layout.params_path)
+    weights, found_in = Weights(), dict[str, str]()
+    for path in layout.shards:
+        shard = open_safetensors(path)
+        for theirs, tensor in shard.tensors.items():
+            name = meta_name(theirs)
+            if name is None:
+                continue
+            if name in found_in:
+                weights.problems[name] = f"twice: {theirs} is in {found_in[name]} and in {path.name}"
+            found_in[name] = path.name
+            part = Part.of(tensor, theirs in shard.mapped)
+            heads = rotated_heads(name, config)
+            if heads is not None and len(part.shape) == 2 and part.shape[0] % (2 * heads) == 0:
+                part = part.interleave(heads)
+            weights.tensors[name] = part
+    if tied and "tok_embeddings.weight" in weights.tensors:
+        weights.tensors["output.weight"] = weights.tensors["tok_embeddings.weight"]
+    weights.shapes = {name: part.shape for name, part in weights.tensors.items()}
+    return weights
+
+
+def check_tensors(weights: Weights, shapes: Mapping[str, tuple[int, ...]], where: object) -> None:
+    """Compares names, shapes and types of the whole parameters, over all shards, with what the model needs.
 
     Raises:
-        UserError: unknown, missing, misshapen or non-float tensors, all of them listed.
+        UserError: unknown, missing, misshapen or non-float tensors, and shards that differ, all of them listed.
     """
-    problems = [f"missing: {name} {list(shape)}" for name, shape in shapes.items() if name not in tensors]
-    for name, tensor in tensors.items():
+    problems = [f"missing: {name} {list(shape)}" for name, shape in shapes.items() if name not in weights.tensors]
+    problems += weights.problems.values()
+    for name, part in weights.tensors.items():
+        shape = weights.shapes[name]
+        if name in weights.problems:
+            continue
         if name not in shapes:
-            problems.append(f"unknown: {name} {list(tensor.shape)}")
-        elif tuple(tensor.shape) != shapes[name]:
-            problems.append(f"shape: {name} is {list(tensor.shape)}, the model needs {list(shapes[name])}")
-        elif not tensor.is_floating_point():
-            problems.append(f"type: {name} holds {tensor.dtype}, not numbers with a fraction")
+            problems.append(f"unknown: {name} {list(shape)}")
+        elif shape != shapes[name]:
+            problems.append(f"shape: {name} is {list(shape)}, the model needs {list(shapes[name])}")
+        elif not part.is_floating_point:
+            problems.append(f"type: {name} holds {part.dtype}, not numbers with a fraction")
     if problems:
         raise UserError(
             f"the weights in {where} do not fit the model:\n{listed(problems, most=60)}",
@@ -110,7 +283,7 @@ def fill(model: Transformer, weights: Weights, device: torch.device, dtype: torc
     """Puts weights into a model made on the meta device, one tensor at a time.
 
     Args:
-        model: its parameters are replaced.
+        model: its parameters are replaced. They have the shapes of the weights' shares.
         weights: checked; tensors are removed as they are used, so their memory is free again.
         device: where the parameters go.
         dtype: their type.
@@ -118,44 +291,16 @@ def fill(model: Transformer, weights: Weights, device: torch.device, dtype: torc
             device stays mapped to its file: loading costs nothing, but the parameters must not be trained.
     """
     for name, parameter in list(model.named_parameters()):
-        source = weights.tensors.pop(name)
-        value = source.to(device=device, dtype=dtype, copy=copy)
+        part = weights.tensors.pop(name)
+        value = None if copy else part.in_place(dtype, device)
+        if value is None:
+            value = part.to(dtype, device)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=parameter.requires_grad))
-        if name in weights.mapped and value.data_ptr() != source.data_ptr():
-            _release_pages(source)
-
-
-def _release_pages(tensor: Tensor) -> None:
-    """Lets go of a mapped tensor's pages: read once, they would count as this process's memory until it ends.
-
-    The mapping is private and was not written to, so the pages can be read again from the file if they are needed.
-    """
-    if not hasattr(mmap, "MADV_DONTNEED") or not tensor.is_contiguous():
-        return
-    page = mmap.PAGESIZE
-    start = -(-tensor.data_ptr() // page) * page
-    end = (tensor.data_ptr() + tensor.nbytes) // page * page
-    if end > start:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def load_parameters(model: Transformer, weights: Weights) -> None:
-    """Puts weights into the storage a model has; `weights` are used up."""
+    """Puts weights into the storage a model has; `weights`, read for its rank, are used up."""
     for name, parameter in model.named_parameters():
         local = local_part(parameter)
-        source = weights.tensors.pop(name)
-        local.tensor.copy_(own_part(name, source, model.parallel)[local.rows])
-        if name in weights.mapped:
-            _release_pages(source)
-
-
-def join_parts(name: str, parts: list[Tensor], parallel: Parallel) -> Tensor:
-    """This model-parallel rank's part of a tensor that was saved in parts by another number of them."""
-    dimension = split_dimension(name)
-    saved, wanted, rank = len(parts), parallel.model_size, parallel.model_rank
-    if dimension is None or saved == wanted:
-        return parts[min(rank, saved - 1)]
-    if saved > wanted:
-        return torch.cat(parts[rank * saved // wanted : (rank + 1) * saved // wanted], dimension)
-    return parts[rank * saved // wanted].chunk(wanted // saved, dimension)[rank % (wanted // saved)]
+        weights.tensors.pop(name).rows(local.rows.start, local.rows.stop).copy_into(local.tensor)

@@ -48,7 +48,7 @@ def dry_run(
     plan = make_plan(recipe, events, recipe_folder=recipe_folder, dry_run=True, resumes=False)
     for layout in plan.layouts:
         check_checkpoint(layout.folder, verify)
-    read_base(plan)
+    read_base(plan, Parallel())
     check_disk(plan, output or Path.cwd())
     target = pick_device(device)
     if output is not None:

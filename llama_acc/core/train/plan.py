@@ -20,6 +20,7 @@ from llama_acc.core.errors import UserError
 from llama_acc.core.home import home
 from llama_acc.core.model.config import ModelConfig, config_from_params, named_size, read_params
 from llama_acc.core.model.sharding import check_divides
+from llama_acc.core.parallel import Parallel
 from llama_acc.core.recipe import RECIPES_FOLDER, Recipe
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from llama_acc.core.train.events import Events
@@ -289,17 +290,17 @@ def saved_step(checkpoint: Path, plan: Plan) -> int:
     return step
 
 
-def read_base(plan: Plan) -> Weights | None:
-    """Maps the weights a run starts from and checks every tensor against the model; None = random weights.
+def read_base(plan: Plan, parallel: Parallel) -> Weights | None:
+    """Maps a rank's share of the weights a run starts from, all of them checked; None = random weights.
 
     Raises:
         UserError: damaged files, or tensors that do not fit, all of them listed.
     """
     if not plan.layouts:
         return None
-    weights = read_weights(plan.layouts)
+    weights = read_weights(plan.layouts, parallel.model_rank, parallel.model_size)
     where = " and ".join(str(layout.folder) for layout in plan.layouts)
-    check_tensors(weights.tensors, plan.config.parameter_shapes(), where)
+    check_tensors(weights, plan.config.parameter_shapes(), where)
     return weights
 
 

@@ -83,7 +83,7 @@ def finetune(
             done = parallel.on_main(lambda: _check(plan, folder, verify))
             if resume and folder.checkpoint is None:
                 events.note(f"no whole checkpoint in {folder.path} to resume from: starting at step 0")
-            weights = parallel.agree(lambda: _weights(plan, folder))
+            weights = parallel.agree(lambda: _weights(plan, folder, parallel))
             events.plan(plan)
             signals = stop_on_signal(events.note) if handle_signals else nullcontext(StopRequest())
             with signals as stop:
@@ -109,11 +109,11 @@ def _check(plan: Plan, folder: RunFolder, verify: bool) -> int:
     return done
 
 
-def _weights(plan: Plan, folder: RunFolder) -> Weights | None:
+def _weights(plan: Plan, folder: RunFolder, parallel: Parallel) -> Weights | None:
     if folder.checkpoint is None:
-        return read_base(plan)
-    weights = saved_masters(folder.checkpoint)
-    check_tensors(weights.tensors, plan.config.parameter_shapes(), folder.checkpoint)
+        return read_base(plan, parallel)
+    weights = saved_masters(folder.checkpoint, parallel)
+    check_tensors(weights, plan.config.parameter_shapes(), folder.checkpoint)
     return weights
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llama_acc.core.checkpoint.resume import FORMAT_VERSION, SavedState, restore_rng, rng_state
-from llama_acc.core.checkpoint.save import Piece, Snapshot
+from llama_acc.core.checkpoint.save import Rows, Snapshot
 from llama_acc.core.checkpoint.shards import Weights, load_parameters
 from llama_acc.core.data.batches import build, deal_to_ranks, epoch_order, micro_batches, step_items
 from llama_acc.core.data.dataset import Dataset
@@ -163,9 +163,9 @@ class Trainer:
             "state/progress.json": _json(progress),
             **{file.name: file.read_bytes() for file in plan.tokenizer.files()},
         }
-        weights = {name: _piece(p, local_part(p).tensor) for name, p in self.model.named_parameters()}
+        weights = {name: _rows(p, local_part(p).tensor) for name, p in self.model.named_parameters()}
         named = self.optimizer.named
-        state = {f"{key}.{name}": _piece(named[name], value) for key, name, value in self.optimizer.state_tensors()}
+        state = {f"{key}.{name}": _rows(named[name], value) for key, name, value in self.optimizer.state_tensors()}
         if plan.save_dtype != torch.float32:
             state |= {f"master.{name}": piece for name, piece in weights.items()}
         return Snapshot(weights, state, rng_state(self.device), plan.save_dtype, files, self.parallel)
@@ -177,11 +177,11 @@ class Trainer:
         self.step = step
 
 
-def _piece(parameter: Tensor, value: Tensor) -> Piece:
+def _rows(parameter: Tensor, value: Tensor) -> Rows:
     """A value as rows of a tensor that is shaped and dealt out like a parameter, or a number that all ranks have."""
     if not value.dim():
-        return Piece(value, 0, (), shared=True)
-    return Piece(value, local_part(parameter).rows.start, tuple(parameter.shape), shared=not is_sharded(parameter))
+        return Rows(value, 0, (), shared=True)
+    return Rows(value, local_part(parameter).rows.start, tuple(parameter.shape), shared=not is_sharded(parameter))
 
 
 def _json(values: dict[str, Any]) -> bytes:

@@ -1,6 +1,7 @@
-"""Loading takes the memory of what is loaded, and no second copy of it on the way."""
+"""Loading takes the memory of what is loaded, a rank's part alone, and no second copy of it on the way."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,15 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama_acc.core.checkpoint.convert import Request, convert
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import build_on_meta
+from tests.core.checkpoint.folders import write_meta
 
 CONFIG = ModelConfig(dim=1024, n_layers=3, n_heads=8, vocab_size=4000, multiple_of=256)
+LARGE = ModelConfig(dim=2048, n_layers=2, n_heads=8, vocab_size=16000, multiple_of=256)
+TINY = ModelConfig(dim=64, n_layers=1, n_heads=8, vocab_size=104, multiple_of=32)
+NEEDS_PROC = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured through /proc"
+)
 
 _LOAD = """
 import json, sys
 from pathlib import Path
 import torch
+from torch import nn
 from llama_acc.core.checkpoint.layout import inspect, read_config
 from llama_acc.core.checkpoint.shards import check_tensors, fill, read_weights
 from llama_acc.core.model.transformer import build_on_meta
@@ -25,22 +34,27 @@ def status(key):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return 1024 * int(line.split()[1])
 
-def load(folder, dtype, copy):
+def load(folder, dtype, copy, size):
     layout = inspect(Path(folder))
     config = read_config([layout])
-    weights = read_weights([layout])
-    check_tensors(weights.tensors, config.parameter_shapes(), folder)
+    weights = read_weights([layout], size - 1, size)
+    check_tensors(weights, config.parameter_shapes(), folder)
     model = build_on_meta(config, dtype)
+    for name, part in weights.tensors.items():  # a rank's model has parameters of its share's shape
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(torch.empty(part.shape, device="meta")))
     fill(model, weights, torch.device("cpu"), dtype, copy=copy)
     return model
 
-folder, dtype, copy, warm_up = sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3] == "copy", sys.argv[4]
-load(warm_up, dtype, copy)
+folder, dtype, copy, warm_up, size = sys.argv[1:]
+dtype, copy, size = getattr(torch, dtype), copy == "copy", int(size)
+load(warm_up, dtype, copy, size)
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
-model = load(folder, dtype, copy)
+model = load(folder, dtype, copy, size)
 total = sum(parameter.detach().view(-1)[::512].float().sum().item() for parameter in model.parameters())
-print(json.dumps({"peak": status("VmHWM") - before, "total": total}))
+own = sum(parameter.nbytes for parameter in model.parameters())
+print(json.dumps({"peak": status("VmHWM") - before, "own": own, "total": total}))
 """
 
 
@@ -54,7 +68,13 @@ def checkpoint(folder: Path, config: ModelConfig, dtype: torch.dtype) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured through /proc")
+def measured(folder: Path, dtype: str, copy: str, warm_up: Path, size: int = 1) -> dict[str, float]:
+    """Peak over the start, in bytes, of a process that loads the last of `size` parts and reads all of it."""
+    command = [sys.executable, "-c", _LOAD, str(folder), dtype, copy, str(warm_up), str(size)]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+@NEEDS_PROC
 @pytest.mark.parametrize(
     ("saved", "wanted", "copy"),
     [("float32", "float32", "copy"), ("bfloat16", "float32", "copy"), ("bfloat16", "bfloat16", "map")],
@@ -63,12 +83,31 @@ def test_loading_peaks_at_the_size_of_the_model(saved: str, wanted: str, copy: s
     size = checkpoint(tmp_path / "base", CONFIG, getattr(torch, saved))
     size *= getattr(torch, wanted).itemsize // getattr(torch, saved).itemsize
     assert size > 90e6
-    small = ModelConfig(dim=64, n_layers=1, n_heads=2, vocab_size=100, multiple_of=32)
-    checkpoint(tmp_path / "small", small, getattr(torch, saved))
-    result = subprocess.run(
-        [sys.executable, "-c", _LOAD, str(tmp_path / "base"), wanted, copy, str(tmp_path / "small")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert json.loads(result.stdout)["peak"] < 1.1 * size
+    checkpoint(tmp_path / "small", TINY, getattr(torch, saved))
+    assert measured(tmp_path / "base", wanted, copy, tmp_path / "small")["peak"] < 1.1 * size
+
+
+@pytest.fixture(scope="module", params=[("meta", 1), ("meta", 2), ("huggingface", 1)], ids=str)
+def layouts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint of 340 MB in bf16 and a tiny one, in the same layout."""
+    root = tmp_path_factory.mktemp("parts")
+    kind, size = request.param
+    for name, config in (("large", LARGE), ("small", TINY)):
+        tensors = {
+            name: torch.full(shape, 0.5, dtype=torch.bfloat16) for name, shape in config.parameter_shapes().items()
+        }
+        write_meta(root / f"{name}-meta", tensors, size, config)
+        (root / f"{name}-meta" / "params.json").write_text(json.dumps(config.to_params()))
+        if kind == "huggingface":
+            convert(Request(root / f"{name}-meta", root / f"{name}-{kind}", "hf"))
+            shutil.rmtree(root / f"{name}-meta")
+    return root / f"large-{kind}", root / f"small-{kind}"
+
+
+@NEEDS_PROC
+@pytest.mark.parametrize(("wanted", "copy", "size"), [("bfloat16", "map", 2), ("float32", "copy", 4)])
+def test_a_rank_takes_the_memory_of_its_own_part(wanted: str, copy: str, size: int, layouts: tuple[Path, Path]) -> None:
+    large, small = layouts
+    result = measured(large, wanted, copy, small, size)
+    assert result["own"] > 160e6
+    assert result["peak"] < 1.1 * result["own"]

@@ -9,18 +9,9 @@ from safetensors.torch import load_file
 from llama_acc.core.checkpoint import save
 from llama_acc.core.checkpoint.files import check_manifest
 from llama_acc.core.checkpoint.layout import latest_checkpoint
-from llama_acc.core.checkpoint.pth import (
-    Spec,
-    lay_out_pth,
-    lay_out_safetensors,
-    pth_offsets,
-    safetensors_offsets,
-    seal_pth,
-    write_at,
-)
 from llama_acc.core.checkpoint.resume import read_progress, rng_state
 from llama_acc.core.checkpoint.save import (
-    Piece,
+    Rows,
     Saver,
     Snapshot,
     checkpoints,
@@ -28,6 +19,15 @@ from llama_acc.core.checkpoint.save import (
     needed_bytes,
     remove_checkpoint,
     write_checkpoint,
+)
+from llama_acc.core.checkpoint.tensor_files import (
+    Spec,
+    lay_out_pth,
+    lay_out_safetensors,
+    pth_offsets,
+    safetensors_offsets,
+    seal_pth,
+    write_at,
 )
 from llama_acc.core.errors import UserError
 from llama_acc.core.parallel import Parallel
@@ -38,7 +38,7 @@ NAN = float("nan")
 
 def publish(folder: Path, step: int, keep: int, dtype: torch.dtype = torch.float32, **weights: torch.Tensor) -> None:
     """Writes a checkpoint of these weights, a moment of each, and that many steps."""
-    pieces = {name: Piece(tensor, 0, tuple(tensor.shape), True) for name, tensor in weights.items()}
+    pieces = {name: Rows(tensor, 0, tuple(tensor.shape), True) for name, tensor in weights.items()}
     progress = json.dumps({"format_version": 1, "step": step}).encode()
     snapshot = Snapshot(
         pieces,
@@ -120,7 +120,7 @@ def test_weights_are_rounded_to_the_type_asked_for_and_state_is_not(tmp_path: Pa
 
 def test_a_copy_is_taken_before_an_update_and_the_checkpoint_is_of_that_moment(tmp_path: Path) -> None:
     x = torch.zeros(1000, 100)
-    piece = Piece(x, 0, tuple(x.shape), True)
+    piece = Rows(x, 0, tuple(x.shape), True)
     files = {"state/progress.json": b'{"format_version": 1, "step": 1}'}
     saver = Saver()
     saver.start(Snapshot({"x": piece}, {"m": piece}, {}, torch.float32, files, Parallel()), tmp_path / "epoch0", 0)

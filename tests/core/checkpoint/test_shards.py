@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llama_acc.core.checkpoint.layout import inspect
-from llama_acc.core.checkpoint.shards import check_tensors, fill, open_shard, read_weights
+from llama_acc.core.checkpoint.shards import Weights, check_tensors, fill, open_shard, read_weights
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import Transformer, build_on_meta
@@ -20,6 +20,11 @@ NAME = "consolidated.00-of-01.model.pth"
 
 def state(config: ModelConfig = SMALL) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in random_model(config).state_dict().items()}
+
+
+def value(weights: Weights, name: str) -> Tensor:
+    part = weights.tensors[name]
+    return part.to(part.dtype)
 
 
 def refused(path: Path, content: Any) -> str:
@@ -34,10 +39,10 @@ def refused(path: Path, content: Any) -> str:
 def test_every_way_of_writing_the_names_is_read(prefix: str, wrapped: bool, tmp_path: Path) -> None:
     named = {prefix + name: tensor for name, tensor in state().items()}
     torch.save({"model": named} if wrapped else named, tmp_path / NAME)
-    weights = open_shard(tmp_path / NAME)
-    assert weights.tensors.keys() == state().keys() == weights.mapped
-    assert all(torch.equal(tensor, state()[name]) for name, tensor in weights.tensors.items())
-    check_tensors(weights.tensors, SMALL.parameter_shapes(), tmp_path)
+    shard = open_shard(tmp_path / NAME)
+    assert shard.tensors.keys() == state().keys() == shard.mapped
+    assert all(torch.equal(tensor, state()[name]) for name, tensor in shard.tensors.items())
+    check_tensors(read_weights([inspect(tmp_path)]), SMALL.parameter_shapes(), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["rope.freqs", "llma.rope.freqs"])
@@ -53,7 +58,7 @@ def test_all_that_does_not_fit_is_listed(tmp_path: Path) -> None:
     tensors["output.weight"] = torch.zeros(301, 32)
     tensors["tok_embeddings.weight"] = torch.zeros(300, 32, dtype=torch.int8)
     with pytest.raises(UserError) as error:
-        check_tensors(tensors, SMALL.parameter_shapes(), "base")
+        check_tensors(Weights.of(tensors), SMALL.parameter_shapes(), "base")
     lines = error.value.message.splitlines()
     assert lines[0] == "the weights in base do not fit the model:"
     assert sorted(lines[1:]) == [
@@ -122,11 +127,11 @@ def test_anything_but_names_and_tensors_is_refused(content: Any, tmp_path: Path)
 
 def test_files_older_than_the_zip_format_are_read(tmp_path: Path) -> None:
     torch.save({"model": state()}, tmp_path / NAME, _use_new_zipfile_serialization=False)
-    weights = open_shard(tmp_path / NAME)
-    assert all(torch.equal(tensor, state()[name]) for name, tensor in weights.tensors.items())
-    assert weights.mapped == set()
+    shard = open_shard(tmp_path / NAME)
+    assert all(torch.equal(tensor, state()[name]) for name, tensor in shard.tensors.items())
+    assert shard.mapped == set()
     model = build_on_meta(SMALL, torch.float32)
-    fill(model, weights, CPU, torch.float32, copy=True)
+    fill(model, read_weights([inspect(tmp_path)]), CPU, torch.float32, copy=True)
     assert torch.equal(model.norm.weight, state()["norm.weight"])
 
 
@@ -137,15 +142,15 @@ def test_a_later_checkpoint_overrides_an_earlier_one(tmp_path: Path) -> None:
         torch.save(tensors, tmp_path / name / NAME)
         layouts.append(inspect(tmp_path / name))
     weights = read_weights(layouts)
-    assert (weights.tensors["norm.weight"] == 7).all()
-    assert torch.equal(weights.tensors["output.weight"], state()["output.weight"])
-    assert torch.equal(read_weights(layouts[::-1]).tensors["norm.weight"], state()["norm.weight"])
+    assert (value(weights, "norm.weight") == 7).all()
+    assert torch.equal(value(weights, "output.weight"), state()["output.weight"])
+    assert torch.equal(value(read_weights(layouts[::-1]), "norm.weight"), state()["norm.weight"])
 
 
 def filled(path: Path, dtype: torch.dtype, copy: bool) -> tuple[Transformer, dict[str, int]]:
     """A model filled from a file, and where the mapped tensors began."""
-    weights = open_shard(path)
-    mapped = {name: tensor.data_ptr() for name, tensor in weights.tensors.items()}
+    weights = read_weights([inspect(path.parent)])
+    mapped = {name: part.layers[0][0].source.data_ptr() for name, part in weights.tensors.items()}
     model = build_on_meta(SMALL, dtype)
     fill(model, weights, CPU, dtype, copy=copy)
     assert weights.tensors == {}
@@ -185,7 +190,7 @@ def test_what_is_only_read_stays_in_the_file_where_the_type_fits(tmp_path: Path)
 def test_a_mapped_tensor_can_be_read_again_after_its_pages_were_let_go(tmp_path: Path) -> None:
     config = ModelConfig(dim=128, n_layers=1, n_heads=2, vocab_size=500, multiple_of=32)
     torch.save(state(config), tmp_path / NAME)
-    weights = open_shard(tmp_path / NAME)
+    weights = read_weights([inspect(tmp_path)])
     kept = copy.copy(weights.tensors)
     fill(build_on_meta(config, torch.float32), weights, CPU, torch.float32, copy=True)
-    assert all(torch.equal(tensor, state(config)[name]) for name, tensor in kept.items())
+    assert all(torch.equal(part.to(part.dtype), state(config)[name]) for name, part in kept.items())

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from llama_acc.core.checkpoint.files import check_manifest
 from llama_acc.core.checkpoint.layout import inspect
-from llama_acc.core.checkpoint.shards import join_parts
+from llama_acc.core.checkpoint.shards import read_weights
 from llama_acc.core.errors import UserError
-from llama_acc.core.parallel import Parallel, check_world
+from llama_acc.core.parallel import check_world
 from tests.core.ranks import run_ranks
 from tests.core.train.runs import metrics, run
 
@@ -84,8 +84,7 @@ def assert_same_curve(output: Path, expected: Path) -> None:
 
 def weights(checkpoint: Path) -> dict[str, Tensor]:
     """A checkpoint's weights, its model-parallel parts joined."""
-    shards = [torch.load(path, weights_only=True)["model"] for path in inspect(checkpoint).shards]
-    return {name: join_parts(name, [shard[name] for shard in shards], Parallel()) for name in shards[0]}
+    return {name: part.to(part.dtype) for name, part in read_weights([inspect(checkpoint)]).tensors.items()}
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -16,7 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int64: "I64"}
+_SAFETENSORS_TYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+    torch.int64: "I64",
+}
 _ALIGNMENT = 64
 _LOCAL_HEADER, _CENTRAL_HEADER = 30, 46  # bytes before the record's name (APPNOTE.TXT 4.3.7, 4.3.12)
 _BLOCK = 1 << 22
@@ -37,12 +43,18 @@ class Spec(NamedTuple):
 Specs = Mapping[str, Spec]
 
 
-def lay_out_pth(path: Path, specs: Specs) -> None:
-    """Writes the file `torch.save({"model": tensors})` would, with a hole in the place of each tensor's bytes."""
+def lay_out_pth(path: Path, specs: Specs, flat: bool = False) -> None:
+    """Writes the file torch.save would, with a hole in the place of each tensor's bytes.
+
+    Args:
+        path: the file to make.
+        specs: its tensors, in the order they will lie.
+        flat: the file is a mapping from names to tensors (Meta's); otherwise `{"model": mapping}`.
+    """
     # Memory that is never touched is never taken.
     tensors = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
     with torch.serialization.skip_data():
-        torch.save({"model": tensors}, path)
+        torch.save(tensors if flat else {"model": tensors}, path)
 
 
 def pth_offsets(path: Path, specs: Specs) -> dict[str, int]:
@@ -96,7 +108,8 @@ def _crc32(file: Any, begin: int, size: int) -> int:
 
 def lay_out_safetensors(path: Path, specs: Specs) -> None:
     """Writes the header, and a hole in the place of each tensor's bytes."""
-    header: dict[str, Any] = {}
+    # transformers wants to be told whose tensors these are.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, spec in specs.items():
         end = offset + spec.nbytes

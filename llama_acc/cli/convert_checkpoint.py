@@ -1,0 +1,122 @@
+"""`llama-acc convert-checkpoint`: a checkpoint in another layout, or split over another number of ranks."""
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llama_acc.cli import console, options
+
+if TYPE_CHECKING:
+    from llama_acc.core.checkpoint.convert import Converted
+
+HELP = """Convert a checkpoint between Meta's layout, LLaMA2-Accessory's (consolidated) and Hugging Face's.
+
+What SRC is, is found out. The result is read back and compared to the bit before it appears as DST.
+
+Examples:
+
+  llama-acc convert-checkpoint runs/alpaca alpaca-hf --to hf
+
+  llama-acc convert-checkpoint Llama-2-7b-hf Llama-2-7b --to meta
+
+  llama-acc convert-checkpoint Llama-2-13b Llama-2-13b-one --to meta --model-parallel-size 1
+
+  llama-acc convert-checkpoint runs/alpaca alpaca-diff --to consolidated --base Llama-2-7b --diff --dtype fp32
+
+  llama-acc convert-checkpoint alpaca-diff alpaca --to meta --base Llama-2-7b
+"""
+
+
+class To(str, Enum):
+    """Layouts that can be made."""
+
+    meta = "meta"
+    consolidated = "consolidated"
+    hf = "hf"
+
+
+class Dtype(str, Enum):
+    """Types of saved weights."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+def convert_checkpoint(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Checkpoint or run folder.", callback=options.given, show_default=False)
+    ],
+    target: Annotated[
+        str, typer.Argument(metavar="DST", help="The folder to make.", callback=options.given, show_default=False)
+    ],
+    to: Annotated[To, typer.Option("--to", help="The layout of DST.", show_default=False)],
+    model_parallel_size: Annotated[
+        int | None,
+        typer.Option(
+            "--model-parallel-size",
+            metavar="N",
+            help="Number of shards: 1, 2, 4 or 8. Without it: as many as SRC has.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", help="Type of the weights in DST. Without it: that of SRC.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base",
+            metavar="DIR",
+            help="What SRC goes on top of (a diff, or only some tensors); with --diff: what is subtracted.",
+            callback=options.given,
+        ),
+    ] = None,
+    diff: Annotated[bool, typer.Option("--diff", help="Write SRC minus the --base instead.")] = False,
+) -> None:
+    """Convert a checkpoint."""
+    from llama_acc.core.checkpoint.convert import Request, convert
+
+    request = Request(
+        source=source,
+        target=Path(target).expanduser(),
+        to=to.value,
+        model_parallel_size=model_parallel_size,
+        dtype=None if dtype is None else dtype.value,
+        base=base,
+        diff=diff,
+    )
+    with _leave_on_sigterm(), console.ByteProgress() as progress:
+        converted = convert(request, progress.tell)
+    console.out.print(_summary(converted), markup=False)
+
+
+def _summary(converted: "Converted") -> str:
+    size = converted.bytes
+    shown = f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+    files = "1 file" if converted.files == 1 else f"{converted.files} files"
+    text = f"{converted.folder}: {converted.tensors:,} tensors, {shown} in {files}, read back and equal"
+    if converted.largest_error is None:
+        return text
+    if converted.largest_error == 0:
+        return f"{text}; base + diff is the source, to the bit"
+    return f"{text}; base + diff differs from the source by at most {converted.largest_error:.3g}"
+
+
+@contextlib.contextmanager
+def _leave_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends the command as an exception does, so that nothing unfinished stays behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,183 @@
+"""Hugging Face's LLaMA: its config.json and its names, there and back. Imports no torch.
+
+Its q_proj and k_proj have their rows in another order (see `parts.Part.interleave`): it rotates halves, Meta pairs.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llama_acc.core.errors import UserError, listed
+from llama_acc.core.model.config import ModelConfig, config_from_params
+
+INDEX_FILE = "model.safetensors.index.json"
+_NAMES = {
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
+}
+_BLOCK_NAMES = {
+    "input_layernorm": "attention_norm",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+}
+_BUFFER = re.compile(r"(model\.layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # older files; follows from the shape
+_NEEDED = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "vocab_size": "vocab_size",
+}
+# Read only by what this toolkit does not compute; any other value is refused.
+_ONLY = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "quantization_config": (None,),
+}
+
+
+def meta_name(name: str) -> str | None:
+    """Meta's name of a tensor; one that is not known stays as it is; None: a buffer, to be ignored."""
+    if _BUFFER.fullmatch(name):
+        return None
+    module, _, kind = name.rpartition(".")
+    if module in _NAMES:
+        return f"{_NAMES[module]}.{kind}"
+    block = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+    if block and block[2] in _BLOCK_NAMES:
+        return f"layers.{block[1]}.{_BLOCK_NAMES[block[2]]}.{kind}"
+    return name
+
+
+def huggingface_name(name: str) -> str:
+    """Hugging Face's name of a tensor of a LLaMA."""
+    module, _, kind = name.rpartition(".")
+    if block := re.fullmatch(r"layers\.(\d+)\.(.+)", module):
+        theirs = {ours: theirs for theirs, ours in _BLOCK_NAMES.items()}[block[2]]
+        return f"model.layers.{block[1]}.{theirs}.{kind}"
+    return f"{ {ours: theirs for theirs, ours in _NAMES.items()}[module] }.{kind}"
+
+
+def rotated_heads(name: str, config: ModelConfig) -> int | None:
+    """How many heads have their rows reordered in a tensor (Meta's name); None = it is no wq or wk."""
+    if name.endswith("attention.wq.weight"):
+        return config.n_heads
+    return config.kv_heads if name.endswith("attention.wk.weight") else None
+
+
+def read_huggingface(path: Path) -> tuple[ModelConfig, bool]:
+    """The shape in a Hugging Face config.json, and whether the output matrix is the embedding (tied).
+
+    Raises:
+        UserError: unreadable, or a model that this toolkit does not compute; every reason listed.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the model's shape from {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f'{path} must hold a JSON object such as {{"model_type": "llama", ...}}')
+    problems = [
+        f"{key}: {_shown(values.get(key))} (only {_shown(known[0])})"
+        for key, known in _ONLY.items()
+        if values.get(key, known[0]) not in known
+    ]
+    if "model_type" not in values:
+        problems.append("missing key 'model_type'")
+    problems += [f"missing key '{key}'" for key in (*_NEEDED.values(), "intermediate_size") if values.get(key) is None]
+    theta, scaling = _rope(values, problems)
+    if not problems and values.get("head_dim"):
+        width = values["hidden_size"] // values["num_attention_heads"]
+        if values["head_dim"] != width:
+            problems.append(f"head_dim: {values['head_dim']} (only hidden_size / num_attention_heads = {width})")
+    if problems:
+        raise UserError(f"{path} describes a model that cannot be computed here:\n{listed(problems)}")
+    params = {ours: values[theirs] for ours, theirs in _NEEDED.items()} | {
+        "n_kv_heads": values.get("num_key_value_heads"),
+        "norm_eps": values.get("rms_norm_eps", 1e-6),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "max_seq_len": values.get("max_position_embeddings", 2048),
+    }
+    config = _with_width(config_from_params(params, path), values["intermediate_size"], path)
+    return config, bool(values.get("tie_word_embeddings", False))
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value) if not isinstance(value, Mapping) else json.dumps(value)[:60]
+
+
+def _rope(values: Mapping[str, Any], problems: list[str]) -> tuple[float, float | None]:
+    """The base of the frequencies and the factor on positions; transformers 5 keeps both in `rope_parameters`."""
+    key = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+    rope = values.get(key) or {}
+    theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", values.get("partial_rotary_factor")) not in (None, 1, 1.0):
+        problems.append("partial_rotary_factor: only 1")
+    if kind == "default":
+        return theta, None
+    if kind != "linear" or not rope.get("factor"):
+        problems.append(f"{key}: {_shown(kind)} (only linear with a factor, or default)")
+        return theta, None
+    return theta, 1.0 / rope["factor"]
+
+
+def _with_width(config: ModelConfig, width: Any, path: Path) -> ModelConfig:
+    """The shape with a SwiGLU width of exactly `width`, in params.json's terms; as Meta writes it where that fits."""
+    if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+        raise UserError(f"intermediate_size in {path} must be a positive whole number, not {_shown(width)}")
+    for multiplier in (None, 1.3):
+        for multiple_of in (256, 1024, 4096, 128, 64, 32, 16):
+            usual = replace(config, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)
+            if usual.hidden_dim == width:
+                return usual
+    # Rounded up to a multiple of itself, what is above 0 and not above the width becomes the width.
+    exact = replace(config, multiple_of=width, ffn_dim_multiplier=None)
+    return exact if exact.hidden_dim == width else replace(exact, ffn_dim_multiplier=width / int(8 * config.dim / 3))
+
+
+def huggingface_config(config: ModelConfig, dtype: str, tied: bool, special_ids: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a shape.
+
+    Args:
+        config: the shape.
+        dtype: type of the weights, by torch's name: bfloat16.
+        tied: the output matrix is the embedding, and not in the file.
+        special_ids: `bos_token_id` and `eos_token_id`; those that are not given are transformers' own, 1 and 2.
+    """
+    # rope_theta and rope_scaling are where transformers 4 looks; 5 reads them too.
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None
+        if config.rope_scaling is None
+        else {"type": "linear", "rope_type": "linear", "factor": 1.0 / config.rope_scaling},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": tied,
+        "torch_dtype": dtype,
+        **special_ids,
+    }

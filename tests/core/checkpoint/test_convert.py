@@ -1,0 +1,298 @@
+"""Conversions are bitwise, whatever the way; and what transformers computes from the result is what we compute."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_acc.core.checkpoint.convert import Converted, Request, Target, convert
+from llama_acc.core.checkpoint.files import check_checkpoint
+from llama_acc.core.checkpoint.layout import inspect
+from llama_acc.core.checkpoint.shards import read_weights
+from llama_acc.core.errors import RunError, UserError
+from llama_acc.core.inference import load_model
+from llama_acc.core.model.config import ModelConfig
+from tests.core.checkpoint.folders import (
+    GROUPED,
+    huggingface_logits,
+    shard,
+    state,
+    write_consolidated,
+    write_huggingface,
+    write_meta,
+)
+from tests.core.tiny import difference, document_logits, loaded_model
+
+TOKENS = torch.arange(1, 60)
+
+
+def values(*folders: Path) -> dict[str, Tensor]:
+    weights = read_weights([inspect(folder) for folder in folders])
+    return {name: part.to(part.dtype) for name, part in weights.tensors.items()}
+
+
+def same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    assert actual.keys() == expected.keys()
+    return all(
+        actual[name].dtype == tensor.dtype and torch.equal(actual[name].view(torch.uint8), tensor.view(torch.uint8))
+        for name, tensor in expected.items()
+    )
+
+
+def converted(source: Path, target: Path, to: Target, **options: Any) -> Path:
+    convert(Request(source, target, to, **options))
+    return target
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_a_round_through_all_layouts_and_sizes_is_bitwise(size: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    expected = state(dtype=dtype)
+    expected["norm.weight"][0] = float("nan")
+    expected["norm.weight"][1] = -0.0
+    meta = write_meta(tmp_path / "meta", expected, size)
+    hf = converted(meta, tmp_path / "hf", "hf")
+    four = converted(hf, tmp_path / "four", "consolidated", model_parallel_size=4)
+    back = converted(four, tmp_path / "back", "meta", model_parallel_size=size)
+    for folder in (hf, four, back):
+        assert same_bits(values(folder), expected), folder
+        check_checkpoint(folder, verify=True)
+    for rank in range(size):
+        name = f"consolidated.{rank:02d}.pth"
+        assert same_bits(torch.load(back / name, weights_only=True), shard(expected, rank, size))
+    content = torch.load(four / "consolidated.03-of-04.model.pth", weights_only=True)
+    named = {name.removeprefix("llma."): tensor for name, tensor in content["model"].items()}
+    assert same_bits(named, shard(expected, 3, 4))
+    assert json.loads((four / "meta.json").read_text()) == {"llama_type": "llama"}
+
+
+@pytest.mark.parametrize(("saved", "wanted"), [(1, 8), (8, 1), (2, 4), (4, 4), (8, 2)])
+def test_shards_are_split_and_joined(saved: int, wanted: int, tmp_path: Path) -> None:
+    source = write_consolidated(tmp_path / "source", state(), saved)
+    target = converted(source, tmp_path / "target", "consolidated", model_parallel_size=wanted)
+    assert len(inspect(target).shards) == wanted
+    assert same_bits(values(target), state())
+    assert json.loads((target / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+
+
+def test_the_number_of_shards_stays_where_nothing_is_said(tmp_path: Path) -> None:
+    source = write_meta(tmp_path / "source", state(), 4)
+    assert len(inspect(converted(source, tmp_path / "target", "consolidated")).shards) == 4
+
+
+@pytest.mark.parametrize(
+    "config", [GROUPED, ModelConfig(64, 1, 4, None, 304, 16, max_seq_len=64, norm_eps=1e-6)], ids=str
+)
+def test_transformers_computes_the_same_from_a_converted_folder(config: ModelConfig, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    meta = write_meta(tmp_path / "meta", state(config), config=config)
+    (meta / "params.json").write_text(json.dumps(config.to_params()))
+    hf = converted(meta, tmp_path / "hf", "hf")
+    (ours,) = document_logits(loaded_model(meta), [TOKENS])
+    assert difference(huggingface_logits(hf, TOKENS), ours) < 1e-5
+    (direct,) = document_logits(loaded_model(hf), [TOKENS])
+    assert torch.equal(direct, ours)
+    assert AutoModelForCausalLM.from_pretrained(hf).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [{"rope_theta": 1e6}, {"rope_scaling": 0.25}, {"rope_theta": 5e5, "rope_scaling": 1 / 3}],
+    ids=str,
+)
+def test_the_rotation_is_carried_over(rope: dict[str, float], tmp_path: Path) -> None:
+    config = ModelConfig(64, 1, 4, 2, 304, 16, max_seq_len=64, **rope)  # type: ignore[arg-type]
+    source = write_consolidated(tmp_path / "source", state(config), config=config)
+    hf = converted(source, tmp_path / "hf", "hf")
+    (ours,) = document_logits(loaded_model(source), [TOKENS])
+    assert difference(huggingface_logits(hf, TOKENS), ours) < 1e-5
+
+
+def test_a_tied_model_stays_tied_and_an_untied_one_untied(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    source = write_huggingface(tmp_path / "source", tie_word_embeddings=True)
+    meta = converted(source, tmp_path / "meta", "meta")
+    hf = converted(meta, tmp_path / "hf", "hf")
+    assert same_bits(load_file(hf / "model.safetensors"), load_file(source / "model.safetensors"))
+    assert json.loads((hf / "config.json").read_text())["tie_word_embeddings"] is True
+    assert difference(huggingface_logits(hf, TOKENS), huggingface_logits(source, TOKENS)) < 1e-5
+    other = converted(write_meta(tmp_path / "other", state()), tmp_path / "other-hf", "hf")
+    assert json.loads((other / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_large_models_go_into_several_files_with_an_index(tmp_path: Path) -> None:
+    source = write_consolidated(tmp_path / "source", state())
+    hf = converted(source, tmp_path / "hf", "hf", file_bytes=100_000)
+    files = sorted(path.name for path in hf.glob("*.safetensors"))
+    count = len(files)
+    assert count > 3
+    assert files == [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    index = json.loads((hf / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * GROUPED.parameter_count()
+    assert len(index["weight_map"]) == len(state())
+    (ours,) = document_logits(loaded_model(source), [TOKENS])
+    assert difference(huggingface_logits(hf, TOKENS), ours) < 1e-5
+
+
+def test_types_are_changed_on_the_way(tmp_path: Path) -> None:
+    source = write_meta(tmp_path / "source", state())
+    half = converted(source, tmp_path / "half", "hf", dtype="bf16")
+    assert same_bits(values(half), state(dtype=torch.bfloat16))
+    assert json.loads((half / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert same_bits(values(converted(half, tmp_path / "whole", "meta", dtype="fp32")), {
+        name: tensor.float() for name, tensor in state(dtype=torch.bfloat16).items()
+    })  # fmt: skip
+
+
+def test_what_is_too_large_for_fp16_is_refused(tmp_path: Path) -> None:
+    tensors = state()
+    tensors["norm.weight"][3] = 1e5
+    source = write_meta(tmp_path / "source", tensors)
+    with pytest.raises(RunError, match=r"norm\.weight has values above 65504, too large for fp16"):
+        converted(source, tmp_path / "half", "meta", dtype="fp16")
+    assert not (tmp_path / "half").exists()
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_diff_added_to_its_base_is_the_source(size: int, tmp_path: Path) -> None:
+    base = write_meta(tmp_path / "base", state(dtype=torch.bfloat16), 2)
+    change = {name: 0.01 * tensor for name, tensor in state(seed=1).items()}
+    tuned = {name: (tensor.float() + change[name]).bfloat16() for name, tensor in state(dtype=torch.bfloat16).items()}
+    source = write_consolidated(tmp_path / "tuned", tuned, 1)
+    request = Request(
+        source, tmp_path / "diff", "consolidated", base=base, diff=True, dtype="fp32", model_parallel_size=size
+    )
+    nbytes = sum(tensor.numel() * 4 for rank in range(size) for tensor in shard(tuned, rank, size).values())
+    assert convert(request) == Converted(tmp_path / "diff", len(tuned), size, nbytes, largest_error=0.0)
+    layout = inspect(tmp_path / "diff")
+    assert (layout.format, len(layout.shards)) == ("consolidated_diff", size)
+    assert same_bits(values(base, tmp_path / "diff"), tuned)
+    applied = converted(tmp_path / "diff", tmp_path / "applied", "hf", base=base)
+    assert same_bits(values(applied), tuned)
+    shutil.copy(source / "config.json", tmp_path)
+    with pytest.raises(UserError, match=r"is a diff checkpoint: it is added to its base\ngive that with --base DIR"):
+        converted(tmp_path / "diff", tmp_path / "alone", "meta")
+
+
+def test_the_error_of_a_rounded_diff_is_told(tmp_path: Path) -> None:
+    base = write_meta(tmp_path / "base", state())
+    source = write_consolidated(tmp_path / "tuned", state(seed=1))
+    request = Request(source, tmp_path / "diff", "consolidated", base=base, diff=True, dtype="bf16")
+    result = convert(request)
+    restored, tuned = values(base, tmp_path / "diff"), state(seed=1)
+    assert result.largest_error == max((restored[name] - tuned[name]).abs().max().item() for name in tuned)
+    assert result.largest_error > 0
+
+
+def test_some_tensors_on_top_of_their_base_are_converted_together(tmp_path: Path) -> None:
+    base = write_meta(tmp_path / "base", state(), 2)
+    some = {"norm.weight": torch.full((64,), 3.0)}
+    source = write_consolidated(tmp_path / "some", some, config=None)
+    assert same_bits(values(converted(source, tmp_path / "both", "hf", base=base)), state() | some)
+
+
+def test_tokenizer_template_and_recipe_come_along(tokenizer_path: Path, tmp_path: Path) -> None:
+    config = ModelConfig(64, 1, 4, 2, 512, 16, max_seq_len=64)
+    root = tmp_path / "release"
+    source = write_meta(root / "7B", state(config), config=config)
+    shutil.copy(tokenizer_path, root / "tokenizer.model")  # one level up, as Meta has it
+    (source / "template.json").write_text("{}")
+    (source / "recipe.yaml").write_text("name: x\n")
+    (source / "notes.txt").write_text("mine")
+    hf = converted(source, tmp_path / "hf", "hf")
+    assert (hf / "tokenizer.model").read_bytes() == tokenizer_path.read_bytes()
+    assert (hf / "template.json").exists()
+    assert (hf / "recipe.yaml").exists()
+    assert not (hf / "notes.txt").exists()
+    settings = json.loads((hf / "config.json").read_text())
+    assert (settings["bos_token_id"], settings["eos_token_id"]) == (1, 2)
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+        (hf / name).write_text("{}")
+    meta = converted(hf, tmp_path / "meta", "meta")
+    present = {path.name for path in meta.iterdir()}
+    assert {"tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"} <= present
+
+
+def test_a_hugging_face_folder_is_loaded_directly(tokenizer_path: Path, tmp_path: Path) -> None:
+    from llama_acc.core.tokenizer import load_tokenizer
+
+    config = ModelConfig(64, 1, 4, 2, load_tokenizer(tokenizer_path).vocab_size, 16, max_seq_len=64)
+    hf = write_huggingface(tmp_path / "hf", config)
+    shutil.copy(tokenizer_path, hf)
+    loaded = load_model(hf, device="cpu")
+    (ours,) = document_logits(loaded.model, [TOKENS])
+    assert difference(ours, huggingface_logits(hf, TOKENS)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"to": "consolidated", "diff": True}, "--diff needs --base DIR"),
+        ({"to": "hf", "diff": True, "base": "base"}, "no diffs in the layout 'hf'\nuse --to consolidated"),
+        ({"to": "hf", "model_parallel_size": 2}, "leave --model-parallel-size out with --to hf"),
+        ({"to": "meta", "model_parallel_size": 3}, "model-parallel size 3 is not one of 1, 2, 4, 8"),
+        ({"to": "meta", "model_parallel_size": 8}, r"n_kv_heads (2) is not divisible by the model-parallel size (8)"),
+        ({"to": "meta", "target": "source"}, "is what is to be converted"),
+        ({"to": "meta", "target": "full"}, "is not empty"),
+        ({"to": "meta", "target": "full/file"}, "is a file"),
+        ({"to": "meta", "source": "nothing"}, "there is no checkpoint folder"),
+        ({"to": "meta", "source": "full"}, "holds no LLaMA checkpoint"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_written(
+    options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = ModelConfig(64, 1, 4, 2, 304, 16, max_seq_len=64)
+    for name in ("source", "base"):
+        write_meta(tmp_path / name, state(config), config=config)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    values = {"source": "source", "target": "target", **options}
+    with pytest.raises(UserError) as error:
+        convert(Request(**{**values, "target": Path(values["target"])}))
+    assert message in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_too_little_disk_is_found_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_meta(tmp_path / "source", state())
+    monkeypatch.setattr("llama_acc.core.checkpoint.convert.free_bytes", lambda folder: 1 << 20)
+    with pytest.raises(UserError, match=r"too little disk: .*target takes 0\.1 GiB, 0\.0 GiB are free"):
+        converted(source, tmp_path / "target", "hf")
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_damaged_result_never_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llama_acc.core.checkpoint import convert as module
+
+    source = write_meta(tmp_path / "source", state())
+
+    def forgetful(descriptor: int, offset: int, tensor: torch.Tensor) -> None:
+        calls.append(tensor)
+        write_at(descriptor, offset, torch.zeros_like(tensor) if len(calls) == 3 else tensor)
+
+    calls: list[torch.Tensor] = []
+    write_at = module.write_at
+    monkeypatch.setattr(module, "write_at", forgetful)
+    with pytest.raises(RunError, match=r"read back from the disk:\n  layers\.0\.attention\.wq\.weight is not what"):
+        converted(source, tmp_path / "target", "meta")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_progress_counts_every_byte_twice(tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    source = write_meta(tmp_path / "source", state())
+    convert(Request(source, tmp_path / "hf", "hf"), lambda *what: told.append(what))
+    total = 2 * 4 * GROUPED.parameter_count()
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+    assert told[-1] == ("taking checksums", total, total)
+    assert [what for what, done, _ in told if done == total // 2] == ["writing"]

@@ -1,0 +1,262 @@
+"""Every layout, read at every size that fits, gives each rank its own part."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_acc.core.checkpoint.layout import inspect, read_config
+from llama_acc.core.checkpoint.parts import Part, Piece
+from llama_acc.core.checkpoint.shards import Weights, check_tensors, read_weights
+from llama_acc.core.errors import UserError
+from llama_acc.core.model.config import ModelConfig
+from tests.core.checkpoint.folders import (
+    GROUPED,
+    huggingface_logits,
+    shard,
+    state,
+    write_consolidated,
+    write_huggingface,
+    write_meta,
+)
+from tests.core.tiny import difference, document_logits, loaded_model
+
+
+def values(weights: Weights) -> dict[str, Tensor]:
+    return {name: part.to(part.dtype) for name, part in weights.tensors.items()}
+
+
+def equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    assert actual.keys() == expected.keys()
+    return all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
+    """Random weights in both layouts, at every size."""
+    root = tmp_path_factory.mktemp("layouts")
+    writers = {"meta": write_meta, "consolidated": write_consolidated}
+    return {
+        (name, size): write(root / f"{name}{size}", state(), size)
+        for name, write in writers.items()
+        for size in (1, 2, 4, 8)
+    }
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 4, 8])
+@pytest.mark.parametrize("saved", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", ["meta", "consolidated"])
+def test_any_size_is_read_at_any_other(
+    name: str, saved: int, wanted: int, folders: dict[tuple[str, int], Path]
+) -> None:
+    layouts = [inspect(folders[name, saved])]
+    assert layouts[0].model_parallel_size == saved
+    for rank in range(wanted):
+        weights = read_weights(layouts, rank, wanted)
+        check_tensors(weights, GROUPED.parameter_shapes(), "base")
+        assert equal(values(weights), shard(state(), rank, wanted)), rank
+
+
+def test_sizes_of_which_neither_divides_the_other_are_refused(folders: dict[tuple[str, int], Path]) -> None:
+    with pytest.raises(UserError, match="has model-parallel size 4, which cannot be read at size 3: one of the two"):
+        read_weights([inspect(folders["meta", 4])], 0, 3)
+
+
+def test_a_part_of_a_part_is_read_by_rows(folders: dict[tuple[str, int], Path]) -> None:
+    weights = read_weights([inspect(folders["meta", 4])], 1, 2)
+    for name, expected in shard(state(), 1, 2).items():
+        part = weights.tensors[name]
+        for start, stop in ((0, 3), (5, 17), (len(expected) - 1, len(expected)), (4, 4), (40, 99)):
+            rows = part.rows(start, stop)
+            assert rows.shape == expected[start:stop].shape
+            assert torch.equal(rows.to(torch.float64), expected[start:stop].double()), (name, start, stop)
+
+
+def test_rows_go_into_memory_of_any_kind(folders: dict[tuple[str, int], Path]) -> None:
+    part = read_weights([inspect(folders["meta", 2])], 0, 1).tensors["layers.0.attention.wo.weight"]
+    target = torch.zeros(64, 128, dtype=torch.bfloat16)
+    part.copy_into(target[:, ::2])
+    assert torch.equal(target[:, ::2], state()["layers.0.attention.wo.weight"].bfloat16())
+    assert not target[:, 1::2].any()
+
+
+def test_what_is_whole_in_one_file_stays_there(folders: dict[tuple[str, int], Path]) -> None:
+    cpu = torch.device("cpu")
+    weights = read_weights([inspect(folders["consolidated", 2])], 0, 2)
+    assert all(part.in_place(torch.float32, cpu) is not None for part in weights.tensors.values())
+    assert all(part.in_place(torch.bfloat16, cpu) is None for part in weights.tensors.values())
+    joined = read_weights([inspect(folders["consolidated", 2])]).tensors["output.weight"]
+    assert joined.in_place(torch.float32, cpu) is None
+
+
+def test_heads_are_put_in_metas_order_and_back() -> None:
+    ours = torch.randn(48, 5)
+    theirs = ours.view(3, 8, 2, 5).transpose(1, 2).reshape(48, 5)  # transformers' permute
+    assert torch.equal(Part.of(theirs).interleave(3).to(torch.float32), ours)
+    assert torch.equal(Part.of(ours).deinterleave(3).to(torch.float32), theirs)
+    assert torch.equal(Part.of(theirs).interleave(3).deinterleave(3).to(torch.float32), theirs)
+    in_shards = Part((48, 5), torch.float32, ((Piece(ours[:11]), Piece(ours[11:], row=11)),))
+    assert torch.equal(in_shards.deinterleave(3).to(torch.float32), theirs)
+    for start, stop in ((0, 48), (1, 6), (7, 33), (15, 17)):
+        assert torch.equal(Part.of(theirs).interleave(3).rows(start, stop).to(torch.float32), ours[start:stop])
+        assert torch.equal(Part.of(ours).deinterleave(3).rows(start, stop).to(torch.float32), theirs[start:stop])
+
+
+def test_shards_that_differ_are_listed_by_file(tmp_path: Path) -> None:
+    folder = write_meta(tmp_path / "base", state(), 2)
+    second = shard(state(), 1, 2)
+    second["layers.0.attention.wq.weight"] = second["layers.0.attention.wq.weight"][:-1].clone()
+    second["output.weight"] = second["output.weight"].half()
+    second["extra.weight"] = torch.zeros(3)
+    del second["layers.1.feed_forward.w2.weight"], second["norm.weight"]
+    torch.save(second, folder / "consolidated.01.pth")
+    with pytest.raises(UserError) as error:
+        check_tensors(read_weights([inspect(folder)], 0, 2), GROUPED.parameter_shapes(), "base")
+    first, other = "consolidated.00.pth", "consolidated.01.pth"
+    assert sorted(error.value.message.splitlines()[1:]) == [
+        f"  shards: extra.weight is missing in {first}, [3] float32 in {other}",
+        f"  shards: layers.0.attention.wq.weight is [32, 64] float32 in {first}, [31, 64] float32 in {other}",
+        f"  shards: layers.1.feed_forward.w2.weight is [64, 96] float32 in {first}, missing in {other}",
+        f"  shards: norm.weight is [64] float32 in {first}, missing in {other}",
+        f"  shards: output.weight is [152, 64] float32 in {first}, [152, 64] float16 in {other}",
+    ]
+
+
+@pytest.mark.parametrize("wanted", [1, 4])
+def test_folders_are_laid_over_each_other_in_order(wanted: int, tmp_path: Path) -> None:
+    base, later = state(), state(seed=1)
+    some = {name: later[name] for name in ("layers.1.attention.wo.weight", "output.weight", "norm.weight")}
+    diff = {name: tensor.bfloat16() for name, tensor in state(seed=2).items() if "layers.0" in name}
+    layouts = [
+        inspect(write_meta(tmp_path / "base", {name: tensor.bfloat16() for name, tensor in base.items()}, 2)),
+        inspect(write_consolidated(tmp_path / "some", some, 4, config=None)),
+        inspect(write_consolidated(tmp_path / "diff", diff, 1, kind="model-diff")),
+    ]
+    assert [layout.format for layout in layouts] == ["meta_ori", "consolidated", "consolidated_diff"]
+    expected = {name: tensor.bfloat16() for name, tensor in base.items()} | some
+    for name, tensor in diff.items():
+        expected[name] = (expected[name].float() + tensor.float()).bfloat16()
+    for rank in range(wanted):
+        weights = read_weights(layouts, rank, wanted)
+        check_tensors(weights, GROUPED.parameter_shapes(), "all")
+        assert equal(values(weights), shard(expected, rank, wanted))
+
+
+def test_a_diff_needs_something_before_it(tmp_path: Path) -> None:
+    diff = inspect(write_consolidated(tmp_path / "diff", {"norm.weight": torch.ones(64)}, kind="model-diff"))
+    for refuse in (lambda: read_weights([diff]), lambda: read_config([diff])):
+        with pytest.raises(UserError, match=r"diff is a diff checkpoint: .*\ngive its base first"):
+            refuse()
+
+
+def test_a_diff_of_another_model_is_listed(tmp_path: Path) -> None:
+    base = inspect(write_meta(tmp_path / "base", state()))
+    tensors = {"norm.weight": torch.ones(32), "extra.weight": torch.ones(2)}
+    diff = inspect(write_consolidated(tmp_path / "diff", tensors, kind="model-diff"))
+    with pytest.raises(UserError) as error:
+        check_tensors(read_weights([base, diff]), GROUPED.parameter_shapes(), "both")
+    assert f"shape: norm.weight is [32] in the diff {diff.folder}, [64] before it" in error.value.message
+    assert "unknown: extra.weight [2] is in the diff" in error.value.message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}},
+    ],
+    ids=["grouped", "tied", "linear rope"],
+)
+def test_a_hugging_face_folder_computes_what_transformers_does(options: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_huggingface(tmp_path / "hf", **options)
+    layout = inspect(folder)
+    assert (layout.format, layout.model_parallel_size) == ("huggingface", 1)
+    tokens = torch.arange(1, 60)
+    (ours,) = document_logits(loaded_model(folder), [tokens])
+    assert difference(ours, huggingface_logits(folder, tokens)) < 1e-5
+
+
+@pytest.mark.parametrize("wanted", [2, 8])
+def test_a_rank_reads_its_part_of_a_hugging_face_folder(wanted: int, tmp_path: Path) -> None:
+    layouts = [inspect(write_huggingface(tmp_path / "hf"))]
+    whole = values(read_weights(layouts))
+    for rank in range(wanted):
+        assert equal(values(read_weights(layouts, rank, wanted)), shard(whole, rank, wanted))
+
+
+def test_files_of_a_hugging_face_folder_are_read_together(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = write_huggingface(tmp_path / "hf")
+    expected = values(read_weights([inspect(folder)]))
+    tensors = load_file(folder / "model.safetensors")
+    names = list(tensors)
+    for part, some in enumerate((names[:7], names[7:]), 1):
+        save_file({name: tensors[name].clone() for name in some}, folder / f"model-{part:05d}-of-00002.safetensors")
+    (folder / "model.safetensors").unlink()
+    assert equal(values(read_weights([inspect(folder)])), expected)
+    save_file(
+        {"rotary_emb.inv_freq": torch.ones(2), **{name: tensors[name].clone() for name in names[6:]}},
+        folder / "model-00002-of-00002.safetensors",
+    )
+    with pytest.raises(UserError, match=f"twice: {names[6]} is in model-00001-of-00002.safetensors and in"):
+        check_tensors(read_weights([inspect(folder)]), GROUPED.parameter_shapes(), folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mistral"}, 'model_type: "mistral" (only "llama")'),
+        ({"hidden_act": "gelu"}, 'hidden_act: "gelu" (only "silu")'),
+        ({"attention_bias": True}, "attention_bias: true (only false)"),
+        ({"mlp_bias": True}, "mlp_bias: true"),
+        ({"head_dim": 128}, "head_dim: 128 (only hidden_size / num_attention_heads = 4)"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, 'rope_parameters: "llama3"'),
+        ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 8.0}}, 'rope_scaling: "yarn"'),
+        ({"intermediate_size": None}, "missing key 'intermediate_size'"),
+        ({"num_attention_heads": None}, "missing key 'num_attention_heads'"),
+        ({"num_hidden_layers": "two"}, "n_layers: a whole number is expected"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_computed_is_refused_by_name(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = write_huggingface(tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError) as error:
+        read_config([inspect(folder)])
+    assert message in error.value.message
+
+
+@pytest.mark.parametrize("width", [1, 100, 171, 173, 5632, 11008, 14336, 28672, 100003])
+@pytest.mark.parametrize("dim", [64, 2048, 4096, 8192])
+def test_any_width_is_the_widths_in_our_terms(dim: int, width: int, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    values = {"model_type": "llama", "hidden_size": dim, "num_hidden_layers": 1, "num_attention_heads": 8}
+    (tmp_path / "config.json").write_text(json.dumps(values | {"vocab_size": 10, "intermediate_size": width}))
+    config = read_config([inspect(tmp_path)])
+    assert config is not None
+    assert config.hidden_dim == width
+
+
+def test_known_models_have_the_terms_meta_uses(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    for dim, heads, width in ((4096, 32, 11008), (5120, 40, 13824)):
+        values = {"model_type": "llama", "hidden_size": dim, "num_hidden_layers": 1, "num_attention_heads": heads}
+        (tmp_path / "config.json").write_text(json.dumps(values | {"vocab_size": 10, "intermediate_size": width}))
+        config = read_config([inspect(tmp_path)])
+        assert config == ModelConfig(dim, 1, heads, None, 10, multiple_of=256, norm_eps=1e-6)
+
+
+def test_a_cut_safetensors_file_is_refused(tmp_path: Path) -> None:
+    folder = write_huggingface(tmp_path / "hf")
+    content = (folder / "model.safetensors").read_bytes()
+    for cut in (0, 5, 100, len(content) - 1):
+        (folder / "model.safetensors").write_bytes(content[:cut])
+        with pytest.raises(UserError, match=r"cannot read .*model\.safetensors"):
+            read_weights([inspect(folder)])
