@@ -12,6 +12,7 @@ import typer
 
 from llama_acc import __version__
 from llama_acc.cli import chat, convert_checkpoint, finetune, recipes
+from llama_acc.core import worker
 from llama_acc.core.errors import LlamaAccError
 
 HELP = """Fine-tune LLaMA models: from a checkpoint and a data file to a model you can talk to.
@@ -63,7 +64,7 @@ def _reported(command: Callable[..., Any]) -> Callable[..., Any]:
             return command(*args, **kwargs)
         except LlamaAccError as error:
             _show_traceback()
-            console.error(error.message, error.hint)
+            _tell(error, error.message, error.hint, error.exit_code)
             raise typer.Exit(error.exit_code) from None
         except typer.Exit:
             raise
@@ -77,16 +78,34 @@ def _reported(command: Callable[..., Any]) -> Callable[..., Any]:
             if _was_ctrl_c(error):
                 raise _stopped() from None
             _show_traceback()
-            console.error(*_unforeseen(error))
+            _tell(error, *_unforeseen(error), 1)
             raise typer.Exit(1) from None
 
     return run
 
 
+def _tell(error: Exception, message: str, hint: str | None, exit_code: int) -> None:
+    """Says what is wrong, once: to the user, or to the launcher of which this process is a worker."""
+    from llama_acc.cli import console
+
+    if worker.record_end(error, message, hint, exit_code):
+        return
+    if worker.world_size() == 1:
+        console.error(message, hint)
+        return
+    # Started by torchrun or Slurm: what all ranks found is told by the first of them; before they have joined, by
+    # the first one of each machine.
+    teller = getattr(error, "told_by", worker.rank())
+    alone = isinstance(error, LlamaAccError) and not hasattr(error, "told_by") and worker.local_rank() > 0
+    if teller == worker.rank() and not alone:
+        console.error(f"rank {worker.rank()}: {message}", hint)
+
+
 def _stopped() -> typer.Exit:
     from llama_acc.cli import console
 
-    console.note("stopped by Ctrl-C")
+    if worker.is_main():
+        console.note("stopped by Ctrl-C")
     return typer.Exit(130)
 
 
@@ -125,6 +144,8 @@ app.add_typer(recipes.app, name="recipes", help=recipes.HELP)
 
 def main() -> None:
     """The entry point `llama-acc`."""
+    worker.die_with_launcher()
+    worker.join_slurm()
     _mend_streams()
     # --debug is understood wherever it stands.
     if "--debug" in sys.argv[1:]:

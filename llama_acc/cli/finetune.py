@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llama_acc.cli import console, options
+from llama_acc.cli import console, options, processes
+from llama_acc.core import worker
 from llama_acc.core.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ Examples:
   llama-acc finetune --recipe lima --pretrained Llama-2-7b --data lima.json --dry-run train.epochs=1
 
   llama-acc finetune --output runs/alpaca --resume
+
+  llama-acc finetune --recipe alpaca --pretrained Llama-2-7b --data alpaca.json --nproc 8
 """
 
 
@@ -99,14 +102,59 @@ def finetune(
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare the SHA-256 of the checkpoint's files with its manifest.")
     ] = False,
+    nproc: options.Nproc = None,
+    nnodes: Annotated[
+        int,
+        typer.Option(
+            "--nnodes",
+            metavar="N",
+            min=1,
+            help="Machines; the command is typed on each.",
+            rich_help_panel=options.PROCESSES,
+        ),
+    ] = 1,
+    rdzv_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--rdzv-endpoint",
+            metavar="HOST:PORT",
+            help="Where machines meet: a free port of one of them.",
+            callback=options.endpoint,
+            rich_help_panel=options.PROCESSES,
+        ),
+    ] = None,
+    max_restarts: Annotated[
+        int,
+        typer.Option(
+            "--max-restarts",
+            metavar="N",
+            min=0,
+            help="Go on from the last whole checkpoint, up to N times, when a process dies.",
+            rich_help_panel=options.PROCESSES,
+        ),
+    ] = 0,
+    log_ranks: Annotated[
+        str | None,
+        typer.Option(
+            "--log-ranks",
+            metavar="DIR",
+            help="Keep every process's output here.",
+            callback=options.given,
+            rich_help_panel=options.PROCESSES,
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune a model as a recipe says."""
     if dry_run and resume:
         raise UserError("--dry-run and --resume cannot be combined", "leave one of them out")
+    wanted = processes.Wanted(nproc, nnodes, rdzv_endpoint, max_restarts, log_ranks)
+    resume = resume or worker.was_restarted()
     run = None if output is None else Path(output).expanduser()
     loaded, folder = _load_recipe(recipe, run, resume, overrides or [], pretrained, data, tokenizer)
     if dry_run:
         _dry_run(loaded, run, folder, device, verify)
+    elif processes.launched(wanted, device, lambda count: _check(loaded, folder, resume, count)):
+        return
     else:
         _train(loaded, run or _named_after(loaded), folder, resume, device, verify)
 
@@ -145,6 +193,15 @@ def _load_recipe(
     return loaded, None if path.parent == RECIPES_FOLDER else path.parent.absolute()
 
 
+def _check(recipe: "Recipe", folder: Path | None, resume: bool, processes: int) -> None:
+    """Finds what would end every process before any is started."""
+    from llama_acc.core.parallel import check_world
+    from llama_acc.core.train.plan import find_model
+
+    check_world(recipe.parallel.model_parallel_size, processes)
+    find_model(recipe, folder, weights_may_be_absent=resume)
+
+
 def _named_after(recipe: "Recipe") -> Path:
     if recipe.name in ("", "..") or Path(recipe.name).name != recipe.name:
         raise UserError(f"the recipe's name {recipe.name!r} is no name for a folder", "give --output DIR")
@@ -177,10 +234,13 @@ def _train(recipe: "Recipe", output: Path, folder: Path | None, resume: bool, de
                 verify=verify,
             )
         except Interrupted as interrupted:
-            console.note(f"stopped; go on with: {again}")
+            if worker.is_main():
+                console.note(f"stopped; go on with: {again}")
             raise typer.Exit(interrupted.exit_code) from None
         except RunError as error:
             raise RunError(error.message, error.hint or f"go on with: {again}") from error
+    if not worker.is_main():
+        return
     console.note(f"loss {finished.loss:.4f}; the report is {output / 'report.md'}; talk to it with:")
     typer.echo(f"llama-acc chat --ckpt {quoted}")
 

@@ -1,10 +1,11 @@
-"""Checks of single flags, shared by the commands. A wrong one is told as Typer tells of any other wrong flag."""
+"""Flags that several commands share, and their checks. A wrong one is told as Typer tells of any other wrong flag."""
 
 import re
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+PROCESSES = "Several processes"
 _Value = TypeVar("_Value", bound=Any)
 
 
@@ -20,3 +21,29 @@ def device(value: str | None) -> str | None:
     if value is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", value):
         raise typer.BadParameter(f"{value!r} is not one of: cuda, cuda:1 (another GPU), mps, cpu.")
     return value
+
+
+def nproc(value: str | None) -> str | None:
+    """Refuses what is no number of processes."""
+    if value is not None and value != "auto" and not (value.isdecimal() and int(value) > 0):
+        raise typer.BadParameter(f"{value!r} is neither a number of processes nor auto.")
+    return value
+
+
+def endpoint(value: str | None) -> str | None:
+    """Refuses what is no HOST:PORT."""
+    if value is not None and not re.fullmatch(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}", value):
+        raise typer.BadParameter(f"{value!r} is not HOST:PORT.")
+    return value
+
+
+Nproc = Annotated[
+    str | None,
+    typer.Option(
+        "--nproc",
+        metavar="N|auto",
+        help="Processes on this machine; auto: one for each GPU.",
+        callback=nproc,
+        rich_help_panel=PROCESSES,
+    ),
+]

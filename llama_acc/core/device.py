@@ -9,23 +9,29 @@ from pathlib import Path
 import torch
 
 from llama_acc.core.errors import UserError
+from llama_acc.core.worker import local_rank, world_size
 
 GIB = 2**30
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device asked for; else CUDA, then MPS, then CPU.
+    """The device asked for; else CUDA, then MPS, then CPU. Of several processes, each takes the GPU of its number.
 
     Raises:
         UserError: a device that does not exist here.
     """
+    several = world_size() > 1
     if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("mps" if torch.backends.mps.is_available() and not several else "cpu")
+        name = "cuda"
+    if name == "cuda" and several:
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
             f"device '{name}' cannot be used here: {str(error).splitlines()[0]}", "try --device cpu"

@@ -88,9 +88,12 @@ class Parallel:
             result = work()
         except (LlamaAccError, OSError) as raised:
             error = raised
-        errors = [told for told in self.gather(error) if told is not None]
+        errors = {rank: told for rank, told in enumerate(self.gather(error)) if told is not None}
         if errors:
-            raise error or errors[0]
+            first = min(errors)
+            failure = error or errors[first]
+            failure.told_by = first  # type: ignore[union-attr]
+            raise failure
         return result  # type: ignore[return-value]
 
     def main_first(self, work: Callable[[], _Result]) -> _Result:

@@ -163,12 +163,7 @@ def make_plan(recipe: Recipe, events: Events, *, recipe_folder: Path | None, dry
     Raises:
         UserError: the first group of problems found.
     """
-    layouts = _layouts(recipe, dry_run or resumes)
-    config = _config(recipe, layouts, recipe_folder)
-    tokenizer = load_tokenizer(_tokenizer_path(recipe, layouts, recipe_folder))
-    config = config.with_vocabulary(tokenizer.vocab_size)
-    config.check_tokenizer(tokenizer.vocab_size, tokenizer.path)
-    check_divides(config, recipe.parallel.model_parallel_size)
+    layouts, config, tokenizer = find_model(recipe, recipe_folder, weights_may_be_absent=dry_run or resumes)
     if recipe.data.max_tokens > config.max_seq_len:
         raise UserError(
             f"data.max_tokens ({recipe.data.max_tokens}) is more than the model's max_seq_len ({config.max_seq_len})",
@@ -180,6 +175,23 @@ def make_plan(recipe: Recipe, events: Events, *, recipe_folder: Path | None, dry
     total = min(total, recipe.train.max_steps or total)
     recipe = _resolved(recipe, layouts, tokenizer, recipe_folder)
     return Plan(recipe, config, tokenizer, layouts, train, validation, report, steps_per_epoch, total)
+
+
+def find_model(
+    recipe: Recipe, recipe_folder: Path | None, *, weights_may_be_absent: bool
+) -> tuple[list[Layout], ModelConfig, Tokenizer]:
+    """The checkpoints a run starts from, the model's shape, and its tokenizer.
+
+    Raises:
+        UserError: one of them is missing or damaged, or they do not go together.
+    """
+    layouts = _layouts(recipe, weights_may_be_absent)
+    config = _config(recipe, layouts, recipe_folder)
+    tokenizer = load_tokenizer(_tokenizer_path(recipe, layouts, recipe_folder))
+    config = config.with_vocabulary(tokenizer.vocab_size)
+    config.check_tokenizer(tokenizer.vocab_size, tokenizer.path)
+    check_divides(config, recipe.parallel.model_parallel_size)
+    return layouts, config, tokenizer
 
 
 def _layouts(recipe: Recipe, may_be_absent: bool) -> list[Layout]:

@@ -1,0 +1,293 @@
+"""Several real processes from one command: what users see of them, and of their ends."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llama_acc.core.checkpoint.files import check_manifest
+from llama_acc.core.checkpoint.layout import latest_checkpoint
+from llama_acc.core.launch import Launch, _ending, _how_it_ended
+from llama_acc.core.worker import first_host, join_slurm
+from tests.cli.commands import invoke, refused
+from tests.core.ranks import free_port
+
+SHORT = ("--recipe", "quickstart", "train.epochs=3", "checkpoint.every_epochs=1")
+LONG = ("--recipe", "quickstart", "train.epochs=100", "checkpoint.every_epochs=1", "checkpoint.keep=1")
+PATIENCE = 120.0  # seconds; only a test that has failed waits so long
+
+
+class Job:
+    """A finetune command in processes of its own."""
+
+    def __init__(self, output: Path, *words: object, launcher: tuple[str, ...] = (), **environment: str) -> None:
+        self.output = output
+        python = (sys.executable, "-m", *launcher) if launcher else (sys.executable,)
+        command = (*python, "-m", "llama_acc", "finetune", "--device", "cpu", "--output", output, *words)
+        self.process = subprocess.Popen(
+            [str(word) for word in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            cwd=output.parent,
+        )
+
+    def wait(self) -> int:
+        """Waits for its end."""
+        self.out, self.err = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode
+
+    def workers(self) -> dict[int, int]:
+        """Process ids of the running workers, by rank."""
+        found = {}
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        for pid in children.read_text().split():
+            words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            ranks = [word.removeprefix(b"RANK=") for word in words if word.startswith(b"RANK=")]
+            if ranks:
+                found[int(ranks[0])] = int(pid)
+        return found
+
+    def check_time(self, deadline: float) -> None:
+        """Fails if it ended, or takes too long."""
+        if self.process.poll() is not None:
+            self.wait()
+            pytest.fail(self.err)
+        assert time.monotonic() < deadline
+
+    def wait_for_checkpoint(self) -> None:
+        """Waits for the first whole one."""
+        deadline = time.monotonic() + PATIENCE
+        while not (self.output / "latest").exists():
+            self.check_time(deadline)
+            time.sleep(0.05)
+
+
+def steps(output: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def gone(pids: list[int]) -> bool:
+    deadline = time.monotonic() + 30
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(is_running, pids))
+
+
+def test_output_comes_from_rank_0_and_every_rank_s_is_kept_where_it_is_asked_for(tmp_path: Path) -> None:
+    job = Job(tmp_path / "run", *SHORT, "--nproc", 2, "--log-ranks", tmp_path / "logs", "name=$RANK $$ {x}")
+    assert job.wait() == 0, job.err
+    assert job.out == f"llama-acc chat --ckpt {tmp_path / 'run'}\n"
+    assert job.err.count("the report is") == 1
+    assert [step for step, _ in steps(job.output)] == list(range(1, 13))
+    assert "name: $RANK $$ {x}" in (job.output / "recipe.yaml").read_text()
+    logs = {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()}
+    assert sorted(logs) == ["rank-0.err", "rank-0.out", "rank-1.err", "rank-1.out"]
+    assert logs["rank-0.out"] == job.out
+    assert "step 12/12" in logs["rank-0.err"]
+    assert logs["rank-1.out"] == ""
+
+
+def test_a_killed_rank_ends_the_job_with_its_name_and_nothing_stays(tmp_path: Path) -> None:
+    job = Job(tmp_path / "run", *LONG, "--nproc", 2)
+    job.wait_for_checkpoint()
+    workers = job.workers()
+    os.kill(workers[1], signal.SIGKILL)
+    assert job.wait() == 1
+    told = [line for line in job.err.splitlines() if not line.startswith(("step", "saved"))]
+    assert told[-1] == "error: rank 1 was killed by SIGKILL (out of memory?)"
+    assert not any("error" in line.lower() for line in told[:-1]), "the others' errors are not shown"
+    assert gone(list(workers.values()))
+    newest = latest_checkpoint(job.output)
+    assert newest is not None
+    check_manifest(newest, contents=True)
+
+
+def kill_and_compare(output: Path, choice: random.Random, kills: int, processes: int = 2) -> None:
+    """Kills random ranks of a job that restarts by itself; its curve must be that of one that was left alone."""
+    words = ("--recipe", "quickstart", "train.epochs=12", "checkpoint.every_epochs=1", "checkpoint.keep=2")
+    job = Job(output, *words, "--nproc", processes, "--max-restarts", kills)
+    for _ in range(kills):
+        known = len(steps(output)) if (output / "metrics.jsonl").exists() else 0
+        wanted = known + choice.randrange(1, 6)
+        deadline = time.monotonic() + PATIENCE
+        while not (output / "metrics.jsonl").exists() or len(steps(output)) < min(wanted, 44):
+            job.check_time(deadline)
+            time.sleep(0.02)
+        workers = job.workers()
+        os.kill(workers[choice.randrange(processes)], signal.SIGKILL)
+        assert gone(list(workers.values()))
+    assert job.wait() == 0, job.err
+    assert job.err.count("restarting from the last whole checkpoint") == kills, job.err
+    assert [step for step, _ in steps(output)] == list(range(1, 49))
+
+
+def test_a_job_goes_on_by_itself_after_a_rank_was_killed(tmp_path: Path) -> None:
+    kill_and_compare(tmp_path / "killed", random.Random(1), kills=1)
+    alone = Job(tmp_path / "alone", "--recipe", "quickstart", "train.epochs=12", "--nproc", 2)
+    assert alone.wait() == 0, alone.err
+    assert steps(tmp_path / "killed") == steps(tmp_path / "alone"), "resuming is bitwise on the same layout"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(4))
+def test_a_job_goes_on_after_many_kills(seed: int, tmp_path: Path) -> None:
+    kill_and_compare(tmp_path / "killed", random.Random(seed), kills=3, processes=2 + 2 * (seed % 2))
+
+
+def test_ctrl_c_saves_on_all_ranks_and_a_killed_launcher_leaves_nothing(tmp_path: Path) -> None:
+    job = Job(tmp_path / "run", *LONG, "--nproc", 2)
+    job.wait_for_checkpoint()
+    job.process.send_signal(signal.SIGINT)
+    assert job.wait() == 130
+    assert job.err.splitlines()[-1] == f"stopped; go on with: llama-acc finetune --output {job.output} --resume"
+    assert job.err.count("SIGINT: saving after this step") == 1
+
+    again = Job(tmp_path / "run", "--resume", "--nproc", 2)
+    deadline = time.monotonic() + PATIENCE
+    while len(again.workers()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    workers = list(again.workers().values())
+    again.process.kill()
+    assert gone(workers)
+    again.wait()
+
+
+def test_an_error_on_one_rank_is_shown_with_its_number(tmp_path: Path) -> None:
+    fault = "import llama_acc.core.train.loop as loop\ndef fail(self): raise ValueError('the dog ate it')\n"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nif os.environ.get('RANK') == '1':\n"
+        + "".join(f"    {line}\n" for line in (fault + "loop.Loop._own_facts = fail").splitlines())
+    )
+    root = Path(__file__).parents[2]
+    job = Job(tmp_path / "run", *LONG, "--nproc", 2, PYTHONPATH=f"{tmp_path}:{root}")
+    assert job.wait() == 1
+    assert job.err.splitlines()[-2] == "error: rank 1 failed: ValueError: the dog ate it"
+
+
+def test_what_every_rank_finds_is_told_once_and_never_retried(tmp_path: Path) -> None:
+    job = Job(tmp_path / "run", "--recipe", "quickstart", "--data", "nothing.json", "--nproc", 2, "--max-restarts", 3)
+    assert job.wait() == 2
+    assert job.err.count("there is no data 'nothing.json'") == 1
+    assert "error: there is no data" in job.err
+    assert "restarting" not in job.err
+
+
+def test_two_machines_meet_at_an_endpoint(tmp_path: Path) -> None:
+    words = (*SHORT, "--nproc", 1, "--nnodes", 2, "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
+    jobs = [Job(tmp_path / "run", *words) for _ in range(2)]
+    assert [job.wait() for job in jobs] == [0, 0], [job.err for job in jobs]
+    assert "".join(job.out for job in jobs) == f"llama-acc chat --ckpt {tmp_path / 'run'}\n"
+
+
+def test_torchrun_starts_the_ranks_as_well(tmp_path: Path) -> None:
+    launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
+    job = Job(tmp_path / "run", *SHORT, "train.max_steps=4", launcher=launcher)
+    assert job.wait() == 0, job.err
+    assert job.out == f"llama-acc chat --ckpt {tmp_path / 'run'}\n"
+    assert [step for step, _ in steps(job.output)] == [1, 2, 3, 4]
+
+
+def test_slurm_starts_the_ranks_as_well(tmp_path: Path) -> None:
+    shared = {
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_STEP_NODELIST": "localhost",
+        "MASTER_PORT": str(free_port()),
+    }
+    ranks = [{**shared, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+    jobs = [Job(tmp_path / "run", *SHORT, "train.max_steps=4", **rank) for rank in ranks]
+    assert [job.wait() for job in jobs] == [0, 0], [job.err for job in jobs]
+    assert [job.out for job in jobs] == [f"llama-acc chat --ckpt {tmp_path / 'run'}\n", ""]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--nproc", "3", "parallel.model_parallel_size=2"],
+            "parallel.model_parallel_size is 2, which does not divide",
+        ),
+        (["--nproc", "8", "parallel.model_parallel_size=8"], "n_heads (4)"),
+        (["--nnodes", "2"], "--nnodes above 1 and --rdzv-endpoint go together"),
+        (["--rdzv-endpoint", "here:1"], "--nnodes above 1 and --rdzv-endpoint go together"),
+        (["--nproc", "2", "--device", "cuda:1"], "--device cuda:1 is one GPU"),
+        (["--nproc", "none"], "'none' is neither a number of processes nor auto"),
+        (["--nproc", "0"], "'0' is neither a number of processes nor auto"),
+        (["--nnodes", "2", "--rdzv-endpoint", "here"], "'here' is not HOST:PORT"),
+        (
+            ["--nproc", "2", "--nnodes", "2", "--rdzv-endpoint", "no.such.host.invalid:1"],
+            "--rdzv-endpoint no.such.host",
+        ),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_refused_before_anything_starts(
+    words: list[str], said: str, tmp_path: Path
+) -> None:
+    refused(invoke("finetune", "--recipe", "quickstart", "--output", tmp_path / "run", *words), said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_do_not_start_several_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = invoke("finetune", "--recipe", "quickstart", "--output", tmp_path / "run", "--nproc", "2")
+    assert result.exit_code == 2
+    assert "started by torchrun or Slurm" in result.stderr
+
+
+def test_slurm_s_variables_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "9")
+    join_slurm()
+    assert "RANK" not in os.environ, "a batch script is not a step of several tasks"
+    told = {
+        "SLURM_PROCID": "7",
+        "SLURM_STEP_NUM_TASKS": "9",
+        "SLURM_LOCALID": "3",
+        "SLURM_NODEID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "4(x2),1",
+        "SLURM_STEP_NODELIST": "gpu[07-09]",
+        "SLURM_JOB_ID": "123456",
+    }
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    join_slurm()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    assert [os.environ[name] for name in names] == ["7", "9", "3", "4", "gpu07", "18456"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("a", "a"), ("a,b", "a"), ("gpu[07-09,12],b", "gpu07"), ("gpu[3,5]", "gpu3"), ("n[1-2]-ib,x", "n1-ib")],
+)
+def test_the_first_of_slurm_s_hosts(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def test_how_a_process_ended_is_said_in_words(tmp_path: Path) -> None:
+    assert _how_it_ended(3) == "ended with exit code 3"
+    assert _how_it_ended(-11) == "was killed by SIGSEGV"
+    assert _ending(str(tmp_path / "absent")) is None
+    assert Launch(4, nodes=2, endpoint="a:1").world_size == 8
