@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llama_acc.core.recipe import Recipe
     from llama_acc.core.train.dry_run import Estimate
     from llama_acc.core.train.plan import Plan
+    from llama_acc.core.train.simulate import RankShare
 
 HELP = """Fine-tune a model as a recipe says.
 
@@ -152,7 +153,7 @@ def finetune(
     run = None if output is None else Path(output).expanduser()
     loaded, folder = _load_recipe(recipe, run, resume, overrides or [], pretrained, data, tokenizer)
     if dry_run:
-        _dry_run(loaded, run, folder, device, verify)
+        _dry_run(loaded, run, folder, device, verify, processes.world_size(wanted))
     elif processes.launched(wanted, device, lambda count: _check(loaded, folder, resume, count)):
         return
     else:
@@ -245,15 +246,25 @@ def _train(recipe: "Recipe", output: Path, folder: Path | None, resume: bool, de
     typer.echo(f"llama-acc chat --ckpt {quoted}")
 
 
-def _dry_run(recipe: "Recipe", output: Path | None, folder: Path | None, device: str | None, verify: bool) -> None:
+def _dry_run(
+    recipe: "Recipe", output: Path | None, folder: Path | None, device: str | None, verify: bool, processes: int | None
+) -> None:
     from llama_acc.core.train.dry_run import dry_run
 
     with console.RunConsole() as watcher:
-        plan, estimate = dry_run(recipe, output, device=device, recipe_folder=folder, events=watcher, verify=verify)
-    _show_dry_run(plan, estimate)
+        plan, estimate, share = dry_run(
+            recipe,
+            output,
+            device=device,
+            recipe_folder=folder,
+            events=watcher,
+            verify=verify,
+            processes=processes,
+        )
+    _show_dry_run(plan, estimate, share)
 
 
-def _show_dry_run(plan: "Plan", estimate: "Estimate") -> None:
+def _show_dry_run(plan: "Plan", estimate: "Estimate", share: "RankShare") -> None:
     lengths = plan.report["lengths"]
     disk = min(plan.save_count(), plan.recipe.checkpoint.keep or plan.save_count()) * plan.checkpoint_bytes()
     console.pairs(
@@ -262,6 +273,7 @@ def _show_dry_run(plan: "Plan", estimate: "Estimate") -> None:
             ("lengths", ", ".join(f"{name} {value}" for name, value in lengths.items()) + " tokens"),
             ("truncated", f"{plan.report['truncated']:,} items are longer than {plan.recipe.data.max_tokens} tokens"),
             ("label tokens", f"{plan.report['label_tokens']:,} of {plan.report['tokens']:,}"),
+            *_per_rank(plan, share),
             ("time", f"about {console.duration(estimate.seconds)} for the steps ({estimate.how})"),
             ("disk", f"{disk / 2**30:.2f} GiB for the checkpoints that stay"),
         ],
@@ -274,6 +286,20 @@ def _show_dry_run(plan: "Plan", estimate: "Estimate") -> None:
             "(trained tokens in green)" if console.out.is_terminal else "(trained tokens between ⟦ and ⟧)"
         )
         console.out.print(_example(plan, number))
+
+
+def _per_rank(plan: "Plan", share: "RankShare") -> list[tuple[str, str]]:
+    """What each of several processes keeps."""
+    from llama_acc.core.train.plan import size_text
+
+    size = plan.recipe.parallel.model_parallel_size
+    layout = f"{share.world_size // size} data parallel ({plan.recipe.parallel.data_parallel}) x {size} model parallel"
+    names = {"weights": share.weights, "gradients": share.gradients, "moments": share.moments}
+    parts = ", ".join(f"{name} {size_text(count)}" for name, count in names.items())
+    return [
+        ("processes", f"{share.world_size}: {layout}"),
+        ("each keeps", f"{share.parameters:,} parameters; {parts}, in all {size_text(share.total)}"),
+    ]
 
 
 def _example(plan: "Plan", number: int) -> "Text":

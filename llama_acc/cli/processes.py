@@ -27,6 +27,16 @@ class Wanted:
         return self == Wanted()
 
 
+def world_size(wanted: Wanted) -> int | None:
+    """Number of processes in all; None if it was left open."""
+    if wanted.nproc is None:
+        return wanted.nnodes if wanted.nnodes > 1 else None
+    from llama_acc.core.launch import processes_here
+
+    # What a dry run asks about need not be here.
+    return wanted.nnodes * (int(wanted.nproc) if wanted.nproc != "auto" else processes_here("auto", None))
+
+
 def launched(wanted: Wanted, device: str | None, check: Callable[[int], None]) -> bool:
     """Runs this command in several processes, if that is wanted and was not done yet.
 

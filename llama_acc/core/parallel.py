@@ -152,7 +152,7 @@ def joined(device: torch.device, model_parallel_size: int) -> Iterator[Parallel]
         dist.destroy_process_group()
 
 
-def _groups(model_parallel_size: int) -> Parallel:
+def _groups(model_parallel_size: int, control: bool = True) -> Parallel:
     """Splits the processes into fairscale's model-parallel and data-parallel groups."""
     from fairscale.nn.model_parallel import initialize
 
@@ -165,9 +165,28 @@ def _groups(model_parallel_size: int) -> Parallel:
         initialize.get_data_parallel_world_size(),
         initialize.get_model_parallel_group(),
         initialize.get_data_parallel_group(),
-        dist.new_group(backend="gloo", timeout=_PATIENCE),
-        dist.new_group(backend="gloo", timeout=_PATIENCE),
+        dist.new_group(backend="gloo", timeout=_PATIENCE) if control else None,
+        dist.new_group(backend="gloo", timeout=_PATIENCE) if control else None,
     )
+
+
+@contextlib.contextmanager
+def simulated(rank: int, processes: int, model_parallel_size: int) -> Iterator[Parallel]:
+    """Makes this process one of many that are not there, for a while; what they would tell each other is not true.
+
+    Raises:
+        UserError: their number is not a multiple of `model_parallel_size`.
+    """
+    from fairscale.nn.model_parallel import initialize
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    check_world(model_parallel_size, processes)
+    dist.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
+    try:
+        yield _groups(model_parallel_size, control=False)
+    finally:
+        initialize.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 class LocalPart(NamedTuple):

@@ -1,6 +1,7 @@
 """`finetune --dry-run`: everything is checked and shown, nothing is trained, no weights are needed."""
 
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -9,10 +10,11 @@ import pytest
 import yaml
 
 from llama_acc.core.recipe import Recipe, recipe_names
-from tests.cli.commands import QUICKSTART, TINY, invoke
+from tests.cli.commands import QUICKSTART, invoke
 
-# As TINY, but with room for every recipe's data.max_tokens.
-TINY_LONG = TINY.replace("256}", "4096}")
+# With room for every recipe's data.max_tokens, and heads for every recipe's model-parallel size.
+SHAPE = "dim: 64, n_layers: 2, n_heads: 8, n_kv_heads: 8, multiple_of: 16, vocab_size: 304, max_seq_len: 4096"
+TINY_LONG = f"model.params={{{SHAPE}}}"
 
 
 def files(folder: Path) -> set[str]:
@@ -64,6 +66,56 @@ def test_it_shows_plan_data_time_disk_and_two_examples(tmp_path: Path) -> None:
     assert "example 1: instructions.json item 1 (trained tokens between ⟦ and ⟧)" in result.stdout
     assert "example 2: instructions.json item 2 (trained tokens between ⟦ and ⟧)" in result.stdout
     assert "### Response:⟦LLaMA is a family of language models made by Meta.</s>⟧" in result.stdout
+
+
+def test_it_says_what_each_of_many_processes_keeps(tmp_path: Path) -> None:
+    result = invoke(*QUICKSTART, "--dry-run", "--nproc", "4", "--nnodes", "2", "parallel.model_parallel_size=2")
+    assert result.exit_code == 0, result.stderr
+    lines = shown(result.stdout)
+    assert lines["processes"] == "8: 4 data parallel (sdp) x 2 model parallel"
+    assert lines["each keeps"].startswith("8,232 parameters; weights 0.0 MiB, ")
+    assert lines["time"].endswith("8 processes as fast as this one, at best)")
+    alone = shown(invoke(*QUICKSTART, "--dry-run").stdout)
+    assert alone["processes"].startswith("1: ")
+    assert alone["each keeps"].startswith("65,696 parameters; ")
+    wrong = invoke(*QUICKSTART, "--dry-run", "--nproc", "3", "parallel.model_parallel_size=2")
+    assert wrong.exit_code == 2
+    assert "does not divide the number of processes (3)" in wrong.stderr
+
+
+def test_70b_on_8_ranks_is_planned_without_its_memory(tmp_path: Path, single_turn: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(words_tokenizer(32000)))
+    dialogue = [{"conversations": [{"from": "human", "value": "w10 w11"}, {"from": "gpt", "value": "w12"}]}]
+    (tmp_path / "data.json").write_text(json.dumps(dialogue * 4))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    recipe = ("finetune", "--recipe", "sharegpt-70b", "--dry-run", "--device", "cpu", "--nproc", "8")
+    result = invoke(*recipe, "--data", tmp_path / "data.json", "--tokenizer", tmp_path / "tokenizer.json")
+    assert result.exit_code == 0, result.stderr
+    lines = shown(result.stdout)
+    assert lines["parameters"] == "68,976,648,192, of which 68,976,648,192 train (method full)"
+    assert lines["processes"] == "8: 1 data parallel (sdp) x 8 model parallel"
+    # Counted by hand: everything is split in 8 but the norms, of 8192 numbers in 2 * 80 + 1 places.
+    norms = (2 * 80 + 1) * 8192
+    own = (68_976_648_192 - norms) // 8 + norms
+    assert lines["each keeps"].startswith(f"{own:,} parameters; weights {own * 4 / 2**30:.1f} GiB, ")
+    assert f"moments {own * 8 / 2**30:.1f} GiB, in all {own * 16 / 2**30:.1f} GiB" in lines["each keeps"]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20, "KiB"
+
+
+def words_tokenizer(pieces: int) -> dict[str, object]:
+    """A tokenizer.json of that many words, the first three of them special."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{number}": number for number in range(3, pieces)}
+    special = [
+        {"id": number, "content": content, "special": True, "single_word": False, "lstrip": False, "rstrip": False}
+        | {"normalized": False}
+        for number, content in enumerate(("<unk>", "<s>", "</s>"))
+    ]
+    return {
+        "version": "1.0",
+        "added_tokens": special,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+    }
 
 
 def test_without_an_output_it_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,16 @@ FULL_7B = {
     "ultrachat": ("ultrachat", "dialogue", "dialogue", 4096),
     "moss": ("moss", "dialogue", "dialogue", 4096),
 }
+# Base, model-parallel size, batch size, examples of a step, data.max_tokens. LLaMA2-Accessory's batch sizes are
+# those of a data-parallel rank: 4 x 8 accumulated on 8 / 2 ranks; 34B and 70B 2 x 64, no number of machines is named.
+FULL_LARGE = {
+    "lima-13b": ("llama2-13b", 2, 4, 128, 4096),
+    "sharegpt-13b": ("llama2-13b", 2, 4, 128, 4096),
+    "wizardcode-13b": ("llama2-13b", 2, 4, 128, 4096),
+    "flacuna-13b": ("llama2-13b", 2, 4, 128, 2048),
+    "wizardcode-34b": ("codellama-34b", 4, 2, 128, 4096),
+    "sharegpt-70b": ("llama2-70b", 8, 2, 128, 4096),
+}
 SMALLEST: dict[str, Any] = {
     "name": "smallest",
     "model": {"pretrained": None},
@@ -72,6 +82,20 @@ def test_full_7b_recipes_have_llama2_accessorys_hyper_parameters(name: str) -> N
     assert (train.batch_size, train.precision, train.activation_checkpointing) == (4, "bf16", True)
     assert (recipe.parallel.model_parallel_size, recipe.parallel.data_parallel) == (1, "sdp")
     assert (recipe.checkpoint.every_epochs, recipe.checkpoint.keep) == (1, 3)
+
+
+@pytest.mark.parametrize("name", FULL_LARGE)
+def test_larger_recipes_differ_from_the_7b_ones_only_in_what_is_listed(name: str) -> None:
+    base, size, batch_size, global_batch_size, max_tokens = FULL_LARGE[name]
+    expected = Recipe.load(name.rpartition("-")[0]).model_dump()
+    recipe = Recipe.load(name)
+    assert str(size) in recipe.description
+    expected |= {"name": name, "description": recipe.description}
+    expected["model"] |= {"pretrained": base, "size": base}
+    expected["parallel"] |= {"model_parallel_size": size}
+    expected["train"] |= {"batch_size": batch_size, "global_batch_size": global_batch_size}
+    expected["data"] |= {"max_tokens": max_tokens}
+    assert recipe.model_dump() == expected
 
 
 def test_what_a_recipe_leaves_out_has_defaults() -> None:

@@ -15,6 +15,7 @@ from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.events import Events
 from llama_acc.core.train.folder import RunFolder, refuse_non_empty
 from llama_acc.core.train.plan import Plan, check_disk, make_plan, read_base
+from llama_acc.core.train.simulate import RankShare, rank_share
 from llama_acc.core.train.step import train_step
 from llama_acc.core.train.trainer import Trainer
 
@@ -37,8 +38,18 @@ def dry_run(
     recipe_folder: Path | None = None,
     events: Events,
     verify: bool = False,
-) -> tuple[Plan, Estimate]:
+    processes: int | None = None,
+) -> tuple[Plan, Estimate, RankShare]:
     """Does everything but train; writes recipe.yaml and data.json into `output`, if there is one, and nothing else.
+
+    Args:
+        recipe: what to do.
+        output: the run's folder.
+        device: such as "cpu"; None picks one.
+        recipe_folder: where relative paths of the recipe are looked for first.
+        events: told what happens.
+        verify: also compare the SHA-256 of the checkpoint's files with its manifest.
+        processes: how many there are to be; none is started. None = as few as the recipe takes.
 
     Raises:
         UserError: whatever would stop the real run before its first step.
@@ -48,19 +59,32 @@ def dry_run(
     plan = make_plan(recipe, events, recipe_folder=recipe_folder, dry_run=True, resumes=False)
     for layout in plan.layouts:
         check_checkpoint(layout.folder, verify)
+    processes = processes or recipe.parallel.model_parallel_size
+    share = rank_share(plan, processes)
     read_base(plan, Parallel())
-    check_disk(plan, output or Path.cwd())
+    if output is not None:
+        check_disk(plan, output)
     target = pick_device(device)
     if output is not None:
         folder = RunFolder(output, resume=False)
         folder.write_recipe(plan.recipe)
         folder.write_data_report(plan.report)
         folder.close()
-    return plan, estimate_time(plan, target)
+    return plan, estimate_time(plan, target, processes), share
 
 
-def estimate_time(plan: Plan, device: torch.device) -> Estimate:
-    """The time of all steps: from one timed step where its memory fits in half of what is free, else from the work."""
+def estimate_time(plan: Plan, device: torch.device, processes: int = 1) -> Estimate:
+    """The time of all steps: from one timed step where its memory fits in half of what is free, else from the work.
+
+    Several processes are taken to share the work without loss.
+    """
+    alone = _estimate_alone(plan, device)
+    if processes == 1:
+        return alone
+    return Estimate(alone.seconds / processes, f"{alone.how}; {processes} processes as fast as this one, at best")
+
+
+def _estimate_alone(plan: Plan, device: torch.device) -> Estimate:
     tokens = _tokens(plan)
     if training_bytes(plan) <= free_memory(device) / 2:
         per_token, per_step = _timed_step(plan, device)

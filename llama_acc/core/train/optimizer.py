@@ -9,6 +9,9 @@ from torch.distributed.tensor import DTensor
 from llama_acc.core.model.sharding import split_dimension
 from llama_acc.core.parallel import Parallel, is_sharded, local_part
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of the size of a parameter."""
+
 _ALONE = Parallel()
 
 
@@ -98,7 +101,7 @@ class ClippedAdamW:
             read: given `KEY.NAME` and the parameter, the rows to be stored here, or None if there are none.
         """
         for name, parameter in self.named.items():
-            found = {key: read(f"{key}.{name}", parameter) for key in ("step", "exp_avg", "exp_avg_sq")}
+            found = {key: read(f"{key}.{name}", parameter) for key in ("step", *MOMENTS)}
             self.adamw.state[self._stored[name]] = {key: value for key, value in found.items() if value is not None}
 
 

@@ -137,7 +137,7 @@ class Plan:
                 f"{self.steps_per_epoch:,} in an epoch, {recipe.train.epochs:g} epochs, "
                 f"{recipe.train.precision}",
             ),
-            ("checkpoints", f"{saves} of {_gib(self.checkpoint_bytes())}, the newest {kept} kept"),
+            ("checkpoints", f"{saves} of {size_text(self.checkpoint_bytes())}, the newest {kept} kept"),
         ]
         return lines
 
@@ -146,7 +146,8 @@ def _counted(count: int, what: str) -> str:
     return f", {count:,} {what}" if count else ""
 
 
-def _gib(size: float) -> str:
+def size_text(size: float) -> str:
+    """Bytes as people say them: 9.2 MiB, 33.5 GiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
@@ -328,7 +329,7 @@ def check_disk(plan: Plan, output: Path) -> None:
     needed, free = at_once * plan.checkpoint_bytes(), free_bytes(output)
     if needed > free:
         raise UserError(
-            f"too little disk for the checkpoints: {at_once} of {_gib(plan.checkpoint_bytes())} need {_gib(needed)}, "
-            f"{_gib(free)} are free at {output}",
+            f"too little disk for the checkpoints: {at_once} of {size_text(plan.checkpoint_bytes())} need {size_text(needed)}, "
+            f"{size_text(free)} are free at {output}",
             "free some, choose another --output, or lower checkpoint.keep",
         )

@@ -1,0 +1,67 @@
+"""What one rank of many would hold, found by building it: on the meta device, with torch's fake process group."""
+
+from dataclasses import dataclass
+
+import torch
+
+from llama_acc.core.model.transformer import build_on_meta
+from llama_acc.core.parallel import Parallel, local_part, simulated
+from llama_acc.core.train.data_parallel import DataParallel
+from llama_acc.core.train.optimizer import MOMENTS
+from llama_acc.core.train.plan import Plan
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """What lasts from step to step on one rank.
+
+    Attributes:
+        rank: which one.
+        world_size: of how many.
+        parameters: numbers it stores of the model, and trains.
+        weights: bytes of these.
+        gradients: bytes of their gradients, of those that stay from one micro-batch to the next.
+        moments: bytes of the optimizer's state.
+    """
+
+    rank: int
+    world_size: int
+    parameters: int
+    weights: int
+    gradients: int
+    moments: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in all, without activations, gathered parameters and buffers."""
+        return self.weights + self.gradients + self.moments
+
+
+def rank_share(plan: Plan, world_size: int, rank: int = 0) -> RankShare:
+    """Builds one rank of `world_size` without its memory. Rank 0 has most: it is the first to get an odd row.
+
+    Raises:
+        UserError: the processes cannot be shared out in model-parallel groups.
+    """
+    settings = plan.recipe.parallel
+    with simulated(rank, world_size, settings.model_parallel_size) as parallel:
+        model = build_on_meta(plan.config, plan.compute_dtype, parallel)
+        DataParallel(model, parallel, settings.data_parallel, settings.accumulate_unsharded, "cpu")
+        stored = [local_part(parameter).tensor for parameter in model.parameters()]
+        whole = list(model.parameters())
+        numbers = sum(tensor.numel() for tensor in stored)
+        weights = sum(tensor.nbytes for tensor in stored)
+        return RankShare(
+            rank, world_size, numbers, weights, _gradient_bytes(plan, parallel, stored, whole), len(MOMENTS) * weights
+        )
+
+
+def _gradient_bytes(plan: Plan, parallel: Parallel, stored: list[torch.Tensor], whole: list[torch.nn.Parameter]) -> int:
+    """Gradients are those of what is stored, but whole where they are summed over the ranks only once a step."""
+    settings = plan.recipe.parallel
+    once_a_step = settings.data_parallel == "sdp" or (
+        settings.data_parallel == "fsdp" and settings.accumulate_unsharded
+    )
+    if parallel.data_size > 1 and once_a_step:
+        return sum(parameter.numel() * parameter.element_size() for parameter in whole)
+    return sum(tensor.nbytes for tensor in stored)
