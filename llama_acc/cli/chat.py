@@ -1,18 +1,22 @@
 """`llama-acc chat`: one answer for a script, or a conversation."""
 
+import contextlib
 import json
+import signal
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llama_acc.cli import console, options
-from llama_acc.core.errors import UserError
+from llama_acc.cli import console, options, processes
+from llama_acc.core import worker
+from llama_acc.core.errors import LlamaAccError, UserError
 
 if TYPE_CHECKING:
-    from llama_acc.core.inference import Conversation, LoadedModel
+    from llama_acc.core.inference import Conversation, LoadedModel, Sampling
 
 HELP = """Talk to a model. A run's folder means its latest checkpoint.
 
@@ -23,7 +27,11 @@ Examples:
   llama-acc chat --ckpt runs/alpaca --prompt "Name three colours." --temperature 0
 
   cat question.txt | llama-acc chat --ckpt runs/alpaca --prompt -
+
+  llama-acc chat --ckpt runs/sharegpt-70b --nproc 4
 """
+
+_PATIENCE = timedelta(days=365)  # people think
 
 COMMANDS = """/reset          forget the conversation
 /system TEXT    set the system text (without TEXT: show it)
@@ -74,12 +82,67 @@ def chat(
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare the SHA-256 of the checkpoint's files with its manifest.")
     ] = False,
+    nproc: options.Nproc = None,
 ) -> None:
     """Talk to a model."""
-    from llama_acc.core.inference import Conversation, Sampling, load_model
+    from llama_acc.core.inference import Sampling
 
     sampling = Sampling(temperature, top_p, seed, max_new_tokens)
-    loaded = load_model(*ckpt, device=device, tokenizer=tokenizer, template=template, verify=verify)
+    if processes.launched(processes.Wanted(nproc), device, lambda count: _check_split(ckpt, count)):
+        return
+    if not worker.is_main():
+        # While it waits for rank 0, Python would not look at a signal.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with _shared_model(ckpt, device, tokenizer, template, verify) as loaded:
+        if worker.is_main():
+            _talk(loaded, sampling, prompt, template, system)
+
+
+@contextlib.contextmanager
+def _shared_model(
+    ckpt: list[str], device: str | None, tokenizer: str | None, template: str, verify: bool
+) -> "Iterator[LoadedModel]":
+    """The model, shared by all processes; those other than rank 0 compute in here what that asks for."""
+    from llama_acc.core.device import pick_device
+    from llama_acc.core.inference import dismiss, follow, load_model
+    from llama_acc.core.parallel import joined
+
+    target = pick_device(device)
+    with joined(target, worker.world_size(), patience=_PATIENCE) as parallel:
+        loaded = parallel.agree(
+            lambda: load_model(
+                *ckpt,
+                device=str(target),
+                tokenizer=tokenizer,
+                template=template,
+                verify=verify,
+                parallel=parallel,
+            )
+        )
+        if not parallel.is_main:
+            follow(loaded)
+        try:
+            yield loaded
+        except LlamaAccError:
+            dismiss(loaded)
+            raise
+        if parallel.is_main:
+            dismiss(loaded)
+
+
+def _check_split(ckpt: list[str], processes: int) -> None:
+    """Refuses what would end every process, before any is started."""
+    from llama_acc.core.checkpoint.layout import inspect, locate, read_config
+    from llama_acc.core.model.sharding import check_divides
+
+    config = read_config([inspect(locate(folder)) for folder in ckpt])
+    if config is not None and config.vocab_size > 0:
+        check_divides(config, processes)
+
+
+def _talk(loaded: "LoadedModel", sampling: "Sampling", prompt: str | None, template: str, system: str | None) -> None:
+    from llama_acc.core.inference import Conversation
+
     conversation = Conversation(loaded, sampling)
     if system is not None:
         _set_system(conversation, loaded, system)
@@ -154,6 +217,8 @@ def _answer(conversation: "Conversation", line: str) -> None:
         console.error(error.message, error.hint)
     except KeyboardInterrupt:
         sys.stdout.write("\n")
+        if worker.world_size() > 1:
+            raise  # the ranks no longer stand at the same place
         console.note("answer cut short; Ctrl-C again at the prompt to leave")
 
 

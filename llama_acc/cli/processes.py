@@ -78,6 +78,8 @@ def launched(wanted: Wanted, device: str | None, check: Callable[[int], None]) -
         None if wanted.log_ranks is None else Path(wanted.log_ranks).expanduser().absolute(),
     )
     check(how.world_size)
+    if how == Launch(1):
+        return False
     try:
         launch(how, sys.argv[1:])
     except Stopped as stopped:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from llama_acc.core.checkpoint.files import check_checkpoint
@@ -19,12 +20,15 @@ from llama_acc.core.data.templates import ChatTemplate, Template, get_template, 
 from llama_acc.core.device import pick_device
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.attention import KVCache
+from llama_acc.core.model.sharding import check_divides
 from llama_acc.core.model.transformer import Transformer, build_on_meta, pack_small
+from llama_acc.core.parallel import Parallel
 from llama_acc.core.tokenizer import StreamDecoder, Tokenizer, find_tokenizer, load_tokenizer
 
 Turn = tuple[str, str]
 # A temperature so low leaves one token anyway, and logits divided by less would overflow.
 _GREEDY_BELOW = 1e-6
+_ALONE = Parallel()
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,9 @@ def load_model(
     tokenizer: str | Path | None = None,
     template: str = "auto",
     verify: bool = False,
+    parallel: Parallel = _ALONE,
 ) -> LoadedModel:
-    """Loads a checkpoint for generation.
+    """Loads a checkpoint, or a rank's share of it, for generation.
 
     Args:
         checkpoints: folders, or run folders (their latest checkpoint); a later one overrides an earlier one.
@@ -90,6 +95,7 @@ def load_model(
         tokenizer: its file; None = the one beside the checkpoint.
         template: a prompt format's name; "auto" = the one kept in the checkpoint, else its chat template, else none.
         verify: compare the SHA-256 of every file with the manifest.
+        parallel: the ranks that share the model, whatever the size it was saved at.
 
     Raises:
         UserError: something is missing, damaged or does not fit.
@@ -108,26 +114,69 @@ def load_model(
     chosen: tuple[Template | ChatTemplate, str]
     chosen = template_of_folder(last, words) if template == "auto" else (get_template(template), "asked for")
     for layout in layouts:
-        check_checkpoint(layout.folder, verify)
-    weights = read_weights(layouts)
+        check_checkpoint(layout.folder, verify and parallel.is_main)
+    check_divides(config, parallel.model_size)
+    weights = read_weights(layouts, parallel.model_rank, parallel.model_size)
     check_tensors(weights, config.parameter_shapes(), last)
     own_dtype = weights.tensors["output.weight"].dtype
     if dtype is None:
         dtype = own_dtype if own_dtype in (torch.float32, torch.bfloat16) else torch.float32
     target = pick_device(device)
-    model = build_on_meta(config, dtype).requires_grad_(False)
+    model = build_on_meta(config, dtype, parallel).requires_grad_(False)
     fill(model, weights, target, dtype, copy=False)
-    pack_small(model)
+    if parallel.model_size == 1:
+        pack_small(model)
     return LoadedModel(model, words, *chosen, target)
 
 
+class _Past:
+    """What a model has seen of one conversation: its keys and values."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.model, self.device = loaded.model, loaded.device
+        self.cache = KVCache(loaded.model.config.n_layers)
+
+    @torch.inference_mode()
+    def logits(self, keep: int, feed: Sequence[int]) -> Tensor:
+        """[vocabulary] logits of what follows `feed`, which follows the first `keep` tokens seen so far."""
+        self.cache.truncate(keep)
+        tokens = torch.tensor(feed, device=self.device)
+        positions = torch.arange(keep, keep + len(feed), device=self.device)
+        hidden = self.model(tokens, positions, [len(feed)], cache=self.cache)
+        return self.model.logits(hidden[-1:])[0]
+
+
+def follow(loaded: LoadedModel) -> None:
+    """Computes this rank's part of what rank 0 generates, until that calls `dismiss`."""
+    past, group = _Past(loaded), loaded.model.parallel.control
+    head = torch.empty(2, dtype=torch.int64)
+    while True:
+        dist.broadcast(head, 0, group)
+        keep, count = head.tolist()
+        if not count:
+            return
+        feed = torch.empty(count, dtype=torch.int64)
+        dist.broadcast(feed, 0, group)
+        past.logits(keep, feed.tolist())
+
+
+def dismiss(loaded: LoadedModel) -> None:
+    """Ends `follow` on the other ranks."""
+    if loaded.model.parallel.world_size > 1:
+        dist.broadcast(torch.zeros(2, dtype=torch.int64), 0, loaded.model.parallel.control)
+
+
 class Generator:
-    """Continues token sequences, keeping the keys and values of what it has already seen."""
+    """Continues token sequences, keeping the keys and values of what it has already seen.
+
+    Where several ranks share the model, rank 0 generates and the others `follow`; they keep one conversation's past, so
+    there may be one generator at a time.
+    """
 
     def __init__(self, loaded: LoadedModel, sampling: Sampling) -> None:
-        self.model, self.device, self.sampling = loaded.model, loaded.device, sampling
+        self.model, self.sampling = loaded.model, sampling
         self.end_ids = loaded.tokenizer.end_ids
-        self._cache = KVCache(loaded.model.config.n_layers)
+        self._past = _Past(loaded)
         self._seen: list[int] = []
         self._random = torch.Generator(device="cpu")
         if sampling.seed is None:
@@ -147,7 +196,6 @@ class Generator:
             if old != new:
                 break
             shared += 1
-        self._cache.truncate(shared)
         self._seen = list(prompt[:shared])
         feed = list(prompt[shared:])
         room = self.model.config.max_seq_len - len(prompt)
@@ -159,12 +207,13 @@ class Generator:
             feed = [token]
 
     def _logits(self, feed: list[int]) -> Tensor:
-        start = self._cache.length
-        tokens = torch.tensor(feed, device=self.device)
-        positions = torch.arange(start, start + len(feed), device=self.device)
-        hidden = self.model(tokens, positions, [len(feed)], cache=self._cache)
+        keep, parallel = len(self._seen), self.model.parallel
+        if parallel.world_size > 1:
+            dist.broadcast(torch.tensor([keep, len(feed)]), 0, parallel.control)
+            dist.broadcast(torch.tensor(feed), 0, parallel.control)
+        logits = self._past.logits(keep, feed)
         self._seen += feed
-        return self.model.logits(hidden[-1:])[0]
+        return logits
 
     def _choose(self, logits: Tensor) -> int:
         if self.sampling.temperature < _GREEDY_BELOW:

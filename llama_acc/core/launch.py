@@ -16,6 +16,7 @@ import socket
 import struct
 import sys
 import tempfile
+import termios
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -122,17 +123,26 @@ def launch(how: Launch, arguments: Sequence[str]) -> None:
     # Shared with the agents' own, the workers' store would still hold the addresses of those that died.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // how.processes)))
-    os.environ[LAUNCHER] = str(os.getpid())
     network = _network_of(_own_address(how)) if how.nodes > 1 else None
     if network is not None:
         # Left alone, gloo takes the network that this machine's name stands for, which often is the loopback.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", network)
-    logs = _Logs(how.log_ranks)
+    logs, terminal = _Logs(how.log_ranks), _terminal_settings()
+    os.environ[LAUNCHER] = str(os.getpid())
     try:
         _run(how, arguments, logs)
     finally:
         logs.clear()
+        if terminal is not None:  # rank 0 may have been killed while a line was being typed
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, terminal)
         del os.environ[LAUNCHER]
+
+
+def _terminal_settings() -> list[Any] | None:
+    try:
+        return termios.tcgetattr(sys.stdin)
+    except (termios.error, OSError, ValueError):  # it is no terminal
+        return None
 
 
 def _run(how: Launch, arguments: Sequence[str], logs: "_Logs") -> None:

@@ -128,8 +128,13 @@ def check_world(model_parallel_size: int, processes: int) -> None:
 
 
 @contextlib.contextmanager
-def joined(device: torch.device, model_parallel_size: int) -> Iterator[Parallel]:
+def joined(device: torch.device, model_parallel_size: int, patience: timedelta = _PATIENCE) -> Iterator[Parallel]:
     """Joins the processes started with this one for a while: env://, that is RANK, WORLD_SIZE, MASTER_ADDR and _PORT.
+
+    Args:
+        device: where this one computes.
+        model_parallel_size: how many share one copy of the model.
+        patience: how long a rank may wait for another.
 
     Raises:
         UserError: their number is not a multiple of `model_parallel_size`.
@@ -141,18 +146,18 @@ def joined(device: torch.device, model_parallel_size: int) -> Iterator[Parallel]
         return
     on_gpu = device.type == "cuda"
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_PATIENCE, device_id=device if on_gpu else None
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=patience, device_id=device if on_gpu else None
     )
     from fairscale.nn.model_parallel import initialize
 
     try:
-        yield _groups(model_parallel_size)
+        yield _groups(model_parallel_size, patience)
     finally:
         initialize.destroy_model_parallel()
         dist.destroy_process_group()
 
 
-def _groups(model_parallel_size: int, control: bool = True) -> Parallel:
+def _groups(model_parallel_size: int, patience: timedelta | None) -> Parallel:
     """Splits the processes into fairscale's model-parallel and data-parallel groups."""
     from fairscale.nn.model_parallel import initialize
 
@@ -165,8 +170,8 @@ def _groups(model_parallel_size: int, control: bool = True) -> Parallel:
         initialize.get_data_parallel_world_size(),
         initialize.get_model_parallel_group(),
         initialize.get_data_parallel_group(),
-        dist.new_group(backend="gloo", timeout=_PATIENCE) if control else None,
-        dist.new_group(backend="gloo", timeout=_PATIENCE) if control else None,
+        dist.new_group(backend="gloo", timeout=patience) if patience is not None else None,
+        dist.new_group(backend="gloo", timeout=patience) if patience is not None else None,
     )
 
 
@@ -183,7 +188,7 @@ def simulated(rank: int, processes: int, model_parallel_size: int) -> Iterator[P
     check_world(model_parallel_size, processes)
     dist.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
     try:
-        yield _groups(model_parallel_size, control=False)
+        yield _groups(model_parallel_size, None)
     finally:
         initialize.destroy_model_parallel()
         dist.destroy_process_group()

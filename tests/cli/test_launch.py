@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,11 +14,11 @@ from llama_acc.core.checkpoint.layout import latest_checkpoint
 from llama_acc.core.launch import Launch, _ending, _how_it_ended
 from llama_acc.core.worker import first_host, join_slurm
 from tests.cli.commands import invoke, refused
+from tests.cli.jobs import PATIENCE, gone, start_job, workers_of
 from tests.core.ranks import free_port
 
 SHORT = ("--recipe", "quickstart", "train.epochs=3", "checkpoint.every_epochs=1")
 LONG = ("--recipe", "quickstart", "train.epochs=100", "checkpoint.every_epochs=1", "checkpoint.keep=1")
-PATIENCE = 120.0  # seconds; only a test that has failed waits so long
 
 
 class Job:
@@ -28,16 +26,8 @@ class Job:
 
     def __init__(self, output: Path, *words: object, launcher: tuple[str, ...] = (), **environment: str) -> None:
         self.output = output
-        python = (sys.executable, "-m", *launcher) if launcher else (sys.executable,)
-        command = (*python, "-m", "llama_acc", "finetune", "--device", "cpu", "--output", output, *words)
-        self.process = subprocess.Popen(
-            [str(word) for word in command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            cwd=output.parent,
-        )
+        words = ("finetune", "--device", "cpu", "--output", output, *words)
+        self.process = start_job(*words, launcher=launcher, folder=output.parent, **environment)
 
     def wait(self) -> int:
         """Waits for its end."""
@@ -46,14 +36,7 @@ class Job:
 
     def workers(self) -> dict[int, int]:
         """Process ids of the running workers, by rank."""
-        found = {}
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        for pid in children.read_text().split():
-            words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            ranks = [word.removeprefix(b"RANK=") for word in words if word.startswith(b"RANK=")]
-            if ranks:
-                found[int(ranks[0])] = int(pid)
-        return found
+        return workers_of(self.process)
 
     def check_time(self, deadline: float) -> None:
         """Fails if it ended, or takes too long."""
@@ -73,20 +56,6 @@ class Job:
 def steps(output: Path) -> list[tuple[int, float]]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def gone(pids: list[int]) -> bool:
-    deadline = time.monotonic() + 30
-    while any(map(is_running, pids)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not any(map(is_running, pids))
 
 
 def test_output_comes_from_rank_0_and_every_rank_s_is_kept_where_it_is_asked_for(tmp_path: Path) -> None:

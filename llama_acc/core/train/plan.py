@@ -329,7 +329,7 @@ def check_disk(plan: Plan, output: Path) -> None:
     needed, free = at_once * plan.checkpoint_bytes(), free_bytes(output)
     if needed > free:
         raise UserError(
-            f"too little disk for the checkpoints: {at_once} of {size_text(plan.checkpoint_bytes())} need {size_text(needed)}, "
-            f"{size_text(free)} are free at {output}",
+            f"too little disk for the checkpoints: {at_once} of {size_text(plan.checkpoint_bytes())} need "
+            f"{size_text(needed)}, {size_text(free)} are free at {output}",
             "free some, choose another --output, or lower checkpoint.keep",
         )

@@ -1,0 +1,70 @@
+"""`llama-acc chat --nproc`: several processes share a model, and only rank 0 is seen."""
+
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.cli.commands import invoke, refused
+from tests.cli.jobs import PATIENCE, gone, start_job, workers_of
+from tests.core.checkpoint.folders import GROUPED, state, write_consolidated
+
+GREEDY = ("--device", "cpu", "--temperature", "0", "--max-new-tokens", "16")
+
+
+@pytest.fixture
+def of_eight(tmp_path: Path, tokenizer_path: Path) -> Path:
+    """A random model, saved at model-parallel size 8."""
+    folder = write_consolidated(tmp_path / "of-eight", state(), 8, replace(GROUPED, max_seq_len=512))
+    shutil.copy(tokenizer_path, folder)
+    return folder
+
+
+def test_any_number_of_ranks_says_the_same_from_the_files_of_eight(of_eight: Path) -> None:
+    talk = "hello\nand then?\n/reset\nhello\n"
+    words = ("chat", "--ckpt", of_eight, "--template", "dialogue", *GREEDY)
+    alone = invoke(*words, input=talk)
+    assert alone.exit_code == 0, alone.stderr
+    assert len(alone.stdout) >= 3 * 8
+    for processes in (2, 4):
+        job = start_job(*words, "--nproc", processes, folder=of_eight)
+        out, err = job.communicate(talk, timeout=PATIENCE)
+        assert (job.returncode, out) == (0, alone.stdout), err
+        assert "error" not in err
+
+
+def test_what_is_wrong_with_the_prompt_is_told_once_and_ends_all(of_eight: Path) -> None:
+    job = start_job("chat", "--ckpt", of_eight, *GREEDY, "--nproc", 2, "--prompt", "word " * 2000, folder=of_eight)
+    _, err = job.communicate(timeout=PATIENCE)
+    assert job.returncode == 2
+    assert err.count("the model's context is 512") == 1
+    assert err.splitlines()[-2].startswith("error: rank 0 failed: the prompt has")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, 1), (signal.SIGINT, 130)])
+def test_a_dead_rank_or_ctrl_c_ends_all_while_a_question_is_awaited(
+    number: signal.Signals, code: int, of_eight: Path
+) -> None:
+    job = start_job("chat", "--ckpt", of_eight, "--template", "none", *GREEDY, "--nproc", 2, folder=of_eight)
+    assert job.stdin is not None
+    assert job.stdout is not None
+    job.stdin.write("hello\n")
+    job.stdin.flush()
+    assert job.stdout.readline()
+    workers = workers_of(job)
+    assert sorted(workers) == [0, 1]
+    if number == signal.SIGINT:
+        job.send_signal(number)
+    else:
+        os.kill(workers[1], number)
+    _, err = job.communicate(timeout=PATIENCE)
+    assert job.returncode == code, err
+    assert gone(list(workers.values()))
+    assert ("rank 1 was killed by SIGKILL" in err) == (number == signal.SIGKILL)
+
+
+def test_heads_that_cannot_be_shared_are_refused_before_anything_starts(of_eight: Path) -> None:
+    refused(invoke("chat", "--ckpt", of_eight, *GREEDY, "--nproc", "3"), "model-parallel size", "3")
