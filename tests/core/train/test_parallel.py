@@ -29,6 +29,8 @@ MODES = {
     "fsdp-recomputing": ["parallel.data_parallel=fsdp", "train.activation_checkpointing=true"],
 }
 SPLIT = "parallel.model_parallel_size=2"
+# Four heads of each kind, so that four ranks can share one copy.
+FOUR_HEADS = "model.params.n_kv_heads=4"
 WORK = "tests.core.train.parallel_work"
 
 
@@ -39,6 +41,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(folder / "fp32", *UNEVEN)
     run(folder / "stopped", *UNEVEN, "train.max_steps=7")
     run(folder / "bf16", *UNEVEN, "train.precision=bf16")
+    run(folder / "four-heads", *UNEVEN, FOUR_HEADS)
     return folder
 
 
@@ -50,6 +53,8 @@ def of_four(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"output": str(folder / f"2x2-{name}"), "overrides": [*UNEVEN, *overrides, SPLIT]}
         for name, overrides in MODES.items()
     ]
+    whole = [*UNEVEN, FOUR_HEADS, "parallel.model_parallel_size=4"]
+    todo.append({"output": str(folder / "four-heads"), "overrides": whole})
     validation = "data.validation.fraction=0.4"
     todo.append({"output": str(folder / "validated"), "overrides": [*UNEVEN, *MODES["fsdp"], SPLIT, validation]})
     todo.append({"output": str(folder / "bf16"), "overrides": [*UNEVEN, *MODES["sdp"], SPLIT, "train.precision=bf16"]})
@@ -93,6 +98,11 @@ def test_2x2_processes_train_the_curve_of_one(mode: str, alone: Path, of_four: P
     expected = weights(alone / "fp32" / "epoch3")
     for name, tensor in weights(of_four / f"2x2-{mode}" / "epoch3").items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_four_ranks_with_one_copy_of_the_model_train_the_curve_of_one(alone: Path, of_four: Path) -> None:
+    assert_same_curve(of_four / "four-heads", alone / "four-heads")
+    assert len(inspect(of_four / "four-heads" / "epoch3").shards) == 4
 
 
 def test_every_rank_evaluates_its_part_and_the_loss_is_that_of_all(of_four: Path, tmp_path: Path) -> None:
