@@ -66,22 +66,9 @@ def chat(
         float, typer.Option("--top-p", help="Draw from the likeliest tokens of this total probability.")
     ] = 0.9,
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answers.")] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            "--tokenizer",
-            metavar="FILE",
-            help="In place of the one beside the checkpoint.",
-            callback=options.given,
-        ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu.", callback=options.device),
-    ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Compare the SHA-256 of the checkpoint's files with its manifest.")
-    ] = False,
+    tokenizer: options.TokenizerFile = None,
+    device: options.Device = None,
+    verify: options.Verify = False,
     nproc: options.Nproc = None,
 ) -> None:
     """Talk to a model."""

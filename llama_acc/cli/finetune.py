@@ -72,15 +72,7 @@ def finetune(
             callback=options.given,
         ),
     ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            "--tokenizer",
-            metavar="FILE",
-            help="In place of the one beside the checkpoint.",
-            callback=options.given,
-        ),
-    ] = None,
+    tokenizer: options.TokenizerFile = None,
     output: Annotated[
         str | None,
         typer.Option(
@@ -91,18 +83,8 @@ def finetune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show what would be trained, do not train.")
     ] = False,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            "--device",
-            metavar="NAME",
-            help="cuda, cuda:1, mps or cpu; without it, the first there is.",
-            callback=options.device,
-        ),
-    ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Compare the SHA-256 of the checkpoint's files with its manifest.")
-    ] = False,
+    device: options.Device = None,
+    verify: options.Verify = False,
     nproc: options.Nproc = None,
     nnodes: Annotated[
         int,

@@ -47,3 +47,19 @@ Nproc = Annotated[
         rich_help_panel=PROCESSES,
     ),
 ]
+TokenizerFile = Annotated[
+    str | None,
+    typer.Option("--tokenizer", metavar="FILE", help="In place of the one beside the checkpoint.", callback=given),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="cuda, cuda:1, mps or cpu; without it, the first there is.",
+        callback=device,
+    ),
+]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Compare the SHA-256 of the checkpoint's files with its manifest.")
+]
