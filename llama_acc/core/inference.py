@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llama_acc.core.checkpoint.files import check_checkpoint
+from llama_acc.core.checkpoint.fingerprint import check_base
 from llama_acc.core.checkpoint.layout import inspect, locate, read_config
 from llama_acc.core.checkpoint.shards import check_tensors, fill, read_weights
 from llama_acc.core.data.templates import ChatTemplate, Template, get_template, template_of_folder
@@ -116,6 +117,7 @@ def load_model(
     for layout in layouts:
         check_checkpoint(layout.folder, verify and parallel.is_main)
     check_divides(config, parallel.model_size)
+    check_base(layouts, config)
     weights = read_weights(layouts, parallel.model_rank, parallel.model_size)
     check_tensors(weights, config.parameter_shapes(), last)
     own_dtype = weights.tensors["output.weight"].dtype

@@ -15,6 +15,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llama_acc.core.errors import UserError, did_you_mean, listed
+from llama_acc.core.model.tuning import METHODS
+from llama_acc.core.model.tuning import Tuning as ModelTuning
 
 
 class _Loader(yaml.SafeLoader):
@@ -64,10 +66,27 @@ class Model(Section):
 
 
 class Tuning(Section):
-    """What trains. `full` trains every parameter; nothing is quantised."""
+    """What trains, and what is added for it; see `core.model.tuning`.
 
-    method: Literal["full"] = "full"
+    Attributes:
+        method: `full` trains every parameter; `bias_norm` biases and norms; `lora` LoRA pairs; `lora_bias_norm` both.
+        lora_rank: rank of the LoRA pairs; None = 16 with a method that has them.
+        quantize: nothing is quantised.
+    """
+
+    method: Literal["full", "bias_norm", "lora", "lora_bias_norm"] = "full"
+    lora_rank: int | None = Field(default=None, ge=1)
     quantize: Literal["none"] = "none"
+
+    @model_validator(mode="after")
+    def _only_what_the_method_has(self) -> "Tuning":
+        if self.lora_rank is not None and not METHODS[self.method].lora:
+            raise ValueError(f"method {self.method} has no lora_rank")
+        return self
+
+    def resolved(self) -> ModelTuning:
+        """The method with its size."""
+        return ModelTuning(self.method, (self.lora_rank or 16) if METHODS[self.method].lora else 0)
 
 
 class Source(Section):
@@ -189,7 +208,7 @@ class Checkpoint(Section):
         keep: how many checkpoint folders stay, the newest; 0 = all.
         dtype: type of the saved weights; auto = the training precision.
         asynchronous: write while training goes on, from a copy in the host's memory, where that has room for it.
-        trainable_only: save only what trains (with method `full` that is everything).
+        trainable_only: save only what trains; it is loaded on top of its base.
     """
 
     every_epochs: int = Field(default=1, ge=0)

@@ -36,6 +36,7 @@ from llama_acc.core.checkpoint.tensor_files import (
 from llama_acc.core.errors import RunError, UserError, listed
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.sharding import check_divides, local_shape, split_dimension
+from llama_acc.core.model.tuning import FULL
 
 Target = Literal["meta", "consolidated", "hf"]
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -358,6 +359,10 @@ def _config(layouts: Sequence[Layout], weights: Weights) -> ModelConfig:
     config = read_config(layouts)
     if config is None:
         raise UserError(f"{layouts[-1].folder} has no params.json or config.json: the model's shape is not known")
+    if config.tuning != FULL:
+        raise UserError(
+            f"{layouts[-1].folder} was tuned with method {config.tuning.method}: what that adds has no place in this layout"
+        )
     # Meta's files say -1; what the embedding has is the vocabulary.
     rows = weights.shapes.get("tok_embeddings.weight", (config.vocab_size,))[0]
     return config.with_vocabulary(rows)

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from llama_acc.core.checkpoint.huggingface import read_huggingface
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.home import home
 from llama_acc.core.model.config import ModelConfig, config_from_params, read_params
+from llama_acc.core.model.tuning import FULL, tuning_of
 
 Format = Literal["meta_ori", "consolidated", "consolidated_diff", "huggingface"]
 _FORMATS: dict[Format, str] = {
@@ -156,22 +157,26 @@ def read_config(layouts: Sequence[Layout]) -> ModelConfig | None:
     """The shape the checkpoints say they have (union of their files, the last wins), or None if they say nothing.
 
     Raises:
-        UserError: unusable values, a tuning method other than full, or a diff without its base.
+        UserError: unusable values, an unknown tuning method, or a diff without its base.
     """
     check_order(layouts)
     union: dict[str, Any] = {}
+    tuning = FULL
     paths = [layout.params_path for layout in layouts if layout.params_path is not None]
     for layout in layouts:
-        kind = _read_json(layout.folder / "meta.json").get("llama_type", "llama")
-        if kind != "llama":
-            raise UserError(f"{layout.folder} is a checkpoint of kind '{kind}': this version reads 'llama' only")
-        if layout.params_path is None:
-            continue
-        if layout.format == "huggingface":
+        kind = str(_read_json(layout.folder / "meta.json").get("llama_type", "llama"))
+        if layout.format == "huggingface" and layout.params_path is not None:
             union |= read_huggingface(layout.params_path)[0].to_params()
-        else:
-            union |= read_params([layout.params_path])
-    return config_from_params(union, " and ".join(map(str, paths))) if paths else None
+            continue
+        arguments = {} if layout.params_path is None else read_params([layout.params_path])
+        try:
+            own, shape = tuning_of(kind, arguments)
+        except UserError as error:
+            raise UserError(f"{layout.folder}: {error.message}", error.hint) from None
+        union |= shape
+        # What lies over a tuned checkpoint, a diff say, does not undo its method.
+        tuning = own if own != FULL else tuning
+    return replace(config_from_params(union, " and ".join(map(str, paths))), tuning=tuning) if paths else None
 
 
 def check_order(layouts: Sequence[Layout]) -> None:

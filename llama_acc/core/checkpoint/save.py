@@ -286,6 +286,12 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def needed_bytes(parameters: int, dtype: torch.dtype) -> int:
-    """Size of one checkpoint: weights, AdamW's two moments, and masters where the weights are rounded."""
-    return parameters * (dtype.itemsize + 8 + (4 if dtype != torch.float32 else 0)) + (1 << 20)
+def needed_bytes(saved: int, trained: int, dtype: torch.dtype) -> int:
+    """Size of one checkpoint.
+
+    Args:
+        saved: parameters whose weights are saved.
+        trained: those that train: for each there are AdamW's two moments, and a master where the weights are rounded.
+        dtype: type of the saved weights.
+    """
+    return saved * dtype.itemsize + trained * (8 + (4 if dtype != torch.float32 else 0)) + (1 << 20)

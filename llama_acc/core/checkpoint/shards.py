@@ -3,7 +3,7 @@
 import pickle
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,6 +48,16 @@ class Weights:
         """Tensors that are at hand."""
         parts = {name: Part.of(tensor) for name, tensor in tensors.items()}
         return Weights(parts, {name: part.shape for name, part in parts.items()})
+
+    def keep(self, names: Container[str]) -> None:
+        """Drops all others."""
+        for kept in (self.tensors, self.shapes, self.problems):
+            for name in [name for name in kept if name not in names]:
+                del kept[name]
+
+    def under(self, other: "Weights") -> "Weights":
+        """These with those of another over them."""
+        return Weights(self.tensors | other.tensors, self.shapes | other.shapes, self.problems | other.problems)
 
 
 def open_shard(path: object) -> Shard:
@@ -300,7 +310,9 @@ def fill(model: Transformer, weights: Weights, device: torch.device, dtype: torc
 
 
 def load_parameters(model: Transformer, weights: Weights) -> None:
-    """Puts weights into the storage a model has; `weights`, read for its rank, are used up."""
+    """Puts weights into the storage a model has, as far as they are there; `weights`, of its rank, are used up."""
     for name, parameter in model.named_parameters():
         local = local_part(parameter)
+        if name not in weights.tensors:
+            continue
         weights.tensors.pop(name).rows(local.rows.start, local.rows.stop).copy_into(local.tensor)

@@ -168,11 +168,10 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, parallel: Parallel) -> None:
         super().__init__()
-        kv_dim = config.kv_heads * config.head_dim
-        self.wq = ColumnParallelLinear(config.dim, config.dim, parallel)
-        self.wk = ColumnParallelLinear(config.dim, kv_dim, parallel)
-        self.wv = ColumnParallelLinear(config.dim, kv_dim, parallel)
-        self.wo = RowParallelLinear(config.dim, config.dim, parallel)
+        self.wq = ColumnParallelLinear(config.dim, config.dim, parallel, config.tuning)
+        self.wk = ColumnParallelLinear(config.dim, config.kv_dim, parallel, config.tuning)
+        self.wv = ColumnParallelLinear(config.dim, config.kv_dim, parallel, config.tuning)
+        self.wo = RowParallelLinear(config.dim, config.dim, parallel, config.tuning)
         self.packed: Packed | None = None
 
     def forward(self, x: Tensor, norm: RMSNorm, attend: Attend) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_acc.core.errors import UserError, did_you_mean, listed
+from llama_acc.core.model.tuning import FULL, Shapes, Tuning
 
 # Written into params.json or config.json by others, without meaning for the computation.
 _IGNORED = {"max_batch_size", "trainable_mode", "load_pretrained_visual_encoder"}
@@ -29,6 +30,7 @@ class ModelConfig:
         rope_theta: base of the rotary frequencies.
         max_seq_len: longest sequence meant to be used.
         rope_scaling: factor the positions are multiplied by, or None.
+        tuning: what a tuning method adds to it.
     """
 
     dim: int
@@ -42,6 +44,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     max_seq_len: int = 2048
     rope_scaling: float | None = None
+    tuning: Tuning = FULL
 
     @property
     def head_dim(self) -> int:
@@ -54,6 +57,11 @@ class ModelConfig:
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
+    def kv_dim(self) -> int:
+        """Width of all keys together, and of all values."""
+        return self.kv_heads * self.head_dim
+
+    @property
     def hidden_dim(self) -> int:
         """SwiGLU width: 2/3 of 4*dim, times the multiplier, rounded up (as Meta's FeedForward computes it)."""
         hidden = int(2 * 4 * self.dim / 3)
@@ -61,24 +69,28 @@ class ModelConfig:
             hidden = int(self.ffn_dim_multiplier * hidden)
         return self.multiple_of * -(-hidden // self.multiple_of)
 
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every parameter's name, as in Meta's checkpoints, and full shape."""
-        kv_dim = self.kv_heads * self.head_dim
-        block: dict[str, tuple[int, ...]] = {
-            "attention_norm.weight": (self.dim,),
-            "attention.wq.weight": (self.dim, self.dim),
-            "attention.wk.weight": (kv_dim, self.dim),
-            "attention.wv.weight": (kv_dim, self.dim),
-            "attention.wo.weight": (self.dim, self.dim),
-            "ffn_norm.weight": (self.dim,),
-            "feed_forward.w1.weight": (self.hidden_dim, self.dim),
-            "feed_forward.w2.weight": (self.dim, self.hidden_dim),
-            "feed_forward.w3.weight": (self.hidden_dim, self.dim),
+    def parameter_shapes(self) -> Shapes:
+        """Every parameter's name, as in Meta's and LLaMA2-Accessory's checkpoints, and full shape."""
+        matrices = {
+            "attention.wq": (self.dim, self.dim),
+            "attention.wk": (self.kv_dim, self.dim),
+            "attention.wv": (self.kv_dim, self.dim),
+            "attention.wo": (self.dim, self.dim),
+            "feed_forward.w1": (self.hidden_dim, self.dim),
+            "feed_forward.w2": (self.dim, self.hidden_dim),
+            "feed_forward.w3": (self.hidden_dim, self.dim),
         }
-        shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (self.vocab_size, self.dim)}
+        block: Shapes = {"attention_norm.weight": (self.dim,), "ffn_norm.weight": (self.dim,)}
+        for name, shape in matrices.items():
+            block |= {f"{name}.weight": shape, **self.tuning.added_to(name, *shape)}
+        shapes: Shapes = {"tok_embeddings.weight": (self.vocab_size, self.dim)}
         for layer in range(self.n_layers):
             shapes |= {f"layers.{layer}.{name}": shape for name, shape in block.items()}
         return shapes | {"norm.weight": (self.dim,), "output.weight": (self.vocab_size, self.dim)}
+
+    def base(self) -> "ModelConfig":
+        """The shape without what a tuning method adds."""
+        return replace(self, tuning=FULL)
 
     def parameter_count(self) -> int:
         """Number of parameters, from the shape alone."""
@@ -92,7 +104,8 @@ class ModelConfig:
 
     def to_params(self) -> dict[str, Any]:
         """The mapping params.json holds: what is set, under LLaMA2-Accessory's names."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        shape = {key: value for key, value in asdict(self).items() if value is not None and key != "tuning"}
+        return shape | self.tuning.to_arguments()
 
     def with_vocabulary(self, pieces: int) -> "ModelConfig":
         """This shape with a vocabulary of -1 replaced by the tokenizer's number of pieces."""
@@ -120,7 +133,7 @@ def config_from_params(params: Mapping[str, Any], source: object = "model.params
     Raises:
         UserError: unknown, missing or impossible values, all of them listed.
     """
-    known = {field.name: field for field in fields(ModelConfig)}
+    known = {field.name: field for field in fields(ModelConfig) if field.name != "tuning"}
     problems = []
     values: dict[str, Any] = {}
     for key, value in params.items():
@@ -149,7 +162,7 @@ def _impossible(config: ModelConfig) -> list[str]:
     problems = [
         f"{key} must be positive, not {value}"
         for key, value in asdict(config).items()
-        if value is not None and value <= 0 and key != "vocab_size"
+        if key not in ("vocab_size", "tuning") and value is not None and value <= 0
     ]
     if config.vocab_size < 1 and config.vocab_size != -1:
         problems.append(f"vocab_size must be positive, or -1 for the tokenizer's, not {config.vocab_size}")

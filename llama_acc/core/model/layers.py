@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_acc.core.model.tuning import FULL, Tuning
 from llama_acc.core.parallel import Group, Parallel
 
 # Rows a feed-forward layer works on at a time on a CPU.
@@ -23,8 +24,8 @@ _PIECE_ROWS = 256
 _onednn: Any = torch.backends.mkldnn
 
 
-class Linear(nn.Module):
-    """A matrix product without bias.
+class LowRank(nn.Module):
+    """One matrix of a LoRA pair.
 
     Attributes:
         weight: [out_features, in_features].
@@ -34,32 +35,74 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
+
+class Linear(nn.Module):
+    """A matrix product, to which a tuning method may add a bias and a LoRA pair.
+
+    Attributes:
+        weight: [out_features, in_features].
+        bias: [out_features], or None.
+        lora_a: its weight is [rank, in_features]; or None.
+        lora_b: its weight is [out_features, rank]; or None.
+    """
+
+    def __init__(self, in_features: int, out_features: int, tuning: Tuning = FULL) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if tuning.has_bias else None
+        rank = tuning.lora_rank
+        self.lora_a = LowRank(in_features, rank) if rank else None
+        self.lora_b = LowRank(rank, out_features) if rank else None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing was added."""
+        return self.bias is None and self.lora_a is None
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], in the type of `x`."""
-        return linear(x, self.weight)
+        low = None if self.lora_a is None else linear(x, self.lora_a.weight)
+        return self.finish(linear(x, self.weight), low)
+
+    def finish(self, y: Tensor, low: Tensor | None) -> Tensor:
+        """Adds what the tuning method has to the matrix product y [..., out], in place.
+
+        Args:
+            y: the product.
+            low: [..., rank], the product with lora_a.
+        """
+        if low is not None:
+            assert self.lora_b is not None
+            y = y.add_(linear(low, self.lora_b.weight))
+        return y if self.bias is None else y.add_(self.bias.to(y.dtype))
 
 
 class ColumnParallelLinear(Linear):
     """A matrix product of which this rank computes a part of the output's features.
 
-    Its input's gradient is a part of a sum over `group`: `normed_linears` and `linear_cross_entropy` see to that.
+    Its input's gradient is a part of a sum over `group`: `normed_linears` and `linear_cross_entropy` see to that. Of
+    the LoRA pair, lora_a is whole on every rank.
     """
 
-    def __init__(self, in_features: int, out_features: int, parallel: Parallel) -> None:
-        super().__init__(in_features, out_features // parallel.model_size)
+    def __init__(self, in_features: int, out_features: int, parallel: Parallel, tuning: Tuning = FULL) -> None:
+        super().__init__(in_features, out_features // parallel.model_size, tuning)
         self.group = parallel.model_group if parallel.model_size > 1 else None
 
 
 class RowParallelLinear(Linear):
-    """A matrix product of which this rank has a part of the input's features; the output is whole."""
+    """A matrix product of which this rank has a part of the input's features; the output is whole.
 
-    def __init__(self, in_features: int, out_features: int, parallel: Parallel) -> None:
-        super().__init__(in_features // parallel.model_size, out_features)
+    Of the LoRA pair, lora_b is whole on every rank, and so is the bias.
+    """
+
+    def __init__(self, in_features: int, out_features: int, parallel: Parallel, tuning: Tuning = FULL) -> None:
+        super().__init__(in_features // parallel.model_size, out_features, tuning)
         self.group = parallel.model_group if parallel.model_size > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., this rank's in_features] to [..., out_features], in the type of `x`."""
-        return _summed(linear(x, self.weight), self.group)
+        low = None if self.lora_a is None else _summed(linear(x, self.lora_a.weight), self.group)
+        return self.finish(_summed(linear(x, self.weight), self.group), low)
 
 
 def _summed(x: Tensor, group: Group | None) -> Tensor:
@@ -69,6 +112,15 @@ def _summed(x: Tensor, group: Group | None) -> Tensor:
     from fairscale.nn.model_parallel.mappings import reduce_from_model_parallel_region
 
     return reduce_from_model_parallel_region(x)
+
+
+def _copied(x: Tensor, group: Group | None) -> Tensor:
+    """The same on every rank of the model-parallel group; of the gradient, which is a part of a sum, the sum."""
+    if group is None:
+        return x
+    from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region
+
+    return copy_to_model_parallel_region(x)
 
 
 def gathered(x: Tensor, group: Group | None) -> Tensor:
@@ -199,34 +251,43 @@ class _RMSNormFunction(torch.autograd.Function):
 
 def normed_linears(x: Tensor, norm: RMSNorm, layers: Sequence[ColumnParallelLinear]) -> tuple[Tensor, ...]:
     """Each layer of norm(x), [T, dim] to one [T, out] for each layer. For training it keeps x, but not norm(x)."""
-    if torch.is_grad_enabled():
-        weights = (layer.weight for layer in layers)
-        return _NormedLinearsFunction.apply(x, norm.weight, norm.eps, layers[0].group, *weights)
-    normed = norm(x)
-    return tuple(layer(normed) for layer in layers)
+    if not torch.is_grad_enabled():
+        normed = norm(x)
+        return tuple(layer(normed) for layer in layers)
+    group = layers[0].group
+    low = [layer.lora_a.weight for layer in layers if layer.lora_a is not None]
+    weights = [layer.weight for layer in layers]
+    outputs = _NormedLinearsFunction.apply(x, norm.weight, norm.eps, group, len(low), *weights, *low)
+    products, lows = outputs[: len(layers)], iter(outputs[len(layers) :])
+    return tuple(
+        layer.finish(y, None if layer.lora_a is None else _copied(next(lows), group))
+        for layer, y in zip(layers, products, strict=True)
+    )
 
 
 class _NormedLinearsFunction(torch.autograd.Function):
     """Computes the norm's output again in the backward pass, and sums the layers' gradients of it in one tensor.
 
-    Under model parallelism that tensor is summed over the group while the weights' gradients are computed.
+    Under model parallelism that tensor is summed over the group while the weights' gradients are computed. The last
+    `whole` weights are those that every rank has all of: their outputs' gradients are complete, so they are added to
+    the sum, not summed themselves.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm_weight: Tensor, eps: float, group: Group | None, *weights: Tensor
+        ctx: Any, x: Tensor, norm_weight: Tensor, eps: float, group: Group | None, whole: int, *weights: Tensor
     ) -> tuple[Tensor, ...]:
         normed, inverse = _rms_norm(x, norm_weight, eps)
         ctx.save_for_backward(x, norm_weight, inverse, *weights)
-        ctx.group = group
+        ctx.group, ctx.split = group, len(weights) - whole
         return tuple(F.linear(normed, weight.to(x.dtype)) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, inverse, *weights = ctx.saved_tensors
-        needs_norm, needs_weights = ctx.needs_input_grad[1], ctx.needs_input_grad[4:]
+        needs_norm, needs_weights = ctx.needs_input_grad[1], ctx.needs_input_grad[5:]
         d_normed = d_outputs[0] @ weights[0].to(x.dtype)
-        for d_y, weight in zip(d_outputs[1:], weights[1:], strict=True):
+        for d_y, weight in zip(d_outputs[1 : ctx.split], weights[1 : ctx.split], strict=True):
             d_normed.addmm_(d_y, weight.to(x.dtype))
         summing = None if ctx.group is None else dist.all_reduce(d_normed, group=ctx.group, async_op=True)
         d_weights: list[Tensor | None] = [None] * len(weights)
@@ -238,47 +299,63 @@ class _NormedLinearsFunction(torch.autograd.Function):
             del normed
         if summing is not None:
             summing.wait()
+        for d_y, weight in zip(d_outputs[ctx.split :], weights[ctx.split :], strict=True):
+            d_normed.addmm_(d_y, weight.to(x.dtype))
         d_x, d_norm_weight = _rms_norm_backward(d_normed, x, norm_weight, inverse, needs_norm)
-        return d_x, d_norm_weight, None, None, *d_weights
+        return d_x, d_norm_weight, None, None, None, *d_weights
 
 
 def gated_linear(gate: Tensor, up: Tensor, w2: RowParallelLinear) -> Tensor:
     """SwiGLU's second half: w2(silu(gate) * up), [T, hidden] to [T, out]."""
-    if torch.is_grad_enabled():
-        return _summed(_GatedLinearFunction.apply(gate, up, w2.weight), w2.group)
-    return w2(F.silu(gate).mul_(up))
+    if not torch.is_grad_enabled():
+        return w2(F.silu(gate).mul_(up))
+    if w2.lora_a is None:
+        return w2.finish(_summed(_GatedLinearFunction.apply(gate, up, w2.weight)[0], w2.group), None)
+    y, low = _GatedLinearFunction.apply(gate, up, w2.weight, w2.lora_a.weight)
+    return w2.finish(_summed(y, w2.group), _summed(low, w2.group))
 
 
 class _GatedLinearFunction(torch.autograd.Function):
     """Keeps gate and up for the backward pass and computes silu and product again: half the memory of SwiGLU.
 
-    On a CPU it goes through the rows in pieces that stay in the cache from one operation to the next.
+    It multiplies by one or several matrices. On a CPU it goes through the rows in pieces that stay in the cache from
+    one operation to the next.
     """
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up, weight)
-        compute_weight = weight.to(gate.dtype).t()
-        y = gate.new_empty(len(gate), len(weight))
+    def forward(ctx: Any, gate: Tensor, up: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(gate, up, *weights)
+        compute_weights = [weight.to(gate.dtype).t() for weight in weights]
+        outputs = tuple(gate.new_empty(len(gate), len(weight)) for weight in weights)
         for rows in _pieces(gate):
-            torch.mm(F.silu(gate[rows]).mul_(up[rows]), compute_weight, out=y[rows])
-        return y
+            product = F.silu(gate[rows]).mul_(up[rows])
+            for y, weight in zip(outputs, compute_weights, strict=True):
+                torch.mm(product, weight, out=y[rows])
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, weight = ctx.saved_tensors
-        d_y = d_outputs[0]
-        compute_weight = weight.to(d_y.dtype)
+        gate, up, *weights = ctx.saved_tensors
+        compute_weights = [weight.to(gate.dtype) for weight in weights]
         pieces = _pieces(gate)
-        d_weight = accumulator(weight, len(pieces)) if ctx.needs_input_grad[2] else None
+        d_weights = [
+            accumulator(weight, len(pieces)) if needed else None
+            for weight, needed in zip(weights, ctx.needs_input_grad[2:], strict=True)
+        ]
         # Their gradients take the place of gate and up; torch refuses a second backward pass over them.
         for rows in pieces:
-            activated, d_product = F.silu(gate[rows]), d_y[rows] @ compute_weight
-            if d_weight is not None:
-                add_product(d_weight, d_y[rows].t(), activated * up[rows], first=not rows.start)
+            activated, d_product = F.silu(gate[rows]), d_outputs[0][rows] @ compute_weights[0]
+            for d_y, weight in zip(d_outputs[1:], compute_weights[1:], strict=True):
+                d_product.addmm_(d_y[rows], weight)
+            if any(ctx.needs_input_grad[2:]):
+                product = activated * up[rows]
+                for d_weight, d_y in zip(d_weights, d_outputs, strict=True):
+                    if d_weight is not None:
+                        add_product(d_weight, d_y[rows].t(), product, first=not rows.start)
             torch.ops.aten.silu_backward.grad_input(d_product * up[rows], gate[rows], grad_input=gate[rows])
             torch.mul(activated, d_product, out=up[rows])
-        return gate, up, None if d_weight is None else d_weight.to(weight.dtype)
+        done = (None if d is None else d.to(w.dtype) for d, w in zip(d_weights, weights, strict=True))
+        return gate, up, *done
 
 
 def _pieces(x: Tensor) -> list[slice]:

@@ -3,7 +3,7 @@
 The rule is that of Meta's and LLaMA2-Accessory's checkpoints, so a rank's part is a shard of such a checkpoint:
 matrices that read the residual stream (wq wk wv w1 w3 output) are split by rows (column-parallel, dimension 0), those
 that write to it (wo w2) by columns (row-parallel, dimension 1), the embedding by features (dimension 1); norms are
-whole everywhere.
+whole everywhere. A bias is split with the rows of its matrix.
 """
 
 from llama_acc.core.errors import UserError, listed
@@ -18,7 +18,15 @@ SIZES = (1, 2, 4, 8)
 def split_dimension(name: str) -> int | None:
     """The dimension in which a parameter (Meta's name) is split; None = every rank has all of it."""
     module, _, kind = name.rpartition(".")
-    leaf = module.rpartition(".")[2]
+    outer, _, leaf = module.rpartition(".")
+    if leaf in ("lora_a", "lora_b"):
+        # Of a column-parallel matrix's pair the second is split by rows, of a row-parallel one's the first by columns.
+        matrix = outer.rpartition(".")[2]
+        if leaf == "lora_b":
+            return 0 if matrix in COLUMN_PARALLEL else None
+        return 1 if matrix in ROW_PARALLEL else None
+    if kind == "bias":
+        return 0 if leaf in COLUMN_PARALLEL else None
     if kind != "weight":
         return None
     if leaf in COLUMN_PARALLEL:

@@ -7,7 +7,7 @@ parallelism: those are applied from outside. Parameter names are those of Meta's
 Shapes: T tokens of the stream, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,11 @@ from llama_acc.core.model.layers import (
     rotary_table,
 )
 from llama_acc.core.model.sharding import split_dimension
+from llama_acc.core.model.tuning import FULL
 from llama_acc.core.parallel import Parallel, local_part
 
 _ALONE = Parallel()
+_ADDED = 500_000  # no model has so many parameters of its own
 
 
 class FeedForward(nn.Module):
@@ -41,9 +43,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig, parallel: Parallel) -> None:
         super().__init__()
-        self.w1 = ColumnParallelLinear(config.dim, config.hidden_dim, parallel)
-        self.w2 = RowParallelLinear(config.hidden_dim, config.dim, parallel)
-        self.w3 = ColumnParallelLinear(config.dim, config.hidden_dim, parallel)
+        self.w1 = ColumnParallelLinear(config.dim, config.hidden_dim, parallel, config.tuning)
+        self.w2 = RowParallelLinear(config.hidden_dim, config.dim, parallel, config.tuning)
+        self.w3 = ColumnParallelLinear(config.dim, config.hidden_dim, parallel, config.tuning)
         self.packed: Packed | None = None
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
@@ -150,12 +152,22 @@ def build_on_meta(config: ModelConfig, dtype: torch.dtype, parallel: Parallel = 
         return Transformer(config, dtype, parallel)
 
 
+def freeze_untrained(model: Transformer) -> None:
+    """Keeps what the tuning method does not train out of it, in the type of the activations. Call it on meta."""
+    for name, parameter in list(model.named_parameters()):
+        if model.config.tuning.trains(name):
+            continue
+        owner, _, leaf = name.rpartition(".")
+        frozen = nn.Parameter(parameter.detach().to(model.dtype), requires_grad=False)
+        setattr(model.get_submodule(owner), leaf, frozen)
+
+
 def pack_small(model: Transformer) -> None:
     """Joins the matrices that share an input, for generation with a small model: fewer calls for each token.
 
     In a larger model the time is that of reading the weights, and packing would only copy them.
     """
-    if model.config.dim > 1024:
+    if model.config.dim > 1024 or model.config.tuning != FULL:
         return
     for block in model.layers:
         assert isinstance(block, TransformerBlock)
@@ -164,24 +176,41 @@ def pack_small(model: Transformer) -> None:
         feed_forward.packed = Packed([feed_forward.w1, feed_forward.w3])
 
 
-def initialise(model: Transformer, seed: int) -> None:
+def initialise(model: Transformer, seed: int, only: Container[str] | None = None) -> None:
     """Fills every parameter with random values: normal with standard deviation 0.02, ones for norms.
 
     The matrices that write into the residual stream are scaled by 1/sqrt(2 * n_layers) (GPT-2's rule), so that its
     variance does not grow with depth. Each parameter has its own generator, made from (seed, place), so a parameter's
-    values do not depend on the others, nor on how the model is split.
+    values do not depend on the others, nor on how the model is split, nor on what a tuning method adds.
+
+    Args:
+        model: its parameters have storage.
+        seed: of the generators.
+        only: names of those to fill; None = all.
     """
     residual = (2 * model.config.n_layers) ** -0.5
     shapes = model.config.parameter_shapes()
+    base = model.config.base().parameter_shapes()
+    places = {name: place for place, name in enumerate(name for name, _ in model.named_parameters() if name in base)}
+    places |= {name: _ADDED + place for place, name in enumerate(name for name in shapes if name not in base)}
     with torch.no_grad():
-        for place, (name, parameter) in enumerate(model.named_parameters()):
-            if name.endswith("norm.weight"):
-                local_part(parameter).tensor.fill_(1.0)
+        for name, parameter in model.named_parameters():
+            if only is not None and name not in only:
                 continue
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
-            std = 0.02 * (residual if name.endswith(("wo.weight", "w2.weight")) else 1.0)
-            whole = torch.empty(shapes[name]).normal_(0.0, std, generator=generator)
             local = local_part(parameter)
+            if name.endswith("norm.weight"):
+                local.tensor.fill_(1.0)
+                continue
+            if name.endswith((".bias", ".lora_b.weight")):
+                local.tensor.zero_()
+                continue
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + places[name])
+            whole = torch.empty(shapes[name])
+            if name.endswith(".lora_a.weight"):
+                nn.init.trunc_normal_(whole, std=0.02, generator=generator)
+            else:
+                std = 0.02 * (residual if name.endswith(("wo.weight", "w2.weight")) else 1.0)
+                whole.normal_(0.0, std, generator=generator)
             local.tensor.copy_(own_part(name, whole, model.parallel)[local.rows])
 
 

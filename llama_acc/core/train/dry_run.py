@@ -103,7 +103,8 @@ def _tokens(plan: Plan) -> float:
 def training_bytes(plan: Plan) -> int:
     """Memory of one training step, roughly: weights, gradients, AdamW's moments, and activations.
 
-    16 bytes a parameter; a block keeps about 12 values of the width and 4 of the SwiGLU's for each token (only its
+    16 bytes a parameter that trains, its own for any other; a block keeps about 12 values of the width and 4 of the
+    SwiGLU's for each token (only its
     input with activation checkpointing).
     """
     config, train = plan.config, plan.recipe.train
@@ -111,7 +112,8 @@ def training_bytes(plan: Plan) -> int:
     size = 2 if train.precision == "bf16" else 4
     one_block = (12 * config.dim + 4 * config.hidden_dim) * tokens * size
     kept = config.dim * tokens * size if train.activation_checkpointing else one_block
-    return 16 * plan.parameter_count() + config.n_layers * kept + one_block
+    frozen = plan.parameter_count() - plan.trained_count()
+    return 16 * plan.trained_count() + size * frozen + config.n_layers * kept + one_block
 
 
 def training_flops(plan: Plan, tokens: float) -> float:

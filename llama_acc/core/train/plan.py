@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from llama_acc.core.checkpoint.fingerprint import check_base
 from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config
 from llama_acc.core.checkpoint.resume import FORMAT_VERSION, read_progress
 from llama_acc.core.checkpoint.save import DTYPES, free_bytes, needed_bytes
@@ -20,6 +21,7 @@ from llama_acc.core.errors import UserError
 from llama_acc.core.home import home
 from llama_acc.core.model.config import ModelConfig, config_from_params, named_size, read_params
 from llama_acc.core.model.sharding import check_divides
+from llama_acc.core.model.tuning import FULL, check_tuning
 from llama_acc.core.parallel import Parallel
 from llama_acc.core.recipe import RECIPES_FOLDER, Recipe
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
@@ -64,12 +66,27 @@ class Plan:
         return DTYPES[self.recipe.train.precision if name == "auto" else name]
 
     def parameter_count(self) -> int:
-        """Number of parameters; all of them train."""
+        """Number of parameters."""
         return self.config.parameter_count()
+
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and full shapes of the parameters that train."""
+        trains = self.config.tuning.trains
+        return {name: shape for name, shape in self.config.parameter_shapes().items() if trains(name)}
+
+    def trained_count(self) -> int:
+        """Number of parameters that train."""
+        return sum(math.prod(shape) for shape in self.trained_shapes().values())
+
+    def saves(self, name: str) -> bool:
+        """Whether a parameter's weights are saved."""
+        return not self.recipe.checkpoint.trainable_only or self.config.tuning.trains(name)
 
     def checkpoint_bytes(self) -> int:
         """Size of one checkpoint on disk."""
-        return needed_bytes(self.parameter_count(), self.save_dtype)
+        trained = self.trained_count()
+        saved = trained if self.recipe.checkpoint.trainable_only else self.parameter_count()
+        return needed_bytes(saved, trained, self.save_dtype)
 
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint is due once `step` optimizer steps are done."""
@@ -120,7 +137,7 @@ class Plan:
                 f"vocabulary {config.vocab_size}",
             ),
             ("weights", f"from {start}" if start else f"random (seed {recipe.train.seed})"),
-            ("parameters", f"{count:,}, of which {count:,} train (method {recipe.tuning.method})"),
+            ("parameters", f"{count:,}, of which {self.trained_count():,} train (method {recipe.tuning.method})"),
             (
                 "data",
                 f"{len(data):,} items, {int(data.lengths.sum()):,} tokens, "
@@ -164,7 +181,9 @@ def make_plan(recipe: Recipe, events: Events, *, recipe_folder: Path | None, dry
     Raises:
         UserError: the first group of problems found.
     """
-    layouts, config, tokenizer = find_model(recipe, recipe_folder, weights_may_be_absent=dry_run or resumes)
+    # A resumed run has weights of its own; of what does not train it may have none.
+    has_all = resumes and recipe.tuning.method == "full"
+    layouts, config, tokenizer = find_model(recipe, recipe_folder, weights_may_be_absent=dry_run or has_all)
     if recipe.data.max_tokens > config.max_seq_len:
         raise UserError(
             f"data.max_tokens ({recipe.data.max_tokens}) is more than the model's max_seq_len ({config.max_seq_len})",
@@ -187,7 +206,8 @@ def find_model(
         UserError: one of them is missing or damaged, or they do not go together.
     """
     layouts = _layouts(recipe, weights_may_be_absent)
-    config = _config(recipe, layouts, recipe_folder)
+    config = _with_tuning(recipe, _config(recipe, layouts, recipe_folder))
+    check_base(layouts, config)
     tokenizer = load_tokenizer(_tokenizer_path(recipe, layouts, recipe_folder))
     config = config.with_vocabulary(tokenizer.vocab_size)
     config.check_tokenizer(tokenizer.vocab_size, tokenizer.path)
@@ -222,6 +242,19 @@ def _config(recipe: Recipe, layouts: list[Layout], recipe_folder: Path | None) -
     if config is None:
         raise UserError("the model's shape is not known", "give model.params or model.size, or a checkpoint with both")
     return config if model.max_seq_len is None else replace(config, max_seq_len=model.max_seq_len)
+
+
+def _with_tuning(recipe: Recipe, config: ModelConfig) -> ModelConfig:
+    """The shape with what the recipe's method adds. What was tuned by a method can go on with that one only."""
+    tuning = recipe.tuning.resolved()
+    if config.tuning not in (FULL, tuning):
+        raise UserError(
+            f"the checkpoint was tuned with {config.tuning}, the recipe says {tuning}",
+            f"set tuning.method={config.tuning.method}"
+            + (f" tuning.lora_rank={config.tuning.lora_rank}" if config.tuning.lora_rank else ""),
+        )
+    check_tuning(tuning, {"dim": config.dim, "the SwiGLU width": config.hidden_dim, "the keys' width": config.kv_dim})
+    return replace(config, tuning=tuning)
 
 
 def _beside(name: str, recipe_folder: Path | None) -> Path:
@@ -313,7 +346,11 @@ def read_base(plan: Plan, parallel: Parallel) -> Weights | None:
         return None
     weights = read_weights(plan.layouts, parallel.model_rank, parallel.model_size)
     where = " and ".join(str(layout.folder) for layout in plan.layouts)
-    check_tensors(weights, plan.config.parameter_shapes(), where)
+    # A base has nothing of what the method adds, a checkpoint of a tuned model all of it.
+    added = plan.config.parameter_shapes().keys() - plan.config.base().parameter_shapes().keys()
+    is_tuned = any(name in weights.tensors for name in added)
+    config = plan.config if is_tuned else plan.config.base()
+    check_tensors(weights, config.parameter_shapes(), where)
     return weights
 
 

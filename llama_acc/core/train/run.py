@@ -112,9 +112,11 @@ def _check(plan: Plan, folder: RunFolder, verify: bool) -> int:
 def _weights(plan: Plan, folder: RunFolder, parallel: Parallel) -> Weights | None:
     if folder.checkpoint is None:
         return read_base(plan, parallel)
-    weights = saved_masters(folder.checkpoint, parallel)
-    check_tensors(weights, plan.config.parameter_shapes(), folder.checkpoint)
-    return weights
+    trained = saved_masters(folder.checkpoint, parallel)
+    trained.keep(plan.trained_shapes())
+    check_tensors(trained, plan.trained_shapes(), folder.checkpoint)
+    base = None if plan.recipe.tuning.method == "full" else read_base(plan, parallel)
+    return trained if base is None else base.under(trained)
 
 
 def _train(

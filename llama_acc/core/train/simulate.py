@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
+from torch import nn
 
-from llama_acc.core.model.transformer import build_on_meta
+from llama_acc.core.model.transformer import build_on_meta, freeze_untrained
 from llama_acc.core.parallel import Parallel, local_part, simulated
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.optimizer import MOMENTS
@@ -18,9 +18,9 @@ class RankShare:
     Attributes:
         rank: which one.
         world_size: of how many.
-        parameters: numbers it stores of the model, and trains.
+        parameters: numbers it stores of the model.
         weights: bytes of these.
-        gradients: bytes of their gradients, of those that stay from one micro-batch to the next.
+        gradients: bytes of the gradients of what trains, of those that stay from one micro-batch to the next.
         moments: bytes of the optimizer's state.
     """
 
@@ -46,22 +46,27 @@ def rank_share(plan: Plan, world_size: int, rank: int = 0) -> RankShare:
     settings = plan.recipe.parallel
     with simulated(rank, world_size, settings.model_parallel_size) as parallel:
         model = build_on_meta(plan.config, plan.compute_dtype, parallel)
+        freeze_untrained(model)
         DataParallel(model, parallel, settings.data_parallel, settings.accumulate_unsharded, "cpu")
-        stored = [local_part(parameter).tensor for parameter in model.parameters()]
-        whole = list(model.parameters())
-        numbers = sum(tensor.numel() for tensor in stored)
-        weights = sum(tensor.nbytes for tensor in stored)
+        parameters = list(model.parameters())
+        stored = [local_part(parameter).tensor for parameter in parameters]
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
         return RankShare(
-            rank, world_size, numbers, weights, _gradient_bytes(plan, parallel, stored, whole), len(MOMENTS) * weights
+            rank,
+            world_size,
+            parameters=sum(tensor.numel() for tensor in stored),
+            weights=sum(tensor.nbytes for tensor in stored),
+            gradients=_gradient_bytes(plan, parallel, trained),
+            moments=len(MOMENTS) * sum(local_part(parameter).tensor.nbytes for parameter in trained),
         )
 
 
-def _gradient_bytes(plan: Plan, parallel: Parallel, stored: list[torch.Tensor], whole: list[torch.nn.Parameter]) -> int:
+def _gradient_bytes(plan: Plan, parallel: Parallel, trained: list[nn.Parameter]) -> int:
     """Gradients are those of what is stored, but whole where they are summed over the ranks only once a step."""
     settings = plan.recipe.parallel
     once_a_step = settings.data_parallel == "sdp" or (
         settings.data_parallel == "fsdp" and settings.accumulate_unsharded
     )
     if parallel.data_size > 1 and once_a_step:
-        return sum(parameter.numel() * parameter.element_size() for parameter in whole)
-    return sum(tensor.nbytes for tensor in stored)
+        return sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    return sum(local_part(parameter).tensor.nbytes for parameter in trained)

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama_acc.core.checkpoint.fingerprint import BASE_FILE, base_file
 from llama_acc.core.checkpoint.resume import FORMAT_VERSION, SavedState, restore_rng, rng_state
 from llama_acc.core.checkpoint.save import Rows, Snapshot
 from llama_acc.core.checkpoint.shards import Weights, load_parameters
 from llama_acc.core.data.batches import build, deal_to_ranks, epoch_order, micro_batches, step_items
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.device import prepare_cpu
-from llama_acc.core.model.transformer import build_on_meta, initialise
+from llama_acc.core.model.transformer import build_on_meta, freeze_untrained, initialise
 from llama_acc.core.parallel import Parallel, is_sharded, local_part
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.optimizer import ClippedAdamW
@@ -32,7 +33,7 @@ class Trainer:
         Args:
             plan: what to do.
             device: where to compute.
-            weights: mapped and checked, to start from; None = random ones. What trains is float32, and copied.
+            weights: mapped and checked, to start from; what it lacks is random. What trains is float32, and copied.
             parallel: who trains together.
         """
         recipe = plan.recipe
@@ -41,6 +42,7 @@ class Trainer:
         if recipe.train.deterministic:
             torch.use_deterministic_algorithms(True)
         model = build_on_meta(plan.config, plan.compute_dtype, parallel)
+        freeze_untrained(model)
         if recipe.train.compile:
             apply_compile(model)
         if recipe.train.activation_checkpointing:
@@ -50,11 +52,15 @@ class Trainer:
             model, parallel, settings.data_parallel, settings.accumulate_unsharded, device.type
         )
         model.to_empty(device=device)
-        if weights is None:
-            initialise(model, recipe.train.seed)
-        else:
+        given = set() if weights is None else set(weights.tensors)
+        initialise(model, recipe.train.seed, {name for name, _ in model.named_parameters()} - given)
+        if weights is not None:
             load_parameters(model, weights)
         self.plan, self.device, self.model, self.parallel, self.step = plan, device, model, parallel, 0
+        # Of a model of random weights there is no base to belong to.
+        self.base_file: bytes | None = None
+        if recipe.checkpoint.trainable_only and recipe.tuning.method != "full" and plan.layouts and parallel.is_main:
+            self.base_file = base_file(plan.layouts, plan.config, recipe.model.pretrained_list())
         self.optimizer = ClippedAdamW(
             model,
             parallel,
@@ -157,17 +163,20 @@ class Trainer:
         }
         files = {
             "config.json": _json(plan.config.to_params()),
-            "meta.json": _json({"llama_type": "llama"}),
+            "meta.json": _json({"llama_type": plan.config.tuning.llama_type}),
             "recipe.yaml": plan.recipe.to_yaml().encode(),
             "template.json": plan.train.template.to_json().encode(),
             "state/progress.json": _json(progress),
             **{file.name: file.read_bytes() for file in plan.tokenizer.files()},
         }
+        if self.base_file is not None:
+            files[BASE_FILE] = self.base_file
         weights = {name: _rows(p, local_part(p).tensor) for name, p in self.model.named_parameters()}
         named = self.optimizer.named
         state = {f"{key}.{name}": _rows(named[name], value) for key, name, value in self.optimizer.state_tensors()}
         if plan.save_dtype != torch.float32:
-            state |= {f"master.{name}": piece for name, piece in weights.items()}
+            state |= {f"master.{name}": weights[name] for name in named}
+        weights = {name: rows for name, rows in weights.items() if plan.saves(name)}
         return Snapshot(weights, state, rng_state(self.device), plan.save_dtype, files, self.parallel)
 
     def load(self, state: SavedState, step: int) -> None:

@@ -283,7 +283,7 @@ def test_a_damaged_result_never_appears(tmp_path: Path, monkeypatch: pytest.Monk
     calls: list[torch.Tensor] = []
     write_at = module.write_at
     monkeypatch.setattr(module, "write_at", forgetful)
-    with pytest.raises(RunError, match=r"read back from the disk:\n  layers\.0\.attention\.wq\.weight is not what"):
+    with pytest.raises(RunError, match=r"read back from the disk:\n  layers\.0\.ffn_norm\.weight is not what"):
         converted(source, tmp_path / "target", "meta")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 

@@ -198,8 +198,8 @@ def test_a_checkpoint_loses_its_name_before_its_files(tmp_path: Path, monkeypatc
 
 def test_the_space_a_checkpoint_needs_is_its_weights_moments_and_masters() -> None:
     million = 1_000_000
-    assert needed_bytes(million, torch.float32) == 12 * million + (1 << 20)
-    assert needed_bytes(million, torch.bfloat16) == 14 * million + (1 << 20)
+    assert needed_bytes(million, million, torch.float32) == 12 * million + (1 << 20)
+    assert needed_bytes(million, million, torch.bfloat16) == 14 * million + (1 << 20)
 
 
 def test_free_space_is_that_of_the_disk_a_folder_will_be_on(tmp_path: Path) -> None:

@@ -103,9 +103,14 @@ def ways(length: int) -> dict[str, list[int]]:
     }
 
 
-def test_logits_are_those_of_metas_code() -> None:
-    model = loaded_model(GOLDEN / "llama")
-    golden = torch.load(GOLDEN / "llama" / "golden.pt", weights_only=True)
+@pytest.mark.parametrize("name", ["llama", "peft_normbias"])
+def test_logits_are_those_of_metas_and_llama2_accessorys_code(name: str) -> None:
+    model = loaded_model(GOLDEN / name)
+    golden = torch.load(GOLDEN / name / "golden.pt", weights_only=True)
+    if name != "llama":
+        tuning = model.config.tuning
+        names = sorted(f"llma.{name}" for name, _ in model.named_parameters() if tuning.trains(name))
+        assert names == golden["trainable"]
     packed = document_logits(model, list(golden["tokens"]))
     for tokens, logits, in_stream in zip(golden["tokens"], golden["logits"], packed, strict=True):
         assert difference(in_stream, logits) < TOLERANCE

@@ -1,0 +1,84 @@
+"""Which base a trainable-only checkpoint belongs to, in whatever layout, size and type that is kept."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from llama_acc.core.checkpoint.layout import Layout
+from llama_acc.core.checkpoint.parts import Part
+from llama_acc.core.checkpoint.shards import Weights, read_weights
+from llama_acc.core.errors import UserError
+from llama_acc.core.model.config import ModelConfig
+
+BASE_FILE = "base.json"
+_SAMPLES, _RUN = 1024, 64  # values of a tensor, and how many of them lie next to each other
+
+
+def fingerprint(weights: Weights, names: Sequence[str]) -> str:
+    """SHA-256 over the sorted names, full shapes and 1,024 fixed sampled values, as bf16, of whole parameters.
+
+    The samples are 16 runs of 64 values: each run is one read. A smaller tensor is taken whole.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        part = weights.tensors[name]
+        digest.update(f"{name} {list(part.shape)}\n".encode())
+        for piece in _samples(part):
+            digest.update(piece.to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _samples(part: Part) -> list[torch.Tensor]:
+    if part.numel() <= _SAMPLES:
+        return [part.to(torch.float32).flatten()]
+    if len(part.shape) == 1:
+        starts = [place * (part.shape[0] - _RUN) // (_SAMPLES // _RUN) for place in range(_SAMPLES // _RUN)]
+        return [part.rows(start, start + _RUN).to(torch.float32) for start in starts]
+    rows, columns = part.shape
+    run = min(_RUN, columns)
+    count = _SAMPLES // run
+    # Fractions of the golden ratio spread places evenly, whatever their number.
+    places = [(k * 0.6180339887498949) % 1.0 for k in range(count)]
+    return [
+        part.rows(row, row + 1).narrow(1, column, column + run).to(torch.float32).flatten()
+        for row, column in ((int(p * rows), int((p * 7.0) % 1.0 * (columns - run))) for p in places)
+    ]
+
+
+def base_fingerprint(layouts: Sequence[Layout], config: ModelConfig) -> str:
+    """The fingerprint of the base that checkpoints laid over each other give."""
+    return fingerprint(read_weights(layouts), list(config.base().parameter_shapes()))
+
+
+def check_base(layouts: Sequence[Layout], config: ModelConfig) -> None:
+    """Refuses a trainable-only checkpoint on another base than it was trained on, or on none.
+
+    Raises:
+        UserError: naming both.
+    """
+    for place, layout in enumerate(layouts):
+        path = layout.folder / BASE_FILE
+        if not path.is_file():
+            continue
+        meant = json.loads(path.read_text(encoding="utf-8"))
+        names = " and ".join(meant["pretrained"]) or "a model of random weights"
+        if place == 0:
+            raise UserError(
+                f"{layout.folder} holds only what was trained on top of {names}",
+                "give that first: the same option once more, before this one",
+            )
+        if base_fingerprint(layouts[:place], config) != meant["fingerprint"]:
+            given = " and ".join(str(before.folder) for before in layouts[:place])
+            raise UserError(
+                f"{layout.folder} was trained on {names}, and {given} holds other weights",
+                "give the base it was trained on",
+            )
+
+
+def base_file(layouts: Sequence[Layout], config: ModelConfig, names: Sequence[str | Path]) -> bytes:
+    """What a trainable-only checkpoint says of its base."""
+    values = {"fingerprint": base_fingerprint(layouts, config), "pretrained": [str(name) for name in names]}
+    return (json.dumps(values, indent=1) + "\n").encode()
