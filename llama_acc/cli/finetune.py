@@ -225,7 +225,9 @@ def _train(recipe: "Recipe", output: Path, folder: Path | None, resume: bool, de
     if not worker.is_main():
         return
     console.note(f"loss {finished.loss:.4f}; the report is {output / 'report.md'}; talk to it with:")
-    typer.echo(f"llama-acc chat --ckpt {quoted}")
+    # What was trained alone needs what it was trained on.
+    folders = [*finished.bases, str(output)]
+    typer.echo(shlex.join(["llama-acc", "chat", *(word for folder in folders for word in ("--ckpt", folder))]))
 
 
 def _dry_run(

@@ -361,7 +361,7 @@ def _config(layouts: Sequence[Layout], weights: Weights) -> ModelConfig:
         raise UserError(f"{layouts[-1].folder} has no params.json or config.json: the model's shape is not known")
     if config.tuning != FULL:
         raise UserError(
-            f"{layouts[-1].folder} was tuned with method {config.tuning.method}: what that adds has no place in this layout"
+            f"{layouts[-1].folder} was tuned with method {config.tuning.method}, and what that adds cannot be converted"
         )
     # Meta's files say -1; what the embedding has is the vocabulary.
     rows = weights.shapes.get("tok_embeddings.weight", (config.vocab_size,))[0]

@@ -104,8 +104,7 @@ def training_bytes(plan: Plan) -> int:
     """Memory of one training step, roughly: weights, gradients, AdamW's moments, and activations.
 
     16 bytes a parameter that trains, its own for any other; a block keeps about 12 values of the width and 4 of the
-    SwiGLU's for each token (only its
-    input with activation checkpointing).
+    SwiGLU's for each token (only its input with activation checkpointing).
     """
     config, train = plan.config, plan.recipe.train
     tokens = min(train.batch_size, len(plan.train)) * int(plan.train.lengths.max())

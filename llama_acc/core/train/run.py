@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from llama_acc.core.checkpoint.files import check_checkpoint
+from llama_acc.core.checkpoint.fingerprint import BASE_FILE
 from llama_acc.core.checkpoint.layout import latest_checkpoint
 from llama_acc.core.checkpoint.resume import SavedState, saved_masters
 from llama_acc.core.checkpoint.shards import Weights, check_tensors
@@ -32,11 +33,19 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run leaves: its folder, its last checkpoint, and the loss per label token of its last step."""
+    """What a run leaves.
+
+    Attributes:
+        output: its folder.
+        checkpoint: its last checkpoint.
+        loss: per label token, of its last step.
+        bases: the checkpoints that go below the last one, which holds only what was trained; else empty.
+    """
 
     output: Path
     checkpoint: Path
     loss: float
+    bases: tuple[str, ...] = ()
 
 
 def finetune(
@@ -142,7 +151,8 @@ def _train(
     losses = [line["loss"] for line in read_metrics(folder.path / "metrics.jsonl") if "loss" in line]
     checkpoint = latest_checkpoint(folder.path)
     assert checkpoint is not None
-    return Finished(folder.path, checkpoint, losses[-1])
+    is_part = (checkpoint / BASE_FILE).exists()
+    return Finished(folder.path, checkpoint, losses[-1], tuple(plan.recipe.model.pretrained_list()) if is_part else ())
 
 
 def _train_and_report(trainer: Trainer, folder: RunFolder, events: Events, stop: StopRequest, started: float) -> None:

@@ -1,0 +1,134 @@
+"""Runs that train a part of a model: what changes, what is saved, and what it may be put on top of."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_acc.core.errors import UserError
+from llama_acc.core.inference import generate, load_model
+from llama_acc.core.model.tuning import METHODS
+from tests.core.train.runs import assert_bitwise_equal, losses, metrics, plan_of, run, saved_state, saved_weights
+
+TUNED = [name for name in METHODS if name != "full"]
+# What can be learned with so few numbers in so few steps.
+PART = ("optimizer.lr=2e-2", "train.epochs=2")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint to start from."""
+    folder = tmp_path_factory.mktemp("base")
+    run(folder, "train.max_steps=4")
+    return folder / "epoch0"
+
+
+def on(base: Path, method: str, *more: str) -> list[str]:
+    return [f"model.pretrained={base}", f"tuning.method={method}", *PART, *more]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", TUNED)
+def test_only_what_the_method_trains_changes(method: str, precision: str, base: Path, tmp_path: Path) -> None:
+    finished = run(tmp_path, *on(base, method, f"train.precision={precision}"))
+    assert finished.bases == ()
+    before, after = saved_weights(base), saved_weights(finished.checkpoint)
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0]
+    plan = plan_of(*on(base, method))
+    trained = {f"llma.{name}" for name in plan.trained_shapes()}
+    kind = torch.float32 if precision == "fp32" else torch.bfloat16
+    for name, tensor in after.items():
+        assert tensor.dtype == kind
+        if name in before and name not in trained:
+            assert torch.equal(tensor, before[name].to(kind)), name
+    changed = {name for name in trained if name not in before or not torch.equal(after[name], before[name].to(kind))}
+    # The bias of wk changes nothing: softmax does not see what is added to all keys alike. Its gradient is rounding.
+    assert {name for name in trained if "wk.bias" not in name} <= changed | {n for n in trained if "lora_a" in n}
+    assert {name.partition(".")[2] for name in saved_state(finished.checkpoint) if name.startswith("exp_avg.")} == {
+        name.removeprefix("llma.") for name in trained
+    }
+
+
+@pytest.mark.parametrize("trainable_only", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    precision: str, trainable_only: bool, base: Path, tmp_path: Path
+) -> None:
+    more = [f"train.precision={precision}", f"checkpoint.trainable_only={str(trainable_only).lower()}"]
+    words = on(base, "lora_bias_norm", *more)
+    run(tmp_path / "whole", *words)
+    run(tmp_path / "stopped", *words, "train.max_steps=5")
+    run(tmp_path / "stopped", *words, resume=True)
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+    for read in (saved_weights, saved_state):
+        assert_bitwise_equal(read(tmp_path / "stopped" / "epoch1"), read(tmp_path / "whole" / "epoch1"))
+
+
+def test_what_was_trained_alone_is_put_on_its_base_and_on_no_other(base: Path, tmp_path: Path) -> None:
+    words = on(base, "lora_bias_norm", "train.precision=fp32")
+    run(tmp_path / "whole", *words)
+    part = run(tmp_path / "part", *words, "checkpoint.trainable_only=true")
+    assert part.bases == (str(base),)
+    names = {name.removeprefix("llma.") for name in saved_weights(part.checkpoint)}
+    assert names == set(plan_of(*words).trained_shapes())
+    sizes = [
+        path.stat().st_size for path in (part.checkpoint, tmp_path / "whole" / "epoch1") for path in path.glob("*.pth")
+    ]
+    assert sizes[0] < sizes[1]
+    questions = ["What is LLaMA?", "Name three colours."]
+    together = load_model(base, part.checkpoint, device="cpu")
+    alone = load_model(tmp_path / "whole", device="cpu")
+    for question in questions:
+        wanted = generate(alone, question, temperature=0, max_new_tokens=20)
+        assert generate(together, question, temperature=0, max_new_tokens=20) == wanted
+
+    with pytest.raises(UserError, match="holds only what was trained on top of"):
+        load_model(part.checkpoint, device="cpu")
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    weights = torch.load(other / "consolidated.00-of-01.model.pth", weights_only=True)
+    weights["model"]["llma.layers.0.attention.wq.weight"].mul_(1.5)
+    torch.save(weights, other / "consolidated.00-of-01.model.pth")
+    (other / "manifest.json").unlink()
+    with pytest.raises(UserError, match=f"was trained on .*epoch0, and {other} holds other weights"):
+        load_model(other, part.checkpoint, device="cpu")
+
+
+def test_the_base_is_known_in_every_layout(base: Path, tmp_path: Path) -> None:
+    from llama_acc.core.checkpoint.convert import Request, convert
+    from llama_acc.core.checkpoint.fingerprint import base_fingerprint
+    from llama_acc.core.checkpoint.layout import inspect
+    from tests.core.tiny import SMALL
+
+    folders = {"hf": tmp_path / "hf", "meta": tmp_path / "meta"}
+    convert(Request(base, folders["hf"], "hf"))
+    convert(Request(base, folders["meta"], "meta", model_parallel_size=2))
+    convert(Request(base, tmp_path / "bf16", "consolidated", dtype="bf16"))
+    known = {base_fingerprint([inspect(folder)], SMALL) for folder in (base, *folders.values(), tmp_path / "bf16")}
+    assert len(known) == 1
+
+
+def test_what_was_tuned_can_be_tuned_further_by_the_same_method_only(base: Path, tmp_path: Path) -> None:
+    first = run(tmp_path / "first", *on(base, "lora"))
+    again = run(tmp_path / "again", *on(first.checkpoint, "lora"))
+    assert losses(tmp_path / "again")[0] == pytest.approx(losses(tmp_path / "first")[-1], rel=0.3)
+    assert json.loads((again.checkpoint / "meta.json").read_text()) == {"llama_type": "llama_peft"}
+    with pytest.raises(UserError, match=r"set tuning\.method=lora tuning\.lora_rank=16"):
+        plan_of(*on(first.checkpoint, "bias_norm"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tuning.method=bias_norm", "tuning.lora_rank=4"], "tuning: method bias_norm has no lora_rank"),
+        (["tuning.lora_rank=4"], "tuning: method full has no lora_rank"),
+        (["tuning.method=lora", "tuning.lora_rank=99"], "tuning.lora_rank (99) is larger than the keys' width (16)"),
+        (["tuning.method=lora", "tuning.lora_rank=0"], "tuning.lora_rank"),
+    ],
+)
+def test_what_a_method_does_not_have_is_refused(words: list[str], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        plan_of(*words)
+    assert said in str(error.value)
