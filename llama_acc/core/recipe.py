@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llama_acc.core.errors import UserError, did_you_mean, listed
-from llama_acc.core.model.tuning import METHODS
+from llama_acc.core.model.tuning import METHODS, PREFIX_LENGTH
 from llama_acc.core.model.tuning import Tuning as ModelTuning
 
 
@@ -69,24 +69,40 @@ class Tuning(Section):
     """What trains, and what is added for it; see `core.model.tuning`.
 
     Attributes:
-        method: `full` trains every parameter; `bias_norm` biases and norms; `lora` LoRA pairs; `lora_bias_norm` both.
-        lora_rank: rank of the LoRA pairs; None = 16 with a method that has them.
+        method: `full` trains every parameter; `bias_norm` biases and norms; `lora` LoRA pairs; `lora_bias_norm` both;
+            `adapter` zero-init attention, biases and norms, and LoRA pairs if they have a rank.
+        lora_rank: rank of the LoRA pairs; None = the method's own: 16, with `adapter` none.
+        prefix_layers: how many blocks, the last ones, have zero-init attention; None = all.
+        prefix_len: length of the prefix; None = 10.
+        prefix_new_gate: zero-init attention has a second gate, which starts at 1.
         quantize: nothing is quantised.
     """
 
-    method: Literal["full", "bias_norm", "lora", "lora_bias_norm"] = "full"
+    method: Literal["full", "bias_norm", "lora", "lora_bias_norm", "adapter"] = "full"
     lora_rank: int | None = Field(default=None, ge=1)
+    prefix_layers: int | None = Field(default=None, ge=1)
+    prefix_len: int | None = Field(default=None, ge=1)
+    prefix_new_gate: bool = False
     quantize: Literal["none"] = "none"
 
     @model_validator(mode="after")
     def _only_what_the_method_has(self) -> "Tuning":
-        if self.lora_rank is not None and not METHODS[self.method].lora:
-            raise ValueError(f"method {self.method} has no lora_rank")
+        method = METHODS[self.method]
+        wrong = [] if self.lora_rank is None or method.lora is not None else ["lora_rank"]
+        if not method.prefix:
+            wrong += [key for key in ("prefix_layers", "prefix_len", "prefix_new_gate") if getattr(self, key)]
+        if wrong:
+            raise ValueError(f"method {self.method} has no {' and no '.join(wrong)}")
         return self
 
     def resolved(self) -> ModelTuning:
-        """The method with its size."""
-        return ModelTuning(self.method, (self.lora_rank or 16) if METHODS[self.method].lora else 0)
+        """The method with its size; without `prefix_layers` it is to be put `at_depth`."""
+        method = METHODS[self.method]
+        rank = self.lora_rank or method.lora or 0
+        if not method.prefix:
+            return ModelTuning(self.method, rank)
+        length = self.prefix_len or PREFIX_LENGTH
+        return ModelTuning(self.method, rank, self.prefix_layers or 0, length, self.prefix_new_gate)
 
 
 class Source(Section):

@@ -176,7 +176,10 @@ def read_config(layouts: Sequence[Layout]) -> ModelConfig | None:
         union |= shape
         # What lies over a tuned checkpoint, a diff say, does not undo its method.
         tuning = own if own != FULL else tuning
-    return replace(config_from_params(union, " and ".join(map(str, paths))), tuning=tuning) if paths else None
+    if not paths:
+        return None
+    config = config_from_params(union, " and ".join(map(str, paths)))
+    return replace(config, tuning=tuning.at_depth(config.n_layers))
 
 
 def check_order(layouts: Sequence[Layout]) -> None:

@@ -4,8 +4,8 @@ Shapes: T tokens of the stream, H query heads, K key-value heads, D head dimensi
 those of this rank: model parallelism deals them out whole, a query head with its key-value head.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +17,45 @@ from llama_acc.core.model.layers import (
     Packed,
     RMSNorm,
     RowParallelLinear,
+    copied,
     normed_linears,
     rotate,
 )
 from llama_acc.core.parallel import Parallel
 
 
+class Prefix(NamedTuple):
+    """What zero-init attention has in one block.
+
+    Attributes:
+        vectors: [prefix_len, dim].
+        gate: [H] of this rank's heads.
+        new_gate: a number, or None.
+    """
+
+    vectors: Tensor
+    gate: Tensor
+    new_gate: Tensor | None
+
+
+class PrefixHeads(NamedTuple):
+    """The keys and values that a block makes of its prefix, [K, prefix_len, D] each. They have no position."""
+
+    keys: Tensor
+    values: Tensor
+
+
 class LayerCache:
-    """Keys and values of one layer's past, [K, S, D] each; room is doubled when it runs out."""
+    """Keys and values of one layer's past, [K, S, D] each; room is doubled when it runs out.
+
+    Attributes:
+        prefix: those of the layer's prefix, once they are made.
+    """
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self.prefix: PrefixHeads | None = None
 
     def append(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Stores [T, K, D] keys and values from position `start` on; returns all up to there, [K, start+T, D]."""
@@ -64,10 +91,19 @@ class KVCache:
 
 
 class Attend(Protocol):
-    """How projected queries, keys and values meet: what a block needs to know of the batch it computes on."""
+    """How projected queries, keys and values meet: what a block needs to know of the batch it computes on.
+
+    Attributes:
+        rotations: [T, D/2], of the positions of the queries.
+    """
+
+    rotations: Tensor
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[T, H*D], [T, K*D], [T, K*D] to the heads' outputs side by side, [T, H*D]."""
+
+    def prefix_heads(self, make: Callable[[], PrefixHeads]) -> PrefixHeads:
+        """What `make` gives, or has given before."""
 
 
 class DocumentAttention:
@@ -87,6 +123,10 @@ class DocumentAttention:
         q = rotate(q.unflatten(-1, heads), self.rotations)
         k = rotate(k.unflatten(-1, heads), self.rotations)
         return attend_documents(q, k, v.unflatten(-1, heads), self.lengths).flatten(1)
+
+    def prefix_heads(self, make: Callable[[], PrefixHeads]) -> PrefixHeads:
+        """See `Attend`."""
+        return make()
 
 
 class _DocumentsOnCPU(torch.autograd.Function):
@@ -158,6 +198,12 @@ class CachedAttention:
         q, k = together.split((q.shape[-1] // heads[1], k.shape[-1] // heads[1]), 1)
         return attend_cached(q, *self.layer.append(k, v.unflatten(-1, heads), self.start)).flatten(1)
 
+    def prefix_heads(self, make: Callable[[], PrefixHeads]) -> PrefixHeads:
+        """See `Attend`."""
+        if self.layer.prefix is None:
+            self.layer.prefix = make()
+        return self.layer.prefix
+
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions.
@@ -168,17 +214,40 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, parallel: Parallel) -> None:
         super().__init__()
-        self.wq = ColumnParallelLinear(config.dim, config.dim, parallel, config.tuning)
-        self.wk = ColumnParallelLinear(config.dim, config.kv_dim, parallel, config.tuning)
-        self.wv = ColumnParallelLinear(config.dim, config.kv_dim, parallel, config.tuning)
-        self.wo = RowParallelLinear(config.dim, config.dim, parallel, config.tuning)
+        self.wq = ColumnParallelLinear(config.dim, config.dim, parallel, config.tuning.on("wq"))
+        self.wk = ColumnParallelLinear(config.dim, config.kv_dim, parallel, config.tuning.on("wk"))
+        self.wv = ColumnParallelLinear(config.dim, config.kv_dim, parallel, config.tuning.on("wv"))
+        self.wo = RowParallelLinear(config.dim, config.dim, parallel, config.tuning.on("wo"))
         self.packed: Packed | None = None
 
-    def forward(self, x: Tensor, norm: RMSNorm, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, norm: RMSNorm, attend: Attend, prefix: Prefix | None = None) -> Tensor:
         """[T, dim] to [T, dim]; `norm` is applied to x first."""
         if self.packed is not None:
             return self.wo(attend(*self.packed(norm(x))))
-        return self.wo(attend(*normed_linears(x, norm, (self.wq, self.wk, self.wv))))
+        q, k, v = normed_linears(x, norm, (self.wq, self.wk, self.wv))
+        if prefix is None:
+            return self.wo(attend(q, k, v))
+        return self.wo(attend(q, k, v) + self._to_prefix(q, prefix, attend))
+
+    def _to_prefix(self, q: Tensor, prefix: Prefix, attend: Attend) -> Tensor:
+        """Zero-init attention: what the queries [T, H*D] get from the prefix, times its gates."""
+
+        def make() -> PrefixHeads:
+            # On every rank it is the same, and of its gradient each has a part.
+            vectors = copied(prefix.vectors.to(q.dtype), self.wk.group)
+            keys, values = (linear(vectors).unflatten(-1, heads).transpose(0, 1) for linear in (self.wk, self.wv))
+            return PrefixHeads(keys, values)
+
+        heads = (-1, 2 * attend.rotations.shape[-1])
+        keys, values = attend.prefix_heads(make)
+        q = rotate(q.unflatten(-1, heads), attend.rotations)
+        output = F.scaled_dot_product_attention(
+            _batch(q), keys.unsqueeze(0), values.unsqueeze(0), enable_gqa=q.shape[1] != keys.shape[0]
+        )
+        gate = prefix.gate.tanh()
+        if prefix.new_gate is not None:
+            gate = gate * copied(prefix.new_gate, self.wk.group)
+        return (output.squeeze(0).transpose(0, 1) * gate.to(q.dtype).unsqueeze(-1)).flatten(1)
 
 
 def attend_documents(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -86,7 +86,8 @@ class ModelConfig:
         shapes: Shapes = {"tok_embeddings.weight": (self.vocab_size, self.dim)}
         for layer in range(self.n_layers):
             shapes |= {f"layers.{layer}.{name}": shape for name, shape in block.items()}
-        return shapes | {"norm.weight": (self.dim,), "output.weight": (self.vocab_size, self.dim)}
+        shapes |= {"norm.weight": (self.dim,), "output.weight": (self.vocab_size, self.dim)}
+        return shapes | self.tuning.added_to_model(self.dim, self.n_heads)
 
     def base(self) -> "ModelConfig":
         """The shape without what a tuning method adds."""

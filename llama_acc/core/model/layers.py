@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_acc.core.model.tuning import FULL, Tuning
+from llama_acc.core.model.tuning import NOTHING, Added
 from llama_acc.core.parallel import Group, Parallel
 
 # Rows a feed-forward layer works on at a time on a CPU.
@@ -46,18 +46,12 @@ class Linear(nn.Module):
         lora_b: its weight is [out_features, rank]; or None.
     """
 
-    def __init__(self, in_features: int, out_features: int, tuning: Tuning = FULL) -> None:
+    def __init__(self, in_features: int, out_features: int, added: Added = NOTHING) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features)) if tuning.has_bias else None
-        rank = tuning.lora_rank
-        self.lora_a = LowRank(in_features, rank) if rank else None
-        self.lora_b = LowRank(rank, out_features) if rank else None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether nothing was added."""
-        return self.bias is None and self.lora_a is None
+        self.bias = nn.Parameter(torch.empty(out_features)) if added.bias else None
+        self.lora_a = LowRank(in_features, added.rank) if added.rank else None
+        self.lora_b = LowRank(added.rank, out_features) if added.rank else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], in the type of `x`."""
@@ -84,8 +78,8 @@ class ColumnParallelLinear(Linear):
     the LoRA pair, lora_a is whole on every rank.
     """
 
-    def __init__(self, in_features: int, out_features: int, parallel: Parallel, tuning: Tuning = FULL) -> None:
-        super().__init__(in_features, out_features // parallel.model_size, tuning)
+    def __init__(self, in_features: int, out_features: int, parallel: Parallel, added: Added = NOTHING) -> None:
+        super().__init__(in_features, out_features // parallel.model_size, added)
         self.group = parallel.model_group if parallel.model_size > 1 else None
 
 
@@ -95,8 +89,8 @@ class RowParallelLinear(Linear):
     Of the LoRA pair, lora_b is whole on every rank, and so is the bias.
     """
 
-    def __init__(self, in_features: int, out_features: int, parallel: Parallel, tuning: Tuning = FULL) -> None:
-        super().__init__(in_features // parallel.model_size, out_features, tuning)
+    def __init__(self, in_features: int, out_features: int, parallel: Parallel, added: Added = NOTHING) -> None:
+        super().__init__(in_features // parallel.model_size, out_features, added)
         self.group = parallel.model_group if parallel.model_size > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,7 +108,7 @@ def _summed(x: Tensor, group: Group | None) -> Tensor:
     return reduce_from_model_parallel_region(x)
 
 
-def _copied(x: Tensor, group: Group | None) -> Tensor:
+def copied(x: Tensor, group: Group | None) -> Tensor:
     """The same on every rank of the model-parallel group; of the gradient, which is a part of a sum, the sum."""
     if group is None:
         return x
@@ -260,7 +254,7 @@ def normed_linears(x: Tensor, norm: RMSNorm, layers: Sequence[ColumnParallelLine
     outputs = _NormedLinearsFunction.apply(x, norm.weight, norm.eps, group, len(low), *weights, *low)
     products, lows = outputs[: len(layers)], iter(outputs[len(layers) :])
     return tuple(
-        layer.finish(y, None if layer.lora_a is None else _copied(next(lows), group))
+        layer.finish(y, None if layer.lora_a is None else copied(next(lows), group))
         for layer, y in zip(layers, products, strict=True)
     )
 

@@ -3,7 +3,7 @@
 The rule is that of Meta's and LLaMA2-Accessory's checkpoints, so a rank's part is a shard of such a checkpoint:
 matrices that read the residual stream (wq wk wv w1 w3 output) are split by rows (column-parallel, dimension 0), those
 that write to it (wo w2) by columns (row-parallel, dimension 1), the embedding by features (dimension 1); norms are
-whole everywhere. A bias is split with the rows of its matrix.
+whole everywhere. A bias is split with the rows of its matrix, the gate of zero-init attention with the heads.
 """
 
 from llama_acc.core.errors import UserError, listed
@@ -27,6 +27,8 @@ def split_dimension(name: str) -> int | None:
         return 1 if matrix in ROW_PARALLEL else None
     if kind == "bias":
         return 0 if leaf in COLUMN_PARALLEL else None
+    if kind == "prefix_gate":
+        return 1
     if kind != "weight":
         return None
     if leaf in COLUMN_PARALLEL:

@@ -12,7 +12,14 @@ from collections.abc import Callable, Container, Sequence
 import torch
 from torch import Tensor, nn
 
-from llama_acc.core.model.attention import Attend, Attention, CachedAttention, DocumentAttention, KVCache
+from llama_acc.core.model.attention import (
+    Attend,
+    Attention,
+    CachedAttention,
+    DocumentAttention,
+    KVCache,
+    Prefix,
+)
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.cross_entropy import linear_cross_entropy
 from llama_acc.core.model.layers import (
@@ -26,7 +33,7 @@ from llama_acc.core.model.layers import (
     normed_linears,
     rotary_table,
 )
-from llama_acc.core.model.sharding import split_dimension
+from llama_acc.core.model.sharding import local_shape, split_dimension
 from llama_acc.core.model.tuning import FULL
 from llama_acc.core.parallel import Parallel, local_part
 
@@ -43,9 +50,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig, parallel: Parallel) -> None:
         super().__init__()
-        self.w1 = ColumnParallelLinear(config.dim, config.hidden_dim, parallel, config.tuning)
-        self.w2 = RowParallelLinear(config.hidden_dim, config.dim, parallel, config.tuning)
-        self.w3 = ColumnParallelLinear(config.dim, config.hidden_dim, parallel, config.tuning)
+        self.w1 = ColumnParallelLinear(config.dim, config.hidden_dim, parallel, config.tuning.on("w1"))
+        self.w2 = RowParallelLinear(config.hidden_dim, config.dim, parallel, config.tuning.on("w2"))
+        self.w3 = ColumnParallelLinear(config.dim, config.hidden_dim, parallel, config.tuning.on("w3"))
         self.packed: Packed | None = None
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
@@ -64,9 +71,9 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend, prefix: Prefix | None = None) -> Tensor:
         """[T, dim] to [T, dim]."""
-        x = x + self.attention(x, self.attention_norm, attend)
+        x = x + self.attention(x, self.attention_norm, attend, prefix)
         return x + self.feed_forward(x, self.ffn_norm)
 
 
@@ -78,7 +85,14 @@ class Transformer(nn.Module):
         parallel: which part of it is here.
         dtype: type of the activations; parameters may be kept in another.
         run_block: calls a block on its arguments; activation checkpointing puts itself here.
+        prefix: see `tuning`; this and the next two are there if the method has them.
+        prefix_gate: of this rank's heads.
+        prefix_new_gate: the same on every rank.
     """
+
+    prefix: nn.Parameter
+    prefix_gate: nn.Parameter
+    prefix_new_gate: nn.Parameter
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, parallel: Parallel) -> None:
         super().__init__()
@@ -89,7 +103,9 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(config, parallel) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = ColumnParallelLinear(config.dim, config.vocab_size, parallel)
-        self.run_block: Callable[[nn.Module, Tensor, Attend], Tensor] = _call
+        for name, shape in config.tuning.added_to_model(config.dim, config.n_heads).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(local_shape(name, shape, parallel.model_size))))
+        self.run_block: Callable[[nn.Module, Tensor, Attend, Prefix | None], Tensor] = _call
         self._rotations: Tensor | None = None
 
     def forward(
@@ -120,7 +136,7 @@ class Transformer(nn.Module):
         documents = DocumentAttention(lengths, rotations)
         for i, layer in enumerate(self.layers):
             attend = documents if cache is None else CachedAttention(cache.layers[i], start, rotations)
-            x = self.run_block(layer, x, attend)
+            x = self.run_block(layer, x, attend, self._prefix_of(i))
         if cache is not None:
             cache.length += len(tokens)
         x = self.norm(x)
@@ -132,6 +148,15 @@ class Transformer(nn.Module):
         """Hidden states [..., dim] to float32 logits [..., V]."""
         return gathered(self.output(hidden), self.output.group).float()
 
+    def _prefix_of(self, layer: int) -> Prefix | None:
+        """What zero-init attention has in a block."""
+        tuning = self.config.tuning
+        place = layer - self.config.n_layers + tuning.prefix_layers
+        if not tuning.what.prefix or place < 0:
+            return None
+        new_gate = self.prefix_new_gate[place] if tuning.prefix_new_gate else None
+        return Prefix(self.prefix[place, 0], self.prefix_gate[place], new_gate)
+
     def _rotations_at(self, positions: Tensor, length: int) -> Tensor:
         table = self._rotations
         if table is None or table.shape[0] < length or table.device != positions.device:
@@ -142,8 +167,8 @@ class Transformer(nn.Module):
         return table[positions]
 
 
-def _call(block: nn.Module, x: Tensor, attend: Attend) -> Tensor:
-    return block(x, attend)
+def _call(block: nn.Module, x: Tensor, attend: Attend, prefix: Prefix | None) -> Tensor:
+    return block(x, attend, prefix)
 
 
 def build_on_meta(config: ModelConfig, dtype: torch.dtype, parallel: Parallel = _ALONE) -> Transformer:
@@ -198,16 +223,18 @@ def initialise(model: Transformer, seed: int, only: Container[str] | None = None
             if only is not None and name not in only:
                 continue
             local = local_part(parameter)
-            if name.endswith("norm.weight"):
+            if name.endswith(("norm.weight", "prefix_new_gate")):
                 local.tensor.fill_(1.0)
                 continue
-            if name.endswith((".bias", ".lora_b.weight")):
+            if name.endswith((".bias", ".lora_b.weight", "prefix_gate")):
                 local.tensor.zero_()
                 continue
             generator = torch.Generator().manual_seed(seed * 1_000_003 + places[name])
             whole = torch.empty(shapes[name])
             if name.endswith(".lora_a.weight"):
                 nn.init.trunc_normal_(whole, std=0.02, generator=generator)
+            elif name == "prefix":
+                whole.normal_(generator=generator)
             else:
                 std = 0.02 * (residual if name.endswith(("wo.weight", "w2.weight")) else 1.0)
                 whole.normal_(0.0, std, generator=generator)

@@ -246,14 +246,14 @@ def _config(recipe: Recipe, layouts: list[Layout], recipe_folder: Path | None) -
 
 def _with_tuning(recipe: Recipe, config: ModelConfig) -> ModelConfig:
     """The shape with what the recipe's method adds. What was tuned by a method can go on with that one only."""
-    tuning = recipe.tuning.resolved()
+    tuning = recipe.tuning.resolved().at_depth(config.n_layers)
     if config.tuning not in (FULL, tuning):
         raise UserError(
-            f"the checkpoint was tuned with {config.tuning}, the recipe says {tuning}",
-            f"set tuning.method={config.tuning.method}"
-            + (f" tuning.lora_rank={config.tuning.lora_rank}" if config.tuning.lora_rank else ""),
+            f"the checkpoint was tuned otherwise ({config.tuning.to_keys()}) than the recipe says ({tuning.to_keys()})",
+            f"set {config.tuning.to_keys()}",
         )
-    check_tuning(tuning, {"dim": config.dim, "the SwiGLU width": config.hidden_dim, "the keys' width": config.kv_dim})
+    widths = {"dim": config.dim, "the SwiGLU width": config.hidden_dim, "the keys' width": config.kv_dim}
+    check_tuning(tuning, widths, config.n_layers)
     return replace(config, tuning=tuning)
 
 

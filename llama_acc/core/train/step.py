@@ -110,8 +110,8 @@ def evaluate(
 def apply_activation_checkpointing(model: Transformer) -> None:
     """Makes the backward pass recompute each block instead of keeping its activations."""
     # Nothing in a block is random, so there is no generator state to keep.
-    model.run_block = lambda block, x, attend: checkpoint(
-        block, x, attend, use_reentrant=False, preserve_rng_state=False
+    model.run_block = lambda block, x, attend, prefix: checkpoint(
+        block, x, attend, prefix, use_reentrant=False, preserve_rng_state=False
     )
 
 

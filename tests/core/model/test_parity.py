@@ -103,7 +103,7 @@ def ways(length: int) -> dict[str, list[int]]:
     }
 
 
-@pytest.mark.parametrize("name", ["llama", "peft_normbias"])
+@pytest.mark.parametrize("name", ["llama", "peft_normbias", "adapter"])
 def test_logits_are_those_of_metas_and_llama2_accessorys_code(name: str) -> None:
     model = loaded_model(GOLDEN / name)
     golden = torch.load(GOLDEN / name / "golden.pt", weights_only=True)

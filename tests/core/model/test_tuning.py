@@ -4,33 +4,37 @@ import pytest
 import torch
 
 from llama_acc.core.errors import UserError
-from llama_acc.core.model.config import config_from_params
+from llama_acc.core.model.config import ModelConfig, config_from_params
 from llama_acc.core.model.sharding import split_dimension
 from llama_acc.core.model.transformer import Transformer, build_on_meta, initialise
-from llama_acc.core.model.tuning import METHODS, Tuning, check_tuning, tuning_of
+from llama_acc.core.model.tuning import FULL, METHODS, Tuning, check_tuning, tuning_of
 from tests.core.tiny import SMALL, cached_logits, difference, document_logits, random_model
 
-TUNED = [name for name in METHODS if name != "full"]
+TUNINGS = {
+    "bias_norm": Tuning("bias_norm"),
+    "lora": Tuning("lora", 4),
+    "lora_bias_norm": Tuning("lora_bias_norm", 4),
+    "adapter": Tuning("adapter", 0, 2, 5),
+    "adapter with LoRA and a new gate": Tuning("adapter", 4, SMALL.n_layers, 5, True),
+}
+TUNED = list(TUNINGS)
 
 
-def tuning(method: str) -> Tuning:
-    return Tuning(method, 4 if METHODS[method].lora else 0)
-
-
-def tuned_model(method: str) -> Transformer:
+def tuned_model(tuning: Tuning, config: ModelConfig = SMALL) -> Transformer:
     """A random model in which everything the method adds says something."""
-    model = random_model(replace(SMALL, tuning=tuning(method)))
+    model = random_model(replace(config, tuning=tuning))
     generator = torch.Generator().manual_seed(1)
+    added = config.parameter_shapes().keys()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(".bias") or ".lora_" in name:
+            if name not in added and name != "prefix":
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model
 
 
 @pytest.mark.parametrize("method", TUNED)
 def test_what_a_method_adds_is_what_the_shape_says(method: str) -> None:
-    config = replace(SMALL, tuning=tuning(method))
+    config = replace(SMALL, tuning=TUNINGS[method])
     model = build_on_meta(config, torch.float32)
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == config.parameter_shapes()
     assert config.base() == SMALL
@@ -41,7 +45,7 @@ def test_at_the_start_nothing_changes(method: str) -> None:
     tokens = torch.arange(20)
     plain, tuned = (
         build_on_meta(SMALL, torch.float32),
-        build_on_meta(replace(SMALL, tuning=tuning(method)), torch.float32),
+        build_on_meta(replace(SMALL, tuning=TUNINGS[method]), torch.float32),
     )
     for model in (plain, tuned):
         model.to_empty(device="cpu")
@@ -62,14 +66,14 @@ def merged(tuned: Transformer) -> Transformer:
 
 
 def test_lora_is_the_sum_of_the_matrix_and_the_product_of_the_pair() -> None:
-    tuned, tokens = tuned_model("lora"), torch.arange(24)
+    tuned, tokens = tuned_model(TUNINGS["lora"]), torch.arange(24)
     expected = document_logits(merged(tuned), [tokens])[0]
     assert difference(document_logits(tuned, [tokens])[0], expected) < 1e-5
     assert difference(cached_logits(tuned, tokens, [10, *[1] * 14]), expected) < 1e-5
 
 
 def test_the_gradients_of_a_pair_follow_from_that_of_the_merged_matrix() -> None:
-    tuned, tokens = tuned_model("lora"), torch.arange(24)
+    tuned, tokens = tuned_model(TUNINGS["lora"]), torch.arange(24)
     whole = merged(tuned)
     for model in (tuned, whole):
         model(tokens, tokens, [24], tokens.roll(-1)).backward()
@@ -88,7 +92,7 @@ def test_the_gradients_of_a_pair_follow_from_that_of_the_merged_matrix() -> None
 
 @pytest.mark.parametrize("method", TUNED)
 def test_with_and_without_gradients_the_loss_is_the_same(method: str) -> None:
-    model, tokens = tuned_model(method), torch.arange(24)
+    model, tokens = tuned_model(TUNINGS[method]), torch.arange(24)
     where = (tokens, tokens, [24], tokens.roll(-1))
     with torch.no_grad():
         expected = model(*where).item()
@@ -105,15 +109,22 @@ def test_with_and_without_gradients_the_loss_is_the_same(method: str) -> None:
         ("layers.0.attention.wo.lora_a.weight", 1),
         ("layers.0.attention.wo.lora_b.weight", None),
         ("exp_avg.layers.0.feed_forward.w1.lora_b.weight", 0),
+        ("prefix", None),
+        ("prefix_gate", 1),
+        ("exp_avg.prefix_gate", 1),
+        ("prefix_new_gate", None),
     ],
 )
 def test_what_is_added_is_split_with_its_matrix(name: str, dimension: int | None) -> None:
     assert split_dimension(name) == dimension
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_checkpoint_s_files_say_the_method(method: str) -> None:
-    mine = tuning(method)
+def test_every_method_is_tried_here() -> None:
+    assert {"full", *(tuning.method for tuning in TUNINGS.values())} == set(METHODS)
+
+
+@pytest.mark.parametrize("mine", [FULL, *TUNINGS.values()], ids=["full", *TUNINGS])
+def test_a_checkpoint_s_files_say_the_method(mine: Tuning) -> None:
     config = replace(SMALL, tuning=mine)
     read, shape = tuning_of(mine.llama_type, config.to_params())
     assert read == mine
@@ -125,10 +136,57 @@ def test_llama2_accessory_s_files_without_arguments_are_bias_norm() -> None:
     assert tuning_of("llama_peft", {"lora_rank": 16}) == (Tuning("lora_bias_norm", 16), {})
 
 
+def test_llama2_accessory_s_prefix_is_in_every_block_where_it_does_not_say() -> None:
+    assert tuning_of("llama_adapter", {})[0].at_depth(32) == Tuning("adapter", 0, 32, 30)
+    assert tuning_of("llama_adapter", {"prefix_layers": 30, "prefix_len": 10})[0].at_depth(32).prefix_layers == 30
+    assert TUNINGS["lora"].at_depth(32) == TUNINGS["lora"]
+
+
+@pytest.mark.parametrize("method", ["adapter", "adapter with LoRA and a new gate"])
+def test_grouped_queries_share_the_prefix_s_keys_and_values(method: str) -> None:
+    """As the model with a copy of them for each query head."""
+    grouped = tuned_model(TUNINGS[method])
+    groups = SMALL.n_heads // SMALL.kv_heads
+    assert groups > 1
+    plain = random_model(replace(SMALL, n_kv_heads=None, tuning=TUNINGS[method]))
+    repeated = (".wk.weight", ".wv.weight", ".wk.lora_b.weight", ".wv.lora_b.weight")
+    with torch.no_grad():
+        for (name, target), (_, source) in zip(plain.named_parameters(), grouped.named_parameters(), strict=True):
+            if name.endswith(repeated):
+                source = source.unflatten(0, (SMALL.kv_heads, -1)).repeat_interleave(groups, 0).flatten(0, 1)
+            target.copy_(source)
+    tokens = torch.arange(24)
+    expected = document_logits(plain, [tokens])[0]
+    assert difference(document_logits(grouped, [tokens])[0], expected) < 1e-5
+    assert difference(cached_logits(grouped, tokens, [10, *[1] * 14]), expected) < 1e-5
+
+
+def test_a_closed_gate_leaves_the_model_and_an_open_one_does_not() -> None:
+    model, tokens = tuned_model(TUNINGS["adapter"]), torch.arange(24)
+    before = document_logits(model, [tokens])[0]
+    with torch.no_grad():
+        model.prefix_gate.zero_()
+        closed = document_logits(model, [tokens])[0]
+        model.prefix.normal_()
+    assert torch.equal(document_logits(model, [tokens])[0], closed)
+    assert difference(before, closed) > 1e-3
+
+
+@pytest.mark.parametrize("method", TUNED)
+def test_documents_of_a_stream_do_not_see_each_other(method: str) -> None:
+    model = tuned_model(TUNINGS[method])
+    documents = [torch.arange(7), torch.arange(9, 30), torch.arange(1)]
+    alone = [document_logits(model, [document])[0] for document in documents]
+    for one, other in zip(document_logits(model, documents), alone, strict=True):
+        assert difference(one, other) < 1e-5
+
+
 def test_what_no_method_is_is_refused() -> None:
     with pytest.raises(UserError, match="it is a checkpoint of kind 'llama_ens'"):
         tuning_of("llama_ens", {})
     with pytest.raises(UserError, match="no tuning method has"):
         tuning_of("llama_peft", {"norm_tuning": False})
     with pytest.raises(UserError, match=r"tuning.lora_rank \(65\) is larger than the keys' width \(64\)"):
-        check_tuning(Tuning("lora", 65), {"dim": 128, "the keys' width": 64})
+        check_tuning(Tuning("lora", 65), {"dim": 128, "the keys' width": 64}, 2)
+    with pytest.raises(UserError, match=r"tuning.prefix_layers \(3\) is more than the model's layers \(2\)"):
+        check_tuning(Tuning("adapter", 0, 3, 5), {"dim": 128}, 2)

@@ -21,7 +21,7 @@ def steps(model: Transformer, sizes: Sequence[int], count: int = 1, lr: float = 
     return [step(model, optimizer, DOCUMENTS.dealt(*sizes), labels, lr) for _ in range(count)]
 
 
-@pytest.mark.parametrize("name", ["llama", "peft_normbias"])
+@pytest.mark.parametrize("name", ["llama", "peft_normbias", "adapter"])
 def test_the_golden_training_curve_is_reproduced(name: str) -> None:
     golden = json.loads((GOLDEN / name / "training.json").read_text())
     model = loaded_model(GOLDEN / name)

@@ -125,6 +125,9 @@ def test_what_was_tuned_can_be_tuned_further_by_the_same_method_only(base: Path,
         (["tuning.lora_rank=4"], "tuning: method full has no lora_rank"),
         (["tuning.method=lora", "tuning.lora_rank=99"], "tuning.lora_rank (99) is larger than the keys' width (16)"),
         (["tuning.method=lora", "tuning.lora_rank=0"], "tuning.lora_rank"),
+        (["tuning.method=lora", "tuning.prefix_len=5"], "tuning: method lora has no prefix_len"),
+        (["tuning.prefix_layers=2", "tuning.lora_rank=2"], "method full has no lora_rank and no prefix_layers"),
+        (["tuning.method=adapter", "tuning.prefix_layers=9"], "tuning.prefix_layers (9) is more than the model's"),
     ],
 )
 def test_what_a_method_does_not_have_is_refused(words: list[str], said: str) -> None:
