@@ -233,8 +233,7 @@ class Attention(nn.Module):
         """Zero-init attention: what the queries [T, H*D] get from the prefix, times its gates."""
 
         def make() -> PrefixHeads:
-            # On every rank it is the same, and of its gradient each has a part.
-            vectors = copied(prefix.vectors.to(q.dtype), self.wk.group)
+            vectors = prefix.vectors.to(q.dtype)
             keys, values = (linear(vectors).unflatten(-1, heads).transpose(0, 1) for linear in (self.wk, self.wv))
             return PrefixHeads(keys, values)
 
@@ -246,6 +245,7 @@ class Attention(nn.Module):
         )
         gate = prefix.gate.tanh()
         if prefix.new_gate is not None:
+            # On every rank it is the same, and of its gradient each has a part.
             gate = gate * copied(prefix.new_gate, self.wk.group)
         return (output.squeeze(0).transpose(0, 1) * gate.to(q.dtype).unsqueeze(-1)).flatten(1)
 

@@ -74,13 +74,18 @@ class Linear(nn.Module):
 class ColumnParallelLinear(Linear):
     """A matrix product of which this rank computes a part of the output's features.
 
-    Its input's gradient is a part of a sum over `group`: `normed_linears` and `linear_cross_entropy` see to that. Of
-    the LoRA pair, lora_a is whole on every rank.
+    The gradient of its input is a sum over `group`: `forward`, `normed_linears` and `linear_cross_entropy` see to that.
+    Of the LoRA pair, lora_a is whole on every rank.
     """
 
     def __init__(self, in_features: int, out_features: int, parallel: Parallel, added: Added = NOTHING) -> None:
         super().__init__(in_features, out_features // parallel.model_size, added)
         self.group = parallel.model_group if parallel.model_size > 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., this rank's out_features], in the type of `x`."""
+        low = None if self.lora_a is None else copied(linear(x, self.lora_a.weight), self.group)
+        return self.finish(linear(copied(x, self.group), self.weight), low)
 
 
 class RowParallelLinear(Linear):

@@ -31,7 +31,17 @@ MODES = {
 SPLIT = "parallel.model_parallel_size=2"
 # Four heads of each kind, so that four ranks can share one copy.
 FOUR_HEADS = "model.params.n_kv_heads=4"
-LORA = ("tuning.method=lora_bias_norm", "tuning.lora_rank=4", "optimizer.lr=2e-2", "checkpoint.trainable_only=true")
+PART = ("optimizer.lr=2e-2", "checkpoint.trainable_only=true", "tuning.lora_rank=4")
+TUNED = {
+    "lora": (*PART, "tuning.method=lora_bias_norm"),
+    "adapter": (
+        *PART,
+        "optimizer.lr=5e-3",
+        "tuning.method=adapter",
+        "tuning.prefix_layers=1",
+        "tuning.prefix_new_gate=true",
+    ),
+}
 WORK = "tests.core.train.parallel_work"
 
 
@@ -43,7 +53,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(folder / "stopped", *UNEVEN, "train.max_steps=7")
     run(folder / "bf16", *UNEVEN, "train.precision=bf16")
     run(folder / "four-heads", *UNEVEN, FOUR_HEADS)
-    run(folder / "lora", *UNEVEN, *LORA)
+    for name, words in TUNED.items():
+        run(folder / name, *UNEVEN, *words)
     return folder
 
 
@@ -57,9 +68,10 @@ def of_four(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     whole = [*UNEVEN, FOUR_HEADS, "parallel.model_parallel_size=4"]
     todo.append({"output": str(folder / "four-heads"), "overrides": whole})
-    for name in ("ddp", "sdp", "fsdp"):
-        words = [*UNEVEN, *LORA, *MODES[name], SPLIT]
-        todo.append({"output": str(folder / f"lora-{name}"), "overrides": words})
+    for name, words in TUNED.items():
+        for mode in ("ddp", "sdp", "fsdp"):
+            overrides = [*UNEVEN, *words, *MODES[mode], SPLIT]
+            todo.append({"output": str(folder / f"{name}-{mode}"), "overrides": overrides})
     validation = "data.validation.fraction=0.4"
     todo.append({"output": str(folder / "validated"), "overrides": [*UNEVEN, *MODES["fsdp"], SPLIT, validation]})
     todo.append({"output": str(folder / "bf16"), "overrides": [*UNEVEN, *MODES["sdp"], SPLIT, "train.precision=bf16"]})
@@ -106,11 +118,14 @@ def test_2x2_processes_train_the_curve_of_one(mode: str, alone: Path, of_four: P
 
 
 @pytest.mark.parametrize("mode", ["ddp", "sdp", "fsdp"])
-def test_2x2_processes_train_lora_and_biases_as_one_does(mode: str, alone: Path, of_four: Path) -> None:
-    assert_same_curve(of_four / f"lora-{mode}", alone / "lora")
-    expected = weights(alone / "lora" / "epoch3")
-    for name, tensor in weights(of_four / f"lora-{mode}" / "epoch3").items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
+@pytest.mark.parametrize("name", TUNED)
+def test_2x2_processes_tune_a_part_as_one_does(name: str, mode: str, alone: Path, of_four: Path) -> None:
+    assert_same_curve(of_four / f"{name}-{mode}", alone / name)
+    expected = weights(alone / name / "epoch3")
+    found = weights(of_four / f"{name}-{mode}" / "epoch3")
+    assert found.keys() == expected.keys()
+    for parameter, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[parameter], rtol=1e-3, atol=1e-4)
 
 
 def test_four_ranks_with_one_copy_of_the_model_train_the_curve_of_one(alone: Path, of_four: Path) -> None:
