@@ -34,7 +34,10 @@ def test_every_shipped_recipe_dry_runs_on_a_tiny_model(
     recipe = Recipe.load(name)
     data = {"single_turn": single_turn, "dialogue": dialogues}[recipe.data.sources[0].format]
     flags = ["--data", data, "--tokenizer", tokenizer_path, "--output", tmp_path / "run", "--device", "cpu"]
-    result = invoke("finetune", "--recipe", name, "--dry-run", *flags, TINY_LONG, "model.max_seq_len=4096")
+    tiny = [TINY_LONG, "model.max_seq_len=4096"]
+    if recipe.tuning.prefix_layers:
+        tiny.append("tuning.prefix_layers=1")
+    result = invoke("finetune", "--recipe", name, "--dry-run", *flags, *tiny)
     assert result.exit_code == 0, result.stderr
     assert shown(result.stdout)["recipe"] == f"{name}: {recipe.description}"
     assert shown(result.stdout)["data"].startswith("10 items, ")

@@ -30,6 +30,16 @@ FULL_LARGE = {
     "wizardcode-34b": ("codellama-34b", 4, 2, 128, 4096),
     "sharegpt-70b": ("llama2-70b", 8, 2, 128, 4096),
 }
+# Method, keys of its own, data, data.max_tokens, epochs, epochs of warm-up, learning rate, activation checkpointing.
+PARTS: dict[str, tuple[str, dict[str, int], str, int, float, float, float, bool]] = {
+    "alpaca-biasnorm": ("bias_norm", {}, "alpaca", 512, 4, 1, 5e-5, True),
+    "alpaca-lora": ("lora_bias_norm", {"lora_rank": 16}, "alpaca", 512, 4, 1, 5e-5, True),
+    "alpaca-adapter": ("adapter", {"prefix_layers": 30, "prefix_len": 10}, "alpaca", 1024, 4, 1, 5e-5, False),
+    "gorilla-biasnorm": ("bias_norm", {}, "gorilla", 512, 10, 2, 1e-3, True),
+    "gorilla-lora": ("lora_bias_norm", {"lora_rank": 16}, "gorilla", 512, 10, 2, 1e-3, True),
+    "gorilla-adapter": ("adapter", {"prefix_layers": 32, "prefix_len": 10}, "gorilla", 512, 10, 2, 1e-3, True),
+    "sharegpt-lora": ("lora_bias_norm", {"lora_rank": 16}, "sharegpt", 4096, 4, 1, 5e-5, True),
+}
 SMALLEST: dict[str, Any] = {
     "name": "smallest",
     "model": {"pretrained": None},
@@ -96,6 +106,21 @@ def test_larger_recipes_differ_from_the_7b_ones_only_in_what_is_listed(name: str
     expected["train"] |= {"batch_size": batch_size, "global_batch_size": global_batch_size}
     expected["data"] |= {"max_tokens": max_tokens}
     assert recipe.model_dump() == expected
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_recipes_that_train_a_part_have_llama2_accessorys_hyper_parameters(name: str) -> None:
+    method, own, data, max_tokens, epochs, warmup, lr, recomputes = PARTS[name]
+    full, recipe = Recipe.load(data), Recipe.load(name)
+    tuning = recipe.tuning.model_dump(exclude_defaults=True)
+    assert tuning == {"method": method, **own}
+    assert recipe.data.model_dump() == full.data.model_dump() | {"max_tokens": max_tokens}
+    optimizer = {"lr": lr, "min_lr": 5e-6, "weight_decay": 0.02}
+    assert recipe.optimizer.model_dump() == full.optimizer.model_dump() | optimizer
+    train = {"epochs": epochs, "warmup_epochs": warmup, "global_batch_size": 64, "batch_size": 4}
+    train |= {"activation_checkpointing": recomputes}
+    assert recipe.train.model_dump() == full.train.model_dump() | train
+    assert (recipe.model, recipe.parallel, recipe.checkpoint) == (full.model, full.parallel, full.checkpoint)
 
 
 def test_what_a_recipe_leaves_out_has_defaults() -> None:
