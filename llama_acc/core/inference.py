@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from llama_acc.core.device import pick_device
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.sharding import check_divides
-from llama_acc.core.model.transformer import Transformer, build_on_meta, pack_small
+from llama_acc.core.model.transformer import Transformer, build_on_meta, pack_small, quantise_on_meta
 from llama_acc.core.parallel import Parallel
 from llama_acc.core.tokenizer import StreamDecoder, Tokenizer, find_tokenizer, load_tokenizer
 
@@ -85,6 +86,7 @@ def load_model(
     tokenizer: str | Path | None = None,
     template: str = "auto",
     verify: bool = False,
+    quantize: Literal["nf4"] | None = None,
     parallel: Parallel = _ALONE,
 ) -> LoadedModel:
     """Loads a checkpoint, or a rank's share of it, for generation.
@@ -96,6 +98,7 @@ def load_model(
         tokenizer: its file; None = the one beside the checkpoint.
         template: a prompt format's name; "auto" = the one kept in the checkpoint, else its chat template, else none.
         verify: compare the SHA-256 of every file with the manifest.
+        quantize: keep the matrices in four bits.
         parallel: the ranks that share the model, whatever the size it was saved at.
 
     Raises:
@@ -125,6 +128,8 @@ def load_model(
         dtype = own_dtype if own_dtype in (torch.float32, torch.bfloat16) else torch.float32
     target = pick_device(device)
     model = build_on_meta(config, dtype, parallel).requires_grad_(False)
+    if quantize == "nf4":
+        quantise_on_meta(model)
     fill(model, weights, target, dtype, copy=False)
     if parallel.model_size == 1:
         pack_small(model)

@@ -75,7 +75,8 @@ class Tuning(Section):
         prefix_layers: how many blocks, the last ones, have zero-init attention; None = all.
         prefix_len: length of the prefix; None = 10.
         prefix_new_gate: zero-init attention has a second gate, which starts at 1.
-        quantize: nothing is quantised.
+        quantize: `nf4`: the matrices of the blocks are kept in four bits (they do not train); none.
+        quantize_output: with `nf4`, the output matrix, too.
     """
 
     method: Literal["full", "bias_norm", "lora", "lora_bias_norm", "adapter"] = "full"
@@ -83,7 +84,8 @@ class Tuning(Section):
     prefix_layers: int | None = Field(default=None, ge=1)
     prefix_len: int | None = Field(default=None, ge=1)
     prefix_new_gate: bool = False
-    quantize: Literal["none"] = "none"
+    quantize: Literal["none", "nf4"] = "none"
+    quantize_output: bool = True
 
     @model_validator(mode="after")
     def _only_what_the_method_has(self) -> "Tuning":
@@ -93,6 +95,10 @@ class Tuning(Section):
             wrong += [key for key in ("prefix_layers", "prefix_len", "prefix_new_gate") if getattr(self, key)]
         if wrong:
             raise ValueError(f"method {self.method} has no {' and no '.join(wrong)}")
+        if method.everything and self.quantize != "none":
+            raise ValueError(
+                f"quantize {self.quantize} is for what does not train, and method {self.method} trains all"
+            )
         return self
 
     def resolved(self) -> ModelTuning:
@@ -247,6 +253,14 @@ class Recipe(Section):
     train: Train = Train()
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
+
+    @model_validator(mode="after")
+    def _quantised_weights_are_not_saved(self) -> "Recipe":
+        if self.tuning.quantize != "none" and not self.checkpoint.trainable_only:
+            raise ValueError(
+                f"tuning.quantize={self.tuning.quantize} saves only what trains: set checkpoint.trainable_only=true"
+            )
+        return self
 
     @classmethod
     def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> "Recipe":

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -78,7 +78,23 @@ def check_base(layouts: Sequence[Layout], config: ModelConfig) -> None:
             )
 
 
-def base_file(layouts: Sequence[Layout], config: ModelConfig, names: Sequence[str | Path]) -> bytes:
-    """What a trainable-only checkpoint says of its base."""
-    values = {"fingerprint": base_fingerprint(layouts, config), "pretrained": [str(name) for name in names]}
+def base_file(
+    layouts: Sequence[Layout],
+    config: ModelConfig,
+    names: Sequence[str | Path],
+    quantised: Mapping[str, object] | None = None,
+) -> bytes:
+    """What a trainable-only checkpoint says of its base.
+
+    Args:
+        layouts: the base.
+        config: the shape.
+        names: the base as the user gave it.
+        quantised: how it was quantised while training on it; None = it was not.
+    """
+    values = {
+        "fingerprint": base_fingerprint(layouts, config),
+        "pretrained": [str(name) for name in names],
+        "quantised": quantised,
+    }
     return (json.dumps(values, indent=1) + "\n").encode()

@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,8 +14,10 @@ from llama_acc.core.checkpoint.huggingface import meta_name, read_huggingface, r
 from llama_acc.core.checkpoint.layout import Layout, check_order
 from llama_acc.core.checkpoint.parts import Part, Piece
 from llama_acc.core.errors import UserError, listed
+from llama_acc.core.model.layers import Linear
+from llama_acc.core.model.nf4 import quantise
 from llama_acc.core.model.sharding import split_dimension
-from llama_acc.core.model.transformer import Transformer
+from llama_acc.core.model.transformer import Transformer, store_quantised
 from llama_acc.core.parallel import local_part
 
 _PREFIX = "llma."
@@ -293,7 +296,7 @@ def fill(model: Transformer, weights: Weights, device: torch.device, dtype: torc
     """Puts weights into a model made on the meta device, one tensor at a time.
 
     Args:
-        model: its parameters are replaced. They have the shapes of the weights' shares.
+        model: its parameters are replaced. They have the shapes of the weights' shares, or are to be quantised.
         weights: checked; tensors are removed as they are used, so their memory is free again.
         device: where the parameters go.
         dtype: their type.
@@ -302,17 +305,28 @@ def fill(model: Transformer, weights: Weights, device: torch.device, dtype: torc
     """
     for name, parameter in list(model.named_parameters()):
         part = weights.tensors.pop(name)
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        if isinstance(owner, Linear) and owner.is_quantised and parameter is owner.weight:
+            owner.take(*quantise(partial(_rows, part, device), part.shape, device))
+            continue
         value = None if copy else part.in_place(dtype, device)
         if value is None:
             value = part.to(dtype, device)
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=parameter.requires_grad))
+        setattr(owner, leaf, torch.nn.Parameter(value, requires_grad=parameter.requires_grad))
 
 
 def load_parameters(model: Transformer, weights: Weights) -> None:
     """Puts weights into the storage a model has, as far as they are there; `weights`, of its rank, are used up."""
     for name, parameter in model.named_parameters():
-        local = local_part(parameter)
         if name not in weights.tensors:
             continue
-        weights.tensors.pop(name).rows(local.rows.start, local.rows.stop).copy_into(local.tensor)
+        part, local = weights.tensors.pop(name), local_part(parameter)
+        if local.tensor.is_floating_point():
+            part.rows(local.rows.start, local.rows.stop).copy_into(local.tensor)
+        else:
+            store_quantised(model, name, partial(_rows, part, local.tensor.device))
+
+
+def _rows(part: Part, device: torch.device, start: int, stop: int) -> Tensor:
+    return part.rows(start, stop).to(torch.float32, device)

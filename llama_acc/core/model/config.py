@@ -11,6 +11,9 @@ from llama_acc.core.errors import UserError, did_you_mean, listed
 from llama_acc.core.model.tuning import FULL, Shapes, Tuning
 
 # Written into params.json or config.json by others, without meaning for the computation.
+_BLOCK = [("attention", name) for name in ("wq", "wk", "wv", "wo")] + [
+    ("feed_forward", name) for name in ("w1", "w2", "w3")
+]
 _IGNORED = {"max_batch_size", "trainable_mode", "load_pretrained_visual_encoder"}
 
 
@@ -71,23 +74,24 @@ class ModelConfig:
 
     def parameter_shapes(self) -> Shapes:
         """Every parameter's name, as in Meta's and LLaMA2-Accessory's checkpoints, and full shape."""
-        matrices = {
-            "attention.wq": (self.dim, self.dim),
-            "attention.wk": (self.kv_dim, self.dim),
-            "attention.wv": (self.kv_dim, self.dim),
-            "attention.wo": (self.dim, self.dim),
-            "feed_forward.w1": (self.hidden_dim, self.dim),
-            "feed_forward.w2": (self.dim, self.hidden_dim),
-            "feed_forward.w3": (self.hidden_dim, self.dim),
-        }
+        rows = {"wk": self.kv_dim, "wv": self.kv_dim, "w1": self.hidden_dim, "w3": self.hidden_dim}
         block: Shapes = {"attention_norm.weight": (self.dim,), "ffn_norm.weight": (self.dim,)}
-        for name, shape in matrices.items():
+        for group, matrix in _BLOCK:
+            shape = (rows.get(matrix, self.dim), self.hidden_dim if matrix == "w2" else self.dim)
+            name = f"{group}.{matrix}"
             block |= {f"{name}.weight": shape, **self.tuning.added_to(name, *shape)}
         shapes: Shapes = {"tok_embeddings.weight": (self.vocab_size, self.dim)}
         for layer in range(self.n_layers):
             shapes |= {f"layers.{layer}.{name}": shape for name, shape in block.items()}
         shapes |= {"norm.weight": (self.dim,), "output.weight": (self.vocab_size, self.dim)}
         return shapes | self.tuning.added_to_model(self.dim, self.n_heads)
+
+    def quantisable(self, output: bool) -> list[str]:
+        """Names of the matrices that NF4 is for: those of the blocks, and the output matrix if wanted."""
+        names = [
+            f"layers.{layer}.{group}.{matrix}.weight" for layer in range(self.n_layers) for group, matrix in _BLOCK
+        ]
+        return names + (["output.weight"] if output else [])
 
     def base(self) -> "ModelConfig":
         """The shape without what a tuning method adds."""

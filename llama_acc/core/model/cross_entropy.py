@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llama_acc.core.model.layers import accumulator, add_product
+from llama_acc.core.model.nf4 import Scales, dense
 from llama_acc.core.parallel import Parallel
 
 IGNORED = -100
@@ -28,10 +29,18 @@ _ALONE = Parallel()
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, parallel: Parallel) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: float,
+        parallel: Parallel,
+        scales: Scales | None,
+    ) -> Tensor:
         rows = (targets != IGNORED).nonzero().squeeze(1)
         picked, picked_targets = hidden.detach()[rows], targets[rows]
-        compute_weight = weight.detach().to(hidden.dtype)
+        compute_weight = dense(weight.detach(), scales, hidden.dtype)
         logits = picked.new_empty(min(len(rows), CHUNK_ROWS), len(weight))
         d_picked = torch.empty_like(picked) if hidden.requires_grad else None
         d_weight = accumulator(weight, -(-len(rows) // CHUNK_ROWS)) if weight.requires_grad else None
@@ -56,7 +65,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [_times(gradient, d_loss[0]) for gradient in ctx.saved_tensors]
-        return gradients[0], gradients[1], None, None, None
+        return gradients[0], gradients[1], None, None, None, None
 
 
 def _softmax_minus_one_hot_(logits: Tensor, targets: Tensor, parallel: Parallel) -> Tensor:
@@ -100,7 +109,12 @@ def _times(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0, parallel: Parallel = _ALONE
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: float = 1.0,
+    parallel: Parallel = _ALONE,
+    scales: Scales | None = None,
 ) -> Tensor:
     """Sum over labelled rows of the cross-entropy of `hidden @ weight.T`, times `scale`.
 
@@ -110,9 +124,10 @@ def linear_cross_entropy(
         targets: [T] token to predict at each row; -100 = no label.
         scale: factor on the loss, such as 1 / label tokens of the optimizer step.
         parallel: who has the other rows.
+        scales: of a quantised weight.
 
     Returns:
         float32 scalar; zero, with zero gradients, where nothing is labelled.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, scale, parallel)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, scale, parallel, scales)
     return loss

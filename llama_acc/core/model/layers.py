@@ -16,6 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_acc.core.model import nf4
+from llama_acc.core.model.nf4 import Scales, dense
 from llama_acc.core.model.tuning import NOTHING, Added
 from llama_acc.core.parallel import Group, Parallel
 
@@ -37,10 +39,11 @@ class LowRank(nn.Module):
 
 
 class Linear(nn.Module):
-    """A matrix product, to which a tuning method may add a bias and a LoRA pair.
+    """A matrix product; its matrix may be quantised, and a tuning method may add a bias and a LoRA pair.
 
     Attributes:
-        weight: [out_features, in_features].
+        weight: [out_features, in_features]; or quantised, [out_features, in_features / 2] bytes.
+        scales: of a quantised matrix; else None.
         bias: [out_features], or None.
         lora_a: its weight is [rank, in_features]; or None.
         lora_b: its weight is [out_features, rank]; or None.
@@ -49,14 +52,34 @@ class Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int, added: Added = NOTHING) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.is_quantised = False
         self.bias = nn.Parameter(torch.empty(out_features)) if added.bias else None
         self.lora_a = LowRank(in_features, added.rank) if added.rank else None
         self.lora_b = LowRank(added.rank, out_features) if added.rank else None
 
+    def make_room_for_nf4(self) -> None:
+        """Gives the matrix the form it has when it is quantised, with nothing in it yet."""
+        rows, columns = self.weight.shape
+        device = self.weight.device
+        room = torch.empty(nf4.packed_shape(rows, columns), dtype=torch.uint8, device=device)
+        self.take(room, nf4.empty_scales(rows, columns, device))
+        self.is_quantised = True
+
+    def take(self, packed: Tensor, scales: Scales) -> None:
+        """Takes over a quantised matrix, with its storage."""
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        for name, tensor in scales._asdict().items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def scales(self) -> Scales | None:
+        """See the class."""
+        return Scales(*(self.get_buffer(name) for name in Scales._fields)) if self.is_quantised else None
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], in the type of `x`."""
         low = None if self.lora_a is None else linear(x, self.lora_a.weight)
-        return self.finish(linear(x, self.weight), low)
+        return self.finish(linear(x, self.weight, self.scales), low)
 
     def finish(self, y: Tensor, low: Tensor | None) -> Tensor:
         """Adds what the tuning method has to the matrix product y [..., out], in place.
@@ -85,7 +108,7 @@ class ColumnParallelLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., this rank's out_features], in the type of `x`."""
         low = None if self.lora_a is None else copied(linear(x, self.lora_a.weight), self.group)
-        return self.finish(linear(copied(x, self.group), self.weight), low)
+        return self.finish(linear(copied(x, self.group), self.weight, self.scales), low)
 
 
 class RowParallelLinear(Linear):
@@ -101,7 +124,7 @@ class RowParallelLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., this rank's in_features] to [..., out_features], in the type of `x`."""
         low = None if self.lora_a is None else _summed(linear(x, self.lora_a.weight), self.group)
-        return self.finish(_summed(linear(x, self.weight), self.group), low)
+        return self.finish(_summed(linear(x, self.weight, self.scales), self.group), low)
 
 
 def _summed(x: Tensor, group: Group | None) -> Tensor:
@@ -149,12 +172,32 @@ class Packed:
         return linear(x, self.weight).split(self.sizes, -1)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., in] times weight [out, in] transposed, in the type of `x`."""
-    weight = weight.to(x.dtype)
+def linear(x: Tensor, weight: Tensor, scales: Scales | None = None) -> Tensor:
+    """x [..., in] times weight [out, in], which may be quantised, transposed; in the type of `x`."""
+    if scales is not None:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _QuantisedLinearFunction.apply(x, weight, scales)
+        if x.dim() == 2 and x.shape[0] == 1:
+            return nf4.one_row(x, weight, scales)
+    weight = dense(weight, scales, x.dtype)
     if x.dim() == 2 and x.shape[0] == 1 and x.device.type == "cpu" and not torch.is_grad_enabled():
         return _one_row(x, weight)
     return F.linear(x, weight)
+
+
+class _QuantisedLinearFunction(torch.autograd.Function):
+    """Keeps the quantised matrix only, and writes it out again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scales: Scales) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.scales = scales
+        return F.linear(x, dense(weight, scales, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return d_outputs[0] @ dense(weight, ctx.scales, d_outputs[0].dtype), None, None
 
 
 def _one_row(x: Tensor, weight: Tensor) -> Tensor:
@@ -256,7 +299,8 @@ def normed_linears(x: Tensor, norm: RMSNorm, layers: Sequence[ColumnParallelLine
     group = layers[0].group
     low = [layer.lora_a.weight for layer in layers if layer.lora_a is not None]
     weights = [layer.weight for layer in layers]
-    outputs = _NormedLinearsFunction.apply(x, norm.weight, norm.eps, group, len(low), *weights, *low)
+    scales = [*(layer.scales for layer in layers), *(None for _ in low)]
+    outputs = _NormedLinearsFunction.apply(x, norm.weight, norm.eps, group, scales, len(low), *weights, *low)
     products, lows = outputs[: len(layers)], iter(outputs[len(layers) :])
     return tuple(
         layer.finish(y, None if layer.lora_a is None else copied(next(lows), group))
@@ -274,20 +318,28 @@ class _NormedLinearsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm_weight: Tensor, eps: float, group: Group | None, whole: int, *weights: Tensor
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        group: Group | None,
+        scales: Sequence[Scales | None],
+        whole: int,
+        *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         normed, inverse = _rms_norm(x, norm_weight, eps)
         ctx.save_for_backward(x, norm_weight, inverse, *weights)
-        ctx.group, ctx.split = group, len(weights) - whole
-        return tuple(F.linear(normed, weight.to(x.dtype)) for weight in weights)
+        ctx.group, ctx.scales, ctx.split = group, scales, len(weights) - whole
+        return tuple(F.linear(normed, dense(*matrix, x.dtype)) for matrix in zip(weights, scales, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, inverse, *weights = ctx.saved_tensors
-        needs_norm, needs_weights = ctx.needs_input_grad[1], ctx.needs_input_grad[5:]
-        d_normed = d_outputs[0] @ weights[0].to(x.dtype)
-        for d_y, weight in zip(d_outputs[1 : ctx.split], weights[1 : ctx.split], strict=True):
-            d_normed.addmm_(d_y, weight.to(x.dtype))
+        needs_norm, needs_weights = ctx.needs_input_grad[1], ctx.needs_input_grad[6:]
+        matrices = list(zip(weights, ctx.scales, strict=True))
+        d_normed = d_outputs[0] @ dense(*matrices[0], x.dtype)
+        for d_y, matrix in zip(d_outputs[1 : ctx.split], matrices[1 : ctx.split], strict=True):
+            d_normed.addmm_(d_y, dense(*matrix, x.dtype))
         summing = None if ctx.group is None else dist.all_reduce(d_normed, group=ctx.group, async_op=True)
         d_weights: list[Tensor | None] = [None] * len(weights)
         if any(needs_weights):
@@ -298,10 +350,10 @@ class _NormedLinearsFunction(torch.autograd.Function):
             del normed
         if summing is not None:
             summing.wait()
-        for d_y, weight in zip(d_outputs[ctx.split :], weights[ctx.split :], strict=True):
-            d_normed.addmm_(d_y, weight.to(x.dtype))
+        for d_y, matrix in zip(d_outputs[ctx.split :], matrices[ctx.split :], strict=True):
+            d_normed.addmm_(d_y, dense(*matrix, x.dtype))
         d_x, d_norm_weight = _rms_norm_backward(d_normed, x, norm_weight, inverse, needs_norm)
-        return d_x, d_norm_weight, None, None, None, *d_weights
+        return d_x, d_norm_weight, None, None, None, None, *d_weights
 
 
 def gated_linear(gate: Tensor, up: Tensor, w2: RowParallelLinear) -> Tensor:
@@ -309,8 +361,9 @@ def gated_linear(gate: Tensor, up: Tensor, w2: RowParallelLinear) -> Tensor:
     if not torch.is_grad_enabled():
         return w2(F.silu(gate).mul_(up))
     if w2.lora_a is None:
-        return w2.finish(_summed(_GatedLinearFunction.apply(gate, up, w2.weight)[0], w2.group), None)
-    y, low = _GatedLinearFunction.apply(gate, up, w2.weight, w2.lora_a.weight)
+        (y,) = _GatedLinearFunction.apply(gate, up, [w2.scales], w2.weight)
+        return w2.finish(_summed(y, w2.group), None)
+    y, low = _GatedLinearFunction.apply(gate, up, [w2.scales, None], w2.weight, w2.lora_a.weight)
     return w2.finish(_summed(y, w2.group), _summed(low, w2.group))
 
 
@@ -322,9 +375,12 @@ class _GatedLinearFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, scales: Sequence[Scales | None], *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(gate, up, *weights)
-        compute_weights = [weight.to(gate.dtype).t() for weight in weights]
+        ctx.scales = scales
+        compute_weights = [dense(*matrix, gate.dtype).t() for matrix in zip(weights, scales, strict=True)]
         outputs = tuple(gate.new_empty(len(gate), len(weight)) for weight in weights)
         for rows in _pieces(gate):
             product = F.silu(gate[rows]).mul_(up[rows])
@@ -335,18 +391,18 @@ class _GatedLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, *weights = ctx.saved_tensors
-        compute_weights = [weight.to(gate.dtype) for weight in weights]
+        compute_weights = [dense(*matrix, gate.dtype) for matrix in zip(weights, ctx.scales, strict=True)]
         pieces = _pieces(gate)
         d_weights = [
             accumulator(weight, len(pieces)) if needed else None
-            for weight, needed in zip(weights, ctx.needs_input_grad[2:], strict=True)
+            for weight, needed in zip(weights, ctx.needs_input_grad[3:], strict=True)
         ]
         # Their gradients take the place of gate and up; torch refuses a second backward pass over them.
         for rows in pieces:
             activated, d_product = F.silu(gate[rows]), d_outputs[0][rows] @ compute_weights[0]
             for d_y, weight in zip(d_outputs[1:], compute_weights[1:], strict=True):
                 d_product.addmm_(d_y[rows], weight)
-            if any(ctx.needs_input_grad[2:]):
+            if any(ctx.needs_input_grad[3:]):
                 product = activated * up[rows]
                 for d_weight, d_y in zip(d_weights, d_outputs, strict=True):
                     if d_weight is not None:
@@ -354,7 +410,7 @@ class _GatedLinearFunction(torch.autograd.Function):
             torch.ops.aten.silu_backward.grad_input(d_product * up[rows], gate[rows], grad_input=gate[rows])
             torch.mul(activated, d_product, out=up[rows])
         done = (None if d is None else d.to(w.dtype) for d, w in zip(d_weights, weights, strict=True))
-        return gate, up, *done
+        return gate, up, None, *done
 
 
 def _pieces(x: Tensor) -> list[slice]:

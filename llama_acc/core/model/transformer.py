@@ -8,6 +8,7 @@ Shapes: T tokens of the stream, V vocabulary.
 """
 
 from collections.abc import Callable, Container, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.cross_entropy import linear_cross_entropy
 from llama_acc.core.model.layers import (
     ColumnParallelLinear,
+    Linear,
     Packed,
     ParallelEmbedding,
     RMSNorm,
@@ -33,6 +35,7 @@ from llama_acc.core.model.layers import (
     normed_linears,
     rotary_table,
 )
+from llama_acc.core.model.nf4 import quantise
 from llama_acc.core.model.sharding import local_shape, split_dimension
 from llama_acc.core.model.tuning import FULL
 from llama_acc.core.parallel import Parallel, local_part
@@ -142,7 +145,13 @@ class Transformer(nn.Module):
         x = self.norm(x)
         if targets is None:
             return x
-        return linear_cross_entropy(x, self.output.weight, targets, loss_scale, self.parallel)
+        output = self.output
+        return linear_cross_entropy(x, output.weight, targets, loss_scale, self.parallel, output.scales)
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the matrices of the blocks are."""
+        return any(isinstance(module, Linear) and module.is_quantised for module in self.modules())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., dim] to float32 logits [..., V]."""
@@ -187,12 +196,47 @@ def freeze_untrained(model: Transformer) -> None:
         setattr(model.get_submodule(owner), leaf, frozen)
 
 
+def quantise_on_meta(model: Transformer, output: bool = True) -> None:
+    """Makes room for matrices in NF4 in place of what they are; call it on meta, before loading.
+
+    Args:
+        model: what is quantised of it is not trained.
+        output: quantise the output matrix, too.
+
+    Raises:
+        UserError: a matrix that cannot be.
+    """
+    for name in model.config.quantisable(output):
+        module = model.get_submodule(name.removesuffix(".weight"))
+        assert isinstance(module, Linear)
+        module.make_room_for_nf4()
+
+
+def store_quantised(model: Transformer, name: str, read: Callable[[int, int], Tensor]) -> None:
+    """Quantises a matrix into the storage the model has for it.
+
+    Args:
+        model: it was on meta when `quantise_on_meta` was called, and has storage now.
+        name: the parameter's.
+        read: gives rows, from start to stop, of this model-parallel rank's part of it: float, on the model's device.
+    """
+    parameter = model.get_parameter(name)
+    local, owner = local_part(parameter), model.get_submodule(name.rpartition(".")[0])
+    assert isinstance(owner, Linear)
+    assert owner.scales is not None
+    # Each data-parallel rank has some rows of the packed values, and all scales: these go across the rows.
+    packed, scales = quantise(read, (parameter.shape[0], 2 * parameter.shape[1]), local.tensor.device)
+    local.tensor.copy_(packed[local.rows])
+    for target, values in zip(owner.scales, scales, strict=True):
+        target.copy_(values)
+
+
 def pack_small(model: Transformer) -> None:
     """Joins the matrices that share an input, for generation with a small model: fewer calls for each token.
 
     In a larger model the time is that of reading the weights, and packing would only copy them.
     """
-    if model.config.dim > 1024 or model.config.tuning != FULL:
+    if model.config.dim > 1024 or model.config.tuning != FULL or model.is_quantised:
         return
     for block in model.layers:
         assert isinstance(block, TransformerBlock)
@@ -238,7 +282,15 @@ def initialise(model: Transformer, seed: int, only: Container[str] | None = None
             else:
                 std = 0.02 * (residual if name.endswith(("wo.weight", "w2.weight")) else 1.0)
                 whole.normal_(0.0, std, generator=generator)
-            local.tensor.copy_(own_part(name, whole, model.parallel)[local.rows])
+            own = own_part(name, whole, model.parallel)
+            if local.tensor.is_floating_point():
+                local.tensor.copy_(own[local.rows])
+            else:
+                store_quantised(model, name, partial(_rows, own, local.tensor.device))
+
+
+def _rows(matrix: Tensor, device: torch.device, start: int, stop: int) -> Tensor:
+    return matrix[start:stop].to(device)
 
 
 def own_part(name: str, whole: Tensor, parallel: Parallel) -> Tensor:

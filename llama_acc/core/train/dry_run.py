@@ -103,8 +103,8 @@ def _tokens(plan: Plan) -> float:
 def training_bytes(plan: Plan) -> int:
     """Memory of one training step, roughly: weights, gradients, AdamW's moments, and activations.
 
-    16 bytes a parameter that trains, its own for any other; a block keeps about 12 values of the width and 4 of the
-    SwiGLU's for each token (only its input with activation checkpointing).
+    16 bytes a parameter that trains, its own for any other, in NF4 about half a byte; a block keeps about 12 values of
+    the width and 4 of the SwiGLU's for each token (only its input with activation checkpointing).
     """
     config, train = plan.config, plan.recipe.train
     tokens = min(train.batch_size, len(plan.train)) * int(plan.train.lengths.max())
@@ -112,22 +112,26 @@ def training_bytes(plan: Plan) -> int:
     one_block = (12 * config.dim + 4 * config.hidden_dim) * tokens * size
     kept = config.dim * tokens * size if train.activation_checkpointing else one_block
     frozen = plan.parameter_count() - plan.trained_count()
-    return 16 * plan.trained_count() + size * frozen + config.n_layers * kept + one_block
+    quantised, quantised_bytes = plan.quantised()
+    weights = 16 * plan.trained_count() + size * (frozen - quantised) + quantised_bytes
+    return weights + config.n_layers * kept + one_block
 
 
 def training_flops(plan: Plan, tokens: float) -> float:
     """Floating-point operations of training on `tokens` tokens.
 
-    Forward and backward take 6 operations a parameter and token (the head's only where there is a label, the
-    embedding none), recomputing a forward pass 2 more; attention takes 6 * width * length more a layer and token.
+    Forward and backward take 6 operations a parameter and token (4 if it does not train; the head's only where there
+    is a label, the embedding none), recomputing a forward pass 2 more; attention takes 6 * width * length more a layer
+    and token.
     """
     config = plan.config
     head = config.vocab_size * config.dim
     labelled = float(plan.train.label_counts.sum() / plan.train.lengths.sum())
-    passes = 8 if plan.recipe.train.activation_checkpointing else 6
+    trains = 6 if plan.config.tuning.what.everything else 4
+    passes = trains + (2 if plan.recipe.train.activation_checkpointing else 0)
     mean_length = float((plan.train.lengths**2).sum() / plan.train.lengths.sum())
     blocks = plan.parameter_count() - 2 * head + config.n_layers * config.dim * mean_length
-    return tokens * (passes * blocks + 6 * head * labelled)
+    return tokens * (passes * blocks + trains * head * labelled)
 
 
 def _timed_step(plan: Plan, device: torch.device) -> tuple[float, float]:
@@ -144,7 +148,7 @@ def _timed_step(plan: Plan, device: torch.device) -> tuple[float, float]:
         )
         result.loss.item()
         whole.append(time.perf_counter() - start)
-        for parameter in trainer.model.parameters():
+        for parameter in trainer.optimizer.named.values():
             parameter.grad = torch.zeros_like(parameter)
         start = time.perf_counter()
         norm = trainer.optimizer.squared_norm().sqrt()

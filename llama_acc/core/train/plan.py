@@ -20,7 +20,9 @@ from llama_acc.core.data.sources import Source, resolve_data_path
 from llama_acc.core.errors import UserError
 from llama_acc.core.home import home
 from llama_acc.core.model.config import ModelConfig, config_from_params, named_size, read_params
+from llama_acc.core.model.nf4 import nbytes, packed_shape
 from llama_acc.core.model.sharding import check_divides
+from llama_acc.core.model.transformer import Transformer, build_on_meta, freeze_untrained, quantise_on_meta
 from llama_acc.core.model.tuning import FULL, check_tuning
 from llama_acc.core.parallel import Parallel
 from llama_acc.core.recipe import RECIPES_FOLDER, Recipe
@@ -69,6 +71,14 @@ class Plan:
         """Number of parameters."""
         return self.config.parameter_count()
 
+    def model_on_meta(self, parallel: Parallel) -> Transformer:
+        """A rank's part of the model, without storage: what trains is float32, and what does not may be quantised."""
+        model = build_on_meta(self.config, self.compute_dtype, parallel)
+        freeze_untrained(model)
+        if self.recipe.tuning.quantize == "nf4":
+            quantise_on_meta(model, self.recipe.tuning.quantize_output)
+        return model
+
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and full shapes of the parameters that train."""
         trains = self.config.tuning.trains
@@ -77,6 +87,12 @@ class Plan:
     def trained_count(self) -> int:
         """Number of parameters that train."""
         return sum(math.prod(shape) for shape in self.trained_shapes().values())
+
+    def quantised(self) -> tuple[int, int]:
+        """Number of parameters that are quantised, and the bytes they take."""
+        tuning, shapes = self.recipe.tuning, self.config.parameter_shapes()
+        names = self.config.quantisable(tuning.quantize_output) if tuning.quantize == "nf4" else []
+        return sum(math.prod(shapes[name]) for name in names), sum(nbytes(*shapes[name]) for name in names)
 
     def saves(self, name: str) -> bool:
         """Whether a parameter's weights are saved."""
@@ -138,6 +154,7 @@ class Plan:
             ),
             ("weights", f"from {start}" if start else f"random (seed {recipe.train.seed})"),
             ("parameters", f"{count:,}, of which {self.trained_count():,} train (method {recipe.tuning.method})"),
+            *self._quantised_line(),
             (
                 "data",
                 f"{len(data):,} items, {int(data.lengths.sum()):,} tokens, "
@@ -157,6 +174,13 @@ class Plan:
             ("checkpoints", f"{saves} of {size_text(self.checkpoint_bytes())}, the newest {kept} kept"),
         ]
         return lines
+
+    def _quantised_line(self) -> list[tuple[str, str]]:
+        if self.recipe.tuning.quantize == "none":
+            return []
+        count, size = self.quantised()
+        which = "wq wk wv wo w1 w2 w3 of every block" + (", output" if self.recipe.tuning.quantize_output else "")
+        return [("quantised", f"{count:,} of them in NF4, {size_text(size)}: {which}; nothing else")]
 
 
 def _counted(count: int, what: str) -> str:
@@ -254,6 +278,9 @@ def _with_tuning(recipe: Recipe, config: ModelConfig) -> ModelConfig:
         )
     widths = {"dim": config.dim, "the SwiGLU width": config.hidden_dim, "the keys' width": config.kv_dim}
     check_tuning(tuning, widths, config.n_layers)
+    if recipe.tuning.quantize == "nf4":
+        for width in {config.dim, config.hidden_dim}:
+            packed_shape(1, width // recipe.parallel.model_parallel_size)
     return replace(config, tuning=tuning)
 
 

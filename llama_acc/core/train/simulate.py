@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from llama_acc.core.model.transformer import build_on_meta, freeze_untrained
 from llama_acc.core.parallel import Parallel, local_part, simulated
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.optimizer import MOMENTS
@@ -45,8 +44,7 @@ def rank_share(plan: Plan, world_size: int, rank: int = 0) -> RankShare:
     """
     settings = plan.recipe.parallel
     with simulated(rank, world_size, settings.model_parallel_size) as parallel:
-        model = build_on_meta(plan.config, plan.compute_dtype, parallel)
-        freeze_untrained(model)
+        model = plan.model_on_meta(parallel)
         DataParallel(model, parallel, settings.data_parallel, settings.accumulate_unsharded, "cpu")
         parameters = list(model.parameters())
         stored = [local_part(parameter).tensor for parameter in parameters]
@@ -54,8 +52,9 @@ def rank_share(plan: Plan, world_size: int, rank: int = 0) -> RankShare:
         return RankShare(
             rank,
             world_size,
-            parameters=sum(tensor.numel() for tensor in stored),
-            weights=sum(tensor.nbytes for tensor in stored),
+            # Of what is quantised, a byte holds two.
+            parameters=sum(tensor.numel() * (1 if tensor.is_floating_point() else 2) for tensor in stored),
+            weights=sum(tensor.nbytes for tensor in (*stored, *model.buffers())),
             gradients=_gradient_bytes(plan, parallel, trained),
             moments=len(MOMENTS) * sum(local_part(parameter).tensor.nbytes for parameter in trained),
         )

@@ -15,7 +15,7 @@ from llama_acc.core.checkpoint.shards import Weights, load_parameters
 from llama_acc.core.data.batches import build, deal_to_ranks, epoch_order, micro_batches, step_items
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.device import prepare_cpu
-from llama_acc.core.model.transformer import build_on_meta, freeze_untrained, initialise
+from llama_acc.core.model.transformer import initialise
 from llama_acc.core.parallel import Parallel, is_sharded, local_part
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.optimizer import ClippedAdamW
@@ -41,8 +41,7 @@ class Trainer:
             prepare_cpu()
         if recipe.train.deterministic:
             torch.use_deterministic_algorithms(True)
-        model = build_on_meta(plan.config, plan.compute_dtype, parallel)
-        freeze_untrained(model)
+        model = plan.model_on_meta(parallel)
         if recipe.train.compile:
             apply_compile(model)
         if recipe.train.activation_checkpointing:
@@ -60,7 +59,13 @@ class Trainer:
         # Of a model of random weights there is no base to belong to.
         self.base_file: bytes | None = None
         if recipe.checkpoint.trainable_only and recipe.tuning.method != "full" and plan.layouts and parallel.is_main:
-            self.base_file = base_file(plan.layouts, plan.config, recipe.model.pretrained_list())
+            tuning = recipe.tuning
+            self.base_file = base_file(
+                plan.layouts,
+                plan.config,
+                recipe.model.pretrained_list(),
+                None if tuning.quantize == "none" else {"type": tuning.quantize, "output": tuning.quantize_output},
+            )
         self.optimizer = ClippedAdamW(
             model,
             parallel,

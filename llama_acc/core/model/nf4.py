@@ -1,0 +1,144 @@
+"""NF4: matrices in four bits (QLoRA, arXiv:2305.14314), made and read by bitsandbytes.
+
+A matrix's values, row after row, are cut into blocks of 64. Of each block there is the largest magnitude, and of each
+value, divided by that, the nearest of 16 fixed numbers. The magnitudes, less their mean, are kept in eight bits, in
+blocks of 256 ("double quantisation"). So a value takes 4 + 8/64 + 32/(64*256) bits, 4.127.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama_acc.core.errors import UserError
+
+BLOCK, NESTED_BLOCK = 64, 256
+_PIECE = 1 << 22  # values quantised at a time
+
+
+class Scales(NamedTuple):
+    """What belongs to a matrix's packed values, for n blocks.
+
+    Attributes:
+        absmax: [n] uint8, the blocks' magnitudes.
+        nested: [n / 256] float32, the largest ones of these, less the mean.
+        offset: their mean, a float32 scalar.
+    """
+
+    absmax: Tensor
+    nested: Tensor
+    offset: Tensor
+
+
+@cache
+def _library() -> Any:
+    # On some processors it says which faster kernel it has not found.
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        import bitsandbytes
+    finally:
+        logger.setLevel(level)
+    return bitsandbytes
+
+
+@cache
+def _codes(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 16 numbers of NF4, and the 256 that magnitudes are rounded to."""
+    functional = _library().functional
+    return functional.get_4bit_type("nf4", device=device), functional.create_dynamic_map().to(device)
+
+
+def packed_shape(rows: int, columns: int) -> tuple[int, int]:
+    """The shape of a matrix's packed values, which are bytes.
+
+    Raises:
+        UserError: an odd number of columns.
+    """
+    if columns % 2:
+        raise UserError(f"a matrix of {columns} columns cannot be quantised: their number must be even")
+    return rows, columns // 2
+
+
+def empty_scales(rows: int, columns: int, device: torch.device | None = None) -> Scales:
+    """Room for the scales of a matrix [rows, columns]."""
+    blocks = -(-rows * columns // BLOCK)
+    return Scales(
+        torch.empty(blocks, dtype=torch.uint8, device=device),
+        torch.empty(-(-blocks // NESTED_BLOCK), dtype=torch.float32, device=device),
+        torch.empty((), dtype=torch.float32, device=device),
+    )
+
+
+def nbytes(rows: int, columns: int) -> int:
+    """Bytes of a quantised matrix [rows, columns]."""
+    blocks = -(-rows * columns // BLOCK)
+    return rows * columns // 2 + blocks + 4 * -(-blocks // NESTED_BLOCK) + 4
+
+
+def quantise(read: Callable[[int, int], Tensor], shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Scales]:
+    """Quantises a matrix that is never held as a whole, unless its rows do not consist of whole blocks.
+
+    Args:
+        read: gives the rows from start to stop, float, on `device`.
+        shape: [rows, columns].
+        device: where the result is to be.
+
+    Returns:
+        The packed values, [rows, columns / 2] bytes, and the scales.
+    """
+    functional = _library().functional
+    rows, columns = shape
+    packed = torch.empty(packed_shape(rows, columns), dtype=torch.uint8, device=device)
+    absmax = torch.empty(-(-rows * columns // BLOCK), dtype=torch.float32, device=device)
+    step = max(1, _PIECE // columns) if columns % BLOCK == 0 else rows
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        values, state = functional.quantize_4bit(read(start, stop).contiguous(), quant_type="nf4", blocksize=BLOCK)
+        packed[start:stop] = values.view(stop - start, columns // 2)
+        first = start * columns // BLOCK
+        absmax[first : first + len(state.absmax)] = state.absmax
+    offset = absmax.mean()
+    rounded, state = functional.quantize_blockwise(absmax.sub_(offset), blocksize=NESTED_BLOCK)
+    return packed, Scales(rounded, state.absmax, offset)
+
+
+def _state(packed: Tensor, scales: Scales, dtype: torch.dtype) -> Any:
+    """What bitsandbytes wants to be told of packed values [rows, columns / 2]."""
+    state = _library().functional.QuantState
+    numbers, magnitudes = _codes(packed.device)
+    nested = state(absmax=scales.nested, code=magnitudes, blocksize=NESTED_BLOCK, dtype=torch.float32)
+    return state(
+        absmax=scales.absmax,
+        shape=torch.Size((packed.shape[0], 2 * packed.shape[1])),
+        code=numbers,
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=scales.offset,
+        state2=nested,
+    )
+
+
+def dequantise(packed: Tensor, scales: Scales, dtype: torch.dtype) -> Tensor:
+    """The matrix [rows, columns] in `dtype` out of its packed values [rows, columns / 2] and scales."""
+    values: Tensor = _library().functional.dequantize_4bit(packed.view(-1, 1), _state(packed, scales, dtype))
+    return values
+
+
+def dense(weight: Tensor, scales: Scales | None, dtype: torch.dtype) -> Tensor:
+    """A matrix in `dtype`: quantised if it has scales, else of any type."""
+    return weight.to(dtype) if scales is None else dequantise(weight, scales, dtype)
+
+
+def one_row(x: Tensor, packed: Tensor, scales: Scales) -> Tensor:
+    """x [1, columns] times a quantised matrix [rows, columns] transposed, without gradients.
+
+    Where the library has a kernel for it, the matrix is not written out.
+    """
+    product: Tensor = _library().matmul_4bit(x, packed.view(-1, 1), _state(packed, scales, x.dtype))
+    return product

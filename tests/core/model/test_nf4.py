@@ -1,0 +1,146 @@
+"""Quantised models: the numbers are those of the dequantised matrices, as bitsandbytes itself makes them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llama_acc.core.checkpoint.shards import Weights, fill, load_parameters
+from llama_acc.core.errors import UserError
+from llama_acc.core.model import nf4
+from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.transformer import (
+    Transformer,
+    build_on_meta,
+    freeze_untrained,
+    initialise,
+    quantise_on_meta,
+)
+from llama_acc.core.model.tuning import Tuning
+from tests.core.tiny import CPU, SMALL, cached_logits, difference, document_logits, random_model
+
+# A width of whole blocks, and one whose blocks go across rows.
+SHAPES = {"whole blocks": replace(SMALL, dim=128, multiple_of=64), "blocks across rows": replace(SMALL, dim=48)}
+LORA = Tuning("lora_bias_norm", 4)
+
+
+def theirs(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix as bitsandbytes quantises and dequantises it."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    return dequantize_4bit(*quantize_4bit(matrix, quant_type="nf4", compress_statistics=True))
+
+
+def rounded(model: Transformer, output: bool = True) -> Transformer:
+    """The model with its matrices as they are in NF4, in float32."""
+    with torch.no_grad():
+        for name in model.config.quantisable(output):
+            parameter = model.get_parameter(name)
+            parameter.copy_(theirs(parameter))
+    return model
+
+
+def quantised(model: Transformer, dtype: torch.dtype = torch.float32, output: bool = True) -> Transformer:
+    """As chat loads it."""
+    empty = build_on_meta(model.config, dtype).requires_grad_(False)
+    quantise_on_meta(empty, output)
+    fill(empty, Weights.of(dict(model.named_parameters())), CPU, dtype, copy=False)
+    return empty
+
+
+def for_training(model: Transformer, dtype: torch.dtype = torch.float32) -> Transformer:
+    """As finetune loads it."""
+    empty = build_on_meta(model.config, dtype)
+    freeze_untrained(empty)
+    quantise_on_meta(empty)
+    empty.to_empty(device="cpu")
+    load_parameters(empty, Weights.of(dict(model.named_parameters())))
+    return empty
+
+
+@pytest.mark.parametrize("shape", [(8, 64), (3, 128), (70, 4), (1, 2), (40_000, 128)])
+def test_quantising_in_pieces_is_bitsandbytes_quantising(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    packed, scales = nf4.quantise(lambda start, stop: matrix[start:stop], shape, CPU)
+    assert torch.equal(nf4.dequantise(packed, scales, torch.float32), theirs(matrix))
+    assert packed.nbytes + sum(part.nbytes for part in scales) == nf4.nbytes(*shape)
+    for found, room in zip(scales, nf4.empty_scales(*shape), strict=True):
+        assert (found.shape, found.dtype) == (room.shape, room.dtype)
+
+
+def test_an_odd_number_of_columns_is_refused() -> None:
+    with pytest.raises(UserError, match="a matrix of 5 columns cannot be quantised"):
+        nf4.packed_shape(4, 5)
+
+
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("output", [True, False])
+def test_logits_are_those_of_the_dequantised_matrices(config: ModelConfig, output: bool) -> None:
+    model, tokens = random_model(config), torch.arange(24)
+    small = quantised(model, output=output)
+    assert small.output.is_quantised == output
+    expected = document_logits(rounded(model, output), [tokens])[0]
+    assert difference(document_logits(small, [tokens])[0], expected) < 1e-5
+    assert difference(cached_logits(small, tokens, [10, *[1] * 14]), expected) < 1e-5
+
+
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+def test_loss_and_gradients_are_those_of_the_dequantised_matrices(config: ModelConfig) -> None:
+    model, tokens = random_model(replace(config, tuning=LORA)), torch.arange(24)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith((".bias", ".lora_b.weight")):
+                parameter.normal_(0, 0.1)
+    small = for_training(model)
+    large = rounded(model)
+    losses = []
+    for one in (small, large):
+        losses.append(one(tokens, tokens, [24], tokens.roll(-1)))
+        losses[-1].backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    trained = [name for name, parameter in small.named_parameters() if parameter.requires_grad]
+    assert set(trained) == {name for name in model.config.parameter_shapes() if LORA.trains(name)}
+    for name in trained:
+        ours, wanted = small.get_parameter(name).grad, large.get_parameter(name).grad
+        assert ours is not None
+        assert wanted is not None
+        assert difference(ours, wanted) < 1e-4, name
+
+
+def test_norms_embedding_and_what_trains_are_never_quantised() -> None:
+    model = for_training(random_model(replace(SMALL, tuning=LORA)), torch.bfloat16)
+    kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    small = {name for name, kind in kinds.items() if kind == torch.uint8}
+    assert small == set(SMALL.quantisable(output=True))
+    assert len(small) == 7 * SMALL.n_layers + 1
+    assert {name for name, kind in kinds.items() if kind == torch.bfloat16} == {"tok_embeddings.weight"}
+    assert all(kinds[name] == torch.float32 for name in kinds if LORA.trains(name))
+
+
+def test_random_weights_are_quantised_too() -> None:
+    model = build_on_meta(SMALL, torch.float32).requires_grad_(False)
+    quantise_on_meta(model)
+    model.to_empty(device="cpu")
+    initialise(model, 3)
+    plain = random_model(SMALL)
+    initialise(plain, 3)
+    tokens = torch.arange(20)
+    expected = document_logits(rounded(plain), [tokens])[0]
+    assert difference(document_logits(model, [tokens])[0], expected) < 1e-5
+
+
+def test_nothing_of_the_size_of_a_dense_matrix_is_kept_for_the_backward_pass() -> None:
+    config = replace(SMALL, dim=128, multiple_of=64, tuning=Tuning("lora", 4))
+    model, tokens = for_training(random_model(config)), torch.arange(8)
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(tokens, tokens, [8], tokens.roll(-1))
+    least = min(torch.Size(config.parameter_shapes()[name]).numel() for name in config.quantisable(output=False))
+    large = [tensor for tensor in kept if tensor.is_floating_point() and tensor.numel() >= least]
+    assert kept
+    assert not large, [tuple(tensor.shape) for tensor in large]
