@@ -40,6 +40,14 @@ PARTS: dict[str, tuple[str, dict[str, int], str, int, float, float, float, bool]
     "gorilla-adapter": ("adapter", {"prefix_layers": 32, "prefix_len": 10}, "gorilla", 512, 10, 2, 1e-3, True),
     "sharegpt-lora": ("lora_bias_norm", {"lora_rank": 16}, "sharegpt", 4096, 4, 1, 5e-5, True),
 }
+# The same with NF4, and for 70B one example at a time.
+QUANTISED = {
+    "alpaca-biasnorm-nf4": ("alpaca-biasnorm", "alpaca", "llama2-7b", 4),
+    "alpaca-lora-nf4": ("alpaca-lora", "alpaca", "llama2-7b", 4),
+    "platypus-biasnorm-nf4": ("alpaca-biasnorm", "platypus", "llama2-7b", 4),
+    "alpaca-70b-biasnorm-nf4": ("alpaca-biasnorm", "alpaca", "llama2-70b", 1),
+    "alpaca-70b-lora-nf4": ("alpaca-lora", "alpaca", "llama2-70b", 1),
+}
 SMALLEST: dict[str, Any] = {
     "name": "smallest",
     "model": {"pretrained": None},
@@ -121,6 +129,19 @@ def test_recipes_that_train_a_part_have_llama2_accessorys_hyper_parameters(name:
     train |= {"activation_checkpointing": recomputes}
     assert recipe.train.model_dump() == full.train.model_dump() | train
     assert (recipe.model, recipe.parallel, recipe.checkpoint) == (full.model, full.parallel, full.checkpoint)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_recipes_differ_from_the_others_only_in_what_is_listed(name: str) -> None:
+    like, data, base, batch_size = QUANTISED[name]
+    expected, recipe = Recipe.load(like).model_dump(), Recipe.load(name)
+    expected |= {"name": name, "description": recipe.description, "data": Recipe.load(data).data.model_dump()}
+    expected["model"] |= {"pretrained": base, "size": base}
+    expected["tuning"] |= {"quantize": "nf4"}
+    expected["train"] |= {"batch_size": batch_size}
+    expected["parallel"] |= {"data_parallel": "fsdp"}
+    expected["checkpoint"] |= {"trainable_only": True}
+    assert recipe.model_dump() == expected
 
 
 def test_what_a_recipe_leaves_out_has_defaults() -> None:

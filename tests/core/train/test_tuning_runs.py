@@ -65,6 +65,38 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         assert_bitwise_equal(read(tmp_path / "stopped" / "epoch1"), read(tmp_path / "whole" / "epoch1"))
 
 
+def test_a_run_on_a_quantised_base_resumes_to_the_bit_and_its_part_is_put_on_the_base(
+    base: Path, tmp_path: Path
+) -> None:
+    words = on(base, "lora_bias_norm", "tuning.quantize=nf4", "checkpoint.trainable_only=true")
+    part = run(tmp_path / "whole", *words)
+    run(tmp_path / "stopped", *words, "train.max_steps=5")
+    run(tmp_path / "stopped", *words, resume=True)
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+    for read in (saved_weights, saved_state):
+        assert_bitwise_equal(read(tmp_path / "stopped" / "epoch1"), read(tmp_path / "whole" / "epoch1"))
+    assert {tensor.dtype for tensor in saved_weights(part.checkpoint).values()} == {torch.float32}
+    described = json.loads((part.checkpoint / "base.json").read_text())
+    assert described["quantised"] == {"type": "nf4", "output": True}
+    report = (tmp_path / "whole" / "report.md").read_text()
+    assert "in NF4, " in report
+    assert "wq wk wv wo w1 w2 w3 of every block, output; nothing else" in report
+    model = load_model(base, part.checkpoint, device="cpu", quantize="nf4")
+    assert model.model.is_quantised
+    assert generate(model, "What is LLaMA?", temperature=0, max_new_tokens=5)
+
+
+def test_quantising_differs_with_the_output_matrix(base: Path, tmp_path: Path) -> None:
+    words = on(base, "bias_norm", "tuning.quantize=nf4", "checkpoint.trainable_only=true", "train.max_steps=1")
+    first = {
+        output: losses(run(tmp_path / output, *words, f"tuning.quantize_output={output}").output)[0]
+        for output in ("true", "false")
+    }
+    plain = losses(run(tmp_path / "plain", *on(base, "bias_norm", "train.max_steps=1")).output)[0]
+    assert len({*first.values(), plain}) == 3
+    assert all(loss == pytest.approx(plain, rel=0.1) for loss in first.values())
+
+
 def test_what_was_trained_alone_is_put_on_its_base_and_on_no_other(base: Path, tmp_path: Path) -> None:
     words = on(base, "lora_bias_norm", "train.precision=fp32")
     run(tmp_path / "whole", *words)
@@ -127,6 +159,8 @@ def test_what_was_tuned_can_be_tuned_further_by_the_same_method_only(base: Path,
         (["tuning.method=lora", "tuning.lora_rank=0"], "tuning.lora_rank"),
         (["tuning.method=lora", "tuning.prefix_len=5"], "tuning: method lora has no prefix_len"),
         (["tuning.prefix_layers=2", "tuning.lora_rank=2"], "method full has no lora_rank and no prefix_layers"),
+        (["tuning.quantize=nf4"], "tuning: quantize nf4 is for what does not train, and method full trains all"),
+        (["tuning.quantize=nf4", "tuning.method=lora"], "tuning.quantize=nf4 saves only what trains: set checkpoint."),
         (["tuning.method=adapter", "tuning.prefix_layers=9"], "tuning.prefix_layers (9) is more than the model's"),
     ],
 )
