@@ -17,6 +17,7 @@ from torch import Tensor
 from llama_acc.core.checkpoint.files import check_checkpoint
 from llama_acc.core.checkpoint.fingerprint import check_base
 from llama_acc.core.checkpoint.layout import inspect, locate, read_config
+from llama_acc.core.checkpoint.quantised import read_quantization
 from llama_acc.core.checkpoint.shards import check_tensors, fill, read_weights
 from llama_acc.core.data.templates import ChatTemplate, Template, get_template, template_of_folder
 from llama_acc.core.device import pick_device
@@ -98,7 +99,7 @@ def load_model(
         tokenizer: its file; None = the one beside the checkpoint.
         template: a prompt format's name; "auto" = the one kept in the checkpoint, else its chat template, else none.
         verify: compare the SHA-256 of every file with the manifest.
-        quantize: keep the matrices in four bits.
+        quantize: keep the matrices in four bits; those of a quantised checkpoint are in any case.
         parallel: the ranks that share the model, whatever the size it was saved at.
 
     Raises:
@@ -128,8 +129,9 @@ def load_model(
         dtype = own_dtype if own_dtype in (torch.float32, torch.bfloat16) else torch.float32
     target = pick_device(device)
     model = build_on_meta(config, dtype, parallel).requires_grad_(False)
-    if quantize == "nf4":
-        quantise_on_meta(model)
+    quantization = read_quantization(layouts[0].folder)
+    if quantize == "nf4" or quantization is not None:
+        quantise_on_meta(model, quantization is None or quantization.output)
     fill(model, weights, target, dtype, copy=False)
     if parallel.model_size == 1:
         pack_small(model)

@@ -9,6 +9,7 @@ import torch
 
 from llama_acc.core.checkpoint.layout import Layout
 from llama_acc.core.checkpoint.parts import Part
+from llama_acc.core.checkpoint.quantised import read_quantization
 from llama_acc.core.checkpoint.shards import Weights, read_weights
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
@@ -49,7 +50,10 @@ def _samples(part: Part) -> list[torch.Tensor]:
 
 
 def base_fingerprint(layouts: Sequence[Layout], config: ModelConfig) -> str:
-    """The fingerprint of the base that checkpoints laid over each other give."""
+    """The fingerprint of the base that checkpoints laid over each other give. A quantised one has what it was made of."""
+    quantization = read_quantization(layouts[0].folder) if len(layouts) == 1 else None
+    if quantization is not None:
+        return quantization.fingerprint
     return fingerprint(read_weights(layouts), list(config.base().parameter_shapes()))
 
 

@@ -5,7 +5,6 @@ import re
 import warnings
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,9 +12,9 @@ from torch import Tensor
 from llama_acc.core.checkpoint.huggingface import meta_name, read_huggingface, rotated_heads
 from llama_acc.core.checkpoint.layout import Layout, check_order
 from llama_acc.core.checkpoint.parts import Part, Piece
+from llama_acc.core.checkpoint.quantised import quantised, quantised_parts, read_quantization
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.model.layers import Linear
-from llama_acc.core.model.nf4 import quantise
 from llama_acc.core.model.sharding import split_dimension
 from llama_acc.core.model.transformer import Transformer, store_quantised
 from llama_acc.core.parallel import local_part
@@ -207,6 +206,9 @@ def open_checkpoint(layout: Layout) -> Weights:
 def _join(layout: Layout) -> Weights:
     shards = [open_shard(path) for path in layout.shards]
     weights = Weights()
+    if read_quantization(layout.folder) is not None:
+        weights.tensors |= _take_quantised(shards, layout)
+        weights.shapes |= {name: part.shape for name, part in weights.tensors.items()}
     for name in dict.fromkeys(name for shard in shards for name in shard.tensors):
         inconsistency = _inconsistency(name, shards, layout)
         if inconsistency is not None:
@@ -214,6 +216,16 @@ def _join(layout: Layout) -> Weights:
         part = join_shards(name, [shard for shard in shards if name in shard.tensors])
         weights.tensors[name], weights.shapes[name] = part, part.shape
     return weights
+
+
+def _take_quantised(shards: list[Shard], layout: Layout) -> dict[str, Part]:
+    """The quantised matrices, whose tensors are taken out of the shard."""
+    if len(shards) > 1:
+        raise UserError(f"{layout.folder} is quantised and split, which is not known", "quantise it in one part")
+    parts, used = quantised_parts(shards[0].tensors)
+    for name in used:
+        del shards[0].tensors[name]
+    return dict(parts)
 
 
 def _inconsistency(name: str, shards: list[Shard], layout: Layout) -> str | None:
@@ -308,7 +320,7 @@ def fill(model: Transformer, weights: Weights, device: torch.device, dtype: torc
         owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)
         if isinstance(owner, Linear) and owner.is_quantised and parameter is owner.weight:
-            owner.take(*quantise(partial(_rows, part, device), part.shape, device))
+            owner.take(*quantised(part, device))
             continue
         value = None if copy else part.in_place(dtype, device)
         if value is None:
@@ -325,8 +337,4 @@ def load_parameters(model: Transformer, weights: Weights) -> None:
         if local.tensor.is_floating_point():
             part.rows(local.rows.start, local.rows.stop).copy_into(local.tensor)
         else:
-            store_quantised(model, name, partial(_rows, part, local.tensor.device))
-
-
-def _rows(part: Part, device: torch.device, start: int, stop: int) -> Tensor:
-    return part.rows(start, stop).to(torch.float32, device)
+            store_quantised(model, name, *quantised(part, local.tensor.device))

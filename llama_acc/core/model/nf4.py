@@ -130,6 +130,38 @@ def dequantise(packed: Tensor, scales: Scales, dtype: torch.dtype) -> Tensor:
     return values
 
 
+def magnitudes(scales: Scales) -> Tensor:
+    """The largest magnitudes of a matrix's blocks, [n] float32."""
+    code = _codes(scales.absmax.device)[1]
+    found: Tensor = _library().functional.dequantize_blockwise(
+        scales.absmax, absmax=scales.nested, code=code, blocksize=NESTED_BLOCK
+    )
+    return found.float() + scales.offset
+
+
+def dequantise_rows(packed: Tensor, magnitudes: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Rows start to stop of a matrix, [stop - start, columns] in `dtype`, from its values and `magnitudes`."""
+    columns = 2 * packed.shape[1]
+    if columns % BLOCK:
+        # Blocks go across the rows.
+        return _with_magnitudes(packed, magnitudes, dtype)[start:stop]
+    blocks = slice(start * columns // BLOCK, stop * columns // BLOCK)
+    return _with_magnitudes(packed[start:stop], magnitudes[blocks], dtype)
+
+
+def _with_magnitudes(packed: Tensor, magnitudes: Tensor, dtype: torch.dtype) -> Tensor:
+    state = _library().functional.QuantState(
+        absmax=magnitudes.contiguous(),
+        shape=torch.Size((packed.shape[0], 2 * packed.shape[1])),
+        code=_codes(packed.device)[0],
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=dtype,
+    )
+    values: Tensor = _library().functional.dequantize_4bit(packed.reshape(-1, 1), state)
+    return values
+
+
 def dense(weight: Tensor, scales: Scales | None, dtype: torch.dtype) -> Tensor:
     """A matrix in `dtype`: quantised if it has scales, else of any type."""
     return weight.to(dtype) if scales is None else dequantise(weight, scales, dtype)

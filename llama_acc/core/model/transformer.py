@@ -35,7 +35,7 @@ from llama_acc.core.model.layers import (
     normed_linears,
     rotary_table,
 )
-from llama_acc.core.model.nf4 import quantise
+from llama_acc.core.model.nf4 import Scales, quantise
 from llama_acc.core.model.sharding import local_shape, split_dimension
 from llama_acc.core.model.tuning import FULL
 from llama_acc.core.parallel import Parallel, local_part
@@ -212,20 +212,19 @@ def quantise_on_meta(model: Transformer, output: bool = True) -> None:
         module.make_room_for_nf4()
 
 
-def store_quantised(model: Transformer, name: str, read: Callable[[int, int], Tensor]) -> None:
-    """Quantises a matrix into the storage the model has for it.
+def store_quantised(model: Transformer, name: str, packed: Tensor, scales: Scales) -> None:
+    """Puts a quantised matrix, this model-parallel rank's part of a parameter, into the storage the model has for it.
 
     Args:
         model: it was on meta when `quantise_on_meta` was called, and has storage now.
         name: the parameter's.
-        read: gives rows, from start to stop, of this model-parallel rank's part of it: float, on the model's device.
+        packed: its values.
+        scales: its scales.
     """
-    parameter = model.get_parameter(name)
-    local, owner = local_part(parameter), model.get_submodule(name.rpartition(".")[0])
+    local, owner = local_part(model.get_parameter(name)), model.get_submodule(name.rpartition(".")[0])
     assert isinstance(owner, Linear)
     assert owner.scales is not None
     # Each data-parallel rank has some rows of the packed values, and all scales: these go across the rows.
-    packed, scales = quantise(read, (parameter.shape[0], 2 * parameter.shape[1]), local.tensor.device)
     local.tensor.copy_(packed[local.rows])
     for target, values in zip(owner.scales, scales, strict=True):
         target.copy_(values)
@@ -286,7 +285,8 @@ def initialise(model: Transformer, seed: int, only: Container[str] | None = None
             if local.tensor.is_floating_point():
                 local.tensor.copy_(own[local.rows])
             else:
-                store_quantised(model, name, partial(_rows, own, local.tensor.device))
+                device = local.tensor.device
+                store_quantised(model, name, *quantise(partial(_rows, own, device), tuple(own.shape), device))
 
 
 def _rows(matrix: Tensor, device: torch.device, start: int, stop: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from llama_acc.core.checkpoint.fingerprint import check_base
 from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config
+from llama_acc.core.checkpoint.quantised import read_quantization
 from llama_acc.core.checkpoint.resume import FORMAT_VERSION, read_progress
 from llama_acc.core.checkpoint.save import DTYPES, free_bytes, needed_bytes
 from llama_acc.core.checkpoint.shards import Weights, check_tensors, read_weights
@@ -232,6 +233,12 @@ def find_model(
     layouts = _layouts(recipe, weights_may_be_absent)
     config = _with_tuning(recipe, _config(recipe, layouts, recipe_folder))
     check_base(layouts, config)
+    for layout in layouts:
+        if read_quantization(layout.folder) is not None and recipe.tuning.quantize == "none":
+            raise UserError(
+                f"{layout.folder} is quantised: it can be a base, and not train itself",
+                "set tuning.quantize=nf4, a method other than full, and checkpoint.trainable_only=true",
+            )
     tokenizer = load_tokenizer(_tokenizer_path(recipe, layouts, recipe_folder))
     config = config.with_vocabulary(tokenizer.vocab_size)
     config.check_tokenizer(tokenizer.vocab_size, tokenizer.path)

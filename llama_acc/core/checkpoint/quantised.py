@@ -1,0 +1,178 @@
+"""Checkpoints whose matrices are in NF4: the layout `consolidated`, in which such a matrix has four tensors.
+
+    NAME.weight   its packed values, [rows, columns / 2] bytes
+    NAME.absmax   NAME.nested   NAME.offset   its scales; see `core.model.nf4`
+
+quantization.json says so, and has the fingerprint of the weights they were made of.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_acc.core.checkpoint.parts import Part, blocks_of
+from llama_acc.core.errors import UserError
+from llama_acc.core.model import nf4
+from llama_acc.core.model.nf4 import Scales
+
+QUANTIZATION_FILE = "quantization.json"
+FORMAT_VERSION = 1
+_BLOCK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What quantization.json says.
+
+    Attributes:
+        output: whether the output matrix is quantised, too.
+        fingerprint: of the weights before.
+    """
+
+    output: bool
+    fingerprint: str
+
+    def to_json(self) -> bytes:
+        """The file."""
+        values = {"format_version": FORMAT_VERSION, "type": "nf4", "double": True, "output": self.output}
+        return (json.dumps(values | {"fingerprint": self.fingerprint}, indent=1) + "\n").encode()
+
+
+def read_quantization(folder: Path) -> Quantization | None:
+    """What a checkpoint folder says of itself; None = it is not quantised.
+
+    Raises:
+        UserError: an unreadable file, or one of a newer version.
+    """
+    path = folder / QUANTIZATION_FILE
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        found = Quantization(bool(values["output"]), str(values["fingerprint"]))
+        version, kind = values["format_version"], values["type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if version > FORMAT_VERSION or kind != "nf4":
+        raise UserError(f"{path} was written by a newer version", "update llama-acc")
+    return found
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantised matrix.
+
+    Attributes:
+        values: [rows, columns / 2] bytes.
+        scales: its scales.
+    """
+
+    values: Tensor
+    scales: Scales
+
+    @cached_property
+    def magnitudes(self) -> Tensor:
+        """Of its blocks, in float32."""
+        return nf4.magnitudes(self.scales)
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Its rows start to stop, dequantised."""
+        return nf4.dequantise_rows(self.values, self.magnitudes, start, stop, dtype)
+
+
+@dataclass(frozen=True)
+class QuantisedPart(Part):
+    """A part of a matrix that is in NF4 in its file. Read like any other, it is dequantised, some rows at a time.
+
+    Attributes:
+        matrix: the whole.
+        row: the part's first row in it.
+        column: the part's first column in it.
+    """
+
+    matrix: Packed = field(default=None)  # type: ignore[assignment]
+    row: int = 0
+    column: int = 0
+
+    @staticmethod
+    def whole(matrix: Packed) -> "QuantisedPart":
+        """All of a matrix."""
+        rows, half = matrix.values.shape
+        return QuantisedPart((rows, 2 * half), torch.bfloat16, (), matrix)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of the matrix."""
+        rows, half = self.matrix.values.shape
+        return self.shape == (rows, 2 * half)
+
+    def narrow(self, dimension: int, start: int, stop: int) -> "QuantisedPart":
+        """See `Part`."""
+        start, stop = min(start, self.shape[dimension]), min(stop, self.shape[dimension])
+        shape = (*self.shape[:dimension], stop - start, *self.shape[dimension + 1 :])
+        if dimension == 0:
+            return replace(self, shape=shape, row=self.row + start)
+        return replace(self, shape=shape, column=self.column + start)
+
+    def copy_into(self, target: Tensor) -> None:
+        """See `Part`."""
+        for start, stop in blocks_of(self.shape, _BLOCK_BYTES):
+            rows = self.matrix.rows(self.row + start, self.row + stop, torch.float32)
+            target[start:stop].copy_(rows[:, self.column : self.column + self.shape[1]])
+
+    def in_place(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """See `Part`: it lies nowhere as it is read."""
+        return None
+
+    def plus(self, diff: Part) -> Part:
+        """Refused.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError("a diff cannot be added to a quantised checkpoint", "give the base it was made of")
+
+    def interleave(self, heads: int) -> Part:
+        """See `Part`."""
+        return Part.of(self.to(self.dtype)).interleave(heads)
+
+    def deinterleave(self, heads: int) -> Part:
+        """See `Part`."""
+        return Part.of(self.to(self.dtype)).deinterleave(heads)
+
+
+def quantised_parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, QuantisedPart], set[str]]:
+    """The quantised matrices among a checkpoint's tensors, and the names that go to make them.
+
+    Raises:
+        UserError: scales without values, or the other way round.
+    """
+    parts: dict[str, QuantisedPart] = {}
+    used: set[str] = set()
+    for name in [name for name in tensors if name.endswith(".absmax")]:
+        matrix = name.removesuffix(".absmax")
+        names = [f"{matrix}.{leaf}" for leaf in ("weight", *Scales._fields)]
+        missing = [other for other in names if other not in tensors]
+        if missing:
+            raise UserError(f"the quantised matrix {matrix} is not whole: {', '.join(missing)} is missing")
+        values, *scales = (tensors[other] for other in names)
+        parts[f"{matrix}.weight"] = QuantisedPart.whole(Packed(values, Scales(*scales)))
+        used |= set(names)
+    return parts, used
+
+
+def quantised(part: Part, device: torch.device) -> tuple[Tensor, Scales]:
+    """A matrix in NF4 on a device: as it is in its file, or made here."""
+    if isinstance(part, QuantisedPart) and part.is_whole:
+        return part.matrix.values.to(device), Scales(*(scale.to(device) for scale in part.matrix.scales))
+
+    def read(start: int, stop: int) -> Any:
+        return part.rows(start, stop).to(torch.float32, device)
+
+    return nf4.quantise(read, part.shape, device)
