@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,8 +50,24 @@ def _samples(part: Part) -> list[torch.Tensor]:
     ]
 
 
+def _base_file(folder: Path) -> dict[str, Any]:
+    path = folder / BASE_FILE
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return values
+
+
+def base_of(folder: Path) -> list[str]:
+    """The names of the base that a checkpoint's tensors belong to; none if it is whole."""
+    return [str(name) for name in _base_file(folder).get("pretrained", [])]
+
+
+def trained_on(folder: Path) -> dict[str, Any] | None:
+    """How the base was quantised while a checkpoint was trained on it; None = it was not."""
+    return _base_file(folder).get("quantised")
+
+
 def base_fingerprint(layouts: Sequence[Layout], config: ModelConfig) -> str:
-    """The fingerprint of the base that checkpoints laid over each other give. A quantised one has what it was made of."""
+    """The fingerprint of the base that checkpoints laid over each other give; a quantised one keeps its old one."""
     quantization = read_quantization(layouts[0].folder) if len(layouts) == 1 else None
     if quantization is not None:
         return quantization.fingerprint
@@ -64,10 +81,9 @@ def check_base(layouts: Sequence[Layout], config: ModelConfig) -> None:
         UserError: naming both.
     """
     for place, layout in enumerate(layouts):
-        path = layout.folder / BASE_FILE
-        if not path.is_file():
+        meant = _base_file(layout.folder)
+        if not meant:
             continue
-        meant = json.loads(path.read_text(encoding="utf-8"))
         names = " and ".join(meant["pretrained"]) or "a model of random weights"
         if place == 0:
             raise UserError(

@@ -12,6 +12,7 @@ from typing import Any
 
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.model.config import ModelConfig, config_from_params
+from llama_acc.core.model.tuning import FULL, Tuning
 
 INDEX_FILE = "model.safetensors.index.json"
 _NAMES = {
@@ -41,8 +42,6 @@ _NEEDED = {
 _ONLY = {
     "model_type": ("llama",),
     "hidden_act": ("silu", "swish"),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
     "quantization_config": (None,),
 }
 
@@ -70,14 +69,16 @@ def huggingface_name(name: str) -> str:
 
 
 def rotated_heads(name: str, config: ModelConfig) -> int | None:
-    """How many heads have their rows reordered in a tensor (Meta's name); None = it is no wq or wk."""
-    if name.endswith("attention.wq.weight"):
+    """How many heads have their rows reordered in a tensor (Meta's name); None = its rows are no queries or keys."""
+    if re.search(r"attention\.wq\.(weight|bias|lora_b\.weight)$", name):
         return config.n_heads
-    return config.kv_heads if name.endswith("attention.wk.weight") else None
+    return config.kv_heads if re.search(r"attention\.wk\.(weight|bias|lora_b\.weight)$", name) else None
 
 
 def read_huggingface(path: Path) -> tuple[ModelConfig, bool]:
     """The shape in a Hugging Face config.json, and whether the output matrix is the embedding (tied).
+
+    With biases it is the shape of bias-norm tuning.
 
     Raises:
         UserError: unreadable, or a model that this toolkit does not compute; every reason listed.
@@ -101,6 +102,9 @@ def read_huggingface(path: Path) -> tuple[ModelConfig, bool]:
         width = values["hidden_size"] // values["num_attention_heads"]
         if values["head_dim"] != width:
             problems.append(f"head_dim: {values['head_dim']} (only hidden_size / num_attention_heads = {width})")
+    has_bias = {key: bool(values.get(key)) for key in ("attention_bias", "mlp_bias")}
+    if len(set(has_bias.values())) > 1:
+        problems.append(", ".join(f"{key}: {_shown(has)}" for key, has in has_bias.items()) + " (only both or none)")
     if problems:
         raise UserError(f"{path} describes a model that cannot be computed here:\n{listed(problems)}")
     params = {ours: values[theirs] for ours, theirs in _NEEDED.items()} | {
@@ -111,7 +115,8 @@ def read_huggingface(path: Path) -> tuple[ModelConfig, bool]:
         "max_seq_len": values.get("max_position_embeddings", 2048),
     }
     config = _with_width(config_from_params(params, path), values["intermediate_size"], path)
-    return config, bool(values.get("tie_word_embeddings", False))
+    tuning = Tuning("bias_norm") if has_bias["attention_bias"] else FULL
+    return replace(config, tuning=tuning), bool(values.get("tie_word_embeddings", False))
 
 
 def _shown(value: Any) -> str:
@@ -175,8 +180,8 @@ def huggingface_config(config: ModelConfig, dtype: str, tied: bool, special_ids:
         if config.rope_scaling is None
         else {"type": "linear", "rope_type": "linear", "factor": 1.0 / config.rope_scaling},
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        "attention_bias": bool(config.tuning.what.bias),
+        "mlp_bias": bool(config.tuning.what.bias),
         "tie_word_embeddings": tied,
         "torch_dtype": dtype,
         **special_ids,

@@ -166,7 +166,9 @@ def read_config(layouts: Sequence[Layout]) -> ModelConfig | None:
     for layout in layouts:
         kind = str(_read_json(layout.folder / "meta.json").get("llama_type", "llama"))
         if layout.format == "huggingface" and layout.params_path is not None:
-            union |= read_huggingface(layout.params_path)[0].to_params()
+            read = read_huggingface(layout.params_path)[0]
+            union |= read.base().to_params()
+            tuning = read.tuning if read.tuning != FULL else tuning
             continue
         arguments = {} if layout.params_path is None else read_params([layout.params_path])
         try:

@@ -270,7 +270,7 @@ def _open_huggingface(layout: Layout) -> Weights:
             found_in[name] = path.name
             part = Part.of(tensor, theirs in shard.mapped)
             heads = rotated_heads(name, config)
-            if heads is not None and len(part.shape) == 2 and part.shape[0] % (2 * heads) == 0:
+            if heads is not None and part.shape and part.shape[0] % (2 * heads) == 0:
                 part = part.interleave(heads)
             weights.tensors[name] = part
     if tied and "tok_embeddings.weight" in weights.tensors:

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llama_acc.core.errors import UserError
@@ -25,7 +26,7 @@ class Scales(NamedTuple):
     Attributes:
         absmax: [n] uint8, the blocks' magnitudes.
         nested: [n / 256] float32, the largest ones of these, less the mean.
-        offset: their mean, a float32 scalar.
+        offset: [1] float32, their mean.
     """
 
     absmax: Tensor
@@ -70,7 +71,7 @@ def empty_scales(rows: int, columns: int, device: torch.device | None = None) ->
     return Scales(
         torch.empty(blocks, dtype=torch.uint8, device=device),
         torch.empty(-(-blocks // NESTED_BLOCK), dtype=torch.float32, device=device),
-        torch.empty((), dtype=torch.float32, device=device),
+        torch.empty(1, dtype=torch.float32, device=device),
     )
 
 
@@ -102,9 +103,15 @@ def quantise(read: Callable[[int, int], Tensor], shape: tuple[int, ...], device:
         packed[start:stop] = values.view(stop - start, columns // 2)
         first = start * columns // BLOCK
         absmax[first : first + len(state.absmax)] = state.absmax
-    offset = absmax.mean()
+    offset = absmax.mean().view(1)
     rounded, state = functional.quantize_blockwise(absmax.sub_(offset), blocksize=NESTED_BLOCK)
     return packed, Scales(rounded, state.absmax, offset)
+
+
+def _shape(packed: Tensor) -> torch.Size:
+    """The shape to tell bitsandbytes. Where blocks go across rows, its CPU kernel (0.50) is right for one row only."""
+    rows, columns = packed.shape[0], 2 * packed.shape[1]
+    return torch.Size((1, rows * columns) if columns % BLOCK else (rows, columns))
 
 
 def _state(packed: Tensor, scales: Scales, dtype: torch.dtype) -> Any:
@@ -114,7 +121,7 @@ def _state(packed: Tensor, scales: Scales, dtype: torch.dtype) -> Any:
     nested = state(absmax=scales.nested, code=magnitudes, blocksize=NESTED_BLOCK, dtype=torch.float32)
     return state(
         absmax=scales.absmax,
-        shape=torch.Size((packed.shape[0], 2 * packed.shape[1])),
+        shape=_shape(packed),
         code=numbers,
         blocksize=BLOCK,
         quant_type="nf4",
@@ -127,7 +134,7 @@ def _state(packed: Tensor, scales: Scales, dtype: torch.dtype) -> Any:
 def dequantise(packed: Tensor, scales: Scales, dtype: torch.dtype) -> Tensor:
     """The matrix [rows, columns] in `dtype` out of its packed values [rows, columns / 2] and scales."""
     values: Tensor = _library().functional.dequantize_4bit(packed.view(-1, 1), _state(packed, scales, dtype))
-    return values
+    return values.view(packed.shape[0], -1)
 
 
 def magnitudes(scales: Scales) -> Tensor:
@@ -152,14 +159,14 @@ def dequantise_rows(packed: Tensor, magnitudes: Tensor, start: int, stop: int, d
 def _with_magnitudes(packed: Tensor, magnitudes: Tensor, dtype: torch.dtype) -> Tensor:
     state = _library().functional.QuantState(
         absmax=magnitudes.contiguous(),
-        shape=torch.Size((packed.shape[0], 2 * packed.shape[1])),
+        shape=_shape(packed),
         code=_codes(packed.device)[0],
         blocksize=BLOCK,
         quant_type="nf4",
         dtype=dtype,
     )
     values: Tensor = _library().functional.dequantize_4bit(packed.reshape(-1, 1), state)
-    return values
+    return values.view(packed.shape[0], -1)
 
 
 def dense(weight: Tensor, scales: Scales | None, dtype: torch.dtype) -> Tensor:
@@ -172,5 +179,7 @@ def one_row(x: Tensor, packed: Tensor, scales: Scales) -> Tensor:
 
     Where the library has a kernel for it, the matrix is not written out.
     """
+    if x.shape[1] % BLOCK:
+        return F.linear(x, dequantise(packed, scales, x.dtype))
     product: Tensor = _library().matmul_4bit(x, packed.view(-1, 1), _state(packed, scales, x.dtype))
     return product

@@ -204,6 +204,20 @@ def _whole_number(arguments: Mapping[str, Any], key: str, default: int) -> int:
     return value
 
 
+def merged_tuning(tuning: Tuning) -> Tuning:
+    """What is left of a method when its LoRA pairs are merged into the matrices.
+
+    Raises:
+        UserError: zero-init attention, which is no matrix.
+    """
+    if tuning.what.prefix:
+        raise UserError(
+            "zero-init attention cannot be merged: what it adds to attention depends on the queries",
+            "use the checkpoint as it is",
+        )
+    return Tuning("bias_norm") if tuning.what.bias else FULL
+
+
 def check_tuning(tuning: Tuning, widths: Mapping[str, int], n_layers: int) -> None:
     """Refuses what a method cannot be.
 

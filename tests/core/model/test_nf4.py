@@ -25,10 +25,11 @@ LORA = Tuning("lora_bias_norm", 4)
 
 
 def theirs(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix as bitsandbytes quantises and dequantises it."""
+    """A matrix as bitsandbytes quantises and dequantises it, its rows one after the other."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    return dequantize_4bit(*quantize_4bit(matrix, quant_type="nf4", compress_statistics=True))
+    row = matrix.reshape(1, -1)
+    return dequantize_4bit(*quantize_4bit(row, quant_type="nf4", compress_statistics=True)).view(matrix.shape)
 
 
 def rounded(model: Transformer, output: bool = True) -> Transformer:
@@ -58,11 +59,15 @@ def for_training(model: Transformer, dtype: torch.dtype = torch.float32) -> Tran
     return empty
 
 
-@pytest.mark.parametrize("shape", [(8, 64), (3, 128), (70, 4), (1, 2), (40_000, 128)])
+@pytest.mark.parametrize("shape", [(8, 64), (3, 128), (70, 4), (1, 2), (128, 352), (36_000, 128)])
 def test_quantising_in_pieces_is_bitsandbytes_quantising(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     packed, scales = nf4.quantise(lambda start, stop: matrix[start:stop], shape, CPU)
     assert torch.equal(nf4.dequantise(packed, scales, torch.float32), theirs(matrix))
+    # The largest gap between two of the 16 numbers is 0.304; magnitudes are rounded to less than 1%.
+    error = (theirs(matrix) - matrix).flatten()
+    for block, values in zip(error.split(64), matrix.flatten().split(64), strict=True):
+        assert block.abs().max() < 0.17 * values.abs().max()
     assert packed.nbytes + sum(part.nbytes for part in scales) == nf4.nbytes(*shape)
     for found, room in zip(scales, nf4.empty_scales(*shape), strict=True):
         assert (found.shape, found.dtype) == (room.shape, room.dtype)

@@ -1,0 +1,224 @@
+"""Checkpoints of tuned models: kept, merged, and as adapters for PEFT, computed by transformers and peft to compare."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_acc.core.checkpoint.convert import Converted, Request, convert
+from llama_acc.core.checkpoint.layout import inspect, read_config
+from llama_acc.core.checkpoint.shards import read_weights
+from llama_acc.core.errors import RunError, UserError
+from llama_acc.core.inference import load_model
+from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.tuning import FULL, Tuning
+from tests.core.checkpoint.folders import GROUPED, huggingface_logits, shard, state, write_consolidated
+from tests.core.model.test_tuning import tuned_model
+from tests.core.tiny import difference, document_logits, loaded_model
+
+TOKENS = torch.arange(1, 60)
+LORA, BOTH, BIASES = Tuning("lora", 4), Tuning("lora_bias_norm", 4), Tuning("bias_norm")
+ADAPTER = Tuning("adapter", 4, 2, 5)
+
+
+def write_tuned(folder: Path, tuning: Tuning, size: int = 1, config: ModelConfig = GROUPED) -> Path:
+    """A checkpoint of LLaMA2-Accessory's kind, in which everything the method adds says something."""
+    folder.mkdir(parents=True)
+    model = tuned_model(tuning, config)
+    from llama_acc.core.model.sharding import local_shape, split_dimension
+
+    for rank in range(size):
+        tensors = {}
+        for name, tensor in model.state_dict().items():
+            dimension = split_dimension(name)
+            part = tensor if dimension is None else tensor.chunk(size, dimension)[rank].clone()
+            assert tuple(part.shape) == local_shape(name, tuple(tensor.shape), size)
+            tensors[f"llma.{name}"] = part
+        torch.save({"model": tensors}, folder / f"consolidated.{rank:02d}-of-{size:02d}.model.pth")
+    (folder / "config.json").write_text(json.dumps(model.config.to_params()))
+    (folder / "meta.json").write_text(json.dumps({"llama_type": tuning.llama_type}))
+    return folder
+
+
+def tensors_of(*folders: Path) -> dict[str, Tensor]:
+    weights = read_weights([inspect(folder) for folder in folders])
+    return {name: part.to(part.dtype) for name, part in weights.tensors.items()}
+
+
+def logits(*folders: Path, **options: Any) -> Tensor:
+    return document_logits(loaded_model(*folders, **options), [TOKENS])[0]
+
+
+def made(source: Path, target: Path, to: Any, **options: Any) -> Converted:
+    return convert(Request(source, target, to, **options))
+
+
+@pytest.mark.parametrize("tuning", [LORA, BOTH, BIASES, ADAPTER], ids=lambda tuning: tuning.method)
+def test_a_tuned_checkpoint_is_split_and_joined_with_its_method(tuning: Tuning, tmp_path: Path) -> None:
+    source = write_tuned(tmp_path / "source", tuning, 2)
+    four = made(source, tmp_path / "four", "consolidated", model_parallel_size=4).folder
+    back = made(four, tmp_path / "back", "consolidated", model_parallel_size=2).folder
+    expected = tensors_of(source)
+    for folder in (four, back):
+        config = read_config([inspect(folder)])
+        assert config is not None
+        assert config.tuning == tuning
+        assert tensors_of(folder).keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_of(folder).items())
+    for name in ("meta.json", "config.json", "consolidated.01-of-02.model.pth"):
+        assert (back / name).exists()
+    ours = torch.load(back / "consolidated.01-of-02.model.pth", weights_only=True)["model"]
+    theirs = torch.load(source / "consolidated.01-of-02.model.pth", weights_only=True)["model"]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(("tuning", "left"), [(LORA, FULL), (BOTH, BIASES)], ids=["lora", "lora_bias_norm"])
+def test_a_merged_checkpoint_computes_the_same(tuning: Tuning, left: Tuning, size: int, tmp_path: Path) -> None:
+    source = write_tuned(tmp_path / "source", tuning, size)
+    expected = logits(source)
+    result = made(source, tmp_path / "merged", "consolidated", merge=True)
+    config = read_config([inspect(result.folder)])
+    assert config == replace(GROUPED, tuning=left)
+    assert difference(logits(result.folder), expected) < 1e-5
+    assert result.merge_error is not None
+    assert result.merge_error.exact < 1e-5
+    assert result.merge_error.saved == result.merge_error.exact
+    hf = made(source, tmp_path / "hf", "hf", merge=True).folder
+    assert difference(huggingface_logits(hf, TOKENS), expected) < 1e-5
+    assert difference(logits(hf), expected) < 1e-5
+
+
+def test_the_difference_that_rounding_makes_is_told(tmp_path: Path) -> None:
+    source = write_tuned(tmp_path / "source", LORA)
+    result = made(source, tmp_path / "merged", "meta", merge=True, dtype="bf16")
+    assert result.merge_error is not None
+    assert result.merge_error.exact < 1e-5
+    found = difference(logits(result.folder), logits(source))
+    assert 1e-4 < found < 0.3
+    assert 0.1 < result.merge_error.saved / found < 10
+
+
+def test_a_merge_that_computes_something_else_is_an_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_tuned(tmp_path / "source", LORA)
+
+    def wrong(name: str, sources: Any) -> Any:
+        return sources[name]
+
+    monkeypatch.setattr("llama_acc.core.checkpoint.convert.merged_source", wrong)
+    with pytest.raises(RunError, match="the merged model computes something else: its logits differ by"):
+        made(source, tmp_path / "merged", "meta", merge=True)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_biases_go_to_transformers_and_back(tmp_path: Path) -> None:
+    source = write_tuned(tmp_path / "source", BIASES)
+    hf = made(source, tmp_path / "hf", "hf").folder
+    assert difference(huggingface_logits(hf, TOKENS), logits(source)) < 1e-5
+    back = made(hf, tmp_path / "back", "consolidated").folder
+    config = read_config([inspect(back)])
+    assert config is not None
+    assert config.tuning == BIASES
+    expected = tensors_of(source)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_of(back).items())
+
+
+def peft_logits(base: Path, adapter: Path) -> Tensor:
+    """What transformers and peft compute."""
+    import transformers
+    from peft import PeftModel
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        before = model(TOKENS[None]).logits[0].clone()
+        found: Tensor = PeftModel.from_pretrained(model, adapter)(TOKENS[None]).logits[0]
+    assert difference(found, before) > 1e-3
+    return found
+
+
+@pytest.mark.parametrize("tuning", [LORA, BOTH], ids=["lora", "lora_bias_norm"])
+def test_peft_loads_the_adapter_and_computes_the_same(tuning: Tuning, tmp_path: Path) -> None:
+    source = write_tuned(tmp_path / "source", tuning)
+    plain = {name: tensor for name, tensor in tensors_of(source).items() if name in GROUPED.parameter_shapes()}
+    base = write_consolidated(tmp_path / "base", plain)
+    hf = made(base, tmp_path / "hf", "hf", biases=tuning == BOTH).folder
+    adapter = made(source, tmp_path / "adapter", "peft", base=str(base)).folder
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    assert difference(peft_logits(hf, adapter), logits(source)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("tuning", "to", "options", "said"),
+    [
+        (LORA, "hf", {}, "was tuned with method lora, which layout 'hf' has no place for"),
+        (BOTH, "meta", {}, "was tuned with method lora_bias_norm, which layout 'meta' has no place for"),
+        (BOTH, "meta", {"merge": True}, "has biases (method lora_bias_norm), and Meta's layout has no place"),
+        (ADAPTER, "hf", {}, "was tuned with method adapter, which layout 'hf' has no place for"),
+        (ADAPTER, "consolidated", {"merge": True}, "zero-init attention cannot be merged"),
+        (ADAPTER, "peft", {}, "PEFT has no place for zero-init attention (prefix, prefix_gate)"),
+        (BIASES, "peft", {}, "method bias_norm has no LoRA pairs"),
+        (FULL, "peft", {}, "method full has no LoRA pairs"),
+        (FULL, "meta", {"merge": True}, "has nothing to merge"),
+        (LORA, "consolidated", {"merge": True, "quantize": "nf4"}, "neither of a diff nor of a merge"),
+        (FULL, "meta", {"quantize": "nf4"}, "are written with --to consolidated"),
+        (FULL, "meta", {"biases": True}, "--biases is for --to hf"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(
+    tuning: Tuning, to: str, options: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    source = write_tuned(tmp_path / "source", tuning)
+    with pytest.raises(UserError) as error:
+        made(source, tmp_path / "target", to, **options)
+    assert said in str(error.value)
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("output", [True, False])
+def test_a_quantised_base_is_saved_and_read(output: bool, tmp_path: Path) -> None:
+    config = replace(GROUPED, dim=128)
+    source = write_consolidated(tmp_path / "source", state(config), 1, config)
+    made(source, tmp_path / "small", "consolidated", quantize="nf4", quantize_output=output)
+    sizes = [(folder / "consolidated.00-of-01.model.pth").stat().st_size for folder in (source, tmp_path / "small")]
+    assert sizes[1] < sizes[0] / 2
+    from llama_acc.core.checkpoint.fingerprint import base_fingerprint
+
+    known = {base_fingerprint([inspect(folder)], config) for folder in (source, tmp_path / "small")}
+    assert len(known) == 1
+    # To a plain checkpoint it goes as what its numbers are.
+    dense = made(tmp_path / "small", tmp_path / "dense", "meta", dtype="fp32").folder
+    expected = tensors_of(source)
+    for name, tensor in tensors_of(dense).items():
+        if name in config.quantisable(output):
+            assert 0.01 < difference(tensor, expected[name]) < 0.2
+        else:
+            assert torch.equal(tensor, expected[name])
+
+
+def test_a_quantised_base_of_two_ranks_is_read_at_any_size(tmp_path: Path) -> None:
+    config = replace(GROUPED, dim=128)
+    source = write_consolidated(tmp_path / "source", state(config), 2, config)
+    small = made(source, tmp_path / "small", "consolidated", quantize="nf4").folder
+    whole = read_weights([inspect(small)]).tensors
+    for rank in range(2):
+        parts = read_weights([inspect(small)], rank, 2).tensors
+        expected = shard({name: part.to(torch.float32) for name, part in whole.items()}, rank, 2)
+        assert all(torch.equal(part.to(torch.float32), expected[name]) for name, part in parts.items())
+
+
+def test_a_quantised_checkpoint_answers_as_one_quantised_while_it_is_loaded(tmp_path: Path) -> None:
+    from tests.core.train.runs import run
+
+    source = run(tmp_path / "run", "model.params.dim=64", "train.max_steps=2").checkpoint
+    small = made(source, tmp_path / "small", "consolidated", quantize="nf4").folder
+    models = [load_model(source, device="cpu", quantize="nf4"), load_model(small, device="cpu", dtype=torch.float32)]
+    assert all(model.model.is_quantised for model in models)
+    found = [document_logits(model.model, [TOKENS])[0] for model in models]
+    assert torch.equal(*found)
