@@ -16,7 +16,8 @@ from llama_acc.cli import console, options
 if TYPE_CHECKING:
     from llama_acc.core.checkpoint.convert import Converted
 
-HELP = """Convert a checkpoint between Meta's layout, LLaMA2-Accessory's (consolidated) and Hugging Face's.
+HELP = """Convert a checkpoint between Meta's layout, LLaMA2-Accessory's (consolidated) and Hugging Face's; merge what
+was tuned, write it for PEFT, or quantise a base.
 
 What SRC is, is found out. The result is read back and compared to the bit before it appears as DST.
 
@@ -31,6 +32,12 @@ Examples:
   llama-acc convert-checkpoint runs/alpaca alpaca-diff --to consolidated --base Llama-2-7b --diff --dtype fp32
 
   llama-acc convert-checkpoint alpaca-diff alpaca --to meta --base Llama-2-7b
+
+  llama-acc convert-checkpoint runs/alpaca-lora alpaca-hf --to hf --merge --base Llama-2-7b
+
+  llama-acc convert-checkpoint runs/alpaca-lora adapter --to peft --base Llama-2-7b-hf
+
+  llama-acc convert-checkpoint Llama-2-70b Llama-2-70b-nf4 --to consolidated --quantize nf4
 """
 
 
@@ -40,6 +47,7 @@ class To(str, Enum):
     meta = "meta"
     consolidated = "consolidated"
     hf = "hf"
+    peft = "peft"
 
 
 class Dtype(str, Enum):
@@ -48,6 +56,19 @@ class Dtype(str, Enum):
     bf16 = "bf16"
     fp16 = "fp16"
     fp32 = "fp32"
+
+
+class MergeInto(str, Enum):
+    """Which base a LoRA pair is merged into, where it was trained on a quantised one."""
+
+    trained = "trained"
+    original = "original"
+
+
+class Quantize(str, Enum):
+    """Ways to quantise."""
+
+    nf4 = "nf4"
 
 
 def convert_checkpoint(
@@ -79,6 +100,22 @@ def convert_checkpoint(
         ),
     ] = None,
     diff: Annotated[bool, typer.Option("--diff", help="Write SRC minus the --base instead.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge LoRA pairs into their matrices, and compare the logits.")
+    ] = False,
+    merge_into: Annotated[
+        MergeInto,
+        typer.Option("--merge-into", help="If SRC was trained on a quantised base: that base, or the original one."),
+    ] = MergeInto.trained,
+    biases: Annotated[
+        bool, typer.Option("--biases", help="With --to hf: biases of zero, which a PEFT adapter with biases goes on.")
+    ] = False,
+    quantize: Annotated[
+        Quantize | None, typer.Option("--quantize", help="Write the matrices in four bits: a base to train on.")
+    ] = None,
+    quantize_output: Annotated[
+        bool, typer.Option("--quantize-output/--no-quantize-output", help="With --quantize: the output matrix, too.")
+    ] = True,
 ) -> None:
     """Convert a checkpoint."""
     from llama_acc.core.checkpoint.convert import Request, convert
@@ -91,6 +128,11 @@ def convert_checkpoint(
         dtype=None if dtype is None else dtype.value,
         base=base,
         diff=diff,
+        merge=merge,
+        merge_into=merge_into.value,
+        biases=biases,
+        quantize=None if quantize is None else quantize.value,
+        quantize_output=quantize_output,
     )
     with _leave_on_sigterm(), console.ByteProgress() as progress:
         converted = convert(request, progress.tell)
@@ -102,6 +144,9 @@ def _summary(converted: "Converted") -> str:
     shown = f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
     files = "1 file" if converted.files == 1 else f"{converted.files} files"
     text = f"{converted.folder}: {converted.tensors:,} tensors, {shown} in {files}, read back and equal"
+    if converted.merge_error is not None:
+        exact, saved = converted.merge_error
+        return f"{text}; logits are off those before merging by {exact:.1e} of the largest, as saved by {saved:.1e}"
     if converted.largest_error is None:
         return text
     if converted.largest_error == 0:

@@ -212,7 +212,7 @@ def test_files_of_a_hugging_face_folder_are_read_together(tmp_path: Path) -> Non
     [
         ({"model_type": "mistral"}, 'model_type: "mistral" (only "llama")'),
         ({"hidden_act": "gelu"}, 'hidden_act: "gelu" (only "silu")'),
-        ({"attention_bias": True}, "attention_bias: true (only false)"),
+        ({"attention_bias": True}, "attention_bias: true, mlp_bias: false (only both or none)"),
         ({"mlp_bias": True}, "mlp_bias: true"),
         ({"head_dim": 128}, "head_dim: 128 (only hidden_size / num_attention_heads = 4)"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),

@@ -1,0 +1,88 @@
+"""Training a part of a model and using it, as it is typed: on a base, on one in four bits, merged."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.commands import QUICKSTART, invoke, refused, words
+
+PART = ("tuning.method=lora_bias_norm", "tuning.lora_rank=4", "checkpoint.trainable_only=true", "train.epochs=1")
+ASK = ("--prompt", "What is LLaMA?", "--temperature", "0", "--max-new-tokens", "8", "--device", "cpu")
+
+
+def tune(base: Path, output: Path, *more: object) -> None:
+    command = [word for word in QUICKSTART if not str(word).startswith("model.params")]
+    result = invoke(*command, "--pretrained", base, "--output", output, *PART, *more)
+    assert result.exit_code == 0, result.stderr
+    assert f"--ckpt {base} --ckpt {output}" in words(result.stdout)
+
+
+def answer(*checkpoints: Path, quant: bool = False) -> str:
+    flags = [word for checkpoint in checkpoints for word in ("--ckpt", checkpoint)]
+    result = invoke("chat", *flags, *ASK, *(("--quant", "nf4") if quant else ()))
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def base(trained_once: Path) -> Path:
+    """The folder of a checkpoint."""
+    return trained_once / (trained_once / "latest").read_text().strip()
+
+
+@pytest.fixture(scope="module")
+def part(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that trained a part on the base in NF4."""
+    folder = tmp_path_factory.mktemp("part") / "run"
+    tune(base, folder, "tuning.quantize=nf4")
+    return folder
+
+
+def test_the_report_says_what_is_quantised(part: Path) -> None:
+    assert "in NF4" in (part / "report.md").read_text()
+
+
+def test_chat_takes_the_base_and_the_part(base: Path, part: Path) -> None:
+    assert answer(base, part, quant=True).strip()
+    assert answer(base, part).strip()
+    refused(invoke("chat", "--ckpt", part, *ASK), "holds only what was trained on top of", str(base))
+
+
+def test_a_base_quantised_beforehand_is_the_same(base: Path, part: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    made = invoke("convert-checkpoint", base, small, "--to", "consolidated", "--quantize", "nf4")
+    assert made.exit_code == 0, made.stderr
+    assert answer(small, part) == answer(base, part, quant=True)
+    tune(small, tmp_path / "run", "tuning.quantize=nf4")
+    for name in ("loss", "grad_norm"):
+        assert column(tmp_path / "run", name) == column(part, name)
+    command = [word for word in QUICKSTART if not str(word).startswith("model.params")]
+    refused(
+        invoke(*command, "--pretrained", small, "--output", tmp_path / "full"),
+        "is quantised: it can be a base, and not train itself",
+    )
+
+
+def column(run: Path, name: str) -> list[float]:
+    import json
+
+    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    return [line[name] for line in lines if name in line]
+
+
+def test_the_part_is_merged_into_what_it_was_trained_on(base: Path, part: Path, tmp_path: Path) -> None:
+    merge = ("--to", "hf", "--merge", "--dtype", "fp32")
+    result = invoke("convert-checkpoint", part, tmp_path / "merged", *merge, "--base", base)
+    assert result.exit_code == 0, result.stderr
+    assert "logits are off those before merging by" in words(result.stdout)
+    assert answer(tmp_path / "merged") == answer(base, part, quant=True)
+    original = invoke(
+        "convert-checkpoint", part, tmp_path / "original", *merge, "--base", base, "--merge-into", "original"
+    )
+    assert original.exit_code == 0, original.stderr
+    assert answer(tmp_path / "original") == answer(base, part)
+    refused(
+        invoke("convert-checkpoint", part, tmp_path / "none", *merge),
+        "holds only what was trained on top of",
+        f"give that: --base {base}",
+    )
