@@ -17,7 +17,8 @@ from torch import Tensor
 from llama_acc.core.errors import UserError
 
 BLOCK, NESTED_BLOCK = 64, 256
-_PIECE = 1 << 22  # values quantised at a time
+# Values quantised at a time: on a CPU what is made on the way takes 20 bytes for each.
+_PIECE, _PIECE_CPU = 1 << 24, 1 << 20
 
 
 class Scales(NamedTuple):
@@ -96,7 +97,8 @@ def quantise(read: Callable[[int, int], Tensor], shape: tuple[int, ...], device:
     rows, columns = shape
     packed = torch.empty(packed_shape(rows, columns), dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-rows * columns // BLOCK), dtype=torch.float32, device=device)
-    step = max(1, _PIECE // columns) if columns % BLOCK == 0 else rows
+    piece = _PIECE_CPU if device.type == "cpu" else _PIECE
+    step = max(1, piece // columns) if columns % BLOCK == 0 else rows
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         values, state = functional.quantize_4bit(read(start, stop).contiguous(), quant_type="nf4", blocksize=BLOCK)

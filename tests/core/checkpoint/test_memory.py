@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from llama_acc.core.checkpoint.layout import inspect, read_config
 from llama_acc.core.checkpoint.shards import check_tensors, fill, read_weights
-from llama_acc.core.model.transformer import build_on_meta
+from llama_acc.core.model.transformer import build_on_meta, quantise_on_meta
 
 def status(key):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
@@ -39,21 +39,25 @@ def load(folder, dtype, copy, size):
     config = read_config([layout])
     weights = read_weights([layout], size - 1, size)
     check_tensors(weights, config.parameter_shapes(), folder)
-    model = build_on_meta(config, dtype)
+    model = build_on_meta(config, dtype).requires_grad_(False)
+    if copy == "nf4":
+        quantise_on_meta(model)
+        fill(model, weights, torch.device("cpu"), dtype, copy=True)
+        return model
     for name, part in weights.tensors.items():  # a rank's model has parameters of its share's shape
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(torch.empty(part.shape, device="meta")))
-    fill(model, weights, torch.device("cpu"), dtype, copy=copy)
+    fill(model, weights, torch.device("cpu"), dtype, copy=copy == "copy")
     return model
 
 folder, dtype, copy, warm_up, size = sys.argv[1:]
-dtype, copy, size = getattr(torch, dtype), copy == "copy", int(size)
+dtype, size = getattr(torch, dtype), int(size)
 load(warm_up, dtype, copy, size)
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
 model = load(folder, dtype, copy, size)
 total = sum(parameter.detach().view(-1)[::512].float().sum().item() for parameter in model.parameters())
-own = sum(parameter.nbytes for parameter in model.parameters())
+own = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 print(json.dumps({"peak": status("VmHWM") - before, "own": own, "total": total}))
 """
 
@@ -102,6 +106,15 @@ def layouts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             convert(Request(root / f"{name}-meta", root / f"{name}-{kind}", "hf"))
             shutil.rmtree(root / f"{name}-meta")
     return root / f"large-{kind}", root / f"small-{kind}"
+
+
+@NEEDS_PROC
+def test_quantising_while_loading_takes_the_quantised_model_and_two_tensors(layouts: tuple[Path, Path]) -> None:
+    large, small = layouts
+    result = measured(large, "bfloat16", "nf4", small)
+    matrices = sum(torch.Size(shape).numel() for shape in LARGE.parameter_shapes().values())
+    assert result["own"] < 0.45 * 2 * matrices
+    assert result["peak"] < result["own"] + 2 * 2 * LARGE.dim * LARGE.vocab_size
 
 
 @NEEDS_PROC
