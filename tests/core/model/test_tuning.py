@@ -6,7 +6,7 @@ import torch
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig, config_from_params
 from llama_acc.core.model.sharding import split_dimension
-from llama_acc.core.model.transformer import Transformer, build_on_meta, initialise
+from llama_acc.core.model.transformer import Transformer, build_on_meta, freeze_untrained, initialise
 from llama_acc.core.model.tuning import FULL, METHODS, Tuning, check_tuning, tuning_of
 from tests.core.tiny import SMALL, cached_logits, difference, document_logits, random_model
 
@@ -190,3 +190,31 @@ def test_what_no_method_is_is_refused() -> None:
         check_tuning(Tuning("lora", 65), {"dim": 128, "the keys' width": 64}, 2)
     with pytest.raises(UserError, match=r"tuning.prefix_layers \(3\) is more than the model's layers \(2\)"):
         check_tuning(Tuning("adapter", 0, 3, 5), {"dim": 128}, 2)
+
+
+def kept_bytes(model: Transformer, tokens: torch.Tensor) -> int:
+    """Bytes of the activations that a forward pass leaves for the backward pass, each storage once."""
+    freeze_untrained(model)
+    kept: dict[int, int] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(tokens, tokens, [len(tokens)], tokens.roll(-1))
+    assert loss.requires_grad
+    return sum(kept.values())
+
+
+def test_lora_keeps_nothing_that_full_training_does_not_but_its_low_products() -> None:
+    tokens = torch.arange(40)
+    full = kept_bytes(random_model(), tokens)
+    head = 4 * SMALL.dim * SMALL.vocab_size  # the gradient of the output matrix, which is made at once
+    for method in ("bias_norm", "lora"):
+        tuning = TUNINGS[method]
+        low = 4 * len(tokens) * tuning.lora_rank * 7 * SMALL.n_layers
+        assert kept_bytes(tuned_model(tuning), tokens) <= full - head + low, method
