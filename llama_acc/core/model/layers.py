@@ -90,7 +90,7 @@ class Linear(nn.Module):
         """
         if low is not None:
             assert self.lora_b is not None
-            y = y.add_(linear(low, self.lora_b.weight))
+            y = y.flatten(0, -2).addmm_(low.flatten(0, -2), self.lora_b.weight.to(y.dtype).t()).view(y.shape)
         return y if self.bias is None else y.add_(self.bias.to(y.dtype))
 
 
