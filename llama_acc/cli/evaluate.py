@@ -133,7 +133,8 @@ def gorilla(
 
         asked = questions_of(questions, evaluation) if prompts is None else read_prompts(prompts, evaluation)
         if prompts is None and len(asked) < len(evaluation):
-            console.note(f"{len(evaluation) - len(asked)} lines of {questions} hold no question and are left out")
+            left_out = len(evaluation) - len(asked)
+            console.note(f"{left_out} of {len(evaluation)} lines of {questions} hold no question and are left out")
         responses = Path(f"responses_{hub.value}.jsonl") if output is None else output
         _check_folder(responses)
         loaded = _load(ckpt, device, tokenizer, template, quant, verify)

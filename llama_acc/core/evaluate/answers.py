@@ -57,11 +57,11 @@ def answer_questions(
         UserError: `output` holds something else than this model's answers to these questions.
     """
     prompts = _encode(loaded, questions)
-    stamps = _stamps(answering, prompts)
+    stamps = _stamps(loaded, answering, prompts)
     answered = _answered(output, stamps)
     left = [number for number in prompts if number not in answered]
     progress(len(answered), len(prompts))
-    name = locate(answering.checkpoints[-1]).resolve().name
+    name = Path(answering.checkpoints[-1]).name
     with output.open("ab") as file:
         finished = generate_batch(
             loaded, [prompts[number] for number in left], answering.max_new_tokens, answering.batch_size
@@ -87,13 +87,14 @@ def _encode(loaded: LoadedModel, questions: Mapping[int, str]) -> dict[int, list
     return prompts
 
 
-def _stamps(answering: Answering, prompts: Mapping[int, list[int]]) -> dict[int, dict[str, Any]]:
+def _stamps(loaded: LoadedModel, answering: Answering, prompts: Mapping[int, list[int]]) -> dict[int, dict[str, Any]]:
     """What the answer to each question is made from."""
     weights = read_weights([inspect(locate(checkpoint)) for checkpoint in answering.checkpoints])
     checkpoint = fingerprint(weights, list(weights.tensors))
     return {
         number: {
             "checkpoint": checkpoint,
+            "quantised": loaded.model.is_quantised,
             "prompt": hashlib.sha256(json.dumps(prompt).encode()).hexdigest(),
             "max_new_tokens": answering.max_new_tokens,
         }
@@ -147,6 +148,7 @@ def _difference(question: Any, metadata: Any, stamps: Mapping[int, dict[str, Any
         return "another checkpoint answered"
     if metadata.get("prompt") != now["prompt"]:
         return f"question {question} was another one, or asked in another prompt format"
-    if metadata.get("max_new_tokens") != now["max_new_tokens"]:
-        return f"answers were at most {metadata.get('max_new_tokens')} tokens long, not {now['max_new_tokens']}"
+    settings = [key for key in ("quantised", "max_new_tokens") if metadata.get(key) != now[key]]
+    if settings:
+        return "; ".join(f"{key} was {metadata.get(key)}, and is {now[key]}" for key in settings)
     return None
