@@ -128,7 +128,7 @@ def measured_inference(config: ModelConfig, device: torch.device) -> float:
     half = TOKENS // 2
     for start, stop in [(0, half), *((place, place + 1) for place in range(half, TOKENS))]:
         positions = torch.arange(start, stop, device=device)
-        model.logits(model(positions, positions, [stop - start], cache=cache)[-1:])
+        model.logits(model(positions, positions, [stop - start], caches=[cache])[-1:])
     return peak(device)
 
 

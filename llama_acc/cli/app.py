@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from llama_acc import __version__
-from llama_acc.cli import chat, convert_checkpoint, finetune, recipes
+from llama_acc.cli import chat, convert_checkpoint, evaluate, finetune, recipes
 from llama_acc.core import worker
 from llama_acc.core.errors import LlamaAccError
 
@@ -135,6 +135,9 @@ def _unforeseen(error: Exception) -> tuple[str, str]:
 app.command("finetune", help=finetune.HELP)(_reported(finetune.finetune))
 app.command("chat", help=chat.HELP)(_reported(chat.chat))
 app.command("convert-checkpoint", help=convert_checkpoint.HELP)(_reported(convert_checkpoint.convert_checkpoint))
+evaluate.app.command("gorilla", help=evaluate.GORILLA_HELP)(_reported(evaluate.gorilla))
+evaluate.app.command("perplexity", help=evaluate.PERPLEXITY_HELP)(_reported(evaluate.perplexity))
+app.add_typer(evaluate.app, name="evaluate", help=evaluate.HELP)
 recipes.app.callback(invoke_without_command=True)(_reported(recipes.default))
 recipes.app.command("list", help=recipes.LIST_HELP)(_reported(recipes.list_recipes))
 recipes.app.command("show", help=recipes.SHOW_HELP)(_reported(recipes.show))

@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,13 +33,6 @@ Examples:
   llama-acc chat --ckpt Llama-2-70b --ckpt runs/alpaca-70b-biasnorm-nf4 --quant nf4
 """
 
-
-class Quant(str, Enum):
-    """Ways to quantise."""
-
-    nf4 = "nf4"
-
-
 _PATIENCE = timedelta(days=365)  # people think
 
 COMMANDS = """/reset          forget the conversation
@@ -64,9 +56,7 @@ def chat(
         str | None,
         typer.Option("--prompt", metavar="TEXT|-", help="Print the answer to this alone; - reads standard input."),
     ] = None,
-    template: Annotated[
-        str, typer.Option("--template", metavar="NAME", help="auto, alpaca, dialogue, none, ...: the prompt format.")
-    ] = "auto",
+    template: options.Template = "auto",
     system: Annotated[
         str | None, typer.Option("--system", metavar="TEXT", help="System text in place of the template's own.")
     ] = None,
@@ -77,9 +67,7 @@ def chat(
     ] = 0.9,
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answers.")] = None,
     tokenizer: options.TokenizerFile = None,
-    quant: Annotated[
-        Quant | None, typer.Option("--quant", help="Keep the matrices in four bits: a quarter of the memory of bf16.")
-    ] = None,
+    quant: options.Quantize = None,
     device: options.Device = None,
     verify: options.Verify = False,
     nproc: options.Nproc = None,
@@ -100,7 +88,7 @@ def chat(
 
 @contextlib.contextmanager
 def _shared_model(
-    ckpt: list[str], device: str | None, tokenizer: str | None, template: str, verify: bool, quant: Quant | None
+    ckpt: list[str], device: str | None, tokenizer: str | None, template: str, verify: bool, quant: options.Quant | None
 ) -> "Iterator[LoadedModel]":
     """The model, shared by all processes; those other than rank 0 compute in here what that asks for."""
     from llama_acc.core.device import pick_device

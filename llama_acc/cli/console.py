@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llama_acc.core.train.plan import Plan
 
 _SECONDS_BETWEEN_LINES = 5.0
+_Watching = TypeVar("_Watching", bound="_WorkProgress")
 
 
 class _Stream(Console):
@@ -65,6 +66,14 @@ def pairs(lines: list[tuple[str, str]], console: Console | None = None) -> None:
     width = max(len(subject) for subject, _ in lines)
     for subject, text in lines:
         (console or err).print(Text(f"{subject:<{width}}  ", style="bold") + Text(text))
+
+
+def table(rows: list[list[str]]) -> None:
+    """Prints a header and rows on standard output; the first column is of words, the others of numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for number, (first, *others) in enumerate(rows):
+        cells = [first.ljust(widths[0]), *(c.rjust(width) for c, width in zip(others, widths[1:], strict=True))]
+        out.print(Text("  ".join(cells), style="" if number else "bold"))
 
 
 def duration(seconds: float) -> str:
@@ -159,19 +168,19 @@ class RunConsole:
         err.print(f"saved {checkpoint}", markup=False)
 
 
-class ByteProgress:
-    """Watches work on bytes: a bar on a terminal, a line every few seconds otherwise."""
+class _WorkProgress:
+    """Watches work: a bar on a terminal, a line every few seconds otherwise."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: ProgressColumn, *speed: ProgressColumn) -> None:
         self._progress: Progress | None = None
         self._task: Any = None
         self._last_line = time.monotonic()
         if sys.stderr.isatty() and not err.is_dumb_terminal:
-            columns = (DownloadColumn(binary_units=True), BarColumn(bar_width=24), TransferSpeedColumn())
+            columns = (count, BarColumn(bar_width=24), *speed)
             ending = (TimeRemainingColumn(compact=True), TextColumn("left"))
             self._progress = Progress(TextColumn("{task.description}"), *columns, *ending, console=err, transient=True)
 
-    def __enter__(self) -> "ByteProgress":
+    def __enter__(self: _Watching) -> _Watching:
         if self._progress is not None:
             self._progress.start()
         return self
@@ -180,8 +189,7 @@ class ByteProgress:
         if self._progress is not None:
             self._progress.stop()
 
-    def tell(self, what: str, done: int, total: int) -> None:
-        """`what` is being done, so many bytes of all are done."""
+    def _tell(self, what: str, done: int, total: int, line: str) -> None:
         if self._progress is not None:
             if self._task is None:
                 self._task = self._progress.add_task(what, total=total)
@@ -190,7 +198,34 @@ class ByteProgress:
         now = time.monotonic()
         if now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            note(f"{what}: {done / 2**30:.1f} of {total / 2**30:.1f} GiB")
+            note(line)
+
+
+class ByteProgress(_WorkProgress):
+    """Watches work on bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(DownloadColumn(binary_units=True), TransferSpeedColumn())
+
+    def tell(self, what: str, done: int, total: int) -> None:
+        """`what` is being done, so many bytes of all are done."""
+        self._tell(what, done, total, f"{what}: {done / 2**30:.1f} of {total / 2**30:.1f} GiB")
+
+
+class CountProgress(_WorkProgress):
+    """Watches work on things of one kind."""
+
+    def __init__(self, done: str, things: str) -> None:
+        """Args:
+        done: what is done to them, such as "answered".
+        things: such as "questions".
+        """
+        super().__init__(MofNCompleteColumn())
+        self._done, self._things = done, things
+
+    def tell(self, done: int, total: int) -> None:
+        """So many of all are done."""
+        self._tell(self._done, done, total, f"{self._done} {done:,} of {total:,} {self._things}")
 
 
 def is_terminal() -> bool:

@@ -1,6 +1,7 @@
 """Flags that several commands share, and their checks. A wrong one is told as Typer tells of any other wrong flag."""
 
 import re
+from enum import Enum
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -37,6 +38,12 @@ def endpoint(value: str | None) -> str | None:
     return value
 
 
+class Quant(str, Enum):
+    """Ways to quantise."""
+
+    nf4 = "nf4"
+
+
 Nproc = Annotated[
     str | None,
     typer.Option(
@@ -63,3 +70,10 @@ Device = Annotated[
 Verify = Annotated[
     bool, typer.Option("--verify", help="Compare the SHA-256 of the checkpoint's files with its manifest.")
 ]
+Template = Annotated[
+    str, typer.Option("--template", metavar="NAME", help="auto, alpaca, dialogue, none, ...: the prompt format.")
+]
+Quantize = Annotated[
+    Quant | None, typer.Option("--quant", help="Keep the matrices in four bits: a quarter of the memory of bf16.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llama_acc.cli import console
+from llama_acc.cli import console, options
 from llama_acc.core.errors import UserError
 
 HELP = """Recipes: everything a run is, in one YAML file.
@@ -47,8 +47,6 @@ Examples:
 
 app = typer.Typer()
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
 
 def default(context: typer.Context) -> None:
     """Without a subcommand, list the recipes."""
@@ -56,7 +54,7 @@ def default(context: typer.Context) -> None:
         list_recipes()
 
 
-def list_recipes(as_json: Json = False) -> None:
+def list_recipes(as_json: options.Json = False) -> None:
     """List the shipped recipes."""
     from llama_acc.core.recipe import Recipe, recipe_names
 

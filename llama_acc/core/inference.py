@@ -151,7 +151,7 @@ class _Past:
         self.cache.truncate(keep)
         tokens = torch.tensor(feed, device=self.device)
         positions = torch.arange(keep, keep + len(feed), device=self.device)
-        hidden = self.model(tokens, positions, [len(feed)], cache=self.cache)
+        hidden = self.model(tokens, positions, [len(feed)], caches=[self.cache])
         return self.model.logits(hidden[-1:])[0]
 
 
@@ -282,7 +282,7 @@ class Conversation:
         Raises:
             UserError: the question alone is longer than the model's context, or is not text.
         """
-        question = _checked_text(question)
+        question = checked_text(question)
         prompt, dropped = self._prompt([*self.turns, ("human", question)])
         self.turns = [*self.turns[dropped:], ("human", question)]
         self.dropped_turns = dropped
@@ -325,7 +325,12 @@ class Conversation:
             dropped += 2 if dropped + 1 < len(turns) and turns[dropped + 1][0] == "assistant" else 1
 
 
-def _checked_text(text: str) -> str:
+def checked_text(text: str) -> str:
+    """The text, if it can be encoded.
+
+    Raises:
+        UserError: it holds half of a surrogate pair.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -68,7 +68,7 @@ def cached_logits(model: Transformer, tokens: Tensor, chunks: Sequence[int]) -> 
     with torch.no_grad():
         everywhere = torch.arange(len(tokens)).split(list(chunks))
         for chunk, positions in zip(tokens.split(list(chunks)), everywhere, strict=True):
-            logits.append(model.logits(model(chunk, positions, [len(chunk)], cache=cache)))
+            logits.append(model.logits(model(chunk, positions, [len(chunk)], caches=[cache])))
     assert cache.length == len(tokens)
     return torch.cat(logits)
 

@@ -1,4 +1,4 @@
-"""Causal attention within documents of a stream, and over a key-value cache.
+"""Causal attention within documents of a stream, and over key-value caches.
 
 Shapes: T tokens of the stream, H query heads, K key-value heads, D head dimension, S positions in the cache. Heads are
 those of this rank: model parallelism deals them out whole, a query head with its key-value head.
@@ -79,7 +79,7 @@ class LayerCache:
 
 
 class KVCache:
-    """The keys and values of all layers for one conversation. `length` positions of it are valid."""
+    """The keys and values of all layers for one document. `length` positions of it are valid."""
 
     def __init__(self, n_layers: int) -> None:
         self.layers = [LayerCache() for _ in range(n_layers)]
@@ -182,11 +182,17 @@ def _batch(x: Tensor) -> Tensor:
 
 
 class CachedAttention:
-    """One conversation's T new positions attend to its past and to themselves; they are added to the cache."""
+    """The new positions of each document attend to its past and to themselves; they are added to its cache.
 
-    def __init__(self, layer: LayerCache, start: int, rotations: Tensor) -> None:
-        self.layer = layer
-        self.start = start
+    Documents, `layers` and `starts` go together: what a document has kept, and how many positions that is.
+    """
+
+    def __init__(
+        self, layers: Sequence[LayerCache], starts: Sequence[int], lengths: Sequence[int], rotations: Tensor
+    ) -> None:
+        self.layers = layers
+        self.starts = starts
+        self.lengths = lengths
         self.rotations = rotations
 
     @torch.compiler.disable
@@ -196,13 +202,18 @@ class CachedAttention:
         # Queries and keys are rotated together: for a single token the calls cost more than their work.
         together = rotate(torch.cat((q, k), -1).unflatten(-1, heads), self.rotations)
         q, k = together.split((q.shape[-1] // heads[1], k.shape[-1] // heads[1]), 1)
-        return attend_cached(q, *self.layer.append(k, v.unflatten(-1, heads), self.start)).flatten(1)
+        v = v.unflatten(-1, heads)
+        outputs = []
+        for layer, start, document in zip(self.layers, self.starts, _slices(self.lengths), strict=True):
+            outputs.append(attend_cached(q[document], *layer.append(k[document], v[document], start)))
+        return torch.cat(outputs).flatten(1)
 
     def prefix_heads(self, make: Callable[[], PrefixHeads]) -> PrefixHeads:
-        """See `Attend`."""
-        if self.layer.prefix is None:
-            self.layer.prefix = make()
-        return self.layer.prefix
+        """See `Attend`. All documents have the same."""
+        first = self.layers[0]
+        if first.prefix is None:
+            first.prefix = make()
+        return first.prefix
 
 
 class Attention(nn.Module):

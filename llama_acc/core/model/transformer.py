@@ -9,6 +9,7 @@ Shapes: T tokens of the stream, V vocabulary.
 
 from collections.abc import Callable, Container, Sequence
 from functools import partial
+from operator import add
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +119,7 @@ class Transformer(nn.Module):
         lengths: Sequence[int],
         targets: Tensor | None = None,
         loss_scale: float = 1.0,
-        cache: KVCache | None = None,
+        caches: Sequence[KVCache] | None = None,
     ) -> Tensor:
         """The stream's last hidden states, or its loss if `targets` are given.
 
@@ -128,20 +129,23 @@ class Transformer(nn.Module):
             lengths: length of each document; their sum is T. Attention never crosses a document.
             targets: [T] the token to predict at each place, -100 = none.
             loss_scale: factor on the summed loss.
-            cache: the past of one conversation, which the T tokens continue; it is advanced.
+            caches: the past of each document, which its tokens continue; they are advanced.
 
         Returns:
             [T, dim] normed hidden states, for `logits`; or the float32 scalar loss_scale * sum of cross-entropies.
         """
         x = self.tok_embeddings(tokens, self.dtype)
-        start = 0 if cache is None else cache.length
-        rotations = self._rotations_at(positions, max(start + len(tokens), max(lengths)))
+        starts = [0] * len(lengths) if caches is None else [cache.length for cache in caches]
+        rotations = self._rotations_at(positions, max(map(add, starts, lengths)))
         documents = DocumentAttention(lengths, rotations)
         for i, layer in enumerate(self.layers):
-            attend = documents if cache is None else CachedAttention(cache.layers[i], start, rotations)
+            attend: Attend = documents
+            if caches is not None:
+                attend = CachedAttention([cache.layers[i] for cache in caches], starts, lengths, rotations)
             x = self.run_block(layer, x, attend, self._prefix_of(i))
-        if cache is not None:
-            cache.length += len(tokens)
+        if caches is not None:
+            for cache, length in zip(caches, lengths, strict=True):
+                cache.length += length
         x = self.norm(x)
         if targets is None:
             return x

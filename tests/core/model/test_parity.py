@@ -152,10 +152,10 @@ def test_a_truncated_cache_goes_on_as_if_the_rest_had_never_been_fed() -> None:
     kept, forgotten, other = random_documents(model.config, [10, 20, 6], 2)
     cache = KVCache(model.config.n_layers)
     with torch.no_grad():
-        model(torch.cat([kept, forgotten]), torch.arange(30), [30], cache=cache)
+        model(torch.cat([kept, forgotten]), torch.arange(30), [30], caches=[cache])
         cache.truncate(10)
         assert cache.length == 10
-        logits = model.logits(model(other, torch.arange(10, 16), [6], cache=cache))
+        logits = model.logits(model(other, torch.arange(10, 16), [6], caches=[cache]))
     assert difference(logits, document_logits(model, [torch.cat([kept, other])])[0][10:]) < TOLERANCE
 
 

@@ -1,0 +1,103 @@
+"""Perplexity: how well a checkpoint predicts the labelled tokens of data, in the prompt format it was trained with."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llama_acc.core.data.batches import build, micro_batches
+from llama_acc.core.data.dataset import Dataset, FileProgress, Source, load_dataset
+from llama_acc.core.data.templates import TEMPLATES, Template
+from llama_acc.core.errors import RunError, UserError
+from llama_acc.core.inference import LoadedModel
+from llama_acc.core.train.step import forward
+
+Progress = Callable[[int, int], None]
+"""Called with (items measured, items in all)."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What a model thinks of data, and how much that is; counts are those of the data report.
+
+    Attributes:
+        loss: mean cross-entropy per label token, in nats; a run's validation_loss.
+        items: of all files; those measured, and the dropped ones.
+        tokens: of the items measured.
+        label_tokens: those of them that are to be predicted.
+        truncated: items that were longer than the most tokens allowed, and were cut.
+        dropped: items that have nothing to predict within these.
+    """
+
+    loss: float
+    items: int
+    tokens: int
+    label_tokens: int
+    truncated: int
+    dropped: int
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss; infinite where that is too large for a number."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def read_data(loaded: LoadedModel, paths: Sequence[str], max_tokens: int | None, progress: FileProgress) -> Dataset:
+    """Data files, encoded in the model's prompt format.
+
+    Args:
+        loaded: the model.
+        paths: files, folders, globs or downloaded names.
+        max_tokens: longer items are cut, and counted; None = the model's context.
+        progress: told how far the encoding of a file is.
+
+    Raises:
+        UserError: data is missing or wrong, or the format cannot say what is to be predicted.
+    """
+    context = loaded.model.config.max_seq_len
+    if max_tokens is not None and max_tokens > context:
+        raise UserError(f"max-tokens ({max_tokens}) is more than the model's context ({context})")
+    template = _shipped_name(loaded.template)
+    sources = [Source(path, template=template) for path in paths]
+    return load_dataset(sources, loaded.tokenizer, max_tokens or context, seed=0, progress=progress)
+
+
+def _shipped_name(template: object) -> str:
+    """Data is written in formats that come with the program, by name."""
+    if not isinstance(template, Template):
+        raise UserError(
+            "the checkpoint's chat template cannot say which tokens are to be predicted",
+            f"give --template: {', '.join(TEMPLATES)}",
+        )
+    if TEMPLATES.get(template.name) != template:
+        raise UserError(
+            f"the checkpoint's prompt format {template.name!r} is not one that comes with llama-acc",
+            f"give --template: {', '.join(TEMPLATES)}",
+        )
+    return template.name
+
+
+@torch.inference_mode()
+def measure(loaded: LoadedModel, data: Dataset, batch_size: int, progress: Progress) -> Perplexity:
+    """The perplexity of data.
+
+    Args:
+        loaded: the model, on one process.
+        data: from `read_data`.
+        batch_size: most items in a forward pass.
+        progress: told after each of these.
+
+    Raises:
+        RunError: the loss is not a finite number.
+    """
+    report = data.report()
+    counts = {name: report[name] for name in ("items", "tokens", "label_tokens", "truncated", "dropped")}
+    loss, done = 0.0, 0
+    for items in micro_batches(range(len(data)), data.lengths, batch_size):
+        loss += forward(loaded.model, build(data, items), 1.0 / counts["label_tokens"], loaded.device).item()
+        done += len(items)
+        progress(done, len(data))
+    if not math.isfinite(loss):
+        raise RunError(f"the loss over the data is {loss}", "the checkpoint may hold values that are not finite")
+    return Perplexity(loss, **counts)
