@@ -153,6 +153,17 @@ def test_chat_page_lists_every_option() -> None:
     assert {code(row[0]).split()[0] for row in rows} == options
 
 
+@pytest.mark.parametrize(
+    ("command", "heading"),
+    [("gorilla", "## Gorilla's benchmark of API calls"), ("perplexity", "## Perplexity")],
+)
+def test_evaluation_page_lists_every_option(command: str, heading: str) -> None:
+    evaluate: Any = typer.main.get_command(app).commands["evaluate"]
+    options = {option for parameter in evaluate.commands[command].params for option in parameter.opts}
+    listed = {code(row[0]).split()[0] for row in table_rows(section(read("docs/evaluation.md"), heading))}
+    assert {cell for cell in listed if cell.startswith("--")} == options - {"--help", "-h"}
+
+
 # Links
 
 
