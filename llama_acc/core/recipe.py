@@ -79,13 +79,21 @@ class Tuning(Section):
         quantize_output: with `nf4`, the output matrix, too.
     """
 
-    method: Literal["full", "bias_norm", "lora", "lora_bias_norm", "adapter"] = "full"
+    method: str = "full"
     lora_rank: int | None = Field(default=None, ge=1)
     prefix_layers: int | None = Field(default=None, ge=1)
     prefix_len: int | None = Field(default=None, ge=1)
     prefix_new_gate: bool = False
     quantize: Literal["none", "nf4"] = "none"
     quantize_output: bool = True
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, method: str) -> str:
+        if method not in METHODS:
+            hint = did_you_mean(method, METHODS) or f"known are {', '.join(METHODS)}"
+            raise ValueError(f"there is no method '{method}': {hint}")
+        return method
 
     @model_validator(mode="after")
     def _only_what_the_method_has(self) -> "Tuning":

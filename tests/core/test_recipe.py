@@ -261,7 +261,11 @@ def test_the_yaml_holds_every_key() -> None:
         ("data.sources=[]", "data.sources: List should have at least 1 item"),
         ("data.sources.0.ratio=2", "data.sources.0.ratio: Input should be less than or equal to 1, not 2"),
         ("data.sources.0.format=xml", "data.sources.0.format: Input should be 'auto', 'single_turn' or 'dialogue'"),
-        ("tuning.method=magic", "tuning.method: Input should be 'full'"),
+        (
+            "tuning.method=magic",
+            "tuning.method: there is no method 'magic': known are full, bias_norm, lora, lora_bias_norm, adapter",
+        ),
+        ("tuning.method=lore", "tuning.method: there is no method 'lore': did you mean 'lora'?"),
         ("model.pretrained=3", "model.pretrained: Input should be a valid string, not 3"),
         ("train=null", "train: Input should be a valid dictionary"),
         ("optimizer={}", "missing key 'optimizer.lr'"),
