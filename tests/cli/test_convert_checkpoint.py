@@ -29,6 +29,16 @@ def test_a_run_becomes_a_hugging_face_folder_and_answers_the_same(trained: Path,
     assert answers[0].stdout == answers[1].stdout
 
 
+def test_transformers_tokenizes_a_converted_folder_as_we_do(trained: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    result = invoke("convert-checkpoint", trained, tmp_path / "hf", "--to", "hf")
+    assert result.exit_code == 0, result.stderr
+    ours, theirs = load_tokenizer(tmp_path / "hf" / "tokenizer.model"), AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in ("What is LLaMA?", "A token is a small piece of text.\n\n### Response:"):
+        assert theirs(text)["input_ids"] == [ours.bos_id, *ours.encode(text)]
+
+
 def test_training_starts_from_a_hugging_face_folder(tokenizer_path: Path, tmp_path: Path) -> None:
     config = ModelConfig(32, 1, 4, 2, load_tokenizer(tokenizer_path).vocab_size, 16, max_seq_len=256)
     shutil.copy(tokenizer_path, write_huggingface(tmp_path / "hf", config))

@@ -49,6 +49,7 @@ from llama_acc.core.errors import RunError, UserError, listed
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.sharding import check_divides, local_shape, split_dimension
 from llama_acc.core.model.tuning import FULL, Tuning, merged_tuning
+from llama_acc.core.tokenizer import CONFIG_FILE, SENTENCEPIECE_FILE
 
 Target = Literal["meta", "consolidated", "hf", "peft"]
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -299,6 +300,9 @@ class _Conversion:
             dtype = str(self.dtypes["output.weight"]).removeprefix("torch.")
             config = huggingface_config(self.config, dtype, self.tied, special_ids(self.layouts))
             _write_json(folder / "config.json", config)
+            if (folder / SENTENCEPIECE_FILE).exists() and not (folder / CONFIG_FILE).exists():
+                # Without it transformers 5 leaves BOS out and splits the first word otherwise.
+                _write_json(folder / CONFIG_FILE, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True})
             if len(self.files) > 1:
                 places = {entry.name: name for name, entries in self.files.items() for entry in entries}
                 _write_json(folder / INDEX_FILE, {"metadata": {"total_size": self.nbytes()}, "weight_map": places})

@@ -212,7 +212,7 @@ def test_tokenizer_template_and_recipe_come_along(tokenizer_path: Path, tmp_path
     assert not (hf / "notes.txt").exists()
     settings = json.loads((hf / "config.json").read_text())
     assert (settings["bos_token_id"], settings["eos_token_id"]) == (1, 2)
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+    for name in ("special_tokens_map.json", "generation_config.json"):
         (hf / name).write_text("{}")
     meta = converted(hf, tmp_path / "meta", "meta")
     present = {path.name for path in meta.iterdir()}
