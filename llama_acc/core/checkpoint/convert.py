@@ -440,6 +440,10 @@ def _check_request(request: Request) -> None:
         )
     if request.quantize and request.model_parallel_size not in (None, 1):
         raise UserError("a quantised checkpoint is not split", "leave --model-parallel-size out: it is read at any")
+    if request.merge and request.diff:
+        raise UserError("--merge and --diff do not go together", "merge first, then take the difference")
+    if request.to == "peft" and (request.merge or request.model_parallel_size not in (None, 1)):
+        raise UserError("an adapter is neither merged nor split", "leave --merge and --model-parallel-size out")
     if request.biases and (request.to != "hf" or request.merge):
         raise UserError("--biases is for --to hf, without --merge", "leave it out")
     if target.exists() and not target.is_dir():

@@ -16,8 +16,9 @@ from llama_acc.core.model.layers import RMSNorm, rotary_table
 from llama_acc.core.model.transformer import TransformerBlock
 from llama_acc.core.parallel import Parallel
 
-MERGE_TOLERANCE = 1e-5
-"""How far logits in float32 may be apart, as a fraction of the largest."""
+MERGE_TOLERANCE = 2e-3
+"""How far logits in float32 may be apart, as a fraction of the largest. Rounding grows with depth: random models of 2
+layers came to less than 1e-5, of 80 layers to 7e-4."""
 _TOKENS = 32
 _ROWS = 4096  # of the output matrix at a time
 Model = tuple[ModelConfig, Mapping[str, Source]]

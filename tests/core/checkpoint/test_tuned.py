@@ -166,6 +166,8 @@ def test_peft_loads_the_adapter_and_computes_the_same(tuning: Tuning, tmp_path: 
         (BIASES, "peft", {}, "method bias_norm has no LoRA pairs"),
         (FULL, "peft", {}, "method full has no LoRA pairs"),
         (FULL, "meta", {"merge": True}, "has nothing to merge"),
+        (LORA, "consolidated", {"merge": True, "diff": True, "base": "x"}, "--merge and --diff do not go together"),
+        (LORA, "peft", {"merge": True}, "an adapter is neither merged nor split"),
         (LORA, "consolidated", {"merge": True, "quantize": "nf4"}, "neither of a diff nor of a merge"),
         (FULL, "meta", {"quantize": "nf4"}, "are written with --to consolidated"),
         (FULL, "meta", {"biases": True}, "--biases is for --to hf"),
