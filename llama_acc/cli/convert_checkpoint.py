@@ -145,7 +145,7 @@ def _summary(converted: "Converted") -> str:
     files = "1 file" if converted.files == 1 else f"{converted.files} files"
     text = f"{converted.folder}: {converted.tensors:,} tensors, {shown} in {files}, read back and equal"
     if converted.merge_error is not None:
-        exact, saved = converted.merge_error
+        _, exact, saved = converted.merge_error
         return f"{text}; logits are off those before merging by {exact:.1e} of the largest, as saved by {saved:.1e}"
     if converted.largest_error is None:
         return text
