@@ -107,9 +107,6 @@ def convert_checkpoint(
         MergeInto,
         typer.Option("--merge-into", help="If SRC was trained on a quantised base: that base, or the original one."),
     ] = MergeInto.trained,
-    biases: Annotated[
-        bool, typer.Option("--biases", help="With --to hf: biases of zero, which a PEFT adapter with biases goes on.")
-    ] = False,
     quantize: Annotated[
         Quantize | None, typer.Option("--quantize", help="Write the matrices in four bits: a base to train on.")
     ] = None,
@@ -130,7 +127,6 @@ def convert_checkpoint(
         diff=diff,
         merge=merge,
         merge_into=merge_into.value,
-        biases=biases,
         quantize=None if quantize is None else quantize.value,
         quantize_output=quantize_output,
     )

@@ -86,11 +86,6 @@ def merged(matrix: Source, lora_a: Source, lora_b: Source) -> Computed:
     return Computed(matrix.shape, compute)
 
 
-def zeros(shape: tuple[int, ...]) -> Computed:
-    """Nothing but zeros."""
-    return Computed(shape, lambda start, stop: torch.zeros(stop - start, *shape[1:]))
-
-
 def rounded(source: Source, dtype: torch.dtype) -> Computed:
     """What it is after rounding to a type."""
     return Computed(source.shape, lambda start, stop: read_block(source, start, stop, dtype))

@@ -24,7 +24,6 @@ from llama_acc.core.checkpoint.computed import (
     difference,
     read_block,
     rounded,
-    zeros,
 )
 from llama_acc.core.checkpoint.files import check_checkpoint, whole_folder
 from llama_acc.core.checkpoint.fingerprint import BASE_FILE, base_fingerprint, base_of, check_base, trained_on
@@ -72,7 +71,6 @@ class Request:
         merge: merge LoRA pairs into their matrices.
         merge_into: of a source that was trained on a quantised base: the matrices as they were trained on, or the
             original ones.
-        biases: give the matrices of the blocks biases of zero, in Hugging Face's layout.
         quantize: write the matrices in NF4.
         quantize_output: with `quantize`, the output matrix, too.
         file_bytes: most bytes of tensors in one safetensors file.
@@ -87,7 +85,6 @@ class Request:
     diff: bool = False
     merge: bool = False
     merge_into: Literal["trained", "original"] = "trained"
-    biases: bool = False
     quantize: Literal["nf4"] | None = None
     quantize_output: bool = True
     file_bytes: int = 5 * 10**9
@@ -172,8 +169,6 @@ class _Conversion:
         if not self.is_part:
             check_base(self.layouts, self.tuned)
         self.config = replace(self.tuned, tuning=merged_tuning(self.tuned.tuning)) if request.merge else self.tuned
-        if request.biases:
-            self.config = replace(self.config, tuning=Tuning("bias_norm"))
         for layout in [*self.layouts, *([base] if base else [])]:
             check_checkpoint(layout.folder, verify=False)
         shapes = self.tuned.parameter_shapes()
@@ -212,9 +207,6 @@ class _Conversion:
             names = [name for name in names if self.config.tuning.trains(name)]
         if self.base is not None:
             return {name: difference(self.sources[name], self.base.tensors[name]) for name in names}
-        if self.request.biases:
-            shapes = self.config.parameter_shapes()
-            return {name: self.sources.get(name, zeros(shapes[name])) for name in names}
         return {name: merged_source(name, self.sources) if self.request.merge else self.sources[name] for name in names}
 
     def _shards(self) -> Iterator[tuple[str, list[_Entry]]]:
@@ -444,8 +436,6 @@ def _check_request(request: Request) -> None:
         raise UserError("--merge and --diff do not go together", "merge first, then take the difference")
     if request.to == "peft" and (request.merge or request.model_parallel_size not in (None, 1)):
         raise UserError("an adapter is neither merged nor split", "leave --merge and --model-parallel-size out")
-    if request.biases and (request.to != "hf" or request.merge):
-        raise UserError("--biases is for --to hf, without --merge", "leave it out")
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file", "give a folder that is not there yet")
     if target.resolve() in {Path(path).resolve() for path in (request.source, request.base) if path is not None}:
@@ -505,11 +495,10 @@ def _size(request: Request, source: Layout, config: ModelConfig) -> int:
 
 
 def _dtypes(request: Request, weights: Weights, names: Sequence[str]) -> dict[str, torch.dtype]:
-    """In which type each parameter is written. A bias that is new has that of its matrix."""
+    """In which type each parameter is written."""
     if request.dtype is not None:
         return dict.fromkeys(names, TYPES[request.dtype])
-    found = {name: weights.tensors.get(name, weights.tensors.get(name.replace(".bias", ".weight"))) for name in names}
-    dtypes = {name: part.dtype for name, part in found.items() if part is not None}
+    dtypes = {name: weights.tensors[name].dtype for name in names}
     strange = [f"{name} holds {dtype}" for name, dtype in dtypes.items() if dtype not in TYPES.values()]
     if strange:
         raise UserError(f"types that cannot be written:\n{listed(strange)}", f"choose one: --dtype {'|'.join(TYPES)}")

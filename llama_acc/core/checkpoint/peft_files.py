@@ -34,7 +34,7 @@ def peft_name(name: str) -> str:
             matrix = huggingface_name(name.removesuffix(ours) + ".weight").removesuffix(".weight")
             return f"{_PREFIX}{matrix}{theirs}"
     if name.endswith(".bias"):
-        return _PREFIX + huggingface_name(name).replace(".bias", ".base_layer.bias")
+        return _PREFIX + huggingface_name(name).replace(".bias", ".lora_B.bias")
     return _PREFIX + huggingface_name(name)
 
 
@@ -52,7 +52,9 @@ def peft_config(tuning: Tuning, base: str) -> dict[str, Any]:
         "r": tuning.lora_rank,
         "lora_alpha": tuning.lora_rank,
         "lora_dropout": 0.0,
-        "bias": "all" if tuning.what.bias else "none",
+        # A bias of lora_B is added to the output as one of the matrix would be, and needs none there.
+        "bias": "none",
+        "lora_bias": bool(tuning.what.bias),
         "target_modules": _MATRICES,
         "modules_to_save": _NORMS if tuning.what.norm else None,
         "inference_mode": True,

@@ -157,7 +157,7 @@ def test_peft_loads_the_adapter_and_computes_the_same(tuning: Tuning, tmp_path: 
     source = write_tuned(tmp_path / "source", tuning)
     plain = {name: tensor for name, tensor in tensors_of(source).items() if name in GROUPED.parameter_shapes()}
     base = write_consolidated(tmp_path / "base", plain)
-    hf = made(base, tmp_path / "hf", "hf", biases=tuning == BOTH).folder
+    hf = made(base, tmp_path / "hf", "hf").folder
     adapter = made(source, tmp_path / "adapter", "peft", base=str(base)).folder
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
     assert difference(peft_logits(hf, adapter), logits(source)) < 1e-5
@@ -179,7 +179,6 @@ def test_peft_loads_the_adapter_and_computes_the_same(tuning: Tuning, tmp_path: 
         (LORA, "peft", {"merge": True}, "an adapter is neither merged nor split"),
         (LORA, "consolidated", {"merge": True, "quantize": "nf4"}, "neither of a diff nor of a merge"),
         (FULL, "meta", {"quantize": "nf4"}, "are written with --to consolidated"),
-        (FULL, "meta", {"biases": True}, "--biases is for --to hf"),
     ],
 )
 def test_what_cannot_be_made_is_refused(
