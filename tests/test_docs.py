@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from llama_acc.cli.app import app
-from llama_acc.core.data.readers import ROLES
+from llama_acc.core.data.items import ROLES
 from llama_acc.core.data.templates import TEMPLATES, Template
 from llama_acc.core.recipe import Recipe, Source, known_keys, recipe_names
 from llama_acc.core.train.folder import _MAY_CHANGE

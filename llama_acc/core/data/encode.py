@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_acc.core.data.readers import Dialogue, Item, SingleTurn
+from llama_acc.core.data.items import Dialogue, Item, SingleTurn
 from llama_acc.core.data.templates import Span, Template
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import Spans, Tokenizer

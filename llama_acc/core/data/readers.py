@@ -15,33 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_acc.core.data.templates import Turn
+from llama_acc.core.data.items import Item, item_of, kind_of, type_name
 from llama_acc.core.errors import UserError, did_you_mean, listed
 
 FORMATS = ("auto", "single_turn", "dialogue")
 DATA_SUFFIXES = (".json", ".jsonl", ".csv")
 YAML_SUFFIXES = (".yaml", ".yml")
-ROLES = {"human": "human", "user": "human", "gpt": "assistant", "assistant": "assistant"}
 _COLUMNS = ("instruction", "input", "output")
 # Beside the data in a folder that was downloaded; not data itself.
 _NOT_DATA = ("manifest.json", "data.json")
-
-
-class SingleTurn(NamedTuple):
-    """An instruction and the answer to it."""
-
-    instruction: str
-    input: str | None
-    output: str
-
-
-class Dialogue(NamedTuple):
-    """Turns of a conversation, in the order of the file."""
-
-    turns: list[Turn]
-
-
-Item = SingleTurn | Dialogue
 
 
 @dataclass(frozen=True)
@@ -117,7 +99,7 @@ def read_file(path: Path, format: str = "auto", data: bytes | None = None) -> It
     rows = _rows(path, text)
     if not rows:
         raise UserError(f"{path} holds no items")
-    kind = format if format != "auto" else _kind_of(rows[0].value)
+    kind = format if format != "auto" else kind_of(rows[0].value)
     if path.suffix.lower() == ".csv" and kind == "dialogue":
         raise UserError(f"{path}: a .csv file holds single-turn items only", "give dialogues as .json or .jsonl")
     items, problems = _checked(path, rows, kind)
@@ -217,7 +199,7 @@ def _json_rows(path: Path, text: str) -> list[_Row]:
     if not isinstance(value, list):
         keys = f" with the keys {', '.join(map(repr, list(value)[:5]))}" if isinstance(value, dict) else ""
         hint = "one item per line is .jsonl" if isinstance(value, dict) else None
-        raise UserError(f"{path} should hold an array of items, but holds {_type(value)}{keys}", hint)
+        raise UserError(f"{path} should hold an array of items, but holds {type_name(value)}{keys}", hint)
     return [_Row(f"item {i}", item) for i, item in enumerate(value, start=1)]
 
 
@@ -281,99 +263,12 @@ def _csv_items(path: Path, reader: Any, names: list[str]) -> Iterator[_Row]:
         raise DataError(problems)
 
 
-def _kind_of(value: Any) -> str:
-    return "dialogue" if isinstance(value, dict) and "conversations" in value else "single_turn"
-
-
 def _checked(path: Path, rows: list[_Row], kind: str) -> tuple[list[Item], list[str]]:
     items: list[Item] = []
     problems: list[str] = []
     for row in rows:
-        found: list[str] = []
-        item = _dialogue(row.value, found) if kind == "dialogue" else _single_turn(row.value, found)
-        problems += [f"{path}: {row.where}: {problem}" for problem in found]
+        item, found = item_of(row.value, kind)
+        problems += [f"{path}: {row.where}: {finding}" for finding in found]
         if item is not None:
             items.append(item)
     return items, problems
-
-
-def _single_turn(value: Any, problems: list[str]) -> SingleTurn | None:
-    if not _is_item(value, problems):
-        return None
-    if "conversations" in value and "output" not in value:
-        problems.append("a dialogue (it has 'conversations') among single-turn items")
-        return None
-    instruction = _text(value, "instruction", problems)
-    output = _text(value, "output", problems)
-    given = value.get("input")
-    context = None if given is None else _text(value, "input", problems)
-    return SingleTurn(instruction, context, output)
-
-
-def _dialogue(value: Any, problems: list[str]) -> Dialogue | None:
-    if not _is_item(value, problems):
-        return None
-    turns = value.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        problems.append(
-            _missing(value, "conversations") if turns is None else "'conversations' should be a list of turns"
-        )
-        return None
-    checked = []
-    for number, turn in enumerate(turns, start=1):
-        found: list[str] = []
-        checked.append(_turn(turn, found))
-        problems += [f"turn {number}: {problem}" for problem in found]
-    return Dialogue(checked)
-
-
-def _turn(turn: Any, problems: list[str]) -> Turn:
-    if not isinstance(turn, dict):
-        problems.append(f"should be an object with 'from' and 'value', but is {_type(turn)}")
-        return "", ""
-    role = _text(turn, "from", problems)
-    if isinstance(turn.get("from"), str) and role.lower() not in ROLES:
-        problems.append(f"unknown role {role!r} in 'from': it is one of {', '.join(ROLES)}")
-    return ROLES.get(role.lower(), ""), _text(turn, "value", problems)
-
-
-def _is_item(value: Any, problems: list[str]) -> bool:
-    if not isinstance(value, dict):
-        problems.append(f"should be an object, but is {_type(value)}")
-        return False
-    if value.get("image"):
-        problems.append("has an 'image': images are not supported yet")
-    return True
-
-
-def _text(value: dict[str, Any], field: str, problems: list[str]) -> str:
-    text = value.get(field)
-    if text is None:
-        problems.append(_missing(value, field))
-    elif not isinstance(text, str):
-        problems.append(f"{field!r} should be text, but is {_type(text)}")
-    elif not text.isascii() and (place := _surrogate(text)) is not None:
-        problems.append(f"{field!r} has a lone surrogate (U+{ord(text[place]):04X}) at character {place + 1}")
-    else:
-        return text
-    return ""
-
-
-def _missing(value: dict[str, Any], field: str) -> str:
-    if field in value:
-        return f"{field!r} is null"
-    keys = ", ".join(repr(key) for key in list(value)[:6]) or "none"
-    return f"no {field!r} (its keys: {keys})"
-
-
-def _surrogate(text: str) -> int | None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return error.start
-    return None
-
-
-def _type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")

@@ -9,7 +9,7 @@ import pytest
 from llama_acc.core.data import cache
 from llama_acc.core.data.cache import cache_key, load_cached, store
 from llama_acc.core.data.encode import Encoded, encode_items
-from llama_acc.core.data.readers import SingleTurn
+from llama_acc.core.data.items import SingleTurn
 from llama_acc.core.data.templates import get_template
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_acc.core.data.encode import Encoded, encode_items
-from llama_acc.core.data.readers import Dialogue, Item, SingleTurn, read_items
+from llama_acc.core.data.items import Dialogue, Item, SingleTurn
+from llama_acc.core.data.readers import read_items
 from llama_acc.core.data.templates import get_template
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer

@@ -1,0 +1,79 @@
+"""What is wrong, or may be, with an item of a data file: which kind of thing, where, and how the text there begins."""
+
+import json
+from typing import Any, NamedTuple
+
+_BEGINNING = 60
+"""Characters of a value that are shown."""
+
+
+class Kind(NamedTuple):
+    """One kind of finding."""
+
+    title: str
+    """What is counted, in the plural."""
+    fatal: bool
+    """The item cannot be trained on: it stops a run, or is left out (`data.on_error`)."""
+
+
+KINDS: dict[str, Kind] = {
+    "unreadable": Kind("rows that cannot be read", True),
+    "no_item": Kind("values that are not items", True),
+    "missing_field": Kind("items with a field missing", True),
+    "wrong_type": Kind("fields that are not text", True),
+    "unknown_role": Kind("unknown roles", True),
+    "mixed_kinds": Kind("dialogues among single-turn items", True),
+    "surrogate": Kind("lone surrogates", True),
+    "image": Kind("items with an image", True),
+}
+
+
+class Finding(NamedTuple):
+    """One thing found in one item."""
+
+    kind: str
+    """A key of `KINDS`."""
+    where: str
+    """Such as "item 3 (line 7)"."""
+    field: str
+    """Such as "output", or "turn 2, value"; empty: the item itself."""
+    message: str
+    value: str = ""
+    """How the value there begins, as JSON."""
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        return f"{place}{self.message}{f': {self.value}' if self.value else ''}"
+
+    @property
+    def fatal(self) -> bool:
+        """The item cannot be trained on."""
+        return KINDS[self.kind].fatal
+
+
+def beginning(value: Any) -> str:
+    """How a value begins, in one line: a text in quotes, anything else as JSON."""
+    if isinstance(value, str):
+        short = json.dumps(value[:_BEGINNING], ensure_ascii=False)
+        text = short if len(value) <= _BEGINNING else f"{short} ..."
+    else:
+        text = _json(value)
+        text = text if len(text) <= _BEGINNING else f"{text[:_BEGINNING]} ..."
+    # A lone surrogate cannot be written anywhere.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _json(value: Any) -> str:
+    try:
+        # Of a huge value the beginning only is made into text.
+        return "".join(_until(json.JSONEncoder(ensure_ascii=False).iterencode(value), _BEGINNING + 1))
+    except (RecursionError, TypeError, ValueError):
+        return ""
+
+
+def _until(parts: Any, characters: int) -> Any:
+    for part in parts:
+        yield part
+        characters -= len(part)
+        if characters < 0:
+            return
