@@ -28,6 +28,15 @@ class UserError(LlamaAccError):
     exit_code = 2
 
 
+class DataError(UserError):
+    """Problems in data files, one to a line. `problems` names each of them with its place."""
+
+    def __init__(self, problems: list[str], hint: str | None = None) -> None:
+        one = len(problems) == 1
+        super().__init__(problems[0] if one else f"{len(problems)} problems in the data:\n{listed(problems)}", hint)
+        self.problems = problems
+
+
 class RunError(LlamaAccError):
     """It failed while running: a non-finite loss, no memory, a full disk."""
 

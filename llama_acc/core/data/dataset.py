@@ -207,7 +207,7 @@ def _load_file(
     key = cache_key(data, spec.path.suffix, spec.format, tokenizer, [get_template(n) for n in names], max_tokens)
     encoded = load_cached(key)
     if encoded is None:
-        encoded = _encode_file(spec, data, tokenizer, max_tokens, progress)
+        encoded = _encode_file(spec, tokenizer, max_tokens, progress)
         store(key, encoded)
     template = _template_for(spec, encoded.kind)
     if spec.ratio == 1:
@@ -216,10 +216,8 @@ def _load_file(
     return _Part(spec.path, template, _restricted(encoded, chosen), int(chosen.sum()))
 
 
-def _encode_file(
-    spec: FileSpec, data: bytes, tokenizer: Tokenizer, max_tokens: int, progress: FileProgress | None
-) -> Encoded:
-    file = read_file(spec.path, spec.format, data)
+def _encode_file(spec: FileSpec, tokenizer: Tokenizer, max_tokens: int, progress: FileProgress | None) -> Encoded:
+    file = read_file(spec.path, spec.format)
     template = _template_for(spec, file.kind)
     tell = None if progress is None else lambda done, total: progress(spec.path.name, done, total)
     try:

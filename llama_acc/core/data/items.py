@@ -6,6 +6,7 @@ Two kinds: single-turn (`instruction`, `input`, `output`) and dialogue (`convers
 from typing import Any, NamedTuple
 
 from llama_acc.core.data.findings import Finding, beginning
+from llama_acc.core.data.rows import type_name
 from llama_acc.core.data.templates import Turn
 
 ROLES = {"human": "human", "user": "human", "gpt": "assistant", "assistant": "assistant"}
@@ -134,9 +135,3 @@ def _surrogate(text: str) -> int | None:
     except UnicodeEncodeError as error:
         return error.start
     return None
-
-
-def type_name(value: Any) -> str:
-    """What a JSON value is, as people say it."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")

@@ -1,27 +1,27 @@
 """Data files: reading, and checking every item, before anything is encoded.
 
-Read are `.json` (an array), `.jsonl`, `.csv` (tab or comma separated), folders and globs of these, and
-LLaMA2-Accessory's data YAML with `META`. Two kinds of items: single-turn (`instruction`, `input`, `output`) and
-dialogue (`conversations: [{from, value}, ...]`). Every problem of every item is named, and they come together.
+Read are the files that `rows` reads, folders and globs of these, and LLaMA2-Accessory's data YAML with `META`. Two
+kinds of items: single-turn (`instruction`, `input`, `output`) and dialogue (`conversations: [{from, value}, ...]`).
+Every problem of every item is named, and they come together.
 """
 
-import csv
-import difflib
 import glob
-import io
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from llama_acc.core.data.items import Item, item_of, kind_of, type_name
-from llama_acc.core.errors import UserError, did_you_mean, listed
+from llama_acc.core.data.files import BytesRead, data_suffix
+from llama_acc.core.data.files import nearest_names as nearest_names
+from llama_acc.core.data.findings import Finding
+from llama_acc.core.data.items import Item, item_of, kind_of
+from llama_acc.core.data.rows import SUFFIXES, Row, stream_rows
+from llama_acc.core.errors import DataError as DataError
+from llama_acc.core.errors import UserError, did_you_mean
 
 FORMATS = ("auto", "single_turn", "dialogue")
-DATA_SUFFIXES = (".json", ".jsonl", ".csv")
 YAML_SUFFIXES = (".yaml", ".yml")
-_COLUMNS = ("instruction", "input", "output")
 # Beside the data in a folder that was downloaded; not data itself.
 _NOT_DATA = ("manifest.json", "data.json")
 
@@ -35,13 +35,13 @@ class ItemFile:
     items: list[Item]
 
 
-class DataError(UserError):
-    """Problems in data files, one to a line. `problems` names each of them with its place."""
+class Checked(NamedTuple):
+    """A row of a file as it was found: an item, or what is wrong with it."""
 
-    def __init__(self, problems: list[str], hint: str | None = None) -> None:
-        one = len(problems) == 1
-        super().__init__(problems[0] if one else f"{len(problems)} problems in the data:\n{listed(problems)}", hint)
-        self.problems = problems
+    where: str
+    item: Item | None
+    """None if there are problems."""
+    problems: list[Finding]
 
 
 def read_items(path: str | Path, format: str = "auto") -> list[Item]:
@@ -74,38 +74,73 @@ def raise_together(errors: list[UserError]) -> None:
         raise DataError(problems, next((e.hint for e in errors if e.hint), None))
 
 
-def read_file(path: Path, format: str = "auto", data: bytes | None = None) -> ItemFile:
+def read_file(path: Path, format: str = "auto") -> ItemFile:
     """The items of one data file.
 
     Args:
-        path: a .json, .jsonl or .csv file.
+        path: a .json, .jsonl, .csv or .tsv file, perhaps compressed.
         format: "single_turn", "dialogue", or "auto": by the keys of its first item.
-        data: its content, if it has been read already.
 
     Raises:
         UserError: it cannot be read, or holds no items.
         DataError: items are wrong.
     """
+    stream = stream_items(path, format)
+    items: list[Item] = []
+    problems: list[str] = []
+    errors: list[UserError] = []
+    try:
+        for checked in stream:
+            problems += [f"{path}: {problem}" for problem in checked.problems]
+            if checked.item is not None:
+                items.append(checked.item)
+    except UserError as error:
+        errors.append(error)
+    raise_together([DataError(problems), *errors] if problems else errors)
+    return ItemFile(path, stream.kind, items)
+
+
+class ItemStream:
+    """The checked items of a file, in order, one at a time; to be iterated once."""
+
+    def __init__(self, path: Path, kind: str, rows: Iterator[Row]) -> None:
+        self.path = path
+        self.kind = kind
+        """"single_turn" or "dialogue"."""
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[Checked]:
+        """Raises UserError where the file as a whole cannot be read further, if need be after items."""
+        for row in self._rows:
+            if row.problem is None:
+                yield Checked(row.where, *item_of(row.value, self.kind, row.where))
+            else:
+                yield Checked(row.where, None, [Finding("unreadable", row.where, "", row.problem)])
+
+
+def stream_items(path: Path, format: str = "auto", *, progress: BytesRead | None = None) -> ItemStream:
+    """The items of one data file in constant memory; see `read_file`.
+
+    Args:
+        path: a .json, .jsonl, .csv or .tsv file, perhaps compressed.
+        format: "single_turn", "dialogue", or "auto": by the keys of its first item.
+        progress: told how many bytes of the file have been read.
+
+    Raises:
+        UserError: it cannot be read, or holds no items.
+    """
     if format not in FORMATS:
         raise UserError(
             f"unknown data format {format!r}", did_you_mean(format, FORMATS) or "it is one of: " + ", ".join(FORMATS)
         )
-    data = read_bytes(path) if data is None else data
-    if (suffix := path.suffix.lower()) not in DATA_SUFFIXES:
-        raise UserError(
-            f"{path}: {suffix or 'no suffix'} is not a kind of data file", f"use {', '.join(DATA_SUFFIXES)}"
-        )
-    text = _decode(path, data)
-    rows = _rows(path, text)
-    if not rows:
+    rows = stream_rows(path, required=("instruction", "output"), progress=progress)
+    first = next(rows, None)
+    if first is None:
         raise UserError(f"{path} holds no items")
-    kind = format if format != "auto" else kind_of(rows[0].value)
-    if path.suffix.lower() == ".csv" and kind == "dialogue":
+    kind = format if format != "auto" else kind_of(first.value)
+    if data_suffix(path) in (".csv", ".tsv") and kind == "dialogue":
         raise UserError(f"{path}: a .csv file holds single-turn items only", "give dialogues as .json or .jsonl")
-    items, problems = _checked(path, rows, kind)
-    if problems:
-        raise DataError(problems)
-    return ItemFile(path, kind, items)
+    return ItemStream(path, kind, chain([first], rows))
 
 
 def data_files(path: str | Path) -> list[Path]:
@@ -118,7 +153,7 @@ def data_files(path: str | Path) -> list[Path]:
     if path.is_dir():
         inside = [f for f in sorted(path.iterdir()) if _is_data(f)]
         if not inside:
-            raise UserError(f"no data files in {path}", f"it should hold {', '.join(DATA_SUFFIXES)} files")
+            raise UserError(f"no data files in {path}", f"it should hold {', '.join(SUFFIXES)} files")
         return inside
     if path.exists():
         return [path]
@@ -128,20 +163,6 @@ def data_files(path: str | Path) -> list[Path]:
             raise UserError(f"no file matches {path}")
         return matches
     raise UserError(f"there is no data file {path}", nearest_names(path))
-
-
-def nearest_names(path: Path) -> str | None:
-    """What is there under a name like `path`'s, as a hint."""
-    try:
-        names = [f.name for f in path.parent.iterdir() if not f.name.startswith(".")]
-    except OSError:
-        return f"there is no folder {path.parent}"
-    if close := did_you_mean(path.name, names):
-        return close
-    # The same name with another ending is near too.
-    stems = difflib.get_close_matches(path.stem, [Path(n).stem for n in names], n=1, cutoff=0.8)
-    same = [n for n in names if stems and Path(n).stem == stems[0]]
-    return f"did you mean {same[0]!r}?" if same else None
 
 
 def read_bytes(path: Path) -> bytes:
@@ -160,115 +181,4 @@ def read_bytes(path: Path) -> bytes:
 
 def _is_data(file: Path) -> bool:
     hidden = file.name.startswith(".")
-    return file.suffix.lower() in DATA_SUFFIXES and file.name not in _NOT_DATA and not hidden and file.is_file()
-
-
-class _Row(NamedTuple):
-    where: str
-    value: Any
-
-
-def _decode(path: Path, data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path} is not UTF-8: byte {error.start} (line {line}) cannot be decoded") from error
-
-
-def _rows(path: Path, text: str) -> list[_Row]:
-    if not text.strip():
-        raise UserError(f"{path} is empty")
-    suffix = path.suffix.lower()
-    if suffix == ".json":
-        return _json_rows(path, text)
-    if suffix == ".jsonl":
-        return _jsonl_rows(path, text)
-    return _csv_rows(path, text)
-
-
-def _json_rows(path: Path, text: str) -> list[_Row]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            return _jsonl_rows(path, text)  # JSON lines under another name, as APIBench has it
-        raise UserError(f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except (RecursionError, ValueError) as error:
-        raise UserError(f"{path} is not JSON that can be read: {error}") from error
-    if not isinstance(value, list):
-        keys = f" with the keys {', '.join(map(repr, list(value)[:5]))}" if isinstance(value, dict) else ""
-        hint = "one item per line is .jsonl" if isinstance(value, dict) else None
-        raise UserError(f"{path} should hold an array of items, but holds {type_name(value)}{keys}", hint)
-    return [_Row(f"item {i}", item) for i, item in enumerate(value, start=1)]
-
-
-def _jsonl_rows(path: Path, text: str) -> list[_Row]:
-    rows: list[_Row] = []
-    problems: list[str] = []
-    # Not splitlines(): a JSON text may hold U+2028 and the like unescaped.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"item {len(rows) + len(problems) + 1} (line {number})"
-        try:
-            rows.append(_Row(where, json.loads(line)))
-        except json.JSONDecodeError as error:
-            problems.append(f"{path}: {where}, column {error.colno}: not JSON: {error.msg}")
-        except (RecursionError, ValueError) as error:
-            problems.append(f"{path}: {where}: not JSON that can be read: {error}")
-    if problems:
-        hint = "an array over several lines is .json" if text.lstrip().startswith("[") else None
-        raise DataError(problems, hint)
-    return rows
-
-
-def _csv_rows(path: Path, text: str) -> list[_Row]:
-    csv.field_size_limit(2**31 - 1)
-    header, _, _ = text.partition("\n")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in header else ",", strict=True)
-    try:
-        names = [name.strip() for name in next(reader)]
-        _check_header(path, names)
-        return list(_csv_items(path, reader, names))
-    except csv.Error as error:
-        raise UserError(f"{path}: line {reader.line_num}: not CSV: {error}") from error
-
-
-def _check_header(path: Path, names: list[str]) -> None:
-    problems = []
-    for column in ("instruction", "output"):
-        if column not in names:
-            near = [n for n in names if difflib.get_close_matches(n.lower(), [column], cutoff=0.6)]
-            problems.append(f"{path}: line 1: no column {column!r}" + (f" ({near[0]!r}?)" if near else ""))
-    problems += [f"{path}: line 1: column {n!r} twice" for n in sorted(set(names)) if names.count(n) > 1]
-    if problems:
-        raise DataError(problems, f"the columns are {', '.join(_COLUMNS)}; found: {', '.join(names)}")
-
-
-def _csv_items(path: Path, reader: Any, names: list[str]) -> Iterator[_Row]:
-    problems = []
-    number = 0
-    begin = reader.line_num + 1
-    for cells in reader:
-        line, begin = begin, reader.line_num + 1  # a quoted cell may span lines
-        if not cells:
-            continue
-        number += 1
-        where = f"item {number} (line {line})"
-        if len(cells) != len(names):
-            problems.append(f"{path}: {where}: {len(cells)} cells, but the header has {len(names)}")
-        yield _Row(where, dict(zip(names, cells, strict=False)))
-    if problems:
-        raise DataError(problems)
-
-
-def _checked(path: Path, rows: list[_Row], kind: str) -> tuple[list[Item], list[str]]:
-    items: list[Item] = []
-    problems: list[str] = []
-    for row in rows:
-        item, found = item_of(row.value, kind)
-        problems += [f"{path}: {row.where}: {finding}" for finding in found]
-        if item is not None:
-            items.append(item)
-    return items, problems
+    return data_suffix(file) in SUFFIXES and file.name not in _NOT_DATA and not hidden and file.is_file()

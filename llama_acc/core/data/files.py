@@ -1,0 +1,126 @@
+"""Data files as streams of bytes: opened, decompressed, counted. Nothing is ever read whole.
+
+Compression is recognised by the first bytes, which no UTF-8 text can have, so a name need not say it.
+"""
+
+import difflib
+import gzip
+import io
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from llama_acc.core.errors import UserError, did_you_mean
+
+if sys.version_info >= (3, 14):
+    from compression.zstd import ZstdError, ZstdFile
+else:
+    from backports.zstd import ZstdError, ZstdFile
+
+COMPRESSIONS = (".gz", ".zst")
+BLOCK = 1 << 19
+"""Bytes read at a time."""
+
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+
+BytesRead = Callable[[int], None]
+"""Called with how many bytes of a file have been read, before decompression."""
+
+
+def data_suffix(path: Path) -> str:
+    """What the name says of the content, in lower case: ".json" for a.json and a.JSON.gz."""
+    return Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSIONS else path.suffix.lower()
+
+
+class DataStream:
+    """The content of a stream of bytes that may be compressed with gzip or Zstandard."""
+
+    def __init__(self, stream: IO[bytes], name: str, progress: BytesRead | None = None) -> None:
+        """Args:
+        stream: open for reading; whoever opened it closes it.
+        name: of the stream, for messages.
+        progress: see `BytesRead`.
+        """
+        self.name = name
+        counted: Any = io.BufferedReader(_Counted(stream, progress), BLOCK)
+        with self._told():
+            begin = counted.peek(len(_ZSTD))
+        if begin.startswith(_GZIP):
+            self._stream: Any = gzip.GzipFile(fileobj=counted)
+        elif begin.startswith(_ZSTD):
+            self._stream = ZstdFile(counted)
+        else:
+            self._stream = counted
+
+    def read(self, size: int = BLOCK) -> bytes:
+        """At most `size` bytes, none at the end.
+
+        Raises:
+            UserError: it cannot be read, or is damaged.
+        """
+        with self._told():
+            content: bytes = self._stream.read(size)
+        return content
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, zlib.error, gzip.BadGzipFile, ZstdError) as error:
+            hint = "it may not have been copied or downloaded to its end"
+            raise UserError(f"{self.name} is damaged: {error}", hint) from error
+        except OSError as error:
+            raise UserError(f"cannot read {self.name}: {error.strerror or error}") from error
+
+
+@contextmanager
+def open_data(path: Path, progress: BytesRead | None = None) -> Iterator[DataStream]:
+    """A file's content, decompressed.
+
+    Raises:
+        UserError: it is missing or cannot be read.
+    """
+    try:
+        file = path.open("rb", buffering=0)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no data file {path}", nearest_names(path)) from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    with file:
+        yield DataStream(file, str(path), progress)
+
+
+def nearest_names(path: Path) -> str | None:
+    """What is there under a name like `path`'s, as a hint."""
+    try:
+        names = [f.name for f in path.parent.iterdir() if not f.name.startswith(".")]
+    except OSError:
+        return f"there is no folder {path.parent}"
+    if close := did_you_mean(path.name, names):
+        return close
+    # The same name with another ending is near too.
+    stems = difflib.get_close_matches(path.stem, [Path(n).stem for n in names], n=1, cutoff=0.8)
+    same = [n for n in names if stems and Path(n).stem == stems[0]]
+    return f"did you mean {same[0]!r}?" if same else None
+
+
+class _Counted(io.RawIOBase):
+    """A stream that tells how much of it has been read."""
+
+    def __init__(self, stream: IO[bytes], progress: BytesRead | None) -> None:
+        self._stream: Any = stream
+        self._progress = progress
+        self._read = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self._stream.readinto(buffer)
+        self._read += count
+        if self._progress is not None:
+            self._progress(self._read)
+        return count

@@ -1,0 +1,230 @@
+"""The rows of data files, one at a time, in memory for one of them.
+
+Read are `.json` (an array; or JSON lines under that name, as APIBench has it), `.jsonl`, `.csv` and `.tsv`, each of
+them perhaps compressed (`.gz`, `.zst`), from a file or any stream of bytes. A row is whatever JSON value stands there,
+or the cells by their columns; what it should look like is for others to say.
+"""
+
+import codecs
+import csv
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from llama_acc.core.data.files import BytesRead, DataStream, data_suffix, open_data
+from llama_acc.core.data.json_array import MAX_ITEM, JsonBuffer
+from llama_acc.core.errors import DataError, UserError
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
+
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\n|\r|\Z)")
+
+
+class Row(NamedTuple):
+    """One row of a file."""
+
+    where: str
+    """Its place: "item 17", or "item 17 (line 230)"."""
+    value: Any
+    problem: str | None = None
+    """Why this row alone cannot be read; its value is then None."""
+
+
+def stream_rows(path: Path, *, required: Sequence[str] = (), progress: BytesRead | None = None) -> Iterator[Row]:
+    """The rows of a file.
+
+    Args:
+        path: what it holds is found by its suffix.
+        required: columns that a .csv or .tsv file must have.
+        progress: told how many bytes have been read.
+
+    Raises:
+        UserError: it cannot be read, or not further: it is damaged, not UTF-8, not JSON, not CSV.
+        DataError: its header is wrong.
+    """
+    suffix = data_suffix(path)
+    if suffix not in SUFFIXES:
+        raise UserError(f"{path}: {suffix or 'no suffix'} is not a kind of data file", f"use {', '.join(SUFFIXES)}")
+    with open_data(path, progress) as stream:
+        yield from _rows(stream, suffix, required)
+
+
+def stream_rows_from(
+    stream: IO[bytes],
+    name: str,
+    suffix: str | None = None,
+    *,
+    required: Sequence[str] = (),
+    progress: BytesRead | None = None,
+) -> Iterator[Row]:
+    """The rows in a stream of bytes, such as standard input; see `stream_rows`.
+
+    Args:
+        stream: open for reading.
+        name: for messages.
+        suffix: one of `SUFFIXES`, or None: JSON if it begins so, else CSV.
+        required: columns that CSV must have.
+        progress: told how many bytes have been read.
+    """
+    yield from _rows(DataStream(stream, name, progress), suffix, required)
+
+
+def type_name(value: Any) -> str:
+    """What a JSON value is, as people call it."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
+
+
+def _rows(stream: DataStream, suffix: str | None, required: Sequence[str]) -> Iterator[Row]:
+    begin, chunks = _begin(_decoded(stream), stream.name)
+    if suffix is None:
+        suffix = ".json" if begin in "[{" else ".csv"
+    if suffix == ".json":
+        return _json_rows(stream.name, chunks)
+    if suffix == ".jsonl":
+        return _jsonl_rows(stream.name, chunks)
+    return _csv_rows(stream.name, chunks, "\t" if suffix == ".tsv" else None, required)
+
+
+def _decoded(stream: DataStream) -> Iterator[str]:
+    """The text, without a byte order mark."""
+    offset, line, pending = 0, 1, b""
+    while True:
+        block = stream.read()
+        data = pending + block
+        try:
+            text, used = codecs.utf_8_decode(data, "strict", not block)
+        except UnicodeDecodeError as error:
+            line += data.count(b"\n", 0, error.start)
+            place = f"byte {offset + error.start} (line {line})"
+            raise UserError(f"{stream.name} is not UTF-8: {place} cannot be decoded") from error
+        yield text.removeprefix("\ufeff") if offset == 0 else text
+        if not block:
+            return
+        offset, line, pending = offset + used, line + data.count(b"\n", 0, used), data[used:]
+
+
+def _begin(chunks: Iterator[str], name: str) -> tuple[str, Iterator[str]]:
+    """The first character that is no white space, and the whole text."""
+    before: list[str] = []
+    for chunk in chunks:
+        before.append(chunk)
+        if begin := chunk.lstrip()[:1]:
+            return begin, chain(before, chunks)
+    raise UserError(f"{name} is empty")
+
+
+def _json_rows(name: str, chunks: Iterator[str]) -> Iterator[Row]:
+    buffer = JsonBuffer(chunks, name)
+    if buffer.next_character() == "[":
+        for number, value in enumerate(buffer.array(), start=1):
+            yield Row(f"item {number}", value)
+        return
+    value, follows = buffer.whole_value()
+    if follows is not None and isinstance(value, dict):
+        line, text = buffer.rest()
+        yield from _jsonl_rows(name, text, line)  # JSON lines under another name
+        return
+    if follows is not None:
+        raise buffer.extra_data(follows)
+    keys = f" with the keys {', '.join(map(repr, list(value)[:5]))}" if isinstance(value, dict) else ""
+    hint = "one item per line is .jsonl" if isinstance(value, dict) else None
+    raise UserError(f"{name} should hold an array of items, but holds {type_name(value)}{keys}", hint)
+
+
+def _jsonl_rows(name: str, chunks: Iterator[str], first_line: int = 1) -> Iterator[Row]:
+    number = 0
+    for line_number, line in enumerate(_lines(chunks, name), start=first_line):
+        if not line.strip():
+            continue
+        number += 1
+        where = f"item {number} (line {line_number})"
+        try:
+            yield Row(where, json.loads(line))
+        except json.JSONDecodeError as error:
+            hint = " (an array over several lines is .json)" if number == 1 and line.lstrip().startswith("[") else ""
+            yield Row(f"{where}, column {error.colno}", None, f"not JSON: {error.msg}{hint}")
+        except (RecursionError, ValueError) as error:
+            yield Row(where, None, f"not JSON that can be read: {error}")
+
+
+def _lines(chunks: Iterator[str], name: str) -> Iterator[str]:
+    # Not splitlines(): a JSON text may hold U+2028 and the like unescaped.
+    unfinished: list[str] = []
+    length = 0
+    for chunk in chunks:
+        first, *others = chunk.split("\n")
+        unfinished.append(first)
+        length += len(first)
+        if length > MAX_ITEM:
+            raise UserError(f"{name}: a line is longer than {MAX_ITEM >> 20} Mi characters", "an array is .json")
+        if others:
+            yield "".join(unfinished)
+            yield from others[:-1]
+            unfinished, length = [others[-1]], len(others[-1])
+    yield "".join(unfinished)
+
+
+def _csv_rows(name: str, chunks: Iterator[str], delimiter: str | None, required: Sequence[str]) -> Iterator[Row]:
+    csv.field_size_limit(MAX_ITEM)
+    lines = _csv_lines(chunks, name)
+    header = next(lines)
+    delimiter = delimiter or ("\t" if "\t" in header else ",")
+    reader = csv.reader(chain([header], lines), delimiter=delimiter, strict=True)
+    try:
+        names = [name.strip() for name in next(reader)]
+        _check_header(name, names, required)
+        yield from _csv_items(reader, names)
+    except csv.Error as error:
+        raise UserError(f"{name}: line {reader.line_num}: not CSV: {error}") from error
+
+
+def _csv_lines(chunks: Iterator[str], name: str) -> Iterator[str]:
+    """Lines with their ends, which are LF, CR LF or CR; csv.reader puts those of a quoted cell together again."""
+    rest = ""
+    for chunk in chunks:
+        if len(rest) > MAX_ITEM:
+            raise UserError(f"{name}: a line is longer than {MAX_ITEM >> 20} Mi characters")
+        # A CR at the end may be half of a CR LF, so the last line always waits for more.
+        *whole, rest = _split_keeping_ends(rest + chunk)
+        yield from whole
+    yield rest
+
+
+def _split_keeping_ends(text: str) -> list[str]:
+    if "\r" not in text:
+        *whole, last = text.split("\n")
+        return [line + "\n" for line in whole] + [last]
+    pieces = _LINE.findall(text)  # and an empty one for the end
+    return pieces if text.endswith("\n") else pieces[:-1]
+
+
+def _check_header(name: str, names: list[str], required: Sequence[str]) -> None:
+    problems = []
+    for column in required:
+        if column not in names:
+            near = [n for n in names if difflib.get_close_matches(n.lower(), [column], cutoff=0.6)]
+            problems.append(f"{name}: line 1: no column {column!r}" + (f" ({near[0]!r}?)" if near else ""))
+    problems += [f"{name}: line 1: column {n!r} twice" for n in sorted(set(names)) if names.count(n) > 1]
+    if problems:
+        needed = f"it should have {', '.join(required)}; " if required else ""
+        raise DataError(problems, f"{needed}found: {', '.join(names)}")
+
+
+def _csv_items(reader: Any, names: list[str]) -> Iterator[Row]:
+    number = 0
+    begin = reader.line_num + 1
+    for cells in reader:
+        line, begin = begin, reader.line_num + 1  # a quoted cell may span lines
+        if not cells:
+            continue
+        number += 1
+        where = f"item {number} (line {line})"
+        if len(cells) != len(names):
+            yield Row(where, None, f"{len(cells)} cells, but the header has {len(names)}")
+        else:
+            yield Row(where, dict(zip(names, cells, strict=True)))
