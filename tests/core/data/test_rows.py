@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_acc.core.data import files
-from llama_acc.core.data.json_array import JsonBuffer
 from llama_acc.core.data.items import SingleTurn
+from llama_acc.core.data.json_array import JsonBuffer
 from llama_acc.core.data.readers import read_file
 from llama_acc.core.data.rows import Row, stream_rows, stream_rows_from
 from llama_acc.core.errors import UserError
