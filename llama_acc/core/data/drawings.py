@@ -1,0 +1,150 @@
+"""Coloured shapes with captions, drawn by code: image-text data that needs no download.
+
+A scene is two shapes, one left of the other or one above the other, and its caption says so: "a red circle above a
+blue star". A drawing of a scene varies in place, size, shade and ground. The scenes are split at random: no scene, and
+so no caption and no picture, of the held-out drawings is among those to learn from.
+"""
+
+import io
+import itertools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIZE = 64
+"""Pixels of a drawing's side."""
+
+VERSION = 1
+"""Raise it whenever the same seed may give other drawings."""
+
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (46, 160, 67),
+    "blue": (38, 84, 214),
+    "yellow": (240, 200, 20),
+    "purple": (138, 43, 190),
+    "orange": (240, 125, 20),
+    "black": (25, 25, 25),
+}
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
+PLACES = ("left of", "above")
+
+_HELD_OUT = 0.1
+_SUPERSAMPLED = 4
+_SPLITS = {"train": 0, "held-out": 1}
+
+
+class Shape(NamedTuple):
+    """A coloured shape."""
+
+    colour: str
+    shape: str
+
+
+class Scene(NamedTuple):
+    """What is to be seen: `first` stands `place` `second`."""
+
+    first: Shape
+    place: str
+    second: Shape
+
+    @property
+    def caption(self) -> str:
+        """It in words."""
+        return f"{_with_article(self.first)} {self.place} {_with_article(self.second)}"
+
+
+def scenes(split: str, seed: int = 0) -> list[Scene]:
+    """The scenes of "train" or "held-out": a random tenth of all is held out."""
+    shapes = [Shape(*pair) for pair in itertools.product(COLOURS, SHAPES)]
+    everything = [
+        Scene(first, place, second)
+        for first, place, second in itertools.product(shapes, PLACES, shapes)
+        if first != second
+    ]
+    order = np.random.default_rng([seed, VERSION]).permutation(len(everything))
+    held_out = int(len(everything) * _HELD_OUT)
+    chosen = order[:held_out] if split == "held-out" else order[held_out:]
+    return [everything[i] for i in chosen]
+
+
+def drawings(split: str, count: int, seed: int = 0) -> Iterator[tuple[bytes, str]]:
+    """`count` drawings as PNG with their captions; the scenes in turn, each time drawn anew."""
+    chosen = scenes(split, seed)
+    for number in range(count):
+        scene = chosen[number % len(chosen)]
+        image = draw(scene, np.random.default_rng([seed, VERSION, _SPLITS[split], number]))
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        yield file.getvalue(), scene.caption
+
+
+def draw(scene: Scene, random: np.random.Generator) -> Image.Image:
+    """A drawing of a scene; place, size, shade and ground are random."""
+    side = SIZE * _SUPERSAMPLED
+    image = Image.new("RGB", (side, side), _shaded((245, 245, 245), random, 10))
+    canvas = ImageDraw.Draw(image)
+    for shape, (x, y) in zip((scene.first, scene.second), _centres(scene.place, random), strict=True):
+        radius = random.uniform(0.14, 0.2)
+        colour = _shaded(COLOURS[shape.colour], random, 18)
+        _SHAPES[shape.shape](canvas, x * side, y * side, radius * side, colour)
+    return image.resize((SIZE, SIZE), Image.Resampling.BOX)
+
+
+def _centres(place: str, random: np.random.Generator) -> list[tuple[float, float]]:
+    """Of both shapes, in parts of the side: far apart along one axis, near to the middle along the other."""
+    along = random.uniform((0.21, 0.69), (0.31, 0.79))
+    across = random.uniform(0.4, 0.6) + random.uniform(-0.06, 0.06, 2)
+    pairs = zip(along, across, strict=True) if place == "left of" else zip(across, along, strict=True)
+    return [(float(x), float(y)) for x, y in pairs]
+
+
+def _shaded(colour: tuple[int, int, int], random: np.random.Generator, most: int) -> tuple[int, int, int]:
+    red, green, blue = np.clip(np.add(colour, random.integers(-most, most + 1, 3)), 0, 255).tolist()
+    return red, green, blue
+
+
+def _with_article(shape: Shape) -> str:
+    return f"{'an' if shape.colour[0] in 'aeiou' else 'a'} {shape.colour} {shape.shape}"
+
+
+_Colour = tuple[int, int, int]
+
+
+def _circle(canvas: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: _Colour) -> None:
+    canvas.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+
+
+def _ring(canvas: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: _Colour) -> None:
+    canvas.ellipse((x - r, y - r, x + r, y + r), outline=colour, width=round(0.4 * r))
+
+
+def _square(canvas: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: _Colour) -> None:
+    half = 0.85 * r
+    canvas.rectangle((x - half, y - half, x + half, y + half), fill=colour)
+
+
+def _cross(canvas: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: _Colour) -> None:
+    arm = 0.3 * r
+    canvas.rectangle((x - r, y - arm, x + r, y + arm), fill=colour)
+    canvas.rectangle((x - arm, y - r, x + arm, y + r), fill=colour)
+
+
+def _triangle(canvas: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: _Colour) -> None:
+    canvas.polygon(_corners(x, y, [r] * 3), fill=colour)
+
+
+def _star(canvas: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: _Colour) -> None:
+    canvas.polygon(_corners(x, y, [r, 0.42 * r] * 5), fill=colour)
+
+
+def _corners(x: float, y: float, radii: list[float]) -> list[tuple[float, float]]:
+    """Corners at these distances from the centre, the first one at the top, at equal angles."""
+    angles = [2 * math.pi * i / len(radii) for i in range(len(radii))]
+    return [(x + r * math.sin(angle), y - r * math.cos(angle)) for r, angle in zip(radii, angles, strict=True)]
+
+
+_SHAPES = dict(zip(SHAPES, (_circle, _square, _triangle, _cross, _ring, _star), strict=True))

@@ -1,0 +1,352 @@
+"""Pictures of every kind become 8-bit RGB, and squares of pixels by torchvision's arithmetic."""
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from llama_acc.core.data.images import (
+    CROPS,
+    ImageError,
+    ImageJob,
+    Transform,
+    check_header,
+    decode,
+    digest,
+    fallback_box,
+    member_reference,
+    normalised,
+    pixels,
+    random_box,
+    read_reference,
+    shown_reference,
+)
+from tests.core.data.pictures import encoded, pattern, plain
+
+RANDOM = np.random.default_rng(0)
+
+# By torchvision 0.29.1, of `pattern(width, height)`: the red and the blue pixels.
+# centre_crop: Compose([Resize(5, BICUBIC), CenterCrop(5)]); pad_to_square: Resize((5, 5), BICUBIC) of functional.pad
+# to the longer side with (122, 116, 104), the smaller half before.
+_TORCHVISION = {
+    ("centre_crop", 60, 40): [
+        [
+            [159, 174, 98, 81, 142],
+            [135, 75, 111, 174, 152],
+            [94, 168, 171, 97, 81],
+            [179, 135, 76, 124, 181],
+            [76, 97, 167, 170, 87],
+        ],
+        [
+            [128, 72, 116, 176, 149],
+            [92, 160, 175, 101, 82],
+            [187, 127, 74, 122, 177],
+            [84, 103, 168, 164, 86],
+            [143, 183, 111, 77, 125],
+        ],
+    ],
+    ("pad_to_square", 60, 40): [
+        [
+            [108, 134, 129, 109, 131],
+            [143, 133, 105, 140, 139],
+            [112, 134, 143, 111, 127],
+            [143, 118, 121, 146, 118],
+            [110, 115, 140, 114, 113],
+        ],
+        [
+            [123, 107, 96, 122, 110],
+            [124, 108, 146, 128, 106],
+            [140, 142, 111, 135, 137],
+            [103, 129, 144, 110, 121],
+            [109, 124, 95, 106, 127],
+        ],
+    ],
+    ("centre_crop", 30, 70): [
+        [
+            [64, 94, 148, 199, 183],
+            [148, 191, 180, 124, 67],
+            [173, 95, 65, 84, 138],
+            [67, 84, 139, 186, 180],
+            [136, 185, 189, 106, 60],
+        ],
+        [
+            [169, 196, 172, 80, 65],
+            [139, 75, 66, 108, 158],
+            [61, 105, 160, 192, 159],
+            [159, 195, 163, 83, 61],
+            [168, 86, 61, 99, 152],
+        ],
+    ],
+    ("pad_to_square", 30, 70): [
+        [
+            [121, 126, 140, 117, 122],
+            [122, 122, 131, 133, 121],
+            [122, 126, 123, 126, 122],
+            [121, 130, 131, 119, 122],
+            [122, 115, 136, 130, 121],
+        ],
+        [
+            [103, 122, 116, 117, 103],
+            [103, 118, 138, 114, 103],
+            [103, 111, 131, 118, 103],
+            [103, 117, 124, 120, 103],
+            [103, 125, 129, 106, 104],
+        ],
+    ],
+}
+# functional.resized_crop(pattern(60, 40), top=2, left=3, height=30, width=25, size=[5, 5], BICUBIC), likewise.
+_RESIZED_CROP = [
+    [
+        [113, 151, 191, 191, 140],
+        [191, 189, 123, 65, 63],
+        [110, 60, 71, 110, 152],
+        [81, 120, 162, 202, 198],
+        [164, 200, 187, 125, 72],
+    ],
+    [
+        [201, 147, 64, 60, 93],
+        [73, 62, 95, 138, 177],
+        [105, 147, 190, 191, 148],
+        [191, 191, 152, 72, 63],
+        [107, 56, 66, 106, 143],
+    ],
+]
+
+
+def middle(image: Image.Image) -> Any:
+    """The pixel in the middle of a picture."""
+    return image.getpixel((image.width // 2, image.height // 2))
+
+
+@pytest.mark.parametrize(("crop", "width", "height"), list(_TORCHVISION))
+def test_crops_are_torchvisions(crop: Any, width: int, height: int) -> None:
+    square = np.asarray(Transform(crop, 5)(pattern(width, height), RANDOM)).astype(int)
+    expected = np.array(_TORCHVISION[crop, width, height])
+    assert np.abs(square[:, :, [0, 2]].transpose(2, 0, 1) - expected).max() <= 1
+
+
+class _FixedBox(np.random.Generator):
+    """Draws the box (3, 2, 28, 32) of a picture of 60 x 40."""
+
+    def __init__(self) -> None:
+        super().__init__(np.random.PCG64(0))
+        self._places = iter((2, 3))
+
+    def uniform(self, low: Any = 0.0, high: Any = 1.0, size: Any = None) -> Any:
+        return 25 * 30 / (60 * 40) if high == 1.0 else float(np.log(25 / 30))
+
+    def integers(self, low: Any, high: Any = None, *rest: Any, **more: Any) -> Any:
+        return next(self._places)
+
+
+def test_the_random_crop_is_torchvisions_of_the_same_box() -> None:
+    square = np.asarray(Transform("random_resized_crop", 5)(pattern(60, 40), _FixedBox())).astype(int)
+    assert np.abs(square[:, :, [0, 2]].transpose(2, 0, 1) - np.array(_RESIZED_CROP)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("size", "box"),
+    # RandomResizedCrop.get_params of pictures no box fits in.
+    [((100, 10), (43, 0, 56, 10)), ((10, 100), (0, 43, 10, 56)), ((640, 1), (319, 0, 320, 1))],
+)
+def test_a_picture_too_long_for_a_random_box_gives_torchvisions_middle(
+    size: tuple[int, int], box: tuple[int, int, int, int]
+) -> None:
+    assert fallback_box(*size) == box == random_box(*size, RANDOM)
+
+
+def test_random_boxes_have_the_area_and_shape_asked_for() -> None:
+    boxes = np.array([random_box(640, 480, np.random.default_rng([1, i])) for i in range(500)])
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 2] <= 640).all()
+    assert (boxes[:, 3] <= 480).all()
+    areas, ratios = width * height / (640 * 480), width / height
+    assert 0.895 < areas.min() < 0.91 < 0.97 < areas.max() <= 1
+    assert 1.1 < ratios.min() < 1.3 < ratios.max() < 1.34
+
+
+def test_normalised_pixels_are_torchvisions() -> None:
+    # Compose([ToTensor(), Normalize(CLIP_MEAN, CLIP_STD)])(pattern(60, 40))[:, 7, 11]
+    values = torch.from_numpy(np.asarray(pattern(60, 40)).transpose(2, 0, 1).copy())
+    assert normalised(values, torch.float32)[:, 7, 11].tolist() == pytest.approx([0.8792, 1.7447, -1.0963], abs=1e-4)
+
+
+@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize("size", [(20000, 1), (1, 20000), (1, 1), (5, 7)])
+def test_any_shape_becomes_a_square(crop: Any, size: tuple[int, int]) -> None:
+    assert Transform(crop, 16)(plain((9, 9, 9), size=size), RANDOM).size == (16, 16)
+
+
+def test_what_chance_decides_follows_from_the_seed_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(pattern(80, 60)))
+    transform = Transform("random_resized_crop", 16)
+    once, again, other = (pixels(ImageJob(str(path), transform, seed)) for seed in [(0, 1, 2, 0), (0, 1, 2, 0), (0, 2)])
+    assert (once == again).all()
+    assert (once != other).any()
+    assert once.shape == (3, 16, 16)
+    assert once.dtype == np.uint8
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_every_file_format_is_read(format: str) -> None:
+    red, green, blue = middle(decode(encoded(plain((200, 40, 90)), format)))
+    assert abs(red - 200) <= 4
+    assert abs(green - 40) <= 4
+    assert abs(blue - 90) <= 4
+
+
+def test_of_a_gif_the_first_frame_is_taken() -> None:
+    frames = [plain((250, 0, 0)), plain((0, 250, 0))]
+    assert middle(decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))) == (250, 0, 0)
+
+
+@pytest.mark.parametrize(("value", "grey"), [(0, 0), (257, 1), (32768, 128), (65535, 255)])
+def test_16_bits_become_8_without_being_cut_off(value: int, grey: int) -> None:
+    image = Image.fromarray(np.full((6, 8), value, np.uint16))
+    assert middle(decode(encoded(image))) == (grey,) * 3
+    assert middle(decode(encoded(image, "TIFF"))) == (grey,) * 3
+
+
+def test_16_bit_colours_become_8_bit_colours() -> None:
+    # Pillow writes no such file: colour type 2, 16 bits, one pixel.
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = (1).to_bytes(4, "big") * 2 + bytes([16, 2, 0, 0, 0])
+    row = b"\0" + b"".join(value.to_bytes(2, "big") for value in (65535, 32896, 0))
+    file = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+    assert middle(decode(file)) == (255, 128, 0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "format", "expected"),
+    [
+        ("L", 77, "PNG", (77, 77, 77)),
+        ("1", 1, "PNG", (255, 255, 255)),
+        ("CMYK", (255, 0, 0, 0), "TIFF", (0, 255, 255)),
+        ("CMYK", (0, 0, 255, 0), "JPEG", (255, 255, 0)),
+        # Half transparent black on white is grey; what cannot be seen at all is white.
+        ("LA", (0, 128), "PNG", (127, 127, 127)),
+        ("RGBA", (0, 0, 0, 0), "PNG", (255, 255, 255)),
+        ("RGBA", (255, 0, 0, 128), "WEBP", (255, 127, 127)),
+    ],
+)
+def test_every_mode_becomes_rgb(mode: str, colour: Any, format: str, expected: tuple[int, int, int]) -> None:
+    settings = {"lossless": True} if format == "WEBP" else {}
+    assert np.abs(np.subtract(middle(decode(encoded(plain(colour, mode), format, **settings))), expected)).max() <= 2
+
+
+def test_a_transparent_colour_of_a_palette_shows_the_ground() -> None:
+    image = plain(0, "P")
+    image.putpalette([200, 0, 0, 0, 200, 0])
+    assert middle(decode(encoded(image, "PNG", transparency=0))) == (255, 255, 255)
+    assert middle(decode(encoded(image, "GIF", transparency=0))) == (255, 255, 255)
+    assert middle(decode(encoded(image, "PNG", transparency=1))) == (200, 0, 0)
+
+
+def test_a_picture_is_turned_as_its_exif_says() -> None:
+    image = Image.new("RGB", (8, 4), (0, 0, 0))
+    image.paste((255, 255, 255), (0, 0, 4, 4))  # the left half is white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be seen turned by a quarter, clockwise
+    turned = decode(encoded(image, "PNG", exif=exif))
+    assert turned.size == (4, 8)
+    assert turned.getpixel((2, 1)) == (255, 255, 255)
+    assert turned.getpixel((2, 6)) == (0, 0, 0)
+
+
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_unpacked() -> None:
+    bomb = encoded(Image.new("1", (30000, 20000)))  # 600 million pixels in a few kilobytes
+    assert len(bomb) < 200_000
+    with pytest.raises(ImageError, match="30,000 x 20,000 pixels, more than 100,000,000"):
+        decode(bomb)
+    small = encoded(plain(0, size=(100, 100)))
+    with pytest.raises(ImageError, match="more than 9,999"):
+        decode(small, max_pixels=9_999)
+    assert decode(small, max_pixels=10_000).size == (100, 100)
+
+
+def test_pillows_own_limit_is_left_alone() -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    decode(encoded(plain(0)))
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "is empty"),
+        (b"just text, no picture", "is not a picture of a known kind"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a picture of a known kind"),
+        (encoded(pattern(90, 90), "JPEG")[:900], "is broken"),
+        (encoded(pattern(90, 90))[:-900], "is broken"),
+        (encoded(Image.fromarray(np.full((4, 4), 0.5, np.float32)), "TIFF"), "floating-point"),
+        (encoded(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"), "more than 16 bits"),
+    ],
+)
+def test_what_is_no_picture_says_why(data: bytes, said: str) -> None:
+    with pytest.raises(ImageError, match=said):
+        decode(data)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF"]),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),
+    st.floats(0.2, 1),
+)
+def test_a_damaged_file_is_a_picture_or_an_image_error(
+    format: str, changes: list[tuple[float, int]], kept: float
+) -> None:
+    data = bytearray(encoded(pattern(40, 30), format))
+    for place, value in changes:
+        data[int(place * len(data))] = value
+    try:
+        assert decode(bytes(data[: int(kept * len(data))]), max_pixels=10**6).mode == "RGB"
+    except ImageError as error:
+        assert error.message  # noqa: PT017  (either is right)
+
+
+def test_a_member_of_a_tar_is_read_by_its_place(tmp_path: Path) -> None:
+    picture = encoded(plain((1, 2, 3)))
+    shard = tmp_path / "a b#1.tar"
+    shard.write_bytes(b"x" * 700 + picture + b"y" * 100)
+    reference = member_reference(shard, 700, len(picture))
+    assert read_reference(reference) == picture
+    assert check_header(reference) == (8, 6)
+    assert pixels(ImageJob(reference, Transform("centre_crop", 4)))[:, 2, 2].tolist() == [1, 2, 3]
+    assert shown_reference(reference) == f"{shard} at byte 700"
+
+
+def test_a_header_is_checked_without_the_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "cut.png"
+    path.write_bytes(encoded(pattern(90, 90))[:200])
+    assert check_header(str(path)) == (90, 90)
+    for reference, said in [
+        (str(tmp_path / "no.png"), "is not there"),
+        (str(tmp_path), "cannot be read: Is a directory"),
+        ("a\0b.png", "cannot be read"),
+        (member_reference(tmp_path / "no.tar", 0, 9), "is not there"),
+    ]:
+        with pytest.raises(ImageError, match=said):
+            check_header(reference)
+
+
+def test_a_digest_follows_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"one")
+    first = digest(str(path))
+    assert first == digest(str(path))
+    path.write_bytes(b"another")
+    assert digest(str(path)) != first
+    with pytest.raises(ImageError, match="is not there"):
+        digest(str(tmp_path / "b.png"))
