@@ -25,6 +25,15 @@ KINDS: dict[str, Kind] = {
     "mixed_kinds": Kind("dialogues among single-turn items", True),
     "surrogate": Kind("lone surrogates", True),
     "image": Kind("items with an image", True),
+    "empty_reply": Kind("empty replies", False),
+    "role_order": Kind("roles out of order", False),
+    "echo": Kind("replies that repeat the question", False),
+    "mojibake": Kind("texts decoded wrongly", False),
+    "duplicate": Kind("exact duplicates", False),
+    "near_duplicate": Kind("duplicates but for case and white space", False),
+    "language": Kind("items in another language than the rest", False),
+    "no_label": Kind("items without a trained token: dropped", False),
+    "cut": Kind("items that are cut", False),
 }
 
 

@@ -1,0 +1,134 @@
+"""What may be wrong with an item that can be trained on: seen from the item alone, without a tokenizer.
+
+None of these stops a run. Each is something that people who looked at their data have been sorry for.
+"""
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+from llama_acc.core.data.findings import Finding, beginning
+from llama_acc.core.data.items import Dialogue, Item
+
+_ECHO_CHARACTERS = 20
+"""A reply that begins with a question shorter than this may do so by chance ("Hi.", "Thank you")."""
+_AROUND = 8
+_NOT_ASCII = re.compile(rf"[^\x00-\x7f](?:[\x00-\x7f]{{0,{_AROUND}}}[^\x00-\x7f])*")
+_BEFORE = 20
+"""Characters that are shown before a place within a text."""
+
+
+def checked_item(item: Item, where: str) -> list[Finding]:
+    """Everything found in one item."""
+    found = [*_roles(item, where), *_replies(item, where)] if isinstance(item, Dialogue) else _output(item, where)
+    return [*found, *_mojibake(item, where)]
+
+
+def fields_of(item: Item) -> Iterator[tuple[str, str]]:
+    """Names and texts of an item, in order; a dialogue's as "turn 2, value"."""
+    if isinstance(item, Dialogue):
+        for number, (_, text) in enumerate(item.turns, start=1):
+            yield f"turn {number}, value", text
+        return
+    yield "instruction", item.instruction
+    if item.input is not None:
+        yield "input", item.input
+    yield "output", item.output
+
+
+def replies_of(item: Item) -> Iterator[tuple[str, str]]:
+    """Names and texts of what an item teaches."""
+    if not isinstance(item, Dialogue):
+        yield "output", item.output
+        return
+    for number, (role, text) in enumerate(item.turns, start=1):
+        if role == "assistant":
+            yield f"turn {number}, value", text
+
+
+def normalised(text: str) -> str:
+    """Without what makes a trivial difference: case and white space."""
+    return " ".join(text.split()).casefold()
+
+
+def _output(item: Any, where: str) -> list[Finding]:
+    question = f"{item.instruction}\n{item.input}" if item.input else item.instruction
+    return _reply("output", question, item.output, where)
+
+
+def _replies(item: Dialogue, where: str) -> Iterator[Finding]:
+    question = None
+    for number, (role, text) in enumerate(item.turns, start=1):
+        if role == "assistant":
+            yield from _reply(f"turn {number}, value", question, text, where)
+        question = text if role == "human" else None
+
+
+def _reply(field: str, question: str | None, reply: str, where: str) -> list[Finding]:
+    if not reply.strip():
+        return [Finding("empty_reply", where, field, "an empty reply", beginning(reply))]
+    # The beginnings first: that most replies do not begin with the question is seen there.
+    if question is None or not _alike(question, reply):
+        return []
+    asked, answered = normalised(question), normalised(reply)
+    if asked == answered:
+        return [Finding("echo", where, field, "the reply is the question", beginning(reply))]
+    if len(asked) >= _ECHO_CHARACTERS and answered.startswith(asked):
+        return [Finding("echo", where, field, "the reply begins with the whole question", beginning(reply))]
+    return []
+
+
+def _alike(question: str, reply: str) -> bool:
+    asked, answered = (normalised(text.lstrip()[:_ECHO_CHARACTERS]) for text in (question, reply))
+    return bool(asked) and (asked.startswith(answered) or answered.startswith(asked))
+
+
+def _roles(item: Dialogue, where: str) -> list[Finding]:
+    roles = [role for role, _ in item.turns]
+    wrong = []
+    if roles[0] != "human":
+        wrong.append((1, "the assistant begins"))
+    wrong += [
+        (number, f"a second {'reply' if role == 'assistant' else 'human turn'} in a row")
+        for number, (before, role) in enumerate(pairwise(roles), start=2)
+        if before == role
+    ]
+    if roles[-1] == "human":
+        wrong.append((len(roles), "the last turn is human: nothing answers it"))
+    return [
+        Finding("role_order", where, f"turn {number}", f"turn {number}: {what}", beginning(item.turns[number - 1][1]))
+        for number, what in wrong
+    ]
+
+
+def _mojibake(item: Item, where: str) -> Iterator[Finding]:
+    for field, text in fields_of(item):
+        if text.isascii():
+            continue
+        lost, garbled = text.find("\ufffd"), _garbled(text)
+        if lost >= 0:
+            message = f"{field}: U+FFFD stands for bytes that were lost, at character {lost + 1}"
+            yield Finding("mojibake", where, field, message, beginning(text[max(lost - _BEFORE, 0) :]))
+        elif garbled is not None:
+            message = f"{field}: UTF-8 read as another encoding, at character {garbled + 1}"
+            yield Finding("mojibake", where, field, message, beginning(text[max(garbled - _BEFORE, 0) :]))
+
+
+def _garbled(text: str) -> int | None:
+    """Where characters stand together that only do so where UTF-8 was read as Latin-1 or the like."""
+    for group in _NOT_ASCII.finditer(text):
+        # Looking around the characters in question only is many times faster than looking through the whole text.
+        begin = max(group.start() - _AROUND, 0)
+        match = _badness().search(text, begin, group.end() + _AROUND)
+        if match is not None:
+            return int(match.start())
+    return None
+
+
+@cache
+def _badness() -> Any:
+    from ftfy.badness import BADNESS_RE
+
+    return BADNESS_RE
