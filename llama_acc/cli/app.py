@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from llama_acc import __version__
-from llama_acc.cli import chat, convert_checkpoint, evaluate, finetune, recipes
+from llama_acc.cli import chat, check_data, convert_checkpoint, convert_data, evaluate, finetune, recipes
 from llama_acc.core import worker
 from llama_acc.core.errors import LlamaAccError
 
@@ -134,6 +134,8 @@ def _unforeseen(error: Exception) -> tuple[str, str]:
 
 app.command("finetune", help=finetune.HELP)(_reported(finetune.finetune))
 app.command("chat", help=chat.HELP)(_reported(chat.chat))
+convert_data.app.command("check", help=check_data.HELP)(_reported(check_data.check))
+app.add_typer(convert_data.app, name="convert-data", help=convert_data.HELP)
 app.command("convert-checkpoint", help=convert_checkpoint.HELP)(_reported(convert_checkpoint.convert_checkpoint))
 evaluate.app.command("gorilla", help=evaluate.GORILLA_HELP)(_reported(evaluate.gorilla))
 evaluate.app.command("perplexity", help=evaluate.PERPLEXITY_HELP)(_reported(evaluate.perplexity))

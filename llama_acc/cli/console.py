@@ -209,7 +209,8 @@ class ByteProgress(_WorkProgress):
 
     def tell(self, what: str, done: int, total: int) -> None:
         """`what` is being done, so many bytes of all are done."""
-        self._tell(what, done, total, f"{what}: {done / 2**30:.1f} of {total / 2**30:.1f} GiB")
+        size, unit = (2**30, "GiB") if total >= 2**30 else (2**20, "MiB")
+        self._tell(what, done, total, f"{what}: {done / size:.1f} of {total / size:.1f} {unit}")
 
 
 class CountProgress(_WorkProgress):

@@ -2,22 +2,25 @@
 
 import glob
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llama_acc.cli import console, options, processes
+from llama_acc.cli.preview import show_items
 from llama_acc.core import worker
 from llama_acc.core.errors import RunError, UserError
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
+    from llama_acc.core.data.preview import Shown
     from llama_acc.core.recipe import Recipe
     from llama_acc.core.train.dry_run import Estimate
     from llama_acc.core.train.plan import Plan
     from llama_acc.core.train.simulate import RankShare
+
+_EXAMPLES = 2
 
 HELP = """Fine-tune a model as a recipe says.
 
@@ -263,13 +266,8 @@ def _show_dry_run(plan: "Plan", estimate: "Estimate", share: "RankShare") -> Non
         ],
         console.out,
     )
-    for number in range(min(2, len(plan.train))):
-        console.out.print()
-        console.out.print(f"example {number + 1}: {plan.train.origin(number)} ", style="bold", markup=False, end="")
-        console.out.print(
-            "(trained tokens in green)" if console.out.is_terminal else "(trained tokens between ⟦ and ⟧)"
-        )
-        console.out.print(_example(plan, number))
+    console.out.print()
+    show_items(_examples(plan))
 
 
 def _per_rank(plan: "Plan", share: "RankShare") -> list[tuple[str, str]]:
@@ -286,22 +284,11 @@ def _per_rank(plan: "Plan", share: "RankShare") -> list[tuple[str, str]]:
     ]
 
 
-def _example(plan: "Plan", number: int) -> "Text":
-    """A document's text as the model sees it, token by token; what is trained stands out."""
-    from rich.text import Text
+def _examples(plan: "Plan") -> "Iterator[Shown]":
+    """The first two documents."""
+    from llama_acc.core.data.preview import Shown, pieces
 
-    from llama_acc.core.tokenizer import StreamDecoder
-
-    tokens, labelled = plan.train.document(number)
-    decoder, text, inside = StreamDecoder(plan.tokenizer), Text(), False
-    special = {plan.tokenizer.bos_id, plan.tokenizer.eos_id}
-    for token, trained in zip(tokens.tolist(), labelled.tolist(), strict=True):
-        if trained != inside and not console.out.is_terminal:
-            text.append("⟦" if trained else "⟧")
-        inside = trained
-        shown = plan.tokenizer.piece(token) if token in special else decoder.push(token)
-        text.append(shown, style="green" if trained else "dim")
-    text.append(decoder.flush(), style="green" if inside else "dim")
-    if inside and not console.out.is_terminal:
-        text.append("⟧")
-    return text
+    for number in range(min(_EXAMPLES, len(plan.train))):
+        tokens, labelled = plan.train.document(number)
+        shown = pieces(tokens.tolist(), labelled.tolist(), plan.tokenizer)
+        yield Shown(plan.train.origin(number), shown, len(tokens), int(labelled.sum()), 0)

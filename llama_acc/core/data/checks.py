@@ -98,7 +98,7 @@ def _roles(item: Dialogue, where: str) -> list[Finding]:
     if roles[-1] == "human":
         wrong.append((len(roles), "the last turn is human: nothing answers it"))
     return [
-        Finding("role_order", where, f"turn {number}", f"turn {number}: {what}", beginning(item.turns[number - 1][1]))
+        Finding("role_order", where, f"turn {number}", what, beginning(item.turns[number - 1][1]))
         for number, what in wrong
     ]
 
@@ -109,10 +109,10 @@ def _mojibake(item: Item, where: str) -> Iterator[Finding]:
             continue
         lost, garbled = text.find("\ufffd"), _garbled(text)
         if lost >= 0:
-            message = f"{field}: U+FFFD stands for bytes that were lost, at character {lost + 1}"
+            message = f"U+FFFD stands for bytes that were lost, at character {lost + 1}"
             yield Finding("mojibake", where, field, message, beginning(text[max(lost - _BEFORE, 0) :]))
         elif garbled is not None:
-            message = f"{field}: UTF-8 read as another encoding, at character {garbled + 1}"
+            message = f"UTF-8 read as another encoding, near character {garbled + 1}"
             yield Finding("mojibake", where, field, message, beginning(text[max(garbled - _BEFORE, 0) :]))
 
 

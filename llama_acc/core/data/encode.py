@@ -83,7 +83,7 @@ def encode_items(
     _warn_of_unused_inputs(items, template)
     builder = _Builder(max_tokens)
     for start in range(0, len(items), _CHUNK):
-        for document in _documents(items[start : start + _CHUNK], template, tokenizer):
+        for document in documents(items[start : start + _CHUNK], template, tokenizer):
             builder.add(*document)
         if progress is not None:
             progress(min(start + _CHUNK, len(items)), len(items))
@@ -98,7 +98,8 @@ def _warn_of_unused_inputs(items: Sequence[Item], template: Template) -> None:
         _logger.warning("%d items have an input, which template %r does not show", unused, template.name)
 
 
-def _documents(items: Sequence[Item], template: Template, tokenizer: Tokenizer) -> Iterator[_Document]:
+def documents(items: Sequence[Item], template: Template, tokenizer: Tokenizer) -> Iterator[_Document]:
+    """(tokens, which of them are trained) of every item, uncut. Of the first token see `Encoded.labelled`."""
     if template.kind == "single_turn":
         return _single_turn_documents(items, template, tokenizer)
     return _dialogue_documents(items, template, tokenizer)

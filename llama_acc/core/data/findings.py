@@ -19,7 +19,7 @@ class Kind(NamedTuple):
 KINDS: dict[str, Kind] = {
     "unreadable": Kind("rows that cannot be read", True),
     "no_item": Kind("values that are not items", True),
-    "missing_field": Kind("items with a field missing", True),
+    "missing_field": Kind("missing fields", True),
     "wrong_type": Kind("fields that are not text", True),
     "unknown_role": Kind("unknown roles", True),
     "mixed_kinds": Kind("dialogues among single-turn items", True),
@@ -51,8 +51,9 @@ class Finding(NamedTuple):
     """How the value there begins, as JSON."""
 
     def __str__(self) -> str:
-        place = f"{self.where}: " if self.where else ""
-        return f"{place}{self.message}{f': {self.value}' if self.value else ''}"
+        # What is wrong with a field is said by its name; what is doubtful about it is not.
+        place = ", ".join(part for part in (self.where, "" if self.fatal else self.field) if part)
+        return f"{f'{place}: ' if place else ''}{self.message}{f': {self.value}' if self.value else ''}"
 
     @property
     def fatal(self) -> bool:

@@ -3,6 +3,7 @@
 Two kinds: single-turn (`instruction`, `input`, `output`) and dialogue (`conversations: [{from, value}, ...]`).
 """
 
+import difflib
 from typing import Any, NamedTuple
 
 from llama_acc.core.data.findings import Finding, beginning
@@ -29,9 +30,13 @@ class Dialogue(NamedTuple):
 Item = SingleTurn | Dialogue
 
 
-def kind_of(value: Any) -> str:
-    """The kind of items a file seems to hold, by its first: "dialogue" or "single_turn"."""
-    return "dialogue" if isinstance(value, dict) and "conversations" in value else "single_turn"
+def kind_of(value: Any) -> str | None:
+    """The kind of items that a row's value is one of, going by its keys; None if it is not to be told."""
+    if not isinstance(value, dict):
+        return None
+    if "conversations" in value:
+        return "dialogue"
+    return "single_turn" if "instruction" in value or "output" in value else None
 
 
 def item_of(value: Any, kind: str, where: str = "") -> tuple[Item | None, list[Finding]]:
@@ -125,7 +130,10 @@ def _text(value: dict[str, Any], field: str, problems: _Problems) -> str:
 
 def _missing(value: dict[str, Any], field: str, problems: _Problems) -> None:
     keys = ", ".join(repr(key) for key in list(value)[:6]) or "none"
+    near = [key for key in list(value)[:20] if difflib.get_close_matches(str(key).lower(), [field], cutoff=0.6)]
     message = f"{field!r} is null" if field in value else f"no {field!r} (its keys: {keys})"
+    if near and field not in value:
+        message += f"; did you mean {near[0]!r}?"
     problems.add("missing_field", field, message, value)
 
 

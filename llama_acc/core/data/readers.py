@@ -8,13 +8,13 @@ Every problem of every item is named, and they come together.
 import glob
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 from llama_acc.core.data.files import BytesRead, data_suffix
 from llama_acc.core.data.files import nearest_names as nearest_names
-from llama_acc.core.data.findings import Finding
+from llama_acc.core.data.findings import Finding, beginning
 from llama_acc.core.data.items import Item, item_of, kind_of
 from llama_acc.core.data.rows import SUFFIXES, Row, stream_rows
 from llama_acc.core.errors import DataError as DataError
@@ -22,6 +22,7 @@ from llama_acc.core.errors import UserError, did_you_mean
 
 FORMATS = ("auto", "single_turn", "dialogue")
 YAML_SUFFIXES = (".yaml", ".yml")
+_TRIED = 1000
 # Beside the data in a folder that was downloaded; not data itself.
 _NOT_DATA = ("manifest.json", "data.json")
 
@@ -79,7 +80,7 @@ def read_file(path: Path, format: str = "auto") -> ItemFile:
 
     Args:
         path: a .json, .jsonl, .csv or .tsv file, perhaps compressed.
-        format: "single_turn", "dialogue", or "auto": by the keys of its first item.
+        format: "single_turn", "dialogue", or "auto": by the keys of its items.
 
     Raises:
         UserError: it cannot be read, or holds no items.
@@ -115,7 +116,9 @@ class ItemStream:
             if row.problem is None:
                 yield Checked(row.where, *item_of(row.value, self.kind, row.where))
             else:
-                yield Checked(row.where, None, [Finding("unreadable", row.where, "", row.problem)])
+                yield Checked(
+                    row.where, None, [Finding("unreadable", row.where, "", row.problem, beginning(row.value))]
+                )
 
 
 def stream_items(path: Path, format: str = "auto", *, progress: BytesRead | None = None) -> ItemStream:
@@ -123,7 +126,7 @@ def stream_items(path: Path, format: str = "auto", *, progress: BytesRead | None
 
     Args:
         path: a .json, .jsonl, .csv or .tsv file, perhaps compressed.
-        format: "single_turn", "dialogue", or "auto": by the keys of its first item.
+        format: "single_turn", "dialogue", or "auto": by the keys of its items.
         progress: told how many bytes of the file have been read.
 
     Raises:
@@ -134,13 +137,23 @@ def stream_items(path: Path, format: str = "auto", *, progress: BytesRead | None
             f"unknown data format {format!r}", did_you_mean(format, FORMATS) or "it is one of: " + ", ".join(FORMATS)
         )
     rows = stream_rows(path, required=("instruction", "output"), progress=progress)
-    first = next(rows, None)
-    if first is None:
+    first, kind = _until_kind(rows)
+    if not first:
         raise UserError(f"{path} holds no items")
-    kind = format if format != "auto" else kind_of(first.value)
+    kind = format if format != "auto" else kind
     if data_suffix(path) in (".csv", ".tsv") and kind == "dialogue":
         raise UserError(f"{path}: a .csv file holds single-turn items only", "give dialogues as .json or .jsonl")
-    return ItemStream(path, kind, chain([first], rows))
+    return ItemStream(path, kind, chain(first, rows))
+
+
+def _until_kind(rows: Iterator[Row]) -> tuple[list[Row], str]:
+    """The first rows, up to one that tells the kind of items: a broken first row does not make all others wrong."""
+    first = []
+    for row in islice(rows, _TRIED):
+        first.append(row)
+        if (kind := kind_of(row.value)) is not None:
+            return first, kind
+    return first, "single_turn"
 
 
 def data_files(path: str | Path) -> list[Path]:

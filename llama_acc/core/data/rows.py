@@ -21,6 +21,8 @@ from llama_acc.core.errors import DataError, UserError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 
+_SHOWN = 200
+"""Characters of a line that is not JSON that are kept to show."""
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\n|\r|\Z)")
 
 
@@ -31,7 +33,7 @@ class Row(NamedTuple):
     """Its place: "item 17", or "item 17 (line 230)"."""
     value: Any
     problem: str | None = None
-    """Why this row alone cannot be read; its value is then None."""
+    """Why this row alone cannot be read; its value is then what stands there, or the beginning of it."""
 
 
 def stream_rows(path: Path, *, required: Sequence[str] = (), progress: BytesRead | None = None) -> Iterator[Row]:
@@ -147,9 +149,9 @@ def _jsonl_rows(name: str, chunks: Iterator[str], first_line: int = 1) -> Iterat
             yield Row(where, json.loads(line))
         except json.JSONDecodeError as error:
             hint = " (an array over several lines is .json)" if number == 1 and line.lstrip().startswith("[") else ""
-            yield Row(f"{where}, column {error.colno}", None, f"not JSON: {error.msg}{hint}")
+            yield Row(f"{where}, column {error.colno}", line[:_SHOWN], f"not JSON: {error.msg}{hint}")
         except (RecursionError, ValueError) as error:
-            yield Row(where, None, f"not JSON that can be read: {error}")
+            yield Row(where, line[:_SHOWN], f"not JSON that can be read: {error}")
 
 
 def _lines(chunks: Iterator[str], name: str) -> Iterator[str]:
@@ -225,6 +227,6 @@ def _csv_items(reader: Any, names: list[str]) -> Iterator[Row]:
         number += 1
         where = f"item {number} (line {line})"
         if len(cells) != len(names):
-            yield Row(where, None, f"{len(cells)} cells, but the header has {len(names)}")
+            yield Row(where, cells, f"{len(cells)} cells, but the header has {len(names)}")
         else:
             yield Row(where, dict(zip(names, cells, strict=True)))

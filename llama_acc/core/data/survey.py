@@ -6,7 +6,7 @@ processes and merged: the result is the same.
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,12 +130,10 @@ class Survey:
         """Of all rows: as they are, and but for case and white space."""
         return np.array(self._exact, dtype=np.uint64), np.array(self._near, dtype=np.uint64)
 
-    def finish(self) -> Findings:
-        """All findings, those included that only show when all items are known."""
+    def found(self) -> Findings:
+        """All findings so far, but for items that were there before."""
         found = Findings(self.findings.most)
         found.merge(self.findings)
-        for finding in self._repeats():
-            found.add(finding)
         rest = self.language
         for language in self._languages.counts if rest is not None else ():
             if language != rest:
@@ -146,13 +144,20 @@ class Survey:
                 found.extend("language", self._languages.counts[language], places)
         return found
 
-    def _repeats(self) -> Iterator[Finding]:
+    def finish(self) -> Findings:
+        """All findings."""
+        found = self.found()
         for repeat in repeats(*self.hashes()):
-            yield repeat_finding(repeat.exact, f"item {repeat.item + 1}", f"item {repeat.first + 1}")
+            found.add(repeat_finding(repeat.exact, f"item {repeat.item + 1}", f"item {repeat.first + 1}"))
+        return found
+
+
+def repeat_kind(exact: bool) -> str:
+    """The kind of finding that an item is which was there before."""
+    return "duplicate" if exact else "near_duplicate"
 
 
 def repeat_finding(exact: bool, where: str, first: str, value: str = "") -> Finding:
     """What is said of an item that was there before."""
-    if exact:
-        return Finding("duplicate", where, "", f"the same as {first}", value)
-    return Finding("near_duplicate", where, "", f"the same as {first}, but for case and white space", value)
+    but = "" if exact else ", but for case and white space"
+    return Finding(repeat_kind(exact), where, "", f"the same as {first}{but}", value)

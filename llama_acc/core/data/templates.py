@@ -299,6 +299,9 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
+_AUTO = {"single_turn": "alpaca", "dialogue": "dialogue"}
+
+
 def get_template(name: str) -> Template:
     """The shipped format of that name.
 
@@ -309,6 +312,20 @@ def get_template(name: str) -> Template:
         hint = did_you_mean(name, TEMPLATES) or f"there are: {', '.join(TEMPLATES)}"
         raise UserError(f"unknown template {name!r}", hint)
     return TEMPLATES[name]
+
+
+def template_for(name: str, kind: str) -> Template:
+    """A shipped format by name; "auto": the usual one for a kind of items.
+
+    Raises:
+        UserError: there is none of that name, or it cannot write items of that kind.
+    """
+    template = TEMPLATES[_AUTO[kind]] if name == "auto" else get_template(name)
+    if kind == "dialogue" and template.kind == "single_turn":
+        raise UserError(
+            f"template {template.name!r} is for single-turn items, but these are dialogues", "use template: dialogue"
+        )
+    return template
 
 
 def template_of_folder(folder: Path, tokenizer: Tokenizer) -> tuple[Template | ChatTemplate, str]:

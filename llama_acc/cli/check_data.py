@@ -1,0 +1,173 @@
+"""`llama-acc convert-data check`."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llama_acc.cli import console, options
+from llama_acc.cli.check_report import print_reports
+from llama_acc.cli.preview import show_items, to_json, write_page
+from llama_acc.core.errors import UserError
+
+if TYPE_CHECKING:
+    from llama_acc.core.data.check import FileReport
+    from llama_acc.core.data.preview import Shown
+    from llama_acc.core.data.sources import FileSpec
+    from llama_acc.core.tokenizer import Tokenizer
+
+HELP = """Read every item of data files, tell what is wrong or doubtful, and show items as a model will see them.
+
+Ends with 2 if anything would stop a run.
+
+Examples:
+
+  llama-acc convert-data check alpaca.json
+
+  llama-acc convert-data check data/*.jsonl --tokenizer Llama-2-7b --max-tokens 2048 --plot lengths.png
+
+  llama-acc convert-data check lima.json --tokenizer Llama-2-7b --preview 5 --html preview.html
+"""
+
+_SHOWN = 5
+"""Findings of a kind that are shown without --all."""
+_IN_PLOT = 8
+"""Files that a picture shows apart."""
+_IN_HTML = 20
+"""Items on a page where --preview does not say how many."""
+
+
+def check(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE...", help="Data: files, folders, globs or downloaded names.", callback=options.given
+        ),
+    ],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--tokenizer",
+            metavar="FILE|DIR",
+            help="The model's tokenizer or folder: lengths in tokens, what is cut.",
+            callback=options.given,
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", metavar="N", min=2, help="What data.max_tokens would be: longer items are cut."),
+    ] = None,
+    template: options.Template = "auto",
+    format: Annotated[
+        str, typer.Option("--format", metavar="KIND", help="auto, single_turn or dialogue: the kind of items.")
+    ] = "auto",
+    preview: Annotated[
+        int, typer.Option("--preview", metavar="N", min=0, help="Show the first N items as the model will see them.")
+    ] = 0,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the preview as a page.", callback=options.given)
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE.png", help="Draw the lengths as a picture.", callback=options.given),
+    ] = None,
+    all_findings: Annotated[bool, typer.Option("--all", help="List all findings, not the first of each kind.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Check data files."""
+    from llama_acc.core.data.check import check_files
+    from llama_acc.core.data.sources import Source, expand
+
+    if max_tokens is not None and tokenizer is None:
+        raise UserError("--max-tokens counts tokens: it needs --tokenizer", "give the model's: --tokenizer Llama-2-7b")
+    _check_outputs(html, plot)
+    loaded = None if tokenizer is None else _tokenizer(tokenizer)
+    specs = expand([Source(file, format, template) for file in files])
+    with console.ByteProgress() as progress:
+        reports = check_files(
+            specs,
+            loaded,
+            max_tokens,
+            most=None if all_findings else 100,
+            progress=lambda path, done: progress.tell(f"checking {path.name}", done, path.stat().st_size),
+        )
+    shown = _shown(specs, preview or (_IN_HTML if html else 0), loaded, max_tokens)
+    if plot is not None:
+        _plot(reports, max_tokens, plot)
+    if html is not None:
+        write_page(html, ", ".join(files), shown)
+    if as_json:
+        result = {"fatal": sum(r.fatal for r in reports), "files": [r.to_json() for r in reports]}
+        typer.echo(json.dumps({**result, "preview": list(map(to_json, shown))} if preview else result, indent=1))
+    else:
+        print_reports(reports, None if all_findings else _SHOWN)
+        if shown and html is None:
+            console.out.print()
+            show_items(shown)
+    _end(reports)
+
+
+def _check_outputs(html: Path | None, plot: Path | None) -> None:
+    """Finds what could not be written in the end."""
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise UserError(f"{plot}: the picture is a PNG", f"--plot {plot.with_suffix('.png')}")
+    for path in (html, plot):
+        if path is not None and not path.parent.is_dir():
+            raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+
+
+def _tokenizer(name: str) -> "Tokenizer":
+    from llama_acc.core.home import home
+    from llama_acc.core.tokenizer import find_tokenizer, load_tokenizer
+
+    path = Path(name).expanduser()
+    downloaded = home() / "models" / name
+    if not path.exists() and downloaded.is_dir():
+        path = downloaded
+    return load_tokenizer((find_tokenizer(path) if path.is_dir() else None) or path)
+
+
+def _shown(specs: "list[FileSpec]", count: int, tokenizer: "Tokenizer | None", max_tokens: int | None) -> "list[Shown]":
+    """The first items that can be trained on, each in the format of its file."""
+    from llama_acc.core.data.check import first_items
+    from llama_acc.core.data.preview import shown_items
+    from llama_acc.core.data.templates import template_for
+
+    shown: list[Shown] = []
+    for spec, kind, where, item in first_items(specs, count):
+        template = template_for(spec.template, kind)
+        shown += shown_items([(f"{spec.path.name} {where}", item)], template, tokenizer, max_tokens)
+    return shown
+
+
+def _plot(reports: "list[FileReport]", max_tokens: int | None, path: Path) -> None:
+    from llama_acc.core.data.histogram import plot_lengths
+
+    lengths = {str(report.path): report.lengths for report in reports if report.lengths}
+    if not lengths:
+        raise UserError("there is nothing to draw: no item could be read")
+    if len(lengths) > _IN_PLOT:
+        lengths = {f"{len(lengths)} files": sum(lengths.values(), Counter())}
+    names = {name: Path(name).name for name in lengths}
+    if len(set(names.values())) == len(names):
+        lengths = {names[name]: counts for name, counts in lengths.items()}
+    plot_lengths(lengths, reports[0].unit, max_tokens, path)
+    console.note(f"wrote {path}")
+
+
+def _end(reports: "list[FileReport]") -> None:
+    """Raises what ends the command with 2, if anything would stop a run."""
+    rows = sum(report.survey.rows for report in reports)
+    wrong = rows - sum(report.survey.items for report in reports)
+    broken = [report for report in reports if report.error is not None]
+    if broken:
+        raise UserError(
+            f"{len(broken)} of {len(reports)} files cannot be read to the end", "mend or leave out: see above"
+        )
+    if wrong:
+        hint = "mend them, or let a run leave them out: data.on_error=skip"
+        if wrong == rows:
+            hint = "if it is in a form of its own: llama-acc convert-data --help"
+        raise UserError(f"{wrong:,} of {rows:,} items cannot be trained on", hint)

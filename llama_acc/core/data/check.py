@@ -1,0 +1,209 @@
+"""Checks of whole data files: every item is read, what is found is counted, told with its place, and summed up."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama_acc.core.data.checks import fields_of
+from llama_acc.core.data.findings import beginning
+from llama_acc.core.data.items import Item
+from llama_acc.core.data.readers import Checked, stream_items
+from llama_acc.core.data.repeats import joined, repeats
+from llama_acc.core.data.sources import FileSpec
+from llama_acc.core.data.survey import EXAMPLES, Findings, Survey, repeat_finding, repeat_kind
+from llama_acc.core.data.templates import template_for
+from llama_acc.core.data.truncation import Truncation
+from llama_acc.core.errors import UserError
+from llama_acc.core.tokenizer import Tokenizer
+
+_CHUNK = 500
+_QUANTILES = {"min": 0.0, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99, "max": 1.0}
+
+FileProgress = Callable[[Path, int], None]
+"""Called with a file and how many bytes of it have been read."""
+
+
+@dataclass
+class FileReport:
+    """What was found in one file."""
+
+    path: Path
+    kind: str | None = None
+    """None: it could not be read at all."""
+    template: str | None = None
+    error: str | None = None
+    """Why it could not be read, or not to its end."""
+    survey: Survey = field(default_factory=Survey)
+    findings: Findings = field(default_factory=Findings)
+    truncation: Truncation | None = None
+    characters: Counter[int] = field(default_factory=Counter)
+    """How many items have so many characters."""
+
+    @property
+    def lengths(self) -> Counter[int]:
+        """How many items are so long: in tokens if there is a tokenizer, else in characters."""
+        return self.characters if self.truncation is None else self.truncation.lengths
+
+    @property
+    def unit(self) -> str:
+        """Of `lengths`."""
+        return "characters" if self.truncation is None else "tokens"
+
+    @property
+    def fatal(self) -> int:
+        """How many things in it keep a run from starting."""
+        return self.findings.fatal() + (self.error is not None)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        survey, truncation = self.survey, self.truncation
+        report = {
+            "path": str(self.path),
+            "kind": self.kind,
+            "template": self.template,
+            "error": self.error,
+            "rows": survey.rows,
+            "items": survey.items,
+            "language": survey.language,
+            "languages": survey.languages,
+            "findings": self.findings.to_json(),
+            "characters": quantiles(self.characters),
+        }
+        return report if truncation is None else {**report, **truncation.to_json(), "lengths": quantiles(self.lengths)}
+
+
+def check_files(
+    specs: Sequence[FileSpec],
+    tokenizer: Tokenizer | None,
+    max_tokens: int | None,
+    *,
+    most: int | None = EXAMPLES,
+    progress: FileProgress | None = None,
+) -> list[FileReport]:
+    """Read every item of every file.
+
+    Args:
+        specs: the files, and in which prompt format.
+        tokenizer: the model's; None: nothing is said of tokens.
+        max_tokens: where items would be cut; None: nowhere.
+        most: how many findings of a kind are kept of a file; None: all. All are counted.
+        progress: told how far the reading is.
+    """
+    reports = [_check_file(spec, tokenizer, max_tokens, most, progress) for spec in specs]
+    _add_repeats(reports, specs)
+    return reports
+
+
+def first_items(specs: Sequence[FileSpec], count: int) -> list[tuple[FileSpec, str, str, Item]]:
+    """The first items that can be trained on: (file, kind, place, item)."""
+    found: list[tuple[FileSpec, str, str, Item]] = []
+    for spec in specs:
+        try:
+            stream = stream_items(spec.path, spec.format)
+            good = ((row.where, row.item) for row in stream if row.item is not None)
+            found += [(spec, stream.kind, *pair) for pair in islice(good, count - len(found))]
+        except UserError:
+            continue  # the check itself tells
+    return found
+
+
+def quantiles(lengths: Counter[int]) -> dict[str, int]:
+    """Quantiles of a counted distribution, each the length of an item that is there."""
+    if not lengths:
+        return {}
+    values = sorted(lengths)
+    ranks = np.cumsum([lengths[value] for value in values])
+    # As numpy's percentile with method "lower".
+    return {
+        name: values[int(np.searchsorted(ranks, int(share * (ranks[-1] - 1)), side="right"))]
+        for name, share in _QUANTILES.items()
+    }
+
+
+def _check_file(
+    spec: FileSpec, tokenizer: Tokenizer | None, max_tokens: int | None, most: int | None, progress: FileProgress | None
+) -> FileReport:
+    report = FileReport(spec.path, survey=Survey(most))
+    rows: list[Checked] = []
+    try:
+        stream = stream_items(
+            spec.path, spec.format, progress=None if progress is None else partial(progress, spec.path)
+        )
+        template = template_for(spec.template, stream.kind)
+        report.kind, report.template = stream.kind, template.name
+        if tokenizer is not None:
+            report.truncation = Truncation(template, tokenizer, max_tokens, report.survey.findings)
+        for row in stream:
+            rows.append(row)
+            if len(rows) == _CHUNK:
+                _look_at(rows, report)
+                rows.clear()
+    except UserError as error:
+        report.error = error.message
+    # Where a file breaks off, what stands before is checked too.
+    _look_at(rows, report)
+    report.findings = report.survey.found()
+    return report
+
+
+def _look_at(rows: list[Checked], report: FileReport) -> None:
+    for row in rows:
+        report.survey.add(row.where, row.item, row.problems)
+        if row.item is not None:
+            report.characters[sum(len(text) for _, text in fields_of(row.item))] += 1
+    if report.truncation is not None:
+        report.truncation.add([(row.where, row.item) for row in rows if row.item is not None])
+
+
+def _add_repeats(reports: Sequence[FileReport], specs: Sequence[FileSpec]) -> None:
+    """Items that were there before, in the same file or an earlier one."""
+    hashes = [report.survey.hashes() for report in reports]
+    begins = np.cumsum([0, *(len(exact) for exact, _ in hashes)])
+    shown: list[tuple[_Place, _Place, bool]] = []
+    for repeat in repeats(joined([exact for exact, _ in hashes]), joined([near for _, near in hashes])):
+        item, first = (_place(begins, position) for position in (repeat.item, repeat.first))
+        findings, kind = reports[item.file].findings, repeat_kind(repeat.exact)
+        findings.extend(kind, 1, [])
+        if findings.most is None or findings.counts[kind] <= findings.most:
+            shown.append((item, first, repeat.exact))
+    looked = _look_up(specs, {place for item, first, _ in shown for place in (item, first)})
+    for item, first, exact in shown:
+        (where, value), (there, _) = looked[item], looked[first]
+        there = there if first.file == item.file else f"{there} of {specs[first.file].path.name}"
+        findings = reports[item.file].findings
+        findings.extend(repeat_kind(exact), 0, [repeat_finding(exact, where, there, value)])
+
+
+class _Place(NamedTuple):
+    """An item, by the numbers of its file and row from 0."""
+
+    file: int
+    row: int
+
+
+def _place(begins: NDArray[np.int64], position: int) -> _Place:
+    file = int(np.searchsorted(begins, position, side="right")) - 1
+    return _Place(file, position - int(begins[file]))
+
+
+def _look_up(specs: Sequence[FileSpec], places: set[_Place]) -> dict[_Place, tuple[str, str]]:
+    """Where these items stand and how they begin: read again, as texts were not kept."""
+    found: dict[_Place, tuple[str, str]] = {}
+    for file, spec in enumerate(specs):
+        rows = {row for number, row in places if number == file}
+        if not rows:
+            continue
+        for row, checked in enumerate(stream_items(spec.path, spec.format)):
+            if row in rows and checked.item is not None:
+                _, text = next(fields_of(checked.item))
+                found[_Place(file, row)] = checked.where, beginning(text)
+            if row == max(rows):
+                break
+    return found

@@ -1,0 +1,112 @@
+"""An item as the model will see it: its text in pieces, each of them trained or not, a special token or not."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from llama_acc.core.data.encode import documents
+from llama_acc.core.data.items import Dialogue, Item
+from llama_acc.core.data.templates import Template
+from llama_acc.core.tokenizer import StreamDecoder, Tokenizer
+
+# U+202A and its like turn the direction of all that follows; U+2028 and U+2029 break lines.
+_HIDDEN = frozenset("\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+class Piece(NamedTuple):
+    """A part of a text."""
+
+    text: str
+    trained: bool
+    special: bool = False
+    """BOS, EOS or the like: one token, written by its name."""
+
+
+class Shown(NamedTuple):
+    """An item to be shown."""
+
+    origin: str
+    """Where it came from."""
+    pieces: list[Piece]
+    tokens: int | None
+    """How many it has; None: without a tokenizer that is not known."""
+    label_tokens: int | None
+    cut: int
+    """How many tokens more it had before it was cut."""
+
+
+def shown_items(
+    items: Sequence[tuple[str, Item]], template: Template, tokenizer: Tokenizer | None, max_tokens: int | None
+) -> Iterator[Shown]:
+    """Items as a model will see them, each given with its origin.
+
+    Args:
+        items: (origin, item).
+        template: the prompt format.
+        tokenizer: the model's; None: their text, BOS and EOS called `<s>` and `</s>`, uncut.
+        max_tokens: where they are cut; None: nowhere.
+    """
+    if tokenizer is None:
+        for origin, item in items:
+            yield Shown(origin, _pieces_of_text(item, template), None, None, 0)
+        return
+    encoded = documents([item for _, item in items], template, tokenizer)
+    for (origin, _), (tokens, labelled) in zip(items, encoded, strict=True):
+        labelled[:1] = False  # nothing predicts it
+        kept, trained = tokens[:max_tokens].tolist(), labelled[:max_tokens].tolist()
+        yield Shown(origin, pieces(kept, trained, tokenizer), len(kept), sum(trained), len(tokens) - len(kept))
+
+
+def pieces(tokens: Sequence[int], labelled: Sequence[bool], tokenizer: Tokenizer) -> list[Piece]:
+    """A document's text, from token to token; a character of several tokens counts as its last one."""
+    special = {tokenizer.bos_id, *tokenizer.end_ids}
+    decoder, found, trained = StreamDecoder(tokenizer), [], False
+    for token, trained in zip(tokens, labelled, strict=True):
+        if token in special:
+            found += [Piece(decoder.flush(), trained), Piece(tokenizer.piece(token), trained, special=True)]
+        else:
+            found.append(Piece(decoder.push(token), trained))
+    return _joined([*found, Piece(decoder.flush(), trained)])
+
+
+def _pieces_of_text(item: Item, template: Template) -> list[Piece]:
+    """Without a tokenizer: the same to the character, except that a token may span the end of a prompt."""
+    begin, end = [Piece("<s>", False, True)] * template.bos, [Piece("</s>", template.eos_trained, True)] * template.eos
+    if template.kind == "single_turn" and not isinstance(item, Dialogue):
+        prompt = template.single_turn_prompt(item.instruction, item.input)
+        return _joined([*begin, Piece(prompt, False), Piece(template.clean(item.output), True), *end])
+    turns = item.turns if isinstance(item, Dialogue) else template.as_dialogue(*item)
+    text, spans = template.dialogue_text(turns)
+    parts, position = [], 0
+    for first, last in spans:
+        parts += [Piece(text[position:first], False), Piece(text[first:last], True)]
+        position = last
+    return _joined([*begin, *parts, Piece(text[position:], False), *end])
+
+
+def _joined(parts: Iterable[Piece]) -> list[Piece]:
+    """Neighbours of one kind together, empty ones left out."""
+    joined: list[Piece] = []
+    for piece in parts:
+        if joined and not piece.special and joined[-1][1:] == piece[1:]:
+            joined[-1] = piece._replace(text=joined[-1].text + piece.text)
+        elif piece.text:
+            joined.append(piece)
+    return joined
+
+
+def visible(text: str) -> str:
+    """A text without characters that act on a terminal or a page instead of being shown; those as their code."""
+    if text.isprintable():
+        return text
+    return "".join(_visible(character) for character in text)
+
+
+def _visible(character: str) -> str:
+    code = ord(character)
+    if character in "\n\t":
+        return character
+    if code < 0x20:
+        return chr(0x2400 + code)  # the picture of the control character
+    if code == 0x7F:
+        return "\u2421"
+    return f"<U+{code:04X}>" if 0x80 <= code < 0xA0 or character in _HIDDEN else character

@@ -1,0 +1,184 @@
+"""`llama-acc convert-data check` as a user types it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.cli.commands import invoke, refused, run, words
+
+GOOD = {"instruction": "Name a town.", "output": "It is the town in which all of the people of the country live."}
+CHECK = ("convert-data", "check")
+
+
+def write(path: Path, content: Any) -> Path:
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_good_data_ends_with_0(single_turn: Path) -> None:
+    result = invoke(*CHECK, single_turn)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "10 single-turn items  prompt format alpaca" in result.stdout
+    assert "nothing wrong was found" in result.stdout
+    assert "lengths in characters: min " in result.stdout
+
+
+def test_errors_end_with_2_after_all_was_told(tmp_path: Path) -> None:
+    bad = [GOOD, {**GOOD, "output": 7}, {"instuction": "x", "output": "y"}, GOOD, {**GOOD, "output": " "}]
+    result = invoke(*CHECK, write(tmp_path / "a.json", bad))
+    assert result.exit_code == 2
+    said = words(result.stdout)
+    assert "error: missing fields: 1" in said
+    assert "item 3: no 'instruction' (its keys: 'instuction', 'output'); did you mean 'instuction'?" in said
+    assert "error: fields that are not text: 1 item 2: 'output' should be text, but is a number: 7" in said
+    assert 'warning: empty replies: 1 item 5, output: an empty reply: " "' in said
+    assert 'warning: exact duplicates: 1 item 4: the same as item 1: "Name a town."' in said
+    assert "left out 2 an error above" in said
+    assert "2 of 5 items cannot be trained on" in result.stderr
+    assert "data.on_error=skip" in result.stderr
+
+
+def test_warnings_do_not_stop(tmp_path: Path) -> None:
+    assert invoke(*CHECK, write(tmp_path / "a.json", [GOOD] * 9)).exit_code == 0
+
+
+def test_the_first_of_many_findings_are_listed_and_with_all_all_of_them(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", [{**GOOD, "output": i} for i in range(150)])
+    short, long = invoke(*CHECK, path).stdout, invoke(*CHECK, path, "--all").stdout
+    assert short.count("should be text") == 5
+    assert "... and 145 more (--all lists them)" in short
+    assert long.count("should be text") == 150
+    assert "more" not in long
+
+
+def test_lengths_cuts_and_drops_with_a_tokenizer(tmp_path: Path, tokenizer_path: Path) -> None:
+    data = [GOOD, {"instruction": "go", "output": "the town " * 30}, {"instruction": "go " * 60, "output": "ok"}]
+    flags = ("--tokenizer", tokenizer_path.parent, "--max-tokens", 60, "--template", "none")
+    result = invoke(*CHECK, write(tmp_path / "a.json", data), *flags)
+    assert result.exit_code == 0, result.stderr
+    said = words(result.stdout)
+    assert "items that are cut: 1 item 2, instruction: " in said
+    assert "dropped 1 the prompt alone fills 60 tokens" in said
+    assert "cut 1 longer than 60 tokens; they lose " in said
+    assert "trained on 2 " in said
+    assert "lengths in tokens: min " in said
+
+
+def test_json_holds_everything(tmp_path: Path, tokenizer_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "\n".join([json.dumps(GOOD), "{"]))
+    flags = ("--json", "--tokenizer", tokenizer_path, "--max-tokens", 200, "--preview", 1)
+    result = invoke(*CHECK, path, *flags)
+    assert result.exit_code == 2
+    report = json.loads(result.stdout)
+    assert report["fatal"] == 1
+    [file] = report["files"]
+    assert (file["rows"], file["items"], file["dropped"], file["max_tokens"]) == (2, 1, 0, 200)
+    [place] = file["findings"]["unreadable"]["places"]
+    assert (place["where"], place["value"]) == ("item 2 (line 2), column 2", '"{"')
+    [shown] = report["preview"]
+    assert shown["tokens"] == file["tokens"]
+    assert shown["pieces"][0] == {"text": "<s>", "trained": False, "special": True}
+
+
+def test_a_preview_marks_what_is_trained_and_what_only_looks_like_a_special_token(
+    tmp_path: Path, tokenizer_path: Path
+) -> None:
+    path = write(tmp_path / "a.json", [{"instruction": "What is </s>?\x1b[2J", "output": "the end"}, GOOD])
+    for flags in ((), ("--tokenizer", tokenizer_path)):
+        result = invoke(*CHECK, path, "--preview", 1, "--template", "none", *flags)
+        assert "example 1: a.json item 1 (trained tokens between ⟦ and ⟧)" in result.stdout
+        assert "<s>What is \\</s>?␛[2J⟦the end</s>⟧" in result.stdout
+        assert "example 2" not in result.stdout
+
+
+def test_colour_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    from llama_acc.cli import console
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    path = write(tmp_path / "a.json", [GOOD])
+    with (tmp_path / "out").open("w") as file:
+        terminal = Console(file=file, force_terminal=True, color_system="standard", width=300)
+        monkeypatch.setattr(console, "out", terminal)
+        assert invoke(*CHECK, path, "--preview", 1, "--template", "none").exit_code == 0
+    shown = (tmp_path / "out").read_text()
+    assert "\x1b[1;35m<s>\x1b[0m" in shown
+    assert f"\x1b[32m{GOOD['output']}\x1b[0m" in shown
+    assert "⟦" not in shown
+
+
+def test_a_page_and_a_picture(tmp_path: Path, tokenizer_path: Path) -> None:
+    path = write(tmp_path / "a.json", [{**GOOD, "output": "<b>&"}, GOOD])
+    page, picture = tmp_path / "p.html", tmp_path / "p.png"
+    flags = ("--html", page, "--plot", picture, "--tokenizer", tokenizer_path, "--max-tokens", 300)
+    result = invoke(*CHECK, path, *flags)
+    assert result.exit_code == 0, result.stderr
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<article>") == 2
+    assert "<mark>&lt;b&gt;&amp;</mark>" in text
+    assert "example 1" not in result.stdout
+    with Image.open(picture) as image:
+        assert (image.format, image.size) == ("PNG", (960, 540))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--max-tokens", "9"), "it needs --tokenizer"),
+        (("--template", "alpcaa"), "did you mean 'alpaca'?"),
+        (("--format", "dialoge"), "did you mean 'dialogue'?"),
+        (("--plot", "x.jpg"), "--plot x.png"),
+        (("--html", "no/where/x.html"), "cannot write no/where/x.html"),
+        (("--plot", "no/where/x.png"), "cannot write no/where/x.png"),
+        (("--tokenizer", "nowhere"), "there is no tokenizer nowhere"),
+        (("--tokenizer", ""), "is empty"),
+    ],
+)
+def test_wrong_flags(single_turn: Path, flags: tuple[str, str], said: str) -> None:
+    refused(invoke(*CHECK, single_turn, *flags), said)
+
+
+def test_wrong_files(tmp_path: Path) -> None:
+    refused(invoke(*CHECK, tmp_path / "a.json"), "there is no data")
+    assert invoke(*CHECK).exit_code == 2
+    result = invoke(*CHECK, write(tmp_path / "b.json", "["), write(tmp_path / "c.json", [GOOD]))
+    assert result.exit_code == 2
+    assert "cannot be read: " in result.stdout
+    assert "1 of 2 files cannot be read to the end" in result.stderr
+
+
+def test_all_of_a_folder_is_checked_without_torch(tmp_path: Path) -> None:
+    write(tmp_path / "a.json", [GOOD])
+    write(tmp_path / "b.jsonl", json.dumps({"conversations": [{"from": "human", "value": "Hi"}]}))
+    result = run(*CHECK, tmp_path, "--preview", "2")
+    assert result.returncode == 0, result.stderr
+    assert "b.jsonl  1 dialogues  prompt format dialogue" in result.stdout
+    assert "example 2: b.jsonl item 1 (line 1)" in result.stdout
+    import subprocess
+    import sys
+
+    code = "import sys, llama_acc.cli.check_data, llama_acc.core.data.check; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "errors"),
+    [
+        ("alpaca_5000.json", 5000, 0),
+        ("alpaca_data_cleaned_1000.json", 1000, 0),
+        ("lima_vicuna_format.json", 1029, 0),
+        ("sharegpt_dummy500.json", 500, 0),
+        ("sharegpt_example.json", 3, 0),
+        ("sharegpt_maths1k.jsonl", 1000, 0),
+        ("WizardLM_testset.jsonl", 218, 218),
+    ],
+)
+def test_real_files(shared: Path, name: str, rows: int, errors: int) -> None:
+    result = invoke(*CHECK, shared / "assets" / "data" / name, "--json", "--preview", 2)
+    [file] = json.loads(result.stdout)["files"]
+    assert (file["rows"], file["rows"] - file["items"]) == (rows, errors)
+    assert result.exit_code == (2 if errors else 0)

@@ -1,0 +1,161 @@
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_acc.core.data.check import FileReport, check_files, first_items, quantiles
+from llama_acc.core.data.histogram import bars
+from llama_acc.core.data.sources import Source, expand
+from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_path: Path) -> Tokenizer:
+    return load_tokenizer(tokenizer_path)
+
+
+def write(path: Path, content: Any) -> Path:
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def check(*paths: Path, tokenizer: Tokenizer | None = None, max_tokens: int | None = None) -> list[FileReport]:
+    return check_files(expand([Source(str(path), template="none") for path in paths]), tokenizer, max_tokens)
+
+
+def items(*outputs: str, question: str = "go") -> list[dict[str, str]]:
+    return [{"instruction": f"{question} {i}", "output": output} for i, output in enumerate(outputs)]
+
+
+def test_every_problem_has_its_file_place_field_and_value(tmp_path: Path) -> None:
+    lines = [
+        *map(json.dumps, items("a", "b")),
+        '{"instruction": ',
+        '{"instruction": "x", "output": 3}',
+        '{"output": "x"}',
+    ]
+    [report] = check(write(tmp_path / "a.jsonl", "\n".join(lines)))
+    assert (report.survey.rows, report.survey.items, report.fatal) == (5, 2, 3)
+    assert {kind: [str(f) for f in found] for kind, found in report.findings.places.items()} == {
+        "unreadable": ['item 3 (line 3), column 17: not JSON: Expecting value: "{\\"instruction\\": "'],
+        "wrong_type": ["item 4 (line 4): 'output' should be text, but is a number: 3"],
+        "missing_field": ["item 5 (line 5): no 'instruction' (its keys: 'output'): {\"output\": \"x\"}"],
+    }
+    assert report.findings.places["wrong_type"][0].field == "output"
+
+
+def test_a_broken_first_row_does_not_hide_the_kind(tmp_path: Path) -> None:
+    talk = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    path = write(tmp_path / "a.jsonl", "\n".join(["{", "7", "{}", json.dumps(talk)]))
+    [report] = check_files(expand([Source(str(path))]), None, None)
+    assert (report.kind, report.survey.items) == ("dialogue", 1)
+
+
+def test_what_stands_before_a_break_is_checked_and_the_other_files_too(tmp_path: Path) -> None:
+    broken = write(tmp_path / "a.json", json.dumps(items("a", ""))[:-1] + ', {"x": }]')
+    reports = check(broken, write(tmp_path / "b.json", []), write(tmp_path / "c.json", items("c")))
+    assert [report.error is not None for report in reports] == [True, True, False]
+    assert "line 1" in str(reports[0].error)
+    assert (reports[0].survey.items, reports[0].findings.counts["empty_reply"]) == (2, 1)
+    assert (reports[0].fatal, reports[2].fatal) == (1, 0)
+
+
+def test_dialogues_do_not_fit_a_single_turn_format(tmp_path: Path) -> None:
+    talk = {"conversations": [{"from": "human", "value": "a"}]}
+    [report] = check(write(tmp_path / "a.json", [talk]))
+    assert "'none' is for single-turn items" in str(report.error)
+
+
+def test_duplicates_are_found_across_files_with_both_places(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", "\n\n".join(map(json.dumps, items("x", "y"))))
+    second = write(tmp_path / "b.json", [*items("z"), *items("x"), *items("Y ", "Y ")])
+    reports = check(first, second)
+    assert not reports[0].findings.counts
+    assert [str(f) for f in reports[1].findings.places["duplicate"]] == [
+        'item 2: the same as item 1 (line 1) of a.jsonl: "go 0"',
+    ]
+    # items() numbers its questions: only the second "Y " follows a question that was there.
+    assert [str(f) for f in reports[1].findings.places["near_duplicate"]] == [
+        'item 4: the same as item 2 (line 3) of a.jsonl, but for case and white space: "go 1"'
+    ]
+
+
+def test_tokens_are_counted_as_training_would_cut_them(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    data = [*items("a town"), *items("ok " * 50), *items("ok", question="go " * 80)]
+    path = write(tmp_path / "a.json", data)
+    [report] = check(path, tokenizer=tokenizer, max_tokens=40)
+    lengths = [len(tokenizer.encode(i["instruction"] + i["output"], bos=True, eos=True)) for i in data]
+    prompts = [len(tokenizer.encode(i["instruction"], bos=True)) for i in data]
+    truncation = report.truncation
+    assert truncation is not None
+    assert truncation.lengths == Counter(lengths)
+    assert (truncation.cut, truncation.cut_tokens, truncation.cut_labels) == (1, lengths[1] - 40, lengths[1] - 40)
+    assert (truncation.no_room, truncation.no_reply) == (1, 0)
+    assert truncation.tokens == lengths[0] + 40
+    assert truncation.label_tokens == lengths[0] - prompts[0] + 40 - prompts[1]
+    [cut], [gone] = (report.findings.places[kind] for kind in ("cut", "no_label"))
+    assert str(cut).startswith(f"item 2, instruction: {lengths[1]} tokens: the last {lengths[1] - 40} are cut")
+    assert f"the first trained token is number {prompts[2] + 1}, and only 40 are kept" in str(gone)
+
+
+def test_the_figures_are_those_of_the_data_report(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    from llama_acc.core.data.dataset import load_dataset
+
+    path = write(tmp_path / "a.json", items(*(f"the answer is {'so ' * i}" for i in range(60))))
+    sources = [Source(str(path))]
+    report = load_dataset(sources, tokenizer, 150, 0).report()
+    [checked] = check_files(expand(sources), tokenizer, 150)
+    ours = checked.to_json()
+    assert {key: ours[key] for key in ("tokens", "label_tokens", "truncated", "dropped")} == {
+        key: report[key] for key in ("tokens", "label_tokens", "truncated", "dropped")
+    }
+    assert (ours["items"], ours["template"]) == (60, "alpaca")
+    json.dumps(ours)
+
+
+def test_the_first_items_are_the_good_ones(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.json", [3, *items("a")])
+    broken, last = write(tmp_path / "b.json", "["), write(tmp_path / "c.json", items("b", "c"))
+    found = first_items(expand([Source(str(path)) for path in (first, broken, last)]), 2)
+    assert [(spec.path, kind, where) for spec, kind, where, _ in found] == [
+        (first, "single_turn", "item 2"),
+        (last, "single_turn", "item 1"),
+    ]
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=60))
+def test_quantiles_are_numpys(lengths: list[int]) -> None:
+    expected = np.percentile(lengths, [0, 25, 50, 75, 95, 99, 100], method="lower").tolist()
+    assert list(quantiles(Counter(lengths)).values()) == expected
+
+
+@given(st.lists(st.integers(0, 100_000), max_size=60))
+def test_every_item_is_in_one_bar(lengths: list[int]) -> None:
+    found = bars(Counter(lengths))
+    assert len(found) <= 17
+    assert sum(bar.items for bar in found) == len(lengths)
+    for bar in found:
+        assert bar.items == sum(bar.begin <= n and (bar.end is None or n < bar.end) for n in lengths)
+
+
+def test_memory_does_not_grow_with_the_items(tmp_path: Path) -> None:
+    import tracemalloc
+
+    def peak(count: int) -> int:
+        path = tmp_path / f"{count}.jsonl"
+        with path.open("w") as file:
+            file.writelines(json.dumps({"instruction": f"go {i}", "output": "x" * 500}) + "\n" for i in range(count))
+        tracemalloc.start()
+        check(path)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(10)  # imports
+    few, many = peak(1000), peak(3000)
+    assert many - few < 2000 * 350, "texts of 500 characters are not kept"

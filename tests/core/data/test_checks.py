@@ -1,0 +1,173 @@
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_acc.core.data.checks import checked_item
+from llama_acc.core.data.findings import KINDS
+from llama_acc.core.data.items import Dialogue, Item, SingleTurn
+from llama_acc.core.data.language import language_of
+from llama_acc.core.data.repeats import Repeat, item_hash, repeats
+from llama_acc.core.data.survey import Survey
+
+QUESTION = "What is the capital of France, please?"
+ENGLISH = "It is the largest city of the country, and the seat of the government."
+GERMAN = "Natürlich ist das die Hauptstadt, denn dort sitzt auch die Regierung des Landes."
+
+
+def talk(*turns: str) -> Dialogue:
+    """Of "human: text" and "assistant: text"."""
+    pairs = [turn.split(": ", 1) for turn in turns]
+    return Dialogue([(role, text) for role, text in pairs])
+
+
+def kinds(item: Item) -> list[str]:
+    return [finding.kind for finding in checked_item(item, "item 1")]
+
+
+@pytest.mark.parametrize(
+    ("item", "found"),
+    [
+        (SingleTurn(QUESTION, None, "Paris."), []),
+        (SingleTurn(QUESTION, None, " \n"), ["empty_reply"]),
+        (talk("human: a", "assistant: "), ["empty_reply"]),
+        (SingleTurn("Hi!", None, "hi!"), ["echo"]),
+        (SingleTurn("Hi!", None, "Hi! How are you?"), []),
+        (SingleTurn(QUESTION, None, f"  {QUESTION.upper()}\n Paris."), ["echo"]),
+        (SingleTurn("Say this again:", "the words", "Say this  again: the words"), ["echo"]),
+        (SingleTurn("Correct this.", "It is right.", "It is right."), []),
+        (SingleTurn("", None, "a caption"), []),
+        (talk(f"human: {QUESTION}", f"assistant: {QUESTION} Paris.", "human: b", "assistant: c"), ["echo"]),
+        (talk("human: a", "assistant: b", "assistant: c"), ["role_order"]),
+        (talk("human: a", "human: b", "assistant: c"), ["role_order"]),
+        (talk("assistant: a", "human: b"), ["role_order", "role_order"]),
+        (SingleTurn("Menu", None, "cafÃ© au lait"), ["mojibake"]),
+        (SingleTurn("Menu", "donâ€™t", "café — “naïve” 😀 日本"), ["mojibake"]),
+        (SingleTurn("Menu", None, "caf\ufffd"), ["mojibake"]),
+        (SingleTurn("Привет", None, "Ð¿Ñ€Ð¸Ð²ÐµÑ‚"), ["mojibake"]),
+    ],
+)
+def test_what_is_found_in_an_item(item: Item, found: list[str]) -> None:
+    assert kinds(item) == found
+    assert not any(KINDS[kind].fatal for kind in found)
+
+
+def test_a_finding_names_field_and_place() -> None:
+    first, second = checked_item(talk("human: a", "assistant: ", "human: x" + "é" * 30 + " cafÃ©"), "item 3")[-2:]
+    assert str(first) == 'item 3, turn 2, value: an empty reply: ""'
+    assert str(second).startswith("item 3, turn 3, value: UTF-8 read as another encoding, near character 35: ")
+    assert second.value.endswith('cafÃ©"')
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["human", "assistant"]), st.text(max_size=8)), min_size=1, max_size=6))
+def test_only_human_and_assistant_in_turn_are_in_order(turns: list[tuple[str, str]]) -> None:
+    roles = [role for role, _ in turns]
+    in_order = roles == list(itertools.islice(itertools.cycle(["human", "assistant"]), len(turns)))
+    found = [finding.kind for finding in checked_item(Dialogue(turns), "")]
+    assert ("role_order" not in found) == (in_order and len(turns) % 2 == 0)
+    assert found.count("empty_reply") == sum(role == "assistant" and not text.strip() for role, text in turns)
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        (ENGLISH, "en"),
+        (GERMAN, "de"),
+        ("La réponse à cette question est que la ville de Paris est la capitale de la France.", "fr"),
+        ("あなたは私の人生の光です。いつもありがとうございます。", "ja"),
+        ("Ответ на этот вопрос известен каждому школьнику.", "ru"),
+        ("Paris.", None),
+        ("0.5 1.5 2.5 3.5 4.5 5.5 6.5 7.5 8.5 9.5 10.5 11.5 12.5 13.5", None),
+    ],
+)
+def test_languages(text: str, language: str | None) -> None:
+    assert language_of(text) == language
+
+
+def surveyed(items: list[Item | None], most: int | None = 100) -> Survey:
+    survey = Survey(most)
+    for number, item in enumerate(items, start=1):
+        survey.add(f"item {number}", item)
+    return survey
+
+
+def english(count: int) -> list[Item | None]:
+    return [SingleTurn(f"Question {i}", None, f"{i}: {ENGLISH}") for i in range(count)]
+
+
+def test_items_in_another_language_than_the_rest_are_found() -> None:
+    survey = surveyed([*english(9), SingleTurn("Frage", None, GERMAN)])
+    assert (survey.language, survey.languages) == ("en", {"en": 9, "de": 1})
+    [finding] = survey.finish().places["language"]
+    assert str(finding).startswith("item 10, output: a reply in 'de', but the rest is in 'en': ")
+
+
+def test_a_mixture_of_languages_has_no_strangers() -> None:
+    survey = surveyed([*english(5), *(SingleTurn(str(i), None, GERMAN) for i in range(5))])
+    assert survey.language is None
+    assert "language" not in survey.finish().counts
+    assert surveyed([*english(2), SingleTurn("x", None, GERMAN)]).language is None, "three items are not enough"
+
+
+def test_duplicates_name_the_first() -> None:
+    a, b = SingleTurn("Add 1 and 2.", None, "3"), SingleTurn("Add 1 and 2.", "", "3")
+    almost = SingleTurn("add 1  and 2.", None, " 3\n")
+    found = surveyed([a, None, b, almost, SingleTurn("Add 1 and 2.", None, "4"), a, almost]).finish()
+    told = [(f.kind, f.where, f.message) for kind in ("duplicate", "near_duplicate") for f in found.places[kind]]
+    assert told == [
+        ("duplicate", "item 6", "the same as item 1"),
+        ("duplicate", "item 7", "the same as item 4"),
+        ("near_duplicate", "item 4", "the same as item 1, but for case and white space"),
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(["a", "A", "a ", "b", None]), max_size=12))
+def test_repeats_are_what_comparing_all_pairs_finds(texts: list[str | None]) -> None:
+    survey = surveyed([None if text is None else SingleTurn("q", None, text) for text in texts])
+    expected = []
+    for i, text in enumerate(texts):
+        if text is None:
+            continue
+        same = [j for j in range(i) if texts[j] == text]
+        near = [j for j in range(i) if (texts[j] or "").strip().lower() == text.strip().lower()]
+        if near:
+            expected.append(Repeat(i, (same or near)[0], bool(same)))
+    assert list(repeats(*survey.hashes())) == expected
+
+
+def test_roles_and_borders_of_texts_tell_items_apart() -> None:
+    different: list[Item] = [
+        talk("human: a", "assistant: b"), talk("assistant: a", "human: b"), talk("human: ab", "assistant: "),
+        talk("human: a"), SingleTurn("a", None, "b"), SingleTurn("ab", None, ""), SingleTurn("a", "b", ""),
+    ]  # fmt: skip
+    assert len({item_hash(item) for item in different}) == len(different)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from([*english(3), SingleTurn("q", None, GERMAN), SingleTurn("q", None, ""), None]), max_size=9
+    ),
+    st.integers(0, 9),
+    st.sampled_from([1, 100]),
+)
+def test_surveys_of_the_parts_of_a_file_are_the_survey_of_the_file(
+    items: list[Item | None], cut: int, most: int
+) -> None:
+    whole = surveyed(items, most)
+    first, second = Survey(most), Survey(most)
+    for number, item in enumerate(items, start=1):
+        (first if number <= cut else second).add(f"item {number}", item)
+    first.merge(second)
+    assert first.finish() == whole.finish()
+    assert (first.rows, first.items, first.languages) == (whole.rows, whole.items, whole.languages)
+
+
+def test_all_are_counted_and_the_first_ones_kept() -> None:
+    found = surveyed([SingleTurn("q", None, "")] * 30, most=10).finish()
+    assert (found.counts["empty_reply"], len(found.places["empty_reply"])) == (30, 10)
+    assert (found.counts["duplicate"], len(found.places["duplicate"])) == (29, 10)
+    assert found.to_json()["empty_reply"]["places"][0]["where"] == "item 1"

@@ -1,0 +1,112 @@
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_acc.core.data.items import Dialogue, Item, SingleTurn
+from llama_acc.core.data.preview import Piece, pieces, shown_items, visible
+from llama_acc.core.data.preview_html import preview_page
+from llama_acc.core.data.templates import TEMPLATES, get_template
+from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
+
+CHAT = Dialogue([("human", "hi"), ("assistant", "the answer"), ("human", "and?"), ("assistant", "a town")])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_path: Path) -> Tokenizer:
+    return load_tokenizer(tokenizer_path)
+
+
+def marked(shown: list[Piece]) -> str:
+    return "".join(f"[{p.text}]" if p.trained else p.text for p in shown)
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_an_item_is_shown_as_the_model_sees_it(with_tokenizer: bool, tokenizer: Tokenizer) -> None:
+    items = [("first", SingleTurn("name it", None, "a town"))]
+    [single] = shown_items(items, get_template("none"), tokenizer if with_tokenizer else None, None)
+    assert single.pieces == [
+        Piece("<s>", False, True), Piece("name it", False), Piece("a town", True), Piece("</s>", True, True)
+    ]  # fmt: skip
+    assert single.origin == "first"
+    [chat] = shown_items([("c", CHAT)], get_template("dialogue"), tokenizer if with_tokenizer else None, None)
+    assert "### Human: hi\n### Assistant:[ the answer\n###] Human: and?\n### Assistant:[ a town\n###]</s>" in marked(
+        chat.pieces
+    )
+
+
+def test_counts_and_what_is_cut(tokenizer: Tokenizer) -> None:
+    item = SingleTurn("name it", None, "a town " * 20)
+    [whole] = shown_items([("", item)], get_template("none"), tokenizer, None)
+    [part] = shown_items([("", item)], get_template("none"), tokenizer, 20)
+    assert whole.tokens is not None
+    assert whole.label_tokens is not None
+    assert (part.tokens, part.cut) == (20, whole.tokens - 20)
+    assert part.label_tokens == whole.label_tokens - part.cut
+    assert not any(piece.text == "</s>" for piece in part.pieces)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    turns=st.lists(st.tuples(st.sampled_from(["human", "assistant"]), st.text()), min_size=1, max_size=4),
+    name=st.sampled_from(["dialogue", "chatml"]),
+)
+def test_the_text_of_the_pieces_is_the_text_of_the_item(
+    turns: list[tuple[str, str]], name: str, tokenizer: Tokenizer
+) -> None:
+    for loaded in (tokenizer, None):
+        [shown] = shown_items([("", Dialogue(turns))], get_template(name), loaded, None)
+        text = "".join(piece.text for piece in shown.pieces if not piece.special)
+        assert text.replace("▁", " ") == get_template(name).dialogue_text(turns)[0].replace("▁", " ")
+
+
+@pytest.mark.parametrize("name", list(TEMPLATES))
+def test_with_and_without_a_tokenizer_the_same_is_shown(name: str, tokenizer: Tokenizer) -> None:
+    items: list[tuple[str, Item]] = [("", SingleTurn("go there", "to a town", "the answer is 7"))]
+    if TEMPLATES[name].kind == "dialogue":
+        items.append(("", CHAT))
+    exact = [shown.pieces for shown in shown_items(items, TEMPLATES[name], tokenizer, None)]
+    assert [shown.pieces for shown in shown_items(items, TEMPLATES[name], None, None)] == exact
+
+
+def test_what_would_act_on_a_terminal_is_shown_instead() -> None:
+    assert visible("a\x1b[31mb\x07\x7f\x9b\u202ec\u2028") == "a␛[31mb␇␡<U+009B><U+202E>c<U+2028>"
+    assert visible("plain\n\ttext é 日本 😀👩‍👩‍👧 \u00a0") == "plain\n\ttext é 日本 😀👩‍👩‍👧 \u00a0"
+
+
+class _Page(HTMLParser):
+    """Text and tags of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        assert not {name for name, _ in attrs} & {"src", "href", "onload", "style"}
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.one_of(st.text(), st.sampled_from(["</pre><script>x</script>", "<img src=x onerror=y>", "&lt;", "\x00\x1b"])))
+def test_no_text_gets_out_of_the_page(text: str) -> None:
+    [shown] = shown_items([(text, SingleTurn(text, None, text))], get_template("none"), None, None)
+    page = _Page()
+    page.feed(preview_page(text, [shown], "2 items"))
+    page.close()
+    known = "html head meta title style body header h1 p br mark b article h2 small pre"
+    assert page.tags <= set(known.split())
+    assert page.text.count(visible(text)) >= 5
+
+
+def test_a_character_of_several_tokens_is_whole(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a😀b")
+    shown = pieces(ids, [False] * len(ids), tokenizer)
+    assert shown == [Piece("a😀b", False)]
+    assert json.dumps(shown)
