@@ -1,9 +1,11 @@
 """Which device computes, how much memory it has and has used."""
 
+import contextlib
 import ctypes
 import os
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,6 +14,23 @@ from llama_acc.core.errors import UserError
 from llama_acc.core.worker import local_rank, world_size
 
 GIB = 2**30
+_simulated: str | None = None
+
+
+def device_type(tensor: torch.Tensor) -> str:
+    """The kind of device a tensor is on, such as "cpu"; within `simulating`, the one that is simulated."""
+    return _simulated or tensor.device.type
+
+
+@contextlib.contextmanager
+def simulating(kind: str) -> Iterator[None]:
+    """Lets `device_type` say `kind` for a while: the program takes the ways it takes there."""
+    global _simulated
+    before, _simulated = _simulated, kind
+    try:
+        yield
+    finally:
+        _simulated = before
 
 
 def pick_device(name: str | None = None) -> torch.device:

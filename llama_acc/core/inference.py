@@ -23,6 +23,7 @@ from llama_acc.core.data.templates import ChatTemplate, Template, get_template, 
 from llama_acc.core.device import pick_device
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.attention import KVCache
+from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.sharding import check_divides
 from llama_acc.core.model.transformer import Transformer, build_on_meta, pack_small, quantise_on_meta
 from llama_acc.core.parallel import Parallel
@@ -128,14 +129,34 @@ def load_model(
     if dtype is None:
         dtype = own_dtype if own_dtype in (torch.float32, torch.bfloat16) else torch.float32
     target = pick_device(device)
-    model = build_on_meta(config, dtype, parallel).requires_grad_(False)
     quantization = read_quantization(layouts[0].folder)
-    if quantize == "nf4" or quantization is not None:
-        quantise_on_meta(model, quantization is None or quantization.output)
+    is_quantised = quantize == "nf4" or quantization is not None
+    quantise_output = (quantization is None or quantization.output) if is_quantised else None
+    model = model_on_meta(config, dtype, parallel, quantise_output)
     fill(model, weights, target, dtype, copy=False)
     if parallel.model_size == 1:
         pack_small(model)
     return LoadedModel(model, words, *chosen, target)
+
+
+def model_on_meta(
+    config: ModelConfig, dtype: torch.dtype, parallel: Parallel, quantise_output: bool | None
+) -> Transformer:
+    """A rank's part of a model for generation, without storage.
+
+    Args:
+        config: its shape.
+        dtype: type of weights and activations.
+        parallel: the ranks that share it.
+        quantise_output: whether the output matrix is kept in four bits, too; None = nothing is.
+    """
+    model = build_on_meta(config, dtype, parallel).requires_grad_(False)
+    if quantise_output is not None:
+        quantise_on_meta(model, quantise_output)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 class _Past:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_acc.core.device import device_type
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.layers import (
     ColumnParallelLinear,
@@ -117,7 +118,7 @@ class DocumentAttention:
     @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Attend`."""
-        if q.device.type == "cpu" and torch.is_grad_enabled():
+        if device_type(q) == "cpu" and torch.is_grad_enabled():
             return _DocumentsOnCPU.apply(q, k, v, self.rotations, self.lengths)
         heads = (-1, 2 * self.rotations.shape[-1])
         q = rotate(q.unflatten(-1, heads), self.rotations)

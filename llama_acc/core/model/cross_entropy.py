@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llama_acc.core.device import device_type
 from llama_acc.core.model.layers import accumulator, add_product
 from llama_acc.core.model.nf4 import Scales, dense
 from llama_acc.core.parallel import Parallel
@@ -73,7 +74,7 @@ def _softmax_minus_one_hot_(logits: Tensor, targets: Tensor, parallel: Parallel)
     if parallel.model_size > 1:
         return _split_softmax_minus_one_hot_(logits, targets, parallel)
     loss = torch.zeros((), dtype=torch.float32, device=logits.device)
-    block = _CACHED_ROWS if logits.device.type == "cpu" else len(logits)
+    block = _CACHED_ROWS if device_type(logits) == "cpu" else len(logits)
     for rows, wanted in zip(logits.split(block), targets.unsqueeze(1).split(block), strict=True):
         # Of float32 logits this is `rows` itself, and everything happens in place.
         probabilities = rows.float()
@@ -103,7 +104,7 @@ def _split_softmax_minus_one_hot_(logits: Tensor, targets: Tensor, parallel: Par
 
 
 def _times(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
-    if gradient is None or (factor.device.type == "cpu" and factor.item() == 1.0):
+    if gradient is None or (device_type(factor) == "cpu" and factor.item() == 1.0):
         return gradient  # the usual case, and the weight's gradient is too large to be multiplied by 1
     return gradient * factor.to(gradient.dtype)
 

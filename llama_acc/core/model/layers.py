@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_acc.core.device import device_type
 from llama_acc.core.model import nf4
 from llama_acc.core.model.nf4 import Scales, dense
 from llama_acc.core.model.tuning import NOTHING, Added
@@ -180,7 +181,7 @@ def linear(x: Tensor, weight: Tensor, scales: Scales | None = None) -> Tensor:
         if x.dim() == 2 and x.shape[0] == 1:
             return nf4.one_row(x, weight, scales)
     weight = dense(weight, scales, x.dtype)
-    if x.dim() == 2 and x.shape[0] == 1 and x.device.type == "cpu" and not torch.is_grad_enabled():
+    if x.dim() == 2 and x.shape[0] == 1 and device_type(x) == "cpu" and not torch.is_grad_enabled():
         return _one_row(x, weight)
     return F.linear(x, weight)
 
@@ -414,7 +415,7 @@ class _GatedLinearFunction(torch.autograd.Function):
 
 
 def _pieces(x: Tensor) -> list[slice]:
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if device_type(x) != "cpu" or torch.compiler.is_compiling():
         return [slice(None)]
     return [slice(start, start + _PIECE_ROWS) for start in range(0, len(x), _PIECE_ROWS)]
 

@@ -55,6 +55,11 @@ def _codes(device: torch.device) -> tuple[Tensor, Tensor]:
     return functional.get_4bit_type("nf4", device=device), functional.create_dynamic_map().to(device)
 
 
+def prepare(device: torch.device) -> None:
+    """Loads the library, and makes what all matrices share."""
+    _codes(device)
+
+
 def packed_shape(rows: int, columns: int) -> tuple[int, int]:
     """The shape of a matrix's packed values, which are bytes.
 

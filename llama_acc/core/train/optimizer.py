@@ -86,6 +86,14 @@ class ClippedAdamW:
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
 
+    def make_state(self) -> None:
+        """Makes what the first step would make, where it is not there yet: the moments, all zero."""
+        for parameter in self._stored.values():
+            if not self.adamw.state[parameter]:
+                moments = {key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in MOMENTS}
+                step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                self.adamw.state[parameter] = {"step": step, **moments}
+
     def state_tensors(self) -> list[tuple[str, str, Tensor]]:
         """What is kept for each parameter: ("step" | "exp_avg" | "exp_avg_sq", its name, the rows stored here)."""
         return [

@@ -74,11 +74,7 @@ class Plan:
 
     def model_on_meta(self, parallel: Parallel) -> Transformer:
         """A rank's part of the model, without storage: what trains is float32, and what does not may be quantised."""
-        model = build_on_meta(self.config, self.compute_dtype, parallel)
-        freeze_untrained(model)
-        if self.recipe.tuning.quantize == "nf4":
-            quantise_on_meta(model, self.recipe.tuning.quantize_output)
-        return model
+        return model_on_meta(self.recipe, self.config, parallel)
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and full shapes of the parameters that train."""
@@ -182,6 +178,15 @@ class Plan:
         count, size = self.quantised()
         which = "wq wk wv wo w1 w2 w3 of every block" + (", output" if self.recipe.tuning.quantize_output else "")
         return [("quantised", f"{count:,} of them in NF4, {size_text(size)}: {which}; nothing else")]
+
+
+def model_on_meta(recipe: Recipe, config: ModelConfig, parallel: Parallel) -> Transformer:
+    """A rank's part of a recipe's model, without storage; see `Plan.model_on_meta`."""
+    model = build_on_meta(config, DTYPES[recipe.train.precision], parallel)
+    freeze_untrained(model)
+    if recipe.tuning.quantize == "nf4":
+        quantise_on_meta(model, recipe.tuning.quantize_output)
+    return model
 
 
 def _counted(count: int, what: str) -> str:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,13 +15,58 @@ from llama_acc.core.checkpoint.shards import Weights, load_parameters
 from llama_acc.core.data.batches import build, deal_to_ranks, epoch_order, micro_batches, step_items
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.device import prepare_cpu
-from llama_acc.core.model.transformer import initialise
+from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.transformer import Transformer, initialise
 from llama_acc.core.parallel import Parallel, is_sharded, local_part
+from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.optimizer import ClippedAdamW
-from llama_acc.core.train.plan import Plan
+from llama_acc.core.train.plan import Plan, model_on_meta
 from llama_acc.core.train.schedule import learning_rate
 from llama_acc.core.train.step import StepResult, apply_activation_checkpointing, apply_compile, evaluate, train_step
+
+
+class Assembled(NamedTuple):
+    """What computes optimizer steps: see `train_step`."""
+
+    model: Transformer
+    data_parallel: DataParallel
+    optimizer: ClippedAdamW
+
+
+def assemble(
+    recipe: Recipe,
+    config: ModelConfig,
+    parallel: Parallel,
+    device_type: str,
+    materialise: Callable[[Transformer], None],
+) -> Assembled:
+    """Builds a rank's part of a run.
+
+    Args:
+        recipe: how it trains.
+        config: the model's shape.
+        parallel: who trains together.
+        device_type: such as "cpu", where it will compute.
+        materialise: gives the parameters, which are on the meta device, storage and values.
+    """
+    model = model_on_meta(recipe, config, parallel)
+    if recipe.train.compile:
+        apply_compile(model)
+    if recipe.train.activation_checkpointing:
+        apply_activation_checkpointing(model)
+    settings = recipe.parallel
+    data_parallel = DataParallel(model, parallel, settings.data_parallel, settings.accumulate_unsharded, device_type)
+    materialise(model)
+    optimizer = ClippedAdamW(
+        model,
+        parallel,
+        betas=recipe.optimizer.betas,
+        eps=recipe.optimizer.eps,
+        weight_decay=recipe.optimizer.weight_decay,
+        clip_grad_norm=recipe.optimizer.clip_grad_norm,
+    )
+    return Assembled(model, data_parallel, optimizer)
 
 
 class Trainer:
@@ -41,21 +86,18 @@ class Trainer:
             prepare_cpu()
         if recipe.train.deterministic:
             torch.use_deterministic_algorithms(True)
-        model = plan.model_on_meta(parallel)
-        if recipe.train.compile:
-            apply_compile(model)
-        if recipe.train.activation_checkpointing:
-            apply_activation_checkpointing(model)
-        settings = recipe.parallel
-        self.data_parallel = DataParallel(
-            model, parallel, settings.data_parallel, settings.accumulate_unsharded, device.type
+
+        def materialise(model: Transformer) -> None:
+            model.to_empty(device=device)
+            given = set() if weights is None else set(weights.tensors)
+            initialise(model, recipe.train.seed, {name for name, _ in model.named_parameters()} - given)
+            if weights is not None:
+                load_parameters(model, weights)
+
+        self.model, self.data_parallel, self.optimizer = assemble(
+            recipe, plan.config, parallel, device.type, materialise
         )
-        model.to_empty(device=device)
-        given = set() if weights is None else set(weights.tensors)
-        initialise(model, recipe.train.seed, {name for name, _ in model.named_parameters()} - given)
-        if weights is not None:
-            load_parameters(model, weights)
-        self.plan, self.device, self.model, self.parallel, self.step = plan, device, model, parallel, 0
+        self.plan, self.device, self.parallel, self.step = plan, device, parallel, 0
         # Of a model of random weights there is no base to belong to.
         self.base_file: bytes | None = None
         if recipe.checkpoint.trainable_only and recipe.tuning.method != "full" and plan.layouts and parallel.is_main:
@@ -66,14 +108,6 @@ class Trainer:
                 recipe.model.pretrained_list(),
                 None if tuning.quantize == "none" else {"type": tuning.quantize, "output": tuning.quantize_output},
             )
-        self.optimizer = ClippedAdamW(
-            model,
-            parallel,
-            betas=recipe.optimizer.betas,
-            eps=recipe.optimizer.eps,
-            weight_decay=recipe.optimizer.weight_decay,
-            clip_grad_norm=recipe.optimizer.clip_grad_norm,
-        )
 
     def learning_rate(self) -> float:
         """The rate of the coming step."""

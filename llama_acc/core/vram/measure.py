@@ -1,0 +1,111 @@
+"""Steps with real tensors of the real shapes, and the most memory they took. The weights are zeros, of no checkpoint.
+
+On a GPU the figures are those of PyTorch's caching allocator; on a CPU every allocation and every free that torch's CPU
+allocator reports to the profiler is added up.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._C._profiler import _ExperimentalConfig
+
+from llama_acc.core.device import prepare_cpu
+from llama_acc.core.model import nf4
+from llama_acc.core.model.transformer import Transformer
+from llama_acc.core.parallel import Parallel
+from llama_acc.core.train.step import train_step
+from llama_acc.core.train.trainer import assemble
+from llama_acc.core.vram.simulation import Setup, empty_batch
+
+STEPS = 2
+"""Optimizer steps that are run: the second one has the optimizer's state from its start."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The most memory in use at a time.
+
+    Attributes:
+        allocated: bytes of tensors and workspaces.
+        reserved: bytes taken from the device; None on a CPU.
+    """
+
+    allocated: int
+    reserved: int | None
+
+
+def measure(setup: Setup, device: torch.device, parallel: Parallel | None = None) -> Measured:
+    """Runs some optimizer steps as `setup` says, and measures their memory on this rank.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: they do not fit.
+    """
+
+    def steps() -> None:
+        _run(setup, device, parallel or Parallel())
+
+    if setup.recipe.tuning.quantize == "nf4":
+        nf4.prepare(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        steps()
+        torch.cuda.synchronize(device)
+        return Measured(torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device))
+    prepare_cpu()
+    return Measured(peak_cpu_bytes(steps), None)
+
+
+def _run(setup: Setup, device: torch.device, parallel: Parallel) -> None:
+    def zeros(model: Transformer) -> None:
+        model.to_empty(device=device)
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.zero_()
+
+    model, data_parallel, optimizer = assemble(setup.recipe, setup.config, parallel, device.type, zeros)
+    batches = [empty_batch(setup.lengths, setup.labels)] * min(setup.micro_batches, 2)
+    for _ in range(STEPS):
+        train_step(model, optimizer, data_parallel, batches, setup.tokens, 0.0, device).loss.item()
+
+
+def peak_cpu_bytes(work: Callable[[], None]) -> int:
+    """The most bytes that torch's CPU allocator had given out at a time while `work` was done."""
+    autograd: Any = torch.autograd
+    # torch.profiler.profile on top of these makes a Python object of every operation, which takes longer than the work.
+    settings = autograd.ProfilerConfig(
+        autograd.ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig()
+    )
+    watched = {autograd.ProfilerActivity.CPU}
+    with _silenced():
+        autograd._prepare_profiler(settings, watched)
+        autograd._enable_profiler(settings, watched)
+    try:
+        work()
+    finally:
+        with _silenced():
+            result: Any = autograd._disable_profiler()
+    events = [event for event in result.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Lets standard error lead nowhere: the profiler's library tells there that it starts and stops."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -1,0 +1,107 @@
+"""How much memory a rank takes, in parts: the simulation's figures, and what a GPU takes besides."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from llama_acc.core.vram.gpus import overhead
+from llama_acc.core.vram.simulation import Setup, simulate_generation, simulate_training
+from llama_acc.core.vram.tracker import MemoryTracker, Peak
+
+PARTS = (
+    "weights",
+    "quantisation state",
+    "vision tower",
+    "trainable masters",
+    "optimizer",
+    "gradients",
+    "activations kept",
+    "activations recomputed",
+    "logits and loss",
+    "KV cache",
+    "communication buffers",
+    "working memory",
+    "allocator slack",
+    "CUDA context",
+)
+"""The parts of a prediction, in the order they are shown."""
+_LASTING = ("weights", "quantisation state", "vision tower", "trainable masters", "optimizer")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The fullest moment of some work on one rank.
+
+    Attributes:
+        parts: bytes by what they are for, all of `PARTS`.
+        moment: what is being done then, in words.
+    """
+
+    parts: dict[str, int]
+    moment: str
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of tensors and workspaces: what torch counts as allocated."""
+        return self.reserved - self.parts["allocator slack"]
+
+    @property
+    def reserved(self) -> int:
+        """Bytes that torch takes from the device."""
+        return self.total - self.parts["CUDA context"]
+
+    @property
+    def total(self) -> int:
+        """Bytes of the device."""
+        return sum(self.parts.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Bytes, and the moment."""
+        return {
+            "total": self.total,
+            "reserved": self.reserved,
+            "allocated": self.allocated,
+            "moment": self.moment,
+            "parts": self.parts,
+        }
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a step of a run takes.
+
+    Attributes:
+        setup: the run.
+        training: the fullest moment of an optimizer step.
+        flops: floating-point operations of one micro-batch, forward, recomputed and backward, on one rank.
+    """
+
+    setup: Setup
+    training: Usage
+    flops: int
+
+
+def predict(setup: Setup) -> Prediction:
+    """Predicts an optimizer step."""
+    tracker = simulate_training(setup)
+    return Prediction(setup, _usage(setup, tracker.peak()), _flops(setup, tracker))
+
+
+def predict_generation(setup: Setup, length: int) -> Usage:
+    """Predicts a conversation of `length` tokens with the trained model."""
+    return _usage(setup, simulate_generation(setup, length).peak())
+
+
+def _flops(setup: Setup, tracker: MemoryTracker) -> int:
+    return sum(tracker.flops.values()) // min(setup.micro_batches, 2)
+
+
+def _usage(setup: Setup, peak: Peak) -> Usage:
+    parts = {part: peak.parts.get(part, 0) for part in PARTS}
+    assert sum(parts.values()) == peak.total
+    if setup.device_type == "cuda":
+        besides = overhead()
+        parts["working memory"] += besides.cublas
+        coming_and_going = sum(size for part, size in parts.items() if part not in _LASTING)
+        parts["allocator slack"] = round(besides.slack * coming_and_going)
+        parts["CUDA context"] = besides.context + (besides.nccl if setup.world_size > 1 else 0)
+    return Usage(parts, str(peak.moment))
