@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llama_acc.core.checkpoint.base import check_base, check_quantised_base, read_base
 from llama_acc.core.checkpoint.files import check_checkpoint
-from llama_acc.core.checkpoint.fingerprint import check_base
-from llama_acc.core.checkpoint.layout import inspect, locate, read_config
+from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config
 from llama_acc.core.checkpoint.quantised import read_quantization
 from llama_acc.core.checkpoint.shards import check_tensors, fill, read_weights
 from llama_acc.core.data.templates import ChatTemplate, Template, get_template, template_of_folder
@@ -111,6 +111,11 @@ def load_model(
     config = read_config(layouts)
     if config is None:
         raise UserError(f"{last} has no params.json or config.json: the model's shape is not known")
+    for layout in layouts:
+        check_checkpoint(layout.folder, verify and parallel.is_main)
+    check_base(layouts, config)
+    if quantize == "nf4":
+        check_quantised_base(layouts)
     path = find_tokenizer(last) if tokenizer is None else Path(tokenizer)
     if path is None:
         raise UserError(f"there is no tokenizer in {last}", "put tokenizer.model or tokenizer.json beside the weights")
@@ -119,20 +124,15 @@ def load_model(
     config.check_tokenizer(words.vocab_size, path)
     chosen: tuple[Template | ChatTemplate, str]
     chosen = template_of_folder(last, words) if template == "auto" else (get_template(template), "asked for")
-    for layout in layouts:
-        check_checkpoint(layout.folder, verify and parallel.is_main)
     check_divides(config, parallel.model_size)
-    check_base(layouts, config)
     weights = read_weights(layouts, parallel.model_rank, parallel.model_size)
     check_tensors(weights, config.parameter_shapes(), last)
     own_dtype = weights.tensors["output.weight"].dtype
     if dtype is None:
         dtype = own_dtype if own_dtype in (torch.float32, torch.bfloat16) else torch.float32
     target = pick_device(device)
-    quantization = read_quantization(layouts[0].folder)
-    is_quantised = quantize == "nf4" or quantization is not None
-    quantise_output = (quantization is None or quantization.output) if is_quantised else None
-    model = model_on_meta(config, dtype, parallel, quantise_output)
+    is_quantised = quantize == "nf4" or read_quantization(layouts[0].folder) is not None
+    model = model_on_meta(config, dtype, parallel, _quantises_output(layouts) if is_quantised else None)
     fill(model, weights, target, dtype, copy=False)
     if parallel.model_size == 1:
         pack_small(model)
@@ -157,6 +157,14 @@ def model_on_meta(
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     return model
+
+
+def _quantises_output(layouts: Sequence[Layout]) -> bool:
+    """Whether the output matrix is in four bits, too: as the base is, or as it was trained on; else it is."""
+    quantization, trained = read_quantization(layouts[0].folder), read_base(layouts[-1].folder)
+    if quantization is not None:
+        return quantization.output
+    return trained is None or trained.quantised is None or trained.quantised.output
 
 
 class _Past:

@@ -48,6 +48,28 @@ def test_chat_takes_the_base_and_the_part(base: Path, part: Path) -> None:
     refused(invoke("chat", "--ckpt", part, *ASK), "holds only what was trained on top of", str(base))
 
 
+def test_a_part_on_no_base_on_another_one_or_for_another_method_is_one_clear_line(
+    base: Path, part: Path, talker: Path, tmp_path: Path
+) -> None:
+    checkpoint = part / (part / "latest").read_text().strip()
+    finetune = [word for word in QUICKSTART if not str(word).startswith("model.params")]
+    ways = {"--ckpt": ("chat", *ASK), "--pretrained": (*finetune, "--output", tmp_path / "run", *PART)}
+    alone = f"{checkpoint} holds only what was trained on top of {base} (method lora_bias_norm)"
+    for flag, command in ways.items():
+        result = invoke(*command, flag, part)
+        refused(result, alone, "give that first: the same option once more, before this one")
+        assert "missing:" not in result.stderr
+        said = f"{checkpoint} was trained on {base}, and {talker} holds other weights"
+        refused(invoke(*command, flag, talker, flag, part), said, "give the base it was trained on")
+    other = ("--pretrained", base, "--pretrained", part, "tuning.method=adapter", "tuning.lora_rank=null")
+    refused(
+        invoke(*finetune, "--output", tmp_path / "run", "checkpoint.trainable_only=true", *other),
+        "the checkpoint was tuned otherwise (tuning.method=lora_bias_norm tuning.lora_rank=4)",
+        "set tuning.method=lora_bias_norm tuning.lora_rank=4",
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_base_quantised_beforehand_is_the_same(base: Path, part: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     made = invoke("convert-checkpoint", base, small, "--to", "consolidated", "--quantize", "nf4")

@@ -1,10 +1,7 @@
-"""Which base a trainable-only checkpoint belongs to, in whatever layout, size and type that is kept."""
+"""Which weights these are, in whatever layout, size and type they are kept."""
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -12,10 +9,8 @@ from llama_acc.core.checkpoint.layout import Layout
 from llama_acc.core.checkpoint.parts import Part
 from llama_acc.core.checkpoint.quantised import read_quantization
 from llama_acc.core.checkpoint.shards import Weights, read_weights
-from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
 
-BASE_FILE = "base.json"
 _SAMPLES, _RUN = 1024, 64  # values of a tensor, and how many of them lie next to each other
 
 
@@ -52,71 +47,9 @@ def _samples(part: Part) -> list[torch.Tensor]:
     ]
 
 
-def _base_file(folder: Path) -> dict[str, Any]:
-    path = folder / BASE_FILE
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return values
-
-
-def base_of(folder: Path) -> list[str]:
-    """The names of the base that a checkpoint's tensors belong to; none if it is whole."""
-    return [str(name) for name in _base_file(folder).get("pretrained", [])]
-
-
-def trained_on(folder: Path) -> dict[str, Any] | None:
-    """How the base was quantised while a checkpoint was trained on it; None = it was not."""
-    return _base_file(folder).get("quantised")
-
-
 def base_fingerprint(layouts: Sequence[Layout], config: ModelConfig) -> str:
     """The fingerprint of the base that checkpoints laid over each other give; a quantised one keeps its old one."""
     quantization = read_quantization(layouts[0].folder) if len(layouts) == 1 else None
     if quantization is not None:
         return quantization.fingerprint
     return fingerprint(read_weights(layouts), list(config.base().parameter_shapes()))
-
-
-def check_base(layouts: Sequence[Layout], config: ModelConfig) -> None:
-    """Refuses a trainable-only checkpoint on another base than it was trained on, or on none.
-
-    Raises:
-        UserError: naming both.
-    """
-    for place, layout in enumerate(layouts):
-        meant = _base_file(layout.folder)
-        if not meant:
-            continue
-        names = " and ".join(meant["pretrained"]) or "a model of random weights"
-        if place == 0:
-            raise UserError(
-                f"{layout.folder} holds only what was trained on top of {names}",
-                "give that first: the same option once more, before this one",
-            )
-        if base_fingerprint(layouts[:place], config) != meant["fingerprint"]:
-            given = " and ".join(str(before.folder) for before in layouts[:place])
-            raise UserError(
-                f"{layout.folder} was trained on {names}, and {given} holds other weights",
-                "give the base it was trained on",
-            )
-
-
-def base_file(
-    layouts: Sequence[Layout],
-    config: ModelConfig,
-    names: Sequence[str | Path],
-    quantised: Mapping[str, object] | None = None,
-) -> bytes:
-    """What a trainable-only checkpoint says of its base.
-
-    Args:
-        layouts: the base.
-        config: the shape.
-        names: the base as the user gave it.
-        quantised: how it was quantised while training on it; None = it was not.
-    """
-    values = {
-        "fingerprint": base_fingerprint(layouts, config),
-        "pretrained": [str(name) for name in names],
-        "quantised": quantised,
-    }
-    return (json.dumps(values, indent=1) + "\n").encode()

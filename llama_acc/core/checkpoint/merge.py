@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama_acc.core.checkpoint.computed import Source, merged, read_all, read_block
+from llama_acc.core.checkpoint.computed import merged, read_block
+from llama_acc.core.checkpoint.parts import Part
 from llama_acc.core.model.attention import DocumentAttention
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.layers import RMSNorm, rotary_table
@@ -21,7 +22,7 @@ MERGE_TOLERANCE = 1e-5
 """How far what a block computes may be off, as a fraction of the largest."""
 _TOKENS = 32
 _ROWS = 4096  # of the output matrix at a time
-Model = tuple[ModelConfig, Mapping[str, Source]]
+Model = tuple[ModelConfig, Mapping[str, Part]]
 
 
 class MergeError(NamedTuple):
@@ -38,7 +39,7 @@ class MergeError(NamedTuple):
     saved: float
 
 
-def merged_source(name: str, sources: Mapping[str, Source]) -> Source:
+def merged_source(name: str, sources: Mapping[str, Part]) -> Part:
     """A parameter with its LoRA pair merged into it, if it has one."""
     matrix = name.removesuffix(".weight")
     lora_a = sources.get(f"{matrix}.lora_a.weight")
@@ -70,7 +71,7 @@ def _relative(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
 
 
-def _embedded(config: ModelConfig, sources: Mapping[str, Source]) -> Tensor:
+def _embedded(config: ModelConfig, sources: Mapping[str, Part]) -> Tensor:
     """The vectors [T, dim] of fixed tokens."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (_TOKENS,), generator=generator).tolist()
@@ -84,16 +85,16 @@ def _attend(config: ModelConfig) -> DocumentAttention:
     return DocumentAttention([_TOKENS], table)
 
 
-def _logits(config: ModelConfig, sources: Mapping[str, Source], x: Tensor) -> Tensor:
+def _logits(config: ModelConfig, sources: Mapping[str, Part], x: Tensor) -> Tensor:
     """The logits [T, vocabulary] of the last block's output."""
     norm = RMSNorm(config.dim, config.norm_eps)
-    norm.weight.copy_(read_all(sources["norm.weight"]))
+    sources["norm.weight"].copy_into(norm.weight)
     x, output = norm(x), sources["output.weight"]
     pieces = [(start, min(start + _ROWS, config.vocab_size)) for start in range(0, config.vocab_size, _ROWS)]
     return torch.cat([x @ read_block(output, *piece, torch.float32).T for piece in pieces], 1)
 
 
-def _block(config: ModelConfig, sources: Mapping[str, Source], layer: int) -> TransformerBlock:
+def _block(config: ModelConfig, sources: Mapping[str, Part], layer: int) -> TransformerBlock:
     block = TransformerBlock(config, Parallel())
     for name, parameter in block.named_parameters():
         sources[f"layers.{layer}.{name}"].copy_into(parameter)

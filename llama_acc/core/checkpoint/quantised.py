@@ -8,7 +8,7 @@ quantization.json says so, and has the fingerprint of the weights they were made
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_acc.core.checkpoint.parts import Part, blocks_of
+from llama_acc.core.checkpoint.computed import Computed
+from llama_acc.core.checkpoint.parts import Part
 from llama_acc.core.errors import UserError
 from llama_acc.core.model import nf4
 from llama_acc.core.model.nf4 import Scales
 
 QUANTIZATION_FILE = "quantization.json"
 FORMAT_VERSION = 1
-_BLOCK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,23 @@ class Quantization:
     Attributes:
         output: whether the output matrix is quantised, too.
         fingerprint: of the weights before.
+        values: of the weights after, where the rounding was calibrated; None = each value went to the nearest.
     """
 
     output: bool
     fingerprint: str
+    values: str | None = None
 
     def to_json(self) -> bytes:
         """The file."""
-        values = {"format_version": FORMAT_VERSION, "type": "nf4", "double": True, "output": self.output}
-        return (json.dumps(values | {"fingerprint": self.fingerprint}, indent=1) + "\n").encode()
+        values: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "type": "nf4",
+            "double": True,
+            "output": self.output,
+        }
+        values |= {"fingerprint": self.fingerprint} | ({} if self.values is None else {"values": self.values})
+        return (json.dumps(values, indent=1) + "\n").encode()
 
 
 def read_quantization(folder: Path) -> Quantization | None:
@@ -55,10 +63,10 @@ def read_quantization(folder: Path) -> Quantization | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        found = Quantization(bool(values["output"]), str(values["fingerprint"]))
+        found = Quantization(bool(values["output"]), str(values["fingerprint"]), values.get("values"))
         version, kind = values["format_version"], values["type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot read {path}: {error!r}") from None
     if version > FORMAT_VERSION or kind != "nf4":
         raise UserError(f"{path} was written by a newer version", "update llama-acc")
     return found
@@ -76,6 +84,12 @@ class Packed:
     values: Tensor
     scales: Scales
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[rows, columns]."""
+        rows, half = self.values.shape
+        return rows, 2 * half
+
     @cached_property
     def magnitudes(self) -> Tensor:
         """Of its blocks, in float32."""
@@ -86,49 +100,29 @@ class Packed:
         return nf4.dequantise_rows(self.values, self.magnitudes, start, stop, dtype)
 
 
-@dataclass(frozen=True)
-class QuantisedPart(Part):
+@dataclass(frozen=True, kw_only=True)
+class QuantisedPart(Computed):
     """A part of a matrix that is in NF4 in its file. Read like any other, it is dequantised, some rows at a time.
 
     Attributes:
         matrix: the whole.
-        row: the part's first row in it.
-        column: the part's first column in it.
     """
 
-    matrix: Packed = field(default=None)  # type: ignore[assignment]
-    row: int = 0
-    column: int = 0
+    matrix: Packed
 
     @staticmethod
     def whole(matrix: Packed) -> "QuantisedPart":
         """All of a matrix."""
-        rows, half = matrix.values.shape
-        return QuantisedPart((rows, 2 * half), torch.bfloat16, (), matrix)
+
+        def compute(start: int, stop: int) -> Tensor:
+            return matrix.rows(start, stop, torch.float32)
+
+        return QuantisedPart(matrix.shape, torch.bfloat16, (), compute=compute, matrix=matrix)
 
     @property
     def is_whole(self) -> bool:
         """Whether it is all of the matrix."""
-        rows, half = self.matrix.values.shape
-        return self.shape == (rows, 2 * half)
-
-    def narrow(self, dimension: int, start: int, stop: int) -> "QuantisedPart":
-        """See `Part`."""
-        start, stop = min(start, self.shape[dimension]), min(stop, self.shape[dimension])
-        shape = (*self.shape[:dimension], stop - start, *self.shape[dimension + 1 :])
-        if dimension == 0:
-            return replace(self, shape=shape, row=self.row + start)
-        return replace(self, shape=shape, column=self.column + start)
-
-    def copy_into(self, target: Tensor) -> None:
-        """See `Part`."""
-        for start, stop in blocks_of(self.shape, _BLOCK_BYTES):
-            rows = self.matrix.rows(self.row + start, self.row + stop, torch.float32)
-            target[start:stop].copy_(rows[:, self.column : self.column + self.shape[1]])
-
-    def in_place(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """See `Part`: it lies nowhere as it is read."""
-        return None
+        return self.shape == self.matrix.shape
 
     def plus(self, diff: Part) -> Part:
         """Refused.
@@ -137,14 +131,6 @@ class QuantisedPart(Part):
             UserError: always.
         """
         raise UserError("a diff cannot be added to a quantised checkpoint", "give the base it was made of")
-
-    def interleave(self, heads: int) -> Part:
-        """See `Part`."""
-        return Part.of(self.to(self.dtype)).interleave(heads)
-
-    def deinterleave(self, heads: int) -> Part:
-        """See `Part`."""
-        return Part.of(self.to(self.dtype)).deinterleave(heads)
 
 
 def quantised_parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, QuantisedPart], set[str]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llama_acc.core.checkpoint.fingerprint import check_base
+from llama_acc.core.checkpoint.base import TrainedQuantised, check_base, check_quantised_base
 from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config
 from llama_acc.core.checkpoint.quantised import read_quantization
 from llama_acc.core.checkpoint.resume import FORMAT_VERSION, read_progress
@@ -90,6 +90,15 @@ class Plan:
         tuning, shapes = self.recipe.tuning, self.config.parameter_shapes()
         names = self.config.quantisable(tuning.quantize_output) if tuning.quantize == "nf4" else []
         return sum(math.prod(shapes[name]) for name in names), sum(nbytes(*shapes[name]) for name in names)
+
+    def trained_quantised(self) -> TrainedQuantised | None:
+        """How the base is quantised while training on it; None = it is not."""
+        tuning = self.recipe.tuning
+        if tuning.quantize == "none":
+            return None
+        quantization = read_quantization(self.layouts[0].folder) if self.layouts else None
+        values = None if quantization is None else quantization.values
+        return TrainedQuantised(tuning.quantize, tuning.quantize_output, values)
 
     def saves(self, name: str) -> bool:
         """Whether a parameter's weights are saved."""
@@ -239,16 +248,32 @@ def find_model(
     config = _with_tuning(recipe, _config(recipe, layouts, recipe_folder))
     check_base(layouts, config)
     for layout in layouts:
-        if read_quantization(layout.folder) is not None and recipe.tuning.quantize == "none":
-            raise UserError(
-                f"{layout.folder} is quantised: it can be a base, and not train itself",
-                "set tuning.quantize=nf4, a method other than full, and checkpoint.trainable_only=true",
-            )
+        _check_quantised(recipe, layout)
+    if recipe.tuning.quantize != "none" and layouts:
+        check_quantised_base(layouts)
     tokenizer = load_tokenizer(_tokenizer_path(recipe, layouts, recipe_folder))
     config = config.with_vocabulary(tokenizer.vocab_size)
     config.check_tokenizer(tokenizer.vocab_size, tokenizer.path)
     check_divides(config, recipe.parallel.model_parallel_size)
     return layouts, config, tokenizer
+
+
+def _check_quantised(recipe: Recipe, layout: Layout) -> None:
+    """Refuses a quantised checkpoint where the recipe is for another one."""
+    quantization = read_quantization(layout.folder)
+    if quantization is None:
+        return
+    if recipe.tuning.quantize == "none":
+        raise UserError(
+            f"{layout.folder} is quantised: it can be a base, and not train itself",
+            "set tuning.quantize=nf4, a method other than full, and checkpoint.trainable_only=true",
+        )
+    if recipe.tuning.quantize_output != quantization.output:
+        raise UserError(
+            f"the output matrix in {layout.folder} is {'quantised' if quantization.output else 'not quantised'}, "
+            "and the recipe says otherwise",
+            f"set tuning.quantize_output={str(quantization.output).lower()}",
+        )
 
 
 def _layouts(recipe: Recipe, may_be_absent: bool) -> list[Layout]:

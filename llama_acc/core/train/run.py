@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from llama_acc.core.checkpoint.base import BASE_FILE
 from llama_acc.core.checkpoint.files import check_checkpoint
-from llama_acc.core.checkpoint.fingerprint import BASE_FILE
 from llama_acc.core.checkpoint.layout import latest_checkpoint
 from llama_acc.core.checkpoint.resume import SavedState, saved_masters
 from llama_acc.core.checkpoint.shards import Weights, check_tensors

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama_acc.core.checkpoint.fingerprint import BASE_FILE, base_file
+from llama_acc.core.checkpoint.base import BASE_FILE, base_of
 from llama_acc.core.checkpoint.resume import FORMAT_VERSION, SavedState, restore_rng, rng_state
 from llama_acc.core.checkpoint.save import Rows, Snapshot
 from llama_acc.core.checkpoint.shards import Weights, load_parameters
@@ -101,13 +101,8 @@ class Trainer:
         # Of a model of random weights there is no base to belong to.
         self.base_file: bytes | None = None
         if recipe.checkpoint.trainable_only and recipe.tuning.method != "full" and plan.layouts and parallel.is_main:
-            tuning = recipe.tuning
-            self.base_file = base_file(
-                plan.layouts,
-                plan.config,
-                recipe.model.pretrained_list(),
-                None if tuning.quantize == "none" else {"type": tuning.quantize, "output": tuning.quantize_output},
-            )
+            names = recipe.model.pretrained_list()
+            self.base_file = base_of(plan.layouts, plan.config, names, plan.trained_quantised()).to_json()
 
     def learning_rate(self) -> float:
         """The rate of the coming step."""

@@ -272,7 +272,7 @@ def test_too_little_disk_is_found_first(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_damaged_result_never_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llama_acc.core.checkpoint import convert as module
+    from llama_acc.core.checkpoint.conversion import writing as module
 
     source = write_meta(tmp_path / "source", state())
 

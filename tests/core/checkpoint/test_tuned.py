@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llama_acc.core.checkpoint.base import Base
 from llama_acc.core.checkpoint.convert import Converted, Request, convert
 from llama_acc.core.checkpoint.layout import inspect, read_config
 from llama_acc.core.checkpoint.shards import read_weights
@@ -121,7 +122,7 @@ def test_a_merge_that_computes_something_else_is_an_error_and_leaves_nothing(
     def wrong(name: str, sources: Any) -> Any:
         return sources[name]
 
-    monkeypatch.setattr("llama_acc.core.checkpoint.convert.merged_source", wrong)
+    monkeypatch.setattr("llama_acc.core.checkpoint.conversion.plan.merged_source", wrong)
     with pytest.raises(RunError, match="the merged model computes something else: a block is off by"):
         made(source, tmp_path / "merged", "meta", merge=True)
     assert not (tmp_path / "merged").exists()
@@ -161,6 +162,88 @@ def test_peft_loads_the_adapter_and_computes_the_same(tuning: Tuning, tmp_path: 
     adapter = made(source, tmp_path / "adapter", "peft", base=str(base)).folder
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
     assert difference(peft_logits(hf, adapter), logits(source)) < 1e-5
+
+
+def test_an_adapter_is_one_file_whatever_its_size(tmp_path: Path) -> None:
+    source = write_tuned(tmp_path / "source", LORA)
+    base = base_under(source, tmp_path / "base")
+    adapter = made(source, tmp_path / "adapter", "peft", base=base, file_bytes=1000).folder
+    assert sorted(path.name for path in adapter.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "manifest.json",
+    ]
+
+
+def test_an_adapter_is_written_for_the_base_it_was_trained_on_only(tmp_path: Path) -> None:
+    source = write_tuned(tmp_path / "source", LORA)
+    base = base_under(source, tmp_path / "base")
+    # The base in another layout, size and type is the same base.
+    made(base, tmp_path / "hf", "hf", dtype="bf16")
+    made(base, tmp_path / "two", "meta", model_parallel_size=2)
+    for place, known in enumerate(("base", "hf", "two")):
+        made(source, tmp_path / f"adapter{place}", "peft", base=tmp_path / known)
+    other = write_consolidated(tmp_path / "other", state(GROUPED, seed=7))
+    small = made(base, tmp_path / "small", "consolidated", quantize="nf4").folder
+    for wrong, said in ((other, f"{source} was not trained on {other}"), (small, f"{small} is quantised")):
+        for options in ({"to": "peft"}, {"to": "meta", "merge": True}):
+            with pytest.raises(UserError) as error:
+                made(source, tmp_path / "target", base=wrong, **options)
+            assert str(error.value).startswith(said)
+    assert not (tmp_path / "target").exists()
+
+
+def base_under(tuned: Path, folder: Path) -> Path:
+    """The base that a whole tuned checkpoint holds."""
+    plain = GROUPED.parameter_shapes()
+    return write_consolidated(folder, {name: tensor for name, tensor in tensors_of(tuned).items() if name in plain})
+
+
+def only_trained(whole: Path, tuning: Tuning) -> Path:
+    """Makes of a checkpoint what LLaMA2-Accessory saves of what trained alone: it does not name its base."""
+    path = whole / "consolidated.00-of-01.model.pth"
+    tensors = torch.load(path, weights_only=True)["model"]
+    kept = {name: tensor for name, tensor in tensors.items() if tuning.trains(name.removeprefix("llma."))}
+    torch.save({"model": kept}, path)
+    return whole
+
+
+@pytest.mark.parametrize("tuning", [LORA, BOTH, BIASES, ADAPTER], ids=lambda tuning: tuning.method)
+def test_what_was_trained_alone_is_known_without_being_told(tuning: Tuning, tmp_path: Path) -> None:
+    part = only_trained(write_tuned(tmp_path / "part", tuning), tuning)
+    said = f"{part} holds only what was trained (method {tuning.method}), and not on top of which base\n"
+    with pytest.raises(UserError) as error:
+        load_model(part, device="cpu")
+    assert (
+        str(error.value) == said + "give the base it was trained on first: the same option once more, before this one"
+    )
+    if not tuning.what.prefix:
+        with pytest.raises(UserError) as error:
+            made(part, tmp_path / "target", "hf", merge=True)
+        assert str(error.value) == said + "give the base it was trained on: --base DIR"
+    # As it is it can be split, and laid on its base.
+    two = made(part, tmp_path / "two", "consolidated", model_parallel_size=2).folder
+    expected = tensors_of(part)
+    assert tensors_of(two).keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_of(two).items())
+
+
+def test_a_base_of_fewer_layers_is_another_base(tmp_path: Path) -> None:
+    part = only_trained(write_tuned(tmp_path / "part", LORA), LORA)
+    shallow = replace(GROUPED, n_layers=1)
+    base = write_consolidated(tmp_path / "base", state(shallow), 1, shallow)
+    meant = Base("0" * 64, ("there",))
+    (part / "base.json").write_bytes(meant.to_json())
+    with pytest.raises(UserError, match=f"{part} was trained on there, and {base} holds other weights"):
+        made(part, tmp_path / "target", "hf", merge=True, base=base)
+
+
+def test_a_damaged_base_file_is_told(tmp_path: Path) -> None:
+    part = only_trained(write_tuned(tmp_path / "part", LORA), LORA)
+    for text in ("{", "[]", '{"fingerprint": "0"}', '{"fingerprint": "0", "pretrained": [], "quantised": {"kind": 1}}'):
+        (part / "base.json").write_text(text)
+        with pytest.raises(UserError, match=r"cannot read .*base\.json"):
+            made(part, tmp_path / "target", "hf", merge=True)
 
 
 @pytest.mark.parametrize(

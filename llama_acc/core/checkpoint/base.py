@@ -1,0 +1,188 @@
+"""Checkpoints of only what was trained, and the base each belongs to.
+
+base.json in such a checkpoint: `{"fingerprint": hex, "pretrained": [name, ...], "quantised": null or {...}}`. Those of
+LLaMA2-Accessory have none: they are known by what is in them.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from llama_acc.core.checkpoint.fingerprint import base_fingerprint, fingerprint
+from llama_acc.core.checkpoint.layout import Layout, read_config
+from llama_acc.core.checkpoint.quantised import read_quantization
+from llama_acc.core.checkpoint.shards import Weights, open_checkpoint, read_weights
+from llama_acc.core.errors import UserError
+from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.tuning import FULL, MATRICES
+
+BASE_FILE = "base.json"
+_BASE_MATRICES = {*MATRICES, "tok_embeddings", "output"}
+
+
+@dataclass(frozen=True)
+class TrainedQuantised:
+    """How a base was quantised while a checkpoint was trained on it.
+
+    Attributes:
+        type: nf4.
+        output: whether the output matrix was, too.
+        values: of a base whose rounding was calibrated, the fingerprint of its values after that; else None.
+    """
+
+    type: str
+    output: bool
+    values: str | None = None
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a checkpoint of only what was trained says of its base.
+
+    Attributes:
+        fingerprint: of its weights, as they were before quantising.
+        pretrained: the base as the user gave it; empty = random weights.
+        quantised: how it was quantised; None = it was not.
+    """
+
+    fingerprint: str
+    pretrained: tuple[str, ...]
+    quantised: TrainedQuantised | None = None
+
+    @property
+    def names(self) -> str:
+        """The base, as the user knows it."""
+        return " and ".join(self.pretrained) or "a model of random weights"
+
+    def to_json(self) -> bytes:
+        """The file."""
+        values = asdict(self)
+        if self.quantised is not None and self.quantised.values is None:
+            del values["quantised"]["values"]
+        return (json.dumps(values, indent=1) + "\n").encode()
+
+
+def read_base(folder: Path) -> Base | None:
+    """What a checkpoint's base.json says; None = it has none.
+
+    Raises:
+        UserError: an unreadable file.
+    """
+    path = folder / BASE_FILE
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        quantised = values.get("quantised")
+        return Base(
+            str(values["fingerprint"]),
+            tuple(map(str, values["pretrained"])),
+            None if quantised is None else TrainedQuantised(**quantised),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot read {path}: {error!r}") from None
+
+
+def is_part(layout: Layout) -> bool:
+    """Whether a checkpoint holds only what was trained, to be laid over its base."""
+    if layout.is_diff:
+        return False
+    if (layout.folder / BASE_FILE).is_file():
+        return True
+    names = open_checkpoint(layout).tensors
+    return bool(names) and not any(_is_matrix(name) for name in names)
+
+
+def _is_matrix(name: str) -> bool:
+    """Whether it is one of a LLaMA's matrices, which no method trains alone."""
+    matrix, _, leaf = name.rpartition(".")
+    return leaf == "weight" and matrix.rpartition(".")[2] in _BASE_MATRICES
+
+
+def needs_base(layout: Layout, option: str | None = None) -> UserError:
+    """What to tell who gives only what was trained.
+
+    Args:
+        layout: it.
+        option: how its base is given; None = as it was itself.
+    """
+    meant, config = read_base(layout.folder), read_config([layout])
+    method = "" if config is None or config.tuning == FULL else f" (method {config.tuning.method})"
+    which = "that" if meant else "the base it was trained on"
+    hint = f"give {which} first: the same option once more, before this one"
+    if option is not None:
+        hint = f"give {which}: {option} {meant.names if meant else 'DIR'}"
+    if meant is None:
+        return UserError(f"{layout.folder} holds only what was trained{method}, and not on top of which base", hint)
+    return UserError(f"{layout.folder} holds only what was trained on top of {meant.names}{method}", hint)
+
+
+def check_base(layouts: Sequence[Layout], config: ModelConfig) -> None:
+    """Refuses what was trained alone on another base than it was trained on, or on none.
+
+    Raises:
+        UserError: naming both.
+    """
+    if layouts and is_part(layouts[0]):
+        raise needs_base(layouts[0])
+    for place, layout in enumerate(layouts):
+        meant = read_base(layout.folder)
+        if meant is None or base_fingerprint(layouts[:place], config) == meant.fingerprint:
+            continue
+        given = " and ".join(str(before.folder) for before in layouts[:place])
+        raise UserError(
+            f"{layout.folder} was trained on {meant.names}, and {given} holds other weights",
+            "give the base it was trained on",
+        )
+
+
+def check_quantised_base(layouts: Sequence[Layout]) -> None:
+    """Refuses, where a checkpoint's base is to be computed with in NF4 as it was trained on, one rounded otherwise.
+
+    Rounding to the nearest is a function of the weights; where it was calibrated, only the quantised base has it.
+
+    Raises:
+        UserError: naming the base.
+    """
+    meant = read_base(layouts[-1].folder)
+    if meant is None or meant.quantised is None or meant.quantised.values is None:
+        return
+    quantization = read_quantization(layouts[0].folder)
+    if quantization is None or quantization.values != meant.quantised.values:
+        raise UserError(
+            f"{layouts[-1].folder} was trained on {meant.names}, whose rounding was calibrated, "
+            f"and {layouts[0].folder} would be rounded otherwise",
+            f"give {meant.names}",
+        )
+
+
+def check_same_base(layout: Layout, weights: Weights, base: Layout, config: ModelConfig) -> None:
+    """Refuses a base that a whole tuned checkpoint was not trained on: what did not train must be the base's.
+
+    Raises:
+        UserError: naming both, or that the base is quantised, so that nothing can be compared.
+    """
+    names = [name for name in config.base().parameter_shapes() if not config.tuning.trains(name)]
+    if read_quantization(base.folder) is not None:
+        raise UserError(f"{base.folder} is quantised, and {layout.folder} was not trained on that", "give its original")
+    if fingerprint(read_weights([base]), names) != fingerprint(weights, names):
+        raise UserError(
+            f"{layout.folder} was not trained on {base.folder}: what did not train (method {config.tuning.method}) "
+            "is not the same there",
+            "give the base it was trained on",
+        )
+
+
+def base_of(
+    layouts: Sequence[Layout], config: ModelConfig, names: Sequence[str | Path], quantised: TrainedQuantised | None
+) -> Base:
+    """What a checkpoint of only what was trained will say of its base.
+
+    Args:
+        layouts: the base.
+        config: the shape.
+        names: the base as the user gave it.
+        quantised: how it was quantised while training on it; None = it was not.
+    """
+    return Base(base_fingerprint(layouts, config), tuple(map(str, names)), quantised)

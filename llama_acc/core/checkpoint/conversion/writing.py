@@ -1,0 +1,121 @@
+"""Writing a conversion's files, a few megabytes at a time, and what describes them."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llama_acc.core.checkpoint.base import BASE_FILE, read_base
+from llama_acc.core.checkpoint.companions import companions, special_ids
+from llama_acc.core.checkpoint.computed import read_block
+from llama_acc.core.checkpoint.conversion.plan import Entry, Plan
+from llama_acc.core.checkpoint.fingerprint import base_fingerprint
+from llama_acc.core.checkpoint.huggingface import INDEX_FILE, huggingface_config
+from llama_acc.core.checkpoint.parts import blocks_of
+from llama_acc.core.checkpoint.peft_files import peft_config
+from llama_acc.core.checkpoint.quantised import QUANTIZATION_FILE, Quantization
+from llama_acc.core.checkpoint.tensor_files import (
+    Spec,
+    lay_out_pth,
+    lay_out_safetensors,
+    pth_offsets,
+    safetensors_offsets,
+    seal_pth,
+    write_at,
+)
+from llama_acc.core.tokenizer import CONFIG_FILE, SENTENCEPIECE_FILE
+
+
+class _File(NamedTuple):
+    """An output file that was laid out, open for writing."""
+
+    descriptor: int
+    offsets: Mapping[str, int]
+
+    def write(self, entry: Entry) -> None:
+        offset = self.offsets[entry.name]
+        for start, stop in blocks_of(entry.source.shape):
+            block = read_block(entry.source, start, stop, entry.dtype)
+            write_at(self.descriptor, offset, block)
+            offset += block.nbytes
+
+
+def write_weights(plan: Plan, folder: Path, progress: Callable[[int], None]) -> None:
+    """Writes the files with weights: all shares of a parameter, then the next parameter."""
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(_open(plan, folder / name, held)) for name, held in plan.files.items()}
+        waiting = {name: list(entries) for name, entries in plan.files.items()}
+        for parameter in plan.meant:
+            for name, entries in waiting.items():
+                while entries and entries[0].parameter == parameter:
+                    entry = entries.pop(0)
+                    files[name].write(entry)
+                    progress(entry.nbytes)
+    if not plan.is_safetensors:
+        for name in plan.files:
+            seal_pth(folder / name)
+
+
+@contextlib.contextmanager
+def _open(plan: Plan, path: Path, entries: list[Entry]) -> Iterator[_File]:
+    specs = {entry.name: Spec(entry.source.shape, entry.dtype) for entry in entries}
+    if plan.is_safetensors:
+        lay_out_safetensors(path, specs)
+        offsets = safetensors_offsets(path)
+    else:
+        lay_out_pth(path, specs, flat=plan.request.to == "meta")
+        offsets = pth_offsets(path, specs)
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        yield _File(descriptor, offsets)
+    finally:
+        os.close(descriptor)
+
+
+def write_description(plan: Plan, folder: Path) -> None:
+    """Writes what says the shape, and what belongs to a checkpoint besides."""
+    for path in companions(plan.found.layouts):
+        (folder / path.name).write_bytes(path.read_bytes())
+    if plan.request.to == "peft":
+        _write_json(folder / "adapter_config.json", peft_config(plan.config.tuning, _base_name(plan)))
+    elif plan.request.to == "hf":
+        _describe_huggingface(plan, folder)
+    else:
+        _describe_shards(plan, folder)
+
+
+def _base_name(plan: Plan) -> str:
+    if plan.request.base is not None:
+        return str(plan.request.base)
+    known = read_base(plan.found.source.folder)
+    return known.pretrained[0] if known and known.pretrained else ""
+
+
+def _describe_huggingface(plan: Plan, folder: Path) -> None:
+    dtype = str(plan.dtypes["output.weight"]).removeprefix("torch.")
+    config = huggingface_config(plan.config, dtype, plan.tied, special_ids(plan.found.layouts))
+    _write_json(folder / "config.json", config)
+    if (folder / SENTENCEPIECE_FILE).exists() and not (folder / CONFIG_FILE).exists():
+        # Without it transformers 5 leaves BOS out and splits the first word otherwise.
+        _write_json(folder / CONFIG_FILE, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True})
+    if len(plan.files) > 1:
+        places = {entry.name: name for name, entries in plan.files.items() for entry in entries}
+        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": plan.nbytes}, "weight_map": places})
+
+
+def _describe_shards(plan: Plan, folder: Path) -> None:
+    request, found = plan.request, plan.found
+    _write_json(folder / ("params.json" if request.to == "meta" else "config.json"), plan.config.to_params())
+    if request.to == "consolidated":
+        _write_json(folder / "meta.json", {"llama_type": plan.config.tuning.llama_type})
+    if found.is_part and (found.source.folder / BASE_FILE).is_file():
+        (folder / BASE_FILE).write_bytes((found.source.folder / BASE_FILE).read_bytes())
+    if request.quantize:
+        told = Quantization(request.quantize_output, base_fingerprint(found.layouts, plan.config))
+        (folder / QUANTIZATION_FILE).write_bytes(told.to_json())
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
