@@ -120,12 +120,21 @@ class Tuning(Section):
 
 
 class Source(Section):
-    """One source of data: a file, glob, folder or downloaded name; `ratio` keeps a fixed random part of it."""
+    """One source of data.
+
+    Attributes:
+        path: a file, glob, folder, downloaded name or address of the Hub.
+        format: kind of its items.
+        template: prompt format.
+        ratio: a fixed random part of it is kept.
+        root: the folder that relative paths of images begin at; null = that of the data file.
+    """
 
     path: str
-    format: Literal["auto", "single_turn", "dialogue"] = "auto"
+    format: Literal["auto", "single_turn", "dialogue", "single_turn_llava"] = "auto"
     template: str = "auto"
     ratio: float = Field(default=1.0, gt=0, le=1)
+    root: str | None = None
 
 
 class Validation(Section):
@@ -143,12 +152,28 @@ class Validation(Section):
         return self
 
 
+class Images(Section):
+    """How pictures become squares of pixels.
+
+    Attributes:
+        transform: `random_resized_crop` (0.9 to 1 of the area, anew in each epoch), `centre_crop`, or `pad_to_square`.
+            Held-out data is always padded, as for generation.
+        max_pixels: larger pictures are refused.
+        workers: processes that decode; null = one for each core but one, at most 8.
+    """
+
+    transform: Literal["random_resized_crop", "centre_crop", "pad_to_square"] = "random_resized_crop"
+    max_pixels: int = Field(default=100_000_000, ge=1)
+    workers: int | None = Field(default=None, ge=1)
+
+
 class Data(Section):
     """What is learned. Examples longer than `max_tokens` are cut, and counted."""
 
     sources: list[Source] = Field(min_length=1)
     max_tokens: int = Field(default=2048, ge=2)
     validation: Validation = Validation()
+    images: Images = Images()
 
 
 class Optimizer(Section):

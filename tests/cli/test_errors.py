@@ -205,7 +205,11 @@ def test_data_named_in_a_recipe_says_how_to_give_it(tokenizer_path: Path) -> Non
         ("notes", b"hello", "no suffix is not a kind of data file"),
         ("other.yaml", b"a: 1\n", "it should have one key, META"),
         ("meta.yaml", b"META: [{pth: a, type: text}]", "META entry 1: unknown key 'pth'"),
-        ("image.json", b'[{"image": "a.png", "instruction": "a", "output": "b"}]', "images are not supported yet"),
+        (
+            "image.json",
+            b'[{"image": "a.png", "instruction": "a", "output": "b"}]',
+            "the items have images, which the model does not take",
+        ),
     ],
 )
 def test_data_that_cannot_be_used_is_refused_with_its_place(

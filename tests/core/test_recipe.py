@@ -80,7 +80,7 @@ def test_full_7b_recipes_have_llama2_accessorys_hyper_parameters(name: str) -> N
     recipe = Recipe.load(name)
     path, format, template, max_tokens = FULL_7B[name]
     assert [source.model_dump() for source in recipe.data.sources] == [
-        {"path": path, "format": format, "template": template, "ratio": 1.0}
+        {"path": path, "format": format, "template": template, "ratio": 1.0, "root": None}
     ]
     assert recipe.data.max_tokens == max_tokens
     assert recipe.data.validation.fraction == 0
@@ -260,7 +260,10 @@ def test_the_yaml_holds_every_key() -> None:
         ("data.validation={fraction: 0.5, path: x}", "give validation.fraction or validation.path, not both"),
         ("data.sources=[]", "data.sources: List should have at least 1 item"),
         ("data.sources.0.ratio=2", "data.sources.0.ratio: Input should be less than or equal to 1, not 2"),
-        ("data.sources.0.format=xml", "data.sources.0.format: Input should be 'auto', 'single_turn' or 'dialogue'"),
+        (
+            "data.sources.0.format=xml",
+            "data.sources.0.format: Input should be 'auto', 'single_turn', 'dialogue' or 'single_turn_llava'",
+        ),
         (
             "tuning.method=magic",
             "tuning.method: there is no method 'magic': known are full, bias_norm, lora, lora_bias_norm, adapter",

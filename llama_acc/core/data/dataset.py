@@ -218,6 +218,8 @@ def _load_file(
 
 def _encode_file(spec: FileSpec, tokenizer: Tokenizer, max_tokens: int, progress: FileProgress | None) -> Encoded:
     file = read_file(spec.path, spec.format)
+    if any(item.images for item in file.items):
+        raise UserError(f"{spec.path}: the items have images, which the model does not take")
     template = _template_for(spec, file.kind)
     tell = None if progress is None else lambda done, total: progress(spec.path.name, done, total)
     try:

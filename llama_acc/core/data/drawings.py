@@ -8,11 +8,17 @@ so no caption and no picture, of the held-out drawings is among those to learn f
 import io
 import itertools
 import math
+import tarfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
+from uuid import uuid4
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from llama_acc.core.errors import UserError
+from llama_acc.core.home import home
 
 SIZE = 64
 """Pixels of a drawing's side."""
@@ -32,9 +38,11 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
 PLACES = ("left of", "above")
 
+SPLITS = {"train": 3100, "held-out": 344}
+"""Drawings of each split: one of every scene."""
+
 _HELD_OUT = 0.1
 _SUPERSAMPLED = 4
-_SPLITS = {"train": 0, "held-out": 1}
 
 
 class Shape(NamedTuple):
@@ -76,10 +84,40 @@ def drawings(split: str, count: int, seed: int = 0) -> Iterator[tuple[bytes, str
     chosen = scenes(split, seed)
     for number in range(count):
         scene = chosen[number % len(chosen)]
-        image = draw(scene, np.random.default_rng([seed, VERSION, _SPLITS[split], number]))
+        image = draw(scene, np.random.default_rng([seed, VERSION, list(SPLITS).index(split), number]))
         file = io.BytesIO()
         image.save(file, "PNG")
         yield file.getvalue(), scene.caption
+
+
+def drawn_shard(split: str) -> Path:
+    """The tar shard of a split's drawings, which is made where it is not there yet.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path = home() / "data" / f"drawings-{VERSION}" / f"{split}.tar"
+    if path.is_file():
+        return path
+    temporary = path.with_name(f".{split}.{uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(temporary, "w") as shard:
+            for number, (png, caption) in enumerate(drawings(split, SPLITS[split])):
+                _add(shard, f"{number:05}.png", png)
+                _add(shard, f"{number:05}.txt", caption.encode())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write drawings to {path.parent}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _add(shard: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    shard.addfile(member, io.BytesIO(data))
 
 
 def draw(scene: Scene, random: np.random.Generator) -> Image.Image:

@@ -121,7 +121,7 @@ def _single_turn_documents(items: Sequence[Item], template: Template, tokenizer:
 
 
 def _dialogue_documents(items: Sequence[Item], template: Template, tokenizer: Tokenizer) -> Iterator[_Document]:
-    dialogues = [item.turns if isinstance(item, Dialogue) else template.as_dialogue(*item) for item in items]
+    dialogues = [item.turns if isinstance(item, Dialogue) else template.as_dialogue(*item[:3]) for item in items]
     texts = [template.dialogue_text(turns) for turns in dialogues]
     encoded = tokenizer.encode_batch_with_spans([text for text, _ in texts])
     for spans, (_, trained) in zip(encoded, texts, strict=True):

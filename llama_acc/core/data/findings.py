@@ -24,7 +24,7 @@ KINDS: dict[str, Kind] = {
     "unknown_role": Kind("unknown roles", True),
     "mixed_kinds": Kind("dialogues among single-turn items", True),
     "surrogate": Kind("lone surrogates", True),
-    "image": Kind("items with an image", True),
+    "image": Kind("images that are not given by a path", True),
     "empty_reply": Kind("empty replies", False),
     "role_order": Kind("roles out of order", False),
     "echo": Kind("replies that repeat the question", False),

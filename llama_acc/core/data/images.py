@@ -67,6 +67,11 @@ def member_reference(shard: Path, offset: int, size: int) -> str:
     return f"{shard}#{offset}+{size}"
 
 
+def resolved(reference: str, root: Path) -> str:
+    """A reference as it is written in the data, from any folder: relative ones begin at `root`."""
+    return str(root / Path(reference).expanduser())
+
+
 def shown_reference(reference: str) -> str:
     """A reference as a message says it."""
     member = _MEMBER.fullmatch(reference)

@@ -1,14 +1,19 @@
 """Items: what one row of a data file has to be, and everything that may be wrong with it.
 
-Two kinds: single-turn (`instruction`, `input`, `output`) and dialogue (`conversations: [{from, value}, ...]`).
+Two kinds: single-turn (`instruction`, `input`, `output`; or `caption` alone, an output without an instruction) and
+dialogue (`conversations: [{from, value}, ...]`). Each may have an `image`, or a list of them.
 """
 
 import difflib
+import re
+import zlib
 from typing import Any, NamedTuple
 
 from llama_acc.core.data.findings import Finding, beginning
 from llama_acc.core.data.rows import type_name
 from llama_acc.core.data.templates import Turn
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 ROLES = {"human": "human", "user": "human", "gpt": "assistant", "assistant": "assistant"}
 
@@ -19,12 +24,16 @@ class SingleTurn(NamedTuple):
     instruction: str
     input: str | None
     output: str
+    images: tuple[str, ...] = ()
+    """References as they are written: relative paths begin at the data's image root."""
 
 
 class Dialogue(NamedTuple):
     """Turns of a conversation, in the order of the file."""
 
     turns: list[Turn]
+    images: tuple[str, ...] = ()
+    """As those of `SingleTurn`."""
 
 
 Item = SingleTurn | Dialogue
@@ -36,7 +45,7 @@ def kind_of(value: Any) -> str | None:
         return None
     if "conversations" in value:
         return "dialogue"
-    return "single_turn" if "instruction" in value or "output" in value else None
+    return "single_turn" if any(key in value for key in ("instruction", "output", "caption")) else None
 
 
 def item_of(value: Any, kind: str, where: str = "") -> tuple[Item | None, list[Finding]]:
@@ -54,10 +63,21 @@ def item_of(value: Any, kind: str, where: str = "") -> tuple[Item | None, list[F
     if not isinstance(value, dict):
         problems.add("no_item", "", f"should be an object, but is {type_name(value)}", value)
         return None, problems.found
-    if value.get("image"):
-        problems.add("image", "image", "has an 'image': images are not supported yet", value["image"])
     item = _dialogue(value, problems) if kind == "dialogue" else _single_turn(value, problems)
     return (None if problems.found else item), problems.found
+
+
+def first_exchange(value: Any) -> Any:
+    """The first question and answer of a dialogue as a single-turn item, as they stand; anything else as it is.
+
+    (LLaMA2-Accessory's preprocess `single_turn_llava`.)
+    """
+    turns = value.get("conversations") if isinstance(value, dict) else None
+    if not isinstance(turns, list) or len(turns) < 2 or not all(isinstance(turn, dict) for turn in turns[:2]):
+        return value
+    question, answer = turns[:2]
+    image = {"image": value["image"]} if "image" in value else {}
+    return {"instruction": question.get("value"), "output": answer.get("value"), **image}
 
 
 class _Problems:
@@ -80,10 +100,41 @@ def _single_turn(value: dict[str, Any], problems: _Problems) -> SingleTurn | Non
         message = "a dialogue (it has 'conversations') among single-turn items"
         problems.add("mixed_kinds", "conversations", message, value["conversations"])
         return None
+    if "caption" in value and "output" not in value:
+        return SingleTurn("", None, _caption(value, problems), _images(value, problems))
     instruction = _text(value, "instruction", problems)
     output = _text(value, "output", problems)
     context = None if value.get("input") is None else _text(value, "input", problems)
-    return SingleTurn(instruction, context, output)
+    return SingleTurn(instruction, context, output, _images(value, problems))
+
+
+def _caption(value: dict[str, Any], problems: _Problems) -> str:
+    """The caption, or one of a list: which one is chance, but follows from the list."""
+    captions = value["caption"]
+    if not isinstance(captions, list):
+        return _text(value, "caption", problems)
+    texts = [_text({"caption": caption}, "caption", problems) for caption in captions]
+    if not texts:
+        problems.add("missing_field", "caption", "'caption' is an empty list", captions)
+        return ""
+    return texts[zlib.crc32("\n".join(texts).encode(errors="surrogatepass")) % len(texts)]
+
+
+def _images(value: dict[str, Any], problems: _Problems) -> tuple[str, ...]:
+    """The references of an item's images, in order. LLaMA2-Accessory's captions call the path `url`."""
+    field = "url" if "caption" in value and not value.get("image") else "image"
+    given = value.get(field) or []
+    references = given if isinstance(given, list) else [given]
+    for reference in references:
+        if not isinstance(reference, str) or not reference:
+            message = f"{field!r} should be a path or a list of paths, but holds {type_name(reference)}"
+            problems.add("image", field, message, reference)
+        elif _ADDRESS.match(reference):
+            message = f"{field!r} is an address: images are read from disk, download them first"
+            problems.add("image", field, message, reference)
+        else:
+            _text({field: reference}, field, problems)
+    return tuple(references)
 
 
 def _dialogue(value: dict[str, Any], problems: _Problems) -> Dialogue | None:
@@ -98,7 +149,8 @@ def _dialogue(value: dict[str, Any], problems: _Problems) -> Dialogue | None:
     for number, turn in enumerate(turns, start=1):
         problems.turn = f"turn {number}"
         checked.append(_turn(turn, problems))
-    return Dialogue(checked)
+    problems.turn = ""
+    return Dialogue(checked, _images(value, problems))
 
 
 def _turn(turn: Any, problems: _Problems) -> Turn:

@@ -74,7 +74,7 @@ def _pieces_of_text(item: Item, template: Template) -> list[Piece]:
     if template.kind == "single_turn" and not isinstance(item, Dialogue):
         prompt = template.single_turn_prompt(item.instruction, item.input)
         return _joined([*begin, Piece(prompt, False), Piece(template.clean(item.output), True), *end])
-    turns = item.turns if isinstance(item, Dialogue) else template.as_dialogue(*item)
+    turns = item.turns if isinstance(item, Dialogue) else template.as_dialogue(*item[:3])
     text, spans = template.dialogue_text(turns)
     parts, position = [], 0
     for first, last in spans:

@@ -15,12 +15,12 @@ from typing import NamedTuple
 from llama_acc.core.data.files import BytesRead, data_suffix
 from llama_acc.core.data.files import nearest_names as nearest_names
 from llama_acc.core.data.findings import Finding, beginning
-from llama_acc.core.data.items import Item, item_of, kind_of
+from llama_acc.core.data.items import Item, first_exchange, item_of, kind_of
 from llama_acc.core.data.rows import SUFFIXES, Row, stream_rows
 from llama_acc.core.errors import DataError as DataError
 from llama_acc.core.errors import UserError, did_you_mean
 
-FORMATS = ("auto", "single_turn", "dialogue")
+FORMATS = ("auto", "single_turn", "dialogue", "single_turn_llava")
 YAML_SUFFIXES = (".yaml", ".yml")
 _TRIED = 1000
 # Beside the data in a folder that was downloaded; not data itself.
@@ -79,8 +79,9 @@ def read_file(path: Path, format: str = "auto") -> ItemFile:
     """The items of one data file.
 
     Args:
-        path: a .json, .jsonl, .csv or .tsv file, perhaps compressed.
-        format: "single_turn", "dialogue", or "auto": by the keys of its items.
+        path: a .json, .jsonl, .csv or .tsv file, perhaps compressed, or a .tar shard.
+        format: "single_turn", "dialogue", "single_turn_llava" (a dialogue's first exchange as a single-turn item), or
+            "auto": by the keys of its items.
 
     Raises:
         UserError: it cannot be read, or holds no items.
@@ -125,8 +126,9 @@ def stream_items(path: Path, format: str = "auto", *, progress: BytesRead | None
     """The items of one data file in constant memory; see `read_file`.
 
     Args:
-        path: a .json, .jsonl, .csv or .tsv file, perhaps compressed.
-        format: "single_turn", "dialogue", or "auto": by the keys of its items.
+        path: a .json, .jsonl, .csv or .tsv file, perhaps compressed, or a .tar shard.
+        format: "single_turn", "dialogue", "single_turn_llava" (a dialogue's first exchange as a single-turn item), or
+            "auto": by the keys of its items.
         progress: told how many bytes of the file have been read.
 
     Raises:
@@ -141,9 +143,16 @@ def stream_items(path: Path, format: str = "auto", *, progress: BytesRead | None
     if not first:
         raise UserError(f"{path} holds no items")
     kind = format if format != "auto" else kind
+    if format == "single_turn_llava":
+        kind, first = "single_turn", [_first_exchange(row) for row in first]
+        rows = (_first_exchange(row) for row in rows)
     if data_suffix(path) in (".csv", ".tsv") and kind == "dialogue":
         raise UserError(f"{path}: a .csv file holds single-turn items only", "give dialogues as .json or .jsonl")
     return ItemStream(path, kind, chain(first, rows))
+
+
+def _first_exchange(row: Row) -> Row:
+    return row._replace(value=first_exchange(row.value))
 
 
 def _until_kind(rows: Iterator[Row]) -> tuple[list[Row], str]:

@@ -1,8 +1,8 @@
 """The rows of data files, one at a time, in memory for one of them.
 
 Read are `.json` (an array; or JSON lines under that name, as APIBench has it), `.jsonl`, `.csv` and `.tsv`, each of
-them perhaps compressed (`.gz`, `.zst`), from a file or any stream of bytes. A row is whatever JSON value stands there,
-or the cells by their columns; what it should look like is for others to say.
+them perhaps compressed (`.gz`, `.zst`), from a file or any stream of bytes; and `.tar`, shards of pictures with texts.
+A row is whatever JSON value stands there, or the cells by their columns; what it should look like is for others to say.
 """
 
 import codecs
@@ -17,9 +17,10 @@ from typing import IO, Any, NamedTuple
 
 from llama_acc.core.data.files import BytesRead, DataStream, data_suffix, open_data
 from llama_acc.core.data.json_array import MAX_ITEM, JsonBuffer
+from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_rows
 from llama_acc.core.errors import DataError, UserError
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", TAR_SUFFIX)
 
 _SHOWN = 200
 """Characters of a line that is not JSON that are kept to show."""
@@ -51,6 +52,9 @@ def stream_rows(path: Path, *, required: Sequence[str] = (), progress: BytesRead
     suffix = data_suffix(path)
     if suffix not in SUFFIXES:
         raise UserError(f"{path}: {suffix or 'no suffix'} is not a kind of data file", f"use {', '.join(SUFFIXES)}")
+    if suffix == TAR_SUFFIX:
+        yield from (Row(*row) for row in tar_rows(path))
+        return
     with open_data(path, progress) as stream:
         yield from _rows(stream, suffix, required)
 
@@ -207,6 +211,8 @@ def _split_keeping_ends(text: str) -> list[str]:
 
 def _check_header(name: str, names: list[str], required: Sequence[str]) -> None:
     problems = []
+    if "caption" in names:  # LLaMA2-Accessory's captions: url and caption
+        required = ()
     for column in required:
         if column not in names:
             near = [n for n in names if difflib.get_close_matches(n.lower(), [column], cutoff=0.6)]

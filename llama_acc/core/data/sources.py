@@ -15,6 +15,7 @@ from llama_acc.core.data.readers import (
     raise_together,
     read_bytes,
 )
+from llama_acc.core.data.tar_shards import TAR_SUFFIX
 from llama_acc.core.data.templates import TEMPLATES, get_template
 from llama_acc.core.errors import UserError, did_you_mean
 from llama_acc.core.home import home
@@ -22,8 +23,8 @@ from llama_acc.core.home import home
 SHIPPED = Path(__file__).parents[2] / "recipes"
 _META_KEYS = ("path", "type", "preprocess", "prompt_type", "ratio", "root")
 _META_TYPES = ("text", "image_text")
-_IMAGE_PREPROCESS = ("caption", "single_turn_llava")
-_NO_IMAGES = "images are not supported yet"
+# Of what LLaMA2-Accessory calls preprocess, the format here; captions are known by their keys.
+_PREPROCESS = {"caption": "single_turn", "single_turn_llava": "single_turn_llava"}
 
 
 class SourceLike(Protocol):
@@ -37,6 +38,8 @@ class SourceLike(Protocol):
     def template(self) -> str: ...
     @property
     def ratio(self) -> float: ...
+    @property
+    def root(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -47,17 +50,28 @@ class Source:
     format: str = "auto"
     template: str = "auto"
     ratio: float = 1.0
+    root: str | None = None
 
 
 @dataclass(frozen=True)
 class FileSpec:
-    """One file to read, and how. `seed` makes its random choices differ from other files'."""
+    """One file to read, and how.
+
+    Attributes:
+        path: the file.
+        format: the kind of its items, or "auto".
+        template: the prompt format, or "auto".
+        ratio: how much of it is used.
+        seed: makes its random choices differ from other files'.
+        image_root: where relative paths of images begin.
+    """
 
     path: Path
     format: str
     template: str
     ratio: float
     seed: tuple[int, int]
+    image_root: Path
 
 
 def expand(sources: Sequence[SourceLike], recipe_folder: Path | None = None) -> list[FileSpec]:
@@ -74,7 +88,8 @@ def expand(sources: Sequence[SourceLike], recipe_folder: Path | None = None) -> 
         except UserError as error:
             errors.append(error)
             continue
-        specs += [FileSpec(path, s.format, s.template, s.ratio, (number, i)) for i, (path, s) in enumerate(expanded)]
+        for i, (path, s, root) in enumerate(expanded):
+            specs.append(FileSpec(path, s.format, s.template, s.ratio, (number, i), root))
     raise_together(errors)
     return specs
 
@@ -82,14 +97,16 @@ def expand(sources: Sequence[SourceLike], recipe_folder: Path | None = None) -> 
 def resolve_data_path(path: str, recipe_folder: Path | None = None) -> Path:
     """Where a source's `path` is; a glob stays one.
 
-    `shipped:NAME` comes with the package. Else it is looked for beside the recipe, in the current folder and among
-    the downloads.
+    `shipped:NAME` comes with the package, `drawn:NAME` is drawn where it is not there yet. Else it is looked for
+    beside the recipe, in the current folder and among the downloads.
 
     Raises:
         UserError: it is nowhere.
     """
     if path.startswith("shipped:"):
         return _shipped(path.removeprefix("shipped:"))
+    if path.startswith("drawn:"):
+        return _drawn(path.removeprefix("drawn:"))
     given = Path(path).expanduser()
     if given.is_absolute():
         places = [given]
@@ -117,13 +134,37 @@ def _shipped(name: str) -> Path:
     return path
 
 
-def _expand_one(source: SourceLike, recipe_folder: Path | None) -> list[tuple[Path, SourceLike]]:
+def _drawn(name: str) -> Path:
+    from llama_acc.core.data.drawings import SPLITS, drawn_shard
+
+    if name not in SPLITS:
+        hint = did_you_mean(name, SPLITS) or f"there are: {', '.join(f'drawn:{split}' for split in SPLITS)}"
+        raise UserError(f"no drawings are called {name!r}", hint)
+    return drawn_shard(name)
+
+
+def _expand_one(source: SourceLike, recipe_folder: Path | None) -> list[tuple[Path, SourceLike, Path]]:
+    """The files of a source, how to read each, and where its images are."""
     _check(source)
     path = resolve_data_path(source.path, recipe_folder)
     if path.suffix.lower() not in YAML_SUFFIXES:
-        return [(file, source) for file in data_files(path)]
+        return _files(source, path, recipe_folder)
     entries = _accessory_sources(path, source)
-    return [(file, entry) for entry in entries for file in data_files(resolve_data_path(entry.path, path.parent))]
+    return [f for entry in entries for f in _files(entry, resolve_data_path(entry.path, path.parent), path.parent)]
+
+
+def _files(source: SourceLike, path: Path, folder: Path | None) -> list[tuple[Path, SourceLike, Path]]:
+    files = data_files(path)
+    root = None if source.root is None else resolve_image_root(source.root, folder)
+    # A shard's images are its own members.
+    return [(f, source, f.parent if root is None or f.suffix.lower() == TAR_SUFFIX else root) for f in files]
+
+
+def resolve_image_root(root: str, folder: Path | None) -> Path:
+    """The folder that relative paths of images begin at; it is looked for as data is, but need not be there."""
+    given = Path(root).expanduser()
+    places = [place / given for place in (*([] if folder is None else [folder]), Path.cwd(), home() / "data")]
+    return next((place for place in places if place.is_dir()), places[0])
 
 
 def _check(source: SourceLike) -> None:
@@ -152,7 +193,8 @@ def _accessory_sources(path: Path, outer: SourceLike) -> list[Source]:
         if not found:
             template = _template_name(entry["prompt_type"]) if "prompt_type" in entry else outer.template
             ratio = float(entry.get("ratio", 1.0)) * outer.ratio
-            sources.append(Source(entry["path"], outer.format, template, ratio))
+            format = _PREPROCESS.get(entry.get("preprocess"), outer.format)
+            sources.append(Source(entry["path"], format, template, ratio, entry.get("root", outer.root)))
     if problems:
         raise DataError(problems)
     return sources
@@ -163,15 +205,12 @@ def _meta_problems(entry: Any) -> list[str]:
         return ["should have the keys path and type"]
     problems = [f"unknown key {k!r} {did_you_mean(str(k), _META_KEYS)}".strip() for k in entry if k not in _META_KEYS]
     problems += [f"no {key!r}" for key in ("path", "type") if key not in entry]
-    if not isinstance(entry.get("path", ""), str):
-        problems.append("'path' should be text")
+    problems += [f"{key!r} should be text" for key in ("path", "root") if not isinstance(entry.get(key) or "", str)]
     kind, preprocess = entry.get("type", "text"), entry.get("preprocess")
-    if kind == "image_text" or preprocess in _IMAGE_PREPROCESS:
-        problems.append(_NO_IMAGES)
-    elif kind not in _META_TYPES:
+    if kind not in _META_TYPES:
         problems.append(f"unknown type {kind!r}: it is one of {', '.join(_META_TYPES)}")
-    elif preprocess is not None:
-        problems.append(f"unknown preprocess {preprocess!r}: it is one of {', '.join(_IMAGE_PREPROCESS)}")
+    if preprocess is not None and preprocess not in _PREPROCESS:
+        problems.append(f"unknown preprocess {preprocess!r}: it is one of {', '.join(_PREPROCESS)}")
     if "prompt_type" in entry and _template_name(entry["prompt_type"]) not in TEMPLATES:
         problems.append(f"unknown prompt_type {entry['prompt_type']!r}: it is one of {', '.join(TEMPLATES)}")
     ratio = entry.get("ratio", 1.0)

@@ -29,6 +29,8 @@ _MAY_CHANGE = {
     "checkpoint.every_steps",
     "checkpoint.asynchronous",
     "data.validation.every_steps",
+    "data.images.max_pixels",
+    "data.images.workers",
     "parallel.model_parallel_size",
     "parallel.data_parallel",
     "parallel.accumulate_unsharded",

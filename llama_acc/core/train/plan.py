@@ -17,7 +17,7 @@ from llama_acc.core.checkpoint.resume import FORMAT_VERSION, read_progress
 from llama_acc.core.checkpoint.save import DTYPES, free_bytes, needed_bytes
 from llama_acc.core.checkpoint.shards import Weights, check_tensors, read_weights
 from llama_acc.core.data.dataset import Dataset, load_dataset
-from llama_acc.core.data.sources import Source, resolve_data_path
+from llama_acc.core.data.sources import Source, resolve_data_path, resolve_image_root
 from llama_acc.core.errors import UserError
 from llama_acc.core.home import home
 from llama_acc.core.model.config import ModelConfig, config_from_params, named_size, read_params
@@ -370,6 +370,8 @@ def _resolved(recipe: Recipe, layouts: list[Layout], tokenizer: Tokenizer, recip
         model.params = [_absolute(path, _beside(path, recipe_folder)) for path in paths]
     for source in data.sources:
         source.path = _absolute(source.path, resolve_data_path(source.path, recipe_folder))
+        if source.root is not None:
+            source.root = str(resolve_image_root(source.root, recipe_folder).absolute())
     if data.validation.path is not None:
         data.validation.path = _absolute(data.validation.path, resolve_data_path(data.validation.path, recipe_folder))
     if layouts:
@@ -380,7 +382,7 @@ def _resolved(recipe: Recipe, layouts: list[Layout], tokenizer: Tokenizer, recip
 
 def _absolute(name: str, found: Path) -> str:
     """Where `name` was found; what is shipped or downloaded keeps its name, which is found from everywhere."""
-    if name.startswith("shipped:") or found == home() / "data" / name:
+    if name.startswith(("shipped:", "drawn:")) or found == home() / "data" / name:
         return name
     return str(found.absolute())
 

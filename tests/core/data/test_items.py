@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from llama_acc.core.data.findings import KINDS, beginning
-from llama_acc.core.data.items import Dialogue, SingleTurn, item_of
+from llama_acc.core.data.items import Dialogue, SingleTurn, first_exchange, item_of, kind_of
 
 
 def test_an_item_has_no_findings_and_what_has_findings_is_no_item() -> None:
@@ -38,3 +38,66 @@ def test_a_finding_says_kind_place_field_and_how_the_value_begins() -> None:
 )
 def test_how_values_begin(value: Any, shown: str) -> None:
     assert beginning(value) == shown
+
+
+def test_images_are_a_path_or_several() -> None:
+    item = {"instruction": "a", "output": "b"}
+    for given, images in [
+        ("x.png", ("x.png",)),
+        (["x.png", "y z.jpg"], ("x.png", "y z.jpg")),
+        ("", ()),
+        (None, ()),
+        ([], ()),
+    ]:
+        assert item_of({**item, "image": given}, "single_turn") == (SingleTurn("a", None, "b", images), [])
+    talk = {"conversations": [{"from": "human", "value": "a"}], "image": "x.png"}
+    assert item_of(talk, "dialogue") == (Dialogue([("human", "a")], ("x.png",)), [])
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        ({"path": "x"}, "'image' should be a path or a list of paths, but holds an object"),
+        (["x.png", ""], "'image' should be a path or a list of paths, but holds text"),
+        ([3], "but holds a number"),
+        ("https://a.org/b.png", "'image' is an address: images are read from disk"),
+        ("a\ud800.png", "'image' has a lone surrogate"),
+    ],
+)
+def test_what_is_no_path_of_an_image_says_so(image: Any, said: str) -> None:
+    item, found = item_of({"instruction": "a", "output": "b", "image": image}, "single_turn")
+    assert item is None
+    assert said in str(found[0])
+
+
+def test_a_caption_is_an_output_without_an_instruction() -> None:
+    expected = SingleTurn("", None, "a cat", ("cat.jpg",))
+    assert item_of({"image": "cat.jpg", "caption": "a cat"}, "single_turn") == (expected, [])
+    assert item_of({"url": "cat.jpg", "caption": "a cat"}, "single_turn") == (expected, [])
+    assert kind_of({"url": "cat.jpg", "caption": "a cat"}) == "single_turn"
+    for wrong, said in [(3, "'caption' should be text"), ([], "empty list"), (["a", 1], "'caption' should be text")]:
+        item, found = item_of({"image": "cat.jpg", "caption": wrong}, "single_turn")
+        assert item is None
+        assert said in str(found[0])
+
+
+def test_of_several_captions_one_is_taken_that_follows_from_them() -> None:
+    captions = [[f"one {i}", f"two {i}"] for i in range(60)]
+    taken = [item_of({"image": "x.png", "caption": some}, "single_turn")[0] for some in captions]
+    assert taken == [
+        item_of({"image": "y.png", "caption": some}, "single_turn")[0]._replace(images=("x.png",)) for some in captions
+    ]
+    firsts = sum(item.output.startswith("one") for item in taken if isinstance(item, SingleTurn))
+    assert 15 < firsts < 45
+
+
+def test_the_first_exchange_of_a_dialogue_as_it_stands() -> None:
+    turns = [
+        {"from": "human", "value": "what?\n<image>"},
+        {"from": "gpt", "value": " that "},
+        {"from": "human", "value": "x"},
+    ]
+    value = first_exchange({"id": 7, "image": "x.png", "conversations": turns})
+    assert item_of(value, "single_turn") == (SingleTurn("what?\n<image>", None, " that ", ("x.png",)), [])
+    for other in (3, {"conversations": []}, {"conversations": turns[:1]}, {"instruction": "a", "output": "b"}):
+        assert first_exchange(other) == other

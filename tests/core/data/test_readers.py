@@ -111,7 +111,7 @@ def test_files_that_hold_no_items(tmp_path: Path, name: str, content: str, words
         ({**GOOD, "instruction": True}, "'instruction' should be text, but is true or false"),
         ({**GOOD, "input": 3}, "'input' should be text, but is a number"),
         ({**GOOD, "output": "ab\ud800"}, "'output' has a lone surrogate (U+D800) at character 3"),
-        ({**GOOD, "image": "a.png"}, "images are not supported yet"),
+        ({**GOOD, "image": {"path": "a.png"}}, "'image' should be a path or a list of paths, but holds an object"),
         (TALK, "a dialogue (it has 'conversations') among single-turn items"),
     ],
 )
@@ -132,7 +132,7 @@ def test_wrong_single_turn_items(tmp_path: Path, item: Any, words: str) -> None:
         ({"conversations": [{"from": "bard", "value": "x"}]}, "turn 1: unknown role 'bard'"),
         ({"conversations": [{"from": "", "value": "x"}]}, "unknown role ''"),
         ({"conversations": [{"from": "human", "value": 1}]}, "'value' should be text, but is a number"),
-        ({**TALK, "image": "a.png"}, "images are not supported yet"),
+        ({**TALK, "image": ["a.png", ""]}, "'image' should be a path or a list of paths, but holds text"),
     ],
 )
 def test_wrong_dialogues(tmp_path: Path, item: Any, words: str) -> None:
@@ -215,6 +215,8 @@ def test_real_files(shared: Path, name: str, kind: str, count: int) -> None:
     assert (file.kind, len(file.items)) == (kind, count)
 
 
-@pytest.mark.parametrize("name", ["caption_blip_2k.json", "llava_instruct_100.json"])
-def test_real_image_data_is_refused_by_name(shared: Path, name: str) -> None:
-    assert "images are not supported yet" in problems_of(shared / "assets/data" / name)
+@pytest.mark.parametrize(("name", "count"), [("caption_blip_2k.json", 2183), ("llava_instruct_100.json", 100)])
+def test_real_image_data_is_read_with_its_images(shared: Path, name: str, count: int) -> None:
+    items = read_items(shared / "assets/data" / name)
+    assert len(items) == count
+    assert all(len(item.images) == 1 and item.images[0].endswith(".jpg") for item in items)

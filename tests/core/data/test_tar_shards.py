@@ -1,0 +1,193 @@
+"""Shards of pictures with texts: rows with places, found again without reading through the shard."""
+
+import gzip
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_acc.core.data import tar_shards
+from llama_acc.core.data.drawings import SPLITS, drawings, drawn_shard
+from llama_acc.core.data.images import read_reference, resolved
+from llama_acc.core.data.items import Dialogue, SingleTurn
+from llama_acc.core.data.readers import data_files, read_items
+from llama_acc.core.data.tar_shards import tar_digest, tar_rows
+from llama_acc.core.errors import UserError
+from tests.core.data.pictures import encoded, plain
+
+
+def write_shard(path: Path, members: dict[str, bytes | str | dict[str, Any]], mode: Any = "w") -> Path:
+    """A tar of these members, in this order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:
+        for name, content in members.items():
+            data = json.dumps(content).encode() if isinstance(content, dict) else content
+            data = data.encode() if isinstance(data, str) else data
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def samples(count: int) -> dict[str, Any]:
+    members: dict[str, Any] = {}
+    for number in range(count):
+        members |= {
+            f"{number:04}.jpg": encoded(plain((number, 9, 9)), "JPEG"),
+            f"{number:04}.txt": f"caption {number}\n",
+        }
+    return members
+
+
+def test_a_caption_goes_with_the_picture_of_its_name(tmp_path: Path) -> None:
+    members = samples(3)
+    shard = write_shard(tmp_path / "a.tar", members)
+    items = read_items(shard)
+    assert [item.output for item in items if isinstance(item, SingleTurn)] == ["caption 0", "caption 1", "caption 2"]
+    for number, item in enumerate(items):
+        (reference,) = item.images
+        assert read_reference(resolved(reference, shard.parent)) == members[f"{number:04}.jpg"]
+
+
+def test_json_is_an_item_or_says_the_caption(tmp_path: Path) -> None:
+    picture = encoded(plain(0))
+    talk = {"conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "that"}]}
+    shard = write_shard(
+        tmp_path / "a.tar",
+        {
+            # img2dataset writes all three
+            "sub/1.jpg": picture,
+            "sub/1.txt": "from txt",
+            "sub/1.json": {"caption": "from json", "url": "https://a.org/b", "status": "success"},
+            "sub/2.webp": picture,
+            "sub/2.json": {"text": "from text"},
+            "sub/3.json": {"instruction": "what?", "output": "that", "image": "elsewhere.png"},
+            "sub/3.png": picture,
+            "4.json": {"instruction": "no picture", "output": "none needed"},
+        },
+    )
+    items = read_items(shard)
+    assert [(item.instruction, item.output) for item in items if isinstance(item, SingleTurn)] == [
+        ("", "from txt"),
+        ("", "from text"),
+        ("what?", "that"),
+        ("no picture", "none needed"),
+    ]
+    assert [len(item.images) for item in items] == [1, 1, 1, 0]
+    assert all(item.images[0].startswith("a.tar#") for item in items[:3])
+    dialogues = read_items(write_shard(tmp_path / "b.tar", {"1.png": picture, "1.json": talk}))
+    assert isinstance(dialogues[0], Dialogue)
+    assert len(dialogues[0].images) == 1
+
+
+def test_what_is_no_sample_is_passed_over(tmp_path: Path) -> None:
+    more = {"README.md": "x", "0000.cls": "7", ".hidden.jpg": "x", "._0000.jpg": "x", "0000.seg.png": "x"}
+    for name, members in (("a.tar", {**more, **samples(1)}), ("b.tar", {**samples(1), **more})):
+        (item,) = read_items(write_shard(tmp_path / name, members))
+        assert isinstance(item, SingleTurn)
+        assert item.output == "caption 0"
+        assert read_reference(resolved(item.images[0], tmp_path)) == samples(1)["0000.jpg"]
+
+
+def test_every_sample_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    picture = encoded(plain(0))
+    shard = write_shard(
+        tmp_path / "a.tar",
+        {
+            "1.jpg": picture,
+            "2.txt": "no picture",
+            "3.jpg": picture,
+            "3.json": {"nothing": 1},
+            "4.jpg": picture,
+            "4.json": "[1]",
+            "5.jpg": picture,
+            "5.json": "?",
+            "6.jpg": picture,
+            "6.txt": b"\xff",
+            "7.jpg": picture,
+            "7.png": picture,
+            "7.txt": "two",
+            **samples(1),
+        },
+    )
+    problems = [f"{where}: {problem}" for where, _, problem in tar_rows(shard) if problem is not None]
+    assert problems == [
+        "item 1 (1): no .txt and no .json with a caption beside the picture",
+        "item 2 (2): no picture beside 2.txt",
+        "item 3 (3): no caption in .json",
+        "item 4 (4): 4.json should hold an object",
+        "item 5 (5): 5.json cannot be read: Expecting value: line 1 column 1 (char 0)",
+        "item 6 (6): 6.txt is not UTF-8 at byte 0",
+        "item 7 (7): more than one picture of this name",
+    ]
+    with pytest.raises(UserError, match=r"7 problems(.|\n)*item 2 \(2\): no picture beside 2\.txt"):
+        read_items(shard)
+
+
+def test_shards_that_cannot_be_reached_into_are_refused(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "a.tar", samples(4))
+    packed = tmp_path / "b.tar"
+    packed.write_bytes(gzip.compress(shard.read_bytes()))
+    cut, damaged = tmp_path / "c.tar", tmp_path / "damaged.tar"
+    whole = shard.read_bytes()
+    second = whole.index(b"0001.jpg")
+    damaged.write_bytes(whole[:second] + b"?" * 512 + whole[second + 512 :])
+    with pytest.raises(UserError, match=r"b\.tar is compressed"):
+        read_items(packed)
+    for size in (100, 3000, second, second + 700, whole.rindex(b"caption 3") + 100):
+        cut.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"c\.tar is not a whole tar file"):
+            read_items(cut)
+    with pytest.raises(
+        UserError, match=rf"damaged\.tar is not a whole tar file: damaged or cut off at byte {second:,}"
+    ):
+        read_items(damaged)
+    with pytest.raises(UserError, match="holds no samples"):
+        read_items(write_shard(tmp_path / "d.tar", {"a.md": "x"}))
+    with pytest.raises(UserError, match="there is no data file"):
+        list(tar_rows(tmp_path / "e.tar"))
+
+
+def test_a_folder_or_glob_of_shards_is_data(tmp_path: Path) -> None:
+    for name in ("b.tar", "a.tar"):
+        write_shard(tmp_path / name, samples(1))
+    assert [path.name for path in data_files(tmp_path)] == ["a.tar", "b.tar"]
+    assert [path.name for path in data_files(tmp_path / "*.tar")] == ["a.tar", "b.tar"]
+
+
+def test_the_digest_is_of_what_decides_the_rows(tmp_path: Path) -> None:
+    first = tar_digest(write_shard(tmp_path / "1/a.tar", samples(3)))
+    assert tar_digest(write_shard(tmp_path / "2/a.tar", samples(3))) == first
+    other = {**samples(3), "0001.txt": "another caption"}
+    assert tar_digest(write_shard(tmp_path / "3/a.tar", other)) != first
+    assert tar_digest(write_shard(tmp_path / "4/a.tar", {"x.md": "moves all", **samples(3)})) != first
+
+
+def test_a_digest_is_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama_acc_home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shard = write_shard(tmp_path / "a.tar", samples(3))
+    digest = tar_digest(shard)
+    with monkeypatch.context() as patch:
+        patch.setattr(tar_shards, "_samples", None)
+        assert tar_digest(shard) == digest
+    write_shard(shard, samples(4))
+    assert tar_digest(shard) != digest
+    (llama_acc_home / "cache/tars").rename(llama_acc_home / "cache/moved")
+    (llama_acc_home / "cache/tars").write_text("in the way", encoding="utf-8")
+    tar_digest(shard)
+    assert "not keeping the index" in caplog.text
+
+
+def test_drawings_are_a_shard_that_is_made_once() -> None:
+    shard = drawn_shard("held-out")
+    items = read_items(shard)
+    expected = list(drawings("held-out", SPLITS["held-out"]))
+    assert [item.output for item in items if isinstance(item, SingleTurn)] == [caption for _, caption in expected]
+    assert read_reference(resolved(items[-1].images[0], shard.parent)) == expected[-1][0]
+    before = shard.stat().st_mtime_ns
+    assert drawn_shard("held-out").stat().st_mtime_ns == before
+    assert [path.name for path in shard.parent.iterdir()] == ["held-out.tar"]
