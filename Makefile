@@ -49,6 +49,7 @@ unit: $(INSTALLED_DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not soak"
 
 soak: $(INSTALLED_DEV)
+	-$(BIN)/python -m pip install --quiet --only-binary :all: 'atheris>=2.3'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
 
 format: $(INSTALLED_DEV)

@@ -44,6 +44,10 @@ class Findings:
         kept = self.places.setdefault(kind, [])
         kept.extend(places if self.most is None else places[: max(self.most - len(kept), 0)])
 
+    def keeps(self, kind: str) -> bool:
+        """Whether one more of a kind would be kept."""
+        return self.most is None or len(self.places.get(kind, ())) < self.most
+
     def merge(self, later: "Findings") -> None:
         """Add what was found further on."""
         for kind, count in later.counts.items():
@@ -101,7 +105,8 @@ class Survey:
         """The language of its first reply that is long enough to tell."""
         for name, text in replies_of(item):
             if (language := language_of(text)) is not None:
-                self._languages.add(Finding(language, where, name, f"a reply in {language!r}", beginning(text)))
+                places = [Finding(language, where, name, f"a reply in {language!r}", beginning(text))]
+                self._languages.extend(language, 1, places if self._languages.keeps(language) else [])
                 return
 
     def merge(self, later: "Survey") -> None:

@@ -1,0 +1,232 @@
+"""What holds for any data: any text, any order of roles, any JSON, any bytes; on both kinds of tokenizers."""
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llama_acc.core.data.encode import documents
+from llama_acc.core.data.findings import KINDS
+from llama_acc.core.data.items import Dialogue, SingleTurn, item_of
+from llama_acc.core.data.readers import read_file, stream_items
+from llama_acc.core.data.rows import Row, stream_rows_from
+from llama_acc.core.data.survey import Findings
+from llama_acc.core.data.templates import TEMPLATES, get_template
+from llama_acc.core.data.truncation import Truncation
+from llama_acc.core.errors import DataError, UserError
+from llama_acc.core.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from tests.core.tokenizers import byte_fallback, byte_level
+
+# Every text but lone surrogates, which are a data error; more often than by chance, what is awkward for a tokenizer.
+TEXT = st.one_of(
+    st.text(max_size=20),
+    st.text(" \n\t#:▁😀é日\u0301\u200d\u3000\0ab", max_size=12),
+    st.sampled_from([" ", "\n###", "### Human:", "Assistant:", "👩‍👩‍👧", "ﬁ", "İ", "e\u0301", "\r\n", "\u2028", "▁▁"]),
+)
+ROLE = st.sampled_from(["human", "assistant"])
+TURNS = st.lists(st.tuples(ROLE, TEXT), min_size=1, max_size=5)
+SLOW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "byte_level", "byte_fallback"])
+def tokenizer(
+    request: pytest.FixtureRequest, tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Tokenizer:
+    if request.param == "sentencepiece":
+        return load_tokenizer(tokenizer_path)
+    make = byte_level if request.param == "byte_level" else byte_fallback
+    return load_tokenizer(make(tmp_path_factory.mktemp(request.param)))
+
+
+def plain(text: str) -> str:
+    """A text as it comes back: U+2581 is SentencePiece's own mark for a space."""
+    return text.replace("▁", " ")
+
+
+def without_specials(text: str, tokenizer: Tokenizer) -> str:
+    """A tokenizer.json reads BOS and EOS in a text as such, and they have no text."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        for special in (tokenizer.bos_id, tokenizer.eos_id):
+            text = text.replace(tokenizer.piece(special), "")
+    return text
+
+
+def written(turns: list[tuple[str, str]], name: str) -> list[tuple[str, bool]]:
+    """A dialogue as docs/data.md says it is written: texts, and whether they are the assistant's to write."""
+    if name == "chatml":
+        parts = []
+        for role, text in turns:
+            begin, reply = f"<|im_start|>{'user' if role == 'human' else role}\n", role == "assistant"
+            parts += [(begin, False), (f"{text}<|im_end|>", reply), ("\n", False)]
+        return parts
+    parts = [(
+        "A chat between a curious human and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the human's questions.\n\n###", False,
+    )]  # fmt: skip
+    for role, text in turns:
+        clean = text.replace("<image>", "").strip()
+        parts += [(f" {role.capitalize()}:", False), (f" {clean}\n###", role == "assistant")]
+    return parts
+
+
+@SLOW
+@given(turns=TURNS, name=st.sampled_from(["dialogue", "chatml"]))
+def test_labels_cover_exactly_the_assistants_tokens(
+    turns: list[tuple[str, str]], name: str, tokenizer: Tokenizer
+) -> None:
+    parts = written(turns, name)
+    text = "".join(part for part, _ in parts)
+    assistants = np.repeat([reply for _, reply in parts], [len(part) for part, _ in parts])
+    [spans] = tokenizer.encode_batch_with_spans([text])
+    [(tokens, labelled)] = documents([Dialogue(turns)], get_template(name), tokenizer)
+    bos, eos = TEMPLATES[name].bos, TEMPLATES[name].eos
+    assert tokens.tolist() == [tokenizer.bos_id] * bos + spans.ids + [tokenizer.eos_id] * eos
+    expected = [bool(assistants[b:e].any()) for b, e in zip(spans.begins, spans.ends, strict=True)]
+    assert labelled.tolist() == [False] * bos + expected + [False] * eos
+    # All that the assistant wrote is somewhere among the labelled tokens.
+    covered = np.zeros(len(text), dtype=bool)
+    for begin, end, is_label in zip(spans.begins, spans.ends, expected, strict=True):
+        covered[begin:end] |= is_label
+    assert covered[assistants].all()
+    assert plain(tokenizer.decode(tokens)) == plain(without_specials(text, tokenizer))
+
+
+@SLOW
+@given(
+    instruction=TEXT,
+    context=st.none() | TEXT,
+    output=TEXT,
+    name=st.sampled_from(["alpaca", "shortqa", "qg", "caption", "none"]),
+)
+def test_single_turn_labels_begin_behind_the_prompts_tokens_and_the_text_comes_back(
+    instruction: str, context: str | None, output: str, name: str, tokenizer: Tokenizer
+) -> None:
+    prompt = get_template(name).single_turn_prompt(instruction, context)
+    [(tokens, labelled)] = documents([SingleTurn(instruction, context, output)], get_template(name), tokenizer)
+    assert tokens.tolist() == tokenizer.encode(prompt + output, bos=True, eos=True)
+    first = len(tokenizer.encode(prompt, bos=True))
+    assert labelled.tolist() == [i >= first for i in range(len(tokens))]
+    assert plain(tokenizer.decode(tokens)) == plain(prompt + output)
+
+
+@SLOW
+@given(turns=TURNS, most=st.integers(2, 80))
+def test_truncation_loses_what_it_says(turns: list[tuple[str, str]], most: int, tokenizer: Tokenizer) -> None:
+    template = get_template("dialogue")
+    [(tokens, labelled)] = documents([Dialogue(turns)], template, tokenizer)
+    labelled[:1] = False
+    truncation = Truncation(template, tokenizer, most, Findings())
+    truncation.add([("item 1", Dialogue(turns))])
+    left = int(labelled[:most].sum())
+    assert truncation.no_reply + truncation.no_room == (not left)
+    assert truncation.no_reply == (not labelled.any())
+    assert truncation.label_tokens == left
+    assert truncation.tokens == (len(tokens[:most]) if left else 0)
+    assert truncation.cut_labels == (int(labelled[most:].sum()) if left else 0)
+
+
+SURROGATE = st.text(st.characters(categories=["Cs", "L"]), max_size=3)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT | SURROGATE,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT | SURROGATE, inner, max_size=3),
+    max_leaves=6,
+)
+KEY = st.sampled_from(["instruction", "input", "output", "conversations", "from", "value", "image", "Output"])
+TURN = st.fixed_dictionaries(
+    {}, optional={"from": st.sampled_from(["human", "GPT", "user", "bard"]) | JSON, "value": JSON}
+)
+ROW = st.one_of(
+    JSON,
+    st.dictionaries(KEY, JSON, max_size=4),
+    st.fixed_dictionaries({"instruction": JSON, "output": JSON}, optional={"input": JSON}),
+    st.fixed_dictionaries({"conversations": st.lists(TURN | JSON, max_size=3)}),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(value=ROW, kind=st.sampled_from(["single_turn", "dialogue"]))
+def test_a_row_is_an_item_or_it_is_said_why_not(value: Any, kind: str) -> None:
+    item, findings = item_of(value, kind, "item 7")
+    assert (item is None) == bool(findings)
+    for finding in findings:
+        assert KINDS[finding.kind].fatal
+        said = str(finding)
+        assert said.startswith("item 7: ")
+        said.encode("utf-8")
+        assert "\n" not in said
+    for text in item if isinstance(item, SingleTurn) else [turn[1] for turn in item.turns] if item else []:
+        assert text is None or text.encode("utf-8") is not None
+
+
+@SLOW
+@given(rows=st.lists(ROW, min_size=1, max_size=5), lines=st.booleans(), ascii=st.booleans(), packed=st.booleans())
+def test_a_file_of_any_rows_gives_items_or_names_each_one_that_is_none(
+    rows: list[Any], lines: bool, ascii: bool, packed: bool, tmp_path: Path
+) -> None:
+    text = (
+        "\n".join(json.dumps(row, ensure_ascii=ascii) for row in rows)
+        if lines
+        else json.dumps(rows, ensure_ascii=ascii)
+    )
+    data = text.encode("utf-8", "surrogatepass")
+    path = tmp_path / ("a.jsonl" if lines else "a.json")
+    path.write_bytes(gzip.compress(data) if packed else data)
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        with pytest.raises(UserError, match="is not UTF-8"):
+            read_file(path)
+        return
+    stream = stream_items(path)
+    expected = [item_of(row, stream.kind)[0] for row in rows]
+    found = list(stream)
+    assert [checked.item for checked in found] == expected
+    for number, checked in enumerate(found, start=1):
+        assert checked.where == (f"item {number} (line {number})" if lines else f"item {number}")
+        assert all(finding.where == checked.where for finding in checked.problems)
+    wrong = {number for number, item in enumerate(expected, start=1) if item is None}
+    if wrong:
+        with pytest.raises(DataError) as caught:
+            read_file(path)
+        places = {problem.removeprefix(f"{path}: item ").split(" ")[0].rstrip(":") for problem in caught.value.problems}
+        assert places == set(map(str, wrong))
+    else:
+        assert read_file(path).items == expected
+
+
+@SLOW
+@given(
+    rows=st.lists(st.lists(TEXT.filter(lambda text: "\0" not in text), min_size=3, max_size=3), min_size=1, max_size=4),
+    dialect=st.sampled_from(["excel", "excel-tab", "unix"]),
+    columns=st.permutations(["instruction", "input", "output"]),
+)
+def test_csv_of_any_texts_comes_back(rows: list[list[str]], dialect: str, columns: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, dialect, quoting=csv.QUOTE_ALL)
+        writer.writerows([columns, *rows])
+    cells = [dict(zip(columns, row, strict=True)) for row in rows]
+    assert read_file(path).items == [SingleTurn(row["instruction"], row["input"], row["output"]) for row in cells]
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.binary(max_size=60), suffix=st.sampled_from([".json", ".jsonl", ".csv", ".tsv"]))
+def test_any_bytes_are_items_or_a_users_error(data: bytes, suffix: str) -> None:
+    rows: list[Row] = []
+    try:
+        rows.extend(stream_rows_from(io.BytesIO(data), "a file", suffix))
+    except UserError as error:
+        message = error.message
+    else:
+        message = "a file is whole"
+    assert "a file" in message
+    for row in rows:
+        assert row.where.startswith("item ")
+        assert row.problem is None or row.problem.isprintable()

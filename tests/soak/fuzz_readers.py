@@ -1,0 +1,229 @@
+"""Fuzzing of one reader of data files: `python -m tests.soak.fuzz_readers READER SECONDS FOLDER`.
+
+With atheris (libFuzzer, which sees what code an input reaches) where it is installed, else with hypothesis. Whatever
+bytes come, a reader gives rows and then perhaps a UserError that names the file; anything else is a crash, and ends
+this process with an error, the input left in FOLDER.
+"""
+
+import contextlib
+import gzip
+import io
+import json
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+READERS = ("json", "jsonl", "csv", "tsv", "guessed", "gzip", "zstd", "yaml", "items")
+_LONGEST = 4096
+
+_GOOD = [
+    {"instruction": "Add.", "input": "1 2", "output": "3"},
+    {"conversations": [{"from": "human", "value": "Hi é😀"}, {"from": "gpt", "value": "Hello"}]},
+]
+_TABLE = 'instruction,input,output\nAdd.,"1,\n2",3\n'
+_META = "META:\n  - {path: a.json, type: text, prompt_type: shortqa, ratio: 0.5}\n"
+_WORDS = (
+    *('"instruction"', '"output"', '"input"', '"conversations"', '"from"', '"value"', '"human"', '"gpt"', '"image"'),
+    *(
+        "\\ud800",
+        "\\u0000",
+        "\ufeff",
+        "\u2028",
+        "[[[[",
+        "{}",
+        "null",
+        "NaN",
+        "1e999",
+        "-0",
+        "\r\n",
+        '""',
+        "META:",
+        "path",
+    ),
+)
+
+
+def main() -> None:
+    """Fuzzes until the time is over."""
+    reader, seconds, folder = sys.argv[1], float(sys.argv[2]), Path(sys.argv[3])
+    corpus = folder / f"corpus-{reader}"
+    corpus.mkdir(parents=True, exist_ok=True)
+    for number, seed in enumerate(_seeds(reader)):
+        (corpus / f"seed{number}").write_bytes(seed)
+    try:
+        import atheris
+    except ImportError:
+        _with_hypothesis(reader, seconds, folder)
+        return
+    with atheris.instrument_imports(include=["llama_acc.core.data", "json", "csv", "yaml"]):
+        target = _target(reader, folder)
+    dictionary = folder / "words"
+    dictionary.write_text("".join(f'"{_escaped(word)}"\n' for word in _WORDS))
+    flags = [f"-max_total_time={seconds:.0f}", f"-max_len={_LONGEST}", "-timeout=20", "-rss_limit_mb=2048", "-seed=1"]
+    flags += [f"-dict={dictionary}", f"-artifact_prefix={folder}/{reader}-", "-print_final_stats=1"]
+    atheris.Setup([sys.argv[0], *flags, str(corpus)], target)
+    atheris.Fuzz()
+
+
+def _escaped(word: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in word.encode())
+
+
+def _seeds(reader: str) -> Iterator[bytes]:
+    array, lines = json.dumps(_GOOD), "\n".join(map(json.dumps, _GOOD))
+    if reader == "zstd":
+        yield from (_zstd().compress(text.encode()) for text in (array, lines))
+    yield from {
+        "json": [array.encode(), json.dumps(_GOOD, indent=1).encode(), lines.encode()],
+        "jsonl": [lines.encode(), b'\xef\xbb\xbf{"instruction": 1}\n\n{'],
+        "csv": [_TABLE.encode()],
+        "tsv": [_TABLE.replace(",", "\t").encode()],
+        "guessed": [array.encode(), lines.encode(), _TABLE.encode()],
+        "gzip": [gzip.compress(array.encode()), gzip.compress(lines.encode())],
+        "yaml": [_META.encode()],
+        "items": [bytes(range(64)), bytes([7, 2, 2, 6, 2, 7, 2, 7, 2, 7] * 3)],
+    }.get(reader, [])
+
+
+def _zstd():  # type: ignore[no-untyped-def]
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    return zstd
+
+
+class _Choices:
+    """Makes a JSON value of bytes, each of which decides something: of nearly right items more than of others."""
+
+    _KEYS = ("instruction", "input", "output", "conversations", "from", "value", "image", "Output", "")
+    _LEAVES = (
+        None,
+        True,
+        0,
+        1e999,
+        -(10**30),
+        "",
+        "human",
+        "gpt",
+        "a",
+        "\ud800",
+        "é😀",
+        "cafÃ©",
+        " \n",
+        "What is it? " * 4,
+    )
+
+    def __init__(self, data: bytes) -> None:
+        self._data = iter(data)
+
+    def _one_of(self, count: int) -> int:
+        return next(self._data, 0) % count
+
+    def value(self, depth: int = 0) -> object:
+        """The next value."""
+        kind = self._one_of(8) if depth < 4 else 0
+        if kind < 3:
+            return self._LEAVES[self._one_of(len(self._LEAVES))]
+        if kind == 3:
+            return [self.value(depth + 1) for _ in range(self._one_of(4))]
+        if kind == 4:
+            return {self._KEYS[self._one_of(len(self._KEYS))]: self.value(depth + 1) for _ in range(self._one_of(4))}
+        if kind == 5:
+            return {
+                "instruction": self.value(depth + 2),
+                "output": self.value(depth + 2),
+                "input": self.value(depth + 2),
+            }
+        turns = [{"from": self.value(3), "value": self.value(3)} for _ in range(self._one_of(4))]
+        return {"conversations": [*turns, self.value(depth + 1)] if kind == 6 else turns}
+
+
+def _target(reader: str, folder: Path) -> Callable[[bytes], None]:
+    """What is called with bytes; it raises on a crash."""
+    from llama_acc.core.data.items import item_of
+    from llama_acc.core.data.rows import stream_rows_from
+    from llama_acc.core.data.sources import Source, expand
+    from llama_acc.core.data.survey import Survey
+    from llama_acc.core.errors import UserError
+
+    suffix = {
+        "json": ".json",
+        "jsonl": ".jsonl",
+        "csv": ".csv",
+        "tsv": ".tsv",
+        "items": ".jsonl",
+        "gzip": ".json",
+        "zstd": ".jsonl",
+    }
+    required = ("instruction", "output")
+
+    def rows(data: bytes) -> None:
+        survey = Survey(5)
+        try:
+            for row in stream_rows_from(io.BytesIO(data), "a file", suffix.get(reader), required=required):
+                assert row.where.startswith("item "), row
+                for kind in ("single_turn", "dialogue") if row.problem is None else ():
+                    item, found = item_of(row.value, kind, row.where)
+                    assert (item is None) == bool(found)
+                    assert all(str(finding).startswith(row.where) for finding in found)
+                    "".join(map(str, found)).encode("utf-8")
+                    survey.add(row.where, item, found)
+        except UserError as error:
+            if "a file" not in error.message:
+                raise
+        json.dumps(survey.finish().to_json())
+
+    def packed(data: bytes) -> None:
+        # As it is, and as the content of a whole file: past its header, nothing random is valid.
+        rows(data)
+        rows(gzip.compress(data, 1) if reader == "gzip" else _zstd().compress(data, 1))
+
+    def items(data: bytes) -> None:
+        choices = _Choices(data)
+        rows("\n".join(json.dumps(choices.value()) for _ in range(3)).encode())
+
+    def yaml(data: bytes) -> None:
+        path = folder / "data.yaml"
+        path.write_bytes(data)
+        with contextlib.suppress(UserError):
+            expand([Source(str(path))], folder)
+
+    return {"yaml": yaml, "items": items, "gzip": packed, "zstd": packed}.get(reader, rows)
+
+
+def _with_hypothesis(reader: str, seconds: float, folder: Path) -> None:
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis import seed as seeded
+    from hypothesis import strategies as st
+
+    target, seeds, end = _target(reader, folder), list(_seeds(reader)), time.monotonic() + seconds
+    pieces = st.one_of(
+        st.sampled_from([word.encode() for word in _WORDS]), st.sampled_from(seeds), st.binary(max_size=9)
+    )
+    cut = st.tuples(st.sampled_from(seeds), st.integers(0, 200), st.integers(0, 200))
+    inputs = st.one_of(
+        st.lists(pieces, max_size=12).map(b"".join), cut.map(lambda part: part[0][: part[1]] + part[0][part[2] :])
+    )
+    done, seed = 0, 0
+
+    def attempt(data: bytes) -> None:
+        nonlocal done
+        done += 1
+        try:
+            target(data)
+        except Exception:
+            (folder / f"{reader}-crash-{zlib.crc32(data):08x}").write_bytes(data)
+            raise
+
+    while time.monotonic() < end:
+        seed += 1
+        unhurried = settings(max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        seeded(seed)(unhurried(given(inputs)(attempt)))()
+    print(f"stat::number_of_executed_units: {done}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
