@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from llama_acc import __version__
-from llama_acc.cli import chat, check_data, convert_checkpoint, convert_data, evaluate, finetune, recipes
+from llama_acc.cli import chat, check_data, convert_checkpoint, convert_data, download, evaluate, finetune, recipes
 from llama_acc.core import worker
 from llama_acc.core.errors import LlamaAccError
 
@@ -132,6 +132,7 @@ def _unforeseen(error: Exception) -> tuple[str, str]:
     return f"{type(error).__name__}: {error}", "this is a fault of the program: add --debug to see where"
 
 
+app.command("download", help=download.HELP)(_reported(download.download))
 app.command("finetune", help=finetune.HELP)(_reported(finetune.finetune))
 app.command("chat", help=chat.HELP)(_reported(chat.chat))
 convert_data.app.command("check", help=check_data.HELP)(_reported(check_data.check))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llama_acc.core.checkpoint.huggingface import read_huggingface
+from llama_acc.core.download.names import how_to_get, named_model
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.home import home
 from llama_acc.core.model.config import ModelConfig, config_from_params, read_params
@@ -63,12 +64,13 @@ def locate(name: str) -> Path:
         UserError: nothing is there.
     """
     folder = Path(name).expanduser()
-    if not folder.exists() and (home() / "models" / name).is_dir():
-        folder = home() / "models" / name
+    if not folder.exists():
+        folder = named_model(name) or folder
     if not folder.exists():
         raise UserError(
             f"there is no checkpoint folder {name}, and no downloaded model of that name in {home() / 'models'}",
-            "give the folder that holds consolidated.00.pth, consolidated.00-of-01.model.pth or model.safetensors",
+            how_to_get(name, model=True)
+            or "give the folder that holds consolidated.00.pth, consolidated.00-of-01.model.pth or model.safetensors",
         )
     if not folder.is_dir():
         raise UserError(f"{name} is a file: give the folder that holds it")

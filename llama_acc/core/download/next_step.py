@@ -1,0 +1,88 @@
+"""What to type after a download."""
+
+import shlex
+from pathlib import Path
+
+from llama_acc.core.checkpoint.layout import inspect
+from llama_acc.core.download.catalogue import Entry, catalogue
+from llama_acc.core.download.downloads import Downloaded
+from llama_acc.core.download.names import is_here
+from llama_acc.core.errors import UserError
+from llama_acc.core.recipe import Recipe
+
+_DEFAULT_RECIPE = "alpaca"
+
+
+def next_command(done: Downloaded) -> str | None:
+    """The command that uses what was downloaded; None where there is no one such command."""
+    entry = done.wanted.entry
+    if done.is_model:
+        return _with_model(done, entry)
+    if entry is not None and entry.kind == "images":
+        return None
+    if entry is not None and entry.convert and not done.converted:
+        inputs = [] if done.wanted.to is None else map(str, done.files)
+        return shlex.join(["llama-acc", "convert-data", entry.convert, *(inputs or [entry.name])])
+    if entry is None or entry.recipe is None:
+        return None
+    return _finetune(entry.recipe, _pretrained(entry.recipe), _place(done, entry))
+
+
+def remarks(done: Downloaded) -> list[str]:
+    """What else there is to know, and what the next command still lacks."""
+    entry = done.wanted.entry
+    found = [entry.note] if entry is not None and entry.note else []
+    if entry is not None and entry.kind == "vision":
+        found.append(f"give it beside a language model: --pretrained llama2-13b --pretrained {_model_place(done, entry)}")
+    missing = _missing_base(done, entry)
+    if missing is not None:
+        found.append(f"the recipe starts from {missing}, which is not here yet: llama-acc download {missing}")
+    return found
+
+
+def _with_model(done: Downloaded, entry: Entry | None) -> str | None:
+    if (entry is not None and entry.kind == "vision") or not _can_be_loaded(done.folder):
+        return None
+    where = _model_place(done, entry)
+    if entry is not None and entry.template is not None:
+        return shlex.join(["llama-acc", "chat", "--ckpt", where, "--template", entry.template])
+    if entry is None or entry.recipe is None:
+        return shlex.join(["llama-acc", "chat", "--ckpt", where])
+    return _finetune(entry.recipe, where, None)
+
+
+def _can_be_loaded(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint of a format we read."""
+    try:
+        inspect(folder)
+    except UserError:
+        return False
+    return True
+
+
+def _finetune(recipe: str, pretrained: str | None, data: str | None) -> str:
+    words = ["llama-acc", "finetune", "--recipe", recipe]
+    words += ["--pretrained", pretrained] if pretrained else []
+    words += ["--data", data] if data else []
+    return shlex.join(words)
+
+
+def _pretrained(recipe: str) -> str | None:
+    names = Recipe.load(recipe).model.pretrained_list()
+    return names[0] if names else None
+
+
+def _place(done: Downloaded, entry: Entry) -> str:
+    return entry.name if done.wanted.to is None else str(done.folder)
+
+
+def _model_place(done: Downloaded, entry: Entry | None) -> str:
+    return str(done.folder) if done.wanted.to is not None or entry is None else entry.name
+
+
+def _missing_base(done: Downloaded, entry: Entry | None) -> str | None:
+    """The model the next command starts from, if it can be downloaded and is not here."""
+    if done.is_model or entry is None or entry.recipe is None:
+        return None
+    base = catalogue().get(_pretrained(entry.recipe) or "")
+    return None if base is None or is_here(base) else base.name
