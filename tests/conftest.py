@@ -1,9 +1,12 @@
 """What every test may use: a home of its own, a tiny tokenizer, and the real inputs where they are present."""
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.hub import Servers, running
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -32,6 +35,20 @@ def shared() -> Path:
     if not _SHARED.is_dir():
         pytest.skip("no ../shared beside the repository")
     return _SHARED
+
+
+@pytest.fixture
+def servers(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Servers]:
+    """A hub that HF_ENDPOINT points to, here and in commands started; the user's own token and cache are away."""
+    folder = tmp_path_factory.mktemp("huggingface")
+    monkeypatch.setenv("HF_HOME", str(folder))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    # huggingface_hub reads these once, when it is imported.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(folder / "token"))
+    with running() as found:
+        monkeypatch.setenv("HF_ENDPOINT", found.url)
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import json
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -73,6 +73,8 @@ class Servers:
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.plain: dict[str, bytes] = {}
+        self.stored: dict[str, bytes] = {}
+        self.before_bytes: Callable[[], object] = lambda: None
         self.plain_headers: dict[str, dict[str, str]] = {}
         self.redirects: dict[str, str] = {}
         self.faults: dict[str, deque[Fault]] = defaultdict(deque)
@@ -217,7 +219,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         deep = query.get("recursive", ["false"])[0].lower() == "true"
         entries = [_entry(repo, path) for path in inside if deep or "/" not in path.removeprefix(prefix)]
-        folders = {prefix + path.removeprefix(prefix).split("/")[0] for path in inside if "/" in path.removeprefix(prefix)}
+        folders = {
+            prefix + path.removeprefix(prefix).split("/")[0] for path in inside if "/" in path.removeprefix(prefix)
+        }
         entries += [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)]
         # Two at a time, so that every listing has pages.
         begin = int(query.get("cursor", ["0"])[0])
@@ -230,7 +234,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _xet_token(self) -> None:
         expires = int(time.time()) + 3600
         storage = self.servers.xet_storage
-        headers = {"X-Xet-Cas-Url": storage, "X-Xet-Access-Token": "short-lived", "X-Xet-Token-Expiration": str(expires)}
+        headers = {
+            "X-Xet-Cas-Url": storage,
+            "X-Xet-Access-Token": "short-lived",
+            "X-Xet-Token-Expiration": str(expires),
+        }
         self._json({"casUrl": storage, "exp": expires, "accessToken": "short-lived"}, headers)
 
     def _resolve(self, path: str) -> None:
@@ -262,8 +270,8 @@ class _Handler(BaseHTTPRequestHandler):
         if "authorization" in self.headers:  # as signed addresses of S3 do
             self._empty(400)
             return
-        if path in self.servers.plain:
-            self._bytes(path, self.servers.plain[path], {})
+        if path in self.servers.stored:
+            self._bytes(path, self.servers.stored[path], {})
             return
         repo = self.servers.repos[query["kind"][0], query["repo"][0]]
         file = query["file"][0]
@@ -292,6 +300,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body) if fault.length is None else fault.length))
         self.end_headers()
         if self.command == "GET":
+            self.servers.before_bytes()
             self._send(name, body, fault)
 
     def _first_byte(self, headers: dict[str, str], fault: Fault) -> int | None:

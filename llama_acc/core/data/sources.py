@@ -17,6 +17,7 @@ from llama_acc.core.data.readers import (
 )
 from llama_acc.core.data.tar_shards import TAR_SUFFIX
 from llama_acc.core.data.templates import TEMPLATES, get_template
+from llama_acc.core.download.names import how_to_get, named_data
 from llama_acc.core.errors import UserError, did_you_mean
 from llama_acc.core.home import home
 
@@ -101,7 +102,7 @@ def resolve_data_path(path: str, recipe_folder: Path | None = None) -> Path:
     beside the recipe, in the current folder and among the downloads.
 
     Raises:
-        UserError: it is nowhere.
+        UserError: it is nowhere, or a download that is not finished or still to be converted.
     """
     if path.startswith("shipped:"):
         return _shipped(path.removeprefix("shipped:"))
@@ -115,16 +116,14 @@ def resolve_data_path(path: str, recipe_folder: Path | None = None) -> Path:
         if recipe_folder is not None:
             places.insert(0, recipe_folder / given)
     for place in places:
+        if place == home() / "data" / given and (downloaded := named_data(path)) is not None:
+            return downloaded
         if place.exists() or (glob.has_magic(str(place)) and glob.glob(str(place), recursive=True)):
             return place
     looked = "".join(f"\n  {place}" for place in places)
     near = [hint for place in places if place.parent.is_dir() and (hint := nearest_names(place))]
-    hint = f"give it with --data FILE, or: llama-acc download {path}" if _is_name(path) else "give it with --data FILE"
-    raise UserError(f"there is no data {path!r}; looked for:{looked}", "; or ".join([*near[:1], hint]))
-
-
-def _is_name(path: str) -> bool:
-    return path.replace("-", "").replace("_", "").isalnum()
+    hints = [*near[:1], "give it with --data FILE", how_to_get(path, model=False)]
+    raise UserError(f"there is no data {path!r}; looked for:{looked}", "; or ".join(hint for hint in hints if hint))
 
 
 def _shipped(name: str) -> Path:

@@ -1,5 +1,6 @@
 """Addresses as users write them: `hf:owner/name/file`, a page of Hugging Face or GitHub, or any https://."""
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -12,7 +13,7 @@ Kind = Literal["model", "dataset"]
 _MAGIC = re.compile(r"[*?[]")
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _HUB = re.compile(
-    rf"hf:(?://)?(?P<kind>datasets/|models/)?(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[^/\s]+))?(?:/(?P<path>\S+))?"
+    rf"hf:(?://)?(?P<kind>datasets/|models/)?(?!datasets/|models/)(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[^/\s]+))?(?:/(?P<path>\S+))?"
 )
 _HUB_PAGE = re.compile(
     rf"/(?P<kind>datasets/)?(?P<repo>{_PART}/{_PART})"
@@ -54,6 +55,11 @@ class HubAddress:
         magic = next((i for i, part in enumerate(parts) if _MAGIC.search(part)), len(parts))
         return "/".join(parts[:magic])
 
+    @property
+    def identity(self) -> str:
+        """By which it can be told from others."""
+        return str(self)
+
     def __str__(self) -> str:
         kind = "datasets/" if self.kind == "dataset" else ""
         return f"hf:{kind}{self.folder}" + (f"/{self.path}" if self.path else "")
@@ -74,6 +80,12 @@ class WebAddress:
     def host(self) -> str:
         """Whom it is asked from."""
         return urlsplit(self.url).hostname or ""
+
+    @property
+    def identity(self) -> str:
+        """By which it can be told from others, and which may be written down."""
+        shown = str(self)
+        return shown if shown == self.url else f"{shown} {hashlib.sha256(self.url.encode()).hexdigest()[:16]}"
 
     def __str__(self) -> str:
         """Without what may be secret: user, password, query."""
@@ -116,7 +128,7 @@ def parse_address(text: str) -> Address:
 
 
 def _hub(text: str) -> HubAddress:
-    match = _HUB.fullmatch(text)
+    match = _HUB.fullmatch(text.rstrip("/"))
     if match is None:
         raise UserError(
             f"{text!r} is no address on Hugging Face",

@@ -138,7 +138,7 @@ class Downloader:
         self._tell_left_out(listings)
         record = Record(folder)
         for file, group in zip(wanted.files, remotes, strict=True):
-            record.finish(file.get, [remote.name for remote in group])
+            record.finish(parse_address(file.get).identity, [remote.name for remote in group])
         return Downloaded(wanted, is_model, folder, tuple(files), tuple(fetched))
 
     def _already(self, wanted: Wanted) -> Downloaded | None:
@@ -146,7 +146,11 @@ class Downloader:
         kinds = [wanted.entry.is_model] if wanted.entry else [True, False]
         for is_model in kinds:
             folder = _folder(wanted, is_model)
-            found = [Record(folder).finished(file.get) for file in wanted.files] if folder.is_dir() else [None]
+            found = (
+                [Record(folder).finished(parse_address(file.get).identity) for file in wanted.files]
+                if folder.is_dir()
+                else [None]
+            )
             if all(files is not None for files in found):
                 files = tuple(path for group in found for path in group or ())
                 return Downloaded(wanted, is_model, folder, files, ())
@@ -200,3 +204,30 @@ def _common_folder(address: HubAddress, paths: Sequence[str]) -> str:
     """The folder an address means, or the one its file or glob is in."""
     is_folder = address.path and not address.is_glob and address.path not in paths
     return (address.path if is_folder else address.fixed_folder) or "."
+
+
+def fetch_data(address: str, watch: Watch, token: str | None = None) -> list[Path]:
+    """The files of an address as they are here, sorted; what is missing is fetched.
+
+    For `data.sources` that name a remote data set, such as `hf:datasets/owner/name/train-*.jsonl`. What was fetched
+    before is found without the network.
+
+    Raises:
+        UserError: it is unknown, gated or absent, or the disk is too small.
+        RunError: the network or the disk failed.
+    """
+    (wanted,) = understand([address], None)
+    return sorted(Downloader(token, watch).download(wanted).files)
+
+
+def list_data(address: str, token: str | None = None) -> HubListing:
+    """What an `hf:` address means, by its names, sizes and digests; nothing is fetched.
+
+    Raises:
+        UserError: it is unknown or absent.
+        RunError: the network.
+    """
+    parsed = parse_address(address)
+    if not isinstance(parsed, HubAddress):
+        raise UserError(f"{address} is no address on Hugging Face", "it begins with hf:")
+    return Hub(token).list_files(parsed)

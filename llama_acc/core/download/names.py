@@ -30,7 +30,8 @@ def raw_folder_of(entry: Entry) -> Path:
 def is_here(entry: Entry) -> bool:
     """Whether all of an entry was downloaded."""
     folder = raw_folder_of(entry)
-    return folder.is_dir() and all(Record(folder).finished(file.get) is not None for file in entry.files)
+    keys = [parse_address(file.get).identity for file in entry.files]
+    return folder.is_dir() and all(Record(folder).finished(key) is not None for key in keys)
 
 
 def converted_file(name: str) -> Path:

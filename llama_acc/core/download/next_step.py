@@ -33,7 +33,9 @@ def remarks(done: Downloaded) -> list[str]:
     entry = done.wanted.entry
     found = [entry.note] if entry is not None and entry.note else []
     if entry is not None and entry.kind == "vision":
-        found.append(f"give it beside a language model: --pretrained llama2-13b --pretrained {_model_place(done, entry)}")
+        found.append(
+            f"give it beside a language model: --pretrained llama2-13b --pretrained {_model_place(done, entry)}"
+        )
     missing = _missing_base(done, entry)
     if missing is not None:
         found.append(f"the recipe starts from {missing}, which is not here yet: llama-acc download {missing}")

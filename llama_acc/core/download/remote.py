@@ -49,6 +49,7 @@ class Remote:
         size: bytes it has to have, if known.
         digests: what its content has to give; may be empty.
         open: asks for its bytes.
+        known_as: tells it from others, where the source does not.
         about: bytes it seems to have, where `size` is not known.
     """
 
@@ -57,6 +58,7 @@ class Remote:
     size: int | None
     digests: tuple[Digest, ...]
     open: Open
+    known_as: str | None = None
     about: int | None = None
 
     @property
@@ -67,4 +69,4 @@ class Remote:
     @property
     def identity(self) -> str:
         """By which a part that is here already is known to be one of it."""
-        return str(self.digests[0]) if self.digests else self.source
+        return str(self.digests[0]) if self.digests else self.known_as or self.source

@@ -37,7 +37,7 @@ def web_remote(
             yield stream
 
     about = within(REACH_SECONDS, address.host, lambda: _ask(client, address))
-    return Remote(name, str(address), size, digests, open_at, about)
+    return Remote(name, str(address), size, digests, open_at, address.identity, about)
 
 
 def _ask(client: httpx2.Client, address: WebAddress) -> int | None:

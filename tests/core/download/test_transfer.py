@@ -1,0 +1,348 @@
+"""A download comes to its end whatever the network does, is checked, and is never there in part."""
+
+import hashlib
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from llama_acc.core.download.address import parse_address
+from llama_acc.core.download.downloads import Downloaded, Downloader, understand
+from llama_acc.core.download.http import make_client, retry_after
+from llama_acc.core.download.job import fetch_all
+from llama_acc.core.download.remote import Digest
+from llama_acc.core.download.transfer import Patience
+from llama_acc.core.download.web import web_remote
+from llama_acc.core.errors import RunError, UserError
+from tests.hub import TOKEN, Fault, Servers
+
+# 700 KB: eleven pieces of a server's answer.
+CONTENT = b"".join(hashlib.sha256(b"%d" % i).digest() for i in range(22_000))
+QUICK = Patience(tries=4, first_wait=0.01)
+REPO = "hf:models/owner/name"
+
+
+class Watch:
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.begun: list[tuple[int, int | None]] = []
+        self.first: dict[str, int] = {}
+
+    def begin(self, files: int, total: int | None) -> None:
+        self.begun.append((files, total))
+
+    def receiving(self, name: str, done: int, total: int | None) -> None:
+        self.first.setdefault(name, done)
+
+    def checking(self, name: str, done: int, total: int) -> None:
+        pass
+
+    def finished(self, name: str) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def download(address: str, to: Path, watch: Watch | None = None, token: str | None = None) -> Downloaded:
+    (wanted,) = understand([address], to)
+    return Downloader(token, watch or Watch(), QUICK).download(wanted)
+
+
+def visible(folder: Path) -> list[str]:
+    """What a user sees of a folder."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+@pytest.fixture(params=["hub", "storage", "web"])
+def address(request: pytest.FixtureRequest, servers: Servers) -> str:
+    """The same file kept by the hub itself, by its storage host, and by a plain server."""
+    if request.param == "web":
+        servers.plain["/files/big.bin"] = CONTENT
+        servers.plain_headers["/files/big.bin"] = {"ETag": '"one"'}
+        return f"{servers.url}/files/big.bin"
+    servers.model("owner/name", {"big.bin": CONTENT}, large=10**9 if request.param == "hub" else 1000)
+    return f"{REPO}/big.bin"
+
+
+def test_a_file_arrives_whole_and_under_its_name_only(address: str, tmp_path: Path) -> None:
+    done = download(address, tmp_path)
+    assert visible(tmp_path) == ["big.bin"]
+    assert done.files == done.fetched == (tmp_path / "big.bin",)
+    assert (tmp_path / "big.bin").read_bytes() == CONTENT
+    assert not list(tmp_path.glob(".*.part*"))
+
+
+def test_cut_connections_are_taken_up_where_they_were_cut(address: str, servers: Servers, tmp_path: Path) -> None:
+    servers.fail("big.bin", Fault(cut=300_000), Fault(cut=100_000), Fault(cut=0), Fault(status=503))
+    watch = Watch()
+    download(address, tmp_path, watch)
+    assert (tmp_path / "big.bin").read_bytes() == CONTENT
+    assert servers.sent["big.bin"] == len(CONTENT)
+    ranges = [r.headers.get("range") for r in servers.asked_for_bytes("big.bin") if "range" in r.headers]
+    assert "bytes=300000-" in ranges
+    assert "bytes=400000-" in ranges
+    assert len(watch.notes) == 4
+    assert "trying again in" in watch.notes[0]
+
+
+def test_a_silent_server_is_left_and_asked_again(
+    address: str, servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "0.3")
+    servers.fail("big.bin", Fault(stall=200_000))
+    watch = Watch()
+    download(address, tmp_path, watch)
+    assert (tmp_path / "big.bin").read_bytes() == CONTENT
+    assert servers.sent["big.bin"] == len(CONTENT)
+    assert "sends nothing any more" in watch.notes[0]
+
+
+def test_after_a_429_the_server_is_left_alone_as_long_as_it_asks(servers: Servers, tmp_path: Path) -> None:
+    servers.model("owner/name", {"big.bin": CONTENT})
+    servers.fail("big.bin", Fault(status=429, headers=(("Retry-After", "1"),)))
+    watch = Watch()
+    begin = time.monotonic()
+    download(f"{REPO}/big.bin", tmp_path, watch)
+    assert time.monotonic() - begin >= 1.0  # a lower bound: it is a promise to the server, not a speed
+    assert "429" in watch.notes[0]
+    assert "trying again in 1 s" in watch.notes[0]
+
+
+def test_a_server_that_asks_for_an_hour_is_not_waited_for(address: str, servers: Servers, tmp_path: Path) -> None:
+    servers.fail("big.bin", Fault(status=429, headers=(("Retry-After", "3600"),)))
+    with pytest.raises(RunError, match="asks to wait 3600 s"):
+        download(address, tmp_path)
+
+
+def test_a_date_in_retry_after_is_understood() -> None:
+    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    assert retry_after("120") == 120.0
+    assert retry_after("soon") is None
+
+
+def test_when_it_does_not_work_what_arrived_is_kept_and_used(address: str, servers: Servers, tmp_path: Path) -> None:
+    servers.fail("big.bin", Fault(cut=250_000), *[Fault(cut=0)] * 3)
+    with pytest.raises(RunError, match="tried 4 times") as failed:
+        download(address, tmp_path)
+    assert "the same command goes on from there" in (failed.value.hint or "")
+    assert visible(tmp_path) == []
+    watch = Watch()
+    download(address, tmp_path, watch)
+    assert (tmp_path / "big.bin").read_bytes() == CONTENT
+    assert servers.sent["big.bin"] == len(CONTENT)
+    assert watch.first["big.bin"] > 250_000
+
+
+def test_a_server_that_cannot_go_on_sends_it_whole(address: str, servers: Servers, tmp_path: Path) -> None:
+    servers.fail("big.bin", Fault(cut=300_000), Fault(no_ranges=True))
+    download(address, tmp_path)
+    assert (tmp_path / "big.bin").read_bytes() == CONTENT
+    assert servers.sent["big.bin"] == 300_000 + len(CONTENT)
+
+
+def test_a_finished_file_is_not_fetched_again_nor_is_the_network_needed(
+    address: str, servers: Servers, tmp_path: Path
+) -> None:
+    download(address, tmp_path)
+    asked = len(servers.requests)
+    again = download(address, tmp_path)
+    assert again.files == (tmp_path / "big.bin",)
+    assert again.fetched == ()
+    assert len(servers.requests) == asked
+
+
+# What is not what it should be
+
+
+def test_wrong_bytes_are_thrown_away_and_told(servers: Servers, tmp_path: Path) -> None:
+    servers.model("owner/name", {"big.bin": CONTENT})
+    wrong = b"x" + CONTENT[1:]
+    servers.fail("big.bin", Fault(content=wrong))
+    with pytest.raises(RunError) as failed:
+        download(f"{REPO}/big.bin", tmp_path)
+    assert f"what arrived has SHA-256 {hashlib.sha256(wrong).hexdigest()}" in failed.value.message
+    assert f"but SHA-256 {hashlib.sha256(CONTENT).hexdigest()} was expected" in failed.value.message
+    assert "nothing of yours was touched" in (failed.value.hint or "")
+    assert visible(tmp_path) == []
+    download(f"{REPO}/big.bin", tmp_path)
+    assert (tmp_path / "big.bin").read_bytes() == CONTENT
+
+
+def test_a_small_file_of_a_repository_is_checked_by_its_git_identity(servers: Servers, tmp_path: Path) -> None:
+    servers.model("owner/name", {"config.json": b'{"dim": 64}'})
+    servers.fail("config.json", Fault(content=b'{"dim": 65}'))
+    with pytest.raises(RunError, match="what arrived has git blob"):
+        download(f"{REPO}/config.json", tmp_path)
+
+
+def test_a_part_that_was_damaged_meanwhile_is_fetched_anew(servers: Servers, tmp_path: Path) -> None:
+    servers.model("owner/name", {"big.bin": CONTENT})
+    servers.fail("big.bin", Fault(cut=250_000), *[Fault(cut=0)] * 3)
+    with pytest.raises(RunError):
+        download(f"{REPO}/big.bin", tmp_path)
+    part = tmp_path / ".big.bin.part"
+    part.write_bytes(b"?" + part.read_bytes()[1:])
+    watch = Watch()
+    download(f"{REPO}/big.bin", tmp_path, watch)
+    assert (tmp_path / "big.bin").read_bytes() == CONTENT
+    assert "fetching it anew" in watch.notes[0]
+
+
+def test_a_length_that_is_not_the_right_one_ends_it_before_the_bytes(servers: Servers, tmp_path: Path) -> None:
+    servers.model("owner/name", {"big.bin": CONTENT})
+    servers.fail("big.bin", Fault(content=CONTENT + b"more"))
+    with pytest.raises(RunError, match=r"is 704,004 bytes long, and should be 704,000"):
+        download(f"{REPO}/big.bin", tmp_path)
+
+
+def test_a_length_that_is_announced_and_not_kept_is_a_cut_connection(servers: Servers, tmp_path: Path) -> None:
+    servers.model("owner/name", {"big.bin": CONTENT})
+    servers.fail("big.bin", Fault(content=CONTENT[:-5], length=len(CONTENT)))
+    watch = Watch()
+    download(f"{REPO}/big.bin", tmp_path, watch)
+    assert (tmp_path / "big.bin").read_bytes() == CONTENT
+    assert len(watch.notes) == 1
+
+
+def test_what_the_catalogue_knows_of_a_file_has_to_be_so(servers: Servers, tmp_path: Path) -> None:
+    servers.plain["/files/a.json"] = b"[1]"
+    address = parse_address(f"{servers.url}/files/a.json")
+    right, wrong = hashlib.sha256(b"[1]").hexdigest(), hashlib.sha256(b"[2]").hexdigest()
+    with make_client() as client:
+        for size, digest, said in ((4, right, "is 3 bytes long, and should be 4"), (3, wrong, "was expected")):
+            remote = web_remote(client, address, "a.json", size, (Digest("sha256", digest),))  # type: ignore[arg-type]
+            with pytest.raises(RunError, match=said):
+                fetch_all([remote], tmp_path, Watch(), QUICK)
+        remote = web_remote(client, address, "a.json", 3, (Digest("sha256", right),))  # type: ignore[arg-type]
+        fetch_all([remote], tmp_path, Watch(), QUICK)
+    assert (tmp_path / "a.json").read_bytes() == b"[1]"
+
+
+def test_a_plain_file_that_changed_meanwhile_is_not_sewn_together(servers: Servers, tmp_path: Path) -> None:
+    servers.plain["/files/a.bin"], new = CONTENT, CONTENT[::-1]
+    servers.plain_headers["/files/a.bin"] = {"ETag": '"old"'}
+    servers.fail("a.bin", Fault(cut=250_000), *[Fault(cut=0)] * 3)
+    with pytest.raises(RunError):
+        download(f"{servers.url}/files/a.bin", tmp_path)
+    servers.plain["/files/a.bin"] = new
+    servers.plain_headers["/files/a.bin"] = {"ETag": '"new"'}
+    download(f"{servers.url}/files/a.bin", tmp_path)
+    assert (tmp_path / "a.bin").read_bytes() == new
+
+
+def test_a_web_page_is_not_taken_for_the_file_it_shows(servers: Servers, tmp_path: Path) -> None:
+    servers.plain["/files/a.json"] = b"<html>"
+    servers.plain_headers["/files/a.json"] = {"Content-Type": "text/html; charset=utf-8"}
+    with pytest.raises(UserError, match="is a web page"):
+        download(f"{servers.url}/files/a.json", tmp_path)
+
+
+# Files of the user's
+
+
+def test_a_file_of_the_users_is_never_overwritten(address: str, tmp_path: Path) -> None:
+    (tmp_path / "big.bin").write_text("mine")
+    with pytest.raises(UserError, match="are not what would be fetched") as refused:
+        download(address, tmp_path)
+    assert "nothing was changed" in (refused.value.hint or "")
+    assert (tmp_path / "big.bin").read_text() == "mine"
+
+
+def test_a_file_that_is_the_right_one_already_is_taken_as_it_is(servers: Servers, tmp_path: Path) -> None:
+    servers.model("owner/name", {"big.bin": CONTENT})
+    (tmp_path / "big.bin").write_bytes(CONTENT)
+    watch = Watch()
+    done = download(f"{REPO}/big.bin", tmp_path, watch)
+    assert done.fetched == ()
+    assert "was here already" in watch.notes[0]
+    assert servers.asked_for_bytes("big.bin") == []
+
+
+def test_a_downloaded_file_that_was_changed_is_told_and_left(servers: Servers, tmp_path: Path) -> None:
+    servers.model("owner/name", {"big.bin": CONTENT})
+    download(f"{REPO}/big.bin", tmp_path)
+    (tmp_path / "big.bin").write_text("edited")
+    with pytest.raises(UserError, match="it has 6 bytes"):
+        download(f"{REPO}/big.bin", tmp_path)
+    assert (tmp_path / "big.bin").read_text() == "edited"
+
+
+def test_too_little_disk_is_found_before_the_first_byte(
+    servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = servers.model("owner/name", {"big.bin": CONTENT})
+
+    class Huge(bytes):
+        def __len__(self) -> int:
+            return 2**60
+
+    repo.files["big.bin"] = Huge(CONTENT)
+    with pytest.raises(UserError, match="too little disk") as refused:
+        download(f"{REPO}/big.bin", tmp_path)
+    assert "1,073,741,824.0 GiB are to come" in refused.value.message
+    assert servers.asked_for_bytes("big.bin") == []
+
+
+# Several files
+
+
+def test_files_come_side_by_side(servers: Servers, tmp_path: Path) -> None:
+    """Four files whose servers send nothing until all four have been asked for."""
+    files = {f"part{i}.jsonl": b"%d" % i * 2000 for i in range(4)}
+    servers.dataset("owner/shards", files, large=10**9)
+    meeting = threading.Barrier(4, timeout=20)
+    servers.before_bytes = meeting.wait
+    watch = Watch()
+    done = download("hf:datasets/owner/shards/*.jsonl", tmp_path, watch)
+    assert {path.name: path.read_bytes() for path in done.files} == files
+    assert watch.begun == [(4, 8000)]
+
+
+def test_a_file_that_fails_does_not_keep_the_others_from_coming(servers: Servers, tmp_path: Path) -> None:
+    servers.dataset("owner/shards", {f"part{i}.jsonl": b"%d" % i * 2000 for i in range(3)})
+    servers.fail("part1.jsonl", *[Fault(cut=0)] * 4)
+    with pytest.raises(RunError, match=r"part1.jsonl: .* tried 4 times"):
+        download("hf:datasets/owner/shards", tmp_path)
+    assert visible(tmp_path) == ["part0.jsonl", "part2.jsonl"]
+    done = download("hf:datasets/owner/shards", tmp_path)
+    assert [path.name for path in done.fetched] == ["part1.jsonl"]
+
+
+# Redirects and the token
+
+
+def test_the_token_goes_to_the_hub_and_nowhere_else(servers: Servers, tmp_path: Path) -> None:
+    files = {"big.bin": CONTENT, "config.json": b"{}"}
+    servers.model("owner/name", files, private=True)
+    download(REPO, tmp_path, token=TOKEN)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name in files} == files
+    for request in servers.requests:
+        sent = request.headers.get("authorization")
+        assert sent == (f"Bearer {TOKEN}" if request.host == "hub" else None)
+    assert any(request.host == "storage" for request in servers.requests)
+
+
+def test_the_token_is_not_sent_with_plain_addresses(servers: Servers, tmp_path: Path) -> None:
+    servers.plain["/files/a.json"] = b"[]"
+    servers.redirects["/files/moved.json"] = "/files/a.json"
+    download(f"{servers.url}/files/moved.json", tmp_path, token=TOKEN)
+    assert (tmp_path / "moved.json").read_bytes() == b"[]"
+    assert [request.headers.get("authorization") for request in servers.requests] == [None] * len(servers.requests)
+
+
+def test_a_password_in_an_address_stays_with_its_host(servers: Servers, tmp_path: Path) -> None:
+    servers.redirects["/files/a.json"] = f"{servers.storage_url}/files/a.json"
+    servers.stored["/files/a.json"] = b"[]"
+    watch = Watch()
+    with_password = servers.url.replace("//", "//user:secret@") + "/files/a.json?key=hush"
+    done = download(with_password, tmp_path, watch)
+    assert done.files[0].read_bytes() == b"[]"
+    for request in servers.requests:
+        assert ("authorization" in request.headers) == (request.host == "hub")
+    kept = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert "secret" not in kept
+    assert "hush" not in kept
