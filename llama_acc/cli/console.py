@@ -14,6 +14,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -114,13 +115,13 @@ class RunConsole:
         """A line on the side."""
         note(text)
 
-    def encoding(self, file: str, done: int, total: int) -> None:
+    def encoding(self, file: str, items: int, fraction: float) -> None:
         """A sign of life where encoding takes longer than a few seconds."""
         now = time.monotonic()
         since = self._encoding_since.setdefault(file, now)
         if now - max(since, self._last_line) > _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            note(f"encoding {file}: {done:,} of {total:,} items")
+            note(encoding_line(file, items, fraction))
 
     def plan(self, plan: "Plan") -> None:
         """What will be done."""
@@ -211,6 +212,22 @@ class ByteProgress(_WorkProgress):
         """`what` is being done, so many bytes of all are done."""
         size, unit = (2**30, "GiB") if total >= 2**30 else (2**20, "MiB")
         self._tell(what, done, total, f"{what}: {done / size:.1f} of {total / size:.1f} {unit}")
+
+
+class EncodingProgress(_WorkProgress):
+    """Watches the encoding of data files, of which it is not known how many items they have."""
+
+    def __init__(self) -> None:
+        super().__init__(TaskProgressColumn())
+
+    def tell(self, file: str, items: int, fraction: float) -> None:
+        """So many items of a file are encoded, which are about this part of it."""
+        self._tell(f"encoding {file}", round(100 * fraction), 100, encoding_line(file, items, fraction))
+
+
+def encoding_line(file: str, items: int, fraction: float) -> str:
+    """How far the encoding of a file is."""
+    return f"encoding {file}: {items:,} items, {fraction:.0%}"
 
 
 class CountProgress(_WorkProgress):

@@ -251,8 +251,8 @@ def perplexity(
     from llama_acc.core.evaluate.perplexity import measure, read_data
 
     loaded = _load(ckpt, device, tokenizer, template, quant, verify)
-    with console.CountProgress("encoded", "items") as encoding:
-        items = read_data(loaded, data, max_tokens, lambda _, done, total: encoding.tell(done, total))
+    with console.EncodingProgress() as encoding:
+        items = read_data(loaded, data, max_tokens, encoding.tell)
     with console.CountProgress("measured", "items") as measuring:
         measured = measure(loaded, items, batch_size, measuring.tell)
     facts = {"perplexity": measured.perplexity, **dataclasses.asdict(measured)}

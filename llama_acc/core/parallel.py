@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from llama_acc.core import worker
 from llama_acc.core.errors import LlamaAccError, UserError
 
 _Result = TypeVar("_Result")
@@ -95,6 +96,17 @@ class Parallel:
             failure.told_by = first  # type: ignore[union-attr]
             raise failure
         return result  # type: ignore[return-value]
+
+    @property
+    def leads_machine(self) -> bool:
+        """Whether this process does for all of its machine what need be done only once there."""
+        return self.control is None or worker.local_rank() == 0
+
+    def of_machine(self, value: _Result | None) -> _Result:
+        """The value of the process that leads this one's machine. It is pickled: only between processes of one run."""
+        machine = os.uname().nodename
+        told = self.gather((machine, value if self.leads_machine else None))
+        return next(value for name, value in told if name == machine and value is not None)
 
     def main_first(self, work: Callable[[], _Result]) -> _Result:
         """Does the same work on every rank, on rank 0 before the others: they find what it has cached."""

@@ -80,16 +80,17 @@ class Tokenizer(Protocol):
 class SentencePieceTokenizer:
     """LLaMA's own kind: a SentencePiece `tokenizer.model`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, threads: int | None = None) -> None:
         """Args:
             path: the model file.
+            threads: for batches; None: one for each core.
 
         Raises:
             UserError: it cannot be read, is not a SentencePiece model, or has no BOS or EOS.
         """
         from sentencepiece import SentencePieceProcessor
 
-        self.path = path
+        self.path, self._threads = path, threads or -1
         data = _read(path)
         try:
             if not data:
@@ -116,12 +117,11 @@ class SentencePieceTokenizer:
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        encoded: list[list[int]] = self._processor.encode(texts)
+        encoded: list[list[int]] = self._processor.encode(texts, num_threads=self._threads)
         return encoded
 
     def encode_batch_with_spans(self, texts: list[str]) -> list[Spans]:
-        # The processor's default of num_threads=-1 is one thread per core.
-        mappings = self._processor.encode(texts, return_type="offset_mapping")
+        mappings = self._processor.encode(texts, return_type="offset_mapping", num_threads=self._threads)
         return [_character_spans(m["ids"], m["offsets"], self._processor.IsByte) for m in mappings]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -239,8 +239,13 @@ class StreamDecoder:
         return new
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, threads: int | None = None) -> Tokenizer:
     """The tokenizer of a file, or of a folder that holds one.
+
+    Args:
+        path: the file or folder.
+        threads: that SentencePiece encodes batches with; None: one for each core. (The other library obeys
+            TOKENIZERS_PARALLELISM.)
 
     Raises:
         UserError: there is none, or it cannot be read.
@@ -254,7 +259,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                 "give one with --tokenizer FILE",
             )
         path = found
-    return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+    return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path, threads)
 
 
 def find_tokenizer(folder: str | Path) -> Path | None:

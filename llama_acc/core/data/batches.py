@@ -3,15 +3,19 @@
 The first depends on data, seed, epoch and `global_batch_size` only, so a run is the same on any number of processes.
 """
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 IGNORED = -100
 """The target of a position that is not trained."""
+
+Lengths = Sequence[int] | NDArray[np.integer[Any]]
+"""Tokens of every document."""
 
 
 def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True) -> NDArray[np.int64]:
@@ -29,7 +33,7 @@ def step_items(order: NDArray[np.int64], step: int, global_batch_size: int) -> N
 
 def micro_batches(
     items: Sequence[int] | NDArray[np.int64],
-    lengths: Sequence[int] | NDArray[np.int64],
+    lengths: Lengths,
     batch_size: int,
     max_tokens: int | None = None,
     multiple_of: int = 1,
@@ -53,15 +57,15 @@ def micro_batches(
     while True:
         count += -(len(alone) + count) % multiple_of
         # Balanced where that fits; packed tightly before one more micro-batch is spent.
-        for fullest in (False, True):
-            dealt = _deal(rest, lengths, count, batch_size, bound, fullest)
+        for deal in (_deal_evenly, _deal_tightly):
+            dealt = deal(rest, lengths, count, batch_size, bound)
             if dealt is not None:
                 batches = alone + [batch for batch in dealt if batch]
                 return batches + [[] for _ in range(-len(batches) % multiple_of)]
         count += 1
 
 
-def deal_to_ranks(batches: list[list[int]], lengths: Sequence[int] | NDArray[np.int64], ranks: int) -> list[list[int]]:
+def deal_to_ranks(batches: list[list[int]], lengths: Lengths, ranks: int) -> list[list[int]]:
     """Which micro-batches each data-parallel rank computes: equally many, of about equally many tokens.
 
     Returns:
@@ -78,24 +82,35 @@ def deal_to_ranks(batches: list[list[int]], lengths: Sequence[int] | NDArray[np.
     return dealt
 
 
-def _deal(
-    items: list[int],
-    lengths: Sequence[int] | NDArray[np.int64],
-    count: int,
-    batch_size: int,
-    bound: float,
-    fullest: bool,
+def _deal_evenly(
+    items: list[int], lengths: Lengths, count: int, batch_size: int, bound: float
 ) -> list[list[int]] | None:
-    """Each item to the least loaded micro-batch that has room (or the fullest); None if one finds no room."""
+    """Each item to the least loaded micro-batch that has room; None if one finds no room."""
+    batches: list[list[int]] = [[] for _ in range(count)]
+    # Of those that may take another item, by (load, number).
+    open_ones = [(0, number) for number in range(count)]
+    for item in items:
+        if not open_ones or open_ones[0][0] + int(lengths[item]) > bound:
+            return None
+        load, number = heapq.heappop(open_ones)
+        batches[number].append(item)
+        if len(batches[number]) < batch_size:
+            heapq.heappush(open_ones, (load + int(lengths[item]), number))
+    return batches
+
+
+def _deal_tightly(
+    items: list[int], lengths: Lengths, count: int, batch_size: int, bound: float
+) -> list[list[int]] | None:
+    """Each item to the fullest micro-batch that has room; None if one finds no room."""
     batches: list[list[int]] = [[] for _ in range(count)]
     loads = [0] * count
-    sign = -1 if fullest else 1
     for item in items:
         length = int(lengths[item])
         room = [b for b in range(count) if len(batches[b]) < batch_size and loads[b] + length <= bound]
         if not room:
             return None
-        best = min(room, key=lambda b: (sign * loads[b], b))
+        best = min(room, key=lambda b: (-loads[b], b))
         batches[best].append(item)
         loads[best] += length
     return batches

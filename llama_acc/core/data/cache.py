@@ -1,42 +1,69 @@
 """Encoded data files, kept under LLAMA_ACC_HOME so that the next run starts at once.
 
 An entry's name is the sha256 of all that decides its content, so nothing ever has to be invalidated; entries unused
-for longest go when the cache outgrows `LLAMA_ACC_CACHE_GIB` (10 by default; 0: no cache). The cache may fail, the
-run may not: whatever goes wrong here is logged, and the file is encoded again.
+for longest go when the cache outgrows `LLAMA_ACC_CACHE_GIB` (10 by default; 0: no cache), but never one that a run has
+mapped. The cache may fail, the run may not: what goes wrong here is logged, and the file is encoded into a temporary
+folder.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import os
+import shutil
+import tempfile
 import time
-import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
 from uuid import uuid4
 
-import numpy as np
-
-from llama_acc.core.data.encode import ENCODER_VERSION, Encoded
+from llama_acc.core.data.encode import ENCODER_VERSION
+from llama_acc.core.data.entry import Encoded, EntryWriter, map_entry, temporary_file, verify
+from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_digest
 from llama_acc.core.data.templates import Template
 from llama_acc.core.errors import UserError
 from llama_acc.core.home import home
 from llama_acc.core.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
 DEFAULT_GIB = 10.0
+SUFFIX = ".tokens"
+# Version 1's entries, which an older llama-acc may still use; they count, and go when they are the oldest.
+_SUFFIXES = (SUFFIX, ".npz")
 _ABANDONED_SECONDS = 24 * 3600
+_OWN = ".run-"  # how the folders begin in which runs put what is theirs alone
+_BLOCK = 1 << 20
 
 _logger = logging.getLogger("llama_acc")
 
+Write = Callable[[EntryWriter], None]
+"""Appends all documents of a file, and finishes."""
+
+
+def content_digest(path: Path) -> str:
+    """sha256 of a file's bytes, read as a stream; of a shard of images, of all but their pixels.
+
+    Raises:
+        OSError: it cannot be read.
+        UserError: it is a damaged shard.
+    """
+    if path.suffix.lower() == TAR_SUFFIX:
+        return tar_digest(path)
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
 
 def cache_key(
-    data: bytes, suffix: str, format: str, tokenizer: Tokenizer, templates: list[Template], max_tokens: int
+    content: str, suffix: str, format: str, tokenizer: Tokenizer, templates: list[Template], max_tokens: int
 ) -> str:
     """What names an entry: everything that decides the tokens and labels of a file.
 
     Args:
-        data: the file's bytes.
+        content: the digest of the file's bytes.
         suffix: how its name ends, which says how it is read.
         format: the kind of items asked for.
         tokenizer: by its fingerprint.
@@ -44,7 +71,7 @@ def cache_key(
         max_tokens: where documents are cut.
     """
     parts = {
-        "data": hashlib.sha256(data).hexdigest(),
+        "data": content,
         "suffix": suffix.lower(),
         "format": format,
         "tokenizer": tokenizer.fingerprint(),
@@ -55,52 +82,113 @@ def cache_key(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def load_cached(key: str) -> Encoded | None:
-    """The entry of that key, or None where there is none that can be used.
+class EntryStore:
+    """Where the entries of a run are: in the cache, or, what that cannot take, in a folder of the run's own.
 
-    Raises:
-        UserError: a newer llama-acc wrote it.
+    The folder is deleted on leaving. What is mapped by then stays whole.
     """
-    if _limit_bytes() == 0:
-        return None
-    path = _path(key)
-    try:
-        with np.load(path, allow_pickle=False) as entry:
-            about = json.loads(bytes(entry["about"]))
-            _refuse_newer(path, about)
-            encoded = _unpacked(entry, about)
-        os.utime(path)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        _logger.warning("ignoring the token cache's entry %s: %s", path, error)
-        return None
-    return encoded
 
+    def __init__(self) -> None:
+        self._limit = _limit_bytes()
+        self._cache = home() / "cache" / "tokens"
+        self._own: list[Path] = []
 
-def store(key: str, encoded: Encoded) -> None:
-    """Keep an entry, and let go of old ones beyond the size limit. Failing to is only logged."""
-    limit = _limit_bytes()
-    size = encoded.tokens.nbytes + encoded.labelled.nbytes // 8 + encoded.offsets.nbytes
-    if size > limit:
-        return
-    path = _path(key)
-    temporary = path.with_name(f".{key}.{uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            _write(file, encoded)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _evict(path.parent, limit)
-    except OSError as error:
-        _logger.warning("not keeping encoded data in %s: %s", path.parent, error.strerror or error)
-        _remove(temporary)
+    def __enter__(self) -> "EntryStore":
+        return self
 
+    def __exit__(self, *exc_info: object) -> None:
+        for folder in self._own:
+            shutil.rmtree(folder, ignore_errors=True)
 
-def _path(key: str) -> Path:
-    return home() / "cache" / "tokens" / f"{key}.npz"
+    def own_folder(self) -> Path:
+        """A folder of this run, for anything its processes are to find."""
+        if not self._own:
+            self._add_own(self._cache if self._limit and self._is_usable() else None)
+        return self._own[-1]
+
+    def get(self, key: str, write: Write, vocab_size: int, waiting: Callable[[], None] = lambda: None) -> Encoded:
+        """The entry of that key, written if it is not there. Of several processes that want one, only one writes.
+
+        Args:
+            key: what `cache_key` gave.
+            write: makes its content.
+            vocab_size: of the tokenizer.
+            waiting: called if another process is writing it.
+
+        Raises:
+            UserError: a newer llama-acc wrote it, or there is no room for it anywhere.
+        """
+        found = self.find(key)
+        if found is None and self._limit and self._is_usable():
+            with _alone(self._cache / f"{key}.lock", waiting):
+                found = self.find(key) or self._store(key, write, vocab_size)
+        return found or self._store_aside(key, write, vocab_size)
+
+    def find(self, key: str) -> Encoded | None:
+        """The entry of that key, every byte of it checked, or None where there is none that can be used.
+
+        Raises:
+            UserError: a newer llama-acc wrote it.
+        """
+        for folder in self._own:
+            if (path := folder / (key + SUFFIX)).exists():
+                return map_entry(path)
+        if self._limit == 0:
+            return None
+        path = self._cache / (key + SUFFIX)
+        try:
+            encoded = map_entry(path)
+            verify(path)
+            os.utime(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            _logger.warning("ignoring the token cache's entry %s: %s", path, error)
+            return None
+        return encoded
+
+    def _is_usable(self) -> bool:
+        try:
+            self._cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self._say_not_kept(error)
+            return False
+        return os.access(self._cache, os.W_OK)
+
+    def _add_own(self, parent: Path | None) -> Path:
+        self._own.append(Path(tempfile.mkdtemp(prefix=_OWN, dir=parent)))
+        return self._own[-1]
+
+    def _store(self, key: str, write: Write, vocab_size: int) -> Encoded | None:
+        """Writes an entry into the cache, or beside it if those in use leave no room; None if it cannot."""
+        temporary = self._cache / f".{key}.{uuid4().hex}.tmp"
+        try:
+            _write_whole(temporary, write, vocab_size)
+            fits = _make_room(self._cache, self._limit - temporary.stat().st_size)
+            path = (self._cache if fits else self.own_folder()) / (key + SUFFIX)
+            os.replace(temporary, path)
+            return map_entry(path)
+        except OSError as error:
+            self._say_not_kept(error)
+            return None
+        finally:
+            _remove(temporary)
+
+    def _store_aside(self, key: str, write: Write, vocab_size: int) -> Encoded:
+        """Writes an entry where temporary files go."""
+        folder = self._own[-1] if self._own and self._limit == 0 else self._add_own(None)
+        path = folder / (key + SUFFIX)
+        try:
+            _write_whole(path, write, vocab_size)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the encoded data to {folder}: {error.strerror or error}",
+                "make room there, or set TMPDIR to a folder that has some",
+            ) from error
+        return map_entry(path)
+
+    def _say_not_kept(self, error: OSError) -> None:
+        _logger.warning("not keeping encoded data in %s: %s", self._cache, error.strerror or error)
 
 
 def _limit_bytes() -> int:
@@ -114,60 +202,81 @@ def _limit_bytes() -> int:
     return int(gib * 2**30)
 
 
-def _write(file: BinaryIO, encoded: Encoded) -> None:
-    about = {"format_version": FORMAT_VERSION, "items": encoded.items, "kind": encoded.kind}
-    np.savez(
-        file,
-        about=np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
-        tokens=encoded.tokens,
-        labelled=np.packbits(encoded.labelled),
-        offsets=encoded.offsets,
-        item=encoded.item,
-        cut=encoded.cut,
-    )
+def _write_whole(path: Path, write: Write, vocab_size: int) -> None:
+    with (
+        path.open("wb") as file,
+        contextlib.closing(EntryWriter(file, lambda: temporary_file(path.parent), vocab_size)) as writer,
+    ):
+        write(writer)
+        os.fsync(file.fileno())
 
 
-def _unpacked(entry: Any, about: dict[str, Any]) -> Encoded:
-    tokens, offsets = entry["tokens"], entry["offsets"]
-    labelled = np.unpackbits(entry["labelled"], count=len(tokens)).astype(np.bool_)
-    encoded = Encoded(tokens, labelled, offsets, entry["item"], entry["cut"], int(about["items"]), str(about["kind"]))
-    documents = len(offsets) - 1
-    if offsets[-1] != len(tokens) or {len(encoded.item), len(encoded.cut)} != {documents}:
-        raise ValueError("its parts do not fit together")
-    return encoded
+@contextlib.contextmanager
+def _alone(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Holds a lock that goes with the process, however that ends. Where there are none, two may do the same work."""
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            _logger.debug("no locks on %s", path.parent)
+        try:
+            yield
+        finally:
+            _remove(path)
 
 
-def _refuse_newer(path: Path, about: dict[str, Any]) -> None:
-    version = int(about["format_version"])
-    if version > FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format_version {version}; this llama-acc reads up to {FORMAT_VERSION}",
-            "update llama-acc, or delete that file",
-        )
+def _make_room(folder: Path, room: int) -> bool:
+    """Deletes what killed runs have left, and the entries unused for longest until the others fit.
 
-
-def _evict(folder: Path, limit: int) -> None:
-    """Delete the entries unused for longest until the rest fits, and what killed runs have left."""
+    Returns:
+        Whether they do. Entries in use stay; if they alone are too many, so do all.
+    """
     entries = []
     for path in folder.iterdir():
         try:
             status = path.stat()
-        except FileNotFoundError:  # another run is evicting too
+        except FileNotFoundError:  # another run is at it too
             continue
-        if path.suffix == ".npz":
+        if path.suffix in _SUFFIXES:
             entries.append((status.st_mtime, status.st_size, path))
-        elif path.suffix == ".tmp" and status.st_mtime < time.time() - _ABANDONED_SECONDS:
+        elif path.name.startswith(".") and status.st_mtime < time.time() - _ABANDONED_SECONDS:
             _remove(path)
-    total = sum(size for _, size, _ in entries)
-    for _, size, path in sorted(entries):
-        if total <= limit:
+    excess = sum(size for _, size, _ in entries) - room
+    free = [entry for entry in sorted(entries) if _unless_used(entry[2])] if excess > 0 else []
+    if excess > sum(size for _, size, _ in free):
+        return False
+    for _, size, path in free:
+        if excess <= 0:
             break
-        _remove(path)
-        total -= size
+        if _unless_used(path, _remove):
+            excess -= size
+    return True
+
+
+def _unless_used(path: Path, do: Callable[[Path], None] = lambda _: None) -> bool:
+    """Does something to an entry, unless a run has it mapped and so holds a lock on it. Returns whether it did."""
+    try:
+        with path.open("rb+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError:
+                _logger.debug("no locks on %s", path.parent)
+            do(path)
+    except OSError:
+        return False
+    return True
 
 
 def _remove(path: Path) -> None:
     try:
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     except OSError as error:
         _logger.warning("cannot delete %s: %s", path, error.strerror)

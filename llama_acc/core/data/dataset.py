@@ -1,7 +1,7 @@
-"""The encoded examples of a run: read, checked and encoded before any model is built."""
+"""The encoded examples of a run: a view over mapped files."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,22 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_acc.core.data.cache import cache_key, load_cached, store
-from llama_acc.core.data.encode import Encoded, encode_items
-from llama_acc.core.data.readers import raise_together, read_bytes, read_file
-from llama_acc.core.data.sources import FileSpec, Source, SourceLike, expand, resolve_data_path
-from llama_acc.core.data.templates import TEMPLATES, Template, get_template
+from llama_acc.core.data.encode import Images
+from llama_acc.core.data.entry import Encoded
+from llama_acc.core.data.images import resolved
+from llama_acc.core.data.templates import Template
 from llama_acc.core.errors import UserError
-from llama_acc.core.tokenizer import Tokenizer
-
-__all__ = ["DataFile", "Dataset", "Source", "load_dataset", "resolve_data_path"]
 
 FORMAT_VERSION = 1
 _QUANTILES = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
-_AUTO = {"single_turn": "alpaca", "dialogue": "dialogue"}
 
-FileProgress = Callable[[str, int, int], None]
-"""Called with (the file's name, items done, items in all)."""
+Rows = NDArray[np.int64]
+"""Documents by their number among those of all parts."""
 
 
 @dataclass(frozen=True)
@@ -36,36 +31,52 @@ class DataFile:
     template: Template
     items: int
     dropped: int
+    image_root: Path
+    """Where relative references to images begin."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
-    """Documents of all files, end to end; arrays as in `Encoded`."""
+    """Documents of several files. Nothing of them is copied: what is chosen is an array of numbers."""
 
-    tokens: NDArray[np.int32]
-    labelled: NDArray[np.bool_]
-    offsets: NDArray[np.int64]
-    item: NDArray[np.int32]
-    """[D]: which item of its file a document was, from 0."""
-    file: NDArray[np.int32]
-    """[D]: an index into `files`."""
-    cut: NDArray[np.bool_]
     files: tuple[DataFile, ...]
+    parts: tuple[Encoded, ...]
+    """For every file its documents."""
+    rows: Rows | None = None
+    """[D]: which of the parts' documents, in which order; None: all of them as they are."""
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return self._starts[-1] if self.rows is None else len(self.rows)
 
     @cached_property
-    def lengths(self) -> NDArray[np.int64]:
+    def _starts(self) -> list[int]:
+        """The number of each part's first document, and of all documents."""
+        return [0, *np.cumsum([len(part) for part in self.parts], dtype=np.int64).tolist()]
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int32]:
         """Tokens per document. [D]"""
-        return np.diff(self.offsets)
+        return self._column("lengths")
 
     @cached_property
-    def label_counts(self) -> NDArray[np.int64]:
+    def label_counts(self) -> NDArray[np.int32]:
         """Label tokens per document. [D]"""
-        sums = np.concatenate([[0], np.cumsum(self.labelled, dtype=np.int64)])
-        counts: NDArray[np.int64] = sums[self.offsets[1:]] - sums[self.offsets[:-1]]
-        return counts
+        return self._column("label_counts")
+
+    @cached_property
+    def image_counts(self) -> NDArray[np.int32]:
+        """Images per document. [D]"""
+        return self._column("image_counts")
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return int(self.lengths.sum(dtype=np.int64))
+
+    @property
+    def label_tokens(self) -> int:
+        """Number of label tokens."""
+        return int(self.label_counts.sum(dtype=np.int64))
 
     @property
     def templates(self) -> list[Template]:
@@ -79,34 +90,74 @@ class Dataset:
 
     def document(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Its tokens, and which of them are labelled."""
-        span = slice(self.offsets[i], self.offsets[i + 1])
-        return self.tokens[span], self.labelled[span]
+        part, row = self._place(i)
+        return self.parts[part].document(row)
+
+    def images(self, i: int) -> Images:
+        """Where a document's images are, from any folder."""
+        part, row = self._place(i)
+        root = self.files[part].image_root
+        return tuple(resolved(reference, root) for reference in self.parts[part].images(row))
 
     def origin(self, i: int) -> str:
         """Where a document came from, such as "alpaca.json item 17"."""
-        return f"{self.files[self.file[i]].path.name} item {self.item[i] + 1}"
+        part, row = self._place(i)
+        return f"{self.files[part].path.name} item {self.parts[part].item[row] + 1}"
+
+    def _place(self, i: int) -> tuple[int, int]:
+        """A document's part, and which one of that it is."""
+        row = range(len(self))[i] if self.rows is None else int(self.rows[i])
+        part = bisect_right(self._starts, row) - 1
+        return part, row - self._starts[part]
+
+    def _column(self, name: str) -> NDArray[Any]:
+        whole = self._column_of_parts(name)
+        return whole if self.rows is None else whole[self.rows]
+
+    def _column_of_parts(self, name: str) -> NDArray[Any]:
+        columns = [getattr(part, name) for part in self.parts]
+        return columns[0] if len(columns) == 1 else np.concatenate(columns)
 
     def fingerprint(self) -> str:
-        """sha256 of the documents and labels: the same if and only if a resumed run would see the same data."""
-        digest = hashlib.sha256()
-        for array in (self.offsets, self.tokens, np.packbits(self.labelled)):
-            digest.update(np.ascontiguousarray(array).data)
+        """The same if and only if a resumed run would see the same documents and labels in the same order."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(np.ascontiguousarray(self._column("digests"), dtype="<u8").data)
+        self._release()
+        return f"v2:{digest.hexdigest()}"
+
+    def is_data_of(self, fingerprint: str) -> bool:
+        """Whether `fingerprint` was that of this data, in this version or the one before."""
+        return fingerprint == (self.fingerprint() if fingerprint.startswith("v2:") else self._first_fingerprint())
+
+    def _first_fingerprint(self) -> str:
+        """sha256 of all offsets, tokens and labels: what there was before every document had a digest of its own."""
+        digest = hashlib.sha256(np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)]).astype("<i8").data)
+        for i in range(len(self)):
+            digest.update(self.document(i)[0].astype("<i4").data)
+        bits = np.zeros(0, np.bool_)
+        for i in range(len(self)):
+            bits = np.concatenate([bits, self.document(i)[1]])
+            whole = len(bits) // 8 * 8
+            digest.update(np.packbits(bits[:whole]).data)
+            bits = bits[whole:]
+        digest.update(np.packbits(bits).data)
         return digest.hexdigest()
 
-    def select(self, documents: NDArray[np.int64]) -> "Dataset":
+    def prepared(self) -> "Dataset":
+        """The same, with all that is computed only once in its life computed: for another process to take over."""
+        self.lengths, self.label_counts, self.fingerprint()
+        return self
+
+    def select(self, documents: Rows) -> "Dataset":
         """These documents, in this order. What was dropped stays with the whole."""
-        spans = [slice(self.offsets[i], self.offsets[i + 1]) for i in documents]
-        file = self.file[documents]
-        counts = np.bincount(file, minlength=len(self.files))
-        return Dataset(
-            tokens=np.concatenate([np.zeros(0, np.int32), *(self.tokens[s] for s in spans)]),
-            labelled=np.concatenate([np.zeros(0, np.bool_), *(self.labelled[s] for s in spans)]),
-            offsets=np.concatenate([[0], np.cumsum(self.lengths[documents])]).astype(np.int64),
-            item=self.item[documents],
-            file=file,
-            cut=self.cut[documents],
-            files=tuple(replace(f, items=int(n), dropped=0) for f, n in zip(self.files, counts, strict=True)),
-        )
+        rows = documents if self.rows is None else self.rows[documents]
+        chosen = Dataset(self.files, self.parts, rows)
+        counts = [len(part.item[members]) for part, members in zip(self.parts, chosen._members(), strict=True)]
+        files = tuple(replace(file, items=n, dropped=0) for file, n in zip(self.files, counts, strict=True))
+        return replace(chosen, files=files)
 
     def split(self, fraction: float, seed: int) -> tuple["Dataset", "Dataset"]:
         """(train, validation): a fixed random part of about `fraction` of the documents is for validation.
@@ -124,148 +175,83 @@ class Dataset:
 
     def report(self) -> dict[str, Any]:
         """What `data.json` holds. items = documents + dropped; truncated ones are among the documents."""
-        everything = np.ones(len(self), dtype=np.bool_)
-        whole = self._counts(everything, list(self.files))
+        pairs = zip(self.files, self.parts, self._members(), strict=True)
+        counts = [_counted(file, part, members) for file, part, members in pairs]
+        self._release()
         names = [template.name for template in self.templates]
-        whole["template"] = names[0] if len(names) == 1 else names
-        whole["files"] = [
-            {"path": str(f.path), **self._counts(self.file == i, [f]), "template": f.template.name}
-            for i, f in enumerate(self.files)
-        ]
-        return {"format_version": FORMAT_VERSION, **whole}
-
-    def _counts(self, chosen: NDArray[np.bool_], files: Sequence[DataFile]) -> dict[str, Any]:
-        lengths = self.lengths[chosen]
-        # "lower", so that every figure is the length of a document that is there.
-        values = np.percentile(lengths, list(_QUANTILES.values()), method="lower").tolist() if len(lengths) else []
         return {
-            "items": sum(file.items for file in files),
-            "tokens": int(lengths.sum()),
-            "label_tokens": int(self.label_counts[chosen].sum()),
-            "truncated": int(self.cut[chosen].sum()),
-            "dropped": sum(file.dropped for file in files),
-            "lengths": {name: int(value) for name, value in zip(_QUANTILES, values, strict=False)},
+            "format_version": FORMAT_VERSION,
+            **_Counts.total(counts).report(),
+            "template": names[0] if len(names) == 1 else names,
+            "files": [
+                {"path": str(file.path), **count.report(), "template": file.template.name}
+                for file, count in zip(self.files, counts, strict=True)
+            ],
         }
 
+    def _members(self) -> "list[Rows | slice]":
+        """For every part, which of its documents are among these; in no order."""
+        if self.rows is None:
+            return [slice(0, len(part)) for part in self.parts]
+        ordered = np.sort(self.rows)
+        bounds = np.searchsorted(ordered, self._starts)
+        return [ordered[bounds[i] : bounds[i + 1]] - self._starts[i] for i in range(len(self.parts))]
 
-def load_dataset(
-    sources: Sequence[SourceLike],
-    tokenizer: Tokenizer,
-    max_tokens: int,
-    seed: int,
-    *,
-    recipe_folder: Path | None = None,
-    progress: FileProgress | None = None,
-) -> Dataset:
-    """Read, check and encode all sources; files encoded before come from the token cache.
-
-    Args:
-        sources: a recipe's `data.sources`.
-        tokenizer: the model's.
-        max_tokens: longer examples are cut, and counted.
-        seed: with `ratio`, decides which items are used.
-        recipe_folder: where relative paths are looked for first.
-        progress: told how far the encoding of a file is.
-
-    Raises:
-        UserError: data is missing or wrong: all problems of all files together.
-    """
-    if max_tokens < 2:
-        raise UserError(f"data.max_tokens should be at least 2, but is {max_tokens}")
-    parts: list[_Part] = []
-    errors: list[UserError] = []
-    for spec in expand(sources, recipe_folder):
-        try:
-            parts.append(_load_file(spec, tokenizer, max_tokens, seed, progress))
-        except UserError as error:
-            errors.append(error)
-    raise_together(errors)
-    dataset = _joined(parts)
-    if not len(dataset):
-        raise UserError(
-            f"nothing to train on: of {sum(p.items for p in parts)} items none has a label within {max_tokens} tokens",
-            "raise data.max_tokens, or check that the items have replies",
-        )
-    return dataset
+    def _release(self) -> None:
+        for part in self.parts:
+            part.release()
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A file's encoded documents, and how many of its items are in use."""
+class _Counts:
+    """What is told of a file, or of all of them."""
 
-    path: Path
-    template: Template
-    encoded: Encoded
     items: int
+    dropped: int
+    truncated: int
+    label_tokens: int
+    documents_of_length: NDArray[np.int64]
+    """[longest + 1]"""
+
+    @staticmethod
+    def total(counts: "list[_Counts]") -> "_Counts":
+        longest = max(len(count.documents_of_length) for count in counts)
+        by_length = np.zeros(longest, np.int64)
+        for count in counts:
+            by_length[: len(count.documents_of_length)] += count.documents_of_length
+        return _Counts(
+            sum(count.items for count in counts),
+            sum(count.dropped for count in counts),
+            sum(count.truncated for count in counts),
+            sum(count.label_tokens for count in counts),
+            by_length,
+        )
+
+    def report(self) -> dict[str, Any]:
+        lengths = np.arange(len(self.documents_of_length))
+        return {
+            "items": self.items,
+            "tokens": int((lengths * self.documents_of_length).sum()),
+            "label_tokens": self.label_tokens,
+            "truncated": self.truncated,
+            "dropped": self.dropped,
+            "lengths": self._quantiles(),
+        }
+
+    def _quantiles(self) -> dict[str, int]:
+        """Each figure is the length of a document that is there: the highest at or below the quantile."""
+        up_to = np.cumsum(self.documents_of_length)
+        if not up_to[-1]:
+            return {}
+        ranks = np.floor((up_to[-1] - 1) * (np.array(list(_QUANTILES.values())) / 100)).astype(np.int64)
+        return dict(zip(_QUANTILES, np.searchsorted(up_to, ranks, side="right").tolist(), strict=True))
 
 
-def _load_file(
-    spec: FileSpec, tokenizer: Tokenizer, max_tokens: int, seed: int, progress: FileProgress | None
-) -> _Part:
-    data = read_bytes(spec.path)
-    names = list(_AUTO.values()) if spec.template == "auto" else [spec.template]
-    key = cache_key(data, spec.path.suffix, spec.format, tokenizer, [get_template(n) for n in names], max_tokens)
-    encoded = load_cached(key)
-    if encoded is None:
-        encoded = _encode_file(spec, tokenizer, max_tokens, progress)
-        store(key, encoded)
-    template = _template_for(spec, encoded.kind)
-    if spec.ratio == 1:
-        return _Part(spec.path, template, encoded, encoded.items)
-    chosen = _chosen_items(encoded.items, spec.ratio, [seed, *spec.seed])
-    return _Part(spec.path, template, _restricted(encoded, chosen), int(chosen.sum()))
-
-
-def _encode_file(spec: FileSpec, tokenizer: Tokenizer, max_tokens: int, progress: FileProgress | None) -> Encoded:
-    file = read_file(spec.path, spec.format)
-    if any(item.images for item in file.items):
-        raise UserError(f"{spec.path}: the items have images, which the model does not take")
-    template = _template_for(spec, file.kind)
-    tell = None if progress is None else lambda done, total: progress(spec.path.name, done, total)
-    try:
-        return encode_items(file.items, template, tokenizer, max_tokens, tell)
-    except UserError as error:
-        raise UserError(f"{spec.path}: {error.message}", error.hint) from error
-
-
-def _template_for(spec: FileSpec, kind: str) -> Template:
-    return TEMPLATES[_AUTO[kind]] if spec.template == "auto" else get_template(spec.template)
-
-
-def _chosen_items(items: int, ratio: float, seed: list[int]) -> NDArray[np.bool_]:
-    """A fixed subset of a file's items, at least one. [items]"""
-    chosen = np.zeros(items, dtype=np.bool_)
-    order = np.random.default_rng(np.random.SeedSequence(seed)).permutation(items)
-    chosen[order[: max(int(items * ratio), 1)]] = True
-    return chosen
-
-
-def _restricted(encoded: Encoded, chosen: NDArray[np.bool_]) -> Encoded:
-    documents = np.flatnonzero(chosen[encoded.item])
-    lengths = np.diff(encoded.offsets)
-    kept = np.repeat(chosen[encoded.item], lengths)
-    return replace(
-        encoded,
-        tokens=encoded.tokens[kept],
-        labelled=encoded.labelled[kept],
-        offsets=np.concatenate([[0], np.cumsum(lengths[documents])]).astype(np.int64),
-        item=encoded.item[documents],
-        cut=encoded.cut[documents],
-        items=int(chosen.sum()),
-    )
-
-
-def _joined(parts: Sequence[_Part]) -> Dataset:
-    if not parts:
-        raise UserError("no data: the recipe has no data.sources", "give some with --data FILE")
-    encoded = [part.encoded for part in parts]
-    lengths = np.concatenate([np.diff(e.offsets) for e in encoded])
-    return Dataset(
-        tokens=np.concatenate([e.tokens for e in encoded]),
-        labelled=np.concatenate([e.labelled for e in encoded]),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        item=np.concatenate([e.item for e in encoded]),
-        file=np.repeat(np.arange(len(parts), dtype=np.int32), [len(e.item) for e in encoded]),
-        cut=np.concatenate([e.cut for e in encoded]),
-        files=tuple(DataFile(p.path, p.template, p.items, p.items - len(p.encoded.item)) for p in parts),
+def _counted(file: DataFile, part: Encoded, members: Rows | slice) -> _Counts:
+    return _Counts(
+        file.items,
+        file.dropped,
+        int(part.cut[members].sum()),
+        int(part.label_counts[members].sum(dtype=np.int64)),
+        np.bincount(part.lengths[members], minlength=1),
     )

@@ -5,101 +5,75 @@ Dialogue: one text, encoded once; a token is labelled if its characters overlap 
 searches for the reply's tokens instead, which finds the human turn where the reply echoes it.)
 """
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llama_acc.core.data.items import Dialogue, Item, SingleTurn
 from llama_acc.core.data.templates import Span, Template
-from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import Spans, Tokenizer
 
 ENCODER_VERSION = 1
 """Part of the cache's key: raise it whenever the same item may give other tokens or labels."""
 
-_CHUNK = 1000
-
-_logger = logging.getLogger("llama_acc")
-
-Progress = Callable[[int, int], None]
-"""Called with (items done, items in all)."""
+Images = tuple[str, ...]
+"""Where a document's images are, each as a text."""
 
 _Document = tuple[NDArray[np.int32], NDArray[np.bool_]]
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """The documents of one file, end to end. Every item is kept whole, cut (`cut`), or dropped for want of a label."""
+class Chunk(NamedTuple):
+    """What some items became: D documents, end to end. An item is kept whole, cut, or dropped for want of a label."""
 
     tokens: NDArray[np.int32]
     """[N]"""
     labelled: NDArray[np.bool_]
     """[N]: the token is a target. The first of a document never is, as nothing predicts it."""
-    offsets: NDArray[np.int64]
-    """[D + 1]: document i is tokens[offsets[i] : offsets[i + 1]]."""
+    lengths: NDArray[np.int32]
+    """[D]"""
+    label_counts: NDArray[np.int32]
+    """[D]"""
     item: NDArray[np.int32]
     """[D]: which item of the file it was, from 0."""
     cut: NDArray[np.bool_]
     """[D]: it was longer than max_tokens."""
+    digests: NDArray[np.uint64]
+    """[D]: 64 bits of a hash of everything above but `item` and `cut`, and of the images."""
+    images: list[Images]
+    """[D]"""
     items: int
-    """How many items the file has."""
-    kind: str
-    """"single_turn" or "dialogue"."""
-
-    @property
-    def truncated(self) -> int:
-        """Documents that were cut."""
-        return int(self.cut.sum())
-
-    @property
-    def dropped(self) -> int:
-        """Items that were left without any label, and so without a document."""
-        return self.items - len(self.item)
+    """How many items it was made of."""
+    unused_inputs: int
+    """Items with an input that the template does not show."""
 
 
-def encode_items(
-    items: Sequence[Item], template: Template, tokenizer: Tokenizer, max_tokens: int, progress: Progress | None = None
-) -> Encoded:
-    """Encode items of one kind.
+def encode_chunk(items: Sequence[tuple[int, Item]], template: Template, tokenizer: Tokenizer, max_tokens: int) -> Chunk:
+    """Encode some items, all of one kind that the template takes.
 
     Args:
-        items: single-turn items, or dialogues. A dialogue format takes single-turn items too, as one exchange.
+        items: (which item of its file it is, from 0; the item itself).
         template: the prompt format.
-        tokenizer: encodes on all cores.
+        tokenizer: encodes them as one batch.
         max_tokens: only so many first tokens of a document are kept.
-        progress: told after every thousand items.
-
-    Raises:
-        UserError: a single-turn format was asked to write dialogues.
     """
-    kind = "dialogue" if items and isinstance(items[0], Dialogue) else "single_turn"
-    if kind == "dialogue" and template.kind == "single_turn":
-        raise UserError(
-            f"template {template.name!r} is for single-turn items, but these are dialogues", "use template: dialogue"
-        )
-    _warn_of_unused_inputs(items, template)
     builder = _Builder(max_tokens)
-    for start in range(0, len(items), _CHUNK):
-        for document in documents(items[start : start + _CHUNK], template, tokenizer):
-            builder.add(*document)
-        if progress is not None:
-            progress(min(start + _CHUNK, len(items)), len(items))
-    return builder.build(kind)
+    values = [item for _, item in items]
+    for (index, item), (tokens, labelled) in zip(items, documents(values, template, tokenizer), strict=True):
+        builder.add(index, tokens, labelled, item.images)
+    return builder.build(len(items), _unused_inputs(values, template))
 
 
-def _warn_of_unused_inputs(items: Sequence[Item], template: Template) -> None:
+def _unused_inputs(items: Sequence[Item], template: Template) -> int:
     if template.kind == "dialogue" or template.prompt_with_input is not None:
-        return
-    unused = sum(bool(item.input and item.input.strip()) for item in items if isinstance(item, SingleTurn))
-    if unused:
-        _logger.warning("%d items have an input, which template %r does not show", unused, template.name)
+        return 0
+    return sum(bool(item.input and item.input.strip()) for item in items if isinstance(item, SingleTurn))
 
 
 def documents(items: Sequence[Item], template: Template, tokenizer: Tokenizer) -> Iterator[_Document]:
-    """(tokens, which of them are trained) of every item, uncut. Of the first token see `Encoded.labelled`."""
+    """(tokens, which of them are trained) of every item, uncut. Of the first token see `Chunk.labelled`."""
     if template.kind == "single_turn":
         return _single_turn_documents(items, template, tokenizer)
     return _dialogue_documents(items, template, tokenizer)
@@ -156,26 +130,39 @@ class _Builder:
         self._labelled: list[NDArray[np.bool_]] = []
         self._item: list[int] = []
         self._cut: list[bool] = []
-        self._items = 0
+        self._images: list[Images] = []
 
-    def add(self, tokens: NDArray[np.int32], labelled: NDArray[np.bool_]) -> None:
+    def add(self, item: int, tokens: NDArray[np.int32], labelled: NDArray[np.bool_], images: Images) -> None:
         labelled = labelled[: self._max_tokens]
         labelled[:1] = False
-        if labelled.any():
-            self._tokens.append(tokens[: self._max_tokens])
-            self._labelled.append(labelled)
-            self._item.append(self._items)
-            self._cut.append(len(tokens) > self._max_tokens)
-        self._items += 1
+        if not labelled.any():
+            return
+        self._tokens.append(tokens[: self._max_tokens])
+        self._labelled.append(labelled)
+        self._item.append(item)
+        self._cut.append(len(tokens) > self._max_tokens)
+        self._images.append(images)
 
-    def build(self, kind: str) -> Encoded:
-        lengths = [len(tokens) for tokens in self._tokens]
-        return Encoded(
+    def build(self, items: int, unused_inputs: int) -> Chunk:
+        documents = zip(self._tokens, self._labelled, self._images, strict=True)
+        return Chunk(
             tokens=np.concatenate([np.zeros(0, np.int32), *self._tokens]),
             labelled=np.concatenate([np.zeros(0, np.bool_), *self._labelled]),
-            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            lengths=np.array([len(tokens) for tokens in self._tokens], dtype=np.int32),
+            label_counts=np.array([labelled.sum() for labelled in self._labelled], dtype=np.int32),
             item=np.array(self._item, dtype=np.int32),
             cut=np.array(self._cut, dtype=np.bool_),
-            items=self._items,
-            kind=kind,
+            digests=np.frombuffer(b"".join(_digest(*document) for document in documents), dtype="<u8"),
+            images=self._images,
+            items=items,
+            unused_inputs=unused_inputs,
         )
+
+
+def _digest(tokens: NDArray[np.int32], labelled: NDArray[np.bool_], images: Images) -> bytes:
+    """8 bytes that tell documents apart: of those that differ, one pair in 2^64 has the same."""
+    digest = hashlib.blake2b(tokens.tobytes(), digest_size=8)
+    digest.update(np.packbits(labelled).tobytes())
+    if images:
+        digest.update("\0".join(("", *images)).encode("utf-8", "surrogatepass"))
+    return digest.digest()

@@ -195,10 +195,15 @@ def read_bytes(path: Path) -> bytes:
     """
     try:
         return path.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"there is no data file {path}", nearest_names(path)) from error
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """Why a data file cannot be read, and what is there instead."""
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"there is no data file {path}", nearest_names(path))
+    return UserError(f"cannot read {path}: {error.strerror}")
 
 
 def _is_data(file: Path) -> bool:

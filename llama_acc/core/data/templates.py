@@ -300,6 +300,7 @@ TEMPLATES: dict[str, Template] = {
 
 
 _AUTO = {"single_turn": "alpaca", "dialogue": "dialogue"}
+KINDS = tuple(_AUTO)
 
 
 def get_template(name: str) -> Template:

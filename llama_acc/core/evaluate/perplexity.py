@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from llama_acc.core.data.batches import build, micro_batches
-from llama_acc.core.data.dataset import Dataset, FileProgress, Source, load_dataset
+from llama_acc.core.data.dataset import Dataset
+from llama_acc.core.data.load import FileProgress, load_dataset
+from llama_acc.core.data.sources import Source
 from llama_acc.core.data.templates import TEMPLATES, Template
 from llama_acc.core.errors import RunError, UserError
 from llama_acc.core.inference import LoadedModel

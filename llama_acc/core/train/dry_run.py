@@ -97,7 +97,7 @@ def _estimate_alone(plan: Plan, device: torch.device) -> Estimate:
 
 def _tokens(plan: Plan) -> float:
     """Tokens of the whole run, epochs taken as alike."""
-    return float(plan.train.lengths.sum()) * plan.total_steps / plan.steps_per_epoch
+    return float(plan.train.tokens) * plan.total_steps / plan.steps_per_epoch
 
 
 def training_bytes(plan: Plan) -> int:
@@ -126,10 +126,10 @@ def training_flops(plan: Plan, tokens: float) -> float:
     """
     config = plan.config
     head = config.vocab_size * config.dim
-    labelled = float(plan.train.label_counts.sum() / plan.train.lengths.sum())
+    labelled = plan.train.label_tokens / plan.train.tokens
     trains = 6 if plan.config.tuning.what.everything else 4
     passes = trains + (2 if plan.recipe.train.activation_checkpointing else 0)
-    mean_length = float((plan.train.lengths**2).sum() / plan.train.lengths.sum())
+    mean_length = float((plan.train.lengths.astype(np.float64) ** 2).sum()) / plan.train.tokens
     blocks = plan.parameter_count() - 2 * head + config.n_layers * config.dim * mean_length
     return tokens * (passes * blocks + trains * head * labelled)
 

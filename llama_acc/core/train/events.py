@@ -15,8 +15,8 @@ class Events(Protocol):
     def note(self, text: str) -> None:
         """Something the user should know."""
 
-    def encoding(self, file: str, done: int, total: int) -> None:
-        """`done` of the `total` items of a file are encoded."""
+    def encoding(self, file: str, items: int, fraction: float) -> None:
+        """So many items of a file are encoded, which are about this part of it."""
 
     def plan(self, plan: "Plan") -> None:
         """What will be done, before it starts."""
@@ -37,7 +37,7 @@ class Quiet:
     def note(self, text: str) -> None:
         """See `Events`."""
 
-    def encoding(self, file: str, done: int, total: int) -> None:
+    def encoding(self, file: str, items: int, fraction: float) -> None:
         """See `Events`."""
 
     def plan(self, plan: "Plan") -> None:

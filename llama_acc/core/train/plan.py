@@ -6,7 +6,7 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,7 +16,9 @@ from llama_acc.core.checkpoint.quantised import read_quantization
 from llama_acc.core.checkpoint.resume import FORMAT_VERSION, read_progress
 from llama_acc.core.checkpoint.save import DTYPES, free_bytes, needed_bytes
 from llama_acc.core.checkpoint.shards import Weights, check_tensors, read_weights
-from llama_acc.core.data.dataset import Dataset, load_dataset
+from llama_acc.core.data.cache import EntryStore
+from llama_acc.core.data.dataset import Dataset
+from llama_acc.core.data.load import load_dataset
 from llama_acc.core.data.sources import Source, resolve_data_path, resolve_image_root
 from llama_acc.core.errors import UserError
 from llama_acc.core.home import home
@@ -163,8 +165,8 @@ class Plan:
             *self._quantised_line(),
             (
                 "data",
-                f"{len(data):,} items, {int(data.lengths.sum()):,} tokens, "
-                f"{int(data.label_counts.sum()):,} of them trained"
+                f"{len(data):,} items, {data.tokens:,} tokens, "
+                f"{data.label_tokens:,} of them trained"
                 f"{_counted(self.report['truncated'], 'cut')}{_counted(self.report['dropped'], 'dropped')}",
             ),
         ]
@@ -207,7 +209,24 @@ def size_text(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def make_plan(recipe: Recipe, events: Events, *, recipe_folder: Path | None, dry_run: bool, resumes: bool) -> Plan:
+class PlannedData(NamedTuple):
+    """What a run learns from; the fields are those of `Plan`."""
+
+    train: Dataset
+    validation: Dataset | None
+    report: dict[str, Any]
+
+
+def make_plan(
+    recipe: Recipe,
+    events: Events,
+    *,
+    recipe_folder: Path | None,
+    dry_run: bool,
+    resumes: bool,
+    store: EntryStore | None = None,
+    data: PlannedData | None = None,
+) -> Plan:
     """Finds and checks everything a run needs, except its output folder and its weights.
 
     Args:
@@ -216,6 +235,8 @@ def make_plan(recipe: Recipe, events: Events, *, recipe_folder: Path | None, dry
         recipe_folder: where the recipe file lies; relative paths are looked for there first.
         dry_run: weights may be absent.
         resumes: weights come from a checkpoint of the run itself.
+        store: where encoded data is kept; None: in the cache.
+        data: what another process has found out about the data already.
 
     Raises:
         UserError: the first group of problems found.
@@ -228,7 +249,7 @@ def make_plan(recipe: Recipe, events: Events, *, recipe_folder: Path | None, dry
             f"data.max_tokens ({recipe.data.max_tokens}) is more than the model's max_seq_len ({config.max_seq_len})",
             "lower data.max_tokens, or raise model.max_seq_len",
         )
-    train, validation, report = _data(recipe, tokenizer, recipe_folder, events)
+    train, validation, report = data or _data(recipe, tokenizer, recipe_folder, events, store)
     steps_per_epoch = math.ceil(len(train) / recipe.train.global_batch_size)
     total = math.ceil(recipe.train.epochs * steps_per_epoch - 1e-9)
     total = min(total, recipe.train.max_steps or total)
@@ -343,22 +364,28 @@ def _tokenizer_path(recipe: Recipe, layouts: list[Layout], recipe_folder: Path |
 
 
 def _data(
-    recipe: Recipe, tokenizer: Tokenizer, recipe_folder: Path | None, events: Events
-) -> tuple[Dataset, Dataset | None, dict[str, Any]]:
+    recipe: Recipe, tokenizer: Tokenizer, recipe_folder: Path | None, events: Events, store: EntryStore | None
+) -> PlannedData:
     data, seed = recipe.data, recipe.train.seed
 
     def load(sources: list[Source]) -> Dataset:
         return load_dataset(
-            sources, tokenizer, data.max_tokens, seed, recipe_folder=recipe_folder, progress=events.encoding
+            sources,
+            tokenizer,
+            data.max_tokens,
+            seed,
+            recipe_folder=recipe_folder,
+            progress=events.encoding,
+            store=store,
         )
 
     train = load([Source(**source.model_dump()) for source in data.sources])
     report = train.report()
     if data.validation.path is not None:
-        return train, load([Source(data.validation.path, template=data.sources[0].template)]), report
+        return PlannedData(train, load([Source(data.validation.path, template=data.sources[0].template)]), report)
     if data.validation.fraction:
-        return *train.split(data.validation.fraction, seed), report
-    return train, None, report
+        return PlannedData(*train.split(data.validation.fraction, seed), report)
+    return PlannedData(train, None, report)
 
 
 def _resolved(recipe: Recipe, layouts: list[Layout], tokenizer: Tokenizer, recipe_folder: Path | None) -> Recipe:
@@ -396,7 +423,7 @@ def saved_step(checkpoint: Path, plan: Plan) -> int:
     progress = read_progress(checkpoint)
     if progress["format_version"] > FORMAT_VERSION:
         raise UserError(f"{checkpoint}/state was written by a newer version", "update llama-acc")
-    if progress["data"] != plan.train.fingerprint():
+    if not plan.train.is_data_of(progress["data"]):
         raise UserError(f"the data is not what {checkpoint} was trained on", "resume with the same files")
     step: int = progress["step"]
     return step

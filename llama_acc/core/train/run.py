@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +16,8 @@ from llama_acc.core.checkpoint.files import check_checkpoint
 from llama_acc.core.checkpoint.layout import latest_checkpoint
 from llama_acc.core.checkpoint.resume import SavedState, saved_masters
 from llama_acc.core.checkpoint.shards import Weights, check_tensors
+from llama_acc.core.data.cache import EntryStore
+from llama_acc.core.data.handing_on import hand_on, taken_over
 from llama_acc.core.device import pick_device
 from llama_acc.core.errors import RunError
 from llama_acc.core.parallel import Parallel, joined
@@ -24,7 +27,7 @@ from llama_acc.core.train.folder import RunFolder, check_same_run
 from llama_acc.core.train.interrupt import Interrupted, StopRequest, stop_on_signal
 from llama_acc.core.train.loop import Loop
 from llama_acc.core.train.metrics import MetricsLog, read_metrics
-from llama_acc.core.train.plan import Plan, check_disk, make_plan, read_base, saved_step
+from llama_acc.core.train.plan import Plan, PlannedData, check_disk, make_plan, read_base, saved_step
 from llama_acc.core.train.report import write_report
 from llama_acc.core.train.trainer import Trainer
 
@@ -84,10 +87,8 @@ def finetune(
             events = Quiet()
         folder = parallel.main_first(lambda: RunFolder(Path(output), resume=resume, claim=parallel.is_main))
         try:
-            plan = parallel.main_first(
-                lambda: make_plan(
-                    recipe, events, recipe_folder=recipe_folder, dry_run=False, resumes=folder.checkpoint is not None
-                )
+            plan = plan_together(
+                recipe, events, parallel, recipe_folder=recipe_folder, resumes=folder.checkpoint is not None
             )
             done = parallel.on_main(lambda: _check(plan, folder, verify))
             if resume and folder.checkpoint is None:
@@ -101,6 +102,29 @@ def finetune(
                 )
         finally:
             folder.close()
+
+
+def plan_together(
+    recipe: Recipe, events: Events, parallel: Parallel, *, recipe_folder: Path | None, resumes: bool
+) -> Plan:
+    """`make_plan` on every rank. One rank of each machine goes through the data; the others map what it encoded."""
+    make = partial(make_plan, recipe, events, recipe_folder=recipe_folder, dry_run=False, resumes=resumes)
+
+    def lead() -> tuple[Plan, Path] | None:
+        if not parallel.leads_machine:
+            return None
+        plan = make(store=store)
+        data = PlannedData(plan.train.prepared(), plan.validation and plan.validation.prepared(), plan.report)
+        hand_on(data, store.own_folder())
+        return plan, store.own_folder()
+
+    with EntryStore() as store:
+        if parallel.control is None:
+            return make(store=store)
+        led = parallel.agree(lead)
+        found = parallel.of_machine(led and led[1])
+        # Nobody leaves before all have mapped what is deleted then.
+        return parallel.agree(lambda: led[0] if led else make(data=taken_over(found)))
 
 
 def _check(plan: Plan, folder: RunFolder, verify: bool) -> int:

@@ -98,6 +98,7 @@ class Trainer:
             recipe, plan.config, parallel, device.type, materialise
         )
         self.plan, self.device, self.parallel, self.step = plan, device, parallel, 0
+        self._order: tuple[int, np.ndarray] | None = None  # of the epoch under way
         # Of a model of random weights there is no base to belong to.
         self.base_file: bytes | None = None
         if recipe.checkpoint.trainable_only and recipe.tuning.method != "full" and plan.layouts and parallel.is_main:
@@ -119,8 +120,9 @@ class Trainer:
         """The training items of optimizer step `step`, counted from 0: a function of data, seed and batch size."""
         train = self.plan.recipe.train
         epoch, within = divmod(step, self.plan.steps_per_epoch)
-        order = epoch_order(len(self.plan.train), train.seed, epoch, train.shuffle)
-        return step_items(order, within, train.global_batch_size)
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, epoch_order(len(self.plan.train), train.seed, epoch, train.shuffle))
+        return step_items(self._order[1], within, train.global_batch_size)
 
     def deal(self, dataset: Dataset, items: np.ndarray) -> tuple[list[list[int]], float]:
         """Deals items to ranks and micro-batches, within the recipe's bounds.
@@ -150,7 +152,7 @@ class Trainer:
         """
         items = self.items(self.step)
         data = self.plan.train
-        label_tokens = int(data.label_counts[items].sum())
+        label_tokens = int(data.label_counts[items].sum(dtype=np.int64))
         lr = self.learning_rate()
         groups, imbalance = self.deal(data, items)
         result = train_step(
@@ -170,7 +172,7 @@ class Trainer:
             "epoch": self.step / self.plan.steps_per_epoch,
             "lr": lr,
             "label_tokens": label_tokens,
-            "tokens": int(data.lengths[items].sum()),
+            "tokens": int(data.lengths[items].sum(dtype=np.int64)),
         }
         if self.parallel.data_size > 1:
             told["imbalance"] = imbalance
@@ -182,7 +184,7 @@ class Trainer:
         assert held_out is not None
         groups, _ = self.deal(held_out, np.arange(len(held_out)))
         batches = (build(held_out, group) for group in groups)
-        return evaluate(self.model, self.data_parallel, batches, int(held_out.label_counts.sum()), self.device)
+        return evaluate(self.model, self.data_parallel, batches, held_out.label_tokens, self.device)
 
     def snapshot(self) -> Snapshot:
         """Everything a checkpoint of this moment holds; its tensors are the ones in use."""

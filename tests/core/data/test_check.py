@@ -104,7 +104,7 @@ def test_tokens_are_counted_as_training_would_cut_them(tmp_path: Path, tokenizer
 
 
 def test_the_figures_are_those_of_the_data_report(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    from llama_acc.core.data.dataset import load_dataset
+    from llama_acc.core.data.load import load_dataset
 
     path = write(tmp_path / "a.json", items(*(f"the answer is {'so ' * i}" for i in range(60))))
     sources = [Source(str(path))]

@@ -1,12 +1,16 @@
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from llama_acc.core.data import dataset as dataset_module
+from llama_acc.core.data import load as load_module
 from llama_acc.core.data import sources as sources_module
-from llama_acc.core.data.dataset import Dataset, Source, load_dataset, resolve_data_path
+from llama_acc.core.data.dataset import Dataset
+from llama_acc.core.data.load import load_dataset
+from llama_acc.core.data.sources import Source, resolve_data_path
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
 
@@ -55,7 +59,7 @@ def test_files_are_joined_and_documents_know_where_they_came_from(tmp_path: Path
         tokens, labelled = dataset.document(i)
         assert len(tokens) == len(labelled) == dataset.lengths[i]
         assert labelled.sum() == dataset.label_counts[i] > 0
-    assert dataset.lengths.sum() == len(dataset.tokens)
+    assert dataset.lengths.sum() == dataset.tokens
 
 
 def test_the_template_follows_the_kind_of_items(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -81,7 +85,9 @@ def test_the_report_adds_up(tmp_path: Path, tokenizer: Tokenizer) -> None:
     for key in ("items", "tokens", "label_tokens", "truncated", "dropped"):
         assert report[key] == first[key] + second[key]
     assert report["items"] == len(dataset) + report["dropped"]
-    assert (report["tokens"], report["label_tokens"]) == (len(dataset.tokens), int(dataset.labelled.sum()))
+    documents = [dataset.document(i) for i in range(len(dataset))]
+    assert report["tokens"] == sum(len(tokens) for tokens, _ in documents) == dataset.tokens
+    assert report["label_tokens"] == sum(labelled.sum() for _, labelled in documents) == dataset.label_tokens
     assert list(report["lengths"]) == ["min", "p25", "p50", "p75", "p95", "p99", "max"]
     assert (report["lengths"]["min"], report["lengths"]["max"]) == (dataset.lengths.min(), 512)
     assert report["template"] == ["alpaca", "dialogue"]
@@ -105,7 +111,7 @@ def test_encoding_twice_is_reading_the_cache_once(
     def fail(*_: Any) -> None:
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr(dataset_module, "encode_items", fail)
+    monkeypatch.setattr(load_module, "encode_batches", fail)
     again = load(tokenizer, *sources)
     assert again.report() == first.report()
     assert again.fingerprint() == first.fingerprint()
@@ -126,6 +132,31 @@ def test_the_fingerprint_is_of_tokens_labels_and_borders(tmp_path: Path, tokeniz
     assert load(tokenizer, Source(str(tmp_path / "copy.json"))).fingerprint() in prints
 
 
+def test_data_of_a_checkpoint_from_before_documents_had_digests_is_known(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    dataset = load(tokenizer, *two_files(tmp_path))
+    train, validation = dataset.split(0.25, seed=3)
+    for data in (dataset, train, validation):
+        documents = [data.document(i) for i in range(len(data))]
+        digest = hashlib.sha256(np.cumsum([0, *(len(tokens) for tokens, _ in documents)]).astype(np.int64))
+        digest.update(np.concatenate([tokens for tokens, _ in documents]).astype(np.int32))
+        digest.update(np.packbits(np.concatenate([labelled for _, labelled in documents])))
+        assert data.is_data_of(digest.hexdigest())
+        assert data.is_data_of(data.fingerprint())
+    assert not train.is_data_of(validation.fingerprint())
+    assert not train.is_data_of("0" * 64)
+
+
+def test_the_fingerprint_does_not_depend_on_how_files_are_cut(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    items = singles(10)
+    whole = load(tokenizer, Source(str(write(tmp_path / "whole.json", items))))
+    for name, part in (("shards/1.json", items[:3]), ("shards/2.json", items[3:])):
+        write(tmp_path / name, part)
+    shards = load(tokenizer, Source(str(tmp_path / "shards")))
+    assert shards.fingerprint() == whole.fingerprint()
+    assert shards.select(np.arange(9)).fingerprint() != whole.fingerprint()
+    assert shards.select(np.array([1, 0, *range(2, 10)])).fingerprint() != whole.fingerprint()
+
+
 def test_a_ratio_takes_a_fixed_part(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = str(write(tmp_path / "a.json", singles(100)))
     part = load(tokenizer, Source(path, ratio=0.3))
@@ -133,10 +164,11 @@ def test_a_ratio_takes_a_fixed_part(tmp_path: Path, tokenizer: Tokenizer) -> Non
     assert part.fingerprint() == load(tokenizer, Source(path, ratio=0.3)).fingerprint()
     assert part.fingerprint() != load(tokenizer, Source(path, ratio=0.3), seed=1).fingerprint()
     both = load(tokenizer, Source(path, ratio=0.3), Source(path, ratio=0.3))
-    assert both.item[:30].tolist() == part.item.tolist() != both.item[30:].tolist()
+    items = [int(both.origin(i).split()[-1]) - 1 for i in range(60)]
+    assert items[:30] == [int(part.origin(i).split()[-1]) - 1 for i in range(30)] != items[30:]
     whole = load(tokenizer, Source(path))
     for i in (0, 17, 29):
-        assert part.document(i)[0].tolist() == whole.document(part.item[i])[0].tolist()
+        assert part.document(i)[0].tolist() == whole.document(items[i])[0].tolist()
 
 
 def test_a_ratio_counts_what_it_takes(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -179,9 +211,9 @@ def test_no_sources_and_no_room_are_errors(tokenizer: Tokenizer) -> None:
 
 
 def test_progress_names_the_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    told: list[tuple[str, int, int]] = []
+    told: list[tuple[str, int, float]] = []
     load(tokenizer, *two_files(tmp_path), progress=lambda *args: told.append(args))
-    assert told == [("a.json", 5, 5), ("b.json", 4, 4)]
+    assert told == [("a.json", 5, 1.0), ("b.json", 4, 1.0)]
 
 
 def test_a_split_is_fixed_and_disjoint(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -320,5 +352,5 @@ def test_data_is_loaded_without_torch(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    code = "import sys, llama_acc.core.data.dataset, llama_acc.core.data.batches; assert 'torch' not in sys.modules"
+    code = "import sys, llama_acc.core.data.load, llama_acc.core.data.batches; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

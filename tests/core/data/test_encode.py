@@ -6,11 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_acc.core.data.encode import Encoded, encode_items
+from llama_acc.core.data.encode import Chunk, encode_chunk
 from llama_acc.core.data.items import Dialogue, Item, SingleTurn
 from llama_acc.core.data.readers import read_items
 from llama_acc.core.data.templates import get_template
-from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -19,17 +18,19 @@ def tokenizer(tokenizer_path: Path) -> Tokenizer:
     return load_tokenizer(tokenizer_path)
 
 
-def encode(items: Sequence[Item], template: str, tokenizer: Tokenizer, max_tokens: int = 4096) -> Encoded:
-    return encode_items(items, get_template(template), tokenizer, max_tokens)
+def encode(items: Sequence[Item], template: str, tokenizer: Tokenizer, max_tokens: int = 4096) -> Chunk:
+    return encode_chunk(list(enumerate(items)), get_template(template), tokenizer, max_tokens)
 
 
-def document(encoded: Encoded, i: int = 0) -> tuple[list[int], list[int]]:
+def document(encoded: Chunk, i: int = 0) -> tuple[list[int], list[int]]:
     """A document's tokens, and the indices of its labels."""
-    span = slice(encoded.offsets[i], encoded.offsets[i + 1])
+    begin = int(encoded.lengths[:i].sum())
+    span = slice(begin, begin + int(encoded.lengths[i]))
+    assert encoded.label_counts[i] == encoded.labelled[span].sum()
     return encoded.tokens[span].tolist(), np.flatnonzero(encoded.labelled[span]).tolist()
 
 
-def labelled_text(encoded: Encoded, tokenizer: Tokenizer, i: int = 0) -> str:
+def labelled_text(encoded: Chunk, tokenizer: Tokenizer, i: int = 0) -> str:
     tokens, labels = document(encoded, i)
     return "".join(tokenizer.piece(tokens[label]) for label in labels)
 
@@ -92,20 +93,10 @@ def test_single_turn_items_become_dialogues_of_one_exchange(tokenizer: Tokenizer
     assert [document(singles, i) for i in (0, 1)] == [document(dialogues, i) for i in (0, 1)]
 
 
-def test_inputs_that_a_template_does_not_show_are_counted(
-    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_inputs_that_a_template_does_not_show_are_counted(tokenizer: Tokenizer) -> None:
     items = [SingleTurn("go", context, "ok") for context in (None, " ", "there", "here")]
-    encode(items, "alpaca", tokenizer)
-    encode(items, "chatml", tokenizer)
-    assert caplog.text == ""
-    encode(items, "none", tokenizer)
-    assert "2 items have an input, which template 'none' does not show" in caplog.text
-
-
-def test_dialogues_do_not_fit_a_single_turn_template(tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match="'alpaca' is for single-turn items"):
-        encode([talk("a", "b")], "alpaca", tokenizer)
+    unused = [encode(items, template, tokenizer).unused_inputs for template in ("alpaca", "chatml", "none")]
+    assert unused == [0, 0, 2]
 
 
 def test_what_is_too_long_is_cut_and_what_has_no_label_left_is_dropped(tokenizer: Tokenizer) -> None:
@@ -113,27 +104,27 @@ def test_what_is_too_long_is_cut_and_what_has_no_label_left_is_dropped(tokenizer
     hopeless, silent = SingleTurn("go " * 80, None, "ok"), talk("hi")
     limit = len(tokenizer.encode("go" + "ok", bos=True, eos=True))
     encoded = encode([hopeless, short, hopeless, long], "none", tokenizer, limit)
-    assert (encoded.items, encoded.truncated, encoded.dropped) == (4, 1, 2)
+    assert encoded.items == 4
     assert encoded.item.tolist() == [1, 3]
     assert encoded.cut.tolist() == [False, True]
-    assert np.diff(encoded.offsets).tolist() == [limit, limit]
+    assert encoded.lengths.tolist() == [limit, limit]
     assert document(encoded, 1)[0] == tokenizer.encode("go" + "ok " * 50, bos=True)[:limit]
-    assert encode([silent], "dialogue", tokenizer).dropped == 1
+    assert len(encode([silent], "dialogue", tokenizer).item) == 0
 
 
 def test_the_first_token_is_never_a_target(tokenizer: Tokenizer) -> None:
     without_bos = get_template("caption").model_copy(update={"bos": False})
-    encoded = encode_items([SingleTurn("", None, "a town")], without_bos, tokenizer, 100)
+    encoded = encode_chunk([(0, SingleTurn("", None, "a town"))], without_bos, tokenizer, 100)
     assert document(encoded)[1] == list(range(1, len(encoded.tokens)))
 
 
-def test_many_items_are_encoded_like_few(tokenizer: Tokenizer) -> None:
-    items = [SingleTurn("go", None, f"answer {i}") for i in range(2100)]
-    told: list[tuple[int, int]] = []
-    encoded = encode_items(items, get_template("none"), tokenizer, 64, lambda done, total: told.append((done, total)))
-    assert told == [(1000, 2100), (2000, 2100), (2100, 2100)]
-    assert encoded.item.tolist() == list(range(2100))
-    assert document(encoded, 1500) == document(encode(items[1500:1501], "none", tokenizer, 64))
+def test_documents_are_told_apart_by_tokens_and_labels(tokenizer: Tokenizer) -> None:
+    items = [SingleTurn("go", None, "ok"), SingleTurn("go", None, "ok"), SingleTurn("g", None, "ook")]
+    one, same, other_labels = encode(items, "none", tokenizer).digests.tolist()
+    assert one == same != other_labels
+    assert encode(items[:1], "none", tokenizer).digests.tolist() == [one]
+    length = encode(items[:1], "none", tokenizer).lengths[0]
+    assert encode(items[:1], "none", tokenizer, max_tokens=length - 1).digests[0] != one
 
 
 @settings(max_examples=50, deadline=None)
@@ -156,7 +147,7 @@ def test_a_token_is_labelled_if_and_only_if_it_overlaps_a_trained_span(
         for i, (begin, end) in enumerate(zip(spans.begins, spans.ends, strict=True))
         if wanted & set(range(begin, end)) and i + template.bos > 0
     ]
-    assert (document(encoded)[1] if encoded.items > encoded.dropped else []) == expected
+    assert (document(encoded)[1] if len(encoded.item) else []) == expected
 
 
 def searched_labels(tokenizer: Tokenizer, dialogue: Dialogue) -> list[int] | None:
@@ -178,7 +169,7 @@ def test_limas_labels_are_llama2_accessorys(shared: Path) -> None:
     tokenizer = load_tokenizer(shared / "assets/tokenizer")
     items = read_items(shared / "assets/data/lima_vicuna_format.json")
     encoded = encode(items, "dialogue", tokenizer, 10**6)
-    assert (encoded.items, encoded.dropped, encoded.truncated) == (1029, 0, 0)
+    assert (encoded.items, len(encoded.item), encoded.cut.sum()) == (1029, 1029, 0)
     assert int(encoded.labelled.sum()) == 671_984
     different = [i for i, item in enumerate(items) if searched_labels(tokenizer, item) != document(encoded, i)[1]]
     assert different == []

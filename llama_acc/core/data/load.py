@@ -1,0 +1,208 @@
+"""From a recipe's data sources to a dataset: every file read, checked and encoded, or found in the token cache."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from llama_acc.core.data.cache import EntryStore, cache_key, content_digest
+from llama_acc.core.data.dataset import DataFile, Dataset, Rows
+from llama_acc.core.data.entry import Encoded, EntryWriter
+from llama_acc.core.data.files import data_suffix
+from llama_acc.core.data.items import Item
+from llama_acc.core.data.readers import raise_together, stream_items, unreadable
+from llama_acc.core.data.sources import FileSpec, SourceLike, expand
+from llama_acc.core.data.templates import KINDS, get_template, template_for
+from llama_acc.core.data.workers import Batch, Job, encode_batches
+from llama_acc.core.errors import DataError, UserError
+from llama_acc.core.tokenizer import Tokenizer
+
+_BATCH = 1000  # items
+
+_logger = logging.getLogger("llama_acc")
+
+FileProgress = Callable[[str, int, float], None]
+"""Called with (the file's name, items done, which part of the file they are)."""
+
+
+def load_dataset(
+    sources: Sequence[SourceLike],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    seed: int,
+    *,
+    recipe_folder: Path | None = None,
+    progress: FileProgress | None = None,
+    store: EntryStore | None = None,
+) -> Dataset:
+    """Read, check and encode all sources; files encoded before come from the token cache.
+
+    Args:
+        sources: a recipe's `data.sources`.
+        tokenizer: the model's.
+        max_tokens: longer examples are cut, and counted.
+        seed: with `ratio`, decides which items are used.
+        recipe_folder: where relative paths are looked for first.
+        progress: told how far the encoding of a file is.
+        store: where encoded files are kept; None: one for this call.
+
+    Raises:
+        UserError: data is missing or wrong: all problems of all files together.
+    """
+    if max_tokens < 2:
+        raise UserError(f"data.max_tokens should be at least 2, but is {max_tokens}")
+    specs = expand(sources, recipe_folder)
+    if not specs:
+        raise UserError("no data: the recipe has no data.sources", "give some with --data FILE")
+    with contextlib.nullcontext(store) if store is not None else EntryStore() as kept:
+        parts = _load_files(specs, _Encoder(tokenizer, max_tokens, kept, progress))
+    dataset = _joined(specs, parts, seed)
+    if not len(dataset):
+        items = sum(file.items for file in dataset.files)
+        raise UserError(
+            f"nothing to train on: of {items} items none has a label within {max_tokens} tokens",
+            "raise data.max_tokens, or check that the items have replies",
+        )
+    return dataset
+
+
+def _load_files(specs: Sequence[FileSpec], encoder: "_Encoder") -> list[Encoded]:
+    parts: list[Encoded] = []
+    errors: list[UserError] = []
+    for spec, content in zip(specs, _content_digests([spec.path for spec in specs]), strict=True):
+        try:
+            parts.append(encoder.load(spec, content))
+        except UserError as error:
+            errors.append(error)
+    raise_together(errors)
+    return parts
+
+
+def _content_digests(paths: Sequence[Path]) -> Iterator[str | UserError]:
+    """The digest of each file's bytes, or why it cannot be read; the next ones are computed while one is in use."""
+
+    def digest(path: Path) -> str | UserError:
+        try:
+            return content_digest(path)
+        except OSError as error:
+            return unreadable(path, error)
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(max_workers=_cores()) as threads:
+        yield from threads.map(digest, paths)
+
+
+class _Encoder:
+    """Encodes data files, or finds them encoded."""
+
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int, store: EntryStore, progress: FileProgress | None) -> None:
+        self._tokenizer, self._max_tokens, self._store, self._progress = tokenizer, max_tokens, store, progress
+
+    def load(self, spec: FileSpec, content: str | UserError) -> Encoded:
+        """A file's documents."""
+        if isinstance(content, UserError):
+            raise content
+        is_auto = spec.template == "auto"
+        templates = [template_for("auto", kind) for kind in KINDS] if is_auto else [get_template(spec.template)]
+        key = cache_key(content, data_suffix(spec.path), spec.format, self._tokenizer, templates, self._max_tokens)
+        return self._store.get(
+            key,
+            lambda writer: self._encode(spec, writer),
+            self._tokenizer.vocab_size,
+            lambda: _logger.warning("waiting for another process, which is encoding %s", spec.path.name),
+        )
+
+    def _encode(self, spec: FileSpec, writer: EntryWriter) -> None:
+        file = _FileReader(spec)
+        try:
+            template = template_for(spec.template, file.kind)
+        except UserError as error:
+            raise UserError(f"{spec.path}: {error.message}", error.hint) from error
+        job = Job(self._tokenizer.path, template, self._max_tokens)
+        unused_inputs = 0
+        for chunk in encode_batches(file.batches(), job, self._tokenizer, _cores()):
+            if any(chunk.images):
+                raise UserError(f"{spec.path}: the items have images, which the model does not take")
+            writer.append(chunk)
+            unused_inputs += chunk.unused_inputs
+            if self._progress is not None:
+                self._progress(spec.path.name, writer.items, file.fraction_read())
+        if unused_inputs:
+            _logger.warning("%d items have an input, which template %r does not show", unused_inputs, template.name)
+        writer.finish(file.kind, {})
+
+
+class _FileReader:
+    """Reads a file's items a batch at a time, and all that is wrong with them."""
+
+    def __init__(self, spec: FileSpec) -> None:
+        self._path, self._bytes, self._size = spec.path, 0, max(spec.path.stat().st_size, 1)
+        self._stream = stream_items(spec.path, spec.format, progress=self._count)
+        self.kind = self._stream.kind
+        self._problems: list[str] = []
+
+    def fraction_read(self) -> float:
+        """How much of it was read."""
+        return self._bytes / self._size
+
+    def batches(self) -> Iterator[Batch]:
+        """Once something is wrong, the rest is only checked.
+
+        Raises:
+            UserError: something is wrong, at the end: all of it together.
+        """
+        errors: list[UserError] = []
+        items = self._items()
+        try:
+            while batch := list(islice(items, _BATCH)):
+                if not self._problems:
+                    yield batch
+        except UserError as error:
+            errors.append(error)
+        raise_together([DataError(self._problems), *errors] if self._problems else errors)
+
+    def _items(self) -> Iterator[tuple[int, Item]]:
+        for index, checked in enumerate(self._stream):
+            self._problems += [f"{self._path}: {problem}" for problem in checked.problems]
+            if checked.item is not None:
+                yield index, checked.item
+
+    def _count(self, read: int) -> None:
+        self._bytes = read
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], seed: int) -> Dataset:
+    """All documents, but of a file with a ratio only those of the items it chooses."""
+    files: list[DataFile] = []
+    rows: list[Rows] = []
+    start = 0
+    for spec, part in zip(specs, parts, strict=True):
+        items, of_part = part.items, np.arange(len(part), dtype=np.int64)
+        if spec.ratio < 1:
+            chosen = _chosen_items(part.items, spec.ratio, [seed, *spec.seed])
+            items, of_part = int(chosen.sum()), np.flatnonzero(chosen[part.item])
+        files.append(
+            DataFile(spec.path, template_for(spec.template, part.kind), items, items - len(of_part), spec.image_root)
+        )
+        rows.append(of_part + start)
+        start += len(part)
+    all_of_them = all(spec.ratio == 1 for spec in specs)
+    return Dataset(tuple(files), tuple(parts), None if all_of_them else np.concatenate(rows))
+
+
+def _chosen_items(items: int, ratio: float, seed: list[int]) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
+    """A fixed subset of a file's items, at least one. [items]"""
+    chosen = np.zeros(items, dtype=np.bool_)
+    order = np.random.default_rng(np.random.SeedSequence(seed)).permutation(items)
+    chosen[order[: max(int(items * ratio), 1)]] = True
+    return chosen
