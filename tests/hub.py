@@ -182,7 +182,8 @@ class _Handler(BaseHTTPRequestHandler):
         kind = kinds[words[0]]
         if len(words) == 1:
             author = query.get("author", [""])[0]
-            known = [name for k, name in self.servers.repos if k == kind and name.split("/")[0] == author]
+            public = [key for key, repo in self.servers.repos.items() if not repo.private]
+            known = [name for k, name in public if k == kind and name.split("/")[0] == author]
             self._json([{"id": name, "modelId": name} for name in known])
             return
         name = "/".join(words[1:3])

@@ -100,6 +100,7 @@ def _facts(entry: "Entry") -> dict[str, Any]:
 def _fetch(names: list[str], to: Path | None, token: str | None, as_json: bool) -> None:
     from llama_acc.cli.download_progress import DownloadProgress
     from llama_acc.core.download.downloads import Downloader, understand
+    from llama_acc.core.download.transfer import GO_ON
 
     done: list[Downloaded] = []
     errors: list[LlamaAccError] = []
@@ -113,6 +114,9 @@ def _fetch(names: list[str], to: Path | None, token: str | None, as_json: bool) 
                 if len(wanted) == 1:
                     raise
                 errors.append(type(error)(f"{one.name}: {error.message}", error.hint))
+            except KeyboardInterrupt:
+                console.note(GO_ON)
+                raise
     _tell(done, as_json)
     _raise(errors)
 

@@ -67,10 +67,10 @@ def locate(name: str) -> Path:
     if not folder.exists():
         folder = named_model(name) or folder
     if not folder.exists():
+        where = "give the folder that holds consolidated.00.pth, consolidated.00-of-01.model.pth or model.safetensors"
         raise UserError(
             f"there is no checkpoint folder {name}, and no downloaded model of that name in {home() / 'models'}",
-            how_to_get(name, model=True)
-            or "give the folder that holds consolidated.00.pth, consolidated.00-of-01.model.pth or model.safetensors",
+            "; or ".join(hint for hint in (how_to_get(name, model=True), where) if hint),
         )
     if not folder.is_dir():
         raise UserError(f"{name} is a file: give the folder that holds it")

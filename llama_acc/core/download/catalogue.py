@@ -92,14 +92,9 @@ def find_entry(name: str) -> Entry:
     """
     found = catalogue().get(name)
     if found is None:
+        near = did_you_mean(name.lower(), catalogue())
         raise UserError(
-            f"the catalogue has no {name!r}{near(name)}",
+            f"the catalogue has no {name!r}" + (f": {near}" if near else ""),
             "`llama-acc download --list` shows every name; an address also does: hf:OWNER/NAME or https://...",
         )
     return found
-
-
-def near(name: str, also: tuple[str, ...] = ()) -> str:
-    """ ": did you mean ...?", or nothing if no name is near."""
-    question = did_you_mean(name.lower(), [*catalogue(), *also])
-    return f": {question}" if question else ""

@@ -165,8 +165,8 @@ class Hub:
     def _no_such_file(self, address: HubAddress, kind: Kind, commit: str) -> UserError:
         with self._explained(address):
             paths = [file.path for file in self._tree(address.repo, kind, commit, "", recursive=True)]
-        by_name = {PurePosixPath(path).name: path for path in paths}
-        near = did_you_mean(address.path, paths) or did_you_mean(PurePosixPath(address.path).name, by_name)
+        deeper = [path for path in paths if PurePosixPath(path).name == PurePosixPath(address.path).name]
+        near = f"did you mean {deeper[0]!r}?" if deeper else did_you_mean(address.path, paths)
         some = f"it holds:\n{listed(paths, most=8)}"
         return UserError(f"{address.repo} holds nothing named {address.path} (404)", near or some)
 

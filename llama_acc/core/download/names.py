@@ -9,9 +9,9 @@ Imports neither torch nor the network's clients: data and checkpoints are looked
 from pathlib import Path
 
 from llama_acc.core.download.address import HubAddress, is_address, parse_address
-from llama_acc.core.download.catalogue import Entry, catalogue, find_entry, near
+from llama_acc.core.download.catalogue import Entry, catalogue, find_entry
 from llama_acc.core.download.record import Record
-from llama_acc.core.errors import UserError
+from llama_acc.core.errors import UserError, did_you_mean
 from llama_acc.core.home import home
 
 RAW = "raw"
@@ -86,11 +86,11 @@ def how_to_get(name: str, model: bool) -> str | None:
     """What to type for a name that is not there, if it is one that can be downloaded."""
     if is_address(name):
         return f"type: llama-acc download {name}"
-    known = {key: entry for key, entry in catalogue().items() if entry.is_model == model}
+    known = [key for key, entry in catalogue().items() if entry.is_model == model]
     if name in known:
         return f"type: llama-acc download {name}"
-    question = near(name)
-    return f"{question[2:]} `llama-acc download --list` shows what can be downloaded" if question else None
+    question = did_you_mean(name, known)
+    return f"{question} (`llama-acc download --list` shows what can be downloaded)" if question else None
 
 
 def unfinished(folder: Path) -> list[Path]:

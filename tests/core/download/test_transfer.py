@@ -8,53 +8,17 @@ from pathlib import Path
 import pytest
 
 from llama_acc.core.download.address import parse_address
-from llama_acc.core.download.downloads import Downloaded, Downloader, understand
 from llama_acc.core.download.http import make_client, retry_after
 from llama_acc.core.download.job import fetch_all
 from llama_acc.core.download.remote import Digest
-from llama_acc.core.download.transfer import Patience
 from llama_acc.core.download.web import web_remote
 from llama_acc.core.errors import RunError, UserError
+from tests.core.download.watch import QUICK, Watch, download, visible
 from tests.hub import TOKEN, Fault, Servers
 
 # 700 KB: eleven pieces of a server's answer.
 CONTENT = b"".join(hashlib.sha256(b"%d" % i).digest() for i in range(22_000))
-QUICK = Patience(tries=4, first_wait=0.01)
 REPO = "hf:models/owner/name"
-
-
-class Watch:
-    """Remembers what it is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.begun: list[tuple[int, int | None]] = []
-        self.first: dict[str, int] = {}
-
-    def begin(self, files: int, total: int | None) -> None:
-        self.begun.append((files, total))
-
-    def receiving(self, name: str, done: int, total: int | None) -> None:
-        self.first.setdefault(name, done)
-
-    def checking(self, name: str, done: int, total: int) -> None:
-        pass
-
-    def finished(self, name: str) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
-def download(address: str, to: Path, watch: Watch | None = None, token: str | None = None) -> Downloaded:
-    (wanted,) = understand([address], to)
-    return Downloader(token, watch or Watch(), QUICK).download(wanted)
-
-
-def visible(folder: Path) -> list[str]:
-    """What a user sees of a folder."""
-    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
 @pytest.fixture(params=["hub", "storage", "web"])

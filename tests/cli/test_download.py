@@ -1,0 +1,307 @@
+"""`llama-acc download`: what is typed, what is said, what is left, and what comes next."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from llama_acc.cli.download_progress import DownloadProgress
+from llama_acc.core.data.sources import resolve_data_path
+from llama_acc.core.download.catalogue import catalogue
+from llama_acc.core.download.names import converted_file, raw_files
+from llama_acc.core.errors import UserError
+from tests.cli.commands import invoke, refused, run, start, wait_until
+from tests.cli.terminal import Terminal
+from tests.hub import TOKEN, Fault, Servers
+
+LIMA = "64bits/lima_vicuna_format"
+DIALOGUE = {"conversations": [{"from": "human", "value": "what is it?"}, {"from": "gpt", "value": "a town"}]}
+# Three MB, which a server that waits 0.05 s before each 64 KiB sends in 2.4 s.
+BIG = bytes(range(256)) * 12_288
+SLOW = Fault(delay=0.05)
+
+
+@pytest.fixture
+def lima(servers: Servers) -> Servers:
+    """The hub has LIMA, of ten dialogues."""
+    content = json.dumps([DIALOGUE] * 10).encode()
+    servers.dataset(LIMA, {"lima_vicuna_format.json": content, "README.md": b"# LIMA"})
+    return servers
+
+
+# The catalogue
+
+
+def test_list_is_a_table_with_every_entry() -> None:
+    result = invoke("download", "--list")
+    assert (result.exit_code, result.stderr) == (0, "")
+    header, *lines = result.stdout.splitlines()
+    assert header.split() == ["name", "size", "here", "licence", "what"]
+    assert [line.split()[0] for line in lines] == list(catalogue())
+    (gated,) = [line for line in lines if line.startswith("llama2-7b ")]
+    assert "13.5 GB" in gated
+    assert " gated " in gated
+    assert "LLAMA 2 Community License" in gated
+
+
+def test_list_as_json_has_all_that_is_known(lima: Servers, llama_acc_home: Path) -> None:
+    invoke("download", "lima")
+    listed = {entry["name"]: entry for entry in json.loads(invoke("download", "--list", "--json").stdout)}
+    assert list(listed) == list(catalogue())
+    assert listed["lima"]["here"] is True
+    assert listed["lima"]["folder"] == str(llama_acc_home / "data" / "lima")
+    assert listed["gorilla-torchhub"]["files"][0]["sha256"].startswith("02256a7d")
+    assert listed["llama2-7b"]["gated"] is True
+    assert listed["llama2-7b"]["here"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "download what? Give a name or an address"),
+        (["lma"], "the catalogue has no 'lma': did you mean 'lima'?"),
+        (["lma", "alpaka"], "2 names are not known"),
+        (["lima", "--list"], "--list shows the whole catalogue: leave the names out"),
+        (["hf:lima"], "'hf:lima' is no address on Hugging Face"),
+        (["ftp://example.org/a"], "is no address that can be fetched"),
+        (["lima", "--to", ""], "it is empty. Is a shell variable not set?"),
+        (["lima", "--token", ""], "it is empty. Is a shell variable not set?"),
+        (["lima", "--token", "two words"], "the token holds white space"),
+    ],
+)
+def test_a_wrong_command_is_told_before_the_network_is_asked(arguments: list[str], said: str, servers: Servers) -> None:
+    refused(invoke("download", *arguments), said)
+    assert servers.requests == []
+
+
+# What is said and left
+
+
+def test_the_next_command_is_the_result_and_all_else_goes_aside(lima: Servers, llama_acc_home: Path) -> None:
+    result = invoke("download", "lima")
+    path = llama_acc_home / "data/lima/lima_vicuna_format.json"
+    assert result.exit_code == 0
+    assert result.stdout == "llama-acc finetune --recipe lima --pretrained llama2-7b --data lima\n"
+    assert result.stderr.splitlines() == [
+        f"lima is in {path}",
+        "the recipe starts from llama2-7b, which is not here yet: llama-acc download llama2-7b",
+        "now type:",
+    ]
+    again = invoke("download", "lima")
+    assert again.stdout == result.stdout
+    assert again.stderr.splitlines()[0] == f"lima was there already: {path}"
+
+
+def test_json_says_what_is_where_and_what_was_fetched(lima: Servers, tmp_path: Path) -> None:
+    to = tmp_path / "my data"
+    (found,) = json.loads(invoke("download", "lima", "--to", to, "--json").stdout)
+    file = str(to / "lima_vicuna_format.json")
+    assert found == {
+        "name": "lima",
+        "folder": str(to),
+        "files": [file],
+        "fetched": [file],
+        "next": shlex.join(
+            ["llama-acc", "finetune", "--recipe", "lima", "--pretrained", "llama2-7b", "--data", str(to)]
+        ),
+    }
+    (again,) = json.loads(invoke("download", "lima", "--to", to, "--json").stdout)
+    assert again == found | {"fetched": []}
+
+
+def test_of_several_names_those_that_can_be_had_come_and_the_rest_is_told(lima: Servers, llama_acc_home: Path) -> None:
+    lima.model(
+        "meta-llama/Llama-2-7b",
+        dict.fromkeys(("consolidated.00.pth", "params.json", "tokenizer.model"), b"w"),
+        gated=True,
+    )
+    lima.plain["/a.jsonl"] = b"{}"
+    result = invoke("download", "llama2-7b", "lima", f"{lima.url}/a.jsonl", f"{lima.url}/b.jsonl")
+    assert result.exit_code == 2
+    assert "llama2-7b: meta-llama/Llama-2-7b is gated" in result.stderr
+    assert "there is nothing at" in result.stderr
+    assert (llama_acc_home / "data/lima/lima_vicuna_format.json").exists()
+    assert (llama_acc_home / "data/a.jsonl").read_bytes() == b"{}"
+
+
+def test_several_things_in_one_place_have_a_folder_each(lima: Servers, tmp_path: Path) -> None:
+    lima.model("owner/name", {"config.json": b"{}"})
+    assert invoke("download", "lima", "hf:owner/name", "--to", tmp_path).exit_code == 0
+    assert (tmp_path / "lima/lima_vicuna_format.json").exists()
+    assert (tmp_path / "name/config.json").exists()
+
+
+def test_the_network_is_exit_code_1(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    result = invoke("download", "lima")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "127.0.0.1 cannot be reached" in result.stderr
+    assert "is this machine on-line?" in result.stderr
+
+
+def test_the_token_is_neither_shown_nor_written(servers: Servers, llama_acc_home: Path, tmp_path: Path) -> None:
+    servers.model("owner/secret", {"config.json": b"{}", "model.safetensors": BIG}, private=True)
+    servers.fail("model.safetensors", Fault(cut=100_000))
+    done = run("--debug", "download", "hf:owner/secret", "--token", TOKEN)
+    assert done.returncode == 0, done.stderr
+    failed = run("--debug", "download", "hf:owner/secret/nothing.json", "--token", TOKEN)
+    assert failed.returncode == 2
+    assert TOKEN not in done.stdout + done.stderr + failed.stdout + failed.stderr
+    written = [path for folder in (llama_acc_home, Path(os.environ["HF_HOME"])) for path in folder.rglob("*")]
+    assert written
+    assert not any(TOKEN.encode() in path.read_bytes() for path in written if path.is_file())
+
+
+# Stopped in the middle
+
+
+def _arrived(folder: Path) -> int:
+    parts = list(folder.glob(".*.part"))
+    return parts[0].stat().st_size if parts else 0
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_a_download_that_was_stopped_goes_on_where_it_was(
+    sent: signal.Signals, code: int, servers: Servers, tmp_path: Path
+) -> None:
+    servers.model("owner/name", {"big.bin": BIG})
+    servers.fail("big.bin", SLOW)
+    command = ("download", "hf:owner/name/big.bin", "--to", tmp_path / "to")
+    with start(*command) as process:
+        wait_until(lambda: _arrived(tmp_path / "to") > 500_000, process)
+        process.send_signal(sent)
+        assert process.wait(30) == code
+    assert not (tmp_path / "to/big.bin").exists()
+    had = _arrived(tmp_path / "to")
+    before = servers.sent["big.bin"]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "to/big.bin").read_bytes() == BIG
+    assert servers.asked_for_bytes("big.bin")[-1].headers["range"] == f"bytes={had}-"
+    _until_quiet(servers)
+    assert servers.sent["big.bin"] - before < len(BIG)
+
+
+def _until_quiet(servers: Servers) -> None:
+    """Waits for what the killed command's connection still took."""
+    count = -1
+    while count != servers.sent["big.bin"]:
+        count = servers.sent["big.bin"]
+        time.sleep(0.15)
+
+
+def test_a_second_download_of_the_same_waits_and_finds_it_there(servers: Servers, tmp_path: Path) -> None:
+    servers.model("owner/name", {"big.bin": BIG})
+    servers.fail("big.bin", SLOW)
+    command = ("download", "hf:owner/name/big.bin", "--to", tmp_path / "to")
+    with start(*command) as first:
+        wait_until(lambda: _arrived(tmp_path / "to") > 0, first)
+        second = run(*command)
+        assert first.wait(30) == 0
+    assert second.returncode == 0, second.stderr
+    assert "waiting for another download" in second.stderr
+    assert servers.sent["big.bin"] == len(BIG)
+
+
+# Progress
+
+
+def test_a_terminal_gets_a_bar_with_bytes_rate_and_time_left(servers: Servers, tmp_path: Path) -> None:
+    servers.model("owner/name", {"big.bin": BIG})
+    servers.fail("big.bin", SLOW)
+    with Terminal("download", "hf:owner/name/big.bin", "--to", tmp_path / "to", term="xterm") as terminal:
+        assert terminal.end() == 0
+    shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", terminal.seen)
+    assert re.search(r"big\.bin +[\d.]+/3\.1 MiB|big\.bin +[\d.]+/[\d.]+ [KM]iB", shown), shown
+    assert re.search(r"[\d.]+ [kM]B/s", shown), shown
+    assert "left" in shown
+
+
+def test_a_pipe_gets_a_line_every_five_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    progress = DownloadProgress(clock=lambda: now[0])
+    gib = 2**30
+    progress.begin(2, 10 * gib)
+    for second in range(1, 12):
+        now[0] = float(second)
+        progress.receiving("a.pth", (second + 1) * gib // 2, 8 * gib)  # half a GiB was there
+    progress.finished("a.pth")
+    now[0] = 16.0
+    progress.receiving("b.pth", gib, 2 * gib)
+    assert capsys.readouterr().err.splitlines() == [
+        "0 of 2 files: 3.0 GiB of 10.0 GiB, 409.6 MiB/s, 18 s left",
+        "0 of 2 files: 5.5 GiB of 10.0 GiB, 460.8 MiB/s, 10 s left",
+        "1 of 2 files: 7.0 GiB of 10.0 GiB, 320.0 MiB/s, 9.6 s left",
+    ]
+
+
+# What was downloaded is found by its name
+
+
+def test_finetune_and_chat_find_what_was_downloaded(lima: Servers, talker: Path) -> None:
+    files = {path.name: path.read_bytes() for path in talker.iterdir()}
+    lima.model("meta-llama/Llama-2-7b", files, gated=True)
+    result = invoke("download", "lima", "llama2-7b", "--token", TOKEN)
+    assert result.exit_code == 0, result.stderr
+    first, second = map(shlex.split, result.stdout.splitlines())
+    assert second == ["llama-acc", "finetune", "--recipe", "alpaca", "--pretrained", "llama2-7b"]
+    small = ("--dry-run", "--device", "cpu", "model.max_seq_len=512", "data.max_tokens=512")
+    dry = invoke(*first[1:], *small)
+    assert dry.exit_code == 0, dry.stderr
+    assert re.search(r"weights +from \S+/models/llama2-7b", dry.stdout)
+    by_recipe = invoke("finetune", "--recipe", "lima", *small)
+    assert by_recipe.exit_code == 0, by_recipe.stderr
+    answer = invoke(
+        "chat", "--ckpt", "llama2-7b", "--device", "cpu", "--prompt", "the answer is:", "--temperature", "0"
+    )
+    assert answer.stdout.strip() == "a town", answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("finetune", "--recipe", "lima"), "type: llama-acc download llama2-7b"),
+        (("chat", "--ckpt", "llama2-7b"), "type: llama-acc download llama2-7b"),
+        (("chat", "--ckpt", "lama2-7b"), "did you mean 'llama2-7b'"),
+        (("finetune", "--recipe", "quickstart", "--data", "lima"), "type: llama-acc download lima"),
+        (("finetune", "--recipe", "quickstart", "--data", "limma"), "did you mean 'lima'"),
+    ],
+)
+def test_a_name_that_is_not_here_is_answered_with_the_download(
+    arguments: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    output = ("--output", tmp_path / "run") if arguments[0] == "finetune" else ()
+    refused(invoke(*arguments, *output), said)
+
+
+def test_a_download_that_is_not_finished_is_not_used(servers: Servers, llama_acc_home: Path) -> None:
+    for place, arguments in (
+        ("models/llama2-7b", ("chat", "--ckpt", "llama2-7b")),
+        ("data/lima", ("finetune", "--recipe", "quickstart", "--data", "lima")),
+    ):
+        folder = llama_acc_home / place
+        folder.mkdir(parents=True)
+        (folder / ".big.part").write_bytes(b"half")
+        result = invoke(*arguments)
+        refused(result, f"the download of {folder.name} is not finished: big")
+        assert f"go on with: llama-acc download {folder.name}" in result.stderr
+
+
+def test_data_that_is_to_be_converted_says_so(llama_acc_home: Path) -> None:
+    with pytest.raises(UserError, match="gorilla is not downloaded") as refusal:
+        raw_files("gorilla")
+    assert refusal.value.hint == "type: llama-acc download gorilla"
+    raw = llama_acc_home / "data/gorilla/raw/tensorflow_train.json"
+    raw.parent.mkdir(parents=True)
+    raw.write_text("{}")
+    assert raw_files("gorilla") == [raw]
+    with pytest.raises(UserError, match="not converted yet") as refusal:
+        resolve_data_path("gorilla")
+    assert refusal.value.hint == "type: llama-acc convert-data gorilla gorilla"
+    converted_file("gorilla").write_text("{}")
+    assert resolve_data_path("gorilla") == llama_acc_home / "data/gorilla"
