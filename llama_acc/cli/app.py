@@ -135,6 +135,8 @@ def _unforeseen(error: Exception) -> tuple[str, str]:
 app.command("download", help=download.HELP)(_reported(download.download))
 app.command("finetune", help=finetune.HELP)(_reported(finetune.finetune))
 app.command("chat", help=chat.HELP)(_reported(chat.chat))
+for format, command in convert_data.COMMANDS.items():
+    convert_data.app.command(format, help=convert_data.FORMAT_HELP[format])(_reported(command))
 convert_data.app.command("check", help=check_data.HELP)(_reported(check_data.check))
 app.add_typer(convert_data.app, name="convert-data", help=convert_data.HELP)
 app.command("convert-checkpoint", help=convert_checkpoint.HELP)(_reported(convert_checkpoint.convert_checkpoint))

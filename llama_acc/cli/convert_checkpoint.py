@@ -1,10 +1,5 @@
 """`llama-acc convert-checkpoint`: a checkpoint in another layout, or split over another number of ranks."""
 
-import contextlib
-import signal
-import sys
-import threading
-from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llama_acc.cli import console, options
+from llama_acc.cli.stopping import leave_on_sigterm
 
 if TYPE_CHECKING:
     from llama_acc.core.checkpoint.convert import Converted
@@ -130,7 +126,7 @@ def convert_checkpoint(
         quantize=None if quantize is None else quantize.value,
         quantize_output=quantize_output,
     )
-    with _leave_on_sigterm(), console.ByteProgress() as progress:
+    with leave_on_sigterm(), console.ByteProgress() as progress:
         converted = convert(request, progress.tell)
     console.out.print(_summary(converted), markup=False)
 
@@ -148,16 +144,3 @@ def _summary(converted: "Converted") -> str:
     if converted.largest_error == 0:
         return f"{text}; base + diff is the source, to the bit"
     return f"{text}; base + diff differs from the source by at most {converted.largest_error:.3g}"
-
-
-@contextlib.contextmanager
-def _leave_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends the command as an exception does, so that nothing unfinished stays behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

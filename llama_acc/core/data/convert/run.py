@@ -1,0 +1,255 @@
+"""Rows in, items out: streamed, counted, and every row that gives no item told with its place."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from llama_acc.core.data.convert.formats import AUTO, FORMATS, Recognised, recognise
+from llama_acc.core.data.convert.mapped import required_columns
+from llama_acc.core.data.convert.rules import Malformed, Options, Record, Rule, Skipped
+from llama_acc.core.data.convert.writing import LINES, Items, Layout, encoded, layout_of, whole_file
+from llama_acc.core.data.files import data_suffix, nearest_names
+from llama_acc.core.data.rows import SUFFIXES, Row, stream_rows, stream_rows_from, type_name
+from llama_acc.core.errors import DataError, UserError
+
+MOST_PROBLEMS = 1000
+"""With so many of them, reading on helps nobody."""
+_LOOKED_AT = 100
+"""How many of the first rows may be unreadable before a file's format is found."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with (the file's name, bytes read of all files, bytes of all files)."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be converted, and how."""
+
+    format: str
+    """A key of `FORMATS`, or "auto"."""
+    inputs: Sequence[Path]
+    stdin: IO[bytes] | None = None
+    """What the input `-` stands for."""
+    options: Options = field(default_factory=Options)
+    skip_problems: bool = False
+    """Leave rows that are wrong out, and count them; else they are an error."""
+
+
+class Found(NamedTuple):
+    """The format of a file that was to be recognised."""
+
+    file: str
+    recognised: Recognised
+
+
+class Converted(NamedTuple):
+    """An item, and where it came from."""
+
+    origin: str
+    record: Record
+    line: bytes
+
+
+class Conversion:
+    """Reads all inputs once, and knows afterwards what became of their rows."""
+
+    def __init__(
+        self,
+        request: Request,
+        layout: Layout = LINES,
+        progress: Progress | None = None,
+        on_found: Callable[[Found], None] | None = None,
+    ) -> None:
+        """Args:
+        request: see there.
+        layout: how items are written.
+        progress: told how far it is.
+        on_found: told when a file's format has been recognised.
+
+        Raises:
+            UserError: an input is not there.
+        """
+        self.rows = 0
+        self.items = 0
+        self.skipped: Counter[str] = Counter()
+        """Rows that the format has no item for, by reason."""
+        self.notes: Counter[str] = Counter()
+        """What was changed without losing an item."""
+        self.wrong = 0
+        """Rows that were not what the format says."""
+        self.problems: list[str] = []
+        """What is wrong with them, each with its place: the first of them."""
+        self._on_found = on_found
+        self._request = request
+        self._layout = layout
+        self._progress = progress
+        self._dialogues: bool | None = None
+        self._total = sum(_size(path) for path in request.inputs)
+        self._before = 0
+
+    def __iter__(self) -> Iterator[Converted]:
+        """The items in order.
+
+        Raises:
+            UserError: a file cannot be read, not to its end, or its format is unknown.
+            DataError: rows are wrong; all of them, once everything has been read.
+        """
+        stop = not self._request.skip_problems
+        try:
+            for path in self._request.inputs:
+                yield from self._file(path)
+                self._before += _size(path)
+                if stop and self.wrong >= MOST_PROBLEMS:
+                    break
+        except UserError as error:
+            if not self.problems or not stop:
+                raise
+            more = error.problems if isinstance(error, DataError) else [error.message]
+            raise DataError([*self.problems, *more], error.hint) from error
+        if self.problems and stop:
+            raise DataError(self.problems, "mend them, or leave these rows out with --on-error skip")
+
+    def _file(self, path: Path) -> Iterator[Converted]:
+        name = "standard input" if path == Path("-") else str(path)
+        rule, rows = self._rule(name, self._opened(path, name))
+        try:
+            for row in rows:
+                if self.wrong >= MOST_PROBLEMS and not self._request.skip_problems:
+                    return
+                self.rows += 1
+                for record, line in self._of_row(rule, name, row):
+                    self.items += 1
+                    yield Converted(f"{name}: {row.where}", record, line)
+        finally:
+            self.notes.update(rule.notes)
+
+    def _of_row(self, rule: Rule, name: str, row: Row) -> list[tuple[Record, bytes]]:
+        try:
+            if row.problem is not None:
+                raise Malformed(row.problem)
+            if not isinstance(row.value, dict):
+                raise Malformed(f"should be an object, but is {type_name(row.value)}")
+            records = [self._of_one_kind(record) for record in rule.records(row.value)]
+            return [(record, encoded(record, self._layout)) for record in records]
+        except Skipped as reason:
+            self.skipped[str(reason)] += 1
+        except Malformed as problem:
+            self.wrong += 1
+            if self.wrong <= MOST_PROBLEMS:
+                self.problems.append(f"{name}: {row.where}: {problem}")
+        return []
+
+    def _of_one_kind(self, record: Record) -> Record:
+        dialogue = "conversations" in record
+        if self._dialogues is None:
+            self._dialogues = dialogue
+        if dialogue != self._dialogues:
+            one, others = ("a dialogue", "single-turn items") if dialogue else ("a single-turn item", "dialogues")
+            raise Malformed(f"is {one} among {others}, which are read from one file each")
+        return record
+
+    def _rule(self, name: str, rows: Iterator[Row]) -> tuple[Rule, Iterator[Row]]:
+        """A file's rule, and its rows."""
+        options = self._request.options
+        if self._request.format != AUTO:
+            return FORMATS[self._request.format](options), rows
+        first = list(islice(rows, _LOOKED_AT))
+        objects = [row.value for row in first if isinstance(row.value, dict)]
+        recognised = next(filter(None, map(recognise, objects)), None)
+        if options.mapping:
+            recognised = Recognised("jsonl", "of --map", options.mapping)
+        if recognised is None:
+            raise _unknown(name, objects)
+        if self._on_found is not None:
+            self._on_found(Found(name, recognised))
+        return FORMATS[recognised.format](replace(options, mapping=recognised.mapping)), chain(first, rows)
+
+    def _opened(self, path: Path, name: str) -> Iterator[Row]:
+        required = required_columns(self._request.options.mapping) if self._request.format == "csv" else ()
+
+        def progress(read: int) -> None:
+            if self._progress is not None:
+                self._progress(name, self._before + read, self._total)
+
+        suffix = ".csv" if self._request.format == "csv" else None
+        if path == Path("-"):
+            if self._request.stdin is None:
+                raise UserError("there is no standard input")
+            yield from stream_rows_from(self._request.stdin, name, suffix, required=required, progress=progress)
+        elif data_suffix(path) in SUFFIXES:
+            yield from stream_rows(path, required=required, progress=progress)
+        else:
+            with _raw(path) as file:
+                yield from stream_rows_from(file, name, suffix, required=required, progress=progress)
+
+
+def convert(
+    request: Request,
+    output: Path,
+    progress: Progress | None = None,
+    on_found: Callable[[Found], None] | None = None,
+) -> Conversion:
+    """Convert files into one, which appears when all of it is there.
+
+    Args:
+        request: what is converted.
+        output: a .jsonl or .json file, perhaps with .gz or .zst behind.
+        progress: told how far it is.
+        on_found: told when a file's format has been recognised.
+
+    Returns:
+        What became of the rows.
+
+    Raises:
+        UserError: an input cannot be read, or the output not be made.
+        DataError: rows are wrong.
+        RunError: the output cannot be written.
+    """
+    layout = layout_of(output, request.options.reference)
+    if any(path.exists() and output.exists() and path.samefile(output) for path in request.inputs):
+        raise UserError(f"{output} is read from and cannot be written to", "give --output another name")
+    conversion = Conversion(request, layout, progress, on_found)
+    with whole_file(output) as file:
+        write_items(conversion, Items(file, layout))
+    return conversion
+
+
+def write_items(conversion: Conversion, items: Items) -> None:
+    """Convert everything."""
+    for converted in conversion:
+        items.write(converted.line)
+    items.end()
+
+
+def _size(path: Path) -> int:
+    """Bytes of an input that has as many; 0 of a pipe.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if path == Path("-"):
+        return 0
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise UserError(f"there is no data file {path}", nearest_names(path)) from error
+
+
+def _raw(path: Path) -> IO[bytes]:
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _unknown(name: str, objects: list[Record]) -> UserError:
+    if not objects:
+        return UserError(f"{name}: its first rows hold no objects, so its format cannot be told")
+    keys = ", ".join(map(repr, list(objects[0])[:8]))
+    return UserError(
+        f"{name} is in none of the known formats: its first item has the keys {keys}",
+        "name the format, or say which column is which: --map instruction=COLUMN --map output=COLUMN",
+    )

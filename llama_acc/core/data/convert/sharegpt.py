@@ -1,0 +1,51 @@
+"""ShareGPT: conversations that people shared, as web pages had them."""
+
+from collections.abc import Iterable
+
+from llama_acc.core.data.convert.markdown import cleaned
+from llama_acc.core.data.convert.rules import Malformed, Options, Record, Row, Rule, Skipped, list_of, named, text_of
+from llama_acc.core.data.convert.splitting import Splitter
+from llama_acc.core.data.convert.turns import Turn, conversations, each_turn, in_exchanges, object_of, role_of
+
+
+class ShareGpt(Rule):
+    """Dialogues with HTML made Markdown, in exchanges, split at a number of tokens, in languages asked for."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self._splitter = None
+        if options.tokenizer is not None and options.max_tokens is not None:
+            self._splitter = Splitter(options.tokenizer, options.max_tokens, self.notes)
+
+    def records(self, row: Row) -> Iterable[Record]:
+        # Older collections call it "items".
+        field = "items" if "items" in row and "conversations" not in row else "conversations"
+        turns = in_exchanges(each_turn(list_of(row, field), self._turn), self.notes)
+        if self.options.languages:
+            self._check_language(turns)
+        parts = [turns] if self._splitter is None else self._splitter.parts(turns)
+        if len(parts) == 1:
+            yield {**named(row), "conversations": conversations(turns)}
+            return
+        for number, part in enumerate(parts):
+            yield {**named(row, number), "conversations": conversations(part)}
+
+    def _turn(self, value: object) -> Turn:
+        turn = object_of(value)
+        role, text = role_of(text_of(turn, "from")), text_of(turn, "value")
+        if self.options.keep_html:
+            return role, text
+        try:
+            clean = cleaned(text)
+        except ValueError as error:
+            raise Malformed(str(error)) from error
+        if clean != text:
+            self.notes["turns had HTML or marks of the web page, which were cleaned"] += 1
+        return role, clean
+
+    def _check_language(self, turns: list[Turn]) -> None:
+        from llama_acc.core.data.language import language_of
+
+        language = next((found for _, text in turns if (found := language_of(text))), None)
+        if language is not None and language not in self.options.languages:
+            raise Skipped(f"in another language ({language})")

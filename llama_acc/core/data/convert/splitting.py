@@ -1,0 +1,59 @@
+"""Dialogues that are too long, in parts."""
+
+from collections import Counter
+
+from llama_acc.core.data.convert.turns import Turn
+from llama_acc.core.data.templates import TEMPLATES
+from llama_acc.core.tokenizer import Tokenizer
+
+_ROLES = {"human": "human", "gpt": "assistant"}
+
+
+class Splitter:
+    """Cuts between a reply and the next question, so that a part fits; each part takes as many exchanges as do."""
+
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int, notes: Counter[str]) -> None:
+        """Args:
+        tokenizer: the model's.
+        max_tokens: of a part in the prompt format `dialogue`, with BOS and EOS.
+        notes: counts what was done.
+        """
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+        self._notes = notes
+        self._template = TEMPLATES["dialogue"]
+
+    def parts(self, turns: list[Turn]) -> list[list[Turn]]:
+        """The parts in order; an exchange that is too long is a part of its own."""
+        exchanges = [turns[place : place + 2] for place in range(0, len(turns), 2)]
+        parts = []
+        while exchanges:
+            count = self._fitting(exchanges)
+            parts.append([turn for exchange in exchanges[:count] for turn in exchange])
+            exchanges = exchanges[count:]
+        if len(parts) > 1:
+            self._notes[f"dialogues of more than {self._max_tokens:,} tokens were split"] += 1
+        return parts
+
+    def _fitting(self, exchanges: list[list[Turn]]) -> int:
+        """How many of the first exchanges fit, at least one: by halving, as each choice is counted as a whole."""
+        if self._fits(exchanges):
+            return len(exchanges)
+        fits, too_many = 0, len(exchanges)
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            if self._fits(exchanges[:middle]):
+                fits = middle
+            else:
+                too_many = middle
+        if fits == 0:
+            self._notes[f"single exchanges have more than {self._max_tokens:,} tokens, and would be cut"] += 1
+        return max(fits, 1)
+
+    def _fits(self, exchanges: list[list[Turn]]) -> bool:
+        return self._tokens(exchanges) <= self._max_tokens
+
+    def _tokens(self, exchanges: list[list[Turn]]) -> int:
+        turns = [(_ROLES[role], text) for exchange in exchanges for role, text in exchange]
+        text, _ = self._template.dialogue_text(turns)
+        return len(self._tokenizer.encode_batch([text])[0]) + self._template.bos + self._template.eos

@@ -1,0 +1,167 @@
+"""`llama-acc convert-data FORMAT` as users type it."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_acc.cli.convert_data import COMMANDS
+from tests.cli.commands import QUICKSTART, invoke, refused, run, start, wait_until, words
+
+ROW = {"instruction": "name a town", "output": "a town", "extra": 1}
+ITEM = {"instruction": "name a town", "input": "", "output": "a town"}
+TALK = {
+    "conversations": [{"from": "user", "value": "name a town"}, {"from": "chatgpt", "value": "<p>a <b>town</b></p>"}]
+}
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def test_a_file_is_converted_and_counted(tmp_path: Path) -> None:
+    source, output = write(tmp_path / "in.jsonl", ROW, ROW), tmp_path / "out.jsonl"
+    result = invoke("convert-data", "alpaca", source, "--output", output)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == f"{output}: 2 items of 2 rows, 0.0 MiB\n"
+    assert read(output) == [ITEM, ITEM]
+
+
+def test_finetune_takes_what_was_converted(tmp_path: Path) -> None:
+    source, output = write(tmp_path / "in.jsonl", *[ROW] * 4), tmp_path / "out.json.zst"
+    assert invoke("convert-data", "alpaca", source, "-o", output).exit_code == 0
+    result = invoke(*QUICKSTART, "--data", output, "--output", tmp_path / "run", "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((tmp_path / "run/data.json").read_text(encoding="utf-8"))["items"] == 4
+
+
+def test_what_became_of_rows_is_told(tmp_path: Path) -> None:
+    odd = {"conversations": [{"from": "gpt", "value": "a"}]}
+    source = write(tmp_path / "in.jsonl", TALK, odd, {"conversations": 1})
+    result = invoke("convert-data", "sharegpt", source, "--output", tmp_path / "o.jsonl", "--on-error", "skip")
+    assert result.exit_code == 0
+    said = words(result.stderr)
+    assert "skipped 1 row: no question with a reply" in said
+    assert "turns had HTML or marks of the web page, which were cleaned: 1" in said
+    assert "left out 1 row, as wrong:" in said
+    assert "item 3 (line 3): 'conversations' should be a list, but is a number" in said
+    assert "1 item of 3 rows" in result.stdout
+
+
+def test_wrong_rows_are_told_together_and_nothing_is_written(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", ROW, {}, ROW, [])
+    result = invoke("convert-data", "alpaca", source, "--output", tmp_path / "out.jsonl")
+    refused(result, "2 problems", "item 2 (line 2): no 'instruction'", "item 4 (line 4)", "--on-error skip")
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+def test_apibench_of_which_the_rule_knows_nothing(shared: Path, tmp_path: Path) -> None:
+    source, output = shared / "assets/gorilla/torchhub_train.json", tmp_path / "out.json"
+    result = invoke("convert-data", "gorilla", source, "--output", output)
+    assert result.exit_code == 0
+    assert "skipped 837 rows" in result.stderr
+    assert "--all-forms" in result.stderr
+    assert "there are no items" in result.stderr
+    assert json.loads(output.read_text(encoding="utf-8")) == []
+    assert "837 items" in invoke("convert-data", "gorilla", source, "--output", output, "--all-forms").stdout
+
+
+def test_auto_says_how_it_knew_on_standard_error(tmp_path: Path) -> None:
+    result = invoke("convert-data", "auto", write(tmp_path / "in.jsonl", TALK))
+    assert [json.loads(line)["conversations"][1]["value"] for line in result.stdout.splitlines()] == ["a **town**"]
+    assert f"{tmp_path / 'in.jsonl'}: sharegpt, as its 'conversations' have 'from' and 'value'" in words(result.stderr)
+
+
+@pytest.mark.parametrize("words", [("-",), ("-", "--output", "-")])
+def test_pipes(words: tuple[str, ...]) -> None:
+    finished = run("convert-data", "alpaca", *words, input=json.dumps([ROW, ROW]))
+    assert finished.returncode == 0
+    assert [json.loads(line) for line in finished.stdout.splitlines()] == [ITEM, ITEM]
+    assert "2 items of 2 rows" in finished.stderr
+
+
+def test_a_reader_that_leaves_ends_it_quietly(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", *[ROW] * 50_000)
+    process = start("convert-data", "alpaca", source)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert json.loads(process.stdout.readline()) == ITEM
+    process.stdout.close()
+    assert process.wait(60) in (0, 1)
+    assert "Traceback" not in process.stderr.read()
+    process.stderr.close()
+
+
+@pytest.mark.parametrize(("signal_", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_it_leaves_nothing(tmp_path: Path, signal_: signal.Signals, code: int) -> None:
+    pipe = tmp_path / "in.jsonl"
+    os.mkfifo(pipe)
+    output = tmp_path / "out.jsonl"
+    output.write_text("old", encoding="utf-8")
+    process = start("convert-data", "alpaca", pipe, "--output", output)
+    with pipe.open("w", encoding="utf-8") as file:
+        file.write((json.dumps(ROW) + "\n") * 20_000)
+        file.flush()
+        wait_until((tmp_path / ".writing-out.jsonl").exists, process)
+        process.send_signal(signal_)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl"]
+    assert output.read_text(encoding="utf-8") == "old"
+
+
+def test_a_preview_shows_items_as_the_model_will_see_them(tmp_path: Path, tokenizer_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", TALK, TALK, TALK)
+    result = invoke("convert-data", "sharegpt", source, "--preview", 2)
+    assert result.exit_code == 0
+    assert result.stdout.count("### Assistant:⟦ a **town**") == 2
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+    cut = ("--tokenizer", tokenizer_path, "--max-tokens", 40)
+    assert "cut:" in invoke("convert-data", "sharegpt", source, "--preview", 1, *cut).stdout
+
+
+def test_columns_are_mapped_from_a_table_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.tsv").write_text("q\ta\nname a town\ta town\n", encoding="utf-8")
+    mapping = ("--map", "instruction=q", "--map", "output=a")
+    result = invoke("convert-data", "csv", tmp_path / "in", *mapping, "--output", tmp_path / "out.jsonl")
+    assert result.exit_code == 0, result.stderr
+    assert read(tmp_path / "out.jsonl") == [ITEM]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("gorila", "a"), ("No such command 'gorila'", "gorilla")),
+        (("alpaca", "nowhere.json"), ("there is no data file nowhere.json",)),
+        (("alpaca", ""), ("it is empty",)),
+        (("lima",), ("lima has not been downloaded", "llama-acc download lima")),
+        (("lima", "-", "-"), ("standard input (-) can be read only once",)),
+        (("alpaca", "IN", "--output", "out.txt"), (".txt is not a kind of file that is written", ".jsonl or .json")),
+        (("alpaca", "IN", "--output", "IN"), ("is read from",)),
+        (("alpaca", "IN", "--output", "."), ("no suffix is not a kind of file",)),
+        (("sharegpt", "IN", "--max-tokens", "9"), ("--tokenizer and --max-tokens go together",)),
+        (("sharegpt", "IN", "--language", "english"), ("'english' is not an ISO 639-1 code",)),
+        (("llava", "IN", "--dialogues", "--reference"), ("do not go together",)),
+        (("jsonl", "IN", "--map", "q"), ("'q' is not FIELD=COLUMN",)),
+        (("jsonl", "IN", "--map", "ouput=q"), ("unknown field 'ouput'", "did you mean 'output'")),
+        (("jsonl", "IN", "--map", "input=q", "--map", "input=r"), ("input is given twice",)),
+        (("jsonl", "IN", "--map", "output=answer"), ("no 'answer' (its keys: 'instruction', 'output', 'extra')",)),
+    ],
+)
+def test_what_cannot_be_done_is_refused(tmp_path: Path, arguments: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    source = str(write(tmp_path / "in.jsonl", ROW))
+    refused(invoke("convert-data", *(source if argument == "IN" else argument for argument in arguments)), *parts)
+
+
+def test_every_format_has_help_with_an_example() -> None:
+    for format in COMMANDS:
+        assert f"llama-acc convert-data {format} " in words(invoke("convert-data", format, "--help").stdout)

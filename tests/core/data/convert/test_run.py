@@ -1,0 +1,218 @@
+"""Files in, one file out: whole or not at all, in memory for one item, and each row that is wrong by its place."""
+
+import gzip
+import json
+import os
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+from backports import zstd
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_acc.core.data.convert import run
+from llama_acc.core.data.convert.formats import FORMATS
+from llama_acc.core.data.convert.rules import Options
+from llama_acc.core.data.convert.run import Conversion, Request, convert
+from llama_acc.core.data.items import SingleTurn
+from llama_acc.core.data.readers import read_file
+from llama_acc.core.errors import DataError, RunError, UserError
+
+ITEM = {"instruction": 'a\u2028é\U0001f600"\\\n', "input": "", "output": "b"}
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def unpacked(path: Path) -> str:
+    content = path.read_bytes()
+    unpack = {".gz": gzip.decompress, ".zst": zstd.decompress}.get(path.suffix, bytes)
+    return unpack(content).decode("utf-8")
+
+
+def lines(text: str) -> list[Any]:
+    assert not text or text.endswith("\n")
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".json.gz", ".jsonl.gz", ".jsonl.zst", ".json.zst"])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_the_output_is_what_its_name_says(tmp_path: Path, suffix: str, count: int) -> None:
+    output = tmp_path / "new" / f"out{suffix}"
+    source = write(tmp_path / "in.jsonl", [ITEM] * count or [""])
+    conversion = convert(Request("alpaca", [source], skip_problems=True), output)
+    text = unpacked(output)
+    assert (lines(text) if "jsonl" in suffix else json.loads(text)) == [ITEM] * count
+    assert conversion.items == count
+    assert [file.name for file in output.parent.iterdir()] == [output.name]
+
+
+def test_finetune_reads_what_is_written(tmp_path: Path) -> None:
+    for suffix in (".json", ".jsonl.gz", ".jsonl.zst"):
+        output = tmp_path / f"out{suffix}"
+        convert(Request("alpaca", [write(tmp_path / "in.jsonl", [ITEM])]), output)
+        assert read_file(output).items == [SingleTurn(**ITEM)]
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [ITEM] * 5)
+    for suffix in (".json.gz", ".jsonl.zst"):
+        written = []
+        for name in ("a", "b"):
+            convert(Request("alpaca", [source]), tmp_path / f"{name}{suffix}")
+            written.append((tmp_path / f"{name}{suffix}").read_bytes())
+        assert written[0] == written[1]
+
+
+def test_nothing_is_written_if_a_row_is_wrong(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_text("old", encoding="utf-8")
+    source = write(tmp_path / "in.jsonl", [ITEM, {"instruction": "a"}, ITEM, 7])
+    with pytest.raises(DataError) as caught:
+        convert(Request("alpaca", [source]), output)
+    assert caught.value.problems == [
+        f"{source}: item 2 (line 2): no 'output' (its keys: 'instruction')",
+        f"{source}: item 4 (line 4): should be an object, but is a number",
+    ]
+    assert "--on-error skip" in str(caught.value.hint)
+    assert output.read_text(encoding="utf-8") == "old"
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl"]
+
+
+def test_wrong_rows_can_be_left_out_and_are_known(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [ITEM, {"instruction": "a"}, ITEM])
+    conversion = convert(Request("alpaca", [source], skip_problems=True), tmp_path / "out.jsonl")
+    assert (conversion.rows, conversion.items, conversion.wrong) == (3, 2, 1)
+
+
+def test_a_file_that_breaks_off_is_an_error_even_if_rows_may_be_left_out(tmp_path: Path) -> None:
+    source = tmp_path / "in.json"
+    source.write_text("[7, " + json.dumps(ITEM) + ", {", encoding="utf-8")
+    for skip, problems in ((False, 2), (True, 1)):
+        with pytest.raises(UserError) as caught:
+            convert(Request("alpaca", [source], skip_problems=skip), tmp_path / "out.json")
+        assert "is not JSON" in caught.value.message
+        assert len(getattr(caught.value, "problems", [""])) == problems
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_with_a_thousand_problems_reading_ends(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [{}] * (run.MOST_PROBLEMS + 5))
+    with pytest.raises(DataError) as caught:
+        convert(Request("alpaca", [source]), tmp_path / "out.jsonl")
+    assert len(caught.value.problems) == run.MOST_PROBLEMS
+
+
+def test_a_lone_surrogate_is_a_problem_of_its_field(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "\udfff"}]
+    for format, row, place in (
+        ("alpaca", {**ITEM, "output": "x\ud800"}, "'output' has a lone surrogate (U+D800)"),
+        ("sharegpt", {"conversations": turns}, "turn 2 has a lone surrogate (U+DFFF)"),
+        ("llava", {"\ud800": 1, "conversations": turns[:1] * 2}, "a field's name has a lone surrogate"),
+    ):
+        options = Options(reference=format == "llava")
+        with pytest.raises(DataError) as caught:
+            list(Conversion(Request(format, [write(tmp_path / "in.jsonl", [row])], options=options)))
+        assert place in caught.value.message
+
+
+def test_the_input_is_never_the_output(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [ITEM])
+    with pytest.raises(UserError, match="is read from"):
+        convert(Request("alpaca", [source]), source)
+    assert source.exists()
+
+
+@pytest.mark.parametrize("name", ["out.txt", "out", "out.csv", "out.json.bz2"])
+def test_other_kinds_of_output_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="not a kind of file that is written"):
+        convert(Request("alpaca", [write(tmp_path / "in.jsonl", [ITEM])]), tmp_path / name)
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    (tmp_path / ".writing-out.jsonl").symlink_to("/dev/full")
+    with pytest.raises(RunError, match=r"cannot write .*out\.jsonl: No space left on device"):
+        convert(Request("alpaca", [write(tmp_path / "in.jsonl", [ITEM])]), tmp_path / "out.jsonl")
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl"]
+
+
+def test_progress_counts_the_bytes_of_all_files(tmp_path: Path) -> None:
+    paths = [write(tmp_path / name, [ITEM] * 10) for name in ("a.jsonl", "b.jsonl")]
+    told: list[tuple[str, int, int]] = []
+    convert(Request("alpaca", paths), tmp_path / "out.jsonl", lambda *progress: told.append(progress))
+    total = sum(path.stat().st_size for path in paths)
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+    assert told[-1] == (str(paths[1]), total, total)
+
+
+@pytest.mark.parametrize(("format", "suffix"), [("alpaca", ".json"), ("sharegpt", ".jsonl.gz")])
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, format: str, suffix: str) -> None:
+    turns = [{"from": role, "value": "some words of a turn\n" * 40} for role in ("human", "gpt")]
+    row = {"instruction": "a", "output": turns[0]["value"]} if format == "alpaca" else {"conversations": turns}
+    line = json.dumps(row).encode()
+    count = 20_000_000 // len(line)
+    path = tmp_path / f"in{suffix}"
+    if suffix == ".json":
+        path.write_bytes(b"[" + b",".join([line] * count) + b"]")
+    else:
+        path.write_bytes(gzip.compress(b"\n".join([line] * count), 1))
+    tracemalloc.start()
+    try:
+        conversion = convert(Request(format, [path]), tmp_path / "out.jsonl")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert conversion.items == count
+    assert peak < 12 * 2**20, peak
+
+
+WORDS = st.sampled_from(
+    ["conversations", "items", "messages", "from", "value", "role", "content", "human", "gpt", "system", "user", "code",
+     "instruction", "input", "output", "image", "id", "type", "text", "<p>a</p>", "Instruction:", "Output:", "<image>",
+     "chat", "turn_1", "Human", "MOSS", "Commands"]
+)  # fmt: skip
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | WORDS | st.text(st.characters(), max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=4),
+    max_leaves=10,
+)
+TURN = st.fixed_dictionaries({}, optional={"from": WORDS, "value": VALUES, "role": WORDS, "content": VALUES})
+TURNS = st.lists(TURN, max_size=4)
+ROWS = st.dictionaries(WORDS, VALUES | TURNS, max_size=5) | VALUES
+
+
+@given(format=st.sampled_from(sorted(FORMATS)), rows=st.lists(ROWS, min_size=1, max_size=4), flag=st.booleans())
+@settings(max_examples=250, deadline=None)
+def test_whatever_a_row_is_it_gives_items_or_is_named(
+    tmp_path_factory: pytest.TempPathFactory, format: str, rows: list[Any], flag: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    source, output = write(folder / "in.jsonl", rows), folder / "out.jsonl"
+    options = Options(all_forms=flag, dialogues=flag, reference=flag, keep_html=flag)
+    conversion = convert(Request(format, [source], options=options, skip_problems=True), output)
+    assert conversion.rows == len(rows)
+    for problem in conversion.problems:
+        assert problem.startswith(f"{source}: item ")
+    assert conversion.wrong + sum(conversion.skipped.values()) <= len(rows)
+    items = [json.loads(line) for line in output.read_text(encoding="utf-8").split("\n")[:-1]]
+    assert len(items) == conversion.items
+    if items and not (format == "llava" and flag):
+        assert len(read_file(output).items) == len(items)
+
+
+@given(content=st.binary(max_size=40), packed=st.sampled_from([b"", b"\x1f\x8b", b"\x28\xb5\x2f\xfd"]))
+@settings(max_examples=100, deadline=None)
+def test_whatever_a_file_is_it_is_told_or_converted(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, packed: bytes
+) -> None:
+    path = tmp_path_factory.mktemp("any") / "in"
+    path.write_bytes(packed + content)
+    with pytest.raises(UserError) as caught:
+        list(Conversion(Request("auto", [path])))
+    assert str(path) in caught.value.message
