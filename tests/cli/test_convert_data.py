@@ -137,13 +137,44 @@ def test_columns_are_mapped_from_a_table_in_a_folder(tmp_path: Path) -> None:
     assert read(tmp_path / "out.jsonl") == [ITEM]
 
 
+def test_a_download_is_converted_to_where_finetune_finds_it(llama_acc_home: Path) -> None:
+    raw = llama_acc_home / "data/gorilla/raw"
+    raw.mkdir(parents=True)
+    write(raw / "train.json", *[{"code": "###Instruction: name a town\n###Output: a town"}] * 3)
+    output = llama_acc_home / "data/gorilla/gorilla.jsonl"
+    for arguments in ((), ("gorilla",)):
+        result = invoke("convert-data", "gorilla", *arguments)
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout == f"{output}: 3 items of 3 rows, 0.0 MiB\n"
+        assert len(read(output)) == 3
+        output.rename(raw.parent / "before.txt")
+    (raw.parent / "before.txt").rename(output)
+    assert invoke("convert-data", "check", output).exit_code == 0
+    assert invoke(*QUICKSTART, "--data", "gorilla", "--dry-run").exit_code == 0
+
+
+def test_a_download_that_finetune_reads_as_it_is_gets_no_second_file_beside_it(llama_acc_home: Path) -> None:
+    folder = llama_acc_home / "data/alpaca"
+    folder.mkdir(parents=True)
+    write(folder / "alpaca_gpt4_data.json", ROW, ROW)
+    result = invoke("convert-data", "alpaca")
+    assert [json.loads(line) for line in result.stdout.splitlines()] == [ITEM, ITEM]
+    assert os.listdir(folder) == ["alpaca_gpt4_data.json"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
         (("gorila", "a"), ("No such command 'gorila'", "gorilla")),
         (("alpaca", "nowhere.json"), ("there is no data file nowhere.json",)),
         (("alpaca", ""), ("it is empty",)),
-        (("lima",), ("lima has not been downloaded", "llama-acc download lima")),
+        (("lima",), ("lima is not downloaded", "llama-acc download lima")),
+        (
+            ("gorilla", "gorilla-torchhub"),
+            ("gorilla-torchhub is not downloaded", "llama-acc download gorilla-torchhub"),
+        ),
+        (("llava",), ("no data in the format llava", "llama-acc download llava-instruct-150k")),
+        (("openai",), ("there is nothing to convert", "- for standard input")),
         (("lima", "-", "-"), ("standard input (-) can be read only once",)),
         (("alpaca", "IN", "--output", "out.txt"), (".txt is not a kind of file that is written", ".jsonl or .json")),
         (("alpaca", "IN", "--output", "IN"), ("is read from",)),

@@ -4,9 +4,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from llama_acc.core.data.convert.rules import Malformed, Record, Row, Rule, Skipped, text_of
+from llama_acc.core.data.convert.rules import Malformed, Record, Row, Rule, Skipped, object_in, text_of
 from llama_acc.core.data.convert.turns import Turn, conversations, each_turn, in_exchanges, object_of
-from llama_acc.core.data.rows import type_name
 
 _MARKS = re.compile(r"\A<\|[\w ]+\|>:[ ]?|<eo[a-z]>\s*\Z")
 _NOTHING = ("", "None")
@@ -16,10 +15,7 @@ class Moss(Rule):
     """MOSS's dialogues, without the description of MOSS that all of them begin with."""
 
     def records(self, row: Row) -> Iterable[Record]:
-        chat = row.get("chat")
-        if not isinstance(chat, dict):
-            text_of(row, "chat")  # says that it is missing
-            raise Malformed(f"'chat' should be an object, but is {type_name(chat)}")
+        chat = object_in(row, "chat")
         exchanges = [chat[name] for name in sorted(chat, key=_number)]
         turns = [turn for exchange in each_turn(exchanges, _exchange) for turn in exchange]
         if row.get("meta_instruction"):

@@ -67,13 +67,9 @@ def text_of(row: Row, field: str) -> str:
         Malformed: it is missing, or something else.
     """
     value = row.get(field)
-    if isinstance(value, str):
-        return value
-    if value is not None:
-        raise Malformed(f"{field!r} should be text, but is {type_name(value)}")
-    if field in row:
-        raise Malformed(f"{field!r} is null")
-    raise Malformed(f"no {field!r} (its keys: {', '.join(repr(key) for key in list(row)[:6]) or 'none'})")
+    if not isinstance(value, str):
+        raise _other(row, field, "text")
+    return value
 
 
 def optional_text(row: Row, field: str) -> str:
@@ -92,11 +88,30 @@ def list_of(row: Row, field: str) -> list[Any]:
         Malformed: it is missing, or something else.
     """
     value = row.get(field)
-    if isinstance(value, list):
-        return value
-    if value is None:
-        text_of(row, field)  # says that it is missing
-    raise Malformed(f"{field!r} should be a list, but is {type_name(value)}")
+    if not isinstance(value, list):
+        raise _other(row, field, "a list")
+    return value
+
+
+def object_in(row: Row, field: str) -> Row:
+    """A field that has to be an object.
+
+    Raises:
+        Malformed: it is missing, or something else.
+    """
+    value = row.get(field)
+    if not isinstance(value, dict):
+        raise _other(row, field, "an object")
+    return value
+
+
+def _other(row: Row, field: str, expected: str) -> Malformed:
+    value = row.get(field)
+    if value is not None:
+        return Malformed(f"{field!r} should be {expected}, but is {type_name(value)}")
+    if field in row:
+        return Malformed(f"{field!r} is null")
+    return Malformed(f"no {field!r} (its keys: {', '.join(repr(key) for key in list(row)[:6]) or 'none'})")
 
 
 def single_turn(instruction: str, input: str, output: str) -> Record:
