@@ -7,9 +7,10 @@ import difflib
 import gzip
 import io
 import sys
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,11 +21,11 @@ if sys.version_info >= (3, 14):
 else:
     from backports.zstd import ZstdError, ZstdFile
 
-COMPRESSIONS = (".gz", ".zst")
+COMPRESSIONS = (".gz", ".zst", ".zip")
 BLOCK = 1 << 19
 """Bytes read at a time."""
 
-_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_GZIP, _ZSTD, _ZIP = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\x03\x04"
 
 BytesRead = Callable[[int], None]
 """Called with how many bytes of a file have been read, before decompression."""
@@ -69,7 +70,7 @@ class DataStream:
     def _told(self) -> Iterator[None]:
         try:
             yield
-        except (EOFError, zlib.error, gzip.BadGzipFile, ZstdError) as error:
+        except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, ZstdError) as error:
             hint = "it may not have been copied or downloaded to its end"
             raise UserError(f"{self.name} is damaged: {error}", hint) from error
         except OSError as error:
@@ -89,8 +90,33 @@ def open_data(path: Path, progress: BytesRead | None = None) -> Iterator[DataStr
         raise UserError(f"there is no data file {path}", nearest_names(path)) from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    with file:
-        yield DataStream(file, str(path), progress)
+    with file, ExitStack() as stack:
+        if not _is_zip(file):
+            yield DataStream(file, str(path), progress)
+            return
+        member = _only_member(file, path, stack)
+        yield DataStream(member, str(path), progress and (lambda _: progress(file.tell())))
+
+
+def _is_zip(file: Any) -> bool:
+    if not file.seekable():
+        return False
+    begin = file.read(len(_ZIP))
+    file.seek(0)
+    return bool(begin == _ZIP)
+
+
+def _only_member(file: Any, path: Path, stack: ExitStack) -> IO[bytes]:
+    """The one file in a zip archive, as data sets are sometimes given out; what a Mac adds does not count."""
+    try:
+        archive = stack.enter_context(zipfile.ZipFile(file))
+        names = [info.filename for info in archive.infolist() if not info.is_dir()]
+        names = [name for name in names if not name.startswith("__MACOSX/")]
+        if len(names) == 1:
+            return stack.enter_context(archive.open(names[0]))
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # the last: it wants a password
+        raise UserError(f"{path} cannot be unpacked: {error}", "unpack it, and give the file") from error
+    raise UserError(f"{path} holds {len(names)} files, and should hold one", "unpack it, and give the files")
 
 
 def nearest_names(path: Path) -> str | None:

@@ -1,7 +1,8 @@
 """The rows of data files, one at a time, in memory for one of them.
 
 Read are `.json` (an array; or JSON lines under that name, as APIBench has it), `.jsonl`, `.csv` and `.tsv`, each of
-them perhaps compressed (`.gz`, `.zst`), from a file or any stream of bytes; and `.tar`, shards of pictures with texts.
+them perhaps compressed (`.gz`, `.zst`, `.zip`), from a file or any stream of bytes; `.parquet`; and `.tar`, shards of
+pictures with texts.
 A row is whatever JSON value stands there, or the cells by their columns; what it should look like is for others to say.
 """
 
@@ -19,10 +20,11 @@ import msgspec
 
 from llama_acc.core.data.files import BytesRead, DataStream, data_suffix, open_data
 from llama_acc.core.data.json_array import MAX_ITEM, JsonBuffer
+from llama_acc.core.data.parquet import PARQUET_SUFFIX, parquet_rows
 from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_rows
 from llama_acc.core.errors import DataError, UserError
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", TAR_SUFFIX)
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", PARQUET_SUFFIX, TAR_SUFFIX)
 
 _SHOWN = 200
 """Characters of a line that is not JSON that are kept to show."""
@@ -57,6 +59,9 @@ def stream_rows(path: Path, *, required: Sequence[str] = (), progress: BytesRead
         raise UserError(f"{path}: {suffix or 'no suffix'} is not a kind of data file", f"use {', '.join(SUFFIXES)}")
     if suffix == TAR_SUFFIX:
         yield from (Row(*row) for row in tar_rows(path))
+        return
+    if suffix == PARQUET_SUFFIX:
+        yield from (Row(*row) for row in parquet_rows(path))
         return
     with open_data(path, progress) as stream:
         yield from _rows(stream, suffix, required)

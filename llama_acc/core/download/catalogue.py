@@ -47,7 +47,6 @@ class Entry(BaseModel):
         gated: access has to be asked for on `page`.
         recipe: a shipped recipe that uses it.
         convert: the FORMAT of `llama-acc convert-data` that makes of it what `finetune` takes.
-        unpack: its zip archive holds one file, which is taken out.
         template: the prompt format of a checkpoint that does not say it itself.
         llama_type: LLaMA2-Accessory's name of the architecture, for a checkpoint without meta.json.
         note: what else to know.
@@ -65,7 +64,6 @@ class Entry(BaseModel):
     gated: bool = False
     recipe: str | None = None
     convert: str | None = None
-    unpack: bool = False
     template: str | None = None
     llama_type: str | None = None
     note: str | None = None

@@ -1,0 +1,78 @@
+"""Parquet files and zip archives are data files like any other: the form much of Hugging Face's data has."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from llama_acc.core.data.readers import data_files, read_file
+from llama_acc.core.data.rows import stream_rows
+from llama_acc.core.errors import UserError
+
+ITEMS = [{"instruction": f"name the town {i}", "input": "", "output": f"town {i}"} for i in range(2500)]
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    path = tmp_path / "train-00000-of-00001.parquet"
+    write_table(pyarrow.Table.from_pylist(ITEMS), path, row_group_size=1000)
+    return path
+
+
+def test_a_parquet_file_gives_its_rows_in_order(parquet: Path) -> None:
+    rows = list(stream_rows(parquet))
+    assert [row.value for row in rows] == ITEMS
+    assert [rows[0].where, rows[-1].where] == ["item 1", "item 2500"]
+    assert data_files(parquet.parent) == [parquet]
+    assert read_file(parquet).kind == "single_turn"
+
+
+def test_a_damaged_parquet_file_is_told(parquet: Path) -> None:
+    parquet.write_bytes(parquet.read_bytes()[:-100])
+    with pytest.raises(UserError, match="is damaged") as refused:
+        list(stream_rows(parquet))
+    assert "it may not have been copied or downloaded to its end" in (refused.value.hint or "")
+
+
+def test_without_pyarrow_a_parquet_file_says_what_to_install(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(UserError, match="pyarrow, which reads them, is not installed") as refused:
+        list(stream_rows(parquet))
+    assert refused.value.hint == "type: pip install pyarrow"
+
+
+def zipped(path: Path, **members: str) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in members.items():
+            archive.writestr(name.replace("__", "/").replace("_json", ".json"), text)
+    return path
+
+
+def test_a_zip_archive_of_one_file_is_read_as_that_file(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "items.json.zip", deep__items_json=json.dumps(ITEMS))
+    seen: list[int] = []
+    assert [row.value for row in stream_rows(path, progress=seen.append)] == ITEMS
+    assert seen == sorted(seen)
+    assert seen[-1] <= path.stat().st_size
+    assert data_files(tmp_path) == [path]
+
+
+def test_an_archive_of_several_files_is_for_the_user_to_unpack(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "items.json.zip", a_json="[]", b_json="[]")
+    with pytest.raises(UserError, match="holds 2 files, and should hold one"):
+        list(stream_rows(path))
+
+
+def test_a_damaged_archive_is_told(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "items.json.zip", items_json=json.dumps(ITEMS))
+    content = path.read_bytes()
+    path.write_bytes(content[:200])
+    with pytest.raises(UserError, match=r"items\.json\.zip cannot be unpacked"):
+        list(stream_rows(path))
+    path.write_bytes(content[:300] + b"????" + content[304:])
+    with pytest.raises(UserError, match="is damaged"):
+        list(stream_rows(path))
