@@ -168,10 +168,15 @@ class Images(Section):
 
 
 class Data(Section):
-    """What is learned. Examples longer than `max_tokens` are cut, and counted."""
+    """What is learned.
+
+    Examples longer than `max_tokens` are cut, and counted. Of items that cannot be trained on, `on_error` says whether
+    they stop the run before it begins, or are skipped, and told in data.json.
+    """
 
     sources: list[Source] = Field(min_length=1)
     max_tokens: int = Field(default=2048, ge=2)
+    on_error: Literal["stop", "skip"] = "stop"
     validation: Validation = Validation()
     images: Images = Images()
 

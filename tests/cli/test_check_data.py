@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.cli.commands import invoke, refused, run, words
+from tests.cli.commands import QUICKSTART, invoke, refused, run, words
 
 GOOD = {"instruction": "Name a town.", "output": "It is the town in which all of the people of the country live."}
 CHECK = ("convert-data", "check")
@@ -182,3 +182,35 @@ def test_real_files(shared: Path, name: str, rows: int, errors: int) -> None:
     [file] = json.loads(result.stdout)["files"]
     assert (file["rows"], file["rows"] - file["items"]) == (rows, errors)
     assert result.exit_code == (2 if errors else 0)
+
+
+def test_a_run_finds_the_same_before_the_model_is_touched(tmp_path: Path) -> None:
+    rows: list[Any] = [{"instruction": f"Name town {i}.", "output": f"Town {i}."} for i in range(8)]
+    rows += [{"instruction": "x"}, rows[0], {**rows[1], "output": ""}, 7]
+    path, held_out = write(tmp_path / "a.json", rows), write(tmp_path / "b.json", [rows[2], 3])
+    output = tmp_path / "run"
+    flags = (*QUICKSTART, "--data", path, "--output", output, f"data.validation.path={held_out}", "train.epochs=1")
+    refused(
+        invoke(*flags), "3 problems in the data", "a.json: item 9: no 'output'", "item 12: should be", output=output
+    )
+    result = invoke(*flags, "data.on_error=skip")
+    assert result.exit_code == 0, result.stderr
+    said = words(result.stderr)
+    assert "10 items" in said
+    assert ", 2 skipped" in said
+    assert "1 empty replies, 1 exact duplicates; see data.json" in said
+    report = json.loads((output / "data.json").read_text())
+    assert [place["where"] for place in report["files"][0]["skipped_items"]] == ["item 9", "item 12"]
+    assert report["warnings"] == {"empty_reply": 1, "duplicate": 1}
+    assert [place["where"] for place in report["validation"]["files"][0]["skipped_items"]] == ["item 2"]
+    checked = json.loads(invoke(*CHECK, path, "--json").stdout)["files"][0]
+    assert (
+        checked["findings"]["missing_field"]["places"] + checked["findings"]["no_item"]["places"]
+        == (report["files"][0]["skipped_items"])
+    )
+    resumed = invoke("finetune", "--output", output, "--resume", "--device", "cpu", "train.epochs=2")
+    assert resumed.exit_code == 0, resumed.stderr
+
+
+def test_an_unknown_on_error_is_refused(single_turn: Path) -> None:
+    refused(invoke(*QUICKSTART, "--data", single_turn, "data.on_error=ignore"), "data.on_error", "'stop' or 'skip'")

@@ -21,6 +21,7 @@ from uuid import uuid4
 
 from llama_acc.core.data.encode import ENCODER_VERSION
 from llama_acc.core.data.entry import Encoded, EntryWriter, map_entry, temporary_file, verify
+from llama_acc.core.data.survey import CHECKS_VERSION
 from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_digest
 from llama_acc.core.data.templates import Template
 from llama_acc.core.errors import UserError
@@ -60,7 +61,7 @@ def content_digest(path: Path) -> str:
 def cache_key(
     content: str, suffix: str, format: str, tokenizer: Tokenizer, templates: list[Template], max_tokens: int
 ) -> str:
-    """What names an entry: everything that decides the tokens and labels of a file.
+    """What names an entry: everything that decides the tokens and labels of a file, and what is found in it.
 
     Args:
         content: the digest of the file's bytes.
@@ -78,6 +79,7 @@ def cache_key(
         "templates": [template.model_dump(mode="json") for template in templates],
         "max_tokens": max_tokens,
         "encoder": ENCODER_VERSION,
+        "checks": CHECKS_VERSION,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

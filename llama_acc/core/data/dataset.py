@@ -2,6 +2,8 @@
 
 import hashlib
 from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -182,10 +184,18 @@ class Dataset:
         return {
             "format_version": FORMAT_VERSION,
             **_Counts.total(counts).report(),
+            **_found(self.parts),
             "template": names[0] if len(names) == 1 else names,
             "files": [
-                {"path": str(file.path), **count.report(), "template": file.template.name}
-                for file, count in zip(self.files, counts, strict=True)
+                {
+                    "path": str(file.path),
+                    **count.report(),
+                    **_found([part]),
+                    "skipped_items": part.skipped,
+                    "warning_places": {kind: found["places"] for kind, found in part.warnings.items()},
+                    "template": file.template.name,
+                }
+                for file, part, count in zip(self.files, self.parts, counts, strict=True)
             ],
         }
 
@@ -245,6 +255,14 @@ class _Counts:
             return {}
         ranks = np.floor((up_to[-1] - 1) * (np.array(list(_QUANTILES.values())) / 100)).astype(np.int64)
         return dict(zip(_QUANTILES, np.searchsorted(up_to, ranks, side="right").tolist(), strict=True))
+
+
+def _found(parts: Sequence[Encoded]) -> dict[str, Any]:
+    """What was found in whole files, whether all of their items are in use or not."""
+    warnings: Counter[str] = Counter()
+    for part in parts:
+        warnings.update({kind: found["count"] for kind, found in part.warnings.items()})
+    return {"skipped": sum(len(part.skipped_rows) for part in parts), "warnings": dict(warnings)}
 
 
 def _counted(file: DataFile, part: Encoded, members: Rows | slice) -> _Counts:

@@ -98,7 +98,7 @@ class Encoded:
     digests: NDArray[np.uint64]
     """[D]: equal for equal documents, as far as 64 bits can tell."""
     items: int
-    """How many items the file has."""
+    """How many items the file has, besides the rows that were skipped."""
     kind: str
     """"single_turn" or "dialogue"."""
     notes: dict[str, Any]
@@ -119,6 +119,24 @@ class Encoded:
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process maps the same file.
         return map_entry, (self.path,)
+
+    @property
+    def skipped(self) -> list[dict[str, Any]]:
+        """What is wrong with rows that were skipped, as the fields of `Finding`s."""
+        found: list[dict[str, Any]] = self.notes.get("skipped", [])
+        return found
+
+    @property
+    def skipped_rows(self) -> list[int]:
+        """The numbers of these rows, from 0."""
+        rows: list[int] = self.notes.get("skipped_rows", [])
+        return rows
+
+    @property
+    def warnings(self) -> dict[str, Any]:
+        """What else was found in the items: by kind, how often and where first."""
+        found: dict[str, Any] = self.notes.get("warnings", {})
+        return found
 
     @property
     def labelled(self) -> NDArray[np.bool_]:

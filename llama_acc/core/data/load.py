@@ -7,25 +7,31 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llama_acc.core.data.cache import EntryStore, cache_key, content_digest
 from llama_acc.core.data.dataset import DataFile, Dataset, Rows
 from llama_acc.core.data.entry import Encoded, EntryWriter
 from llama_acc.core.data.files import data_suffix
-from llama_acc.core.data.items import Item
-from llama_acc.core.data.readers import raise_together, stream_items, unreadable
+from llama_acc.core.data.findings import KINDS as FINDINGS
+from llama_acc.core.data.findings import Finding
+from llama_acc.core.data.prepare import KEPT_PLACES, Batch, Job
+from llama_acc.core.data.readers import Checked, raise_together, stream_items, unreadable
 from llama_acc.core.data.sources import FileSpec, SourceLike, expand
+from llama_acc.core.data.survey import Survey
 from llama_acc.core.data.templates import KINDS, get_template, template_for
-from llama_acc.core.data.workers import Batch, Job, encode_batches
+from llama_acc.core.data.workers import prepare_batches
 from llama_acc.core.errors import DataError, UserError
 from llama_acc.core.tokenizer import Tokenizer
 
-_BATCH = 1000  # items
+_BATCH = 1000  # rows
 
 _logger = logging.getLogger("llama_acc")
 
+OnError = Literal["stop", "skip"]
 FileProgress = Callable[[str, int, float], None]
 """Called with (the file's name, items done, which part of the file they are)."""
 
@@ -36,6 +42,7 @@ def load_dataset(
     max_tokens: int,
     seed: int,
     *,
+    on_error: OnError = "stop",
     recipe_folder: Path | None = None,
     progress: FileProgress | None = None,
     store: EntryStore | None = None,
@@ -47,6 +54,7 @@ def load_dataset(
         tokenizer: the model's.
         max_tokens: longer examples are cut, and counted.
         seed: with `ratio`, decides which items are used.
+        on_error: "skip": rows that cannot be trained on are left out, and told in the report.
         recipe_folder: where relative paths are looked for first.
         progress: told how far the encoding of a file is.
         store: where encoded files are kept; None: one for this call.
@@ -60,12 +68,13 @@ def load_dataset(
     if not specs:
         raise UserError("no data: the recipe has no data.sources", "give some with --data FILE")
     with contextlib.nullcontext(store) if store is not None else EntryStore() as kept:
-        parts = _load_files(specs, _Encoder(tokenizer, max_tokens, kept, progress))
+        parts = _load_files(specs, _Encoder(tokenizer, max_tokens, on_error, kept, progress))
     dataset = _joined(specs, parts, seed)
     if not len(dataset):
-        items = sum(file.items for file in dataset.files)
+        items, skipped = sum(part.items for part in parts), sum(len(part.skipped_rows) for part in parts)
         raise UserError(
-            f"nothing to train on: of {items} items none has a label within {max_tokens} tokens",
+            f"nothing to train on: of {items} items none has a label within {max_tokens} tokens"
+            + (f", and {skipped} were skipped" if skipped else ""),
             "raise data.max_tokens, or check that the items have replies",
         )
     return dataset
@@ -101,8 +110,16 @@ def _content_digests(paths: Sequence[Path]) -> Iterator[str | UserError]:
 class _Encoder:
     """Encodes data files, or finds them encoded."""
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int, store: EntryStore, progress: FileProgress | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        on_error: OnError,
+        store: EntryStore,
+        progress: FileProgress | None,
+    ) -> None:
         self._tokenizer, self._max_tokens, self._store, self._progress = tokenizer, max_tokens, store, progress
+        self._skips = on_error == "skip"
 
     def load(self, spec: FileSpec, content: str | UserError) -> Encoded:
         """A file's documents."""
@@ -111,67 +128,85 @@ class _Encoder:
         is_auto = spec.template == "auto"
         templates = [template_for("auto", kind) for kind in KINDS] if is_auto else [get_template(spec.template)]
         key = cache_key(content, data_suffix(spec.path), spec.format, self._tokenizer, templates, self._max_tokens)
-        return self._store.get(
+        encoded = self._store.get(
             key,
             lambda writer: self._encode(spec, writer),
             self._tokenizer.vocab_size,
             lambda: _logger.warning("waiting for another process, which is encoding %s", spec.path.name),
         )
+        if encoded.skipped and not self._skips:
+            # An earlier run left them out; the entry is the same for both but for this.
+            raise DataError([f"{spec.path}: {Finding(**problem)}" for problem in encoded.skipped])
+        return encoded
 
     def _encode(self, spec: FileSpec, writer: EntryWriter) -> None:
-        file = _FileReader(spec)
+        file = _FileReader(spec, self._skips)
         try:
             template = template_for(spec.template, file.kind)
         except UserError as error:
             raise UserError(f"{spec.path}: {error.message}", error.hint) from error
         job = Job(self._tokenizer.path, template, self._max_tokens)
-        unused_inputs = 0
-        for chunk in encode_batches(file.batches(), job, self._tokenizer, _cores()):
+        unused_inputs, survey = 0, Survey(KEPT_PLACES)
+        for chunk, found in prepare_batches(file.batches(), job, self._tokenizer, _cores()):
             if any(chunk.images):
                 raise UserError(f"{spec.path}: the items have images, which the model does not take")
             writer.append(chunk)
+            survey.merge(found)
             unused_inputs += chunk.unused_inputs
             if self._progress is not None:
                 self._progress(spec.path.name, writer.items, file.fraction_read())
         if unused_inputs:
             _logger.warning("%d items have an input, which template %r does not show", unused_inputs, template.name)
-        writer.finish(file.kind, {})
+        skipped = [finding._asdict() for finding in file.skipped]
+        writer.finish(file.kind, {"skipped": skipped, "skipped_rows": file.skipped_rows, "warnings": _warnings(survey)})
+
+
+def _warnings(survey: Survey) -> dict[str, Any]:
+    """What was found of all that does not keep an item from being trained on."""
+    return {kind: found for kind, found in survey.finish().to_json().items() if not FINDINGS[kind].fatal}
 
 
 class _FileReader:
     """Reads a file's items a batch at a time, and all that is wrong with them."""
 
-    def __init__(self, spec: FileSpec) -> None:
+    def __init__(self, spec: FileSpec, skips: bool) -> None:
+        self.skipped: list[Finding] = []
+        """What is wrong with the rows so far that are no items."""
+        self.skipped_rows: list[int] = []
+        """Their numbers, from 0."""
+        self._skips = skips
         self._path, self._bytes, self._size = spec.path, 0, max(spec.path.stat().st_size, 1)
         self._stream = stream_items(spec.path, spec.format, progress=self._count)
         self.kind = self._stream.kind
-        self._problems: list[str] = []
 
     def fraction_read(self) -> float:
         """How much of it was read."""
         return self._bytes / self._size
 
     def batches(self) -> Iterator[Batch]:
-        """Once something is wrong, the rest is only checked.
+        """Once something is wrong that is not to be skipped, the rest is only checked.
 
         Raises:
             UserError: something is wrong, at the end: all of it together.
         """
         errors: list[UserError] = []
-        items = self._items()
+        rows = self._rows()
         try:
-            while batch := list(islice(items, _BATCH)):
-                if not self._problems:
+            while batch := list(islice(rows, _BATCH)):
+                if self._skips or not self.skipped:
                     yield batch
         except UserError as error:
             errors.append(error)
-        raise_together([DataError(self._problems), *errors] if self._problems else errors)
+        if self.skipped and not self._skips:
+            errors.insert(0, DataError([f"{self._path}: {problem}" for problem in self.skipped]))
+        raise_together(errors)
 
-    def _items(self) -> Iterator[tuple[int, Item]]:
-        for index, checked in enumerate(self._stream):
-            self._problems += [f"{self._path}: {problem}" for problem in checked.problems]
-            if checked.item is not None:
-                yield index, checked.item
+    def _rows(self) -> Iterator[tuple[int, Checked]]:
+        for index, row in enumerate(self._stream):
+            if row.item is None:
+                self.skipped += row.problems
+                self.skipped_rows.append(index)
+            yield index, row
 
     def _count(self, read: int) -> None:
         self._bytes = read
@@ -189,7 +224,7 @@ def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], seed: int) -> D
     for spec, part in zip(specs, parts, strict=True):
         items, of_part = part.items, np.arange(len(part), dtype=np.int64)
         if spec.ratio < 1:
-            chosen = _chosen_items(part.items, spec.ratio, [seed, *spec.seed])
+            chosen = _chosen_rows(part, spec.ratio, [seed, *spec.seed])
             items, of_part = int(chosen.sum()), np.flatnonzero(chosen[part.item])
         files.append(
             DataFile(spec.path, template_for(spec.template, part.kind), items, items - len(of_part), spec.image_root)
@@ -200,9 +235,10 @@ def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], seed: int) -> D
     return Dataset(tuple(files), tuple(parts), None if all_of_them else np.concatenate(rows))
 
 
-def _chosen_items(items: int, ratio: float, seed: list[int]) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
-    """A fixed subset of a file's items, at least one. [items]"""
-    chosen = np.zeros(items, dtype=np.bool_)
-    order = np.random.default_rng(np.random.SeedSequence(seed)).permutation(items)
-    chosen[order[: max(int(items * ratio), 1)]] = True
+def _chosen_rows(part: Encoded, ratio: float, seed: list[int]) -> NDArray[np.bool_]:
+    """Which rows of a file are in a fixed subset of its items, which has at least one. [rows]"""
+    chosen = np.zeros(part.items + len(part.skipped_rows), dtype=np.bool_)
+    items = np.delete(np.arange(len(chosen)), part.skipped_rows)
+    order = np.random.default_rng(np.random.SeedSequence(seed)).permutation(part.items)
+    chosen[items[order[: max(int(part.items * ratio), 1)]]] = True
     return chosen

@@ -32,7 +32,7 @@ def item_hash(item: Item, text_as: Callable[[str], str] = str) -> int:
     """
     digest = blake2b(digest_size=8)
     roles = [role for role, _ in item.turns] if isinstance(item, Dialogue) else ["single_turn"]
-    for part in (*roles, *(text_as(text) for _, text in fields_of(item))):
+    for part in (*roles, *(text_as(text) for _, text in fields_of(item)), *item.images):
         digest.update(len(part).to_bytes(8, "little") + part.encode("utf-8"))
     return int.from_bytes(digest.digest(), "little") or 1
 
@@ -44,11 +44,19 @@ def repeats(exact: Hashes, near: Hashes) -> Iterator[Repeat]:
         exact: hashes of items as they are. [N]
         near: hashes of items but for what makes no difference. [N]
     """
-    first_exact, first_near = _first(exact), _first(near)
-    position = np.arange(len(near))
-    for item in np.flatnonzero((first_near < position) & (near != 0)).tolist():
-        is_exact = bool(first_exact[item] < item)
-        yield Repeat(item, int((first_exact if is_exact else first_near)[item]), is_exact)
+    of_more = _of_several(near)  # only these can be the same
+    first_near, first_exact = _first(near[of_more]), _first(exact[of_more])
+    for i in np.flatnonzero(first_near < np.arange(len(of_more))).tolist():
+        is_exact = bool(first_exact[i] < i)
+        first = first_exact[i] if is_exact else first_near[i]
+        yield Repeat(int(of_more[i]), int(of_more[first]), is_exact)
+
+
+def _of_several(hashes: Hashes) -> NDArray[np.int64]:
+    """The positions of all hashes that are there more than once, but for 0; in order."""
+    ordered = np.sort(hashes)
+    several = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    return np.flatnonzero(np.isin(hashes, several[several != 0]))
 
 
 def joined(parts: Sequence[Hashes]) -> Hashes:

@@ -1,4 +1,4 @@
-"""Worker processes that encode. Threads would share one interpreter lock, which most of the work holds.
+"""Worker processes that check and encode. Threads would share one interpreter lock, which most of the work holds.
 
 A worker is a fresh interpreter that knows the parent by one socket: nothing is forked, so threads and process groups
 of the parent do not matter, and the parent's main module is not run again. It ends when the parent does.
@@ -11,40 +11,24 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
-from pathlib import Path
 
-from llama_acc.core.data.encode import Chunk, encode_chunk
-from llama_acc.core.data.items import Item
-from llama_acc.core.data.templates import Template
+from llama_acc.core.data.prepare import Batch, Job, Prepared, prepare_batch
 from llama_acc.core.errors import RunError
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
-
-Batch = Sequence[tuple[int, Item]]
-"""Items and their indices."""
 
 # So many batches are encoded here before it is worth while to start workers, which takes them half a second.
 _ALONE = 8
 _MOST = 32
 
 
-@dataclass(frozen=True)
-class Job:
-    """What to make of items."""
-
-    tokenizer: Path
-    template: Template
-    max_tokens: int
-
-
-def encode_batches(batches: Iterable[Batch], job: Job, tokenizer: Tokenizer, workers: int) -> Iterator[Chunk]:
-    """Encodes batches, in their order; here if they are few, else in worker processes.
+def prepare_batches(batches: Iterable[Batch], job: Job, tokenizer: Tokenizer, workers: int) -> Iterator[Prepared]:
+    """Checks and encodes batches, in their order; here if they are few, else in worker processes.
 
     Args:
-        batches: of items, read as they are needed.
+        batches: of rows, read as they are needed.
         job: what to make of them.
         tokenizer: the one the job names.
         workers: how many processes; with fewer than two, all is done here.
@@ -54,14 +38,14 @@ def encode_batches(batches: Iterable[Batch], job: Job, tokenizer: Tokenizer, wor
     """
     waiting = iter(batches)
     for count, batch in enumerate(waiting, start=1):
-        yield encode_chunk(batch, job.template, tokenizer, job.max_tokens)
+        yield prepare_batch(batch, job, tokenizer)
         if count == _ALONE and workers > 1:
             break
     with contextlib.ExitStack() as stack:
         first = next(waiting, None)
         if first is not None:
             pool = stack.enter_context(_Pool(job, min(workers, _MOST)))
-            yield from pool.encode(first, waiting)
+            yield from pool.prepare(first, waiting)
 
 
 class _Pool:
@@ -82,20 +66,20 @@ class _Pool:
         for worker in self._workers:
             worker.close()
 
-    def encode(self, first: Batch, rest: Iterator[Batch]) -> Iterator[Chunk]:
+    def prepare(self, first: Batch, rest: Iterator[Batch]) -> Iterator[Prepared]:
         """Keeps every worker busy and two batches for each in memory."""
-        under_way: deque[Future[Chunk]] = deque([self._threads.submit(self._encode, first)])
+        under_way: deque[Future[Prepared]] = deque([self._threads.submit(self._prepare, first)])
         for batch in rest:
-            under_way.append(self._threads.submit(self._encode, batch))
+            under_way.append(self._threads.submit(self._prepare, batch))
             if len(under_way) >= 2 * len(self._workers):
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
 
-    def _encode(self, batch: Batch) -> Chunk:
+    def _prepare(self, batch: Batch) -> Prepared:
         worker = self._free.get()
         try:
-            return worker.encode(batch)
+            return worker.prepare(batch)
         finally:
             self._free.put(worker)
 
@@ -122,10 +106,10 @@ class _Worker:
             )
         self._connection.send(job)
 
-    def encode(self, batch: Batch) -> Chunk:
+    def prepare(self, batch: Batch) -> Prepared:
         try:
             self._connection.send(batch)
-            answer: Chunk = self._connection.recv()
+            answer: Prepared = self._connection.recv()
         except (EOFError, OSError) as error:
             code = self._process.wait()
             raise RunError(
@@ -146,7 +130,7 @@ def _serve(connection: Connection) -> None:
     tokenizer = load_tokenizer(job.tokenizer, threads=1)
     while True:
         batch: Batch = connection.recv()
-        connection.send(encode_chunk(batch, job.template, tokenizer, job.max_tokens))
+        connection.send(prepare_batch(batch, job, tokenizer))
 
 
 if __name__ == "__main__":

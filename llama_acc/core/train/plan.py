@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,9 @@ from llama_acc.core.checkpoint.save import DTYPES, free_bytes, needed_bytes
 from llama_acc.core.checkpoint.shards import Weights, check_tensors, read_weights
 from llama_acc.core.data.cache import EntryStore
 from llama_acc.core.data.dataset import Dataset
+from llama_acc.core.data.findings import KINDS as FINDINGS
 from llama_acc.core.data.load import load_dataset
+from llama_acc.core.data.readers import raise_together
 from llama_acc.core.data.sources import Source, resolve_data_path, resolve_image_root
 from llama_acc.core.errors import UserError
 from llama_acc.core.home import home
@@ -167,8 +170,10 @@ class Plan:
                 "data",
                 f"{len(data):,} items, {data.tokens:,} tokens, "
                 f"{data.label_tokens:,} of them trained"
-                f"{_counted(self.report['truncated'], 'cut')}{_counted(self.report['dropped'], 'dropped')}",
+                f"{_counted(self.report['truncated'], 'cut')}{_counted(self.report['dropped'], 'dropped')}"
+                f"{_counted(self.report['skipped'], 'skipped')}",
             ),
+            *self._warnings_line(),
         ]
         if self.validation is not None:
             lines.append(("validation", f"{len(self.validation):,} items"))
@@ -182,6 +187,10 @@ class Plan:
             ("checkpoints", f"{saves} of {size_text(self.checkpoint_bytes())}, the newest {kept} kept"),
         ]
         return lines
+
+    def _warnings_line(self) -> list[tuple[str, str]]:
+        found = [f"{count:,} {FINDINGS[kind].title}" for kind, count in self.report["warnings"].items()]
+        return [("warnings", f"{', '.join(found)}; see data.json, or llama-acc convert-data check")] if found else []
 
     def _quantised_line(self) -> list[tuple[str, str]]:
         if self.recipe.tuning.quantize == "none":
@@ -374,18 +383,33 @@ def _data(
             tokenizer,
             data.max_tokens,
             seed,
+            on_error=data.on_error,
             recipe_folder=recipe_folder,
             progress=events.encoding,
             store=store,
         )
 
-    train = load([Source(**source.model_dump()) for source in data.sources])
-    report = train.report()
+    sources = [Source(**source.model_dump()) for source in data.sources]
     if data.validation.path is not None:
-        return PlannedData(train, load([Source(data.validation.path, template=data.sources[0].template)]), report)
+        train, held_out = _together(load, sources, [Source(data.validation.path, template=data.sources[0].template)])
+        return PlannedData(train, held_out, {**train.report(), "validation": held_out.report()})
+    train = load(sources)
+    report = train.report()
     if data.validation.fraction:
         return PlannedData(*train.split(data.validation.fraction, seed), report)
     return PlannedData(train, None, report)
+
+
+def _together(load: Callable[[list[Source]], Dataset], *parts: list[Source]) -> list[Dataset]:
+    """Several parts of the data; the problems of all of them are raised together."""
+    loaded, errors = [], []
+    for part in parts:
+        try:
+            loaded.append(load(part))
+        except UserError as error:
+            errors.append(error)
+    raise_together(errors)
+    return loaded
 
 
 def _resolved(recipe: Recipe, layouts: list[Layout], tokenizer: Tokenizer, recipe_folder: Path | None) -> Recipe:

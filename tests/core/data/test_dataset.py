@@ -77,7 +77,8 @@ def test_the_report_adds_up(tmp_path: Path, tokenizer: Tokenizer) -> None:
     report = json.loads(json.dumps(dataset.report()))
     first, second = report["files"]
     assert list(report) == [
-        *("format_version", "items", "tokens", "label_tokens", "truncated", "dropped", "lengths", "template", "files")
+        *("format_version", "items", "tokens", "label_tokens", "truncated", "dropped", "lengths"),
+        *("skipped", "warnings", "template", "files"),
     ]
     assert (first["items"], first["truncated"], first["dropped"], first["template"]) == (5, 1, 1, "alpaca")
     assert (second["items"], second["truncated"], second["dropped"], second["template"]) == (4, 0, 0, "dialogue")
@@ -111,7 +112,7 @@ def test_encoding_twice_is_reading_the_cache_once(
     def fail(*_: Any) -> None:
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr(load_module, "encode_batches", fail)
+    monkeypatch.setattr(load_module, "prepare_batches", fail)
     again = load(tokenizer, *sources)
     assert again.report() == first.report()
     assert again.fingerprint() == first.fingerprint()

@@ -5,16 +5,21 @@ import numpy as np
 import pytest
 
 from llama_acc.core.data import workers
-from llama_acc.core.data.encode import Chunk
 from llama_acc.core.data.items import SingleTurn
+from llama_acc.core.data.prepare import Batch, Job, Prepared
+from llama_acc.core.data.readers import Checked
 from llama_acc.core.data.templates import get_template
-from llama_acc.core.data.workers import Batch, Job, encode_batches
+from llama_acc.core.data.workers import prepare_batches
 from llama_acc.core.errors import RunError
 from llama_acc.core.tokenizer import load_tokenizer
 
 
 def batches(count: int) -> list[Batch]:
-    return [[(n * 3 + i, SingleTurn("go", None, f"answer {n} {i}")) for i in range(3)] for n in range(count)]
+    return [[(n * 3 + i, row(f"answer {n} {i}")) for i in range(3)] for n in range(count)]
+
+
+def row(output: str) -> Checked:
+    return Checked("item", SingleTurn("go", None, output), [])
 
 
 @pytest.fixture
@@ -22,17 +27,18 @@ def job(tokenizer_path: Path) -> Job:
     return Job(tokenizer_path, get_template("none"), 64)
 
 
-def assert_equal(actual: list[Chunk], expected: list[Chunk]) -> None:
+def assert_equal(actual: list[Prepared], expected: list[Prepared]) -> None:
     assert len(actual) == len(expected)
     for a, b in zip(actual, expected, strict=True):
-        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+        assert all(np.array_equal(x, y) for x, y in zip(a.chunk, b.chunk, strict=True))
+        assert (a.survey.finish(), a.survey.rows) == (b.survey.finish(), b.survey.rows)
 
 
 def test_workers_give_what_one_process_gives_in_the_same_order(job: Job) -> None:
     tokenizer, given = load_tokenizer(job.tokenizer), batches(30)
-    alone = list(encode_batches(given, job, tokenizer, workers=1))
-    assert [int(chunk.item[0]) for chunk in alone] == list(range(0, 90, 3))
-    assert_equal(list(encode_batches(given, job, tokenizer, workers=3)), alone)
+    alone = list(prepare_batches(given, job, tokenizer, workers=1))
+    assert [int(prepared.chunk.item[0]) for prepared in alone] == list(range(0, 90, 3))
+    assert_equal(list(prepare_batches(given, job, tokenizer, workers=3)), alone)
 
 
 def test_batches_are_read_as_they_are_needed(job: Job) -> None:
@@ -43,7 +49,7 @@ def test_batches_are_read_as_they_are_needed(job: Job) -> None:
             read.append(batch)
             yield batch
 
-    encoded = encode_batches(reading(), job, load_tokenizer(job.tokenizer), workers=2)
+    encoded = prepare_batches(reading(), job, load_tokenizer(job.tokenizer), workers=2)
     assert len(list(islice(encoded, 20))) == 20
     encoded.close()
     assert len(read) <= 20 + 2 * 2 + 1
@@ -51,7 +57,7 @@ def test_batches_are_read_as_they_are_needed(job: Job) -> None:
 
 def test_a_worker_that_dies_ends_the_run_with_an_error(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load_tokenizer(job.tokenizer)
-    encoded = encode_batches(batches(1000), job, tokenizer, workers=2)
+    encoded = prepare_batches(batches(1000), job, tokenizer, workers=2)
     started = []
     start = workers.subprocess.Popen
     monkeypatch.setattr(

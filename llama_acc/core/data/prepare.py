@@ -1,0 +1,45 @@
+"""What is done with the rows of a data file, some at a time: they are looked at, and their items encoded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from llama_acc.core.data.encode import Chunk, encode_chunk
+from llama_acc.core.data.readers import Checked
+from llama_acc.core.data.survey import Survey
+from llama_acc.core.data.templates import Template
+from llama_acc.core.tokenizer import Tokenizer
+
+Batch = Sequence[tuple[int, Checked]]
+"""Rows of a file and their numbers from 0: items, and what is none."""
+
+KEPT_PLACES = 20
+"""Of what is found in a file, for each kind."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to make of items."""
+
+    tokenizer: Path
+    template: Template
+    max_tokens: int
+
+
+class Prepared(NamedTuple):
+    """What became of a batch."""
+
+    chunk: Chunk
+    """Its items as documents."""
+    survey: Survey
+    """What was found in its rows."""
+
+
+def prepare_batch(batch: Batch, job: Job, tokenizer: Tokenizer) -> Prepared:
+    """Encodes the items of a batch, and looks at all of its rows."""
+    items = [(index, row.item) for index, row in batch if row.item is not None]
+    survey = Survey(KEPT_PLACES)
+    for _, row in batch:
+        survey.add(row.where, row.item, row.problems)
+    return Prepared(encode_chunk(items, job.template, tokenizer, job.max_tokens), survey)

@@ -1,0 +1,135 @@
+"""`data.on_error`: what cannot be trained on stops a run, or is skipped and told; it is never replaced."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llama_acc.core.data import load as load_module
+from llama_acc.core.data.dataset import Dataset
+from llama_acc.core.data.load import OnError, load_dataset
+from llama_acc.core.data.sources import Source
+from llama_acc.core.errors import DataError, UserError
+from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
+
+BAD: list[Any] = [7, {"instruction": "x"}, {"instruction": 1, "output": 2}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_path: Path) -> Tokenizer:
+    return load_tokenizer(tokenizer_path)
+
+
+def good(count: int) -> list[Any]:
+    return [{"instruction": f"go {i}", "output": f"the answer is {i}"} for i in range(count)]
+
+
+def mixed(count: int) -> list[Any]:
+    """Every fourth row is none."""
+    return [BAD[i // 4 % 3] if i % 4 == 3 else row for i, row in enumerate(good(count))]
+
+
+def write(path: Path, rows: list[Any], broken: bool = False) -> Path:
+    text = "\n".join(map(json.dumps, rows)) if path.suffix == ".jsonl" else json.dumps(rows)
+    path.write_text(text[:-1] if broken else text, encoding="utf-8")
+    return path
+
+
+def load(tokenizer: Tokenizer, *paths: Path, on_error: OnError = "skip", ratio: float = 1.0) -> Dataset:
+    return load_dataset(
+        [Source(str(p), template="none", ratio=ratio) for p in paths], tokenizer, 64, 0, on_error=on_error
+    )
+
+
+def texts(dataset: Dataset, tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.decode(dataset.document(i)[0]) for i in range(len(dataset))]
+
+
+def test_what_is_skipped_is_told_with_place_and_reason_and_nothing_takes_its_place(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    dataset = load(tokenizer, write(tmp_path / "a.jsonl", mixed(12)))
+    kept = [i for i in range(12) if i % 4 != 3]
+    assert texts(dataset, tokenizer) == [f"go {i}the answer is {i}" for i in kept]
+    assert [dataset.origin(i) for i in range(9)] == [f"a.jsonl item {i + 1}" for i in kept]
+    report = dataset.report()
+    [file] = report["files"]
+    assert (report["items"], report["skipped"], file["skipped"], report["dropped"]) == (9, 3, 3, 0)
+    assert [(place["where"], place["kind"], place["field"]) for place in file["skipped_items"]] == [
+        ("item 4 (line 4)", "no_item", ""),
+        ("item 8 (line 8)", "missing_field", "output"),
+        ("item 12 (line 12)", "wrong_type", "instruction"),
+        ("item 12 (line 12)", "wrong_type", "output"),
+    ]
+    assert file["skipped_items"][0]["message"] == "should be an object, but is a number"
+
+
+def test_the_same_problems_stop_a_run_whether_they_were_cached_or_not(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.jsonl", mixed(12))
+    with pytest.raises(DataError) as fresh:
+        load(tokenizer, path, on_error="stop")
+    first = load(tokenizer, path)
+    monkeypatch.setattr(load_module, "prepare_batches", None)  # from now on, all comes from the cache
+    assert load(tokenizer, path).fingerprint() == first.fingerprint()
+    with pytest.raises(DataError) as cached:
+        load(tokenizer, path, on_error="stop")
+    assert cached.value.problems == fresh.value.problems
+    assert len(fresh.value.problems) == 4
+
+
+def test_clean_data_is_the_same_either_way(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write(tmp_path / "a.json", good(5))
+    stop, skip = (load(tokenizer, path, on_error=on_error).report() for on_error in ("stop", "skip"))
+    assert stop == skip
+    assert (stop["skipped"], stop["warnings"], stop["files"][0]["skipped_items"]) == (0, {}, [])
+
+
+def test_a_file_that_cannot_be_read_to_its_end_stops_in_any_case(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    broken = write(tmp_path / "a.json", mixed(4), broken=True)
+    with pytest.raises(UserError, match="is not JSON"):
+        load(tokenizer, broken, write(tmp_path / "b.json", good(2)))
+
+
+def test_nothing_but_what_is_skipped_is_nothing_to_train_on(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="of 0 items none has a label within 64 tokens, and 3 were skipped"):
+        load(tokenizer, write(tmp_path / "a.json", BAD))
+
+
+def test_a_ratio_chooses_among_the_items(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with_bad = load(tokenizer, write(tmp_path / "a.json", mixed(40)), ratio=0.5)
+    without = load(tokenizer, write(tmp_path / "b.json", [row for row in mixed(40) if row in good(40)]), ratio=0.5)
+    assert texts(with_bad, tokenizer) == texts(without, tokenizer)
+    report = with_bad.report()
+    assert (report["items"], len(with_bad), report["skipped"]) == (15, 15, 10)
+
+
+def test_warnings_are_counted_over_all_batches_in_any_number_of_processes(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = mixed(60)
+    rows[20] = rows[0]
+    rows[40] = {"instruction": "go 41", "output": " "}
+    path = write(tmp_path / "a.jsonl", rows)
+    reports = []
+    for batch, cores in ((1000, 1), (3, 1), (3, 2)):
+        monkeypatch.setenv("LLAMA_ACC_CACHE_GIB", "0")
+        monkeypatch.setattr(load_module, "_BATCH", batch)
+        monkeypatch.setattr(load_module, "_cores", lambda cores=cores: cores)
+        reports.append(load(tokenizer, path).report())
+    assert reports[1:] == reports[:1] * 2
+    assert reports[0]["warnings"] == {"empty_reply": 1, "duplicate": 1}
+    [file] = reports[0]["files"]
+    assert file["warning_places"]["duplicate"][0]["where"] == "item 21"
+    assert file["warning_places"]["empty_reply"][0]["where"] == "item 41 (line 41)"
+
+
+def test_a_split_keeps_origins_with_skipped_rows(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    dataset = load(tokenizer, write(tmp_path / "a.json", mixed(12)))
+    train, held = dataset.split(0.3, seed=1)
+    origins = sorted(part.origin(i) for part in (train, held) for i in range(len(part)))
+    assert origins == sorted(dataset.origin(i) for i in range(9))
+    assert np.array_equal(np.sort(np.concatenate([train.lengths, held.lengths])), np.sort(dataset.lengths))
