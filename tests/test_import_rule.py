@@ -23,6 +23,10 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert heavy_after("import llama_acc") == []
 
 
+def test_downloading_imports_nothing_heavy() -> None:
+    assert heavy_after("import llama_acc.core.download.downloads, llama_acc.core.download.next_step") == []
+
+
 def test_a_recipe_is_read_without_anything_heavy() -> None:
     assert heavy_after("import llama_acc; llama_acc.Recipe.load('lima')") == []
 
@@ -41,6 +45,9 @@ def test_a_recipe_is_read_without_anything_heavy() -> None:
         ["recipes", "--help"],
         ["recipes", "list"],
         ["recipes", "show", "lima"],
+        ["download", "--help"],
+        ["download", "--list"],
+        ["download", "lma"],
         ["finetune", "--recipe", "lma"],
         ["finetune", "--recipe", "lima", "train.epohs=1"],
         ["chat"],

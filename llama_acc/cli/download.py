@@ -37,7 +37,7 @@ def download(
         list[str] | None,
         typer.Argument(
             metavar="NAME...",
-            help="A name (--list), hf:OWNER/NAME[/FILE], or https://...",
+            help="A name (--list), hf:OWNER/NAME, hf:OWNER/NAME/FILE, or https://...",
             show_default=False,
         ),
     ] = None,

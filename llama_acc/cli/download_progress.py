@@ -70,13 +70,13 @@ class DownloadProgress:
             else:
                 self._line(self._summary)
 
-    def checking(self, name: str, done: int, total: int) -> None:
-        """So much of it has been compared with its digest."""
+    def working(self, doing: str, name: str, done: int, total: int) -> None:
+        """So many bytes of it have been worked on otherwise: "checking" it, say."""
         with self._lock:
             if self._progress is not None:
-                self._bar(f"checking {name}", done, total)
+                self._bar(f"{doing} {name}", done, total)
             else:
-                self._line(lambda: f"checking {name}: {size(done)} of {size(total)}")
+                self._line(lambda: f"{doing} {name}: {size(done)} of {size(total)}")
 
     def finished(self, name: str) -> None:
         """A file is whole and has its name."""

@@ -305,3 +305,59 @@ def test_data_that_is_to_be_converted_says_so(llama_acc_home: Path) -> None:
     assert refusal.value.hint == "type: llama-acc convert-data gorilla gorilla"
     converted_file("gorilla").write_text("{}")
     assert resolve_data_path("gorilla") == llama_acc_home / "data/gorilla"
+
+
+WIZARDLM = "WizardLMTeam/WizardLM_evol_instruct_V2_196k"
+EVOLVED = {"idx": "a1", **DIALOGUE}
+
+
+def test_data_that_finetune_cannot_read_as_it_is_is_converted_at_once(servers: Servers, llama_acc_home: Path) -> None:
+    raw = json.dumps([EVOLVED] * 5).encode()
+    servers.dataset(WIZARDLM, {"WizardLM_evol_instruct_V2_143k.json": raw})
+    result = invoke("download", "wizardlm")
+    assert result.exit_code == 0, result.stderr
+    converted = llama_acc_home / "data/wizardlm/wizardlm.jsonl"
+    assert f"converted to 5 items: {converted}" in result.stderr
+    assert result.stdout == "llama-acc finetune --recipe wizardlm --pretrained llama2-7b --data wizardlm\n"
+    assert [json.loads(line) for line in converted.read_text().splitlines()] == [DIALOGUE] * 5
+    assert raw_files("wizardlm")[0].read_bytes() == raw
+    assert resolve_data_path("wizardlm") == converted.parent
+    converted.write_text("edited")
+    assert invoke("download", "wizardlm").exit_code == 0
+    assert converted.read_text() == "edited"
+
+
+def test_large_data_is_converted_by_a_command_of_its_own(
+    servers: Servers, llama_acc_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama_acc.core.download.finish.CONVERTED_AT_ONCE", 10)
+    servers.dataset(WIZARDLM, {"WizardLM_evol_instruct_V2_143k.json": json.dumps([EVOLVED]).encode()})
+    assert invoke("download", "wizardlm").stdout == "llama-acc convert-data wizardlm wizardlm\n"
+    command = shlex.split(invoke("download", "wizardlm", "--to", tmp_path / "my data").stdout)
+    assert invoke(*command[1:]).exit_code == 0
+    assert json.loads((tmp_path / "my data/wizardlm.jsonl").read_text()) == DIALOGUE
+
+
+def test_data_that_turns_out_to_be_something_else_is_kept_and_told(servers: Servers, llama_acc_home: Path) -> None:
+    servers.dataset(WIZARDLM, {"WizardLM_evol_instruct_V2_143k.json": b'[{"what": "is this"}]'})
+    result = invoke("download", "wizardlm")
+    assert result.exit_code == 0
+    assert "wizardlm could not be converted" in result.stderr
+    assert result.stdout == "llama-acc convert-data wizardlm wizardlm\n"
+    assert len(raw_files("wizardlm")) == 1
+
+
+def test_a_checkpoint_of_llama2_accessory_comes_with_what_it_needs(servers: Servers, llama_acc_home: Path) -> None:
+    folder = "finetune/mm/caption_llamaQformerv2_13b"
+    files = {f"{folder}/consolidated.0{i}-of-02.model.pth": b"weights" for i in range(2)}
+    files |= {"config/13B_params.json": b'{"dim": 5120}', "config/tokenizer.model": b"pieces", "README.md": b""}
+    servers.model("Alpha-VLLM/LLaMA2-Accessory", files)
+    result = invoke("download", "accessory-caption_llamaQformerv2_13b")
+    assert result.exit_code == 0, result.stderr
+    place = llama_acc_home / "models/accessory-caption_llamaQformerv2_13b"
+    assert sorted(path.name for path in place.iterdir() if not path.name.startswith(".")) == [
+        "consolidated.00-of-02.model.pth", "consolidated.01-of-02.model.pth", "meta.json", "params.json",
+        "tokenizer.model",
+    ]  # fmt: skip
+    assert json.loads((place / "meta.json").read_text()) == {"llama_type": "llama_qformerv2"}
+    assert result.stdout == "llama-acc chat --ckpt accessory-caption_llamaQformerv2_13b --template caption\n"

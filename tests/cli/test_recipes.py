@@ -59,7 +59,16 @@ def test_version() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["finetune"], ["chat"], ["recipes"], ["recipes", "list"], ["recipes", "show"], ["recipes", "copy"]],
+    [
+        [],
+        ["finetune"],
+        ["download"],
+        ["chat"],
+        ["recipes"],
+        ["recipes", "list"],
+        ["recipes", "show"],
+        ["recipes", "copy"],
+    ],
     ids=" ".join,
 )
 @pytest.mark.parametrize("flag", ["--help", "-h"])

@@ -47,6 +47,7 @@ class Entry(BaseModel):
         gated: access has to be asked for on `page`.
         recipe: a shipped recipe that uses it.
         convert: the FORMAT of `llama-acc convert-data` that makes of it what `finetune` takes.
+        all_forms: it is converted with --all-forms.
         template: the prompt format of a checkpoint that does not say it itself.
         llama_type: LLaMA2-Accessory's name of the architecture, for a checkpoint without meta.json.
         note: what else to know.
@@ -64,10 +65,16 @@ class Entry(BaseModel):
     gated: bool = False
     recipe: str | None = None
     convert: str | None = None
+    all_forms: bool = False
     template: str | None = None
     llama_type: str | None = None
     note: str | None = None
     files: tuple[File, ...] = Field(min_length=1)
+
+    @property
+    def conversion(self) -> str:
+        """The command that converts it."""
+        return f"llama-acc convert-data {self.convert} {self.name}" + " --all-forms" * self.all_forms
 
     @property
     def is_model(self) -> bool:

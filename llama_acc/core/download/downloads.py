@@ -8,6 +8,7 @@ import httpx2
 
 from llama_acc.core.download.address import HubAddress, WebAddress, is_address, parse_address
 from llama_acc.core.download.catalogue import Entry, File, find_entry
+from llama_acc.core.download.finish import finish
 from llama_acc.core.download.http import make_client
 from llama_acc.core.download.hub import Hub, HubListing
 from llama_acc.core.download.job import fetch_all
@@ -139,7 +140,13 @@ class Downloader:
         record = Record(folder)
         for file, group in zip(wanted.files, remotes, strict=True):
             record.finish(parse_address(file.get).identity, [remote.name for remote in group])
-        return Downloaded(wanted, is_model, folder, tuple(files), tuple(fetched))
+        return self._finished(wanted, is_model, folder, tuple(files), tuple(fetched))
+
+    def _finished(
+        self, wanted: Wanted, is_model: bool, folder: Path, files: tuple[Path, ...], fetched: tuple[Path, ...]
+    ) -> Downloaded:
+        converted = finish(wanted.entry, folder, files, wanted.to, self.watch) if wanted.entry else None
+        return Downloaded(wanted, is_model, folder, files, fetched, converted)
 
     def _already(self, wanted: Wanted) -> Downloaded | None:
         """What was downloaded before, found without the network."""
@@ -153,7 +160,7 @@ class Downloader:
             )
             if all(files is not None for files in found):
                 files = tuple(path for group in found for path in group or ())
-                return Downloaded(wanted, is_model, folder, files, ())
+                return self._finished(wanted, is_model, folder, files, ())
         return None
 
     def _listing(self, file: File) -> HubListing | None:

@@ -91,7 +91,7 @@ def _difference(remote: Remote, path: Path, record: Record, watch: Watch) -> str
     if remote.size is not None and size != remote.size:
         return f"it has {size:,} bytes, {remote.source} has {remote.size:,}"
     for expected in remote.digests:
-        found = expected.of(path, lambda done: watch.checking(remote.name, done, size))
+        found = expected.of(path, lambda done: watch.working("checking", remote.name, done, size))
         if found != expected:
             return f"its {found} is not the {expected} of {remote.source}"
     if not remote.digests and (record.knows(remote.name) or remote.size is None):

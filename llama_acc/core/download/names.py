@@ -77,7 +77,7 @@ def named_data(name: str) -> Path | None:
         raw_files(name)
         raise UserError(
             f"{name} is downloaded to {raw_folder_of(entry)}, but not converted yet",
-            f"type: llama-acc convert-data {entry.convert} {name}",
+            f"type: {entry.conversion}",
         )
     return _finished(place, name)
 

@@ -21,8 +21,7 @@ def next_command(done: Downloaded) -> str | None:
     if entry is not None and entry.kind == "images":
         return None
     if entry is not None and entry.convert and not done.converted:
-        inputs = [] if done.wanted.to is None else map(str, done.files)
-        return shlex.join(["llama-acc", "convert-data", entry.convert, *(inputs or [entry.name])])
+        return entry.conversion if done.wanted.to is None else _conversion(done, entry.convert)
     if entry is None or entry.recipe is None:
         return None
     return _finetune(entry.recipe, _pretrained(entry.recipe), _place(done, entry))
@@ -75,7 +74,12 @@ def _pretrained(recipe: str) -> str | None:
 
 
 def _place(done: Downloaded, entry: Entry) -> str:
-    return entry.name if done.wanted.to is None else str(done.folder)
+    return entry.name if done.wanted.to is None else str(done.converted or done.folder)
+
+
+def _conversion(done: Downloaded, format: str) -> str:
+    output = done.folder / f"{done.wanted.name}.jsonl"
+    return shlex.join(["llama-acc", "convert-data", format, *map(str, done.files), "--output", str(output)])
 
 
 def _model_place(done: Downloaded, entry: Entry | None) -> str:

@@ -28,8 +28,8 @@ class Watch(Protocol):
     def receiving(self, name: str, done: int, total: int | None) -> None:
         """So much of a file is here."""
 
-    def checking(self, name: str, done: int, total: int) -> None:
-        """So much of it has been compared with its digest."""
+    def working(self, doing: str, name: str, done: int, total: int) -> None:
+        """So many bytes of it have been worked on otherwise: "checking" it, say."""
 
     def finished(self, name: str) -> None:
         """A file is whole and has its name."""
@@ -157,7 +157,7 @@ def _receive(remote: Remote, part: "Part", watch: Watch, stop: threading.Event) 
 def _check(remote: Remote, part: "Part", watch: Watch) -> None:
     size = part.size
     for expected in remote.digests:
-        found = expected.of(part.path, lambda done: watch.checking(remote.name, done, size))
+        found = expected.of(part.path, lambda done: watch.working("checking", remote.name, done, size))
         if found != expected:
             raise _Mismatch(f"what arrived has {found}, but {expected} was expected")
 

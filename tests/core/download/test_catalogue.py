@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_acc.core.data.convert.formats import AUTO, FORMATS
 from llama_acc.core.download.address import HubAddress, parse_address
 from llama_acc.core.download.catalogue import Entry, catalogue, find_entry
 from llama_acc.core.errors import UserError
@@ -47,6 +48,11 @@ def test_an_entry_is_whole(entry: Entry) -> None:
         # A data set and a model may have one name; the catalogue says which is meant, so that one question is enough.
         assert not isinstance(address, HubAddress) or address.kind is not None
         assert not (isinstance(address, HubAddress) and address.is_glob and file.name)
+
+
+def test_what_is_to_be_converted_is_in_a_format_there_is() -> None:
+    formats = {entry.convert for entry in catalogue().values() if entry.convert}
+    assert formats <= {*FORMATS, AUTO}
 
 
 def test_unknown_names_are_refused_with_near_ones() -> None:

@@ -22,7 +22,7 @@ class Watch:
     def receiving(self, name: str, done: int, total: int | None) -> None:
         self.first.setdefault(name, done)
 
-    def checking(self, name: str, done: int, total: int) -> None:
+    def working(self, doing: str, name: str, done: int, total: int) -> None:
         pass
 
     def finished(self, name: str) -> None:
