@@ -6,14 +6,17 @@ ends, the next question takes its place.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from llama_acc.core.errors import UserError
-from llama_acc.core.inference import LoadedModel, checked_text
+from llama_acc.core.inference import LoadedModel, Pixels, checked_text, with_images
 from llama_acc.core.model.attention import KVCache
+from llama_acc.core.model.vision import Images
 from llama_acc.core.tokenizer import StreamDecoder
 
 
@@ -31,15 +34,16 @@ class Answer(NamedTuple):
     tokens: list[int]
 
 
-def encode_question(loaded: LoadedModel, question: str) -> list[int]:
-    """A single question in the model's prompt format, in tokens.
+def encode_question(loaded: LoadedModel, question: str, images: int = 0) -> list[int]:
+    """A single question in the model's prompt format, in tokens, about so many images.
 
     Raises:
-        UserError: it leaves no room for an answer in the model's context, or is not text.
+        UserError: it leaves no room for an answer in the model's context, or is not text; images a model does not
+            take.
     """
     ids = loaded.template.prompt_ids(loaded.tokenizer, [("human", checked_text(question))])
     # Without BOS and text there is nothing to go on from.
-    ids = ids or [loaded.tokenizer.bos_id]
+    ids = with_images(loaded, ids or [loaded.tokenizer.bos_id], images)
     context = loaded.model.config.max_seq_len
     if len(ids) >= context:
         raise UserError(f"the prompt has {len(ids)} tokens, the model's context is {context}", "shorten it")
@@ -47,7 +51,11 @@ def encode_question(loaded: LoadedModel, question: str) -> list[int]:
 
 
 def generate_batch(
-    loaded: LoadedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    images: Iterable[Pixels] | None = None,
 ) -> Iterator[Answer]:
     """Greedy answers, each as soon as it has ended.
 
@@ -59,8 +67,13 @@ def generate_batch(
         prompts: in tokens, each shorter than the model's context.
         max_new_tokens: most tokens of an answer.
         batch_size: most answers under way at a time.
+        images: of each prompt; they are asked for when its turn comes. None = there are none.
     """
-    waiting = (_Sequence(loaded, place, prompt, max_new_tokens) for place, prompt in enumerate(prompts))
+    seen = itertools.repeat((), len(prompts)) if images is None else images
+    waiting = (
+        _Sequence(loaded, place, prompt, max_new_tokens, pixels)
+        for place, (prompt, pixels) in enumerate(zip(prompts, seen, strict=True))
+    )
     running: list[_Sequence] = []
     while running := running + list(itertools.islice(waiting, batch_size - len(running))):
         for sequence, token in zip(running, _next_tokens(loaded, running), strict=True):
@@ -76,10 +89,27 @@ def _next_tokens(loaded: LoadedModel, running: Sequence["_Sequence"]) -> list[in
     caches = [sequence.cache for sequence in running]
     positions = [torch.arange(c.length, c.length + n) for c, n in zip(caches, lengths, strict=True)]
     tokens = torch.tensor([token for sequence in running for token in sequence.feed])
-    hidden = loaded.model(tokens.to(loaded.device), torch.cat(positions).to(loaded.device), lengths, caches=caches)
+    hidden = loaded.model(
+        tokens.clamp(min=0).to(loaded.device),
+        torch.cat(positions).to(loaded.device),
+        lengths,
+        caches=caches,
+        images=_images(loaded, running, tokens),
+    )
     last = torch.tensor(lengths).cumsum(0) - 1
     chosen: list[int] = loaded.model.logits(hidden[last.to(loaded.device)]).argmax(-1).tolist()
     return chosen
+
+
+def _images(loaded: LoadedModel, running: Sequence["_Sequence"], tokens: Tensor) -> Images | None:
+    """The images among what is fed, all of them through the tower at once."""
+    owners = [number for number, sequence in enumerate(running) for _ in sequence.images]
+    if not owners:
+        return None
+    assert loaded.eyes is not None
+    pixels = np.stack([pixels for sequence in running for pixels in sequence.images])
+    inputs = loaded.eyes.encode(torch.from_numpy(pixels))
+    return Images(inputs, (tokens < 0).nonzero().flatten().to(loaded.device), owners)
 
 
 class _Sequence:
@@ -87,12 +117,15 @@ class _Sequence:
 
     Attributes:
         feed: the tokens the model has not seen yet.
+        images: those the model has not seen yet.
         cache: the keys and values of those it has.
         ended: nothing more is to be generated.
     """
 
-    def __init__(self, loaded: LoadedModel, place: int, prompt: Sequence[int], max_new_tokens: int) -> None:
-        self.feed = list(prompt)
+    def __init__(
+        self, loaded: LoadedModel, place: int, prompt: Sequence[int], max_new_tokens: int, images: Pixels
+    ) -> None:
+        self.feed, self.images = list(prompt), images
         self.cache = KVCache(loaded.model.config.n_layers)
         self.ended = False
         self._place = place
@@ -104,6 +137,7 @@ class _Sequence:
 
     def push(self, token: int) -> None:
         """Takes the next token of the answer."""
+        self.images = ()
         if token in self._end_ids:
             self.ended = True
             return

@@ -7,25 +7,32 @@ print(generate(model, "Name three colours.", temperature=0))
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llama_acc.core.checkpoint.base import check_base, check_quantised_base, read_base
 from llama_acc.core.checkpoint.files import check_checkpoint
-from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config
+from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config, without_towers
 from llama_acc.core.checkpoint.quantised import read_quantization
 from llama_acc.core.checkpoint.shards import check_tensors, fill, read_weights
+from llama_acc.core.checkpoint.towers import check_tower
 from llama_acc.core.data.templates import ChatTemplate, Template, get_template, template_of_folder
 from llama_acc.core.device import pick_device
 from llama_acc.core.errors import UserError
+from llama_acc.core.eyes import Eyes, open_eyes
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.sharding import check_divides
 from llama_acc.core.model.transformer import Transformer, build_on_meta, pack_small, quantise_on_meta
+from llama_acc.core.model.vision import Images
+from llama_acc.core.model.vision_config import Vision
 from llama_acc.core.parallel import Parallel
 from llama_acc.core.tokenizer import StreamDecoder, Tokenizer, find_tokenizer, load_tokenizer
 
@@ -72,6 +79,7 @@ class LoadedModel:
         template: its prompt format.
         template_from: where that came from, for the user.
         device: where it computes.
+        eyes: what makes of images what it takes; None = it takes none.
     """
 
     model: Transformer
@@ -79,6 +87,12 @@ class LoadedModel:
     template: Template | ChatTemplate
     template_from: str
     device: torch.device
+    eyes: Eyes | None = None
+
+    @property
+    def vision(self) -> Vision | None:
+        """What it sees with."""
+        return self.model.config.vision
 
 
 def load_model(
@@ -107,7 +121,7 @@ def load_model(
         UserError: something is missing, damaged or does not fit.
     """
     layouts = [inspect(locate(str(checkpoint))) for checkpoint in checkpoints]
-    last = layouts[-1].folder
+    last = (without_towers(layouts) or layouts)[-1].folder
     config = read_config(layouts)
     if config is None:
         raise UserError(f"{last} has no params.json or config.json: the model's shape is not known")
@@ -126,6 +140,7 @@ def load_model(
     chosen = template_of_folder(last, words) if template == "auto" else (get_template(template), "asked for")
     check_divides(config, parallel.model_size)
     weights = read_weights(layouts, parallel.model_rank, parallel.model_size)
+    check_tower(config.vision, weights.tensors, last)
     check_tensors(weights, config.parameter_shapes(), last)
     own_dtype = weights.tensors["output.weight"].dtype
     if dtype is None:
@@ -136,7 +151,27 @@ def load_model(
     fill(model, weights, target, dtype, copy=False)
     if parallel.model_size == 1:
         pack_small(model)
-    return LoadedModel(model, words, *chosen, target)
+    return LoadedModel(model, words, *chosen, target, open_eyes(model, weights, target))
+
+
+Pixels = Sequence[NDArray[np.uint8]]
+"""Images, each [3, S, S] of 0 to 255, S the size that the model's encoder takes."""
+
+
+def with_images(loaded: LoadedModel, ids: list[int], count: int) -> list[int]:
+    """A prompt with images right behind its BOS; each of their places is a -1.
+
+    Raises:
+        UserError: the model takes none, or not so many.
+    """
+    if not count:
+        return ids
+    if loaded.vision is None:
+        raise UserError("this model takes no images: it was trained on text", "use one that was trained with vision")
+    if loaded.vision.encoder == "clip" and count > 1:
+        raise UserError("this model takes one image at a time", "leave the others out")
+    begin = int(ids[:1] == [loaded.tokenizer.bos_id])
+    return ids[:begin] + [-1] * (loaded.vision.positions * count) + ids[begin:]
 
 
 def model_on_meta(
@@ -171,37 +206,58 @@ class _Past:
     """What a model has seen of one conversation: its keys and values."""
 
     def __init__(self, loaded: LoadedModel) -> None:
-        self.model, self.device = loaded.model, loaded.device
+        self.model, self.device, self.eyes = loaded.model, loaded.device, loaded.eyes
         self.cache = KVCache(loaded.model.config.n_layers)
 
     @torch.inference_mode()
-    def logits(self, keep: int, feed: Sequence[int]) -> Tensor:
-        """[vocabulary] logits of what follows `feed`, which follows the first `keep` tokens seen so far."""
+    def logits(self, keep: int, feed: Tensor, count: int = 0, pixels: Tensor | None = None) -> Tensor:
+        """[vocabulary] logits of what follows `feed`, which follows the first `keep` tokens seen so far.
+
+        Args:
+            keep: how many of these stay.
+            feed: tokens; -1 where an image stands.
+            count: how many images there are in `feed`.
+            pixels: [count, 3, S, S], of 0 to 255; needed on the ranks that make something of them.
+        """
         self.cache.truncate(keep)
-        tokens = torch.tensor(feed, device=self.device)
+        images = None
+        if count:
+            assert self.eyes is not None
+            inputs = self.eyes.inputs(count, partial(self._encoded, pixels))
+            images = Images(inputs, (feed < 0).nonzero().flatten().to(self.device), [0] * count)
         positions = torch.arange(keep, keep + len(feed), device=self.device)
-        hidden = self.model(tokens, positions, [len(feed)], caches=[self.cache])
+        tokens = feed.clamp(min=0).to(self.device)
+        hidden = self.model(tokens, positions, [len(feed)], caches=[self.cache], images=images)
         return self.model.logits(hidden[-1:])[0]
+
+    def _encoded(self, pixels: Tensor | None) -> Tensor:
+        assert self.eyes is not None
+        assert pixels is not None
+        return self.eyes.encode(pixels)
 
 
 def follow(loaded: LoadedModel) -> None:
     """Computes this rank's part of what rank 0 generates, until that calls `dismiss`."""
     past, group = _Past(loaded), loaded.model.parallel.control
-    head = torch.empty(2, dtype=torch.int64)
+    head = torch.empty(3, dtype=torch.int64)
     while True:
         dist.broadcast(head, 0, group)
-        keep, count = head.tolist()
-        if not count:
+        keep, length, count = head.tolist()
+        if not length:
             return
-        feed = torch.empty(count, dtype=torch.int64)
+        feed = torch.empty(length, dtype=torch.int64)
         dist.broadcast(feed, 0, group)
-        past.logits(keep, feed.tolist())
+        pixels = None
+        if count and loaded.eyes is not None and loaded.eyes.vision.trains_encoder:
+            pixels = torch.empty((count, 3, *[loaded.eyes.vision.image_size] * 2), dtype=torch.uint8)
+            dist.broadcast(pixels, 0, group)
+        past.logits(keep, feed, count, pixels)
 
 
 def dismiss(loaded: LoadedModel) -> None:
     """Ends `follow` on the other ranks."""
     if loaded.model.parallel.world_size > 1:
-        dist.broadcast(torch.zeros(2, dtype=torch.int64), 0, loaded.model.parallel.control)
+        dist.broadcast(torch.zeros(3, dtype=torch.int64), 0, loaded.model.parallel.control)
 
 
 class Generator:
@@ -216,6 +272,7 @@ class Generator:
         self.end_ids = loaded.tokenizer.end_ids
         self._past = _Past(loaded)
         self._seen: list[int] = []
+        self._images: list[NDArray[np.uint8]] = []
         self._random = torch.Generator(device="cpu")
         if sampling.seed is None:
             self._random.seed()
@@ -223,10 +280,14 @@ class Generator:
             self._random.manual_seed(sampling.seed)
 
     @torch.inference_mode()
-    def tokens(self, prompt: Sequence[int]) -> Iterator[int]:
+    def tokens(self, prompt: Sequence[int], images: Pixels = ()) -> Iterator[int]:
         """The tokens that follow `prompt`, up to one that ends an answer (which is not given) or the sampling's limit.
 
         Whatever the prompt shares with the tokens seen before is not computed again.
+
+        Args:
+            prompt: tokens; see `with_images`.
+            images: those that stand in it.
         """
         shared = 0
         # The last token of the prompt is always fed: its output is needed.
@@ -234,22 +295,29 @@ class Generator:
             if old != new:
                 break
             shared += 1
-        self._seen = list(prompt[:shared])
+        same = len(images) == len(self._images) and all(a is b for a, b in zip(images, self._images, strict=True))
+        if not same or -1 in prompt[shared:]:
+            shared = 0
+        new_images: Pixels = () if shared else images
+        self._seen, self._images = list(prompt[:shared]), list(images)
         feed = list(prompt[shared:])
         room = self.model.config.max_seq_len - len(prompt)
         for _ in range(min(self.sampling.max_new_tokens, room)):
-            token = self._choose(self._logits(feed))
+            token = self._choose(self._logits(feed, new_images))
             if token in self.end_ids:
                 return
             yield token
-            feed = [token]
+            feed, new_images = [token], ()
 
-    def _logits(self, feed: list[int]) -> Tensor:
-        keep, parallel = len(self._seen), self.model.parallel
+    def _logits(self, feed: list[int], images: Pixels) -> Tensor:
+        keep, parallel, tokens = len(self._seen), self.model.parallel, torch.tensor(feed)
+        pixels = torch.from_numpy(np.stack(images)) if images else None
         if parallel.world_size > 1:
-            dist.broadcast(torch.tensor([keep, len(feed)]), 0, parallel.control)
-            dist.broadcast(torch.tensor(feed), 0, parallel.control)
-        logits = self._past.logits(keep, feed)
+            dist.broadcast(torch.tensor([keep, len(feed), len(images)]), 0, parallel.control)
+            dist.broadcast(tokens, 0, parallel.control)
+            if pixels is not None and self._past.eyes is not None and self._past.eyes.vision.trains_encoder:
+                dist.broadcast(pixels, 0, parallel.control)
+        logits = self._past.logits(keep, tokens, len(images), pixels)
         self._seen += feed
         return logits
 
@@ -292,26 +360,41 @@ class Conversation:
 
     Attributes:
         turns: ("human" | "assistant", text) so far.
+        images: those in view.
         system: the system text; None = the template's own.
     """
 
     def __init__(self, loaded: LoadedModel, sampling: Sampling) -> None:
         self.loaded = loaded
         self.turns: list[Turn] = []
+        self.images: list[NDArray[np.uint8]] = []
         self.system: str | None = None
         self._generator = Generator(loaded, sampling)
 
     def reset(self) -> None:
-        """Forgets all turns."""
-        self.turns = []
+        """Forgets all turns and images."""
+        self.turns, self.images = [], []
 
-    def ask(self, question: str) -> Iterator[str]:
+    def ask(self, question: str, images: Pixels = ()) -> Iterator[str]:
         """The answer, piece by piece. The turns are kept, also of an answer that is not listened to till its end.
 
+        Args:
+            question: what is asked.
+            images: more of them; all of a conversation stand at its beginning, as in training.
+
         Raises:
-            UserError: the question alone is longer than the model's context, or is not text.
+            UserError: the question alone is longer than the model's context, or is not text; images a model does not
+                take.
         """
         question = checked_text(question)
+        before, self.images = self.images, [*self.images, *images]
+        try:
+            return self._ask(question)
+        except UserError:
+            self.images = before
+            raise
+
+    def _ask(self, question: str) -> Iterator[str]:
         prompt, dropped = self._prompt([*self.turns, ("human", question)])
         self.turns = [*self.turns[dropped:], ("human", question)]
         self.dropped_turns = dropped
@@ -321,7 +404,7 @@ class Conversation:
         decoder = StreamDecoder(self.loaded.tokenizer)
 
         def pieces() -> Iterator[str]:
-            for token in self._generator.tokens(prompt):
+            for token in self._generator.tokens(prompt, self.images):
                 yield decoder.push(token)
             yield decoder.flush()
 
@@ -345,7 +428,7 @@ class Conversation:
         while True:
             ids = template.prompt_ids(tokenizer, turns[dropped:], self.system)
             # Without BOS and text there is nothing to go on from.
-            ids = ids or [tokenizer.bos_id]
+            ids = with_images(self.loaded, ids or [tokenizer.bos_id], len(self.images))
             if len(ids) <= room or (dropped >= len(turns) - 1 and len(ids) < context):
                 return ids, dropped
             if dropped >= len(turns) - 1:
@@ -372,6 +455,7 @@ def generate(
     prompt: str,
     *,
     system: str | None = None,
+    images: Pixels = (),
     temperature: float = 0.7,
     top_p: float = 0.9,
     seed: int | None = None,
@@ -381,4 +465,4 @@ def generate(
     sampling = Sampling(temperature, top_p, seed, max_new_tokens)
     conversation = Conversation(loaded, sampling)
     conversation.system = system
-    return "".join(conversation.ask(prompt))
+    return "".join(conversation.ask(prompt, images))

@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from llama_acc.core.errors import UserError, did_you_mean, listed
 from llama_acc.core.model.tuning import METHODS, PREFIX_LENGTH
 from llama_acc.core.model.tuning import Tuning as ModelTuning
+from llama_acc.core.model.vision_config import Vision as ModelVision
+from llama_acc.core.model.vision_config import VisionTraining, vision_of
 
 
 class _Loader(yaml.SafeLoader):
@@ -70,7 +72,8 @@ class Tuning(Section):
 
     Attributes:
         method: `full` trains every parameter; `bias_norm` biases and norms; `lora` LoRA pairs; `lora_bias_norm` both;
-            `adapter` zero-init attention, biases and norms, and LoRA pairs if they have a rank.
+            `adapter` zero-init attention, biases and norms, and LoRA pairs if they have a rank; `frozen` nothing of the
+            LLaMA, only what vision adds.
         lora_rank: rank of the LoRA pairs; None = the method's own: 16, with `adapter` none.
         prefix_layers: how many blocks, the last ones, have zero-init attention; None = all.
         prefix_len: length of the prefix; None = 10.
@@ -117,6 +120,45 @@ class Tuning(Section):
             return ModelTuning(self.method, rank)
         length = self.prefix_len or PREFIX_LENGTH
         return ModelTuning(self.method, rank, self.prefix_layers or 0, length, self.prefix_new_gate)
+
+
+class Vision(Section):
+    """What lets the model see; see `core.model.vision_config`.
+
+    Attributes:
+        encoder: `qformer` (BLIP-2's, frozen), `clip` (with method `adapter`; frozen), `tiny` (trains from nothing), or
+            None: the model sees nothing, or with what its checkpoint has.
+        params: sizes of the encoder other than the usual ones; a checkpoint's own win.
+        stage: of training: 1 brings vision and language together, 2 teaches to follow instructions.
+        cache_features: keep what a frozen encoder makes of the images on disk, and make it once only.
+        reference_trainables: train only what LLaMA2-Accessory trains of what vision adds.
+    """
+
+    encoder: str | None = None
+    params: dict[str, int] | None = None
+    stage: Literal[1, 2] = 2
+    cache_features: bool = False
+    reference_trainables: bool = False
+
+    @model_validator(mode="after")
+    def _is_known(self) -> "Vision":
+        try:
+            vision = self.resolved()
+        except UserError as error:
+            raise ValueError(error.message + (f": {error.hint}" if error.hint else "")) from None
+        if vision is None and (self.params is not None or self.cache_features or self.reference_trainables):
+            raise ValueError("without vision.encoder there is nothing else to say of vision")
+        if self.cache_features and vision is not None and vision.trains_encoder:
+            raise ValueError(f"cache_features is for encoders that are frozen, and {self.encoder} trains")
+        return self
+
+    def resolved(self) -> ModelVision | None:
+        """The kind of vision with its sizes."""
+        return None if self.encoder is None else vision_of(self.encoder, self.params)
+
+    def training(self) -> VisionTraining:
+        """How vision is trained."""
+        return VisionTraining(self.stage, self.reference_trainables)
 
 
 class Source(Section):
@@ -286,6 +328,7 @@ class Recipe(Section):
     description: str = ""
     model: Model
     tuning: Tuning = Tuning()
+    vision: Vision = Vision()
     data: Data
     optimizer: Optimizer
     train: Train = Train()
@@ -298,6 +341,17 @@ class Recipe(Section):
             raise ValueError(
                 f"tuning.quantize={self.tuning.quantize} saves only what trains: set checkpoint.trainable_only=true"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _vision_and_method_go_together(self) -> "Recipe":
+        method, encoder = self.tuning.method, self.vision.encoder
+        if method == "frozen" and encoder is None:
+            raise ValueError("method frozen trains only what vision adds: set vision.encoder")
+        if method == "frozen" and self.vision.reference_trainables:
+            raise ValueError("vision.reference_trainables is for the methods that LLaMA2-Accessory has, not for frozen")
+        if encoder is not None and (encoder == "clip") != (method == "adapter"):
+            raise ValueError(f"vision.encoder clip and tuning.method adapter go together, not {encoder} and {method}")
         return self
 
     @classmethod

@@ -266,7 +266,8 @@ def test_the_yaml_holds_every_key() -> None:
         ),
         (
             "tuning.method=magic",
-            "tuning.method: there is no method 'magic': known are full, bias_norm, lora, lora_bias_norm, adapter",
+            "tuning.method: there is no method 'magic': "
+            "known are full, bias_norm, lora, lora_bias_norm, adapter, frozen",
         ),
         ("tuning.method=lore", "tuning.method: there is no method 'lore': did you mean 'lora'?"),
         ("model.pretrained=3", "model.pretrained: Input should be a valid string, not 3"),

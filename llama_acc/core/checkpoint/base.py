@@ -86,7 +86,7 @@ def read_base(folder: Path) -> Base | None:
 
 def is_part(layout: Layout) -> bool:
     """Whether a checkpoint holds only what was trained, to be laid over its base."""
-    if layout.is_diff:
+    if layout.is_diff or layout.tower is not None:
         return False
     if (layout.folder / BASE_FILE).is_file():
         return True

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_acc.core.checkpoint.layout import Layout
+from llama_acc.core.checkpoint.layout import Layout, without_towers
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, find_tokenizer, load_tokenizer
 
@@ -25,6 +25,7 @@ def companions(layouts: Sequence[Layout]) -> list[Path]:
 
     A tokenizer's files belong together, so they come from one folder; Meta's may lie one level up.
     """
+    layouts = without_towers(layouts)
     found = {name: layout.folder / name for layout in layouts for name in _OTHERS if (layout.folder / name).is_file()}
     return [*_tokenizer_files([layout.folder for layout in layouts]), *found.values()]
 
@@ -42,7 +43,7 @@ def _tokenizer_files(folders: Sequence[Path]) -> list[Path]:
 def special_ids(layouts: Sequence[Layout]) -> dict[str, Any]:
     """`bos_token_id` and `eos_token_id`: what a Hugging Face folder says, else the tokenizer; empty = not known."""
     keys = ("bos_token_id", "eos_token_id")
-    for layout in reversed(layouts):
+    for layout in reversed(without_towers(layouts)):
         if layout.format == "huggingface" and layout.params_path is not None:
             values = json.loads(layout.params_path.read_text(encoding="utf-8"))
             return {key: values[key] for key in keys if key in values}

@@ -33,6 +33,8 @@ def fingerprint(weights: Weights, names: Sequence[str]) -> str:
 def _samples(part: Part) -> list[torch.Tensor]:
     if part.numel() <= _SAMPLES:
         return [part.to(torch.float32).flatten()]
+    if len(part.shape) > 2:  # of a vision tower, and small
+        part = Part.of(part.to(torch.float32).flatten())
     if len(part.shape) == 1:
         starts = [place * (part.shape[0] - _RUN) // (_SAMPLES // _RUN) for place in range(_SAMPLES // _RUN)]
         return [part.rows(start, start + _RUN).to(torch.float32) for start in starts]
@@ -52,4 +54,7 @@ def base_fingerprint(layouts: Sequence[Layout], config: ModelConfig) -> str:
     quantization = read_quantization(layouts[0].folder) if len(layouts) == 1 else None
     if quantization is not None:
         return quantization.fingerprint
-    return fingerprint(read_weights(layouts), list(config.base().parameter_shapes()))
+    weights = read_weights(layouts)
+    # What vision adds is there from the second stage of training on.
+    parts = [name for name in config.vision_parts if name in weights.tensors]
+    return fingerprint(weights, [*config.base_shapes(), *parts])

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llama_acc.core.checkpoint.huggingface import read_huggingface
+from llama_acc.core.checkpoint.towers import tower_of
 from llama_acc.core.download.names import how_to_get, named_model
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.home import home
 from llama_acc.core.model.config import ModelConfig, config_from_params, read_params
 from llama_acc.core.model.tuning import FULL, tuning_of
+from llama_acc.core.model.vision_config import VISION_FILE, QFormerVision, Vision, read_vision
 
 Format = Literal["meta_ori", "consolidated", "consolidated_diff", "huggingface"]
 _FORMATS: dict[Format, str] = {
@@ -39,12 +41,14 @@ class Layout:
             `consolidated_diff` (the same, to be added to what comes before it) or `huggingface`.
         shards: the files with weights, in order.
         params_path: params.json or config.json, if there is one.
+        tower: it is no LLaMA, but a vision tower of this kind.
     """
 
     folder: Path
     format: Format
     shards: tuple[Path, ...]
     params_path: Path | None
+    tower: Vision | None = None
 
     @property
     def model_parallel_size(self) -> int:
@@ -117,7 +121,9 @@ def inspect(folder: Path) -> Layout:
             "copy config.json from where the weights came from",
         )
     # Hugging Face's is always config.json, whatever else lies there.
-    return Layout(folder, kind, shards, (params[-1] if kind == "huggingface" else params[0]) if params else None)
+    if kind == "huggingface":
+        return Layout(folder, kind, shards, params[-1], tower_of(params[-1]))
+    return Layout(folder, kind, shards, params[0] if params else None)
 
 
 def _shards(folder: Path, kind: Format, found: dict[tuple[int, int], Path]) -> tuple[Path, ...]:
@@ -163,10 +169,14 @@ def read_config(layouts: Sequence[Layout]) -> ModelConfig | None:
     """
     check_order(layouts)
     union: dict[str, Any] = {}
-    tuning = FULL
-    paths = [layout.params_path for layout in layouts if layout.params_path is not None]
+    tuning, vision = FULL, None
+    paths = []
     for layout in layouts:
         kind = str(_read_json(layout.folder / "meta.json").get("llama_type", "llama"))
+        vision = _vision(layout, kind) or vision
+        if layout.tower is not None:
+            continue
+        paths += [] if layout.params_path is None else [layout.params_path]
         if layout.format == "huggingface" and layout.params_path is not None:
             read = read_huggingface(layout.params_path)[0]
             union |= read.base().to_params()
@@ -183,7 +193,21 @@ def read_config(layouts: Sequence[Layout]) -> ModelConfig | None:
     if not paths:
         return None
     config = config_from_params(union, " and ".join(map(str, paths)))
-    return replace(config, tuning=tuning.at_depth(config.n_layers))
+    return replace(config, tuning=tuning.at_depth(config.n_layers), vision=vision)
+
+
+def _vision(layout: Layout, kind: str) -> Vision | None:
+    """What a checkpoint sees with; LLaMA2-Accessory's say no more than their kind."""
+    if layout.tower is not None:
+        return layout.tower
+    if (layout.folder / VISION_FILE).is_file():
+        return read_vision(layout.folder / VISION_FILE)
+    return QFormerVision() if kind.startswith("llama_qformerv2") else None
+
+
+def without_towers(layouts: Sequence[Layout]) -> list[Layout]:
+    """The LLaMA's checkpoints: beside a tower lie a tokenizer and settings that are not its."""
+    return [layout for layout in layouts if layout.tower is None]
 
 
 def check_order(layouts: Sequence[Layout]) -> None:

@@ -13,14 +13,17 @@ from llama_acc.core.checkpoint.huggingface import meta_name, read_huggingface, r
 from llama_acc.core.checkpoint.layout import Layout, check_order
 from llama_acc.core.checkpoint.parts import Part, Piece
 from llama_acc.core.checkpoint.quantised import quantised, quantised_parts, read_quantization
+from llama_acc.core.checkpoint.towers import tower_name
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.model.layers import Linear
 from llama_acc.core.model.sharding import split_dimension
 from llama_acc.core.model.transformer import Transformer, store_quantised
+from llama_acc.core.model.vision import Tower
+from llama_acc.core.model.vision_config import Vision
 from llama_acc.core.parallel import local_part
 
 _PREFIX = "llma."
-_BUFFERS = {"rope.freqs"}  # in Meta's files; it follows from the shape
+_BUFFERS = ("rope.freqs", ".position_ids")  # in others' files; they follow from the shape
 
 
 @dataclass
@@ -86,7 +89,7 @@ def open_shard(path: object) -> Shard:
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path} is not a checkpoint: a mapping from names to tensors is expected")
     named = {str(name).removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
-    named = {name: tensor for name, tensor in named.items() if name not in _BUFFERS}
+    named = {name: tensor for name, tensor in named.items() if not name.endswith(_BUFFERS)}
     return Shard(named, set(named) if is_mapped else set())
 
 
@@ -200,6 +203,8 @@ def open_checkpoint(layout: Layout) -> Weights:
     Raises:
         UserError: an unreadable file.
     """
+    if layout.tower is not None:
+        return _open_tower(layout, layout.tower)
     return _open_huggingface(layout) if layout.format == "huggingface" else _join(layout)
 
 
@@ -279,6 +284,18 @@ def _open_huggingface(layout: Layout) -> Weights:
     return weights
 
 
+def _open_tower(layout: Layout, vision: Vision) -> Weights:
+    weights = Weights()
+    for path in layout.shards:
+        shard = open_safetensors(path)
+        for theirs, tensor in shard.tensors.items():
+            name = tower_name(vision, theirs)
+            if name is not None:
+                weights.tensors[name] = Part.of(tensor, theirs in shard.mapped)
+    weights.shapes = {name: part.shape for name, part in weights.tensors.items()}
+    return weights
+
+
 def check_tensors(weights: Weights, shapes: Mapping[str, tuple[int, ...]], where: object) -> None:
     """Compares names, shapes and types of the whole parameters, over all shards, with what the model needs.
 
@@ -326,6 +343,16 @@ def fill(model: Transformer, weights: Weights, device: torch.device, dtype: torc
         if value is None:
             value = part.to(dtype, device)
         setattr(owner, leaf, torch.nn.Parameter(value, requires_grad=parameter.requires_grad))
+
+
+def fill_tower(tower: Tower, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
+    """Puts a tower's weights, which are used up, in place of its parameters; as in `fill`, they may stay mapped."""
+    for name, _ in list(tower.named_parameters()):
+        part = weights.tensors.pop(tower.vision.tower_prefix + name)
+        value = part.in_place(dtype, device)
+        owner, _, leaf = name.rpartition(".")
+        value = part.to(dtype, device) if value is None else value
+        setattr(tower.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False))
 
 
 def load_parameters(model: Transformer, weights: Weights) -> None:

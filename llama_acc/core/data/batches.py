@@ -5,11 +5,14 @@ The first depends on data, seed, epoch and `global_batch_size` only, so a run is
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IGNORED = -100
 """The target of a position that is not trained."""
@@ -117,14 +120,36 @@ def _deal_tightly(
 
 
 class Documents(Protocol):
-    """What batches are built from: a `Dataset`."""
+    """What batches are built from."""
 
     def document(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]: ...
 
 
+class SeenDocuments(Documents, Protocol):
+    """What batches with images are built from: a `Dataset`."""
+
+    def images(self, i: int) -> Sequence[str]: ...
+
+    def image_start(self, i: int) -> int: ...
+
+
+class ImageAt(NamedTuple):
+    """An image of a micro-batch.
+
+    Attributes:
+        reference: what it is, see `images`.
+        document: of the data set, the one it belongs to.
+        nth: which of that document's images it is, from 0.
+    """
+
+    reference: str
+    document: int
+    nth: int
+
+
 @dataclass(frozen=True)
 class MicroBatch:
-    """Documents end to end, without padding. T is the sum of `lengths`."""
+    """Documents end to end, without padding. T is the sum of `lengths`; I the number of their images."""
 
     tokens: NDArray[np.int64]
     """[T]"""
@@ -134,6 +159,14 @@ class MicroBatch:
     """[T]: from 0 in each document."""
     lengths: list[int]
     """Tokens of each document."""
+    images: tuple[ImageAt, ...] = ()
+    """[I]: in the order of the stream."""
+    image_documents: tuple[int, ...] = ()
+    """[I]: which document of this micro-batch each belongs to."""
+    image_places: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """[I * positions]: where they stand in the stream; what `tokens` has there does not matter."""
+    inputs: "Tensor | None" = None
+    """[I, ...]: what a model takes of them; see `core.eyes`."""
 
 
 def build(dataset: Documents, items: Sequence[int]) -> MicroBatch:
@@ -149,6 +182,23 @@ def build(dataset: Documents, items: Sequence[int]) -> MicroBatch:
         positions=np.concatenate([np.arange(len(tokens), dtype=np.int64) for tokens, _ in documents]),
         lengths=[len(tokens) for tokens, _ in documents],
     )
+
+
+def build_seen(dataset: SeenDocuments, items: Sequence[int], positions: int) -> MicroBatch:
+    """As `build`, of documents that may have images, each of which takes so many positions."""
+    batch = build(dataset, items)
+    images: list[ImageAt] = []
+    owners: list[int] = []
+    places = [np.zeros(0, dtype=np.int64)]
+    begin = 0
+    for number, item in enumerate(items):
+        references = dataset.images(item)
+        images += [ImageAt(reference, item, nth) for nth, reference in enumerate(references)]
+        owners += [number] * len(references)
+        first = begin + dataset.image_start(item)
+        places.append(np.arange(first, first + positions * len(references), dtype=np.int64))
+        begin += batch.lengths[number]
+    return replace(batch, images=tuple(images), image_documents=tuple(owners), image_places=np.concatenate(places))
 
 
 def _targets(tokens: NDArray[np.int32], labelled: NDArray[np.bool_]) -> NDArray[np.int64]:

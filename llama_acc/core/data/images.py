@@ -191,9 +191,13 @@ def pixels(job: ImageJob) -> NDArray[np.uint8]:
 
 
 def normalised(pixels: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
-    """Pixels [..., 3, H, W] from 0 to 255 as CLIP's encoders want them: (x / 255 - mean) / std, on their device."""
-    mean, std = (pixels.new_tensor(values, dtype=dtype).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    return (pixels.to(dtype) / 255 - mean) / std
+    """Pixels [..., 3, H, W] from 0 to 255 as CLIP's encoders want them: (x / 255 - mean) / std, on their device.
+
+    They are computed in float32, and rounded to `dtype` once.
+    """
+    wide = pixels.float()
+    mean, std = (wide.new_tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return ((wide / 255 - mean) / std).to(dtype)
 
 
 def random_box(width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:

@@ -29,7 +29,7 @@ class Prefix(NamedTuple):
     """What zero-init attention has in one block.
 
     Attributes:
-        vectors: [prefix_len, dim].
+        vectors: [prefix_len, dim], or of each document its own, [documents, prefix_len, dim].
         gate: [H] of this rank's heads.
         new_gate: a number, or None.
     """
@@ -40,10 +40,17 @@ class Prefix(NamedTuple):
 
 
 class PrefixHeads(NamedTuple):
-    """The keys and values that a block makes of its prefix, [K, prefix_len, D] each. They have no position."""
+    """What a block makes of a prefix. It has no position.
+
+    Attributes:
+        keys: [K, prefix_len, D].
+        values: the same.
+        common: every document has it that has none of its own.
+    """
 
     keys: Tensor
     values: Tensor
+    common: bool
 
 
 class LayerCache:
@@ -87,8 +94,11 @@ class KVCache:
         self.length = 0
 
     def truncate(self, length: int) -> None:
-        """Forgets every position from `length` on."""
+        """Forgets every position from `length` on; of nothing left, the prefix is forgotten, too."""
         self.length = min(self.length, length)
+        if not self.length:
+            for layer in self.layers:
+                layer.prefix = None
 
 
 class Attend(Protocol):
@@ -96,22 +106,29 @@ class Attend(Protocol):
 
     Attributes:
         rotations: [T, D/2], of the positions of the queries.
+        lengths: tokens of each document.
     """
 
     rotations: Tensor
+    lengths: Sequence[int]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[T, H*D], [T, K*D], [T, K*D] to the heads' outputs side by side, [T, H*D]."""
 
-    def prefix_heads(self, make: Callable[[], PrefixHeads]) -> PrefixHeads:
-        """What `make` gives, or has given before."""
+    def prefix_heads(self, common: bool, make: Callable[[], list[PrefixHeads]]) -> list[PrefixHeads]:
+        """What `make` gives, or has given before: one for all documents, or one for each.
+
+        Args:
+            common: `make` gives one for all documents.
+            make: makes them.
+        """
 
 
 class DocumentAttention:
     """Causal attention within the documents of a stream, whose lengths sum to T; rotations are [T, D/2]."""
 
     def __init__(self, lengths: Sequence[int], rotations: Tensor) -> None:
-        self.lengths = list(lengths)
+        self.lengths: Sequence[int] = list(lengths)
         self.rotations = rotations
 
     # Document lengths differ in every batch: torch.compile would make a new graph for each.
@@ -125,7 +142,7 @@ class DocumentAttention:
         k = rotate(k.unflatten(-1, heads), self.rotations)
         return attend_documents(q, k, v.unflatten(-1, heads), self.lengths).flatten(1)
 
-    def prefix_heads(self, make: Callable[[], PrefixHeads]) -> PrefixHeads:
+    def prefix_heads(self, common: bool, make: Callable[[], list[PrefixHeads]]) -> list[PrefixHeads]:
         """See `Attend`."""
         return make()
 
@@ -209,12 +226,18 @@ class CachedAttention:
             outputs.append(attend_cached(q[document], *layer.append(k[document], v[document], start)))
         return torch.cat(outputs).flatten(1)
 
-    def prefix_heads(self, make: Callable[[], PrefixHeads]) -> PrefixHeads:
-        """See `Attend`. All documents have the same."""
-        first = self.layers[0]
-        if first.prefix is None:
-            first.prefix = make()
-        return first.prefix
+    def prefix_heads(self, common: bool, make: Callable[[], list[PrefixHeads]]) -> list[PrefixHeads]:
+        """See `Attend`."""
+        known = [layer.prefix for layer in self.layers if layer.prefix is not None]
+        made: list[PrefixHeads] = []
+        if len(known) < len(self.layers):
+            shared = [heads for heads in known if heads.common]
+            made = shared[:1] if common and shared else make()
+        for document, layer in enumerate(self.layers):
+            if layer.prefix is None:
+                layer.prefix = made[0 if common else document]
+        heads = [layer.prefix for layer in self.layers if layer.prefix is not None]
+        return heads[:1] if all(other is heads[0] for other in heads) else heads
 
 
 class Attention(nn.Module):
@@ -244,22 +267,33 @@ class Attention(nn.Module):
     def _to_prefix(self, q: Tensor, prefix: Prefix, attend: Attend) -> Tensor:
         """Zero-init attention: what the queries [T, H*D] get from the prefix, times its gates."""
 
-        def make() -> PrefixHeads:
-            vectors = prefix.vectors.to(q.dtype)
-            keys, values = (linear(vectors).unflatten(-1, heads).transpose(0, 1) for linear in (self.wk, self.wv))
-            return PrefixHeads(keys, values)
+        def make() -> list[PrefixHeads]:
+            vectors = (prefix.vectors.unsqueeze(0) if common else prefix.vectors).to(q.dtype)
+            keys, values = (linear(vectors).unflatten(-1, heads).transpose(1, 2) for linear in (self.wk, self.wv))
+            return [PrefixHeads(*both, common) for both in zip(keys, values, strict=True)]
 
-        heads = (-1, 2 * attend.rotations.shape[-1])
-        keys, values = attend.prefix_heads(make)
+        heads, common = (-1, 2 * attend.rotations.shape[-1]), prefix.vectors.dim() == 2
+        prefixes = attend.prefix_heads(common, make)
         q = rotate(q.unflatten(-1, heads), attend.rotations)
-        output = F.scaled_dot_product_attention(
-            _batch(q), keys.unsqueeze(0), values.unsqueeze(0), enable_gqa=q.shape[1] != keys.shape[0]
-        )
+        if len(prefixes) == 1:
+            output = _attend_prefix(q, prefixes[0])
+        else:
+            documents = zip(_slices(attend.lengths), prefixes, strict=True)
+            output = torch.cat([_attend_prefix(q[document], own) for document, own in documents])
         gate = prefix.gate.tanh()
         if prefix.new_gate is not None:
             # On every rank it is the same, and of its gradient each has a part.
             gate = gate * copied(prefix.new_gate, self.wk.group)
-        return (output.squeeze(0).transpose(0, 1) * gate.to(q.dtype).unsqueeze(-1)).flatten(1)
+        return (output * gate.to(q.dtype).unsqueeze(-1)).flatten(1)
+
+
+def _attend_prefix(q: Tensor, prefix: PrefixHeads) -> Tensor:
+    """All queries [T, H, D] to all of a prefix, [T, H, D]."""
+    keys, values = prefix.keys, prefix.values
+    output = F.scaled_dot_product_attention(
+        _batch(q), keys.unsqueeze(0), values.unsqueeze(0), enable_gqa=q.shape[1] != keys.shape[0]
+    )
+    return output.squeeze(0).transpose(0, 1)
 
 
 def attend_documents(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -4,17 +4,20 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from llama_acc.core.errors import UserError, did_you_mean, listed
 from llama_acc.core.model.tuning import FULL, Shapes, Tuning
+from llama_acc.core.model.vision_config import SECOND_STAGE, Vision, VisionTraining
 
 # Written into params.json or config.json by others, without meaning for the computation.
 _BLOCK = [("attention", name) for name in ("wq", "wk", "wv", "wo")] + [
     ("feed_forward", name) for name in ("w1", "w2", "w3")
 ]
 _IGNORED = {"max_batch_size", "trainable_mode", "load_pretrained_visual_encoder"}
+_NOT_SHAPE = {"tuning", "vision", "vision_training"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class ModelConfig:
         max_seq_len: longest sequence meant to be used.
         rope_scaling: factor the positions are multiplied by, or None.
         tuning: what a tuning method adds to it.
+        vision: what lets it see, or None.
+        vision_training: what trains of that.
     """
 
     dim: int
@@ -48,6 +53,8 @@ class ModelConfig:
     max_seq_len: int = 2048
     rope_scaling: float | None = None
     tuning: Tuning = FULL
+    vision: Vision | None = None
+    vision_training: VisionTraining = SECOND_STAGE
 
     @property
     def head_dim(self) -> int:
@@ -84,7 +91,29 @@ class ModelConfig:
         for layer in range(self.n_layers):
             shapes |= {f"layers.{layer}.{name}": shape for name, shape in block.items()}
         shapes |= {"norm.weight": (self.dim,), "output.weight": (self.vocab_size, self.dim)}
-        return shapes | self.tuning.added_to_model(self.dim, self.n_heads)
+        shapes |= self.tuning.added_to_model(self.dim, self.n_heads)
+        return shapes if self.vision is None else shapes | self.vision_parts | self.vision.tower_shapes()
+
+    @cached_property
+    def vision_parts(self) -> Shapes:
+        """Names and full shapes of what vision adds to the LLaMA; the tower, which is apart, is not among them."""
+        return {} if self.vision is None else self.vision.part_shapes(self.dim, self.tuning.prefix_len)
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter is trained."""
+        if self.vision is not None:
+            if name in self.vision_parts:
+                return self.vision.part_trains(name, self.vision_training, self.tuning)
+            if self.vision.tower_prefix and name.startswith(self.vision.tower_prefix):
+                return False
+            if not self.vision.lets_train(name, self.vision_training):
+                return False
+        return self.tuning.trains(name)
+
+    @property
+    def llama_type(self) -> str:
+        """LLaMA2-Accessory's name of the kind of model, for meta.json."""
+        return self.tuning.llama_type if self.vision is None else self.vision.llama_type(self.tuning)
 
     def quantisable(self, output: bool) -> list[str]:
         """Names of the matrices that NF4 is for: those of the blocks, and the output matrix if wanted."""
@@ -94,8 +123,12 @@ class ModelConfig:
         return names + (["output.weight"] if output else [])
 
     def base(self) -> "ModelConfig":
-        """The shape without what a tuning method adds."""
-        return replace(self, tuning=FULL)
+        """The shape without what a tuning method or vision adds."""
+        return replace(self, tuning=FULL, vision=None, vision_training=SECOND_STAGE)
+
+    def base_shapes(self) -> Shapes:
+        """Names and full shapes of the LLaMA and the tower, of what there is before anything is tuned."""
+        return self.base().parameter_shapes() | ({} if self.vision is None else self.vision.tower_shapes())
 
     def parameter_count(self) -> int:
         """Number of parameters, from the shape alone."""
@@ -109,7 +142,7 @@ class ModelConfig:
 
     def to_params(self) -> dict[str, Any]:
         """The mapping params.json holds: what is set, under LLaMA2-Accessory's names."""
-        shape = {key: value for key, value in asdict(self).items() if value is not None and key != "tuning"}
+        shape = {key: value for key, value in asdict(self).items() if value is not None and key not in _NOT_SHAPE}
         return shape | self.tuning.to_arguments()
 
     def with_vocabulary(self, pieces: int) -> "ModelConfig":
@@ -138,7 +171,7 @@ def config_from_params(params: Mapping[str, Any], source: object = "model.params
     Raises:
         UserError: unknown, missing or impossible values, all of them listed.
     """
-    known = {field.name: field for field in fields(ModelConfig) if field.name != "tuning"}
+    known = {field.name: field for field in fields(ModelConfig) if field.name not in _NOT_SHAPE}
     problems = []
     values: dict[str, Any] = {}
     for key, value in params.items():
@@ -167,7 +200,7 @@ def _impossible(config: ModelConfig) -> list[str]:
     problems = [
         f"{key} must be positive, not {value}"
         for key, value in asdict(config).items()
-        if key not in ("vocab_size", "tuning") and value is not None and value <= 0
+        if key not in ("vocab_size", *_NOT_SHAPE) and value is not None and value <= 0
     ]
     if config.vocab_size < 1 and config.vocab_size != -1:
         problems.append(f"vocab_size must be positive, or -1 for the tokenizer's, not {config.vocab_size}")

@@ -1,12 +1,14 @@
 """LLaMA: a decoder-only transformer with RMSNorm, rotary positions, SwiGLU and grouped-query attention.
 
-It computes on a stream: documents laid end to end, with no padding and no batch dimension. Its layers may be split over
-a model-parallel group; it knows nothing of devices, training precision, activation checkpointing, compilation or data
+It computes on a stream: documents laid end to end, with no padding and no batch dimension. Some of the stream's vectors
+may come from images instead of tokens, see `vision`. Its layers may be split over a model-parallel group; it knows
+nothing of devices, training precision, activation checkpointing, compilation or data
 parallelism: those are applied from outside. Parameter names are those of Meta's checkpoints.
 
 Shapes: T tokens of the stream, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Container, Sequence
 from functools import partial
 from operator import add
@@ -39,10 +41,13 @@ from llama_acc.core.model.layers import (
 from llama_acc.core.model.nf4 import Scales, quantise
 from llama_acc.core.model.sharding import local_shape, split_dimension
 from llama_acc.core.model.tuning import FULL
+from llama_acc.core.model.vision import Images, add_sight
 from llama_acc.core.parallel import Parallel, local_part
 
 _ALONE = Parallel()
 _ADDED = 500_000  # no model has so many parameters of its own
+_ONES = ("norm.weight", "norm1.weight", "norm2.weight", "qformer_proj.1.weight", "prefix_new_gate")
+_ZEROS = (".bias", ".lora_b.weight", "prefix_gate")
 
 
 class FeedForward(nn.Module):
@@ -88,6 +93,7 @@ class Transformer(nn.Module):
         config: its shape, that of the whole model.
         parallel: which part of it is here.
         dtype: type of the activations; parameters may be kept in another.
+        sight: how images come into the stream, or None.
         run_block: calls a block on its arguments; activation checkpointing puts itself here.
         prefix: see `tuning`; this and the next two are there if the method has them.
         prefix_gate: of this rank's heads.
@@ -109,6 +115,7 @@ class Transformer(nn.Module):
         self.output = ColumnParallelLinear(config.dim, config.vocab_size, parallel)
         for name, shape in config.tuning.added_to_model(config.dim, config.n_heads).items():
             self.register_parameter(name, nn.Parameter(torch.empty(local_shape(name, shape, parallel.model_size))))
+        self.sight = add_sight(self, config)
         self.run_block: Callable[[nn.Module, Tensor, Attend, Prefix | None], Tensor] = _call
         self._rotations: Tensor | None = None
 
@@ -120,6 +127,7 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         loss_scale: float = 1.0,
         caches: Sequence[KVCache] | None = None,
+        images: Images | None = None,
     ) -> Tensor:
         """The stream's last hidden states, or its loss if `targets` are given.
 
@@ -130,11 +138,14 @@ class Transformer(nn.Module):
             targets: [T] the token to predict at each place, -100 = none.
             loss_scale: factor on the summed loss.
             caches: the past of each document, which its tokens continue; they are advanced.
+            images: those of the stream; what `tokens` has at their places does not matter.
 
         Returns:
             [T, dim] normed hidden states, for `logits`; or the float32 scalar loss_scale * sum of cross-entropies.
         """
-        x = self.tok_embeddings(tokens, self.dtype)
+        x, added = self.tok_embeddings(tokens, self.dtype), None
+        if self.sight is not None:
+            x, added = self.sight(x, images, len(lengths))
         starts = [0] * len(lengths) if caches is None else [cache.length for cache in caches]
         rotations = self._rotations_at(positions, max(map(add, starts, lengths)))
         documents = DocumentAttention(lengths, rotations)
@@ -142,7 +153,7 @@ class Transformer(nn.Module):
             attend: Attend = documents
             if caches is not None:
                 attend = CachedAttention([cache.layers[i] for cache in caches], starts, lengths, rotations)
-            x = self.run_block(layer, x, attend, self._prefix_of(i))
+            x = self.run_block(layer, x, attend, self._prefix_of(i, added))
         if caches is not None:
             for cache, length in zip(caches, lengths, strict=True):
                 cache.length += length
@@ -161,14 +172,15 @@ class Transformer(nn.Module):
         """Hidden states [..., dim] to float32 logits [..., V]."""
         return gathered(self.output(hidden), self.output.group).float()
 
-    def _prefix_of(self, layer: int) -> Prefix | None:
-        """What zero-init attention has in a block."""
+    def _prefix_of(self, layer: int, added: Tensor | None) -> Prefix | None:
+        """What zero-init attention has in a block; `added`: [documents, prefix_len, dim], to what it has of its own."""
         tuning = self.config.tuning
         place = layer - self.config.n_layers + tuning.prefix_layers
         if not tuning.what.prefix or place < 0:
             return None
         new_gate = self.prefix_new_gate[place] if tuning.prefix_new_gate else None
-        return Prefix(self.prefix[place, 0], self.prefix_gate[place], new_gate)
+        vectors = self.prefix[place, 0] if added is None else self.prefix[place].to(added.dtype) + added
+        return Prefix(vectors, self.prefix_gate[place], new_gate)
 
     def _rotations_at(self, positions: Tensor, length: int) -> Tensor:
         table = self._rotations
@@ -193,7 +205,7 @@ def build_on_meta(config: ModelConfig, dtype: torch.dtype, parallel: Parallel = 
 def freeze_untrained(model: Transformer) -> None:
     """Keeps what the tuning method does not train out of it, in the type of the activations. Call it on meta."""
     for name, parameter in list(model.named_parameters()):
-        if model.config.tuning.trains(name):
+        if model.config.trains(name):
             continue
         owner, _, leaf = name.rpartition(".")
         frozen = nn.Parameter(parameter.detach().to(model.dtype), requires_grad=False)
@@ -252,8 +264,9 @@ def initialise(model: Transformer, seed: int, only: Container[str] | None = None
     """Fills every parameter with random values: normal with standard deviation 0.02, ones for norms.
 
     The matrices that write into the residual stream are scaled by 1/sqrt(2 * n_layers) (GPT-2's rule), so that its
-    variance does not grow with depth. Each parameter has its own generator, made from (seed, place), so a parameter's
-    values do not depend on the others, nor on how the model is split, nor on what a tuning method adds.
+    variance does not grow with depth. What vision adds is as in LLaMA2-Accessory. Each parameter has its own generator,
+    made from (seed, place), so a parameter's values do not depend on the others, nor on how the model is split, nor on
+    what a tuning method adds.
 
     Args:
         model: its parameters have storage.
@@ -261,7 +274,7 @@ def initialise(model: Transformer, seed: int, only: Container[str] | None = None
         only: names of those to fill; None = all.
     """
     residual = (2 * model.config.n_layers) ** -0.5
-    shapes = model.config.parameter_shapes()
+    shapes, parts = model.config.parameter_shapes(), model.config.vision_parts
     base = model.config.base().parameter_shapes()
     places = {name: place for place, name in enumerate(name for name, _ in model.named_parameters() if name in base)}
     places |= {name: _ADDED + place for place, name in enumerate(name for name in shapes if name not in base)}
@@ -270,27 +283,44 @@ def initialise(model: Transformer, seed: int, only: Container[str] | None = None
             if only is not None and name not in only:
                 continue
             local = local_part(parameter)
-            if name.endswith(("norm.weight", "prefix_new_gate")):
+            if name.endswith(_ONES):
                 local.tensor.fill_(1.0)
                 continue
-            if name.endswith((".bias", ".lora_b.weight", "prefix_gate")):
+            if name.endswith(_ZEROS):
                 local.tensor.zero_()
                 continue
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + places[name])
             whole = torch.empty(shapes[name])
-            if name.endswith(".lora_a.weight"):
-                nn.init.trunc_normal_(whole, std=0.02, generator=generator)
-            elif name == "prefix":
-                whole.normal_(generator=generator)
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + places[name])
+            if name in parts:
+                _fill_part(name, whole, generator)
             else:
-                std = 0.02 * (residual if name.endswith(("wo.weight", "w2.weight")) else 1.0)
-                whole.normal_(0.0, std, generator=generator)
+                _fill_matrix(name, whole, generator, residual)
             own = own_part(name, whole, model.parallel)
             if local.tensor.is_floating_point():
                 local.tensor.copy_(own[local.rows])
             else:
                 device = local.tensor.device
                 store_quantised(model, name, *quantise(partial(_rows, own, device), tuple(own.shape), device))
+
+
+def _fill_part(name: str, whole: Tensor, generator: torch.Generator) -> None:
+    """What vision adds: by torch's own rule for linear layers and convolutions, or as LLaMA2-Accessory has it."""
+    if name.endswith(".weight"):
+        bound = math.prod(whole.shape[1:]) ** -0.5
+        whole.uniform_(-bound, bound, generator=generator)
+    elif name in ("start_img", "end_img"):
+        whole.uniform_(generator=generator)
+    else:
+        whole.normal_(0.0, 1.0 if name == "visual_query" else 0.02, generator=generator)
+
+
+def _fill_matrix(name: str, whole: Tensor, generator: torch.Generator, residual: float) -> None:
+    if name.endswith(".lora_a.weight"):
+        nn.init.trunc_normal_(whole, std=0.02, generator=generator)
+    elif name == "prefix":
+        whole.normal_(generator=generator)
+    else:
+        whole.normal_(0.0, 0.02 * (residual if name.endswith(("wo.weight", "w2.weight")) else 1.0), generator=generator)
 
 
 def _rows(matrix: Tensor, device: torch.device, start: int, stop: int) -> Tensor:

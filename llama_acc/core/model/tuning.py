@@ -51,6 +51,8 @@ METHODS = {
     "lora_bias_norm": Method(bias=MATRICES, norm=True, lora=16),
     # Keys and values are also made of the prefix, where LLaMA2-Accessory has no biases.
     "adapter": Method(bias=("wq", "wo", "w1", "w2", "w3"), norm=True, lora=0, prefix=True),
+    # Only what vision adds is trained.
+    "frozen": Method(),
 }
 PREFIX_LENGTH = 10
 _KEYS = ("lora_rank", "bias_tuning", "norm_tuning", "prefix_layers", "prefix_len", "use_prefix_new_gate")
@@ -135,13 +137,18 @@ class Tuning:
         return replace(self, prefix_layers=self.prefix_layers or n_layers) if self.what.prefix else self
 
     @property
+    def adds(self) -> bool:
+        """Whether the method adds parameters."""
+        return not self.what.everything and self.what != Method()
+
+    @property
     def llama_type(self) -> str:
         """LLaMA2-Accessory's name of the kind of model, for meta.json."""
-        return "llama" if self.what.everything else "llama_adapter" if self.what.prefix else "llama_peft"
+        return "llama_adapter" if self.what.prefix else "llama_peft" if self.adds else "llama"
 
     def to_arguments(self) -> dict[str, Any]:
         """LLaMA2-Accessory's arguments of the model, for config.json."""
-        if self.what.everything:
+        if not self.adds:
             return {}
         arguments: dict[str, Any] = {"lora_rank": self.lora_rank or -1, "bias_tuning": bool(self.what.bias)}
         if not self.what.prefix:
@@ -172,7 +179,7 @@ def tuning_of(llama_type: str, arguments: Mapping[str, Any]) -> tuple[Tuning, di
         UserError: a kind, a value or a combination that is not known.
     """
     rest = {key: value for key, value in arguments.items() if key not in _KEYS}
-    if llama_type == "llama":
+    if llama_type in ("llama", "llama_qformerv2"):
         return FULL, dict(arguments)
     # What is absent has LLaMA2-Accessory's defaults.
     rank = max(_whole_number(arguments, "lora_rank", -1), 0)
@@ -184,10 +191,10 @@ def tuning_of(llama_type: str, arguments: Mapping[str, Any]) -> tuple[Tuning, di
         length = _whole_number(arguments, "prefix_len", 30)
         new_gate = bool(arguments.get("use_prefix_new_gate", False))
         return Tuning("adapter", rank, layers, length, new_gate), rest
-    if llama_type != "llama_peft":
+    if llama_type not in ("llama_peft", "llama_qformerv2_peft"):
         raise UserError(
             f"it is a checkpoint of kind '{llama_type}', which cannot be read",
-            "known kinds: llama, llama_peft, llama_adapter",
+            "known kinds: llama, llama_peft, llama_adapter, llama_qformerv2, llama_qformerv2_peft",
         )
     has_norm = bool(arguments.get("norm_tuning", True))
     for name, method in METHODS.items():

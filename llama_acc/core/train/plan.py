@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 
 from llama_acc.core.checkpoint.base import TrainedQuantised, check_base, check_quantised_base
-from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config
+from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config, without_towers
 from llama_acc.core.checkpoint.quantised import read_quantization
 from llama_acc.core.checkpoint.resume import FORMAT_VERSION, read_progress
 from llama_acc.core.checkpoint.save import DTYPES, free_bytes, needed_bytes
 from llama_acc.core.checkpoint.shards import Weights, check_tensors, read_weights
+from llama_acc.core.checkpoint.towers import check_tower
 from llama_acc.core.data.cache import EntryStore
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.data.findings import KINDS as FINDINGS
@@ -29,7 +30,7 @@ from llama_acc.core.model.config import ModelConfig, config_from_params, named_s
 from llama_acc.core.model.nf4 import nbytes, packed_shape
 from llama_acc.core.model.sharding import check_divides
 from llama_acc.core.model.transformer import Transformer, build_on_meta, freeze_untrained, quantise_on_meta
-from llama_acc.core.model.tuning import FULL, check_tuning
+from llama_acc.core.model.tuning import FULL, Shapes, check_tuning
 from llama_acc.core.parallel import Parallel
 from llama_acc.core.recipe import RECIPES_FOLDER, Recipe
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
@@ -83,7 +84,7 @@ class Plan:
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and full shapes of the parameters that train."""
-        trains = self.config.tuning.trains
+        trains = self.config.trains
         return {name: shape for name, shape in self.config.parameter_shapes().items() if trains(name)}
 
     def trained_count(self) -> int:
@@ -107,7 +108,7 @@ class Plan:
 
     def saves(self, name: str) -> bool:
         """Whether a parameter's weights are saved."""
-        return not self.recipe.checkpoint.trainable_only or self.config.tuning.trains(name)
+        return not self.recipe.checkpoint.trainable_only or self.config.trains(name)
 
     def checkpoint_bytes(self) -> int:
         """Size of one checkpoint on disk."""
@@ -251,7 +252,7 @@ def make_plan(
         UserError: the first group of problems found.
     """
     # A resumed run has weights of its own; of what does not train it may have none.
-    has_all = resumes and recipe.tuning.method == "full"
+    has_all = resumes and not has_frozen(recipe)
     layouts, config, tokenizer = find_model(recipe, recipe_folder, weights_may_be_absent=dry_run or has_all)
     if recipe.data.max_tokens > config.max_seq_len:
         raise UserError(
@@ -266,6 +267,12 @@ def make_plan(
     return Plan(recipe, config, tokenizer, layouts, train, validation, report, steps_per_epoch, total)
 
 
+def has_frozen(recipe: Recipe) -> bool:
+    """Whether a run has weights that do not train."""
+    vision = recipe.vision.resolved()
+    return recipe.tuning.method != "full" or (vision is not None and not vision.trains_encoder)
+
+
 def find_model(
     recipe: Recipe, recipe_folder: Path | None, *, weights_may_be_absent: bool
 ) -> tuple[list[Layout], ModelConfig, Tokenizer]:
@@ -275,7 +282,7 @@ def find_model(
         UserError: one of them is missing or damaged, or they do not go together.
     """
     layouts = _layouts(recipe, weights_may_be_absent)
-    config = _with_tuning(recipe, _config(recipe, layouts, recipe_folder))
+    config = _with_tuning(recipe, _with_vision(recipe, _config(recipe, layouts, recipe_folder)))
     check_base(layouts, config)
     for layout in layouts:
         _check_quantised(recipe, layout)
@@ -351,6 +358,19 @@ def _with_tuning(recipe: Recipe, config: ModelConfig) -> ModelConfig:
     return replace(config, tuning=tuning)
 
 
+def _with_vision(recipe: Recipe, config: ModelConfig) -> ModelConfig:
+    """The shape with what the recipe says of vision; a checkpoint's own sizes win."""
+    wanted = recipe.vision.resolved()
+    if wanted is None:
+        return config
+    if config.vision is not None and config.vision.encoder != wanted.encoder:
+        raise UserError(
+            f"the checkpoint sees with encoder '{config.vision.encoder}', the recipe says '{wanted.encoder}'",
+            f"set vision.encoder={config.vision.encoder}",
+        )
+    return replace(config, vision=config.vision or wanted, vision_training=recipe.vision.training())
+
+
 def _beside(name: str, recipe_folder: Path | None) -> Path:
     if name.startswith("shipped:"):
         return RECIPES_FOLDER / name.removeprefix("shipped:")
@@ -363,7 +383,7 @@ def _beside(name: str, recipe_folder: Path | None) -> Path:
 def _tokenizer_path(recipe: Recipe, layouts: list[Layout], recipe_folder: Path | None) -> Path:
     if recipe.model.tokenizer is not None:
         return _beside(recipe.model.tokenizer, recipe_folder)
-    for layout in reversed(layouts):
+    for layout in reversed(without_towers(layouts)):
         if (path := find_tokenizer(layout.folder)) is not None:
             return path
     where = f" in {' or '.join(str(layout.folder) for layout in layouts)}" if layouts else ""
@@ -463,12 +483,32 @@ def read_base(plan: Plan, parallel: Parallel) -> Weights | None:
         return None
     weights = read_weights(plan.layouts, parallel.model_rank, parallel.model_size)
     where = " and ".join(str(layout.folder) for layout in plan.layouts)
-    # A base has nothing of what the method adds, a checkpoint of a tuned model all of it.
-    added = plan.config.parameter_shapes().keys() - plan.config.base().parameter_shapes().keys()
-    is_tuned = any(name in weights.tensors for name in added)
-    config = plan.config if is_tuned else plan.config.base()
-    check_tensors(weights, config.parameter_shapes(), where)
+    check_tensors(weights, _needed(plan.config, weights, where), where)
     return weights
+
+
+def _needed(config: ModelConfig, weights: Weights, where: str) -> Shapes:
+    """What a run's base must hold.
+
+    A base has nothing of what the method adds, a checkpoint of a tuned model all of it; so it is with vision.
+
+    Raises:
+        UserError: it has no vision tower, or in stage two nothing of what stage one trains.
+    """
+    needed, parts = config.base_shapes(), config.vision_parts
+    check_tower(config.vision, weights.tensors, where)
+    added = config.parameter_shapes().keys() - needed.keys() - parts.keys()
+    shapes = config.parameter_shapes()
+    if any(name in weights.tensors for name in added):
+        needed |= {name: shapes[name] for name in added}
+    if any(name in weights.tensors for name in parts):
+        needed |= parts
+    elif parts and config.vision_training.stage == 2:
+        raise UserError(
+            f"{where} has nothing of what stage one of vision trains: {', '.join(list(parts)[:3])}, ...",
+            "give a checkpoint of stage one besides (--pretrained RUN), or train that: vision.stage=1",
+        )
+    return needed
 
 
 def check_disk(plan: Plan, output: Path) -> None:

@@ -27,7 +27,7 @@ from llama_acc.core.train.folder import RunFolder, check_same_run
 from llama_acc.core.train.interrupt import Interrupted, StopRequest, stop_on_signal
 from llama_acc.core.train.loop import Loop
 from llama_acc.core.train.metrics import MetricsLog, read_metrics
-from llama_acc.core.train.plan import Plan, PlannedData, check_disk, make_plan, read_base, saved_step
+from llama_acc.core.train.plan import Plan, PlannedData, check_disk, has_frozen, make_plan, read_base, saved_step
 from llama_acc.core.train.report import write_report
 from llama_acc.core.train.trainer import Trainer
 
@@ -148,7 +148,7 @@ def _weights(plan: Plan, folder: RunFolder, parallel: Parallel) -> Weights | Non
     trained = saved_masters(folder.checkpoint, parallel)
     trained.keep(plan.trained_shapes())
     check_tensors(trained, plan.trained_shapes(), folder.checkpoint)
-    base = None if plan.recipe.tuning.method == "full" else read_base(plan, parallel)
+    base = read_base(plan, parallel) if has_frozen(plan.recipe) else None
     return trained if base is None else base.under(trained)
 
 

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llama_acc.core.data.batches import MicroBatch
 from llama_acc.core.model.transformer import Transformer
+from llama_acc.core.model.vision import Images
 from llama_acc.core.parallel import Parallel
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.optimizer import ClippedAdamW
@@ -31,12 +32,17 @@ class StepResult(NamedTuple):
 
 def forward(model: Transformer, batch: MicroBatch, loss_scale: float, device: torch.device) -> Tensor:
     """The summed cross-entropy of a micro-batch times `loss_scale`, a scalar."""
+    images = None
+    if batch.inputs is not None:
+        places = torch.from_numpy(batch.image_places).to(device, non_blocking=True)
+        images = Images(batch.inputs, places, batch.image_documents)
     loss: Tensor = model(
         torch.from_numpy(batch.tokens).to(device, non_blocking=True),
         torch.from_numpy(batch.positions).to(device, non_blocking=True),
         batch.lengths,
         targets=torch.from_numpy(batch.targets).to(device, non_blocking=True),
         loss_scale=loss_scale,
+        images=images,
     )
     return loss
 

@@ -17,11 +17,12 @@ from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.device import prepare_cpu
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import Transformer, initialise
+from llama_acc.core.model.vision_config import VISION_FILE
 from llama_acc.core.parallel import Parallel, is_sharded, local_part
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.optimizer import ClippedAdamW
-from llama_acc.core.train.plan import Plan, model_on_meta
+from llama_acc.core.train.plan import Plan, has_frozen, model_on_meta
 from llama_acc.core.train.schedule import learning_rate
 from llama_acc.core.train.step import StepResult, apply_activation_checkpointing, apply_compile, evaluate, train_step
 
@@ -101,7 +102,7 @@ class Trainer:
         self._order: tuple[int, np.ndarray] | None = None  # of the epoch under way
         # Of a model of random weights there is no base to belong to.
         self.base_file: bytes | None = None
-        if recipe.checkpoint.trainable_only and recipe.tuning.method != "full" and plan.layouts and parallel.is_main:
+        if recipe.checkpoint.trainable_only and has_frozen(recipe) and plan.layouts and parallel.is_main:
             names = recipe.model.pretrained_list()
             self.base_file = base_of(plan.layouts, plan.config, names, plan.trained_quantised()).to_json()
 
@@ -199,12 +200,14 @@ class Trainer:
         }
         files = {
             "config.json": _json(plan.config.to_params()),
-            "meta.json": _json({"llama_type": plan.config.tuning.llama_type}),
+            "meta.json": _json({"llama_type": plan.config.llama_type}),
             "recipe.yaml": plan.recipe.to_yaml().encode(),
             "template.json": plan.train.template.to_json().encode(),
             "state/progress.json": _json(progress),
             **{file.name: file.read_bytes() for file in plan.tokenizer.files()},
         }
+        if plan.config.vision is not None:
+            files[VISION_FILE] = plan.config.vision.to_json()
         if self.base_file is not None:
             files[BASE_FILE] = self.base_file
         weights = {name: _rows(p, local_part(p).tensor) for name, p in self.model.named_parameters()}

@@ -149,8 +149,8 @@ def test_the_shape_is_the_union_of_what_the_checkpoints_say(tmp_path: Path) -> N
 
 def test_another_kind_of_model_is_refused_by_name(tmp_path: Path) -> None:
     folder_with(tmp_path, "consolidated.00-of-01.model.pth", "config.json")
-    (tmp_path / "meta.json").write_text('{"llama_type": "llama_qformerv2"}')
-    with pytest.raises(UserError, match="it is a checkpoint of kind 'llama_qformerv2'"):
+    (tmp_path / "meta.json").write_text('{"llama_type": "llama_ens"}')
+    with pytest.raises(UserError, match="it is a checkpoint of kind 'llama_ens'"):
         read_config([inspect(tmp_path)])
     (tmp_path / "meta.json").write_text("{")
     with pytest.raises(UserError, match=r"cannot read .*meta\.json"):

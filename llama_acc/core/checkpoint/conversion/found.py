@@ -63,13 +63,20 @@ def find(request: Request) -> Found:
         check_checkpoint(layout.folder, verify=False)
     shapes = config.parameter_shapes()
     if is_alone:
-        shapes = {name: shape for name, shape in shapes.items() if config.tuning.trains(name)}
+        shapes = {name: shape for name, shape in shapes.items() if _is_of_part(name, config, weights)}
     check_tensors(weights, shapes, source.folder)
     if base is None or not request.diff:
         return Found(layouts, weights, config, is_alone, None)
     subtracted = read_weights([base])
     check_tensors(subtracted, config.parameter_shapes(), base.folder)
     return Found(layouts, weights, config, is_alone, subtracted)
+
+
+def _is_of_part(name: str, config: ModelConfig, weights: Weights) -> bool:
+    """Whether a parameter belongs to what was trained alone; of vision that depends on the stage, so what is there."""
+    if config.vision is None:
+        return config.trains(name)
+    return name in weights.tensors or (config.trains(name) and name not in config.vision_parts)
 
 
 def _config(layouts: Sequence[Layout], weights: Weights) -> ModelConfig:
@@ -88,6 +95,11 @@ def _check_tuned(request: Request, config: ModelConfig, is_part: bool, source: L
         UserError: saying what it can.
     """
     tuning = config.tuning
+    if config.vision is not None and request.to != "consolidated":
+        raise UserError(
+            f"{source.folder} sees (encoder {config.vision.encoder}), which layout '{request.to}' has no place for",
+            "keep it with --to consolidated",
+        )
     if request.to == "peft":
         check_peft(tuning)
     elif request.merge:

@@ -25,6 +25,7 @@ from llama_acc.core.checkpoint.tensor_files import (
     seal_pth,
     write_at,
 )
+from llama_acc.core.model.vision_config import VISION_FILE
 from llama_acc.core.tokenizer import CONFIG_FILE, SENTENCEPIECE_FILE
 
 
@@ -109,7 +110,9 @@ def _describe_shards(plan: Plan, folder: Path) -> None:
     request, found = plan.request, plan.found
     _write_json(folder / ("params.json" if request.to == "meta" else "config.json"), plan.config.to_params())
     if request.to == "consolidated":
-        _write_json(folder / "meta.json", {"llama_type": plan.config.tuning.llama_type})
+        _write_json(folder / "meta.json", {"llama_type": plan.config.llama_type})
+        if plan.config.vision is not None:
+            (folder / VISION_FILE).write_bytes(plan.config.vision.to_json())
     if found.is_part and (found.source.folder / BASE_FILE).is_file():
         (folder / BASE_FILE).write_bytes((found.source.folder / BASE_FILE).read_bytes())
     if request.quantize:

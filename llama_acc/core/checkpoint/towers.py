@@ -1,0 +1,108 @@
+"""Frozen vision towers as Hugging Face's folders hold them: BLIP-2's and CLIP's. Imports no torch.
+
+Such a folder is given beside the LLaMA, as one checkpoint more. Of BLIP-2 the vision transformer and the Q-Former are
+read, not its language model; of CLIP the vision transformer, not its text side.
+"""
+
+import json
+import re
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any
+
+from llama_acc.core.errors import UserError, listed
+from llama_acc.core.model.vision_config import ClipVision, QFormerVision, Vision, vision_of
+
+_TRANSFORMER = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "width": "hidden_size",
+    "hidden_dim": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+}
+_QFORMER = {
+    "query_width": "hidden_size",
+    "query_hidden": "intermediate_size",
+    "query_layers": "num_hidden_layers",
+    "query_heads": "num_attention_heads",
+}
+# transformers leaves out of config.json what has these values.
+_BLIP2_USUAL = {"hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 39, "num_attention_heads": 16}
+_QFORMER_USUAL = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+_CLIP_USUAL = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+_KINDS = ("blip-2", "clip", "clip_vision_model")
+_NAMED = {"qformer": "blip2-opt-2.7b", "clip": "clip-vit-large-patch14"}
+_ROOTS = {"qformer": ("query_tokens", "vision_model.", "qformer."), "clip": ("vision_model.", "visual_projection.")}
+
+
+def tower_of(path: Path) -> Vision | None:
+    """The kind and shape of the vision tower that a Hugging Face config.json describes; None = it is no tower's.
+
+    Raises:
+        UserError: a tower that is not computed here; every reason listed.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # told where a LLaMA's shape is wanted of it
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind not in _KINDS:
+        return None
+    if kind == "blip-2":
+        return _blip2(values, path)
+    seeing = values.get("vision_config", {}) if kind == "clip" else values
+    projection = values.get("projection_dim", seeing.get("projection_dim", 512))
+    sizes = _sizes(_TRANSFORMER, {"image_size": 224, "patch_size": 32, **_CLIP_USUAL} | seeing)
+    _only(path, seeing, {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5})
+    return vision_of(ClipVision.encoder, sizes | {"projection": projection}, path)
+
+
+def _blip2(values: Mapping[str, Any], path: Path) -> Vision:
+    seeing, asking = values.get("vision_config") or {}, values.get("qformer_config") or {}
+    sizes = _sizes(_TRANSFORMER, {"image_size": 224, "patch_size": 14, **_BLIP2_USUAL} | seeing)
+    sizes |= _sizes(_QFORMER, _QFORMER_USUAL | asking) | {"queries": values.get("num_query_tokens", 32)}
+    _only(path, seeing, {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True})
+    _only(path, asking, {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "cross_attention_frequency": 2})
+    return vision_of(QFormerVision.encoder, sizes, path)
+
+
+def _sizes(names: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
+    return {ours: values[theirs] for ours, theirs in names.items()}
+
+
+def _only(path: Path, values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    problems = [
+        f"{key}: {values[key]} (only {value})" for key, value in known.items() if values.get(key, value) != value
+    ]
+    if problems:
+        raise UserError(f"{path} describes a vision tower that cannot be computed here:\n{listed(problems)}")
+
+
+def tower_name(vision: Vision, theirs: str) -> str | None:
+    """Our name of a tensor in a tower's folder; None = it is of another part of that model, or no parameter."""
+    name = re.sub(r"^(model|blip2)\.", "", theirs)
+    if vision.encoder == ClipVision.encoder and re.match(r"(embeddings|encoder|pre_layrnorm|post_layernorm)\.", name):
+        name = f"vision_model.{name}"  # transformers 5 leaves this out where there is nothing else
+    if not name.startswith(_ROOTS[vision.encoder]) or name.endswith(".position_ids"):
+        return None
+    return vision.tower_prefix + name
+
+
+def check_tower(vision: Vision | None, names: Container[str], where: object) -> None:
+    """Refuses a checkpoint that sees, and has no vision tower.
+
+    Args:
+        vision: what it sees with.
+        names: of its tensors.
+        where: it is.
+
+    Raises:
+        UserError: saying what to give.
+    """
+    tower = {} if vision is None else vision.tower_shapes()
+    if vision is not None and tower and not any(name in names for name in tower):
+        raise UserError(
+            f"{where} has no vision tower ({vision.tower_prefix}*)",
+            f"give one besides, by the same option once more: {_NAMED[vision.encoder]}, or the folder of such files",
+        )

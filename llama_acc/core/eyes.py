@@ -1,0 +1,97 @@
+"""From pixels to what a model takes of an image: the frozen tower, run once, its features shared and kept.
+
+Under model parallelism the tower is on the first rank of a group only; the others get the features from it.
+"""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llama_acc.core.checkpoint.fingerprint import fingerprint
+from llama_acc.core.checkpoint.shards import Weights, fill_tower
+from llama_acc.core.data.images import normalised
+from llama_acc.core.model.transformer import Transformer
+from llama_acc.core.model.vision import Tower, initialise_tower, tower_on_meta
+from llama_acc.core.model.vision_config import Vision
+from llama_acc.core.parallel import Parallel
+
+
+class Eyes:
+    """Makes what a model takes of images.
+
+    Attributes:
+        vision: the kind.
+        tower: its frozen tower, on the ranks that have it; else None.
+        is_leader: whether this rank is asked for images' pixels: where the encoder trains, every rank is.
+    """
+
+    def __init__(
+        self, vision: Vision, tower: Tower | None, dtype: torch.dtype, device: torch.device, parallel: Parallel
+    ) -> None:
+        self.vision, self.tower = vision, tower
+        self.dtype, self.device, self.parallel = dtype, device, parallel
+        self.is_leader = vision.trains_encoder or parallel.model_rank == 0
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what decides the features of given pixels: the tower's weights, sampled, and the type."""
+        assert self.tower is not None
+        weights = Weights.of({name: parameter.detach() for name, parameter in self.tower.named_parameters()})
+        values = fingerprint(weights, list(weights.tensors))
+        return hashlib.sha256(f"{self.vision} {self.dtype} {values}".encode()).hexdigest()
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [I, 3, S, S] of 0 to 255 to [I, *input_shape], on the device; for a rank that `is_leader`."""
+        found = normalised(pixels.to(self.device, non_blocking=True), self.dtype)
+        if self.vision.trains_encoder:
+            return found
+        assert self.tower is not None
+        return self.tower(found) if len(found) else found.new_empty((0, *self.vision.input_shape))
+
+    def inputs(self, count: int, make: Callable[[], Tensor]) -> Tensor:
+        """What the model takes of `count` images, [I, *input_shape]: `make` is asked on ranks that are leaders."""
+        if self.vision.trains_encoder or self.parallel.model_size == 1 or not count:
+            return make() if count else self.encode(torch.empty((0, 3, *[self.vision.image_size] * 2)))
+        if self.is_leader:
+            shared = make().contiguous()
+        else:
+            shared = torch.empty((count, *self.vision.input_shape), dtype=self.dtype, device=self.device)
+        first = self.parallel.rank - self.parallel.model_rank
+        dist.broadcast(shared, first, group=self.parallel.model_group)
+        return shared
+
+
+def open_eyes(
+    model: Transformer, weights: Weights | None, device: torch.device, seed: int = 0, keep_all: bool = False
+) -> Eyes | None:
+    """The eyes of a model, or None if it does not see.
+
+    Args:
+        model: the model, which knows what it sees with, in which type, and who shares it.
+        weights: the tower's among them are used up; None, or none of it there: a tower of random weights.
+        device: where it computes.
+        seed: of random weights.
+        keep_all: ranks that do not compute with the tower keep it, too, in the host's memory or its file: to save it.
+    """
+    vision, parallel = model.config.vision, model.parallel
+    if vision is None:
+        return None
+    tower = None
+    computes = parallel.model_rank == 0
+    if not vision.trains_encoder and (computes or keep_all):
+        tower = tower_on_meta(vision, model.dtype)
+        place = device if computes else torch.device("cpu")
+        if weights is None or not any(name in weights.tensors for name in vision.tower_shapes()):
+            weights = _random_weights(tower, seed)
+        fill_tower(tower, weights, place, model.dtype)
+        tower.to(place)
+    return Eyes(vision, tower, model.dtype, device, parallel)
+
+
+def _random_weights(tower: Tower, seed: int) -> Weights:
+    values = {name: torch.empty(parameter.shape) for name, parameter in tower.named_parameters()}
+    initialise_tower(values, seed)
+    return Weights.of({tower.vision.tower_prefix + name: value for name, value in values.items()})

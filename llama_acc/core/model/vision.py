@@ -1,0 +1,348 @@
+"""Images into a LLaMA: the parts that `vision_config` names, and the frozen towers in front of them.
+
+To the LLaMA an image is vectors at some places of the stream, or something added to the prefixes of a document; where
+these come from is in here only. Under model parallelism every rank has all parts, so their gradients, which come from
+the whole residual stream, are the same on each.
+
+Shapes: I images of the stream, S their width and height, T tokens of the stream, P length of the prefix.
+"""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_acc.core.errors import UserError
+from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.vision_config import ClipVision, QFormerVision, TinyVision, Vision
+
+
+class Images(NamedTuple):
+    """The images of a stream.
+
+    Attributes:
+        inputs: [I, *input_shape] of the kind of vision: a tower's features, or pixels.
+        places: [I * positions], where they stand in the stream, in order.
+        documents: which document of the stream each belongs to.
+    """
+
+    inputs: Tensor
+    places: Tensor
+    documents: Sequence[int]
+
+
+class Seen(NamedTuple):
+    """What comes of them.
+
+    Attributes:
+        x: [T, dim], the stream with the images in it.
+        prefixes: [documents, P, dim], to be added to the prefix of each; None: nothing.
+    """
+
+    x: Tensor
+    prefixes: Tensor | None
+
+
+class _Linear(nn.Module):
+    """A linear layer that computes in the type of its input."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class _LayerNorm(nn.Module):
+    """Layer normalisation that computes in the type of its input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = _Linear(width, 3 * width)
+        self.proj = _Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[I, N, width] to the same."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class _MLP(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = _Linear(width, hidden)
+        self.fc2 = _Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class VisionBlock(nn.Module):
+    """A block of a vision transformer, with timm's names and arithmetic: a norm before each half, exact GELU."""
+
+    def __init__(self, width: int, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = _LayerNorm(width)
+        self.attn = _SelfAttention(width, heads)
+        self.norm2 = _LayerNorm(width)
+        self.mlp = _MLP(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[I, N, width] to the same."""
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class _Convolution(nn.Module):
+    """A convolution of 3 x 3 pixels that halves an image, and computes in its type."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(after, before, 3, 3))
+        self.bias = nn.Parameter(torch.empty(after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), stride=2, padding=1)
+
+
+class VisionEncoder(nn.Module):
+    """A few convolutions and a small vision transformer: a vector for each square of an image."""
+
+    def __init__(self, vision: TinyVision) -> None:
+        super().__init__()
+        self.stem = nn.ModuleList(_Convolution(*channels) for channels in pairwise(vision.channels))
+        self.place = nn.Parameter(torch.empty(vision.patches, vision.width))
+        self.blocks = nn.ModuleList(
+            VisionBlock(vision.width, vision.hidden_dim, vision.n_heads) for _ in range(vision.n_layers)
+        )
+        self.norm = _LayerNorm(vision.width)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[I, 3, S, S] to [I, patches, width]."""
+        x = self.stem[0](pixels)
+        for convolution in self.stem[1:]:
+            x = convolution(F.gelu(x))
+        x = x.flatten(2).transpose(1, 2) + self.place.to(x.dtype)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class Sight:
+    """What a kind of vision adds to a LLaMA. Its modules are the model's, under their own names."""
+
+    def __init__(self, vision: Vision) -> None:
+        self.vision = vision
+
+    def __call__(self, x: Tensor, images: Images | None, documents: int) -> Seen:
+        """Puts images into a stream.
+
+        Args:
+            x: [T, dim], the stream.
+            images: its images.
+            documents: how many documents it has.
+        """
+        if images is None:
+            if not torch.is_grad_enabled():
+                return Seen(x, None)
+            # Ranks wait for the gradients of each other: those of no images are zero, not absent.
+            none = x.new_empty((0, *self.vision.input_shape))
+            images = Images(none, torch.empty(0, dtype=torch.int64, device=x.device), ())
+        return self._see(x, images, documents)
+
+    def _see(self, x: Tensor, images: Images, documents: int) -> Seen:
+        raise NotImplementedError
+
+
+class _InStream(Sight):
+    """An image is a start vector, its projected features, an end vector, at places of the stream."""
+
+    def __init__(self, vision: QFormerVision | TinyVision, dim: int, model: nn.Module) -> None:
+        super().__init__(vision)
+        width = vision.width if isinstance(vision, TinyVision) else vision.query_width
+        self._encoder = VisionEncoder(vision) if isinstance(vision, TinyVision) else None
+        if self._encoder is not None:
+            model.add_module("vision_encoder", self._encoder)
+        self._projection = nn.Sequential(_Linear(width, dim), _LayerNorm(dim))
+        model.add_module("qformer_proj", self._projection)
+        for name in ("start_img", "end_img"):
+            model.register_parameter(name, nn.Parameter(torch.empty(1, 1, dim)))
+        self._model = model
+
+    def _see(self, x: Tensor, images: Images, documents: int) -> Seen:
+        features = images.inputs.to(x.dtype)
+        if self._encoder is not None:
+            features = self._encoder(features)
+        projected = self._projection(features)
+        start, end = (self._model.get_parameter(name).to(x.dtype) for name in ("start_img", "end_img"))
+        count, dim = len(projected), x.shape[-1]
+        vectors = torch.cat((start.expand(count, 1, dim), projected, end.expand(count, 1, dim)), 1)
+        return Seen(x.index_copy(0, images.places, vectors.flatten(0, 1)), None)
+
+
+class _InPrefix(Sight):
+    """Of an image, some vectors are made that are added to the prefix in every block that has one."""
+
+    def __init__(self, vision: ClipVision, dim: int, prefix_len: int, model: nn.Module) -> None:
+        super().__init__(vision)
+        width = vision.block_width
+        self._blocks = nn.ModuleList(VisionBlock(width, 4 * width, vision.block_heads) for _ in range(vision.blocks))
+        self._read = nn.Sequential(_Linear(vision.projection, width), _LayerNorm(width))
+        self._write = nn.Sequential(_Linear(width, dim), _LayerNorm(dim))
+        named = {"clip_proj": self._read[0], "clip_proj_norm": self._read[1], "visual_blocks": self._blocks}
+        for name, module in (named | {"visual_proj": self._write[0], "visual_proj_norm": self._write[1]}).items():
+            model.add_module(name, module)
+        model.register_parameter("visual_query", nn.Parameter(torch.empty(prefix_len, width)))
+        self._model = model
+
+    def _see(self, x: Tensor, images: Images, documents: int) -> Seen:
+        seen = self._read(images.inputs.to(x.dtype))
+        query = self._model.get_parameter("visual_query").to(x.dtype)
+        hidden = torch.cat((query.expand(len(seen), *query.shape), seen), 1)
+        for block in self._blocks:
+            hidden = block(hidden)
+        added = self._write(hidden[:, : len(query)])
+        owners = torch.tensor(list(images.documents), dtype=torch.int64, device=x.device)
+        return Seen(x, added.new_zeros((documents, *added.shape[1:])).index_copy(0, owners, added))
+
+
+def add_sight(model: nn.Module, config: ModelConfig) -> Sight | None:
+    """Adds what a shape has for vision to a LLaMA being made; None if that is nothing."""
+    vision = config.vision
+    if isinstance(vision, QFormerVision | TinyVision):
+        return _InStream(vision, config.dim, model)
+    if isinstance(vision, ClipVision):
+        return _InPrefix(vision, config.dim, config.tuning.prefix_len, model)
+    return None
+
+
+class Tower(nn.Module):
+    """A frozen encoder of images; its parameters' names are those of `Vision.tower_shapes`, without the prefix."""
+
+    def __init__(self, vision: Vision) -> None:
+        super().__init__()
+        self.vision = vision
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [I, 3, S, S] to features [I, *input_shape]."""
+        raise NotImplementedError
+
+
+class QFormerTower(Tower):
+    """BLIP-2's vision transformer and Q-Former, as transformers has them."""
+
+    def __init__(self, vision: QFormerVision) -> None:
+        super().__init__(vision)
+        from transformers import Blip2QFormerConfig, Blip2VisionConfig, Blip2VisionModel
+        from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
+
+        self.query_tokens = nn.Parameter(torch.empty(1, vision.queries, vision.query_width))
+        self.vision_model = Blip2VisionModel(
+            Blip2VisionConfig(
+                hidden_size=vision.width,
+                intermediate_size=vision.hidden_dim,
+                num_hidden_layers=vision.n_layers,
+                num_attention_heads=vision.n_heads,
+                image_size=vision.image_size,
+                patch_size=vision.patch_size,
+            )
+        )
+        self.qformer = Blip2QFormerModel(
+            Blip2QFormerConfig(
+                hidden_size=vision.query_width,
+                intermediate_size=vision.query_hidden,
+                num_hidden_layers=vision.query_layers,
+                num_attention_heads=vision.query_heads,
+                encoder_hidden_size=vision.width,
+                cross_attention_frequency=2,
+            )
+        )
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """See `Tower`."""
+        seen = self.vision_model(pixel_values=pixels, return_dict=True).last_hidden_state
+        queried = self.qformer(
+            query_embeds=self.query_tokens.expand(len(pixels), -1, -1),
+            encoder_hidden_states=seen,
+            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
+            return_dict=True,
+        )
+        return queried.last_hidden_state
+
+
+class ClipTower(Tower):
+    """CLIP's vision transformer, as transformers has it; all its vectors are normed and projected, not one only."""
+
+    def __init__(self, vision: ClipVision) -> None:
+        super().__init__(vision)
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+        whole = CLIPVisionModelWithProjection(
+            CLIPVisionConfig(
+                hidden_size=vision.width,
+                intermediate_size=vision.hidden_dim,
+                num_hidden_layers=vision.n_layers,
+                num_attention_heads=vision.n_heads,
+                image_size=vision.image_size,
+                patch_size=vision.patch_size,
+                projection_dim=vision.projection,
+            )
+        )
+        self.vision_model, self.visual_projection = whole.vision_model, whole.visual_projection
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """See `Tower`."""
+        seen = self.vision_model(pixel_values=pixels, return_dict=True).last_hidden_state
+        return self.visual_projection(self.vision_model.post_layernorm(seen))
+
+
+def tower_on_meta(vision: Vision, dtype: torch.dtype) -> Tower:
+    """A kind's tower in a type, without storage.
+
+    Raises:
+        UserError: transformers is not there.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError(
+            "images need the package transformers, which is not installed", "pip install 'llama-acc[vision]'"
+        )
+    assert isinstance(vision, QFormerVision | ClipVision)
+    with torch.device("meta"):
+        tower = QFormerTower(vision) if isinstance(vision, QFormerVision) else ClipTower(vision)
+    tower.to(dtype).requires_grad_(False).eval()
+    for name, buffer in list(tower.named_buffers()):
+        # Numbers of places, which no checkpoint holds.
+        owner, _, leaf = name.rpartition(".")
+        assert leaf == "position_ids", name
+        tower.get_submodule(owner).register_buffer(leaf, torch.arange(buffer.numel()).view(buffer.shape), False)
+    return tower
+
+
+def initialise_tower(parameters: Mapping[str, Tensor], seed: int) -> None:
+    """Random values for a tower without weights, each parameter's from (seed, place); `parameters` by their names."""
+    with torch.no_grad():
+        for place, (name, parameter) in enumerate(parameters.items()):
+            if parameter.dim() == 1 and name.endswith(".weight"):
+                parameter.fill_(1.0)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+            else:
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + 900_000 + place)
+                parameter.normal_(0.0, 0.02, generator=generator)

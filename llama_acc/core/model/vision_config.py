@@ -1,0 +1,405 @@
+"""What lets a LLaMA see: the kinds of vision, their shapes and names, what of them trains. Imports no torch.
+
+Each kind has a tower, which makes features of pixels, and parts, which bring features into the LLaMA:
+
+    qformer   LLaMA2-Accessory's `llama_qformerv2`. Tower `qformer.*`: BLIP-2's vision transformer and Q-Former
+              (arXiv:2301.12597), frozen. Parts: `qformer_proj.0` (linear), `qformer_proj.1` (layer norm), `start_img`
+              and `end_img` [1, 1, dim]. An image stands in the stream: start vector, 32 projected features, end vector.
+    clip      the multimodal form of its `llama_adapter` (zero-init attention). Tower `clip.*`: CLIP's vision
+              transformer (arXiv:2103.00020), frozen. Parts: `clip_proj`, `clip_proj_norm`, `visual_query`,
+              `visual_blocks.N`, `visual_proj`, `visual_proj_norm`. An image takes no place in the stream: what is made
+              of it is added to the prefix of every prefix layer.
+    tiny      ours, for models made from nothing: a few convolutions and a small vision transformer `vision_encoder.*`
+              that are themselves a part and train with the rest. Its features go the way of the Q-Former's.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from llama_acc.core.errors import UserError, did_you_mean, listed
+from llama_acc.core.model.tuning import Shapes, Tuning
+
+VISION_FILE = "vision.json"
+FORMAT_VERSION = 1
+_TRAINED_WORDS = ("bias", "lora", "norm")
+Stage = Literal[1, 2]
+
+
+class VisionTraining(NamedTuple):
+    """How vision is trained.
+
+    Attributes:
+        stage: 1 brings vision and language together, 2 teaches to follow instructions.
+        as_reference: train only those parts that LLaMA2-Accessory trains.
+    """
+
+    stage: Stage = 2
+    as_reference: bool = False
+
+
+SECOND_STAGE = VisionTraining()
+
+
+@dataclass(frozen=True)
+class Vision:
+    """What all kinds have.
+
+    Attributes:
+        image_size: width and height of the images it takes.
+        patch_size: of the squares they are cut into.
+        width: of the vision transformer.
+        hidden_dim: of its feed-forward layers.
+        n_layers: its blocks.
+        n_heads: its attention heads.
+    """
+
+    encoder: ClassVar[str]
+    tower_prefix: ClassVar[str]
+
+    image_size: int = 224
+    patch_size: int = 14
+    width: int = 1024
+    hidden_dim: int = 4096
+    n_layers: int = 24
+    n_heads: int = 16
+
+    @property
+    def patches(self) -> int:
+        """How many squares an image is cut into."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def trains_encoder(self) -> bool:
+        """Whether there is no tower, but an encoder that trains with the rest."""
+        return not self.tower_prefix
+
+    @property
+    def positions(self) -> int:
+        """How many places an image takes in the stream."""
+        raise NotImplementedError
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of what the LLaMA's side takes of an image: the tower's features, [vectors, width], or pixels."""
+        raise NotImplementedError
+
+    def tower_shapes(self) -> Shapes:
+        """Names and shapes of what never trains."""
+        return {}
+
+    def part_shapes(self, dim: int, prefix_len: int) -> Shapes:
+        """Names and shapes of what is added to the LLaMA."""
+        raise NotImplementedError
+
+    def part_trains(self, name: str, training: VisionTraining, tuning: Tuning) -> bool:
+        """Whether a part trains.
+
+        Args:
+            name: its name.
+            training: how vision is trained.
+            tuning: what trains of the LLaMA.
+        """
+        if training.as_reference and not tuning.what.everything:
+            return any(word in name for word in _TRAINED_WORDS)
+        return True
+
+    def lets_train(self, name: str, training: VisionTraining) -> bool:
+        """Whether a parameter of the LLaMA may train, if the tuning method trains it."""
+        return True
+
+    def llama_type(self, tuning: Tuning) -> str:
+        """LLaMA2-Accessory's name of the kind of model, for meta.json."""
+        return tuning.llama_type
+
+    def to_json(self) -> bytes:
+        """The file vision.json."""
+        values = {"format_version": FORMAT_VERSION, "encoder": self.encoder} | asdict(self)
+        return (json.dumps(values, indent=1) + "\n").encode()
+
+    def problems(self) -> list[str]:
+        """What is impossible about the shape."""
+        found = [f"{key} must be a positive number, not {value}" for key, value in asdict(self).items() if value <= 0]
+        if not found and self.image_size % self.patch_size:
+            found.append(f"image_size ({self.image_size}) must be divisible by patch_size ({self.patch_size})")
+        if not found and self.width % self.n_heads:
+            found.append(f"width ({self.width}) must be divisible by n_heads ({self.n_heads})")
+        return found
+
+    def _vision_transformer(self, attention: Mapping[str, tuple[int, int]], position: str) -> Shapes:
+        """The blocks of a vision transformer as transformers names them; `attention`: its matrices."""
+        width = self.width
+        shapes: Shapes = {position: (self.patches + 1, width)}
+        for layer in range(self.n_layers):
+            block: Shapes = {}
+            matrices = {f"self_attn.{name}": shape for name, shape in attention.items()}
+            matrices |= {"mlp.fc1": (self.hidden_dim, width), "mlp.fc2": (width, self.hidden_dim)}
+            for name, shape in matrices.items():
+                block |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+            block |= _norm("layer_norm1", width) | _norm("layer_norm2", width)
+            shapes |= {f"encoder.layers.{layer}.{name}": shape for name, shape in block.items()}
+        return shapes | _norm("post_layernorm", width)
+
+
+def _norm(name: str, width: int) -> Shapes:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def _linear(name: str, rows: int, columns: int) -> Shapes:
+    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+
+def _block(name: str, width: int, hidden: int) -> Shapes:
+    """A block of a vision transformer as timm names it."""
+    return {
+        **_norm(f"{name}.norm1", width),
+        **_linear(f"{name}.attn.qkv", 3 * width, width),
+        **_linear(f"{name}.attn.proj", width, width),
+        **_norm(f"{name}.norm2", width),
+        **_linear(f"{name}.mlp.fc1", hidden, width),
+        **_linear(f"{name}.mlp.fc2", width, hidden),
+    }
+
+
+def _projection(width: int, dim: int) -> Shapes:
+    ends: Shapes = {"start_img": (1, 1, dim), "end_img": (1, 1, dim)}
+    return ends | _linear("qformer_proj.0", dim, width) | _norm("qformer_proj.1", dim)
+
+
+@dataclass(frozen=True)
+class QFormerVision(Vision):
+    """BLIP-2's frozen vision transformer and Q-Former; as they stand, those of blip2-opt-2.7b.
+
+    Attributes:
+        queries: vectors the Q-Former makes of an image.
+        query_width: their width.
+        query_hidden: of its feed-forward layers.
+        query_layers: its blocks, of which every second looks at the image.
+        query_heads: its attention heads.
+    """
+
+    encoder: ClassVar[str] = "qformer"
+    tower_prefix: ClassVar[str] = "qformer."
+
+    width: int = 1408
+    hidden_dim: int = 6144
+    n_layers: int = 39
+    n_heads: int = 16
+    queries: int = 32
+    query_width: int = 768
+    query_hidden: int = 3072
+    query_layers: int = 12
+    query_heads: int = 12
+
+    @property
+    def positions(self) -> int:
+        """See `Vision`."""
+        return self.queries + 2
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """See `Vision`."""
+        return self.queries, self.query_width
+
+    def tower_shapes(self) -> Shapes:
+        """See `Vision`."""
+        width = self.width
+        seeing = self._vision_transformer({"qkv": (3 * width, width), "projection": (width, width)}, "position")
+        position = seeing.pop("position")
+        seeing |= {
+            "embeddings.class_embedding": (1, 1, width),
+            "embeddings.position_embedding": (1, *position),
+            "embeddings.patch_embedding.weight": (width, 3, self.patch_size, self.patch_size),
+            "embeddings.patch_embedding.bias": (width,),
+        }
+        shapes: Shapes = {"query_tokens": (1, self.queries, self.query_width)}
+        shapes |= {f"vision_model.{name}": shape for name, shape in seeing.items()}
+        shapes |= {f"qformer.{name}": shape for name, shape in self._query_shapes().items()}
+        return {f"{self.tower_prefix}{name}": shape for name, shape in shapes.items()}
+
+    def _query_shapes(self) -> Shapes:
+        wide, hidden = self.query_width, self.query_hidden
+        shapes = _norm("layernorm", wide)
+        for layer in range(self.query_layers):
+            block: Shapes = {}
+            looks = {"attention": wide} | ({"crossattention": self.width} if layer % 2 == 0 else {})
+            for name, seen in looks.items():
+                block |= _linear(f"{name}.attention.query", wide, wide)
+                block |= _linear(f"{name}.attention.key", wide, seen)
+                block |= _linear(f"{name}.attention.value", wide, seen)
+                block |= _linear(f"{name}.output.dense", wide, wide) | _norm(f"{name}.output.LayerNorm", wide)
+            block |= _linear("intermediate_query.dense", hidden, wide)
+            block |= _linear("output_query.dense", wide, hidden) | _norm("output_query.LayerNorm", wide)
+            shapes |= {f"encoder.layer.{layer}.{name}": shape for name, shape in block.items()}
+        return shapes
+
+    def part_shapes(self, dim: int, prefix_len: int) -> Shapes:
+        """See `Vision`."""
+        return _projection(self.query_width, dim)
+
+    def llama_type(self, tuning: Tuning) -> str:
+        """See `Vision`."""
+        return "llama_qformerv2" + ("_peft" if tuning.llama_type == "llama_peft" else "")
+
+
+@dataclass(frozen=True)
+class ClipVision(Vision):
+    """CLIP's frozen vision transformer, and blocks that read its features; as they stand, CLIP ViT-L/14.
+
+    Attributes:
+        projection: width of its features.
+        block_width: of the blocks.
+        block_heads: their attention heads.
+        blocks: how many there are.
+    """
+
+    encoder: ClassVar[str] = "clip"
+    tower_prefix: ClassVar[str] = "clip."
+
+    projection: int = 768
+    block_width: int = 768
+    block_heads: int = 16
+    blocks: int = 8
+
+    @property
+    def positions(self) -> int:
+        """See `Vision`."""
+        return 0
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """See `Vision`."""
+        return self.patches + 1, self.projection
+
+    def tower_shapes(self) -> Shapes:
+        """See `Vision`."""
+        width = self.width
+        attention = {f"{name}_proj": (width, width) for name in ("k", "v", "q", "out")}
+        seeing = self._vision_transformer(attention, "embeddings.position_embedding.weight")
+        seeing |= {
+            "embeddings.class_embedding": (width,),
+            "embeddings.patch_embedding.weight": (width, 3, self.patch_size, self.patch_size),
+            **_norm("pre_layrnorm", width),
+        }
+        shapes: Shapes = {f"vision_model.{name}": shape for name, shape in seeing.items()}
+        shapes["visual_projection.weight"] = (self.projection, width)
+        return {f"{self.tower_prefix}{name}": shape for name, shape in shapes.items()}
+
+    def part_shapes(self, dim: int, prefix_len: int) -> Shapes:
+        """See `Vision`."""
+        width = self.block_width
+        shapes = {
+            **_linear("clip_proj", width, self.projection),
+            **_norm("clip_proj_norm", width),
+            "visual_query": (prefix_len, width),
+        }
+        for block in range(self.blocks):
+            shapes |= _block(f"visual_blocks.{block}", width, 4 * width)
+        return shapes | _linear("visual_proj", dim, width) | _norm("visual_proj_norm", dim)
+
+    def part_trains(self, name: str, training: VisionTraining, tuning: Tuning) -> bool:
+        """See `Vision`. In stage 2 these are biases and norms, as LLaMA2-Accessory has it."""
+        return training.stage == 1 or any(word in name for word in _TRAINED_WORDS)
+
+    def lets_train(self, name: str, training: VisionTraining) -> bool:
+        """See `Vision`. What reads images is not changed in stage 2, nor is the prefix it is added to."""
+        return training.stage == 1 or not name.startswith("prefix")
+
+
+@dataclass(frozen=True)
+class TinyVision(Vision):
+    """A small encoder that trains with the LLaMA: a feature for each square of the image.
+
+    Convolutions halve the image until a square is a vector: on 3,000 images squares cut out at once are learned badly.
+    """
+
+    encoder: ClassVar[str] = "tiny"
+    tower_prefix: ClassVar[str] = ""
+
+    image_size: int = 64
+    patch_size: int = 16
+    width: int = 64
+    hidden_dim: int = 256
+    n_layers: int = 2
+    n_heads: int = 4
+
+    def problems(self) -> list[str]:
+        """See `Vision`."""
+        found = super().problems()
+        if not found and (self.patch_size & (self.patch_size - 1) or self.patch_size == 1):
+            found.append(f"patch_size ({self.patch_size}) must be a power of 2: each convolution halves the image")
+        return found
+
+    @property
+    def channels(self) -> list[int]:
+        """Of the stem: those of the image, then those after each convolution."""
+        halvings = self.patch_size.bit_length() - 1
+        return [3, *(min(16 << i, self.width) for i in range(halvings - 1)), self.width]
+
+    @property
+    def positions(self) -> int:
+        """See `Vision`."""
+        return self.patches + 2
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """See `Vision`: there is no tower, so they are pixels."""
+        return 3, self.image_size, self.image_size
+
+    def part_shapes(self, dim: int, prefix_len: int) -> Shapes:
+        """See `Vision`."""
+        width, prefix = self.width, "vision_encoder."
+        shapes: Shapes = {"place": (self.patches, width)}
+        for place, (before, after) in enumerate(pairwise(self.channels)):
+            shapes |= {f"stem.{place}.weight": (after, before, 3, 3), f"stem.{place}.bias": (after,)}
+        for block in range(self.n_layers):
+            shapes |= _block(f"blocks.{block}", width, self.hidden_dim)
+        shapes |= _norm("norm", width)
+        return {f"{prefix}{name}": shape for name, shape in shapes.items()} | _projection(width, dim)
+
+
+ENCODERS: dict[str, type[Vision]] = {kind.encoder: kind for kind in (QFormerVision, ClipVision, TinyVision)}
+
+
+def vision_of(encoder: str, sizes: Mapping[str, Any] | None = None, where: object = "vision.params") -> Vision:
+    """A kind of vision, with some sizes other than the usual ones.
+
+    Raises:
+        UserError: an unknown kind, unknown or impossible sizes; all of them listed.
+    """
+    if encoder not in ENCODERS:
+        hint = did_you_mean(encoder, ENCODERS) or f"known are {', '.join(ENCODERS)}"
+        raise UserError(f"unknown vision encoder '{encoder}'", hint)
+    kind = ENCODERS[encoder]
+    known = [field.name for field in fields(kind)]
+    problems = []
+    for key, value in (sizes or {}).items():
+        if key not in known:
+            problems.append(f"unknown key '{key}': {did_you_mean(key, known) or 'known are ' + ', '.join(known)}")
+        elif not isinstance(value, int) or isinstance(value, bool):
+            problems.append(f"{key} must be a whole number, not {value!r}")
+    if not problems:
+        vision = kind(**(sizes or {}))
+        problems = vision.problems()
+        if not problems:
+            return vision
+    raise UserError(f"the vision encoder in {where} is not usable:\n{listed(problems)}")
+
+
+def read_vision(path: Path) -> Vision:
+    """What a checkpoint's vision.json says.
+
+    Raises:
+        UserError: unreadable, unusable, or written by a newer version.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        version, encoder = values.pop("format_version"), values.pop("encoder")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UserError(f"{path} was written by a newer version", "update llama-acc")
+    return vision_of(str(encoder), values, path)
