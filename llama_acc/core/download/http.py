@@ -203,12 +203,22 @@ def within(seconds: float, host: str, ask: Callable[[], _Answer]) -> _Answer:
     if errors:
         raise errors[0]
     if not answers:
-        raise offline(host, f"no answer within {seconds:g} s")
+        raise _offline(host, f"no answer within {seconds:g} s")
     return answers[0]
 
 
-def offline(host: str, why: str) -> RunError:
-    """We do not get out, or not to this host."""
+def unreachable(error: Exception, url: str) -> RunError:
+    """What the first question to a host ended with: we are off-line, or it is, or someone stands in between."""
+    host = _host(url)
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return RunError(
+            f"{host} does not prove to be {host}: {error}",
+            "does a firewall look into connections here? Name its certificate in SSL_CERT_FILE",
+        )
+    return _offline(host, str(error) or "no answer")
+
+
+def _offline(host: str, why: str) -> RunError:
     return RunError(
         f"{host} cannot be reached: {why}",
         "is this machine on-line? A proxy is taken from HTTPS_PROXY, a mirror of Hugging Face from HF_ENDPOINT",

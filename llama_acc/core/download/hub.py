@@ -34,10 +34,9 @@ from llama_acc.core.download.http import (
     REACH_SECONDS,
     Stream,
     Transient,
-    describe,
     make_client,
-    offline,
     open_url,
+    unreachable,
     within,
 )
 from llama_acc.core.download.remote import Digest, Remote
@@ -191,7 +190,7 @@ class Hub:
         except OfflineModeIsEnabled as error:
             raise UserError("HF_HUB_OFFLINE is set: nothing is asked of the network", "unset it") from error
         except httpx2.HTTPError as error:
-            raise offline(self.host, describe(error, self.endpoint)) from error
+            raise unreachable(error, self.endpoint) from error
 
     def refusal(self, address: HubAddress, error: HfHubHTTPError) -> LlamaAccError:
         """What an answer of 4xx or 5xx means."""

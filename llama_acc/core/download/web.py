@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 import httpx2
 
 from llama_acc.core.download.address import WebAddress
-from llama_acc.core.download.http import REACH_SECONDS, Stream, describe, offline, open_url, within
+from llama_acc.core.download.http import REACH_SECONDS, Stream, open_url, unreachable, within
 from llama_acc.core.download.remote import Digest, Remote
 from llama_acc.core.errors import UserError
 
@@ -45,7 +45,7 @@ def _ask(client: httpx2.Client, address: WebAddress) -> int | None:
     try:
         response = client.head(address.url)
     except httpx2.HTTPError as error:
-        raise offline(address.host, describe(error, address.url)) from error
+        raise unreachable(error, address.url) from error
     if not response.is_success:
         return None
     is_page = response.headers.get("content-type", "").startswith("text/html")

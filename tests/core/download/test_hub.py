@@ -6,6 +6,7 @@ import socket
 import time
 from pathlib import Path
 
+import httpx2
 import huggingface_hub
 import pytest
 
@@ -268,6 +269,13 @@ def test_a_name_server_that_never_answers_is_given_up_in_time() -> None:
     """Looking up a name has no time limit of its own."""
     with pytest.raises(RunError, match=r"example\.org cannot be reached: no answer within 0\.1 s"):
         http.within(0.1, "example.org", lambda: time.sleep(5))
+
+
+def test_a_firewall_that_looks_into_connections_is_not_called_off_line() -> None:
+    error = httpx2.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate")
+    told = http.unreachable(error, "https://huggingface.co/api")
+    assert told.message.startswith("huggingface.co does not prove to be huggingface.co")
+    assert "SSL_CERT_FILE" in (told.hint or "")
 
 
 def test_huggingface_hubs_off_line_switch_is_respected(
