@@ -88,6 +88,14 @@ def duration(seconds: float) -> str:
     return f"{whole // size} {name} {whole % size // next_size} {next_name}"
 
 
+def size(count: int) -> str:
+    """Bytes as people say them: 512 bytes, 1.5 MiB, 2.0 GiB."""
+    for exponent, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if count >= 2**exponent:
+            return f"{count / 2**exponent:,.1f} {unit}"
+    return f"{count} byte{'' if count == 1 else 's'}"
+
+
 class _Facts(ProgressColumn):
     """Loss, learning rate, speed and memory of the newest step."""
 
@@ -193,8 +201,8 @@ class _WorkProgress:
     def _tell(self, what: str, done: int, total: int, line: str) -> None:
         if self._progress is not None:
             if self._task is None:
-                self._task = self._progress.add_task(what, total=total)
-            self._progress.update(self._task, description=what, completed=done, total=total)
+                self._task = self._progress.add_task(what, total=total or None)
+            self._progress.update(self._task, description=what, completed=done, total=total or None)
             return
         now = time.monotonic()
         if now - self._last_line >= _SECONDS_BETWEEN_LINES:
@@ -209,9 +217,9 @@ class ByteProgress(_WorkProgress):
         super().__init__(DownloadColumn(binary_units=True), TransferSpeedColumn())
 
     def tell(self, what: str, done: int, total: int) -> None:
-        """`what` is being done, so many bytes of all are done."""
-        size, unit = (2**30, "GiB") if total >= 2**30 else (2**20, "MiB")
-        self._tell(what, done, total, f"{what}: {done / size:.1f} of {total / size:.1f} {unit}")
+        """`what` is being done, so many bytes of all are done; 0 in all: nobody knows how many."""
+        of_all = f" of {size(total)}" if total else ""
+        self._tell(what, done, total, f"{what}: {size(done)}{of_all}")
 
 
 class EncodingProgress(_WorkProgress):

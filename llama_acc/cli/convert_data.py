@@ -14,7 +14,7 @@ from llama_acc.cli.stopping import leave_on_sigterm
 from llama_acc.core.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from llama_acc.core.data.convert.run import Conversion, Found, Request
+    from llama_acc.core.data.convert.run import Conversion, Found, Progress, Request
 
 HELP = """Convert data to what `finetune` takes, and check it.
 
@@ -308,10 +308,9 @@ def _to_file(request: "Request", output: Path) -> None:
     from llama_acc.core.data.convert.run import convert
 
     with console.ByteProgress() as progress:
-        conversion = convert(request, output, progress.tell, _say_found)
+        conversion = convert(request, output, _named(progress), _say_found)
     _say(conversion)
-    size = output.stat().st_size
-    console.out.print(f"{output}: {_counts(conversion)}, {size / 2**20:,.1f} MiB", markup=False)
+    console.out.print(f"{output}: {_counts(conversion)}, {console.size(output.stat().st_size)}", markup=False)
 
 
 def _to_stdout(request: "Request") -> None:
@@ -319,10 +318,14 @@ def _to_stdout(request: "Request") -> None:
     from llama_acc.core.data.convert.writing import LINES, Items
 
     with console.ByteProgress() as progress:
-        conversion = Conversion(request, progress=progress.tell, on_found=_say_found)
+        conversion = Conversion(request, progress=_named(progress), on_found=_say_found)
         write_items(conversion, Items(sys.stdout.buffer, LINES))
     _say(conversion)
     console.note(_counts(conversion))
+
+
+def _named(progress: console.ByteProgress) -> "Progress":
+    return lambda file, done, total: progress.tell(Path(file).name, done, total)
 
 
 def _show(request: "Request", count: int) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from llama_acc.cli.convert_data import COMMANDS
 from tests.cli.commands import QUICKSTART, invoke, refused, run, start, wait_until, words
+from tests.cli.terminal import Terminal
 
 ROW = {"instruction": "name a town", "output": "a town", "extra": 1}
 ITEM = {"instruction": "name a town", "input": "", "output": "a town"}
@@ -31,7 +32,7 @@ def test_a_file_is_converted_and_counted(tmp_path: Path) -> None:
     source, output = write(tmp_path / "in.jsonl", ROW, ROW), tmp_path / "out.jsonl"
     result = invoke("convert-data", "alpaca", source, "--output", output)
     assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout == f"{output}: 2 items of 2 rows, 0.0 MiB\n"
+    assert result.stdout == f"{output}: 2 items of 2 rows, {len(json.dumps(ITEM)) * 2 - 8} bytes\n"
     assert read(output) == [ITEM, ITEM]
 
 
@@ -118,6 +119,15 @@ def test_stopped_it_leaves_nothing(tmp_path: Path, signal_: signal.Signals, code
     assert output.read_text(encoding="utf-8") == "old"
 
 
+def test_a_terminal_gets_a_bar_of_bytes(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", *[ROW] * 40_000)
+    with Terminal("convert-data", "alpaca", source, "--output", tmp_path / "out.jsonl", term="xterm") as terminal:
+        terminal.expect("in.jsonl")
+        terminal.expect("MiB")
+        assert terminal.end() == 0
+    assert "40,000 items of 40,000 rows" in terminal.seen
+
+
 def test_a_preview_shows_items_as_the_model_will_see_them(tmp_path: Path, tokenizer_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", TALK, TALK, TALK)
     result = invoke("convert-data", "sharegpt", source, "--preview", 2)
@@ -145,7 +155,7 @@ def test_a_download_is_converted_to_where_finetune_finds_it(llama_acc_home: Path
     for arguments in ((), ("gorilla",)):
         result = invoke("convert-data", "gorilla", *arguments)
         assert result.exit_code == 0, result.stderr
-        assert result.stdout == f"{output}: 3 items of 3 rows, 0.0 MiB\n"
+        assert result.stdout == f"{output}: 3 items of 3 rows, {output.stat().st_size} bytes\n"
         assert len(read(output)) == 3
         output.rename(raw.parent / "before.txt")
     (raw.parent / "before.txt").rename(output)

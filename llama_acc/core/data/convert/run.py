@@ -83,6 +83,7 @@ class Conversion:
         self.problems: list[str] = []
         """What is wrong with them, each with its place: the first of them."""
         self._on_found = on_found
+        self._looks_like: Recognised | None = None
         self._request = request
         self._layout = layout
         self._progress = progress
@@ -110,7 +111,7 @@ class Conversion:
             more = error.problems if isinstance(error, DataError) else [error.message]
             raise DataError([*self.problems, *more], error.hint) from error
         if self.problems and stop:
-            raise DataError(self.problems, "mend them, or leave these rows out with --on-error skip")
+            raise DataError(self.problems, self._hint())
 
     def _file(self, path: Path) -> Iterator[Converted]:
         name = "standard input" if path == Path("-") else str(path)
@@ -138,6 +139,8 @@ class Conversion:
             self.skipped[str(reason)] += 1
         except Malformed as problem:
             self.wrong += 1
+            if self.wrong == 1 and isinstance(row.value, dict):
+                self._looks_like = recognise(row.value)
             if self.wrong <= MOST_PROBLEMS:
                 self.problems.append(f"{name}: {row.where}: {problem}")
         return []
@@ -150,6 +153,13 @@ class Conversion:
             one, others = ("a dialogue", "single-turn items") if dialogue else ("a single-turn item", "dialogues")
             raise Malformed(f"is {one} among {others}, which are read from one file each")
         return record
+
+    def _hint(self) -> str:
+        looks_like, format = self._looks_like, self._request.format
+        if looks_like is not None and looks_like.format != format and not self.items and format in FORMATS:
+            return f"this looks like {looks_like.format}, as {looks_like.why}: convert-data {looks_like.format}"
+        hint = "mend them, or leave these rows out with --on-error skip"
+        return hint if self.wrong < MOST_PROBLEMS else f"reading ended after {MOST_PROBLEMS:,} problems; {hint}"
 
     def _rule(self, name: str, rows: Iterator[Row]) -> tuple[Rule, Iterator[Row]]:
         """A file's rule, and its rows."""

@@ -105,6 +105,14 @@ def test_with_a_thousand_problems_reading_ends(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         convert(Request("alpaca", [source]), tmp_path / "out.jsonl")
     assert len(caught.value.problems) == run.MOST_PROBLEMS
+    assert "reading ended after 1,000 problems" in str(caught.value.hint)
+
+
+def test_a_file_in_another_format_is_told_its_own(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [{"messages": [{"role": "user", "content": "a"}]}] * 3)
+    with pytest.raises(DataError) as caught:
+        convert(Request("alpaca", [source]), tmp_path / "out.jsonl")
+    assert "this looks like openai, as its 'messages' have 'role'" in str(caught.value.hint)
 
 
 def test_a_lone_surrogate_is_a_problem_of_its_field(tmp_path: Path) -> None:
