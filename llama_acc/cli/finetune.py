@@ -62,7 +62,7 @@ def finetune(
         typer.Option(
             "--pretrained",
             metavar="DIR",
-            help="Checkpoint to start from; may repeat: a later one overrides.",
+            help="Checkpoint to start from, or a downloaded name; may repeat: a later one overrides.",
             callback=options.given,
         ),
     ] = None,
@@ -71,7 +71,7 @@ def finetune(
         typer.Option(
             "--data",
             metavar="FILE",
-            help="Data in place of the recipe's: file, folder or glob; may repeat.",
+            help="Data in place of the recipe's: file, folder, glob or a downloaded name; may repeat.",
             callback=options.given,
         ),
     ] = None,

@@ -8,8 +8,11 @@ import pytest
 from llama_acc.core.data.convert.formats import AUTO, FORMATS
 from llama_acc.core.download.address import HubAddress, parse_address
 from llama_acc.core.download.catalogue import Entry, catalogue, find_entry
+from llama_acc.core.download.finish import finish
+from llama_acc.core.download.remote import Digest
 from llama_acc.core.errors import UserError
 from llama_acc.core.recipe import Recipe, recipe_names
+from tests.core.download.watch import Watch
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 
@@ -53,6 +56,30 @@ def test_an_entry_is_whole(entry: Entry) -> None:
 def test_what_is_to_be_converted_is_in_a_format_there_is() -> None:
     formats = {entry.convert for entry in catalogue().values() if entry.convert}
     assert formats <= {*FORMATS, AUTO}
+
+
+def test_the_hashes_are_those_of_the_real_files(shared: Path) -> None:
+    here = {
+        "sharegpt-example": [shared / "assets/data/sharegpt_example.json"],
+        "gorilla-torchhub": [shared / "assets/gorilla/torchhub_train.json"],
+    }
+    here["gorilla-eval"] = [
+        shared / "assets/gorilla" / name
+        for name in ("torchhub_api.jsonl", "huggingface_api.jsonl", "torchhub_eval.json", "huggingface_eval.json")
+    ]
+    for name, paths in here.items():
+        known = {file.get.rpartition("/")[2]: file for file in find_entry(name).files}
+        known["sharegpt_example.json"] = next(iter(known.values()))
+        for path in paths:
+            assert path.stat().st_size == known[path.name].bytes
+            assert Digest("sha256", "").of(path).hex == known[path.name].sha256
+
+
+def test_torch_hubs_items_all_come_out(shared: Path, tmp_path: Path) -> None:
+    raw = shared / "assets/gorilla/torchhub_train.json"
+    made = finish(find_entry("gorilla-torchhub"), raw.parent, (raw,), tmp_path, Watch())
+    assert made is not None
+    assert len(made.read_text(encoding="utf-8").splitlines()) == 837
 
 
 def test_unknown_names_are_refused_with_near_ones() -> None:
