@@ -49,12 +49,14 @@ class Eyes:
         if self.vision.trains_encoder:
             return found
         assert self.tower is not None
-        return self.tower(found) if len(found) else found.new_empty((0, *self.vision.input_shape))
+        return self.tower(found)
 
     def inputs(self, count: int, make: Callable[[], Tensor]) -> Tensor:
         """What the model takes of `count` images, [I, *input_shape]: `make` is asked on ranks that are leaders."""
-        if self.vision.trains_encoder or self.parallel.model_size == 1 or not count:
-            return make() if count else self.encode(torch.empty((0, 3, *[self.vision.image_size] * 2)))
+        if not count:
+            return torch.empty((0, *self.vision.input_shape), dtype=self.dtype, device=self.device)
+        if self.vision.trains_encoder or self.parallel.model_size == 1:
+            return make()
         if self.is_leader:
             shared = make().contiguous()
         else:

@@ -352,6 +352,11 @@ class Recipe(Section):
             raise ValueError("vision.reference_trainables is for the methods that LLaMA2-Accessory has, not for frozen")
         if encoder is not None and (encoder == "clip") != (method == "adapter"):
             raise ValueError(f"vision.encoder clip and tuning.method adapter go together, not {encoder} and {method}")
+        if self.vision.cache_features and self.data.images.transform == "random_resized_crop":
+            raise ValueError(
+                "vision.cache_features keeps one result for each image, and data.images.transform random_resized_crop "
+                "makes another in each epoch: set data.images.transform=pad_to_square"
+            )
         return self
 
     @classmethod

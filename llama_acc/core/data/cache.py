@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from llama_acc.core.data.encode import ENCODER_VERSION
@@ -59,7 +60,13 @@ def content_digest(path: Path) -> str:
 
 
 def cache_key(
-    content: str, suffix: str, format: str, tokenizer: Tokenizer, templates: list[Template], max_tokens: int
+    content: str,
+    suffix: str,
+    format: str,
+    tokenizer: Tokenizer,
+    templates: list[Template],
+    max_tokens: int,
+    image_positions: int | None = None,
 ) -> str:
     """What names an entry: everything that decides the tokens and labels of a file, and what is found in it.
 
@@ -70,8 +77,9 @@ def cache_key(
         tokenizer: by its fingerprint.
         templates: the format to write them in; several where the kind of the items will decide.
         max_tokens: where documents are cut.
+        image_positions: how many places an image takes; None: there may be no images.
     """
-    parts = {
+    parts: dict[str, Any] = {
         "data": content,
         "suffix": suffix.lower(),
         "format": format,
@@ -81,6 +89,8 @@ def cache_key(
         "encoder": ENCODER_VERSION,
         "checks": CHECKS_VERSION,
     }
+    if image_positions is not None:
+        parts["image_positions"] = image_positions
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

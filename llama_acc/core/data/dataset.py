@@ -101,6 +101,10 @@ class Dataset:
         root = self.files[part].image_root
         return tuple(resolved(reference, root) for reference in self.parts[part].images(row))
 
+    def image_start(self, i: int) -> int:
+        """Where the first of a document's images stands in it: right behind BOS."""
+        return int(self.files[self._place(i)[0]].template.bos)
+
     def origin(self, i: int) -> str:
         """Where a document came from, such as "alpaca.json item 17"."""
         part, row = self._place(i)

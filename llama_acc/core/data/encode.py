@@ -50,18 +50,31 @@ class Chunk(NamedTuple):
     """Items with an input that the template does not show."""
 
 
-def encode_chunk(items: Sequence[tuple[int, Item]], template: Template, tokenizer: Tokenizer, max_tokens: int) -> Chunk:
+def encode_chunk(
+    items: Sequence[tuple[int, Item]],
+    template: Template,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    image_positions: int = 0,
+) -> Chunk:
     """Encode some items, all of one kind that the template takes.
+
+    Images stand right behind BOS, all of an item's in their order; what is kept as tokens there does not matter.
 
     Args:
         items: (which item of its file it is, from 0; the item itself).
         template: the prompt format.
         tokenizer: encodes them as one batch.
         max_tokens: only so many first tokens of a document are kept.
+        image_positions: how many places an image takes.
     """
     builder = _Builder(max_tokens)
     values = [item for _, item in items]
     for (index, item), (tokens, labelled) in zip(items, documents(values, template, tokenizer), strict=True):
+        if places := image_positions * len(item.images):
+            begin = int(template.bos)
+            tokens = np.concatenate((tokens[:begin], np.zeros(places, np.int32), tokens[begin:]))
+            labelled = np.concatenate((labelled[:begin], np.zeros(places, np.bool_), labelled[begin:]))
         builder.add(index, tokens, labelled, item.images)
     return builder.build(len(items), _unused_inputs(values, template))
 

@@ -43,6 +43,7 @@ def load_dataset(
     seed: int,
     *,
     on_error: OnError = "stop",
+    image_positions: int | None = None,
     recipe_folder: Path | None = None,
     progress: FileProgress | None = None,
     store: EntryStore | None = None,
@@ -55,6 +56,7 @@ def load_dataset(
         max_tokens: longer examples are cut, and counted.
         seed: with `ratio`, decides which items are used.
         on_error: "skip": rows that cannot be trained on are left out, and told in the report.
+        image_positions: how many places the model takes for an image; None: it takes none.
         recipe_folder: where relative paths are looked for first.
         progress: told how far the encoding of a file is.
         store: where encoded files are kept; None: one for this call.
@@ -68,7 +70,7 @@ def load_dataset(
     if not specs:
         raise UserError("no data: the recipe has no data.sources", "give some with --data FILE")
     with contextlib.nullcontext(store) if store is not None else EntryStore() as kept:
-        parts = _load_files(specs, _Encoder(tokenizer, max_tokens, on_error, kept, progress))
+        parts = _load_files(specs, _Encoder(tokenizer, max_tokens, on_error, image_positions, kept, progress))
     dataset = _joined(specs, parts, seed)
     if not len(dataset):
         items, skipped = sum(part.items for part in parts), sum(len(part.skipped_rows) for part in parts)
@@ -115,11 +117,12 @@ class _Encoder:
         tokenizer: Tokenizer,
         max_tokens: int,
         on_error: OnError,
+        image_positions: int | None,
         store: EntryStore,
         progress: FileProgress | None,
     ) -> None:
         self._tokenizer, self._max_tokens, self._store, self._progress = tokenizer, max_tokens, store, progress
-        self._skips = on_error == "skip"
+        self._skips, self._image_positions = on_error == "skip", image_positions
 
     def load(self, spec: FileSpec, content: str | UserError) -> Encoded:
         """A file's documents."""
@@ -127,7 +130,15 @@ class _Encoder:
             raise content
         is_auto = spec.template == "auto"
         templates = [template_for("auto", kind) for kind in KINDS] if is_auto else [get_template(spec.template)]
-        key = cache_key(content, data_suffix(spec.path), spec.format, self._tokenizer, templates, self._max_tokens)
+        key = cache_key(
+            content,
+            data_suffix(spec.path),
+            spec.format,
+            self._tokenizer,
+            templates,
+            self._max_tokens,
+            self._image_positions,
+        )
         encoded = self._store.get(
             key,
             lambda writer: self._encode(spec, writer),
@@ -145,11 +156,14 @@ class _Encoder:
             template = template_for(spec.template, file.kind)
         except UserError as error:
             raise UserError(f"{spec.path}: {error.message}", error.hint) from error
-        job = Job(self._tokenizer.path, template, self._max_tokens)
+        job = Job(self._tokenizer.path, template, self._max_tokens, self._image_positions or 0)
         unused_inputs, survey = 0, Survey(KEPT_PLACES)
         for chunk, found in prepare_batches(file.batches(), job, self._tokenizer, _cores()):
-            if any(chunk.images):
-                raise UserError(f"{spec.path}: the items have images, which the model does not take")
+            if self._image_positions is None and any(chunk.images):
+                raise UserError(
+                    f"{spec.path}: the items have images, and the model sees nothing",
+                    "set vision.encoder, or give a checkpoint that sees",
+                )
             writer.append(chunk)
             survey.merge(found)
             unused_inputs += chunk.unused_inputs

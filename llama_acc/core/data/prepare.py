@@ -25,6 +25,7 @@ class Job:
     tokenizer: Path
     template: Template
     max_tokens: int
+    image_positions: int = 0
 
 
 class Prepared(NamedTuple):
@@ -42,4 +43,4 @@ def prepare_batch(batch: Batch, job: Job, tokenizer: Tokenizer) -> Prepared:
     survey = Survey(KEPT_PLACES)
     for _, row in batch:
         survey.add(row.where, row.item, row.problems)
-    return Prepared(encode_chunk(items, job.template, tokenizer, job.max_tokens), survey)
+    return Prepared(encode_chunk(items, job.template, tokenizer, job.max_tokens, job.image_positions), survey)

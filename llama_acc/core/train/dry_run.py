@@ -1,5 +1,6 @@
 """Everything a run does before its first step, and a guess at how long the rest would take."""
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +9,12 @@ import numpy as np
 import torch
 
 from llama_acc.core.checkpoint.files import check_checkpoint
-from llama_acc.core.data.batches import build
 from llama_acc.core.device import free_memory, pick_device, prepare_cpu
 from llama_acc.core.parallel import Parallel
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.events import Events
 from llama_acc.core.train.folder import RunFolder, refuse_non_empty
+from llama_acc.core.train.image_feed import Dealt
 from llama_acc.core.train.plan import Plan, check_disk, make_plan, read_base
 from llama_acc.core.train.simulate import RankShare, rank_share
 from llama_acc.core.train.step import train_step
@@ -130,7 +131,8 @@ def training_flops(plan: Plan, tokens: float) -> float:
     trains = 6 if plan.config.tuning.what.everything else 4
     passes = trains + (2 if plan.recipe.train.activation_checkpointing else 0)
     mean_length = float((plan.train.lengths.astype(np.float64) ** 2).sum()) / plan.train.tokens
-    blocks = plan.parameter_count() - 2 * head + config.n_layers * config.dim * mean_length
+    tower = 0 if config.vision is None else sum(map(math.prod, config.vision.tower_shapes().values()))
+    blocks = plan.parameter_count() - tower - 2 * head + config.n_layers * config.dim * mean_length
     return tokens * (passes * blocks + trains * head * labelled)
 
 
@@ -139,7 +141,8 @@ def _timed_step(plan: Plan, device: torch.device) -> tuple[float, float]:
     trainer = Trainer(plan, device, None, Parallel())
     typical = np.argsort(plan.train.lengths, kind="stable")[len(plan.train) // 2 :][: plan.recipe.train.batch_size]
     (group, *_), _ = trainer.deal(plan.train, typical)
-    batch = build(plan.train, group)
+    (batch,) = trainer.fed(plan.train, [Dealt(group, 0)])
+    trainer.close()
     whole, updates = [], []
     for _ in range(_PROBE_STEPS):
         start = time.perf_counter()

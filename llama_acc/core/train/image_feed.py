@@ -8,24 +8,79 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama_acc.core.data.batches import ImageAt, MicroBatch
+from llama_acc.core.data.batches import ImageAt, MicroBatch, build_seen
+from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.data.features import FeatureCache
-from llama_acc.core.data.image_workers import ImageWorkers
-from llama_acc.core.data.images import ImageJob, Transform
+from llama_acc.core.data.image_workers import ImageWorkers, default_workers
+from llama_acc.core.data.images import Crop, ImageJob, Transform
 from llama_acc.core.eyes import Eyes
+from llama_acc.core.parallel import local_world_size
+from llama_acc.core.recipe import Recipe
 
 _AHEAD = 4  # micro-batches whose images are being decoded while one is computed
 
 
 class Dealt(NamedTuple):
-    """A micro-batch, and the epoch that decides its images' random crops."""
+    """The documents of a micro-batch, and the epoch that decides their images' random crops."""
 
-    batch: MicroBatch
+    items: list[int]
     epoch: int
 
 
+class ImageFeeds:
+    """Gives micro-batches what the model takes of their images: of training data and of held-out data.
+
+    Held-out images are padded to a square, as those in generation are.
+    """
+
+    def __init__(self, eyes: Eyes, recipe: Recipe) -> None:
+        self._eyes, self._recipe = eyes, recipe
+        self._workers: ImageWorkers | None = None
+        self._feeds: dict[Crop, ImageFeed] = {}
+
+    def fed(self, dataset: Dataset, dealt: Iterable[Dealt], *, is_training: bool) -> Iterator[MicroBatch]:
+        """The micro-batches of `dealt` with their `inputs`; some are asked for ahead of time.
+
+        Args:
+            dataset: whose documents they are.
+            dealt: what they consist of.
+            is_training: whether they are trained on, or held out.
+        """
+        positions = self._eyes.vision.positions
+        batches = ((build_seen(dataset, items, positions), epoch) for items, epoch in dealt)
+        if not dataset.image_counts.any():
+            return (replace(batch, inputs=self._eyes.inputs(0, _never)) for batch, _ in batches)
+        return self._feed(self._recipe.data.images.transform if is_training else "pad_to_square").fed(batches)
+
+    def close(self) -> None:
+        """Ends the processes that decode images."""
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
+
+    def _feed(self, crop: Crop) -> "ImageFeed":
+        if crop in self._feeds:
+            return self._feeds[crop]
+        eyes, settings = self._eyes, self._recipe.data.images
+        transform = Transform(crop, eyes.vision.image_size)
+        if self._workers is None and eyes.is_leader:
+            self._workers = ImageWorkers(settings.workers or default_workers(local_world_size()))
+        cache = None
+        if self._recipe.vision.cache_features and eyes.is_leader:
+            cache = FeatureCache(eyes.fingerprint(), transform, eyes.vision.input_shape, eyes.dtype)
+        self._feeds[crop] = ImageFeed(
+            eyes,
+            transform,
+            seed=self._recipe.train.seed,
+            max_pixels=settings.max_pixels,
+            workers=self._workers,
+            cache=cache,
+        )
+        return self._feeds[crop]
+
+
 class ImageFeed:
-    """Gives micro-batches what the model takes of their images."""
+    """Gives micro-batches what the model takes of their images, after one transform."""
 
     def __init__(
         self,
@@ -34,7 +89,7 @@ class ImageFeed:
         *,
         seed: int,
         max_pixels: int,
-        workers: ImageWorkers,
+        workers: ImageWorkers | None,
         cache: FeatureCache | None = None,
     ) -> None:
         """Args:
@@ -42,15 +97,15 @@ class ImageFeed:
         transform: from images to squares of pixels.
         seed: of random crops, with the epoch and the image's place in the data.
         max_pixels: larger images are refused.
-        workers: decode the images.
+        workers: decode the images; None on a rank that does not.
         cache: where features are kept, or None.
         """
         self._eyes, self._transform, self._seed, self._max_pixels = eyes, transform, seed, max_pixels
         self._workers, self._cache = workers, cache
 
-    def fed(self, batches: Iterable[Dealt]) -> Iterator[MicroBatch]:
-        """The micro-batches with their `inputs`; so many of `batches` are asked for ahead of time."""
-        if not self._eyes.is_leader:
+    def fed(self, batches: Iterable[tuple[MicroBatch, int]]) -> Iterator[MicroBatch]:
+        """The micro-batches, each given with its epoch, with their `inputs`; some are asked for ahead of time."""
+        if self._workers is None:
             for batch, _ in batches:
                 yield replace(batch, inputs=self._eyes.inputs(len(batch.images), _never))
             return

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from llama_acc.core.checkpoint.base import TrainedQuantised, check_base, check_quantised_base
@@ -24,7 +25,7 @@ from llama_acc.core.data.findings import KINDS as FINDINGS
 from llama_acc.core.data.load import load_dataset
 from llama_acc.core.data.readers import raise_together
 from llama_acc.core.data.sources import Source, resolve_data_path, resolve_image_root
-from llama_acc.core.errors import UserError
+from llama_acc.core.errors import UserError, listed
 from llama_acc.core.home import home
 from llama_acc.core.model.config import ModelConfig, config_from_params, named_size, read_params
 from llama_acc.core.model.nf4 import nbytes, packed_shape
@@ -167,6 +168,7 @@ class Plan:
             ("weights", f"from {start}" if start else f"random (seed {recipe.train.seed})"),
             ("parameters", f"{count:,}, of which {self.trained_count():,} train (method {recipe.tuning.method})"),
             *self._quantised_line(),
+            *self._vision_line(),
             (
                 "data",
                 f"{len(data):,} items, {data.tokens:,} tokens, "
@@ -192,6 +194,20 @@ class Plan:
     def _warnings_line(self) -> list[tuple[str, str]]:
         found = [f"{count:,} {FINDINGS[kind].title}" for kind, count in self.report["warnings"].items()]
         return [("warnings", f"{', '.join(found)}; see data.json, or llama-acc convert-data check")] if found else []
+
+    def _vision_line(self) -> list[tuple[str, str]]:
+        vision, recipe = self.config.vision, self.recipe
+        if vision is None:
+            return []
+        tower = sum(math.prod(shape) for shape in vision.tower_shapes().values())
+        images = int(self.train.image_counts.sum())
+        text = f"encoder {vision.encoder}, stage {self.config.vision_training.stage}; "
+        text += f"{tower:,} of the parameters are its tower, which is frozen; " if tower else "it trains; "
+        text += f"{images:,} images of {vision.positions} positions each, {recipe.data.images.transform}"
+        if recipe.vision.cache_features:
+            size = images * math.prod(vision.input_shape) * self.compute_dtype.itemsize
+            text += f"; features are kept, up to {size_text(size)}"
+        return [("vision", text)]
 
     def _quantised_line(self) -> list[tuple[str, str]]:
         if self.recipe.tuning.quantize == "none":
@@ -259,7 +275,8 @@ def make_plan(
             f"data.max_tokens ({recipe.data.max_tokens}) is more than the model's max_seq_len ({config.max_seq_len})",
             "lower data.max_tokens, or raise model.max_seq_len",
         )
-    train, validation, report = data or _data(recipe, tokenizer, recipe_folder, events, store)
+    train, validation, report = data or _data(recipe, config, tokenizer, recipe_folder, events, store)
+    _check_image_counts(config, train, validation)
     steps_per_epoch = math.ceil(len(train) / recipe.train.global_batch_size)
     total = math.ceil(recipe.train.epochs * steps_per_epoch - 1e-9)
     total = min(total, recipe.train.max_steps or total)
@@ -393,7 +410,12 @@ def _tokenizer_path(recipe: Recipe, layouts: list[Layout], recipe_folder: Path |
 
 
 def _data(
-    recipe: Recipe, tokenizer: Tokenizer, recipe_folder: Path | None, events: Events, store: EntryStore | None
+    recipe: Recipe,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    recipe_folder: Path | None,
+    events: Events,
+    store: EntryStore | None,
 ) -> PlannedData:
     data, seed = recipe.data, recipe.train.seed
 
@@ -404,6 +426,7 @@ def _data(
             data.max_tokens,
             seed,
             on_error=data.on_error,
+            image_positions=None if config.vision is None else config.vision.positions,
             recipe_folder=recipe_folder,
             progress=events.encoding,
             store=store,
@@ -418,6 +441,16 @@ def _data(
     if data.validation.fraction:
         return PlannedData(*train.split(data.validation.fraction, seed), report)
     return PlannedData(train, None, report)
+
+
+def _check_image_counts(config: ModelConfig, *datasets: Dataset | None) -> None:
+    if config.vision is None or config.vision.encoder != "clip":
+        return
+    for dataset in datasets:
+        many = [] if dataset is None else np.flatnonzero(dataset.image_counts > 1).tolist()
+        if dataset is not None and many:
+            places = [f"{dataset.origin(i)} has {dataset.image_counts[i]}" for i in many]
+            raise UserError(f"encoder clip takes one image for each item:\n{listed(places)}", "use encoder qformer")
 
 
 def _together(load: Callable[[list[Source]], Dataset], *parts: list[Source]) -> list[Dataset]:

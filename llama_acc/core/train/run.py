@@ -3,7 +3,7 @@
 import errno
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -164,6 +164,14 @@ def _train(
     started: float,
 ) -> Finished:
     trainer = Trainer(plan, device, weights, parallel)
+    with closing(trainer):
+        return _trained(trainer, folder, done, events, stop, started)
+
+
+def _trained(
+    trainer: Trainer, folder: RunFolder, done: int, events: Events, stop: StopRequest, started: float
+) -> Finished:
+    plan, parallel = trainer.plan, trainer.parallel
     if folder.checkpoint is not None:
         trainer.load(SavedState(folder.checkpoint, parallel), done)
         events.note(f"resuming from {folder.checkpoint}, {trainer.step} of {plan.total_steps} steps done")

@@ -1,5 +1,6 @@
 """What one rank of many would hold, found by building it: on the meta device, with torch's fake process group."""
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -49,12 +50,16 @@ def rank_share(plan: Plan, world_size: int, rank: int = 0) -> RankShare:
         parameters = list(model.parameters())
         stored = [local_part(parameter).tensor for parameter in parameters]
         trained = [parameter for parameter in parameters if parameter.requires_grad]
+        vision = plan.config.vision
+        # The vision tower is on the first rank of each model-parallel group, whole.
+        has_tower = vision is not None and parallel.model_rank == 0
+        tower = sum(math.prod(shape) for shape in vision.tower_shapes().values()) if vision and has_tower else 0
         return RankShare(
             rank,
             world_size,
             # Of what is quantised, a byte holds two.
-            parameters=sum(tensor.numel() * (1 if tensor.is_floating_point() else 2) for tensor in stored),
-            weights=sum(tensor.nbytes for tensor in (*stored, *model.buffers())),
+            parameters=sum(tensor.numel() * (1 if tensor.is_floating_point() else 2) for tensor in stored) + tower,
+            weights=sum(tensor.nbytes for tensor in (*stored, *model.buffers())) + tower * plan.compute_dtype.itemsize,
             gradients=_gradient_bytes(plan, parallel, trained),
             moments=len(MOMENTS) * sum(local_part(parameter).tensor.nbytes for parameter in trained),
         )

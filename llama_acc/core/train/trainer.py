@@ -1,7 +1,8 @@
 """This rank's part of a model in training: what it computes in a step, and what a checkpoint of it holds."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,15 +13,17 @@ from llama_acc.core.checkpoint.base import BASE_FILE, base_of
 from llama_acc.core.checkpoint.resume import FORMAT_VERSION, SavedState, restore_rng, rng_state
 from llama_acc.core.checkpoint.save import Rows, Snapshot
 from llama_acc.core.checkpoint.shards import Weights, load_parameters
-from llama_acc.core.data.batches import build, deal_to_ranks, epoch_order, micro_batches, step_items
+from llama_acc.core.data.batches import MicroBatch, build, deal_to_ranks, epoch_order, micro_batches, step_items
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.device import prepare_cpu
+from llama_acc.core.eyes import open_eyes
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import Transformer, initialise
 from llama_acc.core.model.vision_config import VISION_FILE
 from llama_acc.core.parallel import Parallel, is_sharded, local_part
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.data_parallel import DataParallel
+from llama_acc.core.train.image_feed import Dealt, ImageFeeds
 from llama_acc.core.train.optimizer import ClippedAdamW
 from llama_acc.core.train.plan import Plan, has_frozen, model_on_meta
 from llama_acc.core.train.schedule import learning_rate
@@ -99,6 +102,10 @@ class Trainer:
             recipe, plan.config, parallel, device.type, materialise
         )
         self.plan, self.device, self.parallel, self.step = plan, device, parallel, 0
+        keep_all = not recipe.checkpoint.trainable_only
+        self.eyes = open_eyes(self.model, weights, device, recipe.train.seed, keep_all)
+        self._feeds = None if self.eyes is None else ImageFeeds(self.eyes, recipe)
+        self._batches: Iterator[MicroBatch] | None = None
         self._order: tuple[int, np.ndarray] | None = None  # of the epoch under way
         # Of a model of random weights there is no base to belong to.
         self.base_file: bytes | None = None
@@ -139,6 +146,23 @@ class Trainer:
         own = [groups[group] for group in dealt[self.parallel.data_rank]]
         return own, max(loads) * ranks / sum(loads) - 1.0
 
+    def _dealt(self) -> Iterator[Dealt]:
+        """This rank's micro-batches from the coming step to the last one."""
+        for step in range(self.step, self.plan.total_steps):
+            groups, _ = self.deal(self.plan.train, self.items(step))
+            yield from (Dealt(group, step // self.plan.steps_per_epoch) for group in groups)
+
+    def fed(self, dataset: Dataset, dealt: Iterable[Dealt]) -> Iterator[MicroBatch]:
+        """The micro-batches of documents of a data set, with what the model takes of their images."""
+        if self._feeds is None:
+            return (build(dataset, group) for group, _ in dealt)
+        return self._feeds.fed(dataset, dealt, is_training=dataset is self.plan.train)
+
+    def close(self) -> None:
+        """Ends the processes that decode images."""
+        if self._feeds is not None:
+            self._feeds.close()
+
     def advance(
         self, before_update: Callable[[], None] = lambda: None, facts: Sequence[float] = ()
     ) -> tuple[StepResult, dict[str, Any]]:
@@ -156,11 +180,14 @@ class Trainer:
         label_tokens = int(data.label_counts[items].sum(dtype=np.int64))
         lr = self.learning_rate()
         groups, imbalance = self.deal(data, items)
+        if self._batches is None:
+            # Of all steps to come: the images of the next ones are decoded while this one is computed.
+            self._batches = self.fed(data, self._dealt())
         result = train_step(
             self.model,
             self.optimizer,
             self.data_parallel,
-            (build(data, group) for group in groups),
+            islice(self._batches, len(groups)),
             label_tokens,
             lr,
             self.device,
@@ -184,7 +211,7 @@ class Trainer:
         held_out = self.plan.validation
         assert held_out is not None
         groups, _ = self.deal(held_out, np.arange(len(held_out)))
-        batches = (build(held_out, group) for group in groups)
+        batches = self.fed(held_out, (Dealt(group, 0) for group in groups))
         return evaluate(self.model, self.data_parallel, batches, held_out.label_tokens, self.device)
 
     def snapshot(self) -> Snapshot:
@@ -215,6 +242,10 @@ class Trainer:
         state = {f"{key}.{name}": _rows(named[name], value) for key, name, value in self.optimizer.state_tensors()}
         if plan.save_dtype != torch.float32:
             state |= {f"master.{name}": weights[name] for name in named}
+        tower = None if self.eyes is None else self.eyes.tower
+        if tower is not None:
+            frozen = ((tower.vision.tower_prefix + name, p.detach()) for name, p in tower.named_parameters())
+            weights |= {name: Rows(value, 0, tuple(value.shape), shared=True) for name, value in frozen}
         weights = {name: rows for name, rows in weights.items() if plan.saves(name)}
         return Snapshot(weights, state, rng_state(self.device), plan.save_dtype, files, self.parallel)
 
@@ -222,7 +253,7 @@ class Trainer:
         """Takes over everything a checkpoint's state holds but the masters; `step` is where its progress stands."""
         self.optimizer.load_state(state.read)
         restore_rng(state.rng(), self.device)
-        self.step = step
+        self.step, self._batches = step, None
 
 
 def _rows(parameter: Tensor, value: Tensor) -> Rows:
