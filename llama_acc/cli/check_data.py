@@ -1,6 +1,7 @@
 """`llama-acc convert-data check`."""
 
 import json
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -73,24 +74,37 @@ def check(
         Path | None,
         typer.Option("--plot", metavar="FILE.png", help="Draw the lengths as a picture.", callback=options.given),
     ] = None,
+    image_root: Annotated[
+        str | None,
+        typer.Option(
+            "--image-root",
+            metavar="DIR",
+            help="Where the images' relative paths begin; without it, beside the data.",
+            callback=options.given,
+        ),
+    ] = None,
+    no_images: Annotated[bool, typer.Option("--no-images", help="Do not open the items' images.")] = False,
     all_findings: Annotated[bool, typer.Option("--all", help="List all findings, not the first of each kind.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Check data files."""
     from llama_acc.core.data.check import check_files
     from llama_acc.core.data.sources import Source, expand
+    from llama_acc.core.data.survey import EXAMPLES
+    from llama_acc.core.recipe import Images
 
     if max_tokens is not None and tokenizer is None:
         raise UserError("--max-tokens counts tokens: it needs --tokenizer", "give the model's: --tokenizer Llama-2-7b")
     _check_outputs(html, plot)
     loaded = None if tokenizer is None else _tokenizer(tokenizer)
-    specs = expand([Source(file, format, template) for file in files])
+    specs = expand([Source(file, format, template, root=image_root) for file in files])
     with console.ByteProgress() as progress:
         reports = check_files(
             specs,
             loaded,
             max_tokens,
-            most=None if all_findings else 100,
+            max_pixels=None if no_images else Images().max_pixels,
+            most=None if all_findings else EXAMPLES,
             progress=lambda path, done: progress.tell(f"checking {path.name}", done, path.stat().st_size),
         )
     shown = _shown(specs, preview or (_IN_HTML if html else 0), loaded, max_tokens)
@@ -159,6 +173,8 @@ def _plot(reports: "list[FileReport]", max_tokens: int | None, path: Path) -> No
 
 def _end(reports: "list[FileReport]") -> None:
     """Raises what ends the command with 2, if anything would stop a run."""
+    from llama_acc.core.data.findings import KINDS
+
     rows = sum(report.survey.rows for report in reports)
     wrong = rows - sum(report.survey.items for report in reports)
     broken = [report for report in reports if report.error is not None]
@@ -168,6 +184,9 @@ def _end(reports: "list[FileReport]") -> None:
         )
     if wrong:
         hint = "mend them, or let a run leave them out: data.on_error=skip"
-        if wrong == rows:
-            hint = "if it is in a form of its own: llama-acc convert-data --help"
+        kinds = {kind for report in reports for kind in report.findings.counts if KINDS[kind].fatal}
+        if kinds == {"image_file"}:
+            hint = "say where the images are: --image-root DIR, in a recipe data.sources.root"
+        elif wrong == rows:
+            hint = f"if it is in a form of its own: llama-acc convert-data auto {shlex.quote(str(reports[0].path))}"
         raise UserError(f"{wrong:,} of {rows:,} items cannot be trained on", hint)

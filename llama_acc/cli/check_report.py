@@ -27,7 +27,7 @@ def print_reports(reports: "list[FileReport]", most: int | None) -> None:
             console.out.print()
         _heading(report)
         if report.error is not None:
-            console.out.print(Text("  cannot be read: ", style="red") + _text(report.error))
+            console.out.print(Text.assemble(("  cannot be read: ", "bold red"), _text(report.error)))
         for fatal in (True, False):
             _findings(report, fatal, most)
         if report.lengths:
@@ -43,7 +43,9 @@ def _heading(report: "FileReport") -> None:
         facts.append(f"language {report.survey.language}")
     elif report.survey.languages:
         facts.append("languages " + ", ".join(f"{name} {n:,}" for name, n in report.survey.languages.items()))
-    console.out.print(Text(f"{report.path}", style="bold") + _text("".join(f"  {fact}" for fact in facts)))
+    if report.images:
+        facts.append(f"{report.images:,} images")
+    console.out.print(Text.assemble((str(report.path), "bold"), _text("".join(f"  {fact}" for fact in facts))))
     if report.error is None and not report.findings.counts.total():
         console.out.print(Text("  nothing wrong was found", style="green"))
 
@@ -65,7 +67,7 @@ def _findings(report: "FileReport", fatal: bool, most: int | None) -> None:
 
 def _kind(about: "Kind", count: int) -> None:
     word, style = ("error", "bold red") if about.fatal else ("warning", "yellow")
-    console.out.print(Text(f"  {word}: ", style=style) + Text(f"{about.title}: {count:,}", style="bold"))
+    console.out.print(Text.assemble((f"  {word}: ", style), (f"{about.title}: {count:,}", "bold")))
 
 
 def _histogram(report: "FileReport") -> None:
@@ -74,7 +76,7 @@ def _histogram(report: "FileReport") -> None:
 
     most = None if report.truncation is None else report.truncation.max_tokens
     told = ", ".join(f"{name} {value:,}" for name, value in quantiles(report.lengths).items())
-    console.out.print(Text(f"  lengths in {report.unit}: ", style="bold") + Text(told))
+    console.out.print(Text.assemble((f"  lengths in {report.unit}: ", "bold"), told))
     found = bars(report.lengths)
     highest = max(bar.items for bar in found)
     names = [f"{bar.begin:,} to {bar.end - 1:,}" if bar.end else f"{bar.begin:,} or more" for bar in found]
@@ -82,8 +84,8 @@ def _histogram(report: "FileReport") -> None:
     for bar, name in zip(found, names, strict=True):
         is_cut = most is not None and bar.begin >= most
         blocks = "█" * max(round(_BAR * bar.items / highest), bar.items > 0)
-        line = Text(f"      {name:>{width}}  {bar.items:>{digits},}  ")
-        console.out.print(line + Text(blocks, style="yellow" if is_cut else "green"))
+        line = f"      {name:>{width}}  {bar.items:>{digits},}  "
+        console.out.print(Text.assemble(line, (blocks, "yellow" if is_cut else "green")))
 
 
 def _outcome(report: "FileReport") -> None:

@@ -214,3 +214,21 @@ def test_a_run_finds_the_same_before_the_model_is_touched(tmp_path: Path) -> Non
 
 def test_an_unknown_on_error_is_refused(single_turn: Path) -> None:
     refused(invoke(*QUICKSTART, "--data", single_turn, "data.on_error=ignore"), "data.on_error", "'stop' or 'skip'")
+
+
+def test_images_are_opened(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "pictures" / "b.png").write_text("no picture")
+    rows = [{**GOOD, "instruction": f"{i}?", "image": name} for i, name in enumerate(["a.png", "b.png", "c.png"])]
+    path = write(tmp_path / "a.json", rows)
+    lost = invoke(*CHECK, path)
+    assert lost.exit_code == 2
+    assert lost.stdout.count("the image is not there") == 3
+    assert "--image-root DIR" in lost.stderr
+    found = invoke(*CHECK, path, "--image-root", tmp_path / "pictures")
+    assert found.exit_code == 2
+    assert "images that cannot be opened: 2" in found.stdout
+    assert 'item 3: the image is not there: "c.png"' in found.stdout
+    assert "1 images" in found.stdout
+    assert invoke(*CHECK, path, "--no-images").exit_code == 0

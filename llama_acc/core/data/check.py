@@ -1,5 +1,6 @@
 """Checks of whole data files: every item is read, what is found is counted, told with its place, and summed up."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from llama_acc.core.data.checks import fields_of
 from llama_acc.core.data.findings import beginning
 from llama_acc.core.data.items import Item
+from llama_acc.core.data.opened_images import ImageOpener
 from llama_acc.core.data.readers import Checked, stream_items
 from llama_acc.core.data.repeats import joined, repeats
 from llama_acc.core.data.sources import FileSpec
@@ -46,6 +48,9 @@ class FileReport:
     characters: Counter[int] = field(default_factory=Counter)
     """How many items have so many characters."""
 
+    images: int = 0
+    """Of all items together."""
+
     @property
     def lengths(self) -> Counter[int]:
         """How many items are so long: in tokens if there is a tokenizer, else in characters."""
@@ -73,6 +78,7 @@ class FileReport:
             "items": survey.items,
             "language": survey.language,
             "languages": survey.languages,
+            "images": self.images,
             "findings": self.findings.to_json(),
             "characters": quantiles(self.characters),
         }
@@ -84,6 +90,7 @@ def check_files(
     tokenizer: Tokenizer | None,
     max_tokens: int | None,
     *,
+    max_pixels: int | None = None,
     most: int | None = EXAMPLES,
     progress: FileProgress | None = None,
 ) -> list[FileReport]:
@@ -93,10 +100,13 @@ def check_files(
         specs: the files, and in which prompt format.
         tokenizer: the model's; None: nothing is said of tokens.
         max_tokens: where items would be cut; None: nowhere.
+        max_pixels: images are opened, and larger ones refused; None: images are not looked at.
         most: how many findings of a kind are kept of a file; None: all. All are counted.
         progress: told how far the reading is.
     """
-    reports = [_check_file(spec, tokenizer, max_tokens, most, progress) for spec in specs]
+    with contextlib.nullcontext() if max_pixels is None else ImageOpener(max_pixels) as opener:
+        checker = _Checker(tokenizer, max_tokens, opener, most, progress)
+        reports = [checker.check(spec) for spec in specs]
     _add_repeats(reports, specs)
     return reports
 
@@ -127,39 +137,48 @@ def quantiles(lengths: Counter[int]) -> dict[str, int]:
     }
 
 
-def _check_file(
-    spec: FileSpec, tokenizer: Tokenizer | None, max_tokens: int | None, most: int | None, progress: FileProgress | None
-) -> FileReport:
-    report = FileReport(spec.path, survey=Survey(most))
-    rows: list[Checked] = []
-    try:
-        stream = stream_items(
-            spec.path, spec.format, progress=None if progress is None else partial(progress, spec.path)
-        )
-        template = template_for(spec.template, stream.kind)
-        report.kind, report.template = stream.kind, template.name
-        if tokenizer is not None:
-            report.truncation = Truncation(template, tokenizer, max_tokens, report.survey.findings)
-        for row in stream:
-            rows.append(row)
-            if len(rows) == _CHUNK:
-                _look_at(rows, report)
-                rows.clear()
-    except UserError as error:
-        report.error = error.message
-    # Where a file breaks off, what stands before is checked too.
-    _look_at(rows, report)
-    report.findings = report.survey.found()
-    return report
+@dataclass(frozen=True)
+class _Checker:
+    """Checks one file after the other."""
 
+    tokenizer: Tokenizer | None
+    max_tokens: int | None
+    opener: ImageOpener | None
+    most: int | None
+    progress: FileProgress | None
 
-def _look_at(rows: list[Checked], report: FileReport) -> None:
-    for row in rows:
-        report.survey.add(row.where, row.item, row.problems)
-        if row.item is not None:
-            report.characters[sum(len(text) for _, text in fields_of(row.item))] += 1
-    if report.truncation is not None:
-        report.truncation.add([(row.where, row.item) for row in rows if row.item is not None])
+    def check(self, spec: FileSpec) -> FileReport:
+        report = FileReport(spec.path, survey=Survey(self.most))
+        tell = None if self.progress is None else partial(self.progress, spec.path)
+        rows: list[Checked] = []
+        try:
+            stream = stream_items(spec.path, spec.format, progress=tell)
+            template = template_for(spec.template, stream.kind)
+            report.kind, report.template = stream.kind, template.name
+            if self.tokenizer is not None:
+                report.truncation = Truncation(template, self.tokenizer, self.max_tokens, report.survey.findings)
+            for row in stream:
+                rows.append(row)
+                if len(rows) == _CHUNK:
+                    self._look_at(rows, report, spec)
+                    rows.clear()
+        except UserError as error:
+            report.error = error.message
+        # Where a file breaks off, what stands before is checked too.
+        self._look_at(rows, report, spec)
+        report.findings = report.survey.found()
+        return report
+
+    def _look_at(self, rows: list[Checked], report: FileReport, spec: FileSpec) -> None:
+        if self.opener is not None:
+            rows = self.opener.opened(rows, spec.image_root)
+        for row in rows:
+            report.survey.add(row.where, row.item, row.problems)
+            if row.item is not None:
+                report.characters[sum(len(text) for _, text in fields_of(row.item))] += 1
+                report.images += len(row.item.images)
+        if report.truncation is not None:
+            report.truncation.add([(row.where, row.item) for row in rows if row.item is not None])
 
 
 def _add_repeats(reports: Sequence[FileReport], specs: Sequence[FileSpec]) -> None:

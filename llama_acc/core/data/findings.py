@@ -25,6 +25,7 @@ KINDS: dict[str, Kind] = {
     "mixed_kinds": Kind("dialogues among single-turn items", True),
     "surrogate": Kind("lone surrogates", True),
     "image": Kind("images that are not given by a path", True),
+    "image_file": Kind("images that cannot be opened", True),
     "empty_reply": Kind("empty replies", False),
     "role_order": Kind("roles out of order", False),
     "echo": Kind("replies that repeat the question", False),
