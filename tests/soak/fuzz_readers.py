@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-READERS = ("json", "jsonl", "csv", "tsv", "guessed", "gzip", "zstd", "yaml", "items")
+READERS = ("json", "jsonl", "csv", "tsv", "guessed", "gzip", "zstd", "yaml", "items", "formats")
 _LONGEST = 4096
 
 _GOOD = [
@@ -83,7 +83,7 @@ def _seeds(reader: str) -> Iterator[bytes]:
         "guessed": [array.encode(), lines.encode(), _TABLE.encode()],
         "gzip": [gzip.compress(array.encode()), gzip.compress(lines.encode())],
         "yaml": [_META.encode()],
-        "items": [bytes(range(64)), bytes([7, 2, 2, 6, 2, 7, 2, 7, 2, 7] * 3)],
+        **{key: [bytes(range(64)), bytes([7, 2, 2, 6, 2, 7, 2, 7, 2, 7] * 3)] for key in ("items", "formats")},
     }.get(reader, [])
 
 
@@ -98,7 +98,10 @@ def _zstd():  # type: ignore[no-untyped-def]
 class _Choices:
     """Makes a JSON value of bytes, each of which decides something: of nearly right items more than of others."""
 
-    _KEYS = ("instruction", "input", "output", "conversations", "from", "value", "image", "Output", "")
+    _KEYS = (
+        *("instruction", "input", "output", "conversations", "from", "value", "image", "Output", ""),
+        *("messages", "items", "role", "content", "type", "text", "code", "chat", "turn_1", "Human", "MOSS", "id"),
+    )
     _LEAVES = (
         None,
         True,
@@ -114,6 +117,15 @@ class _Choices:
         "cafÃ©",
         " \n",
         "What is it? " * 4,
+        *(
+            "system",
+            "tool",
+            "###Instruction: a\n###Output: b",
+            "{'Instruction': a, 'Output': {b}}",
+            "<image>\na",
+            "text",
+        ),
+        *("<p>a<br>b</p>", '<div class="x"><pre><button>Copy code</button><code>c</code></pre></div>', "2 / 2\nb"),
     )
 
     def __init__(self, data: bytes) -> None:
@@ -143,6 +155,9 @@ class _Choices:
 
 def _target(reader: str, folder: Path) -> Callable[[bytes], None]:
     """What is called with bytes; it raises on a crash."""
+    from llama_acc.core.data.convert.formats import FORMATS
+    from llama_acc.core.data.convert.rules import Options
+    from llama_acc.core.data.convert.run import Conversion, Request
     from llama_acc.core.data.items import item_of
     from llama_acc.core.data.rows import stream_rows_from
     from llama_acc.core.data.sources import Source, expand
@@ -185,13 +200,27 @@ def _target(reader: str, folder: Path) -> Callable[[bytes], None]:
         choices = _Choices(data)
         rows("\n".join(json.dumps(choices.value()) for _ in range(3)).encode())
 
+    def formats(data: bytes) -> None:
+        choices = _Choices(data)
+        text = "\n".join(json.dumps(choices.value()) for _ in range(3)).encode()
+        for format in (*FORMATS, "auto"):
+            options = Options(all_forms=len(data) % 2 > 0, dialogues=len(data) % 3 > 0, keep_html=len(data) % 5 == 0)
+            conversion = Conversion(Request(format, [Path("-")], io.BytesIO(text), options, skip_problems=True))
+            try:
+                for converted in conversion:
+                    json.loads(converted.line)
+            except UserError as error:
+                if "standard input" not in error.message:
+                    raise
+            assert all(problem.startswith("standard input: item ") for problem in conversion.problems)
+
     def yaml(data: bytes) -> None:
         path = folder / "data.yaml"
         path.write_bytes(data)
         with contextlib.suppress(UserError):
             expand([Source(str(path))], folder)
 
-    return {"yaml": yaml, "items": items, "gzip": packed, "zstd": packed}.get(reader, rows)
+    return {"yaml": yaml, "items": items, "formats": formats, "gzip": packed, "zstd": packed}.get(reader, rows)
 
 
 def _with_hypothesis(reader: str, seconds: float, folder: Path) -> None:

@@ -22,6 +22,7 @@ else:
     from backports.zstd import CompressionParameter, ZstdFile
 
 OUTPUTS = (".jsonl", ".json")
+_COMPRESSIONS = (".gz", ".zst")
 _GZIP_LEVEL = 5  # 6, the default, takes twice the time for 1 % less
 _BUFFER = 1 << 20
 
@@ -56,9 +57,9 @@ def layout_of(path: Path, reference: bool = False) -> Layout:
         UserError: the name ends in something else.
     """
     suffix = data_suffix(path)
-    if suffix not in OUTPUTS:
+    if suffix not in OUTPUTS or path.suffix.lower() not in (*OUTPUTS, *_COMPRESSIONS):
         raise UserError(
-            f"{path}: {suffix or 'no suffix'} is not a kind of file that is written",
+            f"{path}: {path.suffix or 'no suffix'} is not a kind of file that is written",
             "--output takes a .jsonl or .json file, perhaps with .gz or .zst behind, or - for standard output",
         )
     if suffix == ".jsonl":

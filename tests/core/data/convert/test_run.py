@@ -135,7 +135,7 @@ def test_the_input_is_never_the_output(tmp_path: Path) -> None:
     assert source.exists()
 
 
-@pytest.mark.parametrize("name", ["out.txt", "out", "out.csv", "out.json.bz2"])
+@pytest.mark.parametrize("name", ["out.txt", "out", "out.csv", "out.json.bz2", "out.json.zip", "out.txt.gz"])
 def test_other_kinds_of_output_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="not a kind of file that is written"):
         convert(Request("alpaca", [write(tmp_path / "in.jsonl", [ITEM])]), tmp_path / name)
