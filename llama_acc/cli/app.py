@@ -11,7 +11,17 @@ from typing import Annotated, Any
 import typer
 
 from llama_acc import __version__
-from llama_acc.cli import chat, check_data, convert_checkpoint, convert_data, download, evaluate, finetune, recipes
+from llama_acc.cli import (
+    caption,
+    chat,
+    check_data,
+    convert_checkpoint,
+    convert_data,
+    download,
+    evaluate,
+    finetune,
+    recipes,
+)
 from llama_acc.core import worker
 from llama_acc.core.errors import LlamaAccError
 
@@ -137,6 +147,7 @@ app.command("finetune", help=finetune.HELP)(_reported(finetune.finetune))
 app.command("chat", help=chat.HELP)(_reported(chat.chat))
 for format, command in convert_data.COMMANDS.items():
     convert_data.app.command(format, help=convert_data.FORMAT_HELP[format])(_reported(command))
+app.command("caption", help=caption.HELP)(_reported(caption.caption))
 convert_data.app.command("check", help=check_data.HELP)(_reported(check_data.check))
 app.add_typer(convert_data.app, name="convert-data", help=convert_data.HELP)
 app.command("convert-checkpoint", help=convert_checkpoint.HELP)(_reported(convert_checkpoint.convert_checkpoint))

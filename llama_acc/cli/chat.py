@@ -1,21 +1,23 @@
 """`llama-acc chat`: one answer for a script, or a conversation."""
 
-import contextlib
 import json
-import signal
 import sys
-from collections.abc import Iterator
-from datetime import timedelta
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llama_acc.cli import console, options, processes
+from llama_acc.cli.loading import Which, check_split, shared_model
 from llama_acc.core import worker
-from llama_acc.core.errors import LlamaAccError, UserError
+from llama_acc.core.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from llama_acc.core.inference import Conversation, LoadedModel, Sampling
 
 HELP = """Talk to a model. A run's folder means its latest checkpoint.
@@ -33,13 +35,20 @@ Examples:
   llama-acc chat --ckpt Llama-2-70b --ckpt runs/alpaca-70b-biasnorm-nf4 --quant nf4
 """
 
-_PATIENCE = timedelta(days=365)  # people think
-
 COMMANDS = """/reset          forget the conversation
+/image FILE     show it a picture; the next line asks about it
 /system TEXT    set the system text (without TEXT: show it)
 /save FILE      write the conversation to a JSON file
 /help           this list
 /quit           leave (also Ctrl-D)"""
+
+
+@dataclass
+class _Pictures:
+    """Pictures of a conversation: the files of those in view, and those that the next question brings."""
+
+    files: list[str] = field(default_factory=list)
+    waiting: "list[tuple[str, NDArray[np.uint8]]]" = field(default_factory=list)
 
 
 def chat(
@@ -55,6 +64,10 @@ def chat(
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", metavar="TEXT|-", help="Print the answer to this alone; - reads standard input."),
+    ] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option("--image", metavar="FILE", help="Ask about this picture; may repeat.", callback=options.given),
     ] = None,
     template: options.Template = "auto",
     system: Annotated[
@@ -76,60 +89,23 @@ def chat(
     from llama_acc.core.inference import Sampling
 
     sampling = Sampling(temperature, top_p, seed, max_new_tokens)
-    if processes.launched(processes.Wanted(nproc), device, lambda count: _check_split(ckpt, count)):
+    if image and prompt is None:
+        raise UserError("--image goes with --prompt", "in a conversation, type /image FILE")
+    if processes.launched(processes.Wanted(nproc), device, lambda count: check_split(ckpt, count)):
         return
-    if not worker.is_main():
-        # While it waits for rank 0, Python would not look at a signal.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with _shared_model(ckpt, device, tokenizer, template, verify, quant) as loaded:
+    with shared_model(Which(ckpt, device, tokenizer, template, verify, quant)) as loaded:
         if worker.is_main():
-            _talk(loaded, sampling, prompt, template, system)
+            _talk(loaded, sampling, prompt, image or [], template, system)
 
 
-@contextlib.contextmanager
-def _shared_model(
-    ckpt: list[str], device: str | None, tokenizer: str | None, template: str, verify: bool, quant: options.Quant | None
-) -> "Iterator[LoadedModel]":
-    """The model, shared by all processes; those other than rank 0 compute in here what that asks for."""
-    from llama_acc.core.device import pick_device
-    from llama_acc.core.inference import dismiss, follow, load_model
-    from llama_acc.core.parallel import joined
-
-    target = pick_device(device)
-    with joined(target, worker.world_size(), patience=_PATIENCE) as parallel:
-        loaded = parallel.agree(
-            lambda: load_model(
-                *ckpt,
-                device=str(target),
-                tokenizer=tokenizer,
-                template=template,
-                verify=verify,
-                quantize=None if quant is None else quant.value,
-                parallel=parallel,
-            )
-        )
-        if not parallel.is_main:
-            follow(loaded)
-        try:
-            yield loaded
-        except LlamaAccError:
-            dismiss(loaded)
-            raise
-        if parallel.is_main:
-            dismiss(loaded)
-
-
-def _check_split(ckpt: list[str], processes: int) -> None:
-    """Refuses what would end every process, before any is started."""
-    from llama_acc.core.checkpoint.layout import inspect, locate, read_config
-    from llama_acc.core.model.sharding import check_divides
-
-    config = read_config([inspect(locate(folder)) for folder in ckpt])
-    if config is not None and config.vocab_size > 0:
-        check_divides(config, processes)
-
-
-def _talk(loaded: "LoadedModel", sampling: "Sampling", prompt: str | None, template: str, system: str | None) -> None:
+def _talk(
+    loaded: "LoadedModel",
+    sampling: "Sampling",
+    prompt: str | None,
+    images: Sequence[str],
+    template: str,
+    system: str | None,
+) -> None:
     from llama_acc.core.inference import Conversation
 
     conversation = Conversation(loaded, sampling)
@@ -141,7 +117,23 @@ def _talk(loaded: "LoadedModel", sampling: "Sampling", prompt: str | None, templ
         _converse(conversation, loaded)
         return
     question = _standard_input() if prompt == "-" else prompt
-    _print_pieces(conversation.ask(question))
+    _print_pieces(conversation.ask(question, [_pixels(loaded, image) for image in images]))
+
+
+def _pixels(loaded: "LoadedModel", path: str) -> "NDArray[np.uint8]":
+    """A picture as the model takes it.
+
+    Raises:
+        UserError: there is none, or the model takes none.
+    """
+    from llama_acc.core.captions import evaluation_transform
+    from llama_acc.core.data.images import ImageError, ImageJob, pixels
+
+    transform = evaluation_transform(loaded)
+    try:
+        return pixels(ImageJob(str(Path(path).expanduser()), transform))
+    except ImageError as error:
+        raise UserError(f"{path}: {error.message}") from error
 
 
 def _standard_input() -> str:
@@ -166,6 +158,7 @@ def _converse(conversation: "Conversation", loaded: "LoadedModel") -> None:
         console.note(f"template: {loaded.template.name} ({loaded.template_from}). /help lists what else you can type.")
         if loaded.template.kind == "single_turn":
             console.note("this format was trained on single questions: each one stands alone, without the history")
+    pictures = _Pictures()
     while True:
         try:
             line = _read_line().strip()
@@ -174,9 +167,9 @@ def _converse(conversation: "Conversation", loaded: "LoadedModel") -> None:
         if line.startswith("/"):
             if line.split()[0] in ("/quit", "/exit"):
                 return
-            _command(line, conversation, loaded)
+            _command(line, conversation, loaded, pictures)
         elif line:
-            _answer(conversation, line)
+            _answer(conversation, line, pictures)
 
 
 def _read_line() -> str:
@@ -196,9 +189,11 @@ def _read_line() -> str:
         raise UserError(f"standard input is not {error.encoding} text: byte {error.start} cannot be decoded") from None
 
 
-def _answer(conversation: "Conversation", line: str) -> None:
+def _answer(conversation: "Conversation", line: str, pictures: _Pictures) -> None:
     try:
-        pieces = conversation.ask(line)
+        waiting, pictures.waiting = pictures.waiting, []
+        pieces = conversation.ask(line, [pixels for _, pixels in waiting])
+        pictures.files += [file for file, _ in waiting]
         if conversation.dropped_turns:
             console.note(f"the conversation is long: its {conversation.dropped_turns} oldest turns were forgotten")
         _print_pieces(pieces)
@@ -211,12 +206,15 @@ def _answer(conversation: "Conversation", line: str) -> None:
         console.note("answer cut short; Ctrl-C again at the prompt to leave")
 
 
-def _command(line: str, conversation: "Conversation", loaded: "LoadedModel") -> None:
+def _command(line: str, conversation: "Conversation", loaded: "LoadedModel", pictures: _Pictures) -> None:
     name, _, rest = line.partition(" ")
     rest = rest.strip()
     if name == "/reset":
         conversation.reset()
+        pictures.files, pictures.waiting = [], []
         console.note("forgotten")
+    elif name == "/image":
+        _show_picture(rest, conversation, loaded, pictures)
     elif name == "/system":
         if rest:
             try:
@@ -226,11 +224,27 @@ def _command(line: str, conversation: "Conversation", loaded: "LoadedModel") -> 
         shown = conversation.system if conversation.system is not None else getattr(loaded.template, "system", None)
         console.note(f"system: {shown}" if shown else "there is no system text")
     elif name == "/save":
-        _save(conversation, rest)
+        _save(conversation, rest, pictures.files)
     else:
         if name != "/help":
             console.error(f"there is no {name}")
         console.note(COMMANDS)
+
+
+def _show_picture(path: str, conversation: "Conversation", loaded: "LoadedModel", pictures: _Pictures) -> None:
+    if not path:
+        console.error("which picture? /image FILE")
+        return
+    try:
+        pixels = _pixels(loaded, path)
+    except UserError as error:
+        console.error(error.message, error.hint)
+        return
+    if loaded.template.kind == "single_turn" and (pictures.files or pictures.waiting):
+        conversation.images, pictures.files, pictures.waiting = [], [], []
+        console.note("it takes the place of the picture before: in this format each question stands alone")
+    pictures.waiting.append((str(Path(path).expanduser().absolute()), pixels))
+    console.note(f"{path}: ask about it")
 
 
 def _set_system(conversation: "Conversation", loaded: "LoadedModel", text: str) -> None:
@@ -239,7 +253,7 @@ def _set_system(conversation: "Conversation", loaded: "LoadedModel", text: str) 
     conversation.system = text
 
 
-def _save(conversation: "Conversation", name: str) -> None:
+def _save(conversation: "Conversation", name: str, pictures: list[str]) -> None:
     """Writes the conversation as a data file of one dialogue."""
     if not name:
         console.error("to which file? /save FILE")
@@ -250,7 +264,8 @@ def _save(conversation: "Conversation", name: str) -> None:
     roles = {"human": "human", "assistant": "gpt"}
     turns = [{"from": roles[role], "value": text} for role, text in conversation.turns]
     try:
-        text = json.dumps([{"conversations": turns}], indent=1, ensure_ascii=False)
+        item = {"image": pictures, "conversations": turns} if pictures else {"conversations": turns}
+        text = json.dumps([item], indent=1, ensure_ascii=False)
         Path(name).expanduser().write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         console.error(f"cannot write {name}: {error.strerror}")

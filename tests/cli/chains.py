@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.vision_config import VISION_FILE, TinyVision
 from llama_acc.core.tokenizer import find_tokenizer, load_tokenizer
 
 
@@ -22,6 +23,7 @@ def write_chain(
     endless_after: str = "",
     end: int | None = None,
     max_seq_len: int = 512,
+    sees: TinyVision | None = None,
 ) -> None:
     """Writes a model for the tokenizer in `folder`, as Meta lays them out.
 
@@ -33,6 +35,7 @@ def write_chain(
         endless_after: see `endless`.
         end: the token that ends the answer; None = EOS.
         max_seq_len: the model's context.
+        sees: it takes images, and each of them ends like the token `after`.
     """
     path = find_tokenizer(folder)
     assert path is not None
@@ -52,6 +55,7 @@ def write_chain(
         vocab_size=tokenizer.vocab_size,
         multiple_of=4,
         max_seq_len=max_seq_len,
+        vision=sees,
     )
     tensors = {name: torch.zeros(shape) for name, shape in config.parameter_shapes().items()}
     for name in tensors:
@@ -60,5 +64,8 @@ def write_chain(
     tensors["tok_embeddings.weight"].fill_diagonal_(1.0)
     for token, following in follows.items():
         tensors["output.weight"][following, token] = 10.0
+    if sees is not None:
+        tensors["end_img"][0, 0, chain[0]] = 1.0
+        (folder / VISION_FILE).write_bytes(sees.to_json())
     torch.save(tensors, folder / "consolidated.00.pth")
     (folder / "params.json").write_text(json.dumps(config.to_params()), encoding="utf-8")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from llama_acc.core.data.templates import get_template
+from llama_acc.core.model.vision_config import TinyVision
 from tests.cli.chains import write_chain
 from tests.cli.commands import QUICKSTART, invoke
 
@@ -73,4 +75,15 @@ def talker(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> Pa
     folder = tmp_path_factory.mktemp("talker")
     shutil.copy(tokenizer_path, folder / "tokenizer.model")
     write_chain(folder, answer=f" {ANSWER}", after=":", endless=" the", endless_after="?", max_seq_len=4096)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def seer(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> Path:
+    """A model that was trained to caption: of every image it says ANSWER, and likewise after ":"."""
+    folder = tmp_path_factory.mktemp("seer")
+    shutil.copy(tokenizer_path, folder / "tokenizer.model")
+    sees = TinyVision(image_size=16, patch_size=8, width=8, hidden_dim=8, n_layers=1, n_heads=2)
+    write_chain(folder, answer=f" {ANSWER}", after=":", endless=" the", endless_after="?", sees=sees)
+    get_template("caption").save(folder / "template.json")
     return folder

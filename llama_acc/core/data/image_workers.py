@@ -4,7 +4,7 @@ They are started anew, not forked, and import no torch: light, and safe beside C
 they may be killed at any time; they end when the pipe from their parent does, however that one ends, and leave Ctrl-C
 and SIGTERM to it. What they make is a function of the job alone, so their number changes nothing.
 
-A request is a line of JSON; so is an answer, followed by the bytes it announces.
+A request is a line of JSON; so is an answer, followed by as many bytes as it says.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_acc.core.data.images import ImageError, ImageJob, Transform, check_header, pixels, shown_reference
+from llama_acc.core.data.images import ImageError, ImageJob, Transform, check_header, pixels, shown_reference, thumbnail
 from llama_acc.core.errors import RunError
 
 _Result = TypeVar("_Result")
@@ -68,6 +68,10 @@ class ImageWorkers:
     def load(self, job: ImageJob) -> "Future[NDArray[np.uint8]]":
         """The pixels of a job, [3, size, size], made in the background; errors as those of `images.pixels`."""
         return self._submit(lambda worker: worker.load(job))
+
+    def thumbnail(self, reference: str, side: int, max_pixels: int) -> "Future[bytes]":
+        """See `images.thumbnail`."""
+        return self._submit(lambda worker: worker.thumbnail(reference, side, max_pixels))
 
     def check(self, references: Sequence[str], max_pixels: int) -> "Future[list[str | None]]":
         """For each picture what `images.check_header` finds wrong with it."""
@@ -137,11 +141,12 @@ class _Worker:
     def load(self, job: ImageJob) -> NDArray[np.uint8]:
         """What `images.pixels` gives."""
         transform = job.transform
-        request = [job.reference, transform.crop, transform.size, job.seed, job.max_pixels]
-        answer, data = self._ask({"load": request}, bytes_each=3 * transform.size**2)
-        if answer is not None:
-            raise ImageError(answer)
+        _, data = self._ask({"load": [job.reference, transform.crop, transform.size, job.seed, job.max_pixels]})
         return np.frombuffer(data, np.uint8).reshape(3, transform.size, transform.size)
+
+    def thumbnail(self, reference: str, side: int, max_pixels: int) -> bytes:
+        """What `images.thumbnail` gives."""
+        return self._ask({"thumbnail": [reference, side, max_pixels]})[1]
 
     def check(self, references: Sequence[str], max_pixels: int) -> list[str | None]:
         """What is wrong with each."""
@@ -158,22 +163,33 @@ class _Worker:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
 
-    def _ask(self, request: dict[str, Any], bytes_each: int = 0) -> tuple[Any, bytes]:
+    def _ask(self, request: dict[str, Any]) -> tuple[Any, bytes]:
+        """The facts and the bytes of an answer.
+
+        Raises:
+            ImageError: the answer is one.
+            _WorkerGone: there is none.
+        """
+        with self._lock:
+            answer, data = self._exchange(json.dumps(request).encode() + b"\n")
+            if answer is None or len(data) < answer["bytes"]:
+                raise _WorkerGone(f"ended: {_how(self._process.wait())}")
+        if answer["error"] is not None:
+            raise ImageError(answer["error"])
+        return answer["facts"], data
+
+    def _exchange(self, request: bytes) -> tuple[dict[str, Any] | None, bytes]:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
-        with self._lock:
-            try:
-                stdin.write(json.dumps(request).encode() + b"\n")
-                stdin.flush()
-                line = stdout.readline()
-                answer = json.loads(line) if line.endswith(b"\n") else None
-                data = stdout.read(bytes_each) if answer == {"problem": None} else b""
-            except (OSError, ValueError) as error:  # ValueError: the pipe was closed on this side
-                raise _WorkerGone("cannot be reached") from error
-            if answer is None or (answer == {"problem": None} and len(data) < bytes_each):
-                raise _WorkerGone(f"ended: {_how(self._process.wait())}")
-        return answer["problem"], data
+        try:
+            stdin.write(request)
+            stdin.flush()
+            line = stdout.readline()
+            answer = json.loads(line) if line.endswith(b"\n") else None
+            return answer, stdout.read(answer["bytes"]) if answer is not None else b""
+        except (OSError, ValueError) as error:  # ValueError: the pipe was closed on this side
+            raise _WorkerGone("cannot be reached") from error
 
 
 def _how(code: int) -> str:
@@ -189,8 +205,13 @@ def serve() -> None:
     os.dup2(2, 1)
     with contextlib.suppress(BrokenPipeError):
         for line in sys.stdin.buffer:
-            problem, data = _answer(json.loads(line))
-            answers.write(json.dumps({"problem": problem}).encode() + b"\n" + data)
+            facts, data, error = None, b"", None
+            try:
+                facts, data = _answer(json.loads(line))
+            except ImageError as found:
+                error = found.message
+            head = {"facts": facts, "error": error, "bytes": len(data)}
+            answers.write(json.dumps(head).encode() + b"\n" + data)
             answers.flush()
     os._exit(0)  # nothing to clean up; the pipe may be broken
 
@@ -199,11 +220,10 @@ def _answer(request: dict[str, Any]) -> tuple[Any, bytes]:
     if "check" in request:
         references, max_pixels = request["check"]
         return [_header_problem(reference, max_pixels) for reference in references], b""
+    if "thumbnail" in request:
+        return None, thumbnail(*request["thumbnail"])
     reference, crop, size, seed, max_pixels = request["load"]
-    try:
-        return None, pixels(ImageJob(reference, Transform(crop, size), tuple(seed), max_pixels)).tobytes()
-    except ImageError as error:
-        return error.message, b""
+    return None, pixels(ImageJob(reference, Transform(crop, size), tuple(seed), max_pixels)).tobytes()
 
 
 def _header_problem(reference: str, max_pixels: int) -> str | None:

@@ -190,6 +190,19 @@ def pixels(job: ImageJob) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 
+def thumbnail(reference: str, side: int, max_pixels: int = MAX_PIXELS) -> bytes:
+    """A picture within a square of `side` pixels, as JPEG.
+
+    Raises:
+        ImageError: as `pixels`.
+    """
+    image = decode(read_reference(reference), max_pixels)
+    image.thumbnail((side, side), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=85)
+    return file.getvalue()
+
+
 def normalised(pixels: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
     """Pixels [..., 3, H, W] from 0 to 255 as CLIP's encoders want them: (x / 255 - mean) / std, on their device.
 

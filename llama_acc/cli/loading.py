@@ -1,0 +1,73 @@
+"""A model for the commands that let it talk, shared by several processes where that is wanted."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from llama_acc.cli import options
+from llama_acc.core import worker
+from llama_acc.core.errors import LlamaAccError
+
+if TYPE_CHECKING:
+    from llama_acc.core.inference import LoadedModel
+
+_PATIENCE = timedelta(days=365)  # people think
+
+
+@dataclass(frozen=True)
+class Which:
+    """The flags that say which model, and how it is loaded."""
+
+    ckpt: list[str]
+    device: str | None
+    tokenizer: str | None
+    template: str
+    verify: bool
+    quant: options.Quant | None
+
+
+def check_split(ckpt: list[str], processes: int) -> None:
+    """Refuses what would end every process, before any is started."""
+    from llama_acc.core.checkpoint.layout import inspect, locate, read_config
+    from llama_acc.core.model.sharding import check_divides
+
+    config = read_config([inspect(locate(folder)) for folder in ckpt])
+    if config is not None and config.vocab_size > 0:
+        check_divides(config, processes)
+
+
+@contextlib.contextmanager
+def shared_model(which: Which) -> "Iterator[LoadedModel]":
+    """The model, shared by all processes; those other than rank 0 compute in here what that asks for."""
+    from llama_acc.core.device import pick_device
+    from llama_acc.core.inference import dismiss, follow, load_model
+    from llama_acc.core.parallel import joined
+
+    if not worker.is_main():
+        # While it waits for rank 0, Python would not look at a signal.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    target = pick_device(which.device)
+    with joined(target, worker.world_size(), patience=_PATIENCE) as parallel:
+        loaded = parallel.agree(
+            lambda: load_model(
+                *which.ckpt,
+                device=str(target),
+                tokenizer=which.tokenizer,
+                template=which.template,
+                verify=which.verify,
+                quantize=None if which.quant is None else which.quant.value,
+                parallel=parallel,
+            )
+        )
+        if not parallel.is_main:
+            follow(loaded)
+        try:
+            yield loaded
+        except LlamaAccError:
+            dismiss(loaded)
+            raise
+        if parallel.is_main:
+            dismiss(loaded)
