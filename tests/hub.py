@@ -33,6 +33,7 @@ class Fault:
         length: Content-Length says so, whatever comes.
         content: is sent in place of the right bytes.
         no_ranges: the whole file is sent, whatever was asked for.
+        from_byte: bytes are sent from there, whatever was asked for.
     """
 
     status: int | None = None
@@ -43,6 +44,7 @@ class Fault:
     length: int | None = None
     content: bytes | None = None
     no_ranges: bool = False
+    from_byte: int | None = None
 
 
 @dataclass
@@ -78,6 +80,7 @@ class Servers:
         self.plain_headers: dict[str, dict[str, str]] = {}
         self.redirects: dict[str, str] = {}
         self.faults: dict[str, deque[Fault]] = defaultdict(deque)
+        self.api_faults: deque[Fault] = deque()
         self.requests: list[Request] = []
         self.sent: dict[str, int] = defaultdict(int)
         self.xet_storage = ""
@@ -174,6 +177,10 @@ class _Handler(BaseHTTPRequestHandler):
     # The hub's questions and answers
 
     def _api(self, path: str, query: dict[str, list[str]]) -> None:
+        if self.servers.api_faults:
+            fault = self.servers.api_faults.popleft()
+            self._empty(fault.status or 500, dict(fault.headers))
+            return
         kinds = {"models": "model", "datasets": "dataset"}
         words = path.split("/")[2:]
         if words[0] not in kinds or self.servers.no_such_api:
@@ -308,6 +315,8 @@ class _Handler(BaseHTTPRequestHandler):
         asked = self.headers.get("range", "")
         if not asked.startswith("bytes=") or fault.no_ranges:
             return None
+        if fault.from_byte is not None:
+            return fault.from_byte
         if "if-range" in self.headers and self.headers["if-range"] not in headers.values():
             return None
         return int(asked.removeprefix("bytes=").partition("-")[0])

@@ -74,7 +74,7 @@ class WebAddress:
     @property
     def file_name(self) -> str:
         """The last part of its path."""
-        return unquote(PurePosixPath(urlsplit(self.url).path).name)
+        return PurePosixPath(unquote(urlsplit(self.url).path)).name
 
     @property
     def host(self) -> str:

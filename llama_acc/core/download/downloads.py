@@ -108,7 +108,7 @@ class Downloader:
 
     token: str | None
     watch: Watch
-    patience: Patience | None = None
+    patience: Patience = field(default_factory=Patience)
     client: httpx2.Client = field(default_factory=make_client)
     _hub: Hub | None = None
 
@@ -116,7 +116,7 @@ class Downloader:
     def hub(self) -> Hub:
         """Hugging Face; asked only if something of it is wanted."""
         if self._hub is None:
-            self._hub = Hub(self.token, self.client)
+            self._hub = Hub(self.token, self.client, self.watch.note, self.patience)
         return self._hub
 
     def download(self, wanted: Wanted) -> Downloaded:
@@ -202,15 +202,15 @@ def _names(wanted: Wanted, file: File, listing: HubListing) -> dict[str, str]:
     if wanted.entry is not None:
         return {path: PurePosixPath(path).name for path in paths}
     if wanted.to is not None:
-        folder = PurePosixPath(_common_folder(listing.address, paths))
-        return {path: str(PurePosixPath(path).relative_to(folder)) for path in paths}
+        folder = _common_folder(listing.address, paths)
+        return {path: path.removeprefix(f"{folder}/") if folder else path for path in paths}
     return {path: path for path in paths}
 
 
 def _common_folder(address: HubAddress, paths: Sequence[str]) -> str:
     """The folder an address means, or the one its file or glob is in."""
     is_folder = address.path and not address.is_glob and address.path not in paths
-    return (address.path if is_folder else address.fixed_folder) or "."
+    return address.path if is_folder else address.fixed_folder
 
 
 def fetch_data(address: str, watch: Watch, token: str | None = None) -> list[Path]:

@@ -17,7 +17,7 @@ from llama_acc.core.errors import LlamaAccError, RunError, UserError
 REACH_SECONDS = 8.0
 """Within this time a host has to be found and to take the connection; else we are off-line."""
 _CONNECT_SECONDS = 6.0
-_TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
+TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 _NETWORK_ERRORS = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.ProtocolError, httpx2.DecodingError)
 _Answer = TypeVar("_Answer")
 
@@ -106,23 +106,30 @@ def _stream(response: httpx2.Response, offset: int, explain: Callable[[httpx2.Re
     if response.status_code == 416:  # there is nothing behind the offset
         total = _total_of_range(response)
         return Stream(offset if total == offset else 0, total, None, iter(()))
-    if response.status_code in _TRANSIENT:
+    if response.status_code in TRANSIENT:
         said = f"{response.url.host} answers {response.status_code} {response.reason_phrase}"
         raise Transient(said, retry_after(response.headers.get("retry-after")))
     if response.status_code >= 400:
         raise explain(response)
     encoded = response.headers.get("content-encoding", "identity") != "identity"
     if response.status_code == 206:
-        total, begins = _total_of_range(response), offset
-    else:
-        length = response.headers.get("content-length")
-        total, begins = int(length) if length and not encoded else None, 0
-    return Stream(begins, total, _validator(response), response.iter_bytes())
+        total, begins = _total_of_range(response), _begin_of_range(response)
+        if begins != offset:
+            raise Transient(f"{response.url.host} was asked for byte {offset} and sends byte {begins}")
+        return Stream(offset, total, _validator(response), response.iter_bytes())
+    length = response.headers.get("content-length")
+    total = int(length) if length and not encoded else None
+    return Stream(0, total, _validator(response), response.iter_bytes())
 
 
 def _total_of_range(response: httpx2.Response) -> int | None:
     total = response.headers.get("content-range", "").rpartition("/")[2]
     return int(total) if total.isdecimal() else None
+
+
+def _begin_of_range(response: httpx2.Response) -> int | None:
+    begin = response.headers.get("content-range", "").removeprefix("bytes ").partition("-")[0].strip()
+    return int(begin) if begin.isdecimal() else None
 
 
 def _validator(response: httpx2.Response) -> str | None:

@@ -9,7 +9,8 @@ import contextlib
 import fnmatch
 import os
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -24,7 +25,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoFile
 from huggingface_hub.utils import hf_raise_for_status, logging
 
 from llama_acc.core.download import xet
@@ -32,14 +33,17 @@ from llama_acc.core.download.address import HubAddress, Kind
 from llama_acc.core.download.catalogue import catalogue
 from llama_acc.core.download.http import (
     REACH_SECONDS,
+    TRANSIENT,
     Stream,
     Transient,
     make_client,
     open_url,
+    retry_after,
     unreachable,
     within,
 )
 from llama_acc.core.download.remote import Digest, Remote
+from llama_acc.core.download.transfer import Patience
 from llama_acc.core.errors import LlamaAccError, RunError, UserError, did_you_mean, listed
 
 _SAME_WEIGHTS = re.compile(
@@ -76,10 +80,15 @@ class Hub:
 
     Attributes:
         given_token: of the command line; without it, huggingface_hub's: HF_TOKEN, or that of `hf auth login`.
+        client: for the bytes.
+        tell: hears of what is tried again.
+        patience: with failures that may pass.
     """
 
     given_token: str | None = None
     client: httpx2.Client = field(default_factory=make_client)
+    tell: Callable[[str], None] = lambda text: None
+    patience: Patience = field(default_factory=Patience)
 
     def __post_init__(self) -> None:
         logging.set_verbosity_error()
@@ -134,14 +143,26 @@ class Hub:
         raise self._no_such_repository(address)
 
     def _ask_commit(self, address: HubAddress, kind: Kind) -> tuple[str, bool]:
-        info = within(
-            REACH_SECONDS,
-            self.host,
-            lambda: self._api.repo_info(
-                address.repo, repo_type=kind, revision=address.revision, timeout=REACH_SECONDS - 1
-            ),
-        )
-        return str(info.sha), bool(getattr(info, "gated", False))
+        """A commit, and whether the repository is gated. huggingface_hub repeats all its other questions, not this."""
+        tries = 0
+        while True:
+            tries += 1
+            try:
+                info = within(REACH_SECONDS, self.host, lambda: self._repo_info(address, kind))
+                return str(info.sha), bool(getattr(info, "gated", False))
+            except HfHubHTTPError as error:
+                status = error.response.status_code
+                wait = self.patience.wait(tries, retry_after(error.response.headers.get("retry-after")))
+                if status not in TRANSIENT or tries == self.patience.tries or wait > self.patience.longest_asked:
+                    raise
+                self.tell(f"{self.host} answers {status}; trying again in {wait:.3g} s")
+                time.sleep(wait)
+
+    def _repo_info(self, address: HubAddress, kind: Kind) -> ModelInfo | DatasetInfo:
+        limit = REACH_SECONDS - 1
+        if kind == "model":
+            return self._api.model_info(address.repo, revision=address.revision, timeout=limit)
+        return self._api.dataset_info(address.repo, revision=address.revision, timeout=limit)
 
     def _matching(self, address: HubAddress, kind: Kind, commit: str) -> list[HubFile]:
         if not address.path:

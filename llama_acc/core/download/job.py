@@ -4,10 +4,11 @@ import queue
 import shutil
 import threading
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from filelock import FileLock, Timeout
 
+from llama_acc.core.download.record import NAME as RECORD
 from llama_acc.core.download.record import Record
 from llama_acc.core.download.remote import Remote
 from llama_acc.core.download.transfer import GO_ON, Part, Patience, Stopped, Watch, fetch
@@ -29,6 +30,7 @@ def fetch_all(
         UserError: a file of the user's is in the way, too little disk, or a refusal.
         RunError: the network or the disk.
     """
+    _check_names(remotes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder, watch):
@@ -44,6 +46,14 @@ def fetch_all(
     return [folder / remote.name for remote in remotes], [folder / remote.name for remote in missing]
 
 
+def _check_names(remotes: Sequence[Remote]) -> None:
+    """Refuses names, which servers give, that lead out of the folder or are those of our own files."""
+    for remote in remotes:
+        path = PurePosixPath(remote.name)
+        if path.is_absolute() or not path.parts or ".." in path.parts or path.name in (RECORD, _LOCK):
+            raise UserError(f"{remote.source} would be called {remote.name!r} here, which is no name for a download")
+
+
 class _alone:
     """Keeps a second download out of the same folder: it waits, then finds the files there."""
 
@@ -57,6 +67,8 @@ class _alone:
         except Timeout:
             self._watch.note(f"waiting for another download into {self._folder}")
             self._lock.acquire()
+        except NotImplementedError:
+            pass  # some network file systems have no locks: two downloads into one folder are then the user's affair
 
     def __exit__(self, *exc_info: object) -> None:
         self._lock.release()

@@ -137,10 +137,13 @@ def _receive(remote: Remote, part: "Part", watch: Watch, stop: threading.Event) 
         if stream.offset != done:
             part.start_over()
             done = stream.offset
+        if done and part.validator is None and not remote.digests and stream.total != part.total:
+            part.start_over()
+            raise Transient("it has changed meanwhile, and is fetched anew")
         total = remote.size if stream.total is None else stream.total
         if remote.size is not None and total != remote.size:
             raise _Mismatch(f"{remote.source} is {total:,} bytes long, and should be {remote.size:,}")
-        part.begin(stream.validator)
+        part.begin(stream.validator, stream.total)
         with part.path.open("ab", buffering=0) as file:
             for chunk in stream.chunks:
                 file.write(chunk)
@@ -172,6 +175,7 @@ class Part:
         self._identity = identity
         known = self._read()
         self.validator: str | None = known.get("validator")
+        self.total: int | None = known.get("total")
         if known.get("identity") != identity and self.path.exists():
             self.start_over()
 
@@ -183,15 +187,16 @@ class Part:
         except FileNotFoundError:
             return 0
 
-    def begin(self, validator: str | None) -> None:
-        """Bytes will be appended, of what the server knows by `validator`."""
-        if not self._info.exists() or validator != self.validator:
-            self.validator = validator
-            write_text_whole(self._info, json.dumps({"identity": self._identity, "validator": validator}))
+    def begin(self, validator: str | None, total: int | None) -> None:
+        """Bytes will be appended, of what the server knows by `validator`, in all `total`."""
+        if not self._info.exists() or (validator, total) != (self.validator, self.total):
+            self.validator, self.total = validator, total
+            known = {"identity": self._identity, "validator": validator, "total": total}
+            write_text_whole(self._info, json.dumps(known))
 
     def start_over(self) -> None:
         """Throws away what is here."""
-        self.validator = None
+        self.validator = self.total = None
         self.path.unlink(missing_ok=True)
         self.forget()
 

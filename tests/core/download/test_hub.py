@@ -292,6 +292,18 @@ def test_a_mirror_that_is_no_hub_is_told(servers: Servers, tmp_path: Path) -> No
         download("hf:owner/name", tmp_path)
 
 
+def test_a_hub_that_asks_to_wait_is_asked_again(servers: Servers, tmp_path: Path) -> None:
+    servers.model("owner/name", {"config.json": b"{}"})
+    servers.api_faults.extend([Fault(status=503), Fault(status=429, headers=(("Retry-After", "0"),))])
+    watch = Watch()
+    download("hf:owner/name", tmp_path, watch)
+    assert visible(tmp_path) == ["config.json"]
+    assert [note.partition(";")[0] for note in watch.notes] == ["127.0.0.1 answers 503", "127.0.0.1 answers 429"]
+    servers.api_faults.extend([Fault(status=429, headers=(("Retry-After", "3600"),))])
+    with pytest.raises(RunError, match="answers 429"):
+        download("hf:owner/name", tmp_path / "other")
+
+
 def test_a_busy_hub_is_a_failure_that_may_pass(servers: Servers, tmp_path: Path) -> None:
     servers.model("owner/name", {"config.json": b"{}"})
     servers.fail("config.json", *[Fault(status=503)] * 4)

@@ -119,6 +119,14 @@ def test_a_finished_file_is_not_fetched_again_nor_is_the_network_needed(
     assert len(servers.requests) == asked
 
 
+def test_bytes_from_another_place_than_asked_for_are_not_taken(address: str, servers: Servers, tmp_path: Path) -> None:
+    servers.fail("big.bin", Fault(cut=300_000), Fault(from_byte=100_000))
+    watch = Watch()
+    download(address, tmp_path, watch)
+    assert (tmp_path / "big.bin").read_bytes() == CONTENT
+    assert "was asked for byte 300000 and sends byte 100000" in watch.notes[1]
+
+
 # What is not what it should be
 
 
@@ -196,6 +204,41 @@ def test_a_plain_file_that_changed_meanwhile_is_not_sewn_together(servers: Serve
     servers.plain_headers["/files/a.bin"] = {"ETag": '"new"'}
     download(f"{servers.url}/files/a.bin", tmp_path)
     assert (tmp_path / "a.bin").read_bytes() == new
+
+
+def test_a_plain_file_without_any_mark_goes_on_if_its_size_is_the_same(servers: Servers, tmp_path: Path) -> None:
+    servers.plain["/files/a.bin"] = CONTENT
+    servers.fail("a.bin", Fault(cut=250_000))
+    download(f"{servers.url}/files/a.bin", tmp_path)
+    assert servers.sent["a.bin"] == len(CONTENT)
+
+
+def test_a_plain_file_without_any_mark_is_fetched_anew_if_its_size_changed(servers: Servers, tmp_path: Path) -> None:
+    servers.plain["/files/a.bin"] = CONTENT
+    servers.fail("a.bin", Fault(cut=250_000), *[Fault(cut=0)] * 3)
+    with pytest.raises(RunError):
+        download(f"{servers.url}/files/a.bin", tmp_path)
+    servers.plain["/files/a.bin"] = CONTENT[1000:]
+    watch = Watch()
+    download(f"{servers.url}/files/a.bin", tmp_path, watch)
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT[1000:]
+    assert "it has changed meanwhile" in watch.notes[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["../escaped.json", "/tmp/escaped.json", "deep/../../escaped.json", ".llama-acc-download"]
+)
+def test_a_name_that_leads_out_of_the_folder_is_refused(name: str, servers: Servers, tmp_path: Path) -> None:
+    servers.dataset("owner/name", {name: b"[]", "fine.json": b"[]"})
+    with pytest.raises(UserError, match="which is no name for a download"):
+        download("hf:datasets/owner/name", tmp_path / "to")
+    assert not (tmp_path / "escaped.json").exists()
+
+
+def test_a_plain_address_cannot_choose_the_folder(servers: Servers, tmp_path: Path) -> None:
+    servers.plain["/files/../../escaped.json"] = b"[]"
+    done = download(f"{servers.url}/files/%2e%2e%2f%2e%2e%2fescaped.json", tmp_path / "to")
+    assert done.files == (tmp_path / "to/escaped.json",)
 
 
 def test_a_web_page_is_not_taken_for_the_file_it_shows(servers: Servers, tmp_path: Path) -> None:
@@ -288,6 +331,15 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(servers: Servers, tmp_path: 
         sent = request.headers.get("authorization")
         assert sent == (f"Bearer {TOKEN}" if request.host == "hub" else None)
     assert any(request.host == "storage" for request in servers.requests)
+
+
+def test_the_token_does_not_follow_the_hubs_own_answers_elsewhere(servers: Servers, tmp_path: Path) -> None:
+    servers.redirects["/api/models/owner/name"] = f"{servers.storage_url}/api/models/owner/name"
+    with pytest.raises((UserError, RunError)):
+        download("hf:models/owner/name", tmp_path, token=TOKEN)
+    elsewhere = [request for request in servers.requests if request.host == "storage"]
+    assert elsewhere
+    assert all(TOKEN not in str(request.headers) for request in elsewhere)
 
 
 def test_the_token_is_not_sent_with_plain_addresses(servers: Servers, tmp_path: Path) -> None:
