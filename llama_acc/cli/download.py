@@ -131,6 +131,7 @@ def _tell(done: "list[Downloaded]", as_json: bool) -> None:
                 "folder": str(one.folder),
                 "files": [str(path) for path in one.files],
                 "fetched": [str(path) for path in one.fetched],
+                "converted": None if one.converted is None else str(one.converted),
                 "next": next_command(one),
             }
             for one in done

@@ -15,6 +15,8 @@ from llama_acc.core.data.sources import resolve_data_path
 from llama_acc.core.download.catalogue import catalogue
 from llama_acc.core.download.names import converted_file, raw_files
 from llama_acc.core.errors import UserError
+from llama_acc.core.recipe import Recipe
+from llama_acc.core.train.plan import find_model
 from tests.cli.commands import invoke, refused, run, start, wait_until
 from tests.cli.terminal import Terminal
 from tests.hub import TOKEN, Fault, Servers
@@ -97,6 +99,19 @@ def test_the_next_command_is_the_result_and_all_else_goes_aside(lima: Servers, l
     assert again.stderr.splitlines()[0] == f"lima was there already: {path}"
 
 
+def test_data_of_which_nothing_is_known_is_to_be_checked(servers: Servers, llama_acc_home: Path) -> None:
+    servers.plain["/my data.jsonl"] = json.dumps(DIALOGUE).encode()
+    servers.plain["/notes.txt"] = b"notes"
+    result = invoke("download", f"{servers.url}/my%20data.jsonl", f"{servers.url}/notes.txt")
+    assert shlex.split(result.stdout) == [
+        "llama-acc",
+        "convert-data",
+        "check",
+        str(llama_acc_home / "data/my data.jsonl"),
+    ]
+    assert invoke(*shlex.split(result.stdout)[1:]).exit_code == 0
+
+
 def test_json_says_what_is_where_and_what_was_fetched(lima: Servers, tmp_path: Path) -> None:
     to = tmp_path / "my data"
     (found,) = json.loads(invoke("download", "lima", "--to", to, "--json").stdout)
@@ -106,6 +121,7 @@ def test_json_says_what_is_where_and_what_was_fetched(lima: Servers, tmp_path: P
         "folder": str(to),
         "files": [file],
         "fetched": [file],
+        "converted": None,
         "next": shlex.join(
             ["llama-acc", "finetune", "--recipe", "lima", "--pretrained", "llama2-7b", "--data", str(to)]
         ),
@@ -243,7 +259,7 @@ def test_a_pipe_gets_a_line_every_five_seconds(capsys: pytest.CaptureFixture[str
 # What was downloaded is found by its name
 
 
-def test_finetune_and_chat_find_what_was_downloaded(lima: Servers, talker: Path) -> None:
+def test_finetune_and_chat_find_what_was_downloaded(lima: Servers, talker: Path, llama_acc_home: Path) -> None:
     files = {path.name: path.read_bytes() for path in talker.iterdir()}
     lima.model("meta-llama/Llama-2-7b", files, gated=True)
     result = invoke("download", "lima", "llama2-7b", "--token", TOKEN)
@@ -254,8 +270,10 @@ def test_finetune_and_chat_find_what_was_downloaded(lima: Servers, talker: Path)
     dry = invoke(*first[1:], *small)
     assert dry.exit_code == 0, dry.stderr
     assert re.search(r"weights +from \S+/models/llama2-7b", dry.stdout)
-    by_recipe = invoke("finetune", "--recipe", "lima", *small)
-    assert by_recipe.exit_code == 0, by_recipe.stderr
+    layouts, _, _ = find_model(
+        Recipe.load("lima", ["parallel.model_parallel_size=1"]), None, weights_may_be_absent=False
+    )
+    assert layouts[0].folder == llama_acc_home / "models/llama2-7b"
     answer = invoke(
         "chat", "--ckpt", "llama2-7b", "--device", "cpu", "--prompt", "the answer is:", "--temperature", "0"
     )

@@ -4,6 +4,8 @@ import shlex
 from pathlib import Path
 
 from llama_acc.core.checkpoint.layout import inspect
+from llama_acc.core.data.files import data_suffix
+from llama_acc.core.data.rows import SUFFIXES
 from llama_acc.core.download.catalogue import Entry, catalogue
 from llama_acc.core.download.downloads import Downloaded
 from llama_acc.core.download.names import is_here
@@ -22,7 +24,9 @@ def next_command(done: Downloaded) -> str | None:
         return None
     if entry is not None and entry.convert and not done.converted:
         return entry.conversion if done.wanted.to is None else _conversion(done, entry.convert)
-    if entry is None or entry.recipe is None:
+    if entry is None:
+        return _check(done)
+    if entry.recipe is None:
         return None
     return _finetune(entry.recipe, _pretrained(entry.recipe), _place(done, entry))
 
@@ -39,6 +43,15 @@ def remarks(done: Downloaded) -> list[str]:
     if missing is not None:
         found.append(f"the recipe starts from {missing}, which is not here yet: llama-acc download {missing}")
     return found
+
+
+def _check(done: Downloaded) -> str | None:
+    """What shows whether data of which nothing is known can be trained on."""
+    readable = [path for path in done.files if data_suffix(path) in SUFFIXES]
+    if not readable:
+        return None
+    place = readable[0] if len(readable) == 1 else done.folder
+    return shlex.join(["llama-acc", "convert-data", "check", str(place)])
 
 
 def _with_model(done: Downloaded, entry: Entry | None) -> str | None:
