@@ -196,7 +196,7 @@ ROWS = st.dictionaries(WORDS, VALUES | TURNS, max_size=5) | VALUES
 
 
 @given(format=st.sampled_from(sorted(FORMATS)), rows=st.lists(ROWS, min_size=1, max_size=4), flag=st.booleans())
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_whatever_a_row_is_it_gives_items_or_is_named(
     tmp_path_factory: pytest.TempPathFactory, format: str, rows: list[Any], flag: bool
 ) -> None:
