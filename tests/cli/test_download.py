@@ -110,6 +110,9 @@ def test_data_of_which_nothing_is_known_is_to_be_checked(servers: Servers, llama
         str(llama_acc_home / "data/my data.jsonl"),
     ]
     assert invoke(*shlex.split(result.stdout)[1:]).exit_code == 0
+    servers.dataset("owner/shards", {f"data/{i}.jsonl": json.dumps(DIALOGUE).encode() for i in range(3)})
+    result = invoke("download", "hf:owner/shards")
+    assert shlex.split(result.stdout)[-1] == str(llama_acc_home / "data/owner/shards/data")
 
 
 def test_json_says_what_is_where_and_what_was_fetched(lima: Servers, tmp_path: Path) -> None:
@@ -378,4 +381,4 @@ def test_a_checkpoint_of_llama2_accessory_comes_with_what_it_needs(servers: Serv
         "tokenizer.model",
     ]  # fmt: skip
     assert json.loads((place / "meta.json").read_text()) == {"llama_type": "llama_qformerv2"}
-    assert result.stdout == "llama-acc chat --ckpt accessory-caption_llamaQformerv2_13b --template caption\n"
+    assert result.stdout == "llama-acc caption --ckpt accessory-caption_llamaQformerv2_13b IMAGE\n"

@@ -50,14 +50,17 @@ def _check(done: Downloaded) -> str | None:
     readable = [path for path in done.files if data_suffix(path) in SUFFIXES]
     if not readable:
         return None
-    place = readable[0] if len(readable) == 1 else done.folder
-    return shlex.join(["llama-acc", "convert-data", "check", str(place)])
+    folders = {path.parent for path in readable}
+    places = readable if len(readable) == 1 or len(folders) > 1 else list(folders)
+    return shlex.join(["llama-acc", "convert-data", "check", *map(str, places)])
 
 
 def _with_model(done: Downloaded, entry: Entry | None) -> str | None:
     if (entry is not None and entry.kind == "vision") or not _can_be_loaded(done.folder):
         return None
     where = _model_place(done, entry)
+    if entry is not None and entry.template == "caption":
+        return shlex.join(["llama-acc", "caption", "--ckpt", where, "IMAGE"])
     if entry is not None and entry.template is not None:
         return shlex.join(["llama-acc", "chat", "--ckpt", where, "--template", entry.template])
     if entry is None or entry.recipe is None:
