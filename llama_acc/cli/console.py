@@ -131,6 +131,14 @@ class RunConsole:
             self._last_line = now
             note(encoding_line(file, items, fraction))
 
+    def opening(self, done: int, total: int) -> None:
+        """A sign of life where opening images takes longer than a few seconds."""
+        now = time.monotonic()
+        since = self._encoding_since.setdefault("images", now)
+        if now - max(since, self._last_line) > _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            note(f"opened {done:,} of {total:,} images")
+
     def plan(self, plan: "Plan") -> None:
         """What will be done."""
         pairs(plan.lines())

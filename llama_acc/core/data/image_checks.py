@@ -1,41 +1,79 @@
 """Every image of the data is opened before training starts: header and size, in parallel."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
 
+import numpy as np
+
+from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.data.image_workers import ImageWorkers
 from llama_acc.core.data.images import shown_reference
 
 _CHUNK = 64
-
+_AT_ONCE = 64  # chunks
 Tell = Callable[[int, int], None]
 """Called with (images opened, images in all)."""
 
 
-def check_images(
-    images: Sequence[tuple[str, str]], max_pixels: int, workers: int, tell: Tell | None = None
-) -> list[str]:
-    """What is wrong with images: those that are missing, no pictures, broken or too large.
+class BadImage(NamedTuple):
+    """An image that cannot be used.
+
+    Attributes:
+        document: of the data set, the one that has it.
+        reference: which.
+        problem: missing, no picture, broken, or too large.
+    """
+
+    document: int
+    reference: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"the image {shown_reference(self.reference)} {self.problem}"
+
+
+def bad_images(dataset: Dataset, max_pixels: int, workers: int, tell: Tell | None = None) -> list[BadImage]:
+    """Opens the images of all documents, and tells each use of one that cannot be used, in the documents' order.
 
     Args:
-        images: for each use of an image where it is used, such as "llava.json item 17", and its reference.
-        max_pixels: larger ones are refused.
+        dataset: what will be trained on.
+        max_pixels: larger images are refused.
         workers: processes that open them.
         tell: told how far it is.
-
-    Returns:
-        A line for each use of a bad image, in the order of `images`.
     """
-    references = list(dict.fromkeys(reference for _, reference in images))
+    documents = np.flatnonzero(dataset.image_counts).tolist()
+    references = list(dict.fromkeys(reference for i in documents for reference in dataset.images(i)))
+    problems = image_problems(references, max_pixels, workers, tell)
+    if not problems:
+        return []
+    uses = ((i, reference) for i in documents for reference in dataset.images(i))
+    return [BadImage(i, reference, problems[reference]) for i, reference in uses if reference in problems]
+
+
+def image_problems(
+    references: Sequence[str], max_pixels: int, workers: int, tell: Tell | None = None
+) -> dict[str, str]:
+    """What is wrong with images, by reference; those that are good are not in it."""
     chunks = [references[i : i + _CHUNK] for i in range(0, len(references), _CHUNK)]
     problems: dict[str, str] = {}
     if not chunks:
-        return []
+        return problems
     with ImageWorkers(min(workers, len(chunks))) as pool:
-        answers = [pool.check(chunk, max_pixels) for chunk in chunks]
-        done = 0
-        for chunk, answer in zip(chunks, answers, strict=True):
-            problems |= {reference: p for reference, p in zip(chunk, answer.result(), strict=True) if p is not None}
-            done += len(chunk)
+        for done, chunk, found in _answers(pool, chunks, max_pixels):
+            problems |= {reference: p for reference, p in zip(chunk, found, strict=True) if p is not None}
             if tell is not None:
                 tell(done, len(references))
-    return [f"{where}: the image {shown_reference(r)} {problems[r]}" for where, r in images if r in problems]
+    return problems
+
+
+def _answers(
+    pool: ImageWorkers, chunks: Sequence[Sequence[str]], max_pixels: int
+) -> Iterator[tuple[int, Sequence[str], list[str | None]]]:
+    """For each chunk the images done so far, the chunk, and what is wrong with its images."""
+    waiting: Iterable[Sequence[str]] = iter(chunks)
+    done = 0
+    while group := list(islice(waiting, _AT_ONCE)):
+        for chunk, answer in [(chunk, pool.check(chunk, max_pixels)) for chunk in group]:
+            done += len(chunk)
+            yield done, chunk, answer.result()

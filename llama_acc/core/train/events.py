@@ -18,6 +18,9 @@ class Events(Protocol):
     def encoding(self, file: str, items: int, fraction: float) -> None:
         """So many items of a file are encoded, which are about this part of it."""
 
+    def opening(self, done: int, total: int) -> None:
+        """So many of the data's images were opened."""
+
     def plan(self, plan: "Plan") -> None:
         """What will be done, before it starts."""
 
@@ -38,6 +41,9 @@ class Quiet:
         """See `Events`."""
 
     def encoding(self, file: str, items: int, fraction: float) -> None:
+        """See `Events`."""
+
+    def opening(self, done: int, total: int) -> None:
         """See `Events`."""
 
     def plan(self, plan: "Plan") -> None:

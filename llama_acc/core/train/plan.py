@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from llama_acc.core.checkpoint.base import TrainedQuantised, check_base, check_quantised_base
@@ -25,7 +24,7 @@ from llama_acc.core.data.findings import KINDS as FINDINGS
 from llama_acc.core.data.load import load_dataset
 from llama_acc.core.data.readers import raise_together
 from llama_acc.core.data.sources import Source, resolve_data_path, resolve_image_root
-from llama_acc.core.errors import UserError, listed
+from llama_acc.core.errors import UserError
 from llama_acc.core.home import home
 from llama_acc.core.model.config import ModelConfig, config_from_params, named_size, read_params
 from llama_acc.core.model.nf4 import nbytes, packed_shape
@@ -36,6 +35,7 @@ from llama_acc.core.parallel import Parallel
 from llama_acc.core.recipe import RECIPES_FOLDER, Recipe
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from llama_acc.core.train.events import Events
+from llama_acc.core.train.plan_images import check_images
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,8 @@ def make_plan(
             "lower data.max_tokens, or raise model.max_seq_len",
         )
     train, validation, report = data or _data(recipe, config, tokenizer, recipe_folder, events, store)
-    _check_image_counts(config, train, validation)
+    if data is None:
+        check_images(recipe, config, events, train, validation)
     steps_per_epoch = math.ceil(len(train) / recipe.train.global_batch_size)
     total = math.ceil(recipe.train.epochs * steps_per_epoch - 1e-9)
     total = min(total, recipe.train.max_steps or total)
@@ -441,16 +442,6 @@ def _data(
     if data.validation.fraction:
         return PlannedData(*train.split(data.validation.fraction, seed), report)
     return PlannedData(train, None, report)
-
-
-def _check_image_counts(config: ModelConfig, *datasets: Dataset | None) -> None:
-    if config.vision is None or config.vision.encoder != "clip":
-        return
-    for dataset in datasets:
-        many = [] if dataset is None else np.flatnonzero(dataset.image_counts > 1).tolist()
-        if dataset is not None and many:
-            places = [f"{dataset.origin(i)} has {dataset.image_counts[i]}" for i in many]
-            raise UserError(f"encoder clip takes one image for each item:\n{listed(places)}", "use encoder qformer")
 
 
 def _together(load: Callable[[list[Source]], Dataset], *parts: list[Source]) -> list[Dataset]:

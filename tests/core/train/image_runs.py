@@ -63,5 +63,3 @@ def overrides_of(name: str, folder: Path) -> list[str]:
     data = folder / f"data-{name}"
     path = data / "items.json"
     return words_for(vision, path if path.exists() else write_data(data, most_images=1 if name == "clip" else 2), *more)
-
-

@@ -1,0 +1,78 @@
+"""`llama-acc finetune` on images: every one is looked at before the first step, shards are data like any other."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llama_acc.core.data.drawings import drawings
+from tests.cli.commands import QUICKSTART, invoke, metrics, refused, run
+from tests.core.data.pictures import encoded, plain
+from tests.core.data.test_tar_shards import write_shard
+from tests.core.seeing import TINY
+from tests.core.train.image_runs import words_for, write_data
+
+
+def finetune(data: Path, output: Path, *more: object) -> tuple[object, ...]:
+    return (*QUICKSTART, "--output", output, *words_for(TINY, data), *more)
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve drawings with their captions."""
+    members: dict[str, bytes | str] = {}
+    for number, (png, caption) in enumerate(drawings("train", 12)):
+        members |= {f"{number:04}.png": png, f"{number:04}.txt": caption}
+    return write_shard(tmp_path_factory.mktemp("shard") / "drawings.tar", members)
+
+
+def test_every_image_that_cannot_be_used_is_named_before_the_first_step(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    images = data.parent / "images"
+    (images / "1-0.png").unlink()
+    (images / "2-1.png").write_bytes(b"no picture")
+    (images / "4-0.png").write_bytes(encoded(plain(0, size=(400, 300))))
+    output = tmp_path / "run"
+    result = invoke(*finetune(data, output, "data.images.max_pixels=100000"))
+    refused(
+        result,
+        "3 problems in the data",
+        f"items.json item 2: the image {images / '1-0.png'} is not there",
+        f"items.json item 3: the image {images / '2-1.png'} is not a picture of a known kind",
+        f"items.json item 5: the image {images / '4-0.png'} has 400 x 300 pixels, more than 100,000",
+        "data.sources.root says where relative paths begin",
+        output=output,
+    )
+
+
+def test_images_may_lie_elsewhere(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    moved = (tmp_path / "moved").mkdir() or data.rename(tmp_path / "moved" / data.name)
+    refused(invoke(*finetune(moved, tmp_path / "run")), f"{tmp_path / 'moved/images/1-0.png'} is not there")
+    result = invoke(*finetune(moved, tmp_path / "run", f"data.sources.0.root={tmp_path / 'data'}"))
+    assert result.exit_code == 0, result.stderr
+
+
+def test_a_run_on_a_shard_resumes_at_the_sample_and_deals_it_to_ranks(shard: Path, tmp_path: Path) -> None:
+    """Bitwise after a stop within an epoch; in two processes the same steps, so no sample twice and none left out."""
+    settings = ("data.sources.0.template=caption", "train.global_batch_size=4", "checkpoint.every_steps=1")
+    whole = invoke(*finetune(shard, tmp_path / "whole", *settings))
+    assert whole.exit_code == 0, whole.stderr
+    assert invoke(*finetune(shard, tmp_path / "parts", *settings, "train.max_steps=2")).exit_code == 0
+    again = invoke("finetune", "--output", tmp_path / "parts", "--resume", "--device", "cpu", "train.max_steps=null")
+    assert again.exit_code == 0, again.stderr
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    weights = [tmp_path / name / "epoch1/consolidated.00-of-01.model.pth" for name in ("whole", "parts")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    two = run(*finetune(shard, tmp_path / "two", *settings), "--nproc", 2)
+    assert two.returncode == 0, two.stderr
+    for alone, shared in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "two"), strict=True):
+        assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+        assert shared["label_tokens"] == alone["label_tokens"]
+
+
+def test_the_report_counts_a_shard(shard: Path, tmp_path: Path) -> None:
+    result = invoke(*finetune(shard, tmp_path / "run", "data.sources.0.template=caption"), "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads((tmp_path / "run/data.json").read_text(encoding="utf-8"))
+    assert (report["items"], report["files"][0]["path"]) == (12, str(shard))
