@@ -12,12 +12,13 @@ from llama_acc.core.errors import UserError
 Kind = Literal["model", "dataset"]
 _MAGIC = re.compile(r"[*?[]")
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_REVISION = r"refs/(?:pr|convert)/[^/\s]+|[^/\s]+"
 _HUB = re.compile(
-    rf"hf:(?://)?(?P<kind>datasets/|models/)?(?!datasets/|models/)(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[^/\s]+))?(?:/(?P<path>\S+))?"
+    rf"hf:(?://)?(?P<kind>datasets/|models/)?(?!datasets/|models/)(?P<repo>{_PART}/{_PART})(?:@(?P<revision>{_REVISION}))?(?:/(?P<path>\S+))?"
 )
 _HUB_PAGE = re.compile(
     rf"/(?P<kind>datasets/)?(?P<repo>{_PART}/{_PART})"
-    r"(?:/(?:blob|resolve|raw|tree)/(?P<revision>[^/]+)(?:/(?P<path>.*))?)?/?"
+    rf"(?:/(?:blob|resolve|raw|tree)/(?P<revision>{_REVISION})(?:/(?P<path>.*))?)?/?"
 )
 _GITHUB_PAGE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/(?:blob|raw)/(?P<rest>[^/]+/.+)")
 

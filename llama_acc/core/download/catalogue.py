@@ -1,6 +1,7 @@
 """What `llama-acc download NAME` knows by name: recipes/downloads/catalogue.yaml."""
 
 import functools
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -98,8 +99,15 @@ def find_entry(name: str) -> Entry:
     found = catalogue().get(name)
     if found is None:
         near = did_you_mean(name.lower(), catalogue())
+        lists = "`llama-acc download --list` shows every name; an address also does: hf:OWNER/NAME or https://..."
+        is_repository = re.fullmatch(r"[\w.-]+/[\w./-]+", name)
         raise UserError(
             f"the catalogue has no {name!r}" + (f": {near}" if near else ""),
-            "`llama-acc download --list` shows every name; an address also does: hf:OWNER/NAME or https://...",
+            f"of Hugging Face, type: llama-acc download hf:{name}" if is_repository else lists,
         )
     return found
+
+
+def names_of_repository(repository: str) -> list[str]:
+    """The entries that are a repository of Hugging Face ("owner/name") as a whole."""
+    return [name for name, entry in catalogue().items() if entry.page == f"https://huggingface.co/{repository}"]

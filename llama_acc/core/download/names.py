@@ -9,7 +9,7 @@ Imports neither torch nor the network's clients: data and checkpoints are looked
 from pathlib import Path
 
 from llama_acc.core.download.address import HubAddress, is_address, parse_address
-from llama_acc.core.download.catalogue import Entry, catalogue, find_entry
+from llama_acc.core.download.catalogue import Entry, catalogue, find_entry, names_of_repository
 from llama_acc.core.download.record import Record
 from llama_acc.core.errors import UserError, did_you_mean
 from llama_acc.core.home import home
@@ -89,6 +89,8 @@ def how_to_get(name: str, model: bool) -> str | None:
     known = [key for key, entry in catalogue().items() if entry.is_model == model]
     if name in known:
         return f"type: llama-acc download {name}"
+    if same := [key for key in names_of_repository(name) if key in known]:
+        return f"type: llama-acc download {same[0]}, and give that name"
     question = did_you_mean(name, known)
     return f"{question} (`llama-acc download --list` shows what can be downloaded)" if question else None
 

@@ -18,12 +18,17 @@ LIMA = "64bits/lima_vicuna_format"
         (f"hf:datasets/{LIMA}", HubAddress(LIMA, "dataset")),
         ("hf:owner/name/a/b.json", HubAddress("owner/name", path="a/b.json")),
         ("hf:owner/name@main/a/*.json", HubAddress("owner/name", revision="main", path="a/*.json")),
+        ("hf:owner/name@refs/convert/parquet/a", HubAddress("owner/name", revision="refs/convert/parquet", path="a")),
         # pages, as copied from a browser
         ("https://huggingface.co/owner/name", HubAddress("owner/name", "model")),
         ("https://huggingface.co/owner/name/tree/main", HubAddress("owner/name", "model")),
         ("https://huggingface.co/owner/name/tree/main/a/b", HubAddress("owner/name", "model", path="a/b")),
         ("https://huggingface.co/owner/name/blob/v1/a.pth", HubAddress("owner/name", "model", "v1", "a.pth")),
         ("https://hf.co/owner/name/resolve/main/a.pth?download=true", HubAddress("owner/name", "model", path="a.pth")),
+        (
+            f"https://huggingface.co/datasets/{LIMA}/tree/refs%2Fconvert%2Fparquet/default",
+            HubAddress(LIMA, "dataset", "refs/convert/parquet", "default"),
+        ),
         (f"https://huggingface.co/datasets/{LIMA}/raw/main/x.json", HubAddress(LIMA, "dataset", path="x.json")),
         (
             "https://github.com/o/n/blob/main/d/a.json",

@@ -87,6 +87,9 @@ def test_unknown_names_are_refused_with_near_ones() -> None:
     with pytest.raises(UserError, match=r"the catalogue has no 'lama2-7b': did you mean 'llama2-7b'") as refused:
         find_entry("lama2-7b")
     assert "llama-acc download --list" in (refused.value.hint or "")
+    with pytest.raises(UserError) as refused:
+        find_entry("meta-llama/Llama-2-7b")
+    assert refused.value.hint == "of Hugging Face, type: llama-acc download hf:meta-llama/Llama-2-7b"
 
 
 def test_the_guide_has_every_entry_with_what_is_known_of_it() -> None:
