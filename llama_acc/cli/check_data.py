@@ -88,6 +88,7 @@ def check(
     as_json: options.Json = False,
 ) -> None:
     """Check data files."""
+    from llama_acc.cli.download_progress import fetch_shown
     from llama_acc.core.data.check import check_files
     from llama_acc.core.data.sources import Source, expand
     from llama_acc.core.data.survey import EXAMPLES
@@ -97,7 +98,7 @@ def check(
         raise UserError("--max-tokens counts tokens: it needs --tokenizer", "give the model's: --tokenizer Llama-2-7b")
     _check_outputs(html, plot)
     loaded = None if tokenizer is None else _tokenizer(tokenizer)
-    specs = expand([Source(file, format, template, root=image_root) for file in files])
+    specs = expand([Source(file, format, template, root=image_root) for file in files], fetch=fetch_shown)
     with console.ByteProgress() as progress:
         reports = check_files(
             specs,

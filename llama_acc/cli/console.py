@@ -123,6 +123,12 @@ class RunConsole:
         """A line on the side."""
         note(text)
 
+    def fetch(self, address: str) -> "list[Path]":
+        """With bars, as `llama-acc download` shows it."""
+        from llama_acc.cli.download_progress import fetch_shown
+
+        return fetch_shown(address)
+
     def encoding(self, file: str, items: int, fraction: float) -> None:
         """A sign of life where encoding takes longer than a few seconds."""
         now = time.monotonic()
@@ -198,8 +204,6 @@ class _WorkProgress:
             self._progress = Progress(TextColumn("{task.description}"), *columns, *ending, console=err, transient=True)
 
     def __enter__(self: _Watching) -> _Watching:
-        if self._progress is not None:
-            self._progress.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -209,6 +213,7 @@ class _WorkProgress:
     def _tell(self, what: str, done: int, total: int, line: str) -> None:
         if self._progress is not None:
             if self._task is None:
+                self._progress.start()  # not before: another bar may be shown till then
                 self._task = self._progress.add_task(what, total=total or None)
             self._progress.update(self._task, description=what, completed=done, total=total or None)
             return

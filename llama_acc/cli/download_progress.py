@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from rich.progress import (
     BarColumn,
@@ -18,6 +19,14 @@ from rich.progress import (
 from llama_acc.cli import console
 
 _SECONDS_BETWEEN_LINES = 5.0
+
+
+def fetch_shown(address: str) -> list[Path]:
+    """The files that an address means; what is not there yet is fetched with bars."""
+    from llama_acc.core.download.downloads import fetch_data
+
+    with DownloadProgress() as progress:
+        return fetch_data(address, progress)
 
 
 class DownloadProgress:

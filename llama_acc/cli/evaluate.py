@@ -248,11 +248,12 @@ def perplexity(
     as_json: options.Json = False,
 ) -> None:
     """Measure the loss per predicted token on data."""
+    from llama_acc.cli.download_progress import fetch_shown
     from llama_acc.core.evaluate.perplexity import measure, read_data
 
     loaded = _load(ckpt, device, tokenizer, template, quant, verify)
     with console.EncodingProgress() as encoding:
-        items = read_data(loaded, data, max_tokens, encoding.tell)
+        items = read_data(loaded, data, max_tokens, encoding.tell, fetch_shown)
     with console.CountProgress("measured", "items") as measuring:
         measured = measure(loaded, items, batch_size, measuring.tell)
     facts = {"perplexity": measured.perplexity, **dataclasses.asdict(measured)}

@@ -20,10 +20,11 @@ from llama_acc.core.data.findings import KINDS as FINDINGS
 from llama_acc.core.data.findings import Finding
 from llama_acc.core.data.prepare import KEPT_PLACES, Batch, Job
 from llama_acc.core.data.readers import Checked, raise_together, stream_items, unreadable
-from llama_acc.core.data.sources import FileSpec, SourceLike, expand
+from llama_acc.core.data.sources import Fetch, FileSpec, SourceLike, expand
 from llama_acc.core.data.survey import Survey
 from llama_acc.core.data.templates import KINDS, get_template, template_for
 from llama_acc.core.data.workers import prepare_batches
+from llama_acc.core.download.quiet import fetch_quietly
 from llama_acc.core.errors import DataError, UserError
 from llama_acc.core.tokenizer import Tokenizer
 
@@ -47,6 +48,7 @@ def load_dataset(
     recipe_folder: Path | None = None,
     progress: FileProgress | None = None,
     store: EntryStore | None = None,
+    fetch: Fetch = fetch_quietly,
 ) -> Dataset:
     """Read, check and encode all sources; files encoded before come from the token cache.
 
@@ -60,13 +62,15 @@ def load_dataset(
         recipe_folder: where relative paths are looked for first.
         progress: told how far the encoding of a file is.
         store: where encoded files are kept; None: one for this call.
+        fetch: gets data that has an address.
 
     Raises:
         UserError: data is missing or wrong: all problems of all files together.
+        RunError: the network failed.
     """
     if max_tokens < 2:
         raise UserError(f"data.max_tokens should be at least 2, but is {max_tokens}")
-    specs = expand(sources, recipe_folder)
+    specs = expand(sources, recipe_folder, fetch)
     if not specs:
         raise UserError("no data: the recipe has no data.sources", "give some with --data FILE")
     with contextlib.nullcontext(store) if store is not None else EntryStore() as kept:

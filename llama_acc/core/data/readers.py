@@ -173,7 +173,7 @@ def data_files(path: str | Path) -> list[Path]:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        inside = [f for f in sorted(path.iterdir()) if _is_data(f)]
+        inside = [f for f in sorted(path.iterdir()) if is_data(f)]
         if not inside:
             raise UserError(f"no data files in {path}", f"it should hold {', '.join(SUFFIXES)} files")
         return inside
@@ -206,6 +206,7 @@ def unreadable(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot read {path}: {error.strerror}")
 
 
-def _is_data(file: Path) -> bool:
+def is_data(file: Path) -> bool:
+    """Whether a file that nobody named is data, going by its name."""
     hidden = file.name.startswith(".")
     return data_suffix(file) in SUFFIXES and file.name not in _NOT_DATA and not hidden and file.is_file()

@@ -1,7 +1,7 @@
 """From what a recipe's `data.sources` says to the files to read: names, folders, globs, LLaMA2-Accessory's YAML."""
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,13 +11,17 @@ from llama_acc.core.data.readers import (
     YAML_SUFFIXES,
     DataError,
     data_files,
+    is_data,
     nearest_names,
     raise_together,
     read_bytes,
 )
+from llama_acc.core.data.rows import SUFFIXES
 from llama_acc.core.data.tar_shards import TAR_SUFFIX
 from llama_acc.core.data.templates import TEMPLATES, get_template
+from llama_acc.core.download.address import is_address
 from llama_acc.core.download.names import how_to_get, named_data
+from llama_acc.core.download.quiet import fetch_quietly
 from llama_acc.core.errors import UserError, did_you_mean
 from llama_acc.core.home import home
 
@@ -75,17 +79,29 @@ class FileSpec:
     image_root: Path
 
 
-def expand(sources: Sequence[SourceLike], recipe_folder: Path | None = None) -> list[FileSpec]:
+Fetch = Callable[[str], list[Path]]
+"""From an address, such as "hf:datasets/owner/name/train-*.jsonl", to its files, fetched where they are not yet."""
+
+
+def expand(
+    sources: Sequence[SourceLike], recipe_folder: Path | None = None, fetch: Fetch = fetch_quietly
+) -> list[FileSpec]:
     """All files of all sources.
 
+    Args:
+        sources: a recipe's.
+        recipe_folder: where relative paths are looked for first.
+        fetch: gets what has an address.
+
     Raises:
+        RunError: the network failed.
         UserError: sources that are not there or say something unknown, all of them together.
     """
     specs: list[FileSpec] = []
     errors: list[UserError] = []
     for number, source in enumerate(sources):
         try:
-            expanded = _expand_one(source, recipe_folder)
+            expanded = _expand_one(source, recipe_folder, fetch)
         except UserError as error:
             errors.append(error)
             continue
@@ -96,7 +112,7 @@ def expand(sources: Sequence[SourceLike], recipe_folder: Path | None = None) -> 
 
 
 def resolve_data_path(path: str, recipe_folder: Path | None = None) -> Path:
-    """Where a source's `path` is; a glob stays one.
+    """Where a source's `path` is, if it is no address; a glob stays one.
 
     `shipped:NAME` comes with the package, `drawn:NAME` is drawn where it is not there yet. Else it is looked for
     beside the recipe, in the current folder and among the downloads.
@@ -142,18 +158,33 @@ def _drawn(name: str) -> Path:
     return drawn_shard(name)
 
 
-def _expand_one(source: SourceLike, recipe_folder: Path | None) -> list[tuple[Path, SourceLike, Path]]:
+def _expand_one(source: SourceLike, recipe_folder: Path | None, fetch: Fetch) -> list[tuple[Path, SourceLike, Path]]:
     """The files of a source, how to read each, and where its images are."""
     _check(source)
+    if is_address(source.path):
+        return _files(source, _fetched(source.path, fetch), recipe_folder)
     path = resolve_data_path(source.path, recipe_folder)
     if path.suffix.lower() not in YAML_SUFFIXES:
-        return _files(source, path, recipe_folder)
-    entries = _accessory_sources(path, source)
-    return [f for entry in entries for f in _files(entry, resolve_data_path(entry.path, path.parent), path.parent)]
+        return _files(source, data_files(path), recipe_folder)
+    found = []
+    for entry in _accessory_sources(path, source):
+        remote = is_address(entry.path)
+        files = _fetched(entry.path, fetch) if remote else data_files(resolve_data_path(entry.path, path.parent))
+        found += _files(entry, files, path.parent)
+    return found
 
 
-def _files(source: SourceLike, path: Path, folder: Path | None) -> list[tuple[Path, SourceLike, Path]]:
-    files = data_files(path)
+def _fetched(address: str, fetch: Fetch) -> list[Path]:
+    """The data files among all that an address means."""
+    files = fetch(address)
+    found = [file for file in files if is_data(file)]
+    if not found:
+        names = ", ".join(file.name for file in files[:5])
+        raise UserError(f"{address} holds no data files, but {names}", f"it should hold {', '.join(SUFFIXES)} files")
+    return found
+
+
+def _files(source: SourceLike, files: list[Path], folder: Path | None) -> list[tuple[Path, SourceLike, Path]]:
     root = None if source.root is None else resolve_image_root(source.root, folder)
     # A shard's images are its own members.
     return [(f, source, f.parent if root is None or f.suffix.lower() == TAR_SUFFIX else root) for f in files]

@@ -9,8 +9,9 @@ import torch
 from llama_acc.core.data.batches import build, micro_batches
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.data.load import FileProgress, load_dataset
-from llama_acc.core.data.sources import Source
+from llama_acc.core.data.sources import Fetch, Source
 from llama_acc.core.data.templates import TEMPLATES, Template
+from llama_acc.core.download.quiet import fetch_quietly
 from llama_acc.core.errors import RunError, UserError
 from llama_acc.core.inference import LoadedModel
 from llama_acc.core.train.step import forward
@@ -45,24 +46,32 @@ class Perplexity:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-def read_data(loaded: LoadedModel, paths: Sequence[str], max_tokens: int | None, progress: FileProgress) -> Dataset:
+def read_data(
+    loaded: LoadedModel,
+    paths: Sequence[str],
+    max_tokens: int | None,
+    progress: FileProgress,
+    fetch: Fetch = fetch_quietly,
+) -> Dataset:
     """Data files, encoded in the model's prompt format.
 
     Args:
         loaded: the model.
-        paths: files, folders, globs or downloaded names.
+        paths: files, folders, globs, downloaded names or addresses.
         max_tokens: longer items are cut, and counted; None = the model's context.
         progress: told how far the encoding of a file is.
+        fetch: gets data that has an address.
 
     Raises:
         UserError: data is missing or wrong, or the format cannot say what is to be predicted.
+        RunError: the network failed.
     """
     context = loaded.model.config.max_seq_len
     if max_tokens is not None and max_tokens > context:
         raise UserError(f"max-tokens ({max_tokens}) is more than the model's context ({context})")
     template = _shipped_name(loaded.template)
     sources = [Source(path, template=template) for path in paths]
-    return load_dataset(sources, loaded.tokenizer, max_tokens or context, seed=0, progress=progress)
+    return load_dataset(sources, loaded.tokenizer, max_tokens or context, seed=0, progress=progress, fetch=fetch)
 
 
 def _shipped_name(template: object) -> str:

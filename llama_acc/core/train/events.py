@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from llama_acc.core.download.quiet import fetch_quietly
 from llama_acc.core.train.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -14,6 +15,9 @@ class Events(Protocol):
 
     def note(self, text: str) -> None:
         """Something the user should know."""
+
+    def fetch(self, address: str) -> list[Path]:
+        """The files that an address of data means; what is not there yet is fetched, and that may be shown."""
 
     def encoding(self, file: str, items: int, fraction: float) -> None:
         """So many items of a file are encoded, which are about this part of it."""
@@ -39,6 +43,10 @@ class Quiet:
 
     def note(self, text: str) -> None:
         """See `Events`."""
+
+    def fetch(self, address: str) -> list[Path]:
+        """See `Events`."""
+        return fetch_quietly(address)
 
     def encoding(self, file: str, items: int, fraction: float) -> None:
         """See `Events`."""

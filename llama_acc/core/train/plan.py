@@ -24,6 +24,7 @@ from llama_acc.core.data.findings import KINDS as FINDINGS
 from llama_acc.core.data.load import load_dataset
 from llama_acc.core.data.readers import raise_together
 from llama_acc.core.data.sources import Source, resolve_data_path, resolve_image_root
+from llama_acc.core.download.address import is_address
 from llama_acc.core.errors import UserError
 from llama_acc.core.home import home
 from llama_acc.core.model.config import ModelConfig, config_from_params, named_size, read_params
@@ -431,6 +432,7 @@ def _data(
             recipe_folder=recipe_folder,
             progress=events.encoding,
             store=store,
+            fetch=events.fetch,
         )
 
     sources = [Source(**source.model_dump()) for source in data.sources]
@@ -464,15 +466,19 @@ def _resolved(recipe: Recipe, layouts: list[Layout], tokenizer: Tokenizer, recip
         paths = [model.params] if isinstance(model.params, str) else model.params
         model.params = [_absolute(path, _beside(path, recipe_folder)) for path in paths]
     for source in data.sources:
-        source.path = _absolute(source.path, resolve_data_path(source.path, recipe_folder))
+        source.path = _absolute_data(source.path, recipe_folder)
         if source.root is not None:
             source.root = str(resolve_image_root(source.root, recipe_folder).absolute())
     if data.validation.path is not None:
-        data.validation.path = _absolute(data.validation.path, resolve_data_path(data.validation.path, recipe_folder))
+        data.validation.path = _absolute_data(data.validation.path, recipe_folder)
     if layouts:
         resolved.model.pretrained = [str(layout.folder.resolve()) for layout in layouts]
     resolved.model.tokenizer = _absolute(model.tokenizer or "", tokenizer.path.resolve())
     return resolved
+
+
+def _absolute_data(path: str, recipe_folder: Path | None) -> str:
+    return path if is_address(path) else _absolute(path, resolve_data_path(path, recipe_folder))
 
 
 def _absolute(name: str, found: Path) -> str:
