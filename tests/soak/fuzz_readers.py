@@ -10,13 +10,30 @@ import gzip
 import io
 import json
 import sys
+import tarfile
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
-READERS = ("json", "jsonl", "csv", "tsv", "guessed", "gzip", "zstd", "yaml", "items", "formats")
-_LONGEST = 4096
+READERS = (
+    "json",
+    "jsonl",
+    "csv",
+    "tsv",
+    "guessed",
+    "gzip",
+    "zstd",
+    "zip",
+    "tar",
+    "parquet",
+    "yaml",
+    "items",
+    "formats",
+)
+_LONGEST = 1 << 16
 
 _GOOD = [
     {"instruction": "Add.", "input": "1 2", "output": "3"},
@@ -57,7 +74,7 @@ def main() -> None:
     except ImportError:
         _with_hypothesis(reader, seconds, folder)
         return
-    with atheris.instrument_imports(include=["llama_acc.core.data", "json", "csv", "yaml"]):
+    with atheris.instrument_imports(include=["llama_acc.core.data", "json", "csv", "yaml", "tarfile", "zipfile"]):
         target = _target(reader, folder)
     dictionary = folder / "words"
     dictionary.write_text("".join(f'"{_escaped(word)}"\n' for word in _WORDS))
@@ -75,7 +92,11 @@ def _seeds(reader: str) -> Iterator[bytes]:
     array, lines = json.dumps(_GOOD), "\n".join(map(json.dumps, _GOOD))
     if reader == "zstd":
         yield from (_zstd().compress(text.encode()) for text in (array, lines))
+    if reader == "parquet":
+        yield from _parquets()
     yield from {
+        "zip": [_zipped(array.encode())],
+        "tar": list(_tars()),
         "json": [array.encode(), json.dumps(_GOOD, indent=1).encode(), lines.encode()],
         "jsonl": [lines.encode(), b'\xef\xbb\xbf{"instruction": 1}\n\n{'],
         "csv": [_TABLE.encode()],
@@ -85,6 +106,36 @@ def _seeds(reader: str) -> Iterator[bytes]:
         "yaml": [_META.encode()],
         **{key: [bytes(range(64)), bytes([7, 2, 2, 6, 2, 7, 2, 7, 2, 7] * 3)] for key in ("items", "formats")},
     }.get(reader, [])
+
+
+def _zipped(data: bytes) -> bytes:
+    with io.BytesIO() as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a.json", data)
+        return file.getvalue()
+
+
+def _tars() -> Iterator[bytes]:
+    members = [("1.jpg", b"x" * 9), ("1.txt", b"a cat"), ("2.png", b"y"), ("2.json", json.dumps(_GOOD[0]).encode())]
+    for format in (tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        with io.BytesIO() as file:
+            with tarfile.open(fileobj=file, mode="w", format=format) as archive:
+                for name, data in members:
+                    member = tarfile.TarInfo(f"é/{name}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+            yield file.getvalue()
+
+
+def _parquets() -> Iterator[bytes]:
+    with contextlib.suppress(ImportError):
+        import pyarrow
+        from pyarrow import parquet
+
+        for rows in ([_GOOD[0]] * 3, [_GOOD[1]] * 3):
+            with io.BytesIO() as file:
+                parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+                yield file.getvalue()
 
 
 def _zstd():  # type: ignore[no-untyped-def]
@@ -159,6 +210,7 @@ def _target(reader: str, folder: Path) -> Callable[[bytes], None]:
     from llama_acc.core.data.convert.rules import Options
     from llama_acc.core.data.convert.run import Conversion, Request
     from llama_acc.core.data.items import item_of
+    from llama_acc.core.data.readers import stream_items
     from llama_acc.core.data.rows import stream_rows_from
     from llama_acc.core.data.sources import Source, expand
     from llama_acc.core.data.survey import Survey
@@ -214,13 +266,27 @@ def _target(reader: str, folder: Path) -> Callable[[bytes], None]:
                     raise
             assert all(problem.startswith("standard input: item ") for problem in conversion.problems)
 
+    def zipped(data: bytes) -> None:
+        rows_of(".json.zip", data)
+        rows_of(".json.zip", _zipped(data))
+
+    def rows_of(ending: str, data: bytes) -> None:
+        path = folder / f"data{ending}"
+        path.write_bytes(data)
+        with contextlib.suppress(UserError):
+            for row in stream_items(path):
+                assert (row.item is None) == bool(row.problems)
+
     def yaml(data: bytes) -> None:
         path = folder / "data.yaml"
         path.write_bytes(data)
         with contextlib.suppress(UserError):
             expand([Source(str(path))], folder)
 
-    return {"yaml": yaml, "items": items, "formats": formats, "gzip": packed, "zstd": packed}.get(reader, rows)
+    by_path = {"tar": partial(rows_of, ".tar"), "parquet": partial(rows_of, ".parquet"), "zip": zipped}
+    return {**by_path, "yaml": yaml, "items": items, "formats": formats, "gzip": packed, "zstd": packed}.get(
+        reader, rows
+    )
 
 
 def _with_hypothesis(reader: str, seconds: float, folder: Path) -> None:

@@ -11,7 +11,9 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from lzma import LZMAError
 from pathlib import Path
+from struct import error as StructError
 from typing import IO, Any
 
 from llama_acc.core.errors import UserError, did_you_mean
@@ -70,7 +72,7 @@ class DataStream:
     def _told(self) -> Iterator[None]:
         try:
             yield
-        except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, ZstdError) as error:
+        except (EOFError, zlib.error, LZMAError, gzip.BadGzipFile, zipfile.BadZipFile, ZstdError) as error:
             hint = "it may not have been copied or downloaded to its end"
             raise UserError(f"{self.name} is damaged: {error}", hint) from error
         except OSError as error:
@@ -114,7 +116,8 @@ def _only_member(file: Any, path: Path, stack: ExitStack) -> IO[bytes]:
         names = [name for name in names if not name.startswith("__MACOSX/")]
         if len(names) == 1:
             return stack.enter_context(archive.open(names[0]))
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # the last: it wants a password
+    # RuntimeError: it wants a password. The others, too, are what zipfile raises, on places and names that are damaged.
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError, StructError) as error:
         raise UserError(f"{path} cannot be unpacked: {error}", "unpack it, and give the file") from error
     raise UserError(f"{path} holds {len(names)} files, and should hold one", "unpack it, and give the files")
 

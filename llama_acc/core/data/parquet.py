@@ -34,6 +34,8 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
                     yield f"item {number}", value
     except FileNotFoundError as error:
         raise UserError(f"there is no data file {path}") from error
-    except (ArrowException, OSError) as error:
+    # ValueError and OverflowError: values that Python has no like of, such as texts that are not UTF-8.
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
         hint = "it may not have been copied or downloaded to its end"
-        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}", hint) from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path} is damaged: {reason}", hint) from error

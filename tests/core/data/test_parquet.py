@@ -76,3 +76,23 @@ def test_a_damaged_archive_is_told(tmp_path: Path) -> None:
     path.write_bytes(content[:300] + b"????" + content[304:])
     with pytest.raises(UserError, match="is damaged"):
         list(stream_rows(path))
+
+
+def test_what_fuzzing_found_in_damaged_archives_is_told(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    damaged = tmp_path / "bad.parquet"
+    write_table(pyarrow.Table.from_pylist([{"instruction": "Add.", "output": "3"}]), damaged, compression="none")
+    damaged.write_bytes(damaged.read_bytes().replace(b"Add.", b"A\x9fd."))
+    with pytest.raises(UserError, match=r"bad\.parquet is damaged: "):
+        read_file(damaged)
+    archive = tmp_path / "bad.json.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("a.json", "[{}]")
+    data = archive.read_bytes()
+    # The archive's directory says to begin where the file does not reach: before its start.
+    end = data.index(b"PK\x05\x06")
+    archive.write_bytes(data[:end] + data[end : end + 16] + (10**6).to_bytes(4, "little") + data[end + 20 :])
+    with pytest.raises(UserError, match=r"bad\.json\.zip cannot be unpacked: "):
+        read_file(archive)
