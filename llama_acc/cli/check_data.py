@@ -83,6 +83,12 @@ def check(
             callback=options.given,
         ),
     ] = None,
+    image_positions: Annotated[
+        int,
+        typer.Option(
+            "--image-positions", metavar="N", min=0, help="Places that an image takes in the model: 34 with a Q-Former."
+        ),
+    ] = 0,
     no_images: Annotated[bool, typer.Option("--no-images", help="Do not open the items' images.")] = False,
     all_findings: Annotated[bool, typer.Option("--all", help="List all findings, not the first of each kind.")] = False,
     as_json: options.Json = False,
@@ -104,11 +110,12 @@ def check(
             specs,
             loaded,
             max_tokens,
+            image_positions=image_positions,
             max_pixels=None if no_images else Images().max_pixels,
             most=None if all_findings else EXAMPLES,
             progress=lambda path, done: progress.tell(f"checking {path.name}", done, path.stat().st_size),
         )
-    shown = _shown(specs, preview or (_IN_HTML if html else 0), loaded, max_tokens)
+    shown = _shown(specs, preview or (_IN_HTML if html else 0), loaded, max_tokens, image_positions)
     if plot is not None:
         _plot(reports, max_tokens, plot)
     if html is not None:
@@ -144,7 +151,13 @@ def _tokenizer(name: str) -> "Tokenizer":
     return load_tokenizer((find_tokenizer(path) if path.is_dir() else None) or path)
 
 
-def _shown(specs: "list[FileSpec]", count: int, tokenizer: "Tokenizer | None", max_tokens: int | None) -> "list[Shown]":
+def _shown(
+    specs: "list[FileSpec]",
+    count: int,
+    tokenizer: "Tokenizer | None",
+    max_tokens: int | None,
+    image_positions: int,
+) -> "list[Shown]":
     """The first items that can be trained on, each in the format of its file."""
     from llama_acc.core.data.check import first_items
     from llama_acc.core.data.preview import shown_items
@@ -153,7 +166,8 @@ def _shown(specs: "list[FileSpec]", count: int, tokenizer: "Tokenizer | None", m
     shown: list[Shown] = []
     for spec, kind, where, item in first_items(specs, count):
         template = template_for(spec.template, kind)
-        shown += shown_items([(f"{spec.path.name} {where}", item)], template, tokenizer, max_tokens)
+        one = [(f"{spec.path.name} {where}", item)]
+        shown += shown_items(one, template, tokenizer, max_tokens, image_positions)
     return shown
 
 

@@ -286,9 +286,14 @@ def _per_rank(plan: "Plan", share: "RankShare") -> list[tuple[str, str]]:
 
 def _examples(plan: "Plan") -> "Iterator[Shown]":
     """The first two documents."""
-    from llama_acc.core.data.preview import Shown, pieces
+    from llama_acc.core.data.preview import Shown, pieces, with_images
 
+    positions = 0 if plan.config.vision is None else plan.config.vision.positions
     for number in range(min(_EXAMPLES, len(plan.train))):
-        tokens, labelled = plan.train.document(number)
-        shown = pieces(tokens.tolist(), labelled.tolist(), plan.tokenizer)
-        yield Shown(plan.train.origin(number), shown, len(tokens), int(labelled.sum()), 0)
+        tokens, labelled = (array.tolist() for array in plan.train.document(number))
+        images = [Path(image).name for image in plan.train.images(number)]
+        begin = plan.train.image_start(number)
+        end = begin + positions * len(images)
+        text = pieces(tokens[:begin] + tokens[end:], labelled[:begin] + labelled[end:], plan.tokenizer)
+        shown = with_images(text, images, begin)
+        yield Shown(plan.train.origin(number), shown, len(tokens), sum(labelled), 0)

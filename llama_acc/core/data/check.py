@@ -90,6 +90,7 @@ def check_files(
     tokenizer: Tokenizer | None,
     max_tokens: int | None,
     *,
+    image_positions: int = 0,
     max_pixels: int | None = None,
     most: int | None = EXAMPLES,
     progress: FileProgress | None = None,
@@ -100,12 +101,13 @@ def check_files(
         specs: the files, and in which prompt format.
         tokenizer: the model's; None: nothing is said of tokens.
         max_tokens: where items would be cut; None: nowhere.
+        image_positions: how many places an image takes in the model.
         max_pixels: images are opened, and larger ones refused; None: images are not looked at.
         most: how many findings of a kind are kept of a file; None: all. All are counted.
         progress: told how far the reading is.
     """
     with contextlib.nullcontext() if max_pixels is None else ImageOpener(max_pixels) as opener:
-        checker = _Checker(tokenizer, max_tokens, opener, most, progress)
+        checker = _Checker(tokenizer, max_tokens, image_positions, opener, most, progress)
         reports = [checker.check(spec) for spec in specs]
     _add_repeats(reports, specs)
     return reports
@@ -143,6 +145,7 @@ class _Checker:
 
     tokenizer: Tokenizer | None
     max_tokens: int | None
+    image_positions: int
     opener: ImageOpener | None
     most: int | None
     progress: FileProgress | None
@@ -156,7 +159,9 @@ class _Checker:
             template = template_for(spec.template, stream.kind)
             report.kind, report.template = stream.kind, template.name
             if self.tokenizer is not None:
-                report.truncation = Truncation(template, self.tokenizer, self.max_tokens, report.survey.findings)
+                report.truncation = Truncation(
+                    template, self.tokenizer, self.max_tokens, report.survey.findings, self.image_positions
+                )
             for row in stream:
                 rows.append(row)
                 if len(rows) == _CHUNK:

@@ -29,6 +29,9 @@ BLOCK = 1 << 19
 
 _GZIP, _ZSTD, _ZIP = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\x03\x04"
 
+# What zipfile raises where an archive is damaged (or, RuntimeError, wants a password).
+_ZIP_ERRORS = (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, LookupError, StructError)
+
 BytesRead = Callable[[int], None]
 """Called with how many bytes of a file have been read, before decompression."""
 
@@ -112,12 +115,10 @@ def _only_member(file: Any, path: Path, stack: ExitStack) -> IO[bytes]:
     """The one file in a zip archive, as data sets are sometimes given out; what a Mac adds does not count."""
     try:
         archive = stack.enter_context(zipfile.ZipFile(file))
-        names = [info.filename for info in archive.infolist() if not info.is_dir()]
-        names = [name for name in names if not name.startswith("__MACOSX/")]
+        names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
         if len(names) == 1:
             return stack.enter_context(archive.open(names[0]))
-    # RuntimeError: it wants a password. The others, too, are what zipfile raises, on places and names that are damaged.
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError, StructError) as error:
+    except _ZIP_ERRORS as error:
         raise UserError(f"{path} cannot be unpacked: {error}", "unpack it, and give the file") from error
     raise UserError(f"{path} holds {len(names)} files, and should hold one", "unpack it, and give the files")
 

@@ -35,7 +35,11 @@ class Shown(NamedTuple):
 
 
 def shown_items(
-    items: Sequence[tuple[str, Item]], template: Template, tokenizer: Tokenizer | None, max_tokens: int | None
+    items: Sequence[tuple[str, Item]],
+    template: Template,
+    tokenizer: Tokenizer | None,
+    max_tokens: int | None,
+    image_positions: int = 0,
 ) -> Iterator[Shown]:
     """Items as a model will see them, each given with its origin.
 
@@ -44,16 +48,26 @@ def shown_items(
         template: the prompt format.
         tokenizer: the model's; None: their text, BOS and EOS called `<s>` and `</s>`, uncut.
         max_tokens: where they are cut; None: nowhere.
+        image_positions: how many places an image takes.
     """
     if tokenizer is None:
         for origin, item in items:
-            yield Shown(origin, _pieces_of_text(item, template), None, None, 0)
+            shown = with_images(_pieces_of_text(item, template), item.images, int(template.bos))
+            yield Shown(origin, shown, None, None, 0)
         return
     encoded = documents([item for _, item in items], template, tokenizer)
-    for (origin, _), (tokens, labelled) in zip(items, encoded, strict=True):
+    for (origin, item), (tokens, labelled) in zip(items, encoded, strict=True):
         labelled[:1] = False  # nothing predicts it
-        kept, trained = tokens[:max_tokens].tolist(), labelled[:max_tokens].tolist()
-        yield Shown(origin, pieces(kept, trained, tokenizer), len(kept), sum(trained), len(tokens) - len(kept))
+        places = image_positions * len(item.images)
+        most = None if max_tokens is None else max(max_tokens - places, 0)
+        kept, trained = tokens[:most].tolist(), labelled[:most].tolist()
+        shown = with_images(pieces(kept, trained, tokenizer), item.images, int(template.bos))
+        yield Shown(origin, shown, len(kept) + places, sum(trained), len(tokens) - len(kept))
+
+
+def with_images(shown: list[Piece], images: Sequence[str], begin: int) -> list[Piece]:
+    """An item's pieces with its images where they stand: behind BOS, which is the first piece if there is one."""
+    return [*shown[:begin], *(Piece(f"<image {name}>", False, special=True) for name in images), *shown[begin:]]
 
 
 def pieces(tokens: Sequence[int], labelled: Sequence[bool], tokenizer: Tokenizer) -> list[Piece]:

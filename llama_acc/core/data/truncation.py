@@ -18,14 +18,23 @@ from llama_acc.core.tokenizer import Tokenizer
 class Truncation:
     """Counts the tokens of items as the model would see them, and what is lost of them."""
 
-    def __init__(self, template: Template, tokenizer: Tokenizer, max_tokens: int | None, findings: Findings) -> None:
+    def __init__(
+        self,
+        template: Template,
+        tokenizer: Tokenizer,
+        max_tokens: int | None,
+        findings: Findings,
+        image_positions: int = 0,
+    ) -> None:
         """Args:
         template: the prompt format.
         tokenizer: the model's.
         max_tokens: where documents are cut; None: nowhere.
         findings: where the items that are cut or dropped are told.
+        image_positions: how many places an image takes; they stand in front of the text.
         """
         self._template, self._tokenizer, self._findings = template, tokenizer, findings
+        self._image_positions = image_positions
         self.max_tokens = max_tokens
         self.lengths: Counter[int] = Counter()
         """How many items have so many tokens, uncut."""
@@ -60,8 +69,9 @@ class Truncation:
         encoded = documents([item for _, item in items], self._template, self._tokenizer)
         for (where, item), (tokens, labelled) in zip(items, encoded, strict=True):
             labelled[:1] = False  # nothing predicts it
-            self.lengths[len(tokens)] += 1
-            self._count(where, item, len(tokens), np.flatnonzero(labelled))
+            places = self._image_positions * len(item.images)
+            self.lengths[places + len(tokens)] += 1
+            self._count(where, item, places + len(tokens), places + np.flatnonzero(labelled))
 
     def _count(self, where: str, item: Item, length: int, trained: Any) -> None:
         """`trained`: positions of the trained tokens."""

@@ -159,3 +159,16 @@ def test_memory_does_not_grow_with_the_items(tmp_path: Path) -> None:
     peak(10)  # imports
     few, many = peak(1000), peak(3000)
     assert many - few < 2000 * 350, "texts of 500 characters are not kept"
+
+
+def test_images_take_their_places(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    from llama_acc.core.data.load import load_dataset
+
+    data = [{**item, "image": "a.png"} for item in items(*(f"the answer is {'so ' * i}" for i in range(40)))]
+    sources = [Source(str(write(tmp_path / "a.json", data)), template="none")]
+    report = load_dataset(sources, tokenizer, 80, 0, image_positions=34).report()
+    [checked] = check_files(expand(sources), tokenizer, 80, image_positions=34)
+    ours = checked.to_json()
+    for key in ("tokens", "label_tokens", "truncated", "dropped"):
+        assert ours[key] == report[key] > 0 or key == "dropped"
+    assert ours["images"] == 40

@@ -105,6 +105,21 @@ def test_no_text_gets_out_of_the_page(text: str) -> None:
     assert page.text.count(visible(text)) >= 5
 
 
+def test_images_stand_behind_bos(tokenizer: Tokenizer) -> None:
+    item = SingleTurn("", None, "a town", ("a.png", "b.png"))
+    names = [Piece("<image a.png>", False, True), Piece("<image b.png>", False, True)]
+    for loaded in (tokenizer, None):
+        [shown] = shown_items([("", item)], get_template("caption"), loaded, None, 34)
+        assert shown.pieces[:3] == [Piece("<s>", False, True), *names]
+        [chat] = shown_items(
+            [("", Dialogue([("human", "hi")], ("a.png", "b.png")))], get_template("chatml"), loaded, 100
+        )
+        assert chat.pieces[:2] == names
+    [cut] = shown_items([("", item)], get_template("caption"), tokenizer, 70, 34)
+    whole = len(tokenizer.encode("a town", bos=True, eos=True))
+    assert (cut.tokens, cut.cut) == (70, 68 + whole - 70)
+
+
 def test_a_character_of_several_tokens_is_whole(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a😀b")
     shown = pieces(ids, [False] * len(ids), tokenizer)
