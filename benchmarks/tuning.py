@@ -1,6 +1,8 @@
-"""All tuning methods on one task and one base, with the base in bf16 and in NF4: what each costs and what it reaches.
+"""All tuning methods on one task and one base: what each costs and what it reaches.
 
-Each run is `llama-acc finetune`, a process of its own, in turns. The table has what stands in the run's folder.
+The base is in bf16, in NF4 with each value rounded to the nearest, and in NF4 with its rounding calibrated on the items
+that are learned (never on those held out). Each run is `llama-acc finetune`, a process of its own, in turns. The table
+has what stands in the run's folder; before it stands what each base has on the held-out items without any training.
 
     python benchmarks/tuning.py --pretrained DIR --data alpaca.json --output FOLDER
     python benchmarks/tuning.py --pretrained DIR --data alpaca.json --output FOLDER --runs full lora --rounds 3
@@ -14,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,14 +28,13 @@ METHODS = {
     "lora_bias_norm": ["tuning.method=lora_bias_norm", "optimizer.lr=1e-3"],
     "adapter": ["tuning.method=adapter", "tuning.prefix_layers=28", "optimizer.lr=1e-3"],
 }
+# How the base is kept: in the name of a run, and in the table.
+BASES = {"": "bf16", "-nf4": "NF4", "-calibrated": "NF4, calibrated"}
 RUNS = {
-    f"{name}{'-nf4' if quantise else ''}": [
-        *words,
-        "checkpoint.trainable_only=true",
-        *(["tuning.quantize=nf4"] if quantise else []),
-    ]
+    name + base: [*words, "checkpoint.trainable_only=true", *(["tuning.quantize=nf4"] if base else [])]
     for name, words in METHODS.items()
-    for quantise in ((False,) if name == "full" else (False, True))
+    for base in BASES
+    if not base or name != "full"
 }
 COMMON = [
     "data.max_tokens=256",
@@ -80,15 +82,43 @@ def prepare(args: argparse.Namespace) -> tuple[Path, Path]:
     return files
 
 
+def llama_acc(args: argparse.Namespace, *words: object) -> str:
+    """Runs a command, and gives what it prints."""
+    command = [sys.executable, "-m", "llama_acc", *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return done.stdout
+
+
+def calibrate(args: argparse.Namespace, learned: Path) -> Path:
+    """The base in NF4, its rounding calibrated on what is learned; made once."""
+    folder: Path = args.output / "calibrated"
+    if not folder.exists():
+        how = ("--to", "consolidated", "--quantize", "nf4", "--calibrate", learned, "--calibrate-items", args.items)
+        started = time.perf_counter()
+        llama_acc(args, "convert-checkpoint", args.pretrained, folder, *how, "--device", "cpu")
+        print(f"calibrated in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    return folder
+
+
+def untrained(args: argparse.Namespace, base: str, held_out: Path) -> float:
+    """The loss of a base on the held-out items."""
+    checkpoint = args.output / "calibrated" if base == "-calibrated" else args.pretrained
+    how = ("--data", held_out, "--template", "alpaca", "--max-tokens", 256, "--device", "cpu", "--json")
+    quant = ("--quant", "nf4") if base else ()
+    found: float = json.loads(llama_acc(args, "evaluate", "perplexity", "--ckpt", checkpoint, *how, *quant))["loss"]
+    return found
+
+
 def run(name: str, number: int, files: tuple[Path, Path], args: argparse.Namespace) -> Result:
     """Trains once and reads the run's folder."""
     folder = args.output / f"{name}-{number}"
-    command = [sys.executable, "-m", "llama_acc", "finetune", "--recipe", "alpaca", "--device", "cpu"]
-    command += ["--pretrained", str(args.pretrained), "--data", str(files[0]), "--output", str(folder)]
-    command += [*COMMON, f"data.validation.path={files[1]}", *RUNS[name]]
-    command += [f"train.max_steps={args.steps}"] if args.steps else []
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    pretrained = args.output / "calibrated" if name.endswith("-calibrated") else args.pretrained
+    command = ["finetune", "--recipe", "alpaca", "--device", "cpu", "--pretrained", pretrained, "--output", folder]
+    command += ["--data", files[0], *COMMON, f"data.validation.path={files[1]}", *RUNS[name]]
+    llama_acc(args, *command, *([f"train.max_steps={args.steps}"] if args.steps else []))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     report = (folder / "report.md").read_text()
@@ -113,8 +143,8 @@ def row(name: str, results: list[Result], full: list[Result] | None) -> str:
     shown = ratio if isinstance(ratio, str) else f"{ratio:.2f}"
     seconds = statistics.median(result.seconds for result in results)
     memory = statistics.median(result.memory for result in results)
-    method, _, base = name.partition("-")
-    cells = [f"`{method}`", base or "bf16", f"{one.trained:,}", f"{one.loss:.4f}", f"{seconds:.2f}", shown]
+    method, dash, base = name.partition("-")
+    cells = [f"`{method}`", BASES[dash + base], f"{one.trained:,}", f"{one.loss:.4f}", f"{seconds:.2f}", shown]
     return f"| {' | '.join(cells)} | {memory:.2f} | {one.saved / 2**20:.1f} MiB |"
 
 
@@ -131,6 +161,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     files = prepare(args)
+    bases = [base for base in BASES if any(name.partition("-")[2] == base[1:] for name in args.runs)]
+    if "-calibrated" in bases:
+        calibrate(args, files[0])
+    for base in bases:
+        print(f"{BASES[base]}, before training: validation loss {untrained(args, base, files[1]):.4f}", flush=True)
     results: dict[str, list[Result]] = {name: [] for name in args.runs}
     for number in range(args.rounds):
         for name in args.runs:

@@ -4,15 +4,21 @@ from pathlib import Path
 
 import pytest
 
+from llama_acc.core.recipe import RECIPES_FOLDER
 from tests.cli.commands import QUICKSTART, invoke, refused, words
 
 PART = ("tuning.method=lora_bias_norm", "tuning.lora_rank=4", "checkpoint.trainable_only=true", "train.epochs=1")
+ITEMS = RECIPES_FOLDER / "quickstart" / "instructions.json"
 ASK = ("--prompt", "What is LLaMA?", "--temperature", "0", "--max-new-tokens", "8", "--device", "cpu")
 
 
-def tune(base: Path, output: Path, *more: object) -> None:
+def train(base: Path, output: Path) -> list[object]:
     command = [word for word in QUICKSTART if not str(word).startswith("model.params")]
-    result = invoke(*command, "--pretrained", base, "--output", output, *PART, *more)
+    return [*command, "--pretrained", base, "--output", output]
+
+
+def tune(base: Path, output: Path, *more: object) -> None:
+    result = invoke(*train(base, output), *PART, *more)
     assert result.exit_code == 0, result.stderr
     assert f"--ckpt {base} --ckpt {output}" in words(result.stdout)
 
@@ -83,6 +89,37 @@ def test_a_base_quantised_beforehand_is_the_same(base: Path, part: Path, tmp_pat
         invoke(*command, "--pretrained", small, "--output", tmp_path / "full"),
         "is quantised: it can be a base, and not train itself",
     )
+
+
+def test_a_calibrated_base_is_trained_on_and_stays_the_only_one_of_its_kind(base: Path, tmp_path: Path) -> None:
+    small, run = tmp_path / "small", tmp_path / "run"
+    flags = ("--to", "consolidated", "--quantize", "nf4", "--calibrate", ITEMS, "--calibrate-items", 8)
+    made = invoke("convert-checkpoint", base, small, *flags, "--device", "cpu")
+    assert made.exit_code == 0, made.stderr
+    assert "calibrating with 8 items, " in made.stderr
+    tune(small, run, "tuning.quantize=nf4")
+    assert answer(small, run).strip()
+    assert answer(base, run).strip()
+    refused(
+        invoke("chat", "--ckpt", base, "--ckpt", run, "--quant", "nf4", *ASK),
+        f"was trained on {small}, whose rounding was calibrated, and {base} would be rounded otherwise",
+        f"give {small}",
+    )
+    output = "tuning.quantize_output=false"
+    refused(
+        invoke(*train(small, tmp_path / "other"), "tuning.quantize=nf4", output, *PART),
+        f"the output matrix in {small} is quantised, and the recipe says otherwise",
+        "set tuning.quantize_output=true",
+    )
+
+
+def test_what_cannot_be_calibrated_with_is_told_before_anything_is_written(base: Path, tmp_path: Path) -> None:
+    command = ("convert-checkpoint", base, tmp_path / "small", "--to", "consolidated", "--calibrate")
+    refused(invoke(*command, ITEMS), "calibrating is a way to quantise", "add --quantize nf4")
+    refused(invoke(*command, tmp_path / "no.json", "--quantize", "nf4"), str(tmp_path / "no.json"))
+    refused(invoke(*command, ITEMS, "--quantize", "nf4", "--template", "alpacca"), "did you mean 'alpaca'?")
+    refused(invoke(*command, ITEMS, "--quantize", "nf4", "--calibrate-items", 0), "--calibrate-items")
+    assert not (tmp_path / "small").exists()
 
 
 def column(run: Path, name: str) -> list[float]:

@@ -11,13 +11,20 @@ from pathlib import Path
 from llama_acc.core.checkpoint.conversion.found import find
 from llama_acc.core.checkpoint.conversion.plan import Plan
 from llama_acc.core.checkpoint.conversion.proof import compare_merged, read_back
-from llama_acc.core.checkpoint.conversion.request import Converted, Progress, Request, Target, check_request
+from llama_acc.core.checkpoint.conversion.request import (
+    Calibration,
+    Converted,
+    Progress,
+    Request,
+    Target,
+    check_request,
+)
 from llama_acc.core.checkpoint.conversion.writing import write_description, write_weights
 from llama_acc.core.checkpoint.files import whole_folder
 from llama_acc.core.checkpoint.save import free_bytes
 from llama_acc.core.errors import UserError
 
-__all__ = ["Converted", "Request", "Target", "convert"]
+__all__ = ["Calibration", "Converted", "Request", "Target", "convert"]
 
 
 def convert(request: Request, progress: Progress = lambda what, done, total: None) -> Converted:
@@ -46,7 +53,7 @@ def convert(request: Request, progress: Progress = lambda what, done, total: Non
         return tell
 
     with whole_folder(request.target) as folder:
-        write_weights(plan, folder, told("writing"))
+        write_weights(plan, folder, told("calibrating" if request.calibration else "writing"))
         write_description(plan, folder)
         error = read_back(plan, folder, told("reading back"))
         merge_error = None

@@ -10,13 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llama_acc.core.checkpoint.blocks import load_block
 from llama_acc.core.checkpoint.computed import merged, read_block
 from llama_acc.core.checkpoint.parts import Part
 from llama_acc.core.model.attention import DocumentAttention
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.layers import RMSNorm, rotary_table
-from llama_acc.core.model.transformer import TransformerBlock
-from llama_acc.core.parallel import Parallel
 
 MERGE_TOLERANCE = 1e-5
 """How far what a block computes may be off, as a fraction of the largest."""
@@ -58,7 +57,7 @@ def merge_error(before: Model, merged_model: Model, saved: Model) -> MergeError:
     for layer in range(before[0].n_layers):
         given, added = states[0].double(), []
         for place, model in enumerate(models):
-            block = _block(*model, layer)
+            block = load_block(*model, layer)
             states[place] = block(states[place], attend)
             if place < 2:
                 added.append(block.double()(given, attend) - given)
@@ -92,10 +91,3 @@ def _logits(config: ModelConfig, sources: Mapping[str, Part], x: Tensor) -> Tens
     x, output = norm(x), sources["output.weight"]
     pieces = [(start, min(start + _ROWS, config.vocab_size)) for start in range(0, config.vocab_size, _ROWS)]
     return torch.cat([x @ read_block(output, *piece, torch.float32).T for piece in pieces], 1)
-
-
-def _block(config: ModelConfig, sources: Mapping[str, Part], layer: int) -> TransformerBlock:
-    block = TransformerBlock(config, Parallel())
-    for name, parameter in block.named_parameters():
-        sources[f"layers.{layer}.{name}"].copy_into(parameter)
-    return block

@@ -20,7 +20,7 @@ from llama_acc.core.checkpoint.computed import Computed
 from llama_acc.core.checkpoint.parts import Part
 from llama_acc.core.errors import UserError
 from llama_acc.core.model import nf4
-from llama_acc.core.model.nf4 import Scales
+from llama_acc.core.model.nf4 import BLOCK, Scales
 
 QUANTIZATION_FILE = "quantization.json"
 FORMAT_VERSION = 1
@@ -154,11 +154,31 @@ def quantised_parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, QuantisedP
 
 
 def quantised(part: Part, device: torch.device) -> tuple[Tensor, Scales]:
-    """A matrix in NF4 on a device: as it is in its file, or made here."""
-    if isinstance(part, QuantisedPart) and part.is_whole:
-        return part.matrix.values.to(device), Scales(*(scale.to(device) for scale in part.matrix.scales))
+    """A matrix in NF4 on a device: as it is in its file, or made here.
+
+    Raises:
+        UserError: a part of a quantised matrix whose edges lie within blocks.
+    """
+    if isinstance(part, QuantisedPart):
+        matrix = part.matrix if part.is_whole else _cut(part)
+        return matrix.values.to(device), Scales(*(scale.to(device) for scale in matrix.scales))
 
     def read(start: int, stop: int) -> Any:
         return part.rows(start, stop).to(torch.float32, device)
 
     return nf4.quantise(read, part.shape, device)
+
+
+def _cut(part: QuantisedPart) -> Packed:
+    """A part of a quantised matrix with the same values, but for its scales: these are rounded together."""
+    (rows, columns), row, column = part.shape, part.row, part.column
+    if part.matrix.shape[1] % BLOCK or columns % BLOCK or column % BLOCK:
+        raise UserError(
+            f"a quantised matrix of {part.matrix.shape[1]} columns cannot be split into parts of {columns}: "
+            f"it has blocks of {BLOCK}",
+            "choose a smaller model-parallel size, or give the checkpoint before quantising",
+        )
+    values = part.matrix.values[row : row + rows, column // 2 : (column + columns) // 2].contiguous()
+    magnitudes = part.matrix.magnitudes.view(len(part.matrix.values), -1)[row : row + rows]
+    magnitudes = magnitudes[:, column // BLOCK : (column + columns) // BLOCK]
+    return Packed(values, nf4.round_magnitudes(magnitudes.flatten().clone()))

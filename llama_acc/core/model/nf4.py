@@ -110,9 +110,26 @@ def quantise(read: Callable[[int, int], Tensor], shape: tuple[int, ...], device:
         packed[start:stop] = values.view(stop - start, columns // 2)
         first = start * columns // BLOCK
         absmax[first : first + len(state.absmax)] = state.absmax
-    offset = absmax.mean().view(1)
-    rounded, state = functional.quantize_blockwise(absmax.sub_(offset), blocksize=NESTED_BLOCK)
-    return packed, Scales(rounded, state.absmax, offset)
+    return packed, round_magnitudes(absmax)
+
+
+def round_magnitudes(magnitudes: Tensor) -> Scales:
+    """The scales of a matrix whose blocks have these magnitudes, [n] float32, which are used up."""
+    offset = magnitudes.mean().view(1)
+    rounded, state = _library().functional.quantize_blockwise(magnitudes.sub_(offset), blocksize=NESTED_BLOCK)
+    return Scales(rounded, state.absmax, offset)
+
+
+def nearest(values: Tensor) -> tuple[Tensor, Tensor]:
+    """For values that were divided by their scale, the place of the nearest of the 16 numbers, and that number."""
+    numbers = _codes(values.device)[0]
+    places = torch.bucketize(values, (numbers[1:] + numbers[:-1]) / 2, out_int32=True)
+    return places, numbers[places]
+
+
+def pack(places: Tensor) -> Tensor:
+    """Places among the 16 numbers, [rows, columns] uint8, as a quantised matrix has them: two in a byte."""
+    return places[:, ::2] << 4 | places[:, 1::2]
 
 
 def _shape(packed: Tensor) -> torch.Size:

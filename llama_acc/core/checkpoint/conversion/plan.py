@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from llama_acc.core.checkpoint.base import check_quantised_base, read_base
+from llama_acc.core.checkpoint.calibration import CalibratedQuantiser
 from llama_acc.core.checkpoint.computed import difference, same_values
 from llama_acc.core.checkpoint.conversion.found import Found
 from llama_acc.core.checkpoint.conversion.request import Request
@@ -15,6 +16,7 @@ from llama_acc.core.checkpoint.parts import Part
 from llama_acc.core.checkpoint.peft_files import PEFT_FILE, peft_name
 from llama_acc.core.checkpoint.quantiser import Quantiser
 from llama_acc.core.checkpoint.shards import Weights
+from llama_acc.core.device import pick_device
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.sharding import check_divides, local_shape, split_dimension
@@ -68,7 +70,7 @@ class Plan:
         tuned = found.config
         self.config = replace(tuned, tuning=merged_tuning(tuned.tuning)) if request.merge else tuned
         self.size = _size(request, found, self.config)
-        self.quantiser = Quantiser()
+        self.quantiser = self._quantiser()
         self.sources = self._sources()
         self.meant = self._meant()
         self.dtypes = _dtypes(request, found.weights, list(self.meant))
@@ -85,6 +87,16 @@ class Plan:
     def nbytes(self) -> int:
         """Size of the tensors to be written."""
         return sum(entry.nbytes for entries in self.files.values() for entry in entries)
+
+    def _quantiser(self) -> Quantiser:
+        request, found = self.request, self.found
+        if request.calibration is None:
+            return Quantiser()
+        device = pick_device(request.calibration.device)
+        if device.type == "mps":
+            device = torch.device("cpu")  # MPS has neither float64 nor bitsandbytes
+        documents = request.calibration.documents
+        return CalibratedQuantiser(found.config, found.weights.tensors, documents, request.quantize_output, device)
 
     def written(self, name: str) -> Part:
         """What a parameter is once it is written: of one in NF4, its values after quantising."""

@@ -1,6 +1,6 @@
 """What a conversion is asked to do, what it gives, and what contradicts itself in that."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +11,19 @@ from llama_acc.core.errors import UserError
 Target = Literal["meta", "consolidated", "hf", "peft"]
 Progress = Callable[[str, int, int], None]
 """What is being done, bytes done, bytes in all."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text that rounding is calibrated with.
+
+    Attributes:
+        documents: tokens, each document by itself.
+        device: where it goes through the model: "cpu" or "cuda:1"; None picks CUDA, then MPS, then CPU.
+    """
+
+    documents: Sequence[Sequence[int]]
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,8 @@ class Request:
             original ones.
         quantize: write the matrices in NF4.
         quantize_output: with `quantize`, the output matrix, too.
+        calibration: with `quantize`, round so that what the model computes from this text comes out right; None: each
+            value to the nearest.
         file_bytes: most bytes of tensors in one safetensors file of Hugging Face's layout.
     """
 
@@ -44,6 +59,7 @@ class Request:
     merge_into: Literal["trained", "original"] = "trained"
     quantize: Literal["nf4"] | None = None
     quantize_output: bool = True
+    calibration: Calibration | None = None
     file_bytes: int = 5 * 10**9
 
 
@@ -94,6 +110,8 @@ def _check_options(request: Request) -> None:
         )
     if request.quantize and request.model_parallel_size not in (None, 1):
         raise UserError("a quantised checkpoint is not split", "leave --model-parallel-size out: it is read at any")
+    if request.calibration and not request.quantize:
+        raise UserError("calibrating is a way to quantise", "add --quantize nf4, or leave --calibrate out")
     if request.merge and request.diff:
         raise UserError("--merge and --diff do not go together", "merge first, then take the difference")
     if request.to == "peft" and (request.merge or request.model_parallel_size not in (None, 1)):
