@@ -1,6 +1,7 @@
 """Hugging Face, spoken to by the real huggingface_hub: what there is, who may have it, where its bytes come from."""
 
 import hashlib
+import os
 import random
 import socket
 import time
@@ -210,6 +211,8 @@ def test_chunk_storage_is_used_and_an_interrupted_file_goes_on_there(chunked: Se
     assert chunked.asked_for_bytes("big.bin") == []
     (asked,) = [request for request in chunked.requests if "xet-read-token" in request.path]
     assert asked.headers["authorization"] == f"Bearer {TOKEN}"
+    written = [path for path in Path(os.environ["HF_HOME"]).rglob("*") if path.is_file()]  # hf_xet keeps a log
+    assert not any(TOKEN.encode() in path.read_bytes() for path in written)
 
 
 def test_where_chunk_storage_does_not_work_the_file_comes_over_http(chunked: Servers, tmp_path: Path) -> None:
