@@ -45,6 +45,33 @@ def test_every_image_that_cannot_be_used_is_named_before_the_first_step(tmp_path
     )
 
 
+def test_items_of_bad_images_are_skipped_where_the_recipe_says_so(tmp_path: Path) -> None:
+    """And what is learned then is what is learned from data that never had these items."""
+    data = write_data(tmp_path / "data")
+    rows = json.loads(data.read_text())
+    (data.parent / "images" / "1-0.png").unlink()
+    (data.parent / "images" / "2-1.png").write_bytes(b"no picture")
+    clean = data.with_name("clean.json")
+    clean.write_text(json.dumps([row for number, row in enumerate(rows) if number not in (1, 2)]))
+    rows.append({"instruction": "x", "image": "images/4-0.png"})
+    data.write_text(json.dumps(rows))
+    result = invoke(*finetune(data, tmp_path / "run", "data.on_error=skip"))
+    assert result.exit_code == 0, result.stderr
+    assert ", 3 skipped" in result.stderr
+    assert invoke(*finetune(clean, tmp_path / "clean")).exit_code == 0
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "clean")
+    report = json.loads((tmp_path / "run/data.json").read_text(encoding="utf-8"))
+    assert (report["items"], report["skipped"]) == (14, 3)
+    assert [(place["where"], place["kind"]) for place in report["files"][0]["skipped_items"]] == [
+        ("item 17", "missing_field"),
+        ("item 2", "image_file"),
+        ("item 3", "image_file"),
+    ]
+    two = run(*finetune(data, tmp_path / "two", "data.on_error=skip"), "--nproc", 2)
+    assert two.returncode == 0, two.stderr
+    assert json.loads((tmp_path / "two/data.json").read_text(encoding="utf-8")) == report
+
+
 def test_images_may_lie_elsewhere(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     moved = (tmp_path / "moved").mkdir() or data.rename(tmp_path / "moved" / data.name)

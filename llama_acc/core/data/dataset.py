@@ -3,7 +3,7 @@
 import hashlib
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from llama_acc.core.data.encode import Images
 from llama_acc.core.data.entry import Encoded
+from llama_acc.core.data.findings import Finding
 from llama_acc.core.data.images import resolved
 from llama_acc.core.data.templates import Template
 from llama_acc.core.errors import UserError
@@ -35,6 +36,8 @@ class DataFile:
     dropped: int
     image_root: Path
     """Where relative references to images begin."""
+    skipped: tuple[Finding, ...] = ()
+    """What is wrong with items that were left out after they had been encoded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +110,12 @@ class Dataset:
 
     def origin(self, i: int) -> str:
         """Where a document came from, such as "alpaca.json item 17"."""
+        return f"{self.files[self._place(i)[0]].path.name} {self.where(i)}"
+
+    def where(self, i: int) -> str:
+        """Where in its file a document came from, such as "item 17"."""
         part, row = self._place(i)
-        return f"{self.files[part].path.name} item {self.parts[part].item[row] + 1}"
+        return f"item {self.parts[part].item[row] + 1}"
 
     def _place(self, i: int) -> tuple[int, int]:
         """A document's part, and which one of that it is."""
@@ -165,6 +172,22 @@ class Dataset:
         files = tuple(replace(file, items=n, dropped=0) for file, n in zip(self.files, counts, strict=True))
         return replace(chosen, files=files)
 
+    def without(self, found: Mapping[int, Sequence[Finding]]) -> "Dataset":
+        """All documents but those in which something was found; they count as skipped."""
+        rows = np.delete(np.arange(len(self)) if self.rows is None else self.rows, list(found))
+        removed: list[list[int]] = [[] for _ in self.files]
+        for document in sorted(found):
+            removed[self._place(document)[0]].append(document)
+        files = [
+            replace(
+                file,
+                items=file.items - len(documents),
+                skipped=(*file.skipped, *(finding for i in documents for finding in found[i])),
+            )
+            for file, documents in zip(self.files, removed, strict=True)
+        ]
+        return Dataset(tuple(files), self.parts, rows)
+
     def split(self, fraction: float, seed: int) -> tuple["Dataset", "Dataset"]:
         """(train, validation): a fixed random part of about `fraction` of the documents is for validation.
 
@@ -188,14 +211,14 @@ class Dataset:
         return {
             "format_version": FORMAT_VERSION,
             **_Counts.total(counts).report(),
-            **_found(self.parts),
+            **_found(self.files, self.parts),
             "template": names[0] if len(names) == 1 else names,
             "files": [
                 {
                     "path": str(file.path),
                     **count.report(),
-                    **_found([part]),
-                    "skipped_items": part.skipped,
+                    **_found([file], [part]),
+                    "skipped_items": [*part.skipped, *(finding._asdict() for finding in file.skipped)],
                     "warning_places": {kind: found["places"] for kind, found in part.warnings.items()},
                     "template": file.template.name,
                 }
@@ -261,12 +284,14 @@ class _Counts:
         return dict(zip(_QUANTILES, np.searchsorted(up_to, ranks, side="right").tolist(), strict=True))
 
 
-def _found(parts: Sequence[Encoded]) -> dict[str, Any]:
+def _found(files: Sequence[DataFile], parts: Sequence[Encoded]) -> dict[str, Any]:
     """What was found in whole files, whether all of their items are in use or not."""
     warnings: Counter[str] = Counter()
     for part in parts:
         warnings.update({kind: found["count"] for kind, found in part.warnings.items()})
-    return {"skipped": sum(len(part.skipped_rows) for part in parts), "warnings": dict(warnings)}
+    before = sum(len(part.skipped_rows) for part in parts)
+    after = sum(len({finding.where for finding in file.skipped}) for file in files)
+    return {"skipped": before + after, "warnings": dict(warnings)}
 
 
 def _counted(file: DataFile, part: Encoded, members: Rows | slice) -> _Counts:

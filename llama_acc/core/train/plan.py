@@ -4,10 +4,9 @@
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -21,9 +20,7 @@ from llama_acc.core.checkpoint.towers import check_tower
 from llama_acc.core.data.cache import EntryStore
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.data.findings import KINDS as FINDINGS
-from llama_acc.core.data.load import load_dataset
-from llama_acc.core.data.readers import raise_together
-from llama_acc.core.data.sources import Source, resolve_data_path, resolve_image_root
+from llama_acc.core.data.sources import resolve_data_path, resolve_image_root
 from llama_acc.core.download.address import is_address
 from llama_acc.core.errors import UserError
 from llama_acc.core.home import home
@@ -36,7 +33,7 @@ from llama_acc.core.parallel import Parallel
 from llama_acc.core.recipe import RECIPES_FOLDER, Recipe
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from llama_acc.core.train.events import Events
-from llama_acc.core.train.plan_images import check_images
+from llama_acc.core.train.plan_data import PlannedData, plan_data
 
 
 @dataclass(frozen=True)
@@ -236,14 +233,6 @@ def size_text(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-class PlannedData(NamedTuple):
-    """What a run learns from; the fields are those of `Plan`."""
-
-    train: Dataset
-    validation: Dataset | None
-    report: dict[str, Any]
-
-
 def make_plan(
     recipe: Recipe,
     events: Events,
@@ -276,9 +265,7 @@ def make_plan(
             f"data.max_tokens ({recipe.data.max_tokens}) is more than the model's max_seq_len ({config.max_seq_len})",
             "lower data.max_tokens, or raise model.max_seq_len",
         )
-    train, validation, report = data or _data(recipe, config, tokenizer, recipe_folder, events, store)
-    if data is None:
-        check_images(recipe, config, events, train, validation)
+    train, validation, report = data or plan_data(recipe, config, tokenizer, recipe_folder, events, store)
     steps_per_epoch = math.ceil(len(train) / recipe.train.global_batch_size)
     total = math.ceil(recipe.train.epochs * steps_per_epoch - 1e-9)
     total = min(total, recipe.train.max_steps or total)
@@ -409,53 +396,6 @@ def _tokenizer_path(recipe: Recipe, layouts: list[Layout], recipe_folder: Path |
     raise UserError(
         f"there is no tokenizer{where}", "give it with --tokenizer FILE (tokenizer.model or tokenizer.json)"
     )
-
-
-def _data(
-    recipe: Recipe,
-    config: ModelConfig,
-    tokenizer: Tokenizer,
-    recipe_folder: Path | None,
-    events: Events,
-    store: EntryStore | None,
-) -> PlannedData:
-    data, seed = recipe.data, recipe.train.seed
-
-    def load(sources: list[Source]) -> Dataset:
-        return load_dataset(
-            sources,
-            tokenizer,
-            data.max_tokens,
-            seed,
-            on_error=data.on_error,
-            image_positions=None if config.vision is None else config.vision.positions,
-            recipe_folder=recipe_folder,
-            progress=events.encoding,
-            store=store,
-            fetch=events.fetch,
-        )
-
-    sources = [Source(**source.model_dump()) for source in data.sources]
-    if data.validation.path is not None:
-        train, held_out = _together(load, sources, [Source(data.validation.path, template=data.sources[0].template)])
-        return PlannedData(train, held_out, {**train.report(), "validation": held_out.report()})
-    train = load(sources)
-    report = train.report()
-    if data.validation.fraction:
-        return PlannedData(*train.split(data.validation.fraction, seed), report)
-    return PlannedData(train, None, report)
-
-
-def _together(load: Callable[[list[Source]], Dataset], *parts: list[Source]) -> list[Dataset]:
-    """Several parts of the data; the problems of all of them are raised together."""
-    loaded, errors = [], []
-    for part in parts:
-        try:
-            loaded.append(load(part))
-        except UserError as error:
-            errors.append(error)
-    raise_together(errors)
-    return loaded
 
 
 def _resolved(recipe: Recipe, layouts: list[Layout], tokenizer: Tokenizer, recipe_folder: Path | None) -> Recipe:

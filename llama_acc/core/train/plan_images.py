@@ -1,9 +1,13 @@
 """The images of a run's data, checked before anything is computed."""
 
+from collections import defaultdict
+from collections.abc import Sequence
+
 import numpy as np
 
 from llama_acc.core.data.dataset import Dataset
-from llama_acc.core.data.image_checks import bad_images
+from llama_acc.core.data.findings import Finding, beginning
+from llama_acc.core.data.image_checks import BadImage, bad_images
 from llama_acc.core.data.image_workers import default_workers
 from llama_acc.core.errors import DataError, UserError, listed
 from llama_acc.core.model.config import ModelConfig
@@ -11,33 +15,55 @@ from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.events import Events
 
 
-def check_images(recipe: Recipe, config: ModelConfig, events: Events, *datasets: Dataset | None) -> None:
+def with_good_images(
+    recipe: Recipe, config: ModelConfig, events: Events, datasets: Sequence[Dataset]
+) -> Sequence[Dataset]:
     """Opens all images of the data.
 
     Args:
-        recipe: says how, and what is too large.
+        recipe: says how, what is too large, and whether an item with a bad image stops the run or is skipped.
         config: the model's shape: how many images of an item it takes.
         events: told of the progress.
         datasets: what is trained and what is held out.
+
+    Returns:
+        The same without the items that were skipped.
 
     Raises:
         UserError: there are items of more images than the model takes.
         DataError: images are missing, no pictures, broken or too large: all uses of them, by item.
     """
     if config.vision is None:
-        return
-    present = [dataset for dataset in datasets if dataset is not None]
-    for dataset in present:
+        return datasets
+    for dataset in datasets:
         _check_counts(config, dataset)
     settings = recipe.data.images
     workers = settings.workers or default_workers()
+    bad = [bad_images(dataset, settings.max_pixels, workers, events.opening) for dataset in datasets]
+    if recipe.data.on_error == "skip":
+        return [_without(dataset, found) for dataset, found in zip(datasets, bad, strict=True)]
     problems = [
-        f"{dataset.origin(bad.document)}: {bad}"
-        for dataset in present
-        for bad in bad_images(dataset, settings.max_pixels, workers, events.opening)
+        f"{dataset.origin(one.document)}: {one}" for dataset, found in zip(datasets, bad, strict=True) for one in found
     ]
     if problems:
         raise DataError(problems, "mend or remove them; data.sources.root says where relative paths begin")
+    return datasets
+
+
+def _without(dataset: Dataset, bad: Sequence[BadImage]) -> Dataset:
+    if not bad:
+        return dataset
+    found: dict[int, list[Finding]] = defaultdict(list)
+    for one in bad:
+        finding = Finding("image_file", dataset.where(one.document), "image", str(one), beginning(one.reference))
+        found[one.document].append(finding)
+    good = dataset.without(found)
+    if not len(good):
+        raise UserError(
+            f"nothing to train on: no item has images that can be used; the first: {dataset.origin(0)}: {bad[0]}",
+            "data.sources.root says where relative paths begin",
+        )
+    return good
 
 
 def _check_counts(config: ModelConfig, dataset: Dataset) -> None:
