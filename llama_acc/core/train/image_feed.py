@@ -136,7 +136,9 @@ class ImageFeed:
         eyes, cache = self._eyes, self._cache
         if cache is None:
             return eyes.encode(pixels)
-        made = dict(zip(missing, eyes.encode(pixels) if missing else (), strict=True))
+        # Since its pixels were asked for, an image of a micro-batch before may have been kept.
+        still = [place for place, at in enumerate(missing) if not cache.has(images[at].reference)]
+        made = dict(zip((missing[at] for at in still), eyes.encode(pixels[still]) if still else (), strict=True))
         for place, features in made.items():
             cache.store(images[place].reference, features)
         found = [
