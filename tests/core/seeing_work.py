@@ -1,0 +1,60 @@
+"""What the processes of tests/core/test_seeing.py do."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llama_acc.core.inference import Generator, LoadedModel, Sampling, dismiss, follow, load_model, with_images
+from llama_acc.core.model.vision import Images, Tower
+from llama_acc.core.parallel import joined
+from tests.core.tiny import CPU
+
+GREEDY = Sampling(temperature=0, max_new_tokens=6)
+
+
+def pictures(count: int, size: int, seed: int = 0) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
+    """Images of random pixels, [3, size, size]."""
+    draw = np.random.default_rng(seed)
+    return list(draw.integers(0, 256, (count, 3, size, size), dtype=np.uint8))
+
+
+def seen_logits(loaded: LoadedModel, words: Sequence[int], count: int) -> dict[str, Any]:
+    """Features and logits of words about some images, and how many images a tower was run on in this process."""
+    assert loaded.eyes is not None
+    assert loaded.vision is not None
+    encoded = 0
+
+    def counting(module: torch.nn.Module, arguments: Any, output: Any) -> None:
+        nonlocal encoded
+        encoded += len(arguments[0])
+
+    if isinstance(loaded.eyes.tower, Tower):
+        loaded.eyes.tower.register_forward_hook(counting)
+    pixels = torch.from_numpy(np.stack(pictures(count, loaded.vision.image_size)))
+    eyes = loaded.eyes
+    inputs = eyes.inputs(count, lambda: eyes.encode(pixels))
+    ids = torch.tensor(with_images(loaded, list(words), count))
+    with torch.no_grad():
+        images = Images(inputs, (ids < 0).nonzero().flatten(), [0] * count)
+        hidden = loaded.model(ids.clamp(min=0), torch.arange(len(ids)), [len(ids)], images=images)
+        logits = loaded.model.logits(hidden)
+    return {"features": inputs.tolist(), "logits": logits.tolist(), "encoded": encoded}
+
+
+def split_logits(folder: str, words: list[int], images: int) -> dict[str, Any]:
+    """`seen_logits` of a model that all processes share, and what is said about the images."""
+    with joined(CPU, 2) as parallel:
+        loaded = load_model(Path(folder), device="cpu", parallel=parallel)
+        found = seen_logits(loaded, words, images)
+        if not parallel.is_main:
+            follow(loaded)
+            return found
+        assert loaded.vision is not None
+        given = pictures(images, loaded.vision.image_size)
+        generator = Generator(loaded, GREEDY)
+        found["said"] = list(generator.tokens(with_images(loaded, words, images), given))
+        dismiss(loaded)
+        return found
