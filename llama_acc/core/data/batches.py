@@ -26,7 +26,7 @@ def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True) -> NDArray[
     if not shuffle:
         return np.arange(n, dtype=np.int64)
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
-    return generator.permutation(n).astype(np.int64)
+    return generator.permutation(n).astype(np.int64, copy=False)
 
 
 def step_items(order: NDArray[np.int64], step: int, global_batch_size: int) -> NDArray[np.int64]:

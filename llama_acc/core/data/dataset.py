@@ -22,6 +22,9 @@ from llama_acc.core.errors import UserError
 FORMAT_VERSION = 1
 _QUANTILES = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
 
+# Each maps some 200 KB, for the system maps the neighbours of a page along with it.
+_READS_BETWEEN_RELEASES = 512
+
 Rows = NDArray[np.int64]
 """Documents by their number among those of all parts."""
 
@@ -96,7 +99,16 @@ class Dataset:
     def document(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Its tokens, and which of them are labelled."""
         part, row = self._place(i)
-        return self.parts[part].document(row)
+        document = self.parts[part].document(row)
+        self._reads[0] += 1
+        if self._reads[0] % _READS_BETWEEN_RELEASES == 0:
+            self._release()
+        return document
+
+    @cached_property
+    def _reads(self) -> list[int]:
+        """How many documents were read so far."""
+        return [0]
 
     def images(self, i: int) -> Images:
         """Where a document's images are, from any folder."""

@@ -49,32 +49,10 @@ _MAGIC = b"llamaacc"
 _TRAILER = struct.Struct("<8sQI")
 _ALIGNMENT = 64
 _BLOCK = 1 << 20
-# A process keeps pages of the file in its page table only so long: they stay in the system's cache, shared by all.
-_DOCUMENTS_BETWEEN_RELEASES = 2048
 
 
 class DamagedEntry(ValueError):
     """The file is not what `EntryWriter` wrote."""
-
-
-class Pages:
-    """A mapped file, of which a process lets go now and then so as not to seem to hold all of it."""
-
-    def __init__(self, mapped: mmap.mmap) -> None:
-        self._mapped = mapped
-        self._touched = 0
-
-    def touched(self) -> None:
-        """Some document was read."""
-        self._touched += 1
-        if self._touched >= _DOCUMENTS_BETWEEN_RELEASES:
-            self.release()
-
-    def release(self) -> None:
-        """Forgets which pages were read; they come back at once from the system's cache."""
-        self._touched = 0
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._mapped.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +83,7 @@ class Encoded:
     """What else was found out about the file; JSON."""
     path: Path
     """Where it is mapped from."""
-    pages: Pages = field(repr=False)
+    mapped: mmap.mmap = field(repr=False)
     image_ends: NDArray[np.int64] | None = None
     """[D]: how many images there are up to a document's end; None: no document has one."""
     name_ends: NDArray[np.int64] | None = None
@@ -159,7 +137,6 @@ class Encoded:
         tokens = self.tokens[begin:end].astype(np.int32)
         bits = np.unpackbits(self.label_bits[begin // 8 : -(-end // 8)])
         labelled = bits[begin % 8 : begin % 8 + end - begin].astype(np.bool_)
-        self.pages.touched()
         return tokens, labelled
 
     @property
@@ -178,8 +155,9 @@ class Encoded:
         return tuple(self.names[a:b].tobytes().decode() for a, b in pairwise(borders))
 
     def release(self) -> None:
-        """To be called after a pass over whole arrays: lets go of their pages."""
-        self.pages.release()
+        """Lets go of the pages that were read, so as not to seem to hold them: they stay in the system's cache."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class EntryWriter:
@@ -295,7 +273,7 @@ def map_entry(path: Path) -> Encoded:
             raise DamagedEntry("it was cut off")
         # Python's mmap keeps a duplicate of the descriptor, and that keeps the lock.
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return _read(memoryview(mapped), path, Pages(mapped))
+    return _read(mapped, path)
 
 
 def verify(path: Path) -> None:
@@ -322,7 +300,8 @@ def _lock_shared(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
 
 
-def _read(data: memoryview, path: Path, pages: Pages) -> Encoded:
+def _read(mapped: mmap.mmap, path: Path) -> Encoded:
+    data = memoryview(mapped)
     magic, length, _ = _TRAILER.unpack(data[-_TRAILER.size :])
     if magic != _MAGIC or length > len(data) - _TRAILER.size:
         raise DamagedEntry("it does not end as an entry does")
@@ -332,7 +311,9 @@ def _read(data: memoryview, path: Path, pages: Pages) -> Encoded:
         name: np.frombuffer(data, np.dtype(dtype), count, start)
         for name, (dtype, start, count) in about["arrays"].items()
     }
-    encoded = Encoded(**arrays, items=about["items"], kind=about["kind"], notes=about["notes"], path=path, pages=pages)
+    encoded = Encoded(
+        **arrays, items=about["items"], kind=about["kind"], notes=about["notes"], path=path, mapped=mapped
+    )
     if {len(getattr(encoded, name)) for name in COLUMNS} != {len(encoded.offsets) - 1}:
         raise DamagedEntry("its parts do not fit together")
     if encoded.offsets[-1] != len(encoded.tokens) or len(encoded.label_bits) != -(-len(encoded.tokens) // 8):

@@ -238,18 +238,17 @@ def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], seed: int) -> D
     """All documents, but of a file with a ratio only those of the items it chooses."""
     files: list[DataFile] = []
     rows: list[Rows] = []
-    start = 0
+    start, all_of_them = 0, all(spec.ratio == 1 for spec in specs)
     for spec, part in zip(specs, parts, strict=True):
-        items, of_part = part.items, np.arange(len(part), dtype=np.int64)
-        if spec.ratio < 1:
+        items, documents = part.items, len(part)
+        if not all_of_them:
             chosen = _chosen_rows(part, spec.ratio, [seed, *spec.seed])
-            items, of_part = int(chosen.sum()), np.flatnonzero(chosen[part.item])
-        files.append(
-            DataFile(spec.path, template_for(spec.template, part.kind), items, items - len(of_part), spec.image_root)
-        )
-        rows.append(of_part + start)
+            of_part = np.flatnonzero(chosen[part.item])
+            items, documents = int(chosen.sum()), len(of_part)
+            rows.append(of_part + start)
+        template = template_for(spec.template, part.kind)
+        files.append(DataFile(spec.path, template, items, items - documents, spec.image_root))
         start += len(part)
-    all_of_them = all(spec.ratio == 1 for spec in specs)
     return Dataset(tuple(files), tuple(parts), None if all_of_them else np.concatenate(rows))
 
 
