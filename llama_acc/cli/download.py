@@ -99,12 +99,14 @@ def _facts(entry: "Entry") -> dict[str, Any]:
 
 def _fetch(names: list[str], to: Path | None, token: str | None, as_json: bool) -> None:
     from llama_acc.cli.download_progress import DownloadProgress
-    from llama_acc.core.download.downloads import Downloader, understand
+    from llama_acc.core.download.downloads import Downloader, asks_the_hub, understand
     from llama_acc.core.download.transfer import GO_ON
 
     done: list[Downloaded] = []
     errors: list[LlamaAccError] = []
     wanted = understand(names, to)
+    if token is not None and not any(map(asks_the_hub, wanted)):
+        console.note("--token is not used: it is for Hugging Face, and nothing here is fetched from there")
     with DownloadProgress() as progress:
         downloader = Downloader(token, progress)
         for one in wanted:

@@ -115,6 +115,19 @@ def test_data_of_which_nothing_is_known_is_to_be_checked(servers: Servers, llama
     assert shlex.split(result.stdout)[-1] == str(llama_acc_home / "data/owner/shards/data")
 
 
+def test_data_in_a_folder_of_ones_own_is_data_the_second_time_too(servers: Servers, tmp_path: Path) -> None:
+    servers.dataset("owner/questions", {"a.jsonl": json.dumps(DIALOGUE).encode()})
+    first, again = (invoke("download", "hf:datasets/owner/questions", "--to", tmp_path) for _ in range(2))
+    assert again.stdout == first.stdout == f"llama-acc convert-data check {tmp_path / 'a.jsonl'}\n"
+
+
+def test_a_token_that_goes_nowhere_is_told(lima: Servers, tmp_path: Path) -> None:
+    lima.plain["/a.jsonl"] = json.dumps(DIALOGUE).encode()
+    plain, to = f"{lima.url}/a.jsonl", ("--to", tmp_path, "--token", TOKEN)
+    assert "--token is not used" in invoke("download", plain, *to).stderr
+    assert "--token" not in invoke("download", plain, "lima", *to).stderr
+
+
 def test_json_says_what_is_where_and_what_was_fetched(lima: Servers, tmp_path: Path) -> None:
     to = tmp_path / "my data"
     (found,) = json.loads(invoke("download", "lima", "--to", to, "--json").stdout)
@@ -216,14 +229,15 @@ def _until_quiet(servers: Servers) -> None:
 
 def test_a_second_download_of_the_same_waits_and_finds_it_there(servers: Servers, tmp_path: Path) -> None:
     servers.model("owner/name", {"big.bin": BIG})
-    servers.fail("big.bin", SLOW)
+    servers.fail("big.bin", Fault(stall=100_000))
     command = ("download", "hf:owner/name/big.bin", "--to", tmp_path / "to")
     with start(*command) as first:
         wait_until(lambda: _arrived(tmp_path / "to") > 0, first)
-        second = run(*command)
-        assert first.wait(30) == 0
-    assert second.returncode == 0, second.stderr
-    assert "waiting for another download" in second.stderr
+        with start(*command) as second:
+            assert second.stderr is not None
+            assert "waiting for another download" in second.stderr.readline()
+            servers.release()
+            assert (first.wait(30), second.wait(30)) == (0, 0)
     assert servers.sent["big.bin"] == len(BIG)
 
 
@@ -347,6 +361,19 @@ def test_data_that_finetune_cannot_read_as_it_is_is_converted_at_once(servers: S
     converted.write_text("edited")
     assert invoke("download", "wizardlm").exit_code == 0
     assert converted.read_text() == "edited"
+
+
+def test_of_two_downloads_of_the_same_one_converts_it(servers: Servers, llama_acc_home: Path) -> None:
+    servers.dataset(WIZARDLM, {"WizardLM_evol_instruct_V2_143k.json": json.dumps([EVOLVED] * 20_000).encode()})
+    with start("download", "wizardlm") as first:
+        second = run("download", "wizardlm")
+        assert first.wait(60) == 0
+    assert second.returncode == 0, second.stderr
+    lines = (llama_acc_home / "data/wizardlm/wizardlm.jsonl").read_text().splitlines()
+    assert len(lines) == 20_000
+    assert set(map(len, lines)) == {len(lines[0])}
+    # Each notes what is there without taking the other's note away.
+    assert "was there already" in invoke("download", "wizardlm").stderr
 
 
 def test_large_data_is_converted_by_a_command_of_its_own(

@@ -8,7 +8,7 @@ import httpx2
 
 from llama_acc.core.download.address import HubAddress, WebAddress, is_address, parse_address
 from llama_acc.core.download.catalogue import Entry, File, find_entry
-from llama_acc.core.download.finish import finish
+from llama_acc.core.download.finish import bytes_to_convert, finish
 from llama_acc.core.download.http import make_client
 from llama_acc.core.download.hub import Hub, HubListing
 from llama_acc.core.download.job import fetch_all
@@ -88,6 +88,11 @@ def _understand(name: str, to: Path | None) -> Wanted:
     return Wanted(name, entry, entry.files, to)
 
 
+def asks_the_hub(wanted: Wanted) -> bool:
+    """Whether something of it is at Hugging Face."""
+    return any(isinstance(parse_address(file.get), HubAddress) for file in wanted.files)
+
+
 def _short(name: str) -> str:
     """A name for a folder of its own, where several things go into one place."""
     address = parse_address(name) if is_address(name) else None
@@ -135,11 +140,19 @@ class Downloader:
         )
         folder = _folder(wanted, is_model)
         remotes = [self._remotes(wanted, file, ls) for file, ls in zip(wanted.files, listings, strict=True)]
-        files, fetched = fetch_all([r for group in remotes for r in group], folder, self.watch, self.patience)
+        every = [remote for group in remotes for remote in group]
+        files, fetched = fetch_all(
+            every,
+            folder,
+            self.watch,
+            self.patience,
+            meant={
+                parse_address(file.get).identity: [remote.name for remote in group]
+                for file, group in zip(wanted.files, remotes, strict=True)
+            },
+            besides=bytes_to_convert(wanted.entry, sum(remote.likely_size or 0 for remote in every)),
+        )
         self._tell_left_out(listings)
-        record = Record(folder)
-        for file, group in zip(wanted.files, remotes, strict=True):
-            record.finish(parse_address(file.get).identity, [remote.name for remote in group])
         return self._finished(wanted, is_model, folder, tuple(files), tuple(fetched))
 
     def _finished(
@@ -150,8 +163,7 @@ class Downloader:
 
     def _already(self, wanted: Wanted) -> Downloaded | None:
         """What was downloaded before, found without the network."""
-        kinds = [wanted.entry.is_model] if wanted.entry else [True, False]
-        for is_model in kinds:
+        for is_model in _kinds(wanted):
             folder = _folder(wanted, is_model)
             found = (
                 [Record(folder).finished(parse_address(file.get).identity) for file in wanted.files]
@@ -182,6 +194,15 @@ class Downloader:
             if listing is not None and listing.left_out:
                 some = ", ".join(listing.left_out[:4]) + (", ..." if len(listing.left_out) > 4 else "")
                 self.watch.note(f"left out, as the same weights are there as safetensors: {some}")
+
+
+def _kinds(wanted: Wanted) -> list[bool]:
+    """Whether it may be a model, as far as is known without asking."""
+    if wanted.entry is not None:
+        return [wanted.entry.is_model]
+    address = parse_address(wanted.name)
+    kind = address.kind if isinstance(address, HubAddress) else "dataset"
+    return [True, False] if kind is None else [kind == "model"]
 
 
 def _folder(wanted: Wanted, is_model: bool) -> Path:

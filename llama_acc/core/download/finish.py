@@ -1,18 +1,25 @@
 """After the last byte: data that `finetune` cannot read as it is gets converted, a checkpoint its meta.json."""
 
 import json
+import shutil
 from pathlib import Path
 
 from llama_acc.core.checkpoint.files import write_text_whole
 from llama_acc.core.data.convert.rules import Options
 from llama_acc.core.data.convert.run import Request, convert
 from llama_acc.core.download.catalogue import Entry
+from llama_acc.core.download.job import alone, readable
 from llama_acc.core.download.names import converted_file
 from llama_acc.core.download.transfer import Watch
 from llama_acc.core.errors import UserError
 
 CONVERTED_AT_ONCE = 2**29
 """Bytes that are converted without being asked: a few seconds' work, and what was downloaded stays."""
+
+
+def bytes_to_convert(entry: Entry | None, size: int) -> int:
+    """About how many bytes what is converted at once takes beside what is downloaded; 0 if nothing is."""
+    return 0 if entry is None or entry.convert is None or size > CONVERTED_AT_ONCE else size
 
 
 def finish(entry: Entry, folder: Path, files: tuple[Path, ...], to: Path | None, watch: Watch) -> Path | None:
@@ -35,14 +42,19 @@ def finish(entry: Entry, folder: Path, files: tuple[Path, ...], to: Path | None,
     target = converted_file(entry.name) if to is None else to / f"{entry.name}.jsonl"
     if target.exists():
         return target
-    return _converted(entry, files, target, watch)
+    size = sum(path.stat().st_size for path in files)
+    if size > CONVERTED_AT_ONCE:
+        return None
+    if size > (free := shutil.disk_usage(folder).free):
+        watch.note(f"{entry.name} was not converted: that takes about {readable(size)}, and {readable(free)} are free")
+        return None
+    with alone(folder, watch):  # of two downloads of the same, one converts it
+        return target if target.exists() else _converted(entry, files, target, watch)
 
 
 def _converted(entry: Entry, files: tuple[Path, ...], target: Path, watch: Watch) -> Path | None:
-    """Converts small data; what cannot be is told, and is no failure of the download."""
+    """Converts it; what cannot be is told, and is no failure of the download."""
     assert entry.convert is not None
-    if sum(path.stat().st_size for path in files) > CONVERTED_AT_ONCE:
-        return None
     request = Request(entry.convert, files, options=Options(all_forms=entry.all_forms))
     try:
         made = convert(

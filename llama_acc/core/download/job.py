@@ -3,8 +3,9 @@
 import queue
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
 from filelock import FileLock, Timeout
 
@@ -19,9 +20,23 @@ _LOCK = ".llama-acc-lock"
 
 
 def fetch_all(
-    remotes: Sequence[Remote], folder: Path, watch: Watch, patience: Patience | None = None
+    remotes: Sequence[Remote],
+    folder: Path,
+    watch: Watch,
+    patience: Patience | None = None,
+    *,
+    meant: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    besides: int = 0,
 ) -> tuple[list[Path], list[Path]]:
     """Fetches what is not in `folder` yet.
+
+    Args:
+        remotes: the files.
+        folder: where to.
+        watch: is told how it goes.
+        patience: with failures that may pass.
+        meant: addresses, and the names of all files that each means: noted when they are there.
+        besides: bytes that will be written when they are there.
 
     Returns:
         All the files, and those of them that were fetched now.
@@ -33,14 +48,16 @@ def fetch_all(
     _check_names(remotes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder, watch):
+        with alone(folder, watch):
             record = Record(folder)
             missing = _missing(remotes, record, watch)
-            _check_disk(missing, folder)
+            _check_disk(missing, folder, besides if missing else 0)
             if missing:
                 sizes = [remote.likely_size for remote in missing if remote.likely_size is not None]
                 watch.begin(len(missing), sum(sizes) if len(sizes) == len(missing) else None)
                 _in_parallel(missing, record, watch, patience)
+            for address, names in meant.items():
+                record.finish(address, names)
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror}", "give another folder with --to DIR") from error
     return [folder / remote.name for remote in remotes], [folder / remote.name for remote in missing]
@@ -54,7 +71,7 @@ def _check_names(remotes: Sequence[Remote]) -> None:
             raise UserError(f"{remote.source} would be called {remote.name!r} here, which is no name for a download")
 
 
-class _alone:
+class alone:
     """Keeps a second download out of the same folder: it waits, then finds the files there."""
 
     def __init__(self, folder: Path, watch: Watch) -> None:
@@ -111,19 +128,22 @@ def _difference(remote: Remote, path: Path, record: Record, watch: Watch) -> str
     return None
 
 
-def _check_disk(remotes: Sequence[Remote], folder: Path) -> None:
-    needed = sum(
+def _check_disk(remotes: Sequence[Remote], folder: Path, besides: int) -> None:
+    needed = besides + sum(
         max(0, (remote.likely_size or 0) - Part(folder / remote.name, remote.identity).size) for remote in remotes
     )
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"too little disk for {folder}: {_gib(needed)} are to come, {_gib(free)} are free",
+            f"too little disk for {folder}: {readable(needed)} are to come"
+            + (f", {readable(besides)} of them when it is converted" if besides else "")
+            + f"; {readable(free)} are free",
             "make room, or give a folder on another disk with --to DIR or LLAMA_ACC_HOME",
         )
 
 
-def _gib(size: int) -> str:
+def readable(size: int) -> str:
+    """Bytes as people say them."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 

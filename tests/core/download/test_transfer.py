@@ -1,6 +1,7 @@
 """A download comes to its end whatever the network does, is checked, and is never there in part."""
 
 import hashlib
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -292,6 +293,19 @@ def test_too_little_disk_is_found_before_the_first_byte(
         download(f"{REPO}/big.bin", tmp_path)
     assert "1,073,741,824.0 GiB are to come" in refused.value.message
     assert servers.asked_for_bytes("big.bin") == []
+
+
+def test_what_the_converted_copy_takes_is_looked_for_too(
+    servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = b"x" * 2**21
+    servers.dataset("WizardLMTeam/WizardLM_evol_instruct_V2_196k", {"WizardLM_evol_instruct_V2_143k.json": raw})
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage._replace(free=2**22 - 1))
+    with pytest.raises(UserError, match=r"4\.0 MiB are to come, 2\.0 MiB of them when it is converted"):
+        download("wizardlm", tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage._replace(free=2**22))
+    download("wizardlm", tmp_path)
 
 
 # Several files
