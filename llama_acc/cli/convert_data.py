@@ -285,6 +285,8 @@ def _convert(
     request = Request(format, inputs, sys.stdin.buffer, Options(**given), on_error is OnError.skip)
     with leave_on_sigterm():
         if preview:
+            if output is not None:
+                console.note(f"a preview: {output} is not written")
             _show(request, preview)
         elif (target := _target(output, words or [], request)) is None:
             _to_stdout(request)
@@ -348,6 +350,7 @@ def _show(request: "Request", count: int) -> None:
             items.append((origin, item))
     if problems:
         raise DataError(problems)
+    conversion.check_that_something_came()
     _say(conversion)
     options = request.options
     show_items(shown_items(items, template_for("auto", kind), options.tokenizer, options.max_tokens))

@@ -134,6 +134,9 @@ def test_a_preview_shows_items_as_the_model_will_see_them(tmp_path: Path, tokeni
     assert result.exit_code == 0
     assert result.stdout.count("### Assistant:⟦ a **town**") == 2
     assert os.listdir(tmp_path) == ["in.jsonl"]
+    result = invoke("convert-data", "sharegpt", source, "--preview", 1, "--output", tmp_path / "out.jsonl")
+    assert f"{tmp_path / 'out.jsonl'} is not written" in words(result.stderr)
+    assert os.listdir(tmp_path) == ["in.jsonl"]
     cut = ("--tokenizer", tokenizer_path, "--max-tokens", 40)
     assert "cut:" in invoke("convert-data", "sharegpt", source, "--preview", 1, *cut).stdout
 

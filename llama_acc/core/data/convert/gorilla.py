@@ -17,6 +17,8 @@ _DICTIONARY = re.compile(r"\s*\{\s*['\"]Instruction['\"]\s*:(.*?),\s*['\"]Output
 class Gorilla(Rule):
     """APIBench's rows to single-turn items."""
 
+    may_give_nothing = True
+
     def records(self, row: Row) -> Iterable[Record]:
         code = text_of(row, "code").replace("###Instruction.", "###Instruction:")
         if "Output:" in code:

@@ -45,6 +45,9 @@ class Options:
 class Rule:
     """One format's way from rows to items. Made anew for each conversion, as it counts."""
 
+    may_give_nothing = False
+    """That no row gives an item is a result of its own, of which the reference makes an empty array."""
+
     def __init__(self, options: Options) -> None:
         self.options = options
         self.notes: Counter[str] = Counter()

@@ -13,7 +13,7 @@ from llama_acc.core.data.convert.rules import Malformed, Options, Record, Rule, 
 from llama_acc.core.data.convert.writing import LINES, Items, Layout, encoded, layout_of, whole_file
 from llama_acc.core.data.files import data_suffix, nearest_names
 from llama_acc.core.data.rows import SUFFIXES, Row, stream_rows, stream_rows_from, type_name
-from llama_acc.core.errors import DataError, UserError
+from llama_acc.core.errors import DataError, UserError, listed
 
 MOST_PROBLEMS = 1000
 """With so many of them, reading on helps nobody."""
@@ -88,6 +88,7 @@ class Conversion:
         self._layout = layout
         self._progress = progress
         self._dialogues: bool | None = None
+        self._may_give_nothing = False
         self._total = sum(_size(path) for path in request.inputs)
         self._before = 0
 
@@ -113,9 +114,19 @@ class Conversion:
         if self.problems and stop:
             raise DataError(self.problems, self._hint())
 
+    def check_that_something_came(self) -> None:
+        """To be called at the end.
+
+        Raises:
+            UserError: no row gave an item, and that is no result of the format.
+        """
+        if not self.items and not self._may_give_nothing:
+            raise self._nothing()
+
     def _file(self, path: Path) -> Iterator[Converted]:
-        name = "standard input" if path == Path("-") else str(path)
+        name = _name(path)
         rule, rows = self._rule(name, self._opened(path, name))
+        self._may_give_nothing |= rule.may_give_nothing
         try:
             for row in rows:
                 if self.wrong >= MOST_PROBLEMS and not self._request.skip_problems:
@@ -153,6 +164,16 @@ class Conversion:
             one, others = ("a dialogue", "single-turn items") if dialogue else ("a single-turn item", "dialogues")
             raise Malformed(f"is {one} among {others}, which are read from one file each")
         return record
+
+    def _nothing(self) -> UserError:
+        names = ", ".join(map(_name, self._request.inputs))
+        if not self.rows:
+            return UserError(f"{names} has no rows")
+        reasons = [f"{count:,}: {reason}" for reason, count in self.skipped.items()]
+        if self.wrong:
+            reasons.append(f"{self.wrong:,}: wrong; the first is {self.problems[0]}")
+        none = f"nothing to train on: none of the {self.rows:,} rows of {names} gives an item"
+        return UserError(f"{none}\n{listed(reasons)}")
 
     def _hint(self) -> str:
         looks_like, format = self._looks_like, self._request.format
@@ -228,10 +249,19 @@ def convert(
 
 
 def write_items(conversion: Conversion, items: Items) -> None:
-    """Convert everything."""
+    """Convert everything.
+
+    Raises:
+        UserError: something is wrong with the input, or nothing comes of it.
+    """
     for converted in conversion:
         items.write(converted.line)
+    conversion.check_that_something_came()
     items.end()
+
+
+def _name(path: Path) -> str:
+    return "standard input" if path == Path("-") else str(path)
 
 
 def _size(path: Path) -> int:

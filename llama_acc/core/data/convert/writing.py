@@ -1,11 +1,12 @@
 """Items as they are written: JSON lines or a JSON array, perhaps compressed, whole or not at all."""
 
+import fcntl
 import gzip
 import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple, cast
 
@@ -109,28 +110,58 @@ class Items:
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to write, compressed if its name says so, which appears under its name when all is written.
 
+    Where a symbolic link has the name, it stays, and what it leads to is written.
+
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be made, or another process is writing it.
         RunError: it cannot be written to its end.
     """
-    aside = path.with_name(f".writing-{path.name}")
     if path.is_dir():
         raise UserError(f"{path} is a folder", "give --output a file's name")
+    target = Path(os.path.realpath(path))
+    aside = target.with_name(f".writing-{target.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = aside.open("wb", buffering=_BUFFER)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = _opened_alone(aside)
+    except BlockingIOError as error:
+        raise UserError(f"another process is writing {path}", "wait for it, or give --output another name") from error
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     try:
-        with file, _compressed(file, path) as content:
-            yield content
-        sync(aside)
-        aside.replace(path)
-        sync(path.parent)
+        with file:  # and so the lock
+            try:
+                with _compressed(file, path) as content:
+                    yield content
+                aside.replace(target)
+            except BaseException:
+                aside.unlink(missing_ok=True)
+                raise
+        sync(target.parent)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
+
+
+def _opened_alone(aside: Path) -> IO[bytes]:
+    """The file, empty, with a lock that goes with the process, however that ends.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: it cannot be made.
+    """
+    with ExitStack() as stack:
+        file = stack.enter_context(aside.open("ab", buffering=_BUFFER))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass  # no locks on this file system
+        if not aside.exists() or not os.path.samestat(aside.stat(), os.fstat(file.fileno())):
+            raise BlockingIOError  # it came to its end, and had its name, in between
+        if file.tell():
+            file.truncate(0)
+        stack.pop_all()
+        return file
 
 
 @contextmanager

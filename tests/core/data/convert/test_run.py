@@ -16,6 +16,7 @@ from llama_acc.core.data.convert import run
 from llama_acc.core.data.convert.formats import FORMATS
 from llama_acc.core.data.convert.rules import Options
 from llama_acc.core.data.convert.run import Conversion, Request, convert
+from llama_acc.core.data.convert.writing import whole_file
 from llama_acc.core.data.items import SingleTurn
 from llama_acc.core.data.readers import read_file
 from llama_acc.core.errors import DataError, RunError, UserError
@@ -43,12 +44,55 @@ def lines(text: str) -> list[Any]:
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_the_output_is_what_its_name_says(tmp_path: Path, suffix: str, count: int) -> None:
     output = tmp_path / "new" / f"out{suffix}"
-    source = write(tmp_path / "in.jsonl", [ITEM] * count or [""])
-    conversion = convert(Request("alpaca", [source], skip_problems=True), output)
+    source = write(tmp_path / "in.jsonl", [ITEM] * count or [{"code": "print()"}])
+    conversion = convert(Request("alpaca" if count else "gorilla", [source]), output)
     text = unpacked(output)
     assert (lines(text) if "jsonl" in suffix else json.loads(text)) == [ITEM] * count
     assert conversion.items == count
     assert [file.name for file in output.parent.iterdir()] == [output.name]
+
+
+@pytest.mark.parametrize(
+    ("format", "rows", "said"),
+    [
+        ("wizardlm", [{"idx": 1, "Instruction": "a"}] * 2, "2: an instruction without an output, to test with"),
+        ("alpaca", [{"text": "a"}, ITEM["output"]], "2: wrong; the first is"),
+        ("alpaca", [], "in.jsonl is empty"),
+    ],
+)
+def test_where_no_row_gives_an_item_nothing_is_written_and_the_reasons_are_told(
+    tmp_path: Path, format: str, rows: list[Any], said: str
+) -> None:
+    source, output = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    output.write_text("old", encoding="utf-8")
+    with pytest.raises(UserError, match=said):
+        convert(Request(format, [source], skip_problems=True), output)
+    assert output.read_text(encoding="utf-8") == "old"
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl"]
+
+
+def test_a_symbolic_link_stays_and_what_it_leads_to_is_written(tmp_path: Path) -> None:
+    source, link = write(tmp_path / "in.jsonl", [ITEM]), tmp_path / "out.jsonl"
+    (tmp_path / "elsewhere").mkdir()
+    link.symlink_to("elsewhere/items.jsonl")
+    for _ in range(2):  # not there yet, and there
+        convert(Request("alpaca", [source]), link)
+        assert link.is_symlink()
+        assert lines((tmp_path / "elsewhere/items.jsonl").read_text(encoding="utf-8")) == [ITEM]
+        assert os.listdir(tmp_path / "elsewhere") == ["items.jsonl"]
+
+
+def test_a_file_that_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
+    source, output = write(tmp_path / "in.jsonl", [ITEM]), tmp_path / "out.jsonl"
+    with whole_file(output) as file:
+        file.write(b"first")
+        with pytest.raises(UserError, match="another process is writing"):
+            convert(Request("alpaca", [source]), output)
+    assert output.read_bytes() == b"first"
+    (tmp_path / ".writing-out.jsonl").write_text("of a process that was killed", encoding="utf-8")
+    convert(Request("alpaca", [source]), output)
+    assert lines(unpacked(output)) == [ITEM]
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl"]
 
 
 def test_finetune_reads_what_is_written(tmp_path: Path) -> None:
@@ -203,13 +247,20 @@ def test_whatever_a_row_is_it_gives_items_or_is_named(
     folder = tmp_path_factory.mktemp("any")
     source, output = write(folder / "in.jsonl", rows), folder / "out.jsonl"
     options = Options(all_forms=flag, dialogues=flag, reference=flag, keep_html=flag)
-    conversion = convert(Request(format, [source], options=options, skip_problems=True), output)
+    request = Request(format, [source], options=options, skip_problems=True)
+    conversion = Conversion(request)
+    count = len(list(conversion))
     assert conversion.rows == len(rows)
     for problem in conversion.problems:
         assert problem.startswith(f"{source}: item ")
     assert conversion.wrong + sum(conversion.skipped.values()) <= len(rows)
+    if not count and format != "gorilla":
+        with pytest.raises(UserError, match="nothing to train on"):
+            convert(request, output)
+        return
+    convert(request, output)
     items = [json.loads(line) for line in output.read_text(encoding="utf-8").split("\n")[:-1]]
-    assert len(items) == conversion.items
+    assert len(items) == count == conversion.items
     if items and not (format == "llava" and flag):
         assert len(read_file(output).items) == len(items)
 
