@@ -12,13 +12,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from llama_acc.core.data.files import BytesRead, data_suffix
-from llama_acc.core.data.files import nearest_names as nearest_names
+from llama_acc.core.data.files import BytesRead, data_suffix, nearest_names
 from llama_acc.core.data.findings import Finding, beginning
 from llama_acc.core.data.items import Item, first_exchange, item_of, kind_of
 from llama_acc.core.data.rows import SUFFIXES, Row, stream_rows
-from llama_acc.core.errors import DataError as DataError
-from llama_acc.core.errors import UserError, did_you_mean
+from llama_acc.core.errors import DataError, UserError, did_you_mean
 
 FORMATS = ("auto", "single_turn", "dialogue", "single_turn_llava")
 YAML_SUFFIXES = (".yaml", ".yml")

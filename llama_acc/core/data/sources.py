@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from llama_acc.core.data.files import nearest_names
 from llama_acc.core.data.readers import (
     FORMATS,
     YAML_SUFFIXES,
-    DataError,
     data_files,
     is_data,
-    nearest_names,
     raise_together,
     read_bytes,
 )
@@ -22,7 +21,7 @@ from llama_acc.core.data.templates import TEMPLATES, get_template
 from llama_acc.core.download.address import is_address
 from llama_acc.core.download.names import how_to_get, named_data
 from llama_acc.core.download.quiet import fetch_quietly
-from llama_acc.core.errors import UserError, did_you_mean
+from llama_acc.core.errors import DataError, UserError, did_you_mean
 from llama_acc.core.home import home
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
@@ -132,7 +131,11 @@ def resolve_data_path(path: str, recipe_folder: Path | None = None) -> Path:
         if recipe_folder is not None:
             places.insert(0, recipe_folder / given)
     for place in places:
-        if place == home() / "data" / given and (downloaded := named_data(path)) is not None:
+        if (
+            not given.is_absolute()
+            and place == home() / "data" / given
+            and (downloaded := named_data(path)) is not None
+        ):
             return downloaded
         if place.exists() or (glob.has_magic(str(place)) and glob.glob(str(place), recursive=True)):
             return place

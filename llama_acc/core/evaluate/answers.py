@@ -15,8 +15,8 @@ from llama_acc.core.batch_generation import encode_question, generate_batch
 from llama_acc.core.checkpoint.fingerprint import fingerprint
 from llama_acc.core.checkpoint.layout import inspect, locate
 from llama_acc.core.checkpoint.shards import read_weights
-from llama_acc.core.data.readers import DataError, read_bytes
-from llama_acc.core.errors import UserError
+from llama_acc.core.data.readers import read_bytes
+from llama_acc.core.errors import DataError, UserError
 from llama_acc.core.evaluate.json_lines import parse_objects
 from llama_acc.core.inference import LoadedModel
 

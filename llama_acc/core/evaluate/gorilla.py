@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import tree_sitter_python
 from tree_sitter import Language, Node, Parser
 
-from llama_acc.core.data.readers import DataError
+from llama_acc.core.errors import DataError
 from llama_acc.core.evaluate.json_lines import Objects, read_objects
 
 Hub = Literal["tensorflowhub", "torchhub", "huggingface"]

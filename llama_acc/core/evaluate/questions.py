@@ -5,8 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from llama_acc.core.data.readers import DataError
-from llama_acc.core.errors import UserError
+from llama_acc.core.errors import DataError, UserError
 from llama_acc.core.evaluate.json_lines import Objects, read_objects
 
 # Some lines have a full stop for the colon. An "###Input:" belongs to the question.

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from llama_acc.core.data.items import Dialogue, SingleTurn
-from llama_acc.core.data.readers import DataError, data_files, read_file, read_items
-from llama_acc.core.errors import UserError
+from llama_acc.core.data.readers import data_files, read_file, read_items
+from llama_acc.core.errors import DataError, UserError
 
 GOOD = {"instruction": "Add.", "input": "1 2", "output": "3"}
 TALK = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_acc.core.data.readers import DataError
-from llama_acc.core.errors import UserError
+from llama_acc.core.errors import DataError, UserError
 from llama_acc.core.evaluate.answers import Answering, answer_questions
 from llama_acc.core.inference import LoadedModel, generate, load_model
 from tests.core.tiny import random_model, save_model

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_acc.core.data.readers import DataError
-from llama_acc.core.errors import UserError
+from llama_acc.core.errors import DataError, UserError
 from llama_acc.core.evaluate.json_lines import read_objects
 from llama_acc.core.evaluate.questions import questions_of, read_prompts
 from tests.core.evaluate.apibench import write_lines
