@@ -117,10 +117,11 @@ def caption(
     with shared_model(Which(ckpt, device, tokenizer, template, verify, quant)) as loaded:
         if worker.is_main():
             asked = _asked(loaded, prompt, instruction)
-            about = f"{ckpt[-1]}, {loaded.template.name}: {instruction or prompt or 'what is to be seen'}"
+            question = f", asked: {instruction}" if instruction else f", begun with: {prompt}" if prompt else ""
+            about = f"{' + '.join(ckpt)}, prompt format {loaded.template.name}{question}"
             failed = _caption(loaded, named, asked, wanted, about)
     if failed:
-        raise UserError(f"{failed:,} of {len(named):,} images failed" if len(named) > 1 else "the image failed")
+        raise UserError(f"{failed:,} of {len(named):,} images failed")
 
 
 def _named(images: Sequence[str]) -> "list[Named]":
@@ -157,7 +158,8 @@ def _caption(loaded: "LoadedModel", named: "Sequence[Named]", asked: "Asked", wa
 
     with ImageWorkers(min(default_workers(), len(named))) as workers:
         if len(named) == 1 and not wanted.as_json and wanted.html is None:
-            return _stream(loaded, named[0], asked, wanted, workers)
+            _stream(loaded, named[0], asked, wanted, workers)
+            return 0
         found = captions(
             loaded,
             named,
@@ -194,24 +196,26 @@ class _Count:
         self.exact += found.problem is None and found.text == found.image.caption
 
 
-def _stream(loaded: "LoadedModel", image: "Named", asked: "Asked", wanted: _Wanted, workers: "ImageWorkers") -> int:
-    """One image: its caption alone, as it is written. Returns 1 if that fails."""
+def _stream(loaded: "LoadedModel", image: "Named", asked: "Asked", wanted: _Wanted, workers: "ImageWorkers") -> None:
+    """One image: its caption alone, as it is written.
+
+    Raises:
+        UserError: the image cannot be used.
+    """
     from llama_acc.core.captions import evaluation_transform, stream_caption
     from llama_acc.core.data.images import ImageError, ImageJob
 
+    if image.problem is not None:
+        raise UserError(f"{image.name}: {image.problem}")
+    job = ImageJob(image.reference, evaluation_transform(loaded), max_pixels=wanted.max_pixels)
     try:
-        if image.problem is not None:
-            raise ImageError(image.problem)
-        job = ImageJob(image.reference, evaluation_transform(loaded), max_pixels=wanted.max_pixels)
         pixels = workers.load(job).result()
     except ImageError as error:
-        console.error(f"{image.name}: {error.message}")
-        return 1
+        raise UserError(f"{image.name}: {error.message}") from error
     for piece in stream_caption(loaded, pixels, asked, wanted.max_new_tokens):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
-    return 0
 
 
 def _shown(

@@ -24,7 +24,7 @@ main { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; overflow: hidden;
   display: flex; flex-direction: column; }
 .picture { height: 13rem; background: var(--mat); display: flex; align-items: center; justify-content: center; }
-.picture img { max-width: 100%; max-height: 100%; min-height: 5rem; object-fit: contain; image-rendering: auto; }
+.picture img { max-width: 100%; max-height: 100%; min-height: 8rem; object-fit: contain; image-rendering: auto; }
 figcaption { padding: .75rem .9rem; display: flex; flex-direction: column; gap: .35rem; flex: 1; }
 figcaption p { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; unicode-bidi: plaintext; }
 figcaption small { color: var(--quiet); overflow-wrap: anywhere; margin-top: auto; }

@@ -38,9 +38,6 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
 PLACES = ("left of", "above")
 
-SPLITS = {"train": 3100, "held-out": 344}
-"""Drawings of each split: one of every scene."""
-
 _HELD_OUT = 0.1
 _SUPERSAMPLED = 4
 
@@ -50,6 +47,10 @@ class Shape(NamedTuple):
 
     colour: str
     shape: str
+
+
+SPLITS = {"train": 6200, "held-out": 344}
+"""How many drawings there are of each: two of every scene to learn from, one of every other."""
 
 
 class Scene(NamedTuple):
@@ -75,12 +76,11 @@ def scenes(split: str, seed: int = 0) -> list[Scene]:
     ]
     order = np.random.default_rng([seed, VERSION]).permutation(len(everything))
     held_out = int(len(everything) * _HELD_OUT)
-    chosen = order[:held_out] if split == "held-out" else order[held_out:]
-    return [everything[i] for i in chosen]
+    return [everything[i] for i in (order[:held_out] if split == "held-out" else order[held_out:])]
 
 
 def drawings(split: str, count: int, seed: int = 0) -> Iterator[tuple[bytes, str]]:
-    """`count` drawings as PNG with their captions; the scenes in turn, each time drawn anew."""
+    """The first `count` drawings of a split as PNG with their captions: its scenes in turn, each time drawn anew."""
     chosen = scenes(split, seed)
     for number in range(count):
         scene = chosen[number % len(chosen)]
@@ -90,20 +90,20 @@ def drawings(split: str, count: int, seed: int = 0) -> Iterator[tuple[bytes, str
         yield file.getvalue(), scene.caption
 
 
-def drawn_shard(split: str) -> Path:
+def drawn_shard(name: str) -> Path:
     """The tar shard of a split's drawings, which is made where it is not there yet.
 
     Raises:
         UserError: it cannot be written.
     """
-    path = home() / "data" / f"drawings-{VERSION}" / f"{split}.tar"
+    path = home() / "data" / f"drawings-{VERSION}" / f"{name}.tar"
     if path.is_file():
         return path
-    temporary = path.with_name(f".{split}.{uuid4().hex}.tmp")
+    temporary = path.with_name(f".{name}.{uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(temporary, "w") as shard:
-            for number, (png, caption) in enumerate(drawings(split, SPLITS[split])):
+            for number, (png, caption) in enumerate(drawings(name, SPLITS[name])):
                 _add(shard, f"{number:05}.png", png)
                 _add(shard, f"{number:05}.txt", caption.encode())
         temporary.replace(path)

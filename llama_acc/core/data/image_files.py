@@ -38,7 +38,7 @@ def find_images(names: Iterable[str]) -> Iterator[Named]:
         try:
             yield from _images_of(name)
         except UserError as error:
-            yield Named(name, problem=error.message)
+            yield Named(name, problem=error.message if error.hint is None else f"{error.message}: {error.hint}")
 
 
 def _images_of(name: str) -> Iterator[Named]:
