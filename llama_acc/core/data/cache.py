@@ -34,6 +34,7 @@ SUFFIX = ".tokens"
 # Version 1's entries, which an older llama-acc may still use; they count, and go when they are the oldest.
 _SUFFIXES = (SUFFIX, ".npz")
 _ABANDONED_SECONDS = 24 * 3600
+_JUST_MADE_SECONDS = 60
 _OWN = ".run-"  # how the folders begin in which runs put what is theirs alone
 _BLOCK = 1 << 20
 
@@ -219,6 +220,8 @@ def _write_whole(path: Path, write: Write, vocab_size: int) -> None:
         path.open("wb") as file,
         contextlib.closing(EntryWriter(file, lambda: temporary_file(path.parent), vocab_size)) as writer,
     ):
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # by which others see that somebody is at it
         write(writer)
         os.fsync(file.fileno())
 
@@ -254,7 +257,7 @@ def _make_room(folder: Path, room: int) -> bool:
             continue
         if path.suffix in _SUFFIXES:
             entries.append((status.st_mtime, status.st_size, path))
-        elif path.name.startswith(".") and status.st_mtime < time.time() - _ABANDONED_SECONDS:
+        elif path.name.startswith(".") and _is_abandoned(path, time.time() - status.st_mtime):
             _remove(path)
     excess = sum(size for _, size, _ in entries) - room
     free = [entry for entry in sorted(entries) if _unless_used(entry[2])] if excess > 0 else []
@@ -266,6 +269,18 @@ def _make_room(folder: Path, room: int) -> bool:
         if _unless_used(path, _remove):
             excess -= size
     return True
+
+
+def _is_abandoned(path: Path, age: float) -> bool:
+    """Whether a killed run has left it: nobody has it locked, or, where that cannot be known, it is old."""
+    if path.suffix != ".tmp" or age > _ABANDONED_SECONDS:
+        return age > _ABANDONED_SECONDS
+    try:
+        with path.open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return age > _JUST_MADE_SECONDS
 
 
 def _unless_used(path: Path, do: Callable[[Path], None] = lambda _: None) -> bool:

@@ -10,6 +10,7 @@ import fcntl
 import json
 import mmap
 import os
+import resource
 import struct
 import tempfile
 import zlib
@@ -266,6 +267,7 @@ def map_entry(path: Path) -> Encoded:
         UserError: a newer llama-acc wrote it.
     """
     with path.open("rb") as file:
+        _allow_more_files()
         _lock_shared(file.fileno())
         if os.fstat(file.fileno()).st_nlink == 0:
             raise FileNotFoundError(path)  # deleted after it was opened
@@ -293,6 +295,15 @@ def verify(path: Path) -> None:
         magic, _, wanted = _TRAILER.unpack(file.read(_TRAILER.size))
     if magic != _MAGIC or crc != wanted:
         raise DamagedEntry("its checksum is wrong")
+
+
+def _allow_more_files() -> None:
+    """Every mapped entry keeps a descriptor: of thousands of shards that is more than a process may open at first."""
+    lowest_free = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest_free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if lowest_free > soft // 2 and soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _lock_shared(descriptor: int) -> None:

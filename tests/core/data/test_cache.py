@@ -1,10 +1,14 @@
+import fcntl
 import json
 import logging
 import os
 import struct
 import tempfile
+import threading
+import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +152,14 @@ def test_the_entries_unused_for_longest_go_first(
 def test_what_a_killed_run_left_is_cleared_away(chunk: Chunk, llama_acc_home: Path) -> None:
     put(chunk, "a")
     folder = llama_acc_home / "cache/tokens"
-    for name, age in ((".old.tmp", 0), (".current.tmp", None)):
+    for name, age in ((".old.tmp", 10**9), (".current.tmp", 0), (".left.tmp", 100), (".written.tmp", 100)):
         (folder / name).write_bytes(b"x")
-        if age is not None:
-            os.utime(folder / name, (age, age))
-    put(chunk, "b")
-    assert [path.name for path in entries(llama_acc_home)] == [".current.tmp", "a.tokens", "b.tokens"]
+        os.utime(folder / name, (time.time() - age, time.time() - age))
+    with (folder / ".written.tmp").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        put(chunk, "b")
+    there = [path.name for path in entries(llama_acc_home)]
+    assert there == [".current.tmp", ".written.tmp", "a.tokens", "b.tokens"]
 
 
 def test_no_cache_if_its_size_is_zero(chunk: Chunk, llama_acc_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +267,25 @@ def test_images_stay_with_their_documents(chunk: Chunk) -> None:
     assert [some.images(i) for i in range(2)] == [(), ("x",)]
     none = put(chunk, "none")
     assert (none.images(1), none.image_counts.tolist()) == ((), [0, 0])
+
+
+def test_of_several_that_want_an_entry_one_writes_it_and_the_others_wait(chunk: Chunk) -> None:
+    waiting, written = threading.Event(), []
+
+    def write(writer: EntryWriter) -> None:
+        assert waiting.wait(60)
+        written.append(1)
+        writer.append(chunk)
+        writer.finish("single_turn", {})
+
+    def get(_: int) -> Encoded:
+        with EntryStore() as store:
+            return store.get("k", write, 300, waiting.set)
+
+    with ThreadPoolExecutor(3) as threads:
+        entries = list(threads.map(get, range(3)))
+    assert len(written) == 1
+    assert len({entry.path for entry in entries}) == 1
 
 
 def test_an_entry_that_is_deleted_stays_whole_where_it_is_mapped(chunk: Chunk, llama_acc_home: Path) -> None:

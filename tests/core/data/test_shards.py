@@ -120,6 +120,25 @@ def test_a_recipe_keeps_the_address_of_its_data(servers: Servers) -> None:
     assert (len(plan.train), len(plan.validation)) == (60, 4)
 
 
+_FEW_FILES = """
+import resource, sys
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+from llama_acc.core.data.load import load_dataset
+from llama_acc.core.data.sources import Source
+from llama_acc.core.tokenizer import load_tokenizer
+dataset = load_dataset([Source(sys.argv[1], template="none")], load_tokenizer(sys.argv[2]), 64, 0)
+print(len(dataset), len(dataset.parts))
+"""
+
+
+def test_more_shards_than_a_process_may_open_at_first(tmp_path: Path, tokenizer_path: Path) -> None:
+    for number in range(100):
+        (tmp_path / f"{number}.jsonl").write_bytes(lines([{"instruction": f"question {number}", "output": "yes"}]))
+    command = [sys.executable, "-c", _FEW_FILES, str(tmp_path), str(tokenizer_path)]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() == ["100", "100"]
+
+
 _MEASURED = """
 import resource, sys
 from pathlib import Path
@@ -132,9 +151,9 @@ print(len(dataset), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def test_encoding_takes_as_much_memory_for_large_files_as_for_small_ones(tmp_path: Path, tokenizer_path: Path) -> None:
-    """The larger one has 20 MB of text. Both are large enough for worker processes."""
+    """The larger one has 20 MB of text, and goes to worker processes."""
     peaks = []
-    for count in (9000, 20_000):
+    for count in (1000, 20_000):
         path = tmp_path / f"{count}.jsonl"
         with path.open("w") as file:
             for number in range(count):
