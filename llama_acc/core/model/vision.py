@@ -309,7 +309,7 @@ class ClipTower(Tower):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """See `Tower`."""
-        seen = self.vision_model(pixel_values=pixels, return_dict=True).last_hidden_state
+        seen = self.vision_model(pixel_values=pixels).last_hidden_state  # 4.57 takes no return_dict
         return self.visual_projection(self.vision_model.post_layernorm(seen))
 
 

@@ -26,6 +26,7 @@ from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.step import train_step
 from llama_acc.core.train.trainer import Assembled, assemble
 from llama_acc.core.vram.kernels import gpu_attention
+from llama_acc.core.vram.seeing import tower_of, with_images
 from llama_acc.core.vram.tracker import MemoryTracker, Moment
 
 CPU = torch.device("cpu")
@@ -85,7 +86,8 @@ def simulate_training(setup: Setup) -> MemoryTracker:
         parts.optimizer.make_state()
         _label_lasting(tracker, parts)
         _follow_blocks(tracker, parts.model)
-        batch = empty_batch(setup.lengths, setup.labels)
+        stack.enter_context(tower_of(parts.model, tracker))
+        batch = with_images(empty_batch(setup.lengths, setup.labels), parts.model)
         _simulate_step(tracker, parts, [batch] * min(setup.micro_batches, 2))
     return tracker
 
@@ -94,7 +96,7 @@ def simulate_generation(setup: Setup, length: int) -> MemoryTracker:
     """A conversation of `length` tokens: half of them as a prompt, the others one by one."""
     tracker = _tracker(setup)
     recipe = setup.recipe
-    with _rank(setup) as parallel, torch.inference_mode():
+    with _rank(setup) as parallel, torch.inference_mode(), ExitStack() as stack:
         quantise_output = recipe.tuning.quantize_output if recipe.tuning.quantize == "nf4" else None
         model = model_on_meta(setup.config, _dtype(recipe), parallel, quantise_output)
         with _without_values(tracker, setup.device_type):
@@ -102,6 +104,7 @@ def simulate_generation(setup: Setup, length: int) -> MemoryTracker:
             if parallel.model_size == 1:
                 pack_small(model)
             _label_weights(tracker, model)
+            stack.enter_context(tower_of(model, tracker))
             tracker.reset_peak()
             cache = KVCache(setup.config.n_layers)
             for start, stop in _feeds(length):
