@@ -228,7 +228,7 @@ def perplexity(
         typer.Option(
             "--data",
             metavar="FILE",
-            help="Data file, folder or glob; may repeat.",
+            help="Data file, folder, glob, downloaded name or hf:... address; may repeat.",
             callback=options.given,
             show_default=False,
         ),

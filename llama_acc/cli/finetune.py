@@ -71,7 +71,7 @@ def finetune(
         typer.Option(
             "--data",
             metavar="FILE",
-            help="Data in place of the recipe's: file, folder, glob or a downloaded name; may repeat.",
+            help="Data in place of the recipe's: file, folder, glob, downloaded name or hf:... address; may repeat.",
             callback=options.given,
         ),
     ] = None,
