@@ -38,6 +38,8 @@ def test_a_recipe_is_read_without_anything_heavy() -> None:
         ["--version"],
         ["finetune", "--help"],
         ["chat", "--help"],
+        ["caption", "--help"],
+        ["caption", "no.png"],
         ["evaluate", "--help"],
         ["evaluate", "gorilla", "--help"],
         ["evaluate", "gorilla", "--hub", "torchhub", "--api", "x", "--questions", "y", "--responses", "z"],
