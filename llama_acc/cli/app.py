@@ -12,6 +12,7 @@ import typer
 
 from llama_acc import __version__
 from llama_acc.cli import (
+    benchmark_vram,
     caption,
     chat,
     check_data,
@@ -150,6 +151,7 @@ for format, command in convert_data.COMMANDS.items():
 app.command("caption", help=caption.HELP)(_reported(caption.caption))
 convert_data.app.command("check", help=check_data.HELP)(_reported(check_data.check))
 app.add_typer(convert_data.app, name="convert-data", help=convert_data.HELP)
+app.command("benchmark-vram", help=benchmark_vram.HELP)(_reported(benchmark_vram.benchmark_vram))
 app.command("convert-checkpoint", help=convert_checkpoint.HELP)(_reported(convert_checkpoint.convert_checkpoint))
 evaluate.app.command("gorilla", help=evaluate.GORILLA_HELP)(_reported(evaluate.gorilla))
 evaluate.app.command("perplexity", help=evaluate.PERPLEXITY_HELP)(_reported(evaluate.perplexity))

@@ -86,6 +86,7 @@ def finetune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show what would be trained, do not train.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start even if it does not fit into memory.")] = False,
     device: options.Device = None,
     verify: options.Verify = False,
     nproc: options.Nproc = None,
@@ -142,7 +143,7 @@ def finetune(
     elif processes.launched(wanted, device, lambda count: _check(loaded, folder, resume, count)):
         return
     else:
-        _train(loaded, run or _named_after(loaded), folder, resume, device, verify)
+        _train(loaded, run or _named_after(loaded), folder, resume, device, verify, force)
 
 
 def _load_recipe(
@@ -201,7 +202,15 @@ def _typed(path: str) -> str:
     return str(here.absolute()) if there else path
 
 
-def _train(recipe: "Recipe", output: Path, folder: Path | None, resume: bool, device: str | None, verify: bool) -> None:
+def _train(
+    recipe: "Recipe",
+    output: Path,
+    folder: Path | None,
+    resume: bool,
+    device: str | None,
+    verify: bool,
+    force: bool,
+) -> None:
     from llama_acc.core.train.interrupt import Interrupted
     from llama_acc.core.train.run import finetune as run
 
@@ -218,6 +227,7 @@ def _train(recipe: "Recipe", output: Path, folder: Path | None, resume: bool, de
                 events=watcher,
                 handle_signals=True,
                 verify=verify,
+                force=force,
             )
         except Interrupted as interrupted:
             if worker.is_main():

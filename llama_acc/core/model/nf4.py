@@ -150,7 +150,7 @@ def _state(packed: Tensor, scales: Scales, dtype: torch.dtype) -> Any:
         blocksize=BLOCK,
         quant_type="nf4",
         dtype=dtype,
-        offset=scales.offset,
+        offset=scales.offset.view(()),
         state2=nested,
     )
 

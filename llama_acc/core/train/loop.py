@@ -36,12 +36,12 @@ class Loop:
         """Trains until the plan is done.
 
         Raises:
-            RunError: a loss that is not finite; the checkpoint under way was saved.
+            RunError: a loss that is not finite; the checkpoint under way was saved. So it was where memory runs out.
             Interrupted: a signal came in; a checkpoint was saved.
         """
         try:
             self._run()
-        except RunError:
+        except (RunError, MemoryError, RuntimeError):
             self._tell_saved(wait=True)
             raise
 

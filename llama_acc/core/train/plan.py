@@ -287,6 +287,22 @@ def find_model(
     Raises:
         UserError: one of them is missing or damaged, or they do not go together.
     """
+    layouts, config = find_shape(recipe, recipe_folder, weights_may_be_absent=weights_may_be_absent)
+    tokenizer = load_tokenizer(_tokenizer_path(recipe, layouts, recipe_folder))
+    config = config.with_vocabulary(tokenizer.vocab_size)
+    config.check_tokenizer(tokenizer.vocab_size, tokenizer.path)
+    check_divides(config, recipe.parallel.model_parallel_size)
+    return layouts, config, tokenizer
+
+
+def find_shape(
+    recipe: Recipe, recipe_folder: Path | None, *, weights_may_be_absent: bool
+) -> tuple[list[Layout], ModelConfig]:
+    """The checkpoints a run starts from, and the model's shape with what is tuned. The vocabulary may be open (-1).
+
+    Raises:
+        UserError: a checkpoint is missing or damaged, or they do not go together.
+    """
     layouts = _layouts(recipe, weights_may_be_absent)
     config = _with_tuning(recipe, _with_vision(recipe, _config(recipe, layouts, recipe_folder)))
     check_base(layouts, config)
@@ -294,11 +310,7 @@ def find_model(
         _check_quantised(recipe, layout)
     if recipe.tuning.quantize != "none" and layouts:
         check_quantised_base(layouts)
-    tokenizer = load_tokenizer(_tokenizer_path(recipe, layouts, recipe_folder))
-    config = config.with_vocabulary(tokenizer.vocab_size)
-    config.check_tokenizer(tokenizer.vocab_size, tokenizer.path)
-    check_divides(config, recipe.parallel.model_parallel_size)
-    return layouts, config, tokenizer
+    return layouts, config
 
 
 def _check_quantised(recipe: Recipe, layout: Layout) -> None:

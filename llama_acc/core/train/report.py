@@ -47,7 +47,7 @@ def write_report(run: Path, plan: Plan, device: torch.device, seconds: float, st
         ("speed", f"{tokens / training_seconds:,.0f} tokens/s over {training_seconds:,.0f} s of training steps"),
         ("time", f"{seconds:,.0f} s for this process, data and saving included"),
         ("peak memory", f"{max(line['peak_memory_gib'] for line in steps):.2f} GiB"),
-        ("device", f"{_device_name(device)}, torch {torch.__version__}, Python {platform.python_version()}"),
+        ("device", f"{device_name(device)}, torch {torch.__version__}, Python {platform.python_version()}"),
         ("written", when),
     ]
     table = "\n".join(f"| {name} | {text.replace('|', '&#124;')} |" for name, text in rows)
@@ -63,7 +63,8 @@ def _imbalance(steps: list[Metrics]) -> list[tuple[str, str]]:
     return [("imbalance", f"the fullest rank had {mean:.1%} more tokens than the mean one, {max(several):.1%} at most")]
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What people call a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":

@@ -31,8 +31,10 @@ from llama_acc.core.train.plan import Plan, check_disk, has_frozen, make_plan, r
 from llama_acc.core.train.plan_data import PlannedData
 from llama_acc.core.train.report import write_report
 from llama_acc.core.train.trainer import Trainer
+from llama_acc.core.vram.guard import Shortage, check_fits
 
 _Result = TypeVar("_Result")
+_SMALLER = "use a smaller model, tuning.quantize=nf4, or more processes with parallel.data_parallel=fsdp"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def finetune(
     events: Events | None = None,
     handle_signals: bool = False,
     verify: bool = False,
+    force: bool = False,
 ) -> Finished:
     """Fine-tunes as the recipe says.
 
@@ -74,6 +77,7 @@ def finetune(
         events: told what happens; None keeps quiet.
         handle_signals: save on SIGINT and SIGTERM, then raise `Interrupted`.
         verify: also compare the SHA-256 of the checkpoint that is loaded with its manifest.
+        force: also try what does not fit into memory.
 
     Raises:
         UserError: something in the input is wrong; found before the first step.
@@ -91,7 +95,8 @@ def finetune(
             plan = plan_together(
                 recipe, events, parallel, recipe_folder=recipe_folder, resumes=folder.checkpoint is not None
             )
-            done = parallel.on_main(lambda: _check(plan, folder, verify))
+            device_to_fit = None if force else target
+            done = parallel.on_main(lambda: _check(plan, folder, verify, parallel, device_to_fit))
             if resume and folder.checkpoint is None:
                 events.note(f"no whole checkpoint in {folder.path} to resume from: starting at step 0")
             weights = parallel.agree(lambda: _weights(plan, folder, parallel))
@@ -128,7 +133,7 @@ def plan_together(
         return parallel.agree(lambda: led[0] if led else make(data=taken_over(found)))
 
 
-def _check(plan: Plan, folder: RunFolder, verify: bool) -> int:
+def _check(plan: Plan, folder: RunFolder, verify: bool, parallel: Parallel, device: torch.device | None) -> int:
     """What only one process need look at, before anything is written. Returns how many steps are done."""
     done = 0
     if folder.checkpoint is not None:
@@ -138,6 +143,8 @@ def _check(plan: Plan, folder: RunFolder, verify: bool) -> int:
         for layout in plan.layouts:
             check_checkpoint(layout.folder, verify)
     check_disk(plan, folder.path)
+    if device is not None:
+        check_fits(plan, parallel, device)
     folder.write_recipe(plan.recipe)
     folder.write_data_report(plan.report)
     return done
@@ -176,10 +183,12 @@ def _trained(
     if folder.checkpoint is not None:
         trainer.load(SavedState(folder.checkpoint, parallel), done)
         events.note(f"resuming from {folder.checkpoint}, {trainer.step} of {plan.total_steps} steps done")
+    if trainer.step < plan.total_steps:
+        _compute(trainer, trainer.rehearse)
     if not parallel.is_main:
-        Loop(trainer, folder, None, events, stop).run()
+        _compute(trainer, Loop(trainer, folder, None, events, stop).run)
     else:
-        _train_and_report(trainer, folder, events, stop, started)
+        _compute(trainer, lambda: _train_and_report(trainer, folder, events, stop, started))
     parallel.barrier()
     losses = [line["loss"] for line in read_metrics(folder.path / "metrics.jsonl") if "loss" in line]
     checkpoint = latest_checkpoint(folder.path)
@@ -201,19 +210,35 @@ def _train_and_report(trainer: Trainer, folder: RunFolder, events: Events, stop:
             write_report(folder.path, trainer.plan, trainer.device, time.perf_counter() - started, how)
 
 
+def _compute(trainer: Trainer, work: Callable[[], _Result]) -> _Result:
+    """Computes; where memory runs out, tells for which documents, and what to change."""
+    try:
+        return work()
+    except (MemoryError, RuntimeError) as error:
+        cause = _shortage(error)
+        if cause is None:
+            raise
+        raise Shortage(trainer, cause).error() from error
+
+
+def _shortage(error: MemoryError | RuntimeError) -> str | None:
+    """What a device says of memory that ran out; None if it is another failure."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return str(error).splitlines()[0]
+    if isinstance(error, MemoryError):
+        return "no more could be had"
+    return str(error).splitlines()[-1] if "DefaultCPUAllocator" in str(error) else None
+
+
 def _explain_failures(run: Callable[[], _Result]) -> _Result:
     """Turns what a machine runs out of into an error that says what to try."""
-    advice = "lower train.batch_size or data.max_tokens, or set train.activation_checkpointing=true"
     try:
         return run()
-    except torch.cuda.OutOfMemoryError as error:
-        raise RunError(f"out of GPU memory: {str(error).splitlines()[0]}", advice) from error
-    except MemoryError as error:
-        raise RunError("out of memory", advice) from error
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        cause = _shortage(error)
+        if cause is None:
             raise
-        raise RunError(f"out of memory: {str(error).splitlines()[-1]}", advice) from error
+        raise RunError(f"out of memory while the model was loaded: {cause}", _SMALLER) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

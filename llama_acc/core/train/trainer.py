@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -13,7 +14,15 @@ from llama_acc.core.checkpoint.base import BASE_FILE, base_of
 from llama_acc.core.checkpoint.resume import FORMAT_VERSION, SavedState, restore_rng, rng_state
 from llama_acc.core.checkpoint.save import Rows, Snapshot
 from llama_acc.core.checkpoint.shards import Weights, load_parameters
-from llama_acc.core.data.batches import MicroBatch, build, deal_to_ranks, epoch_order, micro_batches, step_items
+from llama_acc.core.data.batches import (
+    MicroBatch,
+    build,
+    build_seen,
+    deal_to_ranks,
+    epoch_order,
+    micro_batches,
+    step_items,
+)
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.device import prepare_cpu
 from llama_acc.core.eyes import open_eyes
@@ -24,10 +33,18 @@ from llama_acc.core.parallel import Parallel, is_sharded, local_part
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.image_feed import Dealt, ImageFeeds
+from llama_acc.core.train.largest import largest_micro_batch
 from llama_acc.core.train.optimizer import ClippedAdamW
 from llama_acc.core.train.plan import Plan, has_frozen, model_on_meta
 from llama_acc.core.train.schedule import learning_rate
-from llama_acc.core.train.step import StepResult, apply_activation_checkpointing, apply_compile, evaluate, train_step
+from llama_acc.core.train.step import (
+    StepResult,
+    apply_activation_checkpointing,
+    apply_compile,
+    evaluate,
+    forward,
+    train_step,
+)
 
 
 class Assembled(NamedTuple):
@@ -106,6 +123,9 @@ class Trainer:
         self.eyes = open_eyes(self.model, weights, device, recipe.train.seed, keep_all)
         self._feeds = None if self.eyes is None else ImageFeeds(self.eyes, recipe)
         self._batches: Iterator[MicroBatch] | None = None
+        # For whoever has to tell that memory ran out.
+        self.in_hand: list[int] | None = None
+        self.started = False
         self._order: tuple[int, np.ndarray] | None = None  # of the epoch under way
         # Of a model of random weights there is no base to belong to.
         self.base_file: bytes | None = None
@@ -163,6 +183,41 @@ class Trainer:
         if self._feeds is not None:
             self._feeds.close()
 
+    def _told(self, groups: Sequence[list[int]], batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        for group, batch in zip(groups, batches, strict=True):
+            self.in_hand = group
+            yield batch
+
+    def _without_images_opened(self, items: list[int]) -> MicroBatch:
+        """A micro-batch whose images are black: a frozen tower takes less than a step, and its time is worth saving."""
+        if self.eyes is None:
+            return build(self.plan.train, items)
+        vision = self.eyes.vision
+        batch = build_seen(self.plan.train, items, vision.positions)
+        shape = (len(batch.images), *vision.input_shape)
+        return replace(batch, inputs=torch.zeros(shape, dtype=self.eyes.dtype, device=self.device))
+
+    def rehearse(self) -> None:
+        """Computes the largest micro-batch of the run, forward and backward, with all that lies in memory beside it.
+
+        If memory is too short it runs out now, and not when that batch comes. Nothing that a run depends on changes:
+        the gradients are dropped, and the moments, which would be made in the first step, are zero.
+        """
+        plan, train = self.plan, self.plan.recipe.train
+        state = rng_state(self.device)
+        self.optimizer.make_state()
+        self.in_hand = largest_micro_batch(plan, self.parallel.data_size)
+        batch = self._without_images_opened(self.in_hand)
+        several = min(train.global_batch_size, len(plan.train)) > train.batch_size * self.parallel.data_size
+        for last in (False, True) if several else (True,):
+            self.data_parallel.before_backward(last)
+            forward(self.model, batch, 0.0, self.device).backward()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        restore_rng(state, self.device)
+
     def advance(
         self, before_update: Callable[[], None] = lambda: None, facts: Sequence[float] = ()
     ) -> tuple[StepResult, dict[str, Any]]:
@@ -176,6 +231,7 @@ class Trainer:
             Its results on the device, and what the host knows of it.
         """
         items = self.items(self.step)
+        self.started = True
         data = self.plan.train
         label_tokens = int(data.label_counts[items].sum(dtype=np.int64))
         lr = self.learning_rate()
@@ -187,7 +243,7 @@ class Trainer:
             self.model,
             self.optimizer,
             self.data_parallel,
-            islice(self._batches, len(groups)),
+            self._told(groups, islice(self._batches, len(groups))),
             label_tokens,
             lr,
             self.device,

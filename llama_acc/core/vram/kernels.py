@@ -6,26 +6,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama_acc.core.device import device_type
+from llama_acc.core.model import nf4
+
 _aten = torch.ops.aten
 _FLASH_BACKWARD = _aten._scaled_dot_product_flash_attention_backward
 _HALF = (torch.bfloat16, torch.float16)
 
 
 def workspace(packet: Any, args: Sequence[Any]) -> int:
-    """Bytes that an operation takes and gives back before it returns.
+    """Bytes that an operation takes and gives back before it returns."""
+    if packet is _FLASH_BACKWARD:
+        return _flash_backward(args[1], args[2])
+    # Compared by name: the library is imported only where something is quantised.
+    if packet._qualified_op_name == "bitsandbytes::gemm_4bit" and device_type(args[0]) == "cpu":
+        return _written_out(*args[:3])
+    return 0
 
-    FlashAttention's backward pass sums the queries' gradients in float32 over rows and head dimensions rounded up,
+
+def _flash_backward(q: Tensor, k: Tensor) -> int:
+    """FlashAttention's backward pass sums the queries' gradients in float32 over rows and head dimensions rounded up,
     keeps a number a row, and, where heads share keys, makes every head's own gradients of keys and values first
-    (mha_bwd in PyTorch's flash_api.cpp).
-    """
-    if packet is not _FLASH_BACKWARD:
-        return 0
-    q, k = args[1], args[2]
+    (mha_bwd in PyTorch's flash_api.cpp)."""
     _, heads, rows, width = q.shape
     rounded_rows = -(-rows // 128) * 128
     rounded_width = -(-width // 32) * 32 if width <= 128 else -(-width // 64) * 64
     shared = 2 * heads * k.shape[2] * width * q.element_size() if k.shape[1] != heads else 0
     return heads * rounded_rows * 4 * (rounded_width + 1) + shared
+
+
+def _written_out(x: Tensor, packed: Tensor, shape: Sequence[int]) -> int:
+    """On a CPU, bitsandbytes' product of a row and a quantised matrix writes the matrix out, and its blocks' magnitudes
+    twice in float32."""
+    numbers = shape[0] * shape[1]
+    return numbers * x.element_size() + 2 * 4 * (numbers // nf4.BLOCK)
 
 
 def gpu_attention(

@@ -16,11 +16,12 @@ from torch._C._profiler import _ExperimentalConfig
 
 from llama_acc.core.device import prepare_cpu
 from llama_acc.core.model import nf4
-from llama_acc.core.model.transformer import Transformer
+from llama_acc.core.model.attention import KVCache
+from llama_acc.core.model.transformer import Transformer, pack_small
 from llama_acc.core.parallel import Parallel
 from llama_acc.core.train.step import train_step
 from llama_acc.core.train.trainer import assemble
-from llama_acc.core.vram.simulation import Setup, empty_batch
+from llama_acc.core.vram.simulation import Setup, empty_batch, feed, generating_model
 
 STEPS = 2
 """Optimizer steps that are run: the second one has the optimizer's state from its start."""
@@ -45,13 +46,33 @@ def measure(setup: Setup, device: torch.device, parallel: Parallel | None = None
     Raises:
         torch.cuda.OutOfMemoryError: they do not fit.
     """
+    return _measured(setup, device, lambda: _run(setup, device, parallel or Parallel()))
 
-    def steps() -> None:
-        _run(setup, device, parallel or Parallel())
 
+def measure_generation(setup: Setup, length: int, device: torch.device) -> Measured:
+    """Goes through a conversation of `length` tokens, half of them a prompt, and measures its memory.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: it does not fit.
+    """
+
+    @torch.inference_mode()
+    def converse() -> None:
+        model = generating_model(setup, Parallel())
+        _fill_with_zeros(model, device)
+        pack_small(model)
+        cache, half = KVCache(setup.config.n_layers), max(length // 2, 1)
+        for span in (range(half), *(range(place, place + 1) for place in range(half, length))):
+            feed(model, cache, span, device)
+
+    return _measured(setup, device, converse)
+
+
+def _measured(setup: Setup, device: torch.device, steps: Callable[[], None]) -> Measured:
     if setup.recipe.tuning.quantize == "nf4":
         nf4.prepare(device)
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         steps()
         torch.cuda.synchronize(device)
@@ -61,16 +82,19 @@ def measure(setup: Setup, device: torch.device, parallel: Parallel | None = None
 
 
 def _run(setup: Setup, device: torch.device, parallel: Parallel) -> None:
-    def zeros(model: Transformer) -> None:
-        model.to_empty(device=device)
-        with torch.no_grad():
-            for tensor in (*model.parameters(), *model.buffers()):
-                tensor.zero_()
-
-    model, data_parallel, optimizer = assemble(setup.recipe, setup.config, parallel, device.type, zeros)
+    model, data_parallel, optimizer = assemble(
+        setup.recipe, setup.config, parallel, device.type, lambda model: _fill_with_zeros(model, device)
+    )
     batches = [empty_batch(setup.lengths, setup.labels)] * min(setup.micro_batches, 2)
     for _ in range(STEPS):
         train_step(model, optimizer, data_parallel, batches, setup.tokens, 0.0, device).loss.item()
+
+
+def _fill_with_zeros(model: Transformer, device: torch.device) -> None:
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
 
 
 def peak_cpu_bytes(work: Callable[[], None]) -> int:

@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensorMode
 from llama_acc.core.data.batches import MicroBatch
 from llama_acc.core.device import simulating
 from llama_acc.core.inference import model_on_meta
+from llama_acc.core.model import nf4
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import Transformer, pack_small
@@ -95,10 +96,8 @@ def simulate_training(setup: Setup) -> MemoryTracker:
 def simulate_generation(setup: Setup, length: int) -> MemoryTracker:
     """A conversation of `length` tokens: half of them as a prompt, the others one by one."""
     tracker = _tracker(setup)
-    recipe = setup.recipe
     with _rank(setup) as parallel, torch.inference_mode(), ExitStack() as stack:
-        quantise_output = recipe.tuning.quantize_output if recipe.tuning.quantize == "nf4" else None
-        model = model_on_meta(setup.config, _dtype(recipe), parallel, quantise_output)
+        model = generating_model(setup, parallel)
         with _without_values(tracker, setup.device_type):
             model.to_empty(device=CPU)
             if parallel.model_size == 1:
@@ -107,27 +106,36 @@ def simulate_generation(setup: Setup, length: int) -> MemoryTracker:
             stack.enter_context(tower_of(model, tracker))
             tracker.reset_peak()
             cache = KVCache(setup.config.n_layers)
-            for start, stop in _feeds(length):
-                tracker.moment = Moment("prompt" if stop - start > 1 else "generation")
-                cache.length = start
-                tokens = torch.zeros(stop - start, dtype=torch.int64)
-                hidden = model(tokens, tokens, [stop - start], caches=[cache])
-                model.logits(hidden[-1:])
-            kept = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
-            tracker.label(kept, "KV cache")
+            for span in _feeds(length):
+                tracker.moment = Moment("prompt" if len(span) > 1 else "generation")
+                feed(model, cache, span, CPU)
+                kept = [(layer.keys, layer.values) for layer in cache.layers]
+                tracker.label((tensor for pair in kept for tensor in pair if tensor is not None), "KV cache")
     return tracker
 
 
-def _dtype(recipe: Recipe) -> torch.dtype:
-    return torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+def feed(model: Transformer, cache: KVCache, span: range, device: torch.device) -> None:
+    """Computes what follows the tokens at some positions of a conversation, as `inference` does."""
+    cache.length = span.start
+    positions = torch.arange(span.start, span.stop, device=device)
+    hidden = model(torch.zeros_like(positions), positions, [len(span)], caches=[cache])
+    model.logits(hidden[-1:])
 
 
-def _feeds(length: int) -> Iterator[tuple[int, int]]:
+def generating_model(setup: Setup, parallel: Parallel) -> Transformer:
+    """The model of a run as `inference` makes it, on the meta device."""
+    tuning = setup.recipe.tuning
+    quantise_output = tuning.quantize_output if tuning.quantize == "nf4" else None
+    dtype = torch.bfloat16 if setup.recipe.train.precision == "bf16" else torch.float32
+    return model_on_meta(setup.config, dtype, parallel, quantise_output)
+
+
+def _feeds(length: int) -> Iterator[range]:
     """Spans of positions: the prompt, and those single ones at which the cache is full and grows, and the last."""
     start = max(length // 2, 1)
-    yield 0, start
+    yield range(start)
     while start < length:
-        yield start, start + 1
+        yield range(start, start + 1)
         start = min(max(256, 1 << start.bit_length()), length - 1) if start < length - 1 else length
 
 
@@ -147,6 +155,7 @@ def _rank(setup: Setup) -> Iterator[Parallel]:
 @contextmanager
 def _without_values(tracker: MemoryTracker, device_type: str) -> Iterator[None]:
     """Lets operations make tensors that have a shape and no values, watched, as on `device_type`."""
+    nf4.prepare(CPU)  # it keeps its tables: they have to have values
     functions: Any = torch.nn.functional
     attention = functions.scaled_dot_product_attention
     with simulating(device_type), FakeTensorMode(allow_non_fake_inputs=True), tracker:

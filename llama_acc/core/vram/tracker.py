@@ -19,7 +19,14 @@ from torch.utils.flop_counter import flop_registry
 from llama_acc.core.vram.kernels import workspace
 
 _aten = torch.ops.aten
-_FLOPS = {**flop_registry, _aten.addmm_: flop_registry[_aten.addmm]}
+# What torch's table lacks does the work of what it has.
+_FLOPS = flop_registry | {
+    _aten.addmm_: flop_registry[_aten.addmm],
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
+}
 _COLLECTIVES = {
     torch.ops.c10d._allgather_base_,
     torch.ops.c10d.allgather_,
@@ -137,6 +144,8 @@ class MemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # a question about a tensor
+            return func(*args, **kwargs)
         packet = func._overloadpacket
         extra = workspace(packet, args)
         if extra:
@@ -221,8 +230,10 @@ class MemoryTracker(TorchDispatchMode):
     def _purpose(self, allocation: Allocation) -> str:
         phase = allocation.moment.phase
         survives = {what for time, what in self._ends if allocation.time < time < allocation.died}
-        if allocation.label == _BUFFER and phase in ("backward", "recompute") and "backward" in survives:
-            return "gradients"  # what is left of a reduction
+        # What is left of a backward pass, also if it was made with the loss, or is what a reduction left.
+        is_gradient = phase in ("loss", "backward", "recompute") and "backward" in survives
+        if is_gradient and allocation.label in ("", _BUFFER):
+            return "gradients"
         if allocation.label:
             return allocation.label
         if phase == "loss":
@@ -231,11 +242,7 @@ class MemoryTracker(TorchDispatchMode):
             return "activations kept" if "forward" in survives else "working memory"
         if phase == "recompute":
             return "activations recomputed"
-        if phase == "backward" and "backward" in survives:
-            return "gradients"
-        if phase == "update" and "update" in survives:
-            return "optimizer"
-        return "working memory"
+        return "optimizer" if phase == "update" and "update" in survives else "working memory"
 
 
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:

@@ -10,9 +10,11 @@ SMALL = {"dim": 128, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size":
 NF4 = ("tuning.quantize=nf4", "checkpoint.trainable_only=true")
 
 
-def setup(*overrides: str, lengths: tuple[int, ...] = (200, 56), device_type: str = "cpu", **options: int) -> Setup:
+def setup(
+    *overrides: str, lengths: tuple[int, ...] = (200, 56), device_type: str = "cpu", dim: int = 128, **options: int
+) -> Setup:
     """One rank of the `alpaca` recipe, changed, of a small model."""
     recipe = Recipe.load("alpaca", overrides)
-    config = config_from_params(SMALL)
+    config = config_from_params({**SMALL, "dim": dim})
     config = replace(config, tuning=recipe.tuning.resolved().at_depth(config.n_layers))
     return Setup(recipe, config, lengths, device_type=device_type, **options)

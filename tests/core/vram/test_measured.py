@@ -2,8 +2,8 @@
 
 import pytest
 
-from llama_acc.core.vram.measure import measure
-from llama_acc.core.vram.predict import predict
+from llama_acc.core.vram.measure import measure, measure_generation
+from llama_acc.core.vram.predict import predict, predict_generation
 from tests.core.tiny import CPU
 from tests.core.vram.setups import NF4, setup
 
@@ -24,6 +24,12 @@ def test_prediction_is_what_is_measured(method: str, checkpointing: str, lengths
     run = setup(*METHODS[method], f"train.activation_checkpointing={checkpointing}", lengths=lengths)
     measured = measure(run, CPU).allocated
     assert predict(run).training.total == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["full", "adapter", "nf4"])
+def test_prediction_of_a_conversation_is_what_is_measured(method: str) -> None:
+    run = setup(*METHODS[method], dim=256)  # the attention kernel's own 0.1 MiB should not be 5% of it
+    assert predict_generation(run, 300).total == pytest.approx(measure_generation(run, 300, CPU).allocated, rel=0.05)
 
 
 @pytest.mark.parametrize("method", ["full", "nf4"])

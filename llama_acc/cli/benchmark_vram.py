@@ -1,0 +1,431 @@
+"""`llama-acc benchmark-vram`."""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llama_acc.cli import console, options
+from llama_acc.core.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from llama_acc.core.vram.predict import Prediction, Usage
+    from llama_acc.core.vram.request import Request
+    from llama_acc.core.vram.simulation import Setup
+
+HELP = """Predict the memory of a run, part by part, without a GPU; measure it; find what fits.
+
+Examples:
+
+  llama-acc benchmark-vram --model llama2-70b --tuning bias_norm --quantize nf4 --batch-size 1 --max-tokens 512
+
+  llama-acc benchmark-vram --recipe sharegpt-70b --gpus 64
+
+  llama-acc benchmark-vram --model llama2-7b --fit 24GB
+
+  llama-acc benchmark-vram --model llama2-7b --tuning lora --sweep max_tokens=512,1024,2048 --plot memory.png
+
+  llama-acc benchmark-vram --recipe quickstart --device cpu --measure
+
+  llama-acc benchmark-vram --published
+"""
+_SWEPT = ("max_tokens", "batch_size", "gpus")
+_GIB = 2**30
+
+
+def benchmark_vram(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Change any key of the recipe: train.precision=fp32", show_default=False
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="NAME|DIR", help="A size, or a checkpoint's folder.", callback=options.given),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="NAME|FILE",
+            help="Take everything from a recipe. Without it: bf16, activation checkpointing, one micro-batch a step.",
+            callback=options.given,
+        ),
+    ] = None,
+    tuning: Annotated[
+        str | None, typer.Option("--tuning", metavar="METHOD", help="full, bias_norm, lora, lora_bias_norm, adapter.")
+    ] = None,
+    quantize: Annotated[str | None, typer.Option("--quantize", metavar="nf4|none", help="The base's matrices.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", metavar="N", min=1, help="Examples of a micro-batch.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", metavar="N", min=2, help="Tokens of each.")] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", metavar="N", min=1, help="Processes, one on each GPU.")] = None,
+    model_parallel_size: Annotated[
+        int | None,
+        typer.Option("--model-parallel-size", metavar="N", min=1, help="How many share one copy of the model."),
+    ] = None,
+    fit: Annotated[
+        str | None, typer.Option("--fit", metavar="24GB", help="Which methods fit, and with how long examples.")
+    ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option("--sweep", metavar="KEY=N,N,...", help=f"One prediction for each value of {', '.join(_SWEPT)}."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the parts.", dir_okay=False)
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Figures that others have published, beside ours.")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run some steps with random weights on --device, and compare.")
+    ] = False,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", metavar="F", min=0.0, help="With --measure: a larger error ends with 1.")
+    ] = 0.05,
+    data: Annotated[
+        Path | None, typer.Option("--data-json", metavar="FILE", help="A run's data.json: predict its GPU-hours.")
+    ] = None,
+    kind: Annotated[
+        str, typer.Option("--kind", metavar="NAME", help="Kind of GPU of the GPU-hours; `list` shows all.")
+    ] = "a100-80gb",
+    efficiency: Annotated[
+        float, typer.Option("--efficiency", metavar="F", min=0.01, max=1.0, help="Share of its rate that is reached.")
+    ] = 0.4,
+    device: options.Device = None,
+    as_json: options.Json = False,
+) -> None:
+    """Predict the memory of a run."""
+    if kind == "list":
+        return _list_kinds(as_json)
+    modes = {"--fit": fit, "--sweep": sweep, "--published": published, "--measure": measure, "--data-json": data}
+    chosen = [flag for flag, value in modes.items() if value]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(chosen)} cannot be combined", "one at a time")
+    if plot is not None and chosen and chosen != ["--sweep"]:
+        raise UserError(f"--plot does not go with {chosen[0]}", "it goes with a prediction, or with --sweep")
+    if published:
+        return _published(efficiency, as_json)
+    from llama_acc.core.vram.request import Request
+
+    request = Request(
+        recipe,
+        model,
+        tuning,
+        quantize,
+        batch_size,
+        max_tokens,
+        gpus,
+        model_parallel_size,
+        tuple(overrides or ()),
+        "cpu" if device == "cpu" else "cuda",
+    )
+    if fit is not None:
+        return _fit(request, _bytes(fit), as_json)
+    if sweep is not None:
+        return _sweep(request, sweep, plot, as_json)
+    if measure:
+        return _measure(request, device, tolerance, as_json)
+    if data is not None:
+        return _hours(request, data, kind, efficiency, as_json)
+    return _predict(request, plot, as_json)
+
+
+def _bytes(text: str) -> int:
+    """24GB, 24GiB, 24 or 512MB, in the units GPUs are sold in: a GB is 2^30."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GM])?i?B?", text.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise UserError(f"--fit {text} is no size", "write it like --fit 24GB")
+    return int(float(found[1]) * (2**20 if (found[2] or "G").upper() == "M" else _GIB))
+
+
+def _predict(request: "Request", plot: Path | None, as_json: bool) -> None:
+    from llama_acc.core.vram.predict import predict, predict_generation
+    from llama_acc.core.vram.request import setup_of
+
+    setup = setup_of(request)
+    prediction, generation = predict(setup), predict_generation(setup, max(setup.lengths))
+    if plot is not None:
+        _draw([prediction.training, generation], ["training", "inference"], plot, _title(setup), "")
+    if as_json:
+        return _print_json({**_setup_json(setup), **_prediction_json(prediction), "inference": generation.to_json()})
+    _say(setup)
+    _parts_table({"training": prediction.training, "inference": generation})
+    console.out.print()
+    console.pairs(
+        [
+            ("training peak", f"{_gib(prediction.training.total)} GiB, {prediction.training.moment}"),
+            ("inference peak", f"{_gib(generation.total)} GiB, {generation.moment}, of {max(setup.lengths)} tokens"),
+            ("work", f"{prediction.flops:.3g} floating-point operations for a micro-batch on a rank"),
+        ],
+        console.out,
+    )
+    return None
+
+
+def _sweep(request: "Request", text: str, plot: Path | None, as_json: bool) -> None:
+    from dataclasses import replace
+
+    from llama_acc.core.vram.predict import predict
+    from llama_acc.core.vram.request import setup_of
+
+    key, values = _swept(text)
+    usages = []
+    changes: list[dict[str, Any]] = [{key: value} for value in values]
+    setups = [setup_of(replace(request, **change)) for change in changes]
+    for value, setup in zip(values, setups, strict=True):
+        console.note(f"predicting {key} {value}")
+        usages.append(predict(setup).training)
+    if plot is not None:
+        _draw(usages, [f"{value:,}" for value in values], plot, _title(setups[0], key), key.replace("_", " "))
+    if as_json:
+        found = [{key: value, "training": usage.to_json()} for value, usage in zip(values, usages, strict=True)]
+        return _print_json({**_setup_json(setups[0]), "sweep": found})
+    _say(setups[0], key)
+    _parts_table({f"{value:,}": usage for value, usage in zip(values, usages, strict=True)}, key)
+    return None
+
+
+def _swept(text: str) -> tuple[str, list[int]]:
+    key, _, values = text.partition("=")
+    numbers = values.replace(" ", "").split(",")
+    if key not in _SWEPT or not all(number.isdecimal() and int(number) > 0 for number in numbers):
+        raise UserError(
+            f"--sweep {text} is not KEY=N,N,... with a key of {', '.join(_SWEPT)}",
+            "such as --sweep max_tokens=512,1024,2048",
+        )
+    return key, [int(number) for number in numbers]
+
+
+def _fit(request: "Request", memory: int, as_json: bool) -> None:
+    from llama_acc.core.vram.fit import fitting
+
+    fits = fitting(request, memory, console.note)
+    if as_json:
+        return _print_json({"memory": memory, "methods": [vars(fit) for fit in fits]})
+    length = fits[0].length
+    rows = [["method", "base", f"1 x {length}", f"batch of {length}", "longest alone"]]
+    for fit in fits:
+        base = "NF4" if fit.quantize == "nf4" else "as it is"
+        most = [f"{fit.batch_size}", f"{fit.longest:,}"] if fit.batch_size else ["does not fit", ""]
+        rows.append([fit.method, base, f"{_gib(fit.least)} GiB", *most])
+    console.table(rows)
+    if not fits[0].batch_size:
+        console.note(f"nothing fits in {_gib(memory)} GiB; the least is {_gib(min(fit.least for fit in fits))} GiB")
+    return None
+
+
+def _measure(request: "Request", device: str | None, tolerance: float, as_json: bool) -> None:
+    from dataclasses import replace
+
+    from llama_acc.core.device import pick_device
+    from llama_acc.core.vram.measure import measure
+    from llama_acc.core.vram.predict import predict
+    from llama_acc.core.vram.request import setup_of
+
+    target = pick_device(device)
+    if target.type == "mps":
+        raise UserError("memory cannot be measured on mps", "try --device cpu")
+    setup = setup_of(replace(request, device_type=target.type))
+    if setup.world_size > 1:
+        raise UserError(f"--measure runs one process, and the run has {setup.world_size}", "leave out --gpus")
+    usage = predict(setup).training
+    _refuse_too_large(usage, target)
+    measured = measure(setup, target)
+    error = usage.allocated / measured.allocated - 1
+    if as_json:
+        found = {"allocated": measured.allocated, "reserved": measured.reserved, "device": _device_name(target)}
+        _print_json({**_setup_json(setup), "training": usage.to_json(), "measured": found, "error": error})
+    else:
+        _say(setup)
+        rows = [["training peak", "predicted MiB", "measured MiB", "error"]]
+        rows.append(["allocated", _mib(usage.allocated), _mib(measured.allocated), f"{error:+.1%}"])
+        if measured.reserved is not None:
+            off = usage.reserved / measured.reserved - 1
+            rows.append(["reserved", _mib(usage.reserved), _mib(measured.reserved), f"{off:+.1%}"])
+        console.table(rows)
+        console.note(f"on {_device_name(target)}")
+    if abs(error) > tolerance:
+        raise RunError(f"the prediction is off by {error:+.1%}, more than {tolerance:.1%}", "see --tolerance")
+
+
+def _refuse_too_large(usage: "Usage", device: Any) -> None:
+    from llama_acc.core.device import free_memory
+
+    free = free_memory(device)
+    if usage.allocated > free:
+        raise UserError(
+            f"it takes {_gib(usage.allocated)} GiB, and {_gib(free)} GiB are free on {device}",
+            "measure a smaller model, fewer or shorter examples",
+        )
+
+
+def _device_name(device: Any) -> str:
+    from llama_acc.core.train.report import device_name
+
+    return device_name(device)
+
+
+def _published(efficiency: float, as_json: bool) -> None:
+    from llama_acc.core.vram.published import AGREES, compare_hours, compare_memory
+
+    memory, hours = compare_memory(console.note), compare_hours(console.note)
+    if as_json:
+        rows = [{**vars(row), "usage": row.usage.to_json(), "difference": row.difference} for row in memory]
+        return _print_json({"memory": rows, "hours": [vars(row) for row in hours]})
+    table = [["published by", "run", "GB", "here GiB", "difference", "weights", "besides: theirs", "ours"]]
+    for row in memory:
+        weights, total = row.weights / _GIB, row.usage.total / _GIB
+        figures = [f"{row.published:g}", f"{total:.1f}", f"{row.difference:+.0%}", f"{weights:.1f}"]
+        besides = [f"{row.published - weights:.1f}", f"{total - weights:.1f}"]
+        table.append([row.who, row.what, *figures, *besides])
+    console.table(table)
+    console.out.print()
+    for row in memory:
+        if abs(row.difference) > AGREES:
+            console.out.print(f"{row.who}, {row.what}: {row.why}", markup=False)
+    console.out.print()
+    table = [["GPU-hours on 8 A100-80GB", "published", f"here at {efficiency:.0%}", "theirs would be at"]]
+    for timed in hours:
+        ours = timed.at_full_rate / efficiency
+        row_hours = [f"{timed.published:g}", f"{ours:.0f}", f"{timed.at_full_rate / timed.published:.0%}"]
+        table.append([f"{timed.who}: {timed.what}", *row_hours])
+    console.table(table)
+    return None
+
+
+def _hours(request: "Request", data: Path, kind: str, efficiency: float, as_json: bool) -> None:
+    from llama_acc.core.vram import gpus
+    from llama_acc.core.vram.hours import gpu_hours, read_texts, work_of
+    from llama_acc.core.vram.request import setup_of
+
+    chosen, texts, setup = gpus.kind(kind), read_texts(data), setup_of(request)
+    epochs = setup.recipe.train.epochs
+    hours = gpu_hours(work_of(setup), texts, epochs, chosen, efficiency)
+    if as_json:
+        found = {"gpu_hours": hours, "kind": kind, "efficiency": efficiency, "epochs": epochs, "items": texts.items}
+        return _print_json({**_setup_json(setup), **found})
+    console.pairs(
+        [
+            ("data", f"{texts.items:,} items, {texts.tokens:,.0f} tokens, {epochs:g} epochs"),
+            ("GPU-hours", f"{hours:.3g} at {efficiency:.0%} of {chosen.bf16 / 1e12:g} TFLOP/s ({kind}; bf16, dense)"),
+            ("time", f"{console.duration(3600 * hours / setup.world_size)} on {setup.world_size} of them"),
+        ],
+        console.out,
+    )
+    return None
+
+
+def _list_kinds(as_json: bool) -> None:
+    from llama_acc.core.vram.gpus import kinds
+
+    if as_json:
+        return _print_json([vars(kind) for kind in kinds().values()])
+    rows = [["kind", "GiB", "TFLOP/s in bf16", "GB/s", "source"]]
+    rows += [
+        [kind.name, f"{kind.memory / _GIB:g}", f"{kind.bf16 / 1e12:g}", f"{kind.bandwidth / 1e9:g}", kind.source]
+        for kind in kinds().values()
+    ]
+    console.table(rows)
+    return None
+
+
+def _parts_table(usages: "dict[str, Usage]", corner: str = "") -> None:
+    """A column for each usage, a row for each part that one of them has; in MiB where all are small."""
+    totals = [usage.total for usage in usages.values()]
+    unit, name = (2**20, "MiB") if max(totals) < 4 * _GIB else (_GIB, "GiB")
+    rows = [[f"{corner}, {name}" if corner else name, *usages]]
+    for part in next(iter(usages.values())).parts:
+        sizes = [usage.parts[part] for usage in usages.values()]
+        if any(sizes):
+            rows.append([part, *(f"{size / unit:.2f}" for size in sizes)])
+    rows.append(["all", *(f"{total / unit:.2f}" for total in totals)])
+    console.table(rows)
+
+
+def _say(setup: "Setup", swept: str = "") -> None:
+    console.note(_title(setup, swept))
+    if setup.world_size > 1:
+        console.note("of rank 0; no other rank has more")
+    if setup.device_type == "cuda":
+        console.note("allocator slack and CUDA context are assumed, not measured: see docs/memory.md")
+
+
+def _title(setup: "Setup", swept: str = "") -> str:
+    recipe = setup.recipe
+    count, longest = len(setup.lengths), max(setup.lengths)
+    facts = [
+        _model_name(setup),
+        recipe.tuning.method + (", base in NF4" if recipe.tuning.quantize == "nf4" else ""),
+        recipe.train.precision,
+    ]
+    if swept not in ("max_tokens", "batch_size"):
+        facts.append(f"{count} x {longest} tokens")
+    elif swept == "max_tokens":
+        facts.append(f"batch {count}")
+    else:
+        facts.append(f"{longest} tokens each")
+    if not recipe.train.activation_checkpointing:
+        facts.append("no activation checkpointing")
+    if setup.world_size > 1 and swept != "gpus":
+        size = recipe.parallel.model_parallel_size
+        facts.append(f"{setup.world_size} GPUs ({recipe.parallel.data_parallel}, model parallel {size})")
+    return ", ".join(facts)
+
+
+def _model_name(setup: "Setup") -> str:
+    from llama_acc.core.model.config import NAMED_SIZES
+
+    model, config = setup.recipe.model, setup.config
+    named = NAMED_SIZES.get(model.size or "")
+    is_it = named is not None and named.parameter_shapes() == config.base().parameter_shapes()
+    return str(model.size) if is_it else f"{config.n_layers} layers of {config.dim}"
+
+
+def _setup_json(setup: "Setup") -> dict[str, Any]:
+    recipe = setup.recipe
+    return {
+        "model": {"name": _model_name(setup), "parameters": setup.config.parameter_count()},
+        "tuning": recipe.tuning.method,
+        "quantize": recipe.tuning.quantize,
+        "precision": recipe.train.precision,
+        "activation_checkpointing": recipe.train.activation_checkpointing,
+        "lengths": list(setup.lengths),
+        "micro_batches": setup.micro_batches,
+        "gpus": setup.world_size,
+        "model_parallel_size": recipe.parallel.model_parallel_size,
+        "data_parallel": recipe.parallel.data_parallel,
+        "device": setup.device_type,
+    }
+
+
+def _prediction_json(prediction: "Prediction") -> dict[str, Any]:
+    return {"training": prediction.training.to_json(), "flops": prediction.flops}
+
+
+def _print_json(values: Any) -> None:
+    typer.echo(json.dumps(values, indent=1))
+
+
+def _draw(usages: "list[Usage]", names: list[str], path: Path, title: str, along: str) -> None:
+    from llama_acc.core.vram.plot import draw
+
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--plot {path} is no PNG", "name it like memory.png")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--plot {path}: there is no folder {path.parent}", "make it first")
+    draw(usages, names, path, title, along)
+    console.note(f"drawn into {path}")
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.1f}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / _GIB:.2f}"

@@ -1,0 +1,135 @@
+"""Whether a run fits, asked before it loads anything; and what to say when memory runs out all the same."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llama_acc.core.device import free_memory, peak_memory_gib
+from llama_acc.core.errors import RunError, UserError, listed
+from llama_acc.core.parallel import Parallel, local_part, local_world_size
+from llama_acc.core.train.largest import largest_micro_batch
+from llama_acc.core.train.plan import Plan, size_text
+from llama_acc.core.train.trainer import Trainer
+from llama_acc.core.vram.apart import apart
+from llama_acc.core.vram.changes import Change, best_changes
+from llama_acc.core.vram.predict import Prediction, Usage, predict
+from llama_acc.core.vram.simulation import Setup
+
+_FAR_BELOW = 8
+"""A run whose bound is so many times below what is free is not simulated, which would take longer than its steps."""
+
+
+def setup_of_run(plan: Plan, world_size: int, device_type: str, items: Sequence[int] | None = None) -> Setup:
+    """What is predicted of a run: its largest micro-batch, or that of these items."""
+    size = plan.recipe.parallel.model_parallel_size
+    data_size = world_size // size
+    if items is None:
+        items = largest_micro_batch(plan, data_size)
+    lengths = tuple(int(length) for length in plan.train.lengths[list(items)])
+    labels = int(plan.train.label_counts[list(items)].sum())
+    per_step = min(plan.recipe.train.global_batch_size, len(plan.train))
+    micro_batches = -(-per_step // (plan.recipe.train.batch_size * data_size))
+    device_type = "cpu" if device_type == "cpu" else "cuda"
+    return Setup(plan.recipe, plan.config, lengths, labels, micro_batches, world_size, 0, device_type)
+
+
+def check_fits(plan: Plan, parallel: Parallel, device: torch.device) -> None:
+    """Refuses a run that cannot fit into the memory that is free.
+
+    Raises:
+        UserError: what it takes, part by part, what there is, and what to change.
+    """
+    free = free_memory(device) // (local_world_size() if device.type == "cpu" else 1)
+    if device.type == "mps" or _bound(plan) * _FAR_BELOW < free:
+        return
+    setup = setup_of_run(plan, parallel.world_size, device.type)
+    usage = apart(predict, setup).training
+    # Slack is assumed, and the context is there already: what surely does not fit is refused, nothing else.
+    if usage.allocated <= free:
+        return
+    changes = apart(best_changes, setup, free)
+    raise UserError(
+        f"the run does not fit: it takes {size_text(usage.allocated)} on {device.type}, {size_text(free)} are free "
+        f"({_batch(setup.lengths)}, at its fullest in {usage.moment})\n{listed(_lines(usage))}",
+        f"{_advice(changes, free)}; --force tries it all the same",
+    )
+
+
+def _bound(plan: Plan) -> int:
+    """Bytes that a run on one process stays far below: everything trained in float32, and nothing computed again."""
+    config, train = plan.config, plan.recipe.train
+    tokens = train.batch_size * int(plan.train.lengths.max())
+    one_block = 16 * config.dim + 6 * config.hidden_dim
+    return 20 * plan.parameter_count() + 4 * tokens * (config.n_layers * one_block + 3 * config.vocab_size)
+
+
+def _batch(lengths: Sequence[int]) -> str:
+    shown = ", ".join(f"{length:,}" for length in sorted(lengths, reverse=True)[:8])
+    more = f" and {len(lengths) - 8} more" if len(lengths) > 8 else ""
+    return f"its largest micro-batch has documents of {shown}{more} tokens"
+
+
+def _lines(usage: Usage) -> list[str]:
+    return [f"{part}: {size_text(size)}" for part, size in usage.parts.items() if size and part != "CUDA context"]
+
+
+def _advice(changes: Sequence[Change], free: int) -> str:
+    if not changes:
+        return "use a smaller model, or more memory"
+    told = [
+        f"{change.keys} (saves {size_text(change.saves)}" + (")" if change.total <= free else ", not enough alone)")
+        for change in changes
+    ]
+    return "what would help most: " + "; ".join(told)
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """Memory that ran out while a trainer computed.
+
+    Attributes:
+        trainer: whose micro-batch it was.
+        cause: the device's own words.
+    """
+
+    trainer: Trainer
+    cause: str
+
+    def error(self) -> RunError:
+        """What to tell the user: the batch, what was predicted for it and what there is, and what to change."""
+        trainer = self.trainer
+        kind = "GPU memory" if trainer.device.type == "cuda" else "memory"
+        where = f"at step {trainer.step + 1}" if trainer.started else "while the largest micro-batch was tried"
+        setup = setup_of_run(trainer.plan, trainer.parallel.world_size, trainer.device.type, trainer.in_hand)
+        predicted, changes, free = self._predicted(setup)
+        lines = [f"{part}: {size_text(size)}" for part, size in self._actual().items()]
+        message = f"out of {kind} {where}: {self.cause}\n{_batch(setup.lengths)}. In use:\n{listed(lines)}"
+        if predicted is not None:
+            usage = predicted.training
+            message += f"\nPredicted at most {size_text(usage.total)}, in {usage.moment}:\n{listed(_lines(usage))}"
+        return RunError(f"{message}\nEvery checkpoint that was saved is whole", _advice(changes, free))
+
+    def _predicted(self, setup: Setup) -> tuple[Prediction | None, list[Change], int]:
+        free = int(self._limit())
+        try:
+            return apart(predict, setup), apart(best_changes, setup, free), free
+        except MemoryError:
+            return None, [], free
+
+    def _limit(self) -> float:
+        device = self.trainer.device
+        if device.type == "cuda":
+            return torch.cuda.get_device_properties(device).total_memory
+        return free_memory(device) + peak_memory_gib(device) * 2**30
+
+    def _actual(self) -> dict[str, int]:
+        trainer = self.trainer
+        parameters = list(trainer.model.parameters())
+        stored = {
+            "weights": sum(local_part(parameter).tensor.nbytes for parameter in parameters),
+            "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
+            "optimizer": sum(value.nbytes for _, _, value in trainer.optimizer.state_tensors()),
+        }
+        stored["everything else"] = max(int(peak_memory_gib(trainer.device) * 2**30) - sum(stored.values()), 0)
+        return {part: size for part, size in stored.items() if size}

@@ -1,0 +1,97 @@
+"""How long a data set takes on a kind of GPU: the simulation counts the work, an efficiency makes time of it."""
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llama_acc.core.errors import UserError
+from llama_acc.core.vram.gpus import Kind
+from llama_acc.core.vram.simulation import Setup, simulate_training
+
+EFFICIENCY = 0.4
+"""The share of a GPU's rate that training is taken to reach where nothing was measured."""
+_LENGTHS = (128, 384)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of training on documents, of all ranks of a model-parallel group.
+
+    A document of T tokens with L labels takes a*T + b*T^2 + c*L: matrices, attention, the head.
+
+    Attributes:
+        by_token: a.
+        by_pair: b.
+        by_label: c.
+    """
+
+    by_token: float
+    by_pair: float
+    by_label: float
+
+    def of(self, tokens: float, squares: float, labels: float) -> float:
+        """Of documents with so many tokens and labels in all, and this sum of squared lengths."""
+        return self.by_token * tokens + self.by_pair * squares + self.by_label * labels
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a data set is in numbers.
+
+    Attributes:
+        items: documents.
+        tokens: of all of them.
+        labels: tokens that are trained.
+        squares: sum of the squared lengths.
+    """
+
+    items: int
+    tokens: float
+    labels: float
+    squares: float
+
+
+def work_of(setup: Setup) -> Work:
+    """Counts the work of a run by simulating it with two lengths."""
+    short, long = _LENGTHS
+    counts = []
+    for length in _LENGTHS:
+        flops = simulate_training(replace(setup, lengths=(length,), labels=length, micro_batches=1)).flops
+        counts.append((sum(flops.values()) - flops["loss"], flops["loss"] / length))
+    (few, head), (many, _) = counts
+    by_pair = (many / long - few / short) / (long - short)
+    size = setup.recipe.parallel.model_parallel_size
+    return Work(size * (few / short - by_pair * short), size * by_pair, size * head)
+
+
+def gpu_hours(work: Work, texts: Texts, epochs: float, kind: Kind, efficiency: float) -> float:
+    """Hours of all GPUs together."""
+    return work.of(texts.tokens, texts.squares, texts.labels) * epochs / (kind.bf16 * efficiency) / 3600
+
+
+def read_texts(path: Path) -> Texts:
+    """The numbers of a run's data.json.
+
+    Raises:
+        UserError: it is no such file.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        squares = report["items"] * _mean_square(report["lengths"])
+        return Texts(report["items"], report["tokens"], report["label_tokens"], squares)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not the data.json of a run: {error}",
+            "`llama-acc finetune --dry-run --output DIR` writes one",
+        ) from None
+
+
+def _mean_square(lengths: Mapping[str, Any]) -> float:
+    """The mean squared length from quantiles: lengths are taken to grow evenly from one to the next."""
+    places = {"min": 0.0, "max": 1.0}
+    points = sorted((places[name] if name in places else int(name[1:]) / 100, float(n)) for name, n in lengths.items())
+    pairs = itertools.pairwise(points)
+    return sum((q2 - q1) * (n1 * n1 + n1 * n2 + n2 * n2) / 3 for (q1, n1), (q2, n2) in pairs)

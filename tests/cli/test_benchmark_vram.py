@@ -1,0 +1,102 @@
+"""`benchmark-vram`: what users type, and what they get."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llama_acc.core.vram.predict import PARTS
+from tests.cli.commands import invoke, refused
+
+TINY = "model.params={dim: 64, n_layers: 2, n_heads: 4, multiple_of: 16, vocab_size: 300, max_seq_len: 512}"
+RUN = ("benchmark-vram", "--recipe", "alpaca", TINY, "model.max_seq_len=512", "--batch-size", 1, "--max-tokens", 64)
+
+
+def table(text: str) -> dict[str, list[str]]:
+    """Rows by their first cell; cells are set apart by two spaces."""
+    rows = ([cell.strip() for cell in line.split("  ") if cell.strip()] for line in text.splitlines() if line.strip())
+    return {first: others for first, *others in rows}
+
+
+def test_the_parts_of_a_run_and_its_fullest_moments() -> None:
+    result = invoke(*RUN, "--tuning", "lora", "--quantize", "nf4")
+    assert result.exit_code == 0, result.stderr
+    rows = table(result.stdout)
+    assert rows["MiB"] == ["training", "inference"]
+    for part in ("weights", "quantisation state", "trainable masters", "optimizer", "activations kept", "CUDA context"):
+        assert part in rows
+    columns = [cells for part, cells in rows.items() if part in PARTS]
+    for column, total in enumerate(rows["all"]):
+        assert float(total) == pytest.approx(sum(float(cells[column]) for cells in columns), abs=0.06)
+    assert rows["training peak"][0].split(", ")[1].split(" of ")[0] in ("forward", "loss", "backward", "optimizer step")
+    assert "assumed, not measured" in result.stderr
+
+
+def test_json_has_the_parts_in_bytes() -> None:
+    result = invoke(*RUN, "--json", "--gpus", 2)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    for work in ("training", "inference"):
+        assert sum(found[work]["parts"].values()) == found[work]["total"]
+    assert (found["gpus"], found["lengths"]) == (2, [64])
+    assert found["flops"] > 0
+
+
+def test_a_measurement_agrees_on_a_cpu_and_an_error_above_the_tolerance_ends_with_1() -> None:
+    flags = (*RUN, "--device", "cpu", "--measure")
+    result = invoke(*flags)
+    assert result.exit_code == 0, result.stderr
+    assert abs(float(table(result.stdout)["allocated"][2].rstrip("%"))) < 5
+    result = invoke(*flags, "--tolerance", "0", "--json")
+    assert result.exit_code == 1
+    assert 0 < abs(json.loads(result.stdout)["error"]) < 0.05
+    assert "the prediction is off by" in result.stderr
+
+
+def test_a_sweep_is_drawn(tmp_path: Path) -> None:
+    result = invoke(*RUN, "--sweep", "max_tokens=32,64", "--plot", tmp_path / "memory.png")
+    assert result.exit_code == 0, result.stderr
+    assert table(result.stdout)["max_tokens, MiB"] == ["32", "64"]
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_fits_is_listed_best_first() -> None:
+    result = invoke(*RUN, "--fit", "510MB", "--tuning", "bias_norm", "--json")
+    assert result.exit_code == 0, result.stderr
+    plain, nf4 = json.loads(result.stdout)["methods"]
+    assert (plain["quantize"], nf4["quantize"]) == ("none", "nf4")
+    assert nf4["batch_size"] >= plain["batch_size"] > 0
+    assert 64 <= plain["longest"] <= 512
+
+
+def test_gpu_hours_of_a_data_set(tmp_path: Path) -> None:
+    lengths = {"min": 64, "p25": 64, "p50": 64, "p75": 64, "p95": 64, "p99": 64, "max": 64}
+    data = {"items": 1000, "tokens": 64000, "label_tokens": 64000, "lengths": lengths}
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    flags = (*RUN, "--data-json", tmp_path / "data.json", "train.epochs=2", "train.warmup_epochs=0", "--json")
+    result = invoke(*flags, "--efficiency", "0.5")
+    assert result.exit_code == 0, result.stderr
+    one = json.loads(invoke(*RUN, "--json").stdout)
+    expected = one["flops"] * 1000 * 2 / (312e12 * 0.5) / 3600
+    assert json.loads(result.stdout)["gpu_hours"] == pytest.approx(expected, rel=0.02)
+    assert "h100-80gb" in invoke("benchmark-vram", "--kind", "list").stdout
+    refused(invoke(*flags, "--kind", "a100"), "unknown kind of GPU 'a100'", "a100-80gb")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ((), ("which model?", "llama2-7b")),
+        (("--model", "llama2-7"), ("there is no model 'llama2-7'", "llama2-7b")),
+        (("--model", "llama2-7b", "--max-tokens", "5000"), ("5000 tokens are more", "model.max_seq_len=5000")),
+        (("--model", "llama2-7b", "--gpus", "3", "--model-parallel-size", "2"), ("does not divide",)),
+        (("--model", "llama2-7b", "--quantize", "nf4"), ("method full trains all",)),
+        (("--model", "llama2-7b", "--fit", "much"), ("--fit much is no size", "24GB")),
+        (("--model", "llama2-7b", "--sweep", "tokens=1"), ("max_tokens, batch_size, gpus",)),
+        (("--model", "llama2-7b", "--fit", "1GB", "--published"), ("--fit and --published cannot be combined",)),
+        (("--model", "llama2-7b", "--data-json", "none.json"), ("none.json is not the data.json of a run",)),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_meant_is_refused(arguments: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    refused(invoke("benchmark-vram", *arguments), *parts)

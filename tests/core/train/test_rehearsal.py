@@ -1,0 +1,83 @@
+"""The largest micro-batch is computed before the first step: memory runs out then or never, and nothing changes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_acc.core.errors import RunError
+from llama_acc.core.parallel import Parallel
+from llama_acc.core.train.largest import largest_micro_batch
+from llama_acc.core.train.trainer import Trainer
+from tests.core.tiny import CPU
+from tests.core.train.runs import assert_bitwise_equal, metrics, plan_of, run, saved_state, saved_weights
+
+
+def test_a_rehearsed_run_is_bitwise_the_run_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_it = run(tmp_path / "with")
+    monkeypatch.setattr(Trainer, "rehearse", lambda trainer: None)
+    without = run(tmp_path / "without")
+    assert metrics(tmp_path / "with") == metrics(tmp_path / "without")
+    assert_bitwise_equal(saved_weights(with_it.checkpoint), saved_weights(without.checkpoint))
+    assert_bitwise_equal(saved_state(with_it.checkpoint), saved_state(without.checkpoint))
+
+
+def test_a_rehearsal_leaves_no_gradient_and_no_trace_in_the_random_numbers() -> None:
+    trainer = Trainer(plan_of(), CPU, None, Parallel())
+    weights = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    before = torch.get_rng_state()
+    trainer.rehearse()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    assert_bitwise_equal(dict(trainer.model.named_parameters()), weights)
+    assert not any(value.any() for _, _, value in trainer.optimizer.state_tensors())
+
+
+@pytest.mark.parametrize("data_size", [1, 2])
+@pytest.mark.parametrize(
+    "overrides", [(), ("train.batch_size=3",), ("train.micro_batch_tokens=90",), ("train.max_steps=1",)], ids=str
+)
+def test_no_micro_batch_of_the_run_has_more_tokens(overrides: tuple[str, ...], data_size: int) -> None:
+    plan = plan_of("train.epochs=5", *overrides)
+    trainer = Trainer(plan, CPU, None, Parallel(data_size=1))
+    trainer.parallel = Parallel(data_size=data_size)
+    dealt = [
+        int(plan.train.lengths[group].sum())
+        for step in range(plan.total_steps)
+        for group in trainer.deal(plan.train, trainer.items(step))[0]
+    ]
+    if data_size == 2:
+        trainer.parallel = Parallel(data_size=2, data_rank=1)
+        dealt += [
+            int(plan.train.lengths[group].sum())
+            for step in range(plan.total_steps)
+            for group in trainer.deal(plan.train, trainer.items(step))[0]
+        ]
+    assert int(plan.train.lengths[largest_micro_batch(plan, data_size)].sum()) == max(dealt)
+
+
+def test_a_plan_of_very_many_epochs_has_its_largest_micro_batch_at_once() -> None:
+    assert largest_micro_batch(plan_of("train.epochs=1e9"), 1)
+
+
+def test_memory_that_runs_out_is_told_with_the_documents_and_what_is_safe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rehearse = Trainer.rehearse
+
+    def too_large(trainer: Trainer) -> None:
+        rehearse(trainer)
+        torch.empty(1 << 60)  # the real allocator's error
+
+    monkeypatch.setattr(Trainer, "rehearse", too_large)
+    with pytest.raises(RunError) as told:
+        run(tmp_path / "run")
+    text = str(told.value)
+    longest = max(plan_of().train.lengths)
+    assert text.startswith("out of memory while the largest micro-batch was tried")
+    assert f"documents of {longest}" in text
+    for part in ("weights", "optimizer", "trainable masters", "activations kept"):
+        assert f"  {part}: " in text
+    assert "Every checkpoint that was saved is whole" in text
+    assert "what would help most: " in text
+    assert not (tmp_path / "run" / "latest").exists()

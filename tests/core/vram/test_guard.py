@@ -1,0 +1,77 @@
+"""A run that cannot fit is refused before anything is loaded, with what to change and what that saves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_acc.core.errors import UserError
+from llama_acc.core.parallel import Parallel
+from llama_acc.core.vram import guard
+from llama_acc.core.vram.changes import best_changes
+from llama_acc.core.vram.guard import check_fits, setup_of_run
+from llama_acc.core.vram.predict import predict
+from tests.core.tiny import CPU
+from tests.core.train.runs import plan_of, run
+from tests.core.vram.setups import NF4, setup
+
+GPU = torch.device("cuda")
+
+
+def test_the_largest_micro_batch_of_the_data_is_what_is_predicted() -> None:
+    plan = plan_of("train.batch_size=2")
+    found = setup_of_run(plan, 1, "cpu")
+    assert len(found.lengths) == 2
+    assert found.tokens >= max(plan.train.lengths)
+    assert found.labels is not None
+    assert 0 < found.labels < found.tokens
+    assert found.micro_batches == 4
+
+
+def test_a_run_that_does_not_fit_is_refused_with_three_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of("train.batch_size=4", "train.activation_checkpointing=false")
+    needed = predict(setup_of_run(plan, 1, "cuda")).training.allocated
+    monkeypatch.setattr(guard, "free_memory", lambda device: needed)
+    check_fits(plan, Parallel(), GPU)
+    monkeypatch.setattr(guard, "free_memory", lambda device: needed - 1)
+    with pytest.raises(UserError) as told:
+        check_fits(plan, Parallel(), GPU)
+    assert "the run does not fit: it takes" in told.value.message
+    assert "activations kept: " in told.value.message
+    assert told.value.hint is not None
+    assert told.value.hint.count("(saves ") == 3
+    assert "train.activation_checkpointing=true" in told.value.hint
+    assert "--force" in told.value.hint
+
+
+def test_nothing_is_loaded_or_written_and_force_starts_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "free_memory", lambda device: 1 << 20)
+    with pytest.raises(UserError, match="does not fit"):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run(tmp_path / "run", "train.max_steps=1", force=True)
+    assert (tmp_path / "run" / "latest").exists()
+
+
+def test_a_small_run_is_not_simulated_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "apart", lambda *_: pytest.fail("it was"))
+    check_fits(plan_of(), Parallel(), CPU)
+
+
+def test_changes_that_leave_the_run_what_it_is_come_first_and_save_what_they_say() -> None:
+    run = setup("train.activation_checkpointing=false", lengths=(256, 256), micro_batches=2)
+    total = predict(run).training.total
+    changes = best_changes(run, total - 1)
+    assert [change.keys for change in changes[:2] if change.keeps_the_run] != []
+    for change in changes:
+        assert change.total + change.saves == total
+    (checkpointing,) = (change for change in changes if change.keys == "train.activation_checkpointing=true")
+    again = setup("train.activation_checkpointing=true", lengths=(256, 256), micro_batches=2)
+    assert checkpointing.total == predict(again).training.total
+
+
+def test_what_is_done_already_is_not_proposed() -> None:
+    run = setup("tuning.method=lora", *NF4, lengths=(100,))
+    assert best_changes(run, 0) == []

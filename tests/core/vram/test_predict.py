@@ -1,0 +1,144 @@
+"""The parts against counts by hand, for small models; ranks, moments and work."""
+
+from dataclasses import replace
+
+import pytest
+
+from llama_acc.core.vram.gpus import kinds, overhead
+from llama_acc.core.vram.hours import Texts, gpu_hours, read_texts, work_of
+from llama_acc.core.vram.kernels import _FLASH_BACKWARD, workspace
+from llama_acc.core.vram.predict import predict, predict_generation
+from llama_acc.core.vram.simulation import simulate_training
+from tests.core.vram.setups import NF4, SMALL, setup
+
+DIM, LAYERS, VOCABULARY, HIDDEN, KEYS = 128, 3, 1000, 512, 64
+BLOCK = 2 * DIM * DIM + 2 * DIM * KEYS + 3 * DIM * HIDDEN
+MATRICES = LAYERS * BLOCK
+PARAMETERS = MATRICES + 2 * VOCABULARY * DIM + (2 * LAYERS + 1) * DIM
+BIASES = LAYERS * (2 * DIM + 2 * KEYS + 2 * HIDDEN + DIM)
+TRAINED = BIASES + (2 * LAYERS + 1) * DIM  # bias_norm
+ROTATIONS = 8 * 16  # of a position: 16 complex64 numbers, half of a head
+
+
+def parts(*overrides: str, **options: object) -> dict[str, int]:
+    return predict(setup(*overrides, **options)).training.parts  # type: ignore[arg-type]
+
+
+def test_the_small_model_is_what_is_counted_here() -> None:
+    run = setup()
+    assert run.config.parameter_count() == PARAMETERS
+    assert (run.config.dim, run.config.hidden_dim, run.config.kv_dim) == (DIM, HIDDEN, KEYS)
+    assert SMALL["n_layers"] == LAYERS
+
+
+def test_full_tuning_keeps_sixteen_bytes_a_parameter() -> None:
+    found = parts(micro_batches=2)
+    assert found["trainable masters"] == 4 * PARAMETERS
+    # A moment is kept twice, and the number of steps for each tensor.
+    assert found["optimizer"] == 8 * PARAMETERS + 4 * (LAYERS * 9 + 3)
+    assert found["gradients"] == pytest.approx(4 * PARAMETERS, abs=8)  # and the loss
+    assert found["weights"] == found["quantisation state"] == 0
+
+
+def test_what_does_not_train_is_kept_once_and_in_two_bytes() -> None:
+    found = parts("tuning.method=bias_norm", micro_batches=2)
+    assert found["weights"] == 2 * (PARAMETERS - (2 * LAYERS + 1) * DIM)
+    assert found["trainable masters"] == 4 * TRAINED
+    assert found["gradients"] == pytest.approx(4 * TRAINED, abs=8)
+
+
+def test_nf4_is_half_a_byte_and_its_scales() -> None:
+    found = parts("tuning.method=bias_norm", *NF4)
+    quantised = MATRICES + VOCABULARY * DIM
+    assert found["weights"] == quantised // 2 + 2 * VOCABULARY * DIM
+    blocks = quantised // 64
+    sizes = LAYERS * [DIM * DIM, DIM * DIM, DIM * KEYS, DIM * KEYS, *(3 * [DIM * HIDDEN])] + [VOCABULARY * DIM]
+    nested = sum(4 * -(-(size // 64) // 256) + 4 for size in sizes)
+    assert found["quantisation state"] == blocks + nested
+
+
+def test_activation_checkpointing_keeps_the_input_of_each_block() -> None:
+    run = setup("tuning.method=bias_norm", lengths=(256,), device_type="cpu")
+    tracker = simulate_training(run)
+    kept = [a for a in tracker._allocations if tracker._purpose(a) == "activations kept"]
+    inputs = (LAYERS + 1) * 256 * DIM * 2  # the head's, too
+    rotations = (512 + 256) * ROTATIONS  # of all positions, and of those of the batch
+    assert sum(allocation.nbytes for allocation in kept) == pytest.approx(inputs + rotations, abs=8)
+
+
+def test_every_byte_of_the_peak_belongs_to_a_part_and_the_peak_is_at_a_moment() -> None:
+    for device_type in ("cpu", "cuda"):
+        usage = predict(setup(device_type=device_type)).training
+        assert usage.total == sum(usage.parts.values())
+        assert usage.moment.split(" of block ")[0] in ("forward", "loss", "backward", "optimizer step")
+    assert usage.parts["CUDA context"] == overhead().context
+    assert usage.allocated + usage.parts["allocator slack"] == usage.reserved
+
+
+def test_generation_keeps_keys_and_values_of_every_position() -> None:
+    usage = predict_generation(setup("tuning.method=bias_norm"), 256)
+    assert usage.parts["KV cache"] == LAYERS * 2 * KEYS * 256 * 2
+    assert usage.parts["weights"] == 2 * (PARAMETERS + BIASES)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "sdp", "fsdp"])
+def test_ranks_share_what_their_mode_shares(mode: str) -> None:
+    alone = parts(micro_batches=2)
+    four = parts(f"parallel.data_parallel={mode}", micro_batches=2, world_size=4)
+    shared = 1 if mode == "ddp" else 4
+    assert four["trainable masters"] == pytest.approx(alone["trainable masters"] / shared, rel=0.01)
+    assert four["optimizer"] == pytest.approx(alone["optimizer"] / shared, rel=0.01)
+    gradients = 4 if mode == "fsdp" else 1
+    assert four["gradients"] == pytest.approx(alone["gradients"] / gradients, rel=0.35)
+    assert four["communication buffers"] > alone["communication buffers"] == 0
+
+
+def test_model_parallel_ranks_have_their_part_of_every_matrix() -> None:
+    two = parts("tuning.method=lora", "parallel.model_parallel_size=2", world_size=2)
+    norms = 2 * (2 * LAYERS + 1) * DIM
+    assert two["weights"] - norms == (parts("tuning.method=lora")["weights"] - norms) // 2
+
+
+def test_more_ranks_than_anybody_has_are_as_quick() -> None:
+    few, many = (parts("parallel.data_parallel=fsdp", world_size=size) for size in (8, 4096))
+    assert many["optimizer"] < few["optimizer"]
+
+
+def test_work_is_that_of_the_matrices_of_attention_and_of_the_head() -> None:
+    # Nothing but LoRA trains, and nothing is computed again: forward, and the gradients of the inputs.
+    run = setup("tuning.method=bias_norm", "train.activation_checkpointing=false")
+    work = work_of(run)
+    assert work.by_token == pytest.approx(2 * 2 * MATRICES, rel=0.01)
+    assert work.by_label == 2 * 2 * VOCABULARY * DIM
+    # Scores and their product with the values; in the backward pass the scores again, and four gradients of such size.
+    assert work.by_pair == pytest.approx(LAYERS * DIM * (4 + 10), rel=0.3)
+    length = 100
+    counted = predict(replace(run, lengths=(length,), labels=length)).flops
+    assert work.of(length, length**2, length) == pytest.approx(counted, rel=1e-6)
+
+
+def test_gpu_hours_are_work_over_rate() -> None:
+    run = setup("tuning.method=bias_norm")
+    work, kind = work_of(run), kinds()["a100-80gb"]
+    texts = Texts(10, 1000.0, 500.0, 100_000.0)
+    operations = 3 * work.of(1000.0, 100_000.0, 500.0)
+    assert gpu_hours(work, texts, 3, kind, 0.5) == pytest.approx(operations / (312e12 * 0.5) / 3600)
+
+
+def test_squared_lengths_follow_from_the_quantiles(tmp_path: object) -> None:
+    import json
+    from pathlib import Path
+
+    lengths = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
+    path = Path(str(tmp_path)) / "data.json"
+    path.write_text(json.dumps({"items": 10, "tokens": 500, "label_tokens": 100, "lengths": lengths}))
+    assert read_texts(path).squares == pytest.approx(10 * 100**2 / 3)  # evenly between 0 and 100
+
+
+def test_flash_attention_sums_the_queries_gradients_in_float32() -> None:
+    import torch
+
+    q = torch.empty(1, 4, 100, 40, dtype=torch.bfloat16)
+    k = torch.empty(1, 2, 100, 40, dtype=torch.bfloat16)
+    # 100 rows are 128, a width of 40 is 64; one number a row; keys and values of four heads.
+    assert workspace(_FLASH_BACKWARD, (None, q, k)) == 4 * 128 * 4 * (64 + 1) + 2 * 4 * 100 * 40 * 2
