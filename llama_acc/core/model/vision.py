@@ -313,16 +313,26 @@ class ClipTower(Tower):
         return self.visual_projection(self.vision_model.post_layernorm(seen))
 
 
+def check_towers_can_be_made(vision: Vision | None) -> None:
+    """Refuses to go on without what a frozen encoder needs.
+
+    Raises:
+        UserError: transformers is not there.
+    """
+    is_needed = vision is not None and not vision.trains_encoder
+    if is_needed and importlib.util.find_spec("transformers") is None:
+        raise UserError(
+            "images need the package transformers, which is not installed", "pip install 'llama-acc[vision]'"
+        )
+
+
 def tower_on_meta(vision: Vision, dtype: torch.dtype) -> Tower:
     """A kind's tower in a type, without storage.
 
     Raises:
         UserError: transformers is not there.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise UserError(
-            "images need the package transformers, which is not installed", "pip install 'llama-acc[vision]'"
-        )
+    check_towers_can_be_made(vision)
     assert isinstance(vision, QFormerVision | ClipVision)
     with torch.device("meta"):
         tower = QFormerTower(vision) if isinstance(vision, QFormerVision) else ClipTower(vision)

@@ -29,6 +29,7 @@ from llama_acc.core.model.nf4 import nbytes, packed_shape
 from llama_acc.core.model.sharding import check_divides
 from llama_acc.core.model.transformer import Transformer, build_on_meta, freeze_untrained, quantise_on_meta
 from llama_acc.core.model.tuning import FULL, Shapes, check_tuning
+from llama_acc.core.model.vision import check_towers_can_be_made
 from llama_acc.core.parallel import Parallel
 from llama_acc.core.recipe import RECIPES_FOLDER, Recipe
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
@@ -305,6 +306,7 @@ def find_shape(
     """
     layouts = _layouts(recipe, weights_may_be_absent)
     config = _with_tuning(recipe, _with_vision(recipe, _config(recipe, layouts, recipe_folder)))
+    check_towers_can_be_made(config.vision)
     check_base(layouts, config)
     for layout in layouts:
         _check_quantised(recipe, layout)

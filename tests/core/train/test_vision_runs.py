@@ -1,6 +1,7 @@
 """Runs with images: the same numbers however they are dealt, cached or stopped; checkpoints anybody can go on with."""
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -326,6 +327,32 @@ def test_recipes_that_cannot_see_are_refused(words: list[str], message: str) -> 
     with pytest.raises(UserError) as caught:
         quickstart(*words)
     assert message in str(caught.value)
+
+
+def test_without_transformers_a_run_says_what_to_install(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for act in (
+        lambda: run(tmp_path / "run", *overrides_of("qformer", alone)),
+        lambda: load_model(alone / "clip", device="cpu"),
+    ):
+        with pytest.raises(UserError, match="need the package transformers") as caught:
+            act()
+        assert "pip install 'llama-acc[vision]'" in str(caught.value)
+    assert load_model(alone / "tiny", device="cpu").vision == TINY
+
+
+def test_all_of_a_llama_trains_beside_a_frozen_tower_and_goes_on_bitwise(tmp_path: Path) -> None:
+    llama, tower = base_folders(tmp_path)
+    words = words_for(QFORMER, write_data(tmp_path / "data"), f"model.pretrained=[{llama}, {tower}]")
+    run(tmp_path / "whole", *words)
+    run(tmp_path / "stopped", *words, "train.max_steps=3")
+    run(tmp_path / "stopped", *words, resume=True)
+    ours, theirs = (saved_weights(tmp_path / name / "epoch1") for name in ("stopped", "whole"))
+    assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
+    before = read_weights([inspect(tower)]).tensors
+    assert all(torch.equal(theirs[f"llma.{key}"], part.to(part.dtype)) for key, part in before.items())
 
 
 def test_a_dry_run_counts_the_tower_and_the_images(alone: Path, tmp_path: Path) -> None:
