@@ -11,15 +11,15 @@ import typer
 
 from llama_acc.cli import console, options
 from llama_acc.cli.stopping import leave_on_sigterm
-from llama_acc.core.errors import UserError, did_you_mean
+from llama_acc.core.errors import RunError, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from llama_acc.core.data.convert.run import Conversion, Found, Progress, Request
 
 HELP = """Convert data to what `finetune` takes, and check it.
 
-Reads .json, .jsonl, .csv and .tsv, also with .gz or .zst behind, of any size. Without INPUT, what `llama-acc download`
-has brought is converted.
+Reads .json, .jsonl, .csv and .tsv, also with .gz, .zst or .zip behind, and .parquet, of any size. Without INPUT, what
+`llama-acc download` has brought is converted.
 
 Examples:
 
@@ -86,9 +86,8 @@ def _mapping(values: list[str]) -> list[str]:
         if not value.partition("=")[2]:
             raise typer.BadParameter(f"{value!r} is not FIELD=COLUMN, such as instruction=question.")
         if name not in FIELDS:
-            raise typer.BadParameter(
-                f"unknown field {name!r} {did_you_mean(name, FIELDS)}".strip() + f" It is one of: {', '.join(FIELDS)}."
-            )
+            hint = did_you_mean(name, FIELDS) or f"it is one of {', '.join(FIELDS)}."
+            raise typer.BadParameter(f"unknown field {name!r}: {hint}")
         if names.count(name) > 1:
             raise typer.BadParameter(f"{name} is given twice.")
     return values
@@ -321,7 +320,12 @@ def _to_stdout(request: "Request") -> None:
 
     with console.ByteProgress() as progress:
         conversion = Conversion(request, progress=_named(progress), on_found=_say_found)
-        write_items(conversion, Items(sys.stdout.buffer, LINES))
+        try:
+            write_items(conversion, Items(sys.stdout.buffer, LINES))
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise RunError(f"cannot write to standard output: {error.strerror or error}") from error
     _say(conversion)
     console.note(_counts(conversion))
 

@@ -85,7 +85,7 @@ class DownloadProgress:
             if self._progress is not None:
                 self._bar(f"{doing} {name}", done, total)
             else:
-                self._line(lambda: f"{doing} {name}: {size(done)} of {size(total)}")
+                self._line(lambda: f"{doing} {name}: {console.size(done)} of {console.size(total)}")
 
     def finished(self, name: str) -> None:
         """A file is whole and has its name."""
@@ -116,16 +116,8 @@ class DownloadProgress:
         done = sum(self._files.values())
         rate = (done - sum(self._had.values())) / max(self._clock() - self._since, 1e-9)
         name = next(iter(self._files)) if self._count == 1 else f"{self._finished} of {self._count} files"
-        of_all = "" if self._total is None else f" of {size(self._total)}"
+        of_all = "" if self._total is None else f" of {console.size(self._total)}"
         left = ""
         if self._total is not None and rate > 0:
             left = f", {console.duration(max(self._total - done, 0) / rate)} left"
-        return f"{name}: {size(done)}{of_all}, {size(round(rate))}/s{left}"
-
-
-def size(count: int) -> str:
-    """Bytes as people say them: 512 B, 9.2 MiB, 33.5 GiB."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= unit:
-            return f"{count / unit:,.1f} {name}"
-    return f"{count} B"
+        return f"{name}: {console.size(done)}{of_all}, {console.size(round(rate))}/s{left}"

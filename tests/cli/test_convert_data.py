@@ -89,6 +89,15 @@ def test_pipes(words: tuple[str, ...]) -> None:
     assert "2 items of 2 rows" in finished.stderr
 
 
+def test_standard_output_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    with open("/dev/full", "w") as full, start("convert-data", "alpaca", "-", stdout=full) as process:
+        _, said = process.communicate(json.dumps([ROW]), timeout=60)
+    assert process.returncode == 1
+    assert "cannot write to standard output: No space left on device" in said
+
+
 def test_a_reader_that_leaves_ends_it_quietly(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", *[ROW] * 50_000)
     process = start("convert-data", "alpaca", source)

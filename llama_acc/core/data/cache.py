@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
 from llama_acc.core.data.encode import ENCODER_VERSION
@@ -229,18 +229,34 @@ def _write_whole(path: Path, write: Write, vocab_size: int) -> None:
 @contextlib.contextmanager
 def _alone(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
     """Holds a lock that goes with the process, however that ends. Where there are none, two may do the same work."""
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            _logger.debug("no locks on %s", path.parent)
+    lock = _locked(path, waiting)
+    while not _is_at(lock, path):  # whoever had it has removed it, and the next one makes a new file
+        lock.close()
+        lock = _locked(path, waiting)
+    with lock:
         try:
             yield
         finally:
             _remove(path)
+
+
+def _locked(path: Path, waiting: Callable[[], None]) -> IO[str]:
+    lock = path.open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        waiting()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:
+        _logger.debug("no locks on %s", path.parent)
+    return lock
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _make_room(folder: Path, room: int) -> bool:

@@ -21,8 +21,8 @@ from llama_acc.core.errors import DataError, UserError, did_you_mean
 FORMATS = ("auto", "single_turn", "dialogue", "single_turn_llava")
 YAML_SUFFIXES = (".yaml", ".yml")
 _TRIED = 1000
-# Beside the data in a folder that was downloaded; not data itself.
-_NOT_DATA = ("manifest.json", "data.json")
+# Beside the data in a folder that was written by us; not data itself.
+_NOT_DATA = ("manifest.json",)
 
 
 @dataclass(frozen=True)

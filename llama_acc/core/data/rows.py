@@ -231,7 +231,7 @@ def _check_header(name: str, names: list[str], required: Sequence[str]) -> None:
         required = ()
     for column in required:
         if column not in names:
-            near = [n for n in names if difflib.get_close_matches(n.lower(), [column], cutoff=0.6)]
+            near = [n for n in names if difflib.get_close_matches(n.lower(), [column.lower()], cutoff=0.6)]
             problems.append(f"{name}: line 1: no column {column!r}" + (f" ({near[0]!r}?)" if near else ""))
     problems += [f"{name}: line 1: column {n!r} twice" for n in sorted(set(names)) if names.count(n) > 1]
     if problems:

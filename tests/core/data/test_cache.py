@@ -48,6 +48,29 @@ def put(chunk: Chunk, key: str) -> Encoded:
         return store.get(key, write, vocab_size=300)
 
 
+def test_of_many_that_want_an_entry_one_at_a_time_writes_it_though_each_fails(llama_acc_home: Path) -> None:
+    guard, writing, at_once = threading.Lock(), 0, []
+
+    def write(writer: EntryWriter) -> None:
+        nonlocal writing
+        with guard:
+            writing += 1
+            at_once.append(writing)
+        time.sleep(0.02)  # so that the others come meanwhile
+        with guard:
+            writing -= 1
+        raise UserError("wrong data")
+
+    def want(_: int) -> None:
+        for _ in range(5):
+            with EntryStore() as store, pytest.raises(UserError, match="wrong data"):
+                store.get("k", write, vocab_size=300)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(want, range(4)))
+    assert at_once == [1] * 20
+
+
 def found(key: str) -> Encoded | None:
     with EntryStore() as store:
         return store.find(key)

@@ -65,11 +65,12 @@ def test_csv_is_separated_by_tabs_or_commas(tmp_path: Path, separator: str) -> N
 
 
 def test_a_folder_stands_for_its_data_files_in_order(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.json", "c.csv", "README.md", "manifest.json", ".hidden.json"):
+    for name in ("b.jsonl", "a.json", "c.csv", "data.json", "README.md", "manifest.json", ".hidden.json"):
         write(tmp_path / name, "x")
     (tmp_path / "sub.json").mkdir()
-    assert [file.name for file in data_files(tmp_path)] == ["a.json", "b.jsonl", "c.csv"]
-    assert [file.name for file in data_files(tmp_path / "*.json*")] == ["a.json", "b.jsonl", "manifest.json"]
+    assert [file.name for file in data_files(tmp_path)] == ["a.json", "b.jsonl", "c.csv", "data.json"]
+    globbed = [file.name for file in data_files(tmp_path / "*.json*")]
+    assert globbed == ["a.json", "b.jsonl", "data.json", "manifest.json"]
 
 
 def test_a_file_may_have_a_globs_characters_in_its_name(tmp_path: Path) -> None:

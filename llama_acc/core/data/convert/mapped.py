@@ -18,7 +18,9 @@ class Mapped(Rule):
     def _context(self, row: Row) -> str:
         mapping = self.options.mapping
         if "input" in mapping:
-            return text_of(row, mapping["input"])  # what was named has to be there
+            column = mapping["input"]
+            # What was named has to be there, though a row may have nothing in it.
+            return optional_text(row, column) if column in row else text_of(row, column)
         return "" if "input" in mapping.values() else optional_text(row, "input")
 
 

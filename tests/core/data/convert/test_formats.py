@@ -117,6 +117,8 @@ def test_columns_are_mapped(tmp_path: Path) -> None:
     mapping = {"instruction": "q", "output": "a"}
     assert convert_rows("jsonl", [row], tmp_path, mapping={**mapping, "input": "ctx"})[0] == [{**ONE, "input": "c"}]
     assert convert_rows("jsonl", [{"q": "a", "a": "b"}], tmp_path, mapping=mapping)[0] == [ONE]
+    nothing = {"q": "a", "ctx": None, "a": "b"}
+    assert convert_rows("jsonl", [nothing], tmp_path, mapping={**mapping, "input": "ctx"})[0] == [ONE]
     table = tmp_path / "a.csv"
     table.write_text('q,a\na,b\n"a",b\n', encoding="utf-8")
     assert convert_file("csv", table, mapping=mapping)[0] == [ONE, ONE]
@@ -125,6 +127,8 @@ def test_columns_are_mapped(tmp_path: Path) -> None:
 def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
     table = tmp_path / "a.csv"
     table.write_text("question\tanswer\na\tb\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"no column 'Question' \('question'\?\)"):
+        convert_file("csv", table, mapping={"instruction": "Question", "output": "answer"})
     with pytest.raises(DataError, match=r"no column 'instruction'") as caught:
         convert_file("csv", table)
     assert "question, answer" in str(caught.value.hint)
