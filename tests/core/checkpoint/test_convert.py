@@ -219,6 +219,26 @@ def test_tokenizer_template_and_recipe_come_along(tokenizer_path: Path, tmp_path
     assert {"tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"} <= present
 
 
+@pytest.mark.parametrize(
+    ("given", "inputs"),
+    [
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, ["input_ids", "attention_mask"]),
+        ({"eos_token": "</s>"}, ["input_ids", "attention_mask"]),
+        ({"tokenizer_class": "LlamaTokenizer"}, None),
+        ({"model_input_names": ["input_ids"]}, ["input_ids"]),
+    ],
+)
+def test_a_generic_tokenizer_gives_only_what_a_llama_takes(
+    given: dict[str, Any], inputs: list[str] | None, tmp_path: Path
+) -> None:
+    source = write_meta(tmp_path / "source", state())
+    (source / "tokenizer.json").write_text("{}")
+    (source / "tokenizer_config.json").write_text(json.dumps(given))
+    hf = converted(source, tmp_path / "hf", "hf")
+    expected = given if inputs is None else {**given, "model_input_names": inputs}
+    assert json.loads((hf / "tokenizer_config.json").read_text()) == expected
+
+
 def test_a_hugging_face_folder_is_loaded_directly(tokenizer_path: Path, tmp_path: Path) -> None:
     from llama_acc.core.tokenizer import load_tokenizer
 

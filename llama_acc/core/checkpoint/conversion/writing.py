@@ -99,12 +99,24 @@ def _describe_huggingface(plan: Plan, folder: Path) -> None:
     dtype = str(plan.dtypes["output.weight"]).removeprefix("torch.")
     config = huggingface_config(plan.config, dtype, plan.tied, special_ids(plan.found.layouts))
     _write_json(folder / "config.json", config)
-    if (folder / SENTENCEPIECE_FILE).exists() and not (folder / CONFIG_FILE).exists():
-        # Without it transformers 5 leaves BOS out and splits the first word otherwise.
-        _write_json(folder / CONFIG_FILE, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True})
+    _describe_tokenizer(folder)
     if len(plan.files) > 1:
         places = {entry.name: name for name, entries in plan.files.items() for entry in entries}
         _write_json(folder / INDEX_FILE, {"metadata": {"total_size": plan.nbytes}, "weight_map": places})
+
+
+def _describe_tokenizer(folder: Path) -> None:
+    """Says what transformers would take otherwise, where nothing says it."""
+    path = folder / CONFIG_FILE
+    if (folder / SENTENCEPIECE_FILE).exists() and not path.exists():
+        # Without it transformers 5 leaves BOS out and splits the first word otherwise.
+        _write_json(path, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True})
+    elif path.exists():
+        values = json.loads(path.read_text(encoding="utf-8"))
+        is_generic = values.get("tokenizer_class") in (None, "PreTrainedTokenizerFast")
+        if is_generic and "model_input_names" not in values:
+            # The generic class gives token_type_ids besides, which a LLaMA's `generate` refuses in transformers 4.
+            _write_json(path, values | {"model_input_names": ["input_ids", "attention_mask"]})
 
 
 def _describe_shards(plan: Plan, folder: Path) -> None:
