@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from llama_acc.core.vram import published
 from llama_acc.core.vram.predict import PARTS
+from llama_acc.core.vram.request import setup_of
 from tests.cli.commands import invoke, refused
 
 TINY = "model.params={dim: 64, n_layers: 2, n_heads: 4, multiple_of: 16, vocab_size: 300, max_seq_len: 512}"
@@ -100,3 +102,33 @@ def test_gpu_hours_of_a_data_set(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_meant_is_refused(arguments: tuple[str, ...], parts: tuple[str, ...]) -> None:
     refused(invoke("benchmark-vram", *arguments), *parts)
+
+
+def test_published_figures_stand_beside_predictions_of_the_same_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The real table takes minutes; every run of it is one that can be predicted.
+    setups = {name: setup_of(request) for name, request in published.published_runs().items()}
+    assert sorted({name.split(":")[0] for name in setups}) == ["LLaMA2-Accessory", "litgpt", "torchtune"]
+    assert any(setup.config.vision is not None for setup in setups.values())
+    run = {"recipe": "alpaca", "batch_size": 1, "max_tokens": 64, "overrides": [TINY, "model.max_seq_len=512"]}
+    row = {"who": "Somebody", "what": "tiny", "training": 9, "inference": 0.5, "run": run, "why": "another program"}
+    texts = {"items": 10, "tokens": 50.0, "labels": 20.0, "squares": 2600.0}
+    timed = {
+        "who": "Somebody",
+        "what": "tiny",
+        "hours": 1,
+        "kind": "a100-80gb",
+        "epochs": 2,
+        "run": run,
+        "texts": texts,
+    }
+    monkeypatch.setattr(
+        published, "_table", lambda: {"memory": [row], "hours": [{**timed, "run": run, "texts": texts}]}
+    )
+    result = invoke("benchmark-vram", "--published")
+    assert result.exit_code == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines() if line.startswith("Somebody")]
+    assert rows[0][:4] == ["Somebody", "tiny,", "training", "9"]
+    assert rows[1][:4] == ["Somebody", "tiny,", "inference", "0.5"]
+    assert "Somebody, tiny, training: another program" in result.stdout
+    assert "Somebody, tiny, inference: another program" not in result.stdout  # it agrees
+    assert "Somebody: tiny" in result.stdout
