@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 _BEGINNING = 60
 """Characters of a value that are shown."""
+MOST_PROBLEMS = 1000
+"""Of a file that is not to be used with problems: with so many of them, reading on helps nobody."""
 
 
 class Kind(NamedTuple):

@@ -17,7 +17,7 @@ from llama_acc.core.data.dataset import DataFile, Dataset, Rows
 from llama_acc.core.data.entry import Encoded, EntryWriter
 from llama_acc.core.data.files import data_suffix
 from llama_acc.core.data.findings import KINDS as FINDINGS
-from llama_acc.core.data.findings import Finding
+from llama_acc.core.data.findings import MOST_PROBLEMS, Finding
 from llama_acc.core.data.prepare import KEPT_PLACES, Batch, Job
 from llama_acc.core.data.readers import Checked, raise_together, stream_items, unreadable
 from llama_acc.core.data.sources import Fetch, FileSpec, SourceLike, expand
@@ -202,7 +202,7 @@ class _FileReader:
         return self._bytes / self._size
 
     def batches(self) -> Iterator[Batch]:
-        """Once something is wrong that is not to be skipped, the rest is only checked.
+        """Once something is wrong that is not to be skipped, the rest is only checked, up to `MOST_PROBLEMS`.
 
         Raises:
             UserError: something is wrong, at the end: all of it together.
@@ -213,10 +213,14 @@ class _FileReader:
             while batch := list(islice(rows, _BATCH)):
                 if self._skips or not self.skipped:
                     yield batch
+                elif len(self.skipped) >= MOST_PROBLEMS:
+                    break
         except UserError as error:
             errors.append(error)
         if self.skipped and not self._skips:
-            errors.insert(0, DataError([f"{self._path}: {problem}" for problem in self.skipped]))
+            ended = f"reading ended after {MOST_PROBLEMS:,} problems; llama-acc convert-data makes items of other forms"
+            hint = ended if len(self.skipped) >= MOST_PROBLEMS else None
+            errors.insert(0, DataError([f"{self._path}: {problem}" for problem in self.skipped[:MOST_PROBLEMS]], hint))
         raise_together(errors)
 
     def _rows(self) -> Iterator[tuple[int, Checked]]:

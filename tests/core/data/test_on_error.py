@@ -9,6 +9,7 @@ import pytest
 
 from llama_acc.core.data import load as load_module
 from llama_acc.core.data.dataset import Dataset
+from llama_acc.core.data.findings import MOST_PROBLEMS
 from llama_acc.core.data.load import OnError, load_dataset
 from llama_acc.core.data.sources import Source
 from llama_acc.core.errors import DataError, UserError
@@ -133,3 +134,11 @@ def test_a_split_keeps_origins_with_skipped_rows(tmp_path: Path, tokenizer: Toke
     origins = sorted(part.origin(i) for part in (train, held) for i in range(len(part)))
     assert origins == sorted(dataset.origin(i) for i in range(9))
     assert np.array_equal(np.sort(np.concatenate([train.lengths, held.lengths])), np.sort(dataset.lengths))
+
+
+def test_a_file_in_which_all_is_wrong_is_not_read_to_its_end(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write(tmp_path / "a.jsonl", [{"what": "is this"}] * 5 * MOST_PROBLEMS)
+    with pytest.raises(DataError, match=f"{MOST_PROBLEMS} problems in the data") as caught:
+        load(tokenizer, path, on_error="stop")
+    assert "reading ended after 1,000 problems" in str(caught.value.hint)
+    assert caught.value.problems[-1].startswith(f"{path}: item {MOST_PROBLEMS // 2} ")

@@ -12,11 +12,10 @@ from llama_acc.core.data.convert.mapped import required_columns
 from llama_acc.core.data.convert.rules import Malformed, Options, Record, Rule, Skipped
 from llama_acc.core.data.convert.writing import LINES, Items, Layout, encoded, layout_of, whole_file
 from llama_acc.core.data.files import data_suffix, nearest_names
+from llama_acc.core.data.findings import MOST_PROBLEMS
 from llama_acc.core.data.rows import SUFFIXES, Row, stream_rows, stream_rows_from, type_name
 from llama_acc.core.errors import DataError, UserError, listed
 
-MOST_PROBLEMS = 1000
-"""With so many of them, reading on helps nobody."""
 _LOOKED_AT = 100
 """How many of the first rows may be unreadable before a file's format is found."""
 

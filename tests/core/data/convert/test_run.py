@@ -12,11 +12,11 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_acc.core.data.convert import run
 from llama_acc.core.data.convert.formats import FORMATS
 from llama_acc.core.data.convert.rules import Options
 from llama_acc.core.data.convert.run import Conversion, Request, convert
 from llama_acc.core.data.convert.writing import whole_file
+from llama_acc.core.data.findings import MOST_PROBLEMS
 from llama_acc.core.data.items import SingleTurn
 from llama_acc.core.data.readers import read_file
 from llama_acc.core.errors import DataError, RunError, UserError
@@ -145,10 +145,10 @@ def test_a_file_that_breaks_off_is_an_error_even_if_rows_may_be_left_out(tmp_pat
 
 
 def test_with_a_thousand_problems_reading_ends(tmp_path: Path) -> None:
-    source = write(tmp_path / "in.jsonl", [{}] * (run.MOST_PROBLEMS + 5))
+    source = write(tmp_path / "in.jsonl", [{}] * (MOST_PROBLEMS + 5))
     with pytest.raises(DataError) as caught:
         convert(Request("alpaca", [source]), tmp_path / "out.jsonl")
-    assert len(caught.value.problems) == run.MOST_PROBLEMS
+    assert len(caught.value.problems) == MOST_PROBLEMS
     assert "reading ended after 1,000 problems" in str(caught.value.hint)
 
 
