@@ -347,7 +347,7 @@ def test_a_later_checkpoint_overrides_an_earlier_one(folder: Path, tmp_path: Pat
     shutil.copy(folder / "tokenizer.model", tmp_path)
     model = load_model(folder, tmp_path, device="cpu").model
     assert (model.norm.weight == 3).all()
-    with pytest.raises(UserError, match="do not fit the model"):
+    with pytest.raises(UserError, match="holds only what was trained, and not on top of which base"):
         (tmp_path / "config.json").write_text(json.dumps(SMALL.to_params()))
         load_model(tmp_path, device="cpu")
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from llama_acc.core.data.encode import documents
 from llama_acc.core.data.findings import KINDS
-from llama_acc.core.data.items import Dialogue, SingleTurn, item_of
+from llama_acc.core.data.items import Dialogue, item_of
 from llama_acc.core.data.readers import read_file, stream_items
 from llama_acc.core.data.rows import Row, stream_rows_from
 from llama_acc.core.data.survey import Findings
@@ -161,7 +161,12 @@ def test_a_row_is_an_item_or_it_is_said_why_not(value: Any, kind: str) -> None:
         assert said.startswith("item 7: ")
         said.encode("utf-8")
         assert "\n" not in said
-    for text in item if isinstance(item, SingleTurn) else [turn[1] for turn in item.turns] if item else []:
+    if item is None:
+        return
+    texts = (
+        [turn[1] for turn in item.turns] if isinstance(item, Dialogue) else [item.instruction, item.input, item.output]
+    )
+    for text in (*texts, *item.images):
         assert text is None or text.encode("utf-8") is not None
 
 
