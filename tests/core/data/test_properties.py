@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from llama_acc.core.data.encode import documents
 from llama_acc.core.data.findings import KINDS
-from llama_acc.core.data.items import Dialogue, item_of
+from llama_acc.core.data.items import Dialogue, SingleTurn, item_of
 from llama_acc.core.data.readers import read_file, stream_items
 from llama_acc.core.data.rows import Row, stream_rows_from
 from llama_acc.core.data.survey import Findings
