@@ -67,7 +67,8 @@ def dry_run(
         check_disk(plan, output)
     target = pick_device(device)
     if output is not None:
-        folder = RunFolder(output, resume=False)
+        folder = RunFolder(output)
+        folder.open(resume=False)
         folder.write_recipe(plan.recipe)
         folder.write_data_report(plan.report)
         folder.close()

@@ -40,20 +40,27 @@ _MAY_CHANGE = {
 class RunFolder:
     """The `--output` of a run, locked while it lives. The lock goes with the process, however that ends."""
 
-    def __init__(self, path: Path, *, resume: bool, claim: bool = True) -> None:
-        """Makes and locks the folder.
+    def __init__(self, path: Path) -> None:
+        """Nothing is done before `open`, so that `close` can undo it wherever that was interrupted.
 
         Args:
             path: where it is.
+        """
+        self.path = path
+        self.checkpoint: Path | None = None
+        self._made, self._lock = False, -1
+
+    def open(self, *, resume: bool, claim: bool = True) -> None:
+        """Makes and locks the folder, and finds what it holds.
+
+        Args:
             resume: go on from what it holds.
             claim: False for a process that works under another one's lock, after that has it.
 
         Raises:
             UserError: it is a file, cannot be written, is in use, or holds something and `resume` was not asked for.
         """
-        self.path = path
-        self.checkpoint: Path | None = None
-        self._made, self._lock = False, -1
+        path = self.path
         if not claim:
             self.checkpoint = latest_checkpoint(path) if resume else None
             return

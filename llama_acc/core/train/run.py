@@ -90,8 +90,9 @@ def finetune(
     with joined(target, recipe.parallel.model_parallel_size) as parallel:
         if not parallel.is_main:
             events = Quiet()
-        folder = parallel.main_first(lambda: RunFolder(Path(output), resume=resume, claim=parallel.is_main))
+        folder = RunFolder(Path(output))
         try:
+            parallel.main_first(lambda: folder.open(resume=resume, claim=parallel.is_main))
             plan = plan_together(
                 recipe, events, parallel, recipe_folder=recipe_folder, resumes=folder.checkpoint is not None
             )

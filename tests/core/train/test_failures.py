@@ -109,11 +109,13 @@ def test_a_folder_in_use_by_another_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_runs_own_lock_goes_with_its_end(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path, resume=False)
+    folder = RunFolder(tmp_path)
+    folder.open(resume=False)
     with pytest.raises(UserError, match="is in use"):
-        RunFolder(tmp_path, resume=True)
+        RunFolder(tmp_path).open(resume=True)
     folder.close()
-    RunFolder(tmp_path, resume=True).close()
+    folder.open(resume=True)
+    folder.close()
 
 
 def test_a_folder_that_holds_something_is_refused_and_named(tmp_path: Path) -> None:
