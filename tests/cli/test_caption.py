@@ -151,6 +151,13 @@ def test_several_processes_say_the_same(seer: Path, photos: Path) -> None:
     assert [line.get("caption") for line in lines] == [ANSWER] * 3 + [None]
 
 
+def test_a_model_in_four_bits_says_the_same(seer: Path, photos: Path) -> None:
+    result = invoke("caption", "--ckpt", seer, photos, "--json", "--quant", "nf4", "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["caption"] for line in lines] == [ANSWER] * 3
+
+
 def test_chat_takes_an_image(seer: Path, photos: Path, tmp_path: Path) -> None:
     saved = tmp_path / "talk.json"
     talk = f"/image\n/image {tmp_path}/no.png\n/image {photos}/0000.png\nwhat is it?\n/save {saved}\n"
