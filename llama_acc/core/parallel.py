@@ -108,12 +108,10 @@ class Parallel:
         told = self.gather((machine, value if self.leads_machine else None))
         return next(value for name, value in told if name == machine and value is not None)
 
-    def main_first(self, work: Callable[[], _Result]) -> _Result:
-        """Does the same work on every rank, on rank 0 before the others: they find what it has cached."""
-        if self.control is None:
-            return work()
-        result = self.agree(lambda: work() if self.is_main else None)
-        return self.agree(lambda: work() if result is None else result)
+    def main_first(self, work: Callable[[], None]) -> None:
+        """Does the same work once on every rank, on rank 0 before the others: they find what it has made."""
+        self.agree(lambda: work() if self.is_main else None)
+        self.agree(lambda: None if self.is_main else work())
 
     def on_main(self, work: Callable[[], _Result]) -> _Result:
         """Does some work on rank 0; its result, or error, is that of every rank."""

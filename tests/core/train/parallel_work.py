@@ -1,6 +1,7 @@
 """What the processes of tests/core/train/test_parallel.py do."""
 
 import os
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,13 +79,10 @@ def agreement() -> list[str]:
 
     said = []
     with joined(CPU, 1) as parallel:
-        order: list[int] = []
-
-        def work() -> int:
-            order.append(parallel.rank)
-            return parallel.rank * 10
-
-        said.append(f"main_first {parallel.main_first(work)}")
+        times: list[float] = []
+        parallel.main_first(lambda: times.append(time.monotonic()))
+        begun = parallel.gather(times)
+        said.append(f"main_first {[len(each) for each in begun]} {begun[0] < begun[1]}")
         said.append(f"on_main {parallel.on_main(lambda: 'told by ' + os.environ['RANK'])}")
 
         def fails_on_one() -> None:
