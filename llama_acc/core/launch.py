@@ -36,6 +36,7 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousConnectionError,
     RendezvousError,
 )
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
 from llama_acc.core.errors import LlamaAccError, RunError, UserError
 from llama_acc.core.train.interrupt import EXIT_CODES
@@ -120,8 +121,6 @@ def launch(how: Launch, arguments: Sequence[str]) -> None:
     for name in ("torch.distributed.elastic", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
-    # Shared with the agents' own, the workers' store would still hold the addresses of those that died.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // how.processes)))
     network = _network_of(_own_address(how)) if how.nodes > 1 else None
     if network is not None:
@@ -294,6 +293,14 @@ class _Agent(LocalElasticAgent):
         self._received = received
         for process in alive.values():
             process.send_signal(number)
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        """Meets the other machines, before every start of the workers."""
+        handler = worker_group.spec.rdzv_handler
+        assert isinstance(handler, DynamicRendezvousHandler)
+        # The handler would serve the workers the same store again, with the addresses of those that died in it.
+        handler._shared_tcp_store_server = handler._bootstrap_store_info = None
+        super()._rendezvous(worker_group)
 
     def _alive(self) -> Mapping[int, Any]:
         """The running workers by local rank."""
