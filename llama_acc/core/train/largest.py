@@ -1,7 +1,8 @@
 """The micro-batch of a run that has most tokens: the one that needs most memory."""
 
+import heapq
 import math
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,14 @@ _DOCUMENTS = 1 << 24
 _EPOCHS = 1000
 
 
+class _Step(NamedTuple):
+    """An optimizer step that may have the largest micro-batch."""
+
+    score: int
+    number: int
+    items: NDArray[np.int64]
+
+
 def largest_micro_batch(plan: Plan, data_size: int) -> list[int]:
     """Its items, on `data_size` data-parallel ranks.
 
@@ -22,28 +31,39 @@ def largest_micro_batch(plan: Plan, data_size: int) -> list[int]:
     """
     train, lengths = plan.recipe.train, plan.train.lengths
     epochs = min(math.ceil(train.epochs), _EPOCHS, max(1, _DOCUMENTS // len(plan.train)))
-    sums, longest = (np.concatenate(scores) for scores in zip(*_scores(plan, epochs), strict=True))
-    steps = min(len(sums), plan.total_steps)
-    ranked = [np.argsort(-scores[:steps], kind="stable")[:_LOOKED_AT] for scores in (sums, longest)]
+    most: list[_Step] = []
+    longest: list[_Step] = []
+    for epoch in range(epochs):
+        of_epoch = _highest(plan, epoch)
+        most = heapq.nlargest(_LOOKED_AT, [*most, *of_epoch[0]], _rank)
+        longest = heapq.nlargest(_LOOKED_AT, [*longest, *of_epoch[1]], _rank)
+    steps = {step.number: step for step in [*most, *longest]}
     fullest: list[int] = []
-    for step in np.unique(np.concatenate(ranked)).tolist():
-        epoch, within = divmod(step, plan.steps_per_epoch)
-        items = step_items(_order(plan, epoch), within, train.global_batch_size)
+    for number in sorted(steps):
+        items = steps[number].items
         groups = micro_batches(items, lengths, train.batch_size, train.micro_batch_tokens, data_size)
         fullest = max(fullest, *groups, key=lambda group: int(lengths[group].sum()) if group else 0)
     return fullest
 
 
-def _order(plan: Plan, epoch: int) -> NDArray[np.int64]:
-    return epoch_order(len(plan.train), plan.recipe.train.seed, epoch, plan.recipe.train.shuffle)
+def _rank(step: _Step) -> tuple[int, int]:
+    return step.score, -step.number
 
 
-def _scores(plan: Plan, epochs: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """For each epoch its steps' tokens, and the tokens of as many of a step's longest items as a micro-batch takes."""
+def _highest(plan: Plan, epoch: int) -> tuple[list[_Step], list[_Step]]:
+    """An epoch's steps that have most tokens; and those whose longest items, as many as a micro-batch takes, do."""
     train = plan.recipe.train
-    count, size = plan.steps_per_epoch, train.global_batch_size
-    for epoch in range(epochs):
-        lengths = np.zeros(count * size, dtype=np.int64)
-        lengths[: len(plan.train)] = plan.train.lengths[_order(plan, epoch)]
-        by_length = np.sort(lengths.reshape(count, size), axis=1)
-        yield by_length.sum(1), by_length[:, -train.batch_size :].sum(1)
+    first, size = epoch * plan.steps_per_epoch, train.global_batch_size
+    count = min(plan.steps_per_epoch, max(0, plan.total_steps - first))
+    order = epoch_order(len(plan.train), train.seed, epoch, train.shuffle)[: count * size]
+    lengths = np.zeros(count * size, dtype=plan.train.lengths.dtype)
+    lengths[: len(order)] = plan.train.lengths[order]
+    by_length = lengths.reshape(count, size)
+    by_length.sort(axis=1)
+    sums, longest = by_length.sum(1, dtype=np.int64), by_length[:, -train.batch_size :].sum(1, dtype=np.int64)
+
+    def chosen(scores: NDArray[np.int64]) -> list[_Step]:
+        highest = np.argsort(-scores, kind="stable")[:_LOOKED_AT].tolist()
+        return [_Step(int(scores[i]), first + i, step_items(order, i, size).copy()) for i in highest]
+
+    return chosen(sums), chosen(longest)

@@ -206,7 +206,7 @@ class Trainer:
         plan, train = self.plan, self.plan.recipe.train
         state = rng_state(self.device)
         self.optimizer.make_state()
-        self.in_hand = largest_micro_batch(plan, self.parallel.data_size)
+        self.in_hand = self.parallel.on_main(lambda: largest_micro_batch(plan, self.parallel.data_size))
         batch = self._without_images_opened(self.in_hand)
         several = min(train.global_batch_size, len(plan.train)) > train.batch_size * self.parallel.data_size
         for last in (False, True) if several else (True,):
