@@ -28,7 +28,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-_POLL = 0.2  # seconds
+_POLL = 0.1  # seconds
+_LOOKS_AT_MEMORY_EVERY = 1.0  # seconds; each look walks all pages of a process
 _TINY = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 16, "max_seq_len": 256}
 
 
@@ -78,16 +79,18 @@ def warm(data: Path, home: Path, output: Path, ranks: int, steps: int) -> dict[s
         *(f"model.params={json.dumps(_TINY)}", f"train.max_steps={steps}", "train.global_batch_size=64"),
         *("train.epochs=1", "train.warmup_epochs=0", "checkpoint.keep=1"),
     ]
-    metrics, start, first = output / "metrics.jsonl", time.perf_counter(), 0.0
+    metrics, start, first, looked = output / "metrics.jsonl", time.perf_counter(), 0.0, 0.0
     peaks: dict[int, dict[str, int]] = {}
     process = subprocess.Popen(command, env=environment(home), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         if not first and metrics.exists() and metrics.stat().st_size:
             first = time.perf_counter() - start
-        for pid in [process.pid] if ranks == 1 else children(process.pid):
-            for name, value in memory(pid).items():
-                of_rank = peaks.setdefault(pid, {})
-                of_rank[name] = max(of_rank.get(name, 0), value)
+        if time.perf_counter() > looked + _LOOKS_AT_MEMORY_EVERY:
+            looked = time.perf_counter()
+            for pid in [process.pid] if ranks == 1 else children(process.pid):
+                for name, value in memory(pid).items():
+                    of_rank = peaks.setdefault(pid, {})
+                    of_rank[name] = max(of_rank.get(name, 0), value)
         time.sleep(_POLL)
     if process.returncode or not first:
         raise SystemExit(f"the run failed: {' '.join(command)}")
