@@ -65,16 +65,7 @@ def caption(
             show_default=False,
         ),
     ],
-    ckpt: Annotated[
-        list[str],
-        typer.Option(
-            "--ckpt",
-            metavar="DIR",
-            help="Checkpoint or run folder; may repeat: a later one overrides.",
-            callback=options.given,
-            show_default=False,
-        ),
-    ],
+    ckpt: options.Checkpoints,
     prompt: Annotated[
         str | None, typer.Option("--prompt", metavar="TEXT", help="The beginning of each caption, to be continued.")
     ] = None,

@@ -52,15 +52,7 @@ class _Pictures:
 
 
 def chat(
-    ckpt: Annotated[
-        list[str],
-        typer.Option(
-            "--ckpt",
-            metavar="DIR",
-            help="Checkpoint or run folder; may repeat: a later one overrides.",
-            callback=options.given,
-        ),
-    ],
+    ckpt: options.Checkpoints,
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", metavar="TEXT|-", help="Print the answer to this alone; - reads standard input."),

@@ -213,26 +213,8 @@ def _show(hub: Hub, score: "Score", as_json: bool) -> None:
 
 
 def perplexity(
-    ckpt: Annotated[
-        list[str],
-        typer.Option(
-            "--ckpt",
-            metavar="DIR",
-            help="Checkpoint or run folder; may repeat: a later one overrides.",
-            callback=options.given,
-            show_default=False,
-        ),
-    ],
-    data: Annotated[
-        list[str],
-        typer.Option(
-            "--data",
-            metavar="FILE",
-            help="Data file, folder, glob, downloaded name or hf:... address; may repeat.",
-            callback=options.given,
-            show_default=False,
-        ),
-    ],
+    ckpt: options.Checkpoints,
+    data: options.DataFiles,
     template: options.Template = "auto",
     max_tokens: Annotated[
         int | None,

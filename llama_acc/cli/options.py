@@ -44,6 +44,26 @@ class Quant(str, Enum):
     nf4 = "nf4"
 
 
+Checkpoints = Annotated[
+    list[str],
+    typer.Option(
+        "--ckpt",
+        metavar="DIR",
+        help="Checkpoint or run folder; may repeat: a later one overrides.",
+        callback=given,
+        show_default=False,
+    ),
+]
+DataFiles = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="Data file, folder, glob, downloaded name or hf:... address; may repeat.",
+        callback=given,
+        show_default=False,
+    ),
+]
 Nproc = Annotated[
     str | None,
     typer.Option(
