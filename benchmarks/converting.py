@@ -66,6 +66,15 @@ WORDS = [
     "year",
 ]
 OTHER = ["für", "être", "naïve", "数据", "模型", "вопрос", "ответ", "😀", "–", "“so”"]
+COLOURS = ["keyword", "string", "number", "built_in", "comment", "title function_", "params"]
+# What stands above a block of code: its language, and a button with a picture.
+CODE_HEAD = (
+    '<div class="bg-black mb-4 rounded-md"><div class="flex items-center relative text-gray-200 px-4 py-2 text-xs">'
+    '<span>python</span><button class="flex ml-auto gap-2"><svg stroke="currentColor" fill="none" stroke-width="2" '
+    'viewBox="0 0 24 24" height="1em" width="1em"><path d="M16 4h2a2 2 0 0 1 2 2v14a2 2 0 0 1-2 2H6a2 2 0 0 1-2-2V6a2 '
+    '2 0 0 1 2-2h2"></path></svg>Copy code</button></div><div class="p-4 overflow-y-auto"><code class="!whitespace-pre '
+    'hljs language-python">'
+)
 # A process of its own, as a child's memory is counted from before it begins to run the command.
 MEASURE = """
 import json, os, resource, subprocess, sys, time
@@ -99,20 +108,51 @@ def alpaca(generator: random.Random) -> dict[str, Any]:
     return {"instruction": text(generator, 12), "input": "", "output": text(generator, 45)}
 
 
-def sharegpt(generator: random.Random, html: bool = False) -> dict[str, Any]:
-    """A conversation; `html`: its replies as the web page had them."""
+def sharegpt(generator: random.Random, page: Callable[[random.Random, str], str] | None = None) -> dict[str, Any]:
+    """A conversation; `page`: how the web page had its replies."""
     turns = []
     for _ in range(generator.randint(1, 5)):
         reply = text(generator, 180)
-        if html:
-            reply = '<div class="markdown prose"><p>' + reply.replace("\n", "</p><p>") + "</p></div>"
+        if page is not None:
+            reply = f'<div class="markdown prose w-full break-words dark">{page(generator, reply)}</div>'
         turns += [{"from": "human", "value": text(generator, 40)}, {"from": "gpt", "value": reply}]
     return {"id": f"{generator.getrandbits(40):x}", "conversations": turns}
 
 
+def paragraphs(generator: random.Random, reply: str) -> str:
+    """A reply's lines, each a paragraph."""
+    return "<p>" + reply.replace("\n", "</p><p>") + "</p>"
+
+
+def mixed(generator: random.Random, reply: str) -> str:
+    """A reply's lines as a list, with bold words and code among them."""
+    lines = [line.replace(" code ", " <code>code</code> ", 1) for line in reply.split("\n")]
+    items = "".join(f"<li><p><strong>{line[:9]}</strong>{line[9:]}</p></li>" for line in lines[1:])
+    return f"<p>{lines[0]}</p><ol>{items}</ol>"
+
+
+def coloured(generator: random.Random, reply: str) -> str:
+    """A reply's lines as a block of code, of which every third word has a colour."""
+    words = [
+        f'<span class="hljs-{generator.choice(COLOURS)}">{word}</span>' if number % 3 == 0 else word
+        for number, word in enumerate(reply.split(" "))
+    ]
+    return f"<p>Code:</p><pre>{CODE_HEAD}{' '.join(words)}</code></div></div></pre>"
+
+
 def sharegpt_html(generator: random.Random) -> dict[str, Any]:
     """A conversation whose replies are HTML."""
-    return sharegpt(generator, html=True)
+    return sharegpt(generator, paragraphs)
+
+
+def sharegpt_html_mixed(generator: random.Random) -> dict[str, Any]:
+    """The same with lists, bold words and code in lines."""
+    return sharegpt(generator, mixed)
+
+
+def sharegpt_html_code(generator: random.Random) -> dict[str, Any]:
+    """The same with code and its colours."""
+    return sharegpt(generator, coloured)
 
 
 def gorilla(generator: random.Random) -> dict[str, Any]:
@@ -137,6 +177,8 @@ CASES = {
     "auto-array": Case("auto", ".json", sharegpt),
     "sharegpt-array": Case("sharegpt", ".json", sharegpt),
     "sharegpt-html": Case("sharegpt", ".json", sharegpt_html),
+    "sharegpt-html-mixed": Case("sharegpt", ".json", sharegpt_html_mixed),
+    "sharegpt-html-code": Case("sharegpt", ".json", sharegpt_html_code),
     "gorilla-lines": Case("gorilla", ".json", gorilla),
     "llava-array": Case("llava", ".json", llava),
 }

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from llama_acc.core.data.convert.markdown import cleaned
-from llama_acc.core.data.convert.rules import Malformed, Options, Record, Row, Rule, Skipped, list_of, named, text_of
+from llama_acc.core.data.convert.rules import Options, Record, Row, Rule, Skipped, list_of, named, text_of
 from llama_acc.core.data.convert.splitting import Splitter
 from llama_acc.core.data.convert.turns import Turn, conversations, each_turn, in_exchanges, object_of, role_of
 
@@ -35,10 +35,7 @@ class ShareGpt(Rule):
         role, text = role_of(text_of(turn, "from")), text_of(turn, "value")
         if self.options.keep_html:
             return role, text
-        try:
-            clean = cleaned(text)
-        except ValueError as error:
-            raise Malformed(str(error)) from error
+        clean = cleaned(text)
         if clean != text:
             self.notes["turns had HTML or marks of the web page, which were cleaned"] += 1
         return role, clean
