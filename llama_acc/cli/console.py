@@ -21,6 +21,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from llama_acc.core.units import size_text
+
 if TYPE_CHECKING:
     from llama_acc.core.train.plan import Plan
 
@@ -86,14 +88,6 @@ def duration(seconds: float) -> str:
     first = next(i for i, (size, _) in enumerate(units) if whole >= size)
     (size, name), (next_size, next_name) = units[first], units[first + 1]
     return f"{whole // size} {name} {whole % size // next_size} {next_name}"
-
-
-def size(count: int) -> str:
-    """Bytes as people say them: 512 bytes, 1.5 MiB, 2.0 GiB."""
-    for exponent, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if count >= 2**exponent:
-            return f"{count / 2**exponent:,.1f} {unit}"
-    return f"{count} byte{'' if count == 1 else 's'}"
 
 
 class _Facts(ProgressColumn):
@@ -231,8 +225,8 @@ class ByteProgress(_WorkProgress):
 
     def tell(self, what: str, done: int, total: int) -> None:
         """`what` is being done, so many bytes of all are done; 0 in all: nobody knows how many."""
-        of_all = f" of {size(total)}" if total else ""
-        self._tell(what, done, total, f"{what}: {size(done)}{of_all}")
+        of_all = f" of {size_text(total)}" if total else ""
+        self._tell(what, done, total, f"{what}: {size_text(done)}{of_all}")
 
 
 class EncodingProgress(_WorkProgress):

@@ -8,6 +8,7 @@ import typer
 
 from llama_acc.cli import console, options
 from llama_acc.cli.stopping import leave_on_sigterm
+from llama_acc.core.units import size_text
 
 if TYPE_CHECKING:
     from llama_acc.core.checkpoint.convert import Converted
@@ -176,10 +177,9 @@ def _text(source: str, files: list[str], template: str, items: int, max_tokens: 
 
 
 def _summary(converted: "Converted") -> str:
-    size = converted.bytes
-    shown = f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
     files = "1 file" if converted.files == 1 else f"{converted.files} files"
-    text = f"{converted.folder}: {converted.tensors:,} tensors, {shown} in {files}, read back and equal"
+    text = f"{converted.folder}: {converted.tensors:,} tensors, {size_text(converted.bytes)} in {files}"
+    text += ", read back and equal"
     if converted.merge_error is not None:
         _, exact, saved = converted.merge_error
         return f"{text}; logits are off those before merging by {exact:.1e} of the largest, as saved by {saved:.1e}"

@@ -12,6 +12,7 @@ import typer
 from llama_acc.cli import console, options
 from llama_acc.cli.stopping import leave_on_sigterm
 from llama_acc.core.errors import RunError, UserError, did_you_mean
+from llama_acc.core.units import size_text
 
 if TYPE_CHECKING:
     from llama_acc.core.data.convert.run import Conversion, Found, Progress, Request
@@ -311,7 +312,7 @@ def _to_file(request: "Request", output: Path) -> None:
     with console.ByteProgress() as progress:
         conversion = convert(request, output, _named(progress), _say_found)
     _say(conversion)
-    console.out.print(f"{output}: {_counts(conversion)}, {console.size(output.stat().st_size)}", markup=False)
+    console.out.print(f"{output}: {_counts(conversion)}, {size_text(output.stat().st_size)}", markup=False)
 
 
 def _to_stdout(request: "Request") -> None:

@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from llama_acc.cli import console
+from llama_acc.core.units import size_text
 
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -85,7 +86,7 @@ class DownloadProgress:
             if self._progress is not None:
                 self._bar(f"{doing} {name}", done, total)
             else:
-                self._line(lambda: f"{doing} {name}: {console.size(done)} of {console.size(total)}")
+                self._line(lambda: f"{doing} {name}: {size_text(done)} of {size_text(total)}")
 
     def finished(self, name: str) -> None:
         """A file is whole and has its name."""
@@ -116,8 +117,8 @@ class DownloadProgress:
         done = sum(self._files.values())
         rate = (done - sum(self._had.values())) / max(self._clock() - self._since, 1e-9)
         name = next(iter(self._files)) if self._count == 1 else f"{self._finished} of {self._count} files"
-        of_all = "" if self._total is None else f" of {console.size(self._total)}"
+        of_all = "" if self._total is None else f" of {size_text(self._total)}"
         left = ""
         if self._total is not None and rate > 0:
             left = f", {console.duration(max(self._total - done, 0) / rate)} left"
-        return f"{name}: {console.size(done)}{of_all}, {console.size(round(rate))}/s{left}"
+        return f"{name}: {size_text(done)}{of_all}, {size_text(round(rate))}/s{left}"

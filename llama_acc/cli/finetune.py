@@ -282,7 +282,7 @@ def _show_dry_run(plan: "Plan", estimate: "Estimate", share: "RankShare") -> Non
 
 def _per_rank(plan: "Plan", share: "RankShare") -> list[tuple[str, str]]:
     """What each of several processes keeps."""
-    from llama_acc.core.train.plan import size_text
+    from llama_acc.core.units import size_text
 
     size = plan.recipe.parallel.model_parallel_size
     layout = f"{share.world_size // size} data parallel ({plan.recipe.parallel.data_parallel}) x {size} model parallel"

@@ -23,6 +23,7 @@ from llama_acc.core.checkpoint.conversion.writing import write_description, writ
 from llama_acc.core.checkpoint.files import whole_folder
 from llama_acc.core.checkpoint.save import free_bytes
 from llama_acc.core.errors import UserError
+from llama_acc.core.units import size_text
 
 __all__ = ["Calibration", "Converted", "Request", "Target", "convert"]
 
@@ -69,6 +70,6 @@ def _check_disk(target: Path, needed: int) -> None:
     free = free_bytes(target)
     if needed > free:
         raise UserError(
-            f"too little disk: {target} takes {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
+            f"too little disk: {target} takes {size_text(needed)}, {size_text(free)} are free",
             "free some, or give a folder on another disk",
         )

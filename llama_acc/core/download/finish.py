@@ -8,10 +8,11 @@ from llama_acc.core.checkpoint.files import write_text_whole
 from llama_acc.core.data.convert.rules import Options
 from llama_acc.core.data.convert.run import Request, convert
 from llama_acc.core.download.catalogue import Entry
-from llama_acc.core.download.job import alone, readable
+from llama_acc.core.download.job import alone
 from llama_acc.core.download.names import converted_file
 from llama_acc.core.download.transfer import Watch
 from llama_acc.core.errors import UserError
+from llama_acc.core.units import size_text
 
 CONVERTED_AT_ONCE = 2**29
 """Bytes that are converted without being asked: a few seconds' work, and what was downloaded stays."""
@@ -46,7 +47,9 @@ def finish(entry: Entry, folder: Path, files: tuple[Path, ...], to: Path | None,
     if size > CONVERTED_AT_ONCE:
         return None
     if size > (free := shutil.disk_usage(folder).free):
-        watch.note(f"{entry.name} was not converted: that takes about {readable(size)}, and {readable(free)} are free")
+        watch.note(
+            f"{entry.name} was not converted: that takes about {size_text(size)}, and {size_text(free)} are free"
+        )
         return None
     with alone(folder, watch):  # of two downloads of the same, one converts it
         return target if target.exists() else _converted(entry, files, target, watch)

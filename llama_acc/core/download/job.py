@@ -14,6 +14,7 @@ from llama_acc.core.download.record import Record
 from llama_acc.core.download.remote import Remote
 from llama_acc.core.download.transfer import GO_ON, Part, Patience, Stopped, Watch, fetch
 from llama_acc.core.errors import LlamaAccError, RunError, UserError, listed
+from llama_acc.core.units import size_text
 
 PARALLEL = 4
 _LOCK = ".llama-acc-lock"
@@ -135,16 +136,11 @@ def _check_disk(remotes: Sequence[Remote], folder: Path, besides: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"too little disk for {folder}: {readable(needed)} are to come"
-            + (f", {readable(besides)} of them when it is converted" if besides else "")
-            + f"; {readable(free)} are free",
+            f"too little disk for {folder}: {size_text(needed)} are to come"
+            + (f", {size_text(besides)} of them when it is converted" if besides else "")
+            + f"; {size_text(free)} are free",
             "make room, or give a folder on another disk with --to DIR or LLAMA_ACC_HOME",
         )
-
-
-def readable(size: int) -> str:
-    """Bytes as people say them."""
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
 def _in_parallel(remotes: Sequence[Remote], record: Record, watch: Watch, patience: Patience | None) -> None:

@@ -35,6 +35,7 @@ from llama_acc.core.recipe import RECIPES_FOLDER, Recipe
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from llama_acc.core.train.events import Events
 from llama_acc.core.train.plan_data import PlannedData, plan_data
+from llama_acc.core.units import size_text
 
 
 @dataclass(frozen=True)
@@ -227,11 +228,6 @@ def model_on_meta(recipe: Recipe, config: ModelConfig, parallel: Parallel) -> Tr
 
 def _counted(count: int, what: str) -> str:
     return f", {count:,} {what}" if count else ""
-
-
-def size_text(size: float) -> str:
-    """Bytes as people say them: 9.2 MiB, 33.5 GiB."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def make_plan(

@@ -9,8 +9,9 @@ from llama_acc.core.device import free_memory, peak_memory_gib
 from llama_acc.core.errors import RunError, UserError, listed
 from llama_acc.core.parallel import Parallel, local_part, local_world_size
 from llama_acc.core.train.largest import largest_micro_batch
-from llama_acc.core.train.plan import Plan, size_text
+from llama_acc.core.train.plan import Plan
 from llama_acc.core.train.trainer import Trainer
+from llama_acc.core.units import size_text
 from llama_acc.core.vram.apart import apart
 from llama_acc.core.vram.changes import Change, best_changes
 from llama_acc.core.vram.predict import Prediction, Usage, predict
@@ -51,7 +52,8 @@ def check_fits(plan: Plan, parallel: Parallel, device: torch.device) -> None:
     changes = apart(best_changes, setup, free)
     raise UserError(
         f"the run does not fit: it takes {size_text(usage.allocated)} on {device.type}, {size_text(free)} are free "
-        f"({_batch(setup.lengths)}, at its fullest in {usage.moment})\n{listed(_lines(usage))}",
+        f"(its largest micro-batch has {_batch(setup.lengths)}, at its fullest in {usage.moment})\n"
+        f"{listed(_lines(usage))}",
         f"{_advice(changes, free)}; --force tries it all the same",
     )
 
@@ -67,7 +69,7 @@ def _bound(plan: Plan) -> int:
 def _batch(lengths: Sequence[int]) -> str:
     shown = ", ".join(f"{length:,}" for length in sorted(lengths, reverse=True)[:8])
     more = f" and {len(lengths) - 8} more" if len(lengths) > 8 else ""
-    return f"its largest micro-batch has documents of {shown}{more} tokens"
+    return f"documents of {shown}{more} tokens"
 
 
 def _lines(usage: Usage) -> list[str]:
@@ -104,7 +106,8 @@ class Shortage:
         setup = setup_of_run(trainer.plan, trainer.parallel.world_size, trainer.device.type, trainer.in_hand)
         predicted, changes, free = self._predicted(setup)
         lines = [f"{part}: {size_text(size)}" for part, size in self._actual().items()]
-        message = f"out of {kind} {where}: {self.cause}\n{_batch(setup.lengths)}. In use:\n{listed(lines)}"
+        message = f"out of {kind} {where}: {self.cause}\n"
+        message += f"The micro-batch has {_batch(setup.lengths)}. In use:\n{listed(lines)}"
         if predicted is not None:
             usage = predicted.training
             message += f"\nPredicted at most {size_text(usage.total)}, in {usage.moment}:\n{listed(_lines(usage))}"

@@ -1,12 +1,18 @@
 """The largest micro-batch is computed before the first step: memory runs out then or never, and nothing changes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from llama_acc.core.checkpoint.files import check_manifest
+from llama_acc.core.data.batches import MicroBatch
 from llama_acc.core.errors import RunError
+from llama_acc.core.model.transformer import Transformer
 from llama_acc.core.parallel import Parallel
+from llama_acc.core.train import step
 from llama_acc.core.train.largest import largest_micro_batch
 from llama_acc.core.train.trainer import Trainer
 from tests.core.tiny import CPU
@@ -81,3 +87,33 @@ def test_memory_that_runs_out_is_told_with_the_documents_and_what_is_safe(
     assert "Every checkpoint that was saved is whole" in text
     assert "what would help most: " in text
     assert not (tmp_path / "run" / "latest").exists()
+
+
+def test_memory_that_runs_out_at_a_step_leaves_the_checkpoint_before_it_to_resume_from_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ("checkpoint.every_steps=2", "train.batch_size=3")
+    whole = run(tmp_path / "whole", *overrides)
+    lengths: list[list[int]] = []
+    computed = step.forward
+
+    def forward(model: Transformer, batch: MicroBatch, *rest: Any) -> Tensor:
+        lengths.append(batch.lengths)
+        if len(lengths) == 3 * 3 + 2:  # the second of three micro-batches of step 4
+            torch.empty(1 << 60)  # the real allocator's error
+        return computed(model, batch, *rest)
+
+    with monkeypatch.context() as patched, pytest.raises(RunError) as told:
+        patched.setattr(step, "forward", forward)
+        run(tmp_path / "run", *overrides)
+    text = str(told.value)
+    assert text.startswith("out of memory at step 4: ")
+    assert f"documents of {', '.join(map(str, sorted(lengths[-1], reverse=True)))} tokens" in text
+    assert "Predicted at most" in text
+    assert "what would help most: " in text
+    assert (tmp_path / "run" / "latest").read_text() == "epoch0-iter2\n"
+    check_manifest(tmp_path / "run" / "epoch0-iter2", contents=True)
+    resumed = run(tmp_path / "run", *overrides, resume=True)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert_bitwise_equal(saved_weights(resumed.checkpoint), saved_weights(whole.checkpoint))
+    assert_bitwise_equal(saved_state(resumed.checkpoint), saved_state(whole.checkpoint))
