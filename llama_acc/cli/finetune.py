@@ -183,7 +183,7 @@ def _load_recipe(
 def _check(recipe: "Recipe", folder: Path | None, resume: bool, processes: int) -> None:
     """Finds what would end every process before any is started."""
     from llama_acc.core.parallel import check_world
-    from llama_acc.core.train.plan import find_model
+    from llama_acc.core.train.plan_model import find_model
 
     check_world(recipe.parallel.model_parallel_size, processes)
     find_model(recipe, folder, weights_may_be_absent=resume)

@@ -22,7 +22,7 @@ LARGE = ModelConfig(dim=1024, n_layers=8, n_heads=8, vocab_size=4000, multiple_o
 def test_a_run_becomes_a_hugging_face_folder_and_answers_the_same(trained: Path, tmp_path: Path) -> None:
     result = invoke("convert-checkpoint", trained, tmp_path / "hf", "--to", "hf")
     assert result.exit_code == 0, result.stderr
-    assert words(result.stdout).endswith("MiB in 1 file, read back and equal")
+    assert words(result.stdout).endswith("KiB in 1 file, read back and equal")
     ask = ("--prompt", "What is LLaMA?", "--temperature", "0", "--max-new-tokens", "8", "--device", "cpu")
     answers = [invoke("chat", "--ckpt", folder, *ask) for folder in (trained, tmp_path / "hf")]
     assert answers[0].exit_code == answers[1].exit_code == 0, answers[1].stderr

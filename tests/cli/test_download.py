@@ -16,7 +16,7 @@ from llama_acc.core.download.catalogue import catalogue
 from llama_acc.core.download.names import converted_file, raw_files
 from llama_acc.core.errors import UserError
 from llama_acc.core.recipe import Recipe
-from llama_acc.core.train.plan import find_model
+from llama_acc.core.train.plan_model import find_model
 from tests.cli.commands import invoke, refused, run, start, wait_until
 from tests.cli.terminal import Terminal
 from tests.hub import TOKEN, Fault, Servers

@@ -35,7 +35,8 @@ from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.image_feed import Dealt, ImageFeeds
 from llama_acc.core.train.largest import largest_micro_batch
 from llama_acc.core.train.optimizer import ClippedAdamW
-from llama_acc.core.train.plan import Plan, has_frozen, model_on_meta
+from llama_acc.core.train.plan import Plan
+from llama_acc.core.train.plan_model import has_frozen, model_on_meta
 from llama_acc.core.train.schedule import learning_rate
 from llama_acc.core.train.step import (
     StepResult,

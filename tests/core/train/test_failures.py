@@ -59,7 +59,7 @@ def test_a_poisoned_base_is_found_at_its_first_step(tmp_path: Path) -> None:
 
 def test_too_little_disk_is_found_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(1 << 30, (1 << 30) - 4096, 4096))
-    with pytest.raises(UserError, match=r"too little disk for the checkpoints: 3 of .* need .*, 0\.0 MiB are free at"):
+    with pytest.raises(UserError, match=r"too little disk for the checkpoints: 3 of .* need .*, 4\.0 KiB are free at"):
         run(tmp_path, "train.epochs=4", "checkpoint.every_epochs=1", "checkpoint.keep=2")
     assert names(tmp_path) == set()
 

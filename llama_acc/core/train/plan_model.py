@@ -1,0 +1,199 @@
+"""The model of a run: the checkpoints it starts from, its shape with what is tuned, its tokenizer."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from llama_acc.core.checkpoint.base import check_base, check_quantised_base
+from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config, without_towers
+from llama_acc.core.checkpoint.quantised import read_quantization
+from llama_acc.core.checkpoint.save import DTYPES
+from llama_acc.core.data.sources import resolve_data_path, resolve_image_root
+from llama_acc.core.download.address import is_address
+from llama_acc.core.errors import UserError
+from llama_acc.core.home import home
+from llama_acc.core.model.config import ModelConfig, config_from_params, named_size, read_params
+from llama_acc.core.model.nf4 import packed_shape
+from llama_acc.core.model.sharding import check_divides
+from llama_acc.core.model.transformer import Transformer, build_on_meta, freeze_untrained, quantise_on_meta
+from llama_acc.core.model.tuning import FULL, check_tuning
+from llama_acc.core.model.vision import check_towers_can_be_made
+from llama_acc.core.parallel import Parallel
+from llama_acc.core.recipe import RECIPES_FOLDER, Recipe
+from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+
+
+def model_on_meta(recipe: Recipe, config: ModelConfig, parallel: Parallel) -> Transformer:
+    """A rank's part of the model, without storage: what trains is float32, and what does not may be quantised."""
+    model = build_on_meta(config, DTYPES[recipe.train.precision], parallel)
+    freeze_untrained(model)
+    if recipe.tuning.quantize == "nf4":
+        quantise_on_meta(model, recipe.tuning.quantize_output)
+    return model
+
+
+def has_frozen(recipe: Recipe) -> bool:
+    """Whether a run has weights that do not train."""
+    vision = recipe.vision.resolved()
+    return recipe.tuning.method != "full" or (vision is not None and not vision.trains_encoder)
+
+
+def find_model(
+    recipe: Recipe, recipe_folder: Path | None, *, weights_may_be_absent: bool
+) -> tuple[list[Layout], ModelConfig, Tokenizer]:
+    """The checkpoints a run starts from, the model's shape, and its tokenizer.
+
+    Raises:
+        UserError: one of them is missing or damaged, or they do not go together.
+    """
+    layouts, config = find_shape(recipe, recipe_folder, weights_may_be_absent=weights_may_be_absent)
+    tokenizer = load_tokenizer(_tokenizer_path(recipe, layouts, recipe_folder))
+    config = config.with_vocabulary(tokenizer.vocab_size)
+    config.check_tokenizer(tokenizer.vocab_size, tokenizer.path)
+    check_divides(config, recipe.parallel.model_parallel_size)
+    return layouts, config, tokenizer
+
+
+def find_shape(
+    recipe: Recipe, recipe_folder: Path | None, *, weights_may_be_absent: bool
+) -> tuple[list[Layout], ModelConfig]:
+    """The checkpoints a run starts from, and the model's shape with what is tuned. The vocabulary may be open (-1).
+
+    Raises:
+        UserError: a checkpoint is missing or damaged, or they do not go together.
+    """
+    layouts = _layouts(recipe, weights_may_be_absent)
+    config = _with_tuning(recipe, _with_vision(recipe, _config(recipe, layouts, recipe_folder)))
+    check_towers_can_be_made(config.vision)
+    check_base(layouts, config)
+    for layout in layouts:
+        _check_quantised(recipe, layout)
+    if recipe.tuning.quantize != "none" and layouts:
+        check_quantised_base(layouts)
+    return layouts, config
+
+
+def _check_quantised(recipe: Recipe, layout: Layout) -> None:
+    """Refuses a quantised checkpoint where the recipe is for another one."""
+    quantization = read_quantization(layout.folder)
+    if quantization is None:
+        return
+    if recipe.tuning.quantize == "none":
+        raise UserError(
+            f"{layout.folder} is quantised: it can be a base, and not train itself",
+            "set tuning.quantize=nf4, a method other than full, and checkpoint.trainable_only=true",
+        )
+    if recipe.tuning.quantize_output != quantization.output:
+        raise UserError(
+            f"the output matrix in {layout.folder} is {'quantised' if quantization.output else 'not quantised'}, "
+            "and the recipe says otherwise",
+            f"set tuning.quantize_output={str(quantization.output).lower()}",
+        )
+
+
+def _layouts(recipe: Recipe, may_be_absent: bool) -> list[Layout]:
+    layouts = []
+    for name in recipe.model.pretrained_list():
+        try:
+            layouts.append(inspect(locate(name)))
+        except UserError:
+            # A dry run needs the shape only, a resumed one has weights of its own.
+            if may_be_absent and not Path(name).exists():
+                continue
+            raise
+    return layouts
+
+
+def _config(recipe: Recipe, layouts: list[Layout], recipe_folder: Path | None) -> ModelConfig:
+    model = recipe.model
+    config = read_config(layouts)
+    if config is None and isinstance(model.params, dict):
+        config = config_from_params(model.params)
+    elif config is None and model.params is not None:
+        names = [model.params] if isinstance(model.params, str) else model.params
+        paths = [_beside(name, recipe_folder) for name in names]
+        config = config_from_params(read_params(paths), " and ".join(names))
+    elif config is None and model.size is not None:
+        config = named_size(model.size)
+    if config is None:
+        raise UserError("the model's shape is not known", "give model.params or model.size, or a checkpoint with both")
+    return config if model.max_seq_len is None else replace(config, max_seq_len=model.max_seq_len)
+
+
+def _with_tuning(recipe: Recipe, config: ModelConfig) -> ModelConfig:
+    """The shape with what the recipe's method adds. What was tuned by a method can go on with that one only."""
+    tuning = recipe.tuning.resolved().at_depth(config.n_layers)
+    if config.tuning not in (FULL, tuning):
+        raise UserError(
+            f"the checkpoint was tuned otherwise ({config.tuning.to_keys()}) than the recipe says ({tuning.to_keys()})",
+            f"set {config.tuning.to_keys()}",
+        )
+    widths = {"dim": config.dim, "the SwiGLU width": config.hidden_dim, "the keys' width": config.kv_dim}
+    check_tuning(tuning, widths, config.n_layers)
+    if recipe.tuning.quantize == "nf4":
+        for width in {config.dim, config.hidden_dim}:
+            packed_shape(1, width // recipe.parallel.model_parallel_size)
+    return replace(config, tuning=tuning)
+
+
+def _with_vision(recipe: Recipe, config: ModelConfig) -> ModelConfig:
+    """The shape with what the recipe says of vision; a checkpoint's own sizes win."""
+    wanted = recipe.vision.resolved()
+    if wanted is None:
+        return config
+    if config.vision is not None and config.vision.encoder != wanted.encoder:
+        raise UserError(
+            f"the checkpoint sees with encoder '{config.vision.encoder}', the recipe says '{wanted.encoder}'",
+            f"set vision.encoder={config.vision.encoder}",
+        )
+    return replace(config, vision=config.vision or wanted, vision_training=recipe.vision.training())
+
+
+def _beside(name: str, recipe_folder: Path | None) -> Path:
+    if name.startswith("shipped:"):
+        return RECIPES_FOLDER / name.removeprefix("shipped:")
+    path = Path(name).expanduser()
+    if recipe_folder is not None and (recipe_folder / path).exists():
+        return recipe_folder / path
+    return path
+
+
+def _tokenizer_path(recipe: Recipe, layouts: list[Layout], recipe_folder: Path | None) -> Path:
+    if recipe.model.tokenizer is not None:
+        return _beside(recipe.model.tokenizer, recipe_folder)
+    for layout in reversed(without_towers(layouts)):
+        if (path := find_tokenizer(layout.folder)) is not None:
+            return path
+    where = f" in {' or '.join(str(layout.folder) for layout in layouts)}" if layouts else ""
+    raise UserError(
+        f"there is no tokenizer{where}", "give it with --tokenizer FILE (tokenizer.model or tokenizer.json)"
+    )
+
+
+def resolved(recipe: Recipe, layouts: list[Layout], tokenizer: Tokenizer, recipe_folder: Path | None) -> Recipe:
+    """The recipe with absolute paths, so that it means the same from any folder."""
+    resolved = recipe.model_copy(deep=True)
+    model, data = resolved.model, resolved.data
+    if isinstance(model.params, (str, list)):
+        paths = [model.params] if isinstance(model.params, str) else model.params
+        model.params = [_absolute(path, _beside(path, recipe_folder)) for path in paths]
+    for source in data.sources:
+        source.path = _absolute_data(source.path, recipe_folder)
+        if source.root is not None:
+            source.root = str(resolve_image_root(source.root, recipe_folder).absolute())
+    if data.validation.path is not None:
+        data.validation.path = _absolute_data(data.validation.path, recipe_folder)
+    if layouts:
+        resolved.model.pretrained = [str(layout.folder.resolve()) for layout in layouts]
+    resolved.model.tokenizer = _absolute(model.tokenizer or "", tokenizer.path.resolve())
+    return resolved
+
+
+def _absolute_data(path: str, recipe_folder: Path | None) -> str:
+    return path if is_address(path) else _absolute(path, resolve_data_path(path, recipe_folder))
+
+
+def _absolute(name: str, found: Path) -> str:
+    """Where `name` was found; what is shipped or downloaded keeps its name, which is found from everywhere."""
+    if name.startswith(("shipped:", "drawn:")) or found == home() / "data" / name:
+        return name
+    return str(found.absolute())
