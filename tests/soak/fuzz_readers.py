@@ -3,9 +3,12 @@
 With atheris (libFuzzer, which sees what code an input reaches) where it is installed, else with hypothesis. Whatever
 bytes come, a reader gives rows and then perhaps a UserError that names the file; anything else is a crash, and ends
 this process with an error, the input left in FOLDER.
+
+The seconds are those of the whole process. An input that takes longer ends it too, with the place where it was.
 """
 
 import contextlib
+import faulthandler
 import gzip
 import io
 import json
@@ -34,6 +37,7 @@ READERS = (
     "formats",
 )
 _LONGEST = 1 << 16
+_HANGS = 30  # seconds after the end
 
 _GOOD = [
     {"instruction": "Add.", "input": "1 2", "output": "3"},
@@ -65,6 +69,8 @@ _WORDS = (
 def main() -> None:
     """Fuzzes until the time is over."""
     reader, seconds, folder = sys.argv[1], float(sys.argv[2]), Path(sys.argv[3])
+    end = time.monotonic() + seconds
+    faulthandler.dump_traceback_later(seconds + _HANGS, exit=True)
     corpus = folder / f"corpus-{reader}"
     corpus.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(_seeds(reader)):
@@ -72,13 +78,15 @@ def main() -> None:
     try:
         import atheris
     except ImportError:
-        _with_hypothesis(reader, seconds, folder)
+        _with_hypothesis(reader, end, folder)
         return
     with atheris.instrument_imports(include=["llama_acc.core.data", "json", "csv", "yaml", "tarfile", "zipfile"]):
         target = _target(reader, folder)
     dictionary = folder / "words"
     dictionary.write_text("".join(f'"{_escaped(word)}"\n' for word in _WORDS))
-    flags = [f"-max_total_time={seconds:.0f}", f"-max_len={_LONGEST}", "-timeout=20", "-rss_limit_mb=2048", "-seed=1"]
+    # What it took to come here counts; 0 would mean no end.
+    left = max(round(end - time.monotonic()), 1)
+    flags = [f"-max_total_time={left}", f"-max_len={_LONGEST}", f"-timeout={_HANGS}", "-rss_limit_mb=2048", "-seed=1"]
     flags += [f"-dict={dictionary}", f"-artifact_prefix={folder}/{reader}-", "-print_final_stats=1"]
     atheris.Setup([sys.argv[0], *flags, str(corpus)], target)
     atheris.Fuzz()
@@ -289,12 +297,12 @@ def _target(reader: str, folder: Path) -> Callable[[bytes], None]:
     )
 
 
-def _with_hypothesis(reader: str, seconds: float, folder: Path) -> None:
-    from hypothesis import HealthCheck, given, settings
+def _with_hypothesis(reader: str, end: float, folder: Path) -> None:
+    from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as seeded
     from hypothesis import strategies as st
 
-    target, seeds, end = _target(reader, folder), list(_seeds(reader)), time.monotonic() + seconds
+    target, seeds = _target(reader, folder), list(_seeds(reader))
     pieces = st.one_of(
         st.sampled_from([word.encode() for word in _WORDS]), st.sampled_from(seeds), st.binary(max_size=9)
     )
@@ -306,6 +314,8 @@ def _with_hypothesis(reader: str, seconds: float, folder: Path) -> None:
 
     def attempt(data: bytes) -> None:
         nonlocal done
+        if time.monotonic() > end:
+            return  # hypothesis goes on, with nothing to do
         done += 1
         try:
             target(data)
@@ -313,11 +323,20 @@ def _with_hypothesis(reader: str, seconds: float, folder: Path) -> None:
             (folder / f"{reader}-crash-{zlib.crc32(data):08x}").write_bytes(data)
             raise
 
-    while time.monotonic() < end:
-        seed += 1
-        unhurried = settings(max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-        seeded(seed)(unhurried(given(inputs)(attempt)))()
-    print(f"stat::number_of_executed_units: {done}", file=sys.stderr)
+    # A crash is told as it is found: making it smaller may take minutes.
+    unhurried = settings(
+        max_examples=200,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    try:
+        while time.monotonic() < end:
+            seed += 1
+            seeded(seed)(unhurried(given(inputs)(attempt)))()
+    finally:
+        print(f"stat::number_of_executed_units: {done}", file=sys.stderr)
 
 
 if __name__ == "__main__":
