@@ -104,7 +104,8 @@ def check(
         raise UserError("--max-tokens counts tokens: it needs --tokenizer", "give the model's: --tokenizer Llama-2-7b")
     _check_outputs(html, plot)
     loaded = None if tokenizer is None else _tokenizer(tokenizer)
-    specs = expand([Source(file, format, template, root=image_root) for file in files], fetch=fetch_shown)
+    sources = [Source(file, format, template, root=image_root) for file in files]
+    specs = expand(sources, fetch=fetch_shown, otherwise="name a file, a folder, a glob or a download")
     with console.ByteProgress() as progress:
         reports = check_files(
             specs,

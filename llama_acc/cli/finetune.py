@@ -10,6 +10,7 @@ import typer
 
 from llama_acc.cli import console, options, processes
 from llama_acc.cli.preview import show_items
+from llama_acc.cli.stopping import leave_on_sigterm
 from llama_acc.core import worker
 from llama_acc.core.errors import RunError, UserError
 
@@ -216,7 +217,7 @@ def _train(
 
     quoted = shlex.quote(str(output))
     again = f"llama-acc finetune --output {quoted} --resume"
-    with console.RunConsole() as watcher:
+    with leave_on_sigterm(), console.RunConsole() as watcher:
         try:
             finished = run(
                 recipe,
@@ -248,7 +249,7 @@ def _dry_run(
 ) -> None:
     from llama_acc.core.train.dry_run import dry_run
 
-    with console.RunConsole() as watcher:
+    with leave_on_sigterm(), console.RunConsole() as watcher:
         plan, estimate, share = dry_run(
             recipe,
             output,

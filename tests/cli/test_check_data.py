@@ -144,6 +144,9 @@ def test_wrong_flags(single_turn: Path, flags: tuple[str, str], said: str) -> No
 
 def test_wrong_files(tmp_path: Path) -> None:
     refused(invoke(*CHECK, tmp_path / "a.json"), "there is no data")
+    missing = invoke(*CHECK, "nope").stderr
+    assert "name a file, a folder, a glob or a download" in missing
+    assert "--data" not in missing
     assert invoke(*CHECK).exit_code == 2
     result = invoke(*CHECK, write(tmp_path / "b.json", "["), write(tmp_path / "c.json", [GOOD]))
     assert result.exit_code == 2

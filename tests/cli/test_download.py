@@ -168,6 +168,25 @@ def test_several_things_in_one_place_have_a_folder_each(lima: Servers, tmp_path:
     assert (tmp_path / "name/config.json").exists()
 
 
+def test_things_of_one_last_name_have_a_folder_each_too(lima: Servers, tmp_path: Path) -> None:
+    for owner in ("one", "two"):
+        lima.dataset(f"{owner}/chats", {"a.jsonl": owner.encode(), "b.jsonl": b"b"})
+        lima.plain[f"/{owner}/plain.jsonl"] = owner.encode()
+    addresses = [f"hf:datasets/{owner}/chats/a.jsonl" for owner in ("one", "two")]
+    addresses += [f"{lima.url}/{owner}/plain.jsonl" for owner in ("one", "two")]
+    result = invoke("download", *addresses, "hf:datasets/one/chats/b.jsonl", "lima", "--to", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/[!.]*")) == [
+        "127.0.0.1--one--plain/plain.jsonl",
+        "127.0.0.1--two--plain/plain.jsonl",
+        "datasets--one--chats/a.jsonl",
+        "datasets--one--chats/b.jsonl",
+        "datasets--two--chats/a.jsonl",
+        "lima/lima_vicuna_format.json",
+    ]
+    assert (tmp_path / "datasets--two--chats/a.jsonl").read_bytes() == b"two"
+
+
 def test_the_network_is_exit_code_1(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     result = invoke("download", "lima")

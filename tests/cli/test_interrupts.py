@@ -1,6 +1,7 @@
 """A run that is killed or stopped goes on later, and is then the run it would have been; nothing half is left."""
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from llama_acc.core.checkpoint.files import check_manifest
-from tests.cli.commands import QUICKSTART, invoke, lines_of, metrics, run, start, wait_until
+from tests.cli.commands import PATIENCE, QUICKSTART, environment, invoke, lines_of, metrics, run, start, wait_until
 
 # 400 steps of a few milliseconds, saved every 20.
 LONG = (*QUICKSTART, "train.epochs=100", "checkpoint.every_epochs=5", "checkpoint.keep=2")
@@ -136,3 +137,43 @@ def test_a_first_checkpoint_that_no_pointer_names_yet_is_found(trained: Path) ->
     result = invoke("finetune", "--device", "cpu", "--output", trained, "--resume", "train.epochs=2")
     assert result.exit_code == 0, result.stderr
     assert "4 of 8 steps done" in result.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="what a process reads is told by Linux")
+def test_ctrl_c_does_not_wait_for_a_large_file_to_be_read(tmp_path: Path) -> None:
+    huge, output = tmp_path / "huge.jsonl", tmp_path / "run"
+    with huge.open("wb") as file:
+        file.truncate(1 << 42)  # an hour's reading, of nothing
+    with start(*QUICKSTART, "--data", huge, "--output", output) as process:
+        wait_until(lambda: _is_reading(process.pid, huge), process)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130
+
+
+def _is_reading(process: int, path: Path) -> bool:
+    files = Path(f"/proc/{process}/fd")
+    try:
+        return any(os.readlink(file) == str(path) for file in files.iterdir())
+    except OSError:  # one was closed meanwhile
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_what_is_encoded_without_a_cache_does_not_stay(number: signal.Signals, tmp_path: Path) -> None:
+    large, temporary = tmp_path / "large.jsonl", tmp_path / "tmp"
+    large.write_text("".join(f'{{"instruction": "go {i}", "output": "{i} {i}"}}\n' for i in range(60_000)))
+    temporary.mkdir()
+    variables = {"LLAMA_ACC_CACHE_GIB": "0", "TMPDIR": str(temporary)}
+    command = (*QUICKSTART, "--data", large, "--output", tmp_path / "run")
+    with start(*command, env=environment(**variables)) as process:
+        wait_until(lambda: any(temporary.glob("*/*.tokens")), process)
+        process.send_signal(number)
+        process.communicate(timeout=PATIENCE)
+    assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}.get(number, -number)
+    if number == signal.SIGKILL:
+        assert any(temporary.iterdir())
+        # The next run finds what nobody holds any more.
+        done = run(*QUICKSTART, "train.max_steps=1", "--output", tmp_path / "next", **variables)
+        assert done.returncode == 0, done.stderr
+    assert [path.name for path in temporary.iterdir() if path.name.startswith(".llama-acc")] == []

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
@@ -35,7 +36,7 @@ SUFFIX = ".tokens"
 _SUFFIXES = (SUFFIX, ".npz")
 _ABANDONED_SECONDS = 24 * 3600
 _JUST_MADE_SECONDS = 60
-_OWN = ".run-"  # how the folders begin in which runs put what is theirs alone
+_OWN = ".llama-acc-run-"  # how the folders begin in which runs put what is theirs alone
 _BLOCK = 1 << 20
 
 _logger = logging.getLogger("llama_acc")
@@ -44,10 +45,15 @@ Write = Callable[[EntryWriter], None]
 """Appends all documents of a file, and finishes."""
 
 
-def content_digest(path: Path) -> str:
+def content_digest(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
     """sha256 of a file's bytes, read as a stream; of a shard of images, of all but their pixels.
 
+    Args:
+        path: the file.
+        stopped: asked now and then whether the digest is still wanted.
+
     Raises:
+        CancelledError: it is not.
         OSError: it cannot be read.
         UserError: it is a damaged shard.
     """
@@ -57,6 +63,8 @@ def content_digest(path: Path) -> str:
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
+            if stopped():
+                raise CancelledError
     return digest.hexdigest()
 
 
@@ -105,6 +113,7 @@ class EntryStore:
         self._limit = _limit_bytes()
         self._cache = home() / "cache" / "tokens"
         self._own: list[Path] = []
+        self._locks = contextlib.ExitStack()
 
     def __enter__(self) -> "EntryStore":
         return self
@@ -112,6 +121,7 @@ class EntryStore:
     def __exit__(self, *exc_info: object) -> None:
         for folder in self._own:
             shutil.rmtree(folder, ignore_errors=True)
+        self._locks.close()
 
     def own_folder(self) -> Path:
         """A folder of this run, for anything its processes are to find."""
@@ -169,8 +179,13 @@ class EntryStore:
         return os.access(self._cache, os.W_OK)
 
     def _add_own(self, parent: Path | None) -> Path:
-        self._own.append(Path(tempfile.mkdtemp(prefix=_OWN, dir=parent)))
-        return self._own[-1]
+        parent = parent or Path(tempfile.gettempdir())
+        for path in parent.glob(f"{_OWN}*"):
+            _remove_if_left(path)
+        folder, lock = _locked_folder(parent)
+        self._locks.callback(os.close, lock)
+        self._own.append(folder)
+        return folder
 
     def _store(self, key: str, write: Write, vocab_size: int) -> Encoded | None:
         """Writes an entry into the cache, or beside it if those in use leave no room; None if it cannot."""
@@ -273,6 +288,8 @@ def _make_room(folder: Path, room: int) -> bool:
             continue
         if path.suffix in _SUFFIXES:
             entries.append((status.st_mtime, status.st_size, path))
+        elif path.name.startswith(_OWN):
+            _remove_if_left(path)
         elif path.name.startswith(".") and _is_abandoned(path, time.time() - status.st_mtime):
             _remove(path)
     excess = sum(size for _, size, _ in entries) - room
@@ -285,6 +302,39 @@ def _make_room(folder: Path, room: int) -> bool:
         if _unless_used(path, _remove):
             excess -= size
     return True
+
+
+def _locked_folder(parent: Path) -> tuple[Path, int]:
+    """A new folder, and the descriptor of a lock on it, which goes with the process, however that ends."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_OWN, dir=parent))
+        lock = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():
+            return folder, lock
+        os.close(lock)  # another run took it for a folder that was left
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Removes a folder of a run of this user that was killed: nobody has it locked, or, without locks, it is old."""
+    try:
+        status = folder.stat()
+        if status.st_uid != os.geteuid():
+            return
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError:  # another run is at it too
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _remove(folder)
+    except BlockingIOError:
+        return
+    except OSError:
+        if time.time() - status.st_mtime > _ABANDONED_SECONDS:
+            _remove(folder)
+    finally:
+        os.close(lock)
 
 
 def _is_abandoned(path: Path, age: float) -> bool:

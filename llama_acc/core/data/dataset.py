@@ -4,7 +4,7 @@ import hashlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llama_acc.core.data.across import Across
 from llama_acc.core.data.encode import Images
 from llama_acc.core.data.entry import Encoded
-from llama_acc.core.data.findings import Finding
+from llama_acc.core.data.findings import MOST_PROBLEMS, Finding
 from llama_acc.core.data.images import resolved
+from llama_acc.core.data.prepare import KEPT_PLACES
 from llama_acc.core.data.templates import Template
 from llama_acc.core.errors import UserError
 
@@ -40,7 +42,13 @@ class DataFile:
     image_root: Path
     """Where relative references to images begin."""
     skipped: tuple[Finding, ...] = ()
-    """What is wrong with items that were left out after they had been encoded."""
+    """What is wrong with items that were left out after they had been encoded: the first `MOST_PROBLEMS`."""
+    skipped_items: int = 0
+    """How many these items are."""
+    skipped_kinds: Mapping[str, int] = field(default_factory=dict)
+    """How much of each kind is wrong with them."""
+    across: Across = field(default_factory=Across)
+    """What earlier files have too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +202,9 @@ class Dataset:
             replace(
                 file,
                 items=file.items - len(documents),
-                skipped=(*file.skipped, *(finding for i in documents for finding in found[i])),
+                skipped=(*file.skipped, *(finding for i in documents for finding in found[i]))[:MOST_PROBLEMS],
+                skipped_items=file.skipped_items + len(documents),
+                skipped_kinds=Counter(file.skipped_kinds) + Counter(f.kind for i in documents for f in found[i]),
             )
             for file, documents in zip(self.files, removed, strict=True)
         ]
@@ -230,8 +240,9 @@ class Dataset:
                     "path": str(file.path),
                     **count.report(),
                     **_found([file], [part]),
-                    "skipped_items": [*part.skipped, *(finding._asdict() for finding in file.skipped)],
-                    "warning_places": {kind: found["places"] for kind, found in part.warnings.items()},
+                    "skipped_kinds": dict(Counter(part.skipped_kinds) + Counter(file.skipped_kinds)),
+                    "skipped_items": [*part.skipped, *(f._asdict() for f in file.skipped)][:MOST_PROBLEMS],
+                    "warning_places": _warning_places(file, part),
                     "template": file.template.name,
                 }
                 for file, part, count in zip(self.files, self.parts, counts, strict=True)
@@ -299,11 +310,20 @@ class _Counts:
 def _found(files: Sequence[DataFile], parts: Sequence[Encoded]) -> dict[str, Any]:
     """What was found in whole files, whether all of their items are in use or not."""
     warnings: Counter[str] = Counter()
-    for part in parts:
+    for file, part in zip(files, parts, strict=True):
         warnings.update({kind: found["count"] for kind, found in part.warnings.items()})
-    before = sum(len(part.skipped_rows) for part in parts)
-    after = sum(len({finding.where for finding in file.skipped}) for file in files)
-    return {"skipped": before + after, "warnings": dict(warnings)}
+        warnings.update({"duplicate": file.across.items})
+    before, after = sum(len(part.skipped_rows) for part in parts), sum(file.skipped_items for file in files)
+    return {"skipped": before + after, "warnings": dict(+warnings)}
+
+
+def _warning_places(file: DataFile, part: Encoded) -> dict[str, Any]:
+    """The first places of each kind of warning."""
+    places = {kind: found["places"] for kind, found in part.warnings.items()}
+    if file.across.items:
+        across = [finding._asdict() for finding in file.across.places]
+        places["duplicate"] = [*places.get("duplicate", []), *across][:KEPT_PLACES]
+    return places
 
 
 def _counted(file: DataFile, part: Encoded, members: Rows | slice) -> _Counts:

@@ -14,6 +14,7 @@ import resource
 import struct
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -37,13 +38,14 @@ COLUMNS: dict[str, DTypeLike] = {
     "cut": np.bool_,
     "digests": np.uint64,
 }
-# The others. The last three are there only where a document has an image.
+# The others. Those of images are there only where a document has one, and `skipped_rows` where rows were.
 _STREAMS: dict[str, DTypeLike] = {
     "label_bits": np.uint8,
     "offsets": np.int64,
     "image_ends": np.int64,
     "name_ends": np.int64,
     "names": np.uint8,
+    "skipped_rows": np.int64,
 }
 _OF_IMAGES = ("image_ends", "name_ends", "names")
 _MAGIC = b"llamaacc"
@@ -91,6 +93,8 @@ class Encoded:
     """[I]: where in `names` the name of each image ends."""
     names: NDArray[np.uint8] | None = None
     """The names of all images, in UTF-8."""
+    skipped_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[S]: the numbers of the rows that were skipped, from 0."""
 
     def __len__(self) -> int:
         return len(self.item)
@@ -101,15 +105,15 @@ class Encoded:
 
     @property
     def skipped(self) -> list[dict[str, Any]]:
-        """What is wrong with rows that were skipped, as the fields of `Finding`s."""
+        """What is wrong with rows that were skipped, as the fields of `Finding`s: the first of it."""
         found: list[dict[str, Any]] = self.notes.get("skipped", [])
         return found
 
     @property
-    def skipped_rows(self) -> list[int]:
-        """The numbers of these rows, from 0."""
-        rows: list[int] = self.notes.get("skipped_rows", [])
-        return rows
+    def skipped_kinds(self) -> dict[str, int]:
+        """How much of each kind is wrong with all of them."""
+        kinds = self.notes.get("skipped_kinds")
+        return dict(Counter(problem["kind"] for problem in self.skipped)) if kinds is None else dict(kinds)
 
     @property
     def warnings(self) -> dict[str, Any]:
@@ -174,7 +178,7 @@ class EntryWriter:
         self._token_type = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
         self._aside = {name: aside() for name in (*COLUMNS, *_STREAMS)}
         self._bits = np.zeros(0, np.bool_)  # of labels, those that do not fill a byte yet
-        self._tokens = self._images = self._bytes = self.items = self.documents = 0
+        self._tokens = self._images = self._bytes = self._skipped = self.items = self.documents = 0
         self._put("offsets", np.zeros(1, np.int64))
 
     def append(self, chunk: Chunk) -> None:
@@ -189,6 +193,11 @@ class EntryWriter:
         self.documents += len(chunk.lengths)
         self.items += chunk.items
 
+    def skip(self, rows: NDArray[np.int64]) -> None:
+        """Notes rows that were skipped, in order; perhaps a part of them."""
+        self._put("skipped_rows", rows)
+        self._skipped += len(rows)
+
     def finish(self, kind: str, notes: dict[str, Any]) -> None:
         """Writes what is left, and the footer.
 
@@ -199,7 +208,7 @@ class EntryWriter:
         self._put("label_bits", np.packbits(self._bits))
         arrays = {"tokens": [self._token_type.str, 0, self._tokens]}
         for name, file in self._aside.items():
-            if name in _OF_IMAGES and not self._images:
+            if (name in _OF_IMAGES and not self._images) or (name == "skipped_rows" and not self._skipped):
                 continue
             arrays[name] = self._append_array(name, file)
         about = {
@@ -322,6 +331,8 @@ def _read(mapped: mmap.mmap, path: Path) -> Encoded:
         name: np.frombuffer(data, np.dtype(dtype), count, start)
         for name, (dtype, start, count) in about["arrays"].items()
     }
+    if "skipped_rows" in about["notes"]:  # where they were before they had an array
+        arrays["skipped_rows"] = np.array(about["notes"]["skipped_rows"], np.int64)
     encoded = Encoded(
         **arrays, items=about["items"], kind=about["kind"], notes=about["notes"], path=path, mapped=mapped
     )

@@ -3,7 +3,10 @@
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from array import array
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from llama_acc.core.data.across import repeated_across
 from llama_acc.core.data.cache import EntryStore, cache_key, content_digest
 from llama_acc.core.data.dataset import DataFile, Dataset, Rows
 from llama_acc.core.data.entry import Encoded, EntryWriter
@@ -89,28 +93,35 @@ def load_dataset(
 def _load_files(specs: Sequence[FileSpec], encoder: "_Encoder") -> list[Encoded]:
     parts: list[Encoded] = []
     errors: list[UserError] = []
-    for spec, content in zip(specs, _content_digests([spec.path for spec in specs]), strict=True):
-        try:
-            parts.append(encoder.load(spec, content))
-        except UserError as error:
-            errors.append(error)
+    with contextlib.closing(_content_digests([spec.path for spec in specs])) as digests:
+        for spec, content in zip(specs, digests, strict=True):
+            try:
+                parts.append(encoder.load(spec, content))
+            except UserError as error:
+                errors.append(error)
     raise_together(errors)
     return parts
 
 
-def _content_digests(paths: Sequence[Path]) -> Iterator[str | UserError]:
+def _content_digests(paths: Sequence[Path]) -> Generator[str | UserError, None, None]:
     """The digest of each file's bytes, or why it cannot be read; the next ones are computed while one is in use."""
+
+    stopped = threading.Event()
 
     def digest(path: Path) -> str | UserError:
         try:
-            return content_digest(path)
+            return content_digest(path, stopped.is_set)
         except OSError as error:
             return unreadable(path, error)
         except UserError as error:
             return error
 
-    with ThreadPoolExecutor(max_workers=_cores()) as threads:
+    threads = ThreadPoolExecutor(max_workers=_cores())
+    try:
         yield from threads.map(digest, paths)
+    finally:
+        stopped.set()  # Ctrl-C need not wait for the rest of a large file
+        threads.shutdown(cancel_futures=True)
 
 
 class _Encoder:
@@ -175,8 +186,10 @@ class _Encoder:
                 self._progress(spec.path.name, writer.items, file.fraction_read())
         if unused_inputs:
             _logger.warning("%d items have an input, which template %r does not show", unused_inputs, template.name)
+        writer.skip(np.array(file.skipped_rows, np.int64))
         skipped = [finding._asdict() for finding in file.skipped]
-        writer.finish(file.kind, {"skipped": skipped, "skipped_rows": file.skipped_rows, "warnings": _warnings(survey)})
+        notes = {"skipped": skipped, "skipped_kinds": file.skipped_kinds, "warnings": _warnings(survey)}
+        writer.finish(file.kind, notes)
 
 
 def _warnings(survey: Survey) -> dict[str, Any]:
@@ -189,9 +202,11 @@ class _FileReader:
 
     def __init__(self, spec: FileSpec, skips: bool) -> None:
         self.skipped: list[Finding] = []
-        """What is wrong with the rows so far that are no items."""
-        self.skipped_rows: list[int] = []
-        """Their numbers, from 0."""
+        """What is wrong with the rows so far that are no items: the first `MOST_PROBLEMS`."""
+        self.skipped_kinds: Counter[str] = Counter()
+        """How much of each kind it is in all."""
+        self.skipped_rows = array("q")
+        """The numbers of these rows, from 0."""
         self._skips = skips
         self._path, self._bytes, self._size = spec.path, 0, max(spec.path.stat().st_size, 1)
         self._stream = stream_items(spec.path, spec.format, progress=self._count)
@@ -220,13 +235,14 @@ class _FileReader:
         if self.skipped and not self._skips:
             ended = f"reading ended after {MOST_PROBLEMS:,} problems; llama-acc convert-data makes items of other forms"
             hint = ended if len(self.skipped) >= MOST_PROBLEMS else None
-            errors.insert(0, DataError([f"{self._path}: {problem}" for problem in self.skipped[:MOST_PROBLEMS]], hint))
+            errors.insert(0, DataError([f"{self._path}: {problem}" for problem in self.skipped], hint))
         raise_together(errors)
 
     def _rows(self) -> Iterator[tuple[int, Checked]]:
         for index, row in enumerate(self._stream):
             if row.item is None:
-                self.skipped += row.problems
+                self.skipped += row.problems[: MOST_PROBLEMS - len(self.skipped)]
+                self.skipped_kinds.update(problem.kind for problem in row.problems)
                 self.skipped_rows.append(index)
             yield index, row
 
@@ -243,7 +259,8 @@ def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], seed: int) -> D
     files: list[DataFile] = []
     rows: list[Rows] = []
     start, all_of_them = 0, all(spec.ratio == 1 for spec in specs)
-    for spec, part in zip(specs, parts, strict=True):
+    across = repeated_across([spec.path.name for spec in specs], parts)
+    for spec, part, of_others in zip(specs, parts, across, strict=True):
         items, documents = part.items, len(part)
         if not all_of_them:
             chosen = _chosen_rows(part, spec.ratio, [seed, *spec.seed])
@@ -251,7 +268,7 @@ def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], seed: int) -> D
             items, documents = int(chosen.sum()), len(of_part)
             rows.append(of_part + start)
         template = template_for(spec.template, part.kind)
-        files.append(DataFile(spec.path, template, items, items - documents, spec.image_root))
+        files.append(DataFile(spec.path, template, items, items - documents, spec.image_root, across=of_others))
         start += len(part)
     return Dataset(tuple(files), tuple(parts), None if all_of_them else np.concatenate(rows))
 

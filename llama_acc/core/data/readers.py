@@ -8,14 +8,13 @@ Every problem of every item is named, and they come together.
 import glob
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 from llama_acc.core.data.files import BytesRead, data_suffix, nearest_names
 from llama_acc.core.data.findings import Finding, beginning
 from llama_acc.core.data.items import Item, first_exchange, item_of, kind_of
-from llama_acc.core.data.rows import SUFFIXES, Row, stream_rows
+from llama_acc.core.data.rows import SUFFIXES, Row, looked_ahead, stream_rows
 from llama_acc.core.errors import DataError, UserError, did_you_mean
 
 FORMATS = ("auto", "single_turn", "dialogue", "single_turn_llava")
@@ -137,30 +136,20 @@ def stream_items(path: Path, format: str = "auto", *, progress: BytesRead | None
             f"unknown data format {format!r}", did_you_mean(format, FORMATS) or "it is one of: " + ", ".join(FORMATS)
         )
     rows = stream_rows(path, required=("instruction", "output"), progress=progress)
-    first, kind = _until_kind(rows)
+    # Up to one that tells the kind of items: a broken first row does not make all others wrong.
+    first, rows = looked_ahead(rows, _TRIED, lambda row: kind_of(row.value) is not None)
     if not first:
         raise UserError(f"{path} holds no items")
-    kind = format if format != "auto" else kind
+    kind = format if format != "auto" else kind_of(first[-1].value) or "single_turn"
     if format == "single_turn_llava":
-        kind, first = "single_turn", [_first_exchange(row) for row in first]
-        rows = (_first_exchange(row) for row in rows)
+        kind, rows = "single_turn", map(_first_exchange, rows)
     if data_suffix(path) in (".csv", ".tsv") and kind == "dialogue":
         raise UserError(f"{path}: a .csv file holds single-turn items only", "give dialogues as .json or .jsonl")
-    return ItemStream(path, kind, chain(first, rows))
+    return ItemStream(path, kind, rows)
 
 
 def _first_exchange(row: Row) -> Row:
     return row._replace(value=first_exchange(row.value))
-
-
-def _until_kind(rows: Iterator[Row]) -> tuple[list[Row], str]:
-    """The first rows, up to one that tells the kind of items: a broken first row does not make all others wrong."""
-    first = []
-    for row in islice(rows, _TRIED):
-        first.append(row)
-        if (kind := kind_of(row.value)) is not None:
-            return first, kind
-    return first, "single_turn"
 
 
 def data_files(path: str | Path) -> list[Path]:

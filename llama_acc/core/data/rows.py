@@ -11,8 +11,8 @@ import csv
 import difflib
 import json
 import re
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -85,6 +85,32 @@ def stream_rows_from(
         progress: told how many bytes have been read.
     """
     yield from _rows(DataStream(stream, name, progress), suffix, required)
+
+
+def looked_ahead(
+    rows: Iterator[Row], most: int, enough: Callable[[Row], bool] = lambda row: False
+) -> tuple[list[Row], Iterator[Row]]:
+    """The first rows, up to one that is enough, and all rows: where they break off stays the last that is told.
+
+    Raises:
+        UserError: it cannot be read, and no row comes before that.
+    """
+    first: list[Row] = []
+    try:
+        for row in islice(rows, most):
+            first.append(row)
+            if enough(row):
+                break
+    except UserError as error:
+        if not first:
+            raise
+        rows = _broken_off(error)
+    return first, chain(first, rows)
+
+
+def _broken_off(error: UserError) -> Iterator[Row]:
+    yield from ()
+    raise error
 
 
 def type_name(value: Any) -> str:
@@ -207,14 +233,20 @@ def _csv_rows(name: str, chunks: Iterator[str], delimiter: str | None, required:
 
 def _csv_lines(chunks: Iterator[str], name: str) -> Iterator[str]:
     """Lines with their ends, which are LF, CR LF or CR; csv.reader puts those of a quoted cell together again."""
-    rest = ""
+    unfinished: list[str] = []
+    length = 0
     for chunk in chunks:
-        if len(rest) > MAX_ITEM:
+        unfinished.append(chunk)
+        length += len(chunk)
+        if length - len(chunk) > MAX_ITEM:
             raise UserError(f"{name}: a line is longer than {MAX_ITEM >> 20} Mi characters")
+        if "\n" not in chunk and "\r" not in chunk and not unfinished[0].endswith("\r"):
+            continue  # the line goes on: put together once, when its end has come
         # A CR at the end may be half of a CR LF, so the last line always waits for more.
-        *whole, rest = _split_keeping_ends(rest + chunk)
+        *whole, rest = _split_keeping_ends("".join(unfinished))
         yield from whole
-    yield rest
+        unfinished, length = [rest], len(rest)
+    yield "".join(unfinished)
 
 
 def _split_keeping_ends(text: str) -> list[str]:

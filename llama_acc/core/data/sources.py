@@ -78,12 +78,16 @@ class FileSpec:
     image_root: Path
 
 
+_OTHERWISE = "give it with --data FILE"
 Fetch = Callable[[str], list[Path]]
 """From an address, such as "hf:datasets/owner/name/train-*.jsonl", to its files, fetched where they are not yet."""
 
 
 def expand(
-    sources: Sequence[SourceLike], recipe_folder: Path | None = None, fetch: Fetch = fetch_quietly
+    sources: Sequence[SourceLike],
+    recipe_folder: Path | None = None,
+    fetch: Fetch = fetch_quietly,
+    otherwise: str = _OTHERWISE,
 ) -> list[FileSpec]:
     """All files of all sources.
 
@@ -91,6 +95,7 @@ def expand(
         sources: a recipe's.
         recipe_folder: where relative paths are looked for first.
         fetch: gets what has an address.
+        otherwise: what to do about one that is nowhere, as a hint.
 
     Raises:
         RunError: the network failed.
@@ -100,7 +105,7 @@ def expand(
     errors: list[UserError] = []
     for number, source in enumerate(sources):
         try:
-            expanded = _expand_one(source, recipe_folder, fetch)
+            expanded = _expand_one(source, recipe_folder, fetch, otherwise)
         except UserError as error:
             errors.append(error)
             continue
@@ -110,7 +115,7 @@ def expand(
     return specs
 
 
-def resolve_data_path(path: str, recipe_folder: Path | None = None) -> Path:
+def resolve_data_path(path: str, recipe_folder: Path | None = None, otherwise: str = _OTHERWISE) -> Path:
     """Where a source's `path` is, if it is no address; a glob stays one.
 
     `shipped:NAME` comes with the package, `drawn:NAME` is drawn where it is not there yet. Else it is looked for
@@ -141,7 +146,7 @@ def resolve_data_path(path: str, recipe_folder: Path | None = None) -> Path:
             return place
     looked = "".join(f"\n  {place}" for place in places)
     near = [hint for place in places if place.parent.is_dir() and (hint := nearest_names(place))]
-    hints = [*near[:1], "give it with --data FILE", how_to_get(path, model=False)]
+    hints = [*near[:1], otherwise, how_to_get(path, model=False)]
     raise UserError(f"there is no data {path!r}; looked for:{looked}", "; or ".join(hint for hint in hints if hint))
 
 
@@ -161,12 +166,14 @@ def _drawn(name: str) -> Path:
     return drawn_shard(name)
 
 
-def _expand_one(source: SourceLike, recipe_folder: Path | None, fetch: Fetch) -> list[tuple[Path, SourceLike, Path]]:
+def _expand_one(
+    source: SourceLike, recipe_folder: Path | None, fetch: Fetch, otherwise: str
+) -> list[tuple[Path, SourceLike, Path]]:
     """The files of a source, how to read each, and where its images are."""
     _check(source)
     if is_address(source.path):
         return _files(source, _fetched(source.path, fetch), recipe_folder)
-    path = resolve_data_path(source.path, recipe_folder)
+    path = resolve_data_path(source.path, recipe_folder, otherwise)
     if path.suffix.lower() not in YAML_SUFFIXES:
         return _files(source, data_files(path), recipe_folder)
     found = []

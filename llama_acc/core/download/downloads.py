@@ -1,8 +1,11 @@
 """`llama-acc download`: from names and addresses to files that `--data` and `--pretrained` find."""
 
-from collections.abc import Sequence
+import contextlib
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
 
 import httpx2
 
@@ -67,8 +70,9 @@ def understand(names: Sequence[str], to: Path | None) -> list[Wanted]:
     """
     found: list[Wanted] = []
     errors: list[UserError] = []
+    folders = _folders(set(names))
     for name in dict.fromkeys(names):
-        place = to if to is None or len(set(names)) == 1 else to / _short(name)
+        place = None if to is None else to / folders.get(name, "")
         try:
             found.append(_understand(name, place))
         except UserError as error:
@@ -93,12 +97,30 @@ def asks_the_hub(wanted: Wanted) -> bool:
     return any(isinstance(parse_address(file.get), HubAddress) for file in wanted.files)
 
 
-def _short(name: str) -> str:
-    """A name for a folder of its own, where several things go into one place."""
+def _folders(names: Collection[str]) -> dict[str, str]:
+    """A folder for each of several things that go into one place: by the last part of its name, if that is one's alone.
+
+    What is not understood has none; parts of one repository share theirs.
+    """
+    known: dict[str, tuple[str, ...]] = {}
+    for name in names if len(names) > 1 else ():
+        with contextlib.suppress(UserError):
+            known[name] = _called(name)
+    of = Counter(called[-1] for called in set(known.values()))
+    return {name: called[-1] if of[called[-1]] == 1 else "--".join(called) for name, called in known.items()}
+
+
+def _called(name: str) -> tuple[str, ...]:
+    """What tells it from others, the shortest last."""
     address = parse_address(name) if is_address(name) else None
     if address is None:
-        return name
-    return address.repo.rpartition("/")[2] if isinstance(address, HubAddress) else PurePosixPath(address.file_name).stem
+        return (name,)
+    if isinstance(address, WebAddress):
+        path = PurePosixPath(unquote(urlsplit(address.url).path))
+        return (address.host, *path.parent.parts[1:], path.stem)
+    kind = (f"{address.kind}s",) if address.kind else ()
+    revision = (address.revision.replace("/", "-"),) if address.revision else ()
+    return (*kind, *revision, *address.repo.split("/"))
 
 
 @dataclass

@@ -126,7 +126,8 @@ class Hub:
     def _remote(self, listing: HubListing, file: HubFile, name: str, known: Sequence[Digest]) -> Remote:
         source = HubAddress(listing.address.repo, listing.kind, listing.commit, file.path)
         digests = tuple(dict.fromkeys([file.digest, *known]))
-        return Remote(name, str(source), file.size, digests, _Bytes(self, source, file).open)
+        content = _Bytes(self, source, file)
+        return Remote(name, str(source), file.size, digests, content.open, give_up_copy=content.give_up_copy)
 
     def _commit(self, address: HubAddress) -> tuple[Kind, str, bool]:
         """What kind of repository it is, its commit, and whether it is gated. A model, if both exist."""
@@ -291,11 +292,14 @@ class _Bytes:
     def __init__(self, hub: Hub, source: HubAddress, file: HubFile) -> None:
         self._hub, self._source, self._file = hub, source, file
         self._xet_is_worth_a_try = file.xet_hash is not None and xet.is_available()
+        self._copy_is_good = True
+        self._copy: Path | None = None  # what bytes came from
 
     @contextlib.contextmanager
     def open(self, offset: int, validator: str | None) -> Iterator[Stream]:
         """See `remote.Open`."""
         if (cached := self._cached()) is not None:
+            self._copy = cached
             with cached.open("rb") as file:
                 file.seek(offset)
                 yield Stream(offset, self._file.size, None, iter(lambda: file.read(_CACHE_BLOCK), b""))
@@ -308,6 +312,12 @@ class _Bytes:
         with open_url(self._hub.client, self._url(), offset, None, self._authorization(), self._refusal) as stream:
             yield stream
 
+    def give_up_copy(self) -> Path | None:
+        """See `remote.Remote`."""
+        copy, self._copy = self._copy, None
+        self._copy_is_good = self._copy_is_good and copy is None
+        return copy
+
     def _over_xet(self, offset: int) -> Iterator[bytes]:
         repo, kind, commit = self._source.repo, self._source.kind, self._source.revision
         url = f"{self._hub.endpoint}/api/{kind}s/{repo}/xet-read-token/{commit}"
@@ -315,6 +325,8 @@ class _Bytes:
         return xet.chunks(self._file.xet_hash, self._file.size, offset, url, self._authorization())
 
     def _cached(self) -> Path | None:
+        if not self._copy_is_good:
+            return None
         found = try_to_load_from_cache(
             self._source.repo, self._source.path, revision=self._source.revision, repo_type=self._source.kind
         )

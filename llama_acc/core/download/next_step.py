@@ -28,7 +28,7 @@ def next_command(done: Downloaded) -> str | None:
         return _check(done)
     if entry.recipe is None:
         return None
-    return _finetune(entry.recipe, _pretrained(entry.recipe), _place(done, entry))
+    return _finetune(entry.recipe, _pretrained(entry.recipe), _data(entry.recipe, done, entry))
 
 
 def remarks(done: Downloaded) -> list[str]:
@@ -89,8 +89,12 @@ def _pretrained(recipe: str) -> str | None:
     return names[0] if names else None
 
 
-def _place(done: Downloaded, entry: Entry) -> str:
-    return entry.name if done.wanted.to is None else str(done.converted or done.folder)
+def _data(recipe: str, done: Downloaded, entry: Entry) -> str | None:
+    """What stands for the recipe's data; None where it is only one part of that, and found by its name."""
+    if done.wanted.to is not None:
+        return str(done.converted or done.folder)
+    sources = [source.path for source in Recipe.load(recipe).data.sources]
+    return None if len(sources) > 1 and entry.name in sources else entry.name
 
 
 def _conversion(done: Downloaded, format: str) -> str:

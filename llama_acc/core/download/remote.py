@@ -51,6 +51,8 @@ class Remote:
         open: asks for its bytes.
         known_as: tells it from others, where the source does not.
         about: bytes it seems to have, where `size` is not known.
+        give_up_copy: to be called when what came is not what it should be: if it came from a copy on this machine, the
+            next bytes will not, and it says where that is.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Remote:
     open: Open
     known_as: str | None = None
     about: int | None = None
+    give_up_copy: Callable[[], Path | None] = lambda: None
 
     @property
     def likely_size(self) -> int | None:

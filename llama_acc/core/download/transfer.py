@@ -101,6 +101,9 @@ def _fetch(remote: Remote, part: "Part", watch: Watch, stop: threading.Event, pa
             return
         except _Mismatch as mismatch:
             part.start_over()
+            if (copy := remote.give_up_copy()) is not None:
+                watch.note(f"{remote.name}: {mismatch}; the copy in {copy} is damaged: delete it. Fetching it anew")
+                continue
             if not resumed:
                 hint = "nothing of yours was touched, and what arrived was thrown away"
                 raise RunError(f"{remote.name}: {mismatch}", hint) from None

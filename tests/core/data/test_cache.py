@@ -316,3 +316,31 @@ def test_an_entry_that_is_deleted_stays_whole_where_it_is_mapped(chunk: Chunk, l
     entries(llama_acc_home)[0].unlink()
     encoded.release()
     assert np.array_equal(encoded.tokens, chunk.tokens)
+
+
+def test_folders_of_killed_runs_go_and_those_of_others_stay(
+    chunk: Chunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMA_ACC_CACHE_GIB", "0")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, foreign = tmp_path / ".llama-acc-run-left", tmp_path / ".run-of-another-program"
+    for folder in (left, foreign):
+        folder.mkdir()
+        (folder / "a.tokens").write_bytes(b"a")
+    with EntryStore() as one:
+        at_work = one.own_folder()
+        assert not left.exists()
+        with EntryStore() as other:
+            assert other.own_folder() != at_work
+            assert at_work.is_dir()
+        put_into(one, chunk)
+        assert [path.name for path in at_work.iterdir()] == ["k.tokens"]
+    assert [path.name for path in tmp_path.iterdir()] == [foreign.name]
+
+
+def put_into(store: EntryStore, chunk: Chunk) -> None:
+    def write(writer: EntryWriter) -> None:
+        writer.append(chunk)
+        writer.finish("single_turn", {})
+
+    store.get("k", write, vocab_size=300)

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llama_acc.core.data import across
 from llama_acc.core.data import load as load_module
 from llama_acc.core.data.dataset import Dataset
+from llama_acc.core.data.entry import EntryWriter
 from llama_acc.core.data.findings import MOST_PROBLEMS
 from llama_acc.core.data.load import OnError, load_dataset
 from llama_acc.core.data.sources import Source
@@ -142,3 +144,68 @@ def test_a_file_in_which_all_is_wrong_is_not_read_to_its_end(tmp_path: Path, tok
         load(tokenizer, path, on_error="stop")
     assert "reading ended after 1,000 problems" in str(caught.value.hint)
     assert caught.value.problems[-1].startswith(f"{path}: item {MOST_PROBLEMS // 2} ")
+
+
+def test_of_any_number_of_skipped_items_the_first_are_told_and_all_are_counted(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    bad = [{"instruction": 1, "output": 2}] * MOST_PROBLEMS + [7] * 3
+    path = write(tmp_path / "a.jsonl", [*bad, *good(4)])
+    for _ in ("fresh", "from the cache"):
+        dataset = load(tokenizer, path, ratio=0.5)
+        assert len(dataset) == 2
+        assert {dataset.where(i) for i in range(2)} <= {f"item {len(bad) + i}" for i in range(1, 5)}
+        report = dataset.report()
+        [file] = report["files"]
+        assert (report["skipped"], file["skipped"]) == (len(bad), len(bad))
+        assert file["skipped_kinds"] == {"wrong_type": 2 * MOST_PROBLEMS, "no_item": 3}
+        assert len(file["skipped_items"]) == MOST_PROBLEMS
+        assert file["skipped_items"][-1]["where"] == f"item {MOST_PROBLEMS // 2} (line {MOST_PROBLEMS // 2})"
+
+
+def test_entries_of_the_version_before_say_which_rows_were_skipped(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.jsonl", mixed(12))
+    new = load(tokenizer, path, ratio=0.5)
+    monkeypatch.setattr(EntryWriter, "skip", lambda self, rows: None)
+    finish = EntryWriter.finish
+
+    def as_before(self: EntryWriter, kind: str, notes: dict[str, Any]) -> None:
+        notes.pop("skipped_kinds")
+        finish(self, kind, {**notes, "skipped_rows": [3, 7, 11]})
+
+    monkeypatch.setattr(EntryWriter, "finish", as_before)
+    monkeypatch.setenv("LLAMA_ACC_CACHE_GIB", "0")
+    old = load(tokenizer, path, ratio=0.5)
+    assert old.fingerprint() == new.fingerprint()
+    assert old.report() == new.report()
+
+
+@pytest.mark.parametrize("at_once", [1 << 22, 3])
+def test_what_several_files_have_is_told_once_for_each_and_never_of_a_file_given_twice(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(across, "_AT_ONCE", at_once)
+    rows = good(8)
+    a = write(tmp_path / "a.jsonl", rows[:4])
+    b = write(tmp_path / "b.jsonl", [rows[6], rows[2], rows[6], rows[2], rows[5]])
+    c = write(tmp_path / "c.json", [rows[7], rows[5], rows[0]])
+    report = load(tokenizer, a, b, a, c).report()
+    # In all 16 items, of which a's four are there twice as the user wants it; seven are different.
+    assert report["warnings"] == {"duplicate": 16 - 4 - 7}
+    files = {Path(file["path"]).name: file for file in report["files"]}
+    told = {
+        name: [(place["where"], place["message"]) for place in file["warning_places"].get("duplicate", ())]
+        for name, file in files.items()
+    }
+    assert told == {
+        "a.jsonl": [],
+        "b.jsonl": [
+            ("item 3", "the same as item 1"),
+            ("item 4", "the same as item 2"),
+            ("item 2", "the same as item 3 of a.jsonl"),
+        ],
+        "c.json": [("item 2", "the same as item 5 of b.jsonl"), ("item 3", "the same as item 1 of a.jsonl")],
+    }
+    assert files["c.json"]["warnings"] == {"duplicate": 2}

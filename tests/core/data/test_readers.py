@@ -221,3 +221,10 @@ def test_real_image_data_is_read_with_its_images(shared: Path, name: str, count:
     items = read_items(shared / "assets/data" / name)
     assert len(items) == count
     assert all(len(item.images) == 1 and item.images[0].endswith(".jpg") for item in items)
+
+
+def test_where_a_table_breaks_off_what_is_wrong_before_is_told_too(tmp_path: Path) -> None:
+    told = problems_of(write(tmp_path / "a.csv", 'instruction,output\n1\n2,3,4\n5,"open\n6,7\n'))
+    assert "item 1 (line 2): 1 cells, but the header has 2" in told
+    assert "item 2 (line 3): 3 cells, but the header has 2" in told
+    assert "line 6: not CSV" in told

@@ -12,7 +12,7 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_acc.core.data import files
+from llama_acc.core.data import files, rows
 from llama_acc.core.data.items import SingleTurn
 from llama_acc.core.data.json_array import JsonBuffer
 from llama_acc.core.data.readers import read_file
@@ -216,3 +216,18 @@ def test_an_item_too_long_for_memory_is_refused(monkeypatch: pytest.MonkeyPatch)
     for content, suffix in ((b"[" + long + b"]", ".json"), (long, ".jsonl"), (long, ".csv")):
         with pytest.raises(UserError, match=r"longer than 1 Mi characters|field larger than field limit"):
             rows_of(content, suffix)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r"])
+def test_a_line_without_end_is_put_together_once(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    split, looked_at = rows._split_keeping_ends, 0
+
+    def counting(text: str) -> list[str]:
+        nonlocal looked_at
+        looked_at += len(text)
+        return split(text)
+
+    monkeypatch.setattr(rows, "_split_keeping_ends", counting)
+    cell = "b" * (8 * files.BLOCK)
+    assert [row.value for row in rows_of(f"a,c\n1,{cell}{end}".encode(), ".csv")] == [{"a": "1", "c": cell}]
+    assert looked_at < 2.5 * len(cell)

@@ -54,6 +54,17 @@ def test_an_entry_is_whole(entry: Entry) -> None:
         assert not (isinstance(address, HubAddress) and address.is_glob and file.name)
 
 
+def test_what_a_shipped_recipe_uses_says_so() -> None:
+    users: dict[str, set[str]] = {}
+    for name in recipe_names():
+        recipe = Recipe.load(name)
+        for used in (*recipe.model.pretrained_list(), *(source.path for source in recipe.data.sources)):
+            users.setdefault(used, set()).add(name)
+    told = {name: entry.recipe for name, entry in catalogue().items()}
+    assert [name for name in users if name in told and told[name] not in users[name]] == []
+    assert told["accessory-alpacaLlava_llamaQformerv2_13b"] == "llava-qformer-13b"
+
+
 def test_what_is_to_be_converted_is_in_a_format_there_is() -> None:
     formats = {entry.convert for entry in catalogue().values() if entry.convert}
     assert formats <= {*FORMATS, AUTO}

@@ -184,6 +184,28 @@ def test_a_file_in_the_cache_of_huggingface_hub_is_not_fetched(servers: Servers,
     assert len(servers.asked_for_bytes("big.bin")) == fetched
 
 
+def test_a_damaged_file_in_that_cache_is_told_and_fetched(servers: Servers, tmp_path: Path) -> None:
+    servers.model("owner/name", {"big.bin": CONTENT}, large=1000)
+    cached = Path(huggingface_hub.hf_hub_download("owner/name", "big.bin", endpoint=servers.url))
+    damaged = CONTENT[:-1] + b"?"
+    cached.resolve().write_bytes(damaged)
+    watch = Watch()
+    download("hf:owner/name", tmp_path, watch)
+    assert (tmp_path / "big.bin").read_bytes() == CONTENT
+    assert f"the copy in {cached} is damaged: delete it" in "".join(watch.notes)
+    assert cached.read_bytes() == damaged
+
+
+def test_what_is_not_right_at_the_hub_either_ends_it(servers: Servers, tmp_path: Path) -> None:
+    servers.model("owner/name", {"big.bin": CONTENT}, large=1000)
+    cached = Path(huggingface_hub.hf_hub_download("owner/name", "big.bin", endpoint=servers.url))
+    cached.resolve().write_bytes(CONTENT[:-1] + b"?")
+    servers.fail("big.bin", Fault(content=b"x" + CONTENT[1:]))
+    with pytest.raises(RunError, match="what arrived has SHA-256"):
+        download("hf:owner/name", tmp_path)
+    assert visible(tmp_path) == []
+
+
 @pytest.fixture
 def chunked(servers: Servers, tmp_path: Path) -> Servers:
     """A repository whose large file is kept as chunks too, by hf_xet's own storage in a folder."""

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -13,7 +12,7 @@ from llama_acc.core.data.convert.rules import Malformed, Options, Record, Rule, 
 from llama_acc.core.data.convert.writing import LINES, Items, Layout, encoded, layout_of, whole_file
 from llama_acc.core.data.files import data_suffix, nearest_names
 from llama_acc.core.data.findings import MOST_PROBLEMS
-from llama_acc.core.data.rows import SUFFIXES, Row, stream_rows, stream_rows_from, type_name
+from llama_acc.core.data.rows import SUFFIXES, Row, looked_ahead, stream_rows, stream_rows_from, type_name
 from llama_acc.core.errors import DataError, UserError, listed
 
 _LOOKED_AT = 100
@@ -186,7 +185,7 @@ class Conversion:
         options = self._request.options
         if self._request.format != AUTO:
             return FORMATS[self._request.format](options), rows
-        first = list(islice(rows, _LOOKED_AT))
+        first, rows = looked_ahead(rows, _LOOKED_AT)
         objects = [row.value for row in first if isinstance(row.value, dict)]
         recognised = next(filter(None, map(recognise, objects)), None)
         if options.mapping:
@@ -195,7 +194,7 @@ class Conversion:
             raise _unknown(name, objects)
         if self._on_found is not None:
             self._on_found(Found(name, recognised))
-        return FORMATS[recognised.format](replace(options, mapping=recognised.mapping)), chain(first, rows)
+        return FORMATS[recognised.format](replace(options, mapping=recognised.mapping)), rows
 
     def _opened(self, path: Path, name: str) -> Iterator[Row]:
         required = required_columns(self._request.options.mapping) if self._request.format == "csv" else ()

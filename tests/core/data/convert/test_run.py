@@ -275,3 +275,14 @@ def test_whatever_a_file_is_it_is_told_or_converted(
     with pytest.raises(UserError) as caught:
         list(Conversion(Request("auto", [path])))
     assert str(path) in caught.value.message
+
+
+def test_where_a_table_of_unknown_format_breaks_off_what_is_wrong_before_is_told_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('instruction,output\n1,2\n3\n4,"open\n5,6\n', encoding="utf-8")
+    with pytest.raises(DataError) as told:
+        list(Conversion(Request("auto", [path])))
+    assert [problem.removeprefix(f"{path}: ") for problem in told.value.problems] == [
+        "item 2 (line 3): 1 cells, but the header has 2",
+        "line 6: not CSV: unexpected end of data",
+    ]
