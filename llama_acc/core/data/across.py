@@ -1,4 +1,4 @@
-"""Which documents of a run an earlier file of it has too: told by their digests, some millions of them at a time."""
+"""Which documents of a run an earlier file of it has too: told by their digests, a million of them at a time."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from llama_acc.core.data.findings import Finding
 from llama_acc.core.data.prepare import KEPT_PLACES
 from llama_acc.core.data.survey import repeat_finding
 
-_AT_ONCE = 1 << 22
+_AT_ONCE = 1 << 20
 
 
 class Across(NamedTuple):

@@ -182,7 +182,7 @@ def test_entries_of_the_version_before_say_which_rows_were_skipped(
     assert old.report() == new.report()
 
 
-@pytest.mark.parametrize("at_once", [1 << 22, 3])
+@pytest.mark.parametrize("at_once", [1 << 20, 3])
 def test_what_several_files_have_is_told_once_for_each_and_never_of_a_file_given_twice(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
