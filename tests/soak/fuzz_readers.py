@@ -314,7 +314,7 @@ def _with_hypothesis(reader: str, end: float, folder: Path) -> None:
 
     def attempt(data: bytes) -> None:
         nonlocal done
-        if time.monotonic() > end:
+        if done and time.monotonic() > end:
             return  # hypothesis goes on, with nothing to do
         done += 1
         try:
@@ -332,7 +332,7 @@ def _with_hypothesis(reader: str, end: float, folder: Path) -> None:
         suppress_health_check=list(HealthCheck),
     )
     try:
-        while time.monotonic() < end:
+        while not done or time.monotonic() < end:
             seed += 1
             seeded(seed)(unhurried(given(inputs)(attempt)))()
     finally:
