@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llama_acc.cli import console, options
+from llama_acc.cli.stopping import leave_on_sigterm
 from llama_acc.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -234,7 +235,7 @@ def perplexity(
     from llama_acc.core.evaluate.perplexity import measure, read_data
 
     loaded = _load(ckpt, device, tokenizer, template, quant, verify)
-    with console.EncodingProgress() as encoding:
+    with leave_on_sigterm(), console.EncodingProgress() as encoding:
         items = read_data(loaded, data, max_tokens, encoding.tell, fetch_shown)
     with console.CountProgress("measured", "items") as measuring:
         measured = measure(loaded, items, batch_size, measuring.tell)
