@@ -76,7 +76,7 @@ def test_it_says_what_each_of_many_processes_keeps(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     lines = shown(result.stdout)
     assert lines["processes"] == "8: 4 data parallel (sdp) x 2 model parallel"
-    assert lines["each keeps"].startswith("8,232 parameters; weights 0.0 MiB, ")
+    assert lines["each keeps"].startswith(f"8,232 parameters; weights {8232 * 4 / 2**10:.1f} KiB, ")
     assert lines["time"].endswith("8 processes as fast as this one, at best)")
     alone = shown(invoke(*QUICKSTART, "--dry-run").stdout)
     assert alone["processes"].startswith("1: ")
