@@ -135,7 +135,7 @@ class Vision(Section):
     """
 
     encoder: str | None = None
-    params: dict[str, int] | None = None
+    params: dict[str, int | float] | None = None
     stage: Literal[1, 2] = 2
     cache_features: bool = False
     reference_trainables: bool = False

@@ -2,19 +2,19 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from llama_acc.core.checkpoint.huggingface import read_huggingface
-from llama_acc.core.checkpoint.towers import tower_of
+from llama_acc.core.checkpoint.towers import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, open_clip_tower, tower_of
 from llama_acc.core.download.names import how_to_get, named_model
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.home import home
 from llama_acc.core.model.config import ModelConfig, config_from_params, read_params
 from llama_acc.core.model.tuning import FULL, tuning_of
-from llama_acc.core.model.vision_config import VISION_FILE, QFormerVision, Vision, read_vision
+from llama_acc.core.model.vision_config import VISION_FILE, ClipVision, QFormerVision, Vision, read_vision
 
 Format = Literal["meta_ori", "consolidated", "consolidated_diff", "huggingface"]
 _FORMATS: dict[Format, str] = {
@@ -107,6 +107,9 @@ def inspect(folder: Path) -> Layout:
             if match := re.fullmatch(pattern, path.name):
                 groups = {"part": None, "parts": None, **match.groupdict()}
                 found.setdefault(name, {})[int(groups["parts"] or 0), int(groups["part"] or 0)] = path
+    if not found and (folder / OPEN_CLIP_WEIGHTS).is_file() and (folder / OPEN_CLIP_CONFIG).is_file():
+        config = folder / OPEN_CLIP_CONFIG
+        return Layout(folder, "huggingface", (folder / OPEN_CLIP_WEIGHTS,), config, open_clip_tower(config))
     if not found:
         raise UserError(f"{folder} holds no LLaMA checkpoint", _what_is_there(folder))
     if len(found) > 1:
@@ -169,11 +172,11 @@ def read_config(layouts: Sequence[Layout]) -> ModelConfig | None:
     """
     check_order(layouts)
     union: dict[str, Any] = {}
-    tuning, vision = FULL, None
+    tuning, vision, implied = FULL, None, None
     paths = []
     for layout in layouts:
         kind = str(_read_json(layout.folder / "meta.json").get("llama_type", "llama"))
-        vision = _vision(layout, kind) or vision
+        vision = _vision(layout) or vision
         if layout.tower is not None:
             continue
         paths += [] if layout.params_path is None else [layout.params_path]
@@ -183,6 +186,7 @@ def read_config(layouts: Sequence[Layout]) -> ModelConfig | None:
             tuning = read.tuning if read.tuning != FULL else tuning
             continue
         arguments = {} if layout.params_path is None else read_params([layout.params_path])
+        implied = _implied_vision(kind, arguments) or implied
         try:
             own, shape = tuning_of(kind, arguments)
         except UserError as error:
@@ -193,16 +197,23 @@ def read_config(layouts: Sequence[Layout]) -> ModelConfig | None:
     if not paths:
         return None
     config = config_from_params(union, " and ".join(map(str, paths)))
-    return replace(config, tuning=tuning.at_depth(config.n_layers), vision=vision)
+    return replace(config, tuning=tuning.at_depth(config.n_layers), vision=vision or implied)
 
 
-def _vision(layout: Layout, kind: str) -> Vision | None:
-    """What a checkpoint sees with; LLaMA2-Accessory's say no more than their kind."""
+def _implied_vision(kind: str, arguments: Mapping[str, Any]) -> Vision | None:
+    """What LLaMA2-Accessory's checkpoints see with, which say no more than their kind."""
+    if kind == "llama_adapter" and str(arguments.get("trainable_mode")).startswith("mm_"):
+        return ClipVision()
+    return QFormerVision() if kind.startswith("llama_qformerv2") else None
+
+
+def _vision(layout: Layout) -> Vision | None:
+    """What a checkpoint says that it sees with."""
     if layout.tower is not None:
         return layout.tower
     if (layout.folder / VISION_FILE).is_file():
         return read_vision(layout.folder / VISION_FILE)
-    return QFormerVision() if kind.startswith("llama_qformerv2") else None
+    return None
 
 
 def without_towers(layouts: Sequence[Layout]) -> list[Layout]:

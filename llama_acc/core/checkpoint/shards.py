@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llama_acc.core.checkpoint.huggingface import meta_name, read_huggingface, rotated_heads
 from llama_acc.core.checkpoint.layout import Layout, check_order
+from llama_acc.core.checkpoint.open_clip import from_open_clip, names_of_open_clip
 from llama_acc.core.checkpoint.parts import Part, Piece
 from llama_acc.core.checkpoint.quantised import quantised, quantised_parts, read_quantization
 from llama_acc.core.checkpoint.towers import tower_name
@@ -19,7 +20,7 @@ from llama_acc.core.model.layers import Linear
 from llama_acc.core.model.sharding import split_dimension
 from llama_acc.core.model.transformer import Transformer, store_quantised
 from llama_acc.core.model.vision import Tower
-from llama_acc.core.model.vision_config import Vision
+from llama_acc.core.model.vision_config import ClipVision, Vision
 from llama_acc.core.parallel import local_part
 
 _PREFIX = "llma."
@@ -90,7 +91,17 @@ def open_shard(path: object) -> Shard:
         raise UserError(f"{path} is not a checkpoint: a mapping from names to tensors is expected")
     named = {str(name).removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     named = {name: tensor for name, tensor in named.items() if not name.endswith(_BUFFERS)}
-    return Shard(named, set(named) if is_mapped else set())
+    return _named_by_transformers(Shard(named, set(named) if is_mapped else set()), ClipVision.tower_prefix)
+
+
+def _named_by_transformers(shard: Shard, prefix: str) -> Shard:
+    """A shard in which CLIP, under a prefix, may have open_clip's names."""
+    if not names_of_open_clip(shard.tensors, prefix):
+        return shard
+    is_mapped = bool(shard.mapped)
+    tensors = from_open_clip(shard.tensors, prefix)
+    # The projection was turned, so it is a copy.
+    return Shard(tensors, set(tensors) - {f"{prefix}visual_projection.weight"} if is_mapped else set())
 
 
 def _load(path: str) -> tuple[object, bool]:
@@ -287,7 +298,7 @@ def _open_huggingface(layout: Layout) -> Weights:
 def _open_tower(layout: Layout, vision: Vision) -> Weights:
     weights = Weights()
     for path in layout.shards:
-        shard = open_safetensors(path)
+        shard = _named_by_transformers(open_safetensors(path), "")
         for theirs, tensor in shard.tensors.items():
             name = tower_name(vision, theirs)
             if name is not None:

@@ -1,7 +1,7 @@
 """Frozen vision towers as Hugging Face's folders hold them: BLIP-2's and CLIP's. Imports no torch.
 
 Such a folder is given beside the LLaMA, as one checkpoint more. Of BLIP-2 the vision transformer and the Q-Former are
-read, not its language model; of CLIP the vision transformer, not its text side.
+read, not its language model; of CLIP the vision transformer, not its text side. CLIP may also be as open_clip saves it.
 """
 
 import json
@@ -31,6 +31,7 @@ _QFORMER = {
 _BLIP2_USUAL = {"hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 39, "num_attention_heads": 16}
 _QFORMER_USUAL = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _CLIP_USUAL = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _KINDS = ("blip-2", "clip", "clip_vision_model")
 _NAMED = {"qformer": "blip2-opt-2.7b", "clip": "clip-vit-large-patch14"}
 _ROOTS = {"qformer": ("query_tokens", "vision_model.", "qformer."), "clip": ("vision_model.", "visual_projection.")}
@@ -58,11 +59,38 @@ def tower_of(path: Path) -> Vision | None:
     return vision_of(ClipVision.encoder, sizes | {"projection": projection}, path)
 
 
+def open_clip_tower(path: Path) -> Vision:
+    """The shape of the vision tower that an open_clip_config.json describes.
+
+    Raises:
+        UserError: unreadable, or a tower that is not computed here; every reason listed.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        model = values["model_cfg"]
+        seeing = {"head_width": 64, "mlp_ratio": 4.0, "patch_size": 16, "image_size": 224} | model["vision_cfg"]
+        width = int(seeing["width"])
+        sizes = {
+            "image_size": seeing["image_size"],
+            "patch_size": seeing["patch_size"],
+            "width": width,
+            "hidden_dim": int(width * seeing["mlp_ratio"]),
+            "n_layers": seeing["layers"],
+            "n_heads": width // int(seeing["head_width"]),
+            "projection": model["embed_dim"],
+        }
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{path} describes no vision transformer of open_clip: {error!r}") from None
+    _only(path, {"quick_gelu": False} | model, {"quick_gelu": True})
+    return vision_of(ClipVision.encoder, sizes, path)
+
+
 def _blip2(values: Mapping[str, Any], path: Path) -> Vision:
     seeing, asking = values.get("vision_config") or {}, values.get("qformer_config") or {}
     sizes = _sizes(_TRANSFORMER, {"image_size": 224, "patch_size": 14, **_BLIP2_USUAL} | seeing)
     sizes |= _sizes(_QFORMER, _QFORMER_USUAL | asking) | {"queries": values.get("num_query_tokens", 32)}
-    _only(path, seeing, {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True})
+    sizes["layer_norm_eps"] = seeing.get("layer_norm_eps", 1e-6)
+    _only(path, seeing, {"hidden_act": "gelu", "qkv_bias": True})
     _only(path, asking, {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "cross_attention_frequency": 2})
     return vision_of(QFormerVision.encoder, sizes, path)
 

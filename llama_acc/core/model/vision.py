@@ -262,6 +262,7 @@ class QFormerTower(Tower):
                 num_attention_heads=vision.n_heads,
                 image_size=vision.image_size,
                 patch_size=vision.patch_size,
+                layer_norm_eps=vision.layer_norm_eps,
             )
         )
         self.qformer = Blip2QFormerModel(

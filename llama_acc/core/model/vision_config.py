@@ -179,6 +179,8 @@ class QFormerVision(Vision):
         query_hidden: of its feed-forward layers.
         query_layers: its blocks, of which every second looks at the image.
         query_heads: its attention heads.
+        layer_norm_eps: what the vision transformer adds to variances: as BLIP-2 was trained. transformers before 4.32
+            has 1e-5, and so have folders that it saved.
     """
 
     encoder: ClassVar[str] = "qformer"
@@ -193,6 +195,7 @@ class QFormerVision(Vision):
     query_hidden: int = 3072
     query_layers: int = 12
     query_heads: int = 12
+    layer_norm_eps: float = 1e-6
 
     @property
     def positions(self) -> int:
@@ -379,6 +382,9 @@ def vision_of(encoder: str, sizes: Mapping[str, Any] | None = None, where: objec
     for key, value in (sizes or {}).items():
         if key not in known:
             problems.append(f"unknown key '{key}': {did_you_mean(key, known) or 'known are ' + ', '.join(known)}")
+        elif isinstance(getattr(kind, key), float):
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                problems.append(f"{key} must be a number, not {value!r}")
         elif not isinstance(value, int) or isinstance(value, bool):
             problems.append(f"{key} must be a whole number, not {value!r}")
     if not problems:

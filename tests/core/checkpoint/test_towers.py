@@ -125,3 +125,9 @@ def test_a_fingerprint_tells_towers_apart(tmp_path: Path) -> None:
         found.append(fingerprint(read_weights([inspect(write_folder(folder, state, CONFIGS["blip"]))]), names))
     assert found[0] == found[1] != found[2]
     assert "not whole" not in found
+
+
+def test_a_blip2_saved_by_an_old_transformers_keeps_its_epsilon(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "blip-2", "vision_config": {"layer_norm_eps": 1e-5}}))
+    assert tower_of(path) == replace(QFormerVision(), layer_norm_eps=1e-5)
