@@ -7,6 +7,7 @@ which encoder and which transform. Nothing has to be invalidated, and a folder t
 import hashlib
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -36,7 +37,7 @@ class FeatureCache:
         assert not transform.is_random
         name = hashlib.sha256(f"{encoder} {transform.key()}".encode()).hexdigest()[:32]
         self.folder = home() / "features" / name
-        self._shape, self._dtype = shape, dtype
+        self._shape, self._dtype, self._keeps = shape, dtype, True
         self._bytes = torch.Size(shape).numel() * dtype.itemsize
 
     def path(self, reference: str) -> Path:
@@ -57,7 +58,9 @@ class FeatureCache:
         return torch.frombuffer(data, dtype=self._dtype).view(self._shape)
 
     def store(self, reference: str, features: Tensor) -> None:
-        """Keeps an image's features, whole or not at all; what goes wrong is logged, and they are made again."""
+        """Keeps an image's features, whole or not at all. What goes wrong first is logged; no more are kept then."""
+        if not self._keeps:
+            return
         path = self.path(reference)
         aside = path.with_name(f".{path.name}-{uuid4().hex}")
         data = features.to("cpu", self._dtype).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
@@ -66,5 +69,8 @@ class FeatureCache:
             aside.write_bytes(data)
             os.replace(aside, path)
         except OSError as error:
-            _logger.warning("cannot keep the features of an image in %s: %s", self.folder, error.strerror)
-            aside.unlink(missing_ok=True)
+            reason = error.strerror or error
+            _logger.warning("cannot keep features in %s: %s; from here on they are made each time", self.folder, reason)
+            self._keeps = False
+            with suppress(OSError):
+                aside.unlink()
