@@ -1,4 +1,4 @@
-"""What the kernels of a GPU take for themselves, and which attention they run: no tensor of the program shows it."""
+"""What kernels take for themselves, and which attention a GPU runs: no tensor of the program shows it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,20 +8,24 @@ from torch import Tensor
 
 from llama_acc.core.device import device_type
 from llama_acc.core.model import nf4
+from llama_acc.core.vram.cpu_workspaces import cpu_workspace, product_workspace
 
 _aten = torch.ops.aten
 _FLASH_BACKWARD = _aten._scaled_dot_product_flash_attention_backward
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def workspace(packet: Any, args: Sequence[Any]) -> int:
-    """Bytes that an operation takes and gives back before it returns."""
+def workspace(operation: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+    """Bytes that an operation takes besides its results and gives back before it returns."""
+    packet = operation._overloadpacket
     if packet is _FLASH_BACKWARD:
         return _flash_backward(args[1], args[2])
+    if not args or not isinstance(args[0], Tensor) or device_type(args[0]) != "cpu":
+        return 0
     # Compared by name: the library is imported only where something is quantised.
-    if packet._qualified_op_name == "bitsandbytes::gemm_4bit" and device_type(args[0]) == "cpu":
+    if packet._qualified_op_name == "bitsandbytes::gemm_4bit":
         return _written_out(*args[:3])
-    return 0
+    return cpu_workspace(operation, args, kwargs)
 
 
 def _flash_backward(q: Tensor, k: Tensor) -> int:
@@ -37,9 +41,9 @@ def _flash_backward(q: Tensor, k: Tensor) -> int:
 
 def _written_out(x: Tensor, packed: Tensor, shape: Sequence[int]) -> int:
     """On a CPU, bitsandbytes' product of a row and a quantised matrix writes the matrix out, and its blocks' magnitudes
-    twice in float32."""
+    in float32, and multiplies."""
     numbers = shape[0] * shape[1]
-    return numbers * x.element_size() + 2 * 4 * (numbers // nf4.BLOCK)
+    return numbers * x.element_size() + 4 * (numbers // nf4.BLOCK) + product_workspace(x, shape[0])
 
 
 def gpu_attention(

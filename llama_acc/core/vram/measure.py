@@ -4,15 +4,11 @@ On a GPU the figures are those of PyTorch's caching allocator; on a CPU every al
 allocator reports to the profiler is added up.
 """
 
-import contextlib
-import os
-import sys
-from collections.abc import Callable, Iterator
+import gc
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch._C._profiler import _ExperimentalConfig
 
 from llama_acc.core.device import prepare_cpu
 from llama_acc.core.model import nf4
@@ -21,6 +17,7 @@ from llama_acc.core.model.transformer import Transformer, pack_small
 from llama_acc.core.parallel import Parallel
 from llama_acc.core.train.step import train_step
 from llama_acc.core.train.trainer import assemble
+from llama_acc.core.vram.allocations import peak_cpu_bytes
 from llama_acc.core.vram.simulation import Setup, empty_batch, feed, generating_model
 
 STEPS = 2
@@ -78,6 +75,7 @@ def _measured(setup: Setup, device: torch.device, steps: Callable[[], None]) -> 
         torch.cuda.synchronize(device)
         return Measured(torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device))
     prepare_cpu()
+    gc.collect()  # what is freed later would count as memory given back
     return Measured(peak_cpu_bytes(steps), None)
 
 
@@ -95,41 +93,3 @@ def _fill_with_zeros(model: Transformer, device: torch.device) -> None:
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.zero_()
-
-
-def peak_cpu_bytes(work: Callable[[], None]) -> int:
-    """The most bytes that torch's CPU allocator had given out at a time while `work` was done."""
-    autograd: Any = torch.autograd
-    # torch.profiler.profile on top of these makes a Python object of every operation, which takes longer than the work.
-    settings = autograd.ProfilerConfig(
-        autograd.ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig()
-    )
-    watched = {autograd.ProfilerActivity.CPU}
-    with _silenced():
-        autograd._prepare_profiler(settings, watched)
-        autograd._enable_profiler(settings, watched)
-    try:
-        work()
-    finally:
-        with _silenced():
-            result: Any = autograd._disable_profiler()
-    events = [event for event in result.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    """Lets standard error lead nowhere: the profiler's library tells there that it starts and stops."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)

@@ -147,15 +147,16 @@ class MemoryTracker(TorchDispatchMode):
         if func.namespace == "prim":  # a question about a tensor
             return func(*args, **kwargs)
         packet = func._overloadpacket
-        extra = workspace(packet, args)
-        if extra:
-            self._take(0, extra)
         result = self._known(packet, args)
         if result is None:
             result = func(*args, **kwargs)
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
+        # Its results have their memory already while an operation works.
+        extra = workspace(func, args, kwargs)
+        if extra:
+            self._take(0, extra)
         if packet in _FLOPS:
             self.flops[self.moment.phase] += _FLOPS[packet](*args, **kwargs, out_val=result)
         if packet in _COLLECTIVES or func.namespace == "fsdp":
