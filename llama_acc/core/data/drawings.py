@@ -96,7 +96,7 @@ def drawn_shard(name: str) -> Path:
     Raises:
         UserError: it cannot be written.
     """
-    path = home() / "data" / f"drawings-{VERSION}" / f"{name}.tar"
+    path = home() / "data" / f"drawings-{VERSION}" / str(SPLITS[name]) / f"{name}.tar"
     if path.is_file():
         return path
     temporary = path.with_name(f".{name}.{uuid4().hex}.tmp")
