@@ -47,19 +47,19 @@ class _Like:
 def cpu_workspace(operation: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     """Bytes that an operation on a CPU takes besides its results; its arguments may have no values."""
     packet = operation._overloadpacket
+    named = {name: _like(value) for name, value in sorted(kwargs.items())}
     if packet is _aten.linear:  # in inference mode it is not taken apart before
         return _of_linear(*args, **kwargs)
     if packet in _PRODUCTS:
         first = _PRODUCTS[packet]
         if args[first].dtype != torch.bfloat16:  # other products are MKL's, whose memory is not torch's
             return 0
-        likes = _smaller_product([_like(argument) for argument in args], first)
+        likes, named = _smaller_product([_like(argument) for argument in args], named, first)
     elif packet in _ATTENTION:
         likes = _fewer_heads([_like(argument) for argument in args], _ATTENTION[packet])
     else:
         return 0
-    named = tuple((name, _like(value)) for name, value in sorted(kwargs.items()))
-    return _asked(operation, tuple(likes), named, torch.get_num_threads())
+    return _asked(operation, tuple(likes), tuple(named.items()), torch.get_num_threads())
 
 
 def product_workspace(x: Tensor, rows: int) -> int:
@@ -80,21 +80,20 @@ def _like(argument: Any) -> Any:
     return tuple(argument) if isinstance(argument, list) else argument
 
 
-def _smaller_product(likes: list[Any], first: int) -> list[Any]:
+def _smaller_product(likes: list[Any], named: dict[str, Any], first: int) -> tuple[list[Any], dict[str, Any]]:
     """The product of as many rows and columns as tell what blocks take."""
-    a, b = likes[first], likes[first + 1]
-    (rows, width), columns = a.shape, b.shape[1]
+    (rows, width), columns = likes[first].shape, likes[first + 1].shape[1]
     if rows * width * columns <= _WORK:
-        return likes
-    rows, columns = min(rows, _BLOCKS), min(columns, _BLOCKS)
-    likes[first] = _Like((rows, width), a.stride, a.dtype)
-    likes[first + 1] = _Like((width, columns), b.stride, b.dtype)
-    if first:
-        bias = likes[0]
-        full = (rows, columns)
-        shape = tuple(size if size == 1 else limit for size, limit in zip(bias.shape[::-1], full[::-1], strict=False))
-        likes[0] = _Like(shape[::-1], bias.stride, bias.dtype)
-    return likes
+        return likes, named
+    limits = (min(rows, _BLOCKS), min(columns, _BLOCKS))
+
+    def cut(like: _Like, shape: tuple[int, ...]) -> _Like:
+        sizes = tuple(size if size == 1 else limit for size, limit in zip(like.shape[::-1], shape[::-1], strict=False))
+        return _Like(sizes[::-1], like.stride, like.dtype)
+
+    shapes = {first: (limits[0], width), first + 1: (width, limits[1])}
+    fewer = [cut(like, shapes.get(place, limits)) for place, like in enumerate(likes)]
+    return fewer, {name: cut(like, limits) if isinstance(like, _Like) else like for name, like in named.items()}
 
 
 def _fewer_heads(likes: list[Any], first: int) -> list[Any]:

@@ -51,6 +51,9 @@ def test_what_a_large_product_takes_is_found_with_a_smaller_one(monkeypatch: pyt
     whole = cpu_workspace(torch.ops.aten.mm.default, (x, weight.t()), {})
     monkeypatch.setattr(cpu_workspaces, "_WORK", 0)
     assert cpu_workspace(torch.ops.aten.mm.default, (x, weight.t()), {}) == whole
+    out = torch.zeros(64, 2048, dtype=torch.bfloat16)
+    assert cpu_workspace(torch.ops.aten.mm.out, (x, weight.t()), {"out": out}) == whole
+    assert cpu_workspace(torch.ops.aten.addmm.default, (out[0], x, weight.t()), {}) > 0
 
 
 @pytest.mark.parametrize("method", ["full", "nf4"])
