@@ -17,7 +17,7 @@ from llama_acc.core.errors import RunError, UserError
 if TYPE_CHECKING:
     from llama_acc.core.data.preview import Shown
     from llama_acc.core.recipe import Recipe
-    from llama_acc.core.train.dry_run import Estimate
+    from llama_acc.core.train.dry_run import DryRun
     from llama_acc.core.train.plan import Plan
     from llama_acc.core.train.simulate import RankShare
 
@@ -250,7 +250,7 @@ def _dry_run(
     from llama_acc.core.train.dry_run import dry_run
 
     with leave_on_sigterm(), console.RunConsole() as watcher:
-        plan, estimate, share = dry_run(
+        found = dry_run(
             recipe,
             output,
             device=device,
@@ -259,10 +259,11 @@ def _dry_run(
             verify=verify,
             processes=processes,
         )
-    _show_dry_run(plan, estimate, share)
+    _show_dry_run(found)
 
 
-def _show_dry_run(plan: "Plan", estimate: "Estimate", share: "RankShare") -> None:
+def _show_dry_run(found: "DryRun") -> None:
+    plan, estimate = found.plan, found.estimate
     lengths = plan.report["lengths"]
     disk = min(plan.save_count(), plan.recipe.checkpoint.keep or plan.save_count()) * plan.checkpoint_bytes()
     console.pairs(
@@ -271,7 +272,8 @@ def _show_dry_run(plan: "Plan", estimate: "Estimate", share: "RankShare") -> Non
             ("lengths", ", ".join(f"{name} {value}" for name, value in lengths.items()) + " tokens"),
             ("truncated", f"{plan.report['truncated']:,} items are longer than {plan.recipe.data.max_tokens} tokens"),
             ("label tokens", f"{plan.report['label_tokens']:,} of {plan.report['tokens']:,}"),
-            *_per_rank(plan, share),
+            *_per_rank(plan, found.share),
+            ("memory", _fullest(found)),
             ("time", f"about {console.duration(estimate.seconds)} for the steps ({estimate.how})"),
             ("disk", f"{disk / 2**30:.2f} GiB for the checkpoints that stay"),
         ],
@@ -293,6 +295,17 @@ def _per_rank(plan: "Plan", share: "RankShare") -> list[tuple[str, str]]:
         ("processes", f"{share.world_size}: {layout}"),
         ("each keeps", f"{share.parameters:,} parameters; {parts}, in all {size_text(share.total)}"),
     ]
+
+
+def _fullest(found: "DryRun") -> str:
+    """The most memory a process takes at a time, and when."""
+    from llama_acc.core.units import size_text
+
+    usage = found.memory
+    text = (
+        f"{size_text(usage.allocated)} on {found.device} at its fullest, predicted: {usage.moment}, with the largest "
+    )
+    return text + "micro-batch of the data"
 
 
 def _examples(plan: "Plan") -> "Iterator[Shown]":

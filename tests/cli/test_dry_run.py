@@ -10,11 +10,22 @@ import pytest
 import yaml
 
 from llama_acc.core.recipe import Recipe, recipe_names
+from llama_acc.core.train import dry_run
+from llama_acc.core.train.events import Quiet
+from llama_acc.core.train.plan import Plan, make_plan
+from llama_acc.core.units import size_text
+from llama_acc.core.vram.guard import setup_of_run
+from llama_acc.core.vram.predict import predict
 from tests.cli.commands import QUICKSTART, invoke
 
 # With room for every recipe's data.max_tokens, and heads for every recipe's model-parallel size.
 SHAPE = "dim: 64, n_layers: 2, n_heads: 8, n_kv_heads: 8, multiple_of: 16, vocab_size: 304, max_seq_len: 4096"
 TINY_LONG = f"model.params={{{SHAPE}}}"
+
+
+def plan_of_quickstart() -> Plan:
+    recipe = Recipe.load("quickstart", QUICKSTART[5:])
+    return make_plan(recipe, Quiet(), recipe_folder=None, dry_run=True, resumes=False)
 
 
 def files(folder: Path) -> set[str]:
@@ -64,11 +75,26 @@ def test_it_shows_plan_data_time_disk_and_two_examples(tmp_path: Path) -> None:
     assert lines["lengths"].startswith("min 22, ")
     assert lines["truncated"] == "0 items are longer than 256 tokens"
     assert lines["label tokens"] == "556 of 1,129"
+    usage = predict(setup_of_run(plan_of_quickstart(), 1, "cpu")).training
+    said = f"{size_text(usage.allocated)} on cpu at its fullest, predicted: {usage.moment}, "
+    assert lines["memory"] == said + "with the largest micro-batch of the data"
     assert lines["time"].endswith("for the steps (from one timed step on cpu)")
     assert lines["disk"].endswith("GiB for the checkpoints that stay")
     assert "example 1: instructions.json item 1 (trained tokens between ⟦ and ⟧)" in result.stdout
     assert "example 2: instructions.json item 2 (trained tokens between ⟦ and ⟧)" in result.stdout
     assert "### Response:⟦LLaMA is a family of language models made by Meta.</s>⟧" in result.stdout
+
+
+def test_work_is_counted_in_the_programs_own_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "free_memory", lambda device: 0)
+    told = shown(invoke(*QUICKSTART, "--dry-run").stdout)["time"]
+    operations = float(told.partition("(from ")[2].partition(" floating")[0])
+    plan = plan_of_quickstart()
+    head = plan.config.vocab_size * plan.config.dim
+    blocks = plan.parameter_count() - 2 * head  # norms are too small to count
+    recomputed = 2 if plan.recipe.train.activation_checkpointing else 0
+    least = plan.train.tokens * (6 + recomputed) * blocks + 6 * head * plan.train.label_tokens
+    assert operations == pytest.approx(least * plan.total_steps / plan.steps_per_epoch, rel=0.15)  # and attention
 
 
 def test_it_says_what_each_of_many_processes_keeps(tmp_path: Path) -> None:

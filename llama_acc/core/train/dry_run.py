@@ -1,9 +1,9 @@
 """Everything a run does before its first step, and a guess at how long the rest would take."""
 
-import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +19,29 @@ from llama_acc.core.train.plan import Plan, check_disk, make_plan, read_base
 from llama_acc.core.train.simulate import RankShare, rank_share
 from llama_acc.core.train.step import train_step
 from llama_acc.core.train.trainer import Trainer
+from llama_acc.core.vram.guard import setup_of_run
+from llama_acc.core.vram.hours import work_of
+from llama_acc.core.vram.predict import Usage, predict
 
 _PROBE_STEPS = 3  # the first one warms up, and another may have been disturbed
+
+
+class DryRun(NamedTuple):
+    """What a dry run has found out.
+
+    Attributes:
+        plan: the run.
+        estimate: how long its steps would take.
+        share: what lasts from step to step on one of the processes.
+        memory: the fullest moment on it, with the largest micro-batch of the data, predicted.
+        device: where it would compute: "cuda", "mps" or "cpu".
+    """
+
+    plan: Plan
+    estimate: "Estimate"
+    share: RankShare
+    memory: Usage
+    device: str
 
 
 @dataclass(frozen=True)
@@ -40,7 +61,7 @@ def dry_run(
     events: Events,
     verify: bool = False,
     processes: int | None = None,
-) -> tuple[Plan, Estimate, RankShare]:
+) -> DryRun:
     """Does everything but train; writes recipe.yaml and data.json into `output`, if there is one, and nothing else.
 
     Args:
@@ -72,69 +93,48 @@ def dry_run(
         folder.write_recipe(plan.recipe)
         folder.write_data_report(plan.report)
         folder.close()
-    return plan, estimate_time(plan, target, processes), share
+    memory = predict(setup_of_run(plan, processes, target.type)).training
+    return DryRun(plan, estimate_time(plan, target, processes, memory), share, memory, target.type)
 
 
-def estimate_time(plan: Plan, device: torch.device, processes: int = 1) -> Estimate:
+def estimate_time(plan: Plan, device: torch.device, processes: int, memory: Usage) -> Estimate:
     """The time of all steps: from one timed step where its memory fits in half of what is free, else from the work.
 
-    Several processes are taken to share the work without loss.
+    Several processes are taken to share the work without loss; `memory` is what one of them takes.
     """
-    alone = _estimate_alone(plan, device)
+    alone = _on_one_process(plan)
     if processes == 1:
-        return alone
-    return Estimate(alone.seconds / processes, f"{alone.how}; {processes} processes as fast as this one, at best")
+        return _estimate_alone(alone, device, memory)
+    # One process takes no less than one of several.
+    if memory.allocated <= free_memory(device) / 2:
+        memory = predict(setup_of_run(alone, 1, device.type)).training
+    found = _estimate_alone(alone, device, memory)
+    return Estimate(found.seconds / processes, f"{found.how}; {processes} processes as fast as this one, at best")
 
 
-def _estimate_alone(plan: Plan, device: torch.device) -> Estimate:
-    tokens = _tokens(plan)
-    if training_bytes(plan) <= free_memory(device) / 2:
+def _on_one_process(plan: Plan) -> Plan:
+    recipe = plan.recipe.model_copy(deep=True)
+    recipe.parallel.model_parallel_size = 1
+    return replace(plan, recipe=recipe)
+
+
+def _estimate_alone(plan: Plan, device: torch.device, memory: Usage) -> Estimate:
+    epochs = plan.total_steps / plan.steps_per_epoch
+    if memory.allocated <= free_memory(device) / 2:
         per_token, per_step = _timed_step(plan, device)
-        return Estimate(tokens * per_token + plan.total_steps * per_step, f"from one timed step on {device.type}")
+        seconds = plan.train.tokens * epochs * per_token + plan.total_steps * per_step
+        return Estimate(seconds, f"from one timed step on {device.type}")
     rate = _matmul_rate(plan, device)
-    work = training_flops(plan, tokens)
+    work = _epoch_operations(plan) * epochs
     how = f"from {work:.2e} floating-point operations at {rate / 1e12:.2g} TFLOP/s measured on {device.type}, at best"
     return Estimate(work / rate, how)
 
 
-def _tokens(plan: Plan) -> float:
-    """Tokens of the whole run, epochs taken as alike."""
-    return float(plan.train.tokens) * plan.total_steps / plan.steps_per_epoch
-
-
-def training_bytes(plan: Plan) -> int:
-    """Memory of one training step, roughly: weights, gradients, AdamW's moments, and activations.
-
-    16 bytes a parameter that trains, its own for any other, in NF4 about half a byte; a block keeps about 12 values of
-    the width and 4 of the SwiGLU's for each token (only its input with activation checkpointing).
-    """
-    config, train = plan.config, plan.recipe.train
-    tokens = min(train.batch_size, len(plan.train)) * int(plan.train.lengths.max())
-    size = 2 if train.precision == "bf16" else 4
-    one_block = (12 * config.dim + 4 * config.hidden_dim) * tokens * size
-    kept = config.dim * tokens * size if train.activation_checkpointing else one_block
-    frozen = plan.parameter_count() - plan.trained_count()
-    quantised, quantised_bytes = plan.quantised()
-    weights = 16 * plan.trained_count() + size * (frozen - quantised) + quantised_bytes
-    return weights + config.n_layers * kept + one_block
-
-
-def training_flops(plan: Plan, tokens: float) -> float:
-    """Floating-point operations of training on `tokens` tokens.
-
-    Forward and backward take 6 operations a parameter and token (4 if it does not train; the head's only where there
-    is a label, the embedding none), recomputing a forward pass 2 more; attention takes 6 * width * length more a layer
-    and token.
-    """
-    config = plan.config
-    head = config.vocab_size * config.dim
-    labelled = plan.train.label_tokens / plan.train.tokens
-    trains = 6 if plan.config.tuning.what.everything else 4
-    passes = trains + (2 if plan.recipe.train.activation_checkpointing else 0)
-    mean_length = float((plan.train.lengths.astype(np.float64) ** 2).sum()) / plan.train.tokens
-    tower = 0 if config.vision is None else sum(map(math.prod, config.vision.tower_shapes().values()))
-    blocks = plan.parameter_count() - tower - 2 * head + config.n_layers * config.dim * mean_length
-    return tokens * (passes * blocks + trains * head * labelled)
+def _epoch_operations(plan: Plan) -> float:
+    """Floating-point operations of an epoch, counted while the program's own step is simulated."""
+    data = plan.train
+    squares = float((data.lengths.astype(np.float64) ** 2).sum())
+    return work_of(setup_of_run(plan, 1, "cuda")).of(data.tokens, squares, data.label_tokens)
 
 
 def _timed_step(plan: Plan, device: torch.device) -> tuple[float, float]:
