@@ -1,5 +1,7 @@
 """Loading a 2.2 GB bf16 checkpoint (1.1 billion parameters) from the page cache: ours, and torch's plain way, in turns.
 
+`nf4` is ours with the same model saved in four bits, `quantised` with the matrices quantised as they are read.
+
     python benchmarks/loading.py --tokenizer tokenizer.model [--folder DIR] [--rounds 3]
 
 Each load is a process of its own; importing torch is not counted. `plain` builds the model, reads the file and copies
@@ -24,6 +26,9 @@ PARAMS = {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "vocab_si
           "ffn_dim_multiplier": 1.0314, "norm_eps": 1e-5}  # fmt: skip
 
 
+NAMES = ("ours", "plain", "nf4", "quantised")
+
+
 def make_checkpoint(folder: Path, tokenizer: Path) -> None:
     """Random weights in Meta's layout."""
     import torch
@@ -38,6 +43,24 @@ def make_checkpoint(folder: Path, tokenizer: Path) -> None:
     shutil.copy(tokenizer, folder / "tokenizer.model")
 
 
+def quantise(folder: Path) -> None:
+    """The same model, saved in four bits, beside it, by a process of its own: its memory is not that of the loads."""
+    how = ["--to", "consolidated", "--quantize", "nf4"]
+    subprocess.run(
+        [sys.executable, "-m", "llama_acc", "convert-checkpoint", str(folder), str(nf4_folder(folder)), *how],
+        check=True,
+    )
+
+
+def nf4_folder(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}-nf4")
+
+
+def weights_file(folder: Path) -> Path:
+    (file,) = folder.glob("*.pth")
+    return file
+
+
 def load(name: str, folder: Path) -> dict:
     """Loads once, then makes one token."""
     import torch
@@ -47,10 +70,15 @@ def load(name: str, folder: Path) -> dict:
     from llama_acc.core.model.transformer import Transformer
     from llama_acc.core.parallel import Parallel
 
+    if name in ("nf4", "quantised"):
+        from llama_acc.core.model import nf4
+
+        nf4.prepare(torch.device("cpu"))  # imports bitsandbytes
+    folder = nf4_folder(folder) if name == "nf4" else folder
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    if name == "ours":
-        loaded = load_model(folder, device="cpu")
+    if name != "plain":
+        loaded = load_model(folder, device="cpu", quantize="nf4" if name == "quantised" else None)
         seconds = time.perf_counter() - start
         generate(loaded, "Hello", max_new_tokens=1)
     else:
@@ -64,7 +92,7 @@ def load(name: str, folder: Path) -> dict:
         model.logits(hidden).argmax().item()
     with_first_token = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    size = (folder / "consolidated.00.pth").stat().st_size
+    size = weights_file(folder).stat().st_size
     return {
         "name": name,
         "bytes": size,
@@ -79,17 +107,20 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "llama-acc-benchmarks" / "1.1B")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--one", choices=["ours", "plain"], help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=NAMES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(load(args.one, args.folder)))
         return
     if not (args.folder / "params.json").exists():
         make_checkpoint(args.folder, args.tokenizer)
-    with (args.folder / "consolidated.00.pth").open("rb") as file:  # into the page cache
-        while file.read(1 << 24):
-            pass
-    results: dict[str, list[float]] = {"ours": [], "plain": []}
+    if not nf4_folder(args.folder).exists():
+        quantise(args.folder)
+    for folder in (args.folder, nf4_folder(args.folder)):
+        with weights_file(folder).open("rb") as file:  # into the page cache
+            while file.read(1 << 24):
+                pass
+    results: dict[str, list[float]] = {name: [] for name in NAMES}
     for _ in range(args.rounds):
         for name, seconds in results.items():
             command = [sys.executable, __file__, "--tokenizer", str(args.tokenizer), "--folder", str(args.folder)]
