@@ -286,7 +286,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
 def test_too_little_disk_is_found_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_meta(tmp_path / "source", state())
     monkeypatch.setattr("llama_acc.core.checkpoint.convert.free_bytes", lambda folder: 1 << 20)
-    with pytest.raises(UserError, match=r"too little disk: .*target takes 0\.1 GiB, 0\.0 GiB are free"):
+    with pytest.raises(UserError, match=r"too little disk: .*target takes 64\.5 MiB, 1\.0 MiB are free"):
         converted(source, tmp_path / "target", "hf")
     assert not (tmp_path / "target").exists()
 
