@@ -1,4 +1,4 @@
-"""The prediction of a rank is what real ranks take, which speak to each other over gloo; of `fsdp`, see docs/memory.md."""
+"""The prediction of a rank is what real ranks take, joined by gloo; of `fsdp`, see docs/memory.md."""
 
 from typing import Any
 
