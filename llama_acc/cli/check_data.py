@@ -120,7 +120,7 @@ def check(
     if plot is not None:
         _plot(reports, max_tokens, plot)
     if html is not None:
-        write_page(html, ", ".join(files), shown)
+        write_page(html, files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more", shown)
     if as_json:
         result = {"fatal": sum(r.fatal for r in reports), "files": [r.to_json() for r in reports]}
         typer.echo(json.dumps({**result, "preview": list(map(to_json, shown))} if preview else result, indent=1))

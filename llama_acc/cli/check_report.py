@@ -79,7 +79,7 @@ def _histogram(report: "FileReport") -> None:
     console.out.print(Text.assemble((f"  lengths in {report.unit}: ", "bold"), told))
     found = bars(report.lengths)
     highest = max(bar.items for bar in found)
-    names = [f"{bar.begin:,} to {bar.end - 1:,}" if bar.end else f"{bar.begin:,} or more" for bar in found]
+    names = list(map(str, found))
     width, digits = max(map(len, names)), max(len(f"{bar.items:,}") for bar in found)
     for bar, name in zip(found, names, strict=True):
         is_cut = most is not None and bar.begin >= most

@@ -95,9 +95,16 @@ def _mapping(values: list[str]) -> list[str]:
 
 
 def _languages(values: list[str]) -> list[str]:
+    if not values:
+        return values
+    from llama_acc.core.data.language import known_languages
+
+    known = known_languages()
     for value in values:
         if not re.fullmatch("[a-z]{2}", value):
             raise typer.BadParameter(f"{value!r} is not an ISO 639-1 code, such as en.")
+        if value not in known:
+            raise typer.BadParameter(f"no text is told to be in {value!r}. Languages: {', '.join(known)}.")
     return values
 
 
@@ -195,26 +202,19 @@ def sharegpt(
     _convert("sharegpt", inputs, output, preview, on_error, **given)
 
 
-def table(
-    inputs: Inputs = None,
-    output: Output = None,
-    preview: Preview = 0,
-    on_error: WhatIfWrong = OnError.stop,
-    map: Mapping = [],  # noqa: B006
-) -> None:
-    """Convert a table."""
-    _convert("csv", inputs, output, preview, on_error, mapping=_pairs(map))
+def mapped(format: str) -> Callable[..., None]:
+    """The command of a format whose columns `--map` names."""
 
+    def command(
+        inputs: Inputs = None,
+        output: Output = None,
+        preview: Preview = 0,
+        on_error: WhatIfWrong = OnError.stop,
+        map: Mapping = [],  # noqa: B006
+    ) -> None:
+        _convert(format, inputs, output, preview, on_error, mapping=_pairs(map))
 
-def json_lines(
-    inputs: Inputs = None,
-    output: Output = None,
-    preview: Preview = 0,
-    on_error: WhatIfWrong = OnError.stop,
-    map: Mapping = [],  # noqa: B006
-) -> None:
-    """Convert JSON of any fields."""
-    _convert("jsonl", inputs, output, preview, on_error, mapping=_pairs(map))
+    return command
 
 
 def auto(
@@ -254,8 +254,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "llava": llava,
     "sharegpt": sharegpt,
     **{format: plain(format) for format in ("wizardlm", "lima", "alpaca", "openai", "moss")},
-    "csv": table,
-    "jsonl": json_lines,
+    **{format: mapped(format) for format in ("csv", "jsonl")},
     "auto": auto,
 }
 

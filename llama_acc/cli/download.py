@@ -103,7 +103,7 @@ def _fetch(names: list[str], to: Path | None, token: str | None, as_json: bool) 
     from llama_acc.core.download.transfer import GO_ON
 
     done: list[Downloaded] = []
-    errors: list[LlamaAccError] = []
+    codes: list[int] = []
     wanted = understand(names, to)
     if token is not None and not any(map(asks_the_hub, wanted)):
         console.note("--token is not used: it is for Hugging Face, and nothing here is fetched from there")
@@ -115,12 +115,15 @@ def _fetch(names: list[str], to: Path | None, token: str | None, as_json: bool) 
             except LlamaAccError as error:
                 if len(wanted) == 1:
                     raise
-                errors.append(type(error)(f"{one.name}: {error.message}", error.hint))
+                # At once: being off-line is told in time, however many names there are.
+                console.error(f"{one.name}: {error.message}", error.hint)
+                codes.append(error.exit_code)
             except KeyboardInterrupt:
                 console.note(GO_ON)
                 raise
     _tell(done, as_json)
-    _raise(errors)
+    if codes:
+        raise typer.Exit(max(codes))  # a failure that may pass does not hide one that will not
 
 
 def _tell(done: "list[Downloaded]", as_json: bool) -> None:
@@ -153,17 +156,6 @@ def _what_happened(one: "Downloaded") -> str:
     count = len(one.files)
     where = str(one.files[0]) if count == 1 else f"{one.folder} ({count} files)"
     return f"{one.wanted.name} is in {where}" if one.fetched else f"{one.wanted.name} was there already: {where}"
-
-
-def _raise(errors: list[LlamaAccError]) -> None:
-    """Ends with what went wrong; a failure that may pass does not hide one that will not."""
-    if not errors:
-        return
-    worst = max(errors, key=lambda error: error.exit_code)
-    for error in errors:
-        if error is not worst:
-            console.error(error.message, error.hint)
-    raise worst
 
 
 def _download(names: list[str]) -> str:

@@ -65,6 +65,8 @@ class DownloadProgress:
             self._had.clear()
             self._count, self._finished, self._total = files, 0, total
             self._since = self._last_line = self._clock()
+            if self._progress is not None and "" in self._tasks:
+                self._progress.remove_task(self._tasks.pop(""))  # of what was downloaded before
             if self._progress is not None and files > 1:
                 self._tasks[""] = self._progress.add_task(f"{files} files", total=total)
 

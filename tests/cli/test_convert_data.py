@@ -89,6 +89,23 @@ def test_pipes(words: tuple[str, ...]) -> None:
     assert "2 items of 2 rows" in finished.stderr
 
 
+def test_a_pipe_has_whole_lines_however_it_ends() -> None:
+    finished = run("convert-data", "alpaca", "-", input=json.dumps([ROW, {}, ROW]))
+    assert finished.returncode == 2
+    assert [json.loads(line) for line in finished.stdout.removesuffix("\n").split("\n")] == [ITEM, ITEM]
+    assert finished.stdout.endswith("\n")
+
+
+def test_columns_of_other_names_are_answered_with_the_map_to_give(tmp_path: Path) -> None:
+    rows = write(tmp_path / "in.jsonl", {"question": "Why?", "answer": "So."})
+    refused(invoke("convert-data", "jsonl", rows), "say which is which: --map instruction=question --map output=answer")
+    table = tmp_path / "in.csv"
+    table.write_text("word,sense\na,b\n", encoding="utf-8")
+    refused(
+        invoke("convert-data", "csv", table), "no column 'output'", "found: word, sense", "--map instruction=COLUMN"
+    )
+
+
 def test_standard_output_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
@@ -203,6 +220,7 @@ def test_a_download_that_finetune_reads_as_it_is_gets_no_second_file_beside_it(l
         (("alpaca", "IN", "--output", "."), ("no suffix is not a kind of file",)),
         (("sharegpt", "IN", "--max-tokens", "9"), ("--tokenizer and --max-tokens go together",)),
         (("sharegpt", "IN", "--language", "english"), ("'english' is not an ISO 639-1 code",)),
+        (("sharegpt", "IN", "--language", "xx"), ("no text is told to be in 'xx'", "en, eo, es,")),
         (("llava", "IN", "--dialogues", "--reference"), ("do not go together",)),
         (("jsonl", "IN", "--map", "q"), ("'q' is not FIELD=COLUMN",)),
         (("jsonl", "IN", "--map", "ouput=q"), ("unknown field 'ouput'", "did you mean 'output'")),

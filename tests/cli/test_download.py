@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -331,7 +332,23 @@ def test_a_name_that_is_not_here_is_answered_with_the_download(
     arguments: tuple[str, ...], said: str, tmp_path: Path
 ) -> None:
     output = ("--output", tmp_path / "run") if arguments[0] == "finetune" else ()
-    refused(invoke(*arguments, *output), said)
+    result = invoke(*arguments, *output)
+    refused(result, said)
+    assert result.stderr.count("did you mean") <= 1
+
+
+def test_being_off_line_is_told_before_the_next_name_is_asked_for(
+    servers: Servers, llama_acc_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("llama_acc.cli.console.error", lambda message, hint: said.append(message))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        nowhere = f"http://127.0.0.1:{taken.getsockname()[1]}/a.json"
+        servers.plain["/b.json"] = b"[]"
+        servers.before_bytes = lambda: said.append("asked")
+        assert invoke("download", nowhere, f"{servers.url}/b.json").exit_code == 1
+    assert said == [f"{nowhere}: 127.0.0.1 cannot be reached: Connection refused", "asked"]
 
 
 def test_a_download_that_is_not_finished_is_not_used(servers: Servers, llama_acc_home: Path) -> None:

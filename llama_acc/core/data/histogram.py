@@ -20,6 +20,11 @@ class Bar(NamedTuple):
     """None: the last bar, which has no end."""
     items: int
 
+    def __str__(self) -> str:
+        if self.end is None:
+            return f"{self.begin:,} or more"
+        return f"{self.begin:,} to {self.end - 1:,}" if self.end - self.begin > 1 else f"{self.begin:,}"
+
 
 def bars(lengths: Counter[int], most: int = _BARS) -> list[Bar]:
     """Bars of one round width; the last one may have no end."""

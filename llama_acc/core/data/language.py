@@ -20,6 +20,11 @@ _ENGLISH_DISTINCT = 5
 _ENGLISH_SHARE = 0.25
 
 
+def known_languages() -> list[str]:
+    """The ISO 639-1 codes of the languages that are told apart."""
+    return sorted({str(label) for label in _identifier().nb_classes if len(label) == 2})
+
+
 def language_of(text: str) -> str | None:
     """The ISO 639 code of the language a text begins in; None where that cannot be told for sure."""
     text = text[:_CHARACTERS]

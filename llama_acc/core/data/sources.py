@@ -145,9 +145,12 @@ def resolve_data_path(path: str, recipe_folder: Path | None = None, otherwise: s
         if place.exists() or (glob.has_magic(str(place)) and glob.glob(str(place), recursive=True)):
             return place
     looked = "".join(f"\n  {place}" for place in places)
-    near = [hint for place in places if place.parent.is_dir() and (hint := nearest_names(place))]
-    hints = [*near[:1], otherwise, how_to_get(path, model=False)]
-    raise UserError(f"there is no data {path!r}; looked for:{looked}", "; or ".join(hint for hint in hints if hint))
+    near = next((hint for place in places if place.parent.is_dir() and (hint := nearest_names(place))), None)
+    get = how_to_get(path, model=False)
+    if near is not None and get is not None and get.startswith(near):
+        near = None  # it is the name of a download that lies there
+    hints = [hint for hint in (near, get, otherwise) if hint]
+    raise UserError(f"there is no data {path!r}; looked for:{looked}", "; or ".join(hints).replace("?; or", "? Or"))
 
 
 def _shipped(name: str) -> Path:

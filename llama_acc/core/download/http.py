@@ -3,6 +3,7 @@
 import contextlib
 import email.utils
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ REACH_SECONDS = 8.0
 _CONNECT_SECONDS = 6.0
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 _NETWORK_ERRORS = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.ProtocolError, httpx2.DecodingError)
+# Python puts the number of a system's error in front of its words.
+_ERROR_NUMBER = re.compile(r"^\[Errno -?\d+\] ")
 _Answer = TypeVar("_Answer")
 
 
@@ -170,7 +173,7 @@ def describe(error: Exception, url: str) -> str:
     """A failure of the network in one line."""
     host = _host(url)
     if isinstance(error, httpx2.ConnectTimeout | httpx2.ConnectError | httpx2.PoolTimeout):
-        return f"{host} cannot be reached: {error or 'no answer'}"
+        return f"{host} cannot be reached: {_said(error)}"
     if isinstance(error, httpx2.TimeoutException):
         return f"{host} sends nothing any more"
     if isinstance(error, httpx2.ProxyError):
@@ -222,7 +225,11 @@ def unreachable(error: Exception, url: str) -> RunError:
             f"{host} does not prove to be {host}: {error}",
             "does a firewall look into connections here? Name its certificate in SSL_CERT_FILE",
         )
-    return _offline(host, str(error) or "no answer")
+    return _offline(host, _said(error))
+
+
+def _said(error: Exception) -> str:
+    return _ERROR_NUMBER.sub("", str(error)) or "no answer"
 
 
 def _offline(host: str, why: str) -> RunError:

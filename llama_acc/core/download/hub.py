@@ -199,8 +199,9 @@ class Hub:
             repos |= {str(model.id) for model in self._api.list_models(author=owner, limit=200)}
             repos |= {str(data.id) for data in self._api.list_datasets(author=owner, limit=200)}
         near = did_you_mean(address.repo, repos)
-        private = "a private one is seen with a token of its owner only: --token, HF_TOKEN or `hf auth login`"
-        return UserError(f"{self.host} has no {address.repo} (404)", near or private)
+        private = "private one is seen with a token of its owner only: --token, HF_TOKEN or `hf auth login`"
+        hint = f"{near} A {private}" if near else f"a {private}"
+        return UserError(f"{self.host} has no {address.repo} (404)", hint)
 
     @contextlib.contextmanager
     def _explained(self, address: HubAddress) -> Iterator[None]:

@@ -143,6 +143,12 @@ def test_every_item_is_in_one_bar(lengths: list[int]) -> None:
         assert bar.items == sum(bar.begin <= n and (bar.end is None or n < bar.end) for n in lengths)
 
 
+def test_a_bar_says_which_lengths_are_in_it() -> None:
+    assert list(map(str, bars(Counter([0, 1])))) == ["0", "1"]
+    long = bars(Counter({10: 400, 1015: 600, 90_000: 1}))
+    assert (str(long[0]), str(long[-1])) == ("0 to 99", "1,100 or more")
+
+
 def test_memory_does_not_grow_with_the_items(tmp_path: Path) -> None:
     import tracemalloc
 

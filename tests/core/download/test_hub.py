@@ -152,6 +152,11 @@ def test_a_private_repository_is_as_if_it_were_not_there(servers: Servers, tmp_p
     with pytest.raises(UserError, match="has no owner/secrets") as refused:
         download("hf:owner/secrets", tmp_path)
     assert "a private one is seen with a token of its owner only" in (refused.value.hint or "")
+    servers.model("owner/secret", {"config.json": b"{}"})
+    with pytest.raises(UserError) as refused:
+        download("hf:owner/secrets", tmp_path)
+    assert refused.value.hint is not None
+    assert refused.value.hint.startswith("did you mean 'owner/secret'? A private one is seen with a token")
     download("hf:owner/secrets", tmp_path, token=TOKEN)
 
 
@@ -274,6 +279,7 @@ def test_a_host_that_refuses_is_told_at_once(tmp_path: Path, servers: Servers, m
             with pytest.raises(RunError, match=r"127\.0\.0\.1 cannot be reached") as failed:
                 download(address, tmp_path)
             assert "is this machine on-line?" in (failed.value.hint or "")
+            assert "Errno" not in failed.value.message
 
 
 def test_a_host_that_stays_silent_is_given_up_in_time(

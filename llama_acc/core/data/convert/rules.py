@@ -3,10 +3,12 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from llama_acc.core.data.rows import type_name
 from llama_acc.core.tokenizer import Tokenizer
+
+_Value = TypeVar("_Value")
 
 Row = dict[str, Any]
 Record = dict[str, Any]
@@ -64,47 +66,34 @@ class Rule:
 
 
 def text_of(row: Row, field: str) -> str:
-    """A field that has to be text.
-
-    Raises:
-        Malformed: it is missing, or something else.
-    """
-    value = row.get(field)
-    if not isinstance(value, str):
-        raise _other(row, field, "text")
-    return value
+    """A field that has to be text; see `_field`."""
+    return _field(row, field, str, "text")
 
 
 def optional_text(row: Row, field: str) -> str:
-    """A field that is text, or missing, or null: then an empty text.
-
-    Raises:
-        Malformed: it is something else.
-    """
+    """A field that is text, or missing, or null: then an empty text; see `_field`."""
     return "" if row.get(field) is None else text_of(row, field)
 
 
 def list_of(row: Row, field: str) -> list[Any]:
-    """A field that has to be a list.
-
-    Raises:
-        Malformed: it is missing, or something else.
-    """
-    value = row.get(field)
-    if not isinstance(value, list):
-        raise _other(row, field, "a list")
-    return value
+    """A field that has to be a list; see `_field`."""
+    return _field(row, field, list, "a list")
 
 
 def object_in(row: Row, field: str) -> Row:
-    """A field that has to be an object.
+    """A field that has to be an object; see `_field`."""
+    return _field(row, field, dict, "an object")
+
+
+def _field(row: Row, field: str, kind: type[_Value], expected: str) -> _Value:
+    """A field that has to be of a kind.
 
     Raises:
         Malformed: it is missing, or something else.
     """
     value = row.get(field)
-    if not isinstance(value, dict):
-        raise _other(row, field, "an object")
+    if not isinstance(value, kind):
+        raise _other(row, field, expected)
     return value
 
 

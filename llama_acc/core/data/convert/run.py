@@ -105,6 +105,8 @@ class Conversion:
                 if stop and self.wrong >= MOST_PROBLEMS:
                     break
         except UserError as error:
+            if isinstance(error, DataError) and not self.rows:  # a table's header
+                error.hint = f"{error.hint}; {self._map_hint()}"
             if not self.problems or not stop:
                 raise
             more = error.problems if isinstance(error, DataError) else [error.message]
@@ -175,10 +177,17 @@ class Conversion:
 
     def _hint(self) -> str:
         looks_like, format = self._looks_like, self._request.format
+        if format in ("csv", "jsonl") and not self.items:
+            return self._map_hint()
         if looks_like is not None and looks_like.format != format and not self.items and format in FORMATS:
             return f"this looks like {looks_like.format}, as {looks_like.why}: convert-data {looks_like.format}"
         hint = "mend them, or leave these rows out with --on-error skip"
         return hint if self.wrong < MOST_PROBLEMS else f"reading ended after {MOST_PROBLEMS:,} problems; {hint}"
+
+    def _map_hint(self) -> str:
+        mapping = {} if self._looks_like is None else self._looks_like.mapping
+        words = [f"--map {field}={mapping.get(field, 'COLUMN')}" for field in ("instruction", "output")]
+        return f"say which is which: {' '.join(words)}"
 
     def _rule(self, name: str, rows: Iterator[Row]) -> tuple[Rule, Iterator[Row]]:
         """A file's rule, and its rows."""

@@ -31,17 +31,18 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Layout(NamedTuple):
-    """What stands before, between and after items, and of none."""
+    """What stands before, between and after all items, and of none; and behind each item."""
 
     begin: bytes
     between: bytes
     end: bytes
     empty: bytes
+    behind: bytes = b""
     ascii: bool = False
     """Other characters are written as escapes."""
 
 
-LINES = Layout(b"", b"\n", b"\n", b"")
+LINES = Layout(b"", b"", b"", b"", behind=b"\n")  # who reads a pipe has whole lines, however it ends
 ARRAY = Layout(b"[\n", b",\n", b"\n]\n", b"[]\n")
 REFERENCE = Layout(b"[", b", ", b"]", b"[]", ascii=True)
 """As Python's json.dump writes a list, which is what LLaMA2-Accessory's tools do."""
@@ -98,6 +99,7 @@ class Items:
         """One item more."""
         self._file.write(self._layout.between if self._written else self._layout.begin)
         self._file.write(line)
+        self._file.write(self._layout.behind)
         self._written = True
 
     def end(self) -> None:
