@@ -47,7 +47,7 @@ class DataFile:
     """How many these items are."""
     skipped_kinds: Mapping[str, int] = field(default_factory=dict)
     """How much of each kind is wrong with them."""
-    across: Across = field(default_factory=Across)
+    across: Across = field(default_factory=lambda: Across({}, {}))
     """What earlier files have too."""
 
 
@@ -312,7 +312,7 @@ def _found(files: Sequence[DataFile], parts: Sequence[Encoded]) -> dict[str, Any
     warnings: Counter[str] = Counter()
     for file, part in zip(files, parts, strict=True):
         warnings.update({kind: found["count"] for kind, found in part.warnings.items()})
-        warnings.update({"duplicate": file.across.items})
+        warnings.update(file.across.counts)
     before, after = sum(len(part.skipped_rows) for part in parts), sum(file.skipped_items for file in files)
     return {"skipped": before + after, "warnings": dict(+warnings)}
 
@@ -320,9 +320,8 @@ def _found(files: Sequence[DataFile], parts: Sequence[Encoded]) -> dict[str, Any
 def _warning_places(file: DataFile, part: Encoded) -> dict[str, Any]:
     """The first places of each kind of warning."""
     places = {kind: found["places"] for kind, found in part.warnings.items()}
-    if file.across.items:
-        across = [finding._asdict() for finding in file.across.places]
-        places["duplicate"] = [*places.get("duplicate", []), *across][:KEPT_PLACES]
+    for kind, across in file.across.places.items():
+        places[kind] = [*places.get(kind, []), *(finding._asdict() for finding in across)][:KEPT_PLACES]
     return places
 
 

@@ -27,8 +27,8 @@ from numpy.typing import DTypeLike, NDArray
 from llama_acc.core.data.encode import Chunk, Images
 from llama_acc.core.errors import UserError
 
-FORMAT_VERSION = 2
-"""Version 1 was an .npz archive."""
+FORMAT_VERSION = 3
+"""Version 1 was an .npz archive; 2 had no `near`."""
 
 # Arrays with a value for every document, named as the fields of `Chunk` they are made of.
 COLUMNS: dict[str, DTypeLike] = {
@@ -46,6 +46,7 @@ _STREAMS: dict[str, DTypeLike] = {
     "name_ends": np.int64,
     "names": np.uint8,
     "skipped_rows": np.int64,
+    "near": np.uint64,
 }
 _OF_IMAGES = ("image_ends", "name_ends", "names")
 _MAGIC = b"llamaacc"
@@ -95,6 +96,8 @@ class Encoded:
     """The names of all images, in UTF-8."""
     skipped_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """[S]: the numbers of the rows that were skipped, from 0."""
+    near: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    """[rows]: equal for items that are the same but for case and white space; 0 where a row is no item."""
 
     def __len__(self) -> int:
         return len(self.item)
@@ -198,13 +201,15 @@ class EntryWriter:
         self._put("skipped_rows", rows)
         self._skipped += len(rows)
 
-    def finish(self, kind: str, notes: dict[str, Any]) -> None:
+    def finish(self, kind: str, notes: dict[str, Any], near: NDArray[np.uint64]) -> None:
         """Writes what is left, and the footer.
 
         Args:
             kind: of the items.
             notes: JSON values to keep with it.
+            near: see `Encoded`.
         """
+        self._put("near", near)
         self._put("label_bits", np.packbits(self._bits))
         arrays = {"tokens": [self._token_type.str, 0, self._tokens]}
         for name, file in self._aside.items():

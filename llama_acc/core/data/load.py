@@ -189,7 +189,7 @@ class _Encoder:
         writer.skip(np.array(file.skipped_rows, np.int64))
         skipped = [finding._asdict() for finding in file.skipped]
         notes = {"skipped": skipped, "skipped_kinds": file.skipped_kinds, "warnings": _warnings(survey)}
-        writer.finish(file.kind, notes)
+        writer.finish(file.kind, notes, survey.hashes()[1])
 
 
 def _warnings(survey: Survey) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import pytest
 from llama_acc.core.data import cache
 from llama_acc.core.data.cache import EntryStore, cache_key
 from llama_acc.core.data.encode import Chunk, encode_chunk
-from llama_acc.core.data.entry import Encoded, EntryWriter
+from llama_acc.core.data.entry import FORMAT_VERSION, Encoded, EntryWriter
 from llama_acc.core.data.items import SingleTurn
 from llama_acc.core.data.templates import get_template
 from llama_acc.core.errors import UserError
@@ -42,7 +42,7 @@ def put(chunk: Chunk, key: str) -> Encoded:
 
     def write(writer: EntryWriter) -> None:
         writer.append(chunk)
-        writer.finish("single_turn", {"a": "note"})
+        writer.finish("single_turn", {"a": "note"}, np.arange(3, dtype=np.uint64))
 
     with EntryStore() as store:
         return store.get(key, write, vocab_size=300)
@@ -154,8 +154,8 @@ def test_an_entry_is_never_unpickled(chunk: Chunk, llama_acc_home: Path) -> None
 def test_a_newer_entry_is_refused_by_name(chunk: Chunk, llama_acc_home: Path) -> None:
     put(chunk, "k")
     [path] = entries(llama_acc_home)
-    rewrite(path, lambda about: about.update(format_version=3, arrays={}))
-    with pytest.raises(UserError, match=r"k\.tokens has format_version 3"):
+    rewrite(path, lambda about: about.update(format_version=FORMAT_VERSION + 1, arrays={}))
+    with pytest.raises(UserError, match=rf"k\.tokens has format_version {FORMAT_VERSION + 1}"):
         found("k")
 
 
@@ -299,7 +299,7 @@ def test_of_several_that_want_an_entry_one_writes_it_and_the_others_wait(chunk: 
         assert waiting.wait(60)
         written.append(1)
         writer.append(chunk)
-        writer.finish("single_turn", {})
+        writer.finish("single_turn", {}, np.zeros(0, np.uint64))
 
     def get(_: int) -> Encoded:
         with EntryStore() as store:
@@ -341,6 +341,6 @@ def test_folders_of_killed_runs_go_and_those_of_others_stay(
 def put_into(store: EntryStore, chunk: Chunk) -> None:
     def write(writer: EntryWriter) -> None:
         writer.append(chunk)
-        writer.finish("single_turn", {})
+        writer.finish("single_turn", {}, np.zeros(0, np.uint64))
 
     store.get("k", write, vocab_size=300)
