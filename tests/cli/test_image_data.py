@@ -67,9 +67,6 @@ def test_items_of_bad_images_are_skipped_where_the_recipe_says_so(tmp_path: Path
         ("item 2", "image_file"),
         ("item 3", "image_file"),
     ]
-    two = run(*finetune(data, tmp_path / "two", "data.on_error=skip"), "--nproc", 2)
-    assert two.returncode == 0, two.stderr
-    assert json.loads((tmp_path / "two/data.json").read_text(encoding="utf-8")) == report
 
 
 def test_images_may_lie_elsewhere(tmp_path: Path) -> None:
@@ -81,8 +78,14 @@ def test_images_may_lie_elsewhere(tmp_path: Path) -> None:
 
 
 def test_a_run_on_a_shard_resumes_at_the_sample_and_deals_it_to_ranks(shard: Path, tmp_path: Path) -> None:
-    """Bitwise after a stop within an epoch; in two processes the same steps, so no sample twice and none left out."""
-    settings = ("data.sources.0.template=caption", "train.global_batch_size=4", "checkpoint.every_steps=1")
+    """Bitwise after a stop within an epoch; in two processes the same steps, so no sample twice and none left out.
+
+    So it is beside other data, of which an item is skipped as its image is not there.
+    """
+    others = write_data(tmp_path / "data", items=8)
+    (others.parent / "images/1-0.png").unlink()
+    sources = f"data.sources=[{{path: {shard}, template: caption}}, {{path: {others}}}]"
+    settings = (sources, "data.on_error=skip", "train.global_batch_size=5", "checkpoint.every_steps=1")
     whole = invoke(*finetune(shard, tmp_path / "whole", *settings))
     assert whole.exit_code == 0, whole.stderr
     assert invoke(*finetune(shard, tmp_path / "parts", *settings, "train.max_steps=2")).exit_code == 0
@@ -93,6 +96,9 @@ def test_a_run_on_a_shard_resumes_at_the_sample_and_deals_it_to_ranks(shard: Pat
     assert weights[0].read_bytes() == weights[1].read_bytes()
     two = run(*finetune(shard, tmp_path / "two", *settings), "--nproc", 2)
     assert two.returncode == 0, two.stderr
+    reports = [(tmp_path / name / "data.json").read_text(encoding="utf-8") for name in ("whole", "two")]
+    assert (json.loads(reports[0])["items"], json.loads(reports[0])["skipped"]) == (19, 1)
+    assert reports[0] == reports[1]
     for alone, shared in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "two"), strict=True):
         assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-4)
         assert shared["label_tokens"] == alone["label_tokens"]

@@ -1,9 +1,10 @@
 """The encoded examples of a run: a view over mapped files."""
 
 import hashlib
+from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +50,30 @@ class DataFile:
     """How much of each kind is wrong with them."""
     across: Across = field(default_factory=lambda: Across({}, {}))
     """What earlier files have too."""
+
+
+class _Skipped:
+    """What is left out of a file, found by found: the first of it, and counts."""
+
+    def __init__(self) -> None:
+        self._first: list[Finding] = []
+        self._kinds: Counter[str] = Counter()
+        self._items = 0
+
+    def add(self, finding: Finding, is_new: bool) -> None:
+        """One thing more that is wrong, with an item that is new or the last one's."""
+        self._first += [finding][: MOST_PROBLEMS - len(self._first)]
+        self._kinds[finding.kind] += 1
+        self._items += is_new
+
+    def added_to(self, file: DataFile) -> DataFile:
+        return replace(
+            file,
+            items=file.items - self._items,
+            skipped=(*file.skipped, *self._first)[:MOST_PROBLEMS],
+            skipped_items=file.skipped_items + self._items,
+            skipped_kinds=Counter(file.skipped_kinds) + self._kinds,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,22 +217,20 @@ class Dataset:
         files = tuple(replace(file, items=n, dropped=0) for file, n in zip(self.files, counts, strict=True))
         return replace(chosen, files=files)
 
-    def without(self, found: Mapping[int, Sequence[Finding]]) -> "Dataset":
-        """All documents but those in which something was found; they count as skipped."""
-        rows = np.delete(np.arange(len(self)) if self.rows is None else self.rows, list(found))
-        removed: list[list[int]] = [[] for _ in self.files]
-        for document in sorted(found):
-            removed[self._place(document)[0]].append(document)
-        files = [
-            replace(
-                file,
-                items=file.items - len(documents),
-                skipped=(*file.skipped, *(finding for i in documents for finding in found[i]))[:MOST_PROBLEMS],
-                skipped_items=file.skipped_items + len(documents),
-                skipped_kinds=Counter(file.skipped_kinds) + Counter(f.kind for i in documents for f in found[i]),
-            )
-            for file, documents in zip(self.files, removed, strict=True)
-        ]
+    def without(self, found: Iterable[tuple[int, Finding]]) -> "Dataset":
+        """All documents but those in which something was found; they count as skipped.
+
+        Args:
+            found: documents and what is wrong with them, in the order of the documents. It is not kept.
+        """
+        bad, skipped = array("q"), [_Skipped() for _ in self.files]
+        for document, finding in found:
+            is_new = not bad or bad[-1] != document
+            if is_new:
+                bad.append(document)
+            skipped[self._place(document)[0]].add(finding, is_new)
+        rows = np.delete(np.arange(len(self)) if self.rows is None else self.rows, bad)
+        files = [more.added_to(file) for file, more in zip(self.files, skipped, strict=True)]
         return Dataset(tuple(files), self.parts, rows)
 
     def split(self, fraction: float, seed: int) -> tuple["Dataset", "Dataset"]:

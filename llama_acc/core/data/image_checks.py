@@ -1,5 +1,6 @@
 """Every image of the data is opened before training starts: header and size, in parallel."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
@@ -33,8 +34,8 @@ class BadImage(NamedTuple):
         return f"the image {shown_reference(self.reference)} {self.problem}"
 
 
-def bad_images(dataset: Dataset, max_pixels: int, workers: int, tell: Tell | None = None) -> list[BadImage]:
-    """Opens the images of all documents, and tells each use of one that cannot be used, in the documents' order.
+def bad_images(dataset: Dataset, max_pixels: int, workers: int, tell: Tell | None = None) -> Iterator[BadImage]:
+    """Opens the images of all documents, then gives each use of one that cannot be used, in the documents' order.
 
     Args:
         dataset: what will be trained on.
@@ -45,10 +46,8 @@ def bad_images(dataset: Dataset, max_pixels: int, workers: int, tell: Tell | Non
     documents = np.flatnonzero(dataset.image_counts).tolist()
     references = list(dict.fromkeys(reference for i in documents for reference in dataset.images(i)))
     problems = image_problems(references, max_pixels, workers, tell)
-    if not problems:
-        return []
-    uses = ((i, reference) for i in documents for reference in dataset.images(i))
-    return [BadImage(i, reference, problems[reference]) for i, reference in uses if reference in problems]
+    uses = ((i, reference) for i in documents for reference in dataset.images(i)) if problems else ()
+    return (BadImage(i, reference, problems[reference]) for i, reference in uses if reference in problems)
 
 
 def image_problems(
@@ -61,7 +60,8 @@ def image_problems(
         return problems
     with ImageWorkers(min(workers, len(chunks))) as pool:
         for done, chunk, found in _answers(pool, chunks, max_pixels):
-            problems |= {reference: p for reference, p in zip(chunk, found, strict=True) if p is not None}
+            # Where many are not there, they share what is said of them.
+            problems |= {reference: sys.intern(p) for reference, p in zip(chunk, found, strict=True) if p is not None}
             if tell is not None:
                 tell(done, len(references))
     return problems

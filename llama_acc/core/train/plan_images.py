@@ -1,12 +1,12 @@
 """The images of a run's data, checked before anything is computed."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 
 import numpy as np
 
 from llama_acc.core.data.dataset import Dataset
-from llama_acc.core.data.findings import Finding, beginning
+from llama_acc.core.data.findings import MOST_PROBLEMS, Finding, beginning
 from llama_acc.core.data.image_checks import BadImage, bad_images
 from llama_acc.core.data.image_workers import default_workers
 from llama_acc.core.errors import DataError, UserError, listed
@@ -39,31 +39,33 @@ def with_good_images(
         _check_counts(config, dataset)
     settings = recipe.data.images
     workers = settings.workers or default_workers()
-    bad = [bad_images(dataset, settings.max_pixels, workers, events.opening) for dataset in datasets]
+    bad = (bad_images(dataset, settings.max_pixels, workers, events.opening) for dataset in datasets)
     if recipe.data.on_error == "skip":
         return [_without(dataset, found) for dataset, found in zip(datasets, bad, strict=True)]
-    problems = [
+    told = (
         f"{dataset.origin(one.document)}: {one}" for dataset, found in zip(datasets, bad, strict=True) for one in found
-    ]
-    if problems:
-        raise DataError(problems, "mend or remove them; data.sources.root says where relative paths begin")
+    )
+    if problems := list(islice(told, MOST_PROBLEMS)):
+        ended = f"these are the first {MOST_PROBLEMS:,}; " if len(problems) == MOST_PROBLEMS else ""
+        raise DataError(problems, f"{ended}mend or remove them; data.sources.root says where relative paths begin")
     return datasets
 
 
-def _without(dataset: Dataset, bad: Sequence[BadImage]) -> Dataset:
-    if not bad:
+def _without(dataset: Dataset, bad: Iterator[BadImage]) -> Dataset:
+    if (first := next(bad, None)) is None:
         return dataset
-    found: dict[int, list[Finding]] = defaultdict(list)
-    for one in bad:
-        finding = Finding("image_file", dataset.where(one.document), "image", str(one), beginning(one.reference))
-        found[one.document].append(finding)
-    good = dataset.without(found)
+    good = dataset.without((one.document, _finding(dataset, one)) for one in chain([first], bad))
     if not len(good):
         raise UserError(
-            f"nothing to train on: no item has images that can be used; the first: {dataset.origin(0)}: {bad[0]}",
+            "nothing to train on: no item has images that can be used; "
+            f"the first: {dataset.origin(first.document)}: {first}",
             "data.sources.root says where relative paths begin",
         )
     return good
+
+
+def _finding(dataset: Dataset, bad: BadImage) -> Finding:
+    return Finding("image_file", dataset.where(bad.document), "image", str(bad), beginning(bad.reference))
 
 
 def _check_counts(config: ModelConfig, dataset: Dataset) -> None:

@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llama_acc.core.data import dataset as dataset_module
 from llama_acc.core.data import load as load_module
 from llama_acc.core.data import sources as sources_module
 from llama_acc.core.data.dataset import Dataset
+from llama_acc.core.data.findings import Finding
 from llama_acc.core.data.load import load_dataset
 from llama_acc.core.data.sources import Source, resolve_data_path
 from llama_acc.core.errors import UserError
@@ -355,3 +357,23 @@ def test_data_is_loaded_without_torch(tmp_path: Path) -> None:
 
     code = "import sys, llama_acc.core.data.load, llama_acc.core.data.batches; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_of_documents_left_out_all_are_counted_and_the_first_findings_are_kept(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset_module, "MOST_PROBLEMS", 3)
+    whole = load(tokenizer, *two_files(tmp_path))
+    some = whole.select(np.arange(len(whole))[::-1].copy())
+    last = len(some) - 1
+    wrong = [(0, "a"), (0, "b"), (2, "c"), (last - 1, "d"), (last, "e"), (last, "f")]
+    findings = ((i, Finding("image_file", some.where(i), "image", said, said)) for i, said in wrong)
+    good = some.without(findings)
+    left = [i for i in range(last) if i not in (0, 2, last - 1)]
+    assert [good.origin(i) for i in range(len(good))] == [some.origin(i) for i in left]
+    report = good.report()
+    assert (report["skipped"], report["items"]) == (4, len(some) - 4)
+    told = [[place["message"] for place in file["skipped_items"]] for file in report["files"]]
+    assert told == [["d", "e", "f"], ["a", "b", "c"]]
+    assert [file["skipped_kinds"] for file in report["files"]] == [{"image_file": 3}, {"image_file": 3}]
+    assert [file["skipped"] for file in report["files"]] == [2, 2]
