@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 _BAR = 40
 """Width of the longest bar."""
-_NAMES = {"single_turn": "single-turn items", "dialogue": "dialogues"}
+_NAMES = {"single_turn": "single-turn item", "dialogue": "dialogue"}
 
 
 def print_reports(reports: "list[FileReport]", most: int | None) -> None:
@@ -36,7 +36,8 @@ def print_reports(reports: "list[FileReport]", most: int | None) -> None:
 
 
 def _heading(report: "FileReport") -> None:
-    facts = [f"{report.survey.rows:,} {_NAMES[report.kind]}"] if report.kind is not None else []
+    rows = report.survey.rows
+    facts = [f"{rows:,} {_NAMES[report.kind]}{'s' * (rows != 1)}"] if report.kind is not None else []
     if report.template is not None:
         facts.append(f"prompt format {report.template}")
     if report.survey.language is not None:

@@ -20,7 +20,8 @@ def show_items(items: "Iterable[Shown]") -> None:
     colour = console.out.is_terminal and not console.out.no_color
     legend = "trained tokens in green, special ones in magenta" if colour else "trained tokens between ⟦ and ⟧"
     items = list(items)
-    names = {piece.text for shown in items for piece in shown.pieces if piece.special}
+    # Of BOS and EOS also where none is shown: a text in which they stand may be cut before its end.
+    names = {"<s>", "</s>", *(piece.text for shown in items for piece in shown.pieces if piece.special)}
     for number, shown in enumerate(items, start=1):
         if number > 1:
             console.out.print()
@@ -40,7 +41,8 @@ def write_page(path: Path, title: str, items: "Sequence[Shown]") -> None:
     from llama_acc.core.data.preview_html import preview_page
 
     try:
-        path.write_text(preview_page(title, items, f"{len(items)} items as the model will see them"), encoding="utf-8")
+        note = f"{len(items):,} item{'s' * (len(items) != 1)} as the model will see them"
+        path.write_text(preview_page(title, items, note), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}", "choose another --html FILE") from error
     console.note(f"wrote {path}")

@@ -92,6 +92,9 @@ def test_a_preview_marks_what_is_trained_and_what_only_looks_like_a_special_toke
         assert "example 1: a.json item 1 (trained tokens between ⟦ and ⟧)" in result.stdout
         assert "<s>What is \\</s>?␛[2J⟦the end</s>⟧" in result.stdout
         assert "example 2" not in result.stdout
+    result = invoke(*CHECK, path, "--preview", 1, "--template", "none", *flags, "--max-tokens", 30)
+    assert "What is \\</s>?" in result.stdout
+    assert "⟦</s>⟧" not in result.stdout
 
 
 def test_colour_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +162,7 @@ def test_all_of_a_folder_is_checked_without_torch(tmp_path: Path) -> None:
     write(tmp_path / "b.jsonl", json.dumps({"conversations": [{"from": "human", "value": "Hi"}]}))
     result = run(*CHECK, tmp_path, "--preview", "2")
     assert result.returncode == 0, result.stderr
-    assert "b.jsonl  1 dialogues  prompt format dialogue" in result.stdout
+    assert "b.jsonl  1 dialogue  prompt format dialogue" in result.stdout
     assert "example 2: b.jsonl item 1 (line 1)" in result.stdout
     import subprocess
     import sys

@@ -116,6 +116,15 @@ def test_data_of_which_nothing_is_known_is_to_be_checked(servers: Servers, llama
     assert shlex.split(result.stdout)[-1] == str(llama_acc_home / "data/owner/shards/data")
 
 
+def test_parquet_files_come_with_what_reads_them(
+    servers: Servers, llama_acc_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers.dataset("garage-bAInd/Open-Platypus", {"data/train-00000.parquet": b"PAR1"})
+    assert "pyarrow" not in invoke("download", "platypus").stderr
+    monkeypatch.setattr("llama_acc.core.download.next_step.find_spec", lambda name: None)
+    assert "pip install pyarrow" in invoke("download", "platypus").stderr
+
+
 def test_data_in_a_folder_of_ones_own_is_data_the_second_time_too(servers: Servers, tmp_path: Path) -> None:
     servers.dataset("owner/questions", {"a.jsonl": json.dumps(DIALOGUE).encode()})
     first, again = (invoke("download", "hf:datasets/owner/questions", "--to", tmp_path) for _ in range(2))

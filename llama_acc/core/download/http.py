@@ -15,7 +15,7 @@ import httpx2
 from llama_acc import __version__
 from llama_acc.core.errors import LlamaAccError, RunError, UserError
 
-REACH_SECONDS = 8.0
+REACH_SECONDS = 7.0
 """Within this time a host has to be found and to take the connection; else we are off-line."""
 _CONNECT_SECONDS = 6.0
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)

@@ -1,10 +1,12 @@
 """What to type after a download."""
 
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 from llama_acc.core.checkpoint.layout import inspect
 from llama_acc.core.data.files import data_suffix
+from llama_acc.core.data.parquet import PARQUET_SUFFIX
 from llama_acc.core.data.rows import SUFFIXES
 from llama_acc.core.download.catalogue import Entry, catalogue
 from llama_acc.core.download.downloads import Downloaded
@@ -39,6 +41,9 @@ def remarks(done: Downloaded) -> list[str]:
         found.append(
             f"give it beside a language model: --pretrained llama2-13b --pretrained {_model_place(done, entry)}"
         )
+    is_data = entry is None or entry.kind == "data"
+    if is_data and any(data_suffix(path) == PARQUET_SUFFIX for path in done.files) and find_spec("pyarrow") is None:
+        found.append("its files are Parquet, which pyarrow reads; it is not installed: pip install pyarrow")
     missing = _missing_base(done, entry)
     if missing is not None:
         found.append(f"the recipe starts from {missing}, which is not here yet: llama-acc download {missing}")
