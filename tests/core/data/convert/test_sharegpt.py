@@ -121,6 +121,18 @@ def test_parts_fit_and_are_as_long_as_they_can_be(tmp_path: Path, tokenizer_path
     assert [record["id"] for record in records] == names
 
 
+def test_a_part_of_as_many_tokens_as_may_be_is_not_split(tmp_path: Path, tokenizer_path: Path) -> None:
+    tokenizer = SentencePieceTokenizer(tokenizer_path)
+    turns = [(("human", "gpt")[i % 2], f"the answer {i}") for i in range(4)]
+    text, _ = TEMPLATES["dialogue"].dialogue_text(
+        [(("human", "assistant")[i % 2], t) for i, (_, t) in enumerate(turns)]
+    )
+    exactly = len(tokenizer.encode(text, bos=True, eos=True))
+    for most, parts in ((exactly, 1), (exactly - 1, 2)):
+        options = {"tokenizer": tokenizer, "max_tokens": most}
+        assert len(convert_rows("sharegpt", [talk(*turns)], tmp_path, **options)[0]) == parts
+
+
 def test_other_languages_are_left_out_if_asked(tmp_path: Path) -> None:
     german = talk(
         ("human", "Erkläre mir bitte, warum der Himmel am Tag blau aussieht und am Abend rot wird."), ("gpt", "x")
