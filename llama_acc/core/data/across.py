@@ -89,6 +89,8 @@ def _tallies(files: Sequence[Encoded]) -> tuple[list[_Tally], list[_Tally]]:
         for part, found in repeats.by_part():
             exact[part].add(found)
             is_exact[part][files[part].item[found.row]] = True
+    for file in files:
+        file.release()
     for repeats in _some_at_a_time([file.near for file in files]):
         for part, found in repeats.by_part():
             near[part].add(found.where(~is_exact[part][found.row]))
