@@ -275,7 +275,7 @@ def test_a_second_download_of_the_same_waits_and_finds_it_there(servers: Servers
 
 def test_a_terminal_gets_a_bar_with_bytes_rate_and_time_left(servers: Servers, tmp_path: Path) -> None:
     servers.model("owner/name", {"big.bin": BIG})
-    servers.fail("big.bin", SLOW)
+    servers.fail("big.bin", Fault(delay=0.02))
     with Terminal("download", "hf:owner/name/big.bin", "--to", tmp_path / "to", term="xterm") as terminal:
         assert terminal.end() == 0
     shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", terminal.seen)

@@ -18,6 +18,8 @@ from llama_acc.core.errors import DataError, UserError, listed
 _LOOKED_AT = 100
 """How many of the first rows may be unreadable before a file's format is found."""
 
+_TABLES = (".csv", ".tsv")
+
 Progress = Callable[[str, int, int], None]
 """Called with (the file's name, bytes read of all files, bytes of all files)."""
 
@@ -201,6 +203,8 @@ class Conversion:
             recognised = Recognised("jsonl", "of --map", options.mapping)
         if recognised is None:
             raise _unknown(name, objects)
+        if recognised.format == "jsonl" and data_suffix(Path(name)) in _TABLES:
+            recognised = recognised._replace(format="csv")  # the same rule by the name that the user knows
         if self._on_found is not None:
             self._on_found(Found(name, recognised))
         return FORMATS[recognised.format](replace(options, mapping=recognised.mapping)), rows
