@@ -28,6 +28,8 @@ def print_reports(reports: "list[FileReport]", most: int | None) -> None:
         _heading(report)
         if report.error is not None:
             console.out.print(Text.assemble(("  cannot be read: ", "bold red"), _text(report.error)))
+            if report.hint is not None:
+                console.out.print(_text(f"      {report.hint}"))
         for fatal in (True, False):
             _findings(report, fatal, most)
         if report.lengths:

@@ -42,6 +42,8 @@ class FileReport:
     template: str | None = None
     error: str | None = None
     """Why it could not be read, or not to its end."""
+    hint: str | None = None
+    """What to do about that."""
     survey: Survey = field(default_factory=Survey)
     findings: Findings = field(default_factory=Findings)
     truncation: Truncation | None = None
@@ -74,6 +76,7 @@ class FileReport:
             "kind": self.kind,
             "template": self.template,
             "error": self.error,
+            "hint": self.hint,
             "rows": survey.rows,
             "items": survey.items,
             "language": survey.language,
@@ -168,7 +171,7 @@ class _Checker:
                     self._look_at(rows, report, spec)
                     rows.clear()
         except UserError as error:
-            report.error = error.message
+            report.error, report.hint = error.message, error.hint
         # Where a file breaks off, what stands before is checked too.
         self._look_at(rows, report, spec)
         report.findings = report.survey.found()

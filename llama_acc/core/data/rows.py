@@ -28,6 +28,7 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", PARQUET_SUFFIX, TAR_SUFFIX)
 
 _SHOWN = 200
 """Characters of a line that is not JSON that are kept to show."""
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")  # its byte order marks
 _decode = msgspec.json.Decoder().decode
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\n|\r|\Z)")
 
@@ -141,7 +142,9 @@ def _decoded(stream: DataStream) -> Iterator[str]:
         except UnicodeDecodeError as error:
             line += data.count(b"\n", 0, error.start)
             place = f"byte {offset + error.start} (line {line})"
-            raise UserError(f"{stream.name} is not UTF-8: {place} cannot be decoded") from error
+            known = "UTF-16" if offset == 0 and data.startswith(_UTF16) else "ENCODING"
+            hint = f"make it UTF-8: iconv -f {known} -t UTF-8 < FILE > NEW"
+            raise UserError(f"{stream.name} is not UTF-8: {place} cannot be decoded", hint) from error
         yield text.removeprefix("\ufeff") if offset == 0 else text
         if not block:
             return
@@ -221,7 +224,8 @@ def _csv_rows(name: str, chunks: Iterator[str], delimiter: str | None, required:
     csv.field_size_limit(MAX_ITEM)
     lines = _csv_lines(chunks, name)
     header = next(lines)
-    delimiter = delimiter or ("\t" if "\t" in header else ",")
+    # Where a comma stands in numbers, spreadsheets put semicolons between cells.
+    delimiter = delimiter or next((mark for mark in "\t,;" if mark in header), ",")
     reader = csv.reader(chain([header], lines), delimiter=delimiter, strict=True)
     try:
         names = [name.strip() for name in next(reader)]
@@ -268,7 +272,8 @@ def _check_header(name: str, names: list[str], required: Sequence[str]) -> None:
     problems += [f"{name}: line 1: column {n!r} twice" for n in sorted(set(names)) if names.count(n) > 1]
     if problems:
         needed = f"it should have {', '.join(required)}; " if required else ""
-        raise DataError(problems, f"{needed}found: {', '.join(names)}")
+        others = "; others have to be mapped: convert-data csv ... --map instruction=COLUMN --map output=COLUMN"
+        raise DataError(problems, f"{needed}found: {', '.join(names)}{others if required else ''}")
 
 
 def _csv_items(reader: Any, names: list[str]) -> Iterator[Row]:

@@ -65,6 +65,12 @@ def test_what_stands_before_a_break_is_checked_and_the_other_files_too(tmp_path:
     assert (reports[0].fatal, reports[2].fatal) == (1, 0)
 
 
+def test_what_to_do_about_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question,answer\na,b\n", encoding="utf-8")
+    [report] = check(tmp_path / "a.csv")
+    assert "found: question, answer" in str(report.hint)
+
+
 def test_dialogues_do_not_fit_a_single_turn_format(tmp_path: Path) -> None:
     talk = {"conversations": [{"from": "human", "value": "a"}]}
     [report] = check(write(tmp_path / "a.json", [talk]))

@@ -57,8 +57,8 @@ def test_json_lines_may_hold_unicode_line_separators(tmp_path: Path) -> None:
     assert read_items(path)[0] == SingleTurn("Add.", "1 2", "a\u2028b\x85c")
 
 
-@pytest.mark.parametrize("separator", ["\t", ","])
-def test_csv_is_separated_by_tabs_or_commas(tmp_path: Path, separator: str) -> None:
+@pytest.mark.parametrize("separator", ["\t", ",", ";"])
+def test_csv_is_separated_by_tabs_commas_or_semicolons(tmp_path: Path, separator: str) -> None:
     rows = [["id", "instruction", "input", "output"], ["1", "Add.", "", '"two\nlines"'], [], ["2", "Go.", "x", '"a,b"']]
     path = write(tmp_path / "a.csv", "\n".join(separator.join(row) for row in rows) + "\n")
     assert read_items(path) == [SingleTurn("Add.", "", "two\nlines"), SingleTurn("Go.", "x", "a,b")]

@@ -129,6 +129,13 @@ def test_a_damaged_file_is_named(tmp_path: Path, packed: str) -> None:
             list(stream_rows(path))
 
 
+def test_of_another_encoding_it_is_told_how_to_leave_it() -> None:
+    for content, known in (("a,b".encode("utf-16"), "UTF-16"), ("é,b".encode("latin-1"), "ENCODING")):
+        with pytest.raises(UserError) as refused:
+            rows_of(content, ".csv")
+        assert refused.value.hint == f"make it UTF-8: iconv -f {known} -t UTF-8 < FILE > NEW"
+
+
 def test_each_place_is_named() -> None:
     assert [row.where for row in rows_of(b"[1,\n\n2]", ".json")] == ["item 1", "item 2"]
     lines = rows_of(b'\n{}\n\n{"a"\n[]\n' + b"9" * 5000, ".jsonl")

@@ -107,8 +107,6 @@ class Conversion:
                 if stop and self.wrong >= MOST_PROBLEMS:
                     break
         except UserError as error:
-            if isinstance(error, DataError) and not self.rows:  # a table's header
-                error.hint = f"{error.hint}; {self._map_hint()}"
             if not self.problems or not stop:
                 raise
             more = error.problems if isinstance(error, DataError) else [error.message]
