@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shlex
 import threading
 from array import array
 from collections import Counter
@@ -33,6 +34,7 @@ from llama_acc.core.errors import DataError, UserError
 from llama_acc.core.tokenizer import Tokenizer
 
 _BATCH = 1000  # rows
+_MEND = "mend them, or leave them out with data.on_error=skip"
 
 _logger = logging.getLogger("llama_acc")
 
@@ -162,7 +164,7 @@ class _Encoder:
         )
         if encoded.skipped and not self._skips:
             # An earlier run left them out; the entry is the same for both but for this.
-            raise DataError([f"{spec.path}: {Finding(**problem)}" for problem in encoded.skipped])
+            raise DataError([f"{spec.path}: {Finding(**problem)}" for problem in encoded.skipped], _MEND)
         return encoded
 
     def _encode(self, spec: FileSpec, writer: EntryWriter) -> None:
@@ -207,7 +209,7 @@ class _FileReader:
         """How much of each kind it is in all."""
         self.skipped_rows = array("q")
         """The numbers of these rows, from 0."""
-        self._skips = skips
+        self._skips, self._items = skips, 0
         self._path, self._bytes, self._size = spec.path, 0, max(spec.path.stat().st_size, 1)
         self._stream = stream_items(spec.path, spec.format, progress=self._count)
         self.kind = self._stream.kind
@@ -233,13 +235,18 @@ class _FileReader:
         except UserError as error:
             errors.append(error)
         if self.skipped and not self._skips:
-            ended = f"reading ended after {MOST_PROBLEMS:,} problems; llama-acc convert-data makes items of other forms"
-            hint = ended if len(self.skipped) >= MOST_PROBLEMS else None
-            errors.insert(0, DataError([f"{self._path}: {problem}" for problem in self.skipped], hint))
+            errors.insert(0, DataError([f"{self._path}: {problem}" for problem in self.skipped], self._hint()))
         raise_together(errors)
+
+    def _hint(self) -> str:
+        path = shlex.quote(str(self._path))
+        hint = _MEND if self._items else f"if it is in a form of its own: llama-acc convert-data auto {path}"
+        ended = len(self.skipped) >= MOST_PROBLEMS
+        return f"reading ended after {MOST_PROBLEMS:,} problems; {hint}" if ended else hint
 
     def _rows(self) -> Iterator[tuple[int, Checked]]:
         for index, row in enumerate(self._stream):
+            self._items += row.item is not None
             if row.item is None:
                 self.skipped += row.problems[: MOST_PROBLEMS - len(self.skipped)]
                 self.skipped_kinds.update(problem.kind for problem in row.problems)

@@ -46,8 +46,9 @@ def with_good_images(
         f"{dataset.origin(one.document)}: {one}" for dataset, found in zip(datasets, bad, strict=True) for one in found
     )
     if problems := list(islice(told, MOST_PROBLEMS)):
-        ended = f"these are the first {MOST_PROBLEMS:,}; " if len(problems) == MOST_PROBLEMS else ""
-        raise DataError(problems, f"{ended}mend or remove them; data.sources.root says where relative paths begin")
+        first = f"these are the first {MOST_PROBLEMS:,}; " if len(problems) == MOST_PROBLEMS else ""
+        mend = "mend them, or leave them out with data.on_error=skip"
+        raise DataError(problems, f"{first}{mend}; data.sources.root says where relative paths begin")
     return datasets
 
 

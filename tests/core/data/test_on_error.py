@@ -85,6 +85,18 @@ def test_the_same_problems_stop_a_run_whether_they_were_cached_or_not(
     assert len(fresh.value.problems) == 4
 
 
+def test_it_is_told_whether_rows_or_the_form_of_the_file_are_to_be_mended(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    some, all_wrong = write(tmp_path / "a.json", mixed(8)), write(tmp_path / "b.json", [{"question": "x"}] * 3)
+    for _ in range(2):
+        with pytest.raises(DataError) as caught:
+            load(tokenizer, some, on_error="stop")
+        assert caught.value.hint == "mend them, or leave them out with data.on_error=skip"
+        load(tokenizer, some)  # into the cache
+    with pytest.raises(DataError) as caught:
+        load(tokenizer, all_wrong, on_error="stop")
+    assert caught.value.hint == f"if it is in a form of its own: llama-acc convert-data auto {all_wrong}"
+
+
 def test_clean_data_is_the_same_either_way(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write(tmp_path / "a.json", good(5))
     stop, skip = (load(tokenizer, path, on_error=on_error).report() for on_error in ("stop", "skip"))
