@@ -199,6 +199,8 @@ def test_a_run_finds_the_same_before_the_model_is_touched(tmp_path: Path) -> Non
     refused(
         invoke(*flags), "3 problems in the data", "a.json: item 9: no 'output'", "item 12: should be", output=output
     )
+    missing = invoke(*flags, "data.on_error=skip", "data.validation.path=nowhere.json")
+    refused(missing, "there is no data 'nowhere.json'", "give it with data.validation.path=FILE", output=output)
     result = invoke(*flags, "data.on_error=skip")
     assert result.exit_code == 0, result.stderr
     said = words(result.stderr)

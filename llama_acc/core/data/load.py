@@ -25,7 +25,7 @@ from llama_acc.core.data.findings import KINDS as FINDINGS
 from llama_acc.core.data.findings import MOST_PROBLEMS, Finding
 from llama_acc.core.data.prepare import KEPT_PLACES, Batch, Job
 from llama_acc.core.data.readers import Checked, raise_together, stream_items, unreadable
-from llama_acc.core.data.sources import Fetch, FileSpec, SourceLike, expand
+from llama_acc.core.data.sources import OTHERWISE, Fetch, FileSpec, SourceLike, expand
 from llama_acc.core.data.survey import Survey
 from llama_acc.core.data.templates import KINDS, get_template, template_for
 from llama_acc.core.data.workers import prepare_batches
@@ -55,6 +55,7 @@ def load_dataset(
     progress: FileProgress | None = None,
     store: EntryStore | None = None,
     fetch: Fetch = fetch_quietly,
+    otherwise: str = OTHERWISE,
 ) -> Dataset:
     """Read, check and encode all sources; files encoded before come from the token cache.
 
@@ -69,6 +70,7 @@ def load_dataset(
         progress: told how far the encoding of a file is.
         store: where encoded files are kept; None: one for this call.
         fetch: gets data that has an address.
+        otherwise: what to do about a source that is nowhere, as a hint.
 
     Raises:
         UserError: data is missing or wrong: all problems of all files together.
@@ -76,20 +78,31 @@ def load_dataset(
     """
     if max_tokens < 2:
         raise UserError(f"data.max_tokens should be at least 2, but is {max_tokens}")
-    specs = expand(sources, recipe_folder, fetch)
+    specs = expand(sources, recipe_folder, fetch, otherwise)
     if not specs:
         raise UserError("no data: the recipe has no data.sources", "give some with --data FILE")
     with contextlib.nullcontext(store) if store is not None else EntryStore() as kept:
         parts = _load_files(specs, _Encoder(tokenizer, max_tokens, on_error, image_positions, kept, progress))
     dataset = _joined(specs, parts, seed)
     if not len(dataset):
-        items, skipped = sum(part.items for part in parts), sum(len(part.skipped_rows) for part in parts)
-        raise UserError(
-            f"nothing to train on: of {items} items none has a label within {max_tokens} tokens"
-            + (f", and {skipped} were skipped" if skipped else ""),
-            "raise data.max_tokens, or check that the items have replies",
-        )
+        raise _nothing(parts, max_tokens)
     return dataset
+
+
+def _nothing(parts: Sequence[Encoded], max_tokens: int) -> UserError:
+    """Why there is nothing to train on."""
+    items, skipped = sum(part.items for part in parts), sum(len(part.skipped_rows) for part in parts)
+    if not items:
+        first = next(f"{Finding(**problem)}" for part in parts for problem in part.skipped)
+        return UserError(
+            f"nothing to train on: none of the {skipped:,} rows is an item, and all are skipped; the first: {first}",
+            "if they are in a form of their own: llama-acc convert-data auto FILE",
+        )
+    return UserError(
+        f"nothing to train on: of {items:,} items none has a label within {max_tokens} tokens"
+        + (f", and {skipped:,} rows were skipped" if skipped else ""),
+        "raise data.max_tokens, or check that the items have replies",
+    )
 
 
 def _load_files(specs: Sequence[FileSpec], encoder: "_Encoder") -> list[Encoded]:

@@ -78,7 +78,8 @@ class FileSpec:
     image_root: Path
 
 
-_OTHERWISE = "give it with --data FILE"
+OTHERWISE = "give it with --data FILE"
+"""What to do about a source of training data that is nowhere."""
 Fetch = Callable[[str], list[Path]]
 """From an address, such as "hf:datasets/owner/name/train-*.jsonl", to its files, fetched where they are not yet."""
 
@@ -87,7 +88,7 @@ def expand(
     sources: Sequence[SourceLike],
     recipe_folder: Path | None = None,
     fetch: Fetch = fetch_quietly,
-    otherwise: str = _OTHERWISE,
+    otherwise: str = OTHERWISE,
 ) -> list[FileSpec]:
     """All files of all sources.
 
@@ -115,7 +116,7 @@ def expand(
     return specs
 
 
-def resolve_data_path(path: str, recipe_folder: Path | None = None, otherwise: str = _OTHERWISE) -> Path:
+def resolve_data_path(path: str, recipe_folder: Path | None = None, otherwise: str = OTHERWISE) -> Path:
     """Where a source's `path` is, if it is no address; a glob stays one.
 
     `shipped:NAME` comes with the package, `drawn:NAME` is drawn where it is not there yet. Else it is looked for

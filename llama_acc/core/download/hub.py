@@ -250,7 +250,7 @@ class Hub:
         return f"{self.endpoint}/settings/tokens"
 
     def _say_token(self) -> str:
-        return "give it with --token, in HF_TOKEN, or once with `hf auth login`"
+        return "give it in HF_TOKEN, once with `hf auth login`, or to `llama-acc download` with --token"
 
 
 class _NoRepository(UserError):

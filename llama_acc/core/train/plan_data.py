@@ -8,7 +8,7 @@ from llama_acc.core.data.cache import EntryStore
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.data.load import load_dataset
 from llama_acc.core.data.readers import raise_together
-from llama_acc.core.data.sources import Source
+from llama_acc.core.data.sources import OTHERWISE, Source
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.recipe import Recipe
@@ -47,11 +47,12 @@ def plan_data(
         UserError: what is wrong with the data, all of it together; images after the rest.
     """
     data, seed = recipe.data, recipe.train.seed
-    wanted = [[Source(**source.model_dump()) for source in data.sources]]
+    wanted = [([Source(**source.model_dump()) for source in data.sources], OTHERWISE)]
     if data.validation.path is not None:
-        wanted.append([Source(data.validation.path, template=data.sources[0].template)])
+        held_out = Source(data.validation.path, template=data.sources[0].template)
+        wanted.append(([held_out], "give it with data.validation.path=FILE"))
     loaded, errors = [], []
-    for sources in wanted:
+    for sources, otherwise in wanted:
         try:
             loaded.append(
                 load_dataset(
@@ -65,6 +66,7 @@ def plan_data(
                     progress=events.encoding,
                     store=store,
                     fetch=events.fetch,
+                    otherwise=otherwise,
                 )
             )
         except UserError as error:
