@@ -39,7 +39,8 @@ def print_reports(reports: "list[FileReport]", most: int | None) -> None:
 
 def _heading(report: "FileReport") -> None:
     rows = report.survey.rows
-    facts = [f"{rows:,} {_NAMES[report.kind]}{'s' * (rows != 1)}"] if report.kind is not None else []
+    name = _NAMES[report.kind] if report.kind is not None and report.survey.items else "row"
+    facts = [f"{rows:,} {name}{'s' * (rows != 1)}"] if report.kind is not None else []
     if report.template is not None:
         facts.append(f"prompt format {report.template}")
     if report.survey.language is not None:

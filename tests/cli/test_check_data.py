@@ -41,6 +41,12 @@ def test_errors_end_with_2_after_all_was_told(tmp_path: Path) -> None:
     assert "data.on_error=skip" in result.stderr
 
 
+def test_rows_of_which_none_is_an_item_are_called_rows(tmp_path: Path) -> None:
+    result = invoke(*CHECK, write(tmp_path / "a.json", [{"question": "x"}] * 3))
+    assert "a.json  3 rows  prompt format alpaca" in result.stdout
+    assert "llama-acc convert-data auto" in result.stderr
+
+
 def test_warnings_do_not_stop(tmp_path: Path) -> None:
     assert invoke(*CHECK, write(tmp_path / "a.json", [GOOD] * 9)).exit_code == 0
 
