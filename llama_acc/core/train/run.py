@@ -200,16 +200,22 @@ def _trained(
 
 
 def _train_and_report(trainer: Trainer, folder: RunFolder, events: Events, stop: StopRequest, started: float) -> None:
-    how = "The run did not finish."
+    def report(how: str) -> None:
+        write_report(folder.path, trainer.plan, trainer.device, time.perf_counter() - started, how)
+
     with MetricsLog(folder.path, trainer.step) as log:
         try:
             Loop(trainer, folder, log, events, stop).run()
-            how = "The run is complete."
-        except Interrupted as interrupted:
-            how = f"The run was stopped by {interrupted.received.name}; continue it with --resume."
+        except BaseException as failure:
+            how = "The run did not finish."
+            if isinstance(failure, Interrupted):
+                how = f"The run was stopped by {failure.received.name}; continue it with --resume."
+            try:
+                report(how)
+            except (OSError, MemoryError, RuntimeError) as unwritten:  # what ended the run is what has to be told
+                events.note(f"report.md could not be written: {unwritten or type(unwritten).__name__}")
             raise
-        finally:
-            write_report(folder.path, trainer.plan, trainer.device, time.perf_counter() - started, how)
+        report("The run is complete.")
 
 
 def _compute(trainer: Trainer, work: Callable[[], _Result]) -> _Result:

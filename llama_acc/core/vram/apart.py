@@ -17,7 +17,6 @@ from llama_acc.core.worker import LAUNCHER
 
 _Result = TypeVar("_Result")
 # What tells a process that it is one of several.
-# What tells a process that it is one of several.
 _OF_A_WORKER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", LAUNCHER)
 
 

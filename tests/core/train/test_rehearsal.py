@@ -1,5 +1,6 @@
 """The largest micro-batch is computed before the first step: memory runs out then or never, and nothing changes."""
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from llama_acc.core.errors import RunError
 from llama_acc.core.model.transformer import Transformer
 from llama_acc.core.parallel import Parallel
 from llama_acc.core.train import step
+from llama_acc.core.train.events import Quiet
 from llama_acc.core.train.largest import largest_micro_batch
 from llama_acc.core.train.trainer import Trainer
 from tests.core.tiny import CPU
@@ -117,3 +119,24 @@ def test_memory_that_runs_out_at_a_step_leaves_the_checkpoint_before_it_to_resum
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
     assert_bitwise_equal(saved_weights(resumed.checkpoint), saved_weights(whole.checkpoint))
     assert_bitwise_equal(saved_state(resumed.checkpoint), saved_state(whole.checkpoint))
+
+
+def test_a_report_that_cannot_be_written_does_not_hide_why_the_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed, calls, notes = step.forward, count(), []
+
+    def forward(*args: Any) -> Tensor:
+        if next(calls) == 3 * 3 + 1:
+            (tmp_path / "run" / "report.md").mkdir()
+            torch.empty(1 << 60)  # the real allocator's error
+        return computed(*args)
+
+    class Notes(Quiet):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    monkeypatch.setattr(step, "forward", forward)
+    with pytest.raises(RunError, match="out of memory at step 4"):
+        run(tmp_path / "run", "train.batch_size=3", events=Notes())
+    assert [note for note in notes if note.startswith("report.md could not be written: ")]
