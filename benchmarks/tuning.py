@@ -7,7 +7,7 @@ items without any training.
 
     python benchmarks/tuning.py --pretrained DIR --data alpaca.json --output FOLDER
     python benchmarks/tuning.py --pretrained DIR --data alpaca.json --output FOLDER --runs full lora --rounds 3
-    python benchmarks/tuning.py --pretrained DIR --data alpaca.json --output FOLDER --calibrate-items 400 --bf16-output
+    python benchmarks/tuning.py --pretrained DIR --data alpaca.json --output FOLDER --skip output wv layers.29
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def calibrate(args: argparse.Namespace, text: Path) -> None:
     folder: Path = args.output / "calibrated"
     if not folder.exists():
         how = ["--to", "consolidated", "--quantize", "nf4", "--calibrate", text, "--calibrate-items", 10**9]
-        how += ["--no-quantize-output"] if args.bf16_output else []
+        how += [word for name in args.skip for word in ("--quantize-skip", name)]
         started = time.perf_counter()
         llama_acc(args, "convert-checkpoint", args.pretrained, folder, *how, "--device", "cpu")
         print(f"calibrated in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
@@ -125,8 +125,8 @@ def run(name: str, number: int, files: tuple[Path, ...], args: argparse.Namespac
     pretrained = args.output / "calibrated" if name.endswith("-calibrated") else args.pretrained
     command = ["finetune", "--recipe", "alpaca", "--device", "cpu", "--pretrained", pretrained, "--output", folder]
     command += ["--data", files[0], *COMMON, f"data.validation.path={files[1]}", *RUNS[name]]
-    if args.bf16_output and "tuning.quantize=nf4" in RUNS[name]:
-        command += ["tuning.quantize_output=false"]
+    if args.skip and "tuning.quantize=nf4" in RUNS[name]:
+        command += [f"tuning.quantize_skip=[{','.join(args.skip)}]"]
     llama_acc(args, *command, *([f"train.max_steps={args.steps}"] if args.steps else []))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=160)
     parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument("--calibrate-items", type=int, default=0, help="0 = those that are learned")
-    parser.add_argument("--bf16-output", action="store_true", help="in NF4 runs, leave the output matrix in bf16")
+    parser.add_argument("--skip", nargs="*", default=[], help="in NF4 runs, leave these matrices in bf16")
     parser.add_argument("--steps", type=int, default=0, help="end after so many; 0 = two epochs")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

@@ -112,9 +112,14 @@ def convert_checkpoint(
     quantize: Annotated[
         Quantize | None, typer.Option("--quantize", help="Write the matrices in four bits: a base to train on.")
     ] = None,
-    quantize_output: Annotated[
-        bool, typer.Option("--quantize-output/--no-quantize-output", help="With --quantize: the output matrix, too.")
-    ] = True,
+    quantize_skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--quantize-skip",
+            metavar="NAME",
+            help="With --quantize: matrices to leave as they are: output, wv, layers.31, ...; may repeat.",
+        ),
+    ] = None,
     calibrate: Annotated[
         list[str] | None,
         typer.Option(
@@ -157,7 +162,7 @@ def convert_checkpoint(
         merge=merge,
         merge_into=merge_into.value,
         quantize=None if quantize is None else quantize.value,
-        quantize_output=quantize_output,
+        quantize_skip=quantize_skip or (),
         calibration=calibration,
     )
     with leave_on_sigterm(), console.ByteProgress() as progress:

@@ -147,7 +147,7 @@ def load_model(
         dtype = own_dtype if own_dtype in (torch.float32, torch.bfloat16) else torch.float32
     target = pick_device(device)
     is_quantised = quantize == "nf4" or read_quantization(layouts[0].folder) is not None
-    model = model_on_meta(config, dtype, parallel, _quantises_output(layouts) if is_quantised else None)
+    model = model_on_meta(config, dtype, parallel, _skipped(layouts) if is_quantised else None)
     fill(model, weights, target, dtype, copy=False)
     if parallel.model_size == 1:
         pack_small(model)
@@ -175,7 +175,7 @@ def with_images(loaded: LoadedModel, ids: list[int], count: int) -> list[int]:
 
 
 def model_on_meta(
-    config: ModelConfig, dtype: torch.dtype, parallel: Parallel, quantise_output: bool | None
+    config: ModelConfig, dtype: torch.dtype, parallel: Parallel, quantise_skip: Sequence[str] | None
 ) -> Transformer:
     """A rank's part of a model for generation, without storage.
 
@@ -183,23 +183,23 @@ def model_on_meta(
         config: its shape.
         dtype: type of weights and activations.
         parallel: the ranks that share it.
-        quantise_output: whether the output matrix is kept in four bits, too; None = nothing is.
+        quantise_skip: its matrices are kept in four bits, but for these; None = all are kept as they are.
     """
     model = build_on_meta(config, dtype, parallel).requires_grad_(False)
-    if quantise_output is not None:
-        quantise_on_meta(model, quantise_output)
+    if quantise_skip is not None:
+        quantise_on_meta(model, quantise_skip)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     return model
 
 
-def _quantises_output(layouts: Sequence[Layout]) -> bool:
-    """Whether the output matrix is in four bits, too: as the base is, or as it was trained on; else it is."""
+def _skipped(layouts: Sequence[Layout]) -> Sequence[str]:
+    """The matrices that are not in four bits: as the base is, or as it was trained on; else none."""
     quantization, trained = read_quantization(layouts[0].folder), read_base(layouts[-1].folder)
     if quantization is not None:
-        return quantization.output
-    return trained is None or trained.quantised is None or trained.quantised.output
+        return quantization.skip
+    return () if trained is None or trained.quantised is None else trained.quantised.skip
 
 
 class _Past:

@@ -79,7 +79,7 @@ class Tuning(Section):
         prefix_len: length of the prefix; None = 10.
         prefix_new_gate: zero-init attention has a second gate, which starts at 1.
         quantize: `nf4`: the matrices of the blocks are kept in four bits (they do not train); none.
-        quantize_output: with `nf4`, the output matrix, too.
+        quantize_skip: with `nf4`, matrices to leave as they are; see `ModelConfig.quantisable`.
     """
 
     method: str = "full"
@@ -88,7 +88,7 @@ class Tuning(Section):
     prefix_len: int | None = Field(default=None, ge=1)
     prefix_new_gate: bool = False
     quantize: Literal["none", "nf4"] = "none"
-    quantize_output: bool = True
+    quantize_skip: list[str] = []
 
     @field_validator("method")
     @classmethod

@@ -105,12 +105,35 @@ def test_a_calibrated_base_is_trained_on_and_stays_the_only_one_of_its_kind(base
         f"was trained on {small}, whose rounding was calibrated, and {base} would be rounded otherwise",
         f"give {small}",
     )
-    output = "tuning.quantize_output=false"
     refused(
-        invoke(*train(small, tmp_path / "other"), "tuning.quantize=nf4", output, *PART),
-        f"the output matrix in {small} is quantised, and the recipe says otherwise",
-        "set tuning.quantize_output=true",
+        invoke(*train(small, tmp_path / "other"), "tuning.quantize=nf4", "tuning.quantize_skip=[output]", *PART),
+        f"in {small} all matrices are quantised, and the recipe says otherwise",
+        "set tuning.quantize_skip=[]",
     )
+
+
+def test_matrices_that_are_not_quantised_are_the_same_ones_everywhere(base: Path, tmp_path: Path) -> None:
+    small, run, other = tmp_path / "small", tmp_path / "run", tmp_path / "other"
+    flags = ("--to", "consolidated", "--quantize", "nf4", "--quantize-skip", "wv", "--quantize-skip", "layers.0")
+    assert invoke("convert-checkpoint", base, small, *flags).exit_code == 0
+    skip = "tuning.quantize_skip=[wv,layers.0]"
+    refused(
+        invoke(*train(small, run), "tuning.quantize=nf4", *PART),
+        f"in {small} all matrices but wv, layers.0 are quantised, and the recipe says otherwise",
+        f"set {skip}",
+    )
+    tune(small, run, "tuning.quantize=nf4", skip)
+    tune(base, other, "tuning.quantize=nf4", skip)
+    for name in ("loss", "grad_norm"):
+        assert column(run, name) == column(other, name)
+    # What was trained says so, and chat does the same.
+    assert answer(small, run) == answer(base, other, quant=True)
+    refused(
+        invoke(*train(base, tmp_path / "none"), "tuning.quantize=nf4", "tuning.quantize_skip=[wx]", *PART),
+        "there is no matrix 'wx' to be left out of NF4",
+    )
+    nothing = ("convert-checkpoint", base, tmp_path / "none", "--to", "consolidated", "--quantize-skip", "wv")
+    refused(invoke(*nothing), "--quantize-skip", "--quantize nf4")
 
 
 def test_what_cannot_be_calibrated_with_is_told_before_anything_is_written(base: Path, tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ LLaMA2-Accessory have none: they are known by what is in them.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from llama_acc.core.checkpoint.fingerprint import base_fingerprint, fingerprint
 from llama_acc.core.checkpoint.layout import Layout, read_config
-from llama_acc.core.checkpoint.quantised import read_quantization
+from llama_acc.core.checkpoint.quantised import read_quantization, skipped
 from llama_acc.core.checkpoint.shards import Weights, open_checkpoint, read_weights
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
@@ -27,12 +28,12 @@ class TrainedQuantised:
 
     Attributes:
         type: nf4.
-        output: whether the output matrix was, too.
+        skip: matrices that were not; see `ModelConfig.quantisable`.
         values: of a base whose rounding was calibrated, the fingerprint of its values after that; else None.
     """
 
     type: str
-    output: bool
+    skip: tuple[str, ...] = ()
     values: str | None = None
 
 
@@ -78,10 +79,14 @@ def read_base(folder: Path) -> Base | None:
         return Base(
             str(values["fingerprint"]),
             tuple(map(str, values["pretrained"])),
-            None if quantised is None else TrainedQuantised(**quantised),
+            None if quantised is None else _trained_quantised(quantised),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read {path}: {error!r}") from None
+
+
+def _trained_quantised(values: Mapping[str, Any]) -> TrainedQuantised:
+    return TrainedQuantised(str(values["type"]), skipped(values), values.get("values"))
 
 
 def is_part(layout: Layout) -> bool:

@@ -4,7 +4,7 @@ Memory beside the quantised matrices is one block in float32, and for every toke
 of the feed-forward layer at most.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,20 +38,20 @@ class CalibratedQuantiser(Quantiser):
         config: ModelConfig,
         sources: Mapping[str, Part],
         documents: Sequence[Sequence[int]],
-        output: bool,
+        names: Container[str],
         device: torch.device,
     ) -> None:
         """Args:
         config: the model's shape, without a tuning method.
         sources: its parameters.
         documents: tokens of the text, each document by itself.
-        output: quantise the output matrix, too.
+        names: which matrices are quantised; the others go on as they are.
         device: where it is computed.
         """
         super().__init__()
-        self._config, self._sources, self._device = config, sources, device
+        self._config, self._sources, self._names, self._device = config, sources, names, device
         self._made: dict[str, Packed] = {}
-        self._steps = self._run(documents, output)
+        self._steps = self._run(documents)
 
     def packed(self, name: str, part: Part) -> Packed:
         """See `Quantiser`."""
@@ -59,7 +59,7 @@ class CalibratedQuantiser(Quantiser):
             next(self._steps)
         return self._made[name]
 
-    def _run(self, documents: Sequence[Sequence[int]], output: bool) -> Iterator[None]:
+    def _run(self, documents: Sequence[Sequence[int]]) -> Iterator[None]:
         """Quantises block after block, then the output matrix."""
         batches = _batches(documents)
         attends = [self._attend(batch) for batch in batches]
@@ -68,7 +68,7 @@ class CalibratedQuantiser(Quantiser):
             with torch.no_grad():
                 self._layer(layer, states, attends)
             yield
-        if output:
+        if "output.weight" in self._names:
             with torch.no_grad():
                 self._output(states)
             yield
@@ -104,8 +104,11 @@ class CalibratedQuantiser(Quantiser):
 
     def _quantise(self, layer: int, block: TransformerBlock, inputs: Sequence[Tensor], *names: str) -> None:
         """Quantises matrices of a block that are given the same inputs; the block goes on with what they are then."""
+        wanted = [name for name in names if f"layers.{layer}.{name}.weight" in self._names]
+        if not wanted:
+            return
         gram = _gram(inputs)
-        for name in names:
+        for name in wanted:
             weight = block.get_parameter(f"{name}.weight")
             packed, scales = calibrated(weight, gram)
             weight.copy_(nf4.dequantise(packed, scales, torch.float32))

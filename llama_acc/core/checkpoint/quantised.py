@@ -23,7 +23,7 @@ from llama_acc.core.model import nf4
 from llama_acc.core.model.nf4 import BLOCK, Scales
 
 QUANTIZATION_FILE = "quantization.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Quantization:
     """What quantization.json says.
 
     Attributes:
-        output: whether the output matrix is quantised, too.
+        skip: matrices that are not quantised; see `ModelConfig.quantisable`.
         fingerprint: of the weights before.
         values: of the weights after, where the rounding was calibrated; None = each value went to the nearest.
     """
 
-    output: bool
+    skip: tuple[str, ...]
     fingerprint: str
     values: str | None = None
 
@@ -46,7 +46,7 @@ class Quantization:
             "format_version": FORMAT_VERSION,
             "type": "nf4",
             "double": True,
-            "output": self.output,
+            "skip": list(self.skip),
         }
         values |= {"fingerprint": self.fingerprint} | ({} if self.values is None else {"values": self.values})
         return (json.dumps(values, indent=1) + "\n").encode()
@@ -63,13 +63,20 @@ def read_quantization(folder: Path) -> Quantization | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        found = Quantization(bool(values["output"]), str(values["fingerprint"]), values.get("values"))
+        found = Quantization(skipped(values), str(values["fingerprint"]), values.get("values"))
         version, kind = values["format_version"], values["type"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read {path}: {error!r}") from None
     if version > FORMAT_VERSION or kind != "nf4":
         raise UserError(f"{path} was written by a newer version", "update llama-acc")
     return found
+
+
+def skipped(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The matrices that are not quantised, in quantization.json or base.json; at first it could be the output only."""
+    if "skip" in values:
+        return tuple(map(str, values["skip"]))
+    return () if values["output"] else ("output",)
 
 
 @dataclass(frozen=True)

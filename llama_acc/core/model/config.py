@@ -115,12 +115,24 @@ class ModelConfig:
         """LLaMA2-Accessory's name of the kind of model, for meta.json."""
         return self.tuning.llama_type if self.vision is None else self.vision.llama_type(self.tuning)
 
-    def quantisable(self, output: bool) -> list[str]:
-        """Names of the matrices that NF4 is for: those of the blocks, and the output matrix if wanted."""
-        names = [
-            f"layers.{layer}.{group}.{matrix}.weight" for layer in range(self.n_layers) for group, matrix in _BLOCK
-        ]
-        return names + (["output.weight"] if output else [])
+    def quantisable(self, skip: Sequence[str] = ()) -> list[str]:
+        """Names of the matrices that NF4 is for: those of the blocks and the output matrix, less those to skip.
+
+        Args:
+            skip: names, or parts of names between dots: `output`, `wv`, `layers.31`, `layers.31.feed_forward.w2`.
+
+        Raises:
+            UserError: one that is no matrix's.
+        """
+        names = [f"layers.{layer}.{group}.{matrix}" for layer in range(self.n_layers) for group, matrix in _BLOCK]
+        names += ["output"]
+        for wanted in skip:
+            if not any(_is_within(wanted, name) for name in names):
+                parts = ["output", *(matrix for _, matrix in _BLOCK), *dict(_BLOCK)]
+                parts += [f"layers.{layer}" for layer in range(self.n_layers)]
+                hint = did_you_mean(wanted, parts) or "skip output, a matrix as wv or w2, or a block as layers.0"
+                raise UserError(f"there is no matrix '{wanted}' to be left out of NF4", hint)
+        return [f"{name}.weight" for name in names if not any(_is_within(wanted, name) for wanted in skip)]
 
     def base(self) -> "ModelConfig":
         """The shape without what a tuning method or vision adds."""
@@ -256,3 +268,8 @@ def named_size(name: str) -> ModelConfig:
         hint = did_you_mean(name, NAMED_SIZES) or f"known sizes: {', '.join(NAMED_SIZES)}"
         raise UserError(f"unknown model size '{name}'", hint)
     return NAMED_SIZES[name]
+
+
+def _is_within(part: str, name: str) -> bool:
+    """Whether it is what stands between some dots of a name: `layers.3` is in `layers.3.attention.wv`."""
+    return f".{part}." in f".{name}."

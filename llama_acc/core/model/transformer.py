@@ -212,17 +212,17 @@ def freeze_untrained(model: Transformer) -> None:
         setattr(model.get_submodule(owner), leaf, frozen)
 
 
-def quantise_on_meta(model: Transformer, output: bool = True) -> None:
+def quantise_on_meta(model: Transformer, skip: Sequence[str] = ()) -> None:
     """Makes room for matrices in NF4 in place of what they are; call it on meta, before loading.
 
     Args:
         model: what is quantised of it is not trained.
-        output: quantise the output matrix, too.
+        skip: matrices to leave as they are; see `ModelConfig.quantisable`.
 
     Raises:
         UserError: a matrix that cannot be.
     """
-    for name in model.config.quantisable(output):
+    for name in model.config.quantisable(skip):
         module = model.get_submodule(name.removesuffix(".weight"))
         assert isinstance(module, Linear)
         module.make_room_for_nf4()

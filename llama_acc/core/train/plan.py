@@ -91,7 +91,7 @@ class Plan:
     def quantised(self) -> tuple[int, int]:
         """Number of parameters that are quantised, and the bytes they take."""
         tuning, shapes = self.recipe.tuning, self.config.parameter_shapes()
-        names = self.config.quantisable(tuning.quantize_output) if tuning.quantize == "nf4" else []
+        names = self.config.quantisable(tuning.quantize_skip) if tuning.quantize == "nf4" else []
         return sum(math.prod(shapes[name]) for name in names), sum(nbytes(*shapes[name]) for name in names)
 
     def trained_quantised(self) -> TrainedQuantised | None:
@@ -101,7 +101,7 @@ class Plan:
             return None
         quantization = read_quantization(self.layouts[0].folder) if self.layouts else None
         values = None if quantization is None else quantization.values
-        return TrainedQuantised(tuning.quantize, tuning.quantize_output, values)
+        return TrainedQuantised(tuning.quantize, tuple(tuning.quantize_skip), values)
 
     def saves(self, name: str) -> bool:
         """Whether a parameter's weights are saved."""
@@ -209,7 +209,8 @@ class Plan:
         if self.recipe.tuning.quantize == "none":
             return []
         count, size = self.quantised()
-        which = "wq wk wv wo w1 w2 w3 of every block" + (", output" if self.recipe.tuning.quantize_output else "")
+        skip = self.recipe.tuning.quantize_skip
+        which = "wq wk wv wo w1 w2 w3 of every block, output" + (f", but not {', '.join(skip)}" if skip else "")
         return [("quantised", f"{count:,} of them in NF4, {size_text(size)}: {which}; nothing else")]
 
 

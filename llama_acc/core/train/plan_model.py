@@ -27,7 +27,7 @@ def model_on_meta(recipe: Recipe, config: ModelConfig, parallel: Parallel) -> Tr
     model = build_on_meta(config, DTYPES[recipe.train.precision], parallel)
     freeze_untrained(model)
     if recipe.tuning.quantize == "nf4":
-        quantise_on_meta(model, recipe.tuning.quantize_output)
+        quantise_on_meta(model, recipe.tuning.quantize_skip)
     return model
 
 
@@ -66,13 +66,13 @@ def find_shape(
     check_towers_can_be_made(config.vision)
     check_base(layouts, config)
     for layout in layouts:
-        _check_quantised(recipe, layout)
+        _check_quantised(recipe, config, layout)
     if recipe.tuning.quantize != "none" and layouts:
         check_quantised_base(layouts)
     return layouts, config
 
 
-def _check_quantised(recipe: Recipe, layout: Layout) -> None:
+def _check_quantised(recipe: Recipe, config: ModelConfig, layout: Layout) -> None:
     """Refuses a quantised checkpoint where the recipe is for another one."""
     quantization = read_quantization(layout.folder)
     if quantization is None:
@@ -82,11 +82,11 @@ def _check_quantised(recipe: Recipe, layout: Layout) -> None:
             f"{layout.folder} is quantised: it can be a base, and not train itself",
             "set tuning.quantize=nf4, a method other than full, and checkpoint.trainable_only=true",
         )
-    if recipe.tuning.quantize_output != quantization.output:
+    if config.quantisable(recipe.tuning.quantize_skip) != config.quantisable(quantization.skip):
+        but = f" but {', '.join(quantization.skip)}" if quantization.skip else ""
         raise UserError(
-            f"the output matrix in {layout.folder} is {'quantised' if quantization.output else 'not quantised'}, "
-            "and the recipe says otherwise",
-            f"set tuning.quantize_output={str(quantization.output).lower()}",
+            f"in {layout.folder} all matrices{but} are quantised, and the recipe says otherwise",
+            f"set tuning.quantize_skip=[{','.join(quantization.skip)}]",
         )
 
 
@@ -130,6 +130,7 @@ def _with_tuning(recipe: Recipe, config: ModelConfig) -> ModelConfig:
     widths = {"dim": config.dim, "the SwiGLU width": config.hidden_dim, "the keys' width": config.kv_dim}
     check_tuning(tuning, widths, config.n_layers)
     if recipe.tuning.quantize == "nf4":
+        config.quantisable(recipe.tuning.quantize_skip)  # raises where one to be left out is none of them
         for width in {config.dim, config.hidden_dim}:
             packed_shape(1, width // recipe.parallel.model_parallel_size)
     return replace(config, tuning=tuning)

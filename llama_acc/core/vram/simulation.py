@@ -125,9 +125,9 @@ def feed(model: Transformer, cache: KVCache, span: range, device: torch.device) 
 def generating_model(setup: Setup, parallel: Parallel) -> Transformer:
     """The model of a run as `inference` makes it, on the meta device."""
     tuning = setup.recipe.tuning
-    quantise_output = tuning.quantize_output if tuning.quantize == "nf4" else None
+    skip = tuning.quantize_skip if tuning.quantize == "nf4" else None
     dtype = torch.bfloat16 if setup.recipe.train.precision == "bf16" else torch.float32
-    return model_on_meta(setup.config, dtype, parallel, quantise_output)
+    return model_on_meta(setup.config, dtype, parallel, skip)
 
 
 def _feeds(length: int) -> Iterator[range]:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_acc.core.checkpoint.base import Base, TrainedQuantised
+from llama_acc.core.checkpoint.base import Base, TrainedQuantised, read_base
 from llama_acc.core.checkpoint.convert import Calibration, Request, convert
 from llama_acc.core.checkpoint.fingerprint import base_fingerprint
 from llama_acc.core.checkpoint.layout import inspect
-from llama_acc.core.checkpoint.quantised import QuantisedPart, quantised, read_quantization
+from llama_acc.core.checkpoint.quantised import QuantisedPart, Quantization, quantised, read_quantization
 from llama_acc.core.checkpoint.shards import Weights, fill, read_weights
 from llama_acc.core.errors import UserError
 from llama_acc.core.model import gptq, nf4
@@ -37,7 +37,7 @@ def quantised_model(folder: Path) -> Transformer:
     quantization = read_quantization(folder)
     assert quantization is not None
     model = build_on_meta(CONFIG, torch.float32).requires_grad_(False)
-    quantise_on_meta(model, quantization.output)
+    quantise_on_meta(model, quantization.skip)
     fill(model, read_weights([inspect(folder)]), CPU, torch.float32, copy=False)
     return model
 
@@ -53,9 +53,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_consolidated(tmp_path_factory.mktemp("base") / "source", state(CONFIG), 1, CONFIG)
 
 
-def calibrate(source: Path, target: Path, output: bool = True) -> Path:
+def calibrate(source: Path, target: Path, skip: tuple[str, ...] = ()) -> Path:
     calibration = Calibration(text(40, 1), "cpu")
-    request = Request(source, target, "consolidated", quantize="nf4", quantize_output=output, calibration=calibration)
+    request = Request(source, target, "consolidated", quantize="nf4", quantize_skip=skip, calibration=calibration)
     return convert(request).folder
 
 
@@ -78,12 +78,12 @@ def test_the_model_is_nearer_on_text_it_was_not_calibrated_with(source: Path, sm
     assert errors[0] < 0.8 * errors[1]
 
 
-@pytest.mark.parametrize("output", [True, False])
+@pytest.mark.parametrize("skip", [(), ("output",), ("wv", "layers.0.feed_forward")])
 def test_the_last_matrices_were_made_for_the_inputs_that_the_quantised_model_gives_them(
-    output: bool, source: Path, small: Path, tmp_path: Path
+    skip: tuple[str, ...], source: Path, small: Path, tmp_path: Path
 ) -> None:
-    folder = small if output else calibrate(source, tmp_path / "small", output=False)
-    names = ["layers.1.feed_forward.w2"] + (["output"] if output else [])
+    folder = calibrate(source, tmp_path / "small", skip) if skip else small
+    names = ["layers.1.feed_forward.w2"] + ([] if "output" in skip else ["output"])
     given: dict[str, list[Tensor]] = {name: [] for name in names}
     model = quantised_model(folder)
     for name in names:
@@ -133,7 +133,7 @@ def test_what_was_trained_on_calibrated_values_is_merged_into_these(source: Path
     part = only_trained(write_tuned(tmp_path / "part", tuning, config=CONFIG), tuning)
     quantization = read_quantization(small)
     assert quantization is not None
-    trained = TrainedQuantised("nf4", True, quantization.values)
+    trained = TrainedQuantised("nf4", (), quantization.values)
     (part / "base.json").write_bytes(Base(quantization.fingerprint, ("small",), trained).to_json())
     with pytest.raises(UserError, match=f"was trained on small, whose rounding was calibrated, and {source} would be"):
         made(part, tmp_path / "merged", "meta", merge=True, base=source)
@@ -154,3 +154,13 @@ def test_only_a_plain_base_is_calibrated(source: Path, small: Path, tmp_path: Pa
             made(folder, tmp_path / "target", "consolidated", quantize="nf4", calibration=calibration)
     with pytest.raises(UserError, match="calibrating is a way to quantise\nadd --quantize nf4"):
         made(source, tmp_path / "target", "consolidated", calibration=calibration)
+
+
+@pytest.mark.parametrize(("output", "skip"), [(True, ()), (False, ("output",))])
+def test_what_an_older_version_wrote_is_understood(output: bool, skip: tuple[str, ...], tmp_path: Path) -> None:
+    values = {"format_version": 1, "type": "nf4", "double": True, "output": output, "fingerprint": "ab"}
+    (tmp_path / "quantization.json").write_text(json.dumps(values))
+    assert read_quantization(tmp_path) == Quantization(skip, "ab")
+    values = {"fingerprint": "ab", "pretrained": ["x"], "quantised": {"type": "nf4", "output": output}}
+    (tmp_path / "base.json").write_text(json.dumps(values))
+    assert read_base(tmp_path) == Base("ab", ("x",), TrainedQuantised("nf4", skip))

@@ -175,3 +175,23 @@ def test_a_tokenizer_must_fit_the_vocabulary_which_may_be_padded() -> None:
     for pieces in (513, 256, 32000):
         with pytest.raises(UserError, match=rf"tokenizer\.model has {pieces} pieces, the model's vocabulary is 512"):
             config.check_tokenizer(pieces, "tokenizer.model")
+
+
+def test_matrices_are_left_out_of_nf4_by_any_part_of_their_name() -> None:
+    config = named_size("llama2-7b")
+    everything = set(config.quantisable())
+    assert len(everything) == 7 * 32 + 1
+    assert everything - set(config.quantisable(["output"])) == {"output.weight"}
+    assert len(everything - set(config.quantisable(["wv"]))) == 32
+    # Three is not thirty.
+    left_out = everything - set(config.quantisable(["layers.3"]))
+    assert len(left_out) == 7
+    assert all(name.startswith("layers.3.") for name in left_out)
+    left_out = everything - set(config.quantisable(["layers.31.feed_forward.w2", "layers.0.attention"]))
+    assert len(left_out) == 1 + 4
+
+
+@pytest.mark.parametrize("wrong", ["wx", "layers.32", "tok_embeddings", ""])
+def test_what_is_no_matrix_cannot_be_left_out_of_nf4(wrong: str) -> None:
+    with pytest.raises(UserError, match=f"there is no matrix '{wrong}' to be left out of NF4"):
+        named_size("llama2-7b").quantisable([wrong])

@@ -78,7 +78,7 @@ def test_a_run_on_a_quantised_base_resumes_to_the_bit_and_its_part_is_put_on_the
         assert_bitwise_equal(read(tmp_path / "stopped" / "epoch1"), read(tmp_path / "whole" / "epoch1"))
     assert {tensor.dtype for tensor in saved_weights(part.checkpoint).values()} == {torch.float32}
     described = json.loads((part.checkpoint / "base.json").read_text())
-    assert described["quantised"] == {"type": "nf4", "output": True}
+    assert described["quantised"] == {"type": "nf4", "skip": []}
     report = (tmp_path / "whole" / "report.md").read_text()
     assert "in NF4, " in report
     assert "wq wk wv wo w1 w2 w3 of every block, output; nothing else" in report
@@ -90,11 +90,11 @@ def test_a_run_on_a_quantised_base_resumes_to_the_bit_and_its_part_is_put_on_the
 def test_quantising_differs_with_the_output_matrix(base: Path, tmp_path: Path) -> None:
     words = on(base, "bias_norm", "tuning.quantize=nf4", "checkpoint.trainable_only=true", "train.max_steps=1")
     first = {
-        output: losses(run(tmp_path / output, *words, f"tuning.quantize_output={output}").output)[0]
-        for output in ("true", "false")
+        skip: losses(run(tmp_path / skip, *words, f"tuning.quantize_skip=[{skip}]").output)[0]
+        for skip in ("", "output", "wv,layers.0")
     }
     plain = losses(run(tmp_path / "plain", *on(base, "bias_norm", "train.max_steps=1")).output)[0]
-    assert len({*first.values(), plain}) == 3
+    assert len({*first.values(), plain}) == 4
     assert all(loss == pytest.approx(plain, rel=0.1) for loss in first.values())
 
 

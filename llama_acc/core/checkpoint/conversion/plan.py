@@ -70,12 +70,12 @@ class Plan:
         tuned = found.config
         self.config = replace(tuned, tuning=merged_tuning(tuned.tuning)) if request.merge else tuned
         self.size = _size(request, found, self.config)
+        self.quantised = set(self.config.quantisable(request.quantize_skip) if request.quantize else [])
         self.quantiser = self._quantiser()
         self.sources = self._sources()
         self.meant = self._meant()
         self.dtypes = _dtypes(request, found.weights, list(self.meant))
         self.tied = request.to == "hf" and self._is_tied()
-        self.quantised = set(self.config.quantisable(request.quantize_output) if request.quantize else [])
         self.files = dict(self._single_files() if self.is_safetensors else self._shards())
 
     @property
@@ -96,7 +96,7 @@ class Plan:
         if device.type == "mps":
             device = torch.device("cpu")  # MPS has neither float64 nor bitsandbytes
         documents = request.calibration.documents
-        return CalibratedQuantiser(found.config, found.weights.tensors, documents, request.quantize_output, device)
+        return CalibratedQuantiser(found.config, found.weights.tensors, documents, self.quantised, device)
 
     def written(self, name: str) -> Part:
         """What a parameter is once it is written: of one in NF4, its values after quantising."""
@@ -117,7 +117,7 @@ class Plan:
         base = read_base(found.source.folder)
         if self.request.merge and base and base.quantised and self.request.merge_into == "trained":
             check_quantised_base(found.layouts)
-            for name in found.config.quantisable(base.quantised.output):
+            for name in found.config.quantisable(base.quantised.skip):
                 sources[name] = self.quantiser.rounded(name, found.weights.tensors[name])
         return sources
 

@@ -42,7 +42,7 @@ class Request:
         merge_into: of a source that was trained on a quantised base: the matrices as they were trained on, or the
             original ones.
         quantize: write the matrices in NF4.
-        quantize_output: with `quantize`, the output matrix, too.
+        quantize_skip: with `quantize`, matrices to leave as they are; see `ModelConfig.quantisable`.
         calibration: with `quantize`, round so that what the model computes from this text comes out right; None: each
             value to the nearest.
         file_bytes: most bytes of tensors in one safetensors file of Hugging Face's layout.
@@ -58,7 +58,7 @@ class Request:
     merge: bool = False
     merge_into: Literal["trained", "original"] = "trained"
     quantize: Literal["nf4"] | None = None
-    quantize_output: bool = True
+    quantize_skip: Sequence[str] = ()
     calibration: Calibration | None = None
     file_bytes: int = 5 * 10**9
 
@@ -110,6 +110,8 @@ def _check_options(request: Request) -> None:
         )
     if request.quantize and request.model_parallel_size not in (None, 1):
         raise UserError("a quantised checkpoint is not split", "leave --model-parallel-size out: it is read at any")
+    if request.quantize_skip and not request.quantize:
+        raise UserError("--quantize-skip is about what is not quantised", "add --quantize nf4, or leave it out")
     if request.calibration and not request.quantize:
         raise UserError("calibrating is a way to quantise", "add --quantize nf4, or leave --calibrate out")
     if request.merge and request.diff:

@@ -130,7 +130,7 @@ def _describe_shards(plan: Plan, folder: Path) -> None:
         (folder / BASE_FILE).write_bytes((found.source.folder / BASE_FILE).read_bytes())
     if request.quantize:
         values = None if request.calibration is None else _fingerprint_of_quantised(plan)
-        told = Quantization(request.quantize_output, base_fingerprint(found.layouts, plan.config), values)
+        told = Quantization(tuple(request.quantize_skip), base_fingerprint(found.layouts, plan.config), values)
         (folder / QUANTIZATION_FILE).write_bytes(told.to_json())
 
 
