@@ -54,16 +54,16 @@ class Loaded(NamedTuple):
             seen = sight(stream, Images(self.features(), torch.arange(2 * positions), [0, 1]), 2)
         return seen.prefixes if seen.prefixes is not None else seen.x.unflatten(0, (2, positions))[:, 1:-1]
 
-    def documents(self, images: list[int | None]) -> list[tuple[Tensor, Tensor]]:
-        """The prompts, each with one of the images or none."""
-        features = self.features()
+    def documents(self, images: list[int | None], features: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        """The prompts, each with one of the images or none; `features` of both, if they are kept somewhere."""
+        features = self.features() if features is None else features
         none = features[:0]
         seen = [none if image is None else features[image : image + 1] for image in images]
         return list(zip(tokens(), seen, strict=True))
 
-    def logits(self, images: list[int | None], alone: bool = False) -> Tensor:
+    def logits(self, images: list[int | None], alone: bool = False, features: Tensor | None = None) -> Tensor:
         """Of the words, [2, T, V]: those of an image's positions, of which the first is that of BOS, are left out."""
-        documents, model = self.documents(images), self.model
+        documents, model = self.documents(images, features), self.model
         found = [logits_of(model, [one])[0] for one in documents] if alone else logits_of(model, documents)
         rows = [logits[-len(words) :] for logits, (words, _) in zip(found, documents, strict=True)]
         return torch.stack(rows)

@@ -331,12 +331,19 @@ def tower_on_meta(vision: Vision, dtype: torch.dtype) -> Tower:
     """A kind's tower in a type, without storage.
 
     Raises:
-        UserError: transformers is not there.
+        UserError: transformers is not there, or does not go with what else is.
     """
     check_towers_can_be_made(vision)
     assert isinstance(vision, QFormerVision | ClipVision)
-    with torch.device("meta"):
-        tower = QFormerTower(vision) if isinstance(vision, QFormerVision) else ClipTower(vision)
+    try:
+        with torch.device("meta"):
+            tower = QFormerTower(vision) if isinstance(vision, QFormerVision) else ClipTower(vision)
+    except ImportError as error:
+        # transformers refuses to be imported beside packages of another age.
+        raise UserError(
+            f"images need the package transformers, which cannot be imported: {str(error).splitlines()[0]}",
+            "pip install --upgrade 'llama-acc[vision]' brings one that goes with the other packages",
+        ) from error
     tower.to(dtype).requires_grad_(False).eval()
     for name, buffer in list(tower.named_buffers()):
         # Numbers of places, which no checkpoint holds.

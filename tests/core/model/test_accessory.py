@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from llama_acc.core.checkpoint.conversion.request import Request
 from llama_acc.core.checkpoint.convert import convert
 from llama_acc.core.checkpoint.layout import inspect, read_config
+from llama_acc.core.data.features import FeatureCache
+from llama_acc.core.data.images import Transform
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.vision_config import VISION_FILE, ClipVision, QFormerVision, VisionTraining
 from tests.core.accessory import ACCESSORY, sampled
@@ -85,6 +88,21 @@ def test_a_mixed_stream_gives_each_document_what_llama2_accessory_gives_it_alone
 def test_cached_logits_are_those_of_its_generation(both: tuple[Loaded, Golden], key: str) -> None:
     loaded, golden = both
     assert golden.off(key, loaded.cached_logits(CACHED[key])) < TOLERANCE
+
+
+def test_with_features_kept_on_disk_logits_are_llama2_accessorys(both: tuple[Loaded, Golden], tmp_path: Path) -> None:
+    loaded, golden = both
+    vision = loaded.eyes.vision
+    cache = FeatureCache(
+        loaded.eyes.fingerprint(), Transform("pad_to_square", vision.image_size), vision.input_shape, loaded.eyes.dtype
+    )
+    pictures = [str(tmp_path / f"{number}.png") for number in range(2)]
+    for picture, features in zip(pictures, loaded.features(), strict=True):
+        Image.new("L", (4, 4), pictures.index(picture)).save(picture)
+        cache.store(picture, features)
+    kept = torch.stack([cache.load(picture) for picture in pictures])
+    for key, images in WHOLE.items():
+        assert golden.off(key, loaded.logits(images, features=kept)) < TOLERANCE
 
 
 def test_shared_by_two_processes_every_number_is_llama2_accessorys(folders: dict[str, Path], tmp_path: Path) -> None:

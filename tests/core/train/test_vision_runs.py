@@ -343,6 +343,20 @@ def test_without_transformers_a_run_says_what_to_install(
     assert load_model(alone / "tiny", device="cpu").vision == TINY
 
 
+def test_a_transformers_beside_packages_of_another_age_is_told_of(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "transformers").mkdir()
+    said = "huggingface-hub>=0.19.3,<1.0 is required, but found huggingface-hub==2.4.0."
+    (tmp_path / "transformers" / "__init__.py").write_text(f"raise ImportError({said + chr(10)!r} 'Try: ...')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "transformers")
+    with pytest.raises(UserError, match="transformers, which cannot be imported: huggingface-hub") as caught:
+        load_model(alone / "qformer", device="cpu")
+    assert "Try" not in str(caught.value)
+    assert "pip install --upgrade 'llama-acc[vision]'" in str(caught.value)
+
+
 def test_all_of_a_llama_trains_beside_a_frozen_tower_and_goes_on_bitwise(tmp_path: Path) -> None:
     llama, tower = base_folders(tmp_path)
     words = words_for(QFORMER, write_data(tmp_path / "data"), f"model.pretrained=[{llama}, {tower}]")
