@@ -12,6 +12,7 @@ from llama_acc.core.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from llama_acc.core.vram.predict import Prediction, Usage
+    from llama_acc.core.vram.published import Compared
     from llama_acc.core.vram.request import Request
     from llama_acc.core.vram.simulation import Setup
 
@@ -109,6 +110,8 @@ def benchmark_vram(
         raise UserError(f"{' and '.join(chosen)} cannot be combined", "one at a time")
     if plot is not None and chosen and chosen != ["--sweep"]:
         raise UserError(f"--plot does not go with {chosen[0]}", "it goes with a prediction, or with --sweep")
+    if plot is not None:
+        _check_picture(plot)
     if published:
         return _published(efficiency, as_json)
     from llama_acc.core.vram.request import Request
@@ -251,7 +254,9 @@ def _measure(request: "Request", device: str | None, tolerance: float, as_json: 
         console.table(rows)
         console.note(f"on {_device_name(target)}")
     if abs(error) > tolerance:
-        raise RunError(f"the prediction is off by {error:+.1%}, more than {tolerance:.1%}", "see --tolerance")
+        raise RunError(
+            f"the prediction is off by {100 * error:+.3g}%, more than {100 * tolerance:g}%", "see --tolerance"
+        )
 
 
 def _refuse_too_large(usage: "Usage", device: Any) -> None:
@@ -272,23 +277,17 @@ def _device_name(device: Any) -> str:
 
 
 def _published(efficiency: float, as_json: bool) -> None:
-    from llama_acc.core.vram.published import AGREES, compare_hours, compare_memory
+    from llama_acc.core.vram.published import compare_hours, compare_memory
 
     memory, hours = compare_memory(console.note), compare_hours(console.note)
     if as_json:
-        rows = [{**vars(row), "usage": row.usage.to_json(), "difference": row.difference} for row in memory]
+        rows = [
+            {**vars(row), "usage": row.usage.to_json(), "difference": row.difference, "rest": row.rest}
+            for row in memory
+        ]
         return _print_json({"memory": rows, "hours": [vars(row) for row in hours]})
-    table = [["published by", "run", "GB", "here GiB", "difference", "weights", "besides: theirs", "ours"]]
-    for row in memory:
-        weights, total = row.weights / _GIB, row.usage.total / _GIB
-        figures = [f"{row.published:g}", f"{total:.1f}", f"{row.difference:+.0%}", f"{weights:.1f}"]
-        besides = [f"{row.published - weights:.1f}", f"{total - weights:.1f}"]
-        table.append([row.who, row.what, *figures, *besides])
-    console.table(table)
-    console.out.print()
-    for row in memory:
-        if abs(row.difference) > AGREES:
-            console.out.print(f"{row.who}, {row.what}: {row.why}", markup=False)
+    console.note("a GB is 10^9 bytes; taken as 2^30, what is published would be 7% more")
+    _published_memory(memory)
     console.out.print()
     table = [["GPU-hours on 8 A100-80GB", "published", f"here at {efficiency:.0%}", "theirs would be at"]]
     for timed in hours:
@@ -299,16 +298,48 @@ def _published(efficiency: float, as_json: bool) -> None:
     return None
 
 
+def _published_memory(rows: "list[Compared]") -> None:
+    """A line for each figure, then what makes the difference of those that do not agree."""
+    from llama_acc.core.vram.published import AGREES, GB
+
+    table = [["published by", "run", "GB", "here", "difference", "with their parts", "rest"]]
+    for row in rows:
+        ours = [f"{row.usage.total / GB:.1f}", f"{row.difference:+.0%}"]
+        explained = [f"{row.explained / GB:.1f}", f"{row.rest / GB:+.1f} ({row.rest / GB / row.published:+.0%})"]
+        table.append([row.who, row.what, f"{row.published:g}", *ours, *explained])
+    console.table(table)
+    for row in rows:
+        if abs(row.difference) <= AGREES:
+            continue
+        lines = [f"{size / GB:+7.2f}  {part}" for part, size in row.more.items()]
+        rest = f"{row.rest / GB:+7.2f}  not explained"
+        if row.like_length is not None:
+            rest += f"; no length was published: it would be that of {row.like_length:,} tokens, not {row.length:,}"
+        told = "\n".join(
+            [f"{row.usage.total / GB:7.2f}  predicted here", *lines, rest, f"{row.published:7.2f}  published"]
+        )
+        console.out.print(f"\n{row.who}, {row.what}, GB:\n{told}", markup=False, highlight=False)
+
+
 def _hours(request: "Request", data: Path, kind: str, efficiency: float, as_json: bool) -> None:
     from llama_acc.core.vram import gpus
     from llama_acc.core.vram.hours import gpu_hours, read_texts, work_of
+    from llama_acc.core.vram.published import published_hours
     from llama_acc.core.vram.request import setup_of
 
     chosen, texts, setup = gpus.kind(kind), read_texts(data), setup_of(request)
     epochs = setup.recipe.train.epochs
     hours = gpu_hours(work_of(setup), texts, epochs, chosen, efficiency)
+    published = published_hours()
     if as_json:
-        found = {"gpu_hours": hours, "kind": kind, "efficiency": efficiency, "epochs": epochs, "items": texts.items}
+        found = {
+            "published": published,
+            "gpu_hours": hours,
+            "kind": kind,
+            "efficiency": efficiency,
+            "epochs": epochs,
+            "items": texts.items,
+        }
         return _print_json({**_setup_json(setup), **found})
     console.pairs(
         [
@@ -318,6 +349,10 @@ def _hours(request: "Request", data: Path, kind: str, efficiency: float, as_json
         ],
         console.out,
     )
+    console.out.print()
+    rows = [["published by", "run", "kind", "GPU-hours"]]
+    rows += [[row["who"], row["what"].removesuffix(", at most"), row["kind"], f"{row['hours']:g}"] for row in published]
+    console.table(rows)
     return None
 
 
@@ -412,13 +447,16 @@ def _print_json(values: Any) -> None:
     typer.echo(json.dumps(values, indent=1))
 
 
-def _draw(usages: "list[Usage]", names: list[str], path: Path, title: str, along: str) -> None:
-    from llama_acc.core.vram.plot import draw
-
+def _check_picture(path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise UserError(f"--plot {path} is no PNG", "name it like memory.png")
     if not path.absolute().parent.is_dir():
         raise UserError(f"--plot {path}: there is no folder {path.parent}", "make it first")
+
+
+def _draw(usages: "list[Usage]", names: list[str], path: Path, title: str, along: str) -> None:
+    from llama_acc.core.vram.plot import draw
+
     draw(usages, names, path, title, along)
     console.note(f"drawn into {path}")
 

@@ -53,6 +53,7 @@ def test_a_measurement_agrees_on_a_cpu_and_an_error_above_the_tolerance_ends_wit
     assert result.exit_code == 1
     assert 0 < abs(json.loads(result.stdout)["error"]) < 0.05
     assert "the prediction is off by" in result.stderr
+    assert "off by +0.0%" not in result.stderr
 
 
 def test_a_sweep_is_drawn(tmp_path: Path) -> None:
@@ -81,6 +82,9 @@ def test_gpu_hours_of_a_data_set(tmp_path: Path) -> None:
     one = json.loads(invoke(*RUN, "--json").stdout)
     expected = one["flops"] * 1000 * 2 / (312e12 * 0.5) / 3600
     assert json.loads(result.stdout)["gpu_hours"] == pytest.approx(expected, rel=0.02)
+    assert [row["hours"] for row in json.loads(result.stdout)["published"]] == [100, 80, 170, 88]
+    shown = invoke(*flags[:-1], "--efficiency", "0.5").stdout
+    assert table(shown)["LLaMA2-Accessory"][-1] == "88"
     assert "h100-80gb" in invoke("benchmark-vram", "--kind", "list").stdout
     refused(invoke(*flags, "--kind", "a100"), "unknown kind of GPU 'a100'", "a100-80gb")
 
@@ -96,6 +100,8 @@ def test_gpu_hours_of_a_data_set(tmp_path: Path) -> None:
         (("--model", "llama2-7b", "--fit", "much"), ("--fit much is no size", "24GB")),
         (("--model", "llama2-7b", "--sweep", "tokens=1"), ("max_tokens, batch_size, gpus",)),
         (("--model", "llama2-7b", "--fit", "1GB", "--published"), ("--fit and --published cannot be combined",)),
+        (("--model", "llama2-7b", "--plot", "memory.jpg"), ("--plot memory.jpg is no PNG", "memory.png")),
+        (("--model", "llama2-7b", "--plot", "nowhere/a.png"), ("there is no folder nowhere",)),
         (("--model", "llama2-7b", "--data-json", "none.json"), ("none.json is not the data.json of a run",)),
     ],
     ids=str,
@@ -110,7 +116,7 @@ def test_published_figures_stand_beside_predictions_of_the_same_runs(monkeypatch
     assert sorted({name.split(":")[0] for name in setups}) == ["LLaMA2-Accessory", "litgpt", "torchtune"]
     assert any(setup.config.vision is not None for setup in setups.values())
     run = {"recipe": "alpaca", "batch_size": 1, "max_tokens": 64, "overrides": [TINY, "model.max_seq_len=512"]}
-    row = {"who": "Somebody", "what": "tiny", "training": 9, "inference": 0.5, "run": run, "why": "another program"}
+    row = {"who": "Somebody", "what": "tiny", "training": 9, "inference": 0.55, "run": run, "parts": ["logits"]}
     texts = {"items": 10, "tokens": 50.0, "labels": 20.0, "squares": 2600.0}
     timed = {
         "who": "Somebody",
@@ -128,7 +134,11 @@ def test_published_figures_stand_beside_predictions_of_the_same_runs(monkeypatch
     assert result.exit_code == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines() if line.startswith("Somebody")]
     assert rows[0][:4] == ["Somebody", "tiny,", "training", "9"]
-    assert rows[1][:4] == ["Somebody", "tiny,", "inference", "0.5"]
-    assert "Somebody, tiny, training: another program" in result.stdout
-    assert "Somebody, tiny, inference: another program" not in result.stdout  # it agrees
+    assert rows[1][:4] == ["Somebody", "tiny,", "inference", "0.55"]
+    _, _, told = result.stdout.partition("Somebody, tiny, training, GB:\n")
+    parts = {line[9:]: float(line[:7]) for line in told.split("\n\n")[0].splitlines()}
+    assert parts["published"] == 9
+    shown = sum(size for part, size in parts.items() if part != "published")
+    assert shown == pytest.approx(9, abs=0.02)
+    assert "Somebody, tiny, inference, GB" not in result.stdout  # it agrees
     assert "Somebody: tiny" in result.stdout
