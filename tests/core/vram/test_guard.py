@@ -9,7 +9,8 @@ from llama_acc.core.errors import UserError
 from llama_acc.core.parallel import Parallel
 from llama_acc.core.vram import guard
 from llama_acc.core.vram.changes import best_changes
-from llama_acc.core.vram.guard import check_fits, setup_of_run
+from llama_acc.core.vram.gpus import overhead
+from llama_acc.core.vram.guard import _bound, check_fits, setup_of_run
 from llama_acc.core.vram.predict import predict
 from tests.core.tiny import CPU
 from tests.core.train.runs import plan_of, run
@@ -58,6 +59,22 @@ def test_nothing_is_loaded_or_written_and_force_starts_all_the_same(
 def test_a_small_run_is_not_simulated_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "apart", lambda *_: pytest.fail("it was"))
     check_fits(plan_of(), Parallel(), CPU)
+
+
+@pytest.mark.parametrize("mode", ["alone", "ddp"])  # fsdp keeps less
+@pytest.mark.parametrize("method", ["full", "lora_bias_norm", "adapter", "nf4"])
+def test_what_is_not_simulated_is_never_more_than_what_is_free(method: str, mode: str) -> None:
+    changes = NF4 if method == "nf4" else ()
+    changes += (f"tuning.method={'lora' if method == 'nf4' else method}", "train.activation_checkpointing=false")
+    world_size = 1
+    if mode != "alone":
+        changes, world_size = (*changes, f"parallel.data_parallel={mode}"), 4
+    plan = plan_of(*changes, "train.precision=fp32")
+    for device_type in ("cpu", "cuda"):
+        predicted = predict(setup_of_run(plan, world_size, device_type)).training.allocated
+        if device_type == "cuda":
+            predicted -= overhead().cublas  # a share of it for so small a model
+        assert predicted <= _bound(plan)
 
 
 def test_changes_that_leave_the_run_what_it_is_come_first_and_save_what_they_say() -> None:
