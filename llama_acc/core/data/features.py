@@ -4,9 +4,11 @@ A file for each image: its features as they are in memory. Its name is the SHA-2
 which encoder and which transform. Nothing has to be invalidated, and a folder that is not needed can be deleted.
 """
 
+import errno
 import hashlib
 import logging
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from llama_acc.core.data.images import Transform, digest
 from llama_acc.core.home import home
+from llama_acc.core.units import size_text
 
 _logger = logging.getLogger("llama_acc")
 
@@ -27,18 +30,21 @@ class FeatureCache:
         folder: where they are.
     """
 
-    def __init__(self, encoder: str, transform: Transform, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(
+        self, encoder: str, transform: Transform, shape: tuple[int, ...], dtype: torch.dtype, leave: int = 0
+    ) -> None:
         """Args:
         encoder: its fingerprint.
         transform: what was done to the images; not a random one.
         shape: of an image's features.
         dtype: their type.
+        leave: bytes of the disk that are not taken: the run's checkpoints may need them.
         """
         assert not transform.is_random
         name = hashlib.sha256(f"{encoder} {transform.key()}".encode()).hexdigest()[:32]
         self.folder = home() / "features" / name
         self._shape, self._dtype, self._keeps = shape, dtype, True
-        self._bytes = torch.Size(shape).numel() * dtype.itemsize
+        self._bytes, self._leave = torch.Size(shape).numel() * dtype.itemsize, leave
 
     def path(self, reference: str) -> Path:
         """Where the features of an image are, or would be."""
@@ -66,6 +72,10 @@ class FeatureCache:
         data = features.to("cpu", self._dtype).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(path.parent).free < self._bytes + self._leave:
+                raise OSError(
+                    errno.ENOSPC, f"the disk has only the {size_text(self._leave)} left that checkpoints need"
+                )
             aside.write_bytes(data)
             os.replace(aside, path)
         except OSError as error:

@@ -129,19 +129,21 @@ class Vision:
             found.append(f"width ({self.width}) must be divisible by n_heads ({self.n_heads})")
         return found
 
-    def _vision_transformer(self, attention: Mapping[str, tuple[int, int]], position: str) -> Shapes:
-        """The blocks of a vision transformer as transformers names them; `attention`: its matrices."""
-        width = self.width
-        shapes: Shapes = {position: (self.patches + 1, width)}
+    def _vision_transformer(self, attention: Mapping[str, int], embeddings: Shapes) -> Shapes:
+        """A vision transformer as transformers names it; `attention`: rows of its matrices."""
+        width, patch = self.width, self.patch_size
+        shapes = _within("embeddings.", embeddings | {"patch_embedding.weight": (width, 3, patch, patch)})
         for layer in range(self.n_layers):
-            block: Shapes = {}
-            matrices = {f"self_attn.{name}": shape for name, shape in attention.items()}
-            matrices |= {"mlp.fc1": (self.hidden_dim, width), "mlp.fc2": (width, self.hidden_dim)}
-            for name, shape in matrices.items():
-                block |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-            block |= _norm("layer_norm1", width) | _norm("layer_norm2", width)
-            shapes |= {f"encoder.layers.{layer}.{name}": shape for name, shape in block.items()}
+            block = _norm("layer_norm1", width) | _norm("layer_norm2", width)
+            block |= _linear("mlp.fc1", self.hidden_dim, width) | _linear("mlp.fc2", width, self.hidden_dim)
+            for name, rows in attention.items():
+                block |= _linear(f"self_attn.{name}", rows, width)
+            shapes |= _within(f"encoder.layers.{layer}.", block)
         return shapes | _norm("post_layernorm", width)
+
+
+def _within(module: str, shapes: Shapes) -> Shapes:
+    return {module + name: shape for name, shape in shapes.items()}
 
 
 def _norm(name: str, width: int) -> Shapes:
@@ -210,33 +212,26 @@ class QFormerVision(Vision):
     def tower_shapes(self) -> Shapes:
         """See `Vision`."""
         width = self.width
-        seeing = self._vision_transformer({"qkv": (3 * width, width), "projection": (width, width)}, "position")
-        position = seeing.pop("position")
-        seeing |= {
-            "embeddings.class_embedding": (1, 1, width),
-            "embeddings.position_embedding": (1, *position),
-            "embeddings.patch_embedding.weight": (width, 3, self.patch_size, self.patch_size),
-            "embeddings.patch_embedding.bias": (width,),
-        }
+        before: Shapes = {"class_embedding": (1, 1, width), "position_embedding": (1, self.patches + 1, width)}
+        before["patch_embedding.bias"] = (width,)
+        seeing = self._vision_transformer({"qkv": 3 * width, "projection": width}, before)
         shapes: Shapes = {"query_tokens": (1, self.queries, self.query_width)}
-        shapes |= {f"vision_model.{name}": shape for name, shape in seeing.items()}
-        shapes |= {f"qformer.{name}": shape for name, shape in self._query_shapes().items()}
-        return {f"{self.tower_prefix}{name}": shape for name, shape in shapes.items()}
+        shapes |= _within("vision_model.", seeing) | _within("qformer.", self._query_shapes())
+        return _within(self.tower_prefix, shapes)
 
     def _query_shapes(self) -> Shapes:
         wide, hidden = self.query_width, self.query_hidden
         shapes = _norm("layernorm", wide)
         for layer in range(self.query_layers):
-            block: Shapes = {}
+            block = _linear("intermediate_query.dense", hidden, wide)
+            block |= _linear("output_query.dense", wide, hidden) | _norm("output_query.LayerNorm", wide)
             looks = {"attention": wide} | ({"crossattention": self.width} if layer % 2 == 0 else {})
             for name, seen in looks.items():
                 block |= _linear(f"{name}.attention.query", wide, wide)
                 block |= _linear(f"{name}.attention.key", wide, seen)
                 block |= _linear(f"{name}.attention.value", wide, seen)
                 block |= _linear(f"{name}.output.dense", wide, wide) | _norm(f"{name}.output.LayerNorm", wide)
-            block |= _linear("intermediate_query.dense", hidden, wide)
-            block |= _linear("output_query.dense", wide, hidden) | _norm("output_query.LayerNorm", wide)
-            shapes |= {f"encoder.layer.{layer}.{name}": shape for name, shape in block.items()}
+            shapes |= _within(f"encoder.layer.{layer}.", block)
         return shapes
 
     def part_shapes(self, dim: int, prefix_len: int) -> Shapes:
@@ -280,16 +275,11 @@ class ClipVision(Vision):
     def tower_shapes(self) -> Shapes:
         """See `Vision`."""
         width = self.width
-        attention = {f"{name}_proj": (width, width) for name in ("k", "v", "q", "out")}
-        seeing = self._vision_transformer(attention, "embeddings.position_embedding.weight")
-        seeing |= {
-            "embeddings.class_embedding": (width,),
-            "embeddings.patch_embedding.weight": (width, 3, self.patch_size, self.patch_size),
-            **_norm("pre_layrnorm", width),
-        }
-        shapes: Shapes = {f"vision_model.{name}": shape for name, shape in seeing.items()}
-        shapes["visual_projection.weight"] = (self.projection, width)
-        return {f"{self.tower_prefix}{name}": shape for name, shape in shapes.items()}
+        attention = {f"{name}_proj": width for name in ("k", "v", "q", "out")}
+        before: Shapes = {"class_embedding": (width,), "position_embedding.weight": (self.patches + 1, width)}
+        seeing = self._vision_transformer(attention, before) | _norm("pre_layrnorm", width)
+        seeing = _within("vision_model.", seeing) | {"visual_projection.weight": (self.projection, width)}
+        return _within(self.tower_prefix, seeing)
 
     def part_shapes(self, dim: int, prefix_len: int) -> Shapes:
         """See `Vision`."""
@@ -354,14 +344,14 @@ class TinyVision(Vision):
 
     def part_shapes(self, dim: int, prefix_len: int) -> Shapes:
         """See `Vision`."""
-        width, prefix = self.width, "vision_encoder."
+        width = self.width
         shapes: Shapes = {"place": (self.patches, width)}
         for place, (before, after) in enumerate(pairwise(self.channels)):
             shapes |= {f"stem.{place}.weight": (after, before, 3, 3), f"stem.{place}.bias": (after,)}
         for block in range(self.n_layers):
             shapes |= _block(f"blocks.{block}", width, self.hidden_dim)
         shapes |= _norm("norm", width)
-        return {f"{prefix}{name}": shape for name, shape in shapes.items()} | _projection(width, dim)
+        return _within("vision_encoder.", shapes) | _projection(width, dim)
 
 
 ENCODERS: dict[str, type[Vision]] = {kind.encoder: kind for kind in (QFormerVision, ClipVision, TinyVision)}
@@ -380,13 +370,11 @@ def vision_of(encoder: str, sizes: Mapping[str, Any] | None = None, where: objec
     known = [field.name for field in fields(kind)]
     problems = []
     for key, value in (sizes or {}).items():
+        is_real = isinstance(getattr(kind, key, None), float)
         if key not in known:
             problems.append(f"unknown key '{key}': {did_you_mean(key, known) or 'known are ' + ', '.join(known)}")
-        elif isinstance(getattr(kind, key), float):
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                problems.append(f"{key} must be a number, not {value!r}")
-        elif not isinstance(value, int) or isinstance(value, bool):
-            problems.append(f"{key} must be a whole number, not {value!r}")
+        elif not isinstance(value, int | float if is_real else int) or isinstance(value, bool):
+            problems.append(f"{key} must be a {'number' if is_real else 'whole number'}, not {value!r}")
     if not problems:
         vision = kind(**(sizes or {}))
         problems = vision.problems()

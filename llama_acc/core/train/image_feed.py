@@ -33,8 +33,13 @@ class ImageFeeds:
     Held-out images are padded to a square, as those in generation are.
     """
 
-    def __init__(self, eyes: Eyes, recipe: Recipe) -> None:
-        self._eyes, self._recipe = eyes, recipe
+    def __init__(self, eyes: Eyes, recipe: Recipe, leave: int) -> None:
+        """Args:
+        eyes: the model's.
+        recipe: says what becomes of pictures.
+        leave: bytes of the disk that are not for kept features.
+        """
+        self._eyes, self._recipe, self._leave = eyes, recipe, leave
         self._workers: ImageWorkers | None = None
         self._feeds: dict[Crop, ImageFeed] = {}
 
@@ -67,7 +72,7 @@ class ImageFeeds:
             self._workers = ImageWorkers(settings.workers or default_workers(local_world_size()))
         cache = None
         if self._recipe.vision.cache_features and eyes.is_leader:
-            cache = FeatureCache(eyes.fingerprint(), transform, eyes.vision.input_shape, eyes.dtype)
+            cache = FeatureCache(eyes.fingerprint(), transform, eyes.vision.input_shape, eyes.dtype, self._leave)
         self._feeds[crop] = ImageFeed(
             eyes,
             transform,

@@ -21,6 +21,7 @@ from llama_acc.core.data.cache import EntryStore
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.data.findings import KINDS as FINDINGS
 from llama_acc.core.errors import UserError
+from llama_acc.core.home import home
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.nf4 import nbytes
 from llama_acc.core.model.transformer import Transformer
@@ -113,6 +114,15 @@ class Plan:
         saved = trained if self.recipe.checkpoint.trainable_only else self.parameter_count()
         return needed_bytes(saved, trained, self.save_dtype)
 
+    def checkpoints_at_once(self) -> int:
+        """How many checkpoints are on disk at most: a new one is whole before an old one goes."""
+        saves, keep = self.save_count(), self.recipe.checkpoint.keep
+        return min(saves, keep + 1) if keep else saves
+
+    def disk_bytes(self) -> int:
+        """What the run's checkpoints take of the disk."""
+        return self.checkpoints_at_once() * self.checkpoint_bytes()
+
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint is due once `step` optimizer steps are done."""
         checkpoint = self.recipe.checkpoint
@@ -202,7 +212,7 @@ class Plan:
         text += f"{images:,} images of {vision.positions} positions each, {recipe.data.images.transform}"
         if recipe.vision.cache_features:
             size = images * math.prod(vision.input_shape) * self.compute_dtype.itemsize
-            text += f"; features are kept, up to {size_text(size)}"
+            text += f"; features are kept, up to {size_text(size)} ({size_text(free_bytes(home()))} are free)"
         return [("vision", text)]
 
     def _quantised_line(self) -> list[tuple[str, str]]:
@@ -317,13 +327,10 @@ def check_disk(plan: Plan, output: Path) -> None:
     Raises:
         UserError: too little, naming both.
     """
-    # A new checkpoint is whole before an old one goes.
-    keep = plan.recipe.checkpoint.keep
-    at_once = min(plan.save_count(), keep + 1) if keep else plan.save_count()
-    needed, free = at_once * plan.checkpoint_bytes(), free_bytes(output)
+    count, needed, free = plan.checkpoints_at_once(), plan.disk_bytes(), free_bytes(output)
     if needed > free:
         raise UserError(
-            f"too little disk for the checkpoints: {at_once} of {size_text(plan.checkpoint_bytes())} need "
+            f"too little disk for the checkpoints: {count} of {size_text(plan.checkpoint_bytes())} need "
             f"{size_text(needed)}, {size_text(free)} are free at {output}",
             "free some, choose another --output, or lower checkpoint.keep",
         )

@@ -1,6 +1,7 @@
 """Features of images that are kept on disk, and what happens where they cannot be."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,8 @@ def images(tmp_path: Path) -> list[str]:
     return [str(path) for path in paths]
 
 
-def cache() -> FeatureCache:
-    return FeatureCache("encoder", Transform("pad_to_square", 8), SHAPE, torch.bfloat16)
+def cache(leave: int = 0) -> FeatureCache:
+    return FeatureCache("encoder", Transform("pad_to_square", 8), SHAPE, torch.bfloat16, leave)
 
 
 def test_features_come_back_to_the_bit(images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,3 +48,17 @@ def test_a_disk_that_takes_no_more_is_told_of_once(
             kept.store(image, torch.rand(SHAPE))
             assert not kept.has(image)
     assert [record.message.split(" in ")[0] for record in caplog.records] == ["cannot keep features"]
+
+
+def test_what_checkpoints_need_of_the_disk_is_left_to_them(
+    images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LLAMA_ACC_HOME", str(tmp_path / "home"))
+    free = shutil.disk_usage(tmp_path).free
+    with caplog.at_level(logging.WARNING, "llama_acc"):
+        cache(leave=free // 2).store(images[0], torch.rand(SHAPE))
+        assert cache().has(images[0])
+        cache(leave=free * 2).store(images[1], torch.rand(SHAPE))
+        assert not cache().has(images[1])
+    (record,) = caplog.records
+    assert "left that checkpoints need; from here on they are made each time" in record.message
