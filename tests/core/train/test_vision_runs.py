@@ -1,6 +1,8 @@
 """Runs with images: the same numbers however they are dealt, cached or stopped; checkpoints anybody can go on with."""
 
 import json
+import re
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -156,6 +158,20 @@ def test_with_the_cache_the_tower_sees_an_image_once(alone: Path, tmp_path: Path
     assert_same_curve(tmp_path / "again", tmp_path / "plain")
 
 
+def test_kept_features_leave_the_checkpoints_their_room_on_the_disk(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*overrides_of("qformer", alone), SQUARE, "vision.cache_features=true", "train.seed=5"]
+    plan = plan_of(*words)
+    assert re.search(r"features are kept, up to .* \(.* are free\)", dict(plan.lines())["vision"])
+    total, used, _ = shutil.disk_usage(tmp_path)
+    left = type(shutil.disk_usage(tmp_path))(total, used, plan.disk_bytes())
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: left)
+    with images_encoded() as counts:
+        run(tmp_path / "full", *words)
+    assert counts["images"] == 30  # nothing was kept of the first epoch, and all checkpoints were written
+
+
 def test_ranks_share_cached_features(alone: Path, of_four: Path, tmp_path: Path) -> None:
     run(tmp_path / "plain", *overrides_of("qformer", alone), SQUARE)
     assert_same_curve(of_four / "cached", tmp_path / "plain")
@@ -220,8 +236,6 @@ def test_only_what_trains_is_saved_and_loads_over_its_bases(tmp_path: Path) -> N
 
 def base_folders(folder: Path) -> tuple[Path, Path]:
     """A LLaMA, and a folder as Hugging Face has BLIP-2's, of one size."""
-    import shutil
-
     from llama_acc.core.model.transformer import build_on_meta, initialise
 
     plan = plan_of()
