@@ -13,7 +13,7 @@ TEST_WORKERS ?= 2
 help:
 	@echo "make quickstart   install, fine-tune a tiny model, print one answer"
 	@echo "make test         install with the development tools; lint, types, tests"
-	@echo "make soak         the long tests: more kills, more random inputs"
+	@echo "make soak         the long tests: more kills, more random inputs, older versions of transformers"
 	@echo "make format       format and mend what can be mended by itself"
 
 $(BIN)/python:
