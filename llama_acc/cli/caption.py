@@ -235,8 +235,8 @@ def _print_row(one: "Captioned", width: int) -> None:
 
     from llama_acc.core.data.preview import visible
 
-    name = Text(f"{visible(one.image.name):<{width}}  ", style="bold") if width else Text()
-    console.out.print(name + Text(visible(" ".join(one.text.split()))))
+    name = f"{visible(one.image.name):<{width}}  " if width else ""
+    console.out.print(Text.assemble((name, "bold"), visible(" ".join(one.text.split()))))
 
 
 def _object(one: "Captioned") -> dict[str, str]:

@@ -54,9 +54,9 @@ err = _Stream(stderr=True)
 
 def error(message: str, hint: str | None = None) -> None:
     """Tells what is wrong, and what to type next."""
-    err.print(Text("error: ", style="bold red") + Text(message))
+    err.print(Text.assemble(("error: ", "bold red"), message))
     if hint:
-        err.print(Text("hint: ", style="bold") + Text(hint))
+        err.print(Text.assemble(("hint: ", "bold"), hint))
 
 
 def note(text: str) -> None:
@@ -68,7 +68,7 @@ def pairs(lines: list[tuple[str, str]], console: Console | None = None) -> None:
     """Prints subjects and texts in two columns."""
     width = max(len(subject) for subject, _ in lines)
     for subject, text in lines:
-        (console or err).print(Text(f"{subject:<{width}}  ", style="bold") + Text(text))
+        (console or err).print(Text.assemble((f"{subject:<{width}}  ", "bold"), text))
 
 
 def table(rows: list[list[str]]) -> None:

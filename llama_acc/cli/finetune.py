@@ -238,10 +238,13 @@ def _train(
             raise RunError(error.message, error.hint or f"go on with: {again}") from error
     if not worker.is_main():
         return
-    console.note(f"loss {finished.loss:.4f}; the report is {output / 'report.md'}; talk to it with:")
+    command, end = ("caption", ["IMAGE"]) if finished.captions else ("chat", [])
+    what = "let it caption an image with" if finished.captions else "talk to it with"
+    console.note(f"loss {finished.loss:.4f}; the report is {output / 'report.md'}; {what}:")
     # What was trained alone needs what it was trained on.
     folders = [*finished.bases, str(output)]
-    typer.echo(shlex.join(["llama-acc", "chat", *(word for folder in folders for word in ("--ckpt", folder))]))
+    words = ["llama-acc", command, *(word for folder in folders for word in ("--ckpt", folder)), *end]
+    typer.echo(shlex.join(words))
 
 
 def _dry_run(

@@ -385,7 +385,10 @@ class _Agent(LocalElasticAgent):
         agreed = len(failures) == self._worker_group.spec.local_world_size and all(
             other is not None and other.message == ending.message for other in endings
         )
-        return (ending.message if agreed else f"rank {rank} failed: {ending.message}"), ending.hint, ending.exit_code
+        # Where rank 0 speaks for all, as in chat, the others end well.
+        spoke = rank == 0 and len(failures) == 1 and ending.kind == "error"
+        message = ending.message if agreed or spoke else f"rank {rank} failed: {ending.message}"
+        return message, ending.hint, ending.exit_code
 
     def raise_cause(self, failures: Mapping[int, ProcessFailure]) -> NoReturn:
         """Raises what ended the job."""

@@ -9,6 +9,7 @@ import pytest
 
 from tests.cli.commands import invoke, refused, run
 from tests.cli.conftest import ANSWER
+from tests.cli.terminal import Terminal
 from tests.core.data.pictures import encoded, plain, write_pictures
 from tests.core.data.test_tar_shards import samples, write_shard
 
@@ -38,6 +39,16 @@ def test_many_images_are_a_table_in_their_order(seer: Path, photos: Path) -> Non
     names = [photos / "0002.png", photos / "0000.png", long]
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout == "".join(f"{name!s:<{width}}  {ANSWER}\n" for name in names)
+
+
+def test_on_a_terminal_a_caption_stands_plain_beside_a_bold_name(seer: Path, photos: Path) -> None:
+    first, second = photos / "0000.png", photos / "0001.png"
+    with Terminal("caption", "--ckpt", seer, first, second, term="xterm") as terminal:
+        assert terminal.end() == 0
+        assert terminal.seen == "".join(f"\x1b[1m{name}  \x1b[0m{ANSWER}\r\n" for name in (first, second))
+    with Terminal("caption", "--ckpt", seer, first, term="xterm") as terminal:
+        assert terminal.end() == 0
+        assert terminal.seen == f"{ANSWER}\r\n"
 
 
 @pytest.mark.parametrize("kind", ["folder", "glob", "list"])
@@ -149,6 +160,7 @@ def test_several_processes_say_the_same(seer: Path, photos: Path) -> None:
     assert done.returncode == 2, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line.get("caption") for line in lines] == [ANSWER] * 3 + [None]
+    assert done.stderr.splitlines() == [f"error: {photos / 'no.png'}: is not there", "error: 1 of 4 images failed"]
 
 
 def test_a_model_in_four_bits_says_the_same(seer: Path, photos: Path) -> None:

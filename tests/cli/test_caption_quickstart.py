@@ -22,7 +22,7 @@ def test_after_half_a_minute_many_drawings_are_captioned(tmp_path: Path) -> None
     """It was a quarter of them; by chance it would be one in 3,444."""
     words = ("finetune", "--recipe", "caption-quickstart", "--output", tmp_path, "--device", "cpu", "train.epochs=4")
     result = invoke(*words)
-    assert result.exit_code == 0, result.stderr
+    assert (result.exit_code, result.stdout) == (0, f"llama-acc caption --ckpt {tmp_path} IMAGE\n"), result.stderr
     assert exact(tmp_path, "held-out") >= 0.1
 
 

@@ -91,6 +91,7 @@ def test_a_run_on_a_shard_resumes_at_the_sample_and_deals_it_to_ranks(shard: Pat
     assert invoke(*finetune(shard, tmp_path / "parts", *settings, "train.max_steps=2")).exit_code == 0
     again = invoke("finetune", "--output", tmp_path / "parts", "--resume", "--device", "cpu", "train.max_steps=null")
     assert again.exit_code == 0, again.stderr
+    assert again.stdout == f"llama-acc caption --ckpt {tmp_path / 'parts'} IMAGE\n"
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
     weights = [tmp_path / name / "epoch1/consolidated.00-of-01.model.pth" for name in ("whole", "parts")]
     assert weights[0].read_bytes() == weights[1].read_bytes()

@@ -84,6 +84,18 @@ def test_an_instruction_needs_a_format_that_shows_it(seeing: LoadedModel) -> Non
         ask_with_instruction(seeing, "what?")
 
 
+def test_a_caption_of_one_image_comes_as_it_is_written(seeing: LoadedModel, images: list[Named]) -> None:
+    computed: list[int] = []
+    handle = seeing.model.register_forward_hook(lambda *_: computed.append(len(computed)))
+    square = pixels(ImageJob(images[0].reference, Transform("pad_to_square", TINY.image_size)))
+    pieces = stream_caption(seeing, square, ask_for_caption(seeing, ""), NEW_TOKENS)
+    next(pieces)
+    at_first = len(computed)
+    assert list(pieces)
+    handle.remove()
+    assert at_first < len(computed)
+
+
 def test_names_stand_for_images(tmp_path: Path) -> None:
     write_pictures(tmp_path, 2)
     (tmp_path / ".hidden.png").write_bytes(b"")
@@ -94,6 +106,9 @@ def test_names_stand_for_images(tmp_path: Path) -> None:
     )
     assert [image.reference for image in named] == [str(first), str(second), str(second), str(second), "", ""]
     assert [image.problem is None for image in named] == [True] * 4 + [False] * 2
+    assert next(find_images(["https://example.org/a.png"])).problem == (
+        "is an address: images are read from disk, download it first"
+    )
     # A name with brackets is a name where there is such a file.
     odd = tmp_path / "a[1].png"
     odd.write_bytes(first.read_bytes())

@@ -131,6 +131,6 @@ def check_tower(vision: Vision | None, names: Container[str], where: object) -> 
     tower = {} if vision is None else vision.tower_shapes()
     if vision is not None and tower and not any(name in names for name in tower):
         raise UserError(
-            f"{where} has no vision tower ({vision.tower_prefix}*)",
+            f"no vision tower ({vision.tower_prefix}*) is in {where}",
             f"give one besides, by the same option once more: {_NAMED[vision.encoder]}, or the folder of such files",
         )

@@ -9,6 +9,7 @@ from llama_acc.core.data.images import IMAGE_SUFFIXES, resolved
 from llama_acc.core.data.items import SingleTurn, item_of
 from llama_acc.core.data.sources import resolve_data_path
 from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_rows
+from llama_acc.core.download.address import is_address
 from llama_acc.core.errors import UserError
 
 
@@ -43,6 +44,8 @@ def find_images(names: Iterable[str]) -> Iterator[Named]:
 
 def _images_of(name: str) -> Iterator[Named]:
     path = resolve_data_path(name) if name.startswith("drawn:") else Path(name).expanduser()
+    if is_address(name) and not path.exists():
+        raise UserError("is an address: images are read from disk, download it first")
     if path.is_dir():
         yield from _folder(name, path)
     elif path.suffix.lower() == TAR_SUFFIX:

@@ -315,7 +315,7 @@ def _needed(config: ModelConfig, weights: Weights, where: str) -> Shapes:
         needed |= parts
     elif parts and config.vision_training.stage == 2:
         raise UserError(
-            f"{where} has nothing of what stage one of vision trains: {', '.join(list(parts)[:3])}, ...",
+            f"nothing of what stage one of vision trains is in {where}: {', '.join(list(parts)[:3])}, ...",
             "give a checkpoint of stage one besides (--pretrained RUN), or train that: vision.stage=1",
         )
     return needed

@@ -47,12 +47,14 @@ class Finished:
         checkpoint: its last checkpoint.
         loss: per label token, of its last step.
         bases: the checkpoints that go below the last one, which holds only what was trained; else empty.
+        captions: whether it was trained to say what is on images, without being asked.
     """
 
     output: Path
     checkpoint: Path
     loss: float
     bases: tuple[str, ...] = ()
+    captions: bool = False
 
 
 def finetune(
@@ -196,7 +198,9 @@ def _trained(
     checkpoint = latest_checkpoint(folder.path)
     assert checkpoint is not None
     is_part = (checkpoint / BASE_FILE).exists()
-    return Finished(folder.path, checkpoint, losses[-1], tuple(plan.recipe.model.pretrained_list()) if is_part else ())
+    bases = tuple(plan.recipe.model.pretrained_list()) if is_part else ()
+    captions = plan.config.vision is not None and plan.train.template.name == "caption"
+    return Finished(folder.path, checkpoint, losses[-1], bases, captions)
 
 
 def _train_and_report(trainer: Trainer, folder: RunFolder, events: Events, stop: StopRequest, started: float) -> None:
