@@ -206,7 +206,7 @@ def _swept(text: str) -> tuple[str, list[int]]:
 
 
 def _fit(request: "Request", memory: int, as_json: bool) -> None:
-    from llama_acc.core.vram.fit import fitting
+    from llama_acc.core.vram.fit import LARGEST_BATCH, fitting
 
     fits = fitting(request, memory, console.note)
     if as_json:
@@ -215,7 +215,8 @@ def _fit(request: "Request", memory: int, as_json: bool) -> None:
     rows = [["method", "base", f"1 x {length}", f"batch of {length}", "longest alone"]]
     for fit in fits:
         base = "NF4" if fit.quantize == "nf4" else "as it is"
-        most = [f"{fit.batch_size}", f"{fit.longest:,}"] if fit.batch_size else ["does not fit", ""]
+        batch = f"{fit.batch_size}" + (" or more" if fit.batch_size == LARGEST_BATCH else "")
+        most = [batch, f"{fit.longest:,}"] if fit.batch_size else ["does not fit", ""]
         rows.append([fit.method, base, f"{_gib(fit.least)} GiB", *most])
     console.table(rows)
     if not fits[0].batch_size:

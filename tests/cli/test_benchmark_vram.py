@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_acc.core.vram import published
+from llama_acc.core.vram import fit, published
 from llama_acc.core.vram.predict import PARTS
 from llama_acc.core.vram.request import setup_of
 from tests.cli.commands import invoke, refused
@@ -70,6 +70,13 @@ def test_what_fits_is_listed_best_first() -> None:
     assert (plain["quantize"], nf4["quantize"]) == ("none", "nf4")
     assert nf4["batch_size"] >= plain["batch_size"] > 0
     assert 64 <= plain["longest"] <= 512
+
+
+def test_a_batch_above_the_largest_one_tried_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "LARGEST_BATCH", 3)
+    result = invoke(*RUN, "--fit", "900GB", "--tuning", "bias_norm", "--quantize", "none")
+    assert result.exit_code == 0, result.stderr
+    assert "3 or more" in result.stdout
 
 
 def test_gpu_hours_of_a_data_set(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from llama_acc.core.vram.simulation import Setup
 _METHODS = ("full", "lora_bias_norm", "lora", "adapter", "bias_norm")
 WAYS = [*((method, "none") for method in _METHODS), *((method, "nf4") for method in _METHODS[1:])]
 """Methods and bases, best first."""
-_LARGEST_BATCH = 256
+LARGEST_BATCH = 256
+"""Larger ones are not tried."""
 _TRIES = 6
 
 
@@ -24,7 +25,7 @@ class Fit:
         method: its name.
         quantize: "none" or "nf4".
         least: bytes that one example of `length` tokens takes.
-        batch_size: most examples of that length at a time; 0 = none fits.
+        batch_size: most examples of that length at a time, up to `LARGEST_BATCH`; 0 = none fits.
         longest: most tokens of a single example, not above the model's context; 0 = not even one of `length`.
         length: see there.
     """
@@ -68,7 +69,7 @@ def _fit(setup: Setup, memory: int) -> Fit:
     least = taken(1)
     if least > memory:
         return Fit(tuning.method, tuning.quantize, least, 0, 0, length)
-    count = _largest(least, taken, memory, _LARGEST_BATCH)
+    count = _largest(least, taken, memory, LARGEST_BATCH)
     # As many tokens in one example take no more than in several: attention keeps nothing for pairs of tokens.
     longest = min(count * length, setup.config.max_seq_len)
     return Fit(tuning.method, tuning.quantize, least, count, longest, length)
