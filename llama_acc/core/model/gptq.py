@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_acc.core.model import nf4
+from llama_acc.core.model.coordinate_descent import descend
 from llama_acc.core.model.nf4 import BLOCK, Scales
 
 DAMPING = 0.01
@@ -39,7 +40,9 @@ def calibrated(weight: Tensor, gram: Tensor) -> tuple[Tensor, Scales]:
     scales = nf4.round_magnitudes(_magnitudes(weight, damped.diagonal().float()))
     # What the scales are after their own rounding is what the values are rounded with.
     of_each = nf4.magnitudes(scales).repeat_interleave(BLOCK)[: weight.numel()].view_as(weight)
-    return nf4.pack(_places(weight, of_each.clamp(min=1e-12), inverse)), scales
+    places = _places(weight, of_each.clamp(min=1e-12), inverse)
+    places, scales = descend(weight, places, scales, damped.float())
+    return nf4.pack(places), scales
 
 
 def _magnitudes(weight: Tensor, importance: Tensor) -> Tensor:

@@ -127,6 +127,22 @@ def nearest(values: Tensor) -> tuple[Tensor, Tensor]:
     return places, numbers[places]
 
 
+def numbers(places: Tensor) -> Tensor:
+    """The numbers, float32, that have these places among the 16."""
+    return _codes(places.device)[0][places.int()]
+
+
+def nearest_magnitudes(values: Tensor, nested: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest magnitudes that blocks can have when the scales of these are `nested` and `offset`.
+
+    Returns:
+        Their places among the 256 numbers, uint8, and the magnitudes.
+    """
+    numbers = _codes(values.device)[1]
+    places = torch.bucketize((values - offset) / nested.clamp(min=1e-12), (numbers[1:] + numbers[:-1]) / 2)
+    return places.to(torch.uint8), numbers[places] * nested + offset
+
+
 def pack(places: Tensor) -> Tensor:
     """Places among the 16 numbers, [rows, columns] uint8, as a quantised matrix has them: two in a byte."""
     return places[:, ::2] << 4 | places[:, 1::2]
