@@ -53,13 +53,24 @@ def _all(events: list[Any]) -> Iterator[Any]:
 @contextlib.contextmanager
 def _every_thread_counted() -> Iterator[None]:
     """Has the allocator's sum follow what threads free that the profiler does not watch (c10's CPUAllocator.cpp)."""
-    (library,) = (Path(torch.__file__).parent / "lib").glob("libc10.*")
-    flag = ctypes.c_bool.in_dll(ctypes.CDLL(str(library)), "FLAGS_caffe2_report_cpu_memory_usage")
+    flag = _flag()
+    if flag is None:
+        yield
+        return
     flag.value = True
     try:
         yield
     finally:
         flag.value = False
+
+
+def _flag() -> ctypes.c_bool | None:
+    """The allocator's switch; None where torch was built in a way that hides it: then only buffers that gloo's threads
+    free are counted wrongly."""
+    for library in (Path(torch.__file__).parent / "lib").glob("libc10.*"):
+        with contextlib.suppress(OSError, ValueError):
+            return ctypes.c_bool.in_dll(ctypes.CDLL(str(library)), "FLAGS_caffe2_report_cpu_memory_usage")
+    return None
 
 
 @contextlib.contextmanager
