@@ -79,7 +79,7 @@ def simulate_training(setup: Setup) -> MemoryTracker:
     with _rank(setup) as parallel, ExitStack() as stack:
 
         def materialise(model: Transformer) -> None:
-            stack.enter_context(_without_values(tracker, setup.device_type))
+            stack.enter_context(watched(tracker, setup.device_type))
             model.to_empty(device=CPU)
 
         # On a GPU's place, FSDP's streams would be CUDA's.
@@ -98,7 +98,7 @@ def simulate_generation(setup: Setup, length: int) -> MemoryTracker:
     tracker = _tracker(setup)
     with _rank(setup) as parallel, torch.inference_mode(), ExitStack() as stack:
         model = generating_model(setup, parallel)
-        with _without_values(tracker, setup.device_type):
+        with watched(tracker, setup.device_type):
             model.to_empty(device=CPU)
             if parallel.model_size == 1:
                 pack_small(model)
@@ -153,7 +153,7 @@ def _rank(setup: Setup) -> Iterator[Parallel]:
 
 
 @contextmanager
-def _without_values(tracker: MemoryTracker, device_type: str) -> Iterator[None]:
+def watched(tracker: MemoryTracker, device_type: str) -> Iterator[None]:
     """Lets operations make tensors that have a shape and no values, watched, as on `device_type`."""
     nf4.prepare(CPU)  # it keeps its tables: they have to have values
     functions: Any = torch.nn.functional
