@@ -12,7 +12,8 @@ import yaml
 from llama_acc.core.recipe import Recipe, recipe_names
 from llama_acc.core.train import dry_run
 from llama_acc.core.train.events import Quiet
-from llama_acc.core.train.plan import Plan, make_plan
+from llama_acc.core.train.plan import Plan
+from llama_acc.core.train.planning import make_plan
 from llama_acc.core.units import size_text
 from llama_acc.core.vram.guard import setup_of_run
 from llama_acc.core.vram.predict import predict

@@ -15,7 +15,8 @@ from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.events import Events
 from llama_acc.core.train.folder import RunFolder, refuse_non_empty
 from llama_acc.core.train.image_feed import Dealt
-from llama_acc.core.train.plan import Plan, check_disk, make_plan, read_base
+from llama_acc.core.train.plan import Plan
+from llama_acc.core.train.planning import check_disk, make_plan, read_base
 from llama_acc.core.train.simulate import RankShare, rank_share
 from llama_acc.core.train.step import train_step
 from llama_acc.core.train.trainer import Trainer

@@ -1,13 +1,11 @@
 """What a run tells whoever watches it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from llama_acc.core.download.quiet import fetch_quietly
 from llama_acc.core.train.metrics import Metrics
-
-if TYPE_CHECKING:
-    from llama_acc.core.train.plan import Plan
+from llama_acc.core.train.plan import Plan
 
 
 class Events(Protocol):
@@ -25,10 +23,10 @@ class Events(Protocol):
     def opening(self, done: int, total: int) -> None:
         """So many of the data's images were opened."""
 
-    def plan(self, plan: "Plan") -> None:
+    def plan(self, plan: Plan) -> None:
         """What will be done, before it starts."""
 
-    def step(self, metrics: Metrics, plan: "Plan") -> None:
+    def step(self, metrics: Metrics, plan: Plan) -> None:
         """An optimizer step, as in metrics.jsonl."""
 
     def validation(self, metrics: Metrics) -> None:
@@ -54,10 +52,10 @@ class Quiet:
     def opening(self, done: int, total: int) -> None:
         """See `Events`."""
 
-    def plan(self, plan: "Plan") -> None:
+    def plan(self, plan: Plan) -> None:
         """See `Events`."""
 
-    def step(self, metrics: Metrics, plan: "Plan") -> None:
+    def step(self, metrics: Metrics, plan: Plan) -> None:
         """See `Events`."""
 
     def validation(self, metrics: Metrics) -> None:

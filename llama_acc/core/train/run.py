@@ -27,9 +27,10 @@ from llama_acc.core.train.folder import RunFolder, check_same_run
 from llama_acc.core.train.interrupt import Interrupted, StopRequest, stop_on_signal
 from llama_acc.core.train.loop import Loop
 from llama_acc.core.train.metrics import MetricsLog, read_metrics
-from llama_acc.core.train.plan import Plan, check_disk, make_plan, read_base, saved_step
+from llama_acc.core.train.plan import Plan
 from llama_acc.core.train.plan_data import PlannedData
 from llama_acc.core.train.plan_model import has_frozen
+from llama_acc.core.train.planning import check_disk, make_plan, read_base, saved_step
 from llama_acc.core.train.report import write_report
 from llama_acc.core.train.trainer import Trainer
 from llama_acc.core.vram.guard import Shortage, check_fits

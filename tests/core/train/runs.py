@@ -9,7 +9,8 @@ from torch import Tensor
 
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.events import Quiet
-from llama_acc.core.train.plan import Plan, make_plan
+from llama_acc.core.train.plan import Plan
+from llama_acc.core.train.planning import make_plan
 from llama_acc.core.train.run import Finished, finetune
 
 _SMALL = (

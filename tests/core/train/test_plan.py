@@ -160,7 +160,7 @@ def test_paths_beside_the_recipe_are_found_from_any_folder(tmp_path: Path) -> No
 
     from llama_acc.core.recipe import RECIPES_FOLDER
     from llama_acc.core.train.events import Quiet
-    from llama_acc.core.train.plan import make_plan
+    from llama_acc.core.train.planning import make_plan
     from tests.core.train.runs import quickstart
 
     for name in ("instructions.json", "tokenizer.model"):
