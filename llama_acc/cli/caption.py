@@ -16,6 +16,7 @@ from llama_acc.cli import console, options, processes
 from llama_acc.cli.loading import Which, check_split, shared_model
 from llama_acc.core import worker
 from llama_acc.core.errors import UserError
+from llama_acc.core.visible import visible
 
 if TYPE_CHECKING:
     from llama_acc.core.caption_page import Card
@@ -203,10 +204,7 @@ def _stream(loaded: "LoadedModel", image: "Named", asked: "Asked", wanted: _Want
         pixels = workers.load(job).result()
     except ImageError as error:
         raise UserError(f"{image.name}: {error.message}") from error
-    for piece in stream_caption(loaded, pixels, asked, wanted.max_new_tokens):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    console.stream(stream_caption(loaded, pixels, asked, wanted.max_new_tokens))
 
 
 def _shown(
@@ -232,8 +230,6 @@ def _shown(
 
 def _print_row(one: "Captioned", width: int) -> None:
     from rich.text import Text
-
-    from llama_acc.core.data.preview import visible
 
     name = f"{visible(one.image.name):<{width}}  " if width else ""
     console.out.print(Text.assemble((name, "bold"), visible(" ".join(one.text.split()))))

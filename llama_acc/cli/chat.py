@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -109,7 +109,7 @@ def _talk(
         _converse(conversation, loaded)
         return
     question = _standard_input() if prompt == "-" else prompt
-    _print_pieces(conversation.ask(question, [_pixels(loaded, image) for image in images]))
+    console.stream(conversation.ask(question, [_pixels(loaded, image) for image in images]))
 
 
 def _pixels(loaded: "LoadedModel", path: str) -> "NDArray[np.uint8]":
@@ -133,14 +133,6 @@ def _standard_input() -> str:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
         raise UserError(f"standard input is not {error.encoding} text: byte {error.start} cannot be decoded") from None
-
-
-def _print_pieces(pieces: Iterator[str]) -> None:
-    for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
 
 
 def _converse(conversation: "Conversation", loaded: "LoadedModel") -> None:
@@ -188,7 +180,7 @@ def _answer(conversation: "Conversation", line: str, pictures: _Pictures) -> Non
         pictures.files += [file for file, _ in waiting]
         if conversation.dropped_turns:
             console.note(f"the conversation is long: its {conversation.dropped_turns} oldest turns were forgotten")
-        _print_pieces(pieces)
+        console.stream(pieces)
     except UserError as error:
         console.error(error.message, error.hint)
     except KeyboardInterrupt:

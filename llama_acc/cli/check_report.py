@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from llama_acc.cli import console
+from llama_acc.core.visible import visible
 
 if TYPE_CHECKING:
     from llama_acc.core.data.check import FileReport
@@ -118,6 +119,4 @@ def _outcome(report: "FileReport") -> None:
 
 
 def _text(text: str) -> Text:
-    from llama_acc.core.data.preview import visible
-
     return Text(visible(text))

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +23,7 @@ from rich.progress import (
 from rich.text import Text
 
 from llama_acc.core.units import size_text
+from llama_acc.core.visible import visible
 
 if TYPE_CHECKING:
     from llama_acc.core.train.plan import Plan
@@ -52,23 +54,33 @@ out = _Stream(stderr=False)
 err = _Stream(stderr=True)
 
 
+def stream(pieces: Iterable[str]) -> None:
+    """Prints a text on standard output as it comes, and ends its line. A terminal gets no character that acts on it."""
+    shown = visible if sys.stdout.isatty() else str
+    for piece in pieces:
+        sys.stdout.write(shown(piece))
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
 def error(message: str, hint: str | None = None) -> None:
     """Tells what is wrong, and what to type next."""
-    err.print(Text.assemble(("error: ", "bold red"), message))
+    err.print(Text.assemble(("error: ", "bold red"), visible(message)))
     if hint:
-        err.print(Text.assemble(("hint: ", "bold"), hint))
+        err.print(Text.assemble(("hint: ", "bold"), visible(hint)))
 
 
 def note(text: str) -> None:
     """Tells something on the side."""
-    err.print(Text(text, style="dim" if err.is_terminal else ""))
+    err.print(Text(visible(text), style="dim" if err.is_terminal else ""))
 
 
 def pairs(lines: list[tuple[str, str]], console: Console | None = None) -> None:
     """Prints subjects and texts in two columns."""
     width = max(len(subject) for subject, _ in lines)
     for subject, text in lines:
-        (console or err).print(Text.assemble((f"{subject:<{width}}  ", "bold"), text))
+        (console or err).print(Text.assemble((f"{subject:<{width}}  ", "bold"), visible(text)))
 
 
 def table(rows: list[list[str]]) -> None:

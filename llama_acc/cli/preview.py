@@ -8,6 +8,7 @@ from rich.text import Text
 
 from llama_acc.cli import console
 from llama_acc.core.errors import UserError
+from llama_acc.core.visible import visible
 
 if TYPE_CHECKING:
     from llama_acc.core.data.preview import Piece, Shown
@@ -54,8 +55,6 @@ def to_json(shown: "Shown") -> dict[str, Any]:
 
 
 def _coloured(pieces: "list[Piece]") -> Text:
-    from llama_acc.core.data.preview import visible
-
     text = Text()
     for piece in pieces:
         style = _SPECIAL if piece.special else ("green" if piece.trained else "dim")
@@ -64,8 +63,6 @@ def _coloured(pieces: "list[Piece]") -> Text:
 
 
 def _marked(pieces: "list[Piece]", names: set[str]) -> Text:
-    from llama_acc.core.data.preview import visible
-
     text, inside = "", False
     for piece in pieces:
         if piece.trained != inside:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from html import escape
 from typing import NamedTuple
 
-from llama_acc.core.data.preview import visible
+from llama_acc.core.visible import visible
 
 THUMBNAIL = 320
 """Pixels of a picture's longer side."""

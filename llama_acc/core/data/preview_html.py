@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from html import escape
 
-from llama_acc.core.data.preview import Piece, Shown, visible
+from llama_acc.core.data.preview import Piece, Shown
+from llama_acc.core.visible import visible
 
 _STYLE = """\
 :root { color-scheme: light dark; --ink: #1c1e21; --quiet: #656d76; --page: #f6f7f9; --card: #ffffff; --line: #d8dee4;

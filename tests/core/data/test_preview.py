@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_acc.core.data.items import Dialogue, Item, SingleTurn
-from llama_acc.core.data.preview import Piece, pieces, shown_items, visible
+from llama_acc.core.data.preview import Piece, pieces, shown_items
 from llama_acc.core.data.preview_html import preview_page
 from llama_acc.core.data.templates import TEMPLATES, get_template
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
+from llama_acc.core.visible import visible
 
 CHAT = Dialogue([("human", "hi"), ("assistant", "the answer"), ("human", "and?"), ("assistant", "a town")])
 
@@ -70,11 +71,6 @@ def test_with_and_without_a_tokenizer_the_same_is_shown(name: str, tokenizer: To
         items.append(("", CHAT))
     exact = [shown.pieces for shown in shown_items(items, TEMPLATES[name], tokenizer, None)]
     assert [shown.pieces for shown in shown_items(items, TEMPLATES[name], None, None)] == exact
-
-
-def test_what_would_act_on_a_terminal_is_shown_instead() -> None:
-    assert visible("a\x1b[31mb\x07\x7f\x9b\u202ec\u2028") == "a␛[31mb␇␡<U+009B><U+202E>c<U+2028>"
-    assert visible("plain\n\ttext é 日本 😀👩‍👩‍👧 \u00a0") == "plain\n\ttext é 日本 😀👩‍👩‍👧 \u00a0"
 
 
 class _Page(HTMLParser):
