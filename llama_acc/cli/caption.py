@@ -16,6 +16,7 @@ from llama_acc.cli import console, options, processes
 from llama_acc.cli.loading import Which, check_split, shared_model
 from llama_acc.core import worker
 from llama_acc.core.errors import UserError
+from llama_acc.core.units import count_text
 from llama_acc.core.visible import visible
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def caption(
             about = f"{' + '.join(ckpt)}, prompt format {loaded.template.name}{question}"
             failed = _caption(loaded, named, asked, wanted, about)
     if failed:
-        raise UserError(f"{failed:,} of {len(named):,} images failed")
+        raise UserError(f"{failed:,} of {count_text(len(named), 'image')} failed")
 
 
 def _named(images: Sequence[str]) -> "list[Named]":
@@ -167,10 +168,10 @@ def _caption(loaded: "LoadedModel", named: "Sequence[Named]", asked: "Asked", wa
             for _ in shown:
                 pass
         else:
-            _write_page(wanted.html, f"{len(named):,} images", about, _cards(shown, wanted.max_pixels, workers))
+            _write_page(wanted.html, count_text(len(named), "image"), about, _cards(shown, wanted.max_pixels, workers))
     if count.expected:
         share = 100 * count.exact / count.expected
-        console.note(f"{count.exact:,} of {count.expected:,} captions are exactly as expected ({share:.1f}%)")
+        console.note(f"{count.exact:,} of {count_text(count.expected, 'caption')} exactly as expected ({share:.1f}%)")
     return count.failed
 
 
@@ -213,7 +214,7 @@ def _shown(
     """Prints each caption when it is there, and passes it on."""
     width = max(len(image.name) for image in named)
     # Rows on a terminal are progress enough.
-    watch = contextlib.nullcontext() if sys.stdout.isatty() else console.CountProgress("captioned", "images")
+    watch = contextlib.nullcontext() if sys.stdout.isatty() else console.CountProgress("captioned", "image")
     with watch as progress:
         for done, one in enumerate(found, start=1):
             count.add(one)

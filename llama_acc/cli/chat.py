@@ -13,6 +13,7 @@ from llama_acc.cli import console, options, processes
 from llama_acc.cli.loading import Which, check_split, shared_model
 from llama_acc.core import worker
 from llama_acc.core.errors import UserError
+from llama_acc.core.units import count_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -179,7 +180,8 @@ def _answer(conversation: "Conversation", line: str, pictures: _Pictures) -> Non
         pieces = conversation.ask(line, [pixels for _, pixels in waiting])
         pictures.files += [file for file, _ in waiting]
         if conversation.dropped_turns:
-            console.note(f"the conversation is long: its {conversation.dropped_turns} oldest turns were forgotten")
+            forgotten = count_text(conversation.dropped_turns, "oldest turn")
+            console.note(f"the conversation is long: forgot its {forgotten}")
         console.stream(pieces)
     except UserError as error:
         console.error(error.message, error.hint)
@@ -254,4 +256,4 @@ def _save(conversation: "Conversation", name: str, pictures: list[str]) -> None:
     except OSError as error:
         console.error(f"cannot write {name}: {error.strerror}")
         return
-    console.note(f"wrote {len(turns)} turns to {name}")
+    console.note(f"wrote {count_text(len(turns), 'turn')} to {name}")

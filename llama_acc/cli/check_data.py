@@ -12,6 +12,7 @@ from llama_acc.cli import console, options
 from llama_acc.cli.check_report import print_reports
 from llama_acc.cli.preview import show_items, to_json, write_page
 from llama_acc.core.errors import UserError
+from llama_acc.core.units import count_text
 
 if TYPE_CHECKING:
     from llama_acc.core.data.check import FileReport
@@ -196,7 +197,8 @@ def _end(reports: "list[FileReport]") -> None:
     broken = [report for report in reports if report.error is not None]
     if broken:
         raise UserError(
-            f"{len(broken)} of {len(reports)} files cannot be read to the end", "mend or leave out: see above"
+            f"{len(broken)} of {count_text(len(reports), 'file')} cannot be read to the end",
+            "mend or leave out: see above",
         )
     if wrong:
         hint = "mend them, or let a run leave them out: data.on_error=skip"
@@ -205,4 +207,4 @@ def _end(reports: "list[FileReport]") -> None:
             hint = "say where the images are: --image-root DIR, in a recipe data.sources.root"
         elif wrong == rows:
             hint = f"if it is in a form of its own: llama-acc convert-data auto {shlex.quote(str(reports[0].path))}"
-        raise UserError(f"{wrong:,} of {rows:,} items cannot be trained on", hint)
+        raise UserError(f"{wrong:,} of {count_text(rows, 'item')} cannot be trained on", hint)

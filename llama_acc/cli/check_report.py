@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from llama_acc.cli import console
+from llama_acc.core.units import count_text
 from llama_acc.core.visible import visible
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def print_reports(reports: "list[FileReport]", most: int | None) -> None:
 def _heading(report: "FileReport") -> None:
     rows = report.survey.rows
     name = _NAMES[report.kind] if report.kind is not None and report.survey.items else "row"
-    facts = [f"{rows:,} {name}{'s' * (rows != 1)}"] if report.kind is not None else []
+    facts = [count_text(rows, name)] if report.kind is not None else []
     if report.template is not None:
         facts.append(f"prompt format {report.template}")
     if report.survey.language is not None:
@@ -49,7 +50,7 @@ def _heading(report: "FileReport") -> None:
     elif report.survey.languages:
         facts.append("languages " + ", ".join(f"{name} {n:,}" for name, n in report.survey.languages.items()))
     if report.images:
-        facts.append(f"{report.images:,} images")
+        facts.append(count_text(report.images, "image"))
     console.out.print(Text.assemble((str(report.path), "bold"), _text("".join(f"  {fact}" for fact in facts))))
     if report.error is None and not report.findings.counts.total():
         console.out.print(Text("  nothing wrong was found", style="green"))
@@ -101,14 +102,14 @@ def _outcome(report: "FileReport") -> None:
     ]
     if truncation is not None:
         most = truncation.max_tokens
-        lost = f"{truncation.cut_tokens:,} tokens, {truncation.cut_labels:,} of them trained"
+        lost = f"{count_text(truncation.cut_tokens, 'token')}, {truncation.cut_labels:,} of them trained"
         rows += [
             ("dropped", truncation.no_reply, "nothing in them is trained"),
             ("dropped", truncation.no_room, f"the prompt alone fills {most:,} tokens" if most else ""),
             ("cut", truncation.cut, f"longer than {most:,} tokens; they lose {lost}" if most else ""),
         ]
         dropped = truncation.no_reply + truncation.no_room
-        what = f"{truncation.tokens:,} tokens, {truncation.label_tokens:,} of them trained"
+        what = f"{count_text(truncation.tokens, 'token')}, {truncation.label_tokens:,} of them trained"
         rows.append(("trained on", survey.items - dropped, what))
     shown = [(name, f"{count:,}", why) for name, count, why in rows if count]
     digits = max((len(count) for _, count, _ in shown), default=0)

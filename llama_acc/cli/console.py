@@ -22,7 +22,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from llama_acc.core.units import size_text
+from llama_acc.core.units import count_text, size_text
 from llama_acc.core.visible import visible
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class RunConsole:
         since = self._encoding_since.setdefault("images", now)
         if now - max(since, self._last_line) > _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            note(f"opened {done:,} of {total:,} images")
+            note(f"opened {done:,} of {count_text(total, 'image')}")
 
     def plan(self, plan: "Plan") -> None:
         """What will be done."""
@@ -254,23 +254,23 @@ class EncodingProgress(_WorkProgress):
 
 def encoding_line(file: str, items: int, fraction: float) -> str:
     """How far the encoding of a file is."""
-    return f"encoding {file}: {items:,} items, {fraction:.0%}"
+    return f"encoding {file}: {count_text(items, 'item')}, {fraction:.0%}"
 
 
 class CountProgress(_WorkProgress):
     """Watches work on things of one kind."""
 
-    def __init__(self, done: str, things: str) -> None:
+    def __init__(self, done: str, thing: str) -> None:
         """Args:
         done: what is done to them, such as "answered".
-        things: such as "questions".
+        thing: such as "question".
         """
         super().__init__(MofNCompleteColumn())
-        self._done, self._things = done, things
+        self._done, self._thing = done, thing
 
     def tell(self, done: int, total: int) -> None:
         """So many of all are done."""
-        self._tell(self._done, done, total, f"{self._done} {done:,} of {total:,} {self._things}")
+        self._tell(self._done, done, total, f"{self._done} {done:,} of {count_text(total, self._thing)}")
 
 
 def is_terminal() -> bool:

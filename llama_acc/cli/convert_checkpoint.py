@@ -8,7 +8,7 @@ import typer
 
 from llama_acc.cli import console, options
 from llama_acc.cli.stopping import leave_on_sigterm
-from llama_acc.core.units import size_text
+from llama_acc.core.units import count_text, size_text
 
 if TYPE_CHECKING:
     from llama_acc.core.checkpoint.convert import Converted
@@ -177,13 +177,13 @@ def _text(source: str, files: list[str], template: str, items: int, max_tokens: 
     with console.EncodingProgress() as encoding:
         documents = calibration_text(source, files, template, items, max_tokens, encoding.tell)
     tokens = sum(map(len, documents))
-    console.note(f"calibrating with {len(documents):,} items, {tokens:,} tokens")
+    console.note(f"calibrating with {count_text(len(documents), 'item')}, {count_text(tokens, 'token')}")
     return documents
 
 
 def _summary(converted: "Converted") -> str:
-    files = "1 file" if converted.files == 1 else f"{converted.files} files"
-    text = f"{converted.folder}: {converted.tensors:,} tensors, {size_text(converted.bytes)} in {files}"
+    files = count_text(converted.files, "file")
+    text = f"{converted.folder}: {count_text(converted.tensors, 'tensor')}, {size_text(converted.bytes)} in {files}"
     text += ", read back and equal"
     if converted.merge_error is not None:
         _, exact, saved = converted.merge_error

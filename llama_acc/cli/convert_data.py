@@ -12,7 +12,7 @@ import typer
 from llama_acc.cli import console, options
 from llama_acc.cli.stopping import leave_on_sigterm
 from llama_acc.core.errors import RunError, UserError, did_you_mean
-from llama_acc.core.units import size_text
+from llama_acc.core.units import count_text, size_text
 
 if TYPE_CHECKING:
     from llama_acc.core.data.convert.run import Conversion, Found, Progress, Request
@@ -367,20 +367,16 @@ def _say_found(found: "Found") -> None:
 def _say(conversion: "Conversion") -> None:
     """What became of rows that are not items as they were."""
     for reason, count in conversion.skipped.items():
-        console.note(f"skipped {_number(count, 'row')}: {reason}")
+        console.note(f"skipped {count_text(count, 'row')}: {reason}")
     for note, count in conversion.notes.items():
         console.note(f"{note}: {count:,}")
     if conversion.problems:
         from llama_acc.core.errors import listed
 
-        console.note(f"left out {_number(conversion.wrong, 'row')}, as wrong:\n{listed(conversion.problems)}")
+        console.note(f"left out {count_text(conversion.wrong, 'row')}, as wrong:\n{listed(conversion.problems)}")
     if not conversion.items:
         console.note("warning: there are no items to train on")
 
 
 def _counts(conversion: "Conversion") -> str:
-    return f"{_number(conversion.items, 'item')} of {_number(conversion.rows, 'row')}"
-
-
-def _number(count: int, thing: str) -> str:
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+    return f"{count_text(conversion.items, 'item')} of {count_text(conversion.rows, 'row')}"

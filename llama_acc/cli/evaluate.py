@@ -11,6 +11,7 @@ import typer
 from llama_acc.cli import console, options
 from llama_acc.cli.stopping import leave_on_sigterm
 from llama_acc.core.errors import UserError
+from llama_acc.core.units import count_text
 
 if TYPE_CHECKING:
     from llama_acc.core.evaluate.gorilla import Score
@@ -134,8 +135,8 @@ def gorilla(
 
         asked = questions_of(questions, evaluation) if prompts is None else read_prompts(prompts, evaluation)
         if prompts is None and len(asked) < len(evaluation):
-            left_out = len(evaluation) - len(asked)
-            console.note(f"{left_out} of {len(evaluation)} lines of {questions} hold no question and are left out")
+            left_out = count_text(len(evaluation) - len(asked), "line")
+            console.note(f"left out of {questions}: {left_out} without a question, of {len(evaluation):,}")
         responses = Path(f"responses_{hub.value}.jsonl") if output is None else output
         _check_folder(responses)
         loaded = _load(ckpt, device, tokenizer, template, quant, verify)
@@ -199,7 +200,7 @@ def _answer(
 ) -> None:
     from llama_acc.core.evaluate.answers import Answering, answer_questions
 
-    with console.CountProgress("answered", "questions") as progress:
+    with console.CountProgress("answered", "question") as progress:
         answer_questions(loaded, Answering(ckpt, max_new_tokens, batch_size), asked, output, progress.tell)
     console.note(f"the answers are in {output}")
 
@@ -237,7 +238,7 @@ def perplexity(
     loaded = _load(ckpt, device, tokenizer, template, quant, verify)
     with leave_on_sigterm(), console.EncodingProgress() as encoding:
         items = read_data(loaded, data, max_tokens, encoding.tell, fetch_shown)
-    with console.CountProgress("measured", "items") as measuring:
+    with console.CountProgress("measured", "item") as measuring:
         measured = measure(loaded, items, batch_size, measuring.tell)
     facts = {"perplexity": measured.perplexity, **dataclasses.asdict(measured)}
     if as_json:

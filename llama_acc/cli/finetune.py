@@ -13,6 +13,7 @@ from llama_acc.cli.preview import show_items
 from llama_acc.cli.stopping import leave_on_sigterm
 from llama_acc.core import worker
 from llama_acc.core.errors import RunError, UserError
+from llama_acc.core.units import count_text, size_text
 
 if TYPE_CHECKING:
     from llama_acc.core.data.preview import Shown
@@ -267,13 +268,13 @@ def _dry_run(
 
 def _show_dry_run(found: "DryRun") -> None:
     plan, estimate = found.plan, found.estimate
-    lengths = plan.report["lengths"]
+    lengths, truncated = plan.report["lengths"], count_text(plan.report["truncated"], "item")
     disk = min(plan.save_count(), plan.recipe.checkpoint.keep or plan.save_count()) * plan.checkpoint_bytes()
     console.pairs(
         [
             *plan.lines(),
             ("lengths", ", ".join(f"{name} {value}" for name, value in lengths.items()) + " tokens"),
-            ("truncated", f"{plan.report['truncated']:,} items are longer than {plan.recipe.data.max_tokens} tokens"),
+            ("truncated", f"{truncated} longer than {plan.recipe.data.max_tokens} tokens"),
             ("label tokens", f"{plan.report['label_tokens']:,} of {plan.report['tokens']:,}"),
             *_per_rank(plan, found.share),
             ("memory", _fullest(found)),
@@ -288,8 +289,6 @@ def _show_dry_run(found: "DryRun") -> None:
 
 def _per_rank(plan: "Plan", share: "RankShare") -> list[tuple[str, str]]:
     """What each of several processes keeps."""
-    from llama_acc.core.units import size_text
-
     size = plan.recipe.parallel.model_parallel_size
     layout = f"{share.world_size // size} data parallel ({plan.recipe.parallel.data_parallel}) x {size} model parallel"
     names = {"weights": share.weights, "gradients": share.gradients, "moments": share.moments}
@@ -302,8 +301,6 @@ def _per_rank(plan: "Plan", share: "RankShare") -> list[tuple[str, str]]:
 
 def _fullest(found: "DryRun") -> str:
     """The most memory a process takes at a time, and when."""
-    from llama_acc.core.units import size_text
-
     usage = found.memory
     text = (
         f"{size_text(usage.allocated)} on {found.device} at its fullest, predicted: {usage.moment}, with the largest "

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from llama_acc.cli import console
 from llama_acc.core.errors import UserError
+from llama_acc.core.units import count_text
 from llama_acc.core.visible import visible
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def show_items(items: "Iterable[Shown]") -> None:
         console.out.print(heading + Text(f"({legend})", style="not bold"))
         console.out.print(_coloured(shown.pieces) if colour else _marked(shown.pieces, names))
         if shown.cut:
-            console.out.print(Text(f"[cut: {shown.cut:,} tokens more]", style="yellow" if colour else ""))
+            console.out.print(Text(f"[cut: {count_text(shown.cut, 'token')} more]", style="yellow" if colour else ""))
 
 
 def write_page(path: Path, title: str, items: "Sequence[Shown]") -> None:
@@ -42,7 +43,7 @@ def write_page(path: Path, title: str, items: "Sequence[Shown]") -> None:
     from llama_acc.core.data.preview_html import preview_page
 
     try:
-        note = f"{len(items):,} item{'s' * (len(items) != 1)} as the model will see them"
+        note = f"{count_text(len(items), 'item')} as the model will see them"
         path.write_text(preview_page(title, items, note), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}", "choose another --html FILE") from error

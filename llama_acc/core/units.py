@@ -6,4 +6,10 @@ def size_text(size: float) -> str:
     for exponent, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
         if size >= 2**exponent:
             return f"{size / 2**exponent:,.1f} {unit}"
-    return f"{size:.0f} byte{'' if size == 1 else 's'}"
+    return count_text(round(size), "byte")
+
+
+def count_text(count: float, thing: str) -> str:
+    """So many things of one kind: 1 item, 2 items, 1,234 items, 0.5 epochs."""
+    number = f"{count:g}" if isinstance(count, float) else f"{count:,}"
+    return f"{number} {thing}{'' if count == 1 else 's'}"

@@ -134,7 +134,7 @@ def test_shards_say_what_is_expected(seer: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert lines[1] == {"image": f"{shard}: item 2 (0001)", "caption": ANSWER, "expected": ANSWER}
     assert lines[3] == {"image": f"{shard}: item 4 (0009)", "error": "no picture beside 0009.txt"}
-    assert "1 of 3 captions are exactly as expected (33.3%)" in result.stderr
+    assert "1 of 3 captions exactly as expected (33.3%)" in result.stderr
 
 
 def test_a_page_shows_the_images_and_nothing_comes_from_elsewhere(seer: Path, photos: Path, tmp_path: Path) -> None:

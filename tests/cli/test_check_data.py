@@ -212,7 +212,7 @@ def test_a_run_finds_the_same_before_the_model_is_touched(tmp_path: Path) -> Non
     said = words(result.stderr)
     assert "10 items" in said
     assert ", 2 skipped" in said
-    assert "1 empty replies, 1 exact duplicates; see data.json" in said
+    assert "empty replies: 1, exact duplicates: 1; see data.json" in said
     report = json.loads((output / "data.json").read_text())
     assert [place["where"] for place in report["files"][0]["skipped_items"]] == ["item 9", "item 12"]
     assert report["warnings"] == {"empty_reply": 1, "duplicate": 1}
@@ -244,5 +244,5 @@ def test_images_are_opened(tmp_path: Path) -> None:
     assert found.exit_code == 2
     assert "images that cannot be opened: 2" in found.stdout
     assert 'item 3: the image is not there: "c.png"' in found.stdout
-    assert "1 images" in found.stdout
+    assert "  1 image\n" in found.stdout
     assert invoke(*CHECK, path, "--no-images").exit_code == 0

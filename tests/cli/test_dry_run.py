@@ -74,7 +74,7 @@ def test_it_shows_plan_data_time_disk_and_two_examples(tmp_path: Path) -> None:
     assert lines["steps"] == "240 of 8 examples; 4 in an epoch, 60 epochs, fp32"
     assert lines["checkpoints"] == "1 of 1.8 MiB, the newest 1 kept"
     assert lines["lengths"].startswith("min 22, ")
-    assert lines["truncated"] == "0 items are longer than 256 tokens"
+    assert lines["truncated"] == "0 items longer than 256 tokens"
     assert lines["label tokens"] == "556 of 1,129"
     usage = predict(setup_of_run(plan_of_quickstart(), 1, "cpu")).training
     said = f"{size_text(usage.allocated)} on cpu at its fullest, predicted: {usage.moment}, "
@@ -84,6 +84,17 @@ def test_it_shows_plan_data_time_disk_and_two_examples(tmp_path: Path) -> None:
     assert "example 1: instructions.json item 1 (trained tokens between ⟦ and ⟧)" in result.stdout
     assert "example 2: instructions.json item 2 (trained tokens between ⟦ and ⟧)" in result.stdout
     assert "### Response:⟦LLaMA is a family of language models made by Meta.</s>⟧" in result.stdout
+
+
+def test_one_of_a_kind_is_not_told_as_several(tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text('[{"instruction": "Say it.", "output": "It."}]', encoding="utf-8")
+    settings = ["train.epochs=1", "train.global_batch_size=1", "train.batch_size=1"]
+    result = invoke(*QUICKSTART, "--dry-run", "--data", tmp_path / "one.json", *settings)
+    assert result.exit_code == 0, result.stderr
+    lines = shown(result.stdout)
+    assert lines["data"].startswith("1 item, ")
+    assert lines["steps"] == "1 of 1 example; 1 in an epoch, 1 epoch, fp32"
+    assert "example 1: one.json item 1" in result.stdout
 
 
 def test_work_is_counted_in_the_programs_own_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +245,7 @@ def test_what_is_cut_is_counted_in_the_plan_and_in_the_report(tmp_path: Path) ->
     result = invoke(*QUICKSTART, "--dry-run", "data.max_tokens=30", "--output", tmp_path / "run")
     report = json.loads((tmp_path / "run" / "data.json").read_text())
     assert report["truncated"] > 0
-    assert shown(result.stdout)["truncated"] == f"{report['truncated']} items are longer than 30 tokens"
+    assert shown(result.stdout)["truncated"] == f"{report['truncated']} items longer than 30 tokens"
     assert f", {report['truncated']} cut" in shown(result.stdout)["data"]
     assert {"items", "tokens", "label_tokens", "truncated", "dropped", "lengths", "files"} <= report.keys()
     assert report["files"][0]["tokens"] == report["tokens"]

@@ -104,7 +104,7 @@ def test_lines_without_a_question_are_left_out_and_said(benchmark: list[object],
         file.write(json.dumps({"code": "###Instruction: no answer", "api_data": {"domain": "Towns"}}) + "\n")
     output = tmp_path / "answers.jsonl"
     result = gorilla(benchmark, "--ckpt", talker, "--output", output, "--max-new-tokens", "3")
-    assert "1 of 4 lines" in result.stderr
+    assert "1 line without a question, of 4" in result.stderr
     assert texts(output).keys() == {1, 2, 3}
 
 

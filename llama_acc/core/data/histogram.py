@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llama_acc.core.errors import UserError
+from llama_acc.core.units import count_text
 
 _BARS = 16
 _TAIL = 0.995
@@ -74,7 +75,7 @@ def plot_lengths(lengths: Mapping[str, Counter[int]], unit: str, max_tokens: int
     if max_tokens is not None:
         over = sum(count for length, count in together.items() if length > max_tokens)
         axes.axvline(max_tokens, color="black", ls="--", lw=1, label=f"max_tokens {max_tokens:,}: {over:,} are longer")
-    axes.set(xlabel=unit, ylabel="items", title=f"Lengths of {together.total():,} items")
+    axes.set(xlabel=unit, ylabel="items", title=f"Lengths of {count_text(together.total(), 'item')}")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

@@ -32,6 +32,7 @@ from llama_acc.core.data.workers import prepare_batches
 from llama_acc.core.download.quiet import fetch_quietly
 from llama_acc.core.errors import DataError, UserError
 from llama_acc.core.tokenizer import Tokenizer
+from llama_acc.core.units import count_text
 
 _BATCH = 1000  # rows
 _MEND = "mend them, or leave them out with data.on_error=skip"
@@ -95,12 +96,12 @@ def _nothing(parts: Sequence[Encoded], max_tokens: int) -> UserError:
     if not items:
         first = next(f"{Finding(**problem)}" for part in parts for problem in part.skipped)
         return UserError(
-            f"nothing to train on: none of the {skipped:,} rows is an item, and all are skipped; the first: {first}",
+            f"nothing to train on: no item in {count_text(skipped, 'row')}, all skipped; the first: {first}",
             "if they are in a form of their own: llama-acc convert-data auto FILE",
         )
     return UserError(
-        f"nothing to train on: of {items:,} items none has a label within {max_tokens} tokens"
-        + (f", and {skipped:,} rows were skipped" if skipped else ""),
+        f"nothing to train on: of {count_text(items, 'item')} none has a label within {max_tokens} tokens"
+        + (f"; skipped: {count_text(skipped, 'row')}" if skipped else ""),
         "raise data.max_tokens, or check that the items have replies",
     )
 
@@ -200,7 +201,9 @@ class _Encoder:
             if self._progress is not None:
                 self._progress(spec.path.name, writer.items, file.fraction_read())
         if unused_inputs:
-            _logger.warning("%d items have an input, which template %r does not show", unused_inputs, template.name)
+            _logger.warning(
+                "template %r does not show the input of %s", template.name, count_text(unused_inputs, "item")
+            )
         writer.skip(np.array(file.skipped_rows, np.int64))
         skipped = [finding._asdict() for finding in file.skipped]
         notes = {"skipped": skipped, "skipped_kinds": file.skipped_kinds, "warnings": _warnings(survey)}

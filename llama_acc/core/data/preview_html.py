@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from html import escape
 
 from llama_acc.core.data.preview import Piece, Shown
+from llama_acc.core.units import count_text
 from llama_acc.core.visible import visible
 
 _STYLE = """\
@@ -52,8 +53,8 @@ def preview_page(title: str, items: Iterable[Shown], note: str) -> str:
 def _article(shown: Shown) -> str:
     counts = ""
     if shown.tokens is not None:
-        counts = f"{shown.tokens:,} tokens, {shown.label_tokens:,} trained"
-    cut = f"<i> [cut: {shown.cut:,} tokens more]</i>" if shown.cut else ""
+        counts = f"{count_text(shown.tokens, 'token')}, {shown.label_tokens:,} trained"
+    cut = f"<i> [cut: {count_text(shown.cut, 'token')} more]</i>" if shown.cut else ""
     body = "".join(map(_piece, shown.pieces))
     # A browser leaves out the first line break in a pre.
     return f"<article>\n<h2>{_text(shown.origin)} <small>{counts}</small></h2>\n<pre>\n{body}{cut}</pre>\n</article>"

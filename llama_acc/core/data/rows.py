@@ -23,6 +23,7 @@ from llama_acc.core.data.json_array import MAX_ITEM, JsonBuffer
 from llama_acc.core.data.parquet import PARQUET_SUFFIX, parquet_rows
 from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_rows
 from llama_acc.core.errors import DataError, UserError
+from llama_acc.core.units import count_text
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", PARQUET_SUFFIX, TAR_SUFFIX)
 
@@ -286,6 +287,6 @@ def _csv_items(reader: Any, names: list[str]) -> Iterator[Row]:
         number += 1
         where = f"item {number} (line {line})"
         if len(cells) != len(names):
-            yield Row(where, cells, f"{len(cells)} cells, but the header has {len(names)}")
+            yield Row(where, cells, f"{count_text(len(cells), 'cell')}, but the header has {len(names)}")
         else:
             yield Row(where, dict(zip(names, cells, strict=True)))

@@ -12,7 +12,7 @@ from llama_acc.core.download.job import alone
 from llama_acc.core.download.names import converted_file
 from llama_acc.core.download.transfer import Watch
 from llama_acc.core.errors import UserError
-from llama_acc.core.units import size_text
+from llama_acc.core.units import count_text, size_text
 
 CONVERTED_AT_ONCE = 2**29
 """Bytes that are converted without being asked: a few seconds' work, and what was downloaded stays."""
@@ -66,6 +66,6 @@ def _converted(entry: Entry, files: tuple[Path, ...], target: Path, watch: Watch
     except UserError as error:
         watch.note(f"{entry.name} could not be converted: {error}")
         return None
-    skipped = f", {sum(made.skipped.values()):,} rows gave none" if made.skipped else ""
-    watch.note(f"converted to {made.items:,} items{skipped}: {target}")
+    skipped = f", {count_text(sum(made.skipped.values()), 'row')} gave none" if made.skipped else ""
+    watch.note(f"converted to {count_text(made.items, 'item')}{skipped}: {target}")
     return target

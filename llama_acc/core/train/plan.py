@@ -20,7 +20,7 @@ from llama_acc.core.parallel import Parallel
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.tokenizer import Tokenizer
 from llama_acc.core.train.plan_model import model_on_meta
-from llama_acc.core.units import size_text
+from llama_acc.core.units import count_text, size_text
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,8 @@ class Plan:
             ("recipe", f"{recipe.name}: {recipe.description}" if recipe.description else recipe.name),
             (
                 "model",
-                f"{config.n_layers} layers, width {config.dim}, {config.n_heads} heads{grouped}, "
-                f"vocabulary {config.vocab_size}",
+                f"{count_text(config.n_layers, 'layer')}, width {config.dim}, "
+                f"{count_text(config.n_heads, 'head')}{grouped}, vocabulary {config.vocab_size}",
             ),
             ("weights", f"from {start}" if start else f"random (seed {recipe.train.seed})"),
             ("parameters", f"{count:,}, of which {self.trained_count():,} train (method {recipe.tuning.method})"),
@@ -165,7 +165,7 @@ class Plan:
             *self._vision_line(),
             (
                 "data",
-                f"{len(data):,} items, {data.tokens:,} tokens, "
+                f"{count_text(len(data), 'item')}, {count_text(data.tokens, 'token')}, "
                 f"{data.label_tokens:,} of them trained"
                 f"{_counted(self.report['truncated'], 'cut')}{_counted(self.report['dropped'], 'dropped')}"
                 f"{_counted(self.report['skipped'], 'skipped')}",
@@ -173,12 +173,12 @@ class Plan:
             *self._warnings_line(),
         ]
         if self.validation is not None:
-            lines.append(("validation", f"{len(self.validation):,} items"))
+            lines.append(("validation", count_text(len(self.validation), "item")))
         lines += [
             (
                 "steps",
-                f"{self.total_steps:,} of {recipe.train.global_batch_size} examples; "
-                f"{self.steps_per_epoch:,} in an epoch, {recipe.train.epochs:g} epochs, "
+                f"{self.total_steps:,} of {count_text(recipe.train.global_batch_size, 'example')}; "
+                f"{self.steps_per_epoch:,} in an epoch, {count_text(recipe.train.epochs, 'epoch')}, "
                 f"{recipe.train.precision}",
             ),
             ("checkpoints", f"{saves} of {size_text(self.checkpoint_bytes())}, the newest {kept} kept"),
@@ -186,7 +186,7 @@ class Plan:
         return lines
 
     def _warnings_line(self) -> list[tuple[str, str]]:
-        found = [f"{count:,} {FINDINGS[kind].title}" for kind, count in self.report["warnings"].items()]
+        found = [f"{FINDINGS[kind].title}: {count:,}" for kind, count in self.report["warnings"].items()]
         return [("warnings", f"{', '.join(found)}; see data.json, or llama-acc convert-data check")] if found else []
 
     def _vision_line(self) -> list[tuple[str, str]]:
@@ -197,7 +197,8 @@ class Plan:
         images = int(self.train.image_counts.sum())
         text = f"encoder {vision.encoder}, stage {self.config.vision_training.stage}; "
         text += f"{tower:,} of the parameters are its tower, which is frozen; " if tower else "it trains; "
-        text += f"{images:,} images of {vision.positions} positions each, {recipe.data.images.transform}"
+        text += f"{count_text(images, 'image')} of {count_text(vision.positions, 'position')} each, "
+        text += recipe.data.images.transform
         if recipe.vision.cache_features:
             size = images * math.prod(vision.input_shape) * self.compute_dtype.itemsize
             text += f"; features are kept, up to {size_text(size)} ({size_text(free_bytes(home()))} are free)"

@@ -8,6 +8,7 @@ import torch
 
 from llama_acc.core.train.metrics import Metrics, draw_loss, read_metrics
 from llama_acc.core.train.plan import Plan
+from llama_acc.core.units import count_text
 
 
 def write_report(run: Path, plan: Plan, device: torch.device, seconds: float, state: str) -> None:
@@ -68,5 +69,5 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        return f"CPU, {torch.get_num_threads()} threads"
+        return f"CPU, {count_text(torch.get_num_threads(), 'thread')}"
     return device.type

@@ -111,10 +111,10 @@ def test_a_file_that_cannot_be_read_to_its_end_stops_in_any_case(tmp_path: Path,
 
 
 def test_nothing_but_what_is_skipped_is_nothing_to_train_on(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match=r"none of the 3 rows is an item, .* the first: item 1: should be") as caught:
+    with pytest.raises(UserError, match=r"no item in 3 rows, all skipped; the first: item 1: should be") as caught:
         load(tokenizer, write(tmp_path / "a.json", BAD))
     assert "llama-acc convert-data auto FILE" in str(caught.value.hint)
-    with pytest.raises(UserError, match="of 1 items none has a label within 64 tokens, and 3 rows were skipped"):
+    with pytest.raises(UserError, match="of 1 item none has a label within 64 tokens; skipped: 3 rows"):
         load(tokenizer, write(tmp_path / "b.json", [*BAD, {"instruction": "so " * 99, "output": "x"}]))
 
 

@@ -145,7 +145,7 @@ def test_wrong_dialogues(tmp_path: Path, item: Any, words: str) -> None:
     [
         ("instuction\toutput\nx\ty\n", "line 1: no column 'instruction' ('instuction'?)"),
         ("instruction\toutput\toutput\nx\ty\tz\n", "column 'output' twice"),
-        ("instruction\toutput\nx\ty\nx\n", "item 2 (line 3): 1 cells, but the header has 2"),
+        ("instruction\toutput\nx\ty\nx\n", "item 2 (line 3): 1 cell, but the header has 2"),
         ('instruction\toutput\n"x\ty\n', "not CSV"),
     ],
 )
@@ -225,6 +225,6 @@ def test_real_image_data_is_read_with_its_images(shared: Path, name: str, count:
 
 def test_where_a_table_breaks_off_what_is_wrong_before_is_told_too(tmp_path: Path) -> None:
     told = problems_of(write(tmp_path / "a.csv", 'instruction,output\n1\n2,3,4\n5,"open\n6,7\n'))
-    assert "item 1 (line 2): 1 cells, but the header has 2" in told
+    assert "item 1 (line 2): 1 cell, but the header has 2" in told
     assert "item 2 (line 3): 3 cells, but the header has 2" in told
     assert "line 6: not CSV" in told

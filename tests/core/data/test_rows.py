@@ -149,7 +149,7 @@ def test_each_place_is_named() -> None:
     cells = rows_of(b'a,b\r\n"1\r\n2",3\r\n\r\n4\r\n', ".csv")
     assert cells == [
         Row("item 1 (line 2)", {"a": "1\r\n2", "b": "3"}),
-        Row("item 2 (line 5)", ["4"], "1 cells, but the header has 2"),
+        Row("item 2 (line 5)", ["4"], "1 cell, but the header has 2"),
     ]
 
 

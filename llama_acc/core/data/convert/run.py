@@ -14,6 +14,7 @@ from llama_acc.core.data.files import data_suffix, nearest_names
 from llama_acc.core.data.findings import MOST_PROBLEMS
 from llama_acc.core.data.rows import SUFFIXES, Row, looked_ahead, stream_rows, stream_rows_from, type_name
 from llama_acc.core.errors import DataError, UserError, listed
+from llama_acc.core.units import count_text
 
 _LOOKED_AT = 100
 """How many of the first rows may be unreadable before a file's format is found."""
@@ -172,7 +173,7 @@ class Conversion:
         reasons = [f"{count:,}: {reason}" for reason, count in self.skipped.items()]
         if self.wrong:
             reasons.append(f"{self.wrong:,}: wrong; the first is {self.problems[0]}")
-        none = f"nothing to train on: none of the {self.rows:,} rows of {names} gives an item"
+        none = f"nothing to train on: no item in {count_text(self.rows, 'row')} of {names}"
         return UserError(f"{none}\n{listed(reasons)}")
 
     def _hint(self) -> str:
