@@ -4,14 +4,12 @@ A recipe is a YAML file. Every key is known and typed; an unknown key is an erro
 problems of a recipe are told together.
 """
 
-import copy
 import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llama_acc.core.errors import UserError, did_you_mean, listed
@@ -19,20 +17,8 @@ from llama_acc.core.model.tuning import METHODS, PREFIX_LENGTH
 from llama_acc.core.model.tuning import Tuning as ModelTuning
 from llama_acc.core.model.vision_config import Vision as ModelVision
 from llama_acc.core.model.vision_config import VisionTraining, vision_of
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads 1e-5 as a number, as YAML 1.2 and everybody does; PyYAML alone wants 1.0e-5."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Puts quotes around a text that `_Loader` would read as a number."""
-
-
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-    )
+from llama_acc.core.recipe_yaml import apply_overrides, read_recipe, to_yaml
+from llama_acc.core.schema_problems import problems_of
 
 RECIPES_FOLDER = Path(str(files("llama_acc"))) / "recipes"
 
@@ -366,8 +352,7 @@ class Recipe(Section):
         Raises:
             UserError: an unknown recipe or key, a value of the wrong kind; all of them listed.
         """
-        path = find_recipe(source)
-        return cls.from_mapping(read_yaml(path), overrides, where=str(source))
+        return cls.from_mapping(read_recipe(find_recipe(source)), overrides, where=str(source))
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> "Recipe":
@@ -380,12 +365,12 @@ class Recipe(Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(f"recipe {where} is not valid:\n{listed(_problems(error))}") from None
+            found = problems_of(error, _suggestion)
+            raise UserError(f"recipe {where} is not valid:\n{listed(found)}") from None
 
     def to_yaml(self) -> str:
         """The recipe with every key resolved."""
-        values = self.model_dump(mode="json")
-        return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+        return to_yaml(self.model_dump(mode="json"))
 
 
 def recipe_names() -> list[str]:
@@ -411,62 +396,6 @@ def find_recipe(source: str | Path) -> Path:
     raise UserError(f"unknown recipe '{source}'" + (f": {hint}" if hint else ""), "`llama-acc recipes` lists them all")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping.
-
-    Raises:
-        UserError: unreadable, not YAML, or not a mapping.
-    """
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read recipe {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"recipe {path} must be a mapping with keys such as model, data and train")
-    return values
-
-
-def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `values` with each `a.b.c=VALUE` set; VALUE is read as YAML, list items are addressed by number.
-
-    Raises:
-        UserError: an override without '=', unreadable values, or keys that lead nowhere; all of them listed.
-    """
-    values = copy.deepcopy(values)
-    problems = []
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            problems.append(f"'{override}': an override is written key=value, such as train.epochs=1")
-            continue
-        try:
-            _assign(values, key.split("."), yaml.load(text, _Loader))
-        except yaml.YAMLError:
-            problems.append(f"'{override}': the value is not YAML")
-        except (KeyError, IndexError, ValueError, TypeError):
-            problems.append(f"'{override}': there is no key '{key}'")
-    if problems:
-        raise UserError(f"these overrides cannot be applied:\n{listed(problems)}")
-    return values
-
-
-def _assign(values: Any, keys: list[str], value: Any) -> None:
-    for position, key in enumerate(keys[:-1]):
-        if isinstance(values, list):
-            values = values[int(key)]
-            continue
-        if values.get(key) is None:
-            # A section the file leaves out: its defaults come from the schema, a wrong name is found there.
-            values[key] = {}
-        values = values[key]
-        if not isinstance(values, (dict, list)):
-            raise KeyError(".".join(keys[: position + 1]))
-    if isinstance(values, list):
-        values[int(keys[-1])] = value
-    else:
-        values[keys[-1]] = value
-
-
 def known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
     """Every dotted key of the schema."""
     keys = []
@@ -477,30 +406,13 @@ def known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]
     return keys + (known_keys(Source, "data.sources.") if section is Recipe else [])
 
 
-def _problems(error: ValidationError) -> list[str]:
-    problems = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"] if not isinstance(part, int) or "sources" in item["loc"])
-        # A union's branch is no part of the key the user typed.
-        key = re.sub(r"\.(str|list\[str\]|dict\[str,any\])$", "", key)
-        if item["type"] == "extra_forbidden":
-            problems.append(f"unknown key '{key}'{_suggestion(key)}")
-        elif item["type"] == "missing":
-            problems.append(f"missing key '{key}'")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            shown = "" if item["type"] == "value_error" else f", not {item['input']!r}"
-            problems.append(f"{key}: {message}{shown}" if key else message)
-    return list(dict.fromkeys(problems))
-
-
 def _suggestion(key: str) -> str:
+    """What an unknown key may have been meant to be, as a question."""
     known = known_keys()
     generic = re.sub(r"\.\d+\.", ".", key)
     parent = generic.rpartition(".")[0]
     homes = [name for name in known if name.rpartition(".")[2] == generic.rpartition(".")[2]]
     if homes:  # the right name in the wrong section
-        return f": did you mean {' or '.join(repr(name) for name in homes)}?"
+        return f"did you mean {' or '.join(repr(name) for name in homes)}?"
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
-    hint = did_you_mean(generic, siblings) or did_you_mean(generic, known)
-    return f": {hint}" if hint else ""
+    return did_you_mean(generic, siblings) or did_you_mean(generic, known)

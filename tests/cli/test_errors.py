@@ -126,9 +126,9 @@ def test_all_wrong_keys_and_values_are_listed(tmp_path: Path) -> None:
         "recipe lima is not valid:",
         "unknown key 'train.epohs': did you mean 'train.epochs'",
         "unknown key 'lr': did you mean 'optimizer.lr'?",
-        "train.precision: Input should be 'bf16' or 'fp32', not 'fp16'",
+        "train.precision: should be 'bf16' or 'fp32', not 'fp16'",
         "optimizer.betas",
-        "train.batch_size: Input should be greater than or equal to 1, not 0",
+        "train.batch_size: should be at least 1, not 0",
         output=output,
     )
     assert not output.exists()

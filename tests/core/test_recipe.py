@@ -170,7 +170,7 @@ def test_what_a_recipe_leaves_out_has_defaults() -> None:
 )
 def test_any_key_may_be_overridden_with_a_yaml_value(override: str, section: str | None, key: str, value: Any) -> None:
     if override == "description=":
-        assert "description: Input should be a valid string" in refused(override)
+        assert "description: should be text, not null" in refused(override)
         return
     recipe = Recipe.load("quickstart", [override])
     assert getattr(getattr(recipe, section) if section else recipe, key) == value
@@ -245,24 +245,31 @@ def test_the_yaml_holds_every_key() -> None:
         ("data.sources.0.tempalte=none", "unknown key 'data.sources.0.tempalte': did you mean 'data.sources.template'"),
         ("trian={}", "unknown key 'trian': did you mean 'train'"),
         ("colour=red", "unknown key 'colour'"),
-        ("optimizer.lr=fast", "optimizer.lr: Input should be a valid number"),
-        ("optimizer.lr=-1", "optimizer.lr: Input should be greater than or equal to 0, not -1"),
-        ("optimizer.lr=.inf", "optimizer.lr: Input should be a finite number, not inf"),
-        ("train.epochs=.inf", "train.epochs: Input should be a finite number, not inf"),
-        ("train.epochs=.nan", "train.epochs: Input should be"),
-        ("train.epochs=0", "train.epochs: Input should be greater than 0, not 0"),
-        ("train.precision=fp16", "train.precision: Input should be 'bf16' or 'fp32', not 'fp16'"),
-        ("train.global_batch_size=2.5", "train.global_batch_size: Input should be a valid integer"),
-        ("train.batch_size=0", "train.batch_size: Input should be greater than or equal to 1, not 0"),
+        ("optimizer.lr=fast", "optimizer.lr: should be a number, not 'fast'"),
+        ("optimizer.lr=-1", "optimizer.lr: should be at least 0, not -1"),
+        ("optimizer.lr=.inf", "optimizer.lr: should be a finite number, not inf"),
+        ("train.epochs=.inf", "train.epochs: should be a finite number, not inf"),
+        ("train.epochs=.nan", "train.epochs: should be a finite number, not nan"),
+        ("train.epochs=0", "train.epochs: should be above 0, not 0"),
+        ("train.precision=fp16", "train.precision: should be 'bf16' or 'fp32', not 'fp16'"),
+        ("train.global_batch_size=2.5", "train.global_batch_size: should be a whole number, not 2.5"),
+        ("train.batch_size=0", "train.batch_size: should be at least 1, not 0"),
+        ("train.seed=4294967296", "train.seed: should be below 4294967296, not 4294967296"),
+        ("train.shuffle=maybe", "train.shuffle: should be true or false, not 'maybe'"),
+        ("tuning.quantize=nf5", "tuning.quantize: should be 'none' or 'nf4', not 'nf5'"),
+        ("tuning.quantize_output=true", "unknown key 'tuning.quantize_output': did you mean 'tuning.quantize'"),
+        ("optimizer.betas=[0.9]", "missing key 'optimizer.betas.1'"),
+        ("optimizer.betas=[0.9, high]", "optimizer.betas.1: should be a number, not 'high'"),
+        ("vision.params={width: wide}", "vision.params.width: should be a whole number or a number, not 'wide'"),
         ("train.warmup_epochs=60", "train: warmup_epochs (60) must be below epochs (60)"),
         ("optimizer.min_lr=1", "optimizer: min_lr (1.0) must not be above lr (0.002)"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas: each beta must be at least 0 and below 1"),
         ("data.validation={fraction: 0.5, path: x}", "give validation.fraction or validation.path, not both"),
-        ("data.sources=[]", "data.sources: List should have at least 1 item"),
-        ("data.sources.0.ratio=2", "data.sources.0.ratio: Input should be less than or equal to 1, not 2"),
+        ("data.sources=[]", "data.sources: should be a list of at least 1, not []"),
+        ("data.sources.0.ratio=2", "data.sources.0.ratio: should be at most 1, not 2"),
         (
             "data.sources.0.format=xml",
-            "data.sources.0.format: Input should be 'auto', 'single_turn', 'dialogue' or 'single_turn_llava'",
+            "data.sources.0.format: should be 'auto', 'single_turn', 'dialogue' or 'single_turn_llava'",
         ),
         (
             "tuning.method=magic",
@@ -270,8 +277,8 @@ def test_the_yaml_holds_every_key() -> None:
             "known are full, bias_norm, lora, lora_bias_norm, adapter, frozen",
         ),
         ("tuning.method=lore", "tuning.method: there is no method 'lore': did you mean 'lora'?"),
-        ("model.pretrained=3", "model.pretrained: Input should be a valid string, not 3"),
-        ("train=null", "train: Input should be a valid dictionary"),
+        ("model.pretrained=3", "model.pretrained: should be text or a list, not 3"),
+        ("train=null", "train: should be a mapping, not null"),
         ("optimizer={}", "missing key 'optimizer.lr'"),
         ("train.epochs", "'train.epochs': an override is written key=value, such as train.epochs=1"),
         ("=1", "'=1': an override is written key=value"),
@@ -282,7 +289,10 @@ def test_the_yaml_holds_every_key() -> None:
     ],
 )
 def test_a_wrong_override_is_refused_saying_what_was_meant(override: str, message: str) -> None:
-    assert message in refused(override)
+    told = refused(override)
+    assert message in told
+    # pydantic's own words
+    assert not any(word in told for word in ("Value error", "Input should", "valid dictionary", "unable to parse"))
 
 
 def test_all_problems_of_a_recipe_are_told_together() -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llama_acc.core.errors import UserError, did_you_mean, listed
+from llama_acc.core.schema_problems import problems_of
 from llama_acc.core.tokenizer import CHAT_TEMPLATE_FILE, CONFIG_FILE, SentencePieceTokenizer, Tokenizer
 
 TEMPLATE_FILE = "template.json"
@@ -156,8 +157,7 @@ class Template(BaseModel):
         try:
             return cls.model_validate(settings)
         except ValidationError as error:
-            problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-            raise UserError(f"{path} is not a prompt template:\n{listed(problems)}") from error
+            raise UserError(f"{path} is not a prompt template:\n{listed(problems_of(error))}") from error
 
     def _system_text(self, system: str | None) -> str:
         line = self.system if system is None else system

@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llama_acc.core.checkpoint.files import remove_unfinished, write_text_whole
 from llama_acc.core.checkpoint.layout import latest_checkpoint
 from llama_acc.core.checkpoint.save import checkpoints
@@ -133,8 +131,8 @@ def check_same_run(recipe: Recipe, checkpoint: Path) -> None:
     Raises:
         UserError: keys that make it another run, all of them listed.
     """
-    before = _flat(yaml.safe_load((checkpoint / "recipe.yaml").read_text(encoding="utf-8")))
-    now = _flat(yaml.safe_load(recipe.to_yaml()))
+    before = _flat(Recipe.load(checkpoint / "recipe.yaml").model_dump(mode="json"))
+    now = _flat(recipe.model_dump(mode="json"))
     changed = [
         f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
         for key in dict.fromkeys([*before, *now])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llama_acc.core.checkpoint.files import write_manifest
 from llama_acc.core.errors import UserError
 from llama_acc.core.train.events import Quiet
 from llama_acc.core.train.interrupt import Interrupted
@@ -185,6 +186,17 @@ def test_weights_that_stand_in_for_the_masters_are_checked_before_a_resume(tmp_p
     damaged.write_bytes(raw)
     with pytest.raises(UserError, match=r"consolidated\.00-of-01\.model\.pth was changed"):
         run(tmp_path, resume=True)
+
+
+def test_a_run_of_before_a_key_was_there_resumes_with_its_default(tmp_path: Path) -> None:
+    run(tmp_path, "train.max_steps=1")
+    kept = tmp_path / "epoch0-iter1" / "recipe.yaml"
+    kept.write_text(kept.read_text().replace("  on_error: stop\n", ""))
+    write_manifest(kept.parent)
+    run(tmp_path, "train.max_steps=2", resume=True)
+    assert len(losses(tmp_path)) == 2
+    with pytest.raises(UserError, match="data.on_error: 'stop' before, 'skip' now"):
+        run(tmp_path, "train.max_steps=3", "data.on_error=skip", resume=True)
 
 
 def test_a_checkpoint_without_state_is_no_place_to_resume_from(tmp_path: Path) -> None:
