@@ -63,7 +63,8 @@ def check(
     ] = None,
     template: options.Template = "auto",
     format: Annotated[
-        str, typer.Option("--format", metavar="KIND", help="auto, single_turn or dialogue: the kind of items.")
+        str,
+        typer.Option("--format", metavar="KIND", help="Kind of items: auto, single_turn, dialogue, single_turn_llava."),
     ] = "auto",
     preview: Annotated[
         int, typer.Option("--preview", metavar="N", min=0, help="Show the first N items as the model will see them.")
@@ -190,7 +191,7 @@ def _plot(reports: "list[FileReport]", max_tokens: int | None, path: Path) -> No
 
 def _end(reports: "list[FileReport]") -> None:
     """Raises what ends the command with 2, if anything would stop a run."""
-    from llama_acc.core.data.findings import KINDS
+    from llama_acc.core.data.findings import KINDS, other_form
 
     rows = sum(report.survey.rows for report in reports)
     wrong = rows - sum(report.survey.items for report in reports)
@@ -206,5 +207,5 @@ def _end(reports: "list[FileReport]") -> None:
         if kinds == {"image_file"}:
             hint = "say where the images are: --image-root DIR, in a recipe data.sources.root"
         elif wrong == rows:
-            hint = f"if it is in a form of its own: llama-acc convert-data auto {shlex.quote(str(reports[0].path))}"
+            hint = other_form(kinds, shlex.quote(str(reports[0].path)))
         raise UserError(f"{wrong:,} of {count_text(rows, 'item')} cannot be trained on", hint)

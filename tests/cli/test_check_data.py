@@ -230,6 +230,15 @@ def test_an_unknown_on_error_is_refused(single_turn: Path) -> None:
     refused(invoke(*QUICKSTART, "--data", single_turn, "data.on_error=ignore"), "data.on_error", "'stop' or 'skip'")
 
 
+def test_dialogues_for_a_single_turn_recipe_are_told_what_they_may_be(dialogues: Path) -> None:
+    wrong = invoke(*CHECK, dialogues, "--format", "single_turn")
+    assert wrong.exit_code == 2
+    assert "hint: they are dialogues: format single_turn_llava" in wrong.stderr
+    assert "convert-data auto" in wrong.stderr
+    taken = invoke(*CHECK, dialogues, "--format", "single_turn_llava")
+    assert "10 single-turn items" in taken.stdout
+
+
 def test_images_are_opened(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a.png")

@@ -1,6 +1,7 @@
 """What is wrong, or may be, with an item of a data file: which kind of thing, where, and how the text there begins."""
 
 import json
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 _BEGINNING = 60
@@ -62,6 +63,19 @@ class Finding(NamedTuple):
     def fatal(self) -> bool:
         """The item cannot be trained on."""
         return KINDS[self.kind].fatal
+
+
+def other_form(kinds: Collection[str], file: str) -> str:
+    """What to try with a file of which no row is an item.
+
+    Args:
+        kinds: of all findings in it.
+        file: its name, as it is typed.
+    """
+    if set(kinds) == {"mixed_kinds"}:
+        first = "format single_turn_llava (data.sources.0.format) takes the first question and answer of each"
+        return f"they are dialogues: {first}, llama-acc convert-data auto {file} all of them"
+    return f"if it is in a form of its own: llama-acc convert-data auto {file}"
 
 
 def beginning(value: Any) -> str:

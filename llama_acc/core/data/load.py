@@ -22,7 +22,7 @@ from llama_acc.core.data.dataset import DataFile, Dataset, Rows
 from llama_acc.core.data.entry import Encoded, EntryWriter
 from llama_acc.core.data.files import data_suffix
 from llama_acc.core.data.findings import KINDS as FINDINGS
-from llama_acc.core.data.findings import MOST_PROBLEMS, Finding
+from llama_acc.core.data.findings import MOST_PROBLEMS, Finding, other_form
 from llama_acc.core.data.prepare import KEPT_PLACES, Batch, Job
 from llama_acc.core.data.readers import Checked, raise_together, stream_items, unreadable
 from llama_acc.core.data.sources import OTHERWISE, Fetch, FileSpec, SourceLike, expand
@@ -97,7 +97,7 @@ def _nothing(parts: Sequence[Encoded], max_tokens: int) -> UserError:
         first = next(f"{Finding(**problem)}" for part in parts for problem in part.skipped)
         return UserError(
             f"nothing to train on: no item in {count_text(skipped, 'row')}, all skipped; the first: {first}",
-            "if they are in a form of their own: llama-acc convert-data auto FILE",
+            other_form({problem["kind"] for part in parts for problem in part.skipped}, "FILE"),
         )
     return UserError(
         f"nothing to train on: of {count_text(items, 'item')} none has a label within {max_tokens} tokens"
@@ -255,8 +255,7 @@ class _FileReader:
         raise_together(errors)
 
     def _hint(self) -> str:
-        path = shlex.quote(str(self._path))
-        hint = _MEND if self._items else f"if it is in a form of its own: llama-acc convert-data auto {path}"
+        hint = _MEND if self._items else other_form(self.skipped_kinds, shlex.quote(str(self._path)))
         ended = len(self.skipped) >= MOST_PROBLEMS
         return f"reading ended after {MOST_PROBLEMS:,} problems; {hint}" if ended else hint
 

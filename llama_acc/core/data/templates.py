@@ -324,7 +324,8 @@ def template_for(name: str, kind: str) -> Template:
     template = TEMPLATES[_AUTO[kind]] if name == "auto" else get_template(name)
     if kind == "dialogue" and template.kind == "single_turn":
         raise UserError(
-            f"template {template.name!r} is for single-turn items, but these are dialogues", "use template: dialogue"
+            f"template {template.name!r} is for single-turn items, but these are dialogues",
+            "use template: dialogue, or format: single_turn_llava for the first question and answer of each",
         )
     return template
 

@@ -74,6 +74,27 @@ def test_the_template_follows_the_kind_of_items(tmp_path: Path, tokenizer: Token
         load(tokenizer, Source(sources[1].path, template="qg"))
 
 
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_dialogues_in_the_place_of_single_turn_items_are_told_what_they_may_be(
+    on_error: str, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    path = write(tmp_path / "b.json", talks(4))
+    with pytest.raises(UserError, match="among single-turn items") as caught:
+        load(tokenizer, Source(str(path), format="single_turn"), on_error=on_error)
+    assert "they are dialogues: format single_turn_llava" in str(caught.value.hint)
+    with pytest.raises(UserError, match="these are dialogues") as caught:
+        load(tokenizer, Source(str(path), template="alpaca"), on_error=on_error)
+    assert "or format: single_turn_llava" in str(caught.value.hint)
+    taken = load(tokenizer, Source(str(path), format="single_turn_llava"), on_error=on_error)
+    assert (len(taken), taken.template.name) == (4, "alpaca")
+    # One among items is a mistake in the file.
+    mixed = write(tmp_path / "a.json", [*singles(1), *talks(1)])
+    if on_error == "stop":
+        with pytest.raises(UserError, match="among single-turn items") as caught:
+            load(tokenizer, Source(str(mixed)))
+        assert "single_turn_llava" not in str(caught.value.hint)
+
+
 def test_the_report_adds_up(tmp_path: Path, tokenizer: Tokenizer) -> None:
     dataset = load(tokenizer, *two_files(tmp_path))
     report = json.loads(json.dumps(dataset.report()))
@@ -101,7 +122,7 @@ def test_a_file_of_which_nothing_is_left_is_reported(tmp_path: Path, tokenizer: 
     write(tmp_path / "b.json", [{"conversations": [{"from": "human", "value": "hello?"}]}])
     dataset = load(tokenizer, Source(str(tmp_path)))
     assert [(f["items"], f["dropped"], f["lengths"]) for f in dataset.report()["files"]][1] == (1, 1, {})
-    with pytest.raises(UserError, match="nothing to train on: of 1 items"):
+    with pytest.raises(UserError, match="nothing to train on: of 1 item none"):
         load(tokenizer, Source(str(tmp_path / "b.json")))
 
 

@@ -195,7 +195,7 @@ def test_a_run_of_before_a_key_was_there_resumes_with_its_default(tmp_path: Path
     write_manifest(kept.parent)
     run(tmp_path, "train.max_steps=2", resume=True)
     assert len(losses(tmp_path)) == 2
-    with pytest.raises(UserError, match="data.on_error: 'stop' before, 'skip' now"):
+    with pytest.raises(UserError, match=r"data\.on_error: 'stop' before, 'skip' now"):
         run(tmp_path, "train.max_steps=3", "data.on_error=skip", resume=True)
 
 
