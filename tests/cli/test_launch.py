@@ -13,9 +13,11 @@ from llama_acc.core.checkpoint.files import check_manifest
 from llama_acc.core.checkpoint.layout import latest_checkpoint
 from llama_acc.core.launch import Launch, _ending, _how_it_ended
 from llama_acc.core.worker import first_host, join_slurm
-from tests.cli.commands import invoke, refused
+from tests.cli.commands import TINY, invoke, refused
 from tests.cli.jobs import PATIENCE, gone, start_job, workers_of
 from tests.core.ranks import free_port
+from tests.core.seeing import QFORMER
+from tests.core.train.image_runs import words_for, write_data
 
 SHORT = ("--recipe", "quickstart", "train.epochs=3", "checkpoint.every_epochs=1")
 LONG = ("--recipe", "quickstart", "train.epochs=100", "checkpoint.every_epochs=1", "checkpoint.keep=1")
@@ -163,6 +165,20 @@ def test_what_every_rank_finds_is_told_once_and_never_retried(tmp_path: Path) ->
     assert job.err.count("there is no data 'nothing.json'") == 1
     assert "error: there is no data" in job.err
     assert "restarting" not in job.err
+
+
+def test_what_only_the_rank_with_the_vision_tower_finds_is_told_once_and_ends_all(tmp_path: Path) -> None:
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text("raise ImportError('huggingface-hub<1.0 is required')")
+    root = Path(__file__).parents[2]
+    words = words_for(QFORMER, write_data(tmp_path / "data"), "tuning.method=lora", "checkpoint.trainable_only=true")
+    words += ["train.warmup_epochs=0", "parallel.model_parallel_size=2", TINY]
+    recipe = ("--recipe", "quickstart", "--nproc", 2)
+    job = Job(tmp_path / "run", *recipe, *words, PYTHONPATH=f"{tmp_path}:{root}")
+    assert job.wait() == 2
+    said = "error: images need the package transformers, which cannot be imported: huggingface-hub<1.0 is required"
+    assert job.err.splitlines()[-2] == said
+    assert job.err.count("cannot be imported") == 1
 
 
 def test_two_machines_meet_at_an_endpoint(tmp_path: Path) -> None:

@@ -121,7 +121,8 @@ class Trainer:
         )
         self.plan, self.device, self.parallel, self.step = plan, device, parallel, 0
         keep_all = not recipe.checkpoint.trainable_only
-        self.eyes = open_eyes(self.model, weights, device, recipe.train.seed, keep_all)
+        # Only ranks that have the tower find out that it cannot be made.
+        self.eyes = parallel.agree(lambda: open_eyes(self.model, weights, device, recipe.train.seed, keep_all))
         self._feeds = None if self.eyes is None else ImageFeeds(self.eyes, recipe, plan.disk_bytes())
         self._batches: Iterator[MicroBatch] | None = None
         # For whoever has to tell that memory ran out.
