@@ -106,9 +106,12 @@ def _tell(error: Exception, message: str, hint: str | None, exit_code: int) -> N
         return
     # Started by torchrun or Slurm: what all ranks found is told by the first of them; before they have joined, by
     # the first one of each machine.
-    teller = getattr(error, "told_by", worker.rank())
-    alone = isinstance(error, LlamaAccError) and not hasattr(error, "told_by") and worker.local_rank() > 0
-    if teller == worker.rank() and not alone:
+    teller = worker.teller(error)
+    if teller is None:
+        tells = worker.local_rank() == 0 or not isinstance(error, LlamaAccError)
+    else:
+        tells = teller == worker.rank()
+    if tells:
         console.error(f"rank {worker.rank()}: {message}", hint)
 
 

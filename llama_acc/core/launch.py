@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import torch
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest, SignalException
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest, SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous import registry as rendezvous
@@ -306,7 +306,8 @@ class _Agent(LocalElasticAgent):
         """The running workers by local rank."""
         if self._pcontext is None:
             return {}
-        handlers: dict[int, Any] = self._pcontext.subprocess_handlers  # type: ignore[attr-defined]
+        assert isinstance(self._pcontext, SubprocessContext)
+        handlers = self._pcontext.subprocess_handlers
         return {place: handler.proc for place, handler in handlers.items() if handler.proc.poll() is None}
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -322,8 +323,8 @@ class _Agent(LocalElasticAgent):
 
     def _first_failure(self) -> str | None:
         """How the first worker that is found to have failed did."""
-        assert self._pcontext is not None
-        for place, handler in self._pcontext.subprocess_handlers.items():  # type: ignore[attr-defined]
+        assert isinstance(self._pcontext, SubprocessContext)
+        for place, handler in self._pcontext.subprocess_handlers.items():
             code = handler.proc.poll()
             if code:
                 return self._kind(code, _ending(self._pcontext.error_files[place]))

@@ -83,7 +83,6 @@ class Parallel:
         Raises:
             LlamaAccError, OSError: this rank's, or that of the lowest rank that had one.
         """
-        result: _Result | None = None
         error: LlamaAccError | OSError | None = None
         try:
             result = work()
@@ -93,9 +92,9 @@ class Parallel:
         if errors:
             first = min(errors)
             failure = error or errors[first]
-            failure.told_by = first  # type: ignore[union-attr]
+            worker.set_teller(failure, first)
             raise failure
-        return result  # type: ignore[return-value]
+        return result
 
     @property
     def leads_machine(self) -> bool:

@@ -92,6 +92,17 @@ def lost_another_rank(error: BaseException) -> bool:
     return world_size() > 1 and isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
 
 
+def set_teller(error: Exception, rank: int) -> None:
+    """Notes that all ranks end with an error which this one of them had."""
+    vars(error)["told_by"] = rank
+
+
+def teller(error: Exception) -> int | None:
+    """The rank that had the error all ranks end with; None = it is this rank's own."""
+    rank: int | None = vars(error).get("told_by")
+    return rank
+
+
 def record_end(error: BaseException, message: str, hint: str | None, exit_code: int) -> bool:
     """Leaves word of this worker's end for the launcher. False if there is none of this toolkit."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
