@@ -67,7 +67,8 @@ def launched(wanted: Wanted, device: str | None, check: Callable[[int], None]) -
     if device is not None and ":" in device:
         raise UserError(f"--device {device} is one GPU, of several processes each takes its own", "say --device cuda")
 
-    from llama_acc.core.launch import Launch, Stopped, launch, processes_here
+    from llama_acc.core.agent import Stopped
+    from llama_acc.core.launch import Launch, launch, processes_here
 
     count = processes_here(wanted.nproc or "1", None if device is None else device == "cuda")
     how = Launch(

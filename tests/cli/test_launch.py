@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from llama_acc.core.agent import ending_in, how_it_ended
 from llama_acc.core.checkpoint.files import check_manifest
 from llama_acc.core.checkpoint.layout import latest_checkpoint
-from llama_acc.core.launch import Launch, _ending, _how_it_ended
+from llama_acc.core.launch import Launch
 from llama_acc.core.worker import first_host, join_slurm
 from tests.cli.commands import TINY, invoke, refused
 from tests.cli.jobs import PATIENCE, gone, start_job, workers_of
@@ -278,7 +279,7 @@ def test_the_first_of_slurm_s_hosts(nodes: str, first: str) -> None:
 
 
 def test_how_a_process_ended_is_said_in_words(tmp_path: Path) -> None:
-    assert _how_it_ended(3) == "ended with exit code 3"
-    assert _how_it_ended(-11) == "was killed by SIGSEGV"
-    assert _ending(str(tmp_path / "absent")) is None
+    assert how_it_ended(3) == "ended with exit code 3"
+    assert how_it_ended(-11) == "was killed by SIGSEGV"
+    assert ending_in(str(tmp_path / "absent")) is None
     assert Launch(4, nodes=2, endpoint="a:1").world_size == 8
