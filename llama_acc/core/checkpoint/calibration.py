@@ -19,8 +19,9 @@ from llama_acc.core.model import nf4
 from llama_acc.core.model.attention import DocumentAttention
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.gptq import calibrated
-from llama_acc.core.model.layers import RMSNorm, rotary_table
 from llama_acc.core.model.nf4 import Scales
+from llama_acc.core.model.norm import RMSNorm
+from llama_acc.core.model.rotary import rotary_table
 from llama_acc.core.model.transformer import TransformerBlock
 
 _TOKENS = 4096  # that go through a block at a time

@@ -15,7 +15,8 @@ from llama_acc.core.checkpoint.computed import merged, read_block
 from llama_acc.core.checkpoint.parts import Part
 from llama_acc.core.model.attention import DocumentAttention
 from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.layers import RMSNorm, rotary_table
+from llama_acc.core.model.norm import RMSNorm
+from llama_acc.core.model.rotary import rotary_table
 
 MERGE_TOLERANCE = 1e-5
 """How far what a block computes may be off, as a fraction of the largest."""

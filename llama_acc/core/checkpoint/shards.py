@@ -16,7 +16,7 @@ from llama_acc.core.checkpoint.parts import Part, Piece
 from llama_acc.core.checkpoint.quantised import quantised, quantised_parts, read_quantization
 from llama_acc.core.checkpoint.towers import tower_name
 from llama_acc.core.errors import UserError, listed
-from llama_acc.core.model.layers import Linear
+from llama_acc.core.model.linear import Linear
 from llama_acc.core.model.sharding import split_dimension
 from llama_acc.core.model.transformer import Transformer, store_quantised
 from llama_acc.core.model.vision import Tower

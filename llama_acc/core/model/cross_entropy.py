@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llama_acc.core.device import device_type
-from llama_acc.core.model.layers import accumulator, add_product
+from llama_acc.core.model.linear import accumulator, add_product
 from llama_acc.core.model.nf4 import Scales, dense
 from llama_acc.core.parallel import Parallel
 

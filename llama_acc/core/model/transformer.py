@@ -26,20 +26,19 @@ from llama_acc.core.model.attention import (
 )
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.cross_entropy import linear_cross_entropy
-from llama_acc.core.model.layers import (
+from llama_acc.core.model.linear import (
     ColumnParallelLinear,
     Linear,
     Packed,
     ParallelEmbedding,
-    RMSNorm,
     RowParallelLinear,
-    gated_linear,
     gathered,
-    normed_linears,
-    rotary_table,
 )
 from llama_acc.core.model.nf4 import Scales, quantise
+from llama_acc.core.model.norm import RMSNorm, normed_linears
+from llama_acc.core.model.rotary import rotary_table
 from llama_acc.core.model.sharding import local_shape, split_dimension
+from llama_acc.core.model.swiglu import gated_linear
 from llama_acc.core.model.tuning import FULL
 from llama_acc.core.model.vision import Images, add_sight
 from llama_acc.core.parallel import Parallel, local_part

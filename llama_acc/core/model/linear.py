@@ -1,18 +1,17 @@
-"""The layers a LLaMA is made of. Parameters may be of another type than the activations: they are cast for compute.
+"""Matrix products. Parameters may be of another type than the activations: they are cast for compute.
 
 Under model parallelism each rank holds a part of a matrix (see `sharding`). A column-parallel layer takes the whole
 input and gives its part of the output's features; a row-parallel one takes such a part, and its output is summed over
 the group. The groups and the differentiable communication are fairscale's; where an operation has a backward pass of
-its own, the communication is in there.
+its own (`norm`, `swiglu`, `cross_entropy`), the communication is in there.
 
-Shapes: T tokens of the stream, H heads, D head dimension; features are those of this rank.
+Shapes: T tokens of the stream; features are those of this rank.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,8 +21,6 @@ from llama_acc.core.model.nf4 import Scales, dense
 from llama_acc.core.model.tuning import NOTHING, Added
 from llama_acc.core.parallel import Group, Parallel
 
-# Rows a feed-forward layer works on at a time on a CPU.
-_PIECE_ROWS = 256
 _onednn: Any = torch.backends.mkldnn
 
 
@@ -124,11 +121,11 @@ class RowParallelLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., this rank's in_features] to [..., out_features], in the type of `x`."""
-        low = None if self.lora_a is None else _summed(linear(x, self.lora_a.weight), self.group)
-        return self.finish(_summed(linear(x, self.weight, self.scales), self.group), low)
+        low = None if self.lora_a is None else summed(linear(x, self.lora_a.weight), self.group)
+        return self.finish(summed(linear(x, self.weight, self.scales), self.group), low)
 
 
-def _summed(x: Tensor, group: Group | None) -> Tensor:
+def summed(x: Tensor, group: Group | None) -> Tensor:
     """The sum over the model-parallel group, in place; its gradient is passed on as it is."""
     if group is None:
         return x
@@ -237,189 +234,6 @@ class ParallelEmbedding(nn.Module):
         return gathered(F.embedding(tokens, self.weight).to(dtype), self.group)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation, computed in float32 as Meta's code does.
-
-    Attributes:
-        weight: [dim].
-    """
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., dim] to [..., dim], in the type of `x`."""
-        if torch.is_grad_enabled():
-            return _RMSNormFunction.apply(x, self.weight, self.eps)
-        return _rms_norm(x, self.weight, self.eps)[0]
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The normed [..., dim] in the type of `x`, and 1 / rms [..., 1] in float32."""
-    wide = x.float()
-    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * inverse).to(x.dtype) * weight.to(x.dtype), inverse
-
-
-def _rms_norm_backward(
-    d_y: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, weight_needs_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The gradients of x and weight from that of the output, all [..., dim]."""
-    wide = d_y.float()
-    normed = x.float() * inverse
-    d_weight = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype) if weight_needs_grad else None
-    d_normed = wide * weight.float()
-    # d x = (d n - n * mean(d n * n)) / rms
-    projection = (d_normed * normed).mean(-1, keepdim=True)
-    d_x = d_normed.sub_(normed.mul_(projection)).mul_(inverse)
-    return d_x.to(x.dtype), d_weight
-
-
-class _RMSNormFunction(torch.autograd.Function):
-    """Keeps only its input and 1 / rms for the backward pass; out of single operations it would keep copies of both."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, inverse = _rms_norm(x, weight, eps)
-        ctx.save_for_backward(x, weight, inverse)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse = ctx.saved_tensors
-        return *_rms_norm_backward(d_outputs[0], x, weight, inverse, ctx.needs_input_grad[1]), None
-
-
-def normed_linears(x: Tensor, norm: RMSNorm, layers: Sequence[ColumnParallelLinear]) -> tuple[Tensor, ...]:
-    """Each layer of norm(x), [T, dim] to one [T, out] for each layer. For training it keeps x, but not norm(x)."""
-    if not torch.is_grad_enabled():
-        normed = norm(x)
-        return tuple(layer(normed) for layer in layers)
-    group = layers[0].group
-    low = [layer.lora_a.weight for layer in layers if layer.lora_a is not None]
-    weights = [layer.weight for layer in layers]
-    scales = [*(layer.scales for layer in layers), *(None for _ in low)]
-    outputs = _NormedLinearsFunction.apply(x, norm.weight, norm.eps, group, scales, len(low), *weights, *low)
-    products, lows = outputs[: len(layers)], iter(outputs[len(layers) :])
-    return tuple(
-        layer.finish(y, None if layer.lora_a is None else copied(next(lows), group))
-        for layer, y in zip(layers, products, strict=True)
-    )
-
-
-class _NormedLinearsFunction(torch.autograd.Function):
-    """Computes the norm's output again in the backward pass, and sums the layers' gradients of it in one tensor.
-
-    Under model parallelism that tensor is summed over the group while the weights' gradients are computed. The last
-    `whole` weights are those that every rank has all of: their outputs' gradients are complete, so they are added to
-    the sum, not summed themselves.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        norm_weight: Tensor,
-        eps: float,
-        group: Group | None,
-        scales: Sequence[Scales | None],
-        whole: int,
-        *weights: Tensor,
-    ) -> tuple[Tensor, ...]:
-        normed, inverse = _rms_norm(x, norm_weight, eps)
-        ctx.save_for_backward(x, norm_weight, inverse, *weights)
-        ctx.group, ctx.scales, ctx.split = group, scales, len(weights) - whole
-        return tuple(F.linear(normed, dense(*matrix, x.dtype)) for matrix in zip(weights, scales, strict=True))
-
-    @staticmethod
-    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, inverse, *weights = ctx.saved_tensors
-        needs_norm, needs_weights = ctx.needs_input_grad[1], ctx.needs_input_grad[6:]
-        matrices = list(zip(weights, ctx.scales, strict=True))
-        d_normed = d_outputs[0] @ dense(*matrices[0], x.dtype)
-        for d_y, matrix in zip(d_outputs[1 : ctx.split], matrices[1 : ctx.split], strict=True):
-            d_normed.addmm_(d_y, dense(*matrix, x.dtype))
-        summing = None if ctx.group is None else dist.all_reduce(d_normed, group=ctx.group, async_op=True)
-        d_weights: list[Tensor | None] = [None] * len(weights)
-        if any(needs_weights):
-            normed = (x.float() * inverse).to(x.dtype) * norm_weight.to(x.dtype)
-            for i, (d_y, weight) in enumerate(zip(d_outputs, weights, strict=True)):
-                if needs_weights[i]:
-                    d_weights[i] = (d_y.t() @ normed).to(weight.dtype)
-            del normed
-        if summing is not None:
-            summing.wait()
-        for d_y, matrix in zip(d_outputs[ctx.split :], matrices[ctx.split :], strict=True):
-            d_normed.addmm_(d_y, dense(*matrix, x.dtype))
-        d_x, d_norm_weight = _rms_norm_backward(d_normed, x, norm_weight, inverse, needs_norm)
-        return d_x, d_norm_weight, None, None, None, None, *d_weights
-
-
-def gated_linear(gate: Tensor, up: Tensor, w2: RowParallelLinear) -> Tensor:
-    """SwiGLU's second half: w2(silu(gate) * up), [T, hidden] to [T, out]."""
-    if not torch.is_grad_enabled():
-        return w2(F.silu(gate).mul_(up))
-    if w2.lora_a is None:
-        (y,) = _GatedLinearFunction.apply(gate, up, [w2.scales], w2.weight)
-        return w2.finish(_summed(y, w2.group), None)
-    y, low = _GatedLinearFunction.apply(gate, up, [w2.scales, None], w2.weight, w2.lora_a.weight)
-    return w2.finish(_summed(y, w2.group), _summed(low, w2.group))
-
-
-class _GatedLinearFunction(torch.autograd.Function):
-    """Keeps gate and up for the backward pass and computes silu and product again: half the memory of SwiGLU.
-
-    It multiplies by one or several matrices. On a CPU it goes through the rows in pieces that stay in the cache from
-    one operation to the next.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, gate: Tensor, up: Tensor, scales: Sequence[Scales | None], *weights: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(gate, up, *weights)
-        ctx.scales = scales
-        compute_weights = [dense(*matrix, gate.dtype).t() for matrix in zip(weights, scales, strict=True)]
-        outputs = tuple(gate.new_empty(len(gate), len(weight)) for weight in weights)
-        for rows in _pieces(gate):
-            product = F.silu(gate[rows]).mul_(up[rows])
-            for y, weight in zip(outputs, compute_weights, strict=True):
-                torch.mm(product, weight, out=y[rows])
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, *weights = ctx.saved_tensors
-        compute_weights = [dense(*matrix, gate.dtype) for matrix in zip(weights, ctx.scales, strict=True)]
-        pieces = _pieces(gate)
-        d_weights = [
-            accumulator(weight, len(pieces)) if needed else None
-            for weight, needed in zip(weights, ctx.needs_input_grad[3:], strict=True)
-        ]
-        # Their gradients take the place of gate and up; torch refuses a second backward pass over them.
-        for rows in pieces:
-            activated, d_product = F.silu(gate[rows]), d_outputs[0][rows] @ compute_weights[0]
-            for d_y, weight in zip(d_outputs[1:], compute_weights[1:], strict=True):
-                d_product.addmm_(d_y[rows], weight)
-            if any(ctx.needs_input_grad[3:]):
-                product = activated * up[rows]
-                for d_weight, d_y in zip(d_weights, d_outputs, strict=True):
-                    if d_weight is not None:
-                        add_product(d_weight, d_y[rows].t(), product, first=not rows.start)
-            torch.ops.aten.silu_backward.grad_input(d_product * up[rows], gate[rows], grad_input=gate[rows])
-            torch.mul(activated, d_product, out=up[rows])
-        done = (None if d is None else d.to(w.dtype) for d, w in zip(d_weights, weights, strict=True))
-        return gate, up, None, *done
-
-
-def _pieces(x: Tensor) -> list[slice]:
-    if device_type(x) != "cpu" or torch.compiler.is_compiling():
-        return [slice(None)]
-    return [slice(start, start + _PIECE_ROWS) for start in range(0, len(x), _PIECE_ROWS)]
-
-
 def accumulator(weight: Tensor, terms: int) -> Tensor:
     """Where `add_product` sums that many terms of a weight's gradient: in float32 if there is more than one."""
     if not terms:
@@ -435,20 +249,3 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total.copy_(a @ b)
     else:
         total.add_(a @ b)
-
-
-def rotary_table(head_dim: int, length: int, theta: float, scaling: float | None, device: torch.device) -> Tensor:
-    """Rotations of positions 0 to length-1 as complex numbers [length, head_dim / 2].
-
-    Frequency i is theta^(-2i / head_dim) (RoFormer, arXiv:2104.09864); positions are multiplied by `scaling`.
-    """
-    powers = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    positions = torch.arange(length, device=device, dtype=torch.float32) * (1.0 if scaling is None else scaling)
-    angles = torch.outer(positions, 1.0 / theta**powers)
-    return torch.polar(torch.ones_like(angles), angles)
-
-
-def rotate(x: Tensor, rotations: Tensor) -> Tensor:
-    """Rotates interleaved pairs (x0, x1), (x2, x3)... of [T, H, D] by [T, D/2] complex rotations, in float32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotations.unsqueeze(1)).flatten(-2).to(x.dtype)
