@@ -33,7 +33,7 @@ from llama_acc.core.checkpoint.layout import inspect, read_config
 from llama_acc.core.checkpoint.shards import fill, read_weights
 from llama_acc.core.data.batches import MicroBatch
 from llama_acc.core.device import prepare_cpu
-from llama_acc.core.inference import Generator, Sampling
+from llama_acc.core.generation import Generator, Sampling
 from llama_acc.core.model.transformer import build_on_meta
 from llama_acc.core.parallel import Parallel
 from llama_acc.core.train.data_parallel import DataParallel

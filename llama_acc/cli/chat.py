@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from llama_acc.core.inference import Conversation, LoadedModel, Sampling
+    from llama_acc.core.conversation import Conversation
+    from llama_acc.core.generation import Sampling
+    from llama_acc.core.inference import LoadedModel
 
 HELP = """Talk to a model. A run's folder means its latest checkpoint.
 
@@ -79,7 +81,7 @@ def chat(
     nproc: options.Nproc = None,
 ) -> None:
     """Talk to a model."""
-    from llama_acc.core.inference import Sampling
+    from llama_acc.core.generation import Sampling
 
     sampling = Sampling(temperature, top_p, seed, max_new_tokens)
     if image and prompt is None:
@@ -99,7 +101,7 @@ def _talk(
     template: str,
     system: str | None,
 ) -> None:
-    from llama_acc.core.inference import Conversation
+    from llama_acc.core.conversation import Conversation
 
     conversation = Conversation(loaded, sampling)
     if system is not None:

@@ -43,7 +43,8 @@ def check_split(ckpt: list[str], processes: int) -> None:
 def shared_model(which: Which) -> "Iterator[LoadedModel]":
     """The model, shared by all processes; those other than rank 0 compute in here what that asks for."""
     from llama_acc.core.device import pick_device
-    from llama_acc.core.inference import dismiss, follow, load_model
+    from llama_acc.core.generation import dismiss, follow
+    from llama_acc.core.inference import load_model
     from llama_acc.core.parallel import joined
 
     if not worker.is_main():

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from llama_acc.core.errors import UserError
-from llama_acc.core.inference import LoadedModel, Pixels, checked_text, with_images
+from llama_acc.core.generation import Pixels, checked_text, with_images
+from llama_acc.core.inference import LoadedModel
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.vision import Images
 from llama_acc.core.tokenizer import StreamDecoder

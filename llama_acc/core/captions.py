@@ -13,7 +13,8 @@ from llama_acc.core.data.image_files import Named
 from llama_acc.core.data.image_workers import ImageWorkers
 from llama_acc.core.data.images import ImageError, ImageJob, Transform
 from llama_acc.core.errors import UserError
-from llama_acc.core.inference import Generator, LoadedModel, Sampling, checked_text, visible_text, with_images
+from llama_acc.core.generation import Generator, Sampling, checked_text, visible_text, with_images
+from llama_acc.core.inference import LoadedModel
 from llama_acc.core.tokenizer import StreamDecoder
 
 # Images are loaded so many batches at a time: the next ones while a model is at work.

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama_acc.core.inference import Generator, LoadedModel, Sampling, dismiss, follow, load_model, with_images
+from llama_acc.core.generation import Generator, Sampling, dismiss, follow, with_images
+from llama_acc.core.inference import LoadedModel, load_model
 from llama_acc.core.model.vision import Images, Tower
 from llama_acc.core.parallel import joined
 from tests.core.tiny import CPU

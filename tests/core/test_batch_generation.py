@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from llama_acc.core.batch_generation import Answer, encode_question, generate_batch
+from llama_acc.core.conversation import Conversation
 from llama_acc.core.data.templates import Template, get_template
 from llama_acc.core.errors import UserError
-from llama_acc.core.inference import Conversation, Generator, LoadedModel, Sampling, load_model
+from llama_acc.core.generation import Generator, Sampling
+from llama_acc.core.inference import LoadedModel, load_model
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.tuning import Tuning
 from llama_acc.core.tokenizer import load_tokenizer

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llama_acc
+from llama_acc.core.conversation import Conversation, generate
 from llama_acc.core.data.templates import get_template
 from llama_acc.core.errors import UserError
-from llama_acc.core.inference import Conversation, Generator, LoadedModel, Sampling, generate, load_model, visible_text
+from llama_acc.core.generation import Generator, Sampling, visible_text
+from llama_acc.core.inference import LoadedModel, load_model
 from llama_acc.core.recipe import RECIPES_FOLDER
 from tests.core.tiny import SMALL, difference, document_logits, loaded_model, random_model, save_model
 

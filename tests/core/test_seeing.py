@@ -13,9 +13,11 @@ from torch import Tensor
 from llama_acc.core.batch_generation import encode_question, generate_batch
 from llama_acc.core.checkpoint.conversion.request import Request
 from llama_acc.core.checkpoint.convert import convert
+from llama_acc.core.conversation import Conversation, generate
 from llama_acc.core.data.images import normalised
 from llama_acc.core.errors import UserError
-from llama_acc.core.inference import Conversation, Generator, LoadedModel, generate, load_model, with_images
+from llama_acc.core.generation import Generator, with_images
+from llama_acc.core.inference import LoadedModel, load_model
 from tests.core.model.test_vision import huggingface_llama, their_features, their_logits
 from tests.core.ranks import run_ranks
 from tests.core.seeing import QFORMER, SEEING, blip2, random_tower, seeing_model

@@ -9,8 +9,9 @@ import torch
 import yaml
 
 from llama_acc.core.checkpoint.files import write_manifest
+from llama_acc.core.conversation import generate
 from llama_acc.core.errors import UserError
-from llama_acc.core.inference import generate, load_model
+from llama_acc.core.inference import load_model
 from llama_acc.core.model.tuning import METHODS
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.run import finetune
