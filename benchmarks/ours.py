@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 import torch
-from baselines import (
+from tasks import (
     BETAS,
     CLIP_NORM,
     LEARNING_RATE,
