@@ -18,6 +18,7 @@ COMMAND = [sys.executable, "-m", "llama_acc"]
 # 32 items, four optimizer steps an epoch; a whole run takes a fraction of a second.
 TINY = "model.params={dim: 32, n_layers: 2, n_heads: 4, n_kv_heads: 2, multiple_of: 16, max_seq_len: 256}"
 QUICKSTART = ("finetune", "--recipe", "quickstart", "--device", "cpu", TINY, "train.warmup_epochs=0.5")
+DRY = (*QUICKSTART, "--dry-run")
 PATIENCE = 120.0  # seconds; only a test that has failed waits so long
 
 

@@ -10,8 +10,11 @@ from llama_acc.core.data.templates import get_template
 from llama_acc.core.model.vision_config import TinyVision
 from tests.cli.chains import write_chain
 from tests.cli.commands import QUICKSTART, invoke
+from tests.hub import Servers
 
 ANSWER = "a town"
+LIMA = "64bits/lima_vicuna_format"
+DIALOGUE = {"conversations": [{"from": "human", "value": "what is it?"}, {"from": "gpt", "value": ANSWER}]}
 
 
 @pytest.fixture(autouse=True)
@@ -87,3 +90,11 @@ def seer(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> Path
     write_chain(folder, answer=f" {ANSWER}", after=":", endless=" the", endless_after="?", sees=sees)
     get_template("caption").save(folder / "template.json")
     return folder
+
+
+@pytest.fixture
+def lima(servers: Servers) -> Servers:
+    """The hub has LIMA, of ten dialogues."""
+    content = json.dumps([DIALOGUE] * 10).encode()
+    servers.dataset(LIMA, {"lima_vicuna_format.json": content, "README.md": b"# LIMA"})
+    return servers

@@ -18,7 +18,7 @@ from llama_acc.core.data.images import normalised
 from llama_acc.core.errors import UserError
 from llama_acc.core.generation import Generator, with_images
 from llama_acc.core.inference import LoadedModel, load_model
-from tests.core.model.test_vision import huggingface_llama, their_features, their_logits
+from tests.core.model.test_vision_parity import huggingface_llama, their_features, their_logits
 from tests.core.ranks import run_ranks
 from tests.core.seeing import QFORMER, SEEING, blip2, random_tower, seeing_model
 from tests.core.seeing_work import GREEDY, pictures, seen_logits

@@ -23,6 +23,7 @@ _TESTS = (
     "tests/core/checkpoint/test_towers.py",
     "tests/core/model/test_accessory.py",
     "tests/core/model/test_vision.py",
+    "tests/core/model/test_vision_parity.py",
     "tests/core/test_seeing.py",
     "tests/core/train/test_vision_runs.py",
     "tests/cli/test_caption.py",

@@ -1,0 +1,124 @@
+"""A run's folder is refused where it is another's, and resumed only as the run that it holds."""
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.cli.commands import DRY, QUICKSTART, invoke, refused
+
+
+def test_a_folder_in_use_by_another_run_is_refused(tmp_path: Path) -> None:
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        refused(
+            invoke(*QUICKSTART, "--output", tmp_path),
+            f"{tmp_path} is in use by another run",
+            "choose another --output",
+            output=tmp_path,
+        )
+    finally:
+        os.close(descriptor)
+
+
+def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for dry_run in ([], ["--dry-run"]):
+        refused(
+            invoke(*QUICKSTART, "--output", tmp_path, *dry_run),
+            f"{tmp_path} is not empty: it holds thesis.tex",
+            "choose another --output, or continue the run in it with --resume",
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_as_output_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        refused(invoke(*QUICKSTART, "--output", output), f"cannot use {output} as output folder", "another --output")
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "..", '""'])
+def test_a_recipes_name_never_leads_out_of_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(invoke(*QUICKSTART, f"name={name}"), "is no name for a folder", "give --output DIR")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    refused(invoke(*QUICKSTART, "--output", tmp_path), f"cannot write into {tmp_path}")
+    refused(invoke(*QUICKSTART, "--output", tmp_path / "run"), f"cannot use {tmp_path / 'run'} as output folder")
+
+
+def test_too_little_disk_is_told_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Disk(NamedTuple):
+        total: int
+        used: int
+        free: int
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(1 << 30, 0, 1 << 20))
+    for dry_run in ([], ["--dry-run"]):
+        refused(
+            invoke(*QUICKSTART, "--output", tmp_path, *dry_run),
+            "too little disk for the checkpoints:",
+            f"1.0 MiB are free at {tmp_path}",
+            "lower checkpoint.keep",
+            output=tmp_path,
+        )
+
+
+# --resume
+
+
+def test_resume_without_a_checkpoint_starts_at_step_0_and_says_so(tmp_path: Path) -> None:
+    result = invoke(*QUICKSTART, "--output", tmp_path / "run", "--resume", "train.epochs=1")
+    assert result.exit_code == 0
+    assert "no whole checkpoint" in result.stderr
+    assert "starting at step 0" in result.stderr
+    assert (tmp_path / "run" / "latest").read_text() == "epoch0\n"
+
+
+def test_resume_lists_every_key_that_was_changed(trained: Path) -> None:
+    before = (trained / "metrics.jsonl").read_bytes()
+    changed = ["optimizer.lr=0.1", "train.global_batch_size=4", "data.sources.0.ratio=0.5", "train.seed=1"]
+    result = invoke(*QUICKSTART, "--output", trained, "--resume", "train.epochs=9", *changed)
+    refused(
+        result,
+        f"the recipe is not the one {trained / 'epoch0'} was trained with:",
+        "optimizer.lr: 0.002 before, 0.1 now",
+        "train.global_batch_size: 8 before, 4 now",
+        "data.sources.0.ratio: 1.0 before, 0.5 now",
+        "train.seed: 0 before, 1 now",
+        "leave out --recipe",
+    )
+    assert "epochs" not in result.stderr.partition("hint:")[0]
+    assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_can_be_made_longer(trained: Path) -> None:
+    result = invoke(
+        "finetune", "--output", trained, "--resume", "--device", "cpu", "train.epochs=2", "checkpoint.keep=5"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "4 of 8 steps done" in result.stderr
+    assert (trained / "latest").read_text() == "epoch1\n"
+
+
+def test_resume_finds_data_that_changed(tmp_path: Path, single_turn: Path) -> None:
+    data = tmp_path / "towns.json"
+    shutil.copy(single_turn, data)
+    one = (*QUICKSTART, "--data", data, "--output", tmp_path / "run")
+    assert invoke(*one, "train.epochs=1").exit_code == 0
+    data.write_text(json.dumps(json.loads(data.read_text())[1:]))
+    refused(invoke(*one, "--resume", "train.epochs=2"), "the data is not what", "resume with the same files")
+
+
+def test_dry_run_and_resume_exclude_each_other() -> None:
+    refused(invoke(*DRY, "--resume"), "--dry-run and --resume cannot be combined")
