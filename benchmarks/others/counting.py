@@ -1,4 +1,4 @@
-"""Counts the memory that another program's model and training step take: its own code is run, on tensors without values.
+"""Counts the memory that another program takes: its own model and step are run, on tensors without values.
 
 What a GPU does not run here stands in for what it runs there: bitsandbytes' quantised linear layer, as it was in 2023,
 and FlashAttention.
@@ -51,7 +51,9 @@ class Linear4bit(nn.Module):
         twice: whether the scales are quantised, too.
     """
 
-    def __init__(self, rows: int, columns: int, stored_as: torch.dtype, compute_dtype: torch.dtype, twice: bool) -> None:
+    def __init__(
+        self, rows: int, columns: int, stored_as: torch.dtype, compute_dtype: torch.dtype, twice: bool
+    ) -> None:
         super().__init__()
         numbers, blocks = rows * columns, rows * columns // _BLOCK
         self.shape, self.stored_as, self.compute_dtype = (rows, columns), stored_as, compute_dtype

@@ -389,7 +389,9 @@ def _say(setup: "Setup", swept: str = "") -> None:
     if setup.world_size > 1:
         console.note("of rank 0; no other rank has more")
     if setup.device_type == "cuda":
-        console.note("allocator slack and CUDA context are assumed, not measured: see docs/memory.md")
+        console.note(
+            "allocator slack is PyTorch's rules replayed, CUDA context assumed; neither is measured: see docs/memory.md"
+        )
 
 
 def _title(setup: "Setup", swept: str = "") -> str:

@@ -31,7 +31,7 @@ def test_the_parts_of_a_run_and_its_fullest_moments() -> None:
     for column, total in enumerate(rows["all"]):
         assert float(total) == pytest.approx(sum(float(cells[column]) for cells in columns), abs=0.06)
     assert rows["training peak"][0].split(", ")[1].split(" of ")[0] in ("forward", "loss", "backward", "optimizer step")
-    assert "assumed, not measured" in result.stderr
+    assert "neither is measured" in result.stderr
 
 
 def test_json_has_the_parts_in_bytes() -> None:

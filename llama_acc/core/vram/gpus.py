@@ -39,13 +39,11 @@ class Overhead:
         cublas: bytes that PyTorch allocates for matrix products.
         context: bytes outside of PyTorch's allocator.
         nccl: bytes outside of it where there are several ranks.
-        slack: share of what comes and goes that is reserved and not used.
     """
 
     cublas: int
     context: int
     nccl: int
-    slack: float
 
 
 @cache
@@ -79,4 +77,4 @@ def overhead() -> Overhead:
     """The table's."""
     table = _table()["overhead"]
     mib = {name: round(table[name]["mib"] * MIB) for name in ("cublas_workspace", "context", "nccl")}
-    return Overhead(mib["cublas_workspace"], mib["context"], mib["nccl"], table["slack"]["share"])
+    return Overhead(mib["cublas_workspace"], mib["context"], mib["nccl"])

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+from llama_acc.core.vram.caching_allocator import reserved
 from llama_acc.core.vram.gpus import overhead
 from llama_acc.core.vram.simulation import Setup, simulate_generation, simulate_training
-from llama_acc.core.vram.tracker import MemoryTracker, Peak
+from llama_acc.core.vram.tracker import MemoryTracker
 
 PARTS = (
     "weights",
@@ -24,7 +25,6 @@ PARTS = (
     "CUDA context",
 )
 """The parts of a prediction, in the order they are shown."""
-_LASTING = ("weights", "quantisation state", "vision tower", "trainable masters", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -83,25 +83,25 @@ class Prediction:
 def predict(setup: Setup) -> Prediction:
     """Predicts an optimizer step."""
     tracker = simulate_training(setup)
-    return Prediction(setup, _usage(setup, tracker.peak()), _flops(setup, tracker))
+    return Prediction(setup, _usage(setup, tracker), _flops(setup, tracker))
 
 
 def predict_generation(setup: Setup, length: int) -> Usage:
     """Predicts a conversation of `length` tokens with the trained model."""
-    return _usage(setup, simulate_generation(setup, length).peak())
+    return _usage(setup, simulate_generation(setup, length))
 
 
 def _flops(setup: Setup, tracker: MemoryTracker) -> int:
     return sum(tracker.flops.values()) // min(setup.micro_batches, 2)
 
 
-def _usage(setup: Setup, peak: Peak) -> Usage:
+def _usage(setup: Setup, tracker: MemoryTracker) -> Usage:
+    peak = tracker.peak()
     parts = {part: peak.parts.get(part, 0) for part in PARTS}
     assert sum(parts.values()) == peak.total
     if setup.device_type == "cuda":
         besides = overhead()
         parts["working memory"] += besides.cublas
-        coming_and_going = sum(size for part, size in parts.items() if part not in _LASTING)
-        parts["allocator slack"] = round(besides.slack * coming_and_going)
+        parts["allocator slack"] = reserved(tracker.allocations, step=tracker.since) - peak.total
         parts["CUDA context"] = besides.context + (besides.nccl if setup.world_size > 1 else 0)
     return Usage(parts, str(peak.moment))

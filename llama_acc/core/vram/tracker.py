@@ -59,9 +59,9 @@ class Allocation:
 
     __slots__ = ("died", "label", "moment", "nbytes", "time")
 
-    def __init__(self, nbytes: int, moment: Moment, time: int) -> None:
-        self.nbytes, self.moment, self.time = nbytes, moment, time
-        self.died, self.label = _FOREVER, ""
+    def __init__(self, nbytes: int, moment: Moment, time: int, label: str) -> None:
+        self.nbytes, self.moment, self.time, self.label = nbytes, moment, time, label
+        self.died = _FOREVER
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,9 @@ class MemoryTracker(TorchDispatchMode):
 
     Attributes:
         moment: what is being done; whoever drives the work sets it.
+        allocations: all that were made, number n at time n.
+        time: how many.
+        since: the time of the last `reset_peak`.
         flops: floating-point operations by phase.
     """
 
@@ -98,8 +101,8 @@ class MemoryTracker(TorchDispatchMode):
         self.labels = labels
         self._rounding = rounding
         self._live: dict[int, tuple[Allocation, weakref.ref[torch.UntypedStorage]]] = {}
-        self._allocations: list[Allocation] = []
-        self._time = self._now = 0
+        self.allocations: list[Allocation] = []
+        self.time = self._now = 0
         self._ends: list[tuple[int, str]] = []
         self.reset_peak()
 
@@ -109,7 +112,8 @@ class MemoryTracker(TorchDispatchMode):
 
     def reset_peak(self) -> None:
         """Forgets the fullest moment so far."""
-        self._peak, self._peak_time, self._peak_moment, self._peak_extra = self._now, self._time, self.moment, 0
+        self.since = self.time
+        self._peak, self._peak_time, self._peak_moment = self._now, self.time, self.moment
 
     @property
     def now(self) -> int:
@@ -123,7 +127,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def ended(self, what: str) -> None:
         """Notes that a "forward" or "backward" pass, or an "update", is over."""
-        self._ends.append((self._time, what))
+        self._ends.append((self.time, what))
 
     def __enter__(self) -> "MemoryTracker":
         self._resize = torch.UntypedStorage.resize_
@@ -156,7 +160,7 @@ class MemoryTracker(TorchDispatchMode):
         # Its results have their memory already while an operation works.
         extra = workspace(func, args, kwargs)
         if extra:
-            self._take(0, extra)
+            self._give_back(self._allocate(extra, "working memory"))
         if packet in _FLOPS:
             self.flops[self.moment.phase] += _FLOPS[packet](*args, **kwargs, out_val=result)
         if packet in _COLLECTIVES or func.namespace == "fsdp":
@@ -181,51 +185,43 @@ class MemoryTracker(TorchDispatchMode):
             key = storage._cdata
             known = self._live.get(key)
             if known is None:
-                allocation = self._allocate(storage.nbytes())
-                allocation.label = label
+                allocation = self._allocate(storage.nbytes(), label)
                 reference = weakref.ref(storage, lambda _, key=key: self._freed(key))  # type: ignore[misc]
                 self._live[key] = allocation, reference
             elif label and not (keep and known[0].label):
                 known[0].label = label
 
-    def _allocate(self, nbytes: int) -> Allocation:
+    def _allocate(self, nbytes: int, label: str) -> Allocation:
         nbytes = -(-nbytes // self._rounding) * self._rounding
-        allocation = Allocation(nbytes, self.moment, self._time)
-        self._allocations.append(allocation)
-        self._take(nbytes, 0)
+        allocation = Allocation(nbytes, self.moment, self.time, label)
+        self.allocations.append(allocation)
+        self.time += 1
+        self._now += nbytes
+        if self._now > self._peak:
+            self._peak, self._peak_time, self._peak_moment = self._now, self.time, self.moment
         return allocation
 
-    def _take(self, nbytes: int, extra: int) -> None:
-        self._time += 1
-        self._now += nbytes
-        if self._now + extra > self._peak:
-            self._peak, self._peak_time = self._now + extra, self._time
-            self._peak_moment, self._peak_extra = self.moment, extra
+    def _give_back(self, allocation: Allocation) -> None:
+        allocation.died = self.time
+        self._now -= allocation.nbytes
 
     def _freed(self, key: int) -> None:
-        allocation, _ = self._live.pop(key)
-        allocation.died = self._time
-        self._now -= allocation.nbytes
+        self._give_back(self._live.pop(key)[0])
 
     def _resized(self, storage: torch.UntypedStorage) -> None:
         known = self._live.get(storage._cdata)
         if known is None:
             return
         old, reference = known
-        old.died = self._time
-        self._now -= old.nbytes
-        allocation = self._allocate(storage.nbytes())
-        allocation.label = old.label or _BUFFER
-        self._live[storage._cdata] = allocation, reference
+        self._give_back(old)
+        self._live[storage._cdata] = self._allocate(storage.nbytes(), old.label or _BUFFER), reference
 
     def peak(self) -> Peak:
         """The fullest moment since the last reset, in parts."""
         parts: Counter[str] = Counter()
-        for allocation in self._allocations:
+        for allocation in self.allocations:
             if allocation.time < self._peak_time <= allocation.died:
                 parts[self._purpose(allocation)] += allocation.nbytes
-        if self._peak_extra:
-            parts["working memory"] += self._peak_extra
         return Peak(self._peak, self._peak_moment, dict(parts))
 
     def _purpose(self, allocation: Allocation) -> str:

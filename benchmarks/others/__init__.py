@@ -1,1 +1,0 @@
-"""Other programs' own models and steps, run without values to count the memory that they take."""
