@@ -4,25 +4,95 @@ What a GPU does not run here stands in for what it runs there: bitsandbytes' qua
 and FlashAttention.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import argparse
+import json
+import linecache
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llama_acc.core.vram.simulation import watched
-from llama_acc.core.vram.tracker import MemoryTracker
+from llama_acc.core.vram.tracker import Allocation, MemoryTracker, Moment
 
 _BLOCK = 64
 _BLOCK_OF_SCALES = 256
 
 
+def made_of(tensor: Tensor) -> list[Tensor]:
+    """A tensor, or those that it is made of."""
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else None
+    return [tensor] if names is None else [getattr(tensor, name) for name in names]
+
+
+class LineTracker(MemoryTracker):
+    """Knows, too, which line of another program had a storage made."""
+
+    def __init__(self, source: Path | None) -> None:
+        self._source = f"{source.resolve()}{os.sep}" if source else ""
+        self._made: list[tuple[Allocation, str]] = []
+        super().__init__(512)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # a tensor made of others does it by operations on those, which come here in turn
+        if func is torch.ops.aten._log_softmax.default and not args[0].is_contiguous():
+            args = (args[0].contiguous(), *args[1:])  # a GPU's kernel has such a copy of its own
+            self._see(args[0])
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _see(self, tensor: Tensor, label: str = "", keep: bool = False) -> None:
+        for part in made_of(tensor):
+            super()._see(part, label, keep)
+
+    def _allocate(self, *what: Any) -> Allocation:
+        allocation, line = super()._allocate(*what), "elsewhere"
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and not (self._source and frame.f_code.co_filename.startswith(self._source)):
+            frame = frame.f_back
+        if frame is not None:
+            file, number = frame.f_code.co_filename, frame.f_lineno
+            line = f"{Path(file).name}:{number} {linecache.getline(file, number).strip()}"
+        self._made.append((allocation, line))
+        return allocation
+
+    def lines(self) -> dict[str, int]:
+        """Bytes at the peak of what does not last, by purpose and line, most first."""
+        found: Counter[str] = Counter()
+        for allocation, line in self._made:
+            if allocation.time < self._peak_time <= allocation.died and allocation.label in ("", "working memory"):
+                found[f"{self._purpose(allocation)}: {line}"] += allocation.nbytes
+        return dict(found.most_common())
+
+
 @contextmanager
-def counted() -> Iterator[MemoryTracker]:
-    """Operations make tensors that have a shape and no values, and are watched as on a GPU."""
-    with watched(tracker := MemoryTracker(512), "cuda"):
-        yield tracker
+def counted(source: Path | None = None) -> Iterator[LineTracker]:
+    """Operations make tensors that have a shape and no values, and are watched as on a GPU.
+
+    Args:
+        source: the program's folder; at the peak it is known which of its lines made what.
+    """
+    dropout = nn.functional.dropout
+    nn.functional.dropout = _fused_dropout
+    try:
+        with watched(tracker := LineTracker(source), "cuda"):
+            yield tracker
+    finally:
+        nn.functional.dropout = dropout
+
+
+def _fused_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """As a GPU does it: what is kept is a mask of bytes, not one of the input's type."""
+    assert not inplace
+    return torch.native_dropout(x, p, training)[0] if training and p else x
 
 
 class _Product(torch.autograd.Function):
@@ -74,3 +144,98 @@ class Linear4bit(nn.Module):
         """x [..., columns] to [..., rows]."""
         y: Tensor = _Product.apply(x.to(self.compute_dtype), self)
         return y.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published figure and the run it is of.
+
+    Attributes:
+        what: the run in words.
+        published: GB of 10^9 bytes.
+        run: arguments of the function that counts it.
+    """
+
+    what: str
+    published: float
+    run: dict[str, Any]
+
+
+def label_lasting(tracker: MemoryTracker, model: nn.Module) -> None:
+    """Names what a model holds as predictions do."""
+    for parameter in model.parameters():
+        tracker.label([parameter], "trainable masters" if parameter.requires_grad else "weights")
+    for name, buffer in model.named_buffers():
+        kind = name.rpartition(".")[2]
+        known = {"packed": "weights", "scales": "quantisation state", "scales_of_scales": "quantisation state"}
+        tracker.label([buffer], known.get(kind, "weights"))
+
+
+@contextmanager
+def phases(tracker: MemoryTracker, blocks: Iterable[nn.Module], head: nn.Module) -> Iterator[None]:
+    """Keeps the tracker's moment where the model is: in which block, forward or again; from `head` on, the loss."""
+
+    def enter(number: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            again = tracker.moment.phase in ("backward", "recompute")
+            tracker.at(Moment("recompute" if again else "forward", number))
+
+        return hook
+
+    def leave(number: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if tracker.moment.phase == "recompute":
+                tracker.at(Moment("backward", number))
+
+        return hook
+
+    def to_loss(*_: Any) -> None:
+        tracker.at(Moment("loss"))
+
+    tracker.at(Moment("forward"))
+    tracker.reset_peak()
+    with ExitStack() as stack:
+        for number, block in enumerate(blocks):
+            stack.callback(block.register_forward_pre_hook(enter(number)).remove)
+            stack.callback(block.register_forward_hook(leave(number), always_call=True).remove)
+        stack.callback(head.register_forward_pre_hook(to_loss).remove)
+        yield
+
+
+def backward(tracker: MemoryTracker, loss: Tensor) -> None:
+    """The backward pass, told to the tracker."""
+    tracker.ended("forward")
+    tracker.at(Moment("backward"))
+    loss.backward()
+    tracker.ended("backward")
+
+
+def main_of(
+    about: str | None, prepare: Callable[[Path], None], rows: Sequence[Row], count: Callable[..., LineTracker]
+) -> None:
+    """The command: counts every row, and prints a table, or JSON lines. `count` is given the checkout, too."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="the checkout")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each figure")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    arguments = parser.parse_args()
+    prepare(arguments.source)
+    for row in rows:
+        if arguments.only in row.what:
+            _show(row, count(arguments.source, **row.run), arguments.json)
+
+
+def _show(row: Row, tracker: LineTracker, as_json: bool) -> None:
+    peak, lines = tracker.peak(), tracker.lines()
+    if as_json:
+        found = {"what": row.what, "published": row.published, "total": peak.total, "moment": str(peak.moment)}
+        print(json.dumps(found | {"parts": peak.parts, "lines": lines}), flush=True)
+        return
+    counted = peak.total / 1e9
+    print(f"{row.what}: published {row.published:.2f} GB, counted {counted:.2f} ({counted / row.published - 1:+.1%})")
+    for part, size in sorted(peak.parts.items(), key=lambda item: -item[1]):
+        print(f"    {part:24} {size / 1e9:8.3f}")
+    print(f"    at the fullest moment, in {peak.moment}; of what does not last:")
+    for line, size in lines.items():
+        if size > 0.002 * peak.total:
+            print(f"    {size / 1e9:8.3f} {line}", flush=True)
