@@ -1,4 +1,4 @@
-"""Recipes as text: YAML files, and `key=value` overrides of what they say. Which keys there are is not known here."""
+"""Recipes as text: YAML files, and `key=value` overrides of what they say; `recipe` knows today's keys."""
 
 import copy
 import re
