@@ -55,6 +55,7 @@ def test_a_conversation_shows_them_too_and_keeps_them_as_they_are(hostile: Path,
         terminal.expect("> ")
         terminal.type(f"/save {kept}\n")
         terminal.expect("wrote 2 turns")
+        terminal.expect("> ")
         terminal.type("\x04")
         assert terminal.end() == 0
         assert "\x1b" not in terminal.seen.replace("\x1b[?2004", "")  # what readline itself says
