@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llama_acc.core.vram.caching_allocator import reserved
 from llama_acc.core.vram.simulation import watched
 from llama_acc.core.vram.tracker import Allocation, MemoryTracker, Moment
 
@@ -39,7 +40,16 @@ class LineTracker(MemoryTracker):
     def __init__(self, source: Path | None) -> None:
         self._source = f"{source.resolve()}{os.sep}" if source else ""
         self._made: list[tuple[Allocation, str]] = []
+        self._begun = 0
         super().__init__(512)
+
+    def begin(self) -> None:
+        """What there is until now is not on the GPU."""
+        self._begun = self.time
+
+    def reserved(self) -> int:
+        """Bytes that PyTorch had reserved in the end."""
+        return reserved(self.allocations, self._begun)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
@@ -154,11 +164,13 @@ class Row:
         what: the run in words.
         published: GB of 10^9 bytes.
         run: arguments of the function that counts it.
+        counts: whether it is memory "allocated", "reserved", or the whole "device" (a CUDA context is not counted).
     """
 
     what: str
     published: float
     run: dict[str, Any]
+    counts: str = "allocated"
 
 
 def label_lasting(tracker: MemoryTracker, model: nn.Module) -> None:
@@ -226,16 +238,21 @@ def main_of(
 
 
 def _show(row: Row, tracker: LineTracker, as_json: bool) -> None:
-    peak, lines = tracker.peak(), tracker.lines()
+    peak, lines, taken = tracker.peak(), tracker.lines(), tracker.reserved()
+    parts = {part: size for part, size in peak.parts.items() if size > 10**6}
+    if row.counts != "allocated":
+        parts["allocator slack"] = taken - peak.total
     if as_json:
-        found = {"what": row.what, "published": row.published, "total": peak.total, "moment": str(peak.moment)}
-        print(json.dumps(found | {"parts": peak.parts, "lines": lines}), flush=True)
+        found = {"what": row.what, "published": row.published, "allocated": peak.total, "reserved": taken}
+        print(json.dumps(found | {"moment": str(peak.moment), "parts": parts, "lines": lines}), flush=True)
         return
-    counted = peak.total / 1e9
+    counted = sum(parts.values()) / 1e9
     print(f"{row.what}: published {row.published:.2f} GB, counted {counted:.2f} ({counted / row.published - 1:+.1%})")
-    for part, size in sorted(peak.parts.items(), key=lambda item: -item[1]):
-        print(f"    {part:24} {size / 1e9:8.3f}")
-    print(f"    at the fullest moment, in {peak.moment}; of what does not last:")
+    print(
+        f"    {peak.total / 1e9:.3f} allocated, {taken / 1e9:.3f} reserved; the first at its fullest, in {peak.moment}:"
+    )
+    print(f"    theirs: {{{', '.join(f'{part}: {size / 1e9:.3f}' for part, size in parts.items())}}}")
+    print("    of what does not last:")
     for line, size in lines.items():
         if size > 0.002 * peak.total:
             print(f"    {size / 1e9:8.3f} {line}", flush=True)

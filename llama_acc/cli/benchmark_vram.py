@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llama_acc.cli import console, options
+from llama_acc.cli.published import show_published
 from llama_acc.core.errors import RunError, UserError
+from llama_acc.core.units import count_text
 
 if TYPE_CHECKING:
     from llama_acc.core.vram.predict import Prediction, Usage
-    from llama_acc.core.vram.published import Compared
     from llama_acc.core.vram.request import Request
     from llama_acc.core.vram.simulation import Setup
 
@@ -113,7 +114,7 @@ def benchmark_vram(
     if plot is not None:
         _check_picture(plot)
     if published:
-        return _published(efficiency, as_json)
+        return show_published(efficiency, as_json)
     from llama_acc.core.vram.request import Request
 
     request = Request(
@@ -277,51 +278,6 @@ def _device_name(device: Any) -> str:
     return device_name(device)
 
 
-def _published(efficiency: float, as_json: bool) -> None:
-    from llama_acc.core.vram.published import compare_hours, compare_memory
-
-    memory, hours = compare_memory(console.note), compare_hours(console.note)
-    if as_json:
-        rows = [
-            {**vars(row), "usage": row.usage.to_json(), "difference": row.difference, "rest": row.rest}
-            for row in memory
-        ]
-        return _print_json({"memory": rows, "hours": [vars(row) for row in hours]})
-    console.note("a GB is 10^9 bytes; taken as 2^30, what is published would be 7% more")
-    _published_memory(memory)
-    console.out.print()
-    table = [["GPU-hours on 8 A100-80GB", "published", f"here at {efficiency:.0%}", "theirs would be at"]]
-    for timed in hours:
-        ours = timed.at_full_rate / efficiency
-        row_hours = [f"{timed.published:g}", f"{ours:.0f}", f"{timed.at_full_rate / timed.published:.0%}"]
-        table.append([f"{timed.who}: {timed.what}", *row_hours])
-    console.table(table)
-    return None
-
-
-def _published_memory(rows: "list[Compared]") -> None:
-    """A line for each figure, then what makes the difference of those that do not agree."""
-    from llama_acc.core.vram.published import AGREES, GB
-
-    table = [["published by", "run", "GB", "here", "difference", "with their parts", "rest"]]
-    for row in rows:
-        ours = [f"{row.usage.total / GB:.1f}", f"{row.difference:+.0%}"]
-        explained = [f"{row.explained / GB:.1f}", f"{row.rest / GB:+.1f} ({row.rest / GB / row.published:+.0%})"]
-        table.append([row.who, row.what, f"{row.published:g}", *ours, *explained])
-    console.table(table)
-    for row in rows:
-        if abs(row.difference) <= AGREES:
-            continue
-        lines = [f"{size / GB:+7.2f}  {part}" for part, size in row.more.items()]
-        rest = f"{row.rest / GB:+7.2f}  not explained"
-        if row.like_length is not None:
-            rest += f"; no length was published: it would be that of {row.like_length:,} tokens, not {row.length:,}"
-        told = "\n".join(
-            [f"{row.usage.total / GB:7.2f}  predicted here", *lines, rest, f"{row.published:7.2f}  published"]
-        )
-        console.out.print(f"\n{row.who}, {row.what}, GB:\n{told}", markup=False, highlight=False)
-
-
 def _hours(request: "Request", data: Path, kind: str, efficiency: float, as_json: bool) -> None:
     from llama_acc.core.vram import gpus
     from llama_acc.core.vram.hours import gpu_hours, read_texts, work_of
@@ -344,7 +300,10 @@ def _hours(request: "Request", data: Path, kind: str, efficiency: float, as_json
         return _print_json({**_setup_json(setup), **found})
     console.pairs(
         [
-            ("data", f"{texts.items:,} items, {texts.tokens:,.0f} tokens, {epochs:g} epochs"),
+            (
+                "data",
+                f"{count_text(texts.items, 'item')}, {texts.tokens:,.0f} tokens, {count_text(float(epochs), 'epoch')}",
+            ),
             ("GPU-hours", f"{hours:.3g} at {efficiency:.0%} of {chosen.bf16 / 1e12:g} TFLOP/s ({kind}; bf16, dense)"),
             ("time", f"{console.duration(3600 * hours / setup.world_size)} on {setup.world_size} of them"),
         ],

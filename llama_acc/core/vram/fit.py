@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from llama_acc.core.errors import UserError
-from llama_acc.core.vram.predict import predict
+from llama_acc.core.vram.predict import Usage, predict
 from llama_acc.core.vram.request import Request, setup_of
 from llama_acc.core.vram.simulation import Setup
 
@@ -63,31 +63,34 @@ def fitting(request: Request, memory: int, tell: Callable[[str], None] = lambda 
 def _fit(setup: Setup, memory: int) -> Fit:
     length, tuning = max(setup.lengths), setup.recipe.tuning
 
-    def taken(count: int, tokens: int = length) -> int:
-        return predict(replace(setup, lengths=(tokens,) * count)).training.total
+    def taken(count: int, tokens: int = length) -> Usage:
+        return predict(replace(setup, lengths=(tokens,) * count)).training
 
     least = taken(1)
-    if least > memory:
-        return Fit(tuning.method, tuning.quantize, least, 0, 0, length)
+    if least.total > memory:
+        return Fit(tuning.method, tuning.quantize, least.total, 0, 0, length)
     count = _largest(least, taken, memory, LARGEST_BATCH)
     # As many tokens in one example take no more than in several: attention keeps nothing for pairs of tokens.
     longest = min(count * length, setup.config.max_seq_len)
-    return Fit(tuning.method, tuning.quantize, least, count, longest, length)
+    return Fit(tuning.method, tuning.quantize, least.total, count, longest, length)
 
 
-def _largest(least: int, taken: Callable[[int], int], memory: int, limit: int) -> int:
-    """The largest count that fits, between one that does and one that does not; memory grows about evenly with it."""
-    low, low_bytes, high = 1, least, limit + 1
+def _largest(least: Usage, taken: Callable[[int], Usage], memory: int, limit: int) -> int:
+    """The largest count that fits, between one that does and one that does not.
+
+    What is allocated grows about evenly with it; what is reserved goes in steps.
+    """
+    low, low_bytes, high = 1, least.total, limit + 1
     slope = 0.0
     for _ in range(_TRIES):
         if high - low <= 1:
             break
         guess = low * 4 if not slope else low + int((memory - low_bytes) / slope)
         guess = min(max(guess, low + 1), high - 1)
-        size = taken(guess)
-        slope = max((size - least) / (guess - 1), 1.0)
-        if size <= memory:
-            low, low_bytes = guess, size
+        usage = taken(guess)
+        slope = max((usage.allocated - least.allocated) / (guess - 1), 1.0)
+        if usage.total <= memory:
+            low, low_bytes = guess, usage.total
         else:
             high = guess
     return low

@@ -8,12 +8,11 @@ from typing import Any
 
 import yaml
 
-from llama_acc.core.vram.gpus import kind
+from llama_acc.core.vram.gpus import kind, overhead
 from llama_acc.core.vram.hours import Texts, gpu_hours, work_of
-from llama_acc.core.vram.predict import Usage, predict, predict_generation
+from llama_acc.core.vram.predict import PARTS, predict, predict_generation
 from llama_acc.core.vram.request import Request, setup_of
 from llama_acc.core.vram.simulation import Setup
-from llama_acc.core.vram.theirs import PARTS, RANKS, more_of_inference, more_of_training, other_ranks
 
 GB = 10**9
 """Bytes of a published GB: as GB is defined. Where 2^30 was meant, the figure is 7% larger."""
@@ -22,42 +21,56 @@ AGREES = 0.1
 """Up to this relative difference two figures agree."""
 
 
+COUNTS = {"device": (), "reserved": ("CUDA context",), "allocated": ("CUDA context", "allocator slack")}
+"""What a figure of memory may be, and the parts that it leaves out."""
+
+
 @dataclass(frozen=True)
 class Compared:
-    """A published figure of memory and the prediction for it.
+    """A published figure of memory, the prediction for that run here, and what the other program itself was counted at.
 
     Attributes:
         who: published it.
         what: the model and the method, and whether it is "training" or "inference".
         published: GB as printed, taken to be 10^9 bytes.
-        usage: the prediction.
-        more: bytes that they take besides, by what for.
-        length: tokens of an example, where no length was published; else None.
-        like_length: with how many tokens of an example the prediction and `more` would be what is published.
+        counts: what of `COUNTS` it is.
+        here: bytes predicted, by part.
+        theirs: bytes that their own program takes, by part.
+        why: reasons why it takes more or less of a part.
     """
 
     who: str
     what: str
     published: float
-    usage: Usage
-    more: dict[str, int]
-    length: int | None = None
-    like_length: int | None = None
+    counts: str
+    here: dict[str, int]
+    theirs: dict[str, int]
+    why: dict[str, str]
+
+    @property
+    def total(self) -> int:
+        """Bytes predicted here."""
+        return sum(self.here.values())
+
+    @property
+    def counted(self) -> int:
+        """Bytes of their own program."""
+        return sum(self.theirs.values())
 
     @property
     def difference(self) -> float:
         """Of the prediction to what is published, relative."""
-        return self.usage.total / GB / self.published - 1
+        return self.total / GB / self.published - 1
 
     @property
-    def explained(self) -> int:
-        """Bytes of the prediction and of what they take besides."""
-        return self.usage.total + sum(self.more.values())
+    def unexplained(self) -> float:
+        """Of what is published to what their program was counted at, relative."""
+        return self.published * GB / self.counted - 1
 
-    @property
-    def rest(self) -> float:
-        """Bytes of what is published that are left unexplained; less than 0 where too much is explained."""
-        return self.published * GB - self.explained
+    def by_part(self) -> dict[str, int]:
+        """Bytes that their program takes more than this one, by part; their sum is the whole difference."""
+        parts = {part: self.theirs.get(part, 0) - self.here.get(part, 0) for part in PARTS}
+        return {part: size for part, size in parts.items() if size}
 
 
 @dataclass(frozen=True)
@@ -82,48 +95,43 @@ def _table() -> Any:
     return yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
 
 
-def published_runs() -> dict[str, Request]:
-    """The runs that figures of memory are published of, by who published them and what they are."""
-    return {f"{row['who']}: {row['what']}": _request(row["run"]) for row in _table()["memory"]}
+def published_runs() -> list[Request]:
+    """The runs that figures of memory are published of."""
+    return [_request(row["run"]) for row in _table()["memory"]]
 
 
 def compare_memory(tell: Callable[[str], None] = lambda _: None) -> list[Compared]:
     """Every published figure of memory with its prediction; `tell` is told of each run."""
-    found = []
-    for row in _table()["memory"]:
-        tell(f"predicting {row['who']}'s {row['what']}")
-        setup = setup_of(_request(row["run"]))
-        found += [_compared(row, work, setup) for work in ("training", "inference") if work in row]
+    return [_compared(row, tell) for row in _table()["memory"]]
+
+
+def _compared(row: dict[str, Any], tell: Callable[[str], None]) -> Compared:
+    tell(f"predicting {row['who']}'s {row['what']}")
+    counts = _table()["counts"][row["who"]]
+    setup = setup_of(_request(row["run"]))
+    ranks = setup.world_size
+    theirs = {part: round(ranks * size * GB) for part, size in row["theirs"].items()}
+    if counts == "device":
+        besides = overhead()
+        theirs["CUDA context"] = ranks * (besides.context + (besides.nccl if ranks > 1 else 0))
+    here = _on_all_ranks(setup, row["what"].endswith("inference"))
+    kept = {part: size for part, size in here.items() if part not in COUNTS[counts]}
+    return Compared(row["who"], row["what"], row["published"], counts, kept, theirs, row["why"])
+
+
+def _on_all_ranks(setup: Setup, generates: bool) -> dict[str, int]:
+    """Bytes by part, of all model-parallel ranks together."""
+
+    def parts(rank: int) -> dict[str, int]:
+        of_rank = replace(setup, rank=rank)
+        usage = predict_generation(of_rank, max(setup.lengths)) if generates else predict(of_rank).training
+        return usage.parts
+
+    found = parts(0)
+    if setup.world_size > 1:  # all but rank 0 are alike: it alone has the vision tower
+        others = parts(1)
+        found = {part: size + (setup.world_size - 1) * others[part] for part, size in found.items()}
     return found
-
-
-def _compared(row: dict[str, Any], work: str, setup: Setup) -> Compared:
-    usage, more = _theirs(row, work, setup)
-    compared = Compared(row["who"], f"{row['what']}, {work}", row[work], usage, more)
-    if work == "inference" or row.get("length_is_told", True) or abs(compared.difference) <= AGREES:
-        return compared
-    twice, more_of_twice = _theirs(row, work, replace(setup, lengths=tuple(2 * length for length in setup.lengths)))
-    by_length = twice.total + sum(more_of_twice.values()) - compared.explained
-    length = max(setup.lengths)
-    return replace(compared, length=length, like_length=round(length * (1 + compared.rest / by_length)))
-
-
-def _theirs(row: dict[str, Any], work: str, setup: Setup) -> tuple[Usage, dict[str, int]]:
-    predicted = _training if work == "training" else _inference
-    usage = predicted(setup)
-    counted = more_of_training(setup, usage) if work == "training" else more_of_inference(setup)
-    more = {part: counted[part] for name in row.get("parts", ()) if (part := PARTS[name]) in counted}
-    if "ranks" in row:
-        more = {RANKS: other_ranks(setup, usage, row["ranks"], predicted), **more}
-    return usage, {part: size for part, size in more.items() if size}
-
-
-def _training(setup: Setup) -> Usage:
-    return predict(setup).training
-
-
-def _inference(setup: Setup) -> Usage:
-    return predict_generation(setup, max(setup.lengths))
 
 
 def published_hours() -> list[dict[str, Any]]:
