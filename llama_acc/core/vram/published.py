@@ -95,9 +95,10 @@ def _table() -> Any:
     return yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
 
 
-def published_runs() -> list[Request]:
-    """The runs that figures of memory are published of."""
-    return [_request(row["run"]) for row in _table()["memory"]]
+def published_runs() -> dict[str, Request]:
+    """The runs that figures of memory are published of, by who published them and what they are, each on one GPU."""
+    names = {f"{row['who']}: {row['what'].rpartition(', ')[0]}": row["run"] for row in _table()["memory"]}
+    return {name: replace(_request(run), gpus=None, model_parallel_size=None) for name, run in names.items()}
 
 
 def compare_memory(tell: Callable[[str], None] = lambda _: None) -> list[Compared]:
