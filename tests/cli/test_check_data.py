@@ -230,13 +230,18 @@ def test_an_unknown_on_error_is_refused(single_turn: Path) -> None:
     refused(invoke(*QUICKSTART, "--data", single_turn, "data.on_error=ignore"), "data.on_error", "'stop' or 'skip'")
 
 
-def test_dialogues_for_a_single_turn_recipe_are_told_what_they_may_be(dialogues: Path) -> None:
+def test_dialogues_for_a_single_turn_recipe_are_told_what_they_may_be(dialogues: Path, tmp_path: Path) -> None:
     wrong = invoke(*CHECK, dialogues, "--format", "single_turn")
     assert wrong.exit_code == 2
-    assert "hint: they are dialogues: format single_turn_llava" in wrong.stderr
-    assert "convert-data auto" in wrong.stderr
-    taken = invoke(*CHECK, dialogues, "--format", "single_turn_llava")
-    assert "10 single-turn items" in taken.stdout
+    assert "hint: they are dialogues: use format: dialogue and template: dialogue, or format: single" in wrong.stderr
+    assert f"llama-acc convert-data llava {dialogues}" in wrong.stderr
+    whole = invoke(*CHECK, dialogues, "--format", "dialogue", "--template", "dialogue")
+    assert "10 dialogues" in whole.stdout
+    first = invoke(*CHECK, dialogues, "--format", "single_turn_llava")
+    assert "10 single-turn items" in first.stdout
+    made = invoke("convert-data", "llava", dialogues, "--output", tmp_path / "all.json")
+    assert made.exit_code == 0, made.stderr
+    assert invoke(*CHECK, tmp_path / "all.json", "--format", "single_turn").exit_code == 0
 
 
 def test_images_are_opened(tmp_path: Path) -> None:

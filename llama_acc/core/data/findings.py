@@ -73,8 +73,9 @@ def other_form(kinds: Collection[str], file: str) -> str:
         file: its name, as it is typed.
     """
     if set(kinds) == {"mixed_kinds"}:
-        first = "format single_turn_llava (data.sources.0.format) takes the first question and answer of each"
-        return f"they are dialogues: {first}, llama-acc convert-data auto {file} all of them"
+        whole = "use format: dialogue and template: dialogue"
+        first = "format: single_turn_llava for the first question and answer of each"
+        return f"they are dialogues: {whole}, or {first}, or for all of them llama-acc convert-data llava {file}"
     return f"if it is in a form of its own: llama-acc convert-data auto {file}"
 
 

@@ -81,7 +81,9 @@ def test_dialogues_in_the_place_of_single_turn_items_are_told_what_they_may_be(
     path = write(tmp_path / "b.json", talks(4))
     with pytest.raises(UserError, match="among single-turn items") as caught:
         load(tokenizer, Source(str(path), format="single_turn"), on_error=on_error)
-    assert "they are dialogues: format single_turn_llava" in str(caught.value.hint)
+    assert "they are dialogues: use format: dialogue and template: dialogue, or format: single_turn_llava" in str(
+        caught.value.hint
+    )
     with pytest.raises(UserError, match="these are dialogues") as caught:
         load(tokenizer, Source(str(path), template="alpaca"), on_error=on_error)
     assert "or format: single_turn_llava" in str(caught.value.hint)
