@@ -152,6 +152,10 @@ class Plan:
         grouped = f" ({config.kv_heads} for keys and values)" if config.kv_heads != config.n_heads else ""
         saves = self.save_count()
         kept = min(saves, recipe.checkpoint.keep) if recipe.checkpoint.keep else saves
+        every, never = recipe.checkpoint.every_steps, ""
+        if every >= self.steps_per_epoch:
+            epoch = count_text(self.steps_per_epoch, "step")
+            never = f"; checkpoint.every_steps={every} saves none, as an epoch has {epoch}"
         lines = [
             ("recipe", f"{recipe.name}: {recipe.description}" if recipe.description else recipe.name),
             (
@@ -181,7 +185,7 @@ class Plan:
                 f"{self.steps_per_epoch:,} in an epoch, {count_text(recipe.train.epochs, 'epoch')}, "
                 f"{recipe.train.precision}",
             ),
-            ("checkpoints", f"{saves} of {size_text(self.checkpoint_bytes())}, the newest {kept} kept"),
+            ("checkpoints", f"{saves} of {size_text(self.checkpoint_bytes())}, the newest {kept} kept{never}"),
         ]
         return lines
 

@@ -66,6 +66,15 @@ def test_checkpoints_are_due_where_the_recipe_says_and_at_the_end(overrides: lis
     assert plan.save_count() == len(expected)
 
 
+@pytest.mark.parametrize(("steps", "said"), [(0, False), (3, False), (4, True), (20, True)])
+def test_it_says_where_no_epoch_is_long_enough_for_a_checkpoint_within_it(steps: int, said: bool) -> None:
+    plan = plan_of("train.epochs=3", "checkpoint.every_epochs=0", f"checkpoint.every_steps={steps}")
+    assert (plan.save_count() == 1) == (steps != 3)
+    line = dict(plan.lines())["checkpoints"]
+    assert ("every_steps" in line) == said
+    assert line.endswith(f" kept; checkpoint.every_steps={steps} saves none, as an epoch has 4 steps" * said)
+
+
 def test_validation_is_due_each_epoch_or_every_so_many_steps_and_at_the_end() -> None:
     def due(*overrides: str) -> list[int]:
         plan = plan_of("train.epochs=2.5", *overrides)
