@@ -292,7 +292,7 @@ class Checkpoint(Section):
 
     Attributes:
         every_epochs: save after so many epochs; 0 = only at the end.
-        every_steps: also save after so many optimizer steps; 0 = never.
+        every_steps: also save after so many optimizer steps of an epoch; 0 = never.
         keep: how many checkpoint folders stay, the newest; 0 = all.
         dtype: type of the saved weights; auto = the training precision.
         asynchronous: write while training goes on, from a copy in the host's memory, where that has room for it.
@@ -408,11 +408,11 @@ def known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]
 
 def _suggestion(key: str) -> str:
     """What an unknown key may have been meant to be, as a question."""
-    known = known_keys()
-    generic = re.sub(r"\.\d+\.", ".", key)
-    parent = generic.rpartition(".")[0]
-    homes = [name for name in known if name.rpartition(".")[2] == generic.rpartition(".")[2]]
+    source = re.match(r"data\.sources\.\d+\.", key)
+    known = [name.replace("data.sources.", source[0] if source else "data.sources.") for name in known_keys()]
+    parent, _, own = key.rpartition(".")
+    homes = [name for name in known if name.rpartition(".")[2] == own]
     if homes:  # the right name in the wrong section
         return f"did you mean {' or '.join(repr(name) for name in homes)}?"
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
-    return did_you_mean(generic, siblings) or did_you_mean(generic, known)
+    return did_you_mean(key, siblings) or did_you_mean(key, known)

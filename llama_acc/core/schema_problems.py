@@ -50,16 +50,26 @@ def problems_of(error: ValidationError, suggest: Callable[[str], str] = lambda k
             hint = suggest(key)
             problems.append(f"unknown key '{key}'" + (f": {hint}" if hint else ""))
         elif item["type"] == "missing":
-            problems.append(f"missing key '{key}'")
+            what = (
+                "value" if isinstance(item["loc"][-1], int) else "key"
+            )  # of a list that is too short, or of a mapping
+            problems.append(f"missing {what} '{key}'")
         elif item["type"] in _WANTED:
             wanted.setdefault((key, _shown(item["input"])), []).append(_what_is_wanted(item))
         else:
             message = item["msg"].removeprefix("Value error, ")
             problems.append(f"{key}: {message}" if key else message)
     told = [
-        f"{key}: should be {' or '.join(dict.fromkeys(kinds))}, not {value}" for (key, value), kinds in wanted.items()
+        f"{key}: should be {_alternatives(kinds)}, not {value}"
+        for (key, value), kinds in wanted.items()
+        # What stands in a list is told, not that a union takes something else in the place of the list.
+        if not any(inner.startswith(f"{key}.") for inner, _ in wanted)
     ]
     return list(dict.fromkeys([*told, *problems]))
+
+
+def _alternatives(kinds: list[str]) -> str:
+    return " or ".join(kind for kind in dict.fromkeys(kinds) if kind != "a whole number" or "a number" not in kinds)
 
 
 def _what_is_wanted(item: ErrorDetails) -> str:
