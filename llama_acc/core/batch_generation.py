@@ -61,7 +61,7 @@ def generate_batch(
     """Greedy answers, each as soon as it has ended.
 
     They are those of one prompt at a time, up to the rounding of a product of more rows. An answer ends where
-    `inference.Generator` and the template's stop strings end it.
+    `generation.Generator` and the template's stop strings end it.
 
     Args:
         loaded: the model, on one process.
