@@ -60,7 +60,7 @@ def problems_of(error: ValidationError, suggest: Callable[[str], str] = lambda k
             message = item["msg"].removeprefix("Value error, ")
             problems.append(f"{key}: {message}" if key else message)
     told = [
-        f"{key}: should be {_alternatives(kinds)}, not {value}"
+        f"{key}: should be {_alternatives(kinds)}, not {value}".removeprefix(": ")
         for (key, value), kinds in wanted.items()
         # What stands in a list is told, not that a union takes something else in the place of the list.
         if not any(inner.startswith(f"{key}.") for inner, _ in wanted)

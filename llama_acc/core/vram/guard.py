@@ -46,7 +46,8 @@ def check_fits(plan: Plan, parallel: Parallel, device: torch.device) -> None:
         return
     setup = setup_of_run(plan, parallel.world_size, device.type)
     usage = apart(predict, setup).training
-    # Slack is assumed, and the context is there already: what surely does not fit is refused, nothing else.
+    # Slack is given back where memory runs short, and the context is there already: what surely does not fit is
+    # refused, nothing else.
     if usage.allocated <= free:
         return
     changes = apart(best_changes, setup, free)
