@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from llama_acc.core.vram.predict import predict
+from llama_acc.core.vram.predict import Usage, predict
 from llama_acc.core.vram.simulation import Setup
 
+_LEAST = 0.001
+"""A change that saves no more than this share of the run helps nobody."""
 _NF4 = ("tuning.quantize=nf4", "checkpoint.trainable_only=true")
 
 
@@ -16,34 +18,42 @@ class Change:
     Attributes:
         keys: what to add to the command.
         keeps_the_run: it stays the same run, in less memory.
-        total: bytes of the device it then takes.
-        saves: bytes less than without it.
+        fits: it is enough alone.
+        saves: bytes allocated less than without it.
     """
 
     keys: str
     keeps_the_run: bool
-    total: int
+    fits: bool
     saves: int
 
 
-def best_changes(setup: Setup, free: int, most: int = 3) -> list[Change]:
+def best_changes(setup: Setup, free: int, with_slack: bool = False, most: int = 3) -> list[Change]:
     """The changes that help most: first those that make it fit, of these first those that leave the run what it is.
+
+    Slack goes up and down in steps, so no change is proposed, nor said to save, for what it does to slack.
 
     Args:
         setup: the run, which takes too much.
         free: bytes there are.
+        with_slack: they have to hold slack and context, too; else what is allocated.
         most: how many to give.
     """
-    total = predict(setup).training.total
+
+    def taken(usage: Usage) -> int:
+        return usage.total if with_slack else usage.allocated
+
+    now = predict(setup).training
     found = []
     for keys, keeps, changed in _possible(setup):
-        after = predict(changed).training.total
-        if after < total:
-            found.append(Change(" ".join(keys), keeps, after, total - after))
+        after = predict(changed).training
+        saves = now.allocated - after.allocated
+        if saves > _LEAST * now.allocated and taken(after) < taken(now):
+            found.append(Change(" ".join(keys), keeps, taken(after) <= free, saves))
         # Those to be preferred come first, and a prediction of a large model takes seconds.
-        if sum(change.total <= free for change in found) == most:
+        if sum(change.fits for change in found) == most:
             break
-    found.sort(key=lambda change: (change.total > free, not change.keeps_the_run, -change.saves))
+    found.sort(key=lambda change: (not change.fits, not change.keeps_the_run, -change.saves))
     return found[:most]
 
 
@@ -56,7 +66,8 @@ def _possible(setup: Setup) -> Iterator[tuple[tuple[str, ...], bool, Setup]]:
         yield _changed(setup, True, "parallel.data_parallel=fsdp")
     for fewer in sorted({count // 2, 1} - {0, count}, reverse=True):
         lengths = tuple(sorted(setup.lengths, reverse=True)[:fewer])
-        yield (f"train.batch_size={fewer}",), True, _shorter(setup, lengths)
+        # Smaller micro-batches are more of them.
+        yield (f"train.batch_size={fewer}",), True, _shorter(setup, lengths, max(setup.micro_batches, 2))
     if train.precision == "fp32":
         yield _changed(setup, False, "train.precision=bf16")
     if tuning.method == "full":
@@ -66,7 +77,7 @@ def _possible(setup: Setup) -> Iterator[tuple[tuple[str, ...], bool, Setup]]:
         yield _changed(setup, False, *_NF4)
     if longest > 256:
         shorter = tuple(min(length, longest // 2) for length in setup.lengths)
-        yield (f"data.max_tokens={longest // 2}",), False, _shorter(setup, shorter)
+        yield (f"data.max_tokens={longest // 2}",), False, _shorter(setup, shorter, setup.micro_batches)
 
 
 def _changed(setup: Setup, keeps: bool, *overrides: str) -> tuple[tuple[str, ...], bool, Setup]:
@@ -75,7 +86,6 @@ def _changed(setup: Setup, keeps: bool, *overrides: str) -> tuple[tuple[str, ...
     return overrides, keeps, replace(setup, recipe=recipe, config=replace(setup.config, tuning=tuning))
 
 
-def _shorter(setup: Setup, lengths: tuple[int, ...]) -> Setup:
+def _shorter(setup: Setup, lengths: tuple[int, ...], micro_batches: int) -> Setup:
     labels = None if setup.labels is None else min(setup.labels, sum(lengths))
-    # Smaller micro-batches are more of them.
-    return replace(setup, lengths=lengths, labels=labels, micro_batches=max(setup.micro_batches, 2))
+    return replace(setup, lengths=lengths, labels=labels, micro_batches=micro_batches)

@@ -46,8 +46,7 @@ def check_fits(plan: Plan, parallel: Parallel, device: torch.device) -> None:
         return
     setup = setup_of_run(plan, parallel.world_size, device.type)
     usage = apart(predict, setup).training
-    # Slack is given back where memory runs short, and the context is there already: what surely does not fit is
-    # refused, nothing else.
+    # Slack is mostly given back, and the context is there already: what surely does not fit is refused, nothing else.
     if usage.allocated <= free:
         return
     changes = apart(best_changes, setup, free)
@@ -55,7 +54,7 @@ def check_fits(plan: Plan, parallel: Parallel, device: torch.device) -> None:
         f"the run does not fit: it takes {size_text(usage.allocated)} on {device.type}, {size_text(free)} are free "
         f"(its largest micro-batch has {_batch(setup.lengths)}, at its fullest in {usage.moment})\n"
         f"{listed(_lines(usage))}",
-        f"{_advice(changes, free)}; --force tries it all the same",
+        f"{_advice(changes)}; --force tries it all the same",
     )
 
 
@@ -77,11 +76,11 @@ def _lines(usage: Usage) -> list[str]:
     return [f"{part}: {size_text(size)}" for part, size in usage.parts.items() if size and part != "CUDA context"]
 
 
-def _advice(changes: Sequence[Change], free: int) -> str:
+def _advice(changes: Sequence[Change]) -> str:
     if not changes:
         return "use a smaller model, or more memory"
     told = [
-        f"{change.keys} (saves {size_text(change.saves)}" + (")" if change.total <= free else ", not enough alone)")
+        f"{change.keys} (saves {size_text(change.saves)}" + (")" if change.fits else ", not enough alone)")
         for change in changes
     ]
     return "what would help most: " + "; ".join(told)
@@ -105,21 +104,21 @@ class Shortage:
         kind = "GPU memory" if trainer.device.type == "cuda" else "memory"
         where = f"at step {trainer.step + 1}" if trainer.started else "while the largest micro-batch was tried"
         setup = setup_of_run(trainer.plan, trainer.parallel.world_size, trainer.device.type, trainer.in_hand)
-        predicted, changes, free = self._predicted(setup)
+        predicted, changes = self._predicted(setup)
         lines = [f"{part}: {size_text(size)}" for part, size in self._actual().items()]
         message = f"out of {kind} {where}: {self.cause}\n"
         message += f"The micro-batch has {_batch(setup.lengths)}. In use:\n{listed(lines)}"
         if predicted is not None:
             usage = predicted.training
             message += f"\nPredicted at most {size_text(usage.total)}, in {usage.moment}:\n{listed(_lines(usage))}"
-        return RunError(f"{message}\nEvery checkpoint that was saved is whole", _advice(changes, free))
+        return RunError(f"{message}\nEvery checkpoint that was saved is whole", _advice(changes))
 
-    def _predicted(self, setup: Setup) -> tuple[Prediction | None, list[Change], int]:
-        free = int(self._limit())
+    def _predicted(self, setup: Setup) -> tuple[Prediction | None, list[Change]]:
         try:
-            return apart(predict, setup), apart(best_changes, setup, free), free
+            # What is allocated was found to fit, so slack may be what did not.
+            return apart(predict, setup), apart(best_changes, setup, int(self._limit()), True)
         except MemoryError:
-            return None, [], free
+            return None, []
 
     def _limit(self) -> float:
         device = self.trainer.device

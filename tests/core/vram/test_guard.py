@@ -7,11 +7,12 @@ import torch
 
 from llama_acc.core.errors import UserError
 from llama_acc.core.parallel import Parallel
-from llama_acc.core.vram import guard
+from llama_acc.core.vram import changes, guard
 from llama_acc.core.vram.changes import best_changes
 from llama_acc.core.vram.gpus import overhead
 from llama_acc.core.vram.guard import _bound, check_fits, setup_of_run
-from llama_acc.core.vram.predict import predict
+from llama_acc.core.vram.predict import PARTS, Prediction, Usage, predict
+from llama_acc.core.vram.simulation import Setup
 from tests.core.tiny import CPU
 from tests.core.train.runs import plan_of, run
 from tests.core.vram.setups import NF4, setup
@@ -79,14 +80,45 @@ def test_what_is_not_simulated_is_never_more_than_what_is_free(method: str, mode
 
 def test_changes_that_leave_the_run_what_it_is_come_first_and_save_what_they_say() -> None:
     run = setup("train.activation_checkpointing=false", lengths=(256, 256), micro_batches=2)
-    total = predict(run).training.total
-    changes = best_changes(run, total - 1)
-    assert [change.keys for change in changes[:2] if change.keeps_the_run] != []
-    for change in changes:
-        assert change.total + change.saves == total
-    (checkpointing,) = (change for change in changes if change.keys == "train.activation_checkpointing=true")
+    allocated = predict(run).training.allocated
+    found = best_changes(run, allocated - 1)
+    assert [change.keys for change in found[:2] if change.keeps_the_run] != []
+    assert all(change.fits for change in found)
+    (checkpointing,) = (change for change in found if change.keys == "train.activation_checkpointing=true")
     again = setup("train.activation_checkpointing=true", lengths=(256, 256), micro_batches=2)
-    assert checkpointing.total == predict(again).training.total
+    assert checkpointing.saves == allocated - predict(again).training.allocated
+
+
+def test_slack_alone_is_no_reason_for_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    def predicted(run: Setup) -> Prediction:
+        tuning = run.recipe.tuning
+        allocated, slack = 100_000, 20_000
+        if run.recipe.train.activation_checkpointing:
+            slack = 0
+        elif len(run.lengths) == 1:
+            allocated, slack = 99_950, 0
+        elif max(run.lengths) < 512:
+            allocated, slack = 90_000, 40_000
+        elif tuning.quantize == "nf4":
+            allocated = 60_000
+        elif tuning.method == "lora":
+            allocated, slack = 80_000, 30_000
+        parts = dict.fromkeys(PARTS, 0) | {"weights": allocated, "allocator slack": slack}
+        return Prediction(run, Usage(parts, "loss"), 0)
+
+    monkeypatch.setattr(changes, "predict", predicted)
+    run = setup("train.activation_checkpointing=false", lengths=(512, 512))
+    quantised, lora, shorter = "checkpoint.trainable_only=true", "tuning.method=lora", "data.max_tokens=256"
+    found = [(change.keys.split()[-1], change.saves, change.fits) for change in best_changes(run, 80_000)]
+    assert found == [(quantised, 40_000, True), (lora, 20_000, True), (shorter, 10_000, False)]
+    found = [(change.keys.split()[-1], change.saves, change.fits) for change in best_changes(run, 80_000, True)]
+    assert found == [(quantised, 40_000, True), (lora, 20_000, False)]  # shorter ones take as much more of slack
+
+
+def test_smaller_micro_batches_are_more_of_them_shorter_examples_are_not() -> None:
+    run = setup("tuning.method=full", lengths=(512, 512))
+    micro_batches = {keys[0]: changed.micro_batches for keys, _, changed in changes._possible(run)}
+    assert (micro_batches["train.batch_size=1"], micro_batches["data.max_tokens=256"]) == (2, 1)
 
 
 def test_what_is_done_already_is_not_proposed() -> None:

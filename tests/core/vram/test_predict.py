@@ -1,5 +1,6 @@
 """The parts against counts by hand, for small models; ranks, moments and work."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -74,6 +75,13 @@ def test_every_byte_of_the_peak_belongs_to_a_part_and_the_peak_is_at_a_moment() 
     assert usage.parts["CUDA context"] == overhead().context
     assert usage.parts["allocator slack"] > 0
     assert usage.allocated + usage.parts["allocator slack"] == usage.reserved
+
+
+def test_what_a_run_keeps_is_there_in_every_step_whenever_python_collects_it() -> None:
+    tracker = simulate_training(setup("tuning.method=full", device_type="cuda"))
+    gc.collect()
+    lasting = [a for a in tracker.allocations if a.time < tracker.since and a.died > len(tracker.allocations)]
+    assert sum(allocation.nbytes for allocation in lasting) >= 12 * PARAMETERS
 
 
 def test_generation_keeps_keys_and_values_of_every_position() -> None:
