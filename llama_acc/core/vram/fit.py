@@ -14,7 +14,6 @@ WAYS = [*((method, "none") for method in _METHODS), *((method, "nf4") for method
 """Methods and bases, best first."""
 LARGEST_BATCH = 256
 """Larger ones are not tried."""
-_TRIES = 6
 
 
 @dataclass(frozen=True)
@@ -78,14 +77,19 @@ def _fit(setup: Setup, memory: int) -> Fit:
 def _largest(least: Usage, taken: Callable[[int], Usage], memory: int, limit: int) -> int:
     """The largest count that fits, between one that does and one that does not.
 
-    What is allocated grows about evenly with it; what is reserved goes in steps.
+    What is allocated grows about evenly with it; what is reserved goes in steps, so where a guess excludes few counts,
+    the next one is the middle of what is left, or far above what fits.
     """
     low, low_bytes, high = 1, least.total, limit + 1
-    slope = 0.0
-    for _ in range(_TRIES):
-        if high - low <= 1:
-            break
-        guess = low * 4 if not slope else low + int((memory - low_bytes) / slope)
+    slope, halve = 0.0, False
+    while high - low > 1:
+        width = high - low
+        if halve and high <= limit:
+            guess = (low + high) // 2
+        elif halve or not slope:
+            guess = low * 4
+        else:
+            guess = low + int((memory - low_bytes) / slope)
         guess = min(max(guess, low + 1), high - 1)
         usage = taken(guess)
         slope = max((usage.allocated - least.allocated) / (guess - 1), 1.0)
@@ -93,4 +97,5 @@ def _largest(least: Usage, taken: Callable[[int], Usage], memory: int, limit: in
             low, low_bytes = guess, usage.total
         else:
             high = guess
+        halve = 2 * (high - low) > width
     return low
