@@ -62,7 +62,8 @@ def test_a_sweep_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_fits_is_listed_best_first() -> None:
+def test_what_fits_is_listed_best_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "LARGEST_BATCH", 4)
     result = invoke(*RUN, "--fit", "513MB", "--tuning", "bias_norm", "--json")
     assert result.exit_code == 0, result.stderr
     plain, nf4 = json.loads(result.stdout)["methods"]

@@ -124,6 +124,7 @@ def test_it_says_what_each_of_many_processes_keeps(tmp_path: Path) -> None:
     assert "does not divide the number of processes (3)" in wrong.stderr
 
 
+@pytest.mark.soak
 def test_70b_on_8_ranks_is_planned_without_its_memory(tmp_path: Path, single_turn: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(words_tokenizer(32000)))
     dialogue = [{"conversations": [{"from": "human", "value": "w10 w11"}, {"from": "gpt", "value": "w12"}]}]
