@@ -46,7 +46,7 @@ types: $(INSTALLED_DEV)
 
 # Two workers on two cores: each test computes with one thread unless it asks for more.
 unit: $(INSTALLED_DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not soak"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not soak"
 
 soak: $(INSTALLED_DEV)
 	-$(BIN)/python -m pip install --quiet --only-binary :all: 'atheris>=2.3'

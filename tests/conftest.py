@@ -20,6 +20,14 @@ what is the name of the capital of the country? it is the name of a town
 """
 
 
+_LONGEST = ("test_parallel.py", "test_caption_quickstart.py", "test_launch.py", "test_vision_runs.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first: begun at the end, one would keep a worker busy while the others have done."""
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def llama_acc_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No test reads or fills the user's own downloads and token cache."""

@@ -50,9 +50,8 @@ def problems_of(error: ValidationError, suggest: Callable[[str], str] = lambda k
             hint = suggest(key)
             problems.append(f"unknown key '{key}'" + (f": {hint}" if hint else ""))
         elif item["type"] == "missing":
-            what = (
-                "value" if isinstance(item["loc"][-1], int) else "key"
-            )  # of a list that is too short, or of a mapping
+            # Of a list that is too short, or of a mapping.
+            what = "value" if isinstance(item["loc"][-1], int) else "key"
             problems.append(f"missing {what} '{key}'")
         elif item["type"] in _WANTED:
             wanted.setdefault((key, _shown(item["input"])), []).append(_what_is_wanted(item))

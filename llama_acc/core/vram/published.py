@@ -20,7 +20,6 @@ GB = 10**9
 AGREES = 0.1
 """Up to this relative difference two figures agree."""
 
-
 COUNTS = {"device": (), "reserved": ("CUDA context",), "allocated": ("CUDA context", "allocator slack")}
 """What a figure of memory may be, and the parts that it leaves out."""
 
@@ -59,12 +58,12 @@ class Compared:
 
     @property
     def difference(self) -> float:
-        """Of the prediction to what is published, relative."""
+        """By how much the prediction differs from what is published, relative."""
         return self.total / GB / self.published - 1
 
     @property
     def unexplained(self) -> float:
-        """Of what is published to what their program was counted at, relative."""
+        """By how much what is published differs from what their program was counted at, relative."""
         return self.published * GB / self.counted - 1
 
     def by_part(self) -> dict[str, int]:
