@@ -18,7 +18,7 @@ from pydantic_core import PydanticUndefined
 
 from llama_acc.cli.app import app
 from llama_acc.core.data.items import ROLES
-from llama_acc.core.data.templates import TEMPLATES, Template
+from llama_acc.core.data.templates import TEMPLATES, Template, Turn
 from llama_acc.core.recipe import Recipe, Source, known_keys, recipe_names
 from llama_acc.core.train.folder import _MAY_CHANGE
 
@@ -271,7 +271,7 @@ def marked(template: Template, item: Any) -> str:
     if template.kind == "single_turn":
         prompt = template.single_turn_prompt(item["instruction"], item["input"])
         return f"{bos}{prompt}⟦{item['output']}{eos}⟧"
-    text, trained = template.dialogue_text([(ROLES[turn["from"]], turn["value"]) for turn in item["conversations"]])
+    text, trained = template.dialogue_text([Turn(ROLES[turn["from"]], turn["value"]) for turn in item["conversations"]])
     for begin, end in reversed(trained):
         text = f"{text[:begin]}⟦{text[begin:end]}⟧{text[end:]}"
     return f"{bos}{text}{eos}"

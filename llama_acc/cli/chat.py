@@ -250,7 +250,7 @@ def _save(conversation: "Conversation", name: str, pictures: list[str]) -> None:
         console.error("there is nothing to save yet")
         return
     roles = {"human": "human", "assistant": "gpt"}
-    turns = [{"from": roles[role], "value": text} for role, text in conversation.turns]
+    turns = [{"from": roles[role], "value": text} for role, text, _ in conversation.turns]
     try:
         item = {"image": pictures, "conversations": turns} if pictures else {"conversations": turns}
         text = json.dumps([item], indent=1, ensure_ascii=False)

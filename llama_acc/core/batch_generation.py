@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama_acc.core.data.templates import Turn
 from llama_acc.core.errors import UserError
 from llama_acc.core.generation import Pixels, checked_text, with_images
 from llama_acc.core.inference import LoadedModel
@@ -42,7 +43,7 @@ def encode_question(loaded: LoadedModel, question: str, images: int = 0) -> list
         UserError: it leaves no room for an answer in the model's context, or is not text; images a model does not
             take.
     """
-    ids = loaded.template.prompt_ids(loaded.tokenizer, [("human", checked_text(question))])
+    ids = loaded.template.prompt_ids(loaded.tokenizer, [Turn("human", checked_text(question))])
     # Without BOS and text there is nothing to go on from.
     ids = with_images(loaded, ids or [loaded.tokenizer.bos_id], images)
     context = loaded.model.config.max_seq_len

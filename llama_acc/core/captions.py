@@ -12,6 +12,7 @@ from llama_acc.core.batch_generation import encode_question, generate_batch
 from llama_acc.core.data.image_files import Named
 from llama_acc.core.data.image_workers import ImageWorkers
 from llama_acc.core.data.images import ImageError, ImageJob, Transform
+from llama_acc.core.data.templates import Turn
 from llama_acc.core.errors import UserError
 from llama_acc.core.generation import Generator, Sampling, checked_text, visible_text, with_images
 from llama_acc.core.inference import LoadedModel
@@ -67,7 +68,7 @@ def ask_with_instruction(loaded: LoadedModel, instruction: str) -> Asked:
         UserError: the model takes no images, its format has no instruction, or it leaves no room.
     """
     template = loaded.template
-    if template.prompt_text([("human", "a")]) == template.prompt_text([("human", "b")]):
+    if template.prompt_text([Turn("human", "a")]) == template.prompt_text([Turn("human", "b")]):
         raise UserError(
             f"the prompt format {template.name!r} takes no instruction: the model was trained to caption",
             'leave --instruction out, or give the beginning of a caption with --prompt "The author"',

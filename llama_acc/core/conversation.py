@@ -9,19 +9,18 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from llama_acc.core.data.templates import Turn
 from llama_acc.core.errors import UserError
 from llama_acc.core.generation import Generator, Pixels, Sampling, checked_text, visible_text, with_images
 from llama_acc.core.inference import LoadedModel
 from llama_acc.core.tokenizer import StreamDecoder
-
-Turn = tuple[str, str]
 
 
 class Conversation:
     """Questions and answers with the whole history in view.
 
     Attributes:
-        turns: ("human" | "assistant", text) so far.
+        turns: so far.
         images: those in view.
         system: the system text; None = the template's own.
     """
@@ -57,8 +56,8 @@ class Conversation:
             raise
 
     def _ask(self, question: str) -> Iterator[str]:
-        prompt, dropped = self._prompt([*self.turns, ("human", question)])
-        self.turns = [*self.turns[dropped:], ("human", question)]
+        prompt, dropped = self._prompt([*self.turns, Turn("human", question)])
+        self.turns = [*self.turns[dropped:], Turn("human", question)]
         self.dropped_turns = dropped
         return self._answer(prompt)
 
@@ -79,7 +78,7 @@ class Conversation:
                 if shown:
                     yield shown
         finally:
-            self.turns.append(("assistant", answer.rstrip() if self.loaded.template.kind == "dialogue" else answer))
+            self.turns.append(Turn("assistant", answer.rstrip() if self.loaded.template.kind == "dialogue" else answer))
 
     def _prompt(self, turns: list[Turn]) -> tuple[list[int], int]:
         """The prompt in tokens, and how many of the oldest turns had to go for it to leave room for an answer."""
@@ -96,7 +95,7 @@ class Conversation:
             if dropped >= len(turns) - 1:
                 raise UserError(f"the prompt has {len(ids)} tokens, the model's context is {context}", "shorten it")
             # A question goes with its answer.
-            dropped += 2 if dropped + 1 < len(turns) and turns[dropped + 1][0] == "assistant" else 1
+            dropped += 2 if dropped + 1 < len(turns) and turns[dropped + 1].role == "assistant" else 1
 
 
 def generate(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import llama_acc
 from llama_acc.core.conversation import Conversation, generate
-from llama_acc.core.data.templates import get_template
+from llama_acc.core.data.templates import Turn, get_template
 from llama_acc.core.errors import UserError
 from llama_acc.core.generation import Generator, Sampling, visible_text
 from llama_acc.core.inference import LoadedModel, load_model
@@ -117,9 +117,9 @@ def test_the_second_turn_of_a_conversation_is_that_of_a_fresh_one(dialogue: Load
     conversation = Conversation(dialogue, GREEDY)
     first = "".join(conversation.ask("once upon"))
     second = "".join(conversation.ask("what is the answer?"))
-    assert [role for role, _ in conversation.turns] == ["human", "assistant"] * 2
+    assert [turn.role for turn in conversation.turns] == ["human", "assistant"] * 2
     fresh = Conversation(dialogue, GREEDY)
-    fresh.turns = [("human", "once upon"), ("assistant", conversation.turns[1][1])]
+    fresh.turns = [Turn("human", "once upon"), Turn("assistant", conversation.turns[1][1])]
     assert "".join(fresh.ask("what is the answer?")) == second
     conversation.reset()
     assert "".join(conversation.ask("once upon")) == first
@@ -134,26 +134,26 @@ def test_generation_ends_at_the_end_of_the_context(loaded: LoadedModel) -> None:
 def test_a_history_too_long_is_cut_by_whole_turns(dialogue: LoadedModel) -> None:
     conversation = Conversation(dialogue, replace(GREEDY, max_new_tokens=8))
     conversation.turns = [
-        turn for i in range(60) for turn in (("human", f"question {i}"), ("assistant", f"answer {i}"))
+        turn for i in range(60) for turn in (Turn("human", f"question {i}"), Turn("assistant", f"answer {i}"))
     ]
     before = list(conversation.turns)
     "".join(conversation.ask("and now?"))
     dropped = conversation.dropped_turns
     assert dropped > 0
     assert dropped % 2 == 0
-    assert conversation.turns[:-1] == [*before[dropped:], ("human", "and now?")]
+    assert conversation.turns[:-1] == [*before[dropped:], Turn("human", "and now?")]
     ids = dialogue.template.prompt_ids(dialogue.tokenizer, conversation.turns[:-1])
     assert len(ids) <= CONTEXT - 8
-    longer = [*before[dropped - 2 :], ("human", "and now?")]
+    longer = [*before[dropped - 2 :], Turn("human", "and now?")]
     assert len(dialogue.template.prompt_ids(dialogue.tokenizer, longer)) > CONTEXT - 8, "no more than it must"
 
 
 def test_a_question_longer_than_the_context_is_refused_and_forgotten(dialogue: LoadedModel) -> None:
     conversation = Conversation(dialogue, GREEDY)
-    conversation.turns = [("human", "a"), ("assistant", "b")]
+    conversation.turns = [Turn("human", "a"), Turn("assistant", "b")]
     with pytest.raises(UserError, match=r"the prompt has \d+ tokens, the model's context is 600"):
         conversation.ask("word " * 800)
-    assert conversation.turns == [("human", "a"), ("assistant", "b")]
+    assert conversation.turns == [Turn("human", "a"), Turn("assistant", "b")]
     with pytest.raises(UserError, match="not valid Unicode at character 3"):
         conversation.ask("ab\ud800")
 
@@ -163,8 +163,8 @@ def test_an_answer_nobody_listens_to_till_its_end_is_kept_as_far_as_it_came(dial
     pieces = conversation.ask("once upon")
     heard = next(pieces)
     pieces.close()  # type: ignore[attr-defined]
-    assert conversation.turns[0] == ("human", "once upon")
-    assert conversation.turns[1] == ("assistant", heard.rstrip())
+    assert conversation.turns[0] == Turn("human", "once upon")
+    assert conversation.turns[1] == Turn("assistant", heard.rstrip())
 
 
 def oracle(text: str, stops: list[str]) -> str:
@@ -278,7 +278,7 @@ def test_the_python_example_answers_what_it_was_taught_word_for_word(quickstart:
 
 def test_a_trained_model_ends_its_answers_by_itself(quickstart: LoadedModel) -> None:
     generator = Generator(quickstart, Sampling(temperature=0, max_new_tokens=200))
-    prompt = quickstart.template.prompt_ids(quickstart.tokenizer, [("human", "What is LLaMA?")])
+    prompt = quickstart.template.prompt_ids(quickstart.tokenizer, [Turn("human", "What is LLaMA?")])
     tokens = list(generator.tokens(prompt))
     assert 0 < len(tokens) < 60
     assert quickstart.tokenizer.eos_id not in tokens
@@ -355,7 +355,7 @@ def test_a_later_checkpoint_overrides_an_earlier_one(folder: Path, tmp_path: Pat
 
 
 def test_a_system_text_takes_the_place_of_the_templates_own(dialogue: LoadedModel) -> None:
-    turns = [("human", "x")]
+    turns = [Turn("human", "x")]
     plain = get_template("dialogue").prompt_text(turns)
     assert "A chat between a curious human" in plain
     assert "Be brief." in get_template("dialogue").prompt_text(turns, "Be brief.")

@@ -29,13 +29,15 @@ def checked_item(item: Item, where: str) -> list[Finding]:
 def fields_of(item: Item) -> Iterator[tuple[str, str]]:
     """Names and texts of an item, in order; a dialogue's as "turn 2, value"."""
     if isinstance(item, Dialogue):
-        for number, (_, text) in enumerate(item.turns, start=1):
-            yield f"turn {number}, value", text
-        return
-    yield "instruction", item.instruction
-    if item.input is not None:
-        yield "input", item.input
-    yield "output", item.output
+        for number, turn in enumerate(item.turns, start=1):
+            yield f"turn {number}, value", turn.text
+    else:
+        yield "instruction", item.instruction
+        if item.input is not None:
+            yield "input", item.input
+        yield "output", item.output
+    if item.system is not None:
+        yield "system", item.system
 
 
 def replies_of(item: Item) -> Iterator[tuple[str, str]]:
@@ -43,9 +45,9 @@ def replies_of(item: Item) -> Iterator[tuple[str, str]]:
     if not isinstance(item, Dialogue):
         yield "output", item.output
         return
-    for number, (role, text) in enumerate(item.turns, start=1):
-        if role == "assistant":
-            yield f"turn {number}, value", text
+    for number, turn in enumerate(item.turns, start=1):
+        if turn.role == "assistant" and turn.trained:
+            yield f"turn {number}, value", turn.text
 
 
 def normalised(text: str) -> str:
@@ -60,8 +62,8 @@ def _output(item: Any, where: str) -> list[Finding]:
 
 def _replies(item: Dialogue, where: str) -> Iterator[Finding]:
     question = None
-    for number, (role, text) in enumerate(item.turns, start=1):
-        if role == "assistant":
+    for number, (role, text, trained) in enumerate(item.turns, start=1):
+        if role == "assistant" and trained:
             yield from _reply(f"turn {number}, value", question, text, where)
         question = text if role == "human" else None
 
@@ -86,7 +88,7 @@ def _alike(question: str, reply: str) -> bool:
 
 
 def _roles(item: Dialogue, where: str) -> list[Finding]:
-    roles = [role for role, _ in item.turns]
+    roles = [turn.role for turn in item.turns]
     wrong = []
     if roles[0] != "human":
         wrong.append((1, "the assistant begins"))
@@ -98,7 +100,7 @@ def _roles(item: Dialogue, where: str) -> list[Finding]:
     if roles[-1] == "human":
         wrong.append((len(roles), "the last turn is human: nothing answers it"))
     return [
-        Finding("role_order", where, f"turn {number}", what, beginning(item.turns[number - 1][1]))
+        Finding("role_order", where, f"turn {number}", what, beginning(item.turns[number - 1].text))
         for number, what in wrong
     ]
 

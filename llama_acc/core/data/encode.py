@@ -16,7 +16,7 @@ from llama_acc.core.data.items import Dialogue, Item, SingleTurn
 from llama_acc.core.data.templates import Span, Template
 from llama_acc.core.tokenizer import Spans, Tokenizer
 
-ENCODER_VERSION = 1
+ENCODER_VERSION = 2
 """Part of the cache's key: raise it whenever the same item may give other tokens or labels."""
 
 Images = tuple[str, ...]
@@ -94,7 +94,7 @@ def documents(items: Sequence[Item], template: Template, tokenizer: Tokenizer) -
 
 def _single_turn_documents(items: Sequence[Item], template: Template, tokenizer: Tokenizer) -> Iterator[_Document]:
     singles = [item for item in items if not isinstance(item, Dialogue)]
-    prompts = [template.single_turn_prompt(item.instruction, item.input) for item in singles]
+    prompts = [template.single_turn_prompt(item.instruction, item.input, item.system) for item in singles]
     outputs = [template.clean(item.output) for item in singles]
     # Both kinds of text in one batch, to keep all cores busy.
     encoded = tokenizer.encode_batch(prompts + [p + o for p, o in zip(prompts, outputs, strict=True)])
@@ -109,7 +109,7 @@ def _single_turn_documents(items: Sequence[Item], template: Template, tokenizer:
 
 def _dialogue_documents(items: Sequence[Item], template: Template, tokenizer: Tokenizer) -> Iterator[_Document]:
     dialogues = [item.turns if isinstance(item, Dialogue) else template.as_dialogue(*item[:3]) for item in items]
-    texts = [template.dialogue_text(turns) for turns in dialogues]
+    texts = [template.dialogue_text(turns, item.system) for turns, item in zip(dialogues, items, strict=True)]
     encoded = tokenizer.encode_batch_with_spans([text for text, _ in texts])
     for spans, (_, trained) in zip(encoded, texts, strict=True):
         overlap = overlapping(spans, trained)

@@ -26,6 +26,8 @@ class SingleTurn(NamedTuple):
     output: str
     images: tuple[str, ...] = ()
     """References as they are written: relative paths begin at the data's image root."""
+    system: str | None = None
+    """A system text of its own, in place of the prompt format's."""
 
 
 class Dialogue(NamedTuple):
@@ -34,6 +36,8 @@ class Dialogue(NamedTuple):
     turns: list[Turn]
     images: tuple[str, ...] = ()
     """As those of `SingleTurn`."""
+    system: str | None = None
+    """As that of `SingleTurn`."""
 
 
 Item = SingleTurn | Dialogue
@@ -157,13 +161,13 @@ def _turn(turn: Any, problems: _Problems) -> Turn:
     if not isinstance(turn, dict):
         message = f"should be an object with 'from' and 'value', but is {type_name(turn)}"
         problems.add("no_item", "", message, turn)
-        return "", ""
+        return Turn("", "")
     before = len(problems.found)
     role = _text(turn, "from", problems)
     if len(problems.found) == before and role.lower() not in ROLES:
         message = f"unknown role {role!r} in 'from': it is one of {', '.join(ROLES)}"
         problems.add("unknown_role", "from", message, turn.get("value"))
-    return ROLES.get(role.lower(), ""), _text(turn, "value", problems)
+    return Turn(ROLES.get(role.lower(), ""), _text(turn, "value", problems))
 
 
 def _text(value: dict[str, Any], field: str, problems: _Problems) -> str:

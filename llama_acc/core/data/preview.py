@@ -83,10 +83,10 @@ def _pieces_of_text(item: Item, template: Template) -> list[Piece]:
     """Without a tokenizer: the same to the character, except that a token may span the end of a prompt."""
     begin, end = [Piece("<s>", False, True)] * template.bos, [Piece("</s>", template.eos_trained, True)] * template.eos
     if template.kind == "single_turn" and not isinstance(item, Dialogue):
-        prompt = template.single_turn_prompt(item.instruction, item.input)
+        prompt = template.single_turn_prompt(item.instruction, item.input, item.system)
         return _joined([*begin, Piece(prompt, False), Piece(template.clean(item.output), True), *end])
     turns = item.turns if isinstance(item, Dialogue) else template.as_dialogue(*item[:3])
-    text, spans = template.dialogue_text(turns)
+    text, spans = template.dialogue_text(turns, item.system)
     parts, position = [], 0
     for first, last in spans:
         parts += [Piece(text[position:first], False), Piece(text[first:last], True)]

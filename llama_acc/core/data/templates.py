@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -20,8 +20,17 @@ from llama_acc.core.tokenizer import CHAT_TEMPLATE_FILE, CONFIG_FILE, SentencePi
 TEMPLATE_FILE = "template.json"
 FORMAT_VERSION = 1
 
-Turn = tuple[str, str]
-"""(role, text); the role is "human" or "assistant"."""
+
+class Turn(NamedTuple):
+    """One turn of a dialogue."""
+
+    role: str
+    """"human" or "assistant"."""
+    text: str
+    trained: bool = True
+    """False: a reply that is context only, not labeled."""
+
+
 Span = tuple[int, int]
 """Characters [begin, end) of a text."""
 
@@ -84,8 +93,13 @@ class Template(BaseModel):
     trained_end: str = ""
     """The beginning of `turn_end` that is trained."""
 
-    def single_turn_prompt(self, instruction: str, input: str | None = None) -> str:
-        """The text before the output, which follows it with nothing between. A blank input counts as none."""
+    def single_turn_prompt(self, instruction: str, input: str | None = None, system: str | None = None) -> str:
+        """The text before the output, which follows it with nothing between. A blank input counts as none.
+
+        A system text stands in front, with a blank line between.
+        """
+        if system is not None and system.strip():
+            return f"{system}\n\n{self.single_turn_prompt(instruction, input)}"
         if input is None or not input.strip() or self.prompt_with_input is None:
             return self.prompt.replace("{instruction}", instruction)
         # In two halves, so that "{input}" within the instruction stays as it is.
@@ -107,10 +121,10 @@ class Template(BaseModel):
         parts = [self._system_text(system)]
         length = len(parts[0])
         trained: list[Span] = []
-        for role, text in turns:
+        for role, text, is_trained in turns:
             head = self.turn_begin + self._role(role)
             turn = head + self.turn_separator + self.clean(text)
-            if role == "assistant":
+            if role == "assistant" and is_trained:
                 trained.append((length + len(head + self.prompt_end), length + len(turn + self.trained_end)))
             parts.append(turn + self.turn_end)
             length += len(parts[-1])
@@ -119,7 +133,7 @@ class Template(BaseModel):
     def prompt_text(self, history: Sequence[Turn], system: str | None = None) -> str:
         """The text up to where the model is to answer. Single-turn formats see the last human turn only."""
         if self.kind == "single_turn":
-            last = next((text for role, text in reversed(history) if role == "human"), "")
+            last = next((turn.text for turn in reversed(history) if turn.role == "human"), "")
             return self.single_turn_prompt(last)
         return self.dialogue_text(history, system)[0] + self.turn_begin + self._role("assistant") + self.prompt_end
 
@@ -130,7 +144,7 @@ class Template(BaseModel):
     def as_dialogue(self, instruction: str, input: str | None, output: str) -> list[Turn]:
         """A single-turn item as a dialogue of one exchange; an input that is not blank follows as a paragraph."""
         question = f"{instruction}\n\n{input}" if input and input.strip() else instruction
-        return [("human", question), ("assistant", output)]
+        return [Turn("human", question), Turn("assistant", output)]
 
     def save(self, path: Path) -> None:
         """Write the whole format as JSON."""
@@ -215,7 +229,7 @@ class ChatTemplate:
 
         roles = {"human": "user", "assistant": "assistant"}
         messages = [] if system is None else [{"role": "system", "content": system}]
-        messages += [{"role": roles[role], "content": text} for role, text in history]
+        messages += [{"role": roles[role], "content": text} for role, text, _ in history]
         try:
             return self._template.render(
                 messages=messages,

@@ -10,6 +10,7 @@ from llama_acc.core.data.items import Dialogue, Item, SingleTurn
 from llama_acc.core.data.language import language_of
 from llama_acc.core.data.repeats import Repeat, item_hash, repeats
 from llama_acc.core.data.survey import Survey
+from llama_acc.core.data.templates import Turn
 
 QUESTION = "What is the capital of France, please?"
 ENGLISH = "It is the largest city of the country, and the seat of the government."
@@ -19,7 +20,7 @@ GERMAN = "Natürlich ist das die Hauptstadt, denn dort sitzt auch die Regierung 
 def talk(*turns: str) -> Dialogue:
     """Of "human: text" and "assistant: text"."""
     pairs = [turn.split(": ", 1) for turn in turns]
-    return Dialogue([(role, text) for role, text in pairs])
+    return Dialogue([Turn(role, text) for role, text in pairs])
 
 
 def kinds(item: Item) -> list[str]:
@@ -65,7 +66,7 @@ def test_a_finding_names_field_and_place() -> None:
 def test_only_human_and_assistant_in_turn_are_in_order(turns: list[tuple[str, str]]) -> None:
     roles = [role for role, _ in turns]
     in_order = roles == list(itertools.islice(itertools.cycle(["human", "assistant"]), len(turns)))
-    found = [finding.kind for finding in checked_item(Dialogue(turns), "")]
+    found = [finding.kind for finding in checked_item(Dialogue([Turn(*turn) for turn in turns]), "")]
     assert ("role_order" not in found) == (in_order and len(turns) % 2 == 0)
     assert found.count("empty_reply") == sum(role == "assistant" and not text.strip() for role, text in turns)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from llama_acc.core.data.encode import Chunk, encode_chunk
 from llama_acc.core.data.items import Dialogue, Item, SingleTurn
 from llama_acc.core.data.readers import read_items
-from llama_acc.core.data.templates import get_template
+from llama_acc.core.data.templates import Turn, get_template
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -36,7 +36,7 @@ def labelled_text(encoded: Chunk, tokenizer: Tokenizer, i: int = 0) -> str:
 
 
 def talk(*texts: str) -> Dialogue:
-    return Dialogue([(("human", "assistant")[i % 2], text) for i, text in enumerate(texts)])
+    return Dialogue([Turn(("human", "assistant")[i % 2], text) for i, text in enumerate(texts)])
 
 
 @pytest.mark.parametrize("template", ["alpaca", "none", "qg", "shortqa", "caption"])
@@ -63,7 +63,7 @@ def test_a_reply_that_echoes_the_human_turn_is_labelled_where_it_stands(tokenize
 
 
 def test_a_dialogue_is_framed_and_its_eos_is_no_label(tokenizer: Tokenizer) -> None:
-    text, _ = get_template("dialogue").dialogue_text([("human", "hi"), ("assistant", "a"), ("human", "b")])
+    text, _ = get_template("dialogue").dialogue_text([Turn("human", "hi"), Turn("assistant", "a"), Turn("human", "b")])
     tokens, labels = document(encode([talk("hi", "a", "b")], "dialogue", tokenizer))
     assert tokens == tokenizer.encode(text, bos=True, eos=True)
     assert len(tokens) - 1 not in labels
@@ -74,13 +74,45 @@ def test_what_is_labelled_is_what_the_model_is_to_write(reply: str, tokenizer: T
     """From where the prompt ends, to and with the end mark; whatever characters the reply has."""
     template = get_template("dialogue")
     tokens, labels = document(encode([talk("hi", reply)], "dialogue", tokenizer))
-    prompt = template.prompt_ids(tokenizer, [("human", "hi")])
+    prompt = template.prompt_ids(tokenizer, [Turn("human", "hi")])
     assert tokens[: len(prompt)] == prompt
     assert labels == list(range(len(prompt), len(tokens) - 1))
 
 
+@pytest.mark.parametrize("name", ["dialogue", "chatml"])
+def test_a_reply_that_is_context_only_is_seen_and_not_trained(name: str, tokenizer: Tokenizer) -> None:
+    turns = [
+        Turn("human", "hi"),
+        Turn("assistant", "wrong", trained=False),
+        Turn("human", "sure?"),
+        Turn("assistant", "ok"),
+    ]
+    tokens, labels = document(encode([Dialogue(turns)], name, tokenizer))
+    everything, both = document(encode([Dialogue([turn._replace(trained=True) for turn in turns])], name, tokenizer))
+    assert tokens == everything
+    assert set(labels) < set(both)
+    assert "ok" in tokenizer.decode([tokens[label] for label in labels])
+    assert "wrong" not in tokenizer.decode([tokens[label] for label in labels])
+
+
+@pytest.mark.parametrize(
+    ("name", "begins"),
+    [
+        ("dialogue", "Be terse.\n\n### Human: go"),
+        ("chatml", "<|im_start|>system\nBe terse.<|im_end|>\n<|im_start|>user\ngo"),
+        ("none", "Be terse.\n\ngo"),
+    ],
+)
+def test_a_system_text_of_an_item_stands_where_the_format_has_one(name: str, begins: str, tokenizer: Tokenizer) -> None:
+    items: list[Item] = [SingleTurn("go", None, "ok", system="Be terse.")]
+    if name != "none":
+        items.append(Dialogue([Turn("human", "go"), Turn("assistant", "ok")], system="Be terse."))
+    for item in items:
+        assert tokenizer.decode(document(encode([item], name, tokenizer))[0]).startswith(begins)
+
+
 def test_chatml_has_no_bos_and_eos_and_trains_the_end_mark(tokenizer: Tokenizer) -> None:
-    text, _ = get_template("chatml").dialogue_text([("human", "hi"), ("assistant", "the answer")])
+    text, _ = get_template("chatml").dialogue_text([Turn("human", "hi"), Turn("assistant", "the answer")])
     encoded = encode([talk("hi", "the answer")], "chatml", tokenizer)
     tokens, labels = document(encoded)
     assert tokens == tokenizer.encode(text)
@@ -138,8 +170,8 @@ def test_a_token_is_labelled_if_and_only_if_it_overlaps_a_trained_span(
     turns: list[tuple[str, str]], name: str, tokenizer: Tokenizer
 ) -> None:
     template = get_template(name)
-    encoded = encode([Dialogue(turns)], name, tokenizer)
-    text, trained = template.dialogue_text(turns)
+    encoded = encode([Dialogue([Turn(*turn) for turn in turns])], name, tokenizer)
+    text, trained = template.dialogue_text([Turn(*turn) for turn in turns])
     [spans] = tokenizer.encode_batch_with_spans([text])
     wanted = {i for begin, end in trained for i in range(begin, end)}
     expected = [

@@ -5,6 +5,7 @@ import pytest
 
 from llama_acc.core.data.findings import KINDS, beginning
 from llama_acc.core.data.items import Dialogue, SingleTurn, first_exchange, item_of, kind_of
+from llama_acc.core.data.templates import Turn
 
 
 def test_an_item_has_no_findings_and_what_has_findings_is_no_item() -> None:
@@ -13,7 +14,7 @@ def test_an_item_has_no_findings_and_what_has_findings_is_no_item() -> None:
     assert item is None
     assert [str(f) for f in found] == ["item 4 (line 9): 'instruction' should be text, but is a number: 1"]
     talk = {"conversations": [{"from": "User", "value": "a"}, {"from": "gpt", "value": ""}]}
-    assert item_of(talk, "dialogue") == (Dialogue([("human", "a"), ("assistant", "")]), [])
+    assert item_of(talk, "dialogue") == (Dialogue([Turn("human", "a"), Turn("assistant", "")]), [])
 
 
 def test_a_finding_says_kind_place_field_and_how_the_value_begins() -> None:
@@ -51,7 +52,7 @@ def test_images_are_a_path_or_several() -> None:
     ]:
         assert item_of({**item, "image": given}, "single_turn") == (SingleTurn("a", None, "b", images), [])
     talk = {"conversations": [{"from": "human", "value": "a"}], "image": "x.png"}
-    assert item_of(talk, "dialogue") == (Dialogue([("human", "a")], ("x.png",)), [])
+    assert item_of(talk, "dialogue") == (Dialogue([Turn("human", "a")], ("x.png",)), [])
 
 
 @pytest.mark.parametrize(

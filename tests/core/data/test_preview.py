@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from llama_acc.core.data.items import Dialogue, Item, SingleTurn
 from llama_acc.core.data.preview import Piece, pieces, shown_items
 from llama_acc.core.data.preview_html import preview_page
-from llama_acc.core.data.templates import TEMPLATES, get_template
+from llama_acc.core.data.templates import TEMPLATES, Turn, get_template
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
 from llama_acc.core.visible import visible
 
-CHAT = Dialogue([("human", "hi"), ("assistant", "the answer"), ("human", "and?"), ("assistant", "a town")])
+CHAT = Dialogue(
+    [Turn("human", "hi"), Turn("assistant", "the answer"), Turn("human", "and?"), Turn("assistant", "a town")]
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +61,11 @@ def test_the_text_of_the_pieces_is_the_text_of_the_item(
     turns: list[tuple[str, str]], name: str, tokenizer: Tokenizer
 ) -> None:
     for loaded in (tokenizer, None):
-        [shown] = shown_items([("", Dialogue(turns))], get_template(name), loaded, None)
+        [shown] = shown_items([("", Dialogue([Turn(*turn) for turn in turns]))], get_template(name), loaded, None)
         text = "".join(piece.text for piece in shown.pieces if not piece.special)
-        assert text.replace("▁", " ") == get_template(name).dialogue_text(turns)[0].replace("▁", " ")
+        assert text.replace("▁", " ") == get_template(name).dialogue_text([Turn(*turn) for turn in turns])[0].replace(
+            "▁", " "
+        )
 
 
 @pytest.mark.parametrize("name", list(TEMPLATES))
@@ -108,7 +112,7 @@ def test_images_stand_behind_bos(tokenizer: Tokenizer) -> None:
         [shown] = shown_items([("", item)], get_template("caption"), loaded, None, 34)
         assert shown.pieces[:3] == [Piece("<s>", False, True), *names]
         [chat] = shown_items(
-            [("", Dialogue([("human", "hi")], ("a.png", "b.png")))], get_template("chatml"), loaded, 100
+            [("", Dialogue([Turn("human", "hi")], ("a.png", "b.png")))], get_template("chatml"), loaded, 100
         )
         assert chat.pieces[:2] == names
     [cut] = shown_items([("", item)], get_template("caption"), tokenizer, 70, 34)

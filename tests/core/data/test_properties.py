@@ -18,7 +18,7 @@ from llama_acc.core.data.items import Dialogue, SingleTurn, item_of
 from llama_acc.core.data.readers import read_file, stream_items
 from llama_acc.core.data.rows import Row, stream_rows_from
 from llama_acc.core.data.survey import Findings
-from llama_acc.core.data.templates import TEMPLATES, get_template
+from llama_acc.core.data.templates import TEMPLATES, Turn, get_template
 from llama_acc.core.data.truncation import Truncation
 from llama_acc.core.errors import DataError, UserError
 from llama_acc.core.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
@@ -85,7 +85,7 @@ def test_labels_cover_exactly_the_assistants_tokens(
     text = "".join(part for part, _ in parts)
     assistants = np.repeat([reply for _, reply in parts], [len(part) for part, _ in parts])
     [spans] = tokenizer.encode_batch_with_spans([text])
-    [(tokens, labelled)] = documents([Dialogue(turns)], get_template(name), tokenizer)
+    [(tokens, labelled)] = documents([Dialogue([Turn(*turn) for turn in turns])], get_template(name), tokenizer)
     bos, eos = TEMPLATES[name].bos, TEMPLATES[name].eos
     assert tokens.tolist() == [tokenizer.bos_id] * bos + spans.ids + [tokenizer.eos_id] * eos
     expected = [bool(assistants[b:e].any()) for b, e in zip(spans.begins, spans.ends, strict=True)]
@@ -120,10 +120,10 @@ def test_single_turn_labels_begin_behind_the_prompts_tokens_and_the_text_comes_b
 @given(turns=TURNS, most=st.integers(2, 80))
 def test_truncation_loses_what_it_says(turns: list[tuple[str, str]], most: int, tokenizer: Tokenizer) -> None:
     template = get_template("dialogue")
-    [(tokens, labelled)] = documents([Dialogue(turns)], template, tokenizer)
+    [(tokens, labelled)] = documents([Dialogue([Turn(*turn) for turn in turns])], template, tokenizer)
     labelled[:1] = False
     truncation = Truncation(template, tokenizer, most, Findings())
-    truncation.add([("item 1", Dialogue(turns))])
+    truncation.add([("item 1", Dialogue([Turn(*turn) for turn in turns]))])
     left = int(labelled[:most].sum())
     assert truncation.no_reply + truncation.no_room == (not left)
     assert truncation.no_reply == (not labelled.any())

@@ -7,6 +7,7 @@ import pytest
 
 from llama_acc.core.data.items import Dialogue, SingleTurn
 from llama_acc.core.data.readers import data_files, read_file, read_items
+from llama_acc.core.data.templates import Turn
 from llama_acc.core.errors import DataError, UserError
 
 GOOD = {"instruction": "Add.", "input": "1 2", "output": "3"}
@@ -38,7 +39,7 @@ def test_dialogues_keep_any_order_of_roles(tmp_path: Path) -> None:
     turns = [{"from": role, "value": str(i), "extra": 1} for i, role in enumerate(roles)]
     path = write(tmp_path / "a.jsonl", json.dumps({"id": "x", "conversations": turns}) + "\n\n")
     ours = ["assistant", "human", "human", "assistant", "human"]
-    assert read_items(path) == [Dialogue([(role, str(i)) for i, role in enumerate(ours)])]
+    assert read_items(path) == [Dialogue([Turn(role, str(i)) for i, role in enumerate(ours)])]
 
 
 def test_json_lines_under_the_name_json(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_acc.core.data.templates import TEMPLATES, ChatTemplate, Template, get_template, template_of_folder
+from llama_acc.core.data.templates import TEMPLATES, ChatTemplate, Template, Turn, get_template, template_of_folder
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import load_tokenizer
 
@@ -11,7 +11,7 @@ SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
-EXCHANGE = [("human", "Hi"), ("assistant", "Hello!"), ("human", "Bye")]
+EXCHANGE = [Turn("human", "Hi"), Turn("assistant", "Hello!"), Turn("human", "Bye")]
 
 
 def test_alpaca_without_input() -> None:
@@ -53,13 +53,15 @@ def test_other_single_turn_prompts(name: str, prompt: str) -> None:
 
 
 def test_dialogue_text_and_what_of_it_is_trained() -> None:
-    text, trained = get_template("dialogue").dialogue_text([("human", " Hi <image>\n"), ("assistant", "Hello! ")])
+    text, trained = get_template("dialogue").dialogue_text(
+        [Turn("human", " Hi <image>\n"), Turn("assistant", "Hello! ")]
+    )
     assert text == SYSTEM + "\n\n### Human: Hi\n### Assistant: Hello!\n###"
     assert [text[begin:end] for begin, end in trained] == [" Hello!\n###"]
 
 
 def test_dialogue_keeps_any_order_of_roles() -> None:
-    turns = [("assistant", "a"), ("assistant", "b"), ("human", "c"), ("human", "d")]
+    turns = [Turn("assistant", "a"), Turn("assistant", "b"), Turn("human", "c"), Turn("human", "d")]
     text, trained = get_template("dialogue").dialogue_text(turns, system="S")
     assert text == "S\n\n### Assistant: a\n### Assistant: b\n### Human: c\n### Human: d\n###"
     assert [text[begin:end] for begin, end in trained] == [" a\n###", " b\n###"]
@@ -67,7 +69,7 @@ def test_dialogue_keeps_any_order_of_roles() -> None:
 
 def test_chatml_text_and_what_of_it_is_trained() -> None:
     chatml = get_template("chatml")
-    text, trained = chatml.dialogue_text([("human", " Hi"), ("assistant", "Hello!")])
+    text, trained = chatml.dialogue_text([Turn("human", " Hi"), Turn("assistant", "Hello!")])
     assert text == "<|im_start|>user\n Hi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
     assert [text[begin:end] for begin, end in trained] == ["Hello!<|im_end|>"]
     assert chatml.dialogue_text([], system="Be kind.")[0] == "<|im_start|>system\nBe kind.<|im_end|>\n"
@@ -78,13 +80,13 @@ def test_chatml_text_and_what_of_it_is_trained() -> None:
 def test_a_prompt_is_the_beginning_of_the_training_text(name: str) -> None:
     template = get_template(name)
     prompt = template.prompt_text(EXCHANGE)
-    text, trained = template.dialogue_text([*EXCHANGE, ("assistant", "See you.")])
+    text, trained = template.dialogue_text([*EXCHANGE, Turn("assistant", "See you.")])
     assert text[: trained[-1][0]] == prompt
     assert text[trained[-1][0] : trained[-1][1]].lstrip(" ") == "See you." + template.trained_end
 
 
 def test_a_dialogues_prompt_ends_where_the_assistant_speaks() -> None:
-    prompt = get_template("dialogue").prompt_text([("human", "Hi")])
+    prompt = get_template("dialogue").prompt_text([Turn("human", "Hi")])
     assert prompt == SYSTEM + "\n\n### Human: Hi\n### Assistant:"
 
 
@@ -141,10 +143,16 @@ def test_a_folders_template_comes_from_the_best_place(tmp_path: Path, tokenizer_
     named = [{"name": "tool", "template": "t"}, {"name": "default", "template": "{{ bos_token }}d"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     template, where = template_of_folder(tmp_path, tokenizer)
-    assert (template.prompt_text([("human", "x")]), where) == ("<s>d", "the chat template, from tokenizer_config.json")
+    assert (template.prompt_text([Turn("human", "x")]), where) == (
+        "<s>d",
+        "the chat template, from tokenizer_config.json",
+    )
     (tmp_path / "chat_template.jinja").write_text("j{{ eos_token }}")
     template, where = template_of_folder(tmp_path, tokenizer)
-    assert (template.prompt_text([("human", "x")]), where) == ("j</s>", "the chat template, from chat_template.jinja")
+    assert (template.prompt_text([Turn("human", "x")]), where) == (
+        "j</s>",
+        "the chat template, from chat_template.jinja",
+    )
     get_template("dialogue").save(tmp_path / "template.json")
     template, where = template_of_folder(tmp_path, tokenizer)
     assert (template, where) == (get_template("dialogue"), "dialogue, from template.json")
@@ -173,7 +181,7 @@ def test_a_chat_template_asks_like_our_own(tokenizer_path: Path) -> None:
 def test_a_chat_templates_bos_and_eos_become_tokens(tokenizer_path: Path) -> None:
     tokenizer = load_tokenizer(tokenizer_path)
     source = "{% for m in messages %}{{ bos_token }}[{{ m.content }}]{{ eos_token }}{% endfor %}"
-    ids = chat_template(source, tokenizer_path).prompt_ids(tokenizer, [("human", "a"), ("assistant", "b")])
+    ids = chat_template(source, tokenizer_path).prompt_ids(tokenizer, [Turn("human", "a"), Turn("assistant", "b")])
     assert ids == [*tokenizer.encode("[a]", bos=True, eos=True), *tokenizer.encode("[b]", bos=True, eos=True)]
 
 

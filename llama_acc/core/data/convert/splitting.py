@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from llama_acc.core.data import templates
 from llama_acc.core.data.convert.turns import Turn
 from llama_acc.core.data.templates import TEMPLATES
 from llama_acc.core.tokenizer import Tokenizer
@@ -54,6 +55,6 @@ class Splitter:
         return self._tokens(exchanges) <= self._max_tokens
 
     def _tokens(self, exchanges: list[list[Turn]]) -> int:
-        turns = [(_ROLES[role], text) for exchange in exchanges for role, text in exchange]
+        turns = [templates.Turn(_ROLES[role], text) for exchange in exchanges for role, text in exchange]
         text, _ = self._template.dialogue_text(turns)
         return len(self._tokenizer.encode_batch([text])[0]) + self._template.bos + self._template.eos
