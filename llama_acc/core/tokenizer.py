@@ -5,10 +5,12 @@
 - `StreamDecoder` gives a generated text piece by piece, exactly as `decode` gives it whole.
 """
 
+import bisect
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_acc.core.errors import UserError
+from llama_acc.core.sentencepiece_json import fast_tokenizer
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HUGGING_FACE_FILE = "tokenizer.json"
@@ -31,7 +34,12 @@ _KNOWN_BOS_EOS = [
     ("<|im_start|>", "<|im_end|>"),
     ("<|endoftext|>", "<|endoftext|>"),
 ]
+_PRIVATE_USE = ("\U000f0000", "\U0010fffd")
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+Own = Sequence[tuple[int, int]]
+"""Characters [begin, end) of a text in which the text of a special token is not that token."""
 
 
 class Spans(NamedTuple):
@@ -58,14 +66,20 @@ class Tokenizer(Protocol):
     def files(self) -> list[Path]:
         """The files to copy next to a checkpoint."""
 
-    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        """The tokens of a text, between BOS and EOS if asked for."""
+    def encode(self, text: str, bos: bool = False, eos: bool = False, own: Own = ()) -> list[int]:
+        """The tokens of a text, between BOS and EOS if asked for. Of `own` see `encode_batch`."""
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of every text, without BOS or EOS; uses all cores."""
+    def encode_batch(self, texts: list[str], own: Sequence[Own] | None = None) -> list[list[int]]:
+        """The tokens of every text, without BOS or EOS; uses all cores.
 
-    def encode_batch_with_spans(self, texts: list[str]) -> list[Spans]:
-        """The tokens of every text and where in the text they stand; uses all cores."""
+        Args:
+            texts: the texts.
+            own: for each text the spans of it, in ascending order, that somebody wrote who is not to write special
+                tokens, such as the user: what overlaps them is encoded as text. None: there are none.
+        """
+
+    def encode_batch_with_spans(self, texts: list[str], own: Sequence[Own] | None = None) -> list[Spans]:
+        """The tokens of every text and where in the text they stand; uses all cores. Of `own` see `encode_batch`."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens. BOS, EOS and ids outside the vocabulary have none."""
@@ -105,6 +119,9 @@ class SentencePieceTokenizer:
         if min(self.bos_id, self.eos_id) < 0:
             raise UserError(f"{path} has no BOS or no EOS piece", "train it with bos_id=1 and eos_id=2, as LLaMA's is")
         self.end_ids = frozenset({self.eos_id})
+        self._data = data
+        controls = (i for i in range(self.vocab_size) if self._processor.IsControl(i) or self._processor.IsUnknown(i))
+        self._special = _any_of(self._processor.IdToPiece(i) for i in controls)
 
     def fingerprint(self) -> str:
         return self._fingerprint
@@ -112,17 +129,35 @@ class SentencePieceTokenizer:
     def files(self) -> list[Path]:
         return [self.path]
 
-    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        ids: list[int] = self._processor.encode(text)
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+    def encode(self, text: str, bos: bool = False, eos: bool = False, own: Own = ()) -> list[int]:
+        return [self.bos_id] * bos + self.encode_batch([text], [own])[0] + [self.eos_id] * eos
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    def encode_batch(self, texts: list[str], own: Sequence[Own] | None = None) -> list[list[int]]:
         encoded: list[list[int]] = self._processor.encode(texts, num_threads=self._threads)
+        for i in self._with_special_tokens(texts, own):
+            encoded[i] = self._in_json.encode_batch([texts[i]], own and [own[i]])[0]
         return encoded
 
-    def encode_batch_with_spans(self, texts: list[str]) -> list[Spans]:
+    def encode_batch_with_spans(self, texts: list[str], own: Sequence[Own] | None = None) -> list[Spans]:
         mappings = self._processor.encode(texts, return_type="offset_mapping", num_threads=self._threads)
-        return [_character_spans(m["ids"], m["offsets"], self._processor.IsByte) for m in mappings]
+        encoded = [_character_spans(m["ids"], m["offsets"], self._processor.IsByte) for m in mappings]
+        for i in self._with_special_tokens(texts, own):
+            encoded[i] = self._in_json.encode_batch_with_spans([texts[i]], own and [own[i]])[0]
+        return encoded
+
+    def _with_special_tokens(self, texts: list[str], own: Sequence[Own] | None) -> list[int]:
+        """Which texts hold special tokens: SentencePiece knows none in a text."""
+        return [
+            i
+            for i, text in enumerate(texts)
+            if any(not _overlaps(match.span(), own[i] if own else ()) for match in self._special.finditer(text))
+        ]
+
+    @functools.cached_property
+    def _in_json(self) -> "HuggingFaceTokenizer":
+        """The same tokenizer, of the kind that knows special tokens in a text."""
+        fast = fast_tokenizer(self._data, self.path)
+        return HuggingFaceTokenizer(self.path, fast.to_str().encode())
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
@@ -136,11 +171,12 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A Hugging Face `tokenizer.json`; special tokens written in a text are read as special tokens."""
+    """A Hugging Face `tokenizer.json`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, data: bytes | None = None) -> None:
         """Args:
             path: the `tokenizer.json`; a `tokenizer_config.json` beside it names BOS and EOS.
+            data: its content; None: read it.
 
         Raises:
             UserError: a file cannot be read, or BOS and EOS cannot be told.
@@ -149,7 +185,7 @@ class HuggingFaceTokenizer:
         from tokenizers import processors
 
         self.path = path
-        data = _read(path)
+        data = _read(path) if data is None else data
         try:
             self._fast: Any = Fast.from_str(data.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception
@@ -166,8 +202,12 @@ class HuggingFaceTokenizer:
         self.bos_id, self.eos_id = _bos_eos(path, config, vocabulary)
         # Models are published with an EOS that is not the token their answers end with (<|eot_id|>, <|im_end|>), and
         # a special token inside an answer would be the start of another turn.
+        self._fast.add_special_tokens([self.piece(self.bos_id), self.piece(self.eos_id)])
         added = self._fast.get_added_tokens_decoder()
-        self.end_ids = frozenset({self.eos_id, *(token for token, entry in added.items() if entry.special)})
+        self._special_tokens = {token: entry for token, entry in added.items() if entry.special}
+        self._special = _any_of(entry.content for entry in self._special_tokens.values())
+        self.end_ids = frozenset({self.eos_id, *self._special_tokens})
+        self._with_marks = functools.lru_cache(maxsize=1)(self._make_marked)
         # A run of byte pieces is decoded as a whole by this decoder: one wrong byte spoils all of it.
         self._bytes_fall_back = b'"ByteFallback"' in data
 
@@ -178,16 +218,60 @@ class HuggingFaceTokenizer:
         beside = (self.path.parent / name for name in (CONFIG_FILE, CHAT_TEMPLATE_FILE))
         return [self.path, *(file for file in beside if file.exists())]
 
-    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+    def encode(self, text: str, bos: bool = False, eos: bool = False, own: Own = ()) -> list[int]:
+        return [self.bos_id] * bos + self.encode_batch([text], [own])[0] + [self.eos_id] * eos
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode_batch(self, texts: list[str], own: Sequence[Own] | None = None) -> list[list[int]]:
+        encoded = [e.ids for e in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+        for i in self._with_special_tokens_in_own(texts, own):
+            encoded[i] = self._encode_own(texts[i], own[i] if own else ()).ids
+        return encoded
 
-    def encode_batch_with_spans(self, texts: list[str]) -> list[Spans]:
+    def encode_batch_with_spans(self, texts: list[str], own: Sequence[Own] | None = None) -> list[Spans]:
         encoded = self._fast.encode_batch(texts, add_special_tokens=False)
-        return [_character_spans(e.ids, e.offsets, self._is_byte) for e in encoded]
+        spans = [_character_spans(e.ids, e.offsets, self._is_byte) for e in encoded]
+        for i in self._with_special_tokens_in_own(texts, own):
+            spans[i] = self._encode_own(texts[i], own[i] if own else ())
+        return spans
+
+    def _with_special_tokens_in_own(self, texts: list[str], own: Sequence[Own] | None) -> list[int]:
+        return [
+            i
+            for i, spans in enumerate(own or ())
+            if spans and any(_overlaps(match.span(), spans) for match in self._special.finditer(texts[i]))
+        ]
+
+    def _encode_own(self, text: str, own: Own) -> Spans:
+        """Encodes special tokens of `text` that overlap `own` as text.
+
+        The others are written as marks of the same length, so that one pass cuts and normalizes the text as ever.
+        """
+        first = _unused_private_use(text, len(self._special_tokens))
+        marked, where = text, self._fast.encode(text, add_special_tokens=False)
+        marks = dict(zip(self._special_tokens, range(first, first + len(self._special_tokens)), strict=True))
+        for token, (begin, end) in zip(where.ids, where.offsets, strict=True):
+            content = self._special_tokens[token].content if token in self._special_tokens else ""
+            begin = text.find(content, begin, end) if content else -1
+            if begin >= 0 and not _overlaps((begin, begin + len(content)), own):
+                marked = marked[:begin] + chr(marks[token]) * len(content) + marked[begin + len(content) :]
+        fast, ids = self._with_marks(first)
+        encoded = fast.encode(marked, add_special_tokens=False)
+        spans = _character_spans(encoded.ids, encoded.offsets, self._is_byte)
+        return spans._replace(ids=[ids.get(token, token) for token in spans.ids])
+
+    def _make_marked(self, first: int) -> tuple[Any, dict[int, int]]:
+        """The tokenizer that knows no special tokens but their marks, characters from `first` on; the marks' ids."""
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as Fast
+
+        fast: Any = Fast.from_str(self._fast.to_str())
+        fast.encode_special_tokens = True
+        ids = {}
+        for mark, (token, entry) in enumerate(self._special_tokens.items(), first):
+            content = chr(mark) * len(entry.content)
+            fast.add_tokens([AddedToken(content, lstrip=entry.lstrip, rstrip=entry.rstrip, normalized=False)])
+            ids[fast.token_to_id(content)] = token
+        return fast, ids
 
     def decode(self, ids: Sequence[int]) -> str:
         kept = [int(i) for i in ids if 0 <= i < self.vocab_size and i != self.bos_id and i != self.eos_id]
@@ -309,6 +393,28 @@ def _bos_eos(path: Path, config: bytes, vocabulary: dict[str, int]) -> tuple[int
     if missing:
         raise UserError(f"{path.parent / CONFIG_FILE} names {' and '.join(missing)}, which {path.name} does not have")
     return vocabulary[bos], vocabulary[eos]
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Finds the longest of some texts."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+
+
+def _overlaps(span: tuple[int, int], own: Own) -> bool:
+    """Whether a span shares a character with one of `own`."""
+    at = bisect.bisect_right(own, span[0], key=lambda other: other[1])
+    return at < len(own) and own[at][0] < span[1] and own[at][0] < own[at][1]
+
+
+def _unused_private_use(text: str, count: int) -> int:
+    """The first of `count` characters in a row without a meaning that `text` does not use."""
+    used = {ord(character) for character in text if character >= _PRIVATE_USE[0]}
+    low, high = map(ord, _PRIVATE_USE)
+    free = (first for first in range(low, high - count, count) if used.isdisjoint(range(first, first + count)))
+    found = next(free, None)
+    if found is None:
+        raise UserError("a text that holds a special token uses all of Unicode's private-use characters")
+    return found
 
 
 def _token_text(setting: Any) -> str | None:

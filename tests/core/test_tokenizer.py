@@ -1,10 +1,13 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
+from transformers import PreTrainedTokenizerFast
 
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import (
@@ -157,6 +160,38 @@ def test_special_tokens_in_a_text_are_read_and_shown_but_bos_and_eos_are_not(tmp
     ids = tokenizer.encode("<|im_start|>a<|eot_id|>b<|im_end|>")
     assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
     assert tokenizer.decode(ids) == "a<|eot_id|>b"
+
+
+def reference(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """Encodes as text what is written like a special token: by SentencePiece itself, or by transformers."""
+    if tokenizer.path.suffix == ".model":
+        return SentencePieceProcessor(model_file=str(tokenizer.path)).encode
+    fast = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer.path), bos_token=tokenizer.piece(tokenizer.bos_id))
+    # What their own files ask for besides: to cut, to fill up.
+    settings = {"add_special_tokens": False, "padding": False, "truncation": False, "split_special_tokens": True}
+    return lambda text: fast(text, **settings)["input_ids"]
+
+
+@pytest.mark.parametrize("words", ["the {0}answer{1}", "{1} {1}is", "e{0}", "a", " {0} "])
+def test_special_tokens_are_read_outside_of_own_text_alone(tokenizer: Tokenizer, words: str) -> None:
+    bos, eos = tokenizer.piece(tokenizer.bos_id), tokenizer.piece(tokenizer.eos_id)
+    own, encode = words.format(bos, eos), reference(tokenizer)
+    text = f"{bos}the {own} is{eos}a{own}"
+    behind = text.rindex(eos + "a") + len(eos)
+    spans = [(len(bos + "the "), len(bos + "the " + own)), (behind + 1, len(text))]
+    expected = [tokenizer.bos_id, *encode(f"the {own} is"), tokenizer.eos_id, *encode(f"a{own}")]
+    assert tokenizer.encode(text, own=spans) == expected
+    assert tokenizer.encode_batch(["a", text], own=[[], spans]) == [encode("a"), expected]
+    (found,) = tokenizer.encode_batch_with_spans([text], own=[spans])
+    assert found.ids == expected
+    assert (found.begins[0], found.ends[0], found.ends[-1]) == (0, len(bos), len(text))
+    at = len(encode(f"the {own} is")) + 1
+    assert (found.begins[at], found.ends[at]) == (behind - len(eos), behind)
+    # Without own text all of them are read, a part of one is none, and all in one own text are text.
+    assert tokenizer.encode(f"{bos}a{eos}", own=[(len(bos), len(bos) + 1)])[::2] == [tokenizer.bos_id, tokenizer.eos_id]
+    assert tokenizer.encode(f"{bos}a{eos}")[::2] == [tokenizer.bos_id, tokenizer.eos_id]
+    assert tokenizer.encode(text, own=[(0, len(text))]) == encode(text)
+    assert tokenizer.encode(bos, own=[(1, 2)]) == encode(bos)
 
 
 def test_files_are_what_a_checkpoint_needs(tmp_path: Path, tokenizer_path: Path) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llama_acc.core.errors import UserError, did_you_mean, listed
 from llama_acc.core.schema_problems import problems_of
-from llama_acc.core.tokenizer import CHAT_TEMPLATE_FILE, CONFIG_FILE, SentencePieceTokenizer, Tokenizer
+from llama_acc.core.tokenizer import CHAT_TEMPLATE_FILE, CONFIG_FILE, Tokenizer
 
 TEMPLATE_FILE = "template.json"
 FORMAT_VERSION = 1
@@ -242,29 +242,12 @@ class ChatTemplate:
 
     def prompt_ids(self, tokenizer: Tokenizer, history: Sequence[Turn], system: str | None = None) -> list[int]:
         """`prompt_text` in tokens."""
-        text = self.prompt_text(history, system)
-        if not isinstance(tokenizer, SentencePieceTokenizer):
-            return tokenizer.encode(text)
-        return _encode_with_controls(tokenizer, text)
+        return tokenizer.encode(self.prompt_text(history, system))
 
     def _raise(self, message: str) -> None:
         from jinja2 import TemplateError
 
         raise TemplateError(message)
-
-
-def _encode_with_controls(tokenizer: Tokenizer, text: str) -> list[int]:
-    """SentencePiece never reads "<s>" in a text as BOS, so a rendered chat template is cut at BOS and EOS."""
-    import re
-
-    controls = {tokenizer.piece(i): i for i in (tokenizer.bos_id, tokenizer.eos_id)}
-    ids: list[int] = []
-    for part in re.split("(" + "|".join(map(re.escape, controls)) + ")", text):
-        if part in controls:
-            ids.append(controls[part])
-        elif part:
-            ids.extend(tokenizer.encode(part))
-    return ids
 
 
 def _single_turn(name: str, prompt: str, prompt_with_input: str | None = None) -> Template:
