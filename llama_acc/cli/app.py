@@ -64,14 +64,21 @@ def _everywhere(
         os.environ["LLAMA_ACC_DEBUG"] = "1"
 
 
-def _reported(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs a command so that what goes wrong ends in one clear message and the promised exit code."""
+def _reported(command: Callable[..., Any], joins: bool = False) -> Callable[..., Any]:
+    """Runs a command so that what goes wrong ends in one clear message and the promised exit code.
+
+    Unless it `joins` the processes started with it, it is alone, whatever stands in the environment.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
         from llama_acc.cli import console
 
         try:
+            if not joins:
+                worker.stand_alone()
+            elif worker.world_size() > 1:
+                worker.check_place()
             return command(*args, **kwargs)
         except LlamaAccError as error:
             _show_traceback()
@@ -147,11 +154,11 @@ def _unforeseen(error: Exception) -> tuple[str, str]:
 
 
 app.command("download", help=download.HELP)(_reported(download.download))
-app.command("finetune", help=finetune.HELP)(_reported(finetune.finetune))
-app.command("chat", help=chat.HELP)(_reported(chat.chat))
+app.command("finetune", help=finetune.HELP)(_reported(finetune.finetune, joins=True))
+app.command("chat", help=chat.HELP)(_reported(chat.chat, joins=True))
 for format, command in convert_data.COMMANDS.items():
     convert_data.app.command(format, help=convert_data.FORMAT_HELP[format])(_reported(command))
-app.command("caption", help=caption.HELP)(_reported(caption.caption))
+app.command("caption", help=caption.HELP)(_reported(caption.caption, joins=True))
 convert_data.app.command("check", help=check_data.HELP)(_reported(check_data.check))
 app.add_typer(convert_data.app, name="convert-data", help=convert_data.HELP)
 app.command("benchmark-vram", help=benchmark_vram.HELP)(_reported(benchmark_vram.benchmark_vram))
@@ -169,8 +176,10 @@ app.add_typer(recipes.app, name="recipes", help=recipes.HELP)
 def main() -> None:
     """The entry point `llama-acc`."""
     worker.die_with_launcher()
-    worker.join_slurm()
+    alone = worker.join_slurm()
     _mend_streams()
+    if alone is not None:
+        print(f"note: {alone}", file=sys.stderr)
     # --debug is understood wherever it stands.
     if "--debug" in sys.argv[1:]:
         sys.argv = [sys.argv[0], "--debug", *(word for word in sys.argv[1:] if word != "--debug")]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from llama_acc.cli import options
+from llama_acc.cli import console, options
 from llama_acc.core import worker
 from llama_acc.core.errors import LlamaAccError
 
@@ -51,7 +51,7 @@ def shared_model(which: Which) -> "Iterator[LoadedModel]":
         # While it waits for rank 0, Python would not look at a signal.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     target = pick_device(which.device)
-    with joined(target, worker.world_size(), patience=_PATIENCE) as parallel:
+    with joined(target, worker.world_size(), console.note, patience=_PATIENCE) as parallel:
         loaded = parallel.agree(
             lambda: load_model(
                 *which.ckpt,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from llama_acc.cli import console
 from llama_acc.core import worker
 from llama_acc.core.errors import UserError
 
@@ -57,7 +58,7 @@ def launched(wanted: Wanted, device: str | None, check: Callable[[int], None]) -
     if worker.world_size() > 1:
         raise UserError(
             "this process was started by torchrun or Slurm as one of several, and is to start several itself",
-            "leave out --nproc, --nnodes, --rdzv-endpoint, --max-restarts and --log-ranks",
+            f"leave out --nproc, --nnodes, --rdzv-endpoint, --max-restarts and --log-ranks; {worker.run_alone()}",
         )
     if (wanted.nnodes > 1) != (wanted.rdzv_endpoint is not None):
         raise UserError(
@@ -82,7 +83,7 @@ def launched(wanted: Wanted, device: str | None, check: Callable[[int], None]) -
     if how == Launch(1):
         return False
     try:
-        launch(how, sys.argv[1:])
+        launch(how, sys.argv[1:], console.note)
     except Stopped as stopped:
         raise typer.Exit(stopped.exit_code) from None
     return True

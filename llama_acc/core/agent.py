@@ -9,7 +9,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -89,9 +90,15 @@ class Logs(DefaultLogsSpecs):
 class Agent(LocalElasticAgent):
     """The elastic agent, which ends the other ranks of one that failed soon but not at once."""
 
-    def __init__(self, spec: WorkerSpec, logs: Logs, several_nodes: bool) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        logs: Logs,
+        several_nodes: bool,
+        while_meeting: Callable[[], AbstractContextManager[None]],
+    ) -> None:
         super().__init__(spec, logs, log_line_prefix_template="$role_name")
-        self._logs, self._several_nodes = logs, several_nodes
+        self._logs, self._several_nodes, self._while_meeting = logs, several_nodes, while_meeting
         self._received: signal.Signals | None = None
         self._killed: set[int] = set()  # process ids
         self._next_question = 0.0
@@ -114,7 +121,8 @@ class Agent(LocalElasticAgent):
         assert isinstance(handler, DynamicRendezvousHandler)
         # The handler would serve the workers the same store again, with the addresses of those that died in it.
         handler._shared_tcp_store_server = handler._bootstrap_store_info = None
-        super()._rendezvous(worker_group)
+        with self._while_meeting():
+            super()._rendezvous(worker_group)
 
     def _alive(self) -> Mapping[int, Any]:
         """The running workers by local rank."""

@@ -5,8 +5,9 @@ import os
 import signal
 import sys
 import termios
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, Rend
 
 from llama_acc.core.agent import POLL, Agent, Logs, Stopped
 from llama_acc.core.errors import UserError
-from llama_acc.core.meeting import did_not_meet, meet, network_of, own_address
+from llama_acc.core.meeting import did_not_meet, meet, network_of, own_address, saying_who_is_missing
 from llama_acc.core.train.interrupt import EXIT_CODES
 from llama_acc.core.worker import LAUNCHER
 
@@ -65,8 +66,10 @@ def processes_here(wanted: str, on_gpu: bool | None) -> int:
     return count
 
 
-def launch(how: Launch, arguments: Sequence[str]) -> None:
+def launch(how: Launch, arguments: Sequence[str], tell: Callable[[str], None]) -> None:
     """Runs `llama-acc ARGUMENTS` in every process; returns when all have succeeded.
+
+    `tell` is given a line for the user where other machines are long in coming.
 
     Raises:
         WorkerError: one failed.
@@ -84,7 +87,7 @@ def launch(how: Launch, arguments: Sequence[str]) -> None:
     logs, terminal = Logs(how.log_ranks), _terminal_settings()
     os.environ[LAUNCHER] = str(os.getpid())
     try:
-        _run(how, arguments, logs)
+        _run(how, arguments, logs, tell)
     finally:
         logs.clear()
         if terminal is not None:  # rank 0 may have been killed while a line was being typed
@@ -99,8 +102,8 @@ def _terminal_settings() -> list[Any] | None:
         return None
 
 
-def _run(how: Launch, arguments: Sequence[str], logs: Logs) -> None:
-    handler = meet(how.nodes, how.endpoint)
+def _run(how: Launch, arguments: Sequence[str], logs: Logs, tell: Callable[[str], None]) -> None:
+    handler = meet(how.nodes, how.endpoint, tell)
     spec = WorkerSpec(
         role="",
         local_world_size=how.processes,
@@ -112,7 +115,7 @@ def _run(how: Launch, arguments: Sequence[str], logs: Logs) -> None:
         monitor_interval=POLL,
         local_addr=own_address(how.endpoint),
     )
-    agent = Agent(spec, logs, several_nodes=how.nodes > 1)
+    agent = Agent(spec, logs, how.nodes > 1, partial(saying_who_is_missing, how.nodes, how.endpoint, tell))
     previous = {number: signal.signal(number, agent.stop) for number in EXIT_CODES}
     try:
         result = agent.run()

@@ -5,7 +5,10 @@ import fcntl
 import socket
 import struct
 import sys
+import threading
 import uuid
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
@@ -13,37 +16,66 @@ from torch.distributed.elastic.rendezvous import registry as rendezvous
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousConnectionError
 
 from llama_acc.core.errors import RunError, UserError
+from llama_acc.core.worker import JOIN_TIMEOUT, connect, in_background, wait_until
 
 _SIOCGIFADDR = 0x8915  # netdevice(7)
-_PATIENCE = 900  # seconds, for the other machines to come
 
 
-def meet(nodes: int, endpoint: str | None) -> RendezvousHandler:
-    """Serves the meeting, or connects to it.
+def meet(nodes: int, endpoint: str | None, tell: Callable[[str], None]) -> RendezvousHandler:
+    """Serves the meeting, or connects to it; `tell` is given a line where the machine that serves it is long in coming.
 
     torch takes a machine for the host if the endpoint is its name; an address of one of its networks must do as well.
     """
     own = own_address(endpoint)
     place, run_id = endpoint or "localhost:0", "llama-acc" if endpoint else uuid.uuid4().hex
     serves = endpoint is None or own == _resolved(endpoint)[1][0]
+
+    def open_meeting(is_host: bool) -> RendezvousHandler:
+        if not is_host:
+            connect(*_parts(place))
+        return rendezvous.get_rendezvous_handler(
+            RendezvousParameters("c10d", place, run_id, nodes, nodes, own, timeout=JOIN_TIMEOUT, is_host=is_host)
+        )
+
     for is_host in dict.fromkeys((serves, False)):
-        meeting = RendezvousParameters("c10d", place, run_id, nodes, nodes, own, timeout=_PATIENCE, is_host=is_host)
+        opening = in_background(partial(open_meeting, is_host))
+        wait_until(opening.done, lambda: f"the machine of {place} to answer", tell)
         try:
-            return rendezvous.get_rendezvous_handler(meeting)
-        except RendezvousConnectionError as error:
+            return opening.result(timeout=0)
+        except (RendezvousConnectionError, TimeoutError) as error:
             # The port may be taken by the same command: two on one machine.
             failure = error
     raise did_not_meet(nodes, endpoint, failure)
 
 
 def _resolved(endpoint: str) -> tuple[socket.AddressFamily, Any]:
-    host, _, port = endpoint.rpartition(":")
     try:
-        family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        family, _, _, _, address = socket.getaddrinfo(*_parts(endpoint), type=socket.SOCK_DGRAM)[0]
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--rdzv-endpoint {endpoint}: {reason}", "give HOST:PORT") from None
     return family, address
+
+
+def _parts(endpoint: str) -> tuple[str, int]:
+    host, _, port = endpoint.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+@contextlib.contextmanager
+def saying_who_is_missing(nodes: int, endpoint: str | None, tell: Callable[[str], None]) -> Iterator[None]:
+    """Has a thread tell whom this machine waits for, while the block does."""
+    met = threading.Event()
+
+    def watch() -> None:
+        wait_until(met.is_set, lambda: f"all of {nodes} machines to meet at {endpoint}", tell)
+
+    if nodes > 1:
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        met.set()
 
 
 def own_address(endpoint: str | None) -> str:

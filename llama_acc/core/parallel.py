@@ -7,6 +7,7 @@ model_size + model_rank. A run of one process needs no process group, and makes 
 import contextlib
 import io
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from llama_acc.core import worker
-from llama_acc.core.errors import LlamaAccError, UserError
+from llama_acc.core.errors import LlamaAccError, RunError, UserError
 
 _Result = TypeVar("_Result")
 Group = dist.ProcessGroup
@@ -137,25 +138,37 @@ def check_world(model_parallel_size: int, processes: int) -> None:
 
 
 @contextlib.contextmanager
-def joined(device: torch.device, model_parallel_size: int, patience: timedelta = _PATIENCE) -> Iterator[Parallel]:
+def joined(
+    device: torch.device,
+    model_parallel_size: int,
+    tell: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    patience: timedelta = _PATIENCE,
+) -> Iterator[Parallel]:
     """Joins the processes started with this one for a while: env://, that is RANK, WORLD_SIZE, MASTER_ADDR and _PORT.
 
     Args:
         device: where this one computes.
         model_parallel_size: how many share one copy of the model.
-        patience: how long a rank may wait for another.
+        tell: is given a line for the user where the others are long in coming.
+        patience: how long a rank may wait for another once all have come.
 
     Raises:
         UserError: their number is not a multiple of `model_parallel_size`.
+        RunError: they did not come.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-    check_world(model_parallel_size, processes)
-    if processes == 1:
+    check_world(model_parallel_size, worker.world_size())
+    if worker.world_size() == 1:
         yield Parallel()
         return
+    store = _gather_processes(tell)
     on_gpu = device.type == "cuda"
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=patience, device_id=device if on_gpu else None
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=store,
+        rank=worker.rank(),
+        world_size=worker.world_size(),
+        timeout=patience,
+        device_id=device if on_gpu else None,
     )
     from fairscale.nn.model_parallel import initialize
 
@@ -164,6 +177,54 @@ def joined(device: torch.device, model_parallel_size: int, patience: timedelta =
     finally:
         initialize.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+_STORE_TIMEOUT = timedelta(seconds=60)  # for what answers there to be a store
+_joins = 0  # of this process so far: torchrun's store outlives one
+
+
+def _gather_processes(tell: Callable[[str], None]) -> dist.Store:
+    """Connects to the store of the job, and waits until all its processes have.
+
+    torch's own rendezvous waits in C++, without a word and deaf to signals.
+    """
+    global _joins
+    (host, port), rank, size = worker.check_place(), worker.rank(), worker.world_size()
+    hint = None if worker.is_launched() else worker.run_alone()
+    place, advice = f"{host}:{port}", f"; {hint}" if hint else ""
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+
+    def open_store() -> dist.TCPStore:
+        if serves:
+            # It reaches its own store in any case; where others look for it elsewhere, they are those who do not come.
+            return dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False, multi_tenant=True)
+        worker.connect(host, port)
+        return dist.TCPStore(host, port, wait_for_workers=False, timeout=_STORE_TIMEOUT)
+
+    opening = worker.in_background(open_store)
+    whom = f"{'the launcher' if rank == 0 else 'rank 0'} of {size} processes to answer at {place}"
+    worker.wait_until(opening.done, lambda: f"{whom} (this is rank {rank}{advice})", tell)
+    try:
+        store = opening.result(timeout=0)
+    except (dist.DistError, TimeoutError) as error:
+        raise RunError(f"rank {rank} waited for {whom}: {str(error).splitlines()[0]}", hint) from error
+    _joins += 1
+    names = [f"llama-acc/{_joins}/{number}" for number in range(size)]
+    store.set(names[rank], "")
+
+    def missing() -> str:
+        absent = [str(number) for number, name in enumerate(names) if not store.check([name])]
+        which = f"rank{'s' if len(absent) > 1 else ''} {', '.join(absent[:8])}{' ...' if len(absent) > 8 else ''}"
+        return f"{which} of {size} processes to come to {place} (this is rank {rank}{advice})"
+
+    # The first who is there speaks for all.
+    def say(line: str) -> None:
+        if not any(store.check([name]) for name in names[:rank]):
+            tell(line)
+
+    if not worker.wait_until(lambda: store.check(names), missing, say):
+        raise RunError(f"waited {worker.JOIN_TIMEOUT / 60:.0f} minutes in vain for {missing()}", hint)
+    return store
 
 
 def _groups(model_parallel_size: int, patience: timedelta | None) -> Parallel:

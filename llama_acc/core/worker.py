@@ -9,17 +9,29 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
-from llama_acc.core.errors import LlamaAccError
+from llama_acc.core.errors import LlamaAccError, UserError
 
+_Result = TypeVar("_Result")
 LAUNCHER = "LLAMA_ACC_LAUNCHER"
 """Set by `launch.py` in the workers' environment: its process id."""
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", LAUNCHER)
+"""What tells a process that it is one of several."""
+JOIN_TIMEOUT = 1800.0
+"""Seconds for all processes of a job to come; torch's own default."""
 
+_SLURM_JOINED = "LLAMA_ACC_SLURM"
 _PR_SET_PDEATHSIG = 1
 _FIRST_PORT, _PORTS = 15000, 10000
+_SAY_AFTER, _SAY_AGAIN, _POLL = 5.0, 60.0, 0.05  # seconds
 # How gloo, NCCL and torch's store say that another process went away.
 _LOST = re.compile(
     r"closed by (the )?(remote )?peer|reset by peer|broken pipe|connection (was )?(closed|refused|aborted)|"
@@ -50,17 +62,115 @@ class Ending:
 
 def rank() -> int:
     """This process's number among all, 0 if it is alone."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK") if world_size() > 1 else 0
 
 
 def world_size() -> int:
-    """How many processes run together."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    """How many processes run together. RANK and WORLD_SIZE say so; one of them without the other says nothing."""
+    return _number("WORLD_SIZE", least=1) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else 1
 
 
 def local_rank() -> int:
     """This process's number on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _number("LOCAL_RANK") if world_size() > 1 else 0
+
+
+def _number(name: str, least: int = 0) -> int:
+    text = os.environ.get(name, "0")
+    if not text.isdecimal() or int(text) < least:
+        raise _misplaced(f"the environment variable {name} is {text!r}, no number of a process")
+    return int(text)
+
+
+def stand_alone() -> None:
+    """Makes this process one on its own, whatever a launcher, or a shell within a job, has left in the environment."""
+    for name in VARIABLES:
+        os.environ.pop(name, None)
+
+
+def run_alone() -> str:
+    """Returns what to type to run without the other processes."""
+    names = ("SLURM_PROCID",) if _SLURM_JOINED in os.environ else ("RANK", "WORLD_SIZE")
+    return f"to run alone, put this before the command: env {' '.join(f'-u {name}' for name in names)}"
+
+
+def _misplaced(message: str) -> UserError:
+    """An error of the environment, which this process tells for itself."""
+    error = UserError(message, run_alone())
+    stand_alone()
+    return error
+
+
+def check_place() -> tuple[str, int]:
+    """The host and port where all processes of this one's job meet.
+
+    Raises:
+        UserError: the environment does not say, or RANK is none of WORLD_SIZE.
+    """
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise _misplaced(
+            f"RANK={rank()} and WORLD_SIZE={world_size()} say that this process is one of several; where they meet is "
+            f"not said: {' and '.join(missing)} not set"
+        )
+    if rank() >= world_size():
+        raise _misplaced(f"RANK={rank()} is none of the {world_size()} processes that WORLD_SIZE counts")
+    port = _number("MASTER_PORT", least=1)
+    if port >= 2**16:
+        raise _misplaced(f"MASTER_PORT={port} is no port")
+    return os.environ["MASTER_ADDR"], port
+
+
+def wait_until(happened: Callable[[], bool], describe: Callable[[], str], tell: Callable[[str], None]) -> bool:
+    """Waits for other processes, and says so after five seconds and then every minute. Signals are seen at once.
+
+    Args:
+        happened: is asked whether they have come.
+        describe: returns who is waited for, and where.
+        tell: is given a line for the user.
+
+    Returns:
+        Whether it happened within `JOIN_TIMEOUT`.
+    """
+    start = time.monotonic()
+    next_line = _SAY_AFTER
+    while not happened():
+        waited = time.monotonic() - start
+        if waited >= JOIN_TIMEOUT:
+            return False
+        if waited >= next_line:
+            tell(f"waiting for {describe()}, for {waited:.0f} s now")
+            next_line = waited + _SAY_AGAIN
+        time.sleep(_POLL)
+    return True
+
+
+def in_background(work: Callable[[], _Result]) -> "Future[_Result]":
+    """Does some work in a thread that does not outlive the process.
+
+    For what is deaf to signals: a name that is looked up, and torch's stores while they connect.
+    """
+    future = Future[_Result]()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def connect(host: str, port: int) -> None:
+    """Connects to a port, again and again until it answers."""
+    deadline = time.monotonic() + JOIN_TIMEOUT
+    while time.monotonic() < deadline:
+        try:
+            return socket.create_connection((host, port), timeout=5.0).close()
+        except (OSError, UnicodeError):  # the second: a name that is none
+            time.sleep(0.2)
+    raise TimeoutError(f"no answer in {JOIN_TIMEOUT / 60:.0f} minutes")
 
 
 def is_main() -> bool:
@@ -118,21 +228,41 @@ def record_end(error: BaseException, message: str, hint: str | None, exit_code: 
     return True
 
 
-def join_slurm() -> None:
+def join_slurm() -> str | None:
     """Under `srun` with several tasks, says in torch's variables what Slurm says in its own.
 
     The names are those of srun's manual, "OUTPUT ENVIRONMENT VARIABLES". SLURM_STEP_NUM_TASKS is only there inside a
-    step, so a command in a batch script, outside srun, stays alone.
+    step, so a command in a batch script, outside srun, stays alone. So does one that is typed in the shell of
+    `srun --pty`: that is task 0, whatever runs in it inherits its variables, and the other tasks have ended.
+
+    Returns:
+        A line for the user where a step of several tasks is not joined.
     """
     own = os.environ
-    if "RANK" in own or int(own.get("SLURM_STEP_NUM_TASKS", "1")) == 1 or "SLURM_PROCID" not in own:
-        return
-    own["RANK"], own["WORLD_SIZE"] = own["SLURM_PROCID"], own["SLURM_STEP_NUM_TASKS"]
+    tasks, number = own.get("SLURM_STEP_NUM_TASKS", "1"), own.get("SLURM_PROCID", "")
+    if "RANK" in own or not (tasks.isdecimal() and number.isdecimal()) or int(tasks) == 1:
+        return None
+    if _is_in_terminal_of_step():
+        return f"this is the shell of a Slurm step: running alone, not as one of its {tasks} tasks; srun starts all"
+    own["RANK"], own["WORLD_SIZE"] = number, tasks
     own["LOCAL_RANK"] = own.get("SLURM_LOCALID", "0")
     node = int(own.get("SLURM_NODEID", "0"))
-    own["LOCAL_WORLD_SIZE"] = str(_repeated(own.get("SLURM_STEP_TASKS_PER_NODE", "1"))[node])
+    counts = _repeated(own.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    own["LOCAL_WORLD_SIZE"] = str(counts[node] if node < len(counts) else 1)
     own.setdefault("MASTER_ADDR", first_host(own.get("SLURM_STEP_NODELIST", "127.0.0.1")))
     own.setdefault("MASTER_PORT", str(_FIRST_PORT + int(own.get("SLURM_JOB_ID", "0")) % _PORTS))
+    own[_SLURM_JOINED] = "1"
+    return None
+
+
+def _is_in_terminal_of_step() -> bool:
+    """Whether this process was started from within the task that has the terminal of `srun --pty`.
+
+    SLURM_PTY_* are set in such a step, SLURM_TASK_PID is the process that srun itself has started.
+    """
+    own = os.environ
+    has_terminal = any(name.startswith("SLURM_PTY_") for name in own)
+    return has_terminal and own["SLURM_PROCID"] == "0" and own.get("SLURM_TASK_PID") != str(os.getpid())
 
 
 def _repeated(counts: str) -> list[int]:

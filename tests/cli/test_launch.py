@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from llama_acc.core.agent import ending_in, how_it_ended
 from llama_acc.core.checkpoint.files import check_manifest
 from llama_acc.core.checkpoint.layout import latest_checkpoint
 from llama_acc.core.launch import Launch
-from llama_acc.core.worker import first_host, join_slurm
+from llama_acc.core.worker import first_host, join_slurm, world_size
 from tests.cli.commands import TINY, invoke, refused
 from tests.cli.jobs import PATIENCE, gone, start_job, workers_of
 from tests.core.ranks import free_port
@@ -239,8 +241,8 @@ def test_flags_that_cannot_be_meant_are_refused_before_anything_starts(
 
 
 def test_several_processes_do_not_start_several_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     result = invoke("finetune", "--recipe", "quickstart", "--output", tmp_path / "run", "--nproc", "2")
     assert result.exit_code == 2
     assert "started by torchrun or Slurm" in result.stderr
@@ -250,6 +252,7 @@ def test_slurm_s_variables_are_understood(monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")  # so that it is restored
         monkeypatch.delenv(name)
+    monkeypatch.setenv("LLAMA_ACC_SLURM", "")
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_NTASKS", "9")
     join_slurm()
@@ -268,6 +271,93 @@ def test_slurm_s_variables_are_understood(monkeypatch: pytest.MonkeyPatch) -> No
     join_slurm()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     assert [os.environ[name] for name in names] == ["7", "9", "3", "4", "gpu07", "18456"]
+
+
+# What `srun --pty` leaves in the shell it opens; there SLURM_TASK_PID is the shell's.
+_PTY_SHELL = {
+    "SLURM_PROCID": "0",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_PTY_PORT": "40000",
+    "SLURM_PTY_WIN_COL": "80",
+    "SLURM_TASK_PID": "1",
+    "SLURM_STEP_NODELIST": "localhost",
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "joins"),
+    [({}, False), ({"SLURM_TASK_PID": str(os.getpid())}, True), ({"SLURM_PROCID": "1"}, True)],
+    ids=["typed in its shell", "the task itself", "another task"],
+)
+def test_only_what_is_typed_in_the_shell_of_a_slurm_step_runs_alone(
+    changed: dict[str, str], joins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("LLAMA_ACC_SLURM", "")
+    for name, value in {**_PTY_SHELL, **changed}.items():
+        monkeypatch.setenv(name, value)
+    told = join_slurm()
+    assert (told is None, world_size()) == ((True, 4) if joins else (False, 1))
+
+
+_IMPATIENT = (
+    "import llama_acc.core.worker as worker; worker._SAY_AFTER = 0.2; from llama_acc.cli.app import main; main()"
+)
+_SRUN = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_NODELIST": "localhost"}
+
+
+def test_a_process_whose_others_never_come_says_who_and_how_to_run_alone_and_hears_signals(tmp_path: Path) -> None:
+    """As with a RANK that an earlier command left in the shell."""
+    port = str(free_port())
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    cases = [
+        ({**meeting, "RANK": "1", "LOCAL_RANK": "1"}, f"rank 0 of 2 processes to answer at 127.0.0.1:{port}",
+         "-u RANK -u WORLD_SIZE", signal.SIGINT, 130),
+        ({**_SRUN, "MASTER_PORT": str(free_port())}, "ranks 1, 2 of 3 processes to come to localhost:",
+         "-u SLURM_PROCID", signal.SIGTERM, 143),
+    ]  # fmt: skip
+    words = ("finetune", "--recipe", "quickstart", "--device", "cpu", "--output", tmp_path / "run")
+    command = [sys.executable, "-c", _IMPATIENT, *map(str, words)]
+    jobs = [
+        subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True)
+        for environment, *_ in cases
+    ]
+    for job, (_, whom, alone, number, code) in zip(jobs, cases, strict=True):
+        assert job.stderr is not None
+        line = job.stderr.readline()
+        assert line.startswith(f"waiting for {whom}"), line
+        assert f"put this before the command: env {alone})" in line
+        job.send_signal(number)
+        assert job.wait(PATIENCE) == code
+        assert "Traceback" not in job.stderr.read()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT not set"),
+        ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK is 'first'"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=2 is none of the 2 processes"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "70000"}, "MASTER_PORT=70000 is no port"),
+    ],
+)
+def test_an_environment_that_names_no_place_is_refused(
+    environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    result = invoke("chat", "--ckpt", "nowhere")
+    refused(result, said, "to run alone, put this before the command: env -u RANK -u WORLD_SIZE")
+
+
+def test_a_command_of_one_process_tells_its_errors_whatever_rank_the_shell_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(invoke("recipes", "show", "nothing"), "error: unknown recipe 'nothing'")
 
 
 @pytest.mark.parametrize(

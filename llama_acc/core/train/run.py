@@ -91,7 +91,7 @@ def finetune(
     started = time.perf_counter()
     events = events or Quiet()
     target = pick_device(device)
-    with joined(target, recipe.parallel.model_parallel_size) as parallel:
+    with joined(target, recipe.parallel.model_parallel_size, events.note) as parallel:
         if not parallel.is_main:
             events = Quiet()
         folder = RunFolder(Path(output))

@@ -13,11 +13,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from llama_acc.core.errors import LlamaAccError, RunError
-from llama_acc.core.worker import LAUNCHER
+from llama_acc.core.worker import VARIABLES
 
 _Result = TypeVar("_Result")
-# What tells a process that it is one of several.
-_OF_A_WORKER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", LAUNCHER)
 
 
 def apart(function: Callable[..., _Result], *arguments: Any) -> _Result:
@@ -29,7 +27,7 @@ def apart(function: Callable[..., _Result], *arguments: Any) -> _Result:
     """
     if not dist.is_initialized():
         return function(*arguments)
-    environment = {name: value for name, value in os.environ.items() if name not in _OF_A_WORKER}
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     done = subprocess.run(
         [sys.executable, "-m", "llama_acc.core.vram.apart"],
         input=pickle.dumps((function, arguments)),
