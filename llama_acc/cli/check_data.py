@@ -194,7 +194,7 @@ def _end(reports: "list[FileReport]") -> None:
     from llama_acc.core.data.findings import KINDS, other_form
 
     rows = sum(report.survey.rows for report in reports)
-    wrong = rows - sum(report.survey.items for report in reports)
+    wrong = sum(report.wrong for report in reports)
     broken = [report for report in reports if report.error is not None]
     if broken:
         raise UserError(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from llama_acc.cli import console
+from llama_acc.core.data.keys import unused_text
 from llama_acc.core.units import count_text
 from llama_acc.core.visible import visible
 
@@ -34,6 +35,8 @@ def print_reports(reports: "list[FileReport]", most: int | None) -> None:
                 console.out.print(_text(f"      {report.hint}"))
         for fatal in (True, False):
             _findings(report, fatal, most)
+        if report.unused_keys:
+            console.out.print(Text.assemble(("  not used: ", "bold"), _text(unused_text(report.unused_keys))))
         if report.lengths:
             _histogram(report)
             _outcome(report)
@@ -98,7 +101,8 @@ def _outcome(report: "FileReport") -> None:
     """What would be left out, dropped or cut, and why."""
     survey, truncation = report.survey, report.truncation
     rows = [
-        ("left out", survey.rows - survey.items, "an error above: stops a run, or is left out (data.on_error=skip)")
+        ("left out", report.wrong, "an error above: stops a run, or is left out (data.on_error=skip)"),
+        ("left out", report.blank, "blank"),
     ]
     if truncation is not None:
         most = truncation.max_tokens

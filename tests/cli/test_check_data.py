@@ -73,6 +73,22 @@ def test_lengths_cuts_and_drops_with_a_tokenizer(tmp_path: Path, tokenizer_path:
     assert "lengths in tokens: min " in said
 
 
+def test_keys_that_are_not_used_and_blank_rows_are_counted(tmp_path: Path) -> None:
+    rows = [
+        {**GOOD, "source": "s", "\x1b[2J": 1},
+        {**GOOD, "output": "5", "source": "t"},
+        {"instruction": "", "output": ""},
+    ]
+    path = write(tmp_path / "a.json", rows)
+    result = invoke(*CHECK, path)
+    assert result.exit_code == 0, result.stderr
+    said = words(result.stdout)
+    assert "not used: source (2 items), ␛[2J (1 item)" in said
+    assert "blank rows, left out: 1 item 3: no question and no answer" in said
+    [file] = json.loads(invoke(*CHECK, path, "--json").stdout)["files"]
+    assert (file["rows"], file["items"], file["unused_keys"]) == (3, 2, {"source": 2, "\x1b[2J": 1})
+
+
 def test_json_holds_everything(tmp_path: Path, tokenizer_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", "\n".join([json.dumps(GOOD), "{"]))
     flags = ("--json", "--tokenizer", tokenizer_path, "--max-tokens", 200, "--preview", 1)

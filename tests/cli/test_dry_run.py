@@ -252,6 +252,27 @@ def test_what_is_cut_is_counted_in_the_plan_and_in_the_report(tmp_path: Path) ->
     assert report["files"][0]["tokens"] == report["tokens"]
 
 
+def test_keys_that_are_not_used_stand_in_the_plan(tmp_path: Path) -> None:
+    rows = [{"instruction": f"go {i}", "output": "ok", "source": "x", "id": i} for i in range(9)]
+    rows[0].pop("id")
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(json.dumps(rows), encoding="utf-8")
+    result = invoke(
+        *QUICKSTART,
+        "--dry-run",
+        "--data",
+        tmp_path / "a.json",
+        "--data",
+        tmp_path / "b.json",
+        "--output",
+        tmp_path / "run",
+    )
+    assert result.exit_code == 0, result.stderr
+    assert shown(result.stdout)["not used"] == "source (18 items), id (16 items)"
+    report = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert [file["unused_keys"] for file in report["files"]] == [{"source": 9, "id": 8}] * 2
+
+
 def test_a_plan_of_very_many_steps_is_made_at_once() -> None:
     result = invoke(*QUICKSTART, "--dry-run", "train.epochs=1e9", "checkpoint.every_epochs=7", "checkpoint.keep=2")
     assert result.exit_code == 0

@@ -53,6 +53,9 @@ class FileReport:
     images: int = 0
     """Of all items together."""
 
+    unused_keys: Counter[str] = field(default_factory=Counter)
+    """Keys that are not used, and in how many items."""
+
     @property
     def lengths(self) -> Counter[int]:
         """How many items are so long: in tokens if there is a tokenizer, else in characters."""
@@ -62,6 +65,16 @@ class FileReport:
     def unit(self) -> str:
         """Of `lengths`."""
         return "characters" if self.truncation is None else "tokens"
+
+    @property
+    def blank(self) -> int:
+        """Rows without a question and an answer, which are left out."""
+        return self.findings.counts["blank"]
+
+    @property
+    def wrong(self) -> int:
+        """Rows that cannot be trained on, besides blank ones."""
+        return self.survey.rows - self.survey.items - self.blank
 
     @property
     def fatal(self) -> int:
@@ -82,6 +95,7 @@ class FileReport:
             "language": survey.language,
             "languages": survey.languages,
             "images": self.images,
+            "unused_keys": dict(self.unused_keys),
             "findings": self.findings.to_json(),
             "characters": quantiles(self.characters),
         }
@@ -160,7 +174,7 @@ class _Checker:
         try:
             stream = stream_items(spec.path, spec.format, progress=tell)
             template = template_for(spec.template, stream.kind)
-            report.kind, report.template = stream.kind, template.name
+            report.kind, report.template, report.unused_keys = stream.kind, template.name, stream.unused
             if self.tokenizer is not None:
                 report.truncation = Truncation(
                     template, self.tokenizer, self.max_tokens, report.survey.findings, self.image_positions

@@ -266,6 +266,7 @@ class Dataset:
                     "skipped_kinds": dict(Counter(part.skipped_kinds) + Counter(file.skipped_kinds)),
                     "skipped_items": [*part.skipped, *(f._asdict() for f in file.skipped)][:MOST_PROBLEMS],
                     "warning_places": _warning_places(file, part),
+                    "unused_keys": part.unused_keys,
                     "template": file.template.name,
                 }
                 for file, part, count in zip(self.files, self.parts, counts, strict=True)

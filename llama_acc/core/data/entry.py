@@ -119,6 +119,11 @@ class Encoded:
         return dict(Counter(problem["kind"] for problem in self.skipped)) if kinds is None else dict(kinds)
 
     @property
+    def unused_keys(self) -> dict[str, int]:
+        """Keys of the file that are not used, and in how many of its items."""
+        return dict(self.notes.get("unused_keys", {}))
+
+    @property
     def warnings(self) -> dict[str, Any]:
         """What else was found in the items: by kind, how often and where first."""
         found: dict[str, Any] = self.notes.get("warnings", {})

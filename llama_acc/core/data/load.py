@@ -94,7 +94,9 @@ def _nothing(parts: Sequence[Encoded], max_tokens: int) -> UserError:
     """Why there is nothing to train on."""
     items, skipped = sum(part.items for part in parts), sum(len(part.skipped_rows) for part in parts)
     if not items:
-        first = next(f"{Finding(**problem)}" for part in parts for problem in part.skipped)
+        first = next((f"{Finding(**problem)}" for part in parts for problem in part.skipped), None)
+        if first is None:
+            return UserError(f"nothing to train on: {count_text(skipped, 'row')}, all of them blank")
         return UserError(
             f"nothing to train on: no item in {count_text(skipped, 'row')}, all skipped; the first: {first}",
             other_form({problem["kind"] for part in parts for problem in part.skipped}, "FILE"),
@@ -206,7 +208,12 @@ class _Encoder:
             )
         writer.skip(np.array(file.skipped_rows, np.int64))
         skipped = [finding._asdict() for finding in file.skipped]
-        notes = {"skipped": skipped, "skipped_kinds": file.skipped_kinds, "warnings": _warnings(survey)}
+        notes = {
+            "skipped": skipped,
+            "skipped_kinds": file.skipped_kinds,
+            "unused_keys": file.unused_keys,
+            "warnings": _warnings(survey),
+        }
         writer.finish(file.kind, notes, survey.hashes()[1])
 
 
@@ -229,6 +236,11 @@ class _FileReader:
         self._path, self._bytes, self._size = spec.path, 0, max(spec.path.stat().st_size, 1)
         self._stream = stream_items(spec.path, spec.format, progress=self._count)
         self.kind = self._stream.kind
+
+    @property
+    def unused_keys(self) -> Counter[str]:
+        """Keys that are not used, and in how many of the items so far."""
+        return self._stream.unused
 
     def fraction_read(self) -> float:
         """How much of it was read."""
@@ -263,7 +275,8 @@ class _FileReader:
         for index, row in enumerate(self._stream):
             self._items += row.item is not None
             if row.item is None:
-                self.skipped += row.problems[: MOST_PROBLEMS - len(self.skipped)]
+                fatal = [problem for problem in row.problems if problem.fatal]
+                self.skipped += fatal[: MOST_PROBLEMS - len(self.skipped)]
                 self.skipped_kinds.update(problem.kind for problem in row.problems)
                 self.skipped_rows.append(index)
             yield index, row

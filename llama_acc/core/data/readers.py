@@ -6,6 +6,7 @@ Every problem of every item is named, and they come together.
 """
 
 import glob
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ class Checked(NamedTuple):
 
     where: str
     item: Item | None
-    """None if there are problems."""
+    """None: it cannot be trained on, or is blank."""
     problems: list[Finding]
 
 
@@ -90,7 +91,7 @@ def read_file(path: Path, format: str = "auto") -> ItemFile:
     errors: list[UserError] = []
     try:
         for checked in stream:
-            problems += [f"{path}: {problem}" for problem in checked.problems]
+            problems += [f"{path}: {problem}" for problem in checked.problems if problem.fatal]
             if checked.item is not None:
                 items.append(checked.item)
     except UserError as error:
@@ -106,13 +107,15 @@ class ItemStream:
         self.path = path
         self.kind = kind
         """"single_turn" or "dialogue"."""
+        self.unused: Counter[str] = Counter()
+        """Keys that are not used, and in how many of the items so far."""
         self._rows = rows
 
     def __iter__(self) -> Iterator[Checked]:
         """Raises UserError where the file as a whole cannot be read further, if need be after items."""
         for row in self._rows:
             if row.problem is None:
-                yield Checked(row.where, *item_of(row.value, self.kind, row.where))
+                yield Checked(row.where, *item_of(row.value, self.kind, row.where, self.unused))
             else:
                 yield Checked(
                     row.where, None, [Finding("unreadable", row.where, "", row.problem, beginning(row.value))]
@@ -136,16 +139,26 @@ def stream_items(path: Path, format: str = "auto", *, progress: BytesRead | None
             f"unknown data format {format!r}", did_you_mean(format, FORMATS) or "it is one of: " + ", ".join(FORMATS)
         )
     rows = stream_rows(path, required=("instruction", "output"), progress=progress)
-    # Up to one that tells the kind of items: a broken first row does not make all others wrong.
-    first, rows = looked_ahead(rows, _TRIED, lambda row: kind_of(row.value) is not None)
+    # Up to one that tells the kind of items: a broken first row does not make all others wrong, and single-turn items
+    # with a `history` are dialogues if any of them has something in it.
+    first, rows = looked_ahead(rows, _TRIED, _tells_kind)
     if not first:
         raise UserError(f"{path} holds no items")
-    kind = format if format != "auto" else kind_of(first[-1].value) or "single_turn"
+    kind = format if format != "auto" else _kind(first)
     if format == "single_turn_llava":
         kind, rows = "single_turn", map(_first_exchange, rows)
     if data_suffix(path) in (".csv", ".tsv") and kind == "dialogue":
         raise UserError(f"{path}: a .csv file holds single-turn items only", "give dialogues as .json or .jsonl")
     return ItemStream(path, kind, rows)
+
+
+def _tells_kind(row: Row) -> bool:
+    kind = kind_of(row.value)
+    return kind == "dialogue" or (kind is not None and "history" not in row.value)
+
+
+def _kind(first: list[Row]) -> str:
+    return next((kind for row in reversed(first) if (kind := kind_of(row.value)) is not None), "single_turn")
 
 
 def _first_exchange(row: Row) -> Row:

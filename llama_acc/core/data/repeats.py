@@ -31,7 +31,9 @@ def item_hash(item: Item, text_as: Callable[[str], str] = str) -> int:
         text_as: what counts of a text.
     """
     digest = blake2b(digest_size=8)
-    roles = [turn.role for turn in item.turns] if isinstance(item, Dialogue) else ["single_turn"]
+    roles = (
+        [turn.role + " " * (not turn.trained) for turn in item.turns] if isinstance(item, Dialogue) else ["single_turn"]
+    )
     for part in (*roles, *(text_as(text) for _, text in fields_of(item)), *item.images):
         digest.update(len(part).to_bytes(8, "little") + part.encode("utf-8"))
     return int.from_bytes(digest.digest(), "little") or 1

@@ -1,6 +1,7 @@
 """What a run will do: its model, its data, its steps, and when it saves. `planning.make_plan` finds it out."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from llama_acc.core.checkpoint.quantised import read_quantization
 from llama_acc.core.checkpoint.save import DTYPES, free_bytes, needed_bytes
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.data.findings import KINDS as FINDINGS
+from llama_acc.core.data.keys import unused_text
 from llama_acc.core.home import home
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.nf4 import nbytes
@@ -174,6 +176,7 @@ class Plan:
                 f"{_counted(self.report['truncated'], 'cut')}{_counted(self.report['dropped'], 'dropped')}"
                 f"{_counted(self.report['skipped'], 'skipped')}",
             ),
+            *self._unused_line(),
             *self._warnings_line(),
         ]
         if self.validation is not None:
@@ -192,6 +195,13 @@ class Plan:
     def _warnings_line(self) -> list[tuple[str, str]]:
         found = [f"{FINDINGS[kind].title}: {count:,}" for kind, count in self.report["warnings"].items()]
         return [("warnings", f"{', '.join(found)}; see data.json, or llama-acc convert-data check")] if found else []
+
+    def _unused_line(self) -> list[tuple[str, str]]:
+        """Keys of the data that are not used, of all files together."""
+        unused: Counter[str] = Counter()
+        for keys in {file["path"]: file["unused_keys"] for file in self.report["files"]}.values():
+            unused.update(keys)
+        return [("not used", unused_text(unused))] if unused else []
 
     def _vision_line(self) -> list[tuple[str, str]]:
         vision, recipe = self.config.vision, self.recipe

@@ -1,10 +1,12 @@
 import pickle
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from llama_acc.core.data.findings import KINDS, beginning
 from llama_acc.core.data.items import Dialogue, SingleTurn, first_exchange, item_of, kind_of
+from llama_acc.core.data.keys import unused_text
 from llama_acc.core.data.templates import Turn
 
 
@@ -102,3 +104,129 @@ def test_the_first_exchange_of_a_dialogue_as_it_stands() -> None:
     assert item_of(value, "single_turn") == (SingleTurn("what?\n<image>", None, " that ", ("x.png",)), [])
     for other in (3, {"conversations": []}, {"conversations": turns[:1]}, {"instruction": "a", "output": "b"}):
         assert first_exchange(other) == other
+
+
+def said(*turns: str, **keys: Any) -> dict[str, Any]:
+    """A dialogue of questions and replies."""
+    return {"conversations": [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)], **keys}
+
+
+def test_keys_that_change_an_item_are_used() -> None:
+    """As LLaMA-Factory (system, history, images), Dolly (context) and OpenOrca (system_prompt) mean them."""
+    one = {"instruction": "and then?", "output": "b"}
+    history = {"history": [["first?", "a"]]}
+    earlier = [Turn("human", "first?"), Turn("assistant", "a")]
+    asked = [*earlier, Turn("human", "and then?\n\nx"), Turn("assistant", "b")]
+    for value, item in [
+        ({**one, "system": "S"}, SingleTurn("and then?", None, "b", system="S")),
+        ({**one, "system_prompt": "S", "system": " "}, SingleTurn("and then?", None, "b", system="S")),
+        ({**one, "system": ""}, SingleTurn("and then?", None, "b")),
+        ({**one, "context": "x"}, SingleTurn("and then?", "x", "b")),
+        ({**one, "context": "x", "input": ""}, SingleTurn("and then?", "x", "b")),
+        ({**one, "images": ["x.png"]}, SingleTurn("and then?", None, "b", ("x.png",))),
+        ({**one, **history, "input": "x", "system": "S"}, Dialogue(asked, system="S")),
+        (said("q", "a", system="S", tools="[]"), Dialogue([Turn("human", "q"), Turn("assistant", "a")], system="S")),
+    ]:
+        assert item_of(value, kind_of(value) or "") == (item, []), value
+    talk = said("q", "a", system="S")
+    talk["conversations"].insert(0, {"from": "system", "value": "T"})
+    assert item_of(talk, "dialogue") == (Dialogue([Turn("human", "q"), Turn("assistant", "a")], system="S\n\nT"), [])
+    assert first_exchange(talk) == {"instruction": "q", "output": "a", "system": "T"}
+
+
+@pytest.mark.parametrize("key", ["train", "training", "trainable", "loss", "weight"])
+@pytest.mark.parametrize("no", [False, 0, 0.0])
+def test_a_reply_that_says_so_is_context_only(key: str, no: Any) -> None:
+    """`weight` is OpenAI's word, `train` axolotl's, `loss` ms-swift's."""
+    talk = said("q", "wrong", "sure?", "right")
+    talk["conversations"][0][key] = no
+    talk["conversations"][1][key] = no
+    talk["conversations"][3][key] = True
+    turns = [Turn("human", "q"), Turn("assistant", "wrong", trained=False)]
+    assert item_of(talk, "dialogue") == (Dialogue([*turns, Turn("human", "sure?"), Turn("assistant", "right")]), [])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"weight": 0.5}, "turn 2: 'weight' should be true or false, 1 or 0, but is 0.5"),
+        ({"train": "no"}, "turn 2: 'train' should be true or false, 1 or 0, but is text"),
+        ({"train": True, "weight": 0}, "turn 2: 'train' and 'weight' contradict each other"),
+        ({"train_detail": [{"begin_offset": 0}]}, "turn 2: parts of a reply cannot be trained on alone"),
+        ({"tool_calls": [{}]}, "turn 2: calls of tools cannot be trained on ('tool_calls')"),
+        ({"from": "human", "train": True}, "turn 2: 'train' asks to train on a turn that is no reply"),
+        ({"from": "system"}, "turn 2 is a system text behind the first turn"),
+    ],
+)
+def test_what_a_turn_asks_for_and_cannot_have_is_refused_by_name(change: dict[str, Any], reason: str) -> None:
+    talk = said("q", "a")
+    talk["conversations"][1].update(change)
+    item, found = item_of(talk, "dialogue")
+    assert item is None
+    assert reason in str(found[0])
+    assert [finding.kind for finding in found] == ["unsupported"]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "a preferred and a rejected reply"),
+        (said("a", chosen={"from": "gpt", "value": "b"}), "('chosen')"),
+        (said("a", "b", tools='[{"name": "f"}]'), "calls of tools cannot be trained on ('tools')"),
+        (said("a", "b", videos=["x.mp4"]), "sound and video"),
+        ({"instruction": "a", "output": "b", "kto_tag": False}, "'kto_tag' is false"),
+        ({"instruction": "a", "output": "b", "input": "c", "context": "d"}, "'input' and 'context' are two names"),
+        (said("a", "b", history=[["x", "y"]]), "earlier turns have to be in the conversation"),
+    ],
+)
+def test_keys_that_change_an_item_and_cannot_be_used_are_refused_by_name(value: Any, reason: str) -> None:
+    item, found = item_of(value, kind_of(value) or "single_turn")
+    assert item is None
+    assert reason in str(found[0])
+    assert [finding.kind for finding in found] == ["unsupported"]
+
+
+def test_all_other_keys_are_counted_with_those_of_turns() -> None:
+    unused: Counter[str] = Counter()
+    talk = said("a", "b", "c", "d", id="x", score=None)
+    for turn in talk["conversations"]:
+        turn["markdown"] = True
+    values = [talk, {"instruction": "a", "output": "b", "source": "s", "text": " "}, said("a", "b", id=0), "no item"]
+    for value in values:
+        item_of(value, kind_of(value) or "dialogue", "", unused)
+    assert unused == {"id": 2, "conversations[].markdown": 1, "source": 1}
+    assert unused_text(unused) == "id (2 items), conversations[].markdown (1 item), source (1 item)"
+    for number in range(1000):
+        item_of({"instruction": "a", "output": "b", f"key {number}": 1}, "single_turn", "", unused)
+    assert len(unused) < 200
+    assert unused.total() == 1004
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"instruction": "", "output": ""},
+        {"instruction": " \n", "input": "\t", "output": "", "id": 7, "system": "S"},
+        {"instruction": None, "input": None, "output": None},
+        {"image": "", "caption": " "},
+        said("", " "),
+        said(),
+    ],
+)
+def test_a_blank_row_is_no_item_and_no_error(value: Any) -> None:
+    item, [finding] = item_of(value, kind_of(value) or "", "item 3")
+    assert (item, finding.kind, finding.fatal) == (None, "blank", False)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"instruction": "Name it.", "output": ""},
+        {"instruction": "", "output": "a"},
+        {"instruction": "", "input": "a", "output": ""},
+        {"image": "x.png", "instruction": "", "output": ""},
+        said("a", ""),
+    ],
+)
+def test_a_row_that_says_anything_is_not_blank(value: Any) -> None:
+    assert item_of(value, kind_of(value) or "")[1] == []

@@ -261,3 +261,42 @@ def test_what_is_the_same_but_for_case_and_white_space_is_found_across_files(
             },
         }
         assert report["warnings"] == {"duplicate": 3, "near_duplicate": 2}
+
+
+def test_blank_rows_are_left_out_and_counted_and_stop_nothing(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    table = tmp_path / "a.csv"
+    table.write_text('instruction,output,source\ngo 0,the answer is 0,s\n,,\n" ",,s\ngo 1,the answer is 1,\n')
+    for on_error in ("stop", "skip", "stop"):
+        dataset = load(tokenizer, table, on_error=on_error)
+        assert texts(dataset, tokenizer) == ["go 0the answer is 0", "go 1the answer is 1"]
+        report = dataset.report()
+        [file] = report["files"]
+        assert (report["items"], report["skipped"], file["skipped_kinds"]) == (2, 2, {"blank": 2})
+        assert report["warnings"] == {"blank": 2}
+        assert [place["where"] for place in file["warning_places"]["blank"]] == ["item 2 (line 3)", "item 3 (line 4)"]
+        assert (file["skipped_items"], file["unused_keys"]) == ([], {"source": 1})
+        assert dataset.origin(1) == "a.csv item 4"
+    with pytest.raises(UserError, match="nothing to train on: 2 rows, all of them blank"):
+        load(tokenizer, write(tmp_path / "b.json", [{"instruction": "", "output": None}] * 2))
+
+
+def test_single_turn_items_are_dialogues_where_one_has_a_history(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [{**row, "history": []} for row in good(3)]
+    turns = [["first", "one"], ["second", "two"]]
+    late = [*good(3), {**rows[0], "history": turns}]
+    for number, (items, template) in enumerate(
+        [(rows, "alpaca"), ([*rows, {**rows[0], "history": turns}], "dialogue"), (late, "alpaca")]
+    ):
+        path = write(tmp_path / f"{number}.json", items)
+        dataset = load_dataset([Source(str(path))], tokenizer, 640, 0, on_error="skip")
+        assert dataset.template.name == template
+        assert dataset.report()["skipped"] == (items is late)
+    dialogues = load_dataset([Source(str(path), format="dialogue")], tokenizer, 640, 0)
+    asked = tokenizer.decode(dialogues.document(3)[0])
+    for text in (
+        "Human: first\n### Assistant: one\n",
+        "Assistant: two\n### Human: go 0\n### Assistant: the answer is 0",
+    ):
+        assert text in asked
+    with pytest.raises(DataError, match="turns before the instruction among single-turn items: use format: dialogue"):
+        load(tokenizer, path, on_error="stop")

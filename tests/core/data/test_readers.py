@@ -124,8 +124,7 @@ def test_wrong_single_turn_items(tmp_path: Path, item: Any, words: str) -> None:
 @pytest.mark.parametrize(
     ("item", "words"),
     [
-        (GOOD, "item 2: no 'conversations' (its keys: 'instruction', 'input', 'output')"),
-        ({"conversations": []}, "should be a list of turns"),
+        ({"text": "x", "id": 1}, "item 2: no 'conversations' (its keys: 'text', 'id')"),
         ({"conversations": {}}, "should be a list of turns"),
         ({"conversations": None}, "'conversations' is null"),
         ({"conversations": ["x"]}, "turn 1: should be an object with 'from' and 'value', but is text"),
@@ -160,7 +159,10 @@ def test_csv_holds_no_dialogues(tmp_path: Path) -> None:
 
 
 def test_the_format_can_be_required(tmp_path: Path) -> None:
-    assert "no 'conversations'" in problems_of(write(tmp_path / "a.json", [GOOD]), "dialogue")
+    question = f"{GOOD['instruction']}\n\n{GOOD['input']}"
+    one_exchange = Dialogue([Turn("human", question), Turn("assistant", GOOD["output"])])
+    assert read_items(write(tmp_path / "a.json", [GOOD]), "dialogue") == [one_exchange]
+    assert "no 'conversations'" in problems_of(write(tmp_path / "a.json", [{"text": "x"}]), "dialogue")
     assert "did you mean 'dialogue'" in problems_of(tmp_path / "a.json", "dialog")
 
 

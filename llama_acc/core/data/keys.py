@@ -1,0 +1,97 @@
+"""Keys of rows and turns: which are used, which change the meaning of an item, and which are only counted.
+
+The names are those of OpenAI's fine-tuning format (`weight`, `tools`), axolotl (`train`, `training`, `train_detail`),
+ms-swift (`loss`), LLaMA-Factory (`system`, `history`, `tools`, `images`, `kto_tag`), trl (`chosen`, `rejected`), Dolly
+(`context`) and OpenOrca (`system_prompt`).
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from llama_acc.core.data.rows import type_name
+from llama_acc.core.units import count_text
+from llama_acc.core.visible import visible
+
+SYSTEM = ("system", "system_prompt")
+INPUT = ("input", "context")
+IMAGES = ("image", "images")
+TRAINED = ("train", "training", "trainable", "loss", "weight")
+"""Of a turn: whether it is trained on, as true or false, 1 or 0."""
+
+_PAIR = "pairs of a preferred and a rejected reply cannot be trained on as they are"
+_TOOLS = "calls of tools cannot be trained on"
+_MEDIA = "sound and video cannot be trained on"
+_UNUSABLE = {
+    "chosen": _PAIR,
+    "rejected": _PAIR,
+    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), _TOOLS),
+    **dict.fromkeys(("audio", "audios", "video", "videos"), _MEDIA),
+    "train_detail": "parts of a reply cannot be trained on alone",
+    "history": "earlier turns have to be in the conversation itself",
+}
+_UNDESIRABLE = "a reply that is marked as not to be trained on"
+_EMPTY_JSON = ("[]", "{}", "null")
+_MOST = 100
+"""Different keys that are counted by name: where keys are data, there may be one for each item."""
+_OTHERS = "other keys"
+_MOST_CHARACTERS = 60
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value says nothing: null, blank, or without elements."""
+    return not value.strip() if isinstance(value, str) else value is None or value == [] or value == {}
+
+
+def unusable(row: Mapping[str, Any], keys: Iterable[str]) -> str | None:
+    """Why a row or a turn with these keys would mean something else without them; None: it would not.
+
+    Args:
+        row: the row or turn.
+        keys: those of its keys that are not used.
+    """
+    for key in keys:
+        value = row[key]
+        if key in _UNUSABLE and not is_empty(value) and value not in _EMPTY_JSON:
+            return f"{_UNUSABLE[key]} ({key!r})"
+        if value is False and (key in ("kto_tag", "train") or (key == "label" and "completion" in row)):
+            return f"{_UNDESIRABLE} ({key!r} is false)"
+    return None
+
+
+def is_trained(turn: Mapping[str, Any], is_reply: bool) -> bool:
+    """Whether a turn's own keys let it be trained on.
+
+    Raises:
+        ValueError: they say something else than yes or no, contradict each other, or ask for a turn that is no reply.
+    """
+    given = {key: turn[key] for key in TRAINED if turn.get(key) is not None}
+    for key, value in given.items():
+        if value not in (0, 1) or isinstance(value, str):
+            raise ValueError(f"{key!r} should be true or false, 1 or 0, but is {_shown(value)}")
+        if value and not is_reply and key != "weight":
+            raise ValueError(f"{key!r} asks to train on a turn that is no reply, which cannot be done")
+    if len({bool(value) for value in given.values()}) > 1:
+        raise ValueError(f"{' and '.join(map(repr, given))} contradict each other")
+    return not is_reply or all(given.values())
+
+
+def count_unused(unused: Counter[str], names: Iterable[str]) -> None:
+    """Count an item's keys that are not used."""
+    for name in names:
+        unused[name if name in unused or len(unused) < _MOST else _OTHERS] += 1
+
+
+def unused_text(unused: Mapping[str, int]) -> str:
+    """Keys that are not used, most frequent first: "source (1,000 items), id (12 items)"."""
+    ordered = sorted(unused.items(), key=lambda pair: (-pair[1], pair[0]))
+    return ", ".join(f"{_name(key)} ({count_text(count, 'item')})" for key, count in ordered)
+
+
+def _name(key: str) -> str:
+    # A lone surrogate cannot be written anywhere.
+    return visible(key[:_MOST_CHARACTERS].encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) else type_name(value)
