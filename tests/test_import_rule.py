@@ -24,7 +24,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 
 def test_downloading_imports_nothing_heavy() -> None:
-    assert heavy_after("import llama_acc.core.download.downloads, llama_acc.core.download.next_step") == []
+    assert heavy_after("import llama_acc.core.hub, llama_acc.core.downloads") == []
 
 
 def test_a_recipe_is_read_without_anything_heavy() -> None:

@@ -96,7 +96,7 @@ def check(
     as_json: options.Json = False,
 ) -> None:
     """Check data files."""
-    from llama_acc.cli.download_progress import fetch_shown
+    from llama_acc.cli.download import fetch_shown
     from llama_acc.core.data.check import check_files
     from llama_acc.core.data.sources import Source, expand
     from llama_acc.core.data.survey import EXAMPLES

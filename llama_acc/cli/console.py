@@ -131,7 +131,7 @@ class RunConsole:
 
     def fetch(self, address: str) -> "list[Path]":
         """With bars, as `llama-acc download` shows it."""
-        from llama_acc.cli.download_progress import fetch_shown
+        from llama_acc.cli.download import fetch_shown
 
         return fetch_shown(address)
 

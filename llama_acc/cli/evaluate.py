@@ -232,7 +232,7 @@ def perplexity(
     as_json: options.Json = False,
 ) -> None:
     """Measure the loss per predicted token on data."""
-    from llama_acc.cli.download_progress import fetch_shown
+    from llama_acc.cli.download import fetch_shown
     from llama_acc.core.evaluate.perplexity import measure, read_data
 
     loaded = _load(ckpt, device, tokenizer, template, quant, verify)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llama_acc.core.data.sources import resolve_data_path
-from llama_acc.core.download.names import converted_file, raw_files
+from llama_acc.core.downloads import converted_file, raw_files
 from llama_acc.core.errors import UserError
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.plan_model import find_model
@@ -80,9 +80,9 @@ def test_a_download_that_is_not_finished_is_not_used(servers: Servers, llama_acc
     ):
         folder = llama_acc_home / place
         folder.mkdir(parents=True)
-        (folder / ".big.part").write_bytes(b"half")
+        (folder / ".incoming").mkdir()
         result = invoke(*arguments)
-        refused(result, f"the download of {folder.name} is not finished: big")
+        refused(result, f"the download of {folder.name} is incomplete")
         assert f"go on with: llama-acc download {folder.name}" in result.stderr
 
 
@@ -137,7 +137,7 @@ def test_of_two_downloads_of_the_same_one_converts_it(servers: Servers, llama_ac
 def test_large_data_is_converted_by_a_command_of_its_own(
     servers: Servers, llama_acc_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama_acc.core.download.finish.CONVERTED_AT_ONCE", 10)
+    monkeypatch.setattr("llama_acc.cli.download.CONVERTED_AT_ONCE", 10)
     servers.dataset(WIZARDLM, {"WizardLM_evol_instruct_V2_143k.json": json.dumps([EVOLVED]).encode()})
     assert invoke("download", "wizardlm").stdout == "llama-acc convert-data wizardlm wizardlm\n"
     command = shlex.split(invoke("download", "wizardlm", "--to", tmp_path / "my data").stdout)

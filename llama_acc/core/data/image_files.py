@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from llama_acc.core.catalogue import is_address
 from llama_acc.core.data.images import IMAGE_SUFFIXES, resolved
 from llama_acc.core.data.items import SingleTurn, item_of
 from llama_acc.core.data.sources import resolve_data_path
 from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_rows
-from llama_acc.core.download.address import is_address
 from llama_acc.core.errors import UserError
 
 

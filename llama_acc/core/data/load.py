@@ -29,8 +29,8 @@ from llama_acc.core.data.sources import OTHERWISE, Fetch, FileSpec, SourceLike, 
 from llama_acc.core.data.survey import Survey
 from llama_acc.core.data.templates import KINDS, get_template, template_for
 from llama_acc.core.data.workers import prepare_batches
-from llama_acc.core.download.quiet import fetch_quietly
 from llama_acc.core.errors import DataError, UserError
+from llama_acc.core.hub import fetch_data
 from llama_acc.core.tokenizer import Tokenizer
 from llama_acc.core.units import count_text
 
@@ -55,7 +55,7 @@ def load_dataset(
     recipe_folder: Path | None = None,
     progress: FileProgress | None = None,
     store: EntryStore | None = None,
-    fetch: Fetch = fetch_quietly,
+    fetch: Fetch = fetch_data,
     otherwise: str = OTHERWISE,
 ) -> Dataset:
     """Read, check and encode all sources; files encoded before come from the token cache.

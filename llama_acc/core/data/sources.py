@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from llama_acc.core.catalogue import is_address
 from llama_acc.core.data.files import nearest_names
 from llama_acc.core.data.readers import (
     FORMATS,
@@ -18,11 +19,10 @@ from llama_acc.core.data.readers import (
 from llama_acc.core.data.rows import SUFFIXES
 from llama_acc.core.data.tar_shards import TAR_SUFFIX
 from llama_acc.core.data.templates import TEMPLATES, get_template
-from llama_acc.core.download.address import is_address
-from llama_acc.core.download.names import how_to_get, named_data
-from llama_acc.core.download.quiet import fetch_quietly
+from llama_acc.core.downloads import how_to_get, named_data
 from llama_acc.core.errors import DataError, UserError, did_you_mean
 from llama_acc.core.home import home
+from llama_acc.core.hub import fetch_data
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
 _META_KEYS = ("path", "type", "preprocess", "prompt_type", "ratio", "root")
@@ -87,7 +87,7 @@ Fetch = Callable[[str], list[Path]]
 def expand(
     sources: Sequence[SourceLike],
     recipe_folder: Path | None = None,
-    fetch: Fetch = fetch_quietly,
+    fetch: Fetch = fetch_data,
     otherwise: str = OTHERWISE,
 ) -> list[FileSpec]:
     """All files of all sources.

@@ -11,8 +11,8 @@ from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.data.load import FileProgress, load_dataset
 from llama_acc.core.data.sources import Fetch, Source
 from llama_acc.core.data.templates import TEMPLATES, Template
-from llama_acc.core.download.quiet import fetch_quietly
 from llama_acc.core.errors import RunError, UserError
+from llama_acc.core.hub import fetch_data
 from llama_acc.core.inference import LoadedModel
 from llama_acc.core.train.step import forward
 
@@ -51,7 +51,7 @@ def read_data(
     paths: Sequence[str],
     max_tokens: int | None,
     progress: FileProgress,
-    fetch: Fetch = fetch_quietly,
+    fetch: Fetch = fetch_data,
 ) -> Dataset:
     """Data files, encoded in the model's prompt format.
 

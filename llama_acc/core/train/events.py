@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Protocol
 
-from llama_acc.core.download.quiet import fetch_quietly
+from llama_acc.core.hub import fetch_data
 from llama_acc.core.train.metrics import Metrics
 from llama_acc.core.train.plan import Plan
 
@@ -44,7 +44,7 @@ class Quiet:
 
     def fetch(self, address: str) -> list[Path]:
         """See `Events`."""
-        return fetch_quietly(address)
+        return fetch_data(address)
 
     def encoding(self, file: str, items: int, fraction: float) -> None:
         """See `Events`."""

@@ -3,12 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
+from llama_acc.core.catalogue import is_address
 from llama_acc.core.checkpoint.base import check_base, check_quantised_base
 from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config, without_towers
 from llama_acc.core.checkpoint.quantised import read_quantization
 from llama_acc.core.checkpoint.save import DTYPES
 from llama_acc.core.data.sources import resolve_data_path, resolve_image_root
-from llama_acc.core.download.address import is_address
 from llama_acc.core.errors import UserError
 from llama_acc.core.home import home
 from llama_acc.core.model.config import ModelConfig, config_from_params, named_size, read_params

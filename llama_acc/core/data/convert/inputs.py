@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from llama_acc.core.catalogue import catalogue
 from llama_acc.core.data.convert.formats import AUTO
 from llama_acc.core.data.readers import data_files
-from llama_acc.core.download.catalogue import catalogue
-from llama_acc.core.download.names import converted_file, is_here, raw_files
+from llama_acc.core.downloads import converted_file, is_here, raw_files
 from llama_acc.core.errors import UserError
 
 STDIN = Path("-")

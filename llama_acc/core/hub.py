@@ -1,0 +1,845 @@
+"""Downloading: huggingface_hub fetches what is on Hugging Face, httpx the files at plain addresses.
+
+A file arrives below `.incoming/` of its folder, is compared with the size and hash known of it, and is renamed into
+place. An interrupted file of Hugging Face is begun anew (huggingface_hub resumes within one process only), one of a
+plain address is resumed. Both clients are imported when they are needed.
+"""
+
+import contextlib
+import email.utils
+import errno
+import fnmatch
+import functools
+import hashlib
+import ipaddress
+import os
+import queue
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+from llama_acc import __version__
+from llama_acc.core.catalogue import File, HubAddress, Kind, WebAddress, catalogue, parse_address
+from llama_acc.core.checkpoint.files import sync
+from llama_acc.core.downloads import (
+    INCOMING,
+    RECORD,
+    DownloadRequest,
+    add_to_record,
+    files_here,
+    is_untouched,
+    raw_folder_of,
+    read_record,
+    resolve,
+)
+from llama_acc.core.errors import LlamaAccError, RunError, UserError, did_you_mean, listed
+from llama_acc.core.home import home
+from llama_acc.core.units import size_text
+
+if TYPE_CHECKING:
+    import httpx2
+
+Progress = Callable[[str, int, int | None], None]
+"""(what is worked on, bytes done, bytes in all if known); called by several threads."""
+Note = Callable[[str], None]
+_T = TypeVar("_T")
+
+RESUME_HINT = "files that came whole are kept: the same command fetches the rest"
+REACH_SECONDS = 7.0
+"""Within this time a host has to be found and to answer for the first time; else we are off-line."""
+RETRY_WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
+"""Seconds before a plain address is asked again after a failure that may pass; a new byte starts the count anew."""
+_LONGEST_ASKED_WAIT = 300.0
+_TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
+_PARALLEL = 4
+_LOCK = f"{RECORD}.lock"
+_PAGES = (".html", ".htm", "")
+# Of a whole model that has its weights as safetensors, what holds the same weights again.
+_SAME_WEIGHTS = re.compile(
+    r".*(\.bin|\.bin\.index\.json|\.h5|\.msgpack|\.ot|\.gguf|\.onnx|\.tflite|\.mlmodel)|original/.*|(onnx|openvino|coreml)/.*"
+)
+
+
+@dataclass(frozen=True)
+class Downloaded:
+    """A finished download.
+
+    Attributes:
+        request: what was asked for.
+        is_model: `--pretrained` takes it, not `--data`.
+        folder: where it is.
+        files: all of it.
+        fetched: those of them that were not there before.
+    """
+
+    request: DownloadRequest
+    is_model: bool
+    folder: Path
+    files: tuple[Path, ...]
+    fetched: tuple[Path, ...]
+
+
+class _RemoteFile(NamedTuple):
+    """A file to fetch: its path below the folder, where from (nothing secret in it), and what is known of it."""
+
+    name: str
+    source: str
+    identity: str
+    size: int | None
+    digests: tuple[str, ...]
+    fetch: Callable[[Path, Progress, bool], None]
+    """Fetch all of it into a file; True: without using what is there of it already."""
+
+
+def fetch_data(
+    address: str, progress: Progress = lambda *_: None, note: Note = lambda _: None, token: str | None = None
+) -> list[Path]:
+    """The files of an address such as `hf:datasets/owner/name/train-*.jsonl`, sorted; what is missing is fetched.
+
+    What was fetched before is found without the network.
+
+    Raises:
+        UserError: it is unknown, gated or absent, or the disk is too small.
+        RunError: the network or the disk failed.
+    """
+    (request,) = resolve([address], None)
+    return sorted(Downloader(progress, note, token).download(request).files)
+
+
+class Downloader:
+    """Downloads one thing after the other; keeps the connections and what it learned of repositories."""
+
+    def __init__(self, progress: Progress, note: Note, token: str | None = None) -> None:
+        """Args:
+        progress: is told of bytes that arrive or are checked.
+        note: is told what happens on the side.
+        token: for Hugging Face, from the command line.
+        """
+        self._progress, self._note, self._token = progress, note, token
+
+    @functools.cached_property
+    def _hub(self) -> "_Hub":
+        return _Hub(self._token, self._note)
+
+    @functools.cached_property
+    def _client(self) -> "httpx2.Client":
+        return make_client()
+
+    def download(self, request: DownloadRequest, extra_bytes: Callable[[int], int] = lambda size: 0) -> Downloaded:
+        """Fetch what is not there yet.
+
+        Args:
+            request: what to fetch.
+            extra_bytes: disk space that is needed besides a download of so many bytes.
+
+        Raises:
+            UserError: it is unknown, gated or absent, a file is in the way, or the disk is too small.
+            RunError: the network or the disk failed.
+        """
+        for is_model in _possible_kinds(request):
+            folder = _folder(request, is_model)
+            if (files := files_here(folder, request.files)) is not None:
+                return Downloaded(request, is_model, folder, tuple(files), ())
+        groups = [self._remote_files(request, file) for file in request.files]
+        is_model = request.entry.is_model if request.entry else any(kind == "model" for kind, _ in groups)
+        folder = _folder(request, is_model)
+        remote = [file for _, group in groups for file in group]
+        for file in remote:
+            parts = PurePosixPath(file.name).parts
+            if file.name.startswith("/") or ".." in parts or not parts or parts[0] in (RECORD, _LOCK, INCOMING):
+                raise UserError(f"{file.source} would be called {file.name!r} here, which is not a name for a download")
+        with _incoming(folder), locked(folder, self._note):
+            missing = self._missing(remote, folder)
+            _check_disk(missing, folder, extra_bytes(sum(file.size or 0 for file in remote)))
+            self._fetch_all(missing, folder)
+            addresses = [parse_address(file.get).identity for file in request.files]
+            names = [[file.name for file in group] for _, group in groups]
+            add_to_record(folder, {}, dict(zip(addresses, names, strict=True)))
+            shutil.rmtree(folder / INCOMING, ignore_errors=True)
+        fetched = tuple(folder / file.name for file in missing)
+        return Downloaded(request, is_model, folder, tuple(folder / file.name for file in remote), fetched)
+
+    def _remote_files(self, request: DownloadRequest, file: File) -> tuple[Kind | None, list[_RemoteFile]]:
+        known = [f"sha256:{file.sha256}"] if file.sha256 else [f"git:{file.git_blob}"] if file.git_blob else []
+        address = parse_address(file.get)
+        if isinstance(address, HubAddress):
+            kind, commit, found = self._hub.list_files(address)
+            names = _local_names(request, file, address, [path for path, *_ in found])
+            return kind, [
+                self._hub.remote_file(HubAddress(address.repo, kind, commit, path), names[path], size, [digest, *known])
+                for path, size, digest in found
+            ]
+        size = file.bytes or _within(REACH_SECONDS, address.host, lambda: _ask_size(self._client, address))
+        fetch = functools.partial(_fetch_web, self._client, address, self._note)
+        identity = known[0] if known else address.identity
+        return None, [_RemoteFile(file.name or address.file_name, str(address), identity, size, tuple(known), fetch)]
+
+    def _missing(self, remote: Sequence[_RemoteFile], folder: Path) -> list[_RemoteFile]:
+        """The files that are not here; one of the user's that is the right one is taken as it is.
+
+        Raises:
+            UserError: other files are in the way.
+        """
+        record = read_record(folder)
+        missing, in_the_way = [], []
+        for file in remote:
+            path, known = folder / file.name, record["files"].get(file.name)
+            if known and known["identity"] == file.identity and is_untouched(folder, file.name, record):
+                continue
+            if not os.path.lexists(path):
+                missing.append(file)
+            elif not path.is_file():
+                in_the_way.append(f"{path}: it is not a file")
+            elif not file.digests and (known or file.size is None):
+                in_the_way.append(f"{path}: whether it is {file.source} cannot be known")
+            elif problem := self._mismatch(file, path):
+                in_the_way.append(f"{path}: {problem}")
+            else:
+                add_to_record(folder, {file.name: {"identity": file.identity, "source": file.source}}, {})
+                self._note(f"{path} was here already, and is what would be fetched")
+        if in_the_way:
+            raise UserError(
+                f"these files are here, and are not what would be fetched:\n{listed(in_the_way)}",
+                "nothing was changed. Move them away, or give another folder with --to DIR",
+            )
+        return missing
+
+    def _mismatch(self, file: _RemoteFile, path: Path) -> str | None:
+        """How a file differs from the remote one; None if it does not, as far as can be known."""
+        size = path.stat().st_size
+        if file.size is not None and size != file.size:
+            return f"it has {size:,} bytes, and {file.source} has {file.size:,}"
+        for expected in file.digests:
+            kind = expected.partition(":")[0]
+            found = digest_of(path, kind, lambda done: self._progress(f"checking {file.name}", done, size))
+            if found != expected:
+                return f"it has {found}, and {file.source} has {expected}"
+        return None
+
+    def _fetch_all(self, files: Sequence[_RemoteFile], folder: Path) -> None:
+        """Fetch several side by side. A refusal ends it; a failure that may pass lets the others come to their end."""
+        waiting, outcomes = queue.SimpleQueue[_RemoteFile](), queue.SimpleQueue[Exception | None]()
+        stopped = threading.Event()
+        for file in files:
+            waiting.put(file)
+
+        def progress(label: str, done: int, total: int | None) -> None:
+            if stopped.is_set():
+                raise _Stopped
+            self._progress(label, done, total)
+
+        def work() -> None:
+            with contextlib.suppress(queue.Empty):
+                while not stopped.is_set():
+                    file = waiting.get_nowait()
+                    try:
+                        self._fetch(file, folder, progress)
+                        outcomes.put(None)
+                    except Exception as error:  # whatever it is, the thread that waits raises it
+                        outcomes.put(error)
+
+        # Daemons: after a Ctrl-C the program ends, even while one of them waits for a silent server.
+        for _ in range(min(_PARALLEL, len(files))):
+            threading.Thread(target=work, daemon=True).start()
+        failed: list[RunError] = []
+        try:
+            for _ in files:
+                outcome = outcomes.get()
+                if isinstance(outcome, RunError):
+                    failed.append(outcome)
+                elif outcome is not None:
+                    raise outcome
+        finally:
+            stopped.set()
+        if len(failed) > 1:
+            messages = listed([error.message for error in failed])
+            raise RunError(f"{len(failed)} files could not be fetched:\n{messages}", RESUME_HINT)
+        if failed:
+            raise failed[0]
+
+    def _fetch(self, file: _RemoteFile, folder: Path, progress: Progress) -> None:
+        """Fetch a file, compare it with what is known of it, and rename it into place."""
+        part, target = folder / INCOMING / file.name, folder / file.name
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            file.fetch(part, progress, False)
+            if problem := self._mismatch(file, part):
+                # What an earlier try or huggingface_hub's cache had of it may be at fault.
+                self._note(f"{file.name}: {problem}; fetching it anew")
+                file.fetch(part, progress, True)
+            if problem and (problem := self._mismatch(file, part)):
+                part.unlink()
+                raise RunError(f"{file.name}: {problem}", "what arrived was thrown away; nothing of yours was touched")
+            sync(part)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part.rename(target)
+            sync(target.parent)
+            add_to_record(folder, {file.name: {"identity": file.identity, "source": file.source}}, {})
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise RunError(f"the disk is full: {folder}", f"make room; {RESUME_HINT}") from error
+            raise RunError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+class _Stopped(Exception):
+    """Another file was refused, or the user stopped."""
+
+
+def _possible_kinds(request: DownloadRequest) -> list[bool]:
+    """Whether it may be a model, as far as is known without asking."""
+    if request.entry is not None:
+        return [request.entry.is_model]
+    address = parse_address(request.files[0].get)
+    kind = address.kind if isinstance(address, HubAddress) else "dataset"
+    return [True, False] if kind is None else [kind == "model"]
+
+
+def _folder(request: DownloadRequest, is_model: bool) -> Path:
+    if request.to is not None:
+        return request.to
+    if request.entry is not None:
+        return raw_folder_of(request.entry)
+    place = home() / ("models" if is_model else "data")
+    address = parse_address(request.files[0].get)
+    return place / address.folder if isinstance(address, HubAddress) else place
+
+
+def _local_names(request: DownloadRequest, file: File, address: HubAddress, paths: Sequence[str]) -> dict[str, str]:
+    """What the files of a repository are called here: the catalogue's flat, an address's as there."""
+    if file.name is not None:
+        return {paths[0]: file.name}
+    if request.entry is not None:
+        return {path: PurePosixPath(path).name for path in paths}
+    is_folder = address.path and not address.is_glob and address.path not in paths
+    inside = "" if request.to is None else address.path if is_folder else address.fixed_folder
+    return {path: path.removeprefix(f"{inside}/") if inside else path for path in paths}
+
+
+@contextlib.contextmanager
+def _incoming(folder: Path) -> Iterator[None]:
+    """Make a folder with its `.incoming/`; without content they go again."""
+    try:
+        (folder / INCOMING).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}", "give another with --to DIR") from error
+    try:
+        yield
+    finally:
+        for path in (folder / INCOMING, folder):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def locked(folder: Path, note: Note) -> Iterator[None]:
+    """Keep a second download out of the same folder: it waits, then finds the files there."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        note(f"waiting for another download into {folder}")
+        lock.acquire()
+    except NotImplementedError:
+        pass  # some network file systems have no locks: two downloads into one folder are then the user's affair
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _check_disk(files: Sequence[_RemoteFile], folder: Path, extra: int) -> None:
+    needed = extra + sum(file.size or 0 for file in files)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"too little disk for {folder}: {size_text(needed)} are to come"
+            + (f", {size_text(extra)} of them when it is converted" if extra else "")
+            + f"; {size_text(free)} are free",
+            "make room, or give a folder on another disk with --to DIR or LLAMA_ACC_HOME",
+        )
+
+
+def digest_of(path: Path, kind: str, progress: Callable[[int], None] = lambda done: None) -> str:
+    """A file's "sha256:..." or, for the kind "git", git's identity of it as a blob."""
+    digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(usedforsecurity=False)
+    if kind == "git":
+        digest.update(b"blob %d\0" % path.stat().st_size)
+    done = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            done += len(block)
+            progress(done)
+    return f"{kind}:{digest.hexdigest()}"
+
+
+# The network
+
+
+def _within(seconds: float, host: str, ask: Callable[[], _T]) -> _T:
+    """The first question to a host, given up after `seconds`: looking up a name has no time limit of its own.
+
+    Raises:
+        RunError: no answer: we are off-line, or it is.
+        Exception: whatever `ask` raises.
+    """
+    outcome: queue.SimpleQueue[Callable[[], _T]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answer = ask()
+            outcome.put(lambda: answer)
+        except Exception as error:  # whatever it is, the thread that waits raises it
+            outcome.put(functools.partial(_raise, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return outcome.get(timeout=seconds)()
+    except queue.Empty:
+        raise _unreachable(host, f"no answer within {seconds:g} s") from None
+
+
+def _raise(error: Exception) -> Any:
+    raise error
+
+
+def _unreachable(host: str, why: object) -> RunError:
+    """A host that did not answer the first question: we are off-line, or it is, or someone stands in between."""
+    if "CERTIFICATE_VERIFY_FAILED" in str(why):
+        return RunError(
+            f"{host} does not prove to be {host}: {why}",
+            "does a firewall look into connections here? Name its certificate in SSL_CERT_FILE",
+        )
+    # Python puts the number of a system's error in front of its words.
+    said = re.sub(r"^\[Errno -?\d+\] ", "", str(why)) or "no answer"
+    hint = "is this machine on-line? A proxy is taken from HTTPS_PROXY, a mirror of Hugging Face from HF_ENDPOINT"
+    return RunError(f"{host} cannot be reached: {said}", hint)
+
+
+def refuse_redirect_inwards(response: "httpx2.Response") -> None:
+    """An event hook of httpx: a public host may not send us on to this machine or its network.
+
+    Raises:
+        UserError: it does.
+    """
+    if not response.has_redirect_location:
+        return
+    here = response.request.url
+    there = here.join(response.headers["location"])
+    if there.host != here.host and _is_internal(there.host) and not _is_internal(here.host):
+        raise UserError(
+            f"{here.host} sends on to {there.host}, an address of this machine or its network: refused",
+            "if it is what you want, give that address itself",
+        )
+
+
+def _is_internal(host: str) -> bool:
+    """Whether a host's name or number is of a loopback, private or otherwise not public address."""
+    try:
+        found = {str(info[4][0]).partition("%")[0] for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False  # it cannot be reached either, or only a proxy knows it
+    return any(not ipaddress.ip_address(address).is_global for address in found)
+
+
+# Plain addresses
+
+
+def make_client(**options: Any) -> "httpx2.Client":
+    """A client for files at plain addresses: redirects, proxies from the environment, time limits.
+
+    A redirect to another host goes there without the Authorization header: httpx sees to that.
+    """
+    import httpx2
+
+    read = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or 30.0)
+    return httpx2.Client(
+        follow_redirects=True,
+        timeout=httpx2.Timeout(read, connect=REACH_SECONDS - 1),
+        # Sizes and ranges are those of the file itself only if nothing compresses it on the way.
+        headers={"user-agent": f"llama-acc/{__version__}", "accept-encoding": "identity"},
+        event_hooks={"response": [refuse_redirect_inwards]},
+        **options,
+    )
+
+
+def _ask_size(client: "httpx2.Client", address: WebAddress) -> int | None:
+    """The size a host gives of a file; None if it does not say, or does not like the question."""
+    import httpx2
+
+    try:
+        response = client.head(address.url)
+    except httpx2.HTTPError as error:
+        raise _unreachable(address.host, error) from error
+    if not response.is_success:
+        return None
+    is_page = response.headers.get("content-type", "").startswith("text/html")
+    if is_page and PurePosixPath(address.file_name).suffix.lower() not in _PAGES:
+        raise UserError(
+            f"{address} is a web page, not the file it shows",
+            "give the address of the file itself: that of its button 'raw' or 'download'",
+        )
+    length = response.headers.get("content-length", "")
+    return int(length) if length.isdecimal() and int(length) else None
+
+
+class _Transient(Exception):
+    """A failure that may pass. `wait`: seconds the server asks for."""
+
+    def __init__(self, message: str, wait: float | None = None) -> None:
+        super().__init__(message)
+        self.wait = wait
+
+
+def _fetch_web(
+    client: "httpx2.Client", address: WebAddress, note: Note, part: Path, progress: Progress, anew: bool
+) -> None:
+    """Fetch a file, with patience, from the byte on that is missing.
+
+    Raises:
+        UserError: the server refuses.
+        RunError: the network fails again and again.
+    """
+    if anew:
+        part.unlink(missing_ok=True)
+    tries = 0
+    while True:
+        before = part.stat().st_size if part.is_file() else 0
+        try:
+            _receive(client, address, part, progress)
+            return
+        except _Transient as error:
+            grew = part.is_file() and part.stat().st_size > before
+            tries = 1 if grew else tries + 1
+            if tries > len(RETRY_WAITS):
+                raise RunError(f"{part.name}: {error}; tried {tries} times", RESUME_HINT) from error
+            wait = RETRY_WAITS[tries - 1] if error.wait is None else error.wait
+            if wait > _LONGEST_ASKED_WAIT:
+                raise RunError(f"{part.name}: {error}, and asks to wait {wait:.0f} s", RESUME_HINT) from error
+            note(f"{part.name}: {error}; trying again in {wait:.3g} s")
+            time.sleep(wait)
+
+
+def _receive(client: "httpx2.Client", address: WebAddress, part: Path, progress: Progress) -> None:
+    """Append to a part what is missing, if the server knows the rest to be of the same file; else all of it.
+
+    `.NAME.from` beside the part says what it is a part of: the address, and the server's mark of the file (If-Range).
+    """
+    import httpx2
+
+    origin = part.with_name(f".{part.name}.from")
+    known, _, mark = origin.read_text(encoding="utf-8").partition("\n") if origin.is_file() else ("", "", "")
+    offset = part.stat().st_size if part.is_file() and mark and known == address.identity else 0
+    headers = {"range": f"bytes={offset}-", "if-range": mark} if offset else {}
+    try:
+        with client.stream("GET", address.url, headers=headers) as response:
+            done, total = _begin(response, offset, address)
+            etag = response.headers.get("etag", "")
+            strong = etag if not etag.startswith("W/") else ""
+            origin.write_text(f"{address.identity}\n{strong or response.headers.get('last-modified', '')}", "utf-8")
+            with part.open("ab") as file:
+                file.truncate(done)
+                for chunk in response.iter_bytes():
+                    file.write(chunk)
+                    done += len(chunk)
+                    progress(part.name, done, total)
+    except httpx2.UnsupportedProtocol as error:
+        raise UserError(f"{address.host} sends on to an address that cannot be fetched: {error}") from error
+    except httpx2.TimeoutException as error:
+        raise _Transient(f"{address.host} sends nothing any more") from error
+    except httpx2.HTTPError as error:
+        raise _Transient(f"the connection to {address.host} broke: {error or type(error).__name__}") from error
+    if total is not None and done < total:
+        raise _Transient("the connection ended too early")
+    origin.unlink()
+
+
+def _begin(response: "httpx2.Response", offset: int, address: WebAddress) -> tuple[int, int | None]:
+    """The byte an answer begins with, and the size of the whole file if it is said.
+
+    Raises:
+        _Transient: it may work later.
+        LlamaAccError: the server refuses.
+    """
+    code, host = response.status_code, response.url.host
+    if code in _TRANSIENT:
+        wait = _retry_after(response.headers.get("retry-after", ""))
+        raise _Transient(f"{host} answers {code} {response.reason_phrase}", wait)
+    if code in (404, 410):
+        raise UserError(f"there is nothing at {address} ({code})", "check the address; does it open in a browser?")
+    if code in (401, 403):
+        hint = "it may want a login: fetch it with a browser, and give finetune the file"
+        raise UserError(f"{host} does not give out {address} ({code})", hint)
+    if code >= 400 and code != 416:
+        raise RunError(f"{host} refuses {address}: {code} {response.reason_phrase}")
+    begin, _, total = response.headers.get("content-range", "").removeprefix("bytes ").partition("/")
+    if code == 416:  # nothing is behind the offset: the part is the whole file, or one of another
+        if total != str(offset):
+            raise RunError(f"{host} has {total} bytes of {address}, and {offset} are here", RESUME_HINT)
+        return offset, offset
+    if code == 206:
+        if begin.partition("-")[0] != str(offset):
+            raise _Transient(f"{host} was asked for byte {offset} and sends bytes {begin}")
+        return offset, int(total) if total.isdecimal() else None
+    length = response.headers.get("content-length", "")
+    return 0, int(length) if length.isdecimal() and "content-encoding" not in response.headers else None
+
+
+def _retry_after(value: str) -> float | None:
+    """Seconds a Retry-After header asks to wait: it holds seconds or a date."""
+    if value.strip().isdecimal():
+        return float(value)
+    with contextlib.suppress(ValueError, TypeError):
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    return None
+
+
+# Hugging Face
+
+
+class _NoRepository(UserError):
+    """There is none of this name and kind, or it is private."""
+
+
+def check_token(token: str | None) -> None:
+    """Refuse what cannot be a token, without showing it.
+
+    Raises:
+        UserError: it has characters that a header cannot carry.
+    """
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        raise UserError(
+            "the token holds white space or characters that no token has",
+            "is a shell variable not set, or a line break copied? It looks like hf_...",
+        )
+
+
+class _Hub:
+    """Hugging Face, or the mirror HF_ENDPOINT names, by huggingface_hub."""
+
+    def __init__(self, given_token: str | None, note: Note) -> None:
+        from huggingface_hub import HfApi, constants, get_session, get_token
+        from huggingface_hub.utils import logging
+
+        logging.set_verbosity(logging.CRITICAL)  # its warnings show signed addresses
+        constants.HF_HUB_DISABLE_TELEMETRY = True
+        constants.DOWNLOAD_CHUNK_SIZE = 2**18  # with 10 MB, a slow connection shows nothing for minutes
+        client = get_session()
+        client.event_hooks = {**client.event_hooks, "response": [refuse_redirect_inwards]}
+        implicit = os.environ.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").upper() not in ("1", "ON", "YES", "TRUE")
+        self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        self.host = urlsplit(self.endpoint).hostname or self.endpoint
+        self.token = given_token if given_token is not None else get_token() if implicit else None
+        check_token(self.token)
+        self._note = note
+        self._api: HfApi = HfApi(endpoint=self.endpoint, token=self.token or False, library_name="llama-acc")
+        self._known: dict[tuple[str, str | None, str | None], tuple[Kind, str]] = {}
+
+    def list_files(self, address: HubAddress) -> tuple[Kind, str, list[tuple[str, int, str]]]:
+        """The kind of a repository, its commit, and the (path, size, digest) of each file an address means, sorted.
+
+        Raises:
+            UserError: no such repository, revision or file, or no access.
+            RunError: the network.
+        """
+        kind, commit = self._commit(address)
+        with self._explained(address):
+            files = self._matching(address, kind, commit)
+            if not files:
+                raise self._no_such_file(address, kind, commit)
+        has_safetensors = any(re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", path) for path, *_ in files)
+        left_out = [path for path, *_ in files if _SAME_WEIGHTS.fullmatch(path)]
+        if kind == "model" and not address.path and has_safetensors and left_out:
+            files = [file for file in files if file[0] not in left_out]
+            some = ", ".join(left_out[:4]) + ", ..." * (len(left_out) > 4)
+            self._note(f"left out, as the same weights are there as safetensors: {some}")
+        return kind, commit, files
+
+    def remote_file(self, source: HubAddress, name: str, size: int, digests: Sequence[str]) -> _RemoteFile:
+        """A file of a repository, to be fetched as `name`."""
+        fetch = functools.partial(self._fetch, source, name, size)
+        return _RemoteFile(name, str(source), digests[0], size, tuple(dict.fromkeys(digests)), fetch)
+
+    def _fetch(self, source: HubAddress, name: str, size: int, part: Path, progress: Progress, anew: bool) -> None:
+        from huggingface_hub import constants, hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError
+
+        folder = part.with_name(f".{part.name}.hub")
+        shutil.rmtree(folder, ignore_errors=True)
+
+        def fetch() -> str:
+            return hf_hub_download(
+                source.repo,
+                source.path,
+                repo_type=source.kind,
+                revision=source.revision,
+                local_dir=folder,
+                endpoint=self.endpoint,
+                token=self.token or False,
+                force_download=anew,
+                tqdm_class=_progress_bar(name, size, progress),
+            )
+
+        try:
+            with self._explained(source):
+                try:
+                    came = fetch()
+                except (OSError, RuntimeError, ValueError) as error:
+                    if constants.HF_HUB_DISABLE_XET or isinstance(error, HfHubHTTPError):
+                        raise
+                    # Whatever keeps Hugging Face's chunk storage from working, a firewall perhaps, HTTP may do.
+                    self._note(f"{name}: {str(error).partition(chr(10))[0]}; fetching it over HTTP")
+                    constants.HF_HUB_DISABLE_XET = True
+                    came = fetch()
+            Path(came).rename(part)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _commit(self, address: HubAddress) -> tuple[Kind, str]:
+        """What kind of repository it is, and its commit. A model, if both exist."""
+        key = (address.repo, address.kind, address.revision)
+        kinds: list[Kind] = [address.kind] if address.kind else ["model", "dataset"]
+        for kind in kinds if key not in self._known else ():
+            ask = functools.partial(self._api.repo_info, address.repo, repo_type=kind, revision=address.revision)
+            with contextlib.suppress(_NoRepository), self._explained(address, first=True):
+                info = _within(REACH_SECONDS, self.host, lambda ask=ask: ask(timeout=REACH_SECONDS - 1))  # type: ignore[misc]
+                self._known[key] = (kind, str(info.sha))
+                break
+        if key not in self._known:
+            raise self._no_such_repository(address)
+        return self._known[key]
+
+    def _matching(self, address: HubAddress, kind: Kind, commit: str) -> list[tuple[str, int, str]]:
+        if not address.path:
+            return self._tree(address.repo, kind, commit, "", recursive=True)
+        if address.is_glob:
+            inside = self._tree(address.repo, kind, commit, address.fixed_folder, recursive=True)
+            return [file for file in inside if fnmatch.fnmatchcase(file[0], address.path)]
+        beside = self._tree(address.repo, kind, commit, address.fixed_folder, recursive=False)
+        exact = [file for file in beside if file[0] == address.path]
+        return exact or self._tree(address.repo, kind, commit, address.path, recursive=True)
+
+    def _tree(self, repo: str, kind: Kind, commit: str, folder: str, recursive: bool) -> list[tuple[str, int, str]]:
+        """The files in a folder, sorted; none, if there is no such folder."""
+        from huggingface_hub.errors import RemoteEntryNotFoundError
+        from huggingface_hub.hf_api import RepoFile
+
+        entries = self._api.list_repo_tree(repo, folder or None, recursive=recursive, revision=commit, repo_type=kind)
+        try:
+            return sorted(
+                (entry.path, entry.size, f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git:{entry.blob_id}")
+                for entry in entries
+                if isinstance(entry, RepoFile)
+            )
+        except RemoteEntryNotFoundError:
+            return []
+
+    def _no_such_file(self, address: HubAddress, kind: Kind, commit: str) -> UserError:
+        paths = [path for path, *_ in self._tree(address.repo, kind, commit, "", recursive=True)]
+        deeper = [path for path in paths if PurePosixPath(path).name == PurePosixPath(address.path).name]
+        near = f"did you mean {deeper[0]!r}?" if deeper else did_you_mean(address.path, paths)
+        hint = near or f"it holds:\n{listed(paths, most=8)}"
+        return UserError(f"{address.repo} holds nothing named {address.path} (404)", hint)
+
+    def _no_such_repository(self, address: HubAddress) -> UserError:
+        import httpx2
+
+        known = [file.get for entry in catalogue().values() for file in entry.files]
+        repos = {match[1] for get in known if (match := re.match(r"hf:(?:datasets/)?([^/]+/[^/]+)", get))}
+        with contextlib.suppress(httpx2.HTTPError):
+            owner = address.repo.partition("/")[0]
+            for listing in (self._api.list_models, self._api.list_datasets):
+                repos |= {str(found.id) for found in listing(author=owner, limit=200)}
+        near = did_you_mean(address.repo, repos)
+        private = "private one is seen with a token of its owner only: --token, HF_TOKEN or `hf auth login`"
+        return UserError(f"{self.host} has no {address.repo} (404)", f"{near} A {private}" if near else f"a {private}")
+
+    @contextlib.contextmanager
+    def _explained(self, address: HubAddress, first: bool = False) -> Iterator[None]:
+        """Turn huggingface_hub's errors into ours. After the first question, silence is not being off-line."""
+        import httpx2
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
+            # Of a question that failed while a file was fetched, the reason is the cause.
+            hides_reason = isinstance(error, LocalEntryNotFoundError | ValueError) and error.__cause__ is not None
+            reason = error.__cause__ if hides_reason else error
+            if isinstance(reason, OfflineModeIsEnabled):
+                raise UserError("HF_HUB_OFFLINE is set: nothing is asked of the network", "unset it") from error
+            if isinstance(reason, HfHubHTTPError):
+                raise self._refusal(address, reason) from error
+            if isinstance(reason, OSError) and reason.errno is not None and not isinstance(reason, ConnectionError):
+                raise  # the disk
+            unreached = httpx2.HTTPError if first else httpx2.ConnectError | httpx2.ConnectTimeout
+            if isinstance(reason, unreached | ConnectionError):
+                raise _unreachable(self.host, reason) from error
+            if isinstance(reason, httpx2.TimeoutException) and not first:
+                raise RunError(f"{address}: {self.host} sends nothing any more", RESUME_HINT) from error
+            raise RunError(f"{address}: {str(reason).partition(chr(10))[0]}", RESUME_HINT) from error
+
+    def _refusal(self, address: HubAddress, error: Any) -> LlamaAccError:
+        """What an answer of 4xx or 5xx means."""
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+        code, host = error.response.status_code, error.response.url.host
+        if isinstance(error, GatedRepoError):
+            return self._gated(address)
+        if code == 401 and self.token is not None and not isinstance(error, RepositoryNotFoundError):
+            page = f"{self.endpoint}/settings/tokens"
+            return UserError(f"{self.host} does not know the token (401)", f"make a new one: {page}")
+        if isinstance(error, RepositoryNotFoundError):
+            return _NoRepository(f"{self.host} has no {address.repo} ({code})")
+        if isinstance(error, RevisionNotFoundError):
+            return UserError(f"{address.repo} has no revision {address.revision} ({code})", "leave @REVISION out")
+        if host == self.host and code in (401, 403):
+            return UserError(f"{host} does not give out {address} ({code})", _HOW_TO_GIVE_A_TOKEN)
+        if host == self.host and code in (404, 410):
+            return UserError(f"{host} has no {address} ({code})")
+        return RunError(f"{host} answers {code} for {address}", f"try again later; {RESUME_HINT}")
+
+    def _gated(self, address: HubAddress) -> UserError:
+        page = f"{self.endpoint}/{'datasets/' * (address.kind == 'dataset')}{address.repo}"
+        if self.token is None:
+            return UserError(
+                f"{address.repo} is gated: its owner wants to be asked first, and no token was sent",
+                f"ask on {page}, make a token on {self.endpoint}/settings/tokens, and {_HOW_TO_GIVE_A_TOKEN}",
+            )
+        return UserError(
+            f"{address.repo} is gated, and the token's owner has no access to it (yet)",
+            f"ask on {page} with the token's account; an answer may take days. The token needs read access to gated "
+            "repositories",
+        )
+
+
+_HOW_TO_GIVE_A_TOKEN = "give it in HF_TOKEN, once with `hf auth login`, or to `llama-acc download` with --token"
+
+
+def _progress_bar(name: str, size: int, progress: Progress) -> Any:
+    """A class like tqdm's that tells `progress` of the bytes, which is what huggingface_hub asks for."""
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            options.pop("name", None)
+            # hf_xet tells of what arrives and of what is written: the second is the file.
+            self._counts = not str(options.get("desc", "")).endswith("downloading bytes")
+            self._done = int(options.get("initial") or 0)
+            super().__init__(*arguments, **{**options, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            self._done += int(n or 0)
+            if self._counts:
+                progress(name, self._done, size)
+
+    return Bar

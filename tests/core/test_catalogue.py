@@ -1,0 +1,198 @@
+"""The catalogue says what is true of the recipes, the formats and the documentation; addresses mean what users copy."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from llama_acc.core.catalogue import (
+    Address,
+    Entry,
+    HubAddress,
+    WebAddress,
+    catalogue,
+    find_entry,
+    parse_address,
+    without_secrets,
+)
+from llama_acc.core.data.convert.formats import AUTO, FORMATS
+from llama_acc.core.errors import UserError
+from llama_acc.core.hub import digest_of
+from llama_acc.core.recipe import Recipe, recipe_names
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+LIMA = "64bits/lima_vicuna_format"
+
+PROMISED = """
+    alpaca alpaca-original gorilla gorilla-torchhub gorilla-huggingface lima sharegpt-example wizardlm wizardcode
+    flacuna ultrachat moss platypus llava-instruct-150k cc3m sbu coyo
+    llama2-7b llama2-7b-chat llama2-13b llama2-13b-chat llama2-70b llama2-70b-chat
+    codellama-7b codellama-13b codellama-34b tinyllama blip2-opt-2.7b
+    accessory-alpaca accessory-gorilla accessory-dialog_sharegpt accessory-dialog_sharegpt_70b accessory-dialog_lima
+    accessory-dialog_wizardLM accessory-caption_llamaQformerv2_13b accessory-alpacaLlava_llamaQformerv2_13b
+"""
+# Dialogues that their users collect themselves: LLaMA2-Accessory did not publish its own.
+NOT_PUBLISHED = {"sharegpt"}
+
+
+def test_everything_promised_is_in_it() -> None:
+    assert set(PROMISED.split()) <= set(catalogue())
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_what_a_shipped_recipe_starts_from_can_be_downloaded(name: str) -> None:
+    recipe = Recipe.load(name)
+    for model in recipe.model.pretrained_list():
+        assert find_entry(model).is_model
+    for source in recipe.data.sources:
+        made_here = ":" in source.path  # shipped: or drawn:
+        if not made_here and source.path not in NOT_PUBLISHED:
+            assert find_entry(source.path).kind in ("data", "images")
+
+
+@pytest.mark.parametrize("entry", catalogue().values(), ids=lambda entry: entry.name)
+def test_an_entry_is_whole(entry: Entry) -> None:
+    assert entry.page.startswith("https://")
+    assert entry.recipe is None or entry.recipe in recipe_names()
+    for file in entry.files:
+        address = parse_address(file.get)
+        # A data set and a model may have one name; the catalogue says which is meant, so that one question is enough.
+        assert not isinstance(address, HubAddress) or address.kind is not None
+        assert not (isinstance(address, HubAddress) and address.is_glob and file.name)
+
+
+def test_what_a_shipped_recipe_uses_says_so() -> None:
+    users: dict[str, set[str]] = {}
+    for name in recipe_names():
+        recipe = Recipe.load(name)
+        for used in (*recipe.model.pretrained_list(), *(source.path for source in recipe.data.sources)):
+            users.setdefault(used, set()).add(name)
+    told = {name: entry.recipe for name, entry in catalogue().items()}
+    assert [name for name in users if name in told and told[name] not in users[name]] == []
+    assert told["accessory-alpacaLlava_llamaQformerv2_13b"] == "llava-qformer-13b"
+
+
+def test_what_is_to_be_converted_is_in_a_format_there_is() -> None:
+    formats = {entry.convert for entry in catalogue().values() if entry.convert}
+    assert formats <= {*FORMATS, AUTO}
+
+
+def test_the_hashes_are_those_of_the_real_files(shared: Path) -> None:
+    here = {
+        "sharegpt-example": [shared / "assets/data/sharegpt_example.json"],
+        "gorilla-torchhub": [shared / "assets/gorilla/torchhub_train.json"],
+    }
+    here["gorilla-eval"] = [
+        shared / "assets/gorilla" / name
+        for name in ("torchhub_api.jsonl", "huggingface_api.jsonl", "torchhub_eval.json", "huggingface_eval.json")
+    ]
+    for name, paths in here.items():
+        known = {file.get.rpartition("/")[2]: file for file in find_entry(name).files}
+        known["sharegpt_example.json"] = next(iter(known.values()))
+        for path in paths:
+            assert path.stat().st_size == known[path.name].bytes
+            assert digest_of(path, "sha256") == f"sha256:{known[path.name].sha256}"
+
+
+def test_unknown_names_are_refused_with_near_ones() -> None:
+    with pytest.raises(UserError, match=r"the catalogue has no 'lama2-7b': did you mean 'llama2-7b'") as refused:
+        find_entry("lama2-7b")
+    assert "llama-acc download --list" in (refused.value.hint or "")
+    with pytest.raises(UserError) as refused:
+        find_entry("meta-llama/Llama-2-7b")
+    assert refused.value.hint == "of Hugging Face, type: llama-acc download hf:meta-llama/Llama-2-7b"
+
+
+def test_the_guide_has_every_entry_with_what_is_known_of_it() -> None:
+    rows = re.findall(r"^\| `([^`]+)` \| (.*) \| (.*) \| (.*) \| (.*) \| \[.*\]\((.*)\) \|$", _catalogue_text(), re.M)
+    told = {name: (what, size, license, recipe.strip("`"), page) for name, what, size, license, recipe, page in rows}
+    assert told == {
+        e.name: (e.what, e.size or "", e.license + ", gated" * e.gated, e.recipe or "", e.page)
+        for e in catalogue().values()
+    }
+
+
+def _catalogue_text() -> str:
+    return (DOCS / "download.md").read_text(encoding="utf-8").partition("\n## The catalogue\n")[2]
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("hf:owner/name", HubAddress("owner/name")),
+        ("hf://owner/name", HubAddress("owner/name")),
+        ("hf:owner/name@v1.0", HubAddress("owner/name", revision="v1.0")),
+        ("hf:models/owner/name/", HubAddress("owner/name", "model")),
+        (f"hf:datasets/{LIMA}", HubAddress(LIMA, "dataset")),
+        ("hf:owner/name/a/b.json", HubAddress("owner/name", path="a/b.json")),
+        ("hf:owner/name@main/a/*.json", HubAddress("owner/name", revision="main", path="a/*.json")),
+        ("hf:owner/name@refs/convert/parquet/a", HubAddress("owner/name", revision="refs/convert/parquet", path="a")),
+        # pages, as copied from a browser
+        ("https://huggingface.co/owner/name", HubAddress("owner/name", "model")),
+        ("https://huggingface.co/owner/name/tree/main", HubAddress("owner/name", "model")),
+        ("https://huggingface.co/owner/name/tree/main/a/b", HubAddress("owner/name", "model", path="a/b")),
+        ("https://huggingface.co/owner/name/blob/v1/a.pth", HubAddress("owner/name", "model", "v1", "a.pth")),
+        ("https://hf.co/owner/name/resolve/main/a.pth?download=true", HubAddress("owner/name", "model", path="a.pth")),
+        (
+            f"https://huggingface.co/datasets/{LIMA}/tree/refs%2Fconvert%2Fparquet/default",
+            HubAddress(LIMA, "dataset", "refs/convert/parquet", "default"),
+        ),
+        (f"https://huggingface.co/datasets/{LIMA}/raw/main/x.json", HubAddress(LIMA, "dataset", path="x.json")),
+        (
+            "https://github.com/o/n/blob/main/d/a.json",
+            WebAddress("https://raw.githubusercontent.com/o/n/main/d/a.json"),
+        ),
+        ("https://example.org/a%20b.json?x=1", WebAddress("https://example.org/a%20b.json?x=1")),
+    ],
+)
+def test_what_an_address_means(text: str, meant: Address) -> None:
+    assert parse_address(text) == meant
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("hf:owner", "is not an address on Hugging Face"),
+        ("hf:owner/name/../../secret", "leads out of its repository"),
+        ("hf:owner/name with space", "is not an address on Hugging Face"),
+        ("ftp://example.org/a", "is not an address that can be fetched"),
+        ("file:///etc/passwd", "is not an address that can be fetched"),
+        ("https://", "names no host"),
+        ("https://example.org/", "names no file"),
+        ("https://[::1/a.json", "is not an address"),
+        ("https://example.org:99999/a.json", "is not an address"),
+        ("https://example.org/" + "a" * 256, "longer than"),
+        ("hf:owner/name/" + "a" * 256, "longer than"),
+    ],
+)
+def test_what_is_none(text: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse_address(text)
+
+
+def test_a_plain_address_is_shown_without_what_is_secret_in_it() -> None:
+    address = WebAddress("https://user:secret@example.org:8443/a.json?key=hush#part")
+    assert str(address) == "https://example.org:8443/a.json"
+    assert "secret" not in address.identity
+    assert "hush" not in address.identity
+    assert address.identity != WebAddress("https://user:secret@example.org:8443/a.json?key=other").identity
+    assert address.file_name == "a.json"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["ftp://user:secret@example.org/a?key=hush", "https://user:secret@", "https://user:secret@[::1/a?key=hush#x"],
+)
+def test_not_even_an_address_that_is_refused_is_shown_with_its_secrets(text: str) -> None:
+    with pytest.raises(UserError) as refused:
+        parse_address(text)
+    assert not {"secret", "hush"} & set(re.findall(r"\w+", str(refused.value)))
+    assert without_secrets("https://a:b@example.org/x/y.json?z#f") == "https://example.org/x/y.json"
+
+
+def test_the_folder_that_everything_meant_lies_in() -> None:
+    folders = {"": "", "a.json": "", "a/b/c.json": "a/b", "a/b/*.json": "a/b", "a/*/c.json": "a", "*/x/c": ""}
+    assert {path: HubAddress("o/n", path=path).fixed_folder for path in folders} == folders
