@@ -102,7 +102,10 @@ def _talk(
     system: str | None,
 ) -> None:
     from llama_acc.core.conversation import Conversation
+    from llama_acc.core.tokenizer import tokenizer_notes
 
+    for note in tokenizer_notes(loaded.tokenizer, loaded.model.config.vocab_size):
+        console.note(note)
     conversation = Conversation(loaded, sampling)
     if system is not None:
         _set_system(conversation, loaded, system)

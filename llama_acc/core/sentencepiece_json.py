@@ -1,11 +1,13 @@
 """A SentencePiece `tokenizer.model` as a Hugging Face `tokenizer.json` that gives the same tokens.
 
-Of two pieces SentencePiece makes the one with the higher score first, so the merges are in the order of the scores (in
-LLaMA's file the order of the ids is the same but for runs of spaces). Format: sentencepiece_model.proto.
+SentencePiece first makes the piece with the highest score, so the merges are in the order of the scores. That is not
+the order of the ids where a file has pieces of one score, such as LLaMA's runs of spaces.
 """
 
+import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llama_acc.core.errors import UserError
 
@@ -13,59 +15,67 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _UNIGRAM, _BPE = 1, 2
 
 
-def fast_tokenizer(data: bytes, path: Path, first_only: bool = False) -> Any:
+class _Piece(NamedTuple):
+    text: str
+    score: float
+    kind: int
+
+
+def fast_tokenizer(data: bytes, path: Path, names: Mapping[int, str] = {}, first_only: bool = False) -> Any:
     """The tokenizer of a SentencePiece model, as the library `tokenizers` has it.
 
     Args:
         data: the content of the model file.
         path: where it is from, for messages.
-        first_only: the space that SentencePiece puts in front of a text is not put behind special tokens too
-            (transformers: `legacy: false`).
+        names: other texts for some of its pieces.
+        first_only: the space that SentencePiece puts in front of a text comes at its beginning only, and not also
+            behind each special token (transformers: `legacy: false`).
 
     Raises:
-        UserError: it is of a kind that cannot be said there.
+        UserError: it is of a kind that cannot be said there, or a piece that is text is to be renamed.
     """
-    from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(data)
-    kind, rules = proto.trainer_spec.model_type, proto.normalizer_spec
-    if kind not in (_UNIGRAM, _BPE) or proto.trainer_spec.treat_whitespace_as_suffix or not rules.escape_whitespaces:
+    pieces, trainer, rules = _read(data)
+    kind, has_prefix = trainer.get(3, _UNIGRAM), rules.get(3, True)
+    if kind not in (_UNIGRAM, _BPE) or trainer.get(24, False) or not rules.get(5, True):
         raise UserError(
-            f"{path} is a SentencePiece model of a kind that takes no added tokens and is not exported",
+            f"{path} is a SentencePiece model of a kind that takes no special tokens in a text and is not exported",
             "use the tokenizer.json of the same model",
         )
-    unknown = proto.trainer_spec.unk_id
-    has_bytes = any(piece.type == _BYTE for piece in proto.pieces)
+    for i, name in names.items():
+        if pieces[i].kind in (_NORMAL, _BYTE) and pieces[i].text != name:
+            raise UserError(f"token {i} of {path} is {pieces[i].text!r}, and a file beside it calls it {name!r}")
+        pieces[i] = pieces[i]._replace(text=name)
+    has_bytes = any(piece.kind == _BYTE for piece in pieces)
+    unknown = next((i for i, piece in enumerate(pieces) if piece.kind == _UNKNOWN), 0)
     if kind == _BPE:
-        fast = Tokenizer(
-            models.BPE(
-                vocab={piece.piece: i for i, piece in enumerate(proto.pieces)},
-                merges=_merges({piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}),
-                unk_token=proto.pieces[unknown].piece,
-                fuse_unk=True,
-                byte_fallback=has_bytes,
-            )
+        model = models.BPE(
+            vocab={piece.text: i for i, piece in enumerate(pieces)},
+            merges=_merges({piece.text: piece.score for piece in pieces if piece.kind == _NORMAL}),
+            unk_token=pieces[unknown].text,
+            fuse_unk=True,
+            byte_fallback=has_bytes,
         )
     else:
-        fast = Tokenizer(models.Unigram([(p.piece, p.score) for p in proto.pieces], unknown, has_bytes))
-    steps: list[Any] = []
-    if rules.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
-    if rules.remove_extra_whitespaces:
+        model = models.Unigram([(piece.text, piece.score) for piece in pieces], unknown, has_bytes)
+    fast = Tokenizer(model)
+    steps: list[Any] = [normalizers.Precompiled(rules[2])] if rules.get(2) else []
+    if rules.get(4, True):
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if first_only and rules.add_dummy_prefix:
-        fast.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
-    else:
-        steps += [normalizers.Prepend("▁")] * rules.add_dummy_prefix + [normalizers.Replace(" ", "▁")]
-    if steps:
-        fast.normalizer = normalizers.Sequence(steps)
-    strip = [decoders.Strip(" ", 1, 0)] * rules.add_dummy_prefix
+    if has_prefix and not first_only:
+        steps.append(normalizers.Prepend("▁"))
+    fast.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    if has_prefix and first_only:
+        # The first puts a space before the text, also where the text begins with one ("▁" by then); SentencePiece does.
+        first, rest = pre_tokenizers.Metaspace(" ", "first", split=False), pre_tokenizers.Metaspace("▁", "never", False)
+        fast.pre_tokenizer = pre_tokenizers.Sequence([first, rest])
+    strip = [decoders.Strip(" ", 1, 0)] * has_prefix
     fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
-    special = [piece.piece for piece in proto.pieces if piece.type in (_UNKNOWN, _CONTROL)]
-    fast.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
-    defined = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
-    fast.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in defined])
+    special = [piece.text for piece in pieces if piece.kind in (_UNKNOWN, _CONTROL)]
+    fast.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    defined = [piece.text for piece in pieces if piece.kind == _USER_DEFINED]
+    fast.add_tokens([AddedToken(text, normalized=False) for text in defined])
     return fast
 
 
@@ -76,10 +86,51 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     and in a run of one character what is left over stands at the run's end.
     """
     ways = [
-        (-score, at, piece)
+        (-score, -at, piece)
         for piece, score in scores.items()
-        for at in range(len(piece) - 1, 0, -1)
+        for at in range(1, len(piece))
         if piece[:at] in scores and piece[at:] in scores
     ]
-    ways.sort(key=lambda way: (way[0], -way[1]))
-    return [(piece[:at], piece[at:]) for _, at, piece in ways]
+    ways.sort(key=lambda way: way[:2])
+    return [(piece[:-at], piece[-at:]) for _, at, piece in ways]
+
+
+def _read(data: bytes) -> tuple[list[_Piece], dict[int, Any], dict[int, Any]]:
+    """The pieces, the trainer's settings and the normalizer's, by their numbers in sentencepiece_model.proto.
+
+    Its own reader needs the very version of protobuf that SentencePiece was built with, or a later one.
+    """
+    pieces, settings = [], {2: {}, 3: {}}
+    for number, value in _fields(data):
+        if number == 1:
+            piece = dict(_fields(value))
+            (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
+            pieces.append(_Piece(piece.get(1, b"").decode("utf-8"), score, piece.get(3, _NORMAL)))
+        elif number in settings:
+            settings[number] = dict(_fields(value))
+    return pieces, settings[2], settings[3]
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """The fields of a protobuf message: (number, integer or bytes)."""
+    at = 0
+    while at < len(data):
+        key, at = _integer(data, at)
+        if key & 7 == 0:
+            value, at = _integer(data, at)
+            yield key >> 3, value
+            continue
+        length, at = _integer(data, at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
+        yield key >> 3, data[at : at + length]
+        at += length
+
+
+def _integer(data: bytes, at: int) -> tuple[int, int]:
+    """A number in 7 bits a byte, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at

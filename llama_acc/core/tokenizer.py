@@ -11,20 +11,27 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from llama_acc.core.errors import UserError
 from llama_acc.core.sentencepiece_json import fast_tokenizer
-
-SENTENCEPIECE_FILE = "tokenizer.model"
-HUGGING_FACE_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
+from llama_acc.core.tokenizer_folder import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    HUGGING_FACE_FILE,
+    SENTENCEPIECE_FILE,
+    Said,
+    read_folder,
+    read_json,
+)
+from llama_acc.core.units import count_text
 
 # Used where no tokenizer_config.json says which they are; the first pair of which both are in the vocabulary wins.
 _KNOWN_BOS_EOS = [
@@ -51,9 +58,10 @@ class Spans(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """What encodes and decodes text. `path` is its main file."""
+    """What encodes and decodes text. `path` is its main file, `said` what stands beside it."""
 
     path: Path
+    said: Said
     vocab_size: int
     bos_id: int
     eos_id: int
@@ -61,10 +69,13 @@ class Tokenizer(Protocol):
     end_ids: frozenset[int]
 
     def fingerprint(self) -> str:
-        """sha256 of the files that decide how text is encoded."""
+        """sha256 of what decides how text is encoded."""
 
-    def files(self) -> list[Path]:
-        """The files to copy next to a checkpoint."""
+    def files(self) -> dict[str, bytes]:
+        """The files that make the same tokenizer of a checkpoint's folder, by name."""
+
+    def unnamed(self, rows: int) -> list[int]:
+        """Which of a model's rows stand for no token."""
 
     def encode(self, text: str, bos: bool = False, eos: bool = False, own: Own = ()) -> list[int]:
         """The tokens of a text, between BOS and EOS if asked for. Of `own` see `encode_batch`."""
@@ -92,42 +103,38 @@ class Tokenizer(Protocol):
 
 
 class SentencePieceTokenizer:
-    """LLaMA's own kind: a SentencePiece `tokenizer.model`."""
+    """LLaMA's own kind: a SentencePiece `tokenizer.model` without added tokens."""
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path, said: Said, data: bytes, processor: Any, threads: int | None = None) -> None:
         """Args:
             path: the model file.
+            said: what stands beside it.
+            data: its content.
+            processor: the same, opened.
             threads: for batches; None: one for each core.
 
         Raises:
-            UserError: it cannot be read, is not a SentencePiece model, or has no BOS or EOS.
+            UserError: it has no BOS or EOS.
         """
-        from sentencepiece import SentencePieceProcessor
+        self.path, self.said, self._data, self._processor, self._threads = path, said, data, processor, threads or -1
+        self.vocab_size: int = processor.vocab_size()
+        self.bos_id, self.eos_id = _bos_eos(path, said, self._find, processor.bos_id(), processor.eos_id())
+        self.end_ids = frozenset({self.eos_id, *said.end_ids})
+        controls = (i for i in range(self.vocab_size) if processor.IsControl(i) or processor.IsUnknown(i))
+        self._special = _any_of(self.piece(i) for i in {*controls, self.bos_id, self.eos_id})
 
-        self.path, self._threads = path, threads or -1
-        data = _read(path)
-        try:
-            if not data:
-                raise RuntimeError("empty")
-            self._processor: Any = SentencePieceProcessor(model_proto=data)
-        except RuntimeError as error:
-            raise _not_sentencepiece(path, data) from error
-        self._fingerprint = hashlib.sha256(data).hexdigest()
-        self.vocab_size: int = self._processor.vocab_size()
-        self.bos_id: int = self._processor.bos_id()
-        self.eos_id: int = self._processor.eos_id()
-        if min(self.bos_id, self.eos_id) < 0:
-            raise UserError(f"{path} has no BOS or no EOS piece", "train it with bos_id=1 and eos_id=2, as LLaMA's is")
-        self.end_ids = frozenset({self.eos_id})
-        self._data = data
-        controls = (i for i in range(self.vocab_size) if self._processor.IsControl(i) or self._processor.IsUnknown(i))
-        self._special = _any_of(self._processor.IdToPiece(i) for i in controls)
+    def _find(self, piece: str) -> int | None:
+        token: int = self._processor.PieceToId(piece)
+        return token if self.piece(token) == piece else None
 
     def fingerprint(self) -> str:
-        return self._fingerprint
+        return hashlib.sha256(self._data + self.said.key().encode()).hexdigest()
 
-    def files(self) -> list[Path]:
-        return [self.path]
+    def files(self) -> dict[str, bytes]:
+        return _files(SENTENCEPIECE_FILE, self._data, self.said)
+
+    def unnamed(self, rows: int) -> list[int]:
+        return list(range(self.vocab_size, rows))
 
     def encode(self, text: str, bos: bool = False, eos: bool = False, own: Own = ()) -> list[int]:
         return [self.bos_id] * bos + self.encode_batch([text], [own])[0] + [self.eos_id] * eos
@@ -156,8 +163,8 @@ class SentencePieceTokenizer:
     @functools.cached_property
     def _in_json(self) -> "HuggingFaceTokenizer":
         """The same tokenizer, of the kind that knows special tokens in a text."""
-        fast = fast_tokenizer(self._data, self.path)
-        return HuggingFaceTokenizer(self.path, fast.to_str().encode())
+        fast = _with_added_tokens(self.path, self._data, self._processor, self.said)
+        return HuggingFaceTokenizer(self.path, self.said, self._data, fast, self.bos_id, self.eos_id)
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
@@ -171,52 +178,52 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A Hugging Face `tokenizer.json`."""
+    """A Hugging Face `tokenizer.json`, or a `tokenizer.model` with added tokens in the same terms."""
 
-    def __init__(self, path: Path, data: bytes | None = None) -> None:
+    def __init__(
+        self, path: Path, said: Said, data: bytes, fast: Any, bos_id: int | None = None, eos_id: int | None = None
+    ) -> None:
         """Args:
-            path: the `tokenizer.json`; a `tokenizer_config.json` beside it names BOS and EOS.
-            data: its content; None: read it.
+            path: the main file.
+            said: what stands beside it.
+            data: the main file's content.
+            fast: what the library `tokenizers` makes of both.
+            bos_id: BOS where nothing beside the file says it.
+            eos_id: EOS, likewise.
 
         Raises:
-            UserError: a file cannot be read, or BOS and EOS cannot be told.
+            UserError: BOS and EOS cannot be told.
         """
-        from tokenizers import Tokenizer as Fast
         from tokenizers import processors
 
-        self.path = path
-        data = _read(path) if data is None else data
-        try:
-            self._fast: Any = Fast.from_str(data.decode("utf-8"))
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path} is not a tokenizer.json that can be read: {error}") from error
-        self._fast.no_truncation()
-        self._fast.no_padding()
+        self.path, self.said, self._data, self._fast = path, said, data, fast
+        fast.no_truncation()
+        fast.no_padding()
         # We never add special tokens through it, and what else it does is trim white space off the spans.
-        self._fast.post_processor = processors.ByteLevel(trim_offsets=False)
-        config_path = path.parent / CONFIG_FILE
-        config = _read(config_path) if config_path.exists() else b""
-        self._fingerprint = hashlib.sha256(data + config).hexdigest()
-        vocabulary: dict[str, int] = self._fast.get_vocab(with_added_tokens=True)
-        self.vocab_size: int = max(vocabulary.values()) + 1
-        self.bos_id, self.eos_id = _bos_eos(path, config, vocabulary)
+        fast.post_processor = processors.ByteLevel(trim_offsets=False)
+        vocabulary: dict[str, int] = fast.get_vocab(with_added_tokens=True)
+        self._named = frozenset(vocabulary.values())
+        self.vocab_size: int = max(self._named) + 1
+        self.bos_id, self.eos_id = _bos_eos(path, said, vocabulary.get, bos_id, eos_id)
         # Models are published with an EOS that is not the token their answers end with (<|eot_id|>, <|im_end|>), and
         # a special token inside an answer would be the start of another turn.
         self._fast.add_special_tokens([self.piece(self.bos_id), self.piece(self.eos_id)])
         added = self._fast.get_added_tokens_decoder()
         self._special_tokens = {token: entry for token, entry in added.items() if entry.special}
         self._special = _any_of(entry.content for entry in self._special_tokens.values())
-        self.end_ids = frozenset({self.eos_id, *self._special_tokens})
+        self.end_ids = frozenset({self.eos_id, *self._special_tokens, *said.end_ids})
         self._with_marks = functools.lru_cache(maxsize=1)(self._make_marked)
         # A run of byte pieces is decoded as a whole by this decoder: one wrong byte spoils all of it.
-        self._bytes_fall_back = b'"ByteFallback"' in data
+        self._bytes_fall_back = "ByteFallback" in str(fast.decoder)
 
     def fingerprint(self) -> str:
-        return self._fingerprint
+        return hashlib.sha256(self._data + self.said.key().encode()).hexdigest()
 
-    def files(self) -> list[Path]:
-        beside = (self.path.parent / name for name in (CONFIG_FILE, CHAT_TEMPLATE_FILE))
-        return [self.path, *(file for file in beside if file.exists())]
+    def files(self) -> dict[str, bytes]:
+        return _files(HUGGING_FACE_FILE if self.path.suffix == ".json" else SENTENCEPIECE_FILE, self._data, self.said)
+
+    def unnamed(self, rows: int) -> list[int]:
+        return [row for row in range(rows) if row not in self._named]
 
     def encode(self, text: str, bos: bool = False, eos: bool = False, own: Own = ()) -> list[int]:
         return [self.bos_id] * bos + self.encode_batch([text], [own])[0] + [self.eos_id] * eos
@@ -343,7 +350,15 @@ def load_tokenizer(path: str | Path, threads: int | None = None) -> Tokenizer:
                 "give one with --tokenizer FILE",
             )
         path = found
-    return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path, threads)
+    said, data = read_folder(path.parent), _read(path)
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(path, said, data, _add_tokens(_parsed(path, data), path, said))
+    processor = _processor(path, data)
+    said = _with_prefix_rule(path, said, processor)
+    if all(_is_control(processor, token, entry["content"]) for token, entry in said.tokens.items()):
+        return SentencePieceTokenizer(path, said, data, processor, threads)
+    fast = _with_added_tokens(path, data, processor, said)
+    return HuggingFaceTokenizer(path, said, data, fast, processor.bos_id(), processor.eos_id())
 
 
 def find_tokenizer(folder: str | Path) -> Path | None:
@@ -352,9 +367,162 @@ def find_tokenizer(folder: str | Path) -> Path | None:
     return _tokenizer_in(folder) or _tokenizer_in(folder.absolute().parent)
 
 
+def tokenizer_notes(tokenizer: Tokenizer, rows: int) -> list[str]:
+    """What a user should know of a tokenizer beside a model of so many rows."""
+    notes, said, unnamed = [], tokenizer.said, tokenizer.unnamed(rows)
+    if unnamed:
+        notes.append(f"{count_text(len(unnamed), 'row')} of the vocabulary have no token, the first is {unnamed[0]}")
+    if said.add_bos is False:
+        notes.append(
+            f"{CONFIG_FILE} says add_bos_token: false; which formats begin with BOS is theirs to say all the same"
+        )
+    if said.add_eos:
+        notes.append(
+            f"{CONFIG_FILE} says add_eos_token: true; which formats end with EOS is theirs to say all the same"
+        )
+    return notes
+
+
 def _tokenizer_in(folder: Path) -> Path | None:
-    names = (SENTENCEPIECE_FILE, HUGGING_FACE_FILE)
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    """The main file. Of two, tokenizer.json where it has a token that tokenizer.model has not.
+
+    Raises:
+        UserError: they give one token different ids.
+    """
+    model, fast = (folder / name for name in (SENTENCEPIECE_FILE, HUGGING_FACE_FILE))
+    if not (model.is_file() and fast.is_file()):
+        return next((path for path in (model, fast) if path.is_file()), None)
+    try:
+        processor = _processor(model, _read(model))
+    except UserError:
+        return fast  # LLaMA 3's file of that name is of another kind
+    vocabulary = _vocabulary(fast)
+    pieces = {processor.IdToPiece(i): i for i in range(processor.vocab_size())}
+    if not vocabulary.keys() <= pieces.keys():
+        return fast
+    for token, number in vocabulary.items():
+        if number != pieces[token]:
+            raise UserError(
+                f"token {token!r} is {number} in {fast} and {pieces[token]} in {model.name}",
+                "give the one that the model was trained with: --tokenizer FILE",
+            )
+    return model
+
+
+def _vocabulary(path: Path) -> dict[str, int]:
+    """The tokens of a tokenizer.json."""
+    try:
+        values = read_json(path)
+        vocabulary = values["model"]["vocab"]
+        if isinstance(vocabulary, list):  # a Unigram model's pieces with their scores
+            vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
+        return vocabulary | {entry["content"]: entry["id"] for entry in values.get("added_tokens") or ()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a tokenizer.json that can be read: {error}") from error
+
+
+def _with_prefix_rule(path: Path, said: Said, processor: Any) -> Said:
+    """Adds what a tokenizer.json of no more tokens says of the space in front: Meta's models come with both."""
+    beside = path.parent / HUGGING_FACE_FILE
+    if not beside.is_file() or not _vocabulary(beside).keys() <= set(map(processor.IdToPiece, range(len(processor)))):
+        return said
+    values = read_json(beside)
+    steps = json.dumps([values.get("normalizer"), values.get("pre_tokenizer")])
+    first_only = said.first_only if '"Prepend"' not in steps else False
+    first_only = True if '"prepend_scheme": "first"' in steps else first_only
+    return replace(said, first_only=first_only, files=(*said.files, beside))
+
+
+def _is_control(processor: Any, token: int, text: str) -> bool:
+    """Whether a token is one of SentencePiece's own that are in no text, such as BOS."""
+    is_piece = token < processor.vocab_size() and processor.IdToPiece(token) == text
+    return is_piece and (processor.IsControl(token) or processor.IsUnknown(token))
+
+
+def _with_added_tokens(path: Path, data: bytes, processor: Any, said: Said) -> Any:
+    """A SentencePiece model with the tokens that are named beside it, as the library `tokenizers` has it."""
+    names = {token: entry["content"] for token, entry in said.tokens.items() if token < processor.vocab_size()}
+    fast = fast_tokenizer(data, path, names, bool(said.first_only))
+    # Matched in the text as it stands: normalized, a token would have the space in front that a text gets.
+    entries = {token: entry | {"normalized": False} for token, entry in said.tokens.items()}
+    return _add_tokens(fast, path, replace(said, tokens=entries))
+
+
+def _add_tokens(fast: Any, path: Path, said: Said) -> Any:
+    """Adds the tokens that are named beside the main file under their own ids.
+
+    Raises:
+        UserError: an id or a text is taken, or there is no way to leave ids out.
+    """
+    from tokenizers import AddedToken
+
+    vocabulary: dict[str, int] = fast.get_vocab(with_added_tokens=True)
+    by_id = {token: text for text, token in vocabulary.items()}
+    for token, entry in said.tokens.items():
+        text, known, has = entry["content"], by_id.get(token), vocabulary.get(entry["content"], token)
+        if known not in (None, text) or has != token:
+            other = f"that is {known!r}" if known not in (None, text) else f"{text!r} is token {has}"
+            raise UserError(f"a file beside {path} says that token {token} is {text!r}, and in it {other}")
+    new = sorted(set(said.tokens) - set(by_id))
+    if new and new != list(range(len(vocabulary), len(vocabulary) + len(new))):
+        fast = _with_ids(path, json.loads(fast.to_str()), {said.tokens[token]["content"]: token for token in new})
+    is_json = path.suffix == ".json"
+    for token in new if is_json else sorted(said.tokens):
+        fast.add_tokens([AddedToken(**said.tokens[token])])
+    return fast
+
+
+def _parsed(path: Path, data: bytes) -> Any:
+    from tokenizers import Tokenizer as Fast
+
+    try:
+        fast = Fast.from_str(data.decode("utf-8"))
+        added = msgspec.json.decode(data, type=_OfJson).added_tokens
+        is_as_written = all(fast.token_to_id(entry["content"]) == entry["id"] for entry in added)
+        return fast if is_as_written else _with_ids(path, json.loads(data), {})
+    except UserError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{path} is not a tokenizer.json that can be read: {error}") from error
+
+
+class _OfJson(msgspec.Struct):
+    """What is looked at in a tokenizer.json."""
+
+    added_tokens: list[dict[str, Any]] = []
+
+
+def _with_ids(path: Path, values: dict[str, Any], more: dict[str, int]) -> Any:
+    """A tokenizer.json's tokenizer whose added tokens, and more, keep their ids.
+
+    The library numbers added tokens on from the vocabulary's size whatever ids they are given, so they go into it.
+    """
+    from tokenizers import Tokenizer as Fast
+
+    if not isinstance(values["model"].get("vocab"), dict):
+        raise UserError(f"the added tokens of {path} leave out ids, which a vocabulary of its kind cannot")
+    values["model"]["vocab"] |= {entry["content"]: entry["id"] for entry in values["added_tokens"]} | more
+    return Fast.from_str(json.dumps(values))
+
+
+def _processor(path: Path, data: bytes) -> Any:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        if not data:
+            raise RuntimeError("empty")
+        return SentencePieceProcessor(model_proto=data)
+    except RuntimeError as error:
+        raise _not_sentencepiece(path, data) from error
+
+
+def _files(name: str, data: bytes, said: Said) -> dict[str, bytes]:
+    found = {name: data} | {file.name: _read(file) for file in said.files}
+    # A model's config.json is another one beside a checkpoint: what it says of ends goes here.
+    if said.end_ids:
+        told = json.loads(found.get(GENERATION_FILE, b"{}"))
+        found[GENERATION_FILE] = json.dumps(told | {"eos_token_id": sorted(said.end_ids)}, indent=1).encode()
+    return found
 
 
 def _read(path: Path) -> bytes:
@@ -375,24 +543,24 @@ def _not_sentencepiece(path: Path, data: bytes) -> UserError:
     return UserError(f"{path} is not a SentencePiece model", hint)
 
 
-def _bos_eos(path: Path, config: bytes, vocabulary: dict[str, int]) -> tuple[int, int]:
-    try:
-        settings = json.loads(config) if config else {}
-    except ValueError as error:
-        raise UserError(f"{path.parent / CONFIG_FILE} is not JSON: {error}") from error
-    bos, eos = (_token_text(settings.get(key)) for key in ("bos_token", "eos_token"))
-    if eos is not None:
-        # LLaMA2-Accessory too begins with EOS where a model has no BOS (GPT-2's family).
-        bos = bos if bos is not None else eos
-    else:
-        known = ((b, e) for b, e in _KNOWN_BOS_EOS if b in vocabulary and e in vocabulary)
+def _bos_eos(
+    path: Path, said: Said, find: Callable[[str], int | None], bos_id: int | None = None, eos_id: int | None = None
+) -> tuple[int, int]:
+    """BOS and EOS: as they are named beside the main file, else as it has them itself, else a usual pair."""
+    bos, eos = said.bos, said.eos
+    bos_id, eos_id = (None if token == -1 else token for token in (bos_id, eos_id))  # SentencePiece's for none
+    if eos is None and eos_id is None:
+        known = ((b, e) for b, e in _KNOWN_BOS_EOS if find(b) is not None and find(e) is not None)
         bos, eos = next(known, (None, None))
-    if bos is None or eos is None:
-        raise UserError(f"cannot tell BOS and EOS of {path}", f"name them in {CONFIG_FILE}: bos_token and eos_token")
-    missing = [repr(token) for token in (bos, eos) if token not in vocabulary]
+    elif bos is None and bos_id is None:
+        bos = eos  # LLaMA2-Accessory too begins with EOS where a model has no BOS (GPT-2's family)
+    missing = [repr(token) for token in (bos, eos) if token is not None and find(token) is None]
     if missing:
         raise UserError(f"{path.parent / CONFIG_FILE} names {' and '.join(missing)}, which {path.name} does not have")
-    return vocabulary[bos], vocabulary[eos]
+    begin, end = bos_id if bos is None else find(bos), eos_id if eos is None else find(eos)
+    if begin is None or end is None:
+        raise UserError(f"cannot tell BOS and EOS of {path}", f"name them in {CONFIG_FILE}: bos_token and eos_token")
+    return begin, end
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
@@ -415,12 +583,6 @@ def _unused_private_use(text: str, count: int) -> int:
     if found is None:
         raise UserError("a text that holds a special token uses all of Unicode's private-use characters")
     return found
-
-
-def _token_text(setting: Any) -> str | None:
-    """A special token in tokenizer_config.json is a string, or an object with its `content`."""
-    content = setting.get("content") if isinstance(setting, dict) else setting
-    return content if isinstance(content, str) else None
 
 
 def _character_spans(ids: list[int], offsets: list[tuple[int, int]], is_byte: Callable[[int], bool]) -> Spans:

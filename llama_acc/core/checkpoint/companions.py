@@ -7,7 +7,8 @@ from typing import Any
 
 from llama_acc.core.checkpoint.layout import Layout, without_towers
 from llama_acc.core.errors import UserError
-from llama_acc.core.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, find_tokenizer, load_tokenizer
+from llama_acc.core.tokenizer import find_tokenizer, load_tokenizer
+from llama_acc.core.tokenizer_folder import HUGGING_FACE_FILE, SENTENCEPIECE_FILE
 
 _TOKENIZER = (
     "tokenizer*",

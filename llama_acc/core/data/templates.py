@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llama_acc.core.errors import UserError, did_you_mean, listed
 from llama_acc.core.schema_problems import problems_of
-from llama_acc.core.tokenizer import CHAT_TEMPLATE_FILE, CONFIG_FILE, Tokenizer
+from llama_acc.core.tokenizer import Tokenizer
+from llama_acc.core.tokenizer_folder import CHAT_TEMPLATE_FILE, CONFIG_FILE
 
 TEMPLATE_FILE = "template.json"
 FORMAT_VERSION = 1

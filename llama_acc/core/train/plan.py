@@ -20,7 +20,7 @@ from llama_acc.core.model.nf4 import nbytes
 from llama_acc.core.model.transformer import Transformer
 from llama_acc.core.parallel import Parallel
 from llama_acc.core.recipe import Recipe
-from llama_acc.core.tokenizer import Tokenizer
+from llama_acc.core.tokenizer import Tokenizer, tokenizer_notes
 from llama_acc.core.train.plan_model import model_on_meta
 from llama_acc.core.units import count_text, size_text
 
@@ -165,6 +165,7 @@ class Plan:
                 f"{count_text(config.n_layers, 'layer')}, width {config.dim}, "
                 f"{count_text(config.n_heads, 'head')}{grouped}, vocabulary {config.vocab_size}",
             ),
+            *(("tokenizer", note) for note in tokenizer_notes(self.tokenizer, config.vocab_size)),
             ("weights", f"from {start}" if start else f"random (seed {recipe.train.seed})"),
             ("parameters", f"{count:,}, of which {self.trained_count():,} train (method {recipe.tuning.method})"),
             *self._quantised_line(),

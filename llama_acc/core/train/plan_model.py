@@ -185,7 +185,7 @@ def resolved(recipe: Recipe, layouts: list[Layout], tokenizer: Tokenizer, recipe
         data.validation.path = _absolute_data(data.validation.path, recipe_folder)
     if layouts:
         resolved.model.pretrained = [str(layout.folder.resolve()) for layout in layouts]
-    resolved.model.tokenizer = _absolute(model.tokenizer or "", tokenizer.path.resolve())
+    resolved.model.tokenizer = _absolute(model.tokenizer or "", tokenizer.path)
     return resolved
 
 

@@ -289,7 +289,7 @@ class Trainer:
             "recipe.yaml": plan.recipe.to_yaml().encode(),
             "template.json": plan.train.template.to_json().encode(),
             "state/progress.json": _json(progress),
-            **{file.name: file.read_bytes() for file in plan.tokenizer.files()},
+            **plan.tokenizer.files(),
         }
         if plan.config.vision is not None:
             files[VISION_FILE] = plan.config.vision.to_json()

@@ -27,7 +27,7 @@ from llama_acc.core.checkpoint.tensor_files import (
     write_at,
 )
 from llama_acc.core.model.vision_config import VISION_FILE
-from llama_acc.core.tokenizer import CONFIG_FILE, SENTENCEPIECE_FILE
+from llama_acc.core.tokenizer_folder import CONFIG_FILE, SENTENCEPIECE_FILE
 
 
 class _File(NamedTuple):

@@ -1,0 +1,178 @@
+"""What a folder says of its tokenizer counts as a whole: added tokens beside a vocabulary, EOS, what ends an answer."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoTokenizer
+
+from llama_acc.core.errors import UserError
+from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from tests.core.tokenizers import byte_level
+
+START, END, TOOL = "<|im_start|>", "<|im_end|>", "<tool>"
+TEXTS = [
+    f"{START}user\nthe answer{END}\n{START}assistant\n",
+    "<s>the",
+    f"the question{END}is{TOOL}a",
+    f"</s>{TOOL}",
+    "the  answer\n\nis",
+    "",
+]
+
+
+def token(text: str, **flags: bool) -> dict[str, Any]:
+    usual = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    return {"content": text} | usual | flags
+
+
+def chatml(folder: Path, model: Path, by: str, **more: Any) -> Path:
+    """A folder with three tokens beside a tokenizer.model, named as newer and as older folders do."""
+    (folder / "tokenizer.model").write_bytes(model.read_bytes())
+    count = SentencePieceProcessor(model_file=str(model)).vocab_size()
+    names = dict(zip((START, END, TOOL), range(count, count + 3), strict=True))
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": END, "unk_token": "<unk>"} | more
+    if by == "added_tokens_decoder":
+        entries = {str(number): token(text, special=text != TOOL) for text, number in names.items()}
+        config["added_tokens_decoder"] = {"0": token("<unk>"), "1": token("<s>"), "2": token("</s>")} | entries
+    else:
+        (folder / "added_tokens.json").write_text(json.dumps(names))
+        roles = {"eos_token": token(END), "additional_special_tokens": [START]}
+        (folder / "special_tokens_map.json").write_text(json.dumps(roles))
+        del config["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def by_sentencepiece(tokenizer: Tokenizer, text: str, model: Path) -> list[int]:
+    """The tokens of a text that is cut at special tokens, each part as SentencePiece itself has it."""
+    processor = SentencePieceProcessor(model_file=str(model))
+    names = {START: 300, END: 301, TOOL: 302, "<s>": 1, "</s>": 2}
+    ids: list[int] = []
+    for part in re.split(f"({'|'.join(map(re.escape, names))})", text):
+        ids += [names[part]] if part in names else processor.encode(part)
+    return ids
+
+
+@pytest.mark.parametrize("by", ["added_tokens_decoder", "added_tokens.json"])
+def test_tokens_named_beside_a_sentencepiece_model_are_read(tmp_path: Path, tokenizer_path: Path, by: str) -> None:
+    tokenizer = load_tokenizer(chatml(tmp_path, tokenizer_path, by))
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (303, 1, 301)
+    assert {300, 301} <= tokenizer.end_ids
+    assert 302 not in tokenizer.end_ids
+    assert tokenizer.unnamed(305) == [303, 304]
+    assert [tokenizer.encode(text) for text in TEXTS] == [by_sentencepiece(tokenizer, t, tokenizer_path) for t in TEXTS]
+    assert tokenizer.decode(tokenizer.encode(f"the{TOOL}", bos=True, eos=True)) == f"the{TOOL}"
+    # Special ones are none in somebody's own text; one that is not special is, as in transformers.
+    words = f"{END}{TOOL}"
+    assert tokenizer.encode(words, own=[(0, len(words))])[-1] == 302
+    assert 301 not in tokenizer.encode(words, own=[(0, len(words))])
+
+
+@pytest.mark.parametrize("by", ["added_tokens_decoder", "added_tokens.json"])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_the_space_in_front_follows_legacy_as_in_transformers(
+    tmp_path: Path, tokenizer_path: Path, by: str, legacy: bool
+) -> None:
+    ours = load_tokenizer(chatml(tmp_path, tokenizer_path, by, legacy=legacy))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.eos_id == theirs.eos_token_id
+    expected = [theirs(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+    assert [ours.encode(text) for text in TEXTS] == expected
+    # At a text's beginning it is there in any case, as SentencePiece has it.
+    assert ours.encode(" the") == SentencePieceProcessor(model_file=str(tokenizer_path)).encode(" the")
+
+
+def test_the_tokenizer_that_knows_more_is_taken(tmp_path: Path, tokenizer_path: Path) -> None:
+    folder = chatml(tmp_path, tokenizer_path, "added_tokens.json")
+    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs.save_pretrained(folder / "fast")
+    for name in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    (folder / "fast" / "tokenizer.json").replace(folder / "tokenizer.json")
+    found = find_tokenizer(folder)
+    assert found == folder / "tokenizer.json"
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.path, tokenizer.vocab_size) == (found, 303)
+    assert tokenizer.encode(TEXTS[0]) == theirs(TEXTS[0], add_special_tokens=False)["input_ids"]
+    assert load_tokenizer(folder / "tokenizer.model").vocab_size == 300  # the one that is asked for
+    # One that knows no more says how the space in front is put, and is kept with the model file.
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["added_tokens"] = [entry for entry in values["added_tokens"] if entry["id"] < 300]
+    values["pre_tokenizer"]["prepend_scheme"] = "first"
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    plain = load_tokenizer(folder)
+    assert plain.path.name == "tokenizer.model"
+    assert [plain.piece(token) for token in plain.encode("<s>the")] == ["<s>", "t", "h", "e"]
+    values["model"]["vocab"]["▁the"] = 5
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"token '▁the' is 5 in .*tokenizer.json and \d+ in tokenizer.model"):
+        load_tokenizer(folder)
+
+
+def test_tokens_may_be_named_beside_a_tokenizer_json_and_leave_ids_out(tmp_path: Path) -> None:
+    named = {"305": token("<a>"), "309": token("<b>", special=False)}
+    byte_level(tmp_path, {"bos_token": START, "eos_token": END, "added_tokens_decoder": named})
+    count = load_tokenizer(byte_level(tmp_path / "alone")).vocab_size
+    assert count == 303
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("<a>a<b>")[::2] == [305, 309]
+    assert (tokenizer.vocab_size, tokenizer.unnamed(311)) == (310, [303, 304, 306, 307, 308, 310])
+    assert tokenizer.decode([305, 309, 304]) == "<a><b>"
+    # In a tokenizer.json too: the library `tokenizers` would number them on without a gap.
+    values = json.loads((tmp_path / "tokenizer.json").read_text())
+    values["added_tokens"].append({"id": 307} | token("<c>"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    assert load_tokenizer(tmp_path).encode("<c><a><b><|eot_id|>") == [307, 305, 309, 302]
+
+
+def test_what_ends_an_answer_is_gathered_from_all_files(tmp_path: Path, tokenizer_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7], "top_p": 0.5}')
+    (tmp_path / "config.json").write_text('{"eos_token_id": 9}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.eos_id, tokenizer.end_ids) == (2, {2, 7, 9})
+    # A checkpoint's config.json is another one; nothing is lost there.
+    files = tokenizer.files()
+    assert json.loads(files["generation_config.json"]) == {"eos_token_id": [2, 7, 9], "top_p": 0.5}
+    assert "config.json" not in files
+
+
+@pytest.mark.parametrize("by", ["added_tokens_decoder", "added_tokens.json"])
+def test_a_folder_with_its_files_has_the_same_tokenizer(tmp_path: Path, tokenizer_path: Path, by: str) -> None:
+    ours = load_tokenizer(chatml(tmp_path, tokenizer_path, by, legacy=False))
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name, data in ours.files().items():
+        (copy / name).write_bytes(data)
+    again = load_tokenizer(copy)
+    assert again.fingerprint() == ours.fingerprint() != load_tokenizer(tokenizer_path).fingerprint()
+    assert (again.end_ids, again.encode_batch(TEXTS)) == (ours.end_ids, ours.encode_batch(TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"added_tokens.json": {END: 17}}, "token 17 of .* calls it '<.im_end.>'"),
+        ({"added_tokens.json": {"</s>": 300}}, "token 300 is '</s>', and in it '</s>' is token 2"),
+        ({"added_tokens.json": {END: "300"}}, "the id of '<.im_end.>' is '300'"),
+        ({"added_tokens.json": [END]}, "added_tokens.json must hold a JSON object"),
+        ({"tokenizer_config.json": {"eos_token": END}}, "names '<.im_end.>', which tokenizer.model does not have"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"300": {}}}}, "has no text for token 300"),
+        (
+            {"added_tokens.json": {END: 300}, "tokenizer_config.json": {"added_tokens_decoder": {"300": token(TOOL)}}},
+            "token 300 is '<tool>' in .* and '<.im_end.>' in added_tokens.json",
+        ),
+    ],
+)
+def test_what_cannot_be_honored_is_refused_by_name(
+    tmp_path: Path, tokenizer_path: Path, files: dict[str, Any], words: str
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+    for name, values in files.items():
+        (tmp_path / name).write_text(json.dumps(values))
+    with pytest.raises(UserError, match=words):
+        load_tokenizer(tmp_path)
