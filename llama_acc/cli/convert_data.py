@@ -52,7 +52,7 @@ _FORMAT_HELP = {
     ),
     "lima": ("LIMA, as lists of texts or in Vicuna's format.", "train.jsonl --output lima.jsonl"),
     "alpaca": ("Alpaca: instruction, input, output.", "alpaca_data.json --output alpaca.jsonl"),
-    "openai": ("OpenAI's messages; system texts go in front of the question.", "chats.jsonl --preview 3"),
+    "openai": ("OpenAI's messages; system texts stay, and what is not to be trained on.", "chats.jsonl --preview 3"),
     "moss": ("MOSS 003's dialogues without tools.", "moss-003-sft-no-tools.jsonl --output moss.jsonl.zst"),
     "csv": (
         "A table: which column is what, --map says.",
@@ -366,10 +366,14 @@ def _say_found(found: "Found") -> None:
 
 def _say(conversion: "Conversion") -> None:
     """What became of rows that are not items as they were."""
+    from llama_acc.core.data.keys import unused_text
+
     for reason, count in conversion.skipped.items():
         console.note(f"skipped {count_text(count, 'row')}: {reason}")
     for note, count in conversion.notes.items():
         console.note(f"{note}: {count:,}")
+    if conversion.unused:
+        console.note(f"not used: {unused_text(conversion.unused)}")
     if conversion.problems:
         from llama_acc.core.errors import listed
 

@@ -31,7 +31,7 @@ def read(path: Path) -> list[Any]:
 def test_a_file_is_converted_and_counted(tmp_path: Path) -> None:
     source, output = write(tmp_path / "in.jsonl", ROW, ROW), tmp_path / "out.jsonl"
     result = invoke("convert-data", "alpaca", source, "--output", output)
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, "not used: extra (2 items)\n")
     assert result.stdout == f"{output}: 2 items of 2 rows, {len(json.dumps(ITEM)) * 2 - 8} bytes\n"
     assert read(output) == [ITEM, ITEM]
 

@@ -78,6 +78,9 @@ def other_form(kinds: Collection[str], file: str) -> str:
         whole = "use format: dialogue and template: dialogue"
         first = "format: single_turn_llava for the first question and answer of each"
         return f"they are dialogues: {whole}, or {first}, or for all of them llama-acc convert-data llava {file}"
+    if set(kinds) == {"unsupported"}:
+        pairs = f"of pairs of replies llama-acc convert-data auto {file} says how to take one"
+        return f"such items can be left out with data.on_error=skip; {pairs}"
     return f"if it is in a form of its own: llama-acc convert-data auto {file}"
 
 

@@ -13,7 +13,17 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from llama_acc.core.data.findings import Finding, beginning
-from llama_acc.core.data.keys import IMAGES, INPUT, SYSTEM, TRAINED, count_unused, is_empty, is_trained, unusable
+from llama_acc.core.data.keys import (
+    IMAGES,
+    INPUT,
+    SYSTEM,
+    TRAINED,
+    count_unused,
+    is_empty,
+    is_trained,
+    key_of,
+    unusable,
+)
 from llama_acc.core.data.rows import type_name
 from llama_acc.core.data.templates import Turn
 
@@ -209,12 +219,11 @@ def _system(value: dict[str, Any], problems: _Problems) -> str | None:
 
 def _either(value: dict[str, Any], fields: Sequence[str], problems: _Problems) -> str | None:
     """The text of one field that goes by several names; None: there is none, or it is null."""
-    given = [field for field in fields if value.get(field) is not None]
-    full = [field for field in given if not is_empty(value[field])]
-    if len(full) > 1 and any(value[field] != value[full[0]] for field in full):
-        names = " and ".join(map(repr, full))
-        problems.add("unsupported", full[1], f"{names} are two names of one thing, and differ", value[full[1]])
-    field = next(iter(full or given), None)
+    try:
+        field = key_of(value, fields)
+    except ValueError as error:
+        problems.add("unsupported", "", str(error), value)
+        return None
     return None if field is None else _text(value, field, problems)
 
 

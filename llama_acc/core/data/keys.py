@@ -5,11 +5,12 @@ ms-swift (`loss`), LLaMA-Factory (`system`, `history`, `tools`, `images`, `kto_t
 (`context`) and OpenOrca (`system_prompt`).
 """
 
+import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from llama_acc.core.data.rows import type_name
+from llama_acc.core.data.findings import beginning
 from llama_acc.core.units import count_text
 from llama_acc.core.visible import visible
 
@@ -32,6 +33,18 @@ _UNUSABLE = {
 }
 _UNDESIRABLE = "a reply that is marked as not to be trained on"
 _EMPTY_JSON = ("[]", "{}", "null")
+PAIRS = (
+    ("instruction", "response"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("prompt", "output"),
+    ("query", "response"),
+    ("input", "output"),
+)
+"""What the two sides are called in data sets of questions and answers."""
+_QUESTIONS = ("instruction", "prompt", "question", "query", "input")
 _MOST = 100
 """Different keys that are counted by name: where keys are data, there may be one for each item."""
 _OTHERS = "other keys"
@@ -59,6 +72,19 @@ def unusable(row: Mapping[str, Any], keys: Iterable[str]) -> str | None:
     return None
 
 
+def key_of(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """By which of its names a row has a field; None: by none, or it is null.
+
+    Raises:
+        ValueError: by two, which differ.
+    """
+    given = [name for name in names if row.get(name) is not None]
+    full = [name for name in given if not is_empty(row[name])]
+    if any(row[name] != row[full[0]] for name in full):
+        raise ValueError(f"{' and '.join(map(repr, full))} are names of one thing, and differ")
+    return next(iter(full or given), None)
+
+
 def is_trained(turn: Mapping[str, Any], is_reply: bool) -> bool:
     """Whether a turn's own keys let it be trained on.
 
@@ -68,12 +94,40 @@ def is_trained(turn: Mapping[str, Any], is_reply: bool) -> bool:
     given = {key: turn[key] for key in TRAINED if turn.get(key) is not None}
     for key, value in given.items():
         if value not in (0, 1) or isinstance(value, str):
-            raise ValueError(f"{key!r} should be true or false, 1 or 0, but is {_shown(value)}")
+            raise ValueError(f"{key!r} should be true or false, 1 or 0, but is {beginning(value)}")
         if value and not is_reply and key != "weight":
             raise ValueError(f"{key!r} asks to train on a turn that is no reply, which cannot be done")
     if len({bool(value) for value in given.values()}) > 1:
         raise ValueError(f"{' and '.join(map(repr, given))} contradict each other")
     return not is_reply or all(given.values())
+
+
+def mapping_of(row: Mapping[str, Any]) -> dict[str, str]:
+    """What `--map` may make of a row in no known format: our fields to the row's keys; empty: nothing.
+
+    COLUMN stands for a key that only the user can name.
+    """
+    texts = [key for key, value in row.items() if isinstance(value, str) and value.strip()]
+    for question, answer in PAIRS:
+        if question in texts and answer in texts:
+            return {"instruction": question, "output": answer}
+    if "chosen" in row:
+        chosen, questions = row["chosen"], [key for key in _QUESTIONS if key in texts]
+        if isinstance(chosen, str):
+            return {"instruction": questions[0], "output": "chosen"} if questions else {}
+        is_dialogue = isinstance(chosen, list) and len(chosen) > 1 and all(isinstance(turn, dict) for turn in chosen)
+        return {"conversations": "chosen"} if is_dialogue else {}
+    if len(texts) == 1 or "text" in texts:
+        return {"output": "text" if "text" in texts else texts[0]}
+    return {"instruction": "COLUMN", "output": "COLUMN"} if texts else {}
+
+
+def mapping_words(mapping: Mapping[str, str]) -> str:
+    """The options that say so: "--map instruction=question --map output=answer"."""
+    words = " ".join(f"--map {field}={shlex.quote(column)}" for field, column in mapping.items())
+    return (
+        words if mapping.keys() != {"output"} else f"{words}, for text without questions; train it with template: none"
+    )
 
 
 def count_unused(unused: Counter[str], names: Iterable[str]) -> None:
@@ -91,7 +145,3 @@ def unused_text(unused: Mapping[str, int]) -> str:
 def _name(key: str) -> str:
     # A lone surrogate cannot be written anywhere.
     return visible(key[:_MOST_CHARACTERS].encode("utf-8", "backslashreplace").decode("utf-8"))
-
-
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, (int, float)) else type_name(value)

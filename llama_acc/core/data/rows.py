@@ -20,6 +20,7 @@ import msgspec
 
 from llama_acc.core.data.files import BytesRead, DataStream, data_suffix, open_data
 from llama_acc.core.data.json_array import MAX_ITEM, JsonBuffer
+from llama_acc.core.data.keys import mapping_of, mapping_words
 from llama_acc.core.data.parquet import PARQUET_SUFFIX, parquet_rows
 from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_rows
 from llama_acc.core.errors import DataError, UserError
@@ -273,8 +274,11 @@ def _check_header(name: str, names: list[str], required: Sequence[str]) -> None:
     problems += [f"{name}: line 1: column {n!r} twice" for n in sorted(set(names)) if names.count(n) > 1]
     if problems:
         needed = f"it should have {', '.join(required)}; " if required else ""
-        others = "; others have to be mapped: convert-data csv ... --map instruction=COLUMN --map output=COLUMN"
-        raise DataError(problems, f"{needed}found: {', '.join(names)}{others if required else ''}")
+        mapping = mapping_of(dict.fromkeys(names, "text")) if required else {}
+        others = (
+            f"; others have to be mapped: llama-acc convert-data csv FILE {mapping_words(mapping)}" if mapping else ""
+        )
+        raise DataError(problems, f"{needed}found: {', '.join(names)}{others}")
 
 
 def _csv_items(reader: Any, names: list[str]) -> Iterator[Row]:

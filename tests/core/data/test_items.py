@@ -150,7 +150,7 @@ def test_a_reply_that_says_so_is_context_only(key: str, no: Any) -> None:
     ("change", "reason"),
     [
         ({"weight": 0.5}, "turn 2: 'weight' should be true or false, 1 or 0, but is 0.5"),
-        ({"train": "no"}, "turn 2: 'train' should be true or false, 1 or 0, but is text"),
+        ({"train": "no"}, "turn 2: 'train' should be true or false, 1 or 0, but is \"no\""),
         ({"train": True, "weight": 0}, "turn 2: 'train' and 'weight' contradict each other"),
         ({"train_detail": [{"begin_offset": 0}]}, "turn 2: parts of a reply cannot be trained on alone"),
         ({"tool_calls": [{}]}, "turn 2: calls of tools cannot be trained on ('tool_calls')"),
@@ -175,7 +175,7 @@ def test_what_a_turn_asks_for_and_cannot_have_is_refused_by_name(change: dict[st
         (said("a", "b", tools='[{"name": "f"}]'), "calls of tools cannot be trained on ('tools')"),
         (said("a", "b", videos=["x.mp4"]), "sound and video"),
         ({"instruction": "a", "output": "b", "kto_tag": False}, "'kto_tag' is false"),
-        ({"instruction": "a", "output": "b", "input": "c", "context": "d"}, "'input' and 'context' are two names"),
+        ({"instruction": "a", "output": "b", "input": "c", "context": "d"}, "'input' and 'context' are names"),
         (said("a", "b", history=[["x", "y"]]), "earlier turns have to be in the conversation"),
     ],
 )

@@ -1,12 +1,12 @@
-"""Alpaca: `instruction`, perhaps `input`, `output`."""
+"""Alpaca: `instruction`, perhaps `input`, `output`, and LLaMA-Factory's `system` and `history`."""
 
 from collections.abc import Iterable
 
-from llama_acc.core.data.convert.rules import Record, Row, Rule, optional_text, single_turn, text_of
+from llama_acc.core.data.convert.rules import Record, Row, Rule, single_turn
 
 
 class Alpaca(Rule):
-    """Single-turn items, of which other fields go."""
+    """Single-turn items, perhaps with earlier turns."""
 
     def records(self, row: Row) -> Iterable[Record]:
-        return [single_turn(text_of(row, "instruction"), optional_text(row, "input"), text_of(row, "output"))]
+        return [single_turn(row)]

@@ -12,6 +12,7 @@ from llama_acc.core.data.convert.openai import OpenAi
 from llama_acc.core.data.convert.rules import Rule
 from llama_acc.core.data.convert.sharegpt import ShareGpt
 from llama_acc.core.data.convert.wizardlm import WizardLm
+from llama_acc.core.data.keys import PAIRS
 
 AUTO = "auto"
 FORMATS: dict[str, type[Rule]] = {
@@ -26,16 +27,6 @@ FORMATS: dict[str, type[Rule]] = {
     "csv": Mapped,
     "jsonl": Mapped,
 }
-# What the two sides are called in data sets of questions and answers.
-_PAIRS = (
-    ("instruction", "response"),
-    ("question", "answer"),
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("prompt", "output"),
-    ("query", "response"),
-    ("input", "output"),
-)
 
 
 class Recognised(NamedTuple):
@@ -60,7 +51,7 @@ def recognise(row: dict[str, Any]) -> Recognised | None:
         return Recognised("wizardlm", "it has 'Instruction' and 'Skill', as WizardLM's test set", {})
     if "instruction" in row and "output" in row:
         return Recognised("alpaca", "it has 'instruction' and 'output'", {})
-    for question, answer in _PAIRS:
+    for question, answer in PAIRS:
         if question in row and answer in row:
             why = f"it has {question!r} and {answer!r}"
             return Recognised("jsonl", why, {"instruction": question, "output": answer})

@@ -7,7 +7,7 @@ training data has another, which `all_forms` understands.
 import re
 from collections.abc import Iterable
 
-from llama_acc.core.data.convert.rules import Malformed, Record, Row, Rule, Skipped, single_turn, text_of
+from llama_acc.core.data.convert.rules import Malformed, Record, Row, Rule, Skipped, text_of
 
 # {'Instruction': Find me an API., 'Output': {...}}: a Python dictionary in looks only, as quotes are missing. Some rows
 # break off before the end.
@@ -17,6 +17,7 @@ _DICTIONARY = re.compile(r"\s*\{\s*['\"]Instruction['\"]\s*:(.*?),\s*['\"]Output
 class Gorilla(Rule):
     """APIBench's rows to single-turn items."""
 
+    keys = ("code",)
     may_give_nothing = True
 
     def records(self, row: Row) -> Iterable[Record]:
@@ -28,14 +29,18 @@ class Gorilla(Rule):
             raise Skipped("no 'Output:' in 'code'")
         if not self.options.all_forms:
             raise Skipped("of the form {'Instruction': ...}, which the rule does not know (--all-forms takes it)")
-        return [single_turn(_unquoted(form[1]), "", _inside(form[2]))]
+        return [_item(_unquoted(form[1]), _inside(form[2]))]
 
 
 def _by_the_rule(code: str) -> Record:
     question, output = code.split("Output:")[:2]
     if "Instruction:" not in question:
         raise Malformed("no 'Instruction:' before 'Output:' in 'code'")
-    return single_turn(question.split("Instruction:")[1].split("###")[0], "", output)
+    return _item(question.split("Instruction:")[1].split("###")[0], output)
+
+
+def _item(instruction: str, output: str) -> Record:
+    return {"instruction": instruction, "input": "", "output": output}
 
 
 def _unquoted(text: str) -> str:

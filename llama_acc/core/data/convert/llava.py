@@ -2,8 +2,18 @@
 
 from collections.abc import Iterable, Iterator
 
-from llama_acc.core.data.convert.rules import Malformed, Record, Row, Rule, list_of, named, single_turn, text_of
-from llama_acc.core.data.convert.turns import Turn, conversations, each_turn, in_exchanges, object_of, role_of
+from llama_acc.core.data.convert.rules import (
+    Malformed,
+    Record,
+    Row,
+    Rule,
+    about,
+    list_of,
+    system_of,
+    text_of,
+    with_system,
+)
+from llama_acc.core.data.convert.turns import Turn, dialogue, each_turn, in_exchanges, object_of, turn_of
 
 _MARK = "<image>"
 
@@ -11,23 +21,30 @@ _MARK = "<image>"
 class Llava(Rule):
     """One item for each question and its answer, or whole dialogues. The mark of the image goes; new lines stay."""
 
+    keys = ("conversations",)
+
     def records(self, row: Row) -> Iterable[Record]:
         values = list_of(row, "conversations")
         if self.options.reference:
             return _as_the_reference(row, values)
-        turns = in_exchanges(each_turn(values, _turn), self.notes)
-        about = {**named(row), **({"image": row["image"]} if row.get("image") else {})}
+        exchanges = in_exchanges(each_turn(values, _turn), self.notes, system_of(row))
         if self.options.dialogues:
-            return [{**about, "conversations": conversations(turns)}]
-        pairs = zip(turns[::2], turns[1::2], strict=True)
-        return [{**about, **single_turn(question, "", answer)} for (_, question), (_, answer) in pairs]
+            return [dialogue(row, exchanges)]
+        pairs = list(zip(exchanges.turns[::2], exchanges.turns[1::2], strict=True))
+        if left_out := sum(not reply.trained for _, reply in pairs):
+            self.notes["replies that are not to be trained on were left out"] += left_out
+        start = {**about(row), **with_system(exchanges.system)}
+        return [
+            {**start, "instruction": question.text, "input": "", "output": reply.text}
+            for question, reply in pairs
+            if reply.trained
+        ]
 
 
 def _turn(value: object) -> Turn:
-    turn = object_of(value)
+    turn = turn_of(value)
     # An image stands before or behind the question, on a line of its own.
-    text = text_of(turn, "value")
-    return role_of(text_of(turn, "from")), text.replace(_MARK, "").strip() if _MARK in text else text
+    return turn._replace(text=turn.text.replace(_MARK, "").strip()) if _MARK in turn.text else turn
 
 
 def _as_the_reference(row: Row, values: list[object]) -> Iterator[Record]:

@@ -2,28 +2,49 @@
 
 from collections.abc import Iterable
 
-from llama_acc.core.data.convert.rules import Record, Row, Rule, optional_text, single_turn, text_of
+from llama_acc.core.data.convert.openai import any_turn
+from llama_acc.core.data.convert.rules import Options, Record, Row, Rule, list_of, single_turn, system_of, text_of
+from llama_acc.core.data.convert.turns import dialogue, each_turn, in_exchanges
+from llama_acc.core.data.keys import INPUT, is_empty
 
-FIELDS = ("instruction", "input", "output")
+FIELDS = ("instruction", "input", "output", "system", "conversations")
+_PLAIN = "rows without an instruction became plain text, to be trained with template: none"
 
 
 class Mapped(Rule):
-    """Single-turn items from columns by their names, or by those of `--map`."""
+    """Items from columns by their names, or by those of `--map`."""
+
+    turn_keys = ("from", "value", "role", "content")
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        mapping = options.mapping
+        self._turns = mapping.get("conversations")
+        if self._turns is not None:
+            self.turns_in = self.keys = (self._turns,)
+        else:
+            unnamed = [field for field in ("instruction", "output", "history") if field not in mapping]
+            self.keys = (*unnamed, *mapping.values(), *(() if "input" in mapping else INPUT))
+        # Which of several replies it is to be was said then.
+        self.chosen = self._turns is not None or "output" in mapping
 
     def records(self, row: Row) -> Iterable[Record]:
         mapping = self.options.mapping
-        instruction, output = (text_of(row, mapping.get(field, field)) for field in ("instruction", "output"))
-        return [single_turn(instruction, self._context(row), output)]
-
-    def _context(self, row: Row) -> str:
-        mapping = self.options.mapping
-        if "input" in mapping:
-            column = mapping["input"]
-            # What was named has to be there, though a row may have nothing in it.
-            return optional_text(row, column) if column in row else text_of(row, column)
-        return "" if "input" in mapping.values() else optional_text(row, "input")
+        if self._turns is not None:
+            turns = each_turn(list_of(row, self._turns), any_turn)
+            system = text_of(row, mapping["system"]) if "system" in mapping else system_of(row)
+            return [dialogue(row, in_exchanges(turns, self.notes, system))]
+        if "output" in mapping and "instruction" not in mapping and "instruction" not in row:
+            if not is_empty(row.get(mapping["output"])):
+                self.notes[_PLAIN] += 1
+            row = {**row, "instruction": ""}
+        return [single_turn(row, **mapping)]
 
 
 def required_columns(mapping: dict[str, str]) -> list[str]:
     """The columns that a table must have."""
-    return [mapping.get(field, field) for field in FIELDS if field != "input" or field in mapping]
+    if "conversations" in mapping:
+        return list(mapping.values())
+    is_plain = "output" in mapping and "instruction" not in mapping
+    needed = {} if is_plain else {"instruction": "instruction"}
+    return list({**needed, "output": "output", **mapping}.values())

@@ -3,27 +3,34 @@
 from collections.abc import Iterable
 from typing import Any
 
-from llama_acc.core.data.convert.rules import Malformed, Record, Row, Rule, Skipped, list_of, named, text_of
-from llama_acc.core.data.convert.turns import Turn, conversations, each_turn, in_exchanges, object_of, role_of
+from llama_acc.core.data.convert.rules import Malformed, Record, Row, Rule, Skipped, list_of, system_of, text_of
+from llama_acc.core.data.convert.turns import Turn, dialogue, each_turn, in_exchanges, object_of, turn_of
 
 
 class OpenAi(Rule):
     """Messages to dialogues."""
 
+    keys = turns_in = ("messages", "conversations")
+    turn_keys = ("role", "content")
+
     def records(self, row: Row) -> Iterable[Record]:
         # Some data sets call the same thing so.
         field = "conversations" if "conversations" in row and "messages" not in row else "messages"
-        turns = in_exchanges(each_turn(list_of(row, field), _turn), self.notes)
-        return [{**named(row), "conversations": conversations(turns)}]
+        turns = each_turn(list_of(row, field), message_of)
+        return [dialogue(row, in_exchanges(turns, self.notes, system_of(row)))]
 
 
-def _turn(value: Any) -> Turn:
+def message_of(value: Any) -> Turn:
+    """A turn that has `role` and `content`, which may be in parts."""
     message = object_of(value)
-    role = role_of(text_of(message, "role"))
-    if message.get("tool_calls") or message.get("function_call"):
-        raise Skipped("has calls of tools")
     content = message.get("content")
-    return role, _joined(content) if isinstance(content, list) else text_of(message, "content")
+    joined = {"content": _joined(content)} if isinstance(content, list) else {}
+    return turn_of({**message, **joined}, "role", "content")
+
+
+def any_turn(value: Any) -> Turn:
+    """A turn in this form, or one that has `from` and `value`."""
+    return message_of(value) if "role" in object_of(value) else turn_of(value)
 
 
 def _joined(parts: list[Any]) -> str:

@@ -1,10 +1,12 @@
 """What a converter is, and the words it has for rows that give no item."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
+from llama_acc.core.data.keys import IMAGES, INPUT, SYSTEM, TRAINED, is_empty, key_of
 from llama_acc.core.data.rows import type_name
 from llama_acc.core.tokenizer import Tokenizer
 
@@ -13,6 +15,7 @@ _Value = TypeVar("_Value")
 Row = dict[str, Any]
 Record = dict[str, Any]
 """An item as it is written: single-turn, or a dialogue."""
+BLANK = "blank: no question and no answer"
 
 
 class Skipped(Exception):
@@ -47,6 +50,14 @@ class Options:
 class Rule:
     """One format's way from rows to items. Made anew for each conversion, as it counts."""
 
+    keys: Collection[str] = ("instruction", "output", "history", *INPUT)
+    """Of a row: those that are used, besides `id`, images and the system text."""
+    turn_keys: Collection[str] = ("from", "value")
+    """Of a turn: those that are used, besides whether it is trained on."""
+    turns_in: Collection[str] = ("conversations",)
+    """Where a row has its turns."""
+    chosen = False
+    """Which of a preferred and a rejected reply is trained on was said."""
     may_give_nothing = False
     """That no row gives an item is a result of its own, of which the reference makes an empty array."""
 
@@ -54,6 +65,16 @@ class Rule:
         self.options = options
         self.notes: Counter[str] = Counter()
         """What was changed on the way without losing an item, and how often."""
+
+    @cached_property
+    def used_keys(self) -> frozenset[str]:
+        """All keys of a row that are used."""
+        return frozenset(("id", *self.keys, *IMAGES, *SYSTEM))
+
+    @cached_property
+    def used_turn_keys(self) -> frozenset[str]:
+        """All keys of a turn that are used."""
+        return frozenset((*self.turn_keys, *TRAINED))
 
     def records(self, row: Row) -> Iterable[Record]:
         """The items of a row.
@@ -106,13 +127,59 @@ def _other(row: Row, field: str, expected: str) -> Malformed:
     return Malformed(f"no {field!r} (its keys: {', '.join(repr(key) for key in list(row)[:6]) or 'none'})")
 
 
-def single_turn(instruction: str, input: str, output: str) -> Record:
-    """A single-turn item as it is written."""
-    return {"instruction": instruction, "input": input, "output": output}
+def single_turn(row: Row, instruction: str = "instruction", output: str = "output", **names: str) -> Record:
+    """A row with an instruction and an output as a single-turn item.
+
+    Args:
+        row: what is read.
+        instruction: the key of that.
+        output: the key of that.
+        names: keys of `input` and `system`, where they go by a name of their own.
+
+    Raises:
+        Skipped: there is nothing in it.
+        Malformed: it is wrong.
+    """
+    context = _named(row, "input", [key for key in INPUT if key not in (instruction, output)], names)
+    system = _named(row, "system", SYSTEM, names)
+    if instruction in row and output in row and all(map(is_empty, (row[instruction], row[output], context))):
+        raise Skipped(BLANK)
+    record = {"instruction": text_of(row, instruction), "input": context, "output": text_of(row, output)}
+    history = {} if is_empty(row.get("history")) else {"history": list_of(row, "history")}
+    return {**about(row), **with_system(system), **record, **history}
 
 
-def named(row: Row, part: int | None = None) -> Record:
-    """The beginning of a record that keeps its row's `id`, if that has one; `part` numbers those of one row."""
-    if "id" not in row:
-        return {}
-    return {"id": row["id"] if part is None else f"{row['id']}_{part}"}
+def _named(row: Row, field: str, usual: Sequence[str], names: Mapping[str, str]) -> str:
+    """The text of a field that may be missing, by the key that was named for it, or by its usual ones."""
+    if field in names:
+        # What was named has to be there, though a row may have nothing in it.
+        return optional_text(row, names[field]) if names[field] in row else text_of(row, names[field])
+    try:
+        key = key_of(row, usual)
+    except ValueError as error:
+        raise Malformed(str(error)) from error
+    return "" if key is None else text_of(row, key)
+
+
+def system_of(row: Row) -> str:
+    """The system text that a row has beside its turns; empty: none."""
+    return _named(row, "system", SYSTEM, {})
+
+
+def with_system(system: str) -> Record:
+    """The part of a record with its system text, if there is one."""
+    return {"system": system} if system.strip() else {}
+
+
+def about(row: Row, part: int | None = None) -> Record:
+    """The beginning of a record that keeps its row's `id` and images; `part` numbers those of one row.
+
+    Raises:
+        Skipped: the images are not given by paths.
+    """
+    named = {} if row.get("id") is None else {"id": row["id"] if part is None else f"{row['id']}_{part}"}
+    images = {key: row[key] for key in IMAGES if not is_empty(row.get(key))}
+    for given in images.values():
+        if not all(isinstance(path, str) for path in (given if isinstance(given, list) else [given])):
+            raise Skipped("has images that are not given by a path")
+    return {**named, **images}

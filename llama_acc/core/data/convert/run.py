@@ -12,6 +12,7 @@ from llama_acc.core.data.convert.rules import Malformed, Options, Record, Rule, 
 from llama_acc.core.data.convert.writing import LINES, Items, Layout, encoded, layout_of, whole_file
 from llama_acc.core.data.files import data_suffix, nearest_names
 from llama_acc.core.data.findings import MOST_PROBLEMS
+from llama_acc.core.data.keys import count_unused, is_empty, mapping_of, mapping_words, unusable
 from llama_acc.core.data.rows import SUFFIXES, Row, looked_ahead, stream_rows, stream_rows_from, type_name
 from llama_acc.core.errors import DataError, UserError, listed
 from llama_acc.core.units import count_text
@@ -79,15 +80,19 @@ class Conversion:
         """Rows that the format has no item for, by reason."""
         self.notes: Counter[str] = Counter()
         """What was changed without losing an item."""
+        self.unused: Counter[str] = Counter()
+        """Keys that were not used, and in how many rows that gave items."""
         self.wrong = 0
         """Rows that were not what the format says."""
         self.problems: list[str] = []
         """What is wrong with them, each with its place: the first of them."""
         self._on_found = on_found
         self._looks_like: Recognised | None = None
+        self._wrong_row: Record = {}
         self._request = request
         self._layout = layout
         self._progress = progress
+        self._unusable: Record | None = None  # the first row whose keys ask for what cannot be done
         self._dialogues: bool | None = None
         self._may_give_nothing = False
         self._total = sum(_size(path) for path in request.inputs)
@@ -145,17 +150,44 @@ class Conversion:
                 raise Malformed(row.problem)
             if not isinstance(row.value, dict):
                 raise Malformed(f"should be an object, but is {type_name(row.value)}")
+            unused = self._unused_keys(rule, row.value)
             records = [self._of_one_kind(record) for record in rule.records(row.value)]
+            count_unused(self.unused, unused)
             return [(record, encoded(record, self._layout)) for record in records]
         except Skipped as reason:
             self.skipped[str(reason)] += 1
         except Malformed as problem:
             self.wrong += 1
             if self.wrong == 1 and isinstance(row.value, dict):
-                self._looks_like = recognise(row.value)
+                self._looks_like, self._wrong_row = recognise(row.value), row.value
             if self.wrong <= MOST_PROBLEMS:
                 self.problems.append(f"{name}: {row.where}: {problem}")
         return []
+
+    def _unused_keys(self, rule: Rule, row: Record) -> set[str]:
+        """The keys of a row and its turns that are not used, though something is in them.
+
+        Raises:
+            Skipped: one of them changes the meaning of the rest.
+        """
+        if self._request.options.reference:
+            return set()
+        unused = {key for key in row.keys() - rule.used_keys if not is_empty(row[key])}
+        self._refuse(row, row, unused - {"chosen", "rejected"} if rule.chosen else unused)
+        for place in rule.turns_in:
+            turns = row.get(place)
+            for turn in turns.values() if isinstance(turns, dict) else turns if isinstance(turns, list) else ():
+                if isinstance(turn, dict) and (keys := turn.keys() - rule.used_turn_keys):
+                    full = {key for key in keys if not is_empty(turn[key])}
+                    self._refuse(row, turn, full)
+                    unused |= {f"{place}[].{key}" for key in full}
+        return unused
+
+    def _refuse(self, row: Record, part: Record, keys: set[str]) -> None:
+        reason = unusable(part, sorted(keys)) if keys else None
+        if reason is not None:
+            self._unusable = self._unusable or row
+            raise Skipped(reason)
 
     def _of_one_kind(self, record: Record) -> Record:
         dialogue = "conversations" in record
@@ -174,7 +206,9 @@ class Conversion:
         if self.wrong:
             reasons.append(f"{self.wrong:,}: wrong; the first is {self.problems[0]}")
         none = f"nothing to train on: no item in {count_text(self.rows, 'row')} of {names}"
-        return UserError(f"{none}\n{listed(reasons)}")
+        mapping = _preferred(self._unusable or {})
+        say = f"say what is to be trained on: llama-acc convert-data jsonl {names} {mapping_words(mapping)}"
+        return UserError(f"{none}\n{listed(reasons)}", say if mapping else None)
 
     def _hint(self) -> str:
         looks_like, format = self._looks_like, self._request.format
@@ -186,9 +220,9 @@ class Conversion:
         return hint if self.wrong < MOST_PROBLEMS else f"reading ended after {MOST_PROBLEMS:,} problems; {hint}"
 
     def _map_hint(self) -> str:
-        mapping = {} if self._looks_like is None else self._looks_like.mapping
-        words = [f"--map {field}={mapping.get(field, 'COLUMN')}" for field in ("instruction", "output")]
-        return f"say which is which: {' '.join(words)}"
+        if not (mapping := mapping_of(self._wrong_row)):
+            return "none of its columns holds text"
+        return f"say which is which: {mapping_words(mapping)}"
 
     def _rule(self, name: str, rows: Iterator[Row]) -> tuple[Rule, Iterator[Row]]:
         """A file's rule, and its rows."""
@@ -295,11 +329,22 @@ def _raw(path: Path) -> IO[bytes]:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
+def _preferred(row: Record) -> dict[str, str]:
+    """How to take the preferred of two replies; empty: there is none, or it cannot be taken."""
+    return mapping_of(row) if "chosen" in row else {}
+
+
 def _unknown(name: str, objects: list[Record]) -> UserError:
     if not objects:
         return UserError(f"{name}: its first rows hold no objects, so its format cannot be told")
-    keys = ", ".join(map(repr, list(objects[0])[:8]))
+    first = objects[0]
+    keys = ", ".join(map(repr, list(first)[:8]))
+    if (reason := unusable(first, first)) is not None:
+        mapping = _preferred(first)
+        hint = f"say what is to be trained on: {mapping_words(mapping)}" if mapping else None
+        return UserError(f"{name}: {reason}; its first item has the keys {keys}", hint)
+    mapping = mapping_of(first)
     return UserError(
         f"{name} is in none of the known formats: its first item has the keys {keys}",
-        "name the format, or say which column is which: --map instruction=COLUMN --map output=COLUMN",
+        f"name the format, or say which column is which: {mapping_words(mapping)}" if mapping else None,
     )

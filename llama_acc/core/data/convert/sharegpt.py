@@ -3,13 +3,15 @@
 from collections.abc import Iterable
 
 from llama_acc.core.data.convert.markdown import cleaned
-from llama_acc.core.data.convert.rules import Options, Record, Row, Rule, Skipped, list_of, named, text_of
+from llama_acc.core.data.convert.rules import Options, Record, Row, Rule, Skipped, list_of, system_of
 from llama_acc.core.data.convert.splitting import Splitter
-from llama_acc.core.data.convert.turns import Turn, conversations, each_turn, in_exchanges, object_of, role_of
+from llama_acc.core.data.convert.turns import Turn, dialogue, each_turn, in_exchanges, turn_of
 
 
 class ShareGpt(Rule):
     """Dialogues with HTML made Markdown, in exchanges, split at a number of tokens, in languages asked for."""
+
+    keys = turns_in = ("conversations", "items")
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
@@ -20,29 +22,28 @@ class ShareGpt(Rule):
     def records(self, row: Row) -> Iterable[Record]:
         # Older collections call it "items".
         field = "items" if "items" in row and "conversations" not in row else "conversations"
-        turns = in_exchanges(each_turn(list_of(row, field), self._turn), self.notes)
+        exchanges = in_exchanges(each_turn(list_of(row, field), self._turn), self.notes, system_of(row))
         if self.options.languages:
-            self._check_language(turns)
-        parts = [turns] if self._splitter is None else self._splitter.parts(turns)
+            self._check_language(exchanges.turns)
+        parts = [exchanges] if self._splitter is None else self._splitter.parts(exchanges)
         if len(parts) == 1:
-            yield {**named(row), "conversations": conversations(turns)}
+            yield dialogue(row, exchanges)
             return
         for number, part in enumerate(parts):
-            yield {**named(row, number), "conversations": conversations(part)}
+            yield dialogue(row, part, number)
 
     def _turn(self, value: object) -> Turn:
-        turn = object_of(value)
-        role, text = role_of(text_of(turn, "from")), text_of(turn, "value")
+        turn = turn_of(value)
         if self.options.keep_html:
-            return role, text
-        clean = cleaned(text)
-        if clean != text:
+            return turn
+        clean = cleaned(turn.text)
+        if clean != turn.text:
             self.notes["turns had HTML or marks of the web page, which were cleaned"] += 1
-        return role, clean
+        return turn._replace(text=clean)
 
     def _check_language(self, turns: list[Turn]) -> None:
         from llama_acc.core.data.language import language_of
 
-        language = next((found for _, text in turns if (found := language_of(text))), None)
+        language = next((found for turn in turns if (found := language_of(turn.text))), None)
         if language is not None and language not in self.options.languages:
             raise Skipped(f"in another language ({language})")

@@ -1,13 +1,18 @@
 """OpenAI's, WizardLM's, LIMA's and Alpaca's formats, columns of any name, and telling all of these apart."""
 
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llama_acc.core.data.convert.formats import FORMATS, recognise
-from llama_acc.core.data.convert.run import Conversion, Request
+from llama_acc.core.data.convert.run import Conversion, Request, write_items
+from llama_acc.core.data.convert.writing import LINES, Items
+from llama_acc.core.data.items import Dialogue, item_of, kind_of
+from llama_acc.core.data.readers import read_items
 from llama_acc.core.errors import DataError, UserError
 from tests.core.data.convert.conversions import convert_file, convert_rows, talk, turns_of
 
@@ -23,8 +28,6 @@ def messages(*turns: tuple[str, Any], **others: Any) -> dict[str, Any]:
     ("row", "turns"),
     [
         (messages(("user", "a"), ("assistant", "b")), AB),
-        (messages(("system", "Be brief."), ("user", "a"), ("assistant", "b")), [("human", "Be brief.\n\na"), AB[1]]),
-        (messages(("developer", "Be brief."), ("user", "a"), ("assistant", "b")), [("human", "Be brief.\n\na"), AB[1]]),
         (messages(("user", [{"type": "text", "text": "a"}]), ("assistant", "b")), AB),
         ({"conversations": messages(("user", "a"), ("assistant", "b"))["messages"]}, AB),
     ],
@@ -37,7 +40,11 @@ def test_openais_messages(tmp_path: Path, row: Any, turns: Any) -> None:
     ("row", "reason"),
     [
         (messages(("user", "a"), ("tool", "b")), "has calls of tools"),
-        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "has calls of tools"),
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
+            "calls of tools cannot be trained on ('tool_calls')",
+        ),
+        (messages(("user", "a"), ("assistant", "b"), tools=[{}]), "calls of tools cannot be trained on ('tools')"),
         (messages(("user", [{"type": "image_url", "image_url": {}}])), "has images, sound or files"),
         (messages(("user", "a")), "no question with a reply"),
     ],
@@ -177,8 +184,8 @@ def test_auto_looks_at_each_file_and_says_so(tmp_path: Path) -> None:
 
 def test_what_is_not_recognised_is_told_with_its_keys(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="its first item has the keys 'x', 'y'") as caught:
-        convert_rows("auto", [{"x": 1, "y": 2}], tmp_path)
-    assert "--map" in str(caught.value.hint)
+        convert_rows("auto", [{"x": "a", "y": "b"}], tmp_path)
+    assert "--map instruction=COLUMN --map output=COLUMN" in str(caught.value.hint)
     with pytest.raises(UserError, match="hold no objects"):
         convert_rows("auto", [1, 2], tmp_path)
 
@@ -206,3 +213,163 @@ def test_every_real_file_converts(shared: Path, name: str, items: int) -> None:
     records, conversion = convert_file("auto", shared / "assets/data" / name)
     assert len(records) == items
     assert conversion.rows == sum(conversion.skipped.values()) + (100 if "llava" in name else items)
+
+
+ONE_AB = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+KEPT = [
+    # What a row changes in its item, in every format that has it: (format, row, what becomes of it).
+    ("openai", messages(("system", "S"), ("developer", "T"), *[("user", "a"), ("assistant", "b")]), "S\n\nT"),
+    ("openai", messages(("user", "a"), ("assistant", "b"), system="S"), "S"),
+    ("sharegpt", talk(("system", "S"), *AB), "S"),
+    ("sharegpt", talk(*AB, system="S", tools="[]"), "S"),
+    ("lima", {"conversations": ["a", "b"], "system": "S"}, "S"),
+    ("wizardlm", talk(*AB, system="S", idx=1), "S"),
+    ("llava", talk(*AB, system="S", image="a.jpg"), "S"),
+    ("alpaca", {**ONE, "system": "S"}, "S"),
+    ("wizardlm", {**ONE, "system_prompt": "S"}, "S"),
+    ("jsonl", {**ONE, "system": "S"}, "S"),
+]
+
+
+@pytest.mark.parametrize(("format", "row", "system"), KEPT)
+def test_a_system_text_stays_one_in_every_format(tmp_path: Path, format: str, row: Any, system: str) -> None:
+    [record] = convert_rows(format, [row], tmp_path)[0]
+    assert record["system"] == system
+    kind = kind_of(record) or ""
+    item, found = item_of(record, kind)
+    assert (found, item.system if item else None) == ([], system)
+    pair = (
+        [turn.text for turn in item.turns] if isinstance(item, Dialogue) else [record["instruction"], record["output"]]
+    )
+    assert pair == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("format", "row"),
+    [
+        ("openai", {"messages": [{"role": r, "content": t} for r, t in (("user", "a"), ("assistant", "b")) * 2]}),
+        ("sharegpt", talk(*AB, *AB)),
+        ("wizardlm", talk(*AB, *AB)),
+        ("lima", talk(*AB, *AB)),
+        ("llava", talk(*AB, *AB)),
+    ],
+)
+def test_a_reply_that_is_context_only_stays_so_in_every_format(tmp_path: Path, format: str, row: Any) -> None:
+    turns = row.get("messages", row.get("conversations"))
+    turns[1]["weight"], turns[3]["weight"] = 0, 1
+    records, conversion = convert_rows(format, [row], tmp_path)
+    if format == "llava":
+        assert ([record["output"] for record in records], conversion.items) == (["b"], 1)
+        records, conversion = convert_rows(format, [row], tmp_path, dialogues=True)
+    item, _ = item_of(records[0], "dialogue")
+    assert isinstance(item, Dialogue)
+    assert [turn.trained for turn in item.turns] == [True, False, True, True]
+    assert not conversion.unused
+    turns[1]["weight"] = 0.5
+    with pytest.raises(DataError, match=r"turn 2: 'weight' should be true or false, 1 or 0, but is 0\.5"):
+        convert_rows(format, [row], tmp_path)
+
+
+def test_replies_in_a_row_are_not_trained_in_part(tmp_path: Path) -> None:
+    row = talk(*AB, ("gpt", "c"))
+    row["conversations"][1]["train"] = False
+    reason = "replies in a row, of which only some are to be trained on"
+    assert convert_rows("sharegpt", [row], tmp_path)[1].skipped == {reason: 1}
+
+
+def test_inputs_history_and_images_go_along(tmp_path: Path) -> None:
+    dolly = {"instruction": "a", "context": "c", "response": "b", "category": "x"}
+    squad = {"question": "a", "context": "c", "answer": "b", "id": 7}
+    orca = {"id": "niv.1", "system_prompt": "S", "question": "a", "response": "b"}
+    factory = {**ONE, "system": "", "history": [["x", "y"]], "images": ["a.jpg"]}
+    for row, record, unused in [
+        (dolly, {**ONE, "input": "c"}, {"category": 1}),
+        (squad, {**ONE, "id": 7, "input": "c"}, {}),
+        (orca, {**ONE, "id": "niv.1", "system": "S"}, {}),
+        (factory, {**ONE, "history": [["x", "y"]], "images": ["a.jpg"]}, {}),
+        ({"instruction": "a", "input": "c", "output": "b", "evolved": True}, {**ONE, "input": "c"}, {"evolved": 1}),
+    ]:
+        records, conversion = convert_rows("auto", [row], tmp_path)
+        assert (records, conversion.unused) == ([record], unused)
+    assert convert_rows("wizardlm", [{**ONE, "input": "c"}], tmp_path)[0] == [{**ONE, "input": "c"}]
+    assert convert_rows("sharegpt", [talk(*AB, image="a.jpg", id=1)], tmp_path)[0] == [
+        {"id": 1, "image": "a.jpg", **ONE_AB}
+    ]
+    pixels = talk(*AB, image={"bytes": "...", "path": None})
+    assert convert_rows("sharegpt", [pixels], tmp_path)[1].skipped == {"has images that are not given by a path": 1}
+
+
+def test_keys_that_are_not_used_are_counted_with_those_of_turns(tmp_path: Path) -> None:
+    rows = [talk(*AB, id=i, source="s", score=None) for i in range(3)]
+    rows[0]["conversations"][1]["markdown"] = True
+    skipped = talk(("human", "a"), other="x")
+    _, conversion = convert_rows("sharegpt", [*rows, skipped], tmp_path)
+    assert conversion.unused == {"source": 3, "conversations[].markdown": 1}
+    mapping = {"instruction": "q", "output": "output"}
+    assert convert_rows("jsonl", [{**ONE, "q": "x"}], tmp_path, mapping=mapping)[1].unused == {"instruction": 1}
+
+
+def test_blank_rows_are_counted(tmp_path: Path) -> None:
+    rows = [ONE, {"instruction": " ", "output": "", "id": 3}, {"instruction": None, "input": None, "output": None}]
+    for format in ("alpaca", "jsonl", "wizardlm"):
+        records, conversion = convert_rows(format, rows, tmp_path)
+        assert (len(records), conversion.skipped) == (1, {"blank: no question and no answer": 2})
+
+
+CHOSEN = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "words", "becomes"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "--map instruction=prompt --map output=chosen", ONE),
+        (
+            {**ONE, "output": "", "chosen": "b", "rejected": "c"},
+            "--map instruction=instruction --map output=chosen",
+            ONE,
+        ),
+        ({"prompt": "a", "chosen": CHOSEN, "rejected": CHOSEN}, "--map conversations=chosen", ONE_AB),
+        ({"messages": CHOSEN, "chosen": CHOSEN, "rejected": CHOSEN}, "--map conversations=chosen", ONE_AB),
+        ({"text": "b", "url": "x"}, "--map output=text, for text without questions", {**ONE, "instruction": ""}),
+        ({"body": "b", "n": 3}, "--map output=body, for text without questions", {**ONE, "instruction": ""}),
+        ({"chosen": "Human: a", "rejected": "Human: b"}, None, None),
+        ({**talk(("human", "a")), "chosen": AB[1], "rejected": AB[1]}, None, None),
+        ({"completion": "b", "prompt": "a", "label": False}, None, None),
+        ({**talk(*AB), "tools": "[{}]"}, None, None),
+    ],
+)
+def test_what_is_no_known_format_is_told_a_mapping_that_works_or_none(
+    tmp_path: Path, row: Any, words: str | None, becomes: Any
+) -> None:
+    with pytest.raises(UserError) as caught:
+        write_items(conversion := Conversion(Request("auto", [written(tmp_path, row)])), Items(io.BytesIO(), LINES))
+    assert not conversion.items
+    if words is None:
+        assert caught.value.hint is None
+        assert "trained on" in caught.value.message
+        return
+    assert words in str(caught.value.hint)
+    mapping = dict(word.split("=") for word in re.findall(r"--map ([^, ]+)", str(caught.value.hint)))
+    assert convert_rows("jsonl", [row], tmp_path, mapping=mapping)[0] == [becomes]
+
+
+def written(folder: Path, row: Any) -> Path:
+    path = folder / "row.jsonl"
+    path.write_text(json.dumps(row), encoding="utf-8")
+    return path
+
+
+def test_a_table_of_other_columns_is_told_a_mapping_that_works(tmp_path: Path) -> None:
+    for columns, words in [
+        ("question,answer", "--map instruction=question --map output=answer"),
+        ("text", "--map output=text, for text without questions; train it with template: none"),
+        ("prompt,chosen,rejected", "--map instruction=prompt --map output=chosen"),
+    ]:
+        table = tmp_path / "a.csv"
+        table.write_text(f"{columns}\n{','.join('abc'[: columns.count(',') + 1])}\n", encoding="utf-8")
+        with pytest.raises(DataError) as caught:
+            read_items(table)
+        assert words in str(caught.value.hint)
+        mapping = dict(word.split("=") for word in re.findall(r"--map ([^, ]+)", words))
+        [record] = convert_file("csv", table, mapping=mapping)[0]
+        assert record["output"] == ("a" if columns == "text" else "b")

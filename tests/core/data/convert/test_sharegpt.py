@@ -70,7 +70,11 @@ def test_html_can_be_kept(tmp_path: Path) -> None:
         ([("human", "a"), ("gpt", "b"), ("human", "c")], ["a", "b"], "questions without a reply"),
         ([("human", "a"), ("human", "b"), ("gpt", "c")], ["a\n\nb", "c"], "turns of one role in a row"),
         ([("human", "a"), ("gpt", " \n"), ("human", "c"), ("gpt", "d")], ["c", "d"], "nothing on one side"),
-        ([("system", "s"), ("human", "a"), ("gpt", "b")], ["s\n\na", "b"], "system texts were put in front"),
+        (
+            [*[("human", "a"), ("gpt", "b")], ("system", "s"), ("human", "c"), ("gpt", "d")],
+            ["a", "b", "s\n\nc", "d"],
+            "system texts were put in front",
+        ),
         ([("human", "a"), ("gpt", "b"), ("system", "s")], ["a", "b"], "system texts without a question"),
     ],
 )
