@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from llama_acc import __version__
 from llama_acc.cli import (
@@ -35,8 +36,22 @@ Examples (nothing to download, one minute on a CPU):
   llama-acc chat --ckpt runs/quickstart
 """
 
+
+class _Commands(TyperGroup):
+    """The commands; a wrong choice is reported without the words of the library that found it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command that was typed."""
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
+
+
 app = typer.Typer(
     name="llama-acc",
+    cls=_Commands,
     help=HELP,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -40,7 +40,7 @@ Examples:
 
   find . -name '*.jpg' | llama-acc caption --ckpt runs/stage-one -
 
-  llama-acc caption --ckpt runs/stage-one --quant nf4 photos/
+  llama-acc caption --ckpt runs/stage-one --quantize nf4 photos/
 """
 
 _DEFAULT_INSTRUCTION = "Describe the image."

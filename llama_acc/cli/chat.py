@@ -35,7 +35,7 @@ Examples:
 
   llama-acc chat --ckpt runs/sharegpt-70b --nproc 4
 
-  llama-acc chat --ckpt Llama-2-70b --ckpt runs/alpaca-70b-biasnorm-nf4 --quant nf4
+  llama-acc chat --ckpt Llama-2-70b --ckpt runs/alpaca-70b-biasnorm-nf4
 """
 
 COMMANDS = """/reset          forget the conversation
@@ -68,6 +68,7 @@ def chat(
     system: Annotated[
         str | None, typer.Option("--system", metavar="TEXT", help="System text in place of the template's own.")
     ] = None,
+    context: options.Context = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Most tokens of an answer.")] = 512,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.7,
     top_p: Annotated[
@@ -88,7 +89,7 @@ def chat(
         raise UserError("--image goes with --prompt", "in a conversation, type /image FILE")
     if processes.launched(processes.Wanted(nproc), device, lambda count: check_split(ckpt, count)):
         return
-    with shared_model(Which(ckpt, device, tokenizer, template, verify, quant)) as loaded:
+    with shared_model(Which(ckpt, device, tokenizer, template, verify, quant, context)) as loaded:
         if worker.is_main():
             _talk(loaded, sampling, prompt, image or [], template, system)
 

@@ -80,7 +80,14 @@ def convert_checkpoint(
     target: Annotated[
         str, typer.Argument(metavar="DST", help="The folder to make.", callback=options.given, show_default=False)
     ],
-    to: Annotated[To, typer.Option("--to", help="The layout of DST.", show_default=False)],
+    to: Annotated[
+        To,
+        typer.Option(
+            "--to",
+            help="The layout of DST. (For GGUF: hf, and then llama.cpp's convert_hf_to_gguf.py.)",
+            show_default=False,
+        ),
+    ],
     model_parallel_size: Annotated[
         int | None,
         typer.Option(
@@ -109,6 +116,7 @@ def convert_checkpoint(
         MergeInto,
         typer.Option("--merge-into", help="If SRC was trained on a quantised base: that base, or the original one."),
     ] = MergeInto.trained,
+    context: options.Context = None,
     quantize: Annotated[
         Quantize | None, typer.Option("--quantize", help="Write the matrices in four bits: a base to train on.")
     ] = None,
@@ -161,12 +169,15 @@ def convert_checkpoint(
         diff=diff,
         merge=merge,
         merge_into=merge_into.value,
+        context=context,
         quantize=None if quantize is None else quantize.value,
         quantize_skip=quantize_skip or (),
         calibration=calibration,
     )
     with leave_on_sigterm(), console.ByteProgress() as progress:
         converted = convert(request, progress.tell)
+    for note in converted.notes:
+        console.note(note)
     console.out.print(_summary(converted), markup=False)
 
 

@@ -65,7 +65,7 @@ _OF_CHECKPOINTS = {
     "max_new_tokens": "--max-new-tokens",
     "batch_size": "--batch-size",
     "tokenizer": "--tokenizer",
-    "quant": "--quant",
+    "quant": "--quantize",
     "device": "--device",
     "verify": "--verify",
 }
@@ -185,6 +185,8 @@ def _load(
         verify=verify,
         quantize=None if quant is None else quant.value,
     )
+    for note in loaded.notes:
+        console.note(note)
     if loaded.template.name == "none" and template == "auto":
         console.note("the checkpoint keeps no prompt format: template none, the text is continued as it stands")
     return loaded

@@ -27,6 +27,7 @@ class Which:
     template: str
     verify: bool
     quant: options.Quant | None
+    context: int | None = None
 
 
 def check_split(ckpt: list[str], processes: int) -> None:
@@ -60,11 +61,14 @@ def shared_model(which: Which) -> "Iterator[LoadedModel]":
                 template=which.template,
                 verify=which.verify,
                 quantize=None if which.quant is None else which.quant.value,
+                context=which.context,
                 parallel=parallel,
             )
         )
         if not parallel.is_main:
             follow(loaded)
+        for note in loaded.notes:
+            console.note(note)
         try:
             yield loaded
         except LlamaAccError:

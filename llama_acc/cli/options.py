@@ -39,9 +39,10 @@ def endpoint(value: str | None) -> str | None:
 
 
 class Quant(str, Enum):
-    """Ways to quantise."""
+    """Ways to quantize."""
 
     nf4 = "nf4"
+    none = "none"
 
 
 Checkpoints = Annotated[
@@ -94,6 +95,15 @@ Template = Annotated[
     str, typer.Option("--template", metavar="NAME", help="auto, alpaca, dialogue, none, ...: the prompt format.")
 ]
 Quantize = Annotated[
-    Quant | None, typer.Option("--quant", help="Keep the matrices in four bits: a quarter of the memory of bf16.")
+    Quant | None,
+    typer.Option(
+        "--quantize",
+        "--quant",
+        help="nf4: keep the matrices in four bits, a quarter of the memory of bf16. Without it: as in training.",
+    ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option("--context", metavar="N", min=2, max=2**27, help="Longest sequence. Without it: the checkpoint's."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

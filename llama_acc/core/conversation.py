@@ -93,7 +93,10 @@ class Conversation:
             if len(ids) <= room or (dropped >= len(turns) - 1 and len(ids) < context):
                 return ids, dropped
             if dropped >= len(turns) - 1:
-                raise UserError(f"the prompt has {len(ids)} tokens, the model's context is {context}", "shorten it")
+                raise UserError(
+                    f"the prompt has {len(ids)} tokens, the model's context is {context}",
+                    "shorten it, or say --context N",
+                )
             # A question goes with its answer.
             dropped += 2 if dropped + 1 < len(turns) and turns[dropped + 1].role == "assistant" else 1
 

@@ -1,7 +1,7 @@
 """A trained model, loaded for generation; `generation` continues texts with it, `conversation` talks to it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,7 @@ from llama_acc.core.checkpoint.base import check_base, check_quantised_base, rea
 from llama_acc.core.checkpoint.files import check_checkpoint
 from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config, without_towers
 from llama_acc.core.checkpoint.quantised import read_quantization
-from llama_acc.core.checkpoint.shards import check_tensors, fill, read_weights
+from llama_acc.core.checkpoint.shards import check_tensors, fill, main_dtype, read_weights, with_rows
 from llama_acc.core.checkpoint.towers import check_tower
 from llama_acc.core.data.templates import ChatTemplate, Template, get_template, template_of_folder
 from llama_acc.core.device import pick_device
@@ -38,6 +38,7 @@ class LoadedModel:
         template_from: where that came from, for the user.
         device: where it computes.
         eyes: what makes of images what it takes; None = it takes none.
+        notes: where the checkpoint's files disagree and which of them counts, for the user.
     """
 
     model: Transformer
@@ -46,6 +47,7 @@ class LoadedModel:
     template_from: str
     device: torch.device
     eyes: Eyes | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def vision(self) -> Vision | None:
@@ -60,7 +62,8 @@ def load_model(
     tokenizer: str | Path | None = None,
     template: str = "auto",
     verify: bool = False,
-    quantize: Literal["nf4"] | None = None,
+    quantize: Literal["nf4", "none"] | None = None,
+    context: int | None = None,
     parallel: Parallel = _ALONE,
 ) -> LoadedModel:
     """Loads a checkpoint, or a rank's share of it, for generation.
@@ -72,7 +75,9 @@ def load_model(
         tokenizer: its file; None = the one beside the checkpoint.
         template: a prompt format's name; "auto" = the one kept in the checkpoint, else its chat template, else none.
         verify: compare the SHA-256 of every file with the manifest.
-        quantize: keep the matrices in four bits; those of a quantised checkpoint are in any case.
+        quantize: keep the matrices in four bits, or "none" of them; None = as the checkpoint was trained. Those of a
+            quantised checkpoint are in any case.
+        context: most tokens of prompt and answer; None = the checkpoint's.
         parallel: the ranks that share the model, whatever the size it was saved at.
 
     Raises:
@@ -86,30 +91,37 @@ def load_model(
     for layout in layouts:
         check_checkpoint(layout.folder, verify and parallel.is_main)
     check_base(layouts, config)
-    if quantize == "nf4":
+    skip = _quantize_skip(layouts, quantize)
+    if skip is not None:
         check_quantised_base(layouts)
     path = find_tokenizer(last) if tokenizer is None else Path(tokenizer)
     if path is None:
         raise UserError(f"there is no tokenizer in {last}", "put tokenizer.model or tokenizer.json beside the weights")
     words = load_tokenizer(path)
-    config = config.with_vocabulary(words.vocab_size)
+    weights = read_weights(layouts, parallel.model_rank, parallel.model_size)
+    config = with_rows(config, weights).with_vocabulary(words.vocab_size)
+    if context is not None:
+        config = replace(config, max_seq_len=context)
     config.check_tokenizer(words.vocab_size, path)
     chosen: tuple[Template | ChatTemplate, str]
     chosen = template_of_folder(last, words) if template == "auto" else (get_template(template), "asked for")
     check_divides(config, parallel.model_size)
-    weights = read_weights(layouts, parallel.model_rank, parallel.model_size)
     check_tower(config.vision, weights.tensors, last)
     check_tensors(weights, config.parameter_shapes(), last)
-    own_dtype = weights.tensors["output.weight"].dtype
+    notes = weights.notes
     if dtype is None:
-        dtype = own_dtype if own_dtype in (torch.float32, torch.bfloat16) else torch.float32
+        towers = {} if config.vision is None else config.vision.tower_shapes()
+        dtype, rounded = main_dtype({name: part for name, part in weights.tensors.items() if name not in towers})
+        if dtype == torch.bfloat16:
+            notes = notes + rounded
+        else:
+            dtype = torch.float32
     target = pick_device(device)
-    is_quantised = quantize == "nf4" or read_quantization(layouts[0].folder) is not None
-    model = model_on_meta(config, dtype, parallel, _skipped(layouts) if is_quantised else None)
+    model = model_on_meta(config, dtype, parallel, skip)
     fill(model, weights, target, dtype, copy=False)
     if parallel.model_size == 1:
         pack_small(model)
-    return LoadedModel(model, words, *chosen, target, open_eyes(model, weights, target))
+    return LoadedModel(model, words, *chosen, target, open_eyes(model, weights, target), tuple(notes))
 
 
 def model_on_meta(
@@ -132,9 +144,12 @@ def model_on_meta(
     return model
 
 
-def _skipped(layouts: Sequence[Layout]) -> Sequence[str]:
-    """The matrices that are not in four bits: as the base is, or as it was trained on; else none."""
-    quantization, trained = read_quantization(layouts[0].folder), read_base(layouts[-1].folder)
-    if quantization is not None:
+def _quantize_skip(layouts: Sequence[Layout], quantize: str | None) -> Sequence[str] | None:
+    """The matrices that are not in four bits, as in the base or as it was trained on; None = none is in four bits."""
+    if (quantization := read_quantization(layouts[0].folder)) is not None:
         return quantization.skip
-    return () if trained is None or trained.quantised is None else trained.quantised.skip
+    bases = [read_base(layout.folder) for layout in reversed(layouts)]
+    trained = [base.quantised for base in bases if base is not None and base.quantised is not None]
+    if quantize == "none" or (quantize is None and not trained):
+        return None
+    return trained[0].skip if trained else ()

@@ -74,7 +74,7 @@ def _break_tokenizer(base: Path) -> None:
         (_remove_weights, ["holds no LLaMA checkpoint", "it holds config.json"]),
         (_leave_one_of_two_shards, ["shards are missing in", "consolidated.00-of-02.model.pth"]),
         (_mix_formats, ["mixes checkpoint formats", "consolidated.00.pth", "consolidated.00-of-01.model.pth"]),
-        (_mix_sizes, ["mixes shards of model-parallel sizes 1, 2"]),
+        (_mix_sizes, ["model files of two savings", "consolidated.01-of-02.model.pth"]),
         (_cut_short, ["cannot read", "consolidated.00-of-01.model.pth", "copy it again"]),
         (_put_code_in, ["consolidated.00-of-01.model.pth is refused: it holds Python code besides tensors"]),
         (_hugging_face, ["describes a model that cannot be computed here", "model_type"]),

@@ -23,9 +23,9 @@ def tune(base: Path, output: Path, *more: object) -> None:
     assert f"--ckpt {base} --ckpt {output}" in words(result.stdout)
 
 
-def answer(*checkpoints: Path, quant: bool = False) -> str:
+def answer(*checkpoints: Path, quantize: str | None = None) -> str:
     flags = [word for checkpoint in checkpoints for word in ("--ckpt", checkpoint)]
-    result = invoke("chat", *flags, *ASK, *(("--quant", "nf4") if quant else ()))
+    result = invoke("chat", *flags, *ASK, *(("--quantize", quantize) if quantize else ()))
     assert result.exit_code == 0, result.stderr
     return result.stdout
 
@@ -49,8 +49,9 @@ def test_the_report_says_what_is_quantised(part: Path) -> None:
 
 
 def test_chat_takes_the_base_and_the_part(base: Path, part: Path) -> None:
-    assert answer(base, part, quant=True).strip()
-    assert answer(base, part).strip()
+    # As it was trained, in NF4, unless the user says otherwise.
+    assert answer(base, part, quantize="nf4") == answer(base, part)
+    assert answer(base, part, quantize="none").strip()
     refused(invoke("chat", "--ckpt", part, *ASK), "holds only what was trained on top of", str(base))
 
 
@@ -80,7 +81,7 @@ def test_a_base_quantised_beforehand_is_the_same(base: Path, part: Path, tmp_pat
     small = tmp_path / "small"
     made = invoke("convert-checkpoint", base, small, "--to", "consolidated", "--quantize", "nf4")
     assert made.exit_code == 0, made.stderr
-    assert answer(small, part) == answer(base, part, quant=True)
+    assert answer(small, part) == answer(base, part)
     tune(small, tmp_path / "run", "tuning.quantize=nf4")
     for name in ("loss", "grad_norm"):
         assert column(tmp_path / "run", name) == column(part, name)
@@ -99,7 +100,7 @@ def test_a_calibrated_base_is_trained_on_and_stays_the_only_one_of_its_kind(base
     assert "calibrating with 8 items, " in made.stderr
     tune(small, run, "tuning.quantize=nf4")
     assert answer(small, run).strip()
-    assert answer(base, run).strip()
+    assert answer(base, run, quantize="none").strip()
     refused(
         invoke("chat", "--ckpt", base, "--ckpt", run, "--quant", "nf4", *ASK),
         f"was trained on {small}, whose rounding was calibrated, and {base} would be rounded otherwise",
@@ -127,7 +128,7 @@ def test_matrices_that_are_not_quantised_are_the_same_ones_everywhere(base: Path
     for name in ("loss", "grad_norm"):
         assert column(run, name) == column(other, name)
     # What was trained says so, and chat does the same.
-    assert answer(small, run) == answer(base, other, quant=True)
+    assert answer(small, run) == answer(base, other)
     refused(
         invoke(*train(base, tmp_path / "none"), "tuning.quantize=nf4", "tuning.quantize_skip=[wx]", *PART),
         "there is no matrix 'wx' to be left out of NF4",
@@ -157,12 +158,12 @@ def test_the_part_is_merged_into_what_it_was_trained_on(base: Path, part: Path, 
     result = invoke("convert-checkpoint", part, tmp_path / "merged", *merge, "--base", base)
     assert result.exit_code == 0, result.stderr
     assert "logits are off those before merging by" in words(result.stdout)
-    assert answer(tmp_path / "merged") == answer(base, part, quant=True)
+    assert answer(tmp_path / "merged") == answer(base, part)
     original = invoke(
         "convert-checkpoint", part, tmp_path / "original", *merge, "--base", base, "--merge-into", "original"
     )
     assert original.exit_code == 0, original.stderr
-    assert answer(tmp_path / "original") == answer(base, part)
+    assert answer(tmp_path / "original") == answer(base, part, quantize="none")
     refused(
         invoke("convert-checkpoint", part, tmp_path / "none", *merge),
         "holds only what was trained on top of",

@@ -62,7 +62,7 @@ def convert(request: Request, progress: Progress = lambda what, done, total: Non
             progress("comparing logits", 2 * total, 2 * total)
             merge_error = compare_merged(plan)
         progress("taking checksums", 2 * total, 2 * total)
-    return Converted(request.target, len(plan.meant), len(plan.files), total, error, merge_error)
+    return Converted(request.target, len(plan.meant), len(plan.files), total, error, merge_error, tuple(plan.notes))
 
 
 def _check_disk(target: Path, needed: int) -> None:

@@ -5,13 +5,13 @@ Its q_proj and k_proj have their rows in another order (see `parts.Part.interlea
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llama_acc.core.errors import UserError, listed
-from llama_acc.core.model.config import ModelConfig, config_from_params
+from llama_acc.core.model.config import WIDEST, ModelConfig, config_from_params
 from llama_acc.core.model.tuning import FULL, Tuning
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -75,8 +75,8 @@ def rotated_heads(name: str, config: ModelConfig) -> int | None:
     return config.kv_heads if re.search(r"attention\.wk\.(weight|bias|lora_b\.weight)$", name) else None
 
 
-def read_huggingface(path: Path) -> tuple[ModelConfig, bool]:
-    """The shape in a Hugging Face config.json, and whether the output matrix is the embedding (tied).
+def read_huggingface(path: Path) -> tuple[ModelConfig, Mapping[str, Any], list[str]]:
+    """The shape in a Hugging Face config.json, everything it holds, and notes on keys that disagree.
 
     With biases it is the shape of bias-norm tuning.
 
@@ -97,16 +97,13 @@ def read_huggingface(path: Path) -> tuple[ModelConfig, bool]:
     if "model_type" not in values:
         problems.append("missing key 'model_type'")
     problems += [f"missing key '{key}'" for key in (*_NEEDED.values(), "intermediate_size") if values.get(key) is None]
-    theta, scaling = _rope(values, problems)
-    if not problems and values.get("head_dim"):
-        width = values["hidden_size"] // values["num_attention_heads"]
-        if values["head_dim"] != width:
-            problems.append(f"head_dim: {values['head_dim']} (only hidden_size / num_attention_heads = {width})")
+    notes: list[str] = []
+    theta, scaling = _rope(values, path, problems, notes)
     has_bias = {key: bool(values.get(key)) for key in ("attention_bias", "mlp_bias")}
     if len(set(has_bias.values())) > 1:
         problems.append(", ".join(f"{key}: {_shown(has)}" for key, has in has_bias.items()) + " (only both or none)")
     if problems:
-        raise UserError(f"{path} describes a model that cannot be computed here:\n{listed(problems)}")
+        raise _not_computed(path, problems)
     params = {ours: values[theirs] for ours, theirs in _NEEDED.items()} | {
         "n_kv_heads": values.get("num_key_value_heads"),
         "norm_eps": values.get("rms_norm_eps", 1e-6),
@@ -115,34 +112,60 @@ def read_huggingface(path: Path) -> tuple[ModelConfig, bool]:
         "max_seq_len": values.get("max_position_embeddings", 2048),
     }
     config = _with_width(config_from_params(params, path), values["intermediate_size"], path)
-    tuning = Tuning("bias_norm") if has_bias["attention_bias"] else FULL
-    return replace(config, tuning=tuning), bool(values.get("tie_word_embeddings", False))
+    if values.get("head_dim") not in (None, config.head_dim):
+        only = f"hidden_size / num_attention_heads = {config.head_dim}"
+        raise _not_computed(path, [f"head_dim: {_shown(values['head_dim'])} (only {only})"])
+    return replace(config, tuning=Tuning("bias_norm") if has_bias["attention_bias"] else FULL), values, notes
+
+
+def _not_computed(path: Path, problems: Sequence[str]) -> UserError:
+    return UserError(f"{path} describes a model that cannot be computed here:\n{listed(problems)}")
 
 
 def _shown(value: Any) -> str:
-    return json.dumps(value) if not isinstance(value, Mapping) else json.dumps(value)[:60]
+    return f"{json.dumps(value):.60}"
 
 
-def _rope(values: Mapping[str, Any], problems: list[str]) -> tuple[float, float | None]:
-    """The base of the frequencies and the factor on positions; transformers 5 keeps both in `rope_parameters`."""
-    key = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+def _rope(values: Mapping[str, Any], path: Path, problems: list[str], notes: list[str]) -> tuple[float, float | None]:
+    """The base of the frequencies and the factor on positions.
+
+    transformers 5 keeps both in `rope_parameters`; it takes `rope_scaling`, the older key, in its place where both are
+    there, and `rope_theta` besides only where that has none (PreTrainedConfig.convert_rope_params_to_dict, 5.24).
+    """
+    used, *unused = [key for key in ("rope_scaling", "rope_parameters") if values.get(key)] or ["rope_parameters"]
+    theta, scaling = found = _rotation(values, used, problems)
+    for key in unused:
+        if _rotation(values, key, []) != found:
+            notes.append(f"{path}: {used} and {key} disagree; {used} counts, as in transformers")
+    if values.get("rope_theta", theta) != theta:
+        outer = _shown(values["rope_theta"])
+        notes.append(f"{path}: rope_theta is {outer}, and {_shown(theta)} in {used}, which counts, as in transformers")
+    return theta, scaling
+
+
+def _rotation(values: Mapping[str, Any], key: str, problems: list[str]) -> tuple[Any, float | None]:
     rope = values.get(key) or {}
+    if not isinstance(rope, Mapping):
+        problems.append(f"{key}: {_shown(rope)} (a mapping is expected)")
+        rope = {}
     theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor")
     if rope.get("partial_rotary_factor", values.get("partial_rotary_factor")) not in (None, 1, 1.0):
         problems.append("partial_rotary_factor: only 1")
     if kind == "default":
         return theta, None
-    if kind != "linear" or not rope.get("factor"):
-        problems.append(f"{key}: {_shown(kind)} (only linear with a factor, or default)")
-        return theta, None
-    return theta, 1.0 / rope["factor"]
+    is_linear = kind == "linear" and not isinstance(factor, bool)
+    if is_linear and isinstance(factor, (int, float)) and 0 < factor < 1e9:
+        return theta, 1.0 / factor
+    problems.append(f"{key}: {_shown(kind)} (only linear with a factor, or default)")
+    return theta, None
 
 
 def _with_width(config: ModelConfig, width: Any, path: Path) -> ModelConfig:
     """The shape with a SwiGLU width of exactly `width`, in params.json's terms; as Meta writes it where that fits."""
-    if not isinstance(width, int) or isinstance(width, bool) or width < 1:
-        raise UserError(f"intermediate_size in {path} must be a positive whole number, not {_shown(width)}")
+    if not isinstance(width, int) or isinstance(width, bool) or not 0 < width <= WIDEST:
+        problem = f"intermediate_size must be a whole number from 1 to {WIDEST:,}, not {_shown(width)}"
+        raise UserError(f"the model's shape in {path} is not usable:\n  {problem}")
     for multiplier in (None, 1.3):
         for multiple_of in (256, 1024, 4096, 128, 64, 32, 16):
             usual = replace(config, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)

@@ -38,12 +38,12 @@ def peft_name(name: str) -> str:
     return _PREFIX + huggingface_name(name)
 
 
-def peft_config(tuning: Tuning, base: str) -> dict[str, Any]:
+def peft_config(tuning: Tuning, base: str | None) -> dict[str, Any]:
     """adapter_config.json. The factor lora_alpha / r is 1: what a pair adds here has none.
 
     Args:
         tuning: a method with LoRA pairs.
-        base: the Hugging Face model it goes on.
+        base: the Hugging Face model it goes on; None = not known.
     """
     return {
         "peft_type": "LORA",

@@ -64,7 +64,7 @@ def read_quantization(folder: Path) -> Quantization | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         found = Quantization(skipped(values), str(values["fingerprint"]), values.get("values"))
-        version, kind = values["format_version"], values["type"]
+        version, kind = int(values["format_version"]), values["type"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read {path}: {error!r}") from None
     if version > FORMAT_VERSION or kind != "nf4":

@@ -3,19 +3,21 @@
 import pickle
 import re
 import warnings
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from llama_acc.core.checkpoint.computed import same_values
 from llama_acc.core.checkpoint.huggingface import meta_name, read_huggingface, rotated_heads
-from llama_acc.core.checkpoint.layout import Layout, check_order
+from llama_acc.core.checkpoint.layout import Layout, check_order, shape_notes
 from llama_acc.core.checkpoint.open_clip import from_open_clip, names_of_open_clip
 from llama_acc.core.checkpoint.parts import Part, Piece
-from llama_acc.core.checkpoint.quantised import quantised, quantised_parts, read_quantization
+from llama_acc.core.checkpoint.quantised import QUANTIZATION_FILE, quantised, quantised_parts, read_quantization
 from llama_acc.core.checkpoint.towers import tower_name
 from llama_acc.core.errors import UserError, listed
+from llama_acc.core.model.config import ModelConfig, is_matrix, is_within
 from llama_acc.core.model.linear import Linear
 from llama_acc.core.model.sharding import split_dimension
 from llama_acc.core.model.transformer import Transformer, store_quantised
@@ -43,11 +45,13 @@ class Weights:
         tensors: the shares.
         shapes: the shapes of the whole parameters.
         problems: what does not fit together among the files, by parameter; see `check_tensors`.
+        notes: where the files disagree and which of them counts, for the user.
     """
 
     tensors: dict[str, Part] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor]) -> "Weights":
@@ -63,7 +67,12 @@ class Weights:
 
     def under(self, other: "Weights") -> "Weights":
         """These with those of another over them."""
-        return Weights(self.tensors | other.tensors, self.shapes | other.shapes, self.problems | other.problems)
+        return Weights(
+            self.tensors | other.tensors,
+            self.shapes | other.shapes,
+            self.problems | other.problems,
+            self.notes + other.notes,
+        )
 
 
 def open_shard(path: object) -> Shard:
@@ -89,9 +98,20 @@ def open_shard(path: object) -> Shard:
     tensors = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path} is not a checkpoint: a mapping from names to tensors is expected")
-    named = {str(name).removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    named = {str(name).removeprefix(_PREFIX): tensor.detach() for name, tensor in tensors.items()}
+    if strange := [f"{name} is {kind}" for name, tensor in named.items() if (kind := _strange(tensor))]:
+        raise UserError(f"{path} holds tensors that are no weights:\n{listed(strange)}", "save them as dense tensors")
     named = {name: tensor for name, tensor in named.items() if not name.endswith(_BUFFERS)}
     return _named_by_transformers(Shard(named, set(named) if is_mapped else set()), ClipVision.tower_prefix)
+
+
+def _strange(tensor: Tensor) -> str | None:
+    """What a tensor is that has no memory of numbers to read; None = it has."""
+    if tensor.is_meta:
+        return "on the meta device, without values"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return "nested" if tensor.is_nested else f"sparse ({str(tensor.layout).removeprefix('torch.')})"
+    return f"quantized ({str(tensor.dtype).removeprefix('torch.')})" if tensor.is_quantized else None
 
 
 def _named_by_transformers(shard: Shard, prefix: str) -> Shard:
@@ -157,10 +177,11 @@ def read_weights(layouts: Sequence[Layout], rank: int = 0, size: int = 1) -> Wei
     check_order(layouts)
     for layout in layouts:
         _check_size(layout, size)
-    weights = Weights()
+    weights = Weights(notes=shape_notes(layouts))
     for layout in layouts:
         whole = open_checkpoint(layout)
         weights.problems |= whole.problems
+        weights.notes += whole.notes
         if layout.is_diff:
             weights.problems |= _misfits(whole, weights, layout)
         for name, part in whole.tensors.items():
@@ -214,17 +235,27 @@ def open_checkpoint(layout: Layout) -> Weights:
     Raises:
         UserError: an unreadable file.
     """
-    if layout.tower is not None:
-        return _open_tower(layout, layout.tower)
-    return _open_huggingface(layout) if layout.format == "huggingface" else _join(layout)
+    if layout.format != "huggingface":
+        return _join(layout)
+    weights = _open_huggingface(layout) if layout.tower is None else _open_tower(layout, layout.tower)
+    weights.shapes = {name: part.shape for name, part in weights.tensors.items()}
+    weights.notes[:0] = layout.notes
+    return weights
 
 
 def _join(layout: Layout) -> Weights:
     shards = [open_shard(path) for path in layout.shards]
     weights = Weights()
-    if read_quantization(layout.folder) is not None:
+    quantization = read_quantization(layout.folder)
+    if quantization is not None:
         weights.tensors |= _take_quantised(shards, layout)
         weights.shapes |= {name: part.shape for name, part in weights.tensors.items()}
+        names = {*weights.tensors, *(name for name in shards[0].tensors if is_matrix(name))}
+        for name in names:
+            is_skipped = any(is_within(part, name.removesuffix(".weight")) for part in quantization.skip)
+            if is_skipped == (name in weights.tensors):
+                is_it = "is" if is_skipped else "is not"
+                weights.problems[name] = f"type: {name} {is_it} in NF4, and {QUANTIZATION_FILE} says otherwise"
     for name in dict.fromkeys(name for shard in shards for name in shard.tensors):
         inconsistency = _inconsistency(name, shards, layout)
         if inconsistency is not None:
@@ -273,38 +304,122 @@ def join_shards(name: str, shards: Sequence[Shard]) -> Part:
 
 def _open_huggingface(layout: Layout) -> Weights:
     assert layout.params_path is not None
-    config, tied = read_huggingface(layout.params_path)
-    weights, found_in = Weights(), dict[str, str]()
-    for path in layout.shards:
-        shard = open_safetensors(path)
+    config, values, notes = read_huggingface(layout.params_path)
+    weights, found_in = Weights(notes=notes), dict[str, str]()
+    for file, shard in _huggingface_shards(layout, weights.notes):
         for theirs, tensor in shard.tensors.items():
             name = meta_name(theirs)
             if name is None:
                 continue
             if name in found_in:
-                weights.problems[name] = f"twice: {theirs} is in {found_in[name]} and in {path.name}"
-            found_in[name] = path.name
+                weights.problems[name] = f"twice: {theirs} is in {found_in[name]} and in {file}"
+            found_in[name] = file
             part = Part.of(tensor, theirs in shard.mapped)
             heads = rotated_heads(name, config)
             if heads is not None and part.shape and part.shape[0] % (2 * heads) == 0:
                 part = part.interleave(heads)
             weights.tensors[name] = part
-    if tied and "tok_embeddings.weight" in weights.tensors:
-        weights.tensors["output.weight"] = weights.tensors["tok_embeddings.weight"]
-    weights.shapes = {name: part.shape for name, part in weights.tensors.items()}
+    if values.get("tie_word_embeddings"):
+        _tie(weights, layout)
+    said = values.get("dtype") or values.get("torch_dtype")
+    if said and weights.tensors and said != (own := _type_name(main_dtype(weights.tensors)[0])):
+        weights.notes.append(f"{layout.params_path} says {said!r:.40}, most tensors are {own}, which counts")
     return weights
+
+
+def _huggingface_shards(layout: Layout, notes: list[str]) -> Iterator[tuple[str, Shard]]:
+    """Each of Hugging Face's files by its name, without the tensors that the index has in another one.
+
+    Args:
+        layout: the files.
+        notes: added to, where the index decides between two files, or does not name a tensor.
+    """
+    places = layout.weight_map or {}
+    unnamed, passed_over = list[str](), list[str]()
+    for path in layout.shards:
+        shard = open_safetensors(path) if path.suffix == ".safetensors" else open_shard(path)
+        elsewhere = {name for name in shard.tensors if places.get(name, path.name) != path.name}
+        passed_over += [f"{name} of {path.name}: that of {places[name]} counts" for name in sorted(elsewhere)]
+        unnamed += [f"{name} of {path.name}" for name in shard.tensors if places and name not in places]
+        kept = {name: tensor for name, tensor in shard.tensors.items() if name not in elsewhere}
+        yield path.name, Shard(kept, shard.mapped - elsewhere)
+    if passed_over:
+        notes.append(f"{layout.folder}: by its index, these tensors are not used:\n{listed(passed_over, most=5)}")
+    if unnamed:
+        notes.append(f"{layout.folder}: used, though its index does not name them:\n{listed(unnamed, most=5)}")
+
+
+def _tie(weights: Weights, layout: Layout) -> None:
+    """Makes output matrix and embedding of each other, as transformers does: if they differ in the files, they stay."""
+    tensors, head, embedding = weights.tensors, "output.weight", "tok_embeddings.weight"
+    if head in tensors and embedding in tensors and not _equal(tensors[head], tensors[embedding]):
+        weights.notes.append(
+            f"{layout.params_path} says tie_word_embeddings, but lm_head.weight is not the embedding: "
+            "lm_head.weight counts, as in transformers"
+        )
+        return
+    for missing, there in ((head, embedding), (embedding, head)):
+        if there in tensors:
+            tensors[missing] = tensors[there]
+
+
+def _equal(one: Part, other: Part) -> bool:
+    return one.shape == other.shape and same_values(one, other, torch.float32)
 
 
 def _open_tower(layout: Layout, vision: Vision) -> Weights:
     weights = Weights()
-    for path in layout.shards:
-        shard = _named_by_transformers(open_safetensors(path), "")
+    for _, theirs_in_file in _huggingface_shards(layout, weights.notes):
+        shard = _named_by_transformers(theirs_in_file, "")
         for theirs, tensor in shard.tensors.items():
             name = tower_name(vision, theirs)
             if name is not None:
                 weights.tensors[name] = Part.of(tensor, theirs in shard.mapped)
-    weights.shapes = {name: part.shape for name, part in weights.tensors.items()}
     return weights
+
+
+def with_rows(config: ModelConfig, weights: Weights) -> ModelConfig:
+    """The shape with a vocabulary of -1 (Meta's files) replaced by the embedding's number of rows, if that is there.
+
+    Raises:
+        UserError: it has none.
+    """
+    shape = weights.shapes.get("tok_embeddings.weight")
+    if not shape or config.vocab_size > 0:
+        return config
+    if shape[0] < 1:
+        raise UserError("tok_embeddings.weight has no rows: the vocabulary is empty", "copy the checkpoint again")
+    return config.with_vocabulary(shape[0])
+
+
+def main_dtype(
+    parts: Mapping[str, Part], dtypes: Mapping[str, torch.dtype] | None = None
+) -> tuple[torch.dtype, list[str]]:
+    """The type of most values of a model, and a note where others lose digits in it.
+
+    Args:
+        parts: its parameters.
+        dtypes: the type of each; None = its own.
+    """
+    dtypes = dtypes or {name: part.dtype for name, part in parts.items()}
+    sizes: dict[torch.dtype, int] = {}
+    for name, part in parts.items():
+        sizes[dtypes[name]] = sizes.get(dtypes[name], 0) + part.numel()
+    main = max(sizes, key=lambda dtype: sizes[dtype])
+    rounded = {dtype for dtype in sizes if torch.promote_types(dtype, main) != main}
+    if not rounded:
+        return main, []
+    names = [name for name in parts if dtypes[name] in rounded]
+    types = " and ".join(sorted(_type_name(dtype) for dtype in rounded))
+    few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return main, [
+        f"most weights are {_type_name(main)}; {len(names)} of {types} are rounded to it ({few}): "
+        "convert-checkpoint --dtype fp32 makes a checkpoint that rounds none"
+    ]
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_tensors(weights: Weights, shapes: Mapping[str, tuple[int, ...]], where: object) -> None:

@@ -52,7 +52,7 @@ def tower_of(path: Path) -> Vision | None:
         return None
     if kind == "blip-2":
         return _blip2(values, path)
-    seeing = values.get("vision_config", {}) if kind == "clip" else values
+    seeing = _part(values, "vision_config", path) if kind == "clip" else values
     projection = values.get("projection_dim", seeing.get("projection_dim", 512))
     sizes = _sizes(_TRANSFORMER, {"image_size": 224, "patch_size": 32, **_CLIP_USUAL} | seeing)
     _only(path, seeing, {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5})
@@ -79,20 +79,27 @@ def open_clip_tower(path: Path) -> Vision:
             "n_heads": width // int(seeing["head_width"]),
             "projection": model["embed_dim"],
         }
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise UserError(f"{path} describes no vision transformer of open_clip: {error!r}") from None
     _only(path, {"quick_gelu": False} | model, {"quick_gelu": True})
     return vision_of(ClipVision.encoder, sizes, path)
 
 
 def _blip2(values: Mapping[str, Any], path: Path) -> Vision:
-    seeing, asking = values.get("vision_config") or {}, values.get("qformer_config") or {}
+    seeing, asking = (_part(values, key, path) for key in ("vision_config", "qformer_config"))
     sizes = _sizes(_TRANSFORMER, {"image_size": 224, "patch_size": 14, **_BLIP2_USUAL} | seeing)
     sizes |= _sizes(_QFORMER, _QFORMER_USUAL | asking) | {"queries": values.get("num_query_tokens", 32)}
     sizes["layer_norm_eps"] = seeing.get("layer_norm_eps", 1e-6)
     _only(path, seeing, {"hidden_act": "gelu", "qkv_bias": True})
     _only(path, asking, {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "cross_attention_frequency": 2})
     return vision_of(QFormerVision.encoder, sizes, path)
+
+
+def _part(values: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+    part = values.get(key) or {}
+    if not isinstance(part, dict):
+        raise UserError(f"{key} in {path} must be a mapping", "copy config.json again")
+    return part
 
 
 def _sizes(names: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,8 @@
 """The shape of a LLaMA: params.json as Meta writes it, and the sizes people know by name. Imports no torch."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,33 @@ _BLOCK = [("attention", name) for name in ("wq", "wk", "wv", "wo")] + [
     ("feed_forward", name) for name in ("w1", "w2", "w3")
 ]
 _IGNORED = {"max_batch_size", "trainable_mode", "load_pretrained_visual_encoder"}
+# No model is larger: what is above is a slip, and would be waited for. [least, most]
+_BOUNDS = {
+    "dim": (1, 2**18),
+    "n_layers": (1, 2**10),
+    "n_heads": (1, 2**12),
+    "n_kv_heads": (1, 2**12),
+    "vocab_size": (-1, 2**24),
+    "multiple_of": (1, 2**20),
+    "ffn_dim_multiplier": (1e-6, 1e6),
+    "norm_eps": (1e-30, 1.0),
+    "rope_theta": (1e-3, 1e15),
+    "max_seq_len": (1, 2**27),
+    "rope_scaling": (1e-9, 1e9),
+}
+WIDEST = 2**20
+# By dim, n_layers, key and value heads, rope_theta: LLaMA 2, Code Llama and LLaMA 3, whose params.json do not say it.
+_CONTEXTS = {
+    (4096, 32, 32, 1e4): 4096,
+    (5120, 40, 40, 1e4): 4096,
+    (8192, 80, 8, 1e4): 4096,
+    (4096, 32, 32, 1e6): 16384,
+    (5120, 40, 40, 1e6): 16384,
+    (8192, 48, 8, 1e6): 16384,
+    (8192, 80, 8, 1e6): 16384,
+    (4096, 32, 8, 5e5): 8192,
+    (8192, 80, 8, 5e5): 8192,
+}
 _NOT_SHAPE = {"tuning", "vision", "vision_training"}
 
 
@@ -127,12 +153,12 @@ class ModelConfig:
         names = [f"layers.{layer}.{group}.{matrix}" for layer in range(self.n_layers) for group, matrix in _BLOCK]
         names += ["output"]
         for wanted in skip:
-            if not any(_is_within(wanted, name) for name in names):
+            if not any(is_within(wanted, name) for name in names):
                 parts = ["output", *(matrix for _, matrix in _BLOCK), *dict(_BLOCK)]
                 parts += [f"layers.{layer}" for layer in range(self.n_layers)]
                 hint = did_you_mean(wanted, parts) or "skip output, a matrix as wv or w2, or a block as layers.0"
                 raise UserError(f"there is no matrix '{wanted}' to be left out of NF4", hint)
-        return [f"{name}.weight" for name in names if not any(_is_within(wanted, name) for wanted in skip)]
+        return [f"{name}.weight" for name in names if not any(is_within(wanted, name) for wanted in skip)]
 
     def base(self) -> "ModelConfig":
         """The shape without what a tuning method or vision adds."""
@@ -180,51 +206,66 @@ class ModelConfig:
 def config_from_params(params: Mapping[str, Any], source: object = "model.params") -> ModelConfig:
     """Checks a params.json mapping and makes a ModelConfig of it.
 
+    Where the context (max_seq_len) is not said, as in Meta's files, it is the one of the known model of that shape.
+
     Raises:
         UserError: unknown, missing or impossible values, all of them listed.
     """
-    known = {field.name: field for field in fields(ModelConfig) if field.name not in _NOT_SHAPE}
     problems = []
     values: dict[str, Any] = {}
     for key, value in params.items():
-        if key in _IGNORED or (value is None and key in known):
+        if key in _IGNORED or (value is None and key in _BOUNDS) or (key == "use_scaled_rope" and value is False):
             continue
-        if key not in known:
-            hint = did_you_mean(key, known)
+        if key == "use_scaled_rope":
+            problems.append(f"use_scaled_rope: {value!r:.40}, the rotary embedding of LLaMA 3.1, is not computed here")
+        elif key not in _BOUNDS:
+            hint = did_you_mean(key, _BOUNDS)
             problems.append(f"unknown key '{key}'" + (f": {hint}" if hint else ""))
-            continue
-        kind = float if key in {"ffn_dim_multiplier", "norm_eps", "rope_theta", "rope_scaling"} else int
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or kind(value) != value:
-            problems.append(f"{key}: {'a number' if kind is float else 'a whole number'} is expected, not {value!r}")
-            continue
-        values[key] = kind(value)
+        elif problem := _problem_of(key, value):
+            problems.append(problem)
+        else:
+            values[key] = type(_BOUNDS[key][1])(value)
     problems += [f"missing key '{key}'" for key in ("dim", "n_layers", "n_heads") if params.get(key) is None]
     if not problems:
         config = ModelConfig(**values)
         problems = _impossible(config)
         if not problems:
-            return config
+            return config if "max_seq_len" in values else replace(config, max_seq_len=_known_context(config))
     raise UserError(f"the model's shape in {source} is not usable:\n{listed(problems)}")
 
 
+def _problem_of(key: str, value: Any) -> str | None:
+    """What is wrong with a value by itself."""
+    least, most = _BOUNDS[key]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    if not is_number or (isinstance(most, int) and isinstance(value, float) and not value.is_integer()):
+        return f"{key}: {'a whole number' if isinstance(most, int) else 'a number'} is expected, not {value!r:.40}"
+    if value <= 0 and (key, value) != ("vocab_size", -1):
+        also = ", or -1 for the tokenizer's" if key == "vocab_size" else ""
+        return f"{key} must be positive{also}, not {value!r:.40}"
+    if not least <= value <= most:
+        return f"{key}: {value!r:.40} is that of no model (from {max(least, 0):,} to {most:,})"
+    return None
+
+
 def _impossible(config: ModelConfig) -> list[str]:
-    problems = [
-        f"{key} must be positive, not {value}"
-        for key, value in asdict(config).items()
-        if key not in ("vocab_size", *_NOT_SHAPE) and value is not None and value <= 0
-    ]
-    if config.vocab_size < 1 and config.vocab_size != -1:
-        problems.append(f"vocab_size must be positive, or -1 for the tokenizer's, not {config.vocab_size}")
-    if problems:
-        return problems
+    problems = []
     if config.dim % config.n_heads:
         problems.append(f"dim ({config.dim}) must be divisible by n_heads ({config.n_heads})")
     elif config.head_dim % 2:
         problems.append(f"the head dimension ({config.head_dim} = dim / n_heads) must be even for rotary embedding")
     if config.n_heads % config.kv_heads:
         problems.append(f"n_heads ({config.n_heads}) must be divisible by n_kv_heads ({config.kv_heads})")
+    if not 0 < config.hidden_dim <= WIDEST:
+        problems.append(f"the SwiGLU width that follows, {config.hidden_dim:,}, is that of no model")
     return problems
+
+
+def _known_context(config: ModelConfig) -> int:
+    """The context of the published model of that shape; LLaMA 1's, 2,048, where there is none."""
+    shape = (config.dim, config.n_layers, config.kv_heads, config.rope_theta)
+    # By norm_eps alone LLaMA 1 (1e-6) of 7B and 13B differs from LLaMA 2.
+    return _CONTEXTS.get(shape, 2048) if config.norm_eps == 1e-5 else 2048
 
 
 def read_params(paths: Sequence[Path]) -> dict[str, Any]:
@@ -270,6 +311,11 @@ def named_size(name: str) -> ModelConfig:
     return NAMED_SIZES[name]
 
 
-def _is_within(part: str, name: str) -> bool:
+def is_matrix(name: str) -> bool:
+    """Whether a parameter is a matrix of a block or the output matrix, which NF4 is for."""
+    return name == "output.weight" or name.endswith(tuple(f".{matrix}.weight" for _, matrix in _BLOCK))
+
+
+def is_within(part: str, name: str) -> bool:
     """Whether it is what stands between some dots of a name: `layers.3` is in `layers.3.attention.wv`."""
     return f".{part}." in f".{name}."

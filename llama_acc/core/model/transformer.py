@@ -47,6 +47,7 @@ _ALONE = Parallel()
 _ADDED = 500_000  # no model has so many parameters of its own
 _ONES = ("norm.weight", "norm1.weight", "norm2.weight", "qformer_proj.1.weight", "prefix_new_gate")
 _ZEROS = (".bias", ".lora_b.weight", "prefix_gate")
+_TABLE_ROWS = 16384
 
 
 class FeedForward(nn.Module):
@@ -185,7 +186,8 @@ class Transformer(nn.Module):
         table = self._rotations
         if table is None or table.shape[0] < length or table.device != positions.device:
             config = self.config
-            room = max(length, config.max_seq_len)
+            # A context may be said to be of millions: the table doubles as it is needed.
+            room = max(1 << (length - 1).bit_length(), min(config.max_seq_len, _TABLE_ROWS))
             table = rotary_table(config.head_dim, room, config.rope_theta, config.rope_scaling, positions.device)
             self._rotations = table
         return table[positions]

@@ -207,7 +207,9 @@ def _whole_number(arguments: Mapping[str, Any], key: str, default: int) -> int:
     value = arguments.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool):
-        raise UserError(f"{key} must be a whole number, not {value!r}")
+        raise UserError(f"{key} must be a whole number, not {value!r:.40}")
+    if value > 2**20:
+        raise UserError(f"{key}: {value!r:.40} is that of no model")
     return value
 
 

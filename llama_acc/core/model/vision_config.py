@@ -123,6 +123,11 @@ class Vision:
     def problems(self) -> list[str]:
         """What is impossible about the shape."""
         found = [f"{key} must be a positive number, not {value}" for key, value in asdict(self).items() if value <= 0]
+        # Beyond any model: a slip, which would be waited for.
+        most = {key: 2**10 if key in ("n_layers", "query_layers", "blocks") else 2**20 for key in asdict(self)}
+        found += [
+            f"{key}: {value!r:.40} is that of no model" for key, value in asdict(self).items() if value > most[key]
+        ]
         if not found and self.image_size % self.patch_size:
             found.append(f"image_size ({self.image_size}) must be divisible by patch_size ({self.patch_size})")
         if not found and self.width % self.n_heads:

@@ -84,7 +84,9 @@ def dry_run(
         check_checkpoint(layout.folder, verify)
     processes = processes or recipe.parallel.model_parallel_size
     share = rank_share(plan, processes)
-    read_base(plan, Parallel())
+    weights = read_base(plan, Parallel())
+    for note in weights.notes if weights else ():
+        events.note(note)
     if output is not None:
         check_disk(plan, output)
     target = pick_device(device)

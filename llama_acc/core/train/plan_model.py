@@ -8,6 +8,7 @@ from llama_acc.core.checkpoint.base import check_base, check_quantised_base
 from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config, without_towers
 from llama_acc.core.checkpoint.quantised import read_quantization
 from llama_acc.core.checkpoint.save import DTYPES
+from llama_acc.core.checkpoint.shards import read_weights, with_rows
 from llama_acc.core.data.sources import resolve_data_path, resolve_image_root
 from llama_acc.core.errors import UserError
 from llama_acc.core.home import home
@@ -47,6 +48,8 @@ def find_model(
     """
     layouts, config = find_shape(recipe, recipe_folder, weights_may_be_absent=weights_may_be_absent)
     tokenizer = load_tokenizer(_tokenizer_path(recipe, layouts, recipe_folder))
+    if config.vocab_size < 0 and layouts:
+        config = with_rows(config, read_weights(layouts))
     config = config.with_vocabulary(tokenizer.vocab_size)
     config.check_tokenizer(tokenizer.vocab_size, tokenizer.path)
     check_divides(config, recipe.parallel.model_parallel_size)

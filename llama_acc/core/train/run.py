@@ -105,6 +105,8 @@ def finetune(
             if resume and folder.checkpoint is None:
                 events.note(f"no whole checkpoint in {folder.path} to resume from: starting at step 0")
             weights = parallel.agree(lambda: _weights(plan, folder, parallel))
+            for note in weights.notes if weights else ():
+                events.note(note)
             events.plan(plan)
             signals = stop_on_signal(events.note) if handle_signals else nullcontext(StopRequest())
             with signals as stop:

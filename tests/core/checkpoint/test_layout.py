@@ -60,7 +60,7 @@ def test_files_of_a_training_state_are_no_shards(tmp_path: Path) -> None:
         ),
         (
             ["consolidated.00-of-01.model.pth", "consolidated.00-of-02.model.pth"],
-            r"mixes shards of model-parallel sizes 1, 2",
+            r"two savings: consolidated\.00-of-01\.model\.pth, consolidated\.00-of-02\.model\.pth",
         ),
         (
             ["consolidated.00-of-02.model-diff.pth"],
@@ -76,8 +76,13 @@ def test_files_of_a_training_state_are_no_shards(tmp_path: Path) -> None:
             r"holds model files of two savings: model-00001-of-00001\.safetensors, model\.safetensors",
         ),
         (["model.safetensors", "consolidated.00.pth", "config.json"], "mixes checkpoint formats"),
-        (["pytorch_model.bin", "config.json"], r"save them as safetensors: .*save_pretrained\(NEW\)"),
-        (["pytorch_model-00001-of-00002.bin", "config.json"], "save them as safetensors"),
+        (["pytorch_model.bin"], r"holds pytorch_model\.bin but no config\.json"),
+        (["pytorch_model-00001-of-00002.bin", "config.json"], r"missing in .*: pytorch_model-00002-of-00002\.bin"),
+        (["model.safetensors.index.json", "config.json"], r'must hold \{"weight_map": \{TENSOR: FILE'),
+        (
+            ["adapter_model.safetensors", "adapter_config.json"],
+            r"an adapter of PEFT; merge it into its base: .*\(NEW\)",
+        ),
         (["notes.txt", "thesis.tex"], r"holds no LLaMA checkpoint\nit holds notes\.txt, thesis\.tex"),
         ([str(i) for i in range(10)], r"it holds 0, 1, 2, 3, 4, 5, 6, 7 \.\.\."),
         ([], r"holds no LLaMA checkpoint\nit is empty"),

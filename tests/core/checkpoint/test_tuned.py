@@ -160,8 +160,13 @@ def test_peft_loads_the_adapter_and_computes_the_same(tuning: Tuning, tmp_path: 
     plain = {name: tensor for name, tensor in tensors_of(source).items() if name in GROUPED.parameter_shapes()}
     base = write_consolidated(tmp_path / "base", plain)
     hf = made(base, tmp_path / "hf", "hf").folder
-    adapter = made(source, tmp_path / "adapter", "peft", base=str(base)).folder
-    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    # PEFT can load Hugging Face's base only: another one is not named, and the note says what to type.
+    for given, named in ((base, None), (hf, str(hf.resolve()))):
+        converted = made(source, tmp_path / f"on-{given.name}", "peft", base=str(given))
+        adapter = converted.folder
+        assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == named
+        hints = [note for note in converted.notes if f"convert-checkpoint {base} NEW --to hf" in note]
+        assert bool(hints) == (named is None)
     assert difference(peft_logits(hf, adapter), logits(source)) < 1e-5
 
 

@@ -9,7 +9,7 @@ from llama_acc.core.checkpoint.files import check_checkpoint
 from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config
 from llama_acc.core.checkpoint.peft_files import check_peft
 from llama_acc.core.checkpoint.quantised import read_quantization
-from llama_acc.core.checkpoint.shards import Weights, check_tensors, read_weights
+from llama_acc.core.checkpoint.shards import Weights, check_tensors, read_weights, with_rows
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.tuning import FULL, Tuning, merged_tuning
@@ -84,9 +84,7 @@ def _config(layouts: Sequence[Layout], weights: Weights) -> ModelConfig:
     config = read_config(layouts)
     if config is None:
         raise UserError(f"{layouts[-1].folder} has no params.json or config.json: the model's shape is not known")
-    # Meta's files say -1; what the embedding has is the vocabulary.
-    rows = weights.shapes.get("tok_embeddings.weight", (config.vocab_size,))[0]
-    return config.with_vocabulary(rows)
+    return with_rows(config, weights)
 
 
 def _check_tuned(request: Request, config: ModelConfig, is_part: bool, source: Layout) -> None:

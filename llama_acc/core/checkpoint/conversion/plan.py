@@ -11,11 +11,12 @@ from llama_acc.core.checkpoint.computed import difference, same_values
 from llama_acc.core.checkpoint.conversion.found import Found
 from llama_acc.core.checkpoint.conversion.request import Request
 from llama_acc.core.checkpoint.huggingface import huggingface_name, rotated_heads
+from llama_acc.core.checkpoint.layout import says_context
 from llama_acc.core.checkpoint.merge import merged_source
 from llama_acc.core.checkpoint.parts import Part
 from llama_acc.core.checkpoint.peft_files import PEFT_FILE, peft_name
 from llama_acc.core.checkpoint.quantiser import Quantiser
-from llama_acc.core.checkpoint.shards import Weights
+from llama_acc.core.checkpoint.shards import Weights, main_dtype
 from llama_acc.core.device import pick_device
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.model.config import ModelConfig
@@ -58,6 +59,8 @@ class Plan:
         meant: what is to be written, by Meta's names.
         dtypes: in which type.
         quantised: the names of those to be written in NF4.
+        dtype: the type of most of what is written.
+        notes: what the user should know of the source or of the result.
         tied: the output matrix is the embedding, and is not written.
         files: the files to be made, with their tensors.
     """
@@ -67,7 +70,7 @@ class Plan:
         UserError: a size that does not divide the model, or types that cannot be written.
         """
         self.request, self.found = request, found
-        tuned = found.config
+        tuned = found.config if request.context is None else replace(found.config, max_seq_len=request.context)
         self.config = replace(tuned, tuning=merged_tuning(tuned.tuning)) if request.merge else tuned
         self.size = _size(request, found, self.config)
         self.quantised = set(self.config.quantisable(request.quantize_skip) if request.quantize else [])
@@ -75,6 +78,7 @@ class Plan:
         self.sources = self._sources()
         self.meant = self._meant()
         self.dtypes = _dtypes(request, found.weights, list(self.meant))
+        self.dtype, self.notes = self._dtype_and_notes()
         self.tied = request.to == "hf" and self._is_tied()
         self.files = dict(self._single_files() if self.is_safetensors else self._shards())
 
@@ -103,6 +107,17 @@ class Plan:
         if name in self.quantised:
             return self.quantiser.rounded(name, self.found.weights.tensors[name])
         return self.meant[name]
+
+    def _dtype_and_notes(self) -> tuple[torch.dtype, list[str]]:
+        found, request = self.found, self.request
+        notes = found.weights.notes + ([] if found.subtracted is None else found.subtracted.notes)
+        dtype, rounded = main_dtype(self.meant, self.dtypes)
+        if request.to == "hf":
+            notes = notes + rounded
+        if request.to != "peft" and request.context is None and not says_context(found.layouts):
+            context = self.config.max_seq_len
+            notes = [*notes, f"{found.source.folder} does not say its context: {context} is written (--context N)"]
+        return dtype, notes
 
     def _is_tied(self) -> bool:
         """Whether the output matrix is the embedding, to the bit, in the file to be made."""

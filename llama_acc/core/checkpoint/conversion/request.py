@@ -45,6 +45,7 @@ class Request:
         quantize_skip: with `quantize`, matrices to leave as they are; see `ModelConfig.quantisable`.
         calibration: with `quantize`, round so that what the model computes from this text comes out right; None: each
             value to the nearest.
+        context: longest sequence that the description of what is made says; None = the source's.
         file_bytes: most bytes of tensors in one safetensors file of Hugging Face's layout.
     """
 
@@ -60,6 +61,7 @@ class Request:
     quantize: Literal["nf4"] | None = None
     quantize_skip: Sequence[str] = ()
     calibration: Calibration | None = None
+    context: int | None = None
     file_bytes: int = 5 * 10**9
 
 
@@ -74,6 +76,7 @@ class Converted:
         bytes: size of the tensors.
         largest_error: of a diff: the largest difference of base + diff and the source; else None.
         merge_error: of a merge; else None.
+        notes: what the user should know of the source or of the result.
     """
 
     folder: Path
@@ -82,6 +85,7 @@ class Converted:
     bytes: int
     largest_error: float | None
     merge_error: MergeError | None = None
+    notes: tuple[str, ...] = ()
 
 
 def check_request(request: Request) -> None:
@@ -118,6 +122,8 @@ def _check_options(request: Request) -> None:
         raise UserError("--merge and --diff do not go together", "merge first, then take the difference")
     if request.to == "peft" and (request.merge or request.model_parallel_size not in (None, 1)):
         raise UserError("an adapter is neither merged nor split", "leave --merge and --model-parallel-size out")
+    if request.to == "peft" and request.context is not None:
+        raise UserError("an adapter has the context of its base", "leave --context out with --to peft")
 
 
 def _check_target(request: Request) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from llama_acc.core.checkpoint.computed import read_block
 from llama_acc.core.checkpoint.conversion.plan import Entry, Plan
 from llama_acc.core.checkpoint.fingerprint import base_fingerprint, fingerprint
 from llama_acc.core.checkpoint.huggingface import INDEX_FILE, huggingface_config
+from llama_acc.core.checkpoint.layout import inspect, locate
 from llama_acc.core.checkpoint.parts import blocks_of
 from llama_acc.core.checkpoint.peft_files import peft_config
 from llama_acc.core.checkpoint.quantised import QUANTIZATION_FILE, Quantization
@@ -26,6 +28,7 @@ from llama_acc.core.checkpoint.tensor_files import (
     seal_pth,
     write_at,
 )
+from llama_acc.core.errors import UserError
 from llama_acc.core.model.vision_config import VISION_FILE
 from llama_acc.core.tokenizer_folder import CONFIG_FILE, SENTENCEPIECE_FILE
 
@@ -81,22 +84,35 @@ def write_description(plan: Plan, folder: Path) -> None:
     for path in companions(plan.found.layouts):
         (folder / path.name).write_bytes(path.read_bytes())
     if plan.request.to == "peft":
-        _write_json(folder / "adapter_config.json", peft_config(plan.config.tuning, _base_name(plan)))
+        _write_json(folder / "adapter_config.json", peft_config(plan.config.tuning, _peft_base(plan)))
     elif plan.request.to == "hf":
         _describe_huggingface(plan, folder)
     else:
         _describe_shards(plan, folder)
 
 
-def _base_name(plan: Plan) -> str:
-    if plan.request.base is not None:
-        return str(plan.request.base)
+def _peft_base(plan: Plan) -> str | None:
+    """The folder of the base if PEFT can load it: it is Hugging Face's; else None, and a note on what to do."""
     known = read_base(plan.found.source.folder)
-    return known.pretrained[0] if known and known.pretrained else ""
+    bases = [str(plan.request.base)] if plan.request.base is not None else list(known.pretrained) if known else []
+    if len(bases) == 1:
+        try:
+            base = inspect(locate(bases[0]))
+        except UserError:
+            pass  # it was moved, or it is on another machine
+        else:
+            if base.format == "huggingface":
+                return str(base.folder.resolve())
+    base_name = shlex.quote(bases[0]) if len(bases) == 1 else "BASE"
+    plan.notes.append(
+        "adapter_config.json names no base, as PEFT loads Hugging Face's models only: make one with llama-acc "
+        f"convert-checkpoint {base_name} NEW --to hf and give it with --base NEW, or write its name into that file"
+    )
+    return None
 
 
 def _describe_huggingface(plan: Plan, folder: Path) -> None:
-    dtype = str(plan.dtypes["output.weight"]).removeprefix("torch.")
+    dtype = str(plan.dtype).removeprefix("torch.")
     config = huggingface_config(plan.config, dtype, plan.tied, special_ids(plan.found.layouts))
     _write_json(folder / "config.json", config)
     _describe_tokenizer(folder)
