@@ -271,7 +271,9 @@ def marked(template: Template, item: Any) -> str:
     if template.kind == "single_turn":
         prompt = template.single_turn_prompt(item["instruction"], item["input"])
         return f"{bos}{prompt}⟦{item['output']}{eos}⟧"
-    text, trained = template.dialogue_text([Turn(ROLES[turn["from"]], turn["value"]) for turn in item["conversations"]])
+    text, _, trained, *_ = template.dialogue_text(
+        [Turn(ROLES[turn["from"]], turn["value"]) for turn in item["conversations"]]
+    )
     for begin, end in reversed(trained):
         text = f"{text[:begin]}⟦{text[begin:end]}⟧{text[end:]}"
     return f"{bos}{text}{eos}"

@@ -108,8 +108,7 @@ def _talk(
     for note in tokenizer_notes(loaded.tokenizer, loaded.model.config.vocab_size):
         console.note(note)
     conversation = Conversation(loaded, sampling)
-    if system is not None:
-        _set_system(conversation, loaded, system)
+    conversation.system = system
     if loaded.template.name == "none" and template == "auto":
         console.note("the checkpoint keeps no prompt format: template none, the text is continued as it stands")
     if prompt is None:
@@ -208,11 +207,7 @@ def _command(line: str, conversation: "Conversation", loaded: "LoadedModel", pic
     elif name == "/image":
         _show_picture(rest, conversation, loaded, pictures)
     elif name == "/system":
-        if rest:
-            try:
-                _set_system(conversation, loaded, rest)
-            except UserError as error:
-                console.error(error.message, error.hint)
+        conversation.system = rest or conversation.system
         shown = conversation.system if conversation.system is not None else getattr(loaded.template, "system", None)
         console.note(f"system: {shown}" if shown else "there is no system text")
     elif name == "/save":
@@ -239,12 +234,6 @@ def _show_picture(path: str, conversation: "Conversation", loaded: "LoadedModel"
     console.note(f"{path}: ask about it")
 
 
-def _set_system(conversation: "Conversation", loaded: "LoadedModel", text: str) -> None:
-    if loaded.template.kind == "single_turn":
-        raise UserError(f"template {loaded.template.name} has no place for a system text")
-    conversation.system = text
-
-
 def _save(conversation: "Conversation", name: str, pictures: list[str]) -> None:
     """Writes the conversation as a data file of one dialogue."""
     if not name:
@@ -256,7 +245,9 @@ def _save(conversation: "Conversation", name: str, pictures: list[str]) -> None:
     roles = {"human": "human", "assistant": "gpt"}
     turns = [{"from": roles[role], "value": text} for role, text, _ in conversation.turns]
     try:
-        item = {"image": pictures, "conversations": turns} if pictures else {"conversations": turns}
+        item: dict[str, object] = {"image": pictures} if pictures else {}
+        item |= {} if conversation.system is None else {"system": conversation.system}
+        item["conversations"] = turns
         text = json.dumps([item], indent=1, ensure_ascii=False)
         Path(name).expanduser().write_text(text + "\n", encoding="utf-8")
     except OSError as error:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llama_acc.core.data.templates import Turn
 from llama_acc.core.errors import UserError
-from llama_acc.core.generation import Pixels, checked_text, with_images
+from llama_acc.core.generation import Pixels, checked_text, truncate_at_stop_strings, with_images
 from llama_acc.core.inference import LoadedModel
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.vision import Images
@@ -132,6 +132,10 @@ class _Sequence:
         self.ended = False
         self._place = place
         self._template, self._end_ids = loaded.template, loaded.tokenizer.end_ids
+        self._stops, self._end = (
+            loaded.template.text_stops(loaded.tokenizer),
+            loaded.template.text_end(loaded.tokenizer),
+        )
         self._decoder = StreamDecoder(loaded.tokenizer)
         self._room = min(max_new_tokens, loaded.model.config.max_seq_len - len(prompt))
         self._tokens: list[int] = []
@@ -146,10 +150,10 @@ class _Sequence:
         self.feed = [token]
         self._tokens.append(token)
         self._text += self._decoder.push(token)
-        self.ended = len(self._tokens) == self._room or any(stop in self._text for stop in self._template.stop)
+        self.ended = len(self._tokens) == self._room or any(stop in self._text for stop in self._stops)
 
     def answer(self) -> Answer:
         """The text before the first stop string; in a dialogue format, without white space at its ends."""
         text = self._text + self._decoder.flush()
-        text = text[: min((at for stop in self._template.stop if (at := text.find(stop)) >= 0), default=len(text))]
+        text = "".join(truncate_at_stop_strings(iter([text]), self._stops, self._end))
         return Answer(self._place, text.strip() if self._template.kind == "dialogue" else text, self._tokens)

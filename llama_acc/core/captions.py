@@ -14,7 +14,7 @@ from llama_acc.core.data.image_workers import ImageWorkers
 from llama_acc.core.data.images import ImageError, ImageJob, Transform
 from llama_acc.core.data.templates import Turn
 from llama_acc.core.errors import UserError
-from llama_acc.core.generation import Generator, Sampling, checked_text, visible_text, with_images
+from llama_acc.core.generation import Generator, Sampling, checked_text, truncate_at_stop_strings, with_images
 from llama_acc.core.inference import LoadedModel
 from llama_acc.core.tokenizer import StreamDecoder
 
@@ -175,7 +175,9 @@ def _texts(
 
 
 def _joined(loaded: LoadedModel, tokens: list[int]) -> str:
-    return "".join(visible_text(iter([loaded.tokenizer.decode(tokens)]), loaded.template.stop)).strip()
+    return "".join(
+        truncate_at_stop_strings(iter([loaded.tokenizer.decode(tokens)]), loaded.template.text_stops(loaded.tokenizer))
+    ).strip()
 
 
 def stream_caption(loaded: LoadedModel, pixels: NDArray[np.uint8], asked: Asked, max_new_tokens: int) -> Iterator[str]:
@@ -189,7 +191,7 @@ def stream_caption(loaded: LoadedModel, pixels: NDArray[np.uint8], asked: Asked,
         yield decoder.flush()
 
     begun = False
-    for text in visible_text(pieces(), loaded.template.stop):
+    for text in truncate_at_stop_strings(pieces(), loaded.template.text_stops(loaded.tokenizer)):
         shown = text if begun else text.lstrip()
         begun = begun or bool(shown)
         if shown:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from llama_acc.core.data.templates import Turn
 from llama_acc.core.errors import UserError
-from llama_acc.core.generation import Generator, Pixels, Sampling, checked_text, visible_text, with_images
+from llama_acc.core.generation import Generator, Pixels, Sampling, checked_text, truncate_at_stop_strings, with_images
 from llama_acc.core.inference import LoadedModel
 from llama_acc.core.tokenizer import StreamDecoder
 
@@ -59,10 +59,12 @@ class Conversation:
         prompt, dropped = self._prompt([*self.turns, Turn("human", question)])
         self.turns = [*self.turns[dropped:], Turn("human", question)]
         self.dropped_turns = dropped
-        return self._answer(prompt)
+        return self._answer(prompt, self.loaded.template.spaces_left(self.turns))
 
-    def _answer(self, prompt: list[int]) -> Iterator[str]:
-        decoder = StreamDecoder(self.loaded.tokenizer)
+    def _answer(self, prompt: list[int], spaces: int) -> Iterator[str]:
+        """The answer; so many spaces at its beginning belong to the question."""
+        template, decoder = self.loaded.template, StreamDecoder(self.loaded.tokenizer)
+        stops = template.text_stops(self.loaded.tokenizer)
 
         def pieces() -> Iterator[str]:
             for token in self._generator.tokens(prompt, self.images):
@@ -71,14 +73,16 @@ class Conversation:
 
         answer = ""
         try:
-            for text in visible_text(pieces(), self.loaded.template.stop):
+            for text in truncate_at_stop_strings(pieces(), stops, template.text_end(self.loaded.tokenizer)):
                 # A template that ends a prompt with "Assistant:" leaves the space before the answer to the model.
-                shown = text.lstrip() if not answer and self.loaded.template.kind == "dialogue" else text
+                shown = text.lstrip() if not answer and template.kind == "dialogue" else text
+                while spaces and not answer and shown.startswith(" "):
+                    shown, spaces = shown[1:], spaces - 1
                 answer += shown
                 if shown:
                     yield shown
         finally:
-            self.turns.append(Turn("assistant", answer.rstrip() if self.loaded.template.kind == "dialogue" else answer))
+            self.turns.append(Turn("assistant", answer.rstrip() if template.kind == "dialogue" else answer))
 
     def _prompt(self, turns: list[Turn]) -> tuple[list[int], int]:
         """The prompt in tokens, and how many of the oldest turns had to go for it to leave room for an answer."""

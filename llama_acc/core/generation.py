@@ -196,8 +196,14 @@ class Generator:
         return int(order[torch.multinomial(ordered, 1, generator=self._random)])
 
 
-def visible_text(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
-    """Passes text on as it comes, up to the first stop string; what could be the start of one is held back."""
+def truncate_at_stop_strings(pieces: Iterator[str], stops: Sequence[str], end: str = "") -> Iterator[str]:
+    """Pass text on as it comes, up to the first stop string; what could be the start of one is held back.
+
+    Args:
+        pieces: the text.
+        stops: the stop strings.
+        end: with what a reply ends, if more must follow for a stop string: left out at the text's end.
+    """
     held = ""
     for piece in pieces:
         held += piece
@@ -210,7 +216,7 @@ def visible_text(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
         if keep < len(held):
             yield held[: len(held) - keep]
             held = held[len(held) - keep :]
-    if held:
+    if held := held.removesuffix(end):
         yield held
 
 

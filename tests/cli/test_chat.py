@@ -123,7 +123,9 @@ def test_a_piped_conversation_puts_nothing_but_answers_on_standard_output(talker
     assert "error: to which file? /save FILE" in done.stderr
     assert f"error: cannot write {tmp_path / 'no' / 'chat.json'}: No such file or directory" in done.stderr
     assert done.stderr.count("/reset          forget the conversation") == 2
-    turns = json.loads(saved.read_text())[0]["conversations"]
+    [item] = json.loads(saved.read_text())
+    assert item["system"] == "you are a town"
+    turns = item["conversations"]
     assert [(turn["from"], turn["value"]) for turn in turns] == [
         ("human", "hello"),
         ("gpt", ANSWER),

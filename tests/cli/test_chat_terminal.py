@@ -30,7 +30,7 @@ def test_ctrl_d_leaves_and_the_template_of_a_run_is_said(trained_once: Path) -> 
         terminal.expect("each one stands alone")
         terminal.expect("> ")
         terminal.type("/system be kind\n")
-        terminal.expect("error: template alpaca has no place for a system text")
+        terminal.expect("system: be kind")
         terminal.expect("> ")
         terminal.type("\x04")
         assert terminal.end() == 0

@@ -15,7 +15,7 @@ import llama_acc
 from llama_acc.core.conversation import Conversation, generate
 from llama_acc.core.data.templates import Turn, get_template
 from llama_acc.core.errors import UserError
-from llama_acc.core.generation import Generator, Sampling, visible_text
+from llama_acc.core.generation import Generator, Sampling, truncate_at_stop_strings
 from llama_acc.core.inference import LoadedModel, load_model
 from llama_acc.core.recipe import RECIPES_FOLDER
 from tests.core.tiny import SMALL, difference, document_logits, loaded_model, random_model, save_model
@@ -178,7 +178,7 @@ STOPS = st.lists(st.text(alphabet="\n#a", min_size=1, max_size=5), max_size=3)
 @given(PIECES, STOPS)
 @settings(max_examples=500, deadline=None, derandomize=True)
 def test_what_is_shown_is_the_text_before_the_first_stop_string(pieces: list[str], stops: list[str]) -> None:
-    shown = list(visible_text(iter(pieces), stops))
+    shown = list(truncate_at_stop_strings(iter(pieces), stops))
     assert "".join(shown) == oracle("".join(pieces), stops)
     assert all(shown)
 
@@ -198,7 +198,7 @@ def test_nothing_is_held_back_that_cannot_be_the_start_of_a_stop_string(pieces: 
             given_so_far += piece
             yield piece
 
-    for text in visible_text(source(), stops):
+    for text in truncate_at_stop_strings(source(), stops):
         shown += text
 
 
@@ -210,7 +210,7 @@ def test_nothing_more_is_generated_once_a_stop_string_is_there() -> None:
             asked.append(piece)
             yield piece
 
-    assert list(visible_text(source(), ["\n###"])) == ["Yes."]
+    assert list(truncate_at_stop_strings(source(), ["\n###"])) == ["Yes."]
     assert asked == ["Yes.", "\n#", "##"]
 
 

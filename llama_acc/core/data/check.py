@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_acc.core.data.checks import fields_of
+from llama_acc.core.data.checks import fields_of, format_findings
 from llama_acc.core.data.findings import beginning
 from llama_acc.core.data.items import Item
 from llama_acc.core.data.opened_images import ImageOpener
@@ -20,7 +20,7 @@ from llama_acc.core.data.readers import Checked, stream_items
 from llama_acc.core.data.repeats import joined, repeats
 from llama_acc.core.data.sources import FileSpec
 from llama_acc.core.data.survey import EXAMPLES, Findings, Survey, repeat_finding, repeat_kind
-from llama_acc.core.data.templates import template_for
+from llama_acc.core.data.templates import Template, template_for
 from llama_acc.core.data.truncation import Truncation
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import Tokenizer
@@ -40,6 +40,8 @@ class FileReport:
     kind: str | None = None
     """None: it could not be read at all."""
     template: str | None = None
+    format: Template | None = None
+    """That of this name."""
     error: str | None = None
     """Why it could not be read, or not to its end."""
     hint: str | None = None
@@ -175,6 +177,7 @@ class _Checker:
             stream = stream_items(spec.path, spec.format, progress=tell)
             template = template_for(spec.template, stream.kind)
             report.kind, report.template, report.unused_keys = stream.kind, template.name, stream.unused
+            report.format = template
             if self.tokenizer is not None:
                 report.truncation = Truncation(
                     template, self.tokenizer, self.max_tokens, report.survey.findings, self.image_positions
@@ -194,9 +197,13 @@ class _Checker:
     def _look_at(self, rows: list[Checked], report: FileReport, spec: FileSpec) -> None:
         if self.opener is not None:
             rows = self.opener.opened(rows, spec.image_root)
+        form = report.format
+        looks = ([], []) if form is None else (form.text_stops(self.tokenizer), form.marks(self.tokenizer))
         for row in rows:
             report.survey.add(row.where, row.item, row.problems)
             if row.item is not None:
+                for finding in format_findings(row.item, row.where, *looks):
+                    report.survey.findings.add(finding)
                 report.characters[sum(len(text) for _, text in fields_of(row.item))] += 1
                 report.images += len(row.item.images)
         if report.truncation is not None:

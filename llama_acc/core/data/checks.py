@@ -4,13 +4,14 @@ None of these stops a run. Each is something that people who looked at their dat
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any
 
 from llama_acc.core.data.findings import Finding, beginning
 from llama_acc.core.data.items import Dialogue, Item
+from llama_acc.core.data.templates import Template
 
 _ECHO_CHARACTERS = 20
 """A reply that begins with a question shorter than this may do so by chance ("Hi.", "Thank you")."""
@@ -24,6 +25,36 @@ def checked_item(item: Item, where: str) -> list[Finding]:
     """Everything found in one item."""
     found = [*_roles(item, where), *_replies(item, where)] if isinstance(item, Dialogue) else _output(item, where)
     return [*found, *_mojibake(item, where)]
+
+
+def format_findings(item: Item, where: str, stops: Sequence[str], marks: Sequence[str]) -> Iterator[Finding]:
+    """Texts of an item that look like a part of the prompt format.
+
+    Args:
+        item: that can be trained on.
+        where: its place.
+        stops: the format's `text_stops`.
+        marks: the format's `marks`.
+    """
+    for field, text in replies_of(item):
+        if stop := next((stop for stop in stops if stop in text), None):
+            message = f"{stop!r}, with which a reply ends, at character {text.index(stop) + 1} of a reply"
+            yield Finding("stop_in_reply", where, field, message, beginning(_from(text, stop)))
+    for field, text in fields_of(item):
+        if mark := next((mark for mark in marks if mark in text), None):
+            message = f"{mark!r} looks like a part of the prompt format; the model cannot tell them apart"
+            yield Finding("format_mark", where, field, message, beginning(_from(text, mark)))
+
+
+def merged_finding(item: Item, where: str, template: Template) -> Finding:
+    """What is said of an item whose prompt and answer merge into one token (`encode.Document.merged`)."""
+    trained = ", and is not trained, as in LLaMA2-Accessory" if template.prefix_labels else ""
+    field, text = next(replies_of(item), ("", ""))
+    return Finding("merged", where, field, f"the first token begins in the prompt{trained}", beginning(text))
+
+
+def _from(text: str, mark: str) -> str:
+    return text[max(text.index(mark) - _BEFORE, 0) :]
 
 
 def fields_of(item: Item) -> Iterator[tuple[str, str]]:

@@ -1,8 +1,10 @@
 """Items to tokens and labels.
 
-Single-turn: encode(prompt + output) between BOS and EOS; the first len(encode(prompt with BOS)) tokens carry no label.
-Dialogue: one text, encoded once; a token is labelled if its characters overlap a trained span. (LLaMA2-Accessory
-searches for the reply's tokens instead, which finds the human turn where the reply echoes it.)
+An item is one text, encoded once between BOS and EOS. A token is a label if it shares a character with what is trained.
+In LLaMA2-Accessory's single-turn formats the first len(encode(prompt with BOS)) tokens carry no label, as there. (Of a
+dialogue it searches for the reply's tokens, which finds the human turn where the reply echoes it.)
+
+What an item says itself is encoded without special tokens; those of the format are the format's alone.
 """
 
 import hashlib
@@ -13,16 +15,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_acc.core.data.items import Dialogue, Item, SingleTurn
-from llama_acc.core.data.templates import Span, Template
+from llama_acc.core.data.templates import Rendered, Span, Template
 from llama_acc.core.tokenizer import Spans, Tokenizer
 
-ENCODER_VERSION = 2
+ENCODER_VERSION = 3
 """Part of the cache's key: raise it whenever the same item may give other tokens or labels."""
 
 Images = tuple[str, ...]
 """Where a document's images are, each as a text."""
 
-_Document = tuple[NDArray[np.int32], NDArray[np.bool_]]
+
+class Document(NamedTuple):
+    """An item in tokens, uncut."""
+
+    tokens: NDArray[np.int32]
+    """[N]"""
+    labelled: NDArray[np.bool_]
+    """[N]: which are trained. Of the first see `Chunk.labelled`."""
+    merged: bool = False
+    """The prompt's end and the answer's beginning are one token, so it is not the prompt's tokens and then others."""
 
 
 class Chunk(NamedTuple):
@@ -48,6 +59,8 @@ class Chunk(NamedTuple):
     """How many items it was made of."""
     unused_inputs: int
     """Items with an input that the template does not show."""
+    merged: list[int]
+    """Those items whose prompt and answer merge into one token (`Document.merged`)."""
 
 
 def encode_chunk(
@@ -70,13 +83,16 @@ def encode_chunk(
     """
     builder = _Builder(max_tokens)
     values = [item for _, item in items]
-    for (index, item), (tokens, labelled) in zip(items, documents(values, template, tokenizer), strict=True):
+    merged = []
+    for (index, item), document in zip(items, documents(values, template, tokenizer), strict=True):
+        tokens, labelled, is_merged = document
+        merged += [index] * is_merged
         if places := image_positions * len(item.images):
             begin = int(template.bos)
             tokens = np.concatenate((tokens[:begin], np.zeros(places, np.int32), tokens[begin:]))
             labelled = np.concatenate((labelled[:begin], np.zeros(places, np.bool_), labelled[begin:]))
         builder.add(index, tokens, labelled, item.images)
-    return builder.build(len(items), _unused_inputs(values, template))
+    return builder.build(len(items), _unused_inputs(values, template), merged)
 
 
 def _unused_inputs(items: Sequence[Item], template: Template) -> int:
@@ -85,41 +101,51 @@ def _unused_inputs(items: Sequence[Item], template: Template) -> int:
     return sum(bool(item.input and item.input.strip()) for item in items if isinstance(item, SingleTurn))
 
 
-def documents(items: Sequence[Item], template: Template, tokenizer: Tokenizer) -> Iterator[_Document]:
-    """(tokens, which of them are trained) of every item, uncut. Of the first token see `Chunk.labelled`."""
-    if template.kind == "single_turn":
-        return _single_turn_documents(items, template, tokenizer)
-    return _dialogue_documents(items, template, tokenizer)
+def documents(items: Sequence[Item], template: Template, tokenizer: Tokenizer) -> Iterator[Document]:
+    """Every item in tokens, uncut."""
+    stops = template.text_stops(tokenizer)
+    rendered = [render_item(item, template, stops) for item in items]
+    label = _labels_by_prefix if template.prefix_labels else _labels_by_overlap
+    for item, (ids, trained, merged) in zip(rendered, label(rendered, tokenizer), strict=True):
+        framed = [tokenizer.bos_id] * template.bos + ids + [tokenizer.eos_id] * template.eos
+        bos, eos = np.zeros(int(template.bos), np.bool_), np.full(int(template.eos), item.eos_trained)
+        labelled = np.concatenate((bos, trained, eos))
+        yield Document(np.array(framed, np.int32), labelled, merged)
 
 
-def _single_turn_documents(items: Sequence[Item], template: Template, tokenizer: Tokenizer) -> Iterator[_Document]:
-    singles = [item for item in items if not isinstance(item, Dialogue)]
-    prompts = [template.single_turn_prompt(item.instruction, item.input, item.system) for item in singles]
-    outputs = [template.clean(item.output) for item in singles]
+def render_item(item: Item, template: Template, stops: Sequence[str] | None = None) -> Rendered:
+    """An item in a prompt format; of `stops` see `Template.dialogue_text`."""
+    if template.kind == "single_turn" and isinstance(item, SingleTurn):
+        return template.single_turn_text(item.instruction, item.input, item.output, item.system)
+    turns = item.turns if isinstance(item, Dialogue) else template.as_dialogue(*item[:3])
+    return template.dialogue_text(turns, item.system, stops)
+
+
+_Labelled = tuple[list[int], NDArray[np.bool_], bool]
+"""An item's tokens without BOS and EOS, which of them are trained, and whether prompt and answer merge."""
+
+
+def _labels_by_prefix(items: Sequence[Rendered], tokenizer: Tokenizer) -> Iterator[_Labelled]:
+    begins = [item.trained[0][0] for item in items]
+    texts = [item.text for item in items] + [item.text[:begin] for item, begin in zip(items, begins, strict=True)]
+    own = [item.own for item in items]
+    own += [[span for span in item.own if span[0] < begin] for item, begin in zip(items, begins, strict=True)]
     # Both kinds of text in one batch, to keep all cores busy.
-    encoded = tokenizer.encode_batch(prompts + [p + o for p, o in zip(prompts, outputs, strict=True)])
-    for prompt_ids, ids in zip(encoded[: len(prompts)], encoded[len(prompts) :], strict=True):
-        tokens = _framed(ids, template, tokenizer)
-        labelled = np.ones(len(tokens), dtype=np.bool_)
-        labelled[: template.bos + len(prompt_ids)] = False
-        if template.eos and not template.eos_trained:
-            labelled[-1] = False
-        yield tokens, labelled
+    encoded = tokenizer.encode_batch(texts, own)
+    for ids, prompt in zip(encoded[: len(items)], encoded[len(items) :], strict=True):
+        yield ids, np.arange(len(ids)) >= len(prompt), ids[: len(prompt)] != prompt
 
 
-def _dialogue_documents(items: Sequence[Item], template: Template, tokenizer: Tokenizer) -> Iterator[_Document]:
-    dialogues = [item.turns if isinstance(item, Dialogue) else template.as_dialogue(*item[:3]) for item in items]
-    texts = [template.dialogue_text(turns, item.system) for turns, item in zip(dialogues, items, strict=True)]
-    encoded = tokenizer.encode_batch_with_spans([text for text, _ in texts])
-    for spans, (_, trained) in zip(encoded, texts, strict=True):
-        overlap = overlapping(spans, trained)
-        bos, eos = [False] * template.bos, [template.eos_trained] * template.eos
-        yield _framed(spans.ids, template, tokenizer), np.concatenate([bos, overlap, eos]).astype(np.bool_)
-
-
-def _framed(ids: list[int], template: Template, tokenizer: Tokenizer) -> NDArray[np.int32]:
-    framed = [tokenizer.bos_id] * template.bos + ids + [tokenizer.eos_id] * template.eos
-    return np.array(framed, dtype=np.int32)
+def _labels_by_overlap(items: Sequence[Rendered], tokenizer: Tokenizer) -> Iterator[_Labelled]:
+    encoded = tokenizer.encode_batch_with_spans([item.text for item in items], [item.own for item in items])
+    for spans, item in zip(encoded, items, strict=True):
+        begins = np.array([begin for begin, _ in item.trained], np.int64)
+        first = np.searchsorted(spans.ends, begins, side="right")
+        merged = bool((np.append(spans.begins, np.iinfo(np.int64).max)[first] < begins).any())
+        trained = overlapping(spans, item.trained)
+        if item.trained and item.trained[0][0] == 0:
+            trained[: first[0]] = True  # the space that SentencePiece puts in front of a text stands for no character
+        yield spans.ids, trained, merged
 
 
 def overlapping(tokens: Spans, trained: Sequence[Span]) -> NDArray[np.bool_]:
@@ -156,7 +182,7 @@ class _Builder:
         self._cut.append(len(tokens) > self._max_tokens)
         self._images.append(images)
 
-    def build(self, items: int, unused_inputs: int) -> Chunk:
+    def build(self, items: int, unused_inputs: int, merged: list[int]) -> Chunk:
         documents = zip(self._tokens, self._labelled, self._images, strict=True)
         return Chunk(
             tokens=np.concatenate([np.zeros(0, np.int32), *self._tokens]),
@@ -169,6 +195,7 @@ class _Builder:
             images=self._images,
             items=items,
             unused_inputs=unused_inputs,
+            merged=merged,
         )
 
 

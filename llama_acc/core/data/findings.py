@@ -38,6 +38,9 @@ KINDS: dict[str, Kind] = {
     "duplicate": Kind("exact duplicates", False),
     "near_duplicate": Kind("duplicates but for case and white space", False),
     "language": Kind("items in another language than the rest", False),
+    "stop_in_reply": Kind("replies that hold the format's stop string", False),
+    "format_mark": Kind("texts that hold a mark of the format", False),
+    "merged": Kind("answers whose first token begins in the prompt", False),
     "no_label": Kind("items without a trained token: dropped", False),
     "cut": Kind("items that are cut", False),
 }

@@ -294,6 +294,8 @@ def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], seed: int) -> D
     files: list[DataFile] = []
     rows: list[Rows] = []
     start, all_of_them = 0, all(spec.ratio == 1 for spec in specs)
+    holding = [(spec, part) for spec, part in zip(specs, parts, strict=True) if "stop_in_reply" in part.warnings]
+    held = {template_for(spec.template, part.kind).name for spec, part in holding}
     across = repeated_across([spec.path.name for spec in specs], parts)
     for spec, part, of_others in zip(specs, parts, across, strict=True):
         items, documents = part.items, len(part)
@@ -303,6 +305,8 @@ def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], seed: int) -> D
             items, documents = int(chosen.sum()), len(of_part)
             rows.append(of_part + start)
         template = template_for(spec.template, part.kind)
+        if template.name in held:
+            template = template.told_apart()
         files.append(DataFile(spec.path, template, items, items - documents, spec.image_root, across=of_others))
         start += len(part)
     return Dataset(tuple(files), tuple(parts), None if all_of_them else np.concatenate(rows))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from llama_acc.core.data.checks import format_findings, merged_finding
 from llama_acc.core.data.encode import Chunk, encode_chunk
 from llama_acc.core.data.readers import Checked
 from llama_acc.core.data.survey import Survey
@@ -41,6 +42,13 @@ def prepare_batch(batch: Batch, job: Job, tokenizer: Tokenizer) -> Prepared:
     """Encodes the items of a batch, and looks at all of its rows."""
     items = [(index, row.item) for index, row in batch if row.item is not None]
     survey = Survey(KEPT_PLACES)
-    for _, row in batch:
+    chunk = encode_chunk(items, job.template, tokenizer, job.max_tokens, job.image_positions)
+    merged, looks = set(chunk.merged), (job.template.text_stops(tokenizer), job.template.marks(tokenizer))
+    for index, row in batch:
         survey.add(row.where, row.item, row.problems)
-    return Prepared(encode_chunk(items, job.template, tokenizer, job.max_tokens, job.image_positions), survey)
+        if row.item is not None:
+            found = [*format_findings(row.item, row.where, *looks)]
+            found += [merged_finding(row.item, row.where, job.template)] * (index in merged)
+            for finding in found:
+                survey.findings.add(finding)
+    return Prepared(chunk, survey)

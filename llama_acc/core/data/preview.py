@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from llama_acc.core.data.encode import documents
-from llama_acc.core.data.items import Dialogue, Item
+from llama_acc.core.data.encode import documents, render_item
+from llama_acc.core.data.items import Item
 from llama_acc.core.data.templates import Template
 from llama_acc.core.tokenizer import StreamDecoder, Tokenizer
 
@@ -53,7 +53,7 @@ def shown_items(
             yield Shown(origin, shown, None, None, 0)
         return
     encoded = documents([item for _, item in items], template, tokenizer)
-    for (origin, item), (tokens, labelled) in zip(items, encoded, strict=True):
+    for (origin, item), (tokens, labelled, _) in zip(items, encoded, strict=True):
         labelled[:1] = False  # nothing predicts it
         places = image_positions * len(item.images)
         most = None if max_tokens is None else max(max_tokens - places, 0)
@@ -81,17 +81,12 @@ def pieces(tokens: Sequence[int], labelled: Sequence[bool], tokenizer: Tokenizer
 
 def _pieces_of_text(item: Item, template: Template) -> list[Piece]:
     """Without a tokenizer: the same to the character, except that a token may span the end of a prompt."""
-    begin, end = [Piece("<s>", False, True)] * template.bos, [Piece("</s>", template.eos_trained, True)] * template.eos
-    if template.kind == "single_turn" and not isinstance(item, Dialogue):
-        prompt = template.single_turn_prompt(item.instruction, item.input, item.system)
-        return _joined([*begin, Piece(prompt, False), Piece(template.clean(item.output), True), *end])
-    turns = item.turns if isinstance(item, Dialogue) else template.as_dialogue(*item[:3])
-    text, spans = template.dialogue_text(turns, item.system)
-    parts, position = [], 0
-    for first, last in spans:
+    text, _, trained, eos_trained = render_item(item, template)
+    parts, position = [Piece("<s>", False, True)] * template.bos, 0
+    for first, last in trained:
         parts += [Piece(text[position:first], False), Piece(text[first:last], True)]
         position = last
-    return _joined([*begin, *parts, Piece(text[position:], False), *end])
+    return _joined([*parts, Piece(text[position:], False), *[Piece("</s>", eos_trained, True)] * template.eos])
 
 
 def _joined(parts: Iterable[Piece]) -> list[Piece]:

@@ -6,13 +6,15 @@ Hugging Face checkpoints carry instead: a jinja text that can only ask, not say 
 """
 
 import json
-from collections.abc import Sequence
-from datetime import datetime
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from llama_acc.core.data.chat_rendering import Limits, RenderedChat, render
 from llama_acc.core.errors import UserError, did_you_mean, listed
 from llama_acc.core.schema_problems import problems_of
 from llama_acc.core.tokenizer import Tokenizer
@@ -34,6 +36,18 @@ class Turn(NamedTuple):
 
 Span = tuple[int, int]
 """Characters [begin, end) of a text."""
+
+
+class Rendered(NamedTuple):
+    """An item or a prompt as text."""
+
+    text: str
+    own: list[Span]
+    """What of it is the item's or the user's own text, in which no special token is recognized."""
+    trained: list[Span] = []
+    eos_trained: bool = False
+    """EOS behind the text is a label."""
+
 
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -74,8 +88,11 @@ class Template(BaseModel):
     strip: bool = False
     """Values lose `removed` and the white space at both ends."""
     removed: tuple[str, ...] = ()
+    prefix_labels: bool = False
+    """LLaMA2-Accessory's rule: as many tokens have no label as the prompt has by itself. Else every token with a
+    character of the output has one, also where it begins in the prompt."""
     stop: tuple[str, ...] = ()
-    """Generation ends before any of these, besides at EOS."""
+    """Generation ends before any of these, besides at EOS. See `told_apart`."""
 
     prompt: str = ""
     """`{instruction}` stands for the instruction."""
@@ -99,13 +116,14 @@ class Template(BaseModel):
 
         A system text stands in front, with a blank line between.
         """
-        if system is not None and system.strip():
-            return f"{system}\n\n{self.single_turn_prompt(instruction, input)}"
-        if input is None or not input.strip() or self.prompt_with_input is None:
-            return self.prompt.replace("{instruction}", instruction)
-        # In two halves, so that "{input}" within the instruction stays as it is.
-        before, _, after = self.prompt_with_input.partition("{input}")
-        return before.replace("{instruction}", instruction) + input + after.replace("{instruction}", instruction)
+        return _joined(self._prompt_parts(instruction, input, system)).text
+
+    def single_turn_text(self, instruction: str, input: str | None, output: str, system: str | None = None) -> Rendered:
+        """Render a whole single-turn item; what is trained begins where `render_prompt` ends."""
+        parts = self._prompt_parts(instruction, input, system)
+        begin = len(_joined(parts).text.rstrip(" "))
+        text, own, *_ = _joined([*parts, (self.clean(output), True)])
+        return Rendered(text, own, [(begin, len(text))], self.eos_trained)
 
     def clean(self, text: str) -> str:
         """A turn's text as it goes into a dialogue."""
@@ -113,34 +131,96 @@ class Template(BaseModel):
             text = text.replace(mark, "")
         return text.strip() if self.strip else text
 
-    def dialogue_text(self, turns: Sequence[Turn], system: str | None = None) -> tuple[str, list[Span]]:
-        """A whole dialogue, and the spans of it that are trained: each reply up to and with its end mark.
+    def dialogue_text(
+        self, turns: Sequence[Turn], system: str | None = None, stops: Sequence[str] | None = None
+    ) -> Rendered:
+        """Render a whole dialogue; trained is each reply up to and with its end mark.
 
-        A span starts where `prompt_text` would end. For `dialogue` that is before the space in front of the reply:
+        A span starts where `render_prompt` would end. For `dialogue` that is before the space in front of the reply:
         a tokenizer that makes a token of that space leaves it to the model to write.
-        """
-        parts = [self._system_text(system)]
-        length = len(parts[0])
-        trained: list[Span] = []
-        for role, text, is_trained in turns:
-            head = self.turn_begin + self._role(role)
-            turn = head + self.turn_separator + self.clean(text)
-            if role == "assistant" and is_trained:
-                trained.append((length + len(head + self.prompt_end), length + len(turn + self.trained_end)))
-            parts.append(turn + self.turn_end)
-            length += len(parts[-1])
-        return "".join(parts), trained
 
-    def prompt_text(self, history: Sequence[Turn], system: str | None = None) -> str:
-        """The text up to where the model is to answer. Single-turn formats see the last human turn only."""
+        Where a reply holds a stop string, what follows a reply's end mark is trained too (the next role, or EOS), as
+        only that tells the end from what looks like it. LLaMA2-Accessory trains it nowhere.
+
+        Args:
+            turns: of the dialogue.
+            system: its system text; None: the format's own.
+            stops: the stop strings that are text for the tokenizer (`text_stops`); None: all.
+        """
+        stops = self.stop if stops is None else stops
+        trains_end = any(_held(self.clean(turn.text), stops) for turn in turns if _is_label(turn))
+        parts = self._system_parts(system)
+        length = sum(len(part) for part, _ in parts)
+        trained: list[Span] = []
+        for number, turn in enumerate(turns):
+            head, text = self.turn_begin + self._role(turn.role), self.clean(turn.text)
+            begin, end = length + len(head + self.prompt_end), length + len(head + self.turn_separator + text)
+            parts += [(head + self.turn_separator, False), (text, True), (self.turn_end, False)]
+            length = end + len(self.turn_end)
+            if _is_label(turn):
+                end += len(self.trained_end)
+                if trains_end:
+                    following = turns[number + 1].role if number + 1 < len(turns) else None
+                    end = length + (len(self._turn_mark(following)) if following and self._ends_alike else 0)
+                trained.append((begin, end))
+        text, own, *_ = _joined(parts)
+        eos_trained = self.eos_trained or (trains_end and self._ends_alike and _is_label(turns[-1]))
+        return Rendered(text, own, trained, eos_trained)
+
+    def render_prompt(self, history: Sequence[Turn], system: str | None = None) -> Rendered:
+        """Render the text up to where the model is to answer. Single-turn formats see the last human turn only.
+
+        Spaces at the end of a single-turn prompt are left to the model to write: most tokenizers make one token of a
+        space and the word behind it, and that is what was trained.
+        """
         if self.kind == "single_turn":
             last = next((turn.text for turn in reversed(history) if turn.role == "human"), "")
-            return self.single_turn_prompt(last)
-        return self.dialogue_text(history, system)[0] + self.turn_begin + self._role("assistant") + self.prompt_end
+            text, own, *_ = _joined(self._prompt_parts(last, None, system))
+            kept = len(text.rstrip(" "))
+            return Rendered(text[:kept], [(begin, min(end, kept)) for begin, end in own if begin < kept])
+        text, own, *_ = self.dialogue_text(history, system)
+        return Rendered(text + self._turn_mark("assistant"), own)
+
+    def prompt_text(self, history: Sequence[Turn], system: str | None = None) -> str:
+        """The text of `render_prompt`."""
+        return self.render_prompt(history, system).text
 
     def prompt_ids(self, tokenizer: Tokenizer, history: Sequence[Turn], system: str | None = None) -> list[int]:
-        """`prompt_text` in tokens, with BOS where the format has it."""
-        return tokenizer.encode(self.prompt_text(history, system), bos=self.bos)
+        """`render_prompt` in tokens, with BOS where the format has it."""
+        text, own, *_ = self.render_prompt(history, system)
+        return [tokenizer.bos_id] * self.bos + tokenizer.encode_batch([text], own=[own])[0]
+
+    def spaces_left(self, history: Sequence[Turn]) -> int:
+        """How many spaces a prompt ends with that are left to the model, and so are no part of its answer."""
+        if self.kind == "dialogue":
+            return 0
+        last = next((turn.text for turn in reversed(history) if turn.role == "human"), "")
+        text = self.single_turn_prompt(last)
+        return len(text) - len(text.rstrip(" "))
+
+    def text_stops(self, tokenizer: Tokenizer | None) -> list[str]:
+        """The stop strings that a reply may hold as text; special tokens end an answer by their ids instead."""
+        return _without_special(self.stop, tokenizer)
+
+    def text_end(self, tokenizer: Tokenizer) -> str:
+        """What the model writes as text where a reply ends, if more must follow for a stop string."""
+        return "".join(_without_special([self.trained_end], tokenizer))
+
+    def marks(self, tokenizer: Tokenizer | None) -> list[str]:
+        """What begins a part of this format, where it is text for the tokenizer: in an item it looks like one."""
+        if self.kind == "dialogue":
+            before = self.turn_end if self._ends_alike else ""
+            return _without_special([before + self._turn_mark(role) for role in self.roles], tokenizer)
+        formats = filter(None, (self.prompt, self.prompt_with_input))
+        literals = [literal for text in formats for literal in re.split(r"\{instruction\}|\{input\}", text)[1:]]
+        return sorted({literal for literal in literals if literal.strip()})
+
+    def told_apart(self) -> "Template":
+        """This format for a model whose data has replies that hold a stop string: an answer ends at what the format
+        really writes behind one, a whole turn's end or the role that follows."""
+        strict = [self.turn_end + self._turn_mark(role) for role in self.roles] if self._ends_alike else [self.turn_end]
+        stop = [mark for stop in self.stop for mark in (strict if self.turn_end.startswith(stop) else [stop])]
+        return self.model_copy(update={"stop": tuple(dict.fromkeys(stop))})
 
     def as_dialogue(self, instruction: str, input: str | None, output: str) -> list[Turn]:
         """A single-turn item as a dialogue of one exchange; an input that is not blank follows as a paragraph."""
@@ -174,16 +254,67 @@ class Template(BaseModel):
         except ValidationError as error:
             raise UserError(f"{path} is not a prompt template:\n{listed(problems_of(error))}") from error
 
-    def _system_text(self, system: str | None) -> str:
+    def _prompt_parts(self, instruction: str, input: str | None, system: str | None) -> "_Parts":
+        parts: _Parts = [(system, True), ("\n\n", False)] if system is not None and system.strip() else []
+        if input is None or not input.strip() or self.prompt_with_input is None:
+            text, values = self.prompt, {"{instruction}": instruction}
+        else:
+            text, values = self.prompt_with_input, {"{instruction}": instruction, "{input}": input}
+        pieces = re.split(f"({'|'.join(map(re.escape, values))})", text)
+        return parts + [(values.get(piece, piece), piece in values) for piece in pieces]
+
+    def _system_parts(self, system: str | None) -> "_Parts":
         line = self.system if system is None else system
-        return "" if line is None else self.system_begin + line + self.system_end
+        if line is None:
+            return []
+        return [(self.system_begin, False), (line, system is not None), (self.system_end, False)]
+
+    @property
+    def _ends_alike(self) -> bool:
+        """All of a turn's end is trained, so that only what follows it tells it from the same text in a reply."""
+        return self.turn_end == self.trained_end
+
+    def _turn_mark(self, role: str) -> str:
+        return self.turn_begin + self._role(role) + self.prompt_end
 
     def _role(self, role: str) -> str:
         return self.roles["assistant" if role == "assistant" else "human"]
 
 
+_Parts = list[tuple[str, bool]]
+"""Texts that make up a whole, and which of them are own ones (see `Rendered`)."""
+
+
+def _joined(parts: _Parts) -> Rendered:
+    own, length = [], 0
+    for part, is_own in parts:
+        if is_own and part:
+            own.append((length, length + len(part)))
+        length += len(part)
+    return Rendered("".join(part for part, _ in parts), own)
+
+
+def _is_label(turn: Turn) -> bool:
+    return turn.role == "assistant" and turn.trained
+
+
+def _held(text: str, stops: Iterable[str]) -> bool:
+    return any(stop in text for stop in stops)
+
+
+def special_texts(tokenizer: Tokenizer) -> list[str]:
+    """The texts of the special tokens, longest first."""
+    texts = {tokenizer.piece(token) for token in (tokenizer.bos_id, *tokenizer.end_ids)}
+    return sorted(texts, key=lambda text: (-len(text), text))
+
+
+def _without_special(marks: Iterable[str], tokenizer: Tokenizer | None) -> list[str]:
+    special = [] if tokenizer is None else special_texts(tokenizer)
+    return [mark for mark in marks if not _held(mark, special)]
+
+
 class ChatTemplate:
-    """A Hugging Face chat template; the same `prompt_text`, `prompt_ids` and `stop` as a `Template`."""
+    """A Hugging Face chat template, with the methods of a `Template` that a dialogue and a prompt need."""
 
     name = "chat_template"
     kind = "dialogue"
@@ -192,67 +323,132 @@ class ChatTemplate:
     eos = False
 
     _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>")
+    # Noncharacters, which no text may hold in interchange; two that are not in the text at hand mark special tokens.
+    _MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 
-    def __init__(self, source: str, tokenizer: Tokenizer, path: Path) -> None:
+    def __init__(self, source: str, tokenizer: Tokenizer, path: Path, limits: Limits | None = None) -> None:
         """Args:
             source: the jinja text.
-            tokenizer: whose BOS and EOS it writes.
-            path: where it came from, for messages.
+            tokenizer: whose special tokens it writes.
+            path: where it came from, for messages; the tokenizer's settings are beside it.
+            limits: of what rendering may take.
 
         Raises:
             UserError: it is not jinja.
         """
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        self._path = path
-        self._tokenizer = tokenizer
-        # The settings and functions that Hugging Face's own renderer gives a template.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = self._raise
-        environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-        environment.filters["tojson"] = lambda value, **settings: json.dumps(value, ensure_ascii=False, **settings)
-        try:
-            self._template = environment.from_string(source)
-        except TemplateError as error:
-            raise UserError(f"{path} is not a chat template: {error}") from error
+        self._source, self._path, self._limits = source, path, limits
+        self._variables = _special_tokens(path.parent / CONFIG_FILE, tokenizer)
+        self._special = special_texts(tokenizer)
+        self._render([], False)
         self.stop = tuple(mark for mark in self._TURN_ENDS if mark in source)
 
-    def prompt_text(self, history: Sequence[Turn], system: str | None = None) -> str:
-        """The text up to where the model is to answer.
+    def render_prompt(self, history: Sequence[Turn], system: str | None = None) -> Rendered:
+        """Render the text up to where the model is to answer.
 
         Raises:
             UserError: the template refuses these turns.
         """
-        from jinja2 import TemplateError
+        return self._rendered([history], [system], add_generation_prompt=True)[0]
 
-        roles = {"human": "user", "assistant": "assistant"}
-        messages = [] if system is None else [{"role": "system", "content": system}]
-        messages += [{"role": roles[role], "content": text} for role, text, _ in history]
-        try:
-            return self._template.render(
-                messages=messages,
-                add_generation_prompt=True,
-                bos_token=self._tokenizer.piece(self._tokenizer.bos_id),
-                eos_token=self._tokenizer.piece(self._tokenizer.eos_id),
-            )
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise UserError(f"the chat template {self._path} fails on these turns: {error}") from error
+    def prompt_text(self, history: Sequence[Turn], system: str | None = None) -> str:
+        """The text of `render_prompt`."""
+        return self.render_prompt(history, system).text
 
     def prompt_ids(self, tokenizer: Tokenizer, history: Sequence[Turn], system: str | None = None) -> list[int]:
-        """`prompt_text` in tokens."""
-        return tokenizer.encode(self.prompt_text(history, system))
+        """`render_prompt` in tokens."""
+        text, own, *_ = self.render_prompt(history, system)
+        return tokenizer.encode_batch([text], own=[own])[0]
 
-    def _raise(self, message: str) -> None:
-        from jinja2 import TemplateError
+    def text_stops(self, tokenizer: Tokenizer | None) -> list[str]:
+        """The stop strings that are text for the tokenizer."""
+        return _without_special(self.stop, tokenizer)
 
-        raise TemplateError(message)
+    def text_end(self, tokenizer: Tokenizer) -> str:
+        """Nothing: see `stop`."""
+        return ""
+
+    def spaces_left(self, history: Sequence[Turn]) -> int:
+        """None: the template decides how a prompt ends."""
+        return 0
+
+    def dialogue_texts(self, dialogues: Sequence[Sequence[Turn]], systems: Sequence[str | None]) -> list[Rendered]:
+        """Render whole dialogues; trained is what stands in the template's `{% generation %}` blocks.
+
+        Raises:
+            UserError: the template refuses these turns, or has not one such block for every reply.
+        """
+        rendered = self._rendered(dialogues, systems, add_generation_prompt=False)
+        for number, (turns, dialogue) in enumerate(zip(dialogues, rendered, strict=True)):
+            replies = [turn for turn in turns if turn.role == "assistant"]
+            if len(dialogue.trained) != len(replies):
+                raise UserError(
+                    f"the chat template {self._path} cannot say what is trained: it has {{% generation %}} around "
+                    f"{len(dialogue.trained)} of {len(replies)} replies",
+                    "use one of the shipped formats: template=chatml",
+                )
+            trained = [span for span, turn in zip(dialogue.trained, replies, strict=True) if turn.trained]
+            rendered[number] = dialogue._replace(trained=trained)
+        return rendered
+
+    def _rendered(
+        self, dialogues: Sequence[Sequence[Turn]], systems: Sequence[str | None], add_generation_prompt: bool
+    ) -> list[Rendered]:
+        """Special tokens in own texts are put between marks, by which they are found again in what is rendered."""
+        roles = {"human": "user", "assistant": "assistant"}
+        conversations = [
+            ([] if system is None else [("system", system)]) + [(roles[turn.role], turn.text) for turn in turns]
+            for turns, system in zip(dialogues, systems, strict=True)
+        ]
+        texts = "".join(text for conversation in conversations for _, text in conversation)
+        begin, end, *_ = [mark for mark in self._MARKS if mark not in texts]
+        special = re.compile("|".join(map(re.escape, self._special)))
+        messages = [
+            [{"role": role, "content": special.sub(rf"{begin}\g<0>{end}", text)} for role, text in conversation]
+            for conversation in conversations
+        ]
+        return [_unmarked(chat, begin, end) for chat in self._render(messages, add_generation_prompt)]
+
+    def _render(self, messages: list[list[dict[str, str]]], add_generation_prompt: bool) -> list[RenderedChat]:
+        return render(self._source, messages, self._variables, add_generation_prompt, self._path, self._limits)
+
+
+def _unmarked(chat: RenderedChat, begin: str, end: str) -> Rendered:
+    """A rendered text without the marks. The character at each mark's inner side is own text, which is enough to keep
+    the tokenizer from the special token there, even if the template has cut the text between two marks."""
+    marks = [match.start() for match in re.finditer(f"[{begin}{end}]", chat.text)]
+    text = chat.text.replace(begin, "").replace(end, "")
+    inner = {mark - number - (chat.text[mark] == end) for number, mark in enumerate(marks)}
+    generated = [(first - bisect_left(marks, first), last - bisect_left(marks, last)) for first, last in chat.generated]
+    return Rendered(text, [(place, place + 1) for place in sorted(inner) if 0 <= place < len(text)], generated)
+
+
+_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def _special_tokens(config: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """The special tokens that transformers passes to a chat template, by name: those that are set.
+
+    LLaMA's own class of tokenizers has a BOS and an EOS also where tokenizer_config.json does not mention them.
+    """
+    settings = _read_json(config) if config.is_file() else {}
+    settings = settings if isinstance(settings, dict) else {}
+    tokens: dict[str, Any] = {}
+    if "Llama" in str(settings.get("tokenizer_class", "Llama")):
+        tokens = {"bos_token": tokenizer.piece(tokenizer.bos_id), "eos_token": tokenizer.piece(tokenizer.eos_id)}
+    tokens |= {name: settings[name] for name in _TOKEN_NAMES if name in settings}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def _single_turn(name: str, prompt: str, prompt_with_input: str | None = None) -> Template:
-    return Template(name=name, kind="single_turn", prompt=prompt, prompt_with_input=prompt_with_input, eos_trained=True)
+    return Template(
+        name=name,
+        kind="single_turn",
+        prompt=prompt,
+        prompt_with_input=prompt_with_input,
+        eos_trained=True,
+        prefix_labels=name != "none",
+    )
 
 
 TEMPLATES: dict[str, Template] = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_acc.core.data.checks import fields_of
+from llama_acc.core.data.checks import fields_of, merged_finding
 from llama_acc.core.data.encode import documents
 from llama_acc.core.data.findings import Finding, beginning
 from llama_acc.core.data.items import Item
@@ -67,8 +67,10 @@ class Truncation:
     def add(self, items: Sequence[tuple[str, Item]]) -> None:
         """Measure some items, given with their places."""
         encoded = documents([item for _, item in items], self._template, self._tokenizer)
-        for (where, item), (tokens, labelled) in zip(items, encoded, strict=True):
+        for (where, item), (tokens, labelled, merged) in zip(items, encoded, strict=True):
             labelled[:1] = False  # nothing predicts it
+            if merged:
+                self._findings.add(merged_finding(item, where, self._template))
             places = self._image_positions * len(item.images)
             self.lengths[places + len(tokens)] += 1
             self._count(where, item, places + len(tokens), places + np.flatnonzero(labelled))

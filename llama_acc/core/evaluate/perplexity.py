@@ -81,7 +81,8 @@ def _shipped_name(template: object) -> str:
             "the checkpoint's chat template cannot say which tokens are to be predicted",
             f"give --template: {', '.join(TEMPLATES)}",
         )
-    if TEMPLATES.get(template.name) != template:
+    shipped = TEMPLATES.get(template.name)
+    if shipped is None or template not in (shipped, shipped.told_apart()):
         raise UserError(
             f"the checkpoint's prompt format {template.name!r} is not one that comes with llama-acc",
             f"give --template: {', '.join(TEMPLATES)}",

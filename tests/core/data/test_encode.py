@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_acc.core.data.checks import replies_of
 from llama_acc.core.data.encode import Chunk, encode_chunk
 from llama_acc.core.data.items import Dialogue, Item, SingleTurn
 from llama_acc.core.data.readers import read_items
@@ -63,7 +64,7 @@ def test_a_reply_that_echoes_the_human_turn_is_labelled_where_it_stands(tokenize
 
 
 def test_a_dialogue_is_framed_and_its_eos_is_no_label(tokenizer: Tokenizer) -> None:
-    text, _ = get_template("dialogue").dialogue_text([Turn("human", "hi"), Turn("assistant", "a"), Turn("human", "b")])
+    text, *_ = get_template("dialogue").dialogue_text([Turn("human", "hi"), Turn("assistant", "a"), Turn("human", "b")])
     tokens, labels = document(encode([talk("hi", "a", "b")], "dialogue", tokenizer))
     assert tokens == tokenizer.encode(text, bos=True, eos=True)
     assert len(tokens) - 1 not in labels
@@ -112,7 +113,7 @@ def test_a_system_text_of_an_item_stands_where_the_format_has_one(name: str, beg
 
 
 def test_chatml_has_no_bos_and_eos_and_trains_the_end_mark(tokenizer: Tokenizer) -> None:
-    text, _ = get_template("chatml").dialogue_text([Turn("human", "hi"), Turn("assistant", "the answer")])
+    text, *_ = get_template("chatml").dialogue_text([Turn("human", "hi"), Turn("assistant", "the answer")])
     encoded = encode([talk("hi", "the answer")], "chatml", tokenizer)
     tokens, labels = document(encoded)
     assert tokens == tokenizer.encode(text)
@@ -171,7 +172,7 @@ def test_a_token_is_labelled_if_and_only_if_it_overlaps_a_trained_span(
 ) -> None:
     template = get_template(name)
     encoded = encode([Dialogue([Turn(*turn) for turn in turns])], name, tokenizer)
-    text, trained = template.dialogue_text([Turn(*turn) for turn in turns])
+    text, _, trained, *_ = template.dialogue_text([Turn(*turn) for turn in turns])
     [spans] = tokenizer.encode_batch_with_spans([text])
     wanted = {i for begin, end in trained for i in range(begin, end)}
     expected = [
@@ -184,7 +185,7 @@ def test_a_token_is_labelled_if_and_only_if_it_overlaps_a_trained_span(
 
 def searched_labels(tokenizer: Tokenizer, dialogue: Dialogue) -> list[int] | None:
     """LLaMA2-Accessory's rule: search for each reply's own tokens, on from the last one found."""
-    text, trained = get_template("dialogue").dialogue_text(dialogue.turns)
+    text, _, trained, *_ = get_template("dialogue").dialogue_text(dialogue.turns)
     tokens, labels, position = tokenizer.encode(text, bos=True, eos=True), [], 0
     for begin, end in trained:
         reply = tokenizer.encode(text[begin:end].lstrip(" "))
@@ -197,14 +198,18 @@ def searched_labels(tokenizer: Tokenizer, dialogue: Dialogue) -> list[int] | Non
     return labels
 
 
-def test_limas_labels_are_llama2_accessorys(shared: Path) -> None:
+def test_limas_labels_are_llama2_accessorys_and_eos_where_a_reply_looks_like_its_end(shared: Path) -> None:
     tokenizer = load_tokenizer(shared / "assets/tokenizer")
     items = read_items(shared / "assets/data/lima_vicuna_format.json")
     encoded = encode(items, "dialogue", tokenizer, 10**6)
     assert (encoded.items, len(encoded.item), encoded.cut.sum()) == (1029, 1029, 0)
-    assert int(encoded.labelled.sum()) == 671_984
-    different = [i for i, item in enumerate(items) if searched_labels(tokenizer, item) != document(encoded, i)[1]]
-    assert different == []
+    headings = [i for i, item in enumerate(items) if any("\n###" in text.strip() for _, text in replies_of(item))]
+    assert len(headings) == 13
+    assert int(encoded.labelled.sum()) == 671_984 + 13
+    searched = [searched_labels(tokenizer, item) or [] for item in items]
+    for i in headings:
+        searched[i].append(len(document(encoded, i)[0]) - 1)
+    assert [i for i, labels in enumerate(searched) if labels != document(encoded, i)[1]] == []
 
 
 def test_alpacas_labels_are_llama2_accessorys(shared: Path) -> None:

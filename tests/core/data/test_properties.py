@@ -70,10 +70,12 @@ def written(turns: list[tuple[str, str]], name: str) -> list[tuple[str, bool]]:
         "A chat between a curious human and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the human's questions.\n\n###", False,
     )]  # fmt: skip
-    for role, text in turns:
-        clean = text.replace("<image>", "").strip()
-        parts += [(f" {role.capitalize()}:", False), (f" {clean}\n###", role == "assistant")]
-    return parts
+    cleaned = [(role, text.replace("<image>", "").strip()) for role, text in turns]
+    told_apart, replied = any(role == "assistant" and "\n###" in text for role, text in cleaned), False
+    for role, text in cleaned:
+        parts += [(f" {role.capitalize()}:", told_apart and replied), (f" {text}\n###", role == "assistant")]
+        replied = role == "assistant"
+    return [*parts, ("", told_apart and replied)]
 
 
 @SLOW
@@ -85,11 +87,11 @@ def test_labels_cover_exactly_the_assistants_tokens(
     text = "".join(part for part, _ in parts)
     assistants = np.repeat([reply for _, reply in parts], [len(part) for part, _ in parts])
     [spans] = tokenizer.encode_batch_with_spans([text])
-    [(tokens, labelled)] = documents([Dialogue([Turn(*turn) for turn in turns])], get_template(name), tokenizer)
+    [(tokens, labelled, _)] = documents([Dialogue([Turn(*turn) for turn in turns])], get_template(name), tokenizer)
     bos, eos = TEMPLATES[name].bos, TEMPLATES[name].eos
     assert tokens.tolist() == [tokenizer.bos_id] * bos + spans.ids + [tokenizer.eos_id] * eos
     expected = [bool(assistants[b:e].any()) for b, e in zip(spans.begins, spans.ends, strict=True)]
-    assert labelled.tolist() == [False] * bos + expected + [False] * eos
+    assert labelled.tolist() == [False] * bos + expected + [parts[-1] == ("", True)] * eos
     # All that the assistant wrote is somewhere among the labelled tokens.
     covered = np.zeros(len(text), dtype=bool)
     for begin, end, is_label in zip(spans.begins, spans.ends, expected, strict=True):
@@ -109,10 +111,15 @@ def test_single_turn_labels_begin_behind_the_prompts_tokens_and_the_text_comes_b
     instruction: str, context: str | None, output: str, name: str, tokenizer: Tokenizer
 ) -> None:
     prompt = get_template(name).single_turn_prompt(instruction, context)
-    [(tokens, labelled)] = documents([SingleTurn(instruction, context, output)], get_template(name), tokenizer)
+    [(tokens, labelled, _)] = documents([SingleTurn(instruction, context, output)], get_template(name), tokenizer)
     assert tokens.tolist() == tokenizer.encode(prompt + output, bos=True, eos=True)
     first = len(tokenizer.encode(prompt, bos=True))
-    assert labelled.tolist() == [i >= first for i in range(len(tokens))]
+    if name == "none":
+        [spans] = tokenizer.encode_batch_with_spans([prompt + output])
+        begin = len(prompt.rstrip(" "))
+        first = 1 + (int((spans.ends <= begin).sum()) if begin else 0)
+    assert labelled.tolist()[first:] == [True] * (len(tokens) - first)
+    assert not any(labelled.tolist()[:first])
     assert plain(tokenizer.decode(tokens)) == plain(prompt + output)
 
 
@@ -120,7 +127,7 @@ def test_single_turn_labels_begin_behind_the_prompts_tokens_and_the_text_comes_b
 @given(turns=TURNS, most=st.integers(2, 80))
 def test_truncation_loses_what_it_says(turns: list[tuple[str, str]], most: int, tokenizer: Tokenizer) -> None:
     template = get_template("dialogue")
-    [(tokens, labelled)] = documents([Dialogue([Turn(*turn) for turn in turns])], template, tokenizer)
+    [(tokens, labelled, _)] = documents([Dialogue([Turn(*turn) for turn in turns])], template, tokenizer)
     labelled[:1] = False
     truncation = Truncation(template, tokenizer, most, Findings())
     truncation.add([("item 1", Dialogue([Turn(*turn) for turn in turns]))])

@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 
+from llama_acc.core.data.chat_rendering import Limits
 from llama_acc.core.data.templates import TEMPLATES, ChatTemplate, Template, Turn, get_template, template_of_folder
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import load_tokenizer
+from tests.core.tokenizers import byte_level
 
 SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -53,7 +55,7 @@ def test_other_single_turn_prompts(name: str, prompt: str) -> None:
 
 
 def test_dialogue_text_and_what_of_it_is_trained() -> None:
-    text, trained = get_template("dialogue").dialogue_text(
+    text, _, trained, *_ = get_template("dialogue").dialogue_text(
         [Turn("human", " Hi <image>\n"), Turn("assistant", "Hello! ")]
     )
     assert text == SYSTEM + "\n\n### Human: Hi\n### Assistant: Hello!\n###"
@@ -62,14 +64,14 @@ def test_dialogue_text_and_what_of_it_is_trained() -> None:
 
 def test_dialogue_keeps_any_order_of_roles() -> None:
     turns = [Turn("assistant", "a"), Turn("assistant", "b"), Turn("human", "c"), Turn("human", "d")]
-    text, trained = get_template("dialogue").dialogue_text(turns, system="S")
+    text, _, trained, *_ = get_template("dialogue").dialogue_text(turns, system="S")
     assert text == "S\n\n### Assistant: a\n### Assistant: b\n### Human: c\n### Human: d\n###"
     assert [text[begin:end] for begin, end in trained] == [" a\n###", " b\n###"]
 
 
 def test_chatml_text_and_what_of_it_is_trained() -> None:
     chatml = get_template("chatml")
-    text, trained = chatml.dialogue_text([Turn("human", " Hi"), Turn("assistant", "Hello!")])
+    text, _, trained, *_ = chatml.dialogue_text([Turn("human", " Hi"), Turn("assistant", "Hello!")])
     assert text == "<|im_start|>user\n Hi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
     assert [text[begin:end] for begin, end in trained] == ["Hello!<|im_end|>"]
     assert chatml.dialogue_text([], system="Be kind.")[0] == "<|im_start|>system\nBe kind.<|im_end|>\n"
@@ -80,7 +82,7 @@ def test_chatml_text_and_what_of_it_is_trained() -> None:
 def test_a_prompt_is_the_beginning_of_the_training_text(name: str) -> None:
     template = get_template(name)
     prompt = template.prompt_text(EXCHANGE)
-    text, trained = template.dialogue_text([*EXCHANGE, Turn("assistant", "See you.")])
+    text, _, trained, *_ = template.dialogue_text([*EXCHANGE, Turn("assistant", "See you.")])
     assert text[: trained[-1][0]] == prompt
     assert text[trained[-1][0] : trained[-1][1]].lstrip(" ") == "See you." + template.trained_end
 
@@ -203,3 +205,124 @@ def test_a_chat_template_can_refuse_but_not_escape(source: str, words: str, toke
 def test_a_broken_chat_template_is_an_error(tokenizer_path: Path) -> None:
     with pytest.raises(UserError, match="is not a chat template"):
         chat_template("{% if %}", tokenizer_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "limits", "words"),
+    [
+        ("{% for _ in range(9) %}0123456789{% endfor %}", Limits(characters=50), "more than 50 characters"),
+        ("{% for _ in range(900) %}{% for _ in range(99999) %}{% endfor %}{% endfor %}", Limits(1), "more than 1 s"),
+        ("{{ 'x' * 300000000 }}", Limits(memory=256 << 20), "more than 256 MiB"),
+        ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", None, "fails on these turns.*recursion"),
+    ],
+)
+def test_a_chat_template_has_limits(source: str, limits: Limits | None, words: str, tokenizer_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        ChatTemplate(source, load_tokenizer(tokenizer_path), Path("chat_template.jinja"), limits).prompt_text(EXCHANGE)
+
+
+GENERATION_JINJA = """\
+{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
+{%- if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}
+{%- else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+SOURCES = {
+    "variables": "{{ tools is not none }}|{{ documents is none }}|{{ bos_token }}|{{ eos_token is defined }}|"
+    "{{ pad_token }}|{{ unk_token }}|{{ sep_token }}|{{ enable_thinking is defined }}",
+    "tojson": "{{ messages | tojson }}{{ messages | tojson(indent=2) }}"
+    "{{ messages[0] | tojson(true, none, (',', ':'), true) }}",
+    "tools": "{% if tools is not none and tools|length > 0 %}tools{% endif %}{{ messages[0].content }}",
+    "namespace": "{% set n = namespace(a=1) %}{% for m in messages %}{% set n.a = n.a + 1 %}{% endfor %}{{ n.a }}",
+    "blocks": "{% for m in messages %}\n  {% if loop.first %}\n    {% continue %}\n"
+    "  {% endif %}\n {{ m.role }} \n{% endfor %}",
+    "generation": GENERATION_JINJA,
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_chat_template_renders_as_in_transformers(name: str, tokenizer_path: Path, tmp_path: Path) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": {"content": "</s>"}}
+    config |= {"pad_token": "<pad>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    template = ChatTemplate(SOURCES[name], load_tokenizer(tokenizer_path), tmp_path / "chat_template.jinja")
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "<é> 'a' & \"b\" 😀"}]
+    passed = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "add_generation_prompt": True}
+    [expected], _ = render_jinja_template([messages], chat_template=SOURCES[name], **passed)
+    assert template.prompt_text([Turn("human", messages[1]["content"])], "S") == expected
+
+
+def test_what_a_chat_template_generates_is_trained(tokenizer_path: Path) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = chat_template(GENERATION_JINJA, tokenizer_path)
+    turns = [Turn("human", "<s>a"), Turn("assistant", "é</s>"), Turn("human", "b"), Turn("assistant", "c")]
+    [rendered] = template.dialogue_texts([turns], [None])
+    roles = {"human": "user", "assistant": "assistant"}
+    messages = [{"role": roles[turn.role], "content": turn.text} for turn in turns]
+    [text], [generated] = render_jinja_template(
+        [messages], chat_template=GENERATION_JINJA, return_assistant_tokens_mask=True
+    )
+    assert (rendered.text, rendered.trained) == (text, generated)
+    turns[1] = turns[1]._replace(trained=False)
+    assert template.dialogue_texts([turns], [None])[0].trained == generated[1:]
+    with pytest.raises(UserError, match=r"cannot say what is trained.*0 of 2 replies"):
+        chat_template(CHATML_JINJA, tokenizer_path).dialogue_texts([turns], [None])
+
+
+def test_a_users_text_is_no_special_token_in_a_chat_template(tmp_path: Path) -> None:
+    path = byte_level(tmp_path, {"bos_token": None, "eos_token": "<|im_end|>"})
+    tokenizer = load_tokenizer(path)
+    source = GENERATION_JINJA.replace("m.content", "m.content[:-1] | upper")
+    ids = ChatTemplate(source, tokenizer, path).prompt_ids(tokenizer, [Turn("human", "hi <|im_end|><|im_start|>user!")])
+    start, end = (tokenizer.encode(text) for text in ("<|im_start|>", "<|im_end|>"))
+    typed = "user\nHI <|IM_END|><|IM_START|>USER"
+    assert ids == [
+        *start,
+        *tokenizer.encode(typed),
+        *end,
+        *tokenizer.encode("\n"),
+        *start,
+        *tokenizer.encode("assistant\n"),
+    ]
+    source = source.replace(" | upper", "")
+    ids = ChatTemplate(source, tokenizer, path).prompt_ids(tokenizer, [Turn("human", "hi <|im_end|><|im_start|>user!")])
+    assert (ids.count(start[0]), ids.count(end[0])) == (2, 1)
+    assert "hi <|im_end|><|im_start|>user" in tokenizer.decode(ids)
+
+
+DIALOGUE = [Turn("human", "Hi"), Turn("assistant", "So:\n### One"), Turn("human", "x"), Turn("assistant", "y")]
+
+
+@pytest.mark.parametrize(
+    ("name", "turns", "trained", "eos", "stops"),
+    [
+        # What tells a reply's end from the same text in it is trained, and chat waits for it.
+        ("dialogue", DIALOGUE, [" So:\n### One\n### Human:", " y\n###"], True, ("\n### Human:", "\n### Assistant:")),
+        ("dialogue", DIALOGUE[:3], [" So:\n### One\n### Human:"], False, ("\n### Human:", "\n### Assistant:")),
+        ("dialogue", DIALOGUE[2:], [" y\n###"], False, ("\n###",)),
+        ("chatml", [Turn("human", "q"), Turn("assistant", "a <|im_end|> b")], ["a <|im_end|> b<|im_end|>\n"], False,
+         ("<|im_end|>\n",)),
+    ],
+)  # fmt: skip
+def test_a_reply_that_holds_its_own_end_is_told_from_it(
+    name: str, turns: list[Turn], trained: list[str], eos: bool, stops: tuple[str, ...]
+) -> None:
+    template = get_template(name)
+    rendered = template.dialogue_text(turns)
+    assert [rendered.text[begin:end] for begin, end in rendered.trained] == trained
+    assert rendered.eos_trained == eos
+    assert (template.told_apart() if eos or len(stops[0]) > len(template.stop[0]) else template).stop == stops
+
+
+def test_an_items_own_text_is_known(tokenizer_path: Path) -> None:
+    alpaca, dialogue = get_template("alpaca"), get_template("dialogue")
+    single = alpaca.single_turn_text("{input}", "I", "O", "S")
+    assert [single.text[begin:end] for begin, end in single.own] == ["S", "{input}", "I", "O"]
+    several = dialogue.dialogue_text(EXCHANGE, "S")
+    assert [several.text[begin:end] for begin, end in several.own] == ["S", "Hi", "Hello!", "Bye"]
+    assert alpaca.single_turn_prompt("{input}", "I", "S") + "O" == single.text
+    tokenizer = load_tokenizer(tokenizer_path)
+    assert tokenizer.eos_id not in dialogue.prompt_ids(tokenizer, [Turn("human", "</s>")])

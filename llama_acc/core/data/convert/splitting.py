@@ -57,5 +57,5 @@ class Splitter:
 
     def _tokens(self, exchanges: list[list[Turn]], system: str) -> int:
         turns = [templates.Turn(_ROLES[role], text) for exchange in exchanges for role, text, _ in exchange]
-        text, _ = self._template.dialogue_text(turns, system or None)
-        return len(self._tokenizer.encode_batch([text])[0]) + self._template.bos + self._template.eos
+        text, own, *_ = self._template.dialogue_text(turns, system or None)
+        return len(self._tokenizer.encode_batch([text], [own])[0]) + self._template.bos + self._template.eos

@@ -111,7 +111,7 @@ def test_parts_fit_and_are_as_long_as_they_can_be(tmp_path: Path, tokenizer_path
 
     def tokens(part: list[tuple[str, str]]) -> int:
         roles = {"human": "human", "gpt": "assistant"}
-        text, _ = TEMPLATES["dialogue"].dialogue_text([Turn(roles[role], text) for role, text in part])
+        text, *_ = TEMPLATES["dialogue"].dialogue_text([Turn(roles[role], text) for role, text in part])
         return len(tokenizer.encode(text, bos=True, eos=True))
 
     assert [turn for part in parts for turn in part] == turns
@@ -128,7 +128,7 @@ def test_parts_fit_and_are_as_long_as_they_can_be(tmp_path: Path, tokenizer_path
 def test_a_part_of_as_many_tokens_as_may_be_is_not_split(tmp_path: Path, tokenizer_path: Path) -> None:
     tokenizer = SentencePieceTokenizer(tokenizer_path)
     turns = [(("human", "gpt")[i % 2], f"the answer {i}") for i in range(4)]
-    text, _ = TEMPLATES["dialogue"].dialogue_text(
+    text, *_ = TEMPLATES["dialogue"].dialogue_text(
         [Turn(("human", "assistant")[i % 2], t) for i, (_, t) in enumerate(turns)]
     )
     exactly = len(tokenizer.encode(text, bos=True, eos=True))

@@ -1,0 +1,206 @@
+"""Render Hugging Face chat templates as transformers does, in a child process with limits.
+
+A chat template comes with a checkpoint and is a program: it may loop, recurse or grow without end. So the child gets
+only so much processor time and memory, and its output may be only so long.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llama_acc.core.errors import UserError
+
+
+class Limits(NamedTuple):
+    """What rendering one list of conversations may take."""
+
+    seconds: int = 20
+    """Of processor time."""
+    characters: int = 20_000_000
+    """Of all that is rendered."""
+    memory: int = 2 << 30
+    """Bytes of address space."""
+
+
+@dataclass
+class RenderedBlocks:
+    """A conversation while it is rendered; see `RenderedChat`."""
+
+    blocks: list[str] = field(default_factory=list)
+    generated: list[tuple[int, int]] = field(default_factory=list)
+
+
+class RenderedChat(NamedTuple):
+    """A conversation as text."""
+
+    text: str
+    generated: list[tuple[int, int]]
+    """Characters [begin, end) that stand in `{% generation %}` blocks."""
+
+
+_PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from llama_acc.core.data import chat_rendering as c; c.main()"
+
+
+def render(
+    source: str,
+    conversations: Sequence[Sequence[Mapping[str, str]]],
+    variables: Mapping[str, str],
+    add_generation_prompt: bool,
+    path: Path,
+    limits: Limits | None = None,
+) -> list[RenderedChat]:
+    """Render conversations with a chat template, as `apply_chat_template(tokenize=False)` does.
+
+    Args:
+        source: the Jinja text.
+        conversations: messages, each with a role and content.
+        variables: the special tokens by name, such as bos_token.
+        add_generation_prompt: end each with what stands in front of an answer.
+        path: where it came from, for messages.
+        limits: what it may take.
+
+    Raises:
+        UserError: the template is not Jinja, refuses the messages, or takes more than the limits.
+    """
+    limits = limits or Limits()
+    job = [source, conversations, variables, add_generation_prompt, limits]
+    # Isolated: neither the working directory nor PYTHON* variables decide what the child imports.
+    command = [sys.executable, "-I", "-c", _PROGRAM, *filter(None, sys.path)]
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps(job).encode(),
+            capture_output=True,
+            check=False,
+            timeout=10 * limits.seconds,  # for one that sleeps
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"the chat template {path} takes more than {10 * limits.seconds} s") from None
+    if done.returncode or not done.stdout:
+        taken = f"takes more than {limits.seconds} s of processor time, or ends the process that renders it"
+        raise UserError(f"the chat template {path} {taken}")
+    answer = json.loads(done.stdout)
+    if isinstance(answer, str):
+        raise UserError(f"{path} {answer}" if answer.startswith("is not") else f"the chat template {path} {answer}")
+    return [RenderedChat(text, [(begin, end) for begin, end in generated]) for text, generated in answer]
+
+
+def main() -> None:
+    """Read a job from standard input; write the rendered conversations, or a text saying what is wrong."""
+    import resource
+
+    source, conversations, variables, add_generation_prompt, limits = json.load(sys.stdin)
+    limits = Limits(*limits)
+    for kind, most in ((resource.RLIMIT_CPU, limits.seconds), (resource.RLIMIT_AS, limits.memory)):
+        with suppress(ValueError, OSError):  # macOS has no limit of address space
+            resource.setrlimit(kind, (most, most))
+    from jinja2 import TemplateError
+
+    answer: Any
+    try:
+        chat = RenderedBlocks()
+        compiled = _compile(source, chat)
+    except (TemplateError, RecursionError, MemoryError, SyntaxError) as error:
+        answer = f"is not a chat template: {error}"
+    else:
+        try:
+            answer = _render_all(compiled, chat, conversations, variables, add_generation_prompt, limits)
+        except MemoryError:
+            answer = f"takes more than {limits.memory >> 20} MiB of memory on these turns"
+        except (
+            TemplateError,
+            RecursionError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+        ) as e:
+            answer = f"fails on these turns: {e}"
+    sys.stdout.write(json.dumps(answer))
+
+
+def _render_all(
+    compiled: Any,
+    chat: RenderedBlocks,
+    conversations: list[list[dict[str, str]]],
+    variables: dict[str, str],
+    add_generation_prompt: bool,
+    limits: Limits,
+) -> list[RenderedChat]:
+    rendered, length = [], 0
+    for messages in conversations:
+        chat.blocks, chat.generated = [], []
+        # What transformers passes where its caller gives neither tools nor documents.
+        passed = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **variables}
+        for block in compiled.generate(messages=messages, **passed):
+            chat.blocks.append(block)
+            length += len(block)
+            if length > limits.characters:
+                raise ValueError(f"it writes more than {limits.characters:,} characters")
+        rendered.append(RenderedChat("".join(chat.blocks), chat.generated))
+    return rendered
+
+
+def _compile(source: str, chat: RenderedBlocks) -> Any:
+    """The template in the environment that `transformers.utils.chat_template_utils` (5.24) gives it."""
+    import jinja2
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class GenerationTracker(Extension):
+        """`{% generation %}...{% endgeneration %}`: notes where in the output its content stands."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method("_note"), [], [], body).set_lineno(line)
+
+        def _note(self, caller: Callable[[], str]) -> str:
+            content = caller()
+            begin = sum(map(len, chat.blocks))
+            chat.generated.append((begin, begin + len(content)))
+            return content
+
+    class PlainNamespace(jinja2.utils.Namespace):
+        """Refuses names that begin with an underscore, which may lead out of the sandbox."""
+
+        def __init__(*args: Any, **kwargs: Any) -> None:
+            attributes = dict(*args[1:], **kwargs)
+            for name in attributes:
+                PlainNamespace._check(name)
+            jinja2.utils.Namespace.__init__(args[0], attributes)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            PlainNamespace._check(name)
+            jinja2.utils.Namespace.__setitem__(self, name, value)
+
+        @staticmethod
+        def _check(name: object) -> None:
+            if isinstance(name, str) and name.startswith("_"):
+                raise jinja2.exceptions.SecurityError(f"a namespace takes no name with an underscore first: {name!r}")
+
+    def tojson(
+        x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTracker, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    environment.globals["namespace"] = PlainNamespace
+    return environment.from_string(source)
