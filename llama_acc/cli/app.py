@@ -1,5 +1,6 @@
 """The command line: one file per subcommand, and one place that turns an error into a line and an exit code."""
 
+import errno
 import functools
 import io
 import os
@@ -25,7 +26,7 @@ from llama_acc.cli import (
     recipes,
 )
 from llama_acc.core import worker
-from llama_acc.core.errors import LlamaAccError
+from llama_acc.core.errors import LlamaAccError, UserError
 
 HELP = """Fine-tune LLaMA models: from a checkpoint and a data file to a model you can talk to.
 
@@ -79,6 +80,15 @@ def _everywhere(
         os.environ["LLAMA_ACC_DEBUG"] = "1"
 
 
+# No disk or race makes these: what was typed can be no file's name.
+_IMPOSSIBLE_NAMES = {
+    errno.ENAMETOOLONG: "a name may have 255 bytes: give a shorter one",
+    errno.ENOTDIR: "it leads through a file as if that were a folder: give another path",
+    errno.ELOOP: "links there lead in a circle: give another path",
+    errno.EISDIR: "it is a folder, and should be a file",
+}
+
+
 def _reported(command: Callable[..., Any], joins: bool = False) -> Callable[..., Any]:
     """Runs a command so that what goes wrong ends in one clear message and the promised exit code.
 
@@ -94,6 +104,7 @@ def _reported(command: Callable[..., Any], joins: bool = False) -> Callable[...,
                 worker.stand_alone()
             elif worker.world_size() > 1:
                 worker.check_place()
+            _check_numbers(kwargs)
             return command(*args, **kwargs)
         except LlamaAccError as error:
             _show_traceback()
@@ -111,10 +122,17 @@ def _reported(command: Callable[..., Any], joins: bool = False) -> Callable[...,
             if _was_ctrl_c(error):
                 raise _stopped() from None
             _show_traceback()
-            _tell(error, *_unforeseen(error), 1)
-            raise typer.Exit(1) from None
+            exit_code = 2 if isinstance(error, OSError) and error.errno in _IMPOSSIBLE_NAMES else 1
+            _tell(error, *_unforeseen(error), exit_code)
+            raise typer.Exit(exit_code) from None
 
     return run
+
+
+def _check_numbers(options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if isinstance(value, int) and abs(value) >= 2**31 and name != "seed":
+            raise UserError(f"--{name.replace('_', '-')} {value} is beyond any use", "give a smaller number")
 
 
 def _tell(error: Exception, message: str, hint: str | None, exit_code: int) -> None:
@@ -164,7 +182,8 @@ def _unforeseen(error: Exception) -> tuple[str, str]:
         return "this user has no home folder", "set LLAMA_ACC_HOME to a folder for downloads and the token cache"
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
-        return f"{where}{error.strerror}", "add --debug to see what was being done"
+        hint = _IMPOSSIBLE_NAMES.get(error.errno or 0, "add --debug to see what was being done")
+        return f"{where}{error.strerror}", hint
     return f"{type(error).__name__}: {error}", "this is a fault of the program: add --debug to see where"
 
 

@@ -66,7 +66,9 @@ def benchmark_vram(
         int | None, typer.Option("--batch-size", metavar="N", min=1, help="Examples of a micro-batch.")
     ] = None,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", metavar="N", min=2, help="Tokens of each.")] = None,
-    gpus: Annotated[int | None, typer.Option("--gpus", metavar="N", min=1, help="Processes, one on each GPU.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", metavar="N", min=1, max=2**16, help="Processes, one on each GPU.")
+    ] = None,
     model_parallel_size: Annotated[
         int | None,
         typer.Option("--model-parallel-size", metavar="N", min=1, help="How many share one copy of the model."),

@@ -234,9 +234,10 @@ def parse_address(text: str) -> Address:
     try:
         parts = urlsplit(text)
         host, _ = parts.hostname, parts.port
-    except ValueError as error:
+        (host or "").encode("idna")
+    except ValueError as error:  # of brackets, the port, or a label over 63 characters
         raise UserError(f"{shown!r} is not an address: {error}") from None
-    if not host:
+    if not host or re.search(r"\s", host):
         raise UserError(f"{shown!r} names no host")
     if host in ("huggingface.co", "hf.co") and (page := _HUB_PAGE.fullmatch(unquote(parts.path))):
         kind: Kind = "dataset" if page["kind"] else "model"
@@ -270,4 +271,7 @@ def _checked(address: HubAddress) -> HubAddress:
         raise UserError(f"{address} leads out of its repository")
     if any(len(part.encode()) > _LONGEST_NAME for part in (*address.repo.split("/"), *address.path.split("/"))):
         raise UserError(f"a name in {str(address)[:60]}... is longer than {_LONGEST_NAME} bytes")
+    # As huggingface_hub's validate_repo_id has it, which is slow to import.
+    if len(address.repo) > 96 or "--" in address.repo or ".." in address.repo or address.repo.endswith(("-", ".")):
+        raise UserError(f"{address.repo!r} cannot be a repository's name on Hugging Face")
     return address

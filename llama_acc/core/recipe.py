@@ -21,6 +21,8 @@ from llama_acc.core.recipe_yaml import apply_overrides, read_recipe, to_yaml
 from llama_acc.core.schema_problems import problems_of
 
 RECIPES_FOLDER = Path(str(files("llama_acc"))) / "recipes"
+# Beyond these a number is a slip of the hand, and would fail only where something is computed with it.
+_LENGTH, _STEPS = 2**24, 10**9
 
 
 class Section(BaseModel):
@@ -43,7 +45,7 @@ class Model(Section):
     pretrained: str | list[str] | None
     size: str | None = None
     params: dict[str, Any] | str | list[str] | None = None
-    max_seq_len: int | None = Field(default=None, ge=2)
+    max_seq_len: int | None = Field(default=None, ge=2, le=_LENGTH)
     tokenizer: str | None = None
 
     def pretrained_list(self) -> list[str]:
@@ -69,9 +71,9 @@ class Tuning(Section):
     """
 
     method: str = "full"
-    lora_rank: int | None = Field(default=None, ge=1)
-    prefix_layers: int | None = Field(default=None, ge=1)
-    prefix_len: int | None = Field(default=None, ge=1)
+    lora_rank: int | None = Field(default=None, ge=1, le=2**16)
+    prefix_layers: int | None = Field(default=None, ge=1, le=2**16)
+    prefix_len: int | None = Field(default=None, ge=1, le=2**16)
     prefix_new_gate: bool = False
     quantize: Literal["none", "nf4"] = "none"
     quantize_skip: list[str] = []
@@ -171,7 +173,7 @@ class Validation(Section):
 
     fraction: float = Field(default=0.0, ge=0, lt=1)
     path: str | None = None
-    every_steps: int = Field(default=0, ge=0)
+    every_steps: int = Field(default=0, ge=0, le=_STEPS)
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "Validation":
@@ -191,8 +193,8 @@ class Images(Section):
     """
 
     transform: Literal["random_resized_crop", "centre_crop", "pad_to_square"] = "random_resized_crop"
-    max_pixels: int = Field(default=100_000_000, ge=1)
-    workers: int | None = Field(default=None, ge=1)
+    max_pixels: int = Field(default=100_000_000, ge=1, le=2**32)
+    workers: int | None = Field(default=None, ge=1, le=1024)
 
 
 class Data(Section):
@@ -203,7 +205,7 @@ class Data(Section):
     """
 
     sources: list[Source] = Field(min_length=1)
-    max_tokens: int = Field(default=2048, ge=2)
+    max_tokens: int = Field(default=2048, ge=2, le=_LENGTH)
     on_error: Literal["stop", "skip"] = "stop"
     validation: Validation = Validation()
     images: Images = Images()
@@ -216,7 +218,7 @@ class Optimizer(Section):
     min_lr: float = Field(default=0.0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(default=1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0, le=1)
     clip_grad_norm: float = Field(default=2.0, gt=0)
 
     @field_validator("betas")
@@ -251,17 +253,17 @@ class Train(Section):
         deterministic: use only deterministic kernels (CUDA; a CPU run always is).
     """
 
-    epochs: float = Field(default=3, gt=0)
+    epochs: float = Field(default=3, gt=0, le=1_000_000)
     warmup_epochs: float = Field(default=0.0, ge=0)
-    global_batch_size: int = Field(default=256, ge=1)
-    batch_size: int = Field(default=4, ge=1)
-    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    global_batch_size: int = Field(default=256, ge=1, le=2**31)
+    batch_size: int = Field(default=4, ge=1, le=2**31)
+    micro_batch_tokens: int | None = Field(default=None, ge=1, le=2**31)
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: bool = True
     compile: bool = False
     shuffle: bool = True
     seed: int = Field(default=0, ge=0, lt=2**32)
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1, le=_STEPS)
     deterministic: bool = False
 
     @model_validator(mode="after")
@@ -282,7 +284,7 @@ class Parallel(Section):
             micro-batch: less communication, more memory.
     """
 
-    model_parallel_size: int = Field(default=1, ge=1)
+    model_parallel_size: int = Field(default=1, ge=1, le=1024)
     data_parallel: Literal["ddp", "sdp", "fsdp"] = "sdp"
     accumulate_unsharded: bool = False
 
@@ -299,9 +301,9 @@ class Checkpoint(Section):
         trainable_only: save only what trains; it is loaded on top of its base.
     """
 
-    every_epochs: int = Field(default=1, ge=0)
-    every_steps: int = Field(default=0, ge=0)
-    keep: int = Field(default=3, ge=0)
+    every_epochs: int = Field(default=1, ge=0, le=_STEPS)
+    every_steps: int = Field(default=0, ge=0, le=_STEPS)
+    keep: int = Field(default=3, ge=0, le=_STEPS)
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     asynchronous: bool = True
     trainable_only: bool = False
@@ -388,7 +390,7 @@ def find_recipe(source: str | Path) -> Path:
     if shipped.is_file() and re.fullmatch(r"[\w.-]+", str(source)):
         return shipped
     path = Path(source)
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return path
     if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
         raise UserError(f"recipe file {source} does not exist", "`llama-acc recipes` lists the shipped ones")

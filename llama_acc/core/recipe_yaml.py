@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from llama_acc.core.errors import UserError, listed
+from llama_acc.core.input_files import parse_yaml, read_yaml
 
 
 class _Loader(yaml.SafeLoader):
@@ -36,10 +37,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         UserError: unreadable, not YAML, or not a mapping.
     """
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read recipe {path}: {error}") from None
+    values = read_yaml(path, _Loader)
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} must be a mapping with keys such as model, data and train")
     return _of_today(values)
@@ -69,9 +67,9 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
             problems.append(f"'{override}': an override is written key=value, such as train.epochs=1")
             continue
         try:
-            _assign(values, key.split("."), yaml.load(text, _Loader))
-        except yaml.YAMLError:
-            problems.append(f"'{override}': the value is not YAML")
+            _assign(values, key.split("."), parse_yaml(text, "the value", _Loader))
+        except UserError as error:
+            problems.append(f"'{override[:60]}': {error.message.splitlines()[0]}")
         except (KeyError, IndexError, ValueError, TypeError):
             problems.append(f"'{override}': there is no key '{key}'")
     if problems:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_acc.core.errors import UserError
+from llama_acc.core.input_files import read_bytes
 from llama_acc.core.sentencepiece_json import fast_tokenizer
 from llama_acc.core.tokenizer_folder import (
     CONFIG_FILE,
@@ -383,6 +384,9 @@ def tokenizer_notes(tokenizer: Tokenizer, rows: int) -> list[str]:
     return notes
 
 
+_MAX_BYTES = 1 << 28
+
+
 def _tokenizer_in(folder: Path) -> Path | None:
     """The main file. Of two, tokenizer.json where it has a token that tokenizer.model has not.
 
@@ -526,12 +530,9 @@ def _files(name: str, data: bytes, said: Said) -> dict[str, bytes]:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"there is no tokenizer {path}", "give one with --tokenizer FILE") from error
-    except OSError as error:
-        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+    if not path.exists():
+        raise UserError(f"there is no tokenizer {path}", "give one with --tokenizer FILE")
+    return read_bytes(path, _MAX_BYTES)
 
 
 def _not_sentencepiece(path: Path, data: bytes) -> UserError:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_acc.core.errors import UserError
+from llama_acc.core.input_files import read_object
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HUGGING_FACE_FILE = "tokenizer.json"
@@ -129,14 +130,4 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or holds no object.
     """
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return values
+    return read_object(path) if path.exists() else {}

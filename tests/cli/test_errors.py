@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import invoke, refused, run, words
+from tests.cli.commands import DRY, invoke, refused, run, words
+
+LONG = "n" * 256  # bytes in a file's name; file systems take 255
 
 # Flags and commands
 
@@ -132,7 +134,7 @@ def test_all_overrides_that_are_none_are_listed() -> None:
     refused(
         invoke("finetune", "--recipe", "lima", "train.epochs", "train.seed={", "data.sources.7.path=x"),
         "'train.epochs': an override is written key=value, such as train.epochs=1",
-        "'train.seed={': the value is not YAML",
+        "'train.seed={': cannot read the value: it is not YAML",
         "'data.sources.7.path=x': there is no key 'data.sources.7.path'",
     )
 
@@ -140,8 +142,8 @@ def test_all_overrides_that_are_none_are_listed() -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"a: [", "cannot read recipe"),
-        (b"%PDF-1.4\n\xff\xfe", "cannot read recipe"),
+        (b"a: [", "cannot read"),
+        (b"%PDF-1.4\n\xff\xfe", "cannot read"),
         (b"[1, 2]", "must be a mapping with keys such as model, data and train"),
         (b"nme: x\n", "unknown key 'nme': did you mean 'name'?"),
     ],
@@ -185,3 +187,47 @@ def test_chat_refuses_a_folder_without_a_model(tmp_path: Path, trained_once: Pat
 def test_chat_says_which_file_of_a_run_is_wrong(trained: Path) -> None:
     (trained / "latest").write_text("epoch7\n")
     refused(invoke("chat", "--ckpt", trained), f"{trained / 'latest'} names 'epoch7', which is not a checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["finetune", "--recipe", LONG], "give a shorter one"),
+        ([*DRY, "--data", LONG], "give a shorter one"),
+        ([*DRY, "--output", LONG], "give a shorter one"),
+        ([*DRY, "--output", "file/run"], "Not a directory"),
+        ([*DRY, "model.params=" + LONG], "File name too long"),
+        (["chat", "--ckpt", LONG, "--prompt", "x"], "give a shorter one"),
+        (["convert-checkpoint", LONG, "new", "--to", "hf"], "give a shorter one"),
+        (["convert-data", "check", LONG], "give a shorter one"),
+        (["convert-data", "check", "file/a.json"], "there is no data 'file/a.json'"),
+        (["benchmark-vram", "--model", LONG], "give a shorter one"),
+        (["convert-data", "alpaca", "file", "--preview", "9" * 20], "--preview 99999999999999999999 is beyond any use"),
+        (["benchmark-vram", "--gpus", "9" * 20], "Invalid value for '--gpus'"),
+        ([*DRY, "train.epochs=1e300"], "train.epochs: should be at most 1e+06, not 1e+300"),
+        ([*DRY, "train.max_steps=" + "9" * 30], "train.max_steps: should be at most 1000000000"),
+        ([*DRY, "train.seed=" + "9" * 5000], "cannot read the value: "),
+        ([*DRY, "train.seed=" + "[" * 3000], "cannot read the value: "),
+        (
+            ["finetune", "--recipe", "deep.yaml"],
+            "cannot read deep.yaml: lists or mappings are nested more than 100 deep",
+        ),
+        (["chat", "--ckpt", "deep", "--prompt", "x"], "nested more than 100 deep"),
+        (["download", "http://[::1/a"], "is not an address: Invalid IPv6 URL"),
+        (["download", "http://a:99999999/a"], "is not an address: Port out of range"),
+        (["download", f"http://{LONG}/a"], "is not an address: "),
+        (["download", "http://a b/c"], "names no host"),
+        (["download", f"hf:a/{LONG[:100]}"], "cannot be a repository's name"),
+    ],
+)
+def test_what_nothing_can_be_called_and_no_run_can_be_is_the_users_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    nested = "[" * 3000 + "]" * 3000
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "deep.yaml").write_text(f"name: {nested}")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "params.json").write_text(nested)
+    (tmp_path / "deep" / "consolidated.00.pth").write_text("")
+    refused(invoke(*words), said)

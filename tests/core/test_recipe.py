@@ -286,7 +286,7 @@ def test_the_yaml_holds_every_key() -> None:
         ("optimizer={}", "missing key 'optimizer.lr'"),
         ("train.epochs", "'train.epochs': an override is written key=value, such as train.epochs=1"),
         ("=1", "'=1': an override is written key=value"),
-        ("train.epochs=[1", "'train.epochs=[1': the value is not YAML"),
+        ("train.epochs=[1", "'train.epochs=[1': cannot read the value: it is not YAML"),
         ("data.sources.3.path=x", "there is no key 'data.sources.3.path'"),
         ("data.sources.first.path=x", "there is no key 'data.sources.first.path'"),
         ("name.first=x", "there is no key 'name.first'"),
@@ -335,8 +335,8 @@ def test_a_shipped_name_wins_over_a_file_of_that_name(tmp_path: Path, monkeypatc
     [
         ("- a\n- b\n", "must be a mapping with keys such as model, data and train"),
         ("", "must be a mapping"),
-        ("model: [", "cannot read recipe"),
-        ("model: !!python/object/apply:os.system [touch proof]", "cannot read recipe"),
+        ("model: [", "it is not YAML"),
+        ("model: !!python/object/apply:os.system [touch proof]", "it is not YAML"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(

@@ -15,6 +15,7 @@ from llama_acc.core.checkpoint.layout import Layout, read_config
 from llama_acc.core.checkpoint.quantised import read_quantization, skipped
 from llama_acc.core.checkpoint.shards import Weights, open_checkpoint, read_weights
 from llama_acc.core.errors import UserError
+from llama_acc.core.input_files import read_object
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.tuning import FULL, MATRICES
 
@@ -74,14 +75,14 @@ def read_base(folder: Path) -> Base | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_object(path)
         quantised = values.get("quantised")
         return Base(
             str(values["fingerprint"]),
             tuple(map(str, values["pretrained"])),
             None if quantised is None else _trained_quantised(quantised),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read {path}: {error!r}") from None
 
 

@@ -1,12 +1,12 @@
 """What lies beside a checkpoint's weights and goes with them. Imports no torch."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llama_acc.core.checkpoint.layout import Layout, without_towers
 from llama_acc.core.errors import UserError
+from llama_acc.core.input_files import read_object
 from llama_acc.core.tokenizer import find_tokenizer, load_tokenizer
 from llama_acc.core.tokenizer_folder import HUGGING_FACE_FILE, SENTENCEPIECE_FILE
 
@@ -46,7 +46,7 @@ def special_ids(layouts: Sequence[Layout]) -> dict[str, Any]:
     keys = ("bos_token_id", "eos_token_id")
     for layout in reversed(without_towers(layouts)):
         if layout.format == "huggingface" and layout.params_path is not None:
-            values = json.loads(layout.params_path.read_text(encoding="utf-8"))
+            values = read_object(layout.params_path)
             return {key: values[key] for key in keys if key in values}
         if (path := find_tokenizer(layout.folder)) is not None:
             try:

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from llama_acc.core.errors import UserError, listed
+from llama_acc.core.input_files import read_object
 
 FORMAT_VERSION = 1
 _ASIDE = ".writing-"
@@ -156,15 +157,15 @@ def check_manifest(folder: Path, contents: bool = False, under: str = "") -> Non
     if not path.is_file():
         return
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_object(path)
         version = int(manifest["format_version"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"cannot read {path}: {error!r}") from None
     if version > FORMAT_VERSION:
         raise UserError(f"{path} has format_version {version}, this program knows up to {FORMAT_VERSION}", "update it")
     try:
         files = {name: (int(file["bytes"]), str(file["sha256"])) for name, file in manifest["files"].items()}
-    except (AttributeError, ValueError, KeyError, TypeError) as error:
+    except (AttributeError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"cannot read {path}: {error!r}") from None
     problems = []
     for name, (size, sha256) in files.items():

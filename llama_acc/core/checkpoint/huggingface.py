@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_acc.core.errors import UserError, listed
+from llama_acc.core.input_files import read_object
 from llama_acc.core.model.config import WIDEST, ModelConfig, config_from_params
 from llama_acc.core.model.tuning import FULL, Tuning
 
@@ -83,12 +84,7 @@ def read_huggingface(path: Path) -> tuple[ModelConfig, Mapping[str, Any], list[s
     Raises:
         UserError: unreadable, or a model that this toolkit does not compute; every reason listed.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the model's shape from {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f'{path} must hold a JSON object such as {{"model_type": "llama", ...}}')
+    values = read_object(path)
     problems = [
         f"{key}: {_shown(values.get(key))} (only {_shown(known[0])})"
         for key, known in _ONLY.items()

@@ -1,6 +1,5 @@
 """What is in this folder? Finds a checkpoint's format, shards and tokenizer from file names alone. Imports no torch."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from llama_acc.core.checkpoint.towers import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 from llama_acc.core.downloads import how_to_get, named_model
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.home import home
+from llama_acc.core.input_files import read_json, read_text
 from llama_acc.core.model.config import ModelConfig, config_from_params, read_params
 from llama_acc.core.model.tuning import FULL, Tuning, tuning_of
 from llama_acc.core.model.vision_config import VISION_FILE, ClipVision, QFormerVision, Vision, read_vision
@@ -90,7 +90,7 @@ def latest_checkpoint(run: Path) -> Path | None:
     pointer = run / "latest"
     if not pointer.is_file():
         return None
-    name = pointer.read_text(encoding="utf-8").strip()
+    name = read_text(pointer).strip()
     if name in ("", "..") or Path(name).name != name or not (run / name).is_dir():
         raise UserError(
             f"{pointer} names '{name}', which is not a checkpoint in {run}",
@@ -356,10 +356,5 @@ def check_order(layouts: Sequence[Layout]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    values = read_json(path) if path.exists() else {}
     return values if isinstance(values, dict) else {}

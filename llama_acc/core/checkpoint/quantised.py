@@ -19,6 +19,7 @@ from torch import Tensor
 from llama_acc.core.checkpoint.computed import Computed
 from llama_acc.core.checkpoint.parts import Part
 from llama_acc.core.errors import UserError
+from llama_acc.core.input_files import read_object
 from llama_acc.core.model import nf4
 from llama_acc.core.model.nf4 import BLOCK, Scales
 
@@ -62,10 +63,10 @@ def read_quantization(folder: Path) -> Quantization | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_object(path)
         found = Quantization(skipped(values), str(values["fingerprint"]), values.get("values"))
         version, kind = int(values["format_version"]), values["type"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"cannot read {path}: {error!r}") from None
     if version > FORMAT_VERSION or kind != "nf4":
         raise UserError(f"{path} was written by a newer version", "update llama-acc")

@@ -1,6 +1,5 @@
 """Reading what a resume needs, from a checkpoint saved by any number of ranks."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from llama_acc.core.checkpoint.layout import inspect
 from llama_acc.core.checkpoint.parts import Part
 from llama_acc.core.checkpoint.shards import Weights, join_shards, open_safetensors, read_weights, share_of
 from llama_acc.core.errors import UserError
+from llama_acc.core.input_files import read_object
 from llama_acc.core.parallel import Parallel, local_part
 
 FORMAT_VERSION = 2
@@ -28,8 +28,7 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{checkpoint} holds no training state to resume from", "start anew with --pretrained")
     check_manifest(checkpoint)
     check_manifest(checkpoint, contents=True, under="state/")
-    progress: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return progress
+    return read_object(path)
 
 
 class SavedState:

@@ -4,13 +4,13 @@ Such a folder is given beside the LLaMA, as one checkpoint more. Of BLIP-2 the v
 read, not its language model; of CLIP the vision transformer, not its text side. CLIP may also be as open_clip saves it.
 """
 
-import json
 import re
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 from llama_acc.core.errors import UserError, listed
+from llama_acc.core.input_files import read_json, read_object
 from llama_acc.core.model.vision_config import ClipVision, QFormerVision, Vision, vision_of
 
 _TRANSFORMER = {
@@ -44,8 +44,8 @@ def tower_of(path: Path) -> Vision | None:
         UserError: a tower that is not computed here; every reason listed.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        values = read_json(path)
+    except UserError:
         return None  # told where a LLaMA's shape is wanted of it
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind not in _KINDS:
@@ -66,7 +66,7 @@ def open_clip_tower(path: Path) -> Vision:
         UserError: unreadable, or a tower that is not computed here; every reason listed.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_object(path)
         model = values["model_cfg"]
         seeing = {"head_width": 64, "mlp_ratio": 4.0, "patch_size": 16, "image_size": 224} | model["vision_cfg"]
         width = int(seeing["width"])
@@ -79,7 +79,7 @@ def open_clip_tower(path: Path) -> Vision:
             "n_heads": width // int(seeing["head_width"]),
             "projection": model["embed_dim"],
         }
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
         raise UserError(f"{path} describes no vision transformer of open_clip: {error!r}") from None
     _only(path, {"quick_gelu": False} | model, {"quick_gelu": True})
     return vision_of(ClipVision.encoder, sizes, path)

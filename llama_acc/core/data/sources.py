@@ -14,7 +14,6 @@ from llama_acc.core.data.readers import (
     data_files,
     is_data,
     raise_together,
-    read_bytes,
 )
 from llama_acc.core.data.rows import SUFFIXES
 from llama_acc.core.data.tar_shards import TAR_SUFFIX
@@ -23,6 +22,7 @@ from llama_acc.core.downloads import how_to_get, named_data
 from llama_acc.core.errors import DataError, UserError, did_you_mean
 from llama_acc.core.home import home
 from llama_acc.core.hub import fetch_data
+from llama_acc.core.input_files import read_yaml
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
 _META_KEYS = ("path", "type", "preprocess", "prompt_type", "ratio", "root")
@@ -223,7 +223,7 @@ def _check(source: SourceLike) -> None:
 
 def _accessory_sources(path: Path, outer: SourceLike) -> list[Source]:
     """LLaMA2-Accessory's `META: [{path, type, ...}]`. Its paths are looked for beside the YAML file too."""
-    content = _yaml(path)
+    content = read_yaml(path)
     if not isinstance(content, dict) or list(content) != ["META"]:
         raise UserError(f"{path} is not a data file of LLaMA2-Accessory: it should have one key, META")
     entries = content["META"]
@@ -266,12 +266,3 @@ def _meta_problems(entry: Any) -> list[str]:
 def _template_name(prompt_type: Any) -> str:
     """There, the bare instruction is called "None"."""
     return "none" if prompt_type in (None, "None") else str(prompt_type)
-
-
-def _yaml(path: Path) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(read_bytes(path).decode("utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {error}") from error

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llama_acc.core.data.chat_rendering import Limits, RenderedChat, render
 from llama_acc.core.errors import UserError, did_you_mean, listed
+from llama_acc.core.input_files import read_json, read_text
 from llama_acc.core.schema_problems import problems_of
 from llama_acc.core.tokenizer import Tokenizer
 from llama_acc.core.tokenizer_folder import CHAT_TEMPLATE_FILE, CONFIG_FILE
@@ -242,7 +243,7 @@ class Template(BaseModel):
         Raises:
             UserError: it cannot be read, or a newer llama-acc wrote it.
         """
-        settings = _read_json(path)
+        settings = read_json(path)
         version = settings.get("format_version") if isinstance(settings, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise UserError(
@@ -537,9 +538,9 @@ def template_of_folder(folder: Path, tokenizer: Tokenizer) -> tuple[Template | C
         return template, f"{template.name}, from {TEMPLATE_FILE}"
     jinja = folder / CHAT_TEMPLATE_FILE
     if jinja.is_file():
-        return ChatTemplate(_read_text(jinja), tokenizer, jinja), f"the chat template, from {CHAT_TEMPLATE_FILE}"
+        return ChatTemplate(read_text(jinja), tokenizer, jinja), f"the chat template, from {CHAT_TEMPLATE_FILE}"
     config = folder / CONFIG_FILE
-    source = _default_chat_template(_read_json(config)) if config.is_file() else None
+    source = _default_chat_template(read_json(config)) if config.is_file() else None
     if source is not None:
         return ChatTemplate(source, tokenizer, config), f"the chat template, from {CONFIG_FILE}"
     return TEMPLATES["none"], f"none, as the folder has no {TEMPLATE_FILE} and no chat template"
@@ -552,17 +553,3 @@ def _default_chat_template(config: Any) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     return template if isinstance(template, str) else None
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(_read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error

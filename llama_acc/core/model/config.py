@@ -1,6 +1,5 @@
 """The shape of a LLaMA: params.json as Meta writes it, and the sizes people know by name. Imports no torch."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_acc.core.errors import UserError, did_you_mean, listed
+from llama_acc.core.input_files import read_object
 from llama_acc.core.model.tuning import FULL, Shapes, Tuning
 from llama_acc.core.model.vision_config import SECOND_STAGE, Vision, VisionTraining
 
@@ -276,13 +276,7 @@ def read_params(paths: Sequence[Path]) -> dict[str, Any]:
     """
     union: dict[str, Any] = {}
     for path in paths:
-        try:
-            params = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read the model's shape from {path}: {error}") from None
-        if not isinstance(params, dict):
-            raise UserError(f'{path} must hold a JSON object such as {{"dim": 4096, ...}}')
-        union |= params
+        union |= read_object(path)
     return union
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from llama_acc.core.errors import UserError, did_you_mean, listed
+from llama_acc.core.input_files import read_object
 from llama_acc.core.model.tuning import Shapes, Tuning
 
 VISION_FILE = "vision.json"
@@ -395,9 +396,9 @@ def read_vision(path: Path) -> Vision:
         UserError: unreadable, unusable, or written by a newer version.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_object(path)
         version, encoder = values.pop("format_version"), values.pop("encoder")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except KeyError as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise UserError(f"{path} was written by a newer version", "update llama-acc")

@@ -1,13 +1,13 @@
 """How long a data set takes on a kind of GPU: the simulation counts the work, an efficiency makes time of it."""
 
 import itertools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llama_acc.core.errors import UserError
+from llama_acc.core.input_files import read_object
 from llama_acc.core.vram.gpus import Kind
 from llama_acc.core.vram.simulation import Setup, simulate_training
 
@@ -79,10 +79,10 @@ def read_texts(path: Path) -> Texts:
         UserError: it is no such file.
     """
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_object(path)
         squares = report["items"] * _mean_square(report["lengths"])
         return Texts(report["items"], report["tokens"], report["label_tokens"], squares)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path} is not the data.json of a run: {error}",
             "`llama-acc finetune --dry-run --output DIR` writes one",

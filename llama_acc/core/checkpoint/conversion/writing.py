@@ -29,6 +29,7 @@ from llama_acc.core.checkpoint.tensor_files import (
     write_at,
 )
 from llama_acc.core.errors import UserError
+from llama_acc.core.input_files import read_object
 from llama_acc.core.model.vision_config import VISION_FILE
 from llama_acc.core.tokenizer_folder import CONFIG_FILE, SENTENCEPIECE_FILE
 
@@ -128,7 +129,7 @@ def _describe_tokenizer(folder: Path) -> None:
         # Without it transformers 5 leaves BOS out and splits the first word otherwise.
         _write_json(path, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True})
     elif path.exists():
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_object(path)
         is_generic = values.get("tokenizer_class") in (None, "PreTrainedTokenizerFast")
         if is_generic and "model_input_names" not in values:
             # The generic class gives token_type_ids besides, which a LLaMA's `generate` refuses in transformers 4.

@@ -1,0 +1,214 @@
+"""Opens what the user names so that nothing can hang, and reads small JSON and YAML files within bounds.
+
+Every reader of settings, shapes, templates and notes beside weights goes through `read_json` or `read_yaml`: a file of
+another kind, or one that was made to harm, ends in a UserError whatever it holds. Imports no torch.
+"""
+
+import io
+import json
+import logging
+import os
+import select
+import stat
+from errno import EISDIR, ENXIO
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from llama_acc.core.errors import UserError
+
+MAX_BYTES = 1 << 26
+"""Of a small JSON file: the largest tokenizer.json takes half of that."""
+MAX_YAML_BYTES = 1 << 20
+MAX_DEPTH = 100
+"""How deep lists and mappings may be nested."""
+MAX_VALUES = 5_000_000
+"""In one file. A few lines of YAML's aliases can stand for any number of values."""
+MAX_INTEGER = 10**40
+"""transformers writes 10**30 for "no limit"."""
+
+PIPE_NOTE_SECONDS, PIPE_LIMIT_SECONDS = 10.0, 60.0
+"""When a pipe that gives nothing is reported, and when it is given up."""
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+_logger = logging.getLogger("llama_acc")
+
+
+def open_input(path: Path, *, pipes: bool = True) -> IO[bytes]:
+    """Opens a regular file, or a pipe, for reading without a buffer. A pipe may keep silent for a limited time only.
+
+    Args:
+        path: the file.
+        pipes: whether a pipe will do; not where a file is read twice or out of order.
+
+    Raises:
+        OSError: it is missing, cannot be read, or is a folder, socket or device; TimeoutError from a silent pipe.
+    """
+    mode = os.stat(path).st_mode  # a device may act on being opened
+    for is_kind, name in _KINDS:
+        if is_kind(mode):
+            raise OSError(EISDIR if name == "a folder" else ENXIO, f"it is {name}, not a file", str(path))
+    if stat.S_ISFIFO(mode) and not pipes:
+        raise OSError(ENXIO, "it is a pipe, and has to be a file: save what comes out of it first", str(path))
+    # Otherwise a pipe without a writer is not even opened.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        return io.BufferedReader(_Pipe(descriptor, path))
+    os.set_blocking(descriptor, True)
+    return open(descriptor, "rb", buffering=0)
+
+
+class _Pipe(io.RawIOBase):
+    """A pipe's reading end that waits for its writer, but not for ever."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        self._descriptor, self._path = descriptor, path
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLIN)
+        if not poll.poll(PIPE_NOTE_SECONDS * 1000):
+            wait = PIPE_LIMIT_SECONDS - PIPE_NOTE_SECONDS
+            _logger.warning("waiting for something to be written to the pipe %s, %g s more", self._path, wait)
+            if not poll.poll(wait * 1000):
+                raise TimeoutError(None, f"nothing was written to this pipe for {PIPE_LIMIT_SECONDS:g} s")
+        return os.readv(self._descriptor, [buffer])
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
+
+
+def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
+    """The content of a small file.
+
+    Raises:
+        UserError: it is missing, unreadable, or longer than `most` bytes.
+    """
+    try:
+        with open_input(path) as file:
+            data = _at_most(file, most + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if len(data) > most:
+        raise UserError(f"cannot read {path}: it is longer than {most >> 20} MiB, so it is a file of another kind")
+    return data
+
+
+def read_text(path: Path, most: int = MAX_BYTES) -> str:
+    """The UTF-8 text of a small file, without a byte order mark.
+
+    Raises:
+        UserError: as `read_bytes`, or it is not UTF-8.
+    """
+    return _decoded(read_bytes(path, most), str(path))
+
+
+def read_json(path: Path) -> Any:
+    """The value in a small JSON file.
+
+    Raises:
+        UserError: as `read_text`, or it is not JSON, nested too deep, or holds a number beyond any use.
+    """
+    return _parse_json(read_text(path), str(path))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The mapping in a small JSON file.
+
+    Raises:
+        UserError: as `read_json`, or it holds something else.
+    """
+    return parse_object(read_bytes(path), str(path))
+
+
+def parse_object(data: bytes, name: str) -> dict[str, Any]:
+    """The mapping in the content of a small JSON file; see `read_object`. `name` is for messages."""
+    value = _parse_json(_decoded(data, name), name)
+    if not isinstance(value, dict):
+        raise UserError(f'cannot read {name}: it must hold a JSON object such as {{"key": value, ...}}')
+    return value
+
+
+def _parse_json(text: str, name: str) -> Any:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"cannot read {name}: it is not JSON: {place}: {error.msg}") from error
+    except RecursionError as error:
+        raise _too_deep(name) from error
+    except ValueError as error:  # more digits than Python takes
+        raise UserError(f"cannot read {name}: {error}") from error
+    return _within_bounds(value, name)
+
+
+def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+    """The value in a small YAML file.
+
+    Raises:
+        UserError: as `read_json`, for YAML.
+    """
+    return parse_yaml(read_text(path, MAX_YAML_BYTES), str(path), loader)
+
+
+def parse_yaml(text: str, name: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+    """The value of a YAML text; see `read_yaml`."""
+    try:
+        value = yaml.load(text, loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"cannot read {name}: it is not YAML: {error}") from error
+    except RecursionError as error:
+        raise _too_deep(name) from error
+    # Of dates and numbers that there are not.
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"cannot read {name}: {error}") from error
+    return _within_bounds(value, name)
+
+
+def _at_most(file: IO[bytes], count: int) -> bytes:
+    pieces = []
+    while count and (piece := file.read(count)):
+        pieces.append(piece)
+        count -= len(piece)
+    return b"".join(pieces)
+
+
+def _decoded(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {name}: it is not UTF-8 at byte {error.start}") from error
+
+
+def _too_deep(name: str) -> UserError:
+    return UserError(f"cannot read {name}: lists or mappings are nested more than {MAX_DEPTH} deep")
+
+
+def _within_bounds(value: Any, name: str) -> Any:
+    """The value, level by level within the limits; what an alias stands for counts each time."""
+    level, depth, count = [value], 0, 1
+    while level:
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, int) and abs(item) > MAX_INTEGER:
+                raise UserError(f"cannot read {name}: it holds a whole number of more than 40 digits")
+            if isinstance(item, (dict, list, tuple, set)):
+                if depth == MAX_DEPTH:
+                    raise _too_deep(name)
+                count += len(item)
+                if count > MAX_VALUES:
+                    raise UserError(f"cannot read {name}: it holds more than {MAX_VALUES:,} values")
+                inner.extend(item.values() if isinstance(item, dict) else item)
+        level, depth = inner, depth + 1
+    return value
