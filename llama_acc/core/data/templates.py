@@ -5,7 +5,6 @@ LLaMA2-Accessory's (`alpaca`, `shortqa`, `qg`, `caption`, `none`, `dialogue`), a
 Hugging Face checkpoints carry instead: a jinja text that can only ask, not say what is trained.
 """
 
-import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
