@@ -430,7 +430,7 @@ def _special_tokens(config: Path, tokenizer: Tokenizer) -> dict[str, str]:
 
     LLaMA's own class of tokenizers has a BOS and an EOS also where tokenizer_config.json does not mention them.
     """
-    settings = _read_json(config) if config.is_file() else {}
+    settings = read_json(config) if config.is_file() else {}
     settings = settings if isinstance(settings, dict) else {}
     tokens: dict[str, Any] = {}
     if "Llama" in str(settings.get("tokenizer_class", "Llama")):
