@@ -122,3 +122,65 @@ def test_a_page_of_any_kind_is_read_as_a_browser_reads_it(page: str, text: str) 
 )
 def test_nothing_that_looks_like_a_page_fails(pieces: list[str]) -> None:
     cleaned(f"<div>{''.join(pieces)}</div>")
+
+
+@pytest.mark.parametrize(
+    ("page", "shown"),
+    [
+        ("<p>one<br><br>two</p>", "<p>one</p><p>two</p>"),
+        ("<p>one<br/>\n<br /><br>two<br><br></p>", "<p>one</p><p>two</p>"),
+        ("<p>one<span><br></span><br>two</p>", "<p>one</p><p>two</p>"),
+        ("<p>one<br>or<br>two</p>", "<p>one<br />or<br />two</p>"),
+        ("<ul><li>one<br><br>two</li></ul>", "<ul><li><p>one</p><p>two</p></li></ul>"),
+        ("<blockquote><p>one<br><br>two</p></blockquote>", "<blockquote><p>one</p><p>two</p></blockquote>"),
+        ("<p>so <b>one<br><br>two</b></p>", "<p>so <strong>one</strong></p><p><strong>two</strong></p>"),
+        ("<pre><code>one<br><br>two</code></pre>", "<pre><code>one two </code></pre>"),
+        ("<p>x<sup>2</sup> and H<sub>2</sub>O</p>", "<p>x<sup>2</sup> and H<sub>2</sub>O</p>"),
+        ("<p>a<svg><title>icon</title></svg></p>", "<p>a</p>"),
+        ('<pre class="lang-py"><code>x</code></pre>', '<pre><code class="language-py">x </code></pre>'),
+        ('<div class="highlight-source-c"><pre>x</pre></div>', '<pre><code class="language-c">x </code></pre>'),
+        ('<pre><code data-lang="go">x</code></pre>', '<pre><code class="language-go">x </code></pre>'),
+    ],
+)
+def test_a_reader_of_the_markdown_sees_what_the_page_showed(page: str, shown: str) -> None:
+    markdown = cleaned(page)
+    rendered = MarkdownIt("commonmark", {"html": True}).render(markdown)
+    assert re.sub(r"\s+", " ", rendered).replace("> <", "><").replace("/> ", "/>").strip() == shown
+    assert not re.search(r"^[ >]*\\$", markdown, re.MULTILINE), markdown
+
+
+_MATHML = "<math{0}><semantics><mrow><mi>x</mi><mo>&lt;</mo><mn>2</mn></mrow>{1}</semantics></math>"
+_NOTE = '<annotation encoding="application/x-tex">x_1 &lt; \\frac{1}{2}</annotation>'
+_TEX = r"x_1 < \frac{1}{2}"
+_KATEX = (
+    f'<span class="katex"><span class="katex-mathml">{_MATHML.format("", _NOTE)}</span><span class="katex-html" '
+    'aria-hidden="true"><span class="base"><span class="mord">x</span><span>&lt;2</span></span></span></span>'
+)
+_MATHJAX = '<span class="MathJax_Preview">x</span><span class="MathJax"><nobr>x&lt;2</nobr></span>'
+_SPOKEN = f"<mjx-assistive-mml>{_MATHML.format('', '')}</mjx-assistive-mml>"
+
+
+@pytest.mark.parametrize(
+    ("formula", "text"),
+    [
+        (_KATEX, f"a ${_TEX}$ b"),
+        (f'<span class="math math-inline">{_KATEX}</span>', f"a ${_TEX}$ b"),
+        (f'<span class="katex-display">{_KATEX}</span>', f"a\n\n$${_TEX}$$\n\nb"),
+        (f'<div class="math math-display"><span class="katex-display">{_KATEX}</span></div>', f"a\n\n$${_TEX}$$\n\nb"),
+        (f'{_MATHJAX}<script type="math/tex">x_1 < \\frac{{1}}{{2}}</script>', f"a ${_TEX}$ b"),
+        (f'{_MATHJAX}<script type="math/tex; mode=display">x_1</script>', "a\n\n$$x_1$$\n\nb"),
+        (
+            f'<mjx-container class="MathJax"><mjx-math data-latex="x_1">x</mjx-math>{_SPOKEN}</mjx-container>',
+            "a $x_1$ b",
+        ),
+        (f'<mjx-container class="MathJax"><mjx-math>x</mjx-math>{_SPOKEN}</mjx-container>', "a x<2 b"),
+        (_MATHML.format(' alttext="{\\displaystyle x_1}"', ""), "a $x_1$ b"),
+        (
+            f'<span class="mwe-math-element">{_MATHML.format("", _NOTE)}<img src="x.svg" alt="x"></span>',
+            f"a ${_TEX}$ b",
+        ),
+        (_MATHML.format("", ""), "a x<2 b"),
+    ],
+)
+def test_a_formula_is_its_tex_once(formula: str, text: str) -> None:
+    assert cleaned(f"<div>a {formula} b</div>") == text

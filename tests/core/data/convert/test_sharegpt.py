@@ -7,7 +7,7 @@ import pytest
 
 from llama_acc.core.data.convert.markdown import cleaned
 from llama_acc.core.data.templates import TEMPLATES, Turn
-from llama_acc.core.tokenizer import SentencePieceTokenizer
+from llama_acc.core.tokenizer import load_tokenizer
 from tests.core.data.convert.conversions import convert_file, convert_rows, talk, turns_of
 
 REPLY = (
@@ -102,7 +102,7 @@ def test_older_collections_call_turns_items(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("max_tokens", [60, 90, 150, 10_000])
 def test_parts_fit_and_are_as_long_as_they_can_be(tmp_path: Path, tokenizer_path: Path, max_tokens: int) -> None:
-    tokenizer = SentencePieceTokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path)
     turns = [(("human", "gpt")[i % 2], f"the {'answer ' * (i * 7 % 11)}{i}") for i in range(20)]
     records, conversion = convert_rows(
         "sharegpt", [talk(*turns, id="x")], tmp_path, tokenizer=tokenizer, max_tokens=max_tokens
@@ -126,7 +126,7 @@ def test_parts_fit_and_are_as_long_as_they_can_be(tmp_path: Path, tokenizer_path
 
 
 def test_a_part_of_as_many_tokens_as_may_be_is_not_split(tmp_path: Path, tokenizer_path: Path) -> None:
-    tokenizer = SentencePieceTokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path)
     turns = [(("human", "gpt")[i % 2], f"the answer {i}") for i in range(4)]
     text, *_ = TEMPLATES["dialogue"].dialogue_text(
         [Turn(("human", "assistant")[i % 2], t) for i, (_, t) in enumerate(turns)]
