@@ -142,7 +142,7 @@ def finetune(
     loaded, folder = _load_recipe(recipe, run, resume, overrides or [], pretrained, data, tokenizer)
     if dry_run:
         _dry_run(loaded, run, folder, device, verify, processes.world_size(wanted))
-    elif processes.launched(wanted, device, lambda count: _check(loaded, folder, resume, count)):
+    elif processes.launched(wanted, device, lambda count: _check(loaded, folder, run if resume else None, count)):
         return
     else:
         _train(loaded, run or _named_after(loaded), folder, resume, device, verify, force)
@@ -175,20 +175,25 @@ def _load_recipe(
     elif any(override.startswith("model.params") for override in overrides):
         loaded.model.pretrained = None
     if data:
-        first = loaded.data.sources[0]
-        loaded.data.sources = [first.model_copy(update={"path": _typed(file), "ratio": 1.0}) for file in data]
+        sources = loaded.data.sources
+        if not (resume and len(data) == len(sources)):  # else it says where the run's own lie now
+            sources = [sources[0].model_copy(update={"ratio": 1.0})] * len(data)
+        loaded.data.sources = [
+            source.model_copy(update={"path": _typed(file)}) for source, file in zip(sources, data, strict=True)
+        ]
     if tokenizer is not None:
         loaded.model.tokenizer = _typed(tokenizer)
     return loaded, None if path.parent == RECIPES_FOLDER else path.parent.absolute()
 
 
-def _check(recipe: "Recipe", folder: Path | None, resume: bool, processes: int) -> None:
+def _check(recipe: "Recipe", folder: Path | None, resumed: Path | None, processes: int) -> None:
     """Finds what would end every process before any is started."""
+    from llama_acc.core.checkpoint.layout import latest_checkpoint
     from llama_acc.core.parallel import check_world
     from llama_acc.core.train.plan_model import find_model
 
     check_world(recipe.parallel.model_parallel_size, processes)
-    find_model(recipe, folder, weights_may_be_absent=resume)
+    find_model(recipe, folder, saved=None if resumed is None else latest_checkpoint(resumed))
 
 
 def _named_after(recipe: "Recipe") -> Path:
@@ -241,7 +246,8 @@ def _train(
         return
     command, end = ("caption", ["IMAGE"]) if finished.captions else ("chat", [])
     what = "let it caption an image with" if finished.captions else "talk to it with"
-    console.note(f"loss {finished.loss:.4f}; the report is {output / 'report.md'}; {what}:")
+    loss = "" if finished.loss is None else f"loss {finished.loss:.4f}; "
+    console.note(f"{loss}the report is {output / 'report.md'}; {what}:")
     # What was trained alone needs what it was trained on.
     folders = [*finished.bases, str(output)]
     words = ["llama-acc", command, *(word for folder in folders for word in ("--ckpt", folder)), *end]
@@ -279,7 +285,7 @@ def _show_dry_run(found: "DryRun") -> None:
             *_per_rank(plan, found.share),
             ("memory", _fullest(found)),
             ("time", f"about {console.duration(estimate.seconds)} for the steps ({estimate.how})"),
-            ("disk", f"{disk / 2**30:.2f} GiB for the checkpoints that stay"),
+            ("disk", f"{size_text(disk)} for the checkpoints that stay"),
         ],
         console.out,
     )

@@ -63,12 +63,12 @@ def test_too_little_disk_is_told_before_the_first_step(tmp_path: Path, monkeypat
         used: int
         free: int
 
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(1 << 30, 0, 1 << 20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(1 << 30, 0, 1 << 19))
     for dry_run in ([], ["--dry-run"]):
         refused(
             invoke(*QUICKSTART, "--output", tmp_path, *dry_run),
             "too little disk for the checkpoints:",
-            f"1.0 MiB are free at {tmp_path}",
+            f"512.0 KiB are free at {tmp_path}",
             "lower checkpoint.keep",
             output=tmp_path,
         )

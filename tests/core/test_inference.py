@@ -333,7 +333,7 @@ def test_what_a_checkpoint_lacks_is_named(folder: Path, tmp_path: Path) -> None:
 def test_verifying_finds_a_changed_byte(tmp_path: Path) -> None:
     from tests.core.train.runs import run
 
-    checkpoint = run(tmp_path / "run", "train.max_steps=1").checkpoint
+    checkpoint = run(tmp_path / "run", "train.max_steps=1", "train.warmup_epochs=0").checkpoint
     load_model(checkpoint, device="cpu", verify=True)
     damaged = checkpoint / "consolidated.00-of-01.model.pth"
     raw = bytearray(damaged.read_bytes())

@@ -1,5 +1,7 @@
 """Folders that appear whole or not at all: written aside, synced, described by a manifest, renamed.
 
+A link that lies where something is to be written is replaced: what it points to is never written, nor removed.
+
 manifest.json: `{"format_version": 1, "files": {name: {"bytes": n, "sha256": hex}}, ...}`.
 """
 
@@ -48,7 +50,7 @@ def _old_of(folder: Path) -> Path:
 def begin_folder(folder: Path) -> Path:
     """Makes `folder`'s temporary folder, empty."""
     aside = aside_of(folder)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     aside.mkdir(parents=True)
     return aside
 
@@ -65,32 +67,48 @@ def finish_folder(folder: Path, digests: Mapping[str, str]) -> None:
     for path in aside.rglob("*"):
         sync(path)
     sync(aside)
-    if folder.exists():
+    if os.path.lexists(folder):
+        remove(old)
         folder.rename(old)
     aside.rename(folder)
     sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
 
 
 def abandon_folder(folder: Path) -> None:
     """Removes the temporary folder; `folder` is again what it was."""
     old = _old_of(folder)
-    if old.exists() and not folder.exists():
+    if os.path.lexists(old) and not os.path.lexists(folder):
         old.rename(folder)
-    shutil.rmtree(aside_of(folder), ignore_errors=True)
+    remove(aside_of(folder))
 
 
 def remove_unfinished(parent: Path) -> None:
     """Removes what a killed writer left."""
     for path in parent.glob(_ASIDE + "*"):
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link (and not what it points to) or a folder, as far as that can be done."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def write_text_whole(path: Path, text: str) -> None:
     """Writes a file so that a reader sees the old text or the new, never a part."""
+    write_whole(path, text.encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader sees the old content or the new, never a part."""
     aside = path.with_name(_ASIDE + path.name)
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
+    remove(aside)
+    with aside.open("xb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)

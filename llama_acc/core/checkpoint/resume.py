@@ -15,6 +15,7 @@ from llama_acc.core.input_files import read_object
 from llama_acc.core.parallel import Parallel, local_part
 
 FORMAT_VERSION = 2
+_PROGRESS = {"format_version": int, "step": int, "data": str}
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
@@ -28,7 +29,10 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{checkpoint} holds no training state to resume from", "start anew with --pretrained")
     check_manifest(checkpoint)
     check_manifest(checkpoint, contents=True, under="state/")
-    return read_object(path)
+    progress = read_object(path)
+    if all(type(progress.get(key)) is kind for key, kind in _PROGRESS.items()):
+        return progress
+    raise UserError(f"{path} is damaged: it should say {', '.join(_PROGRESS)}", "use another checkpoint of the run")
 
 
 class SavedState:

@@ -9,7 +9,6 @@ All ranks write at once, each the rows it has, into files that were laid out bef
 must lie on a disk that all of them see.
 """
 
-import json
 import os
 import shutil
 import threading
@@ -26,6 +25,7 @@ from llama_acc.core.checkpoint.files import (
     aside_of,
     begin_folder,
     finish_folder,
+    remove,
     sha256_of,
     sync,
     write_text_whole,
@@ -40,6 +40,8 @@ from llama_acc.core.checkpoint.tensor_files import (
     seal_pth,
     write_at,
 )
+from llama_acc.core.errors import UserError
+from llama_acc.core.input_files import read_object
 from llama_acc.core.parallel import Parallel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -205,7 +207,7 @@ def _publish(folder: Path, digests: Mapping[str, str], keep: int) -> None:
     run = folder.parent
     write_text_whole(run / "latest", folder.name + "\n")
     # One with more steps can be there: a kill between the two lines above leaves it, and the run went on from before.
-    others = [path for path in checkpoints(run) if path != folder]
+    others = [path for _, path in checkpoints(run) if path != folder]
     for old in others[: max(0, len(others) + 1 - keep)] if keep else []:
         remove_checkpoint(old)
 
@@ -262,20 +264,27 @@ class Saver:
         return self._folder
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """The run's whole checkpoints, oldest first."""
-    found = []
-    for path in run.glob("epoch*/state/progress.json"):
-        progress = json.loads(path.read_text(encoding="utf-8"))
-        found.append((progress["step"], path.parent.parent))
-    return [path for _, path in sorted(found)]
+def checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """The run's whole checkpoints with their steps, oldest first. One that does not say its step is none of them."""
+    found = ((saved_step(path), path) for path in run.glob("epoch*"))
+    return sorted((step, path) for step, path in found if step is not None)
+
+
+def saved_step(checkpoint: Path) -> int | None:
+    """How many steps a checkpoint has done; None if it does not say so, or no more."""
+    try:
+        step = read_object(checkpoint / "state" / "progress.json").get("step")
+    except UserError:
+        return None
+    return step if type(step) is int and step >= 0 else None
 
 
 def remove_checkpoint(folder: Path) -> None:
     """Removes a checkpoint; it first loses its name, so that a kill leaves no half of it under that name."""
     aside = folder.with_name(f".writing-{folder.name}-old")
+    remove(aside)
     os.rename(folder, aside)
-    shutil.rmtree(aside)
+    remove(aside)
 
 
 def free_bytes(folder: Path) -> int:
@@ -286,12 +295,14 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def needed_bytes(saved: int, trained: int, dtype: torch.dtype) -> int:
-    """Size of one checkpoint.
+def needed_bytes(saved: int, trained: int, tensors: int, dtype: torch.dtype) -> int:
+    """Size of one checkpoint without its tokenizer, a little more than it will be.
 
     Args:
         saved: parameters whose weights are saved.
         trained: those that train: for each there are AdamW's two moments, and a master where the weights are rounded.
+        tensors: how many there are, whose names take room as well.
         dtype: type of the saved weights.
     """
-    return saved * dtype.itemsize + trained * (8 + (4 if dtype != torch.float32 else 0)) + (1 << 20)
+    masters = 0 if dtype == torch.float32 else 4
+    return saved * dtype.itemsize + trained * (8 + masters) + tensors * (1 << 10) + (1 << 15)

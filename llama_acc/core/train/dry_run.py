@@ -79,7 +79,7 @@ def dry_run(
     """
     if output is not None:
         refuse_non_empty(output)
-    plan = make_plan(recipe, events, recipe_folder=recipe_folder, dry_run=True, resumes=False)
+    plan = make_plan(recipe, events, recipe_folder=recipe_folder, dry_run=True)
     for layout in plan.layouts:
         check_checkpoint(layout.folder, verify)
     processes = processes or recipe.parallel.model_parallel_size

@@ -4,35 +4,17 @@ import contextlib
 import fcntl
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama_acc.core.checkpoint.files import remove_unfinished, write_text_whole
+from llama_acc.core.checkpoint.files import remove, remove_unfinished, write_text_whole
 from llama_acc.core.checkpoint.layout import latest_checkpoint
-from llama_acc.core.checkpoint.save import checkpoints
-from llama_acc.core.errors import UserError, listed
+from llama_acc.core.checkpoint.save import checkpoints, saved_step
+from llama_acc.core.errors import UserError
 from llama_acc.core.recipe import Recipe
 
 _DRY_RUN_FILES = {"recipe.yaml", "data.json"}
-# A resumed run may be prolonged, logged, saved or spread over processes otherwise; it must not be another run.
-_MAY_CHANGE = {
-    "name",
-    "description",
-    "train.epochs",
-    "train.max_steps",
-    "train.batch_size",
-    "train.micro_batch_tokens",
-    "checkpoint.keep",
-    "checkpoint.every_epochs",
-    "checkpoint.every_steps",
-    "checkpoint.asynchronous",
-    "data.validation.every_steps",
-    "data.images.max_pixels",
-    "data.images.workers",
-    "parallel.model_parallel_size",
-    "parallel.data_parallel",
-    "parallel.accumulate_unsharded",
-}
 
 
 class RunFolder:
@@ -46,13 +28,15 @@ class RunFolder:
         """
         self.path = path
         self.checkpoint: Path | None = None
-        self._made, self._lock = False, -1
+        self._made: list[Path] = []
+        self._lock = -1
 
-    def open(self, *, resume: bool, claim: bool = True) -> None:
+    def open(self, *, resume: bool, claim: bool = True, tell: Callable[[str], None] = lambda text: None) -> None:
         """Makes and locks the folder, and finds what it holds.
 
         Args:
             resume: go on from what it holds.
+            tell: is given a line for each thing in it that is damaged, and that a resume does without.
             claim: False for a process that works under another one's lock, after that has it.
 
         Raises:
@@ -62,7 +46,7 @@ class RunFolder:
         if not claim:
             self.checkpoint = latest_checkpoint(path) if resume else None
             return
-        self._made = not path.exists()
+        self._made = [place for place in (path, *path.parents) if not os.path.lexists(place)]
         try:
             path.mkdir(parents=True, exist_ok=True)
             # The folder itself is locked, so no lock file can be left behind.
@@ -83,20 +67,31 @@ class RunFolder:
             refuse_non_empty(path)
             return
         remove_unfinished(path)
-        self.checkpoint = latest_checkpoint(path) or self._first_checkpoint()
+        self.checkpoint = self._newest(tell)
+        for other in sorted(path.glob("epoch*")):
+            if other != self.checkpoint and saved_step(other) is None:
+                tell(f"{other} does not say which step it is of (state/progress.json): it stays, and is not counted")
 
-    def _first_checkpoint(self) -> Path | None:
-        """A first checkpoint that a killed process wrote whole, but did not come to name in `latest`."""
+    def _newest(self, tell: Callable[[str], None]) -> Path | None:
+        """The checkpoint that `latest` names; where that names none, the newest one that is there."""
         found = checkpoints(self.path)
-        if found:
-            write_text_whole(self.path / "latest", found[-1].name + "\n")
-        return found[-1] if found else None
+        try:
+            named = latest_checkpoint(self.path)
+        except UserError as error:
+            named = None
+            tell(f"{error.message}; taken instead: {found[-1][1] if found else 'none'}")
+        if named is None and found:
+            # A kill can come between a first checkpoint and its name.
+            write_text_whole(self.path / "latest", found[-1][1].name + "\n")
+        elif named is None:
+            remove(self.path / "latest")
+        return named or (found[-1][1] if found else None)
 
     def close(self) -> None:
-        """Gives the folder free for another run; one that was made for nothing goes."""
-        if self._made:
-            with contextlib.suppress(OSError):  # it holds something
-                self.path.rmdir()
+        """Gives the folder free for another run; what was made for nothing goes."""
+        with contextlib.suppress(OSError):  # it holds something
+            for place in self._made:
+                place.rmdir()
         if self._lock >= 0:
             os.close(self._lock)
 
@@ -123,36 +118,3 @@ def refuse_non_empty(path: Path) -> None:
             f"{path} is not empty: it holds {', '.join(sorted(there)[:5])}{' ...' if len(there) > 5 else ''}",
             "choose another --output, or continue the run in it with --resume",
         )
-
-
-def check_same_run(recipe: Recipe, checkpoint: Path) -> None:
-    """Compares a recipe with the one of the checkpoint it is to continue.
-
-    Raises:
-        UserError: keys that make it another run, all of them listed.
-    """
-    before = _flat(Recipe.load(checkpoint / "recipe.yaml").model_dump(mode="json"))
-    now = _flat(recipe.model_dump(mode="json"))
-    changed = [
-        f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
-        for key in dict.fromkeys([*before, *now])
-        if before.get(key) != now.get(key) and key not in _MAY_CHANGE
-    ]
-    if changed:
-        raise UserError(
-            f"the recipe is not the one {checkpoint} was trained with:\n{listed(changed)}",
-            "leave out --recipe and what you changed: --resume then takes the run's own recipe.yaml. "
-            "Or start a new run in another --output",
-        )
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(values, dict) and values:
-        pairs: list[tuple[str, Any]] = [(str(key), value) for key, value in values.items()]
-    elif isinstance(values, list) and values and isinstance(values[0], dict):
-        pairs = [(str(i), value) for i, value in enumerate(values)]
-    else:
-        return {prefix: values}
-    return {
-        name: leaf for key, value in pairs for name, leaf in _flat(value, f"{prefix}.{key}" if prefix else key).items()
-    }

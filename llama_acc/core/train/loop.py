@@ -47,6 +47,8 @@ class Loop:
 
     def _run(self) -> None:
         trainer, plan = self.trainer, self.trainer.plan
+        if trainer.step == 0 and plan.validation is not None:
+            self._validate()  # what training is to better
         self._since = time.perf_counter()
         while trainer.step < plan.total_steps:
             current = trainer.advance(self._saver.wait_for_copy, self._own_facts())

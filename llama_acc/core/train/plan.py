@@ -1,7 +1,8 @@
 """What a run will do: its model, its data, its steps, and when it saves. `planning.make_plan` finds it out."""
 
 import math
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,9 @@ from llama_acc.core.recipe import Recipe
 from llama_acc.core.tokenizer import Tokenizer, tokenizer_notes
 from llama_acc.core.train.plan_model import model_on_meta
 from llama_acc.core.units import count_text, size_text
+
+MOST_IDLE = 0.05
+"""The part of a run's steps that may have rate 0 without a word."""
 
 
 @dataclass(frozen=True)
@@ -102,16 +106,29 @@ class Plan:
         """Size of one checkpoint on disk."""
         trained = self.trained_count()
         saved = trained if self.recipe.checkpoint.trainable_only else self.parameter_count()
-        return needed_bytes(saved, trained, self.save_dtype)
+        copied = sum(file.stat().st_size for file in self.tokenizer.files())
+        return needed_bytes(saved, trained, len(self.config.parameter_shapes()), self.save_dtype) + copied
 
-    def checkpoints_at_once(self) -> int:
-        """How many checkpoints are on disk at most: a new one is whole before an old one goes."""
-        saves, keep = self.save_count(), self.recipe.checkpoint.keep
-        return min(saves, keep + 1) if keep else saves
+    def disk_bytes(self, there: Sequence[int] = (), done: int = 0) -> int:
+        """What the run's checkpoints take of the disk at most, beside those that are there.
 
-    def disk_bytes(self) -> int:
-        """What the run's checkpoints take of the disk."""
-        return self.checkpoints_at_once() * self.checkpoint_bytes()
+        Args:
+            there: the sizes of the checkpoints that are there, oldest first.
+            done: steps that are done.
+        """
+        keep, new = self.recipe.checkpoint.keep, self.checkpoint_bytes()
+        saves = self.save_count(done)
+        if not keep:
+            return saves * new
+        on_disk, taken, most = deque(there), 0, 0
+        # Once none of the old ones is left, nothing changes any more.
+        for _ in range(min(saves, keep + 1)):
+            on_disk.append(new)  # whole before an old one goes
+            taken += new
+            most = max(most, taken)
+            while len(on_disk) > keep:
+                taken -= on_disk.popleft()
+        return most
 
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint is due once `step` optimizer steps are done."""
@@ -135,14 +152,27 @@ class Plan:
         epoch, within = divmod(step, self.steps_per_epoch)
         return f"epoch{epoch}-iter{within}" if within else f"epoch{epoch - 1}"
 
-    def save_count(self) -> int:
-        """How many checkpoints the whole run writes."""
-        checkpoint, before_the_end = self.recipe.checkpoint, self.total_steps - 1
-        epochs, rest = divmod(before_the_end, self.steps_per_epoch)
+    def save_count(self, done: int = 0) -> int:
+        """How many checkpoints the run writes once `done` steps are done."""
+        if done >= self.total_steps:
+            return 0
+        return self._saves_up_to(self.total_steps - 1) - self._saves_up_to(done) + 1
+
+    def _saves_up_to(self, step: int) -> int:
+        """How many checkpoints are written up to a step that is not the last one."""
+        checkpoint = self.recipe.checkpoint
+        epochs, rest = divmod(step, self.steps_per_epoch)
         count = epochs // checkpoint.every_epochs if checkpoint.every_epochs else 0
         if checkpoint.every_steps:
             count += epochs * ((self.steps_per_epoch - 1) // checkpoint.every_steps) + rest // checkpoint.every_steps
-        return count + 1
+        return count
+
+    def idle_steps(self) -> int:
+        """How many steps have rate 0, and change nothing. A warm-up begins with one; see `learning_rate`."""
+        recipe = self.recipe
+        return (
+            1 if recipe.optimizer.lr and recipe.train.warmup_epochs else 0 if recipe.optimizer.lr else self.total_steps
+        )
 
     def lines(self) -> list[tuple[str, str]]:
         """What will be done, as pairs of a subject and a text."""
@@ -159,7 +189,7 @@ class Plan:
             epoch = count_text(self.steps_per_epoch, "step")
             never = f"; checkpoint.every_steps={every} saves none, as an epoch has {epoch}"
         lines = [
-            ("recipe", f"{recipe.name}: {recipe.description}" if recipe.description else recipe.name),
+            ("recipe", recipe.name),
             (
                 "model",
                 f"{count_text(config.n_layers, 'layer')}, width {config.dim}, "
@@ -175,13 +205,15 @@ class Plan:
                 f"{count_text(len(data), 'item')}, {count_text(data.tokens, 'token')}, "
                 f"{data.label_tokens:,} of them trained"
                 f"{_counted(self.report['truncated'], 'cut')}{_counted(self.report['dropped'], 'dropped')}"
-                f"{_counted(self.report['skipped'], 'skipped')}",
+                f"{_counted(self.report['skipped'], 'skipped')}; from {self._data_files()}",
             ),
             *self._unused_line(),
             *self._warnings_line(),
         ]
         if self.validation is not None:
             lines.append(("validation", count_text(len(self.validation), "item")))
+        optimizer, train = recipe.optimizer, recipe.train
+        warm_up = f"after a warm-up of {count_text(train.warmup_epochs, 'epoch')}, " if train.warmup_epochs else ""
         lines += [
             (
                 "steps",
@@ -189,9 +221,34 @@ class Plan:
                 f"{self.steps_per_epoch:,} in an epoch, {count_text(recipe.train.epochs, 'epoch')}, "
                 f"{recipe.train.precision}",
             ),
+            *self._idle_line(),
+            (
+                "learning rate",
+                f"{optimizer.lr:g}, {warm_up}then along a cosine to {optimizer.min_lr:g}; "
+                f"weight decay {optimizer.weight_decay:g}, gradients clipped at norm {optimizer.clip_grad_norm:g}",
+            ),
             ("checkpoints", f"{saves} of {size_text(self.checkpoint_bytes())}, the newest {kept} kept{never}"),
         ]
         return lines
+
+    def _idle_line(self) -> list[tuple[str, str]]:
+        """Steps of rate 0, where they are a part of the run that counts."""
+        idle = self.idle_steps()
+        if idle <= MOST_IDLE * self.total_steps:
+            return []
+        return [
+            (
+                "warning",
+                f"{idle} of the {count_text(self.total_steps, 'step')} ({idle / self.total_steps:.0%}) has rate 0 and "
+                "changes nothing, as a warm-up begins at 0: set train.warmup_epochs=0, or take more steps with a "
+                "smaller train.global_batch_size",
+            )
+        ]
+
+    def _data_files(self) -> str:
+        """Where the data comes from."""
+        paths = [str(file.path) for file in self.train.files]
+        return ", ".join(paths[:3]) + (f" and {len(paths) - 3:,} more files" if len(paths) > 3 else "")
 
     def _warnings_line(self) -> list[tuple[str, str]]:
         found = [f"{FINDINGS[kind].title}: {count:,}" for kind, count in self.report["warnings"].items()]

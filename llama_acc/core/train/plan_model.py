@@ -22,6 +22,9 @@ from llama_acc.core.parallel import Parallel
 from llama_acc.core.recipe import RECIPES_FOLDER, Recipe
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
+MOVED = "say where it is now: --resume --pretrained DIR"
+"""What to do about a base that a run cannot go on without."""
+
 
 def model_on_meta(recipe: Recipe, config: ModelConfig, parallel: Parallel) -> Transformer:
     """A rank's part of the model, without storage: what trains is float32, and what does not may be quantised."""
@@ -39,15 +42,21 @@ def has_frozen(recipe: Recipe) -> bool:
 
 
 def find_model(
-    recipe: Recipe, recipe_folder: Path | None, *, weights_may_be_absent: bool
+    recipe: Recipe, recipe_folder: Path | None, *, weights_may_be_absent: bool = False, saved: Path | None = None
 ) -> tuple[list[Layout], ModelConfig, Tokenizer]:
     """The checkpoints a run starts from, the model's shape, and its tokenizer.
+
+    Args:
+        recipe: what the user wants.
+        recipe_folder: where relative paths are looked for first.
+        weights_may_be_absent: the shape is enough.
+        saved: the run's own checkpoint, to go on from. It has a shape and a tokenizer, and weights of all that trains.
 
     Raises:
         UserError: one of them is missing or damaged, or they do not go together.
     """
-    layouts, config = find_shape(recipe, recipe_folder, weights_may_be_absent=weights_may_be_absent)
-    tokenizer = load_tokenizer(_tokenizer_path(recipe, layouts, recipe_folder))
+    layouts, config = find_shape(recipe, recipe_folder, weights_may_be_absent=weights_may_be_absent, saved=saved)
+    tokenizer = load_tokenizer(_tokenizer_path(recipe, layouts, recipe_folder, saved))
     if config.vocab_size < 0 and layouts:
         config = with_rows(config, read_weights(layouts))
     config = config.with_vocabulary(tokenizer.vocab_size)
@@ -57,15 +66,14 @@ def find_model(
 
 
 def find_shape(
-    recipe: Recipe, recipe_folder: Path | None, *, weights_may_be_absent: bool
+    recipe: Recipe, recipe_folder: Path | None, *, weights_may_be_absent: bool, saved: Path | None = None
 ) -> tuple[list[Layout], ModelConfig]:
     """The checkpoints a run starts from, and the model's shape with what is tuned. The vocabulary may be open (-1).
 
-    Raises:
-        UserError: a checkpoint is missing or damaged, or they do not go together.
+    See `find_model`.
     """
-    layouts = _layouts(recipe, weights_may_be_absent)
-    config = _with_tuning(recipe, _with_vision(recipe, _config(recipe, layouts, recipe_folder)))
+    layouts = _layouts(recipe, weights_may_be_absent, saved)
+    config = _with_tuning(recipe, _with_vision(recipe, _config(recipe, layouts, recipe_folder, saved)))
     check_towers_can_be_made(config.vision)
     check_base(layouts, config)
     for layout in layouts:
@@ -93,22 +101,25 @@ def _check_quantised(recipe: Recipe, config: ModelConfig, layout: Layout) -> Non
         )
 
 
-def _layouts(recipe: Recipe, may_be_absent: bool) -> list[Layout]:
+def _layouts(recipe: Recipe, may_be_absent: bool, saved: Path | None) -> list[Layout]:
+    # A resumed run has weights of its own; of what does not train it may have none.
+    may_be_absent = may_be_absent or (saved is not None and not has_frozen(recipe))
     layouts = []
     for name in recipe.model.pretrained_list():
         try:
             layouts.append(inspect(locate(name)))
-        except UserError:
-            # A dry run needs the shape only, a resumed one has weights of its own.
-            if may_be_absent and not Path(name).exists():
-                continue
-            raise
+        except UserError as error:
+            if Path(name).expanduser().exists():
+                raise
+            if not may_be_absent:
+                raise UserError(error.message, MOVED if saved is not None else error.hint) from None
     return layouts
 
 
-def _config(recipe: Recipe, layouts: list[Layout], recipe_folder: Path | None) -> ModelConfig:
+def _config(recipe: Recipe, layouts: list[Layout], recipe_folder: Path | None, saved: Path | None) -> ModelConfig:
     model = recipe.model
-    config = read_config(layouts)
+    moved = saved is not None and not layouts and model.pretrained_list()
+    config = read_config([inspect(saved)] if saved is not None and moved else layouts)
     if config is None and isinstance(model.params, dict):
         config = config_from_params(model.params)
     elif config is None and model.params is not None:
@@ -161,20 +172,33 @@ def _beside(name: str, recipe_folder: Path | None) -> Path:
     return path
 
 
-def _tokenizer_path(recipe: Recipe, layouts: list[Layout], recipe_folder: Path | None) -> Path:
-    if recipe.model.tokenizer is not None:
-        return _beside(recipe.model.tokenizer, recipe_folder)
-    for layout in reversed(without_towers(layouts)):
-        if (path := find_tokenizer(layout.folder)) is not None:
+def _tokenizer_path(recipe: Recipe, layouts: list[Layout], recipe_folder: Path | None, saved: Path | None) -> Path:
+    named = recipe.model.tokenizer
+    if named is not None:
+        path = _beside(named, recipe_folder)
+        moved = saved is not None and not path.exists() and recipe_of(saved).model.tokenizer == named
+        if not moved:
             return path
+    folders = [layout.folder for layout in without_towers(layouts)]
+    for folder in reversed(folders if saved is None else [saved] if named is not None else [saved, *folders]):
+        if (path_there := find_tokenizer(folder)) is not None:
+            return path_there
     where = f" in {' or '.join(str(layout.folder) for layout in layouts)}" if layouts else ""
     raise UserError(
         f"there is no tokenizer{where}", "give it with --tokenizer FILE (tokenizer.model or tokenizer.json)"
     )
 
 
-def resolved(recipe: Recipe, layouts: list[Layout], tokenizer: Tokenizer, recipe_folder: Path | None) -> Recipe:
-    """The recipe with absolute paths, so that it means the same from any folder."""
+def recipe_of(checkpoint: Path) -> Recipe:
+    """The recipe a checkpoint of a run was trained with."""
+    return Recipe.load(checkpoint / "recipe.yaml")
+
+
+def resolved(
+    recipe: Recipe, layouts: list[Layout], tokenizer: Tokenizer, recipe_folder: Path | None, saved: Path | None = None
+) -> Recipe:
+    """The recipe with absolute paths, so that it means the same from any folder. Of the run's own checkpoint `saved`,
+    which will go, it says nothing."""
     resolved = recipe.model_copy(deep=True)
     model, data = resolved.model, resolved.data
     if isinstance(model.params, (str, list)):
@@ -188,7 +212,8 @@ def resolved(recipe: Recipe, layouts: list[Layout], tokenizer: Tokenizer, recipe
         data.validation.path = _absolute_data(data.validation.path, recipe_folder)
     if layouts:
         resolved.model.pretrained = [str(layout.folder.resolve()) for layout in layouts]
-    resolved.model.tokenizer = _absolute(model.tokenizer or "", tokenizer.path)
+    if saved is None or tokenizer.path.parent.resolve() != saved.resolve():
+        resolved.model.tokenizer = _absolute(model.tokenizer or "", tokenizer.path)
     return resolved
 
 

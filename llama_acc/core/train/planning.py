@@ -5,8 +5,7 @@ computed: recipe, checkpoint, tokenizer, data, disk.
 import math
 from pathlib import Path
 
-from llama_acc.core.checkpoint.resume import FORMAT_VERSION, read_progress
-from llama_acc.core.checkpoint.save import free_bytes
+from llama_acc.core.checkpoint.save import checkpoints, free_bytes
 from llama_acc.core.checkpoint.shards import Weights, check_tensors, read_weights
 from llama_acc.core.checkpoint.towers import check_tower
 from llama_acc.core.data.cache import EntryStore
@@ -18,7 +17,7 @@ from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.events import Events
 from llama_acc.core.train.plan import Plan
 from llama_acc.core.train.plan_data import PlannedData, plan_data
-from llama_acc.core.train.plan_model import find_model, has_frozen, resolved
+from llama_acc.core.train.plan_model import find_model, resolved
 from llama_acc.core.units import size_text
 
 
@@ -28,7 +27,7 @@ def make_plan(
     *,
     recipe_folder: Path | None,
     dry_run: bool,
-    resumes: bool,
+    saved: Path | None = None,
     store: EntryStore | None = None,
     data: PlannedData | None = None,
 ) -> Plan:
@@ -39,16 +38,14 @@ def make_plan(
         events: told of notes and of progress.
         recipe_folder: where the recipe file lies; relative paths are looked for there first.
         dry_run: weights may be absent.
-        resumes: weights come from a checkpoint of the run itself.
+        saved: the run's own checkpoint, to go on from.
         store: where encoded data is kept; None: in the cache.
         data: what another process has found out about the data already.
 
     Raises:
         UserError: the first group of problems found.
     """
-    # A resumed run has weights of its own; of what does not train it may have none.
-    has_all = resumes and not has_frozen(recipe)
-    layouts, config, tokenizer = find_model(recipe, recipe_folder, weights_may_be_absent=dry_run or has_all)
+    layouts, config, tokenizer = find_model(recipe, recipe_folder, weights_may_be_absent=dry_run, saved=saved)
     if recipe.data.max_tokens > config.max_seq_len:
         raise UserError(
             f"data.max_tokens ({recipe.data.max_tokens}) is more than the model's max_seq_len ({config.max_seq_len})",
@@ -58,23 +55,31 @@ def make_plan(
     steps_per_epoch = math.ceil(len(train) / recipe.train.global_batch_size)
     total = math.ceil(recipe.train.epochs * steps_per_epoch - 1e-9)
     total = min(total, recipe.train.max_steps or total)
-    recipe = resolved(recipe, layouts, tokenizer, recipe_folder)
-    return Plan(recipe, config, tokenizer, layouts, train, validation, report, steps_per_epoch, total)
+    recipe = resolved(recipe, layouts, tokenizer, recipe_folder, saved)
+    plan = Plan(recipe, config, tokenizer, layouts, train, validation, report, steps_per_epoch, total)
+    check_learns(plan)
+    return plan
 
 
-def saved_step(checkpoint: Path, plan: Plan) -> int:
-    """How many steps a checkpoint has done of this plan; its state's bytes are checked.
+def check_learns(plan: Plan) -> None:
+    """Refuses a run in which no step can change a weight.
 
     Raises:
-        UserError: the state is damaged, of another version or other data.
+        UserError: why none can.
     """
-    progress = read_progress(checkpoint)
-    if progress["format_version"] > FORMAT_VERSION:
-        raise UserError(f"{checkpoint}/state was written by a newer version", "update llama-acc")
-    if not plan.train.is_data_of(progress["data"]):
-        raise UserError(f"the data is not what {checkpoint} was trained on", "resume with the same files")
-    step: int = progress["step"]
-    return step
+    if not plan.trained_count():
+        raise UserError(
+            f"nothing would train: all {plan.parameter_count():,} parameters are frozen",
+            "choose another tuning.method",
+        )
+    if plan.idle_steps() < plan.total_steps:
+        return
+    if not plan.recipe.optimizer.lr:
+        raise UserError("nothing would be learned: optimizer.lr is 0", "set optimizer.lr, such as optimizer.lr=2e-5")
+    raise UserError(
+        "nothing would be learned: the run has one step, and a warm-up begins at rate 0",
+        "set train.warmup_epochs=0, or take more steps: a smaller train.global_batch_size, more train.epochs",
+    )
 
 
 def read_base(plan: Plan, parallel: Parallel) -> Weights | None:
@@ -115,16 +120,25 @@ def _needed(config: ModelConfig, weights: Weights, where: str) -> Shapes:
     return needed
 
 
-def check_disk(plan: Plan, output: Path) -> None:
-    """Compares the space the run's checkpoints take with what is free.
+def check_disk(plan: Plan, output: Path, done: int = 0) -> None:
+    """Compares the space that is still to be taken by the run's checkpoints with what is free.
+
+    Args:
+        plan: the run.
+        output: its folder; what it holds already takes no more, and goes when it is old enough.
+        done: steps it has done.
 
     Raises:
         UserError: too little, naming both.
     """
-    count, needed, free = plan.checkpoints_at_once(), plan.disk_bytes(), free_bytes(output)
+    there = [sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for _, path in checkpoints(output)]
+    needed, free = plan.disk_bytes(there, done), free_bytes(output)
     if needed > free:
+        beside = f" beside the {len(there)} there" if there else ""
         raise UserError(
-            f"too little disk for the checkpoints: {count} of {size_text(plan.checkpoint_bytes())} need "
-            f"{size_text(needed)}, {size_text(free)} are free at {output}",
-            "free some, choose another --output, or lower checkpoint.keep",
+            f"too little disk for the checkpoints: {-(-needed // plan.checkpoint_bytes())} of "
+            f"{size_text(plan.checkpoint_bytes())}{beside} need {size_text(needed)}, "
+            f"{size_text(free)} are free at {output}",
+            "free some, choose another --output"
+            + (", or lower checkpoint.keep" if plan.recipe.checkpoint.keep != 1 else ""),
         )

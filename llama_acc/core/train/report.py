@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from llama_acc.core.checkpoint.files import write_text_whole
 from llama_acc.core.train.metrics import Metrics, draw_loss, read_metrics
 from llama_acc.core.train.plan import Plan
 from llama_acc.core.units import count_text
@@ -21,7 +22,7 @@ def write_report(run: Path, plan: Plan, device: torch.device, seconds: float, st
         seconds: time this process took, data and saving included.
         state: how it ended, a sentence.
     """
-    metrics = read_metrics(run / "metrics.jsonl")
+    metrics = read_metrics(run / "metrics.jsonl").lines
     steps = [line for line in metrics if "loss" in line]
     if not steps:
         return
@@ -38,7 +39,8 @@ def write_report(run: Path, plan: Plan, device: torch.device, seconds: float, st
             [
                 (
                     "validation loss",
-                    f"{validation[0]['validation_loss']:.4f} first, {validation[-1]['validation_loss']:.4f} at the end",
+                    f"{validation[0]['validation_loss']:.4f} at step {validation[0]['step']}, "
+                    f"{validation[-1]['validation_loss']:.4f} at the end",
                 )
             ]
             if validation
@@ -53,7 +55,7 @@ def write_report(run: Path, plan: Plan, device: torch.device, seconds: float, st
     ]
     table = "\n".join(f"| {name} | {text.replace('|', '&#124;')} |" for name, text in rows)
     text = f"# {plan.recipe.name}\n\n{state}\n\n| | |\n|---|---|\n{table}\n\n![loss](loss.png)\n"
-    (run / "report.md").write_text(text, encoding="utf-8")
+    write_text_whole(run / "report.md", text)
 
 
 def _imbalance(steps: list[Metrics]) -> list[tuple[str, str]]:

@@ -23,15 +23,16 @@ from llama_acc.core.errors import RunError
 from llama_acc.core.parallel import Parallel, joined
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.events import Events, Quiet
-from llama_acc.core.train.folder import RunFolder, check_same_run
+from llama_acc.core.train.folder import RunFolder
 from llama_acc.core.train.interrupt import Interrupted, StopRequest, stop_on_signal
 from llama_acc.core.train.loop import Loop
 from llama_acc.core.train.metrics import MetricsLog, read_metrics
 from llama_acc.core.train.plan import Plan
 from llama_acc.core.train.plan_data import PlannedData
 from llama_acc.core.train.plan_model import has_frozen
-from llama_acc.core.train.planning import check_disk, make_plan, read_base, saved_step
+from llama_acc.core.train.planning import check_disk, make_plan, read_base
 from llama_acc.core.train.report import write_report
+from llama_acc.core.train.same_run import check_same_run
 from llama_acc.core.train.trainer import Trainer
 from llama_acc.core.vram.guard import Shortage, check_fits
 
@@ -46,14 +47,14 @@ class Finished:
     Attributes:
         output: its folder.
         checkpoint: its last checkpoint.
-        loss: per label token, of its last step.
+        loss: per label token, of its last step; None where metrics.jsonl was taken away.
         bases: the checkpoints that go below the last one, which holds only what was trained; else empty.
         captions: whether it was trained to say what is on images, without being asked.
     """
 
     output: Path
     checkpoint: Path
-    loss: float
+    loss: float | None
     bases: tuple[str, ...] = ()
     captions: bool = False
 
@@ -96,10 +97,8 @@ def finetune(
             events = Quiet()
         folder = RunFolder(Path(output))
         try:
-            parallel.main_first(lambda: folder.open(resume=resume, claim=parallel.is_main))
-            plan = plan_together(
-                recipe, events, parallel, recipe_folder=recipe_folder, resumes=folder.checkpoint is not None
-            )
+            parallel.main_first(lambda: folder.open(resume=resume, claim=parallel.is_main, tell=events.note))
+            plan = plan_together(recipe, events, parallel, recipe_folder=recipe_folder, saved=folder.checkpoint)
             device_to_fit = None if force else target
             done = parallel.on_main(lambda: _check(plan, folder, verify, parallel, device_to_fit))
             if resume and folder.checkpoint is None:
@@ -118,10 +117,10 @@ def finetune(
 
 
 def plan_together(
-    recipe: Recipe, events: Events, parallel: Parallel, *, recipe_folder: Path | None, resumes: bool
+    recipe: Recipe, events: Events, parallel: Parallel, *, recipe_folder: Path | None, saved: Path | None = None
 ) -> Plan:
     """`make_plan` on every rank. One rank of each machine goes through the data; the others map what it encoded."""
-    make = partial(make_plan, recipe, events, recipe_folder=recipe_folder, dry_run=False, resumes=resumes)
+    make = partial(make_plan, recipe, events, recipe_folder=recipe_folder, dry_run=False, saved=saved)
 
     def lead() -> tuple[Plan, Path] | None:
         if not parallel.leads_machine:
@@ -144,16 +143,13 @@ def _check(plan: Plan, folder: RunFolder, verify: bool, parallel: Parallel, devi
     """What only one process need look at, before anything is written. Returns how many steps are done."""
     done = 0
     if folder.checkpoint is not None:
-        check_same_run(plan.recipe, folder.checkpoint)
-        done = saved_step(folder.checkpoint, plan)
+        done = check_same_run(plan, folder.checkpoint)
     else:
         for layout in plan.layouts:
             check_checkpoint(layout.folder, verify)
-    check_disk(plan, folder.path)
+    check_disk(plan, folder.path, done)
     if device is not None:
         check_fits(plan, parallel, device)
-    folder.write_recipe(plan.recipe)
-    folder.write_data_report(plan.report)
     return done
 
 
@@ -197,20 +193,23 @@ def _trained(
     else:
         _compute(trainer, lambda: _train_and_report(trainer, folder, events, stop, started))
     parallel.barrier()
-    losses = [line["loss"] for line in read_metrics(folder.path / "metrics.jsonl") if "loss" in line]
+    losses = [line["loss"] for line in read_metrics(folder.path / "metrics.jsonl").lines if "loss" in line]
     checkpoint = latest_checkpoint(folder.path)
     assert checkpoint is not None
     is_part = (checkpoint / BASE_FILE).exists()
     bases = tuple(plan.recipe.model.pretrained_list()) if is_part else ()
     captions = plan.config.vision is not None and plan.train.template.name == "caption"
-    return Finished(folder.path, checkpoint, losses[-1], bases, captions)
+    return Finished(folder.path, checkpoint, losses[-1] if losses else None, bases, captions)
 
 
 def _train_and_report(trainer: Trainer, folder: RunFolder, events: Events, stop: StopRequest, started: float) -> None:
     def report(how: str) -> None:
         write_report(folder.path, trainer.plan, trainer.device, time.perf_counter() - started, how)
 
-    with MetricsLog(folder.path, trainer.step) as log:
+    # Not before the rehearsal: a run that is refused leaves nothing.
+    folder.write_recipe(trainer.plan.recipe)
+    folder.write_data_report(trainer.plan.report)
+    with MetricsLog(folder.path, trainer.step, events.note) as log:
         try:
             Loop(trainer, folder, log, events, stop).run()
         except BaseException as failure:

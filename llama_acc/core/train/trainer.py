@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama_acc.core.checkpoint.base import BASE_FILE, base_of
-from llama_acc.core.checkpoint.resume import FORMAT_VERSION, SavedState, restore_rng, rng_state
+from llama_acc.core.checkpoint.base import BASE_FILE, Base, base_of
+from llama_acc.core.checkpoint.resume import FORMAT_VERSION, SavedState, read_progress, restore_rng, rng_state
 from llama_acc.core.checkpoint.save import Rows, Snapshot
 from llama_acc.core.checkpoint.shards import Weights, load_parameters
 from llama_acc.core.data.batches import (
@@ -130,10 +130,12 @@ class Trainer:
         self.started = False
         self._order: tuple[int, np.ndarray] | None = None  # of the epoch under way
         # Of a model of random weights there is no base to belong to.
-        self.base_file: bytes | None = None
-        if recipe.checkpoint.trainable_only and has_frozen(recipe) and plan.layouts and parallel.is_main:
+        self.base: Base | None = None
+        if plan.layouts and parallel.is_main:
             names = recipe.model.pretrained_list()
-            self.base_file = base_of(plan.layouts, plan.config, names, plan.trained_quantised()).to_json()
+            self.base = base_of(plan.layouts, plan.config, names, plan.trained_quantised())
+        # For a resume.
+        self._base_fingerprint = None if self.base is None else self.base.fingerprint
 
     def learning_rate(self) -> float:
         """The rate of the coming step."""
@@ -280,6 +282,8 @@ class Trainer:
             "step": self.step,
             "steps_per_epoch": plan.steps_per_epoch,
             "data": plan.train.fingerprint(),
+            "validation": None if plan.validation is None else plan.validation.fingerprint(),
+            "base": self._base_fingerprint,
             "model_parallel_size": self.parallel.model_size,
             "data_parallel_size": self.parallel.data_size,
         }
@@ -293,8 +297,8 @@ class Trainer:
         }
         if plan.config.vision is not None:
             files[VISION_FILE] = plan.config.vision.to_json()
-        if self.base_file is not None:
-            files[BASE_FILE] = self.base_file
+        if self.base is not None and plan.recipe.checkpoint.trainable_only and has_frozen(plan.recipe):
+            files[BASE_FILE] = self.base.to_json()
         weights = {name: _rows(p, local_part(p).tensor) for name, p in self.model.named_parameters()}
         named = self.optimizer.named
         state = {f"{key}.{name}": _rows(named[name], value) for key, name, value in self.optimizer.state_tensors()}
@@ -312,6 +316,8 @@ class Trainer:
         self.optimizer.load_state(state.read)
         restore_rng(state.rng(), self.device)
         self.step, self._batches = step, None
+        if self.base is None:  # it is not there any more, or never was
+            self._base_fingerprint = read_progress(state.folder.parent).get("base")
 
 
 def _rows(parameter: Tensor, value: Tensor) -> Rows:

@@ -39,7 +39,7 @@ NAN = float("nan")
 def publish(folder: Path, step: int, keep: int, dtype: torch.dtype = torch.float32, **weights: torch.Tensor) -> None:
     """Writes a checkpoint of these weights, a moment of each, and that many steps."""
     pieces = {name: Rows(tensor, 0, tuple(tensor.shape), True) for name, tensor in weights.items()}
-    progress = json.dumps({"format_version": 1, "step": step}).encode()
+    progress = json.dumps({"format_version": 1, "step": step, "data": "v2:0"}).encode()
     snapshot = Snapshot(
         pieces,
         {f"exp_avg.{name}": piece for name, piece in pieces.items()},
@@ -115,7 +115,7 @@ def test_weights_are_rounded_to_the_type_asked_for_and_state_is_not(tmp_path: Pa
     saved = torch.load(tmp_path / "epoch0" / "consolidated.00-of-01.model.pth", weights_only=True)["model"]
     assert torch.equal(saved["llma.x"], x.bfloat16())
     assert torch.equal(load_file(tmp_path / "epoch0/state/training-00-of-01.safetensors")["exp_avg.x"], x)
-    assert read_progress(tmp_path / "epoch0") == {"format_version": 1, "step": 4}
+    assert read_progress(tmp_path / "epoch0") == {"format_version": 1, "step": 4, "data": "v2:0"}
 
 
 def test_a_copy_is_taken_before_an_update_and_the_checkpoint_is_of_that_moment(tmp_path: Path) -> None:
@@ -152,13 +152,13 @@ def test_a_published_checkpoint_is_whole_and_the_latest(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) == tmp_path / "epoch0"
     publish(tmp_path / "epoch1", 8, keep=0)
     assert latest_checkpoint(tmp_path) == tmp_path / "epoch1"
-    assert checkpoints(tmp_path) == [tmp_path / "epoch0", tmp_path / "epoch1"]
+    assert checkpoints(tmp_path) == [(4, tmp_path / "epoch0"), (8, tmp_path / "epoch1")]
 
 
 def test_checkpoints_are_in_the_order_of_their_steps_not_of_their_names(tmp_path: Path) -> None:
     for name, step in (("epoch10", 44), ("epoch2", 12), ("epoch9-iter3", 43)):
         publish(tmp_path / name, step, keep=0)
-    assert [path.name for path in checkpoints(tmp_path)] == ["epoch2", "epoch9-iter3", "epoch10"]
+    assert [path.name for _, path in checkpoints(tmp_path)] == ["epoch2", "epoch9-iter3", "epoch10"]
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -186,7 +186,7 @@ def test_a_checkpoint_loses_its_name_before_its_files(tmp_path: Path, monkeypatc
 
     publish(tmp_path / "epoch0", 1, keep=0)
 
-    def killed(path: Path) -> None:
+    def killed(path: Path, ignore_errors: bool) -> None:
         assert not (tmp_path / "epoch0").exists()
         raise KeyboardInterrupt
 
@@ -198,8 +198,9 @@ def test_a_checkpoint_loses_its_name_before_its_files(tmp_path: Path, monkeypatc
 
 def test_the_space_a_checkpoint_needs_is_its_weights_moments_and_masters() -> None:
     million = 1_000_000
-    assert needed_bytes(million, million, torch.float32) == 12 * million + (1 << 20)
-    assert needed_bytes(million, million, torch.bfloat16) == 14 * million + (1 << 20)
+    names = 3 * (1 << 10) + (1 << 15)
+    assert needed_bytes(million, million, 3, torch.float32) == 12 * million + names
+    assert needed_bytes(million, million, 3, torch.bfloat16) == 14 * million + names
 
 
 def test_free_space_is_that_of_the_disk_a_folder_will_be_on(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def run(output: Path, *overrides: str, resume: bool = False, **options: Any) -> 
 
 
 def plan_of(*overrides: str) -> Plan:
-    return make_plan(quickstart(*overrides), Quiet(), recipe_folder=None, dry_run=False, resumes=False)
+    return make_plan(quickstart(*overrides), Quiet(), recipe_folder=None, dry_run=False)
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:

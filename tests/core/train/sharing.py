@@ -33,7 +33,7 @@ def planned(overrides: list[str], cache_sizes: list[str]) -> list[dict[str, Any]
 def _planned(overrides: list[str], parallel: Parallel) -> dict[str, Any]:
     """Which files this rank encoded itself, which it has mapped, and what is in them."""
     told = _Told()
-    plan = plan_together(quickstart(*overrides), told, parallel, recipe_folder=None, resumes=False)
+    plan = plan_together(quickstart(*overrides), told, parallel, recipe_folder=None)
     parts = [part for part in (plan.train, plan.validation) if part is not None]
     return {
         "encoded": told.encoded,

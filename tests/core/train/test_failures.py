@@ -44,7 +44,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_step_and_items(tmp_pat
 
 
 def test_a_poisoned_base_is_found_at_its_first_step(tmp_path: Path) -> None:
-    run(tmp_path / "base", "train.max_steps=1", "checkpoint.keep=0")
+    run(tmp_path / "base", "train.max_steps=1", "train.warmup_epochs=0", "checkpoint.keep=0")
     weights = saved_weights(tmp_path / "base" / "epoch0-iter1")
     weights["llma.norm.weight"][0] = float("nan")
     poisoned = tmp_path / "poisoned"
@@ -105,7 +105,7 @@ def test_a_folder_in_use_by_another_run_is_refused(tmp_path: Path) -> None:
                 run(tmp_path, resume=resume)
     finally:
         holder.communicate()
-    run(tmp_path, "train.max_steps=1")
+    run(tmp_path, "train.max_steps=1", "train.warmup_epochs=0")
 
 
 def test_a_runs_own_lock_goes_with_its_end(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
 def test_input_that_is_refused_leaves_the_folder_free_for_the_next_try(override: str, tmp_path: Path) -> None:
     with pytest.raises(UserError):
         run(tmp_path, override)
-    run(tmp_path, "train.max_steps=1")
+    run(tmp_path, "train.max_steps=1", "train.warmup_epochs=0")
 
 
 def test_an_unknown_device_is_refused(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_an_unknown_device_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_base_that_does_not_fit_its_shape_is_refused_with_every_tensor(tmp_path: Path) -> None:
-    run(tmp_path / "base", "train.max_steps=1")
+    run(tmp_path / "base", "train.max_steps=1", "train.warmup_epochs=0")
     config = tmp_path / "base" / "epoch0-iter1" / "config.json"
     (tmp_path / "base" / "epoch0-iter1" / "manifest.json").unlink()
     config.write_text(config.read_text().replace('"dim": 32', '"dim": 64'))

@@ -175,7 +175,7 @@ def test_paths_beside_the_recipe_are_found_from_any_folder(tmp_path: Path) -> No
     for name in ("instructions.json", "tokenizer.model"):
         shutil.copy(RECIPES_FOLDER / "quickstart" / name, tmp_path / name)
     recipe = quickstart("model.tokenizer=tokenizer.model", "data.sources.0.path=instructions.json")
-    plan = make_plan(recipe, Quiet(), recipe_folder=tmp_path, dry_run=False, resumes=False)
+    plan = make_plan(recipe, Quiet(), recipe_folder=tmp_path, dry_run=False)
     assert plan.tokenizer.path.parent == tmp_path
     assert plan.recipe.model.tokenizer == str(tmp_path / "tokenizer.model")
     assert len(plan.train) == 32
@@ -204,4 +204,4 @@ def test_a_checkpoint_takes_the_disk_space_that_was_foretold(tmp_path: Path) -> 
         folder = tmp_path / precision
         write_checkpoint(trainer.snapshot(), folder, keep=0)
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        assert 0.5 * plan.checkpoint_bytes() < written < plan.checkpoint_bytes()
+        assert 0.95 * plan.checkpoint_bytes() < written < plan.checkpoint_bytes()

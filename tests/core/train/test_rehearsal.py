@@ -43,7 +43,7 @@ def test_a_rehearsal_leaves_no_gradient_and_no_trace_in_the_random_numbers() -> 
 
 @pytest.mark.parametrize("data_size", [1, 2])
 @pytest.mark.parametrize(
-    "overrides", [(), ("train.batch_size=3",), ("train.micro_batch_tokens=90",), ("train.max_steps=1",)], ids=str
+    "overrides", [(), ("train.batch_size=3",), ("train.micro_batch_tokens=90",), ("train.max_steps=2",)], ids=str
 )
 def test_no_micro_batch_of_the_run_has_more_tokens(overrides: tuple[str, ...], data_size: int) -> None:
     plan = plan_of("train.epochs=5", *overrides)

@@ -128,12 +128,12 @@ def test_resume_without_a_checkpoint_starts_at_step_zero_and_says_so(tmp_path: P
 
 
 def test_keys_that_make_it_another_run_are_all_listed(tmp_path: Path) -> None:
-    run(tmp_path, "train.max_steps=1")
+    run(tmp_path, "train.max_steps=2")
     before = (tmp_path / "recipe.yaml").read_text()
     with pytest.raises(UserError) as refused:
         run(tmp_path, "optimizer.lr=3e-3", "train.seed=3", "data.sources.0.template=none", resume=True)
     lines = refused.value.message.splitlines()
-    assert lines[0] == f"the recipe is not the one {tmp_path / 'epoch0-iter1'} was trained with:"
+    assert lines[0] == f"the recipe is not the one {tmp_path / 'epoch0-iter2'} was trained with:"
     assert lines[1:] == [
         "  data.sources.0.template: 'alpaca' before, 'none' now",
         "  optimizer.lr: 0.002 before, 0.003 now",
@@ -143,7 +143,7 @@ def test_keys_that_make_it_another_run_are_all_listed(tmp_path: Path) -> None:
 
 
 def test_how_long_how_often_saved_and_how_dealt_may_change(tmp_path: Path) -> None:
-    run(tmp_path, "train.max_steps=1")
+    run(tmp_path, "train.max_steps=2")
     run(
         tmp_path,
         *("train.epochs=3", "train.batch_size=2", "train.micro_batch_tokens=100", "checkpoint.keep=1"),
@@ -189,16 +189,16 @@ def test_weights_that_stand_in_for_the_masters_are_checked_before_a_resume(tmp_p
 
 
 def test_a_run_of_before_a_key_was_there_resumes_with_its_default(tmp_path: Path) -> None:
-    run(tmp_path, "train.max_steps=1")
-    kept = tmp_path / "epoch0-iter1" / "recipe.yaml"
+    run(tmp_path, "train.max_steps=2")
+    kept = tmp_path / "epoch0-iter2" / "recipe.yaml"
     before, key, after = kept.read_text().partition("  on_error: stop\n")
     assert key
     kept.write_text(before + after)
     write_manifest(kept.parent)
     with pytest.raises(UserError, match=r"data\.on_error: 'stop' before, 'skip' now"):
-        run(tmp_path, "train.max_steps=2", "data.on_error=skip", resume=True)
-    run(tmp_path, "train.max_steps=2", resume=True)
-    assert len(losses(tmp_path)) == 2
+        run(tmp_path, "train.max_steps=3", "data.on_error=skip", resume=True)
+    run(tmp_path, "train.max_steps=3", resume=True)
+    assert len(losses(tmp_path)) == 3
 
 
 def test_a_checkpoint_without_state_is_no_place_to_resume_from(tmp_path: Path) -> None:
@@ -213,34 +213,34 @@ def test_a_run_with_relative_paths_resumes_from_any_folder(tmp_path: Path, monke
 
     monkeypatch.chdir(tmp_path)
     shutil.copy(RECIPES_FOLDER / "quickstart" / "instructions.json", "instructions.json")
-    run(Path("run"), "data.sources.0.path=instructions.json", "train.max_steps=1")
+    run(Path("run"), "data.sources.0.path=instructions.json", "train.max_steps=2")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    kept = Recipe.load(tmp_path / "run" / "recipe.yaml", ["train.max_steps=2"])
+    kept = Recipe.load(tmp_path / "run" / "recipe.yaml", ["train.max_steps=3"])
     finetune(kept, tmp_path / "run", resume=True, device="cpu")
-    assert len(losses(tmp_path / "run")) == 2
+    assert len(losses(tmp_path / "run")) == 3
+
+
+def line(step: int, loss: float = 1.0) -> dict[str, float]:
+    return {"step": step, "loss": loss, "lr": 0.1, "tokens": 9, "tokens_per_second": 9.0, "peak_memory_gib": 0.5}
 
 
 def test_the_log_is_cut_back_to_the_step_a_run_goes_on_from(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path, 0) as log:
+    with MetricsLog(tmp_path, 0, print) as log:
         for step in (1, 2, 3):
-            log.write({"step": step, "loss": float(step)})
+            log.write(line(step))
         log.write({"step": 3, "validation_loss": 0.5})
-    with MetricsLog(tmp_path, 2) as log:
-        log.write({"step": 3, "loss": 30.0})
-    assert read_metrics(tmp_path / "metrics.jsonl") == [
-        {"step": 1, "loss": 1.0},
-        {"step": 2, "loss": 2.0},
-        {"step": 3, "loss": 30.0},
-    ]
+    with MetricsLog(tmp_path, 2, print) as log:
+        log.write(line(3, 30.0))
+    assert read_metrics(tmp_path / "metrics.jsonl").lines == [line(1), line(2), line(3, 30.0)]
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
 def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert read_metrics(path) == []
-    path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
-    assert read_metrics(path) == [{"step": 1}, {"step": 2}]
+    assert read_metrics(path) == ([], [])
+    path.write_text(f"{json.dumps(line(1))}\n{json.dumps(line(2))}\n{{'ste")
+    assert read_metrics(path) == ([line(1), line(2)], [])
 
 
 def test_newest_means_written_last_whatever_an_abandoned_run_left(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_metrics_hold_what_was_promised_for_every_step(tmp_path: Path) -> None:
 
 
 def test_the_data_report_says_what_was_trained(tmp_path: Path) -> None:
-    run(tmp_path, "train.max_steps=1", "data.max_tokens=40")
+    run(tmp_path, "train.max_steps=1", "train.warmup_epochs=0", "data.max_tokens=40")
     report = json.loads((tmp_path / "data.json").read_text())
     assert {"items", "tokens", "label_tokens", "truncated", "dropped", "lengths", "files"} <= set(report)
     assert report["items"] == 32
@@ -141,7 +141,7 @@ def test_validation_is_the_loss_over_the_held_out_items(precision: str, tmp_path
     overrides = ["data.validation.fraction=0.25", f"train.precision={precision}", "train.max_steps=5"]
     run(tmp_path, *overrides, "checkpoint.dtype=fp32")
     lines = [line for line in metrics(tmp_path) if "validation_loss" in line]
-    assert [line["step"] for line in lines] == [3, 5]
+    assert [line["step"] for line in lines] == [0, 3, 5]
     assert all(set(line) == {"step", "validation_loss"} for line in lines)
     held_out = plan_of(*overrides).validation
     assert held_out is not None
@@ -162,7 +162,7 @@ def test_validating_does_not_change_what_is_learned(tmp_path: Path) -> None:
     run(tmp_path / "validated", f"data.validation.path={held_out}", "data.validation.every_steps=2")
     steps = [line for line in metrics(tmp_path / "validated") if "loss" in line]
     assert steps == metrics(tmp_path / "plain")
-    assert len(metrics(tmp_path / "validated")) == len(steps) + 4
+    assert len(metrics(tmp_path / "validated")) == len(steps) + 5  # one before the first step
 
 
 def test_bf16_saves_rounded_weights_and_keeps_exact_masters(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_bf16_saves_rounded_weights_and_keeps_exact_masters(tmp_path: Path) -> N
 
 
 def test_saved_weights_have_metas_names_behind_llma(tmp_path: Path) -> None:
-    run(tmp_path, "train.max_steps=1")
+    run(tmp_path, "train.max_steps=1", "train.warmup_epochs=0")
     config = plan_of().config
     shapes = {f"llma.{name}": shape for name, shape in config.parameter_shapes().items()}
     assert {name: tuple(tensor.shape) for name, tensor in saved_weights(tmp_path / "epoch0-iter1").items()} == shapes
@@ -199,15 +199,27 @@ def test_the_newest_checkpoints_are_kept(keep: int, expected: set[str], tmp_path
 
 def test_a_run_goes_on_from_another_runs_weights(tmp_path: Path) -> None:
     run(tmp_path / "base", "train.epochs=8")
-    run(tmp_path / "tuned", f"model.pretrained={tmp_path / 'base'}", "model.params=null", "train.max_steps=1")
+    run(
+        tmp_path / "tuned",
+        f"model.pretrained={tmp_path / 'base'}",
+        "model.params=null",
+        "train.max_steps=1",
+        "train.warmup_epochs=0",
+    )
     assert losses(tmp_path / "tuned")[0] < losses(tmp_path / "base")[-1] * 1.1
     kept = yaml.safe_load((tmp_path / "tuned" / "recipe.yaml").read_text())
     assert kept["model"]["pretrained"] == [str(tmp_path / "base" / "epoch7")]
 
 
 def test_a_checkpoints_own_shape_wins_over_the_recipes(tmp_path: Path) -> None:
-    run(tmp_path / "base", "train.max_steps=1")
-    run(tmp_path / "tuned", f"model.pretrained={tmp_path / 'base'}", "model.params.n_layers=7", "train.max_steps=1")
+    run(tmp_path / "base", "train.max_steps=1", "train.warmup_epochs=0")
+    run(
+        tmp_path / "tuned",
+        f"model.pretrained={tmp_path / 'base'}",
+        "model.params.n_layers=7",
+        "train.max_steps=1",
+        "train.warmup_epochs=0",
+    )
     assert json.loads((tmp_path / "tuned" / "epoch0-iter1" / "config.json").read_text())["n_layers"] == 2
 
 
@@ -249,4 +261,12 @@ def test_a_run_tells_its_watcher_everything_it_writes(tmp_path: Path) -> None:
         events=Watcher(),
     )
     epoch = [("step", 1), ("step", 2), ("validation", 2), ("saved", "epoch0")]
-    assert told == [("plan", None), *epoch, ("step", 3), ("step", 4), ("validation", 4), ("saved", "epoch1")]
+    assert told == [
+        ("plan", None),
+        ("validation", 0),
+        *epoch,
+        ("step", 3),
+        ("step", 4),
+        ("validation", 4),
+        ("saved", "epoch1"),
+    ]

@@ -98,7 +98,7 @@ def test_a_run_of_before_the_key_quantize_skip_is_gone_on_with(
 ) -> None:
     skip = [] if quantised_output else ["output"]
     words = on(base, "bias_norm", "tuning.quantize=nf4", "checkpoint.trainable_only=true")
-    run(tmp_path, *words, f"tuning.quantize_skip=[{','.join(skip)}]", "train.max_steps=1")
+    run(tmp_path, *words, f"tuning.quantize_skip=[{','.join(skip)}]", "train.max_steps=2")
     kept = list(tmp_path.rglob("recipe.yaml"))
     assert len(kept) == 2  # the run's, and the checkpoint's
     for path in kept:
@@ -106,20 +106,29 @@ def test_a_run_of_before_the_key_quantize_skip_is_gone_on_with(
         assert values["tuning"].pop("quantize_skip") == skip
         values["tuning"]["quantize_output"] = quantised_output
         path.write_text(yaml.safe_dump(values))
-    write_manifest(tmp_path / "epoch0-iter1")
-    again = Recipe.load(tmp_path / "recipe.yaml", ["train.max_steps=2"])
+    write_manifest(tmp_path / "epoch0-iter2")
+    again = Recipe.load(tmp_path / "recipe.yaml", ["train.max_steps=3"])
     finished = finetune(again, tmp_path, resume=True, device="cpu")
-    assert len(losses(tmp_path)) == 2
+    assert len(losses(tmp_path)) == 3
     assert Recipe.load(finished.checkpoint / "recipe.yaml").tuning.quantize_skip == skip
 
 
 def test_quantising_differs_with_the_output_matrix(base: Path, tmp_path: Path) -> None:
-    words = on(base, "bias_norm", "tuning.quantize=nf4", "checkpoint.trainable_only=true", "train.max_steps=1")
+    words = on(
+        base,
+        "bias_norm",
+        "tuning.quantize=nf4",
+        "checkpoint.trainable_only=true",
+        "train.max_steps=1",
+        "train.warmup_epochs=0",
+    )
     first = {
         skip: losses(run(tmp_path / skip, *words, f"tuning.quantize_skip=[{skip}]").output)[0]
         for skip in ("", "output", "wv,layers.0")
     }
-    plain = losses(run(tmp_path / "plain", *on(base, "bias_norm", "train.max_steps=1")).output)[0]
+    plain = losses(
+        run(tmp_path / "plain", *on(base, "bias_norm", "train.max_steps=1", "train.warmup_epochs=0")).output
+    )[0]
     assert len({*first.values(), plain}) == 4
     assert all(loss == pytest.approx(plain, rel=0.1) for loss in first.values())
 
