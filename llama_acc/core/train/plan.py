@@ -106,7 +106,7 @@ class Plan:
         """Size of one checkpoint on disk."""
         trained = self.trained_count()
         saved = trained if self.recipe.checkpoint.trainable_only else self.parameter_count()
-        copied = sum(file.stat().st_size for file in self.tokenizer.files())
+        copied = sum(map(len, self.tokenizer.files().values()))
         return needed_bytes(saved, trained, len(self.config.parameter_shapes()), self.save_dtype) + copied
 
     def disk_bytes(self, there: Sequence[int] = (), done: int = 0) -> int:
