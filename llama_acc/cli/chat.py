@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +11,7 @@ import typer
 
 from llama_acc.cli import console, options, processes
 from llama_acc.cli.loading import Which, check_split, shared_model
+from llama_acc.cli.stopping import leave_on_sigterm
 from llama_acc.core import worker
 from llama_acc.core.errors import UserError
 from llama_acc.core.units import count_text
@@ -43,7 +44,11 @@ COMMANDS = """/reset          forget the conversation
 /system TEXT    set the system text (without TEXT: show it)
 /save FILE      write the conversation to a JSON file
 /help           this list
-/quit           leave (also Ctrl-D)"""
+/quit           leave (also Ctrl-D)
+Enter sends; Alt-Enter begins a new line; a pasted text keeps its lines"""
+
+
+Show = Callable[[Iterable[str]], None]
 
 
 @dataclass
@@ -74,6 +79,9 @@ def chat(
     top_p: Annotated[
         float, typer.Option("--top-p", help="Draw from the likeliest tokens of this total probability.")
     ] = 0.9,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="On a terminal, show answers as they are, not as Markdown.")
+    ] = False,
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answers.")] = None,
     tokenizer: options.TokenizerFile = None,
     quant: options.Quantize = None,
@@ -91,7 +99,8 @@ def chat(
         return
     with shared_model(Which(ckpt, device, tokenizer, template, verify, quant, context)) as loaded:
         if worker.is_main():
-            _talk(loaded, sampling, prompt, image or [], template, system)
+            with leave_on_sigterm():  # and hand the terminal back as it was
+                _talk(loaded, sampling, prompt, image or [], template, system, plain)
 
 
 def _talk(
@@ -101,6 +110,7 @@ def _talk(
     images: Sequence[str],
     template: str,
     system: str | None,
+    plain: bool,
 ) -> None:
     from llama_acc.core.conversation import Conversation
     from llama_acc.core.tokenizer import tokenizer_notes
@@ -111,11 +121,21 @@ def _talk(
     conversation.system = system
     if loaded.template.name == "none" and template == "auto":
         console.note("the checkpoint keeps no prompt format: template none, the text is continued as it stands")
+    show = _shower(loaded, plain)
     if prompt is None:
-        _converse(conversation, loaded)
+        _converse(conversation, loaded, show)
         return
     question = _standard_input() if prompt == "-" else prompt
-    console.stream(conversation.ask(question, [_pixels(loaded, image) for image in images]))
+    show(conversation.ask(question, [_pixels(loaded, image) for image in images]))
+
+
+def _shower(loaded: "LoadedModel", plain: bool) -> Show:
+    """What shows an answer: on a terminal as Markdown, unless a model without a prompt format continues a text."""
+    if plain or loaded.template.name == "none" or console.out.is_dumb_terminal or not sys.stdout.isatty():
+        return console.stream
+    from llama_acc.cli.chat_terminal import stream_markdown
+
+    return stream_markdown
 
 
 def _pixels(loaded: "LoadedModel", path: str) -> "NDArray[np.uint8]":
@@ -141,25 +161,30 @@ def _standard_input() -> str:
         raise UserError(f"standard input is not {error.encoding} text: byte {error.start} cannot be decoded") from None
 
 
-def _converse(conversation: "Conversation", loaded: "LoadedModel") -> None:
+def _converse(conversation: "Conversation", loaded: "LoadedModel", show: Show) -> None:
+    read = _read_line
     if console.is_terminal():
-        import readline  # noqa: F401  (input() then knows the arrow keys)
+        if not console.out.is_dumb_terminal:
+            from llama_acc.cli.chat_terminal import question_reader
 
-        console.note(f"template: {loaded.template.name} ({loaded.template_from}). /help lists what else you can type.")
+            read = question_reader()
+        said = [f"template: {loaded.template.name} ({loaded.template_from}). /help lists what else you can type."]
         if loaded.template.kind == "single_turn":
-            console.note("this format was trained on single questions: each one stands alone, without the history")
+            said.append("this format was trained on single questions: each one stands alone, without the history")
+        for line in said:
+            console.note(line, by_words=True)
     pictures = _Pictures()
     while True:
         try:
-            line = _read_line().strip()
+            question = read().strip()
         except EOFError:
             return
-        if line.startswith("/"):
-            if line.split()[0] in ("/quit", "/exit"):
+        if question.startswith("/") and "\n" not in question:
+            if question.split()[0] in ("/quit", "/exit"):
                 return
-            _command(line, conversation, loaded, pictures)
-        elif line:
-            _answer(conversation, line, pictures)
+            _command(question, conversation, loaded, pictures)
+        elif question:
+            _answer(conversation, question, pictures, show)
 
 
 def _read_line() -> str:
@@ -179,15 +204,15 @@ def _read_line() -> str:
         raise UserError(f"standard input is not {error.encoding} text: byte {error.start} cannot be decoded") from None
 
 
-def _answer(conversation: "Conversation", line: str, pictures: _Pictures) -> None:
+def _answer(conversation: "Conversation", question: str, pictures: _Pictures, show: Show) -> None:
     try:
         waiting, pictures.waiting = pictures.waiting, []
-        pieces = conversation.ask(line, [pixels for _, pixels in waiting])
+        pieces = conversation.ask(question, [pixels for _, pixels in waiting])
         pictures.files += [file for file, _ in waiting]
         if conversation.dropped_turns:
             forgotten = count_text(conversation.dropped_turns, "oldest turn")
             console.note(f"the conversation is long: forgot its {forgotten}")
-        console.stream(pieces)
+        show(pieces)
     except UserError as error:
         console.error(error.message, error.hint)
     except KeyboardInterrupt:

@@ -1,12 +1,14 @@
 """What the user sees: results on standard output, everything else on standard error."""
 
+import itertools
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -55,13 +57,39 @@ err = _Stream(stderr=True)
 
 
 def stream(pieces: Iterable[str]) -> None:
-    """Prints a text on standard output as it comes, and ends its line. A terminal gets no character that acts on it."""
-    shown = visible if sys.stdout.isatty() else str
-    for piece in pieces:
-        sys.stdout.write(shown(piece))
+    """Prints a text on standard output as it comes, and ends its line.
+
+    A terminal gets no character that acts on it, and lines that break between words.
+    """
+    whole = itertools.chain(pieces, "\n")
+    for piece in _between_words(map(visible, whole), out.width) if sys.stdout.isatty() else whole:
+        sys.stdout.write(piece)
         sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+
+
+def _between_words(pieces: Iterable[str], width: int) -> Iterator[str]:
+    """A text whose lines end before a word that would not fit. Characters of two columns may stand apart (Chinese)."""
+    column, space, word = 0, "", ""
+    for character in itertools.chain.from_iterable(pieces):
+        is_word = not character.isspace() and cell_len(character) < 2
+        if is_word:
+            word += character
+            if cell_len(word) < width:
+                continue
+        if word:
+            # What is longer than a line is left to the terminal.
+            broken = bool(column and (space or cell_len(word[0]) > 1)) and column + cell_len(space + word) > width
+            yield "\n" + word if broken else space + word
+            column = (0 if broken else column + cell_len(space)) + cell_len(word)
+            column = (column - 1) % width + 1
+            space, word = "", ""
+        if character == "\n":
+            yield "\n"
+            column, space = 0, ""
+        elif character.isspace():
+            space += character
+        elif not is_word:
+            word = character
 
 
 def error(message: str, hint: str | None = None) -> None:
@@ -71,9 +99,9 @@ def error(message: str, hint: str | None = None) -> None:
         err.print(Text.assemble(("hint: ", "bold"), visible(hint)))
 
 
-def note(text: str) -> None:
-    """Tells something on the side."""
-    err.print(Text(visible(text), style="dim" if err.is_terminal else ""))
+def note(text: str, by_words: bool = False) -> None:
+    """Tells something on the side; `by_words`: its lines break between words, as no command to copy stands in it."""
+    err.print(Text(visible(text), style="dim" if err.is_terminal else ""), soft_wrap=not (by_words and err.is_terminal))
 
 
 def pairs(lines: list[tuple[str, str]], console: Console | None = None) -> None:

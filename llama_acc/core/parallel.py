@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import Store
 from torch.distributed.tensor import DTensor
 
 from llama_acc.core import worker
@@ -183,7 +185,7 @@ _STORE_TIMEOUT = timedelta(seconds=60)  # for what answers there to be a store
 _joins = 0  # of this process so far: torchrun's store outlives one
 
 
-def _gather_processes(tell: Callable[[str], None]) -> dist.Store:
+def _gather_processes(tell: Callable[[str], None]) -> Store:
     """Connects to the store of the job, and waits until all its processes have.
 
     torch's own rendezvous waits in C++, without a word and deaf to signals.
@@ -194,12 +196,12 @@ def _gather_processes(tell: Callable[[str], None]) -> dist.Store:
     place, advice = f"{host}:{port}", f"; {hint}" if hint else ""
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
 
-    def open_store() -> dist.TCPStore:
+    def open_store() -> TCPStore:
         if serves:
             # It reaches its own store in any case; where others look for it elsewhere, they are those who do not come.
-            return dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False, multi_tenant=True)
+            return TCPStore("localhost", port, is_master=True, wait_for_workers=False, multi_tenant=True)
         worker.connect(host, port)
-        return dist.TCPStore(host, port, wait_for_workers=False, timeout=_STORE_TIMEOUT)
+        return TCPStore(host, port, wait_for_workers=False, timeout=_STORE_TIMEOUT)
 
     opening = worker.in_background(open_store)
     whom = f"{'the launcher' if rank == 0 else 'rank 0'} of {size} processes to answer at {place}"

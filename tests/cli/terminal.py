@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import select
+import signal
 import struct
 import termios
 import time
@@ -15,8 +16,8 @@ from tests.cli.commands import COMMAND, PATIENCE, environment
 class Terminal:
     """`llama-acc` with a terminal of its own for all three streams. `seen` is everything it showed."""
 
-    def __init__(self, *arguments: object, term: str = "dumb") -> None:
-        variables = environment(TERM=term, COLUMNS="120")
+    def __init__(self, *arguments: object, term: str = "dumb", **changes: str) -> None:
+        variables = environment(TERM=term, COLUMNS="120", **changes)
         self.seen = ""
         self._read = 0
         self.pid, self._terminal = pty.fork()
@@ -33,6 +34,14 @@ class Terminal:
     def type(self, text: str) -> None:
         """Presses keys; "\\x03" is Ctrl-C, "\\x04" Ctrl-D."""
         os.write(self._terminal, text.encode())
+
+    def terminate(self) -> None:
+        """Sends SIGTERM."""
+        os.kill(self.pid, signal.SIGTERM)
+
+    def echoes(self) -> bool:
+        """Whether it shows what is typed, as a shell expects it."""
+        return bool(termios.tcgetattr(self._terminal)[3] & termios.ECHO)
 
     def interrupt(self, then: str) -> None:
         """Presses Ctrl-C, and again where nothing comes of it, until `then` shows up.

@@ -1,7 +1,15 @@
 """`llama-acc chat` as a person sees it, in a terminal."""
 
+import io
+import json
+import re
+import sys
 from pathlib import Path
 
+import pytest
+from rich.console import Console
+
+from llama_acc.cli import chat_terminal, console
 from tests.cli.conftest import ANSWER
 from tests.cli.terminal import Terminal
 
@@ -34,3 +42,112 @@ def test_ctrl_d_leaves_and_the_template_of_a_run_is_said(trained_once: Path) -> 
         terminal.expect("> ")
         terminal.type("\x04")
         assert terminal.end() == 0
+
+
+_PASTED = "who?\nsay:"
+
+
+def test_a_pasted_text_is_one_question_and_the_terminal_is_handed_back(talker: Path, tmp_path: Path) -> None:
+    """Whether the terminal marks a paste (bracketed paste mode of xterm) or not; Alt-Enter breaks a line."""
+    kept = tmp_path / "kept.json"
+    with Terminal("chat", "--ckpt", talker, "--template", "none", "--temperature", "0", term="xterm") as terminal:
+        for typed in (f"\x1b[200~{_PASTED}\x1b[201~\r", f"{_PASTED}\n", _PASTED.replace("\n", "\x1b\r") + "\r"):
+            terminal.expect("\x1b[?2004h")
+            terminal.type(typed)
+            terminal.expect(ANSWER)
+        terminal.expect("\x1b[?2004h")
+        terminal.type(f"/save {kept}\r")
+        terminal.expect("wrote 6 turns")
+        terminal.expect("\x1b[?2004h")
+        terminal.terminate()
+        assert terminal.end() == 143
+        assert terminal.echoes(), "the terminal does not show what is typed any more"
+    turns = json.loads(kept.read_text(encoding="utf-8"))[0]["conversations"]
+    assert [turn["value"] for turn in turns if turn["from"] == "human"] == [_PASTED] * 3
+
+
+_MARKDOWN = """\
+Use **bold** and `code`, the tag <b>, the end of a line
+and another line of this paragraph that is longer than forty columns.
+
+## A heading
+
+- an item
+- another
+
+```python
+if x:
+    return 1
+```
+
+An entity &#27;[31mred and [a link](https://example.org/x).
+"""
+_RENDERED = """\
+Use bold and code, the tag <b>, the end
+of a line
+and another line of this paragraph that
+is longer than forty columns.
+
+A heading
+
+ • an item
+ • another
+
+ if x:
+     return 1
+
+An entity �[31mred and a link
+(https://example.org/x).
+"""
+
+
+def _rendered(monkeypatch: pytest.MonkeyPatch, size: int, terminal: bool) -> str:
+    shown = io.StringIO()
+    screen = Console(
+        file=shown, width=40, height=10, force_terminal=terminal, color_system="standard" if terminal else None
+    )
+    monkeypatch.setattr(console, "out", screen)
+    monkeypatch.setattr(chat_terminal, "_FRAME", 0.0)
+    chat_terminal.stream_markdown(_MARKDOWN[i : i + size] for i in range(0, len(_MARKDOWN), size))
+    return shown.getvalue()
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_an_answer_is_rendered_as_markdown_with_lines_that_break_between_words(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = _rendered(monkeypatch, size, terminal=False).splitlines()
+    expected = _RENDERED.splitlines()
+    # rich centers a heading.
+    assert [line.strip() if "heading" in line else line.rstrip() for line in lines] == expected
+    drawn = _rendered(monkeypatch, size, terminal=True)
+    assert "\x1b[31mred" not in drawn
+    assert "\x1b]" not in drawn
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("one two three four", "one two\nthree four"),
+        ("  keeps  spaces\n\n within", "  keeps\nspaces\n\n within"),
+        ("a" * 18 + " bb", "a" * 18 + "\nbb"),
+        ("汉字汉字汉字汉", "汉字汉字汉\n字汉"),
+    ],
+)
+def test_plain_lines_break_between_words_too(
+    text: str, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "out", Console(width=10))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    console.stream(text[i : i + 3] for i in range(0, len(text), 3))
+    assert capsys.readouterr().out == shown + "\n"
+
+
+def test_neither_no_color_nor_plain_is_colored_and_a_dumb_terminal_gets_no_codes(trained_once: Path) -> None:
+    flags = ("chat", "--ckpt", trained_once, "--max-new-tokens", "5", "--prompt", "who")
+    with Terminal(*flags, term="xterm", NO_COLOR="1") as terminal:
+        assert terminal.end() == 0
+        assert not re.search(r"\x1b\[[\d;]*(3|4|9|10)\dm", terminal.seen)
+    with Terminal(*flags, term="dumb") as terminal:
+        assert terminal.end() == 0
+        assert "\x1b" not in terminal.seen
