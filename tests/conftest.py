@@ -1,6 +1,7 @@
 """What every test may use: a home of its own, a tiny tokenizer, and the real inputs where they are present."""
 
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 
 from tests.hub import Servers, running
 
-_SHARED = Path(__file__).resolve().parents[2] / "shared"
+_ROOT = Path(__file__).resolve().parents[1]
+_SHARED = _ROOT.parent / "shared"
 
 _TRAINING_TEXT = """\
 Below is an instruction that describes a task. Write a response that appropriately completes the request.
@@ -26,6 +28,25 @@ _LONGEST = ("test_parallel.py", "test_caption_quickstart.py", "test_launch.py", 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take minutes come first: begun at the end, one would keep a worker busy while the others have done."""
     items.sort(key=lambda item: item.path.name not in _LONGEST)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nowhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An empty folder that tests stand in, so that none depends on what lies around the repository or changes it."""
+    folder = tmp_path_factory.mktemp("nowhere")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        # Processes that tests start find the package and the tests from there, too.
+        patch.setenv("PYTHONPATH", str(_ROOT), prepend=os.pathsep)
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_where_tests_stand(nowhere: Path) -> Iterator[None]:
+    """What a test writes goes to its `tmp_path` or LLAMA_ACC_HOME."""
+    yield
+    left = [path.name for path in nowhere.iterdir()]
+    assert not left, f"left in the working directory: {left}"
 
 
 @pytest.fixture(autouse=True)

@@ -73,10 +73,10 @@ def test_being_off_line_is_told_before_the_next_name_is_asked_for(
     assert said == [f"{nowhere}: 127.0.0.1 cannot be reached: Connection refused", "asked"]
 
 
-def test_a_download_that_is_not_finished_is_not_used(servers: Servers, llama_acc_home: Path) -> None:
+def test_a_download_that_is_not_finished_is_not_used(servers: Servers, llama_acc_home: Path, tmp_path: Path) -> None:
     for place, arguments in (
         ("models/llama2-7b", ("chat", "--ckpt", "llama2-7b")),
-        ("data/lima", ("finetune", "--recipe", "quickstart", "--data", "lima")),
+        ("data/lima", ("finetune", "--recipe", "quickstart", "--data", "lima", "--output", tmp_path / "run")),
     ):
         folder = llama_acc_home / place
         folder.mkdir(parents=True)

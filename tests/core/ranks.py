@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,11 @@ def free_port() -> int:
     raise AssertionError("no port is free")
 
 
-def run_ranks(count: int, function: str, **arguments: Any) -> list[Any]:
-    """Calls `module:function(**arguments)` in that many processes; what each returns, by rank. All of it is JSON."""
+def run_ranks(count: int, function: str, *, variables: Mapping[str, str] = {}, **arguments: Any) -> list[Any]:
+    """Calls `module:function(**arguments)` in that many processes; what each returns, by rank. All of it is JSON.
+
+    `variables` are set in the processes' environment, too.
+    """
     with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder) / f"{rank}.json" for rank in range(count)]
         logs = [path.with_suffix(".log") for path in results]
@@ -37,7 +41,9 @@ def run_ranks(count: int, function: str, **arguments: Any) -> list[Any]:
         for rank in range(count):
             command = [sys.executable, "-m", __name__, function, json.dumps(arguments), str(results[rank])]
             with logs[rank].open("w") as log:
-                processes.append(subprocess.Popen(command, env=_environment(rank, count), stdout=log, stderr=log))
+                processes.append(
+                    subprocess.Popen(command, env={**_environment(rank, count), **variables}, stdout=log, stderr=log)
+                )
         try:
             codes = [process.wait(PATIENCE) for process in processes]
         finally:

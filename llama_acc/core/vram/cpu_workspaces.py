@@ -1,7 +1,9 @@
 """What the libraries of a CPU take within an operation and give back: asked of them, by doing the operation once.
 
-oneDNN copies blocks of the operands of a bf16 product, and torch's attention has buffers of its own; both for every
-thread. How much that is depends on shapes, strides, the number of threads and the CPU, and no tensor shows it.
+For a bf16 product, oneDNN copies blocks of the operands for every thread where the CPU multiplies bf16, and sums the
+whole result in float32 where it does not; torch's attention has buffers for every thread and every head. How much that
+is depends on shapes, strides, the number of threads and the CPU, and no tensor shows it. Of a large operation a part is
+done.
 """
 
 import contextlib
@@ -30,6 +32,7 @@ _WORK = 1 << 30
 """Multiplications that are done to find out."""
 _BLOCKS = 1024
 """Rows and columns of a result from which a product takes no more for its blocks (oneDNN 3.x)."""
+_SUM = torch.float32.itemsize
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,17 @@ def cpu_workspace(operation: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
     """Bytes that an operation on a CPU takes besides its results; its arguments may have no values."""
     packet = operation._overloadpacket
     named = {name: _like(value) for name, value in sorted(kwargs.items())}
+    likes = [_like(argument) for argument in args]
     if packet is _aten.linear:  # in inference mode it is not taken apart before
         return _of_linear(*args, **kwargs)
     if packet in _PRODUCTS:
         first = _PRODUCTS[packet]
         if args[first].dtype != torch.bfloat16:  # other products are MKL's, whose memory is not torch's
             return 0
-        likes, named = _smaller_product([_like(argument) for argument in args], named, first)
-    elif packet in _ATTENTION:
-        likes = _fewer_heads([_like(argument) for argument in args], _ATTENTION[packet])
-    else:
-        return 0
-    return _asked(operation, tuple(likes), tuple(named.items()), torch.get_num_threads())
+        return _of_product(operation, likes, named, first)
+    if packet in _ATTENTION:
+        return _of_attention(operation, likes, named, _ATTENTION[packet])
+    return 0
 
 
 def product_workspace(x: Tensor, rows: int) -> int:
@@ -80,38 +82,68 @@ def _like(argument: Any) -> Any:
     return tuple(argument) if isinstance(argument, list) else argument
 
 
-def _smaller_product(likes: list[Any], named: dict[str, Any], first: int) -> tuple[list[Any], dict[str, Any]]:
-    """The product of as many rows and columns as tell what blocks take."""
+def _of_product(operation: Any, likes: list[Any], named: dict[str, Any], first: int) -> int:
     (rows, width), columns = likes[first].shape, likes[first + 1].shape[1]
     if rows * width * columns <= _WORK:
-        return likes, named
-    limits = (min(rows, _BLOCKS), min(columns, _BLOCKS))
+        return _asked(operation, likes, named)
 
-    def cut(like: _Like, shape: tuple[int, ...]) -> _Like:
-        sizes = tuple(size if size == 1 else limit for size, limit in zip(like.shape[::-1], shape[::-1], strict=False))
-        return _Like(sizes[::-1], like.stride, like.dtype)
+    def of_part(part_rows: int, part_columns: int) -> int:
+        shapes = {first: (part_rows, width), first + 1: (width, part_columns)}
+        fewer = [_cut(like, shapes.get(place, (part_rows, part_columns))) for place, like in enumerate(likes)]
+        return _asked(operation, fewer, {name: _cut(like, (part_rows, part_columns)) for name, like in named.items()})
 
-    shapes = {first: (limits[0], width), first + 1: (width, limits[1])}
-    fewer = [cut(like, shapes.get(place, limits)) for place, like in enumerate(likes)]
-    return fewer, {name: cut(like, limits) if isinstance(like, _Like) else like for name, like in named.items()}
+    part_rows, part_columns = min(rows, _BLOCKS), min(columns, _BLOCKS)
+    taken = of_part(part_rows, part_columns)
+    # The sums of a whole result grow with it, number by number; blocks do not.
+    half_rows, half_columns = (part_rows // 2, part_columns) if part_rows > 1 else (1, part_columns // 2)
+    if taken - of_part(half_rows, half_columns) == _SUM * (part_rows * part_columns - half_rows * half_columns):
+        taken += _SUM * (rows * columns - part_rows * part_columns)
+    return taken
 
 
-def _fewer_heads(likes: list[Any], first: int) -> list[Any]:
-    """Attention in so few heads that it is done soon; a thread works at one head at a time."""
-    _, heads, rows, width = likes[first].shape
-    others = likes[first + 1].shape[1]
-    kept = max(1, min(others, _WORK // (rows * likes[first + 1].shape[2] * width * heads // others)))
-    limits = {heads: kept * heads // others, others: kept}
-    return [
-        _Like((like.shape[0], limits[like.shape[1]], *like.shape[2:]), like.stride, like.dtype)
-        if isinstance(like, _Like) and len(like.shape) > 2 and like.shape[1] in limits
-        else like
-        for like in likes
-    ]
+def _cut(like: Any, shape: tuple[int, int]) -> Any:
+    """The first rows and columns of an operand or a result; what is broadcast stays."""
+    if not isinstance(like, _Like):
+        return like
+    sizes = tuple(size if size == 1 else limit for size, limit in zip(like.shape[::-1], shape[::-1], strict=False))
+    return _Like(sizes[::-1], like.stride, like.dtype)
+
+
+def _of_attention(operation: Any, likes: list[Any], named: dict[str, Any], first: int) -> int:
+    """What attention takes, of so few heads that it is done soon: for every thread, and for every head."""
+    (_, heads, rows, width), keys = likes[first].shape, likes[first + 1].shape
+    groups, shared_by = keys[1], heads // keys[1]
+
+    def of_part(part: int, threads: int | None = None) -> int:
+        limits = {heads: part * shared_by, groups: part}
+        fewer = [
+            _Like((like.shape[0], limits[like.shape[1]], *like.shape[2:]), like.stride, like.dtype)
+            if isinstance(like, _Like) and len(like.shape) > 2 and like.shape[1] in limits
+            else like
+            for like in likes
+        ]
+        return _asked(operation, fewer, named, threads)
+
+    busy = -(-torch.get_num_threads() // shared_by)  # every thread has a head to work at
+    part = min(groups, max(busy, _WORK // (rows * keys[2] * width * shared_by)))
+    if part == groups:
+        return of_part(groups)
+    # One thread tells what a head takes: several meet by chance.
+    return of_part(part) + (groups - part) * (of_part(2, threads=1) - of_part(1, threads=1))
+
+
+def _asked(operation: Any, likes: list[Any], named: dict[str, Any], threads: int | None = None) -> int:
+    usual = torch.get_num_threads()
+    threads = threads or usual
+    torch.set_num_threads(threads)
+    try:
+        return _asked_once(operation, tuple(likes), tuple(named.items()), threads)
+    finally:
+        torch.set_num_threads(usual)
 
 
 @lru_cache(maxsize=4096)
-def _asked(operation: Any, likes: tuple[Any, ...], named: tuple[tuple[str, Any], ...], threads: int) -> int:
+def _asked_once(operation: Any, likes: tuple[Any, ...], named: tuple[tuple[str, Any], ...], threads: int) -> int:
     results: list[Any] = []
     with _disable_current_modes(), torch.no_grad(), _no_garbage_collected():
         args, kwargs = tree_map(lambda a: a.made() if isinstance(a, _Like) else a, (list(likes), dict(named)))

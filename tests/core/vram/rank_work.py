@@ -1,9 +1,12 @@
-"""What the processes of test_measured_ranks.py do."""
+"""What the processes of test_measured.py and test_measured_ranks.py do."""
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from llama_acc.core.parallel import joined
+from llama_acc.core.vram import cpu_workspaces
 from llama_acc.core.vram.measure import measure
 from tests.core.ranks import next_port
 from tests.core.tiny import CPU
@@ -19,3 +22,40 @@ def peaks(runs: Sequence[dict[str, Any]], world_size: int) -> list[int]:
             measured.append(measure(one, CPU, parallel).allocated)
         next_port()
     return measured
+
+
+def workspaces() -> dict[str, tuple[int, int, int]]:
+    """Of large operations: what they take when they are done, what doing a part of them tells, bytes of operands."""
+    aten, bf16 = torch.ops.aten, torch.bfloat16
+    x, weight, row = (
+        torch.zeros(256, 512, dtype=bf16),
+        torch.zeros(4096, 512, dtype=bf16),
+        torch.zeros(1, 512, dtype=bf16),
+    )
+    q, k = torch.zeros(1, 16, 256, 64, dtype=bf16), torch.zeros(1, 8, 256, 64, dtype=bf16)
+    out, sums = torch.zeros(256, 4096, dtype=bf16), torch.zeros(1, 16, 256)
+    operations: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
+        "product": (aten.mm.default, (x, weight.t()), {}),
+        "product into a result": (aten.mm.out, (x, weight.t()), {"out": out}),
+        "product of transposed operands": (aten.mm.default, (weight, x.t()), {}),
+        "product and sum": (aten.addmm.default, (out[0], x, weight.t()), {}),
+        "product of a row": (aten.mm.default, (row, weight.t()), {}),
+        "attention": (aten._scaled_dot_product_flash_attention_for_cpu.default, (q, k, k, 0.0, True), {}),
+        "attention, backward": (
+            aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+            (q, q, k, k, q, sums, 0.0, True),
+            {},
+        ),
+    }
+    found = {}
+    for name, (operation, args, kwargs) in operations.items():
+        taken = []
+        for work in (1 << 40, 0):
+            cpu_workspaces._WORK = work
+            taken.append(cpu_workspaces.cpu_workspace(operation, args, kwargs))
+        found[name] = (
+            taken[0],
+            taken[1],
+            sum(tensor.nbytes for tensor in (*args[:4], out) if isinstance(tensor, torch.Tensor)),
+        )
+    return found

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from llama_acc.core.vram import cpu_workspaces
-from llama_acc.core.vram.cpu_workspaces import cpu_workspace
 from llama_acc.core.vram.measure import measure, measure_generation
 from llama_acc.core.vram.predict import predict, predict_generation
+from tests.core.ranks import run_ranks
 from tests.core.tiny import CPU
 from tests.core.vram.setups import NF4, setup
 
@@ -46,14 +45,19 @@ def test_what_every_thread_takes_for_itself_is_in_the_prediction() -> None:
     assert predicted == pytest.approx(measured, rel=0.01)
 
 
-def test_what_a_large_product_takes_is_found_with_a_smaller_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight = torch.zeros(64, 4096, dtype=torch.bfloat16), torch.zeros(2048, 4096, dtype=torch.bfloat16)
-    whole = cpu_workspace(torch.ops.aten.mm.default, (x, weight.t()), {})
-    monkeypatch.setattr(cpu_workspaces, "_WORK", 0)
-    assert cpu_workspace(torch.ops.aten.mm.default, (x, weight.t()), {}) == whole
-    out = torch.zeros(64, 2048, dtype=torch.bfloat16)
-    assert cpu_workspace(torch.ops.aten.mm.out, (x, weight.t()), {"out": out}) == whole
-    assert cpu_workspace(torch.ops.aten.addmm.default, (out[0], x, weight.t()), {}) > 0
+KINDS = {"SSE41": "default", "AVX2": "avx2", "AVX512_CORE": "avx512", "AVX512_CORE_AMX": "avx512"}
+"""oneDNN's and torch's names of kinds of CPU, none better than the one at hand is used."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "threads"),
+    [("AVX512_CORE", 2), *(pytest.param(kind, count, marks=pytest.mark.soak) for kind in KINDS for count in (1, 4))],
+)
+def test_what_a_large_operation_takes_is_found_with_a_part_of_it_on_any_cpu(kind: str, threads: int) -> None:
+    variables = {"ONEDNN_MAX_CPU_ISA": kind, "ATEN_CPU_CAPABILITY": KINDS[kind], "OMP_NUM_THREADS": str(threads)}
+    (found,) = run_ranks(1, "tests.core.vram.rank_work:workspaces", variables=variables)
+    for name, (whole, of_part, operands) in found.items():
+        assert of_part == pytest.approx(whole, abs=0.05 * operands), name
 
 
 @pytest.mark.parametrize("method", ["full", "nf4"])
