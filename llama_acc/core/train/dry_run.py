@@ -84,7 +84,7 @@ def dry_run(
         check_checkpoint(layout.folder, verify)
     processes = processes or recipe.parallel.model_parallel_size
     share = rank_share(plan, processes)
-    weights = read_base(plan, Parallel())
+    weights = read_base(plan.layouts, plan.config, Parallel())
     for note in weights.notes if weights else ():
         events.note(note)
     if output is not None:

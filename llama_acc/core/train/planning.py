@@ -3,8 +3,10 @@ computed: recipe, checkpoint, tokenizer, data, disk.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+from llama_acc.core.checkpoint.layout import Layout
 from llama_acc.core.checkpoint.save import checkpoints, free_bytes
 from llama_acc.core.checkpoint.shards import Weights, check_tensors, read_weights
 from llama_acc.core.checkpoint.towers import check_tower
@@ -17,7 +19,7 @@ from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.events import Events
 from llama_acc.core.train.plan import Plan
 from llama_acc.core.train.plan_data import PlannedData, plan_data
-from llama_acc.core.train.plan_model import find_model, resolved
+from llama_acc.core.train.plan_model import find_model, has_frozen, resolved
 from llama_acc.core.units import size_text
 
 
@@ -51,6 +53,8 @@ def make_plan(
             f"data.max_tokens ({recipe.data.max_tokens}) is more than the model's max_seq_len ({config.max_seq_len})",
             "lower data.max_tokens, or raise model.max_seq_len",
         )
+    if data is None and (saved is None or has_frozen(recipe)):
+        read_base(layouts, config, Parallel())  # what does not fit is said before hours of encoding
     train, validation, report = data or plan_data(recipe, config, tokenizer, recipe_folder, events, store)
     steps_per_epoch = math.ceil(len(train) / recipe.train.global_batch_size)
     total = math.ceil(recipe.train.epochs * steps_per_epoch - 1e-9)
@@ -82,17 +86,17 @@ def check_learns(plan: Plan) -> None:
     )
 
 
-def read_base(plan: Plan, parallel: Parallel) -> Weights | None:
+def read_base(layouts: Sequence[Layout], config: ModelConfig, parallel: Parallel) -> Weights | None:
     """Maps a rank's share of the weights a run starts from, all of them checked; None = random weights.
 
     Raises:
         UserError: damaged files, or tensors that do not fit, all of them listed.
     """
-    if not plan.layouts:
+    if not layouts:
         return None
-    weights = read_weights(plan.layouts, parallel.model_rank, parallel.model_size)
-    where = " and ".join(str(layout.folder) for layout in plan.layouts)
-    check_tensors(weights, _needed(plan.config, weights, where), where)
+    weights = read_weights(layouts, parallel.model_rank, parallel.model_size)
+    where = " and ".join(str(layout.folder) for layout in layouts)
+    check_tensors(weights, _needed(config, weights, where), where)
     return weights
 
 

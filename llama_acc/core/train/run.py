@@ -155,11 +155,11 @@ def _check(plan: Plan, folder: RunFolder, verify: bool, parallel: Parallel, devi
 
 def _weights(plan: Plan, folder: RunFolder, parallel: Parallel) -> Weights | None:
     if folder.checkpoint is None:
-        return read_base(plan, parallel)
+        return read_base(plan.layouts, plan.config, parallel)
     trained = saved_masters(folder.checkpoint, parallel)
     trained.keep(plan.trained_shapes())
     check_tensors(trained, plan.trained_shapes(), folder.checkpoint)
-    base = read_base(plan, parallel) if has_frozen(plan.recipe) else None
+    base = read_base(plan.layouts, plan.config, parallel) if has_frozen(plan.recipe) else None
     return trained if base is None else base.under(trained)
 
 
