@@ -108,6 +108,8 @@ class Trainer:
             prepare_cpu()
         if recipe.train.deterministic:
             torch.use_deterministic_algorithms(True)
+        # What draws without a generator of its own, and what checkpoints keep of it, is the seed's, too.
+        torch.manual_seed(recipe.train.seed)
 
         def materialise(model: Transformer) -> None:
             model.to_empty(device=device)

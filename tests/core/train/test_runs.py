@@ -105,11 +105,16 @@ def test_the_recipe_that_was_kept_gives_the_same_run_again(tmp_path: Path) -> No
     assert_bitwise_equal(saved_weights(tmp_path / "b" / "epoch1"), saved_weights(tmp_path / "a" / "epoch1"))
 
 
-def test_a_seed_decides_a_run(tmp_path: Path) -> None:
-    run(tmp_path / "a", "train.seed=1")
-    run(tmp_path / "b", "train.seed=1")
-    run(tmp_path / "c", "train.seed=2")
+def test_a_seed_decides_a_run_and_every_byte_of_its_checkpoints(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.rand(1)  # what else this process drew is of no account
+        run(tmp_path / name, f"train.seed={seed}")
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    kept = {
+        name: {path.name: path.read_bytes() for path in (tmp_path / name / "epoch1").rglob("*") if path.is_file()}
+        for name in ("a", "b")
+    }
+    assert kept["a"] == kept["b"]
     assert losses(tmp_path / "a") != losses(tmp_path / "c")
 
 
