@@ -150,14 +150,25 @@ def _mojibake(item: Item, where: str) -> Iterator[Finding]:
 
 
 def _garbled(text: str) -> int | None:
-    """Where characters stand together that only do so where UTF-8 was read as Latin-1 or the like."""
+    """Where UTF-8 was read as Latin-1 or the like, so that ftfy would change it."""
+    looked_at = 0
     for group in _NOT_ASCII.finditer(text):
         # Looking around the characters in question only is many times faster than looking through the whole text.
-        begin = max(group.start() - _AROUND, 0)
-        match = _badness().search(text, begin, group.end() + _AROUND)
-        if match is not None:
-            return int(match.start())
+        begin, end = group.start() - _AROUND, group.end() + _AROUND
+        while (match := _badness().search(text, max(begin, looked_at), end)) is not None:
+            # Such characters may be meant, as in »Über«: then they are not bytes of UTF-8.
+            line_begin, line_end = text.rfind("\n", 0, match.start()) + 1, text.find("\n", match.end())
+            line = text[line_begin : line_end if line_end >= 0 else None]
+            if _fixed(line) != line:
+                return int(match.start())
+            looked_at = line_begin + len(line)
     return None
+
+
+def _fixed(line: str) -> str:
+    from ftfy import fix_encoding
+
+    return fix_encoding(line)
 
 
 @cache

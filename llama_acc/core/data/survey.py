@@ -18,7 +18,7 @@ from llama_acc.core.data.items import Item
 from llama_acc.core.data.language import language_of
 from llama_acc.core.data.repeats import Hashes, item_hash, repeats
 
-CHECKS_VERSION = 4
+CHECKS_VERSION = 5
 """Part of the cache's key: raise it whenever the same item may lead to other findings."""
 EXAMPLES = 100
 """Findings of one kind that are kept; all are counted."""

@@ -1,5 +1,6 @@
 import itertools
 
+import ftfy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,6 +45,8 @@ def kinds(item: Item) -> list[str]:
         (talk("human: a", "human: b", "assistant: c"), ["role_order"]),
         (talk("assistant: a", "human: b"), ["role_order", "role_order"]),
         (SingleTurn("Menu", None, "cafÃ© au lait"), ["mojibake"]),
+        (SingleTurn("»Über« heißt «à côté» ¿qué?", None, "»Über«, »Äpfel« und ›Öl‹, «été»"), []),
+        (SingleTurn("»Über«", None, "»Über«\nund caf\u00c3\u00a9"), ["mojibake"]),
         (SingleTurn("Menu", "donâ€™t", "café — “naïve” 😀 日本"), ["mojibake"]),
         (SingleTurn("Menu", None, "caf\ufffd"), ["mojibake"]),
         (SingleTurn("Привет", None, "Ð¿Ñ€Ð¸Ð²ÐµÑ‚"), ["mojibake"]),
@@ -172,3 +175,15 @@ def test_all_are_counted_and_the_first_ones_kept() -> None:
     assert (found.counts["empty_reply"], len(found.places["empty_reply"])) == (30, 10)
     assert (found.counts["duplicate"], len(found.places["duplicate"])) == (29, 10)
     assert found.to_json()["empty_reply"]["places"][0]["where"] == "item 1"
+
+
+WORDS = st.sampled_from(
+    ["»Über«", "«été»", "cafÃ©", "donâ€™t", "naïve", "Ð¿Ñ€", "100 %", "½ – ¾", "a", "\n", "Ä»", "😀", "¿", "°C"]
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(WORDS, max_size=6).map(" ".join))
+def test_texts_are_called_wrongly_decoded_where_ftfy_would_change_them(text: str) -> None:
+    changed = any(ftfy.fix_encoding(line) != line for line in text.split("\n"))
+    assert ("mojibake" in kinds(SingleTurn("", None, text))) == changed
