@@ -39,6 +39,7 @@ ROLES = {
 }
 _KEYS = frozenset(("conversations", *IMAGES, *SYSTEM))
 _SINGLE_TURN_KEYS = frozenset(("instruction", "output", "history", *INPUT, *IMAGES, *SYSTEM))
+_IMAGE_KEYS = frozenset((*IMAGES, "url"))
 _CAPTION_KEYS = frozenset(("caption", "url", *IMAGES, *SYSTEM))
 _SAYING = ("output", "caption", "instruction", "history", *INPUT, *IMAGES)
 """What a single-turn item may say."""
@@ -154,9 +155,9 @@ class _Problems:
 
     def look_for_unused(self, row: dict[str, Any], used: frozenset[str], inside: str = "") -> None:
         """Note the keys of a row or turn that are not used, and refuse those that change its meaning."""
-        keys = row.keys() - used
-        if not keys:
+        if used.issuperset(row):
             return
+        keys = row.keys() - used
         if (reason := unusable(row, sorted(keys))) is not None:
             self.add("unsupported", "", reason, row)
         self.unused |= {inside + key for key in keys if not is_empty(row[key])}
@@ -164,6 +165,9 @@ class _Problems:
 
 def _is_blank(value: dict[str, Any]) -> bool:
     """Whether a row has the keys of an item, and nothing in them."""
+    output = value.get("output")
+    if isinstance(output, str) and output and not output.isspace():
+        return False
     if isinstance(turns := value.get("conversations"), list):
         return all(isinstance(turn, dict) and "value" in turn and _says_nothing(turn) for turn in turns)
     is_item = ("instruction" in value and "output" in value) or "caption" in value
@@ -199,7 +203,7 @@ def _single_turn(value: dict[str, Any], problems: _Problems, as_dialogue: bool) 
 def _history(value: dict[str, Any], problems: _Problems) -> list[Turn]:
     """Earlier questions and answers, in pairs; the answers are trained too, as LLaMA-Factory does."""
     pairs = value.get("history")
-    if is_empty(pairs):
+    if pairs is None or is_empty(pairs):
         return []
     if not isinstance(pairs, list) or not all(
         isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
@@ -241,6 +245,8 @@ def _caption(value: dict[str, Any], problems: _Problems) -> str:
 
 def _images(value: dict[str, Any], problems: _Problems) -> tuple[str, ...]:
     """The references of an item's images, in order. LLaMA2-Accessory's captions call the path `url`."""
+    if _IMAGE_KEYS.isdisjoint(value):
+        return ()
     names = (*IMAGES, "url") if "caption" in value else IMAGES
     field = next((name for name in names if value.get(name)), "image")
     given = value.get(field) or []
@@ -270,14 +276,21 @@ def _dialogue(value: dict[str, Any], problems: _Problems) -> Dialogue | None:
         problems.turn = f"turn {number}"
         checked.append(_turn(turn, problems))
     problems.turn = ""
-    begin = next((place for place, turn in enumerate(checked) if turn.role != "system"), len(checked))
-    late = [number for number, turn in enumerate(checked[begin:], start=begin + 1) if turn.role == "system"]
+    system = _system(value, problems)
+    if any(turn.role == "system" for turn in checked):
+        system, checked = _split_system(system, checked, problems)
+    return Dialogue(checked, _images(value, problems), system)
+
+
+def _split_system(system: str | None, turns: list[Turn], problems: _Problems) -> tuple[str | None, list[Turn]]:
+    """The system text of a row together with that of its first turns, and the turns behind those."""
+    begin = next((place for place, turn in enumerate(turns) if turn.role != "system"), len(turns))
+    late = [number for number, turn in enumerate(turns[begin:], start=begin + 1) if turn.role == "system"]
     if late:
         message = f"turn {late[0]} is a system text behind the first turn (llama-acc convert-data sharegpt moves it)"
-        problems.add("unsupported", f"turn {late[0]}", message, checked[late[0] - 1].text)
-    texts = [_system(value, problems), *(turn.text for turn in checked[:begin])]
-    system = "\n\n".join(text for text in texts if text and text.strip())
-    return Dialogue(checked[begin:], _images(value, problems), system or None)
+        problems.add("unsupported", f"turn {late[0]}", message, turns[late[0] - 1].text)
+    texts = [system, *(turn.text for turn in turns[:begin])]
+    return "\n\n".join(text for text in texts if text and not text.isspace()) or None, turns[begin:]
 
 
 def _turn(turn: Any, problems: _Problems) -> Turn:
@@ -296,7 +309,7 @@ def _turn(turn: Any, problems: _Problems) -> Turn:
 
 
 def _trained(turn: dict[str, Any], role: str, problems: _Problems) -> bool:
-    if turn.keys().isdisjoint(TRAINED):
+    if len(turn) == 2:
         return True
     try:
         return is_trained(turn, role == "assistant")

@@ -53,7 +53,7 @@ _MOST_CHARACTERS = 60
 
 def is_empty(value: Any) -> bool:
     """Whether a value says nothing: null, blank, or without elements."""
-    return not value.strip() if isinstance(value, str) else value is None or value == [] or value == {}
+    return (not value or value.isspace()) if isinstance(value, str) else value is None or value == [] or value == {}
 
 
 def unusable(row: Mapping[str, Any], keys: Iterable[str]) -> str | None:
@@ -79,10 +79,12 @@ def key_of(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
         ValueError: by two, which differ.
     """
     given = [name for name in names if row.get(name) is not None]
+    if len(given) < 2:
+        return given[0] if given else None
     full = [name for name in given if not is_empty(row[name])]
     if any(row[name] != row[full[0]] for name in full):
         raise ValueError(f"{' and '.join(map(repr, full))} are names of one thing, and differ")
-    return next(iter(full or given), None)
+    return (full or given)[0]
 
 
 def is_trained(turn: Mapping[str, Any], is_reply: bool) -> bool:
@@ -107,19 +109,27 @@ def mapping_of(row: Mapping[str, Any]) -> dict[str, str]:
 
     COLUMN stands for a key that only the user can name.
     """
-    texts = [key for key, value in row.items() if isinstance(value, str) and value.strip()]
+    texts = [key for key, value in row.items() if isinstance(value, str) and not is_empty(value)]
+    dialogues = [key for key, value in row.items() if _is_dialogue(value)]
     for question, answer in PAIRS:
         if question in texts and answer in texts:
             return {"instruction": question, "output": answer}
+    if "chosen" in dialogues:
+        return {"conversations": "chosen"}
     if "chosen" in row:
-        chosen, questions = row["chosen"], [key for key in _QUESTIONS if key in texts]
-        if isinstance(chosen, str):
-            return {"instruction": questions[0], "output": "chosen"} if questions else {}
-        is_dialogue = isinstance(chosen, list) and len(chosen) > 1 and all(isinstance(turn, dict) for turn in chosen)
-        return {"conversations": "chosen"} if is_dialogue else {}
+        questions = [key for key in _QUESTIONS if key in texts]
+        return {"instruction": questions[0], "output": "chosen"} if questions and "chosen" in texts else {}
+    if dialogues:
+        return {"conversations": dialogues[0]}
+    texts = [key for key in texts if not key.lower().endswith("id")]
     if len(texts) == 1 or "text" in texts:
         return {"output": "text" if "text" in texts else texts[0]}
     return {"instruction": "COLUMN", "output": "COLUMN"} if texts else {}
+
+
+def _is_dialogue(value: Any) -> bool:
+    turns = value if isinstance(value, list) and len(value) > 1 else [None]
+    return all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns)
 
 
 def mapping_words(mapping: Mapping[str, str]) -> str:

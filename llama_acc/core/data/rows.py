@@ -286,7 +286,7 @@ def _csv_items(reader: Any, names: list[str]) -> Iterator[Row]:
     begin = reader.line_num + 1
     for cells in reader:
         line, begin = begin, reader.line_num + 1  # a quoted cell may span lines
-        if not cells:
+        if not cells or (len(cells) == 1 < len(names) and not cells[0].strip()):
             continue
         number += 1
         where = f"item {number} (line {line})"

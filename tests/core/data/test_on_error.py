@@ -273,7 +273,7 @@ def test_blank_rows_are_left_out_and_counted_and_stop_nothing(tmp_path: Path, to
         [file] = report["files"]
         assert (report["items"], report["skipped"], file["skipped_kinds"]) == (2, 2, {"blank": 2})
         assert report["warnings"] == {"blank": 2}
-        assert [place["where"] for place in file["warning_places"]["blank"]] == ["item 2 (line 3)", "item 3 (line 4)"]
+        assert [place["where"] for place in file["warning_places"]["blank"]] == ["item 2 (line 4)", "item 3 (line 5)"]
         assert (file["skipped_items"], file["unused_keys"]) == ([], {"source": 1})
         assert dataset.origin(1) == "a.csv item 4"
     with pytest.raises(UserError, match="nothing to train on: 2 rows, all of them blank"):

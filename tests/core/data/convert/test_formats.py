@@ -330,6 +330,7 @@ CHOSEN = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"
         ),
         ({"prompt": "a", "chosen": CHOSEN, "rejected": CHOSEN}, "--map conversations=chosen", ONE_AB),
         ({"messages": CHOSEN, "chosen": CHOSEN, "rejected": CHOSEN}, "--map conversations=chosen", ONE_AB),
+        ({"conversation_id": "x", "conversation": CHOSEN}, "--map conversations=conversation", ONE_AB),
         ({"text": "b", "url": "x"}, "--map output=text, for text without questions", {**ONE, "instruction": ""}),
         ({"body": "b", "n": 3}, "--map output=body, for text without questions", {**ONE, "instruction": ""}),
         ({"chosen": "Human: a", "rejected": "Human: b"}, None, None),
