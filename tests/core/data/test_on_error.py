@@ -265,7 +265,7 @@ def test_what_is_the_same_but_for_case_and_white_space_is_found_across_files(
 
 def test_blank_rows_are_left_out_and_counted_and_stop_nothing(tmp_path: Path, tokenizer: Tokenizer) -> None:
     table = tmp_path / "a.csv"
-    table.write_text('instruction,output,source\ngo 0,the answer is 0,s\n,,\n" ",,s\ngo 1,the answer is 1,\n')
+    table.write_text('instruction,output,source\ngo 0,the answer is 0,s\n  \n,,\n" ",,s\ngo 1,the answer is 1,\n')
     for on_error in ("stop", "skip", "stop"):
         dataset = load(tokenizer, table, on_error=on_error)
         assert texts(dataset, tokenizer) == ["go 0the answer is 0", "go 1the answer is 1"]
