@@ -49,6 +49,7 @@ def fast_tokenizer(data: bytes, path: Path, names: Mapping[int, str] = {}, first
         pieces[i] = pieces[i]._replace(text=name)
     has_bytes = any(piece.kind == _BYTE for piece in pieces)
     unknown = next((i for i, piece in enumerate(pieces) if piece.kind == _UNKNOWN), 0)
+    model: Any
     if kind == _BPE:
         model = models.BPE(
             vocab={piece.text: i for i, piece in enumerate(pieces)},
@@ -100,7 +101,8 @@ def _read(data: bytes) -> tuple[list[_Piece], dict[int, Any], dict[int, Any]]:
 
     Its own reader needs the very version of protobuf that SentencePiece was built with, or a later one.
     """
-    pieces, settings = [], {2: {}, 3: {}}
+    pieces: list[_Piece] = []
+    settings: dict[int, dict[int, Any]] = {2: {}, 3: {}}
     for number, value in _fields(data):
         if number == 1:
             piece = dict(_fields(value))

@@ -75,6 +75,12 @@ class Tokenizer(Protocol):
     def files(self) -> dict[str, bytes]:
         """The files that make the same tokenizer of a checkpoint's folder, by name."""
 
+    def to_json(self) -> dict[str, Any]:
+        """The same tokenizer as a tokenizer.json."""
+
+    def token_id(self, text: str) -> int | None:
+        """The token that the vocabulary writes so; None: there is none."""
+
     def unnamed(self, rows: int) -> list[int]:
         """Which of a model's rows stand for no token."""
 
@@ -119,14 +125,17 @@ class SentencePieceTokenizer:
         """
         self.path, self.said, self._data, self._processor, self._threads = path, said, data, processor, threads or -1
         self.vocab_size: int = processor.vocab_size()
-        self.bos_id, self.eos_id = _bos_eos(path, said, self._find, processor.bos_id(), processor.eos_id())
+        self.bos_id, self.eos_id = _bos_eos(path, said, self.token_id, processor.bos_id(), processor.eos_id())
         self.end_ids = frozenset({self.eos_id, *said.end_ids})
         controls = (i for i in range(self.vocab_size) if processor.IsControl(i) or processor.IsUnknown(i))
         self._special = _any_of(self.piece(i) for i in {*controls, self.bos_id, self.eos_id})
 
-    def _find(self, piece: str) -> int | None:
-        token: int = self._processor.PieceToId(piece)
-        return token if self.piece(token) == piece else None
+    def token_id(self, text: str) -> int | None:
+        token: int = self._processor.PieceToId(text)
+        return token if self.piece(token) == text else None
+
+    def to_json(self) -> dict[str, Any]:
+        return self._in_json.to_json()
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self._data + self.said.key().encode()).hexdigest()
@@ -222,6 +231,15 @@ class HuggingFaceTokenizer:
 
     def files(self) -> dict[str, bytes]:
         return _files(HUGGING_FACE_FILE if self.path.suffix == ".json" else SENTENCEPIECE_FILE, self._data, self.said)
+
+    def token_id(self, text: str) -> int | None:
+        token: int | None = self._fast.token_to_id(text)
+        return token
+
+    def to_json(self) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads(self._fast.to_str())
+        is_json = self.path.suffix == ".json"
+        return values | {"post_processor": json.loads(self._data).get("post_processor") if is_json else None}
 
     def unnamed(self, rows: int) -> list[int]:
         return [row for row in range(rows) if row not in self._named]

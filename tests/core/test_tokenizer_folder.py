@@ -159,7 +159,7 @@ def test_a_folder_with_its_files_has_the_same_tokenizer(tmp_path: Path, tokenize
         ({"added_tokens.json": {END: 17}}, "token 17 of .* calls it '<.im_end.>'"),
         ({"added_tokens.json": {"</s>": 300}}, "token 300 is '</s>', and in it '</s>' is token 2"),
         ({"added_tokens.json": {END: "300"}}, "the id of '<.im_end.>' is '300'"),
-        ({"added_tokens.json": [END]}, "added_tokens.json must hold a JSON object"),
+        ({"added_tokens.json": [END]}, "added_tokens.json: it must hold a JSON object"),
         ({"tokenizer_config.json": {"eos_token": END}}, "names '<.im_end.>', which tokenizer.model does not have"),
         ({"tokenizer_config.json": {"added_tokens_decoder": {"300": {}}}}, "has no text for token 300"),
         (

@@ -9,10 +9,11 @@ import pytest
 
 _ROOT = Path(__file__).parents[2]
 # transformers refuses to be imported beside a tokenizers or huggingface_hub of another age.
-_OF_ITS_AGE = {
+OF_ITS_AGE = {
     "4.40.2": ("tokenizers==0.19.1", "huggingface_hub==0.24.7"),
     "4.57.6": ("tokenizers==0.22.1", "huggingface_hub==0.36.2"),
     "5.0.0": ("tokenizers==0.22.1", "huggingface_hub==1.3.7"),
+    "5.10.1": ("tokenizers==0.22.2", "huggingface_hub==1.33.0"),
 }
 # What these import that the packages of today need not bring.
 _BESIDES = (
@@ -30,9 +31,9 @@ _TESTS = (
 )
 
 
-def _install(version: str, folder: Path) -> None:
+def install(version: str, folder: Path) -> None:
     """Puts a transformers and what goes with it into a folder; nothing that the environment has is changed."""
-    packages = (f"transformers=={version}", *_OF_ITS_AGE[version], *_BESIDES)
+    packages = (f"transformers=={version}", *OF_ITS_AGE[version], *_BESIDES)
     pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--only-binary", ":all:", "--disable-pip-version-check")
     done = subprocess.run([*pip, "--quiet", "--target", folder, *packages], capture_output=True, text=True)
     if done.returncode:
@@ -41,12 +42,12 @@ def _install(version: str, folder: Path) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("version", _OF_ITS_AGE)
+@pytest.mark.parametrize("version", OF_ITS_AGE)
 def test_models_see_with_transformers_of_any_age(
     version: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "packages"
-    _install(version, folder)
+    install(version, folder)
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 

@@ -7,7 +7,7 @@ from typing import Any
 from llama_acc.core.checkpoint.layout import Layout, without_towers
 from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import read_object
-from llama_acc.core.tokenizer import find_tokenizer, load_tokenizer
+from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from llama_acc.core.tokenizer_folder import HUGGING_FACE_FILE, SENTENCEPIECE_FILE
 
 _TOKENIZER = (
@@ -32,26 +32,36 @@ def companions(layouts: Sequence[Layout]) -> list[Path]:
 
 
 def _tokenizer_files(folders: Sequence[Path]) -> list[Path]:
-    for folder in reversed(folders):
-        if any((folder / name).is_file() for name in (SENTENCEPIECE_FILE, HUGGING_FACE_FILE)):
-            return sorted({path for pattern in _TOKENIZER for path in folder.glob(pattern) if path.is_file()})
-    for folder in reversed(folders):
-        if (path := find_tokenizer(folder)) is not None:
-            return [path]
-    return []
+    path = _main_file(folders)
+    if path is None or path.parent not in folders:
+        return [] if path is None else [path]
+    folder = path.parent
+    return sorted({path for pattern in _TOKENIZER for path in folder.glob(pattern) if path.is_file()})
 
 
-def special_ids(layouts: Sequence[Layout]) -> dict[str, Any]:
-    """`bos_token_id` and `eos_token_id`: what a Hugging Face folder says, else the tokenizer; empty = not known."""
-    keys = ("bos_token_id", "eos_token_id")
+def _main_file(folders: Sequence[Path]) -> Path | None:
+    """The last tokenizer, rather beside weights than one level up."""
+    names = (SENTENCEPIECE_FILE, HUGGING_FACE_FILE)
+    beside = [folder for folder in folders if any((folder / name).is_file() for name in names)]
+    return next((path for folder in reversed(beside or folders) if (path := find_tokenizer(folder)) is not None), None)
+
+
+def tokenizer_of(layouts: Sequence[Layout]) -> Tokenizer | None:
+    """The tokenizer that goes with checkpoints laid over each other; None: there is none, or none that is read here."""
+    path = _main_file([layout.folder for layout in without_towers(layouts)])
+    try:
+        return None if path is None else load_tokenizer(path)
+    except UserError:
+        return None  # of a kind that is not read here: it can still go with the weights
+
+
+def special_ids(layouts: Sequence[Layout], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """`bos_token_id` and `eos_token_id` for a config.json: the tokenizer's, else what a Hugging Face folder says."""
+    if tokenizer is not None:
+        ends = [tokenizer.eos_id, *sorted(tokenizer.said.end_ids - {tokenizer.eos_id})]
+        return {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
     for layout in reversed(without_towers(layouts)):
         if layout.format == "huggingface" and layout.params_path is not None:
             values = read_object(layout.params_path)
-            return {key: values[key] for key in keys if key in values}
-        if (path := find_tokenizer(layout.folder)) is not None:
-            try:
-                tokenizer = load_tokenizer(path)
-            except UserError:
-                return {}  # a tokenizer of a kind that is not read here can still go with the weights
-            return dict(zip(keys, (tokenizer.bos_id, tokenizer.eos_id), strict=True))
+            return {key: values[key] for key in ("bos_token_id", "eos_token_id") if key in values}
     return {}

@@ -13,6 +13,7 @@ from llama_acc.core.checkpoint.convert import Converted, Request, Target, conver
 from llama_acc.core.checkpoint.files import check_checkpoint
 from llama_acc.core.checkpoint.layout import inspect
 from llama_acc.core.checkpoint.shards import read_weights
+from llama_acc.core.data.templates import TEMPLATES
 from llama_acc.core.errors import RunError, UserError
 from llama_acc.core.inference import load_model
 from llama_acc.core.model.config import ModelConfig
@@ -202,7 +203,7 @@ def test_tokenizer_template_and_recipe_come_along(tokenizer_path: Path, tmp_path
     root = tmp_path / "release"
     source = write_meta(root / "7B", state(config), config=config)
     shutil.copy(tokenizer_path, root / "tokenizer.model")  # one level up, as Meta has it
-    (source / "template.json").write_text("{}")
+    TEMPLATES["alpaca"].save(source / "template.json")
     (source / "recipe.yaml").write_text("name: x\n")
     (source / "notes.txt").write_text("mine")
     hf = converted(source, tmp_path / "hf", "hf")
@@ -212,31 +213,10 @@ def test_tokenizer_template_and_recipe_come_along(tokenizer_path: Path, tmp_path
     assert not (hf / "notes.txt").exists()
     settings = json.loads((hf / "config.json").read_text())
     assert (settings["bos_token_id"], settings["eos_token_id"]) == (1, 2)
-    for name in ("special_tokens_map.json", "generation_config.json"):
-        (hf / name).write_text("{}")
+    (hf / "special_tokens_map.json").write_text("{}")
     meta = converted(hf, tmp_path / "meta", "meta")
     present = {path.name for path in meta.iterdir()}
     assert {"tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"} <= present
-
-
-@pytest.mark.parametrize(
-    ("given", "inputs"),
-    [
-        ({"tokenizer_class": "PreTrainedTokenizerFast"}, ["input_ids", "attention_mask"]),
-        ({"eos_token": "</s>"}, ["input_ids", "attention_mask"]),
-        ({"tokenizer_class": "LlamaTokenizer"}, None),
-        ({"model_input_names": ["input_ids"]}, ["input_ids"]),
-    ],
-)
-def test_a_generic_tokenizer_gives_only_what_a_llama_takes(
-    given: dict[str, Any], inputs: list[str] | None, tmp_path: Path
-) -> None:
-    source = write_meta(tmp_path / "source", state())
-    (source / "tokenizer.json").write_text("{}")
-    (source / "tokenizer_config.json").write_text(json.dumps(given))
-    hf = converted(source, tmp_path / "hf", "hf")
-    expected = given if inputs is None else {**given, "model_input_names": inputs}
-    assert json.loads((hf / "tokenizer_config.json").read_text()) == expected
 
 
 def test_a_hugging_face_folder_is_loaded_directly(tokenizer_path: Path, tmp_path: Path) -> None:

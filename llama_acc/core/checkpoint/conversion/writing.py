@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama_acc.core.checkpoint.base import BASE_FILE, read_base
-from llama_acc.core.checkpoint.companions import companions, special_ids
+from llama_acc.core.checkpoint.companions import companions, special_ids, tokenizer_of
 from llama_acc.core.checkpoint.computed import read_block
 from llama_acc.core.checkpoint.conversion.plan import Entry, Plan
 from llama_acc.core.checkpoint.fingerprint import base_fingerprint, fingerprint
+from llama_acc.core.checkpoint.hf_tokenizer import write_tokenizer
 from llama_acc.core.checkpoint.huggingface import INDEX_FILE, huggingface_config
 from llama_acc.core.checkpoint.layout import inspect, locate
 from llama_acc.core.checkpoint.parts import blocks_of
@@ -29,9 +30,7 @@ from llama_acc.core.checkpoint.tensor_files import (
     write_at,
 )
 from llama_acc.core.errors import UserError
-from llama_acc.core.input_files import read_object
 from llama_acc.core.model.vision_config import VISION_FILE
-from llama_acc.core.tokenizer_folder import CONFIG_FILE, SENTENCEPIECE_FILE
 
 
 class _File(NamedTuple):
@@ -84,10 +83,16 @@ def write_description(plan: Plan, folder: Path) -> None:
     """Writes what says the shape, and what belongs to a checkpoint besides."""
     for path in companions(plan.found.layouts):
         (folder / path.name).write_bytes(path.read_bytes())
+    tokenizer = tokenizer_of(plan.found.layouts)
+    for name, data in {} if tokenizer is None else tokenizer.files().items():
+        (folder / name).write_bytes(data)
+    ids = special_ids(plan.found.layouts, tokenizer)
+    if plan.request.to in ("hf", "peft") and tokenizer is not None:
+        plan.notes.extend(write_tokenizer(tokenizer, folder, ids))
     if plan.request.to == "peft":
         _write_json(folder / "adapter_config.json", peft_config(plan.config.tuning, _peft_base(plan)))
     elif plan.request.to == "hf":
-        _describe_huggingface(plan, folder)
+        _describe_huggingface(plan, folder, ids)
     else:
         _describe_shards(plan, folder)
 
@@ -112,28 +117,13 @@ def _peft_base(plan: Plan) -> str | None:
     return None
 
 
-def _describe_huggingface(plan: Plan, folder: Path) -> None:
+def _describe_huggingface(plan: Plan, folder: Path, ids: Mapping[str, Any]) -> None:
     dtype = str(plan.dtype).removeprefix("torch.")
-    config = huggingface_config(plan.config, dtype, plan.tied, special_ids(plan.found.layouts))
+    config = huggingface_config(plan.config, dtype, plan.tied, ids)
     _write_json(folder / "config.json", config)
-    _describe_tokenizer(folder)
     if len(plan.files) > 1:
         places = {entry.name: name for name, entries in plan.files.items() for entry in entries}
         _write_json(folder / INDEX_FILE, {"metadata": {"total_size": plan.nbytes}, "weight_map": places})
-
-
-def _describe_tokenizer(folder: Path) -> None:
-    """Says what transformers would take otherwise, where nothing says it."""
-    path = folder / CONFIG_FILE
-    if (folder / SENTENCEPIECE_FILE).exists() and not path.exists():
-        # Without it transformers 5 leaves BOS out and splits the first word otherwise.
-        _write_json(path, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True})
-    elif path.exists():
-        values = read_object(path)
-        is_generic = values.get("tokenizer_class") in (None, "PreTrainedTokenizerFast")
-        if is_generic and "model_input_names" not in values:
-            # The generic class gives token_type_ids besides, which a LLaMA's `generate` refuses in transformers 4.
-            _write_json(path, values | {"model_input_names": ["input_ids", "attention_mask"]})
 
 
 def _describe_shards(plan: Plan, folder: Path) -> None:

@@ -1,0 +1,207 @@
+"""The tokenizer of a Hugging Face folder that was converted: the one of the training in transformers too.
+
+transformers 5 rebuilds a LLaMA's tokenizer from its vocabulary and loses runs of spaces that way, and 4 and 5 differ in
+the space in front of a text. Both take a `tokenizer.json` as it stands where `tokenizer_config.json` names the class
+`PreTrainedTokenizerFast`, so that is what is written, from the tokenizer that trained.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from llama_acc.core.data.templates import TEMPLATE_FILE, Template, Turn
+from llama_acc.core.errors import UserError
+from llama_acc.core.tokenizer import Tokenizer
+from llama_acc.core.tokenizer_folder import (
+    CHAT_TEMPLATE_FILE,
+    CONFIG_FILE,
+    GENERATION_FILE,
+    HUGGING_FACE_FILE,
+    read_json,
+)
+
+# Would be read besides tokenizer.json and may say otherwise; what they say is in it.
+_OLDER = ("special_tokens_map.json", "added_tokens.json")
+_OF_OTHER_CLASSES = ("added_tokens_decoder", "legacy", "sp_model_kwargs", "use_default_system_prompt")
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, ids: Mapping[str, Any]) -> list[str]:
+    """Writes a folder's tokenizer, its chat template, and which tokens end an answer.
+
+    Args:
+        tokenizer: the one of the training.
+        folder: holds what lay beside the checkpoint, such as template.json.
+        ids: `bos_token_id` and `eos_token_id`.
+
+    Returns:
+        What the user should know.
+    """
+    config = read_json(folder / CONFIG_FILE)
+    try:
+        values = tokenizer.to_json() | {"truncation": None, "padding": None}
+    except UserError as error:
+        return [f"the tokenizer goes along as it is: {error.message}"]
+    adds_bos, adds_eos = tokenizer.said.add_bos, bool(tokenizer.said.add_eos)
+    is_llamas = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
+    if adds_bos is None and (is_llamas or tokenizer.path.name != HUGGING_FACE_FILE):
+        adds_bos = True  # what transformers takes for a LLaMA's
+    if adds_bos is not None:
+        values["post_processor"] = _framing(tokenizer, adds_bos, adds_eos)
+        config |= {"add_bos_token": adds_bos, "add_eos_token": adds_eos}
+    _write_json(folder / HUGGING_FACE_FILE, values)
+    roles = {"unk_token": values["model"].get("unk_token"), **tokenizer.said.roles}
+    roles |= {"bos_token": tokenizer.piece(tokenizer.bos_id), "eos_token": tokenizer.piece(tokenizer.eos_id)}
+    for key in _OF_OTHER_CLASSES:
+        config.pop(key, None)
+    for name in _OLDER:
+        (folder / name).unlink(missing_ok=True)
+    notes: list[str] = []
+    generation = read_json(folder / GENERATION_FILE) | dict(ids)
+    if (folder / TEMPLATE_FILE).is_file():
+        template = Template.load(folder / TEMPLATE_FILE)
+        stops = {token for stop in template.stop if (token := tokenizer.token_id(stop)) in tokenizer.end_ids}
+        if more := stops - set(_listed(ids["eos_token_id"])):
+            generation["eos_token_id"] = [*_listed(ids["eos_token_id"]), *sorted(more)]
+        notes = _write_chat_template(template, tokenizer, folder)
+        config.pop("chat_template", None)
+    # The generic class gives token_type_ids too unless told, which a LLaMA's `generate` refuses in transformers 4.
+    usual = {"clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"]}
+    config = usual | config | {role: text for role, text in roles.items() if tokenizer.token_id(text or "") is not None}
+    _write_json(folder / CONFIG_FILE, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    _write_json(folder / GENERATION_FILE, generation)
+    return notes
+
+
+def _framing(tokenizer: Tokenizer, bos: bool, eos: bool) -> dict[str, Any]:
+    """What puts BOS and EOS around a text, as in a tokenizer.json."""
+    names = [tokenizer.piece(token) for token in (tokenizer.bos_id, tokenizer.eos_id)]
+
+    def framed(sequence: str, kind: int) -> list[dict[str, Any]]:
+        begin, end = ({"SpecialToken": {"id": name, "type_id": kind}} for name in names)
+        return [begin] * bos + [{"Sequence": {"id": sequence, "type_id": kind}}] + [end] * eos
+
+    ids = zip(names, (tokenizer.bos_id, tokenizer.eos_id), strict=True)
+    return {
+        "type": "TemplateProcessing",
+        "single": framed("A", 0),
+        "pair": framed("A", 0) + framed("B", 1),
+        "special_tokens": {name: {"id": name, "ids": [token], "tokens": [name]} for name, token in ids},
+    }
+
+
+def _write_chat_template(template: Template, tokenizer: Tokenizer, folder: Path) -> list[str]:
+    """In place of the base's, which the model was not trained on."""
+    for name in (CHAT_TEMPLATE_FILE, "chat_template.json"):
+        (folder / name).unlink(missing_ok=True)
+    text = chat_template(template, tokenizer)
+    if text is None:
+        return [
+            f"no chat template is written: transformers cannot write the format {template.name!r} as it was trained"
+        ]
+    (folder / CHAT_TEMPLATE_FILE).write_text(text, encoding="utf-8")
+    return []
+
+
+def chat_template(template: Template, tokenizer: Tokenizer) -> str | None:
+    """A format in jinja, for transformers' `apply_chat_template`; None: it cannot be said there.
+
+    Rendered with `add_generation_prompt` it is the prompt of chat, else the text of the training.
+    """
+    if template.kind == "single_turn" and "{instruction}" not in template.prompt:
+        return None
+    begin = ""
+    if template.bos:
+        gap = _gap(template, tokenizer)
+        if gap is None:
+            return None
+        begin = "{{- bos_token" + (f" + {_quoted(gap)}" if gap else "") + " }}\n"
+    lines = _dialogue(template) if template.kind == "dialogue" else _single_turn(template)
+    return begin + "\n".join(lines)
+
+
+def _gap(template: Template, tokenizer: Tokenizer) -> str | None:
+    """What must stand between BOS and the text to give the text's own tokens, if BOS is read in the text too.
+
+    Some tokenizers put a space in front of a text, and none behind a special token.
+    """
+    bos, words = tokenizer.piece(tokenizer.bos_id), ("x",) if not template.prompt.startswith("{") else ("x", " x")
+    probes = [template.prompt_text([Turn("human", word)]) for word in words]
+    wanted = [tokenizer.encode(text, bos=True) for text in probes]
+    return next((gap for gap in ("", " ") if [tokenizer.encode(bos + gap + text) for text in probes] == wanted), None)
+
+
+def _dialogue(template: Template) -> list[str]:
+    def turn(role: Literal["human", "assistant"]) -> str:
+        head = template.turn_begin + template.roles[role] + template.turn_separator
+        text = "message['content']" + "".join(f" | replace({_quoted(mark)}, '')" for mark in template.removed)
+        text += " | trim" if template.strip else ""
+        return "{{- " + f"{_quoted(head)} + ({text}) + {_quoted(template.turn_end)}" + " }}"
+
+    prompt = template.turn_begin + template.roles["assistant"] + template.prompt_end
+    return [
+        "{%- set turns = messages %}",
+        "{%- set system = " + ("none" if template.system is None else _quoted(template.system)) + " %}",
+        "{%- if messages and messages[0]['role'] == 'system' %}",
+        "{%- set system = messages[0]['content'] %}",
+        "{%- set turns = messages[1:] %}",
+        "{%- endif %}",
+        "{%- if system is not none %}",
+        "{{- " + f"{_quoted(template.system_begin)} + system + {_quoted(template.system_end)}" + " }}",
+        "{%- endif %}",
+        "{%- for message in turns %}",
+        "{%- if message['role'] == 'user' %}",
+        turn("human"),
+        "{%- elif message['role'] == 'assistant' %}",
+        turn("assistant"),
+        "{%- else %}",
+        "{{- raise_exception('this format has turns of user and assistant, not of ' + message['role']) }}",
+        "{%- endif %}",
+        "{%- endfor %}",
+        "{%- if add_generation_prompt %}",
+        "{{- " + _quoted(prompt) + " }}",
+        *(["{%- else %}", "{{- eos_token }}"] if template.eos else []),
+        "{%- endif %}",
+    ]
+
+
+def _single_turn(template: Template) -> list[str]:
+    """The last question, and what answers it: the format shows no more."""
+    literals = map(_quoted, template.prompt.split("{instruction}"))
+    prompt = "((ns.system + '\\n\\n') if ns.system.strip() else '') + " + " + ns.question + ".join(literals)
+    # Spaces at a prompt's end are the model's to write.
+    ends = ".rstrip(' ')" if template.prompt.endswith(("{instruction}", " ")) else ""
+    output = "".join(f" | replace({_quoted(mark)}, '')" for mark in template.removed)
+    output += " | trim" if template.strip else ""
+    return [
+        "{%- set ns = namespace(system='', question='', answer='') %}",
+        "{%- for message in messages %}",
+        "{%- if message['role'] == 'system' %}",
+        "{%- set ns.system = message['content'] %}",
+        "{%- elif message['role'] == 'user' %}",
+        "{%- set ns.question = message['content'] %}",
+        "{%- set ns.answer = '' %}",
+        "{%- else %}",
+        "{%- set ns.answer = message['content'] %}",
+        "{%- endif %}",
+        "{%- endfor %}",
+        "{%- set prompt = " + prompt + " %}",
+        "{%- if add_generation_prompt %}",
+        "{{- prompt" + ends + " }}",
+        "{%- else %}",
+        "{{- prompt + (ns.answer" + output + ")" + (" + eos_token" if template.eos else "") + " }}",
+        "{%- endif %}",
+    ]
+
+
+def _quoted(text: str) -> str:
+    """A text as jinja writes it; all escapes of JSON are among jinja's."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _listed(value: Any) -> list[int]:
+    return value if isinstance(value, list) else [value]
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
