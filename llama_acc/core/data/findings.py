@@ -27,6 +27,7 @@ KINDS: dict[str, Kind] = {
     "unknown_role": Kind("unknown roles", True),
     "mixed_kinds": Kind("dialogues among single-turn items", True),
     "surrogate": Kind("lone surrogates", True),
+    "preference": Kind("pairs of a preferred and a rejected reply", True),
     "unsupported": Kind("items whose keys ask for what cannot be done", True),
     "image": Kind("images that are not given by a path", True),
     "image_file": Kind("images that cannot be opened", True),
@@ -81,9 +82,10 @@ def other_form(kinds: Collection[str], file: str) -> str:
         whole = "use format: dialogue and template: dialogue"
         first = "format: single_turn_llava for the first question and answer of each"
         return f"they are dialogues: {whole}, or {first}, or for all of them llama-acc convert-data llava {file}"
+    if set(kinds) == {"preference"}:
+        return f"llama-acc convert-data auto {file} says how to take the preferred reply of each"
     if set(kinds) == {"unsupported"}:
-        pairs = f"of pairs of replies llama-acc convert-data auto {file} says how to take one"
-        return f"such items can be left out with data.on_error=skip; {pairs}"
+        return "such items can only be left out: data.on_error=skip"
     return f"if it is in a form of its own: llama-acc convert-data auto {file}"
 
 

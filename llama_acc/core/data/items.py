@@ -16,6 +16,7 @@ from llama_acc.core.data.findings import Finding, beginning
 from llama_acc.core.data.keys import (
     IMAGES,
     INPUT,
+    PREFERENCE,
     SYSTEM,
     TRAINED,
     count_unused,
@@ -159,7 +160,7 @@ class _Problems:
             return
         keys = row.keys() - used
         if (reason := unusable(row, sorted(keys))) is not None:
-            self.add("unsupported", "", reason, row)
+            self.add("unsupported" if keys.isdisjoint(PREFERENCE) else "preference", "", reason, row)
         self.unused |= {inside + key for key in keys if not is_empty(row[key])}
 
 

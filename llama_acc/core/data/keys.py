@@ -17,6 +17,7 @@ from llama_acc.core.visible import visible
 SYSTEM = ("system", "system_prompt")
 INPUT = ("input", "context")
 IMAGES = ("image", "images")
+PREFERENCE = ("chosen", "rejected")
 TRAINED = ("train", "training", "trainable", "loss", "weight")
 """Of a turn: whether it is trained on, as true or false, 1 or 0."""
 
@@ -24,8 +25,7 @@ _PAIR = "pairs of a preferred and a rejected reply cannot be trained on as they 
 _TOOLS = "calls of tools cannot be trained on"
 _MEDIA = "sound and video cannot be trained on"
 _UNUSABLE = {
-    "chosen": _PAIR,
-    "rejected": _PAIR,
+    **dict.fromkeys(PREFERENCE, _PAIR),
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), _TOOLS),
     **dict.fromkeys(("audio", "audios", "video", "videos"), _MEDIA),
     "train_detail": "parts of a reply cannot be trained on alone",

@@ -183,7 +183,7 @@ def test_keys_that_change_an_item_and_cannot_be_used_are_refused_by_name(value: 
     item, found = item_of(value, kind_of(value) or "single_turn")
     assert item is None
     assert reason in str(found[0])
-    assert [finding.kind for finding in found] == ["unsupported"]
+    assert [finding.kind for finding in found] == ["preference" if "chosen" in value else "unsupported"]
 
 
 def test_all_other_keys_are_counted_with_those_of_turns() -> None:

@@ -12,7 +12,7 @@ from llama_acc.core.data.convert.rules import Malformed, Options, Record, Rule, 
 from llama_acc.core.data.convert.writing import LINES, Items, Layout, encoded, layout_of, whole_file
 from llama_acc.core.data.files import data_suffix, nearest_names
 from llama_acc.core.data.findings import MOST_PROBLEMS
-from llama_acc.core.data.keys import count_unused, is_empty, mapping_of, mapping_words, unusable
+from llama_acc.core.data.keys import PREFERENCE, count_unused, is_empty, mapping_of, mapping_words, unusable
 from llama_acc.core.data.rows import SUFFIXES, Row, looked_ahead, stream_rows, stream_rows_from, type_name
 from llama_acc.core.errors import DataError, UserError, listed
 from llama_acc.core.units import count_text
@@ -173,7 +173,7 @@ class Conversion:
         if self._request.options.reference:
             return set()
         unused = {key for key in row.keys() - rule.used_keys if not is_empty(row[key])}
-        self._refuse(row, row, unused - {"chosen", "rejected"} if rule.chosen else unused)
+        self._refuse(row, row, unused.difference(PREFERENCE) if rule.chosen else unused)
         for place in rule.turns_in:
             turns = row.get(place)
             for turn in turns.values() if isinstance(turns, dict) else turns if isinstance(turns, list) else ():
