@@ -15,7 +15,8 @@ MAX_ITEM = 1 << 28
 """Characters of the longest item that is read; more than that is a file of another kind."""
 
 _SPACE = re.compile(r"[ \t\n\r]*")
-_DECODE = json.JSONDecoder().raw_decode
+JSON = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" else float(name))
+"""As `json.loads`, but for NaN: pandas writes it for an empty cell, and it is null."""
 # An error so near to the buffer's end may be of a word or an escape that goes on: "-Infinity", "\ud83d\ude00".
 _NEAR = 16
 # As many characters of a number may be missing although what is there is one, too: "1" of "1.5", "1e" of "1e+5".
@@ -98,7 +99,7 @@ class JsonBuffer:
         """The value that begins here, and where it ends."""
         while True:
             try:
-                value, end = _DECODE(self._text, self._at)
+                value, end = JSON.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 if self._may_be_cut_off(error) and self._fill():
                     continue

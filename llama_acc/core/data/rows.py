@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 import msgspec
 
 from llama_acc.core.data.files import BytesRead, DataStream, data_suffix, open_data
-from llama_acc.core.data.json_array import MAX_ITEM, JsonBuffer
+from llama_acc.core.data.json_array import JSON, MAX_ITEM, JsonBuffer
 from llama_acc.core.data.keys import mapping_of, mapping_words
 from llama_acc.core.data.parquet import PARQUET_SUFFIX, parquet_rows
 from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_rows
@@ -202,7 +202,7 @@ def _value_of(line: str) -> Any:
     try:
         return _decode(line)
     except (msgspec.DecodeError, RecursionError):
-        return json.loads(line)
+        return JSON.decode(line)
 
 
 def _lines(chunks: Iterator[str], name: str) -> Iterator[str]:

@@ -31,6 +31,55 @@ def test_a_parquet_file_gives_its_rows_in_order(parquet: Path) -> None:
     assert read_file(parquet).kind == "single_turn"
 
 
+def test_a_value_is_what_it_would_be_in_a_json_file(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    nan = float("nan")
+    texts, numbers, json_text = arrow.list_(arrow.string()), arrow.list_(arrow.float64()), arrow.json_()
+    sequence = arrow.struct({"role": texts, "score": numbers})
+    turns = [{"role": "user", "content": '["x", {"t": 1, "u": NaN}]'}, {"role": "assistant", "content": '"2"'}]
+    stored = arrow.array([turns, []], arrow.list_(arrow.struct({"role": arrow.string(), "content": arrow.string()})))
+    content = arrow.ExtensionArray.from_storage(json_text, stored.values.field("content"))
+    in_structs = arrow.StructArray.from_arrays([stored.values.field("role"), content], names=["role", "content"])
+    for column, expected in (
+        (
+            arrow.array(['{"a": [1.5, null, "\u00e9"]}', None, '"text"'], json_text),
+            [{"a": [1.5, None, "\u00e9"]}, None, "text"],
+        ),
+        (
+            arrow.ListArray.from_arrays(stored.offsets, in_structs),
+            [[{"role": "user", "content": ["x", {"t": 1, "u": None}]}, {"role": "assistant", "content": "2"}], []],
+        ),
+        # datasets' Sequence of an object
+        (
+            arrow.array([{"role": ["a", "b"], "score": [0.5, nan]}, {"role": [], "score": []}, None], sequence),
+            [[{"role": "a", "score": 0.5}, {"role": "b", "score": None}], [], None],
+        ),
+        (
+            arrow.array([{"role": ["a"], "score": []}, {"role": None, "score": None}], sequence),
+            [{"role": ["a"], "score": []}, {"role": None, "score": None}],
+        ),
+        (arrow.array([[("k", nan)], []], arrow.map_(arrow.string(), arrow.float64())), [{"k": None}, {}]),
+        (arrow.array([0.5, nan, None]), [0.5, None, None]),
+        (arrow.array(["a", "a"]).dictionary_encode(), ["a", "a"]),
+    ):
+        path = tmp_path / "a.parquet"
+        write_table(arrow.table({"first": arrow.array(range(len(column))), "column": column}), path)
+        assert [row.value["column"] for row in stream_rows(path)] == expected
+
+
+def test_a_cell_that_is_not_the_json_it_should_be_is_one_rows_problem(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    path = tmp_path / "a.parquet"
+    write_table(arrow.table({"a": arrow.array(["1", "{", "[]"], arrow.json_())}), path)
+    first, second, third = stream_rows(path)
+    assert (first.value, third.value) == ({"a": 1}, {"a": []})
+    assert "should hold JSON" in str(second.problem)
+
+
 def test_a_damaged_parquet_file_is_told(parquet: Path) -> None:
     parquet.write_bytes(parquet.read_bytes()[:-100])
     with pytest.raises(UserError, match="is damaged") as refused:
