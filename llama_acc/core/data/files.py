@@ -6,6 +6,7 @@ Compression is recognised by the first bytes, which no UTF-8 text can have, so a
 import difflib
 import gzip
 import io
+import re
 import sys
 import zipfile
 import zlib
@@ -17,6 +18,7 @@ from struct import error as StructError
 from typing import IO, Any
 
 from llama_acc.core.errors import UserError, did_you_mean
+from llama_acc.core.input_files import open_input
 
 if sys.version_info >= (3, 14):
     from compression.zstd import ZstdError, ZstdFile
@@ -28,6 +30,8 @@ BLOCK = 1 << 19
 """Bytes read at a time."""
 
 _GZIP, _ZSTD, _ZIP = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\x03\x04"
+# Zstandard's skippable frames (RFC 8878, 3.1.2), with which pzstd begins.
+_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
 
 # What zipfile raises where an archive is damaged (or, RuntimeError, wants a password).
 _ZIP_ERRORS = (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, LookupError, StructError)
@@ -41,8 +45,14 @@ def data_suffix(path: Path) -> str:
     return Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSIONS else path.suffix.lower()
 
 
-class DataStream:
-    """The content of a stream of bytes that may be compressed with gzip or Zstandard."""
+class DataStream(io.BufferedIOBase):
+    """The content of a stream of bytes that may be compressed with gzip or Zstandard.
+
+    Attributes:
+        name: of the stream, for messages.
+        count: bytes that have been read.
+        line_ends: LF among them.
+    """
 
     def __init__(self, stream: IO[bytes], name: str, progress: BytesRead | None = None) -> None:
         """Args:
@@ -51,17 +61,22 @@ class DataStream:
         progress: see `BytesRead`.
         """
         self.name = name
+        self.count = self.line_ends = 0
         counted: Any = io.BufferedReader(_Counted(stream, progress), BLOCK)
         with self._told():
-            begin = counted.peek(len(_ZSTD))
+            begin = counted.peek(4)
         if begin.startswith(_GZIP):
             self._stream: Any = gzip.GzipFile(fileobj=counted)
-        elif begin.startswith(_ZSTD):
+        elif begin.startswith(_ZSTD) or _SKIPPABLE.match(begin):
             self._stream = ZstdFile(counted)
         else:
             self._stream = counted
 
-    def read(self, size: int = BLOCK) -> bytes:
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def read(self, size: int | None = -1, /) -> bytes:
         """At most `size` bytes, none at the end.
 
         Raises:
@@ -69,7 +84,23 @@ class DataStream:
         """
         with self._told():
             content: bytes = self._stream.read(size)
+        self.count += len(content)
+        self.line_ends += content.count(b"\n")
         return content
+
+    def read1(self, size: int = -1, /) -> bytes:
+        """The next block, for io.TextIOWrapper, which asks for small ones."""
+        return self.read(BLOCK)
+
+    def peek(self) -> bytes:
+        """What comes next, which stays; nothing at the end.
+
+        Raises:
+            UserError: as `read`.
+        """
+        with self._told():
+            begin: bytes = self._stream.peek(BLOCK)
+        return begin
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -90,7 +121,7 @@ def open_data(path: Path, progress: BytesRead | None = None) -> Iterator[DataStr
         UserError: it is missing or cannot be read.
     """
     try:
-        file = path.open("rb", buffering=0)
+        file = open_input(path)
     except FileNotFoundError as error:
         raise UserError(f"there is no data file {path}", nearest_names(path)) from error
     except OSError as error:

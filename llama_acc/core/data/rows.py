@@ -9,16 +9,19 @@ A row is whatever JSON value stands there, or the cells by their columns; what i
 import codecs
 import csv
 import difflib
+import io
 import json
-import re
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import msgspec
 
-from llama_acc.core.data.files import BytesRead, DataStream, data_suffix, open_data
+from llama_acc.core.data.files import BLOCK, BytesRead, DataStream, data_suffix, open_data
 from llama_acc.core.data.json_array import JSON, MAX_ITEM, JsonBuffer
 from llama_acc.core.data.keys import mapping_of, mapping_words
 from llama_acc.core.data.parquet import PARQUET_SUFFIX, parquet_rows
@@ -32,7 +35,7 @@ _SHOWN = 200
 """Characters of a line that is not JSON that are kept to show."""
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")  # its byte order marks
 _decode = msgspec.json.Decoder().decode
-_LINE = re.compile(r"[^\r\n]*(?:\r\n|\n|\r|\Z)")
+_logger = logging.getLogger("llama_acc")
 
 
 class Row(NamedTuple):
@@ -66,8 +69,9 @@ def stream_rows(path: Path, *, required: Sequence[str] = (), progress: BytesRead
     if suffix == PARQUET_SUFFIX:
         yield from (Row(*row) for row in parquet_rows(path))
         return
+    quoted = suffix != ".tsv" or _is_quoted(path)
     with open_data(path, progress) as stream:
-        yield from _rows(stream, suffix, required)
+        yield from _rows(stream, suffix, required, quoted)
 
 
 def stream_rows_from(
@@ -122,57 +126,64 @@ def type_name(value: Any) -> str:
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
 
 
-def _rows(stream: DataStream, suffix: str | None, required: Sequence[str]) -> Iterator[Row]:
-    begin, chunks = _begin(_decoded(stream), stream.name)
+def _rows(stream: DataStream, suffix: str | None, required: Sequence[str], quoted: bool = True) -> Iterator[Row]:
     if suffix is None:
-        suffix = ".json" if begin in "[{" else ".csv"
+        suffix = ".json" if stream.peek().removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"[", b"{") else ".csv"
+    text = _text(stream, suffix)
     if suffix == ".json":
-        return _json_rows(stream.name, chunks)
+        return _json_rows(stream.name, _pieces(text, stream))
+    lines = _lines(text, stream)
     if suffix == ".jsonl":
-        return _jsonl_rows(stream.name, chunks)
-    return _csv_rows(stream.name, chunks, "\t" if suffix == ".tsv" else None, required)
+        return _jsonl_rows(stream.name, lines)
+    return _csv_rows(stream.name, lines, "\t" if suffix == ".tsv" else None, required, quoted)
 
 
-def _decoded(stream: DataStream) -> Iterator[str]:
-    """The text, without a byte order mark."""
-    offset, line, pending = 0, 1, b""
-    while True:
-        block = stream.read()
-        data = pending + block
-        try:
-            text, used = codecs.utf_8_decode(data, "strict", not block)
-        except UnicodeDecodeError as error:
-            line += data.count(b"\n", 0, error.start)
-            place = f"byte {offset + error.start} (line {line})"
-            known = "UTF-16" if offset == 0 and data.startswith(_UTF16) else "ENCODING"
-            hint = f"make it UTF-8: iconv -f {known} -t UTF-8 < FILE > NEW"
-            raise UserError(f"{stream.name} is not UTF-8: {place} cannot be decoded", hint) from error
-        yield text.removeprefix("\ufeff") if offset == 0 else text
-        if not block:
-            return
-        offset, line, pending = offset + used, line + data.count(b"\n", 0, used), data[used:]
+def _text(stream: DataStream, suffix: str) -> io.TextIOWrapper:
+    # Not all that splitlines() breaks at: a JSON text may hold U+2028 and the like, or a lone CR between its tokens.
+    return io.TextIOWrapper(stream, "utf-8-sig", newline="\n" if suffix == ".jsonl" else "")
 
 
-def _begin(chunks: Iterator[str], name: str) -> tuple[str, Iterator[str]]:
-    """The first character that is no white space, and the whole text."""
-    before: list[str] = []
-    for chunk in chunks:
-        before.append(chunk)
-        if begin := chunk.lstrip()[:1]:
-            return begin, chain(before, chunks)
-    raise UserError(f"{name} is empty")
+def _pieces(text: io.TextIOWrapper, stream: DataStream) -> Iterator[str]:
+    with _decoding(stream):
+        yield from iter(lambda: text.read(BLOCK), "")
+
+
+def _lines(text: io.TextIOWrapper, stream: DataStream) -> Iterator[str]:
+    """Lines with their ends."""
+    with _decoding(stream):
+        while line := text.readline(MAX_ITEM + 1):
+            if len(line) > MAX_ITEM:
+                raise UserError(f"{stream.name}: a line is longer than {MAX_ITEM >> 20} Mi characters")
+            yield line
+
+
+@contextmanager
+def _decoding(stream: DataStream) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        # What was to be decoded ends where the stream stands.
+        offset = stream.count - len(error.object) + error.start
+        line = 1 + stream.line_ends - error.object.count(b"\n", error.start)
+        known = "UTF-16" if error.object.startswith(_UTF16) and offset == 0 else "ENCODING"
+        hint = f"make it UTF-8: iconv -f {known} -t UTF-8 < FILE > NEW"
+        message = f"{stream.name} is not UTF-8: byte {offset} (line {line}) cannot be decoded"
+        raise UserError(message, hint) from error
 
 
 def _json_rows(name: str, chunks: Iterator[str]) -> Iterator[Row]:
     buffer = JsonBuffer(chunks, name)
-    if buffer.next_character() == "[":
+    begin = buffer.next_character()
+    if not begin:
+        raise _empty(name)
+    if begin == "[":
         for number, value in enumerate(buffer.array(), start=1):
             yield Row(f"item {number}", value)
         return
     value, follows = buffer.whole_value()
     if follows is not None and isinstance(value, dict):
-        line, text = buffer.rest()
-        yield from _jsonl_rows(name, text, line)  # JSON lines under another name
+        line, pieces = buffer.rest()
+        yield from _jsonl_rows(name, _split(pieces, name), line)  # JSON lines under another name
         return
     if follows is not None:
         raise buffer.extra_data(follows)
@@ -181,9 +192,10 @@ def _json_rows(name: str, chunks: Iterator[str]) -> Iterator[Row]:
     raise UserError(f"{name} should hold an array of items, but holds {type_name(value)}{keys}", hint)
 
 
-def _jsonl_rows(name: str, chunks: Iterator[str], first_line: int = 1) -> Iterator[Row]:
+def _jsonl_rows(name: str, lines: Iterator[str], first_line: int = 1) -> Iterator[Row]:
     number = 0
-    for line_number, line in enumerate(_lines(chunks, name), start=first_line):
+    for line_number, line in enumerate(lines, start=first_line):
+        line = line.removesuffix("\n")
         if not line.strip():
             continue
         number += 1
@@ -195,6 +207,8 @@ def _jsonl_rows(name: str, chunks: Iterator[str], first_line: int = 1) -> Iterat
             yield Row(f"{where}, column {error.colno}", line[:_SHOWN], f"not JSON: {error.msg}{hint}")
         except (RecursionError, ValueError) as error:
             yield Row(where, line[:_SHOWN], f"not JSON that can be read: {error}")
+    if not number:
+        raise _empty(name)
 
 
 def _value_of(line: str) -> Any:
@@ -205,12 +219,11 @@ def _value_of(line: str) -> Any:
         return JSON.decode(line)
 
 
-def _lines(chunks: Iterator[str], name: str) -> Iterator[str]:
-    # Not splitlines(): a JSON text may hold U+2028 and the like unescaped.
+def _split(pieces: Iterator[str], name: str) -> Iterator[str]:
     unfinished: list[str] = []
     length = 0
-    for chunk in chunks:
-        first, *others = chunk.split("\n")
+    for piece in pieces:
+        first, *others = piece.split("\n")
         unfinished.append(first)
         length += len(first)
         if length > MAX_ITEM:
@@ -222,45 +235,133 @@ def _lines(chunks: Iterator[str], name: str) -> Iterator[str]:
     yield "".join(unfinished)
 
 
-def _csv_rows(name: str, chunks: Iterator[str], delimiter: str | None, required: Sequence[str]) -> Iterator[Row]:
+def _empty(name: str) -> UserError:
+    return UserError(f"{name} is empty")
+
+
+def _csv_rows(
+    name: str, lines: Iterator[str], delimiter: str | None, required: Sequence[str], quoted: bool
+) -> Iterator[Row]:
     csv.field_size_limit(MAX_ITEM)
-    lines = _csv_lines(chunks, name)
-    header = next(lines)
+    begin, header = next(((n, line) for n, line in enumerate(lines, 1) if line.strip()), (0, ""))
+    if not header:
+        raise _empty(name)
     # Where a comma stands in numbers, spreadsheets put semicolons between cells.
     delimiter = delimiter or next((mark for mark in "\t,;" if mark in header), ",")
-    reader = csv.reader(chain([header], lines), delimiter=delimiter, strict=True)
+    records = _records(chain([header], lines), delimiter, quoted, begin)
+    _, cells, problem = next(records)
+    if problem:
+        raise UserError(f"{name}: line {begin}: {problem}")
+    names = [cell.strip() for cell in cells]
+    _check_header(name, names, required)
+    for number, (line, cells, problem) in enumerate(records, start=1):
+        where = f"item {number} (line {line})"
+        if problem:
+            yield Row(where, cells, problem)
+        elif len(cells) != len(names):
+            yield Row(where, cells, f"{count_text(len(cells), 'cell')}, but the header has {len(names)}")
+        else:
+            if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
+                _logger.warning(
+                    "%s: %s: a cell in quotes holds tabs and line ends: is it more than one row?", name, where
+                )
+            yield Row(where, dict(zip(names, cells, strict=True)))
+
+
+def _records(lines: Iterator[str], delimiter: str, quoted: bool, begin: int) -> Iterator[tuple[int, list[str], str]]:
+    """The rows of a table that are not blank: the number of the line, the cells, and why they cannot be read, or "".
+
+    A row with a quote out of place is read with \\" for "" where that makes it whole. Otherwise it ends before the
+    next line that is a row by itself, so that it costs no others.
+    """
+    width, ahead = 0, deque[str]()
+
+    def rest() -> Iterator[str]:
+        while line := ahead.popleft() if ahead else next(lines, ""):
+            yield line
+
+    def next_row(escaped: bool = False) -> tuple[list[str] | None, list[str], str]:
+        """Its cells, the lines it takes, and what is wrong; None at the end."""
+        taken: list[str] = []
+
+        def feed() -> Iterator[str]:
+            for line in rest():
+                taken.append(line)
+                yield line.replace('\\"', '""') if escaped else line
+
+        try:
+            return next(_reader(feed(), delimiter, quoted), None), taken, ""
+        except csv.Error as error:
+            return [], taken, str(error)
+
+    while True:
+        cells, taken, problem = next_row()
+        if cells is None:
+            return
+        if (problem or len(cells) != width) and any('\\"' in line for line in taken):
+            ahead.extendleft(reversed(taken))
+            escaped, taken_escaped, wrong = next_row(escaped=True)
+            if escaped and not wrong and len(escaped) == (width or len(escaped)):
+                cells, taken, problem = escaped, taken_escaped, ""
+            else:
+                ahead.extendleft(reversed(taken_escaped))
+                for _ in taken:
+                    ahead.popleft()
+        line, begin = begin, begin + len(taken)
+        if problem:
+            ahead.extendleft(reversed(taken[1:]))
+            begin = line + 1
+            for following in rest():
+                if _is_row(following, delimiter, width):
+                    ahead.appendleft(following)
+                    break
+                begin += 1
+            others = f"; up to line {begin - 1} no line is a row" if begin > line + 1 else ""
+            yield line, [taken[0][:_SHOWN]], f"not CSV: {problem}{others}"
+        elif cells and (len(cells) > 1 or width <= 1 or cells[0].strip()):  # no line of spaces
+            width = width or len(cells)
+            yield line, cells, ""
+
+
+def _reader(lines: Iterable[str], delimiter: str, quoted: bool = True) -> Any:
+    quoting: Any = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    return csv.reader(lines, delimiter=delimiter, strict=True, quoting=quoting)
+
+
+def _is_row(line: str, delimiter: str, width: int) -> bool:
+    """Whether a line is a row by itself, and so none of the inside of a cell."""
     try:
-        names = [name.strip() for name in next(reader)]
-        _check_header(name, names, required)
-        yield from _csv_items(reader, names)
-    except csv.Error as error:
-        raise UserError(f"{name}: line {reader.line_num}: not CSV: {error}") from error
+        cells = next(_reader([line], delimiter), [])
+    except csv.Error:
+        return False
+    return len(cells) == width and not any('"' in cell for cell in cells)
 
 
-def _csv_lines(chunks: Iterator[str], name: str) -> Iterator[str]:
-    """Lines with their ends, which are LF, CR LF or CR; csv.reader puts those of a quoted cell together again."""
-    unfinished: list[str] = []
-    length = 0
-    for chunk in chunks:
-        unfinished.append(chunk)
-        length += len(chunk)
-        if length - len(chunk) > MAX_ITEM:
-            raise UserError(f"{name}: a line is longer than {MAX_ITEM >> 20} Mi characters")
-        if "\n" not in chunk and "\r" not in chunk and not unfinished[0].endswith("\r"):
-            continue  # the line goes on: put together once, when its end has come
-        # A CR at the end may be half of a CR LF, so the last line always waits for more.
-        *whole, rest = _split_keeping_ends("".join(unfinished))
-        yield from whole
-        unfinished, length = [rest], len(rest)
-    yield "".join(unfinished)
+def _is_quoted(path: Path) -> bool:
+    """Whether quotes in a .tsv file stand around cells, as in a .csv file, and are none of the text.
 
+    They do if the whole file can be read so without making one row of several. A pipe can be read only once: no.
+    """
+    if not path.is_file():
+        return False
+    with open_data(path) as stream:
+        taken: list[str] = []
 
-def _split_keeping_ends(text: str) -> list[str]:
-    if "\r" not in text:
-        *whole, last = text.split("\n")
-        return [line + "\n" for line in whole] + [last]
-    pieces = _LINE.findall(text)  # and an empty one for the end
-    return pieces if text.endswith("\n") else pieces[:-1]
+        def feed() -> Iterator[str]:
+            for line in _lines(_text(stream, ".tsv"), stream):
+                taken.append(line)
+                yield line
+
+        width = 0
+        try:
+            for cells in _reader(feed(), "\t"):
+                width = width or len(cells)
+                if len(taken) > 1 and all(line.count("\t") == width - 1 for line in taken):
+                    return False
+                taken.clear()
+        except csv.Error:
+            return False
+    return True
 
 
 def _check_header(name: str, names: list[str], required: Sequence[str]) -> None:
@@ -279,18 +380,3 @@ def _check_header(name: str, names: list[str], required: Sequence[str]) -> None:
             f"; others have to be mapped: llama-acc convert-data csv FILE {mapping_words(mapping)}" if mapping else ""
         )
         raise DataError(problems, f"{needed}found: {', '.join(names)}{others}")
-
-
-def _csv_items(reader: Any, names: list[str]) -> Iterator[Row]:
-    number = 0
-    begin = reader.line_num + 1
-    for cells in reader:
-        line, begin = begin, reader.line_num + 1  # a quoted cell may span lines
-        if not cells or (len(cells) == 1 < len(names) and not cells[0].strip()):
-            continue
-        number += 1
-        where = f"item {number} (line {line})"
-        if len(cells) != len(names):
-            yield Row(where, cells, f"{count_text(len(cells), 'cell')}, but the header has {len(names)}")
-        else:
-            yield Row(where, dict(zip(names, cells, strict=True)))

@@ -230,4 +230,4 @@ def test_where_a_table_breaks_off_what_is_wrong_before_is_told_too(tmp_path: Pat
     told = problems_of(write(tmp_path / "a.csv", 'instruction,output\n1\n2,3,4\n5,"open\n6,7\n'))
     assert "item 1 (line 2): 1 cell, but the header has 2" in told
     assert "item 2 (line 3): 3 cells, but the header has 2" in told
-    assert "line 6: not CSV" in told
+    assert "item 3 (line 4): not CSV" in told

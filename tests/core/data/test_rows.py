@@ -12,7 +12,7 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_acc.core.data import files, rows
+from llama_acc.core.data import files
 from llama_acc.core.data.items import SingleTurn
 from llama_acc.core.data.json_array import JsonBuffer
 from llama_acc.core.data.readers import read_file
@@ -49,6 +49,10 @@ def pieces(text: str, size: int) -> Iterator[str]:
     return (text[begin : begin + size] for begin in range(0, len(text), size))
 
 
+# As `json.loads`, but for the NaN that pandas writes for an empty cell.
+AS_READ = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" else float(name)).decode
+
+
 def elements(text: str, size: int) -> list[Any]:
     buffer = JsonBuffer(pieces(text, size), "a")
     assert buffer.next_character() == "["
@@ -59,13 +63,13 @@ def elements(text: str, size: int) -> list[Any]:
 @settings(max_examples=80, deadline=None)
 def test_an_array_in_pieces_is_the_array(values: list[Any], size: int, indent: int | None, ascii: bool) -> None:
     text = json.dumps(values, indent=indent, ensure_ascii=ascii)
-    assert repr(elements(text, size)) == repr(json.loads(text))
+    assert repr(elements(text, size)) == repr(AS_READ(text))
 
 
 @pytest.mark.parametrize("size", range(1, 20))
 def test_a_value_may_be_cut_anywhere(size: int) -> None:
     text = "\n [" + " ,\n".join(CUTTABLE) + "]\r\n "
-    assert repr(elements(text, size)) == repr(json.loads(text))
+    assert repr(elements(text, size)) == repr(AS_READ(text))
 
 
 @given(st.text(st.sampled_from('[]{}",:\\u1e.-tn \n'), max_size=12), st.integers(1, 14))
@@ -73,14 +77,14 @@ def test_a_value_may_be_cut_anywhere(size: int) -> None:
 def test_what_is_not_json_is_refused_where_json_refuses_it(inside: str, size: int) -> None:
     text = "[" + inside
     try:
-        expected = json.loads(text)
+        json.loads(text)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         with pytest.raises(UserError) as caught:
             elements(text, size)
         assert place in caught.value.message
     else:
-        assert repr(elements(text, size)) == repr(expected)
+        assert repr(elements(text, size)) == repr(AS_READ(text))
 
 
 @pytest.mark.parametrize("packed", PACKED)
@@ -168,14 +172,14 @@ def test_csv_of_any_line_ends_in_any_pieces(end: str, cells: list[str]) -> None:
     writer = csv.writer(table, lineterminator=end, quoting=csv.QUOTE_ALL)
     writer.writerows([["x", "y"], *([cell, "1"] for cell in cells)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files.DataStream.read, "__defaults__", (3,))
+        patch.setattr(files, "BLOCK", 3)
         values = [row.value for row in rows_of(table.getvalue().encode(), ".csv")]
     assert values == [{"x": cell, "y": "1"} for cell in cells]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_text_is_decoded_across_blocks(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files.DataStream.read, "__defaults__", (size,))
+    monkeypatch.setattr(files, "BLOCK", size)
     text = "\ufeff[\n" + json.dumps("aé€😀" * 5, ensure_ascii=False) + "]"
     assert rows_of(text.encode(), ".json") == [Row("item 1", "aé€😀" * 5)]
     with pytest.raises(UserError, match=r"a is not UTF-8: byte 8 \(line 2\)"):
@@ -225,16 +229,65 @@ def test_an_item_too_long_for_memory_is_refused(monkeypatch: pytest.MonkeyPatch)
             rows_of(content, suffix)
 
 
-@pytest.mark.parametrize("end", ["", "\n", "\r"])
-def test_a_line_without_end_is_put_together_once(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
-    split, looked_at = rows._split_keeping_ends, 0
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        # quotes around every cell that needs them, as pandas and Excel write them: marks
+        (['"a ""b"""\tc', '"d\ne"\tf'], [['a "b"', "c"], ["d\ne", "f"]]),
+        # a quote out of place anywhere: all are characters
+        (['"27 or 24"\tx', '"55 inch\ty', 'z\t5" wide'], [['"27 or 24"', "x"], ['"55 inch', "y"], ["z", '5" wide']]),
+        # quotes that would make one row of three that are rows by themselves
+        (['a\t"I left,', "b\trained", 'c\thome."'], [["a", '"I left,'], ["b", "rained"], ["c", 'home."']]),
+        (["a\tb", "c"], [["a", "b"], "1 cell, but the header has 2"]),
+    ],
+)
+def test_a_quote_in_a_tsv_is_a_character_unless_all_of_it_is_quoted(
+    tmp_path: Path, lines: list[str], expected: list[Any]
+) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text("\n".join(["x\ty", *lines]) + "\n", encoding="utf-8")
+    assert [row.problem or list(row.value.values()) for row in stream_rows(path)] == expected
 
-    def counting(text: str) -> list[str]:
-        nonlocal looked_at
-        looked_at += len(text)
-        return split(text)
 
-    monkeypatch.setattr(rows, "_split_keeping_ends", counting)
-    cell = "b" * (8 * files.BLOCK)
-    assert [row.value for row in rows_of(f"a,c\n1,{cell}{end}".encode(), ".csv")] == [{"a": "1", "c": cell}]
-    assert looked_at < 2.5 * len(cell)
+def test_a_cell_in_quotes_that_holds_tabs_and_line_ends_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text('x\ty\na\tb\n"c\td\tg\ne"\tf\n', encoding="utf-8")
+    assert [row.value["x"] for row in stream_rows(path)] == ["a", "c\td\tg\ne"]
+    assert f"{path}: item 2 (line 3): a cell in quotes holds tabs and line ends" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ([r'"Quote \"this\", please.","\"this\""', "a,b"], [['Quote "this", please.', '"this"'], ["a", "b"]]),
+        ([r'"of two', r'lines, \"b\"",c'], [['of two\nlines, "b"', "c"]]),
+        ([r'"C:\new",b'], [[r"C:\new", "b"]]),
+        (['a,"open', "c,d", "e,f"], [(2, "unexpected end of data"), ["c", "d"], ["e", "f"]]),
+        (['"say "hi" to', 'me",b', "c,d"], [(2, "up to line 3 no line is a row"), ["c", "d"]]),
+        (['"a" b,c', "d,e"], [(2, "',' expected after"), ["d", "e"]]),
+    ],
+)
+def test_a_quote_out_of_place_in_a_csv_costs_its_own_row_only(lines: list[str], expected: list[Any]) -> None:
+    rows = rows_of("\n".join(["x,y", *lines, ""]).encode(), ".csv")
+    assert len(rows) == len(expected)
+    for row, wanted in zip(rows, expected, strict=True):
+        if isinstance(wanted, list):
+            assert list(row.value.values()) == wanted
+        else:
+            assert f"(line {wanted[0]})" in row.where
+            assert wanted[1] in str(row.problem)
+
+
+def test_the_nan_of_an_empty_cell_is_null() -> None:
+    for suffix, content in ((".json", b'[{"a": NaN, "b": [NaN, 1]}]'), (".jsonl", b'{"a": NaN, "b": [NaN, 1]}\n')):
+        assert rows_of(content, suffix)[0].value == {"a": None, "b": [None, 1]}
+
+
+def test_zstandard_may_begin_with_a_skippable_frame() -> None:
+    # RFC 8878, 3.1.2: magic number 0x184D2A50 to 5F, the size, that many bytes; pzstd begins a file so.
+    for magic in (0x184D2A50, 0x184D2A5F):
+        frame = magic.to_bytes(4, "little") + (4).to_bytes(4, "little") + b"size"
+        content = frame + PACKED[".zst"](b"[1,") + frame + PACKED[".zst"](b"2]")
+        assert [row.value for row in rows_of(content, ".json")] == [1, 2]
