@@ -67,11 +67,12 @@ def list_recipes(as_json: options.Json = False) -> None:
 
 def show(name: Annotated[str, typer.Argument(help="A shipped recipe, or a file.")]) -> None:
     """Print a recipe as it is written; every other key has its default (see docs/recipes.md)."""
+    from llama_acc.core.input_files import read_text
     from llama_acc.core.recipe import Recipe, find_recipe
 
     path = find_recipe(name)
     Recipe.load(path)
-    typer.echo(path.read_text(encoding="utf-8"), nl=False)
+    typer.echo(read_text(path), nl=False)
 
 
 def copy(
@@ -79,9 +80,10 @@ def copy(
     file: Annotated[Path, typer.Argument(help="Where to write it; it must not exist yet.")],
 ) -> None:
     """Copy a recipe to a file, to change it."""
+    from llama_acc.core.input_files import read_text
     from llama_acc.core.recipe import find_recipe
 
-    text = find_recipe(name).read_text(encoding="utf-8")
+    text = read_text(find_recipe(name))
     try:
         with file.open("x", encoding="utf-8") as target:
             target.write(text)

@@ -12,11 +12,12 @@ import select
 import stat
 from errno import EISDIR, ENXIO
 from pathlib import Path
-from typing import IO, Any
-
-import yaml
+from typing import IO, TYPE_CHECKING, Any
 
 from llama_acc.core.errors import UserError
+
+if TYPE_CHECKING:
+    from yaml import SafeLoader
 
 MAX_BYTES = 1 << 26
 """Of a small JSON file: the largest tokenizer.json takes half of that."""
@@ -40,12 +41,13 @@ _KINDS = (
 _logger = logging.getLogger("llama_acc")
 
 
-def open_input(path: Path, *, pipes: bool = True) -> IO[bytes]:
-    """Opens a regular file, or a pipe, for reading without a buffer. A pipe may keep silent for a limited time only.
+def open_input(path: Path, *, pipes: bool = True, buffering: int = 0) -> IO[bytes]:
+    """Opens a regular file, or a pipe, for reading. A pipe may keep silent for a limited time only.
 
     Args:
         path: the file.
         pipes: whether a pipe will do; not where a file is read twice or out of order.
+        buffering: as for `open`.
 
     Raises:
         OSError: it is missing, cannot be read, or is a folder, socket or device; TimeoutError from a silent pipe.
@@ -61,7 +63,7 @@ def open_input(path: Path, *, pipes: bool = True) -> IO[bytes]:
     if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
         return io.BufferedReader(_Pipe(descriptor, path))
     os.set_blocking(descriptor, True)
-    return open(descriptor, "rb", buffering=0)
+    return open(descriptor, "rb", buffering=buffering)
 
 
 class _Pipe(io.RawIOBase):
@@ -153,7 +155,7 @@ def _parse_json(text: str, name: str) -> Any:
     return _within_bounds(value, name)
 
 
-def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+def read_yaml(path: Path, loader: "type[SafeLoader] | None" = None) -> Any:
     """The value in a small YAML file.
 
     Raises:
@@ -162,10 +164,12 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> An
     return parse_yaml(read_text(path, MAX_YAML_BYTES), str(path), loader)
 
 
-def parse_yaml(text: str, name: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+def parse_yaml(text: str, name: str, loader: "type[SafeLoader] | None" = None) -> Any:
     """The value of a YAML text; see `read_yaml`."""
+    import yaml  # takes a while
+
     try:
-        value = yaml.load(text, loader)
+        value = yaml.load(text, loader or yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise UserError(f"cannot read {name}: it is not YAML: {error}") from error
     except RecursionError as error:

@@ -28,6 +28,7 @@ from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_digest
 from llama_acc.core.data.templates import Template
 from llama_acc.core.errors import UserError
 from llama_acc.core.home import home
+from llama_acc.core.input_files import open_input
 from llama_acc.core.tokenizer import Tokenizer
 
 DEFAULT_GIB = 10.0
@@ -60,7 +61,7 @@ def content_digest(path: Path, stopped: Callable[[], bool] = lambda: False) -> s
     if path.suffix.lower() == TAR_SUFFIX:
         return tar_digest(path)
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_BLOCK))
-    with path.open("rb", buffering=0) as file:
+    with open_input(path, pipes=False) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
             if stopped():

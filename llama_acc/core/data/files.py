@@ -114,14 +114,14 @@ class DataStream(io.BufferedIOBase):
 
 
 @contextmanager
-def open_data(path: Path, progress: BytesRead | None = None) -> Iterator[DataStream]:
-    """A file's content, decompressed.
+def open_data(path: Path, progress: BytesRead | None = None, *, pipes: bool = True) -> Iterator[DataStream]:
+    """A file's content, decompressed; of a pipe only where it is read once.
 
     Raises:
         UserError: it is missing or cannot be read.
     """
     try:
-        file = open_input(path)
+        file = open_input(path, pipes=pipes)
     except FileNotFoundError as error:
         raise UserError(f"there is no data file {path}", nearest_names(path)) from error
     except OSError as error:

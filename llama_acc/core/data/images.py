@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llama_acc.core.errors import UserError
+from llama_acc.core.input_files import open_input
 
 if TYPE_CHECKING:
     import torch
@@ -322,7 +323,7 @@ def _open_reference(reference: str) -> IO[bytes]:
     member = _MEMBER.fullmatch(reference)
     try:
         if member is None:
-            return Path(reference).open("rb")
+            return open_input(Path(reference), pipes=False, buffering=-1)
         return io.BufferedReader(_Slice(Path(member["shard"]), int(member["offset"]), int(member["size"])))
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise _unreadable(error) from error
@@ -338,7 +339,7 @@ class _Slice(io.RawIOBase):
     """A part of a file, as a file."""
 
     def __init__(self, path: Path, offset: int, size: int) -> None:
-        self._file = io.FileIO(path)
+        self._file = open_input(path, pipes=False)
         self._offset, self._size, self._place = offset, size, 0
 
     def readable(self) -> bool:

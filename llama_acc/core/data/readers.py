@@ -17,6 +17,7 @@ from llama_acc.core.data.findings import Finding, beginning
 from llama_acc.core.data.items import Item, first_exchange, item_of, kind_of
 from llama_acc.core.data.rows import SUFFIXES, Row, looked_ahead, stream_rows
 from llama_acc.core.errors import DataError, UserError, did_you_mean
+from llama_acc.core.input_files import open_input
 
 FORMATS = ("auto", "single_turn", "dialogue", "single_turn_llava")
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -138,7 +139,7 @@ def stream_items(path: Path, format: str = "auto", *, progress: BytesRead | None
         raise UserError(
             f"unknown data format {format!r}", did_you_mean(format, FORMATS) or "it is one of: " + ", ".join(FORMATS)
         )
-    rows = stream_rows(path, required=("instruction", "output"), progress=progress)
+    rows = stream_rows(path, required=("instruction", "output"), progress=progress, pipes=False)
     # Up to one that tells the kind of items: a broken first row does not make all others wrong, and single-turn items
     # with a `history` are dialogues if any of them has something in it.
     first, rows = looked_ahead(rows, _TRIED, _tells_kind)
@@ -194,7 +195,8 @@ def read_bytes(path: Path) -> bytes:
         UserError: it is missing or cannot be read.
     """
     try:
-        return path.read_bytes()
+        with open_input(path, buffering=-1) as file:
+            return file.read()
     except OSError as error:
         raise unreadable(path, error) from error
 

@@ -48,13 +48,16 @@ class Row(NamedTuple):
     """Why this row alone cannot be read; its value is then what stands there, or the beginning of it."""
 
 
-def stream_rows(path: Path, *, required: Sequence[str] = (), progress: BytesRead | None = None) -> Iterator[Row]:
+def stream_rows(
+    path: Path, *, required: Sequence[str] = (), progress: BytesRead | None = None, pipes: bool = True
+) -> Iterator[Row]:
     """The rows of a file.
 
     Args:
         path: what it holds is found by its suffix.
         required: columns that a .csv or .tsv file must have.
         progress: told how many bytes have been read.
+        pipes: whether a pipe will do, which can be read only once.
 
     Raises:
         UserError: it cannot be read, or not further: it is damaged, not UTF-8, not JSON, not CSV.
@@ -70,7 +73,7 @@ def stream_rows(path: Path, *, required: Sequence[str] = (), progress: BytesRead
         yield from (Row(*row) for row in parquet_rows(path))
         return
     quoted = suffix != ".tsv" or _is_quoted(path)
-    with open_data(path, progress) as stream:
+    with open_data(path, progress, pipes=pipes) as stream:
         yield from _rows(stream, suffix, required, quoted)
 
 

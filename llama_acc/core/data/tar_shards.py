@@ -21,6 +21,7 @@ from uuid import uuid4
 from llama_acc.core.data.images import IMAGE_SUFFIXES, member_reference
 from llama_acc.core.errors import UserError
 from llama_acc.core.home import home
+from llama_acc.core.input_files import open_input
 
 TAR_SUFFIX = ".tar"
 VERSION = 1
@@ -191,6 +192,7 @@ def _decoded(sample: _Sample, suffix: str) -> str:
 @contextmanager
 def _opened(path: Path) -> Iterator[tarfile.TarFile]:
     try:
+        open_input(path, pipes=False).close()
         with tarfile.open(path, "r:") as tar:
             yield tar
     except FileNotFoundError as error:

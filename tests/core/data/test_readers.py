@@ -1,5 +1,6 @@
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from llama_acc.core.data.items import Dialogue, SingleTurn
 from llama_acc.core.data.readers import data_files, read_file, read_items
+from llama_acc.core.data.rows import stream_rows
 from llama_acc.core.data.templates import Turn
 from llama_acc.core.errors import DataError, UserError
 
@@ -231,3 +233,18 @@ def test_where_a_table_breaks_off_what_is_wrong_before_is_told_too(tmp_path: Pat
     assert "item 1 (line 2): 1 cell, but the header has 2" in told
     assert "item 2 (line 3): 3 cells, but the header has 2" in told
     assert "item 3 (line 4): not CSV" in told
+
+
+def test_data_that_is_read_more_than_once_may_be_no_pipe(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.tar", "a.parquet"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match="it is a pipe, and has to be a file: save what comes out of it first"):
+            read_file(tmp_path / name)
+
+
+def test_a_pipe_is_converted_as_it_comes(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.csv")
+    writer = threading.Thread(target=(tmp_path / "a.csv").write_text, args=["x,y\n1,2\n"])
+    writer.start()
+    assert [row.value for row in stream_rows(tmp_path / "a.csv")] == [{"x": "1", "y": "2"}]
+    writer.join()

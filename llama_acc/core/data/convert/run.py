@@ -15,6 +15,7 @@ from llama_acc.core.data.findings import MOST_PROBLEMS
 from llama_acc.core.data.keys import PREFERENCE, count_unused, is_empty, mapping_of, mapping_words, unusable
 from llama_acc.core.data.rows import SUFFIXES, Row, looked_ahead, stream_rows, stream_rows_from, type_name
 from llama_acc.core.errors import DataError, UserError, listed
+from llama_acc.core.input_files import open_input
 from llama_acc.core.units import count_text
 
 _LOOKED_AT = 100
@@ -324,7 +325,7 @@ def _size(path: Path) -> int:
 
 def _raw(path: Path) -> IO[bytes]:
     try:
-        return path.open("rb", buffering=0)
+        return open_input(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
