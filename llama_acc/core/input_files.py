@@ -41,13 +41,13 @@ _KINDS = (
 _logger = logging.getLogger("llama_acc")
 
 
-def open_input(path: Path, *, pipes: bool = True, buffering: int = 0) -> IO[bytes]:
+def open_input(path: Path, *, pipes: bool = True, buffered: bool = False) -> io.FileIO | io.BufferedReader:
     """Opens a regular file, or a pipe, for reading. A pipe may keep silent for a limited time only.
 
     Args:
         path: the file.
         pipes: whether a pipe will do; not where a file is read twice or out of order.
-        buffering: as for `open`.
+        buffered: read in blocks.
 
     Raises:
         OSError: it is missing, cannot be read, or is a folder, socket or device; TimeoutError from a silent pipe.
@@ -63,7 +63,8 @@ def open_input(path: Path, *, pipes: bool = True, buffering: int = 0) -> IO[byte
     if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
         return io.BufferedReader(_Pipe(descriptor, path))
     os.set_blocking(descriptor, True)
-    return open(descriptor, "rb", buffering=buffering)
+    file = io.FileIO(descriptor)
+    return io.BufferedReader(file) if buffered else file
 
 
 class _Pipe(io.RawIOBase):

@@ -323,7 +323,7 @@ def _open_reference(reference: str) -> IO[bytes]:
     member = _MEMBER.fullmatch(reference)
     try:
         if member is None:
-            return open_input(Path(reference), pipes=False, buffering=-1)
+            return open_input(Path(reference), pipes=False, buffered=True)
         return io.BufferedReader(_Slice(Path(member["shard"]), int(member["offset"]), int(member["size"])))
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise _unreadable(error) from error

@@ -195,7 +195,7 @@ def read_bytes(path: Path) -> bytes:
         UserError: it is missing or cannot be read.
     """
     try:
-        with open_input(path, buffering=-1) as file:
+        with open_input(path, buffered=True) as file:
             return file.read()
     except OSError as error:
         raise unreadable(path, error) from error

@@ -277,7 +277,8 @@ def _records(lines: Iterator[str], delimiter: str, quoted: bool, begin: int) -> 
     A row with a quote out of place is read with \\" for "" where that makes it whole. Otherwise it ends before the
     next line that is a row by itself, so that it costs no others.
     """
-    width, ahead = 0, deque[str]()
+    width = 0
+    ahead: deque[str] = deque()
 
     def rest() -> Iterator[str]:
         while line := ahead.popleft() if ahead else next(lines, ""):
@@ -334,7 +335,7 @@ def _reader(lines: Iterable[str], delimiter: str, quoted: bool = True) -> Any:
 def _is_row(line: str, delimiter: str, width: int) -> bool:
     """Whether a line is a row by itself, and so none of the inside of a cell."""
     try:
-        cells = next(_reader([line], delimiter), [])
+        cells: list[str] = next(_reader([line], delimiter), [])
     except csv.Error:
         return False
     return len(cells) == width and not any('"' in cell for cell in cells)

@@ -333,7 +333,7 @@ def test_a_header_is_checked_without_the_pixels(tmp_path: Path) -> None:
     assert check_header(str(path)) == (90, 90)
     for reference, said in [
         (str(tmp_path / "no.png"), "is not there"),
-        (str(tmp_path), "cannot be read: Is a directory"),
+        (str(tmp_path), "cannot be read: it is a folder"),
         ("a\0b.png", "cannot be read"),
         (member_reference(tmp_path / "no.tar", 0, 9), "is not there"),
     ]:

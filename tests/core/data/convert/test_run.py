@@ -284,5 +284,5 @@ def test_where_a_table_of_unknown_format_breaks_off_what_is_wrong_before_is_told
         list(Conversion(Request("auto", [path])))
     assert [problem.removeprefix(f"{path}: ") for problem in told.value.problems] == [
         "item 2 (line 3): 1 cell, but the header has 2",
-        "line 6: not CSV: unexpected end of data",
+        "item 3 (line 4): not CSV: unexpected end of data",
     ]
