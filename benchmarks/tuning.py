@@ -1,9 +1,7 @@
 """All tuning methods on one task and one base: what each costs and what it reaches.
 
-The base is in bf16, in NF4 with each value rounded to the nearest, and in NF4 with its rounding calibrated on the items
-that are learned, or on more of the file, but never on those held out. Each run is `llama-acc finetune`, a process of
-its own, in turns. The table has what stands in the run's folder; before it stands what each base has on the held-out
-items without any training.
+The base is in bf16, or in NF4. Each run is `llama-acc finetune`, a process of its own, in turns. The table has what
+stands in the run's folder; before it stands what each base has on the held-out items without any training.
 
     python benchmarks/tuning.py --pretrained DIR --data alpaca.json --output FOLDER
     python benchmarks/tuning.py --pretrained DIR --data alpaca.json --output FOLDER --runs full lora --rounds 3
@@ -18,7 +16,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +28,7 @@ METHODS = {
     "adapter": ["tuning.method=adapter", "tuning.prefix_layers=28", "optimizer.lr=1e-3"],
 }
 # How the base is kept: in the name of a run, and in the table.
-BASES = {"": "bf16", "-nf4": "NF4", "-calibrated": "NF4, calibrated"}
+BASES = {"": "bf16", "-nf4": "NF4"}
 RUNS = {
     name + base: [*words, "checkpoint.trainable_only=true", *(["tuning.quantize=nf4"] if base else [])]
     for name, words in METHODS.items()
@@ -74,16 +71,15 @@ class Result:
 
 
 def prepare(args: argparse.Namespace) -> tuple[Path, ...]:
-    """Short items of the data, to learn, held out, and to calibrate with: three files."""
+    """Short items of the data, to learn and held out: two files."""
     items = json.loads(args.data.read_text(encoding="utf-8"))
     short = [item for item in items if 60 < sum(len(str(value)) for value in item.values()) < 500]
-    files = tuple(args.output / f"{name}.json" for name in ("train", "validation", "calibration"))
+    files = tuple(args.output / f"{name}.json" for name in ("train", "validation"))
     learned, held_out = short[: args.items], short[-args.held_out :]
-    seen = short[: args.calibrate_items or args.items]
-    if len(short) < max(len(learned), len(seen)) + len(held_out):
+    if len(short) < len(learned) + len(held_out):
         raise SystemExit(f"{args.data} has {len(short)} short items: too few to hold {args.held_out} out")
     args.output.mkdir(parents=True, exist_ok=True)
-    for file, chosen in zip(files, (learned, held_out, seen), strict=True):
+    for file, chosen in zip(files, (learned, held_out), strict=True):
         file.write_text(json.dumps(chosen), encoding="utf-8")
     return files
 
@@ -98,32 +94,21 @@ def llama_acc(args: argparse.Namespace, *words: object) -> str:
     return done.stdout
 
 
-def calibrate(args: argparse.Namespace, text: Path) -> None:
-    """Makes the base in NF4, its rounding calibrated, unless it is there."""
-    folder: Path = args.output / "calibrated"
-    if not folder.exists():
-        how = ["--to", "consolidated", "--quantize", "nf4", "--calibrate", text, "--calibrate-items", 10**9]
-        how += [word for name in args.skip for word in ("--quantize-skip", name)]
-        started = time.perf_counter()
-        llama_acc(args, "convert-checkpoint", args.pretrained, folder, *how, "--device", "cpu")
-        print(f"calibrated in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-
-
 def untrained(args: argparse.Namespace, base: str, held_out: Path) -> float:
     """The loss of a base on the held-out items."""
-    checkpoint = args.output / "calibrated" if base == "-calibrated" else args.pretrained
     how = ("--data", held_out, "--template", "alpaca", "--max-tokens", 256, "--device", "cpu", "--json")
     # Of a base that is not quantised, all matrices would be.
     quant = ("--quant", "nf4") if base == "-nf4" else ()
-    found: float = json.loads(llama_acc(args, "evaluate", "perplexity", "--ckpt", checkpoint, *how, *quant))["loss"]
+    found: float = json.loads(llama_acc(args, "evaluate", "perplexity", "--ckpt", args.pretrained, *how, *quant))[
+        "loss"
+    ]
     return found
 
 
 def run(name: str, number: int, files: tuple[Path, ...], args: argparse.Namespace) -> Result:
     """Trains once and reads the run's folder."""
     folder = args.output / f"{name}-{number}"
-    pretrained = args.output / "calibrated" if name.endswith("-calibrated") else args.pretrained
-    command = ["finetune", "--recipe", "alpaca", "--device", "cpu", "--pretrained", pretrained, "--output", folder]
+    command = ["finetune", "--recipe", "alpaca", "--device", "cpu", "--pretrained", args.pretrained, "--output", folder]
     command += ["--data", files[0], *COMMON, f"data.validation.path={files[1]}", *RUNS[name]]
     if args.skip and "tuning.quantize=nf4" in RUNS[name]:
         command += [f"tuning.quantize_skip=[{','.join(args.skip)}]"]
@@ -166,15 +151,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--items", type=int, default=160)
     parser.add_argument("--held-out", type=int, default=64)
-    parser.add_argument("--calibrate-items", type=int, default=0, help="0 = those that are learned")
     parser.add_argument("--skip", nargs="*", default=[], help="in NF4 runs, leave these matrices in bf16")
     parser.add_argument("--steps", type=int, default=0, help="end after so many; 0 = two epochs")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     files = prepare(args)
     bases = [base for base in BASES if any(name.partition("-")[2] == base[1:] for name in args.runs)]
-    if "-calibrated" in bases:
-        calibrate(args, files[2])
     for base in bases:
         print(f"{BASES[base]}, before training: validation loss {untrained(args, base, files[1]):.4f}", flush=True)
     results: dict[str, list[Result]] = {name: [] for name in args.runs}

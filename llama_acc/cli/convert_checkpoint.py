@@ -35,12 +35,7 @@ Examples:
   llama-acc convert-checkpoint runs/alpaca-lora adapter --to peft --base Llama-2-7b-hf
 
   llama-acc convert-checkpoint Llama-2-70b Llama-2-70b-nf4 --to consolidated --quantize nf4
-
-  llama-acc convert-checkpoint Llama-2-7b Llama-2-7b-nf4 --to consolidated --quantize nf4 --calibrate alpaca.json
 """
-
-
-CALIBRATION = "Calibrated rounding"
 
 
 class To(str, Enum):
@@ -128,37 +123,10 @@ def convert_checkpoint(
             help="With --quantize: matrices to leave as they are: output, wv, layers.31, ...; may repeat.",
         ),
     ] = None,
-    calibrate: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--calibrate",
-            metavar="FILE",
-            help="With --quantize: round so that this data, of the kind to be trained on, comes out right; may repeat.",
-            callback=options.given,
-            rich_help_panel=CALIBRATION,
-        ),
-    ] = None,
-    calibrate_items: Annotated[
-        int, typer.Option("--calibrate-items", metavar="N", min=1, help="Items used.", rich_help_panel=CALIBRATION)
-    ] = 256,
-    max_tokens: Annotated[
-        int,
-        typer.Option("--max-tokens", metavar="N", min=2, help="Longer items are cut.", rich_help_panel=CALIBRATION),
-    ] = 512,
-    template: Annotated[
-        str,
-        typer.Option(
-            "--template", metavar="NAME", help="Prompt format; auto: as finetune.", rich_help_panel=CALIBRATION
-        ),
-    ] = "auto",
-    device: options.Device = None,
 ) -> None:
     """Convert a checkpoint."""
-    from llama_acc.core.checkpoint.convert import Calibration, Request, convert
+    from llama_acc.core.checkpoint.convert import Request, convert
 
-    calibration = None
-    if calibrate:
-        calibration = Calibration(_text(source, calibrate, template, calibrate_items, max_tokens), device)
     request = Request(
         source=source,
         target=Path(target).expanduser(),
@@ -172,24 +140,12 @@ def convert_checkpoint(
         context=context,
         quantize=None if quantize is None else quantize.value,
         quantize_skip=quantize_skip or (),
-        calibration=calibration,
     )
     with leave_on_sigterm(), console.ByteProgress() as progress:
         converted = convert(request, progress.tell)
     for note in converted.notes:
         console.note(note)
     console.out.print(_summary(converted), markup=False)
-
-
-def _text(source: str, files: list[str], template: str, items: int, max_tokens: int) -> list[list[int]]:
-    """The text to calibrate with."""
-    from llama_acc.core.calibration_text import calibration_text
-
-    with console.EncodingProgress() as encoding:
-        documents = calibration_text(source, files, template, items, max_tokens, encoding.tell)
-    tokens = sum(map(len, documents))
-    console.note(f"calibrating with {count_text(len(documents), 'item')}, {count_text(tokens, 'token')}")
-    return documents
 
 
 def _summary(converted: "Converted") -> str:

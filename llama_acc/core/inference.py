@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from llama_acc.core.checkpoint.base import check_base, check_quantised_base, read_base
+from llama_acc.core.checkpoint.base import check_base, read_base
 from llama_acc.core.checkpoint.files import check_checkpoint
 from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config, without_towers
 from llama_acc.core.checkpoint.quantised import read_quantization
@@ -92,8 +92,6 @@ def load_model(
         check_checkpoint(layout.folder, verify and parallel.is_main)
     check_base(layouts, config)
     skip = _quantize_skip(layouts, quantize)
-    if skip is not None:
-        check_quantised_base(layouts)
     path = find_tokenizer(last) if tokenizer is None else Path(tokenizer)
     if path is None:
         raise UserError(f"there is no tokenizer in {last}", "put tokenizer.model or tokenizer.json beside the weights")

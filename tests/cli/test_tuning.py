@@ -92,27 +92,6 @@ def test_a_base_quantised_beforehand_is_the_same(base: Path, part: Path, tmp_pat
     )
 
 
-def test_a_calibrated_base_is_trained_on_and_stays_the_only_one_of_its_kind(base: Path, tmp_path: Path) -> None:
-    small, run = tmp_path / "small", tmp_path / "run"
-    flags = ("--to", "consolidated", "--quantize", "nf4", "--calibrate", ITEMS, "--calibrate-items", 8)
-    made = invoke("convert-checkpoint", base, small, *flags, "--device", "cpu")
-    assert made.exit_code == 0, made.stderr
-    assert "calibrating with 8 items, " in made.stderr
-    tune(small, run, "tuning.quantize=nf4")
-    assert answer(small, run).strip()
-    assert answer(base, run, quantize="none").strip()
-    refused(
-        invoke("chat", "--ckpt", base, "--ckpt", run, "--quant", "nf4", *ASK),
-        f"was trained on {small}, whose rounding was calibrated, and {base} would be rounded otherwise",
-        f"give {small}",
-    )
-    refused(
-        invoke(*train(small, tmp_path / "other"), "tuning.quantize=nf4", "tuning.quantize_skip=[output]", *PART),
-        f"in {small} all matrices are quantised, and the recipe says otherwise",
-        "set tuning.quantize_skip=[]",
-    )
-
-
 def test_matrices_that_are_not_quantised_are_the_same_ones_everywhere(base: Path, tmp_path: Path) -> None:
     small, run, other = tmp_path / "small", tmp_path / "run", tmp_path / "other"
     flags = ("--to", "consolidated", "--quantize", "nf4", "--quantize-skip", "wv", "--quantize-skip", "layers.0")
@@ -135,15 +114,6 @@ def test_matrices_that_are_not_quantised_are_the_same_ones_everywhere(base: Path
     )
     nothing = ("convert-checkpoint", base, tmp_path / "none", "--to", "consolidated", "--quantize-skip", "wv")
     refused(invoke(*nothing), "--quantize-skip", "--quantize nf4")
-
-
-def test_what_cannot_be_calibrated_with_is_told_before_anything_is_written(base: Path, tmp_path: Path) -> None:
-    command = ("convert-checkpoint", base, tmp_path / "small", "--to", "consolidated", "--calibrate")
-    refused(invoke(*command, ITEMS), "calibrating is a way to quantise", "add --quantize nf4")
-    refused(invoke(*command, tmp_path / "no.json", "--quantize", "nf4"), str(tmp_path / "no.json"))
-    refused(invoke(*command, ITEMS, "--quantize", "nf4", "--template", "alpacca"), "did you mean 'alpaca'?")
-    refused(invoke(*command, ITEMS, "--quantize", "nf4", "--calibrate-items", 0), "--calibrate-items")
-    assert not (tmp_path / "small").exists()
 
 
 def column(run: Path, name: str) -> list[float]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from llama_acc.core.checkpoint.fingerprint import base_fingerprint, fingerprint
 from llama_acc.core.checkpoint.layout import Layout, read_config
-from llama_acc.core.checkpoint.quantised import read_quantization, skipped
+from llama_acc.core.checkpoint.quantised import check_rounding, read_quantization
 from llama_acc.core.checkpoint.shards import Weights, open_checkpoint, read_weights
 from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import read_object
@@ -30,12 +30,10 @@ class TrainedQuantised:
     Attributes:
         type: nf4.
         skip: matrices that were not; see `ModelConfig.quantisable`.
-        values: of a base whose rounding was calibrated, the fingerprint of its values after that; else None.
     """
 
     type: str
     skip: tuple[str, ...] = ()
-    values: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,10 +57,7 @@ class Base:
 
     def to_json(self) -> bytes:
         """The file."""
-        values = asdict(self)
-        if self.quantised is not None and self.quantised.values is None:
-            del values["quantised"]["values"]
-        return (json.dumps(values, indent=1) + "\n").encode()
+        return (json.dumps(asdict(self), indent=1) + "\n").encode()
 
 
 def read_base(folder: Path) -> Base | None:
@@ -80,14 +75,15 @@ def read_base(folder: Path) -> Base | None:
         return Base(
             str(values["fingerprint"]),
             tuple(map(str, values["pretrained"])),
-            None if quantised is None else _trained_quantised(quantised),
+            None if quantised is None else _trained_quantised(quantised, path),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read {path}: {error!r}") from None
 
 
-def _trained_quantised(values: Mapping[str, Any]) -> TrainedQuantised:
-    return TrainedQuantised(str(values["type"]), skipped(values), values.get("values"))
+def _trained_quantised(values: Mapping[str, Any], path: Path) -> TrainedQuantised:
+    check_rounding(values, path)
+    return TrainedQuantised(str(values["type"]), tuple(map(str, values["skip"])))
 
 
 def is_part(layout: Layout) -> bool:
@@ -140,26 +136,6 @@ def check_base(layouts: Sequence[Layout], config: ModelConfig) -> None:
         raise UserError(
             f"{layout.folder} was trained on {meant.names}, and {given} holds other weights",
             "give the base it was trained on",
-        )
-
-
-def check_quantised_base(layouts: Sequence[Layout]) -> None:
-    """Refuses, where a checkpoint's base is to be computed with in NF4 as it was trained on, one rounded otherwise.
-
-    Rounding to the nearest is a function of the weights; where it was calibrated, only the quantised base has it.
-
-    Raises:
-        UserError: naming the base.
-    """
-    meant = read_base(layouts[-1].folder)
-    if meant is None or meant.quantised is None or meant.quantised.values is None:
-        return
-    quantization = read_quantization(layouts[0].folder)
-    if quantization is None or quantization.values != meant.quantised.values:
-        raise UserError(
-            f"{layouts[-1].folder} was trained on {meant.names}, whose rounding was calibrated, "
-            f"and {layouts[0].folder} would be rounded otherwise",
-            f"give {meant.names}",
         )
 
 

@@ -12,7 +12,6 @@ from llama_acc.core.checkpoint.conversion.found import find
 from llama_acc.core.checkpoint.conversion.plan import Plan
 from llama_acc.core.checkpoint.conversion.proof import compare_merged, read_back
 from llama_acc.core.checkpoint.conversion.request import (
-    Calibration,
     Converted,
     Progress,
     Request,
@@ -25,7 +24,7 @@ from llama_acc.core.checkpoint.save import free_bytes
 from llama_acc.core.errors import UserError
 from llama_acc.core.units import size_text
 
-__all__ = ["Calibration", "Converted", "Request", "Target", "convert"]
+__all__ = ["Converted", "Request", "Target", "convert"]
 
 
 def convert(request: Request, progress: Progress = lambda what, done, total: None) -> Converted:
@@ -54,7 +53,7 @@ def convert(request: Request, progress: Progress = lambda what, done, total: Non
         return tell
 
     with whole_folder(request.target) as folder:
-        write_weights(plan, folder, told("calibrating" if request.calibration else "writing"))
+        write_weights(plan, folder, told("writing"))
         write_description(plan, folder)
         error = read_back(plan, folder, told("reading back"))
         merge_error = None

@@ -10,13 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama_acc.core.checkpoint.blocks import load_block
 from llama_acc.core.checkpoint.computed import merged, read_block
 from llama_acc.core.checkpoint.parts import Part
 from llama_acc.core.model.attention import DocumentAttention
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.norm import RMSNorm
 from llama_acc.core.model.rotary import rotary_table
+from llama_acc.core.model.transformer import TransformerBlock
+from llama_acc.core.parallel import Parallel
 
 MERGE_TOLERANCE = 1e-5
 """How far what a block computes may be off, as a fraction of the largest."""
@@ -58,13 +59,22 @@ def merge_error(before: Model, merged_model: Model, saved: Model) -> MergeError:
     for layer in range(before[0].n_layers):
         given, added = states[0].double(), []
         for place, model in enumerate(models):
-            block = load_block(*model, layer)
+            block = _load_block(*model, layer)
             states[place] = block(states[place], attend)
             if place < 2:
                 added.append(block.double()(given, attend) - given)
         worst = max(worst, _relative(added[1], added[0]))
     expected, *others = (_logits(*model, state) for model, state in zip(models, states, strict=True))
     return MergeError(worst, *(_relative(other, expected) for other in others))
+
+
+def _load_block(config: ModelConfig, sources: Mapping[str, Part], layer: int) -> TransformerBlock:
+    """A block with its weights, in float32: models that are larger than memory are computed block by block."""
+    block = TransformerBlock(config, Parallel())
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            sources[f"layers.{layer}.{name}"].copy_into(parameter)
+    return block
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

@@ -34,22 +34,20 @@ class Quantization:
     Attributes:
         skip: matrices that are not quantised; see `ModelConfig.quantisable`.
         fingerprint: of the weights before.
-        values: of the weights after, where the rounding was calibrated; None = each value went to the nearest.
     """
 
     skip: tuple[str, ...]
     fingerprint: str
-    values: str | None = None
 
     def to_json(self) -> bytes:
         """The file."""
-        values: dict[str, Any] = {
+        values = {
             "format_version": FORMAT_VERSION,
             "type": "nf4",
             "double": True,
             "skip": list(self.skip),
+            "fingerprint": self.fingerprint,
         }
-        values |= {"fingerprint": self.fingerprint} | ({} if self.values is None else {"values": self.values})
         return (json.dumps(values, indent=1) + "\n").encode()
 
 
@@ -57,27 +55,34 @@ def read_quantization(folder: Path) -> Quantization | None:
     """What a checkpoint folder says of itself; None = it is not quantised.
 
     Raises:
-        UserError: an unreadable file, or one of a newer version.
+        UserError: an unreadable file, or one of another version.
     """
     path = folder / QUANTIZATION_FILE
     if not path.is_file():
         return None
     try:
         values = read_object(path)
-        found = Quantization(skipped(values), str(values["fingerprint"]), values.get("values"))
+        check_rounding(values, path)
         version, kind = int(values["format_version"]), values["type"]
+        if version > FORMAT_VERSION or kind != "nf4":
+            raise UserError(f"{path} was written by a newer version", "update llama-acc")
+        return Quantization(tuple(map(str, values["skip"])), str(values["fingerprint"]))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"cannot read {path}: {error!r}") from None
-    if version > FORMAT_VERSION or kind != "nf4":
-        raise UserError(f"{path} was written by a newer version", "update llama-acc")
-    return found
 
 
-def skipped(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """The matrices that are not quantised, in quantization.json or base.json; at first it could be the output only."""
-    if "skip" in values:
-        return tuple(map(str, values["skip"]))
-    return () if values["output"] else ("output",)
+def check_rounding(values: Mapping[str, Any], path: Path) -> None:
+    """Refuses what quantization.json or base.json says of a base in a way that is not supported.
+
+    Raises:
+        UserError: written by an early version, or of a base that was not rounded to the nearest.
+    """
+    if "output" in values or values.get("values") is not None:
+        raise UserError(
+            f"{path} was written by an early version of llama-acc, whose quantized bases are not supported",
+            "quantize the original anew (llama-acc convert-checkpoint DIR NEW --to consolidated --quantize nf4), "
+            "and train on that",
+        )
 
 
 @dataclass(frozen=True)

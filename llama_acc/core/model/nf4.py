@@ -120,34 +120,6 @@ def round_magnitudes(magnitudes: Tensor) -> Scales:
     return Scales(rounded, state.absmax, offset)
 
 
-def nearest(values: Tensor) -> tuple[Tensor, Tensor]:
-    """For values that were divided by their scale, the place of the nearest of the 16 numbers, and that number."""
-    numbers = _codes(values.device)[0]
-    places = torch.bucketize(values, (numbers[1:] + numbers[:-1]) / 2, out_int32=True)
-    return places, numbers[places]
-
-
-def numbers(places: Tensor) -> Tensor:
-    """The numbers, float32, that have these places among the 16."""
-    return _codes(places.device)[0][places.int()]
-
-
-def nearest_magnitudes(values: Tensor, nested: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest magnitudes that blocks can have when the scales of these are `nested` and `offset`.
-
-    Returns:
-        Their places among the 256 numbers, uint8, and the magnitudes.
-    """
-    numbers = _codes(values.device)[1]
-    places = torch.bucketize((values - offset) / nested.clamp(min=1e-12), (numbers[1:] + numbers[:-1]) / 2)
-    return places.to(torch.uint8), numbers[places] * nested + offset
-
-
-def pack(places: Tensor) -> Tensor:
-    """Places among the 16 numbers, [rows, columns] uint8, as a quantised matrix has them: two in a byte."""
-    return places[:, ::2] << 4 | places[:, 1::2]
-
-
 def _shape(packed: Tensor) -> torch.Size:
     """The shape to tell bitsandbytes. Where blocks go across rows, its CPU kernel (0.50) is right for one row only."""
     rows, columns = packed.shape[0], 2 * packed.shape[1]

@@ -10,7 +10,6 @@ import torch
 
 from llama_acc.core.checkpoint.base import TrainedQuantised
 from llama_acc.core.checkpoint.layout import Layout
-from llama_acc.core.checkpoint.quantised import read_quantization
 from llama_acc.core.checkpoint.save import DTYPES, free_bytes, needed_bytes
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.data.findings import KINDS as FINDINGS
@@ -94,9 +93,7 @@ class Plan:
         tuning = self.recipe.tuning
         if tuning.quantize == "none":
             return None
-        quantization = read_quantization(self.layouts[0].folder) if self.layouts else None
-        values = None if quantization is None else quantization.values
-        return TrainedQuantised(tuning.quantize, tuple(tuning.quantize_skip), values)
+        return TrainedQuantised(tuning.quantize, tuple(tuning.quantize_skip))
 
     def saves(self, name: str) -> bool:
         """Whether a parameter's weights are saved."""

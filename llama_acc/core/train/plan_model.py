@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llama_acc.core.catalogue import is_address
-from llama_acc.core.checkpoint.base import check_base, check_quantised_base
+from llama_acc.core.checkpoint.base import check_base
 from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config, without_towers
 from llama_acc.core.checkpoint.quantised import read_quantization
 from llama_acc.core.checkpoint.save import DTYPES
@@ -78,8 +78,6 @@ def find_shape(
     check_base(layouts, config)
     for layout in layouts:
         _check_quantised(recipe, config, layout)
-    if recipe.tuning.quantize != "none" and layouts:
-        check_quantised_base(layouts)
     return layouts, config
 
 

@@ -8,7 +8,6 @@ from llama_acc.core.checkpoint.conversion.request import Request
 from llama_acc.core.checkpoint.files import check_checkpoint
 from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config
 from llama_acc.core.checkpoint.peft_files import check_peft
-from llama_acc.core.checkpoint.quantised import read_quantization
 from llama_acc.core.checkpoint.shards import Weights, check_tensors, read_weights, with_rows
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
@@ -99,8 +98,6 @@ def _check_tuned(request: Request, config: ModelConfig, is_part: bool, source: L
             f"{source.folder} sees (encoder {config.vision.encoder}), which layout '{request.to}' has no place for",
             "keep it with --to consolidated",
         )
-    if request.calibration is not None:
-        _check_calibrated(config, source)
     if request.to == "peft":
         check_peft(tuning)
     elif request.merge:
@@ -112,18 +109,6 @@ def _check_tuned(request: Request, config: ModelConfig, is_part: bool, source: L
         )
     elif is_part and request.to != "consolidated":
         raise needs_base(source, "--base")
-
-
-def _check_calibrated(config: ModelConfig, source: Layout) -> None:
-    if config.vision is not None:
-        raise UserError(f"{source.folder} sees: rounding is calibrated with text alone", "calibrate its language model")
-    if config.tuning != FULL:
-        method = config.tuning.method
-        raise UserError(
-            f"{source.folder} was tuned with method {method}: rounding is calibrated for a base", "merge it"
-        )
-    if read_quantization(source.folder) is not None:
-        raise UserError(f"{source.folder} is quantised already", "give the checkpoint it was made of")
 
 
 def _check_merge(request: Request, tuning: Tuning, is_part: bool, source: Layout) -> None:

@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llama_acc.core.checkpoint.base import check_quantised_base, read_base
-from llama_acc.core.checkpoint.calibration import CalibratedQuantiser
+from llama_acc.core.checkpoint.base import read_base
 from llama_acc.core.checkpoint.computed import difference, same_values
 from llama_acc.core.checkpoint.conversion.found import Found
 from llama_acc.core.checkpoint.conversion.request import Request
@@ -17,7 +16,6 @@ from llama_acc.core.checkpoint.parts import Part
 from llama_acc.core.checkpoint.peft_files import PEFT_FILE, peft_name
 from llama_acc.core.checkpoint.quantiser import Quantiser
 from llama_acc.core.checkpoint.shards import Weights, main_dtype
-from llama_acc.core.device import pick_device
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.sharding import check_divides, local_shape, split_dimension
@@ -74,7 +72,7 @@ class Plan:
         self.config = replace(tuned, tuning=merged_tuning(tuned.tuning)) if request.merge else tuned
         self.size = _size(request, found, self.config)
         self.quantised = set(self.config.quantisable(request.quantize_skip) if request.quantize else [])
-        self.quantiser = self._quantiser()
+        self.quantiser = Quantiser()
         self.sources = self._sources()
         self.meant = self._meant()
         self.dtypes = _dtypes(request, found.weights, list(self.meant))
@@ -91,16 +89,6 @@ class Plan:
     def nbytes(self) -> int:
         """Size of the tensors to be written."""
         return sum(entry.nbytes for entries in self.files.values() for entry in entries)
-
-    def _quantiser(self) -> Quantiser:
-        request, found = self.request, self.found
-        if request.calibration is None:
-            return Quantiser()
-        device = pick_device(request.calibration.device)
-        if device.type == "mps":
-            device = torch.device("cpu")  # MPS has neither float64 nor bitsandbytes
-        documents = request.calibration.documents
-        return CalibratedQuantiser(found.config, found.weights.tensors, documents, self.quantised, device)
 
     def written(self, name: str) -> Part:
         """What a parameter is once it is written: of one in NF4, its values after quantising."""
@@ -131,7 +119,6 @@ class Plan:
         sources: dict[str, Part] = dict(found.weights.tensors)
         base = read_base(found.source.folder)
         if self.request.merge and base and base.quantised and self.request.merge_into == "trained":
-            check_quantised_base(found.layouts)
             for name in found.config.quantisable(base.quantised.skip):
                 sources[name] = self.quantiser.rounded(name, found.weights.tensors[name])
         return sources

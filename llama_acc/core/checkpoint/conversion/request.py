@@ -14,19 +14,6 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Text that rounding is calibrated with.
-
-    Attributes:
-        documents: tokens, each document by itself.
-        device: where it goes through the model: "cpu" or "cuda:1"; None picks CUDA, then MPS, then CPU.
-    """
-
-    documents: Sequence[Sequence[int]]
-    device: str | None = None
-
-
-@dataclass(frozen=True)
 class Request:
     """What is to be converted.
 
@@ -43,8 +30,6 @@ class Request:
             original ones.
         quantize: write the matrices in NF4.
         quantize_skip: with `quantize`, matrices to leave as they are; see `ModelConfig.quantisable`.
-        calibration: with `quantize`, round so that what the model computes from this text comes out right; None: each
-            value to the nearest.
         context: longest sequence that the description of what is made says; None = the source's.
         file_bytes: most bytes of tensors in one safetensors file of Hugging Face's layout.
     """
@@ -60,7 +45,6 @@ class Request:
     merge_into: Literal["trained", "original"] = "trained"
     quantize: Literal["nf4"] | None = None
     quantize_skip: Sequence[str] = ()
-    calibration: Calibration | None = None
     context: int | None = None
     file_bytes: int = 5 * 10**9
 
@@ -116,8 +100,6 @@ def _check_options(request: Request) -> None:
         raise UserError("a quantised checkpoint is not split", "leave --model-parallel-size out: it is read at any")
     if request.quantize_skip and not request.quantize:
         raise UserError("--quantize-skip is about what is not quantised", "add --quantize nf4, or leave it out")
-    if request.calibration and not request.quantize:
-        raise UserError("calibrating is a way to quantise", "add --quantize nf4, or leave --calibrate out")
     if request.merge and request.diff:
         raise UserError("--merge and --diff do not go together", "merge first, then take the difference")
     if request.to == "peft" and (request.merge or request.model_parallel_size not in (None, 1)):

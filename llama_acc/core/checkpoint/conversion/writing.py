@@ -12,14 +12,13 @@ from llama_acc.core.checkpoint.base import BASE_FILE, read_base
 from llama_acc.core.checkpoint.companions import companions, special_ids, tokenizer_of
 from llama_acc.core.checkpoint.computed import read_block
 from llama_acc.core.checkpoint.conversion.plan import Entry, Plan
-from llama_acc.core.checkpoint.fingerprint import base_fingerprint, fingerprint
+from llama_acc.core.checkpoint.fingerprint import base_fingerprint
 from llama_acc.core.checkpoint.hf_tokenizer import write_tokenizer
 from llama_acc.core.checkpoint.huggingface import INDEX_FILE, huggingface_config
 from llama_acc.core.checkpoint.layout import inspect, locate
 from llama_acc.core.checkpoint.parts import blocks_of
 from llama_acc.core.checkpoint.peft_files import peft_config
 from llama_acc.core.checkpoint.quantised import QUANTIZATION_FILE, Quantization
-from llama_acc.core.checkpoint.shards import Weights
 from llama_acc.core.checkpoint.tensor_files import (
     Spec,
     lay_out_pth,
@@ -136,13 +135,8 @@ def _describe_shards(plan: Plan, folder: Path) -> None:
     if found.is_part and (found.source.folder / BASE_FILE).is_file():
         (folder / BASE_FILE).write_bytes((found.source.folder / BASE_FILE).read_bytes())
     if request.quantize:
-        values = None if request.calibration is None else _fingerprint_of_quantised(plan)
-        told = Quantization(tuple(request.quantize_skip), base_fingerprint(found.layouts, plan.config), values)
+        told = Quantization(tuple(request.quantize_skip), base_fingerprint(found.layouts, plan.config))
         (folder / QUANTIZATION_FILE).write_bytes(told.to_json())
-
-
-def _fingerprint_of_quantised(plan: Plan) -> str:
-    return fingerprint(Weights({name: plan.written(name) for name in plan.quantised}), sorted(plan.quantised))
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
