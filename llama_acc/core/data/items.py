@@ -310,8 +310,6 @@ def _turn(turn: Any, problems: _Problems) -> Turn:
 
 
 def _trained(turn: dict[str, Any], role: str, problems: _Problems) -> bool:
-    if len(turn) == 2:
-        return True
     try:
         return is_trained(turn, role == "assistant")
     except ValueError as error:

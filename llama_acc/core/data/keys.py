@@ -1,8 +1,8 @@
 """Keys of rows and turns: which are used, which change the meaning of an item, and which are only counted.
 
 The names are those of OpenAI's fine-tuning format (`weight`, `tools`), axolotl (`train`, `training`, `train_detail`),
-ms-swift (`loss`), LLaMA-Factory (`system`, `history`, `tools`, `images`, `kto_tag`), trl (`chosen`, `rejected`), Dolly
-(`context`) and OpenOrca (`system_prompt`).
+ms-swift (`loss`, `rejected_response`), LLaMA-Factory (`system`, `history`, `tools`, `images`, `kto_tag`), trl
+(`chosen`, `rejected`), Dolly (`context`) and OpenOrca (`system_prompt`).
 """
 
 import shlex
@@ -17,10 +17,11 @@ from llama_acc.core.visible import visible
 SYSTEM = ("system", "system_prompt")
 INPUT = ("input", "context")
 IMAGES = ("image", "images")
-PREFERENCE = ("chosen", "rejected")
+PREFERENCE = ("chosen", "rejected", "rejected_response", "preferred_output", "non_preferred_output")
 TRAINED = ("train", "training", "trainable", "loss", "weight")
 """Of a turn: whether it is trained on, as true or false, 1 or 0."""
 
+_TRAINED = frozenset(TRAINED)
 _PAIR = "pairs of a preferred and a rejected reply cannot be trained on as they are"
 _TOOLS = "calls of tools cannot be trained on"
 _MEDIA = "sound and video cannot be trained on"
@@ -93,6 +94,8 @@ def is_trained(turn: Mapping[str, Any], is_reply: bool) -> bool:
     Raises:
         ValueError: they say something else than yes or no, contradict each other, or ask for a turn that is no reply.
     """
+    if _TRAINED.isdisjoint(turn):
+        return True
     given = {key: turn[key] for key in TRAINED if turn.get(key) is not None}
     for key, value in given.items():
         if value not in (0, 1) or isinstance(value, str):

@@ -81,7 +81,7 @@ class Truncation:
         kept = int(np.searchsorted(trained, most))
         if not len(trained):
             self.no_reply += 1
-            self._tell("no_label", where, item, "nothing in it is trained: it has no reply")
+            self._tell("no_label", where, item, "nothing in it is trained: it has no reply that is to be")
         elif not kept:
             self.no_room += 1
             message = f"the first trained token is number {trained[0] + 1:,}, and only {most:,} are kept"

@@ -23,6 +23,9 @@ _LANGUAGE_CLASS = re.compile(r"\b(?:lang-|data-lang(?:uage)?=\W?|highlight-sourc
 _LANGUAGE_NAMES = ("data-lang", "data-language")
 _INLINE = ("span", "strong", "b", "em", "i", "a", "u", "small", "font", "mark", "s", "del", "ins")
 _PLAIN = re.compile(r"<div[^<>]*whitespace-pre-wrap[^<>]*>(.*)</div>", re.DOTALL)
+# What makes the text of a page more than lines as they were typed.
+_MARKUP = re.compile(r"<(p|pre|code|ul|ol|table|h[1-6]|blockquote|strong|b|em|i|a|img|sup|sub|math|svg)\b|katex", re.I)
+_BREAK = re.compile(r"<br\b[^<>]*>", re.I)
 _TAG = re.compile(r"<[^<>]*>")
 # The same in what others made Markdown of.
 _COPY_CODE = re.compile(r"```[ \t]*\n?[ \t]*([\w+#.-]*?)Copy code[ \t]*\n?")
@@ -53,8 +56,8 @@ def cleaned(text: str) -> str:
 
 
 def _markdown(text: str) -> str:
-    if (plain := _PLAIN.fullmatch(text)) is not None:
-        return html.unescape(_TAG.sub("", plain[1])).strip()
+    if (plain := _PLAIN.fullmatch(text)) is not None and not _MARKUP.search(plain[1]):
+        return html.unescape(_TAG.sub("", _BREAK.sub("\n", plain[1]))).strip()
     if "<button" in text:
         before, *blocks = text.split("<pre")
         text = "<pre".join([before, *map(_without_head, blocks)])

@@ -142,7 +142,12 @@ def single_turn(row: Row, instruction: str = "instruction", output: str = "outpu
     """
     context = _named(row, "input", [key for key in INPUT if key not in (instruction, output)], names)
     system = _named(row, "system", SYSTEM, names)
-    if instruction in row and output in row and all(map(is_empty, (row[instruction], row[output], context))):
+    if (
+        is_empty(row.get(output))
+        and is_empty(row.get(instruction))
+        and {instruction, output} <= row.keys()
+        and not context.strip()
+    ):
         raise Skipped(BLANK)
     record = {"instruction": text_of(row, instruction), "input": context, "output": text_of(row, output)}
     history = {} if is_empty(row.get("history")) else {"history": list_of(row, "history")}

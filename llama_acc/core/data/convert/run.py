@@ -173,15 +173,17 @@ class Conversion:
         """
         if self._request.options.reference:
             return set()
-        unused = {key for key in row.keys() - rule.used_keys if not is_empty(row[key])}
-        self._refuse(row, row, unused.difference(PREFERENCE) if rule.chosen else unused)
+        unused: set[str] = set()
+        if not rule.used_keys.issuperset(row):
+            unused = {key for key in row.keys() - rule.used_keys if not is_empty(row[key])}
+            self._refuse(row, row, unused.difference(PREFERENCE) if rule.chosen else unused)
         for place in rule.turns_in:
             turns = row.get(place)
             for turn in turns.values() if isinstance(turns, dict) else turns if isinstance(turns, list) else ():
-                if isinstance(turn, dict) and (keys := turn.keys() - rule.used_turn_keys):
-                    full = {key for key in keys if not is_empty(turn[key])}
-                    self._refuse(row, turn, full)
-                    unused |= {f"{place}[].{key}" for key in full}
+                if isinstance(turn, dict) and not rule.used_turn_keys.issuperset(turn):
+                    keys = {key for key in turn.keys() - rule.used_turn_keys if not is_empty(turn[key])}
+                    self._refuse(row, turn, keys)
+                    unused |= {f"{place}[].{key}" for key in keys}
         return unused
 
     def _refuse(self, row: Record, part: Record, keys: set[str]) -> None:

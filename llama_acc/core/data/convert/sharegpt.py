@@ -37,8 +37,9 @@ class ShareGpt(Rule):
         if self.options.keep_html:
             return turn
         clean = cleaned(turn.text)
-        if clean != turn.text:
-            self.notes["turns had HTML or marks of the web page, which were cleaned"] += 1
+        if clean == turn.text:
+            return turn
+        self.notes["turns had HTML or marks of the web page, which were cleaned"] += 1
         return turn._replace(text=clean)
 
     def _check_language(self, turns: list[Turn]) -> None:

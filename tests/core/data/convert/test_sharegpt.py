@@ -32,6 +32,8 @@ CLEAN = (
         ("```pythonCopy code\nx = 1\n```", "```python\nx = 1\n```"),
         ("```\ncssCopy code\na {}\n```", "```css\na {}\n```"),
         ("an answer\nCopy3 chars / 1 words\n", "an answer\n\n"),
+        ('<div class="whitespace-pre-wrap"><div>a<br>b &lt;p&gt;<br><br>c</div></div>', "a\nb <p>\n\nc"),
+        (f'<div class="flex gap-4 whitespace-pre-wrap">{REPLY}</div>', CLEAN),
         ('<div class="min-h whitespace-pre-wrap">a\n  b &lt;c&gt;\n\nd</div>', "a\n  b <c>\n\nd"),
     ],
 )
