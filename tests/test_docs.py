@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from llama_acc.cli.app import app
+from llama_acc.core.data import keys
 from llama_acc.core.data.items import ROLES
 from llama_acc.core.data.templates import TEMPLATES, Template, Turn
 from llama_acc.core.recipe import Recipe, Source, known_keys, recipe_names
@@ -297,3 +298,10 @@ def test_data_page_has_the_exact_text_of_every_prompt_format(name: str, item: An
     formats = section(read("docs/data.md"), "## Prompt formats")
     assert f"`{name}`" in formats
     assert marked(TEMPLATES[name], item).rstrip("\n") + "\n" in fenced(formats, "text")
+
+
+def test_the_guide_names_every_key_that_changes_an_item() -> None:
+    table = section(read("docs/data.md"), "### Keys")
+    named = {word for row in table_rows(table)[1:] for word in re.findall(r"`(\w+)`", row[0])}
+    used = {*keys.SYSTEM, *keys.TRAINED, *keys.INPUT[1:], *keys.IMAGES[1:], "history"}
+    assert named == {*used, *keys.UNUSABLE, *keys.UNDESIRABLE, "completion"}

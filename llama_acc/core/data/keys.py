@@ -25,14 +25,15 @@ _TRAINED = frozenset(TRAINED)
 _PAIR = "pairs of a preferred and a rejected reply cannot be trained on as they are"
 _TOOLS = "calls of tools cannot be trained on"
 _MEDIA = "sound and video cannot be trained on"
-_UNUSABLE = {
+UNUSABLE = {
     **dict.fromkeys(PREFERENCE, _PAIR),
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), _TOOLS),
     **dict.fromkeys(("audio", "audios", "video", "videos"), _MEDIA),
     "train_detail": "parts of a reply cannot be trained on alone",
     "history": "earlier turns have to be in the conversation itself",
 }
-_UNDESIRABLE = "a reply that is marked as not to be trained on"
+UNDESIRABLE = ("kto_tag", "train", "label")
+"""False: a reply is not to be trained on; `label` beside a `completion` only."""
 _EMPTY_JSON = ("[]", "{}", "null")
 PAIRS = (
     ("instruction", "response"),
@@ -66,10 +67,10 @@ def unusable(row: Mapping[str, Any], keys: Iterable[str]) -> str | None:
     """
     for key in keys:
         value = row[key]
-        if key in _UNUSABLE and not is_empty(value) and value not in _EMPTY_JSON:
-            return f"{_UNUSABLE[key]} ({key!r})"
-        if value is False and (key in ("kto_tag", "train") or (key == "label" and "completion" in row)):
-            return f"{_UNDESIRABLE} ({key!r} is false)"
+        if key in UNUSABLE and not is_empty(value) and value not in _EMPTY_JSON:
+            return f"{UNUSABLE[key]} ({key!r})"
+        if value is False and key in UNDESIRABLE and (key != "label" or "completion" in row):
+            return f"a reply that is marked as not to be trained on ({key!r} is false)"
     return None
 
 
