@@ -4,6 +4,7 @@ import errno
 import functools
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -24,9 +25,11 @@ from llama_acc.cli import (
     evaluate,
     finetune,
     recipes,
+    stopping,
 )
 from llama_acc.core import worker
 from llama_acc.core.errors import LlamaAccError, UserError
+from llama_acc.core.train.interrupt import EXIT_CODES
 
 HELP = """Fine-tune LLaMA models: from a checkpoint and a data file to a model you can talk to.
 
@@ -100,28 +103,29 @@ def _reported(command: Callable[..., Any], joins: bool = False) -> Callable[...,
         from llama_acc.cli import console
 
         try:
-            if not joins:
-                worker.stand_alone()
-            elif worker.world_size() > 1:
-                worker.check_place()
-            _check_numbers(kwargs)
-            return command(*args, **kwargs)
-        except LlamaAccError as error:
-            _show_traceback()
-            _tell(error, error.message, error.hint, error.exit_code)
-            raise typer.Exit(error.exit_code) from None
+            with stopping.command():
+                if not joins:
+                    worker.stand_alone()
+                elif worker.world_size() > 1:
+                    worker.check_place()
+                _check_numbers(kwargs)
+                return command(*args, **kwargs)
         except typer.Exit:
             raise
-        except KeyboardInterrupt:
-            raise _stopped() from None
-        except BrokenPipeError:
-            # Whoever read our output has seen enough; Python would complain once more when it flushes.
-            console.discard(sys.stdout)
-            raise typer.Exit(0) from None
-        except Exception as error:
-            if _was_ctrl_c(error):
-                raise _stopped() from None
+        except BaseException as error:
+            number = stopping.received(error)
+            if number is not None:
+                raise _stopped(number) from None
+            if not isinstance(error, Exception):
+                raise
+            if isinstance(error, BrokenPipeError):
+                # Whoever read our output has seen enough; Python would complain once more when it flushes.
+                console.discard(sys.stdout)
+                raise typer.Exit(0) from None
             _show_traceback()
+            if isinstance(error, LlamaAccError):
+                _tell(error, error.message, error.hint, error.exit_code)
+                raise typer.Exit(error.exit_code) from None
             exit_code = 2 if isinstance(error, OSError) and error.errno in _IMPOSSIBLE_NAMES else 1
             _tell(error, *_unforeseen(error), exit_code)
             raise typer.Exit(exit_code) from None
@@ -155,19 +159,12 @@ def _tell(error: Exception, message: str, hint: str | None, exit_code: int) -> N
         console.error(f"rank {worker.rank()}: {message}", hint)
 
 
-def _stopped() -> typer.Exit:
+def _stopped(number: signal.Signals) -> typer.Exit:
     from llama_acc.cli import console
 
     if worker.is_main():
-        console.note("stopped by Ctrl-C")
-    return typer.Exit(130)
-
-
-def _was_ctrl_c(error: BaseException | None) -> bool:
-    """Whether an error comes of a Ctrl-C: one during the import of a C++ extension arrives as ImportError."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
+        console.note(f"stopped by {'Ctrl-C' if number == signal.SIGINT else number.name}")
+    return typer.Exit(EXIT_CODES[number])
 
 
 def _show_traceback() -> None:
@@ -208,7 +205,8 @@ app.add_typer(recipes.app, name="recipes", help=recipes.HELP)
 
 
 def main() -> None:
-    """The entry point `llama-acc`."""
+    """The command line; `__main__` is where it is entered."""
+    stopping.watch()
     worker.die_with_launcher()
     alone = worker.join_slurm()
     _mend_streams()

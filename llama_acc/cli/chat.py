@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llama_acc.cli import console, options, processes
+from llama_acc.cli import console, options, processes, stopping
 from llama_acc.cli.loading import Which, check_split, shared_model
 from llama_acc.cli.stopping import leave_on_sigterm
 from llama_acc.core import worker
@@ -219,6 +219,7 @@ def _answer(conversation: "Conversation", question: str, pictures: _Pictures, sh
         sys.stdout.write("\n")
         if worker.world_size() > 1:
             raise  # the ranks no longer stand at the same place
+        stopping.forget()
         console.note("answer cut short; Ctrl-C again at the prompt to leave")
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llama_acc.cli import console, options
-from llama_acc.cli.stopping import leave_on_sigterm
 from llama_acc.core.units import count_text, size_text
 
 if TYPE_CHECKING:
@@ -141,7 +140,7 @@ def convert_checkpoint(
         quantize=None if quantize is None else quantize.value,
         quantize_skip=quantize_skip or (),
     )
-    with leave_on_sigterm(), console.ByteProgress() as progress:
+    with console.ByteProgress() as progress:
         converted = convert(request, progress.tell)
     for note in converted.notes:
         console.note(note)

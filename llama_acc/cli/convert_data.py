@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llama_acc.cli import console, options
-from llama_acc.cli.stopping import leave_on_sigterm
 from llama_acc.core.errors import RunError, UserError, did_you_mean
 from llama_acc.core.units import count_text, size_text
 
@@ -282,15 +281,14 @@ def _convert(
 
     inputs = inputs_of(words or [], format)
     request = Request(format, inputs, sys.stdin.buffer, Options(**given), on_error is OnError.skip)
-    with leave_on_sigterm():
-        if preview:
-            if output is not None:
-                console.note(f"a preview: {output} is not written")
-            _show(request, preview)
-        elif (target := _target(output, words or [], request)) is None:
-            _to_stdout(request)
-        else:
-            _to_file(request, target)
+    if preview:
+        if output is not None:
+            console.note(f"a preview: {output} is not written")
+        _show(request, preview)
+    elif (target := _target(output, words or [], request)) is None:
+        _to_stdout(request)
+    else:
+        _to_file(request, target)
 
 
 def _target(output: str | None, words: list[str], request: "Request") -> Path | None:

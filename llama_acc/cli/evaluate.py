@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llama_acc.cli import console, options
-from llama_acc.cli.stopping import leave_on_sigterm
 from llama_acc.core.errors import UserError
 from llama_acc.core.units import count_text
 
@@ -238,7 +237,7 @@ def perplexity(
     from llama_acc.core.evaluate.perplexity import measure, read_data
 
     loaded = _load(ckpt, device, tokenizer, template, quant, verify)
-    with leave_on_sigterm(), console.EncodingProgress() as encoding:
+    with console.EncodingProgress() as encoding:
         items = read_data(loaded, data, max_tokens, encoding.tell, fetch_shown)
     with console.CountProgress("measured", "item") as measuring:
         measured = measure(loaded, items, batch_size, measuring.tell)

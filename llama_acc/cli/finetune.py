@@ -10,7 +10,6 @@ import typer
 
 from llama_acc.cli import console, options, processes
 from llama_acc.cli.preview import show_items
-from llama_acc.cli.stopping import leave_on_sigterm
 from llama_acc.core import worker
 from llama_acc.core.errors import RunError, UserError
 from llama_acc.core.units import count_text, size_text
@@ -223,7 +222,7 @@ def _train(
 
     quoted = shlex.quote(str(output))
     again = f"llama-acc finetune --output {quoted} --resume"
-    with leave_on_sigterm(), console.RunConsole() as watcher:
+    with console.RunConsole() as watcher:
         try:
             finished = run(
                 recipe,
@@ -259,7 +258,7 @@ def _dry_run(
 ) -> None:
     from llama_acc.core.train.dry_run import dry_run
 
-    with leave_on_sigterm(), console.RunConsole() as watcher:
+    with console.RunConsole() as watcher:
         found = dry_run(
             recipe,
             output,

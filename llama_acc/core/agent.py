@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
 from llama_acc.core.errors import LlamaAccError
-from llama_acc.core.train.interrupt import EXIT_CODES
+from llama_acc.core.train.interrupt import EXIT_CODES, held_back
 from llama_acc.core.worker import Ending
 
 POLL = 0.1
@@ -123,6 +123,10 @@ class Agent(LocalElasticAgent):
         handler._shared_tcp_store_server = handler._bootstrap_store_info = None
         with self._while_meeting():
             super()._rendezvous(worker_group)
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        with held_back():
+            return super()._start_workers(worker_group)
 
     def _alive(self) -> Mapping[int, Any]:
         """The running workers by local rank."""

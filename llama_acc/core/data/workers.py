@@ -7,7 +7,6 @@ of the parent do not matter, and the parent's main module is not run again. It e
 import contextlib
 import os
 import queue
-import signal
 import subprocess
 import sys
 from collections import deque
@@ -103,6 +102,7 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
+                start_new_session=True,  # a Ctrl-C in the terminal does not reach it
             )
         self._connection.send(job)
 
@@ -125,7 +125,6 @@ class _Worker:
 
 def _serve(connection: Connection) -> None:
     """What a worker does until the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     job: Job = connection.recv()
     tokenizer = load_tokenizer(job.tokenizer, threads=1)
     while True:

@@ -9,6 +9,17 @@ from types import FrameType
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Keeps both signals from processes of this toolkit that are started meanwhile, until they handle them: a Python
+    that just begins would end with a traceback. What this process gets comes a moment later."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Interrupted(BaseException):
     """The run was asked to stop, and has saved. `exit_code` is what the command returns."""
 
