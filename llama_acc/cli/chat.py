@@ -11,7 +11,6 @@ import typer
 
 from llama_acc.cli import console, options, processes, stopping
 from llama_acc.cli.loading import Which, check_split, shared_model
-from llama_acc.cli.stopping import leave_on_sigterm
 from llama_acc.core import worker
 from llama_acc.core.errors import UserError
 from llama_acc.core.units import count_text
@@ -99,8 +98,7 @@ def chat(
         return
     with shared_model(Which(ckpt, device, tokenizer, template, verify, quant, context)) as loaded:
         if worker.is_main():
-            with leave_on_sigterm():  # and hand the terminal back as it was
-                _talk(loaded, sampling, prompt, image or [], template, system, plain)
+            _talk(loaded, sampling, prompt, image or [], template, system, plain)
 
 
 def _talk(
