@@ -192,7 +192,8 @@ def _unread(names: Sequence[str], shards: Sequence[Path], weight_map: Mapping[st
         name for name in names if re.fullmatch(r".*\.safetensors|pytorch_model.*\.bin", name) and name not in read
     ]
     why = "which its index does not name" if weight_map is not None else f"beside {shards[0].name}"
-    return (f"{shards[0].parent}: not read, {why}: {', '.join(others)}",) if others else ()
+    single = " (transformers would read it alone)" if weight_map is not None and "model.safetensors" in others else ""
+    return (f"{shards[0].parent}: not read, {why}: {', '.join(others)}{single}",) if others else ()
 
 
 def _shards(folder: Path, name: str, found: dict[tuple[int, int], Path], first: int) -> tuple[Path, ...]:

@@ -26,6 +26,7 @@ from llama_acc.core.model.vision_config import ClipVision, Vision
 from llama_acc.core.parallel import local_part
 
 _PREFIX = "llma."
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
 _BUFFERS = ("rope.freqs", ".position_ids")  # in others' files; they follow from the shape
 
 
@@ -322,7 +323,7 @@ def _open_huggingface(layout: Layout) -> Weights:
     if values.get("tie_word_embeddings"):
         _tie(weights, layout)
     said = values.get("dtype") or values.get("torch_dtype")
-    if said and weights.tensors and said != (own := _type_name(main_dtype(weights.tensors)[0])):
+    if said in _FLOATS and weights.tensors and said != (own := _type_name(main_dtype(weights.tensors)[0])):
         weights.notes.append(f"{layout.params_path} says {said!r:.40}, most tensors are {own}, which counts")
     return weights
 

@@ -151,6 +151,17 @@ def test_what_counts_is_what_transformers_takes_and_is_reported(
     assert note is None or note in notes[0]
 
 
+def test_an_index_decides_also_beside_a_single_file(tmp_path: Path) -> None:
+    folder = write_huggingface(tmp_path / "hf", SMALL)
+    expected = document_logits(loaded_model(folder), [TOKENS])[0]
+    tensors = tensors_of(folder)
+    in_files(folder, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    save(folder, {name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
+    assert torch.equal(document_logits(loaded_model(folder), [TOKENS])[0], expected)
+    (note,) = read_weights([inspect(folder)]).notes
+    assert "does not name: model.safetensors (transformers would read it alone)" in note
+
+
 def test_a_head_of_its_own_stays_through_a_conversion_and_is_noted(tmp_path: Path) -> None:
     folder = write_huggingface(tmp_path / "hf", SMALL, **TIED)
     other_head(folder)
