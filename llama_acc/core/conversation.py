@@ -4,16 +4,16 @@ model = load_model("runs/alpaca")
 print(generate(model, "Name three colours.", temperature=0))
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_acc.core.data.templates import Turn
+from llama_acc.core.data.templates import ChatTemplate, Template, Turn
 from llama_acc.core.errors import UserError
 from llama_acc.core.generation import Generator, Pixels, Sampling, checked_text, truncate_at_stop_strings, with_images
 from llama_acc.core.inference import LoadedModel
-from llama_acc.core.tokenizer import StreamDecoder
+from llama_acc.core.tokenizer import StreamDecoder, Tokenizer
 
 
 class Conversation:
@@ -62,25 +62,12 @@ class Conversation:
         return self._answer(prompt, self.loaded.template.spaces_left(self.turns))
 
     def _answer(self, prompt: list[int], spaces: int) -> Iterator[str]:
-        """The answer; so many spaces at its beginning belong to the question."""
-        template, decoder = self.loaded.template, StreamDecoder(self.loaded.tokenizer)
-        stops = template.text_stops(self.loaded.tokenizer)
-
-        def pieces() -> Iterator[str]:
-            for token in self._generator.tokens(prompt, self.images):
-                yield decoder.push(token)
-            yield decoder.flush()
-
+        template, tokenizer = self.loaded.template, self.loaded.tokenizer
         answer = ""
         try:
-            for text in truncate_at_stop_strings(pieces(), stops, template.text_end(self.loaded.tokenizer)):
-                # A template that ends a prompt with "Assistant:" leaves the space before the answer to the model.
-                shown = text.lstrip() if not answer and template.kind == "dialogue" else text
-                while spaces and not answer and shown.startswith(" "):
-                    shown, spaces = shown[1:], spaces - 1
-                answer += shown
-                if shown:
-                    yield shown
+            for text in displayed(self._generator.tokens(prompt, self.images), template, tokenizer, spaces):
+                answer += text
+                yield text
         finally:
             self.turns.append(Turn("assistant", answer.rstrip() if template.kind == "dialogue" else answer))
 
@@ -103,6 +90,34 @@ class Conversation:
                 )
             # A question goes with its answer.
             dropped += 2 if dropped + 1 < len(turns) and turns[dropped + 1].role == "assistant" else 1
+
+
+def displayed(
+    tokens: Iterable[int], template: Template | ChatTemplate, tokenizer: Tokenizer, spaces: int = 0
+) -> Iterator[str]:
+    """The text of an answer as it is generated, up to where the prompt format ends it.
+
+    Args:
+        tokens: of the answer, without the one that ends it.
+        template: the prompt format.
+        tokenizer: the model's.
+        spaces: so many at its beginning belong to the question (`Template.spaces_left`).
+    """
+    decoder, begun = StreamDecoder(tokenizer), False
+
+    def pieces() -> Iterator[str]:
+        for token in tokens:
+            yield decoder.push(token)
+        yield decoder.flush()
+
+    for text in truncate_at_stop_strings(pieces(), template.text_stops(tokenizer), template.text_end(tokenizer)):
+        # A template that ends a prompt with "Assistant:" leaves the space before the answer to the model.
+        shown = text.lstrip() if not begun and template.kind == "dialogue" else text
+        while spaces and not begun and shown.startswith(" "):
+            shown, spaces = shown[1:], spaces - 1
+        begun = begun or bool(shown)
+        if shown:
+            yield shown
 
 
 def generate(

@@ -49,3 +49,41 @@ def byte_fallback(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     fast.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
+
+
+def llama3_style(folder: Path) -> Path:
+    """A tokenizer.json like Llama 3's: its pattern, digits by threes, line ends with what stands before them."""
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Fast
+
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    )
+    fast = Fast(models.BPE(ignore_merges=True))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level])
+    fast.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    texts = [*CORPUS, "Response:\n\nHuman:\n ### ::\n\n((  \n\n"] * 3
+    fast.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=340, initial_alphabet=alphabet, show_progress=False))
+    names = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    fast.add_special_tokens([AddedToken(name, special=True) for name in names])
+    folder.mkdir(parents=True, exist_ok=True)
+    fast.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names[0], "eos_token": names[-1]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder / "tokenizer.json"
+
+
+def with_added_tokens(folder: Path, sentencepiece: Path, tokens: list[str], config: dict[str, Any]) -> Path:
+    """A SentencePiece model with tokens beside it, as a fine-tuned LLaMA 2 is published."""
+    from sentencepiece import SentencePieceProcessor
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(sentencepiece.read_bytes())
+    size = SentencePieceProcessor(model_file=str(sentencepiece)).vocab_size()
+    (folder / "added_tokens.json").write_text(json.dumps({token: size + i for i, token in enumerate(tokens)}))
+    usual = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "additional_special_tokens": tokens}
+    (folder / "tokenizer_config.json").write_text(json.dumps(usual | config))
+    return folder / "tokenizer.model"

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_acc.core.data.items import Dialogue, Item, SingleTurn
-from llama_acc.core.data.templates import Rendered, Span, Template
+from llama_acc.core.data.templates import ChatTemplate, Rendered, Span, Template, Turn, as_dialogue
 from llama_acc.core.tokenizer import Spans, Tokenizer
 
 ENCODER_VERSION = 3
@@ -101,10 +101,13 @@ def _unused_inputs(items: Sequence[Item], template: Template) -> int:
     return sum(bool(item.input and item.input.strip()) for item in items if isinstance(item, SingleTurn))
 
 
-def documents(items: Sequence[Item], template: Template, tokenizer: Tokenizer) -> Iterator[Document]:
+def documents(items: Sequence[Item], template: Template | ChatTemplate, tokenizer: Tokenizer) -> Iterator[Document]:
     """Every item in tokens, uncut."""
-    stops = template.text_stops(tokenizer)
-    rendered = [render_item(item, template, stops) for item in items]
+    if isinstance(template, ChatTemplate):
+        rendered = template.dialogue_texts([_turns(item) for item in items], [item.system for item in items])
+    else:
+        stops = template.text_stops(tokenizer)
+        rendered = [render_item(item, template, stops) for item in items]
     label = _labels_by_prefix if template.prefix_labels else _labels_by_overlap
     for item, (ids, trained, merged) in zip(rendered, label(rendered, tokenizer), strict=True):
         framed = [tokenizer.bos_id] * template.bos + ids + [tokenizer.eos_id] * template.eos
@@ -117,8 +120,11 @@ def render_item(item: Item, template: Template, stops: Sequence[str] | None = No
     """An item in a prompt format; of `stops` see `Template.dialogue_text`."""
     if template.kind == "single_turn" and isinstance(item, SingleTurn):
         return template.single_turn_text(item.instruction, item.input, item.output, item.system)
-    turns = item.turns if isinstance(item, Dialogue) else template.as_dialogue(*item[:3])
-    return template.dialogue_text(turns, item.system, stops)
+    return template.dialogue_text(_turns(item), item.system, stops)
+
+
+def _turns(item: Item) -> list[Turn]:
+    return item.turns if isinstance(item, Dialogue) else as_dialogue(*item[:3])
 
 
 _Labelled = tuple[list[int], NDArray[np.bool_], bool]

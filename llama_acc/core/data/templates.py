@@ -209,8 +209,9 @@ class Template(BaseModel):
     def marks(self, tokenizer: Tokenizer | None) -> list[str]:
         """What begins a part of this format, where it is text for the tokenizer: in an item it looks like one."""
         if self.kind == "dialogue":
-            before = self.turn_end if self._ends_alike else ""
-            return _without_special([before + self._turn_mark(role) for role in self.roles], tokenizer)
+            begins = [self._turn_mark(role) for role in self.roles]
+            looks = [self.turn_end + begin for begin in begins] if self._ends_alike else [*begins, self.turn_end]
+            return _without_special(looks, tokenizer)
         formats = filter(None, (self.prompt, self.prompt_with_input))
         literals = [literal for text in formats for literal in re.split(r"\{instruction\}|\{input\}", text)[1:]]
         return sorted({literal for literal in literals if literal.strip()})
@@ -221,11 +222,6 @@ class Template(BaseModel):
         strict = [self.turn_end + self._turn_mark(role) for role in self.roles] if self._ends_alike else [self.turn_end]
         stop = [mark for stop in self.stop for mark in (strict if self.turn_end.startswith(stop) else [stop])]
         return self.model_copy(update={"stop": tuple(dict.fromkeys(stop))})
-
-    def as_dialogue(self, instruction: str, input: str | None, output: str) -> list[Turn]:
-        """A single-turn item as a dialogue of one exchange; an input that is not blank follows as a paragraph."""
-        question = f"{instruction}\n\n{input}" if input and input.strip() else instruction
-        return [Turn("human", question), Turn("assistant", output)]
 
     def save(self, path: Path) -> None:
         """Write the whole format as JSON."""
@@ -294,6 +290,12 @@ def _joined(parts: _Parts) -> Rendered:
     return Rendered("".join(part for part, _ in parts), own)
 
 
+def as_dialogue(instruction: str, input: str | None, output: str) -> list[Turn]:
+    """A single-turn item as a dialogue of one exchange; an input that is not blank follows as a paragraph."""
+    question = f"{instruction}\n\n{input}" if input and input.strip() else instruction
+    return [Turn("human", question), Turn("assistant", output)]
+
+
 def _is_label(turn: Turn) -> bool:
     return turn.role == "assistant" and turn.trained
 
@@ -305,6 +307,9 @@ def _held(text: str, stops: Iterable[str]) -> bool:
 def special_texts(tokenizer: Tokenizer) -> list[str]:
     """The texts of the special tokens, longest first."""
     texts = {tokenizer.piece(token) for token in (tokenizer.bos_id, *tokenizer.end_ids)}
+    for text in {"<unk>", *tokenizer.said.roles.values()}:
+        if tokenizer.encode(text) != tokenizer.encode(text, own=[(0, len(text))]):
+            texts.add(text)
     return sorted(texts, key=lambda text: (-len(text), text))
 
 
@@ -321,6 +326,7 @@ class ChatTemplate:
     # The rendered text holds the special tokens itself.
     bos = False
     eos = False
+    prefix_labels = False
 
     _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>")
     # Noncharacters, which no text may hold in interchange; two that are not in the text at hand mark special tokens.
