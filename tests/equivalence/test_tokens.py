@@ -1,17 +1,18 @@
-"""Tokens are the training's everywhere: what a run trains on is what chat feeds the model, and what it shows."""
+"""Tokens are the training's everywhere: what a run trains on is what chat and an exported folder feed the model."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from llama_acc.core.checkpoint.hf_tokenizer import write_tokenizer
 from llama_acc.core.conversation import displayed
 from llama_acc.core.data.checks import format_findings
 from llama_acc.core.data.encode import documents
 from llama_acc.core.data.items import Dialogue, Item, SingleTurn
 from llama_acc.core.data.readers import read_items
-from llama_acc.core.data.templates import ChatTemplate, Template, Turn, as_dialogue, get_template
+from llama_acc.core.data.templates import ChatTemplate, Template, Turn, as_dialogue, get_template, special_texts
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
 from tests.core.tokenizers import byte_level, llama3_style, with_added_tokens
 
@@ -84,11 +85,12 @@ def tokenizer(
     return load_tokenizer(request.param(tmp_path_factory.mktemp("tokenizer"), tokenizer_path))
 
 
-def _generated(kind: str, seed: str) -> list[Item]:
+def _generated(kind: str, seed: str, without: Sequence[str] = ()) -> list[Item]:
     draw = random.Random(seed)
+    words = [word for word in _WORDS if not any(text in word for text in without)]
 
     def text() -> str:
-        return "".join(draw.choices(_WORDS, k=draw.randint(1, 6)))
+        return "".join(draw.choices(words, k=draw.randint(1, 6)))
 
     def dialogue() -> Dialogue:
         turns = [Turn(("human", "assistant")[i % 2], text()) for i in range(draw.choice((2, 4, 6)))]
@@ -154,3 +156,27 @@ def test_real_items_too(name: str, count: int, tokenizer: Tokenizer, shared: Pat
     template = _format(name, tokenizer)
     seed = f"{name} {tokenizer.vocab_size}"
     _check(_real(template.kind, seed, shared / "assets/data", count), template, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["alpaca", "none", "dialogue", "chatml"])
+def test_an_exported_folder_gives_the_trainings_tokens(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    template = get_template(name)
+    for file, content in tokenizer.files().items():
+        (tmp_path / file).write_bytes(content)
+    template.save(tmp_path / "template.json")
+    assert (
+        write_tokenizer(tokenizer, tmp_path, {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}) == []
+    )
+    exported = AutoTokenizer.from_pretrained(tmp_path)
+    # transformers takes special tokens in a text for tokens.
+    items = _generated(template.kind, name, without=special_texts(tokenizer))
+    for item, (tokens, _, _) in zip(items, documents(items, template, tokenizer), strict=True):
+        turns = item.turns if isinstance(item, Dialogue) else as_dialogue(*item[:3])
+        messages = [{"role": {"human": "user"}.get(turn.role, turn.role), "content": turn.text} for turn in turns]
+        if item.system is not None:
+            messages.insert(0, {"role": "system", "content": item.system})
+        asked = exported.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+        assert asked == template.prompt_ids(tokenizer, turns[:-1], item.system)
+        assert exported.apply_chat_template(messages, return_dict=False) == tokens.tolist()
