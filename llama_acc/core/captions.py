@@ -55,7 +55,8 @@ def ask_for_caption(loaded: LoadedModel, beginning: str = "") -> Asked:
         UserError: the model takes no images, or the beginning leaves no room.
     """
     # The space before the next word is the model's to write.
-    given = loaded.tokenizer.encode(checked_text(beginning).rstrip())
+    text = checked_text(beginning).rstrip()
+    given = loaded.tokenizer.encode(text, own=[(0, len(text))])
     prompt = with_images(loaded, [loaded.tokenizer.bos_id], 1) + given
     _check_room(loaded, prompt)
     return Asked(prompt, given)

@@ -1,7 +1,8 @@
 """A SentencePiece `tokenizer.model` as a Hugging Face `tokenizer.json` that gives the same tokens.
 
 SentencePiece first makes the piece with the highest score, so the merges are in the order of the scores. That is not
-the order of the ids where a file has pieces of one score, such as LLaMA's runs of spaces.
+the order of the ids where a file has pieces of one score, such as LLaMA's runs of spaces. (A Unigram model may
+cut a run of one character in another order: of ways with the same score the two libraries take different ones.)
 """
 
 import struct
@@ -29,7 +30,8 @@ def fast_tokenizer(data: bytes, path: Path, names: Mapping[int, str] = {}, first
         path: where it is from, for messages.
         names: other texts for some of its pieces.
         first_only: the space that SentencePiece puts in front of a text comes at its beginning only, and not also
-            behind each special token (transformers: `legacy: false`).
+            behind each special token (transformers: `legacy: false`). Where there are user-defined pieces, it does in
+            any case: the library cuts a text at them, too, and SentencePiece puts no space behind them.
 
     Raises:
         UserError: it is of a kind that cannot be said there, or a piece that is text is to be renamed.
@@ -47,6 +49,7 @@ def fast_tokenizer(data: bytes, path: Path, names: Mapping[int, str] = {}, first
         if pieces[i].kind in (_NORMAL, _BYTE) and pieces[i].text != name:
             raise UserError(f"token {i} of {path} is {pieces[i].text!r}, and a file beside it calls it {name!r}")
         pieces[i] = pieces[i]._replace(text=name)
+    first_only = first_only or any(piece.kind == _USER_DEFINED for piece in pieces)
     has_bytes = any(piece.kind == _BYTE for piece in pieces)
     unknown = next((i for i, piece in enumerate(pieces) if piece.kind == _UNKNOWN), 0)
     model: Any
