@@ -19,6 +19,7 @@ from llama_acc.core.data.keys import (
     PREFERENCE,
     SYSTEM,
     TRAINED,
+    as_list,
     count_unused,
     is_empty,
     is_trained,
@@ -76,7 +77,8 @@ def kind_of(value: Any) -> str | None:
     """The kind of items that a row's value is one of, going by its keys; None if it is not to be told."""
     if not isinstance(value, dict):
         return None
-    if "conversations" in value or (isinstance(value.get("history"), list) and value["history"]):
+    history = as_list(value.get("history"))
+    if "conversations" in value or (isinstance(history, list) and history):
         return "dialogue"
     return "single_turn" if any(key in value for key in ("instruction", "output", "caption")) else None
 
@@ -99,6 +101,9 @@ def item_of(
     if not isinstance(value, dict):
         problems.add("no_item", "", f"should be an object, but is {type_name(value)}", value)
         return None, problems.found
+    for field in ("conversations", "history"):
+        if isinstance(value.get(field), str):
+            value = {**value, field: as_list(value[field])}
     if _is_blank(value):
         problems.add("blank", "", "no question and no answer", value)
         return None, problems.found
@@ -123,7 +128,7 @@ def first_exchange(value: Any) -> Any:
 
     (LLaMA2-Accessory's preprocess `single_turn_llava`.)
     """
-    turns = value.get("conversations") if isinstance(value, dict) else None
+    turns = as_list(value.get("conversations")) if isinstance(value, dict) else None
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns[:3]):
         return value
     system = turns[0].get("value") if turns and str(turns[0].get("from")).lower() in _SYSTEM_ROLES else None

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from llama_acc.core.data.findings import beginning
 from llama_acc.core.units import count_text
 from llama_acc.core.visible import visible
@@ -56,6 +58,16 @@ _MOST_CHARACTERS = 60
 def is_empty(value: Any) -> bool:
     """Whether a value says nothing: null, blank, or without elements."""
     return (not value or value.isspace()) if isinstance(value, str) else value is None or value == [] or value == {}
+
+
+def as_list(value: Any) -> Any:
+    """A list that is given as its JSON text, as columns of text have it; anything else unchanged."""
+    if not isinstance(value, str) or value.lstrip()[:1] != "[":
+        return value
+    try:
+        return msgspec.json.decode(value)
+    except (msgspec.DecodeError, RecursionError):
+        return value
 
 
 def unusable(row: Mapping[str, Any], keys: Iterable[str]) -> str | None:
@@ -132,6 +144,7 @@ def mapping_of(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _is_dialogue(value: Any) -> bool:
+    value = as_list(value)
     turns = value if isinstance(value, list) and len(value) > 1 else [None]
     return all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns)
 

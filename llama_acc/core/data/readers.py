@@ -148,8 +148,6 @@ def stream_items(path: Path, format: str = "auto", *, progress: BytesRead | None
     kind = format if format != "auto" else _kind(first)
     if format == "single_turn_llava":
         kind, rows = "single_turn", map(_first_exchange, rows)
-    if data_suffix(path) in (".csv", ".tsv") and kind == "dialogue":
-        raise UserError(f"{path}: a .csv file holds single-turn items only", "give dialogues as .json or .jsonl")
     return ItemStream(path, kind, rows)
 
 

@@ -1,3 +1,4 @@
+import json
 import pickle
 from collections import Counter
 from typing import Any
@@ -128,6 +129,9 @@ def test_keys_that_change_an_item_are_used() -> None:
         (said("q", "a", system="S", tools="[]"), Dialogue([Turn("human", "q"), Turn("assistant", "a")], system="S")),
     ]:
         assert item_of(value, kind_of(value) or "") == (item, []), value
+    for value, field in (({**one, **history}, "history"), (said("q", "a"), "conversations")):
+        assert item_of({**value, field: json.dumps(value[field])}, "dialogue") == item_of(value, "dialogue")
+        assert kind_of({**value, field: json.dumps(value[field])}) == "dialogue"
     talk = said("q", "a", system="S")
     talk["conversations"].insert(0, {"from": "system", "value": "T"})
     assert item_of(talk, "dialogue") == (Dialogue([Turn("human", "q"), Turn("assistant", "a")], system="S\n\nT"), [])

@@ -155,9 +155,11 @@ def test_wrong_csv(tmp_path: Path, content: str, words: str) -> None:
     assert words in problems_of(write(tmp_path / "a.csv", content))
 
 
-def test_csv_holds_no_dialogues(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv", "instruction\toutput\nx\ty\n")
-    assert "single-turn items only" in problems_of(path, "dialogue")
+def test_a_table_holds_dialogues_where_its_rows_have_a_history(tmp_path: Path) -> None:
+    now = [Turn("human", "x"), Turn("assistant", "y")]
+    path = write(tmp_path / "a.tsv", 'instruction\toutput\thistory\nx\ty\t[["a", "b"]]\nx\ty\t\n')
+    assert read_items(path) == [Dialogue([Turn("human", "a"), Turn("assistant", "b"), *now]), Dialogue(now)]
+    assert read_items(write(tmp_path / "b.csv", "instruction\toutput\nx\ty\n"), "dialogue") == [Dialogue(now)]
 
 
 def test_the_format_can_be_required(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from llama_acc.core.data.convert.openai import OpenAi
 from llama_acc.core.data.convert.rules import Rule
 from llama_acc.core.data.convert.sharegpt import ShareGpt
 from llama_acc.core.data.convert.wizardlm import WizardLm
-from llama_acc.core.data.keys import PAIRS
+from llama_acc.core.data.keys import PAIRS, as_list
 
 AUTO = "auto"
 FORMATS: dict[str, type[Rule]] = {
@@ -41,8 +41,8 @@ class Recognised(NamedTuple):
 def recognise(row: dict[str, Any]) -> Recognised | None:
     """The format of a file by one of its rows; None if it is none of those known."""
     for field in ("conversations", "items", "messages"):
-        if isinstance(row.get(field), list):
-            return _dialogue(row, field, row[field])
+        if isinstance(turns := as_list(row.get(field)), list):
+            return _dialogue(row, field, turns)
     if isinstance(chat := row.get("chat"), dict) and "turn_1" in chat:
         return Recognised("moss", "its 'chat' has 'turn_1'", {})
     if isinstance(code := row.get("code"), str) and "Instruction" in code:

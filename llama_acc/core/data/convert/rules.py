@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
-from llama_acc.core.data.keys import IMAGES, INPUT, SYSTEM, TRAINED, is_empty, key_of
+from llama_acc.core.data.keys import IMAGES, INPUT, SYSTEM, TRAINED, as_list, is_empty, key_of
 from llama_acc.core.data.rows import type_name
 from llama_acc.core.tokenizer import Tokenizer
 
@@ -97,7 +97,9 @@ def optional_text(row: Row, field: str) -> str:
 
 
 def list_of(row: Row, field: str) -> list[Any]:
-    """A field that has to be a list; see `_field`."""
+    """A field that has to be a list, perhaps as its JSON text; see `_field`."""
+    if isinstance(text := row.get(field), str):
+        row = {**row, field: as_list(text)}
     return _field(row, field, list, "a list")
 
 
@@ -150,7 +152,7 @@ def single_turn(row: Row, instruction: str = "instruction", output: str = "outpu
     ):
         raise Skipped(BLANK)
     record = {"instruction": text_of(row, instruction), "input": context, "output": text_of(row, output)}
-    history = {} if is_empty(row.get("history")) else {"history": list_of(row, "history")}
+    history = {} if is_empty(as_list(row.get("history"))) else {"history": list_of(row, "history")}
     return {**about(row), **with_system(system), **record, **history}
 
 

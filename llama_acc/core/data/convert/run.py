@@ -12,7 +12,7 @@ from llama_acc.core.data.convert.rules import Malformed, Options, Record, Rule, 
 from llama_acc.core.data.convert.writing import LINES, Items, Layout, encoded, layout_of, whole_file
 from llama_acc.core.data.files import data_suffix, nearest_names
 from llama_acc.core.data.findings import MOST_PROBLEMS
-from llama_acc.core.data.keys import PREFERENCE, count_unused, is_empty, mapping_of, mapping_words, unusable
+from llama_acc.core.data.keys import PREFERENCE, as_list, count_unused, is_empty, mapping_of, mapping_words, unusable
 from llama_acc.core.data.rows import SUFFIXES, Row, looked_ahead, stream_rows, stream_rows_from, type_name
 from llama_acc.core.errors import DataError, UserError, listed
 from llama_acc.core.input_files import open_input
@@ -178,7 +178,7 @@ class Conversion:
             unused = {key for key in row.keys() - rule.used_keys if not is_empty(row[key])}
             self._refuse(row, row, unused.difference(PREFERENCE) if rule.chosen else unused)
         for place in rule.turns_in:
-            turns = row.get(place)
+            turns = as_list(row.get(place))
             for turn in turns.values() if isinstance(turns, dict) else turns if isinstance(turns, list) else ():
                 if isinstance(turn, dict) and not rule.used_turn_keys.issuperset(turn):
                     keys = {key for key in turn.keys() - rule.used_turn_keys if not is_empty(turn[key])}

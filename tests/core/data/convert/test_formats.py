@@ -299,6 +299,19 @@ def test_inputs_history_and_images_go_along(tmp_path: Path) -> None:
     assert convert_rows("sharegpt", [pixels], tmp_path)[1].skipped == {"has images that are not given by a path": 1}
 
 
+def test_a_column_of_text_may_hold_its_turns_as_json(tmp_path: Path) -> None:
+    for row, field in [
+        (talk(*AB, id="x"), "conversations"),
+        (messages(("user", "a"), ("assistant", "b")), "messages"),
+        ({"conversations": ["a", "b"]}, "conversations"),
+        ({**ONE, "history": [["x", "y"]]}, "history"),
+    ]:
+        as_text = {**row, field: json.dumps(row[field])}
+        assert convert_rows("auto", [as_text], tmp_path)[0] == convert_rows("auto", [row], tmp_path)[0]
+    with pytest.raises(DataError, match="'messages' should be a list, but is text"):
+        convert_rows("openai", [{"messages": "[not JSON"}], tmp_path)
+
+
 def test_keys_that_are_not_used_are_counted_with_those_of_turns(tmp_path: Path) -> None:
     rows = [talk(*AB, id=i, source="s", score=None) for i in range(3)]
     rows[0]["conversations"][1]["markdown"] = True
