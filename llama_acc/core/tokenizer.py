@@ -371,7 +371,9 @@ def load_tokenizer(path: str | Path, threads: int | None = None) -> Tokenizer:
         path = found
     said, data = read_folder(path.parent), _read(path)
     if path.suffix == ".json":
-        return HuggingFaceTokenizer(path, said, data, _add_tokens(_parsed(path, data), path, said))
+        fast, left_out = _parsed(path, data, said.rows)
+        said = replace(said, left_out=tuple(dict.fromkeys(said.left_out + left_out)))
+        return HuggingFaceTokenizer(path, said, data, _add_tokens(fast, path, said))
     processor = _processor(path, data)
     said = _with_prefix_rule(path, said, processor)
     if all(_is_control(processor, token, entry["content"]) for token, entry in said.tokens.items()):
@@ -391,6 +393,9 @@ def tokenizer_notes(tokenizer: Tokenizer, rows: int) -> list[str]:
     notes, said, unnamed = [], tokenizer.said, tokenizer.unnamed(rows)
     if unnamed:
         notes.append(f"{count_text(len(unnamed), 'row')} of the vocabulary have no token, the first is {unnamed[0]}")
+    if said.left_out:
+        named = ", ".join(map(repr, said.left_out))
+        notes.append(f"left out, as the model has no row for them: {named}")
     if said.add_bos is False:
         notes.append(
             f"{CONFIG_FILE} says add_bos_token: false; which formats begin with BOS is theirs to say all the same"
@@ -432,13 +437,14 @@ def _tokenizer_in(folder: Path) -> Path | None:
 
 
 def _vocabulary(path: Path) -> dict[str, int]:
-    """The tokens of a tokenizer.json."""
+    """The tokens of a tokenizer.json that the model beside has room for."""
     try:
-        values = read_json(path)
+        values, rows = read_json(path), read_folder(path.parent).rows
         vocabulary = values["model"]["vocab"]
         if isinstance(vocabulary, list):  # a Unigram model's pieces with their scores
             vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
-        return vocabulary | {entry["content"]: entry["id"] for entry in values.get("added_tokens") or ()}
+        vocabulary |= {entry["content"]: entry["id"] for entry in values.get("added_tokens") or ()}
+        return {token: number for token, number in vocabulary.items() if rows is None or number < rows}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a tokenizer.json that can be read: {error}") from error
 
@@ -494,14 +500,20 @@ def _add_tokens(fast: Any, path: Path, said: Said) -> Any:
     return fast
 
 
-def _parsed(path: Path, data: bytes) -> Any:
+def _parsed(path: Path, data: bytes, rows: int | None) -> tuple[Any, tuple[str, ...]]:
+    """A tokenizer.json as the library has it, and its added tokens that the model has no row for, which it lacks."""
     from tokenizers import Tokenizer as Fast
 
     try:
-        fast = Fast.from_str(data.decode("utf-8"))
         added = msgspec.json.decode(data, type=_OfJson).added_tokens
+        left_out = tuple(entry["content"] for entry in added if rows is not None and entry["id"] >= rows)
+        if left_out:
+            values = json.loads(data)
+            values["added_tokens"] = added = [entry for entry in added if entry["content"] not in left_out]
+            data = json.dumps(values).encode()
+        fast = Fast.from_str(data.decode("utf-8"))
         is_as_written = all(fast.token_to_id(entry["content"]) == entry["id"] for entry in added)
-        return fast if is_as_written else _with_ids(path, json.loads(data), {})
+        return fast if is_as_written else _with_ids(path, json.loads(data), {}), left_out
     except UserError:
         raise
     except Exception as error:  # the library raises bare Exception

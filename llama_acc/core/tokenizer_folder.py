@@ -40,6 +40,8 @@ class Said:
         add_bos: whether a text begins with BOS; None: nothing says it.
         add_eos: whether a text ends with EOS; None: nothing says it.
         files: the files beside the main one that are needed to load it the same.
+        rows: how many tokens the model beside has room for; None: there is none, or it does not say.
+        left_out: added tokens that are named and that it has no room for, such as a `<pad>` that no model uses.
     """
 
     tokens: Mapping[int, dict[str, Any]] = field(default_factory=dict)
@@ -51,6 +53,8 @@ class Said:
     add_bos: bool | None = None
     add_eos: bool | None = None
     files: tuple[Path, ...] = ()
+    rows: int | None = None
+    left_out: tuple[str, ...] = ()
 
     def key(self) -> str:
         """Differs where a text may be encoded differently; empty where nothing is said."""
@@ -71,15 +75,18 @@ def read_folder(folder: Path) -> Said:
     others = [settings.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens")]
     special_texts = set(roles.values())
     for more in others:
-        special_texts |= {token_text(token) or "" for token in (more.values() if isinstance(more, dict) else more)}
+        listed = more.values() if isinstance(more, dict) else more if isinstance(more, list) else ()
+        special_texts |= {token_text(token) or "" for token in listed}
     tokens = _added(folder, config, added, special_texts)
     ends: set[int] = set()
-    for name in (GENERATION_FILE, _MODEL_FILE):
-        end = read_json(folder / name).get("eos_token_id")
+    model, generation = read_json(folder / _MODEL_FILE), read_json(folder / GENERATION_FILE)
+    rows = model["vocab_size"] if type(model.get("vocab_size")) is int and model["vocab_size"] > 0 else None
+    left_out = {token for token in tokens if rows is not None and token >= rows}
+    for end in (generation.get("eos_token_id"), model.get("eos_token_id")):
         ends |= {token for token in (end if isinstance(end, list) else [end]) if type(token) is int and token >= 0}
     legacy = config.get("legacy")
     return Said(
-        tokens=tokens,
+        tokens={token: entry for token, entry in tokens.items() if token not in left_out},
         bos=roles.get("bos_token"),
         eos=roles.get("eos_token"),
         roles=roles,
@@ -88,14 +95,19 @@ def read_folder(folder: Path) -> Said:
         add_bos=_flag(config, "add_bos_token"),
         add_eos=_flag(config, "add_eos_token"),
         files=tuple(folder / name for name in FILES if (folder / name).is_file()),
+        rows=rows,
+        left_out=tuple(tokens[token]["content"] for token in sorted(left_out)),
     )
 
 
 def _added(folder: Path, config: dict[str, Any], added: dict[str, Any], special: set[str]) -> dict[int, dict[str, Any]]:
     tokens: dict[int, dict[str, Any]] = {}
-    for number, entry in (config.get("added_tokens_decoder") or {}).items():
+    decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise UserError(f"{folder / CONFIG_FILE}: added_tokens_decoder must hold an object of ids and tokens")
+    for number, entry in decoder.items():
         text = token_text(entry)
-        if not text or not str(number).isdecimal():
+        if not text or not isinstance(entry, dict) or not str(number).isdecimal():
             raise UserError(f"{folder / CONFIG_FILE}: added_tokens_decoder has no text for token {number}")
         flags = {key: bool(entry.get(key)) for key in ("single_word", "lstrip", "rstrip", "normalized", "special")}
         tokens[int(number)] = {"content": text, **flags, "special": flags["special"] or text in special}

@@ -10,7 +10,7 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
 from llama_acc.core.errors import UserError
-from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, tokenizer_notes
 from tests.core.tokenizers import byte_level
 
 START, END, TOOL = "<|im_start|>", "<|im_end|>", "<tool>"
@@ -141,6 +141,25 @@ def test_what_ends_an_answer_is_gathered_from_all_files(tmp_path: Path, tokenize
     assert "config.json" not in files
 
 
+@pytest.mark.parametrize("main", ["tokenizer.model", "tokenizer.json"])
+def test_a_token_that_the_model_has_no_row_for_is_left_out(tmp_path: Path, tokenizer_path: Path, main: str) -> None:
+    # As LLaMA 2 was published: a <pad> behind the last row.
+    if main == "tokenizer.model":
+        (tmp_path / main).write_bytes(tokenizer_path.read_bytes())
+        (tmp_path / "added_tokens.json").write_text('{"<pad>": 300}')
+        rows = 300
+    else:
+        rows = 303
+        values = json.loads(byte_level(tmp_path).read_text())
+        values["added_tokens"].append({"id": rows} | token("<pad>"))
+        (tmp_path / main).write_text(json.dumps(values))
+    assert load_tokenizer(tmp_path).vocab_size == rows + 1
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": rows}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.path.name, tokenizer.vocab_size, max(tokenizer.encode("<pad>")) < rows) == (main, rows, True)
+    assert tokenizer_notes(tokenizer, rows) == ["left out, as the model has no row for them: '<pad>'"]
+
+
 @pytest.mark.parametrize("by", ["added_tokens_decoder", "added_tokens.json"])
 def test_a_folder_with_its_files_has_the_same_tokenizer(tmp_path: Path, tokenizer_path: Path, by: str) -> None:
     ours = load_tokenizer(chatml(tmp_path, tokenizer_path, by, legacy=False))
@@ -160,6 +179,7 @@ def test_a_folder_with_its_files_has_the_same_tokenizer(tmp_path: Path, tokenize
         ({"added_tokens.json": {"</s>": 300}}, "token 300 is '</s>', and in it '</s>' is token 2"),
         ({"added_tokens.json": {END: "300"}}, "the id of '<.im_end.>' is '300'"),
         ({"added_tokens.json": [END]}, "added_tokens.json: it must hold a JSON object"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": [END]}}, "must hold an object of ids and tokens"),
         ({"tokenizer_config.json": {"eos_token": END}}, "names '<.im_end.>', which tokenizer.model does not have"),
         ({"tokenizer_config.json": {"added_tokens_decoder": {"300": {}}}}, "has no text for token 300"),
         (
