@@ -3,6 +3,7 @@
 import errno
 import functools
 import io
+import logging
 import os
 import signal
 import sys
@@ -30,6 +31,7 @@ from llama_acc.cli import (
 from llama_acc.core import worker
 from llama_acc.core.errors import LlamaAccError, UserError
 from llama_acc.core.train.interrupt import EXIT_CODES
+from llama_acc.core.visible import visible
 
 HELP = """Fine-tune LLaMA models: from a checkpoint and a data file to a model you can talk to.
 
@@ -210,12 +212,19 @@ def main() -> None:
     worker.die_with_launcher()
     alone = worker.join_slurm()
     _mend_streams()
+    logging.getLogger("llama_acc").addFilter(_shown)
     if alone is not None:
         print(f"note: {alone}", file=sys.stderr)
     # --debug is understood wherever it stands.
     if "--debug" in sys.argv[1:]:
         sys.argv = [sys.argv[0], "--debug", *(word for word in sys.argv[1:] if word != "--debug")]
     app()
+
+
+def _shown(record: logging.LogRecord) -> bool:
+    """Lets no file's name in a warning act on a terminal."""
+    record.msg, record.args = visible(record.getMessage()), ()
+    return True
 
 
 def _mend_streams() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -22,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.segment import Segment
 from rich.text import Text
 
 from llama_acc.core.units import count_text, size_text
@@ -39,6 +40,11 @@ class _Stream(Console):
 
     def __init__(self, stderr: bool) -> None:
         super().__init__(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Lets no text act on a terminal, wherever it comes from: a file's name, a key, a role."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
     def on_broken_pipe(self) -> None:
         """Called by rich in place of the error."""
@@ -90,6 +96,11 @@ def _between_words(pieces: Iterable[str], width: int) -> Iterator[str]:
             space += character
         elif not is_word:
             word = character
+
+
+def command(line: str) -> None:
+    """Prints what to type next on standard output."""
+    print(visible(line) if sys.stdout.isatty() else line)
 
 
 def error(message: str, hint: str | None = None) -> None:

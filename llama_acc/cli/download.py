@@ -199,7 +199,7 @@ def _report(done: "list[tuple[Downloaded, Path | None]]", as_json: bool) -> None
         command = _next_command(one, converted)
         if command is not None and not as_json:
             console.note("now type:")
-            typer.echo(command)
+            console.command(command)
 
 
 def _remarks(done: "Downloaded") -> list[str]:

@@ -250,7 +250,7 @@ def _train(
     # What was trained alone needs what it was trained on.
     folders = [*finished.bases, str(output)]
     words = ["llama-acc", command, *(word for folder in folders for word in ("--ckpt", folder)), *end]
-    typer.echo(shlex.join(words))
+    console.command(shlex.join(words))
 
 
 def _dry_run(

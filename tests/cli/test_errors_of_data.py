@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import DRY, QUICKSTART, TINY, invoke, refused
+from tests.cli.commands import DRY, QUICKSTART, TINY, invoke, refused, run
 
 
 def test_missing_data_is_named_with_the_nearest_file(tmp_path: Path, single_turn: Path) -> None:
@@ -117,3 +117,34 @@ def test_nothing_to_train_on_is_refused(single_turn: Path) -> None:
 
 def test_examples_longer_than_the_context_are_refused() -> None:
     refused(invoke(*DRY, "data.max_tokens=1000"), "data.max_tokens (1000) is more than the model's max_seq_len (256)")
+
+
+def test_no_name_and_no_text_of_a_file_acts_on_the_terminal(tmp_path: Path) -> None:
+    acts = "\x1b[31m\x9b5n\u202e"
+    rows = [
+        {"instruction": acts, "output": acts, acts: 1},
+        {"instruction": "a", "output": ""},
+        {"conversations": [{"from": acts, "value": acts}]},
+        {"instruction": 1, "output": acts},
+    ]
+    table = f'instruction\toutput\n"{acts}\t{acts}\tc\nd"\tf\n'
+    for name, content in (
+        ("a.json", json.dumps(rows)),
+        ("b.json", json.dumps(rows[:2])),
+        ("c.json", "{"),
+        ("d.tsv", table),
+    ):
+        path = tmp_path / f"{acts}{name}"
+        path.write_text(content)
+        for words in (
+            ["convert-data", "check", path, "--preview", "1", "--all"],
+            ["convert-data", "auto", path, "--preview", "2"],
+            ["convert-data", "auto", path, "--output", tmp_path / f"{acts}{name}l"],
+            *([[*DRY, "--data", path, "--output", tmp_path / acts], [*DRY, f"data.{acts}=1"]] if "b." in name else []),
+        ):
+            told = invoke(*words).output
+            assert told
+            assert not set(told) & set("\x1b\x9b\u202e"), (words, told)
+    warned = run("convert-data", "check", path).stderr
+    assert "holds tabs and line ends" in warned
+    assert not set(warned) & set("\x1b\x9b\u202e")
