@@ -10,7 +10,7 @@ import typer
 
 from llama_acc.cli import console, options
 from llama_acc.cli.check_report import print_reports
-from llama_acc.cli.preview import show_items, to_json, write_page
+from llama_acc.cli.preview import show_items, to_json
 from llama_acc.core.errors import UserError
 from llama_acc.core.units import count_text
 
@@ -30,15 +30,13 @@ Examples:
 
   llama-acc convert-data check data/*.jsonl --tokenizer Llama-2-7b --max-tokens 2048 --plot lengths.png
 
-  llama-acc convert-data check lima.json --tokenizer Llama-2-7b --preview 5 --html preview.html
+  llama-acc convert-data check lima.json --tokenizer Llama-2-7b --preview 5
 """
 
 _SHOWN = 5
 """Findings of a kind that are shown without --all."""
 _IN_PLOT = 8
 """Files that a picture shows apart."""
-_IN_HTML = 20
-"""Items on a page where --preview does not say how many."""
 
 
 def check(
@@ -69,9 +67,6 @@ def check(
     preview: Annotated[
         int, typer.Option("--preview", metavar="N", min=0, help="Show the first N items as the model will see them.")
     ] = 0,
-    html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Write the preview as a page.", callback=options.given)
-    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option("--plot", metavar="FILE.png", help="Draw the lengths as a picture.", callback=options.given),
@@ -104,7 +99,7 @@ def check(
 
     if max_tokens is not None and tokenizer is None:
         raise UserError("--max-tokens counts tokens: it needs --tokenizer", "give the model's: --tokenizer Llama-2-7b")
-    _check_outputs(html, plot)
+    _check_plot(plot)
     loaded = None if tokenizer is None else _tokenizer(tokenizer)
     sources = [Source(file, format, template, root=image_root) for file in files]
     specs = expand(sources, fetch=fetch_shown, otherwise="name a file, a folder, a glob or a download")
@@ -118,29 +113,28 @@ def check(
             most=None if all_findings else EXAMPLES,
             progress=lambda path, done: progress.tell(f"checking {path.name}", done, path.stat().st_size),
         )
-    shown = _shown(specs, preview or (_IN_HTML if html else 0), loaded, max_tokens, image_positions)
+    shown = _shown(specs, preview, loaded, max_tokens, image_positions)
     if plot is not None:
         _plot(reports, max_tokens, plot)
-    if html is not None:
-        write_page(html, files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more", shown)
     if as_json:
         result = {"fatal": sum(r.fatal for r in reports), "files": [r.to_json() for r in reports]}
         typer.echo(json.dumps({**result, "preview": list(map(to_json, shown))} if preview else result, indent=1))
     else:
         print_reports(reports, None if all_findings else _SHOWN)
-        if shown and html is None:
+        if shown:
             console.out.print()
             show_items(shown)
     _end(reports)
 
 
-def _check_outputs(html: Path | None, plot: Path | None) -> None:
+def _check_plot(plot: Path | None) -> None:
     """Finds what could not be written in the end."""
-    if plot is not None and plot.suffix.lower() != ".png":
+    if plot is None:
+        return
+    if plot.suffix.lower() != ".png":
         raise UserError(f"{plot}: the picture is a PNG", f"--plot {plot.with_suffix('.png')}")
-    for path in (html, plot):
-        if path is not None and not path.parent.is_dir():
-            raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    if not plot.parent.is_dir():
+        raise UserError(f"cannot write {plot}: there is no folder {plot.parent}")
 
 
 def _tokenizer(name: str) -> "Tokenizer":

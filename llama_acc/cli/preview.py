@@ -1,13 +1,11 @@
 """Items as a model will see them, on the terminal: what is trained and what is special stands out."""
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
 from llama_acc.cli import console
-from llama_acc.core.errors import UserError
 from llama_acc.core.units import count_text
 from llama_acc.core.visible import visible
 
@@ -32,22 +30,6 @@ def show_items(items: "Iterable[Shown]") -> None:
         console.out.print(_coloured(shown.pieces) if colour else _marked(shown.pieces, names))
         if shown.cut:
             console.out.print(Text(f"[cut: {count_text(shown.cut, 'token')} more]", style="yellow" if colour else ""))
-
-
-def write_page(path: Path, title: str, items: "Sequence[Shown]") -> None:
-    """Writes them as a page of their own.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    from llama_acc.core.data.preview_html import preview_page
-
-    try:
-        note = f"{count_text(len(items), 'item')} as the model will see them"
-        path.write_text(preview_page(title, items, note), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}", "choose another --html FILE") from error
-    console.note(f"wrote {path}")
 
 
 def to_json(shown: "Shown") -> dict[str, Any]:

@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_acc.core.data.checks import fields_of, format_findings
+from llama_acc.core.data.duplicates import KIND, duplicate_finding, duplicates
 from llama_acc.core.data.findings import beginning
 from llama_acc.core.data.items import Item
 from llama_acc.core.data.opened_images import ImageOpener
 from llama_acc.core.data.readers import Checked, stream_items
-from llama_acc.core.data.repeats import joined, repeats
 from llama_acc.core.data.sources import FileSpec
-from llama_acc.core.data.survey import EXAMPLES, Findings, Survey, repeat_finding, repeat_kind
+from llama_acc.core.data.survey import EXAMPLES, Findings, Survey
 from llama_acc.core.data.templates import Template, template_for
 from llama_acc.core.data.truncation import Truncation
 from llama_acc.core.errors import UserError
@@ -128,7 +128,7 @@ def check_files(
     with contextlib.nullcontext() if max_pixels is None else ImageOpener(max_pixels) as opener:
         checker = _Checker(tokenizer, max_tokens, image_positions, opener, most, progress)
         reports = [checker.check(spec) for spec in specs]
-    _add_repeats(reports, specs)
+    _add_duplicates(reports, specs)
     return reports
 
 
@@ -210,23 +210,22 @@ class _Checker:
             report.truncation.add([(row.where, row.item) for row in rows if row.item is not None])
 
 
-def _add_repeats(reports: Sequence[FileReport], specs: Sequence[FileSpec]) -> None:
+def _add_duplicates(reports: Sequence[FileReport], specs: Sequence[FileSpec]) -> None:
     """Items that were there before, in the same file or an earlier one."""
     hashes = [report.survey.hashes() for report in reports]
-    begins = np.cumsum([0, *(len(exact) for exact, _ in hashes)])
-    shown: list[tuple[_Place, _Place, bool]] = []
-    for repeat in repeats(joined([exact for exact, _ in hashes]), joined([near for _, near in hashes])):
-        item, first = (_place(begins, position) for position in (repeat.item, repeat.first))
-        findings, kind = reports[item.file].findings, repeat_kind(repeat.exact)
-        findings.extend(kind, 1, [])
-        if findings.most is None or findings.counts[kind] <= findings.most:
-            shown.append((item, first, repeat.exact))
-    looked = _look_up(specs, {place for item, first, _ in shown for place in (item, first)})
-    for item, first, exact in shown:
+    begins = np.cumsum([0, *map(len, hashes)])
+    shown: list[tuple[_Place, _Place]] = []
+    for position, first_position in duplicates(np.concatenate([np.zeros(0, np.uint64), *hashes])):
+        item, first = _place(begins, position), _place(begins, first_position)
+        findings = reports[item.file].findings
+        findings.extend(KIND, 1, [])
+        if findings.most is None or findings.counts[KIND] <= findings.most:
+            shown.append((item, first))
+    looked = _look_up(specs, {place for pair in shown for place in pair})
+    for item, first in shown:
         (where, value), (there, _) = looked[item], looked[first]
         there = there if first.file == item.file else f"{there} of {specs[first.file].path.name}"
-        findings = reports[item.file].findings
-        findings.extend(repeat_kind(exact), 0, [repeat_finding(exact, where, there, value)])
+        reports[item.file].findings.extend(KIND, 0, [duplicate_finding(where, there, value)])
 
 
 class _Place(NamedTuple):

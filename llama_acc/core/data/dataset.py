@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_acc.core.data.across import Across
+from llama_acc.core.data.duplicates import Across
 from llama_acc.core.data.encode import Images
 from llama_acc.core.data.entry import Encoded
 from llama_acc.core.data.findings import MOST_PROBLEMS, Finding
@@ -48,7 +48,7 @@ class DataFile:
     """How many these items are."""
     skipped_kinds: Mapping[str, int] = field(default_factory=dict)
     """How much of each kind is wrong with them."""
-    across: Across = field(default_factory=lambda: Across({}, {}))
+    across: Across = field(default_factory=Across)
     """What earlier files have too."""
 
 

@@ -27,8 +27,7 @@ from numpy.typing import DTypeLike, NDArray
 from llama_acc.core.data.encode import Chunk, Images
 from llama_acc.core.errors import UserError
 
-FORMAT_VERSION = 3
-"""Version 1 was an .npz archive; 2 had no `near`."""
+FORMAT_VERSION = 4
 
 # Arrays with a value for every document, named as the fields of `Chunk` they are made of.
 COLUMNS: dict[str, DTypeLike] = {
@@ -46,7 +45,6 @@ _STREAMS: dict[str, DTypeLike] = {
     "name_ends": np.int64,
     "names": np.uint8,
     "skipped_rows": np.int64,
-    "near": np.uint64,
 }
 _OF_IMAGES = ("image_ends", "name_ends", "names")
 _MAGIC = b"llamaacc"
@@ -96,8 +94,6 @@ class Encoded:
     """The names of all images, in UTF-8."""
     skipped_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """[S]: the numbers of the rows that were skipped, from 0."""
-    near: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
-    """[rows]: equal for items that are the same but for case and white space; 0 where a row is no item."""
 
     def __len__(self) -> int:
         return len(self.item)
@@ -206,15 +202,13 @@ class EntryWriter:
         self._put("skipped_rows", rows)
         self._skipped += len(rows)
 
-    def finish(self, kind: str, notes: dict[str, Any], near: NDArray[np.uint64]) -> None:
+    def finish(self, kind: str, notes: dict[str, Any]) -> None:
         """Writes what is left, and the footer.
 
         Args:
             kind: of the items.
             notes: JSON values to keep with it.
-            near: see `Encoded`.
         """
-        self._put("near", near)
         self._put("label_bits", np.packbits(self._bits))
         arrays = {"tokens": [self._token_type.str, 0, self._tokens]}
         for name, file in self._aside.items():
@@ -336,13 +330,11 @@ def _read(mapped: mmap.mmap, path: Path) -> Encoded:
     if magic != _MAGIC or length > len(data) - _TRAILER.size:
         raise DamagedEntry("it does not end as an entry does")
     about = json.loads(bytes(data[-_TRAILER.size - length : -_TRAILER.size]))
-    _refuse_newer(path, about)
+    _check_version(path, about)
     arrays: dict[str, Any] = {
         name: np.frombuffer(data, np.dtype(dtype), count, start)
         for name, (dtype, start, count) in about["arrays"].items()
     }
-    if "skipped_rows" in about["notes"]:  # where they were before they had an array
-        arrays["skipped_rows"] = np.array(about["notes"]["skipped_rows"], np.int64)
     encoded = Encoded(
         **arrays, items=about["items"], kind=about["kind"], notes=about["notes"], path=path, mapped=mapped
     )
@@ -353,10 +345,12 @@ def _read(mapped: mmap.mmap, path: Path) -> Encoded:
     return encoded
 
 
-def _refuse_newer(path: Path, about: dict[str, Any]) -> None:
+def _check_version(path: Path, about: dict[str, Any]) -> None:
     version = int(about["format_version"])
     if version > FORMAT_VERSION:
         raise UserError(
             f"{path} has format_version {version}; this llama-acc reads up to {FORMAT_VERSION}",
             "update llama-acc, or delete that file",
         )
+    if version < FORMAT_VERSION:
+        raise DamagedEntry("an early version wrote it")

@@ -37,7 +37,6 @@ KINDS: dict[str, Kind] = {
     "echo": Kind("replies that repeat the question", False),
     "mojibake": Kind("texts decoded wrongly", False),
     "duplicate": Kind("exact duplicates", False),
-    "near_duplicate": Kind("duplicates but for case and white space", False),
     "language": Kind("items in another language than the rest", False),
     "stop_in_reply": Kind("replies that hold the format's stop string", False),
     "format_mark": Kind("texts that hold a mark of the format", False),

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_acc.core.data.across import repeated_across
 from llama_acc.core.data.cache import EntryStore, cache_key, content_digest
 from llama_acc.core.data.dataset import DataFile, Dataset, Rows
+from llama_acc.core.data.duplicates import duplicates_across
 from llama_acc.core.data.entry import Encoded, EntryWriter
 from llama_acc.core.data.files import data_suffix
 from llama_acc.core.data.findings import KINDS as FINDINGS
@@ -214,7 +214,7 @@ class _Encoder:
             "unused_keys": file.unused_keys,
             "warnings": _warnings(survey),
         }
-        writer.finish(file.kind, notes, survey.hashes()[1])
+        writer.finish(file.kind, notes)
 
 
 def _warnings(survey: Survey) -> dict[str, Any]:
@@ -296,7 +296,7 @@ def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], seed: int) -> D
     start, all_of_them = 0, all(spec.ratio == 1 for spec in specs)
     holding = [(spec, part) for spec, part in zip(specs, parts, strict=True) if "stop_in_reply" in part.warnings]
     held = {template_for(spec.template, part.kind).name for spec, part in holding}
-    across = repeated_across([spec.path.name for spec in specs], parts)
+    across = duplicates_across([spec.path.name for spec in specs], parts, KEPT_PLACES)
     for spec, part, of_others in zip(specs, parts, across, strict=True):
         items, documents = part.items, len(part)
         if not all_of_them:

@@ -1,4 +1,4 @@
-"""What is found in all items of a file, in memory that hardly grows: counts, the first of each kind, 16 bytes an item.
+"""What is found in all items of a file, in memory that hardly grows: counts, the first of each kind, 8 bytes an item.
 
 A survey is filled item by item, in the order of the file. Surveys of consecutive parts of a file can be made by several
 processes and merged: the result is the same.
@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from llama_acc.core.data.checks import checked_item, normalised, replies_of
+from llama_acc.core.data.checks import checked_item, replies_of
+from llama_acc.core.data.duplicates import Hashes, duplicate_finding, duplicates, item_hash
 from llama_acc.core.data.findings import KINDS, Finding, beginning
 from llama_acc.core.data.items import Item
 from llama_acc.core.data.language import language_of
-from llama_acc.core.data.repeats import Hashes, item_hash, repeats
 
-CHECKS_VERSION = 5
+CHECKS_VERSION = 6
 """Part of the cache's key: raise it whenever the same item may lead to other findings."""
 EXAMPLES = 100
 """Findings of one kind that are kept; all are counted."""
@@ -85,7 +85,7 @@ class Survey:
         self.items = 0
         """Those of them that can be trained on."""
         self._languages = Findings(most)  # which of them is the language of the rest is known at the end only
-        self._exact, self._near = array("Q"), array("Q")
+        self._hashes = array("Q")
 
     def add(self, where: str, item: Item | None, problems: Sequence[Finding] = ()) -> None:
         """Look at one more row: an item, or the problems that keep it from being one."""
@@ -93,14 +93,12 @@ class Survey:
         for problem in problems:
             self.findings.add(problem)
         if item is None:
-            self._exact.append(0)
-            self._near.append(0)
+            self._hashes.append(0)
             return
         self.items += 1
         for finding in checked_item(item, where):
             self.findings.add(finding)
-        self._exact.append(item_hash(item))
-        self._near.append(item_hash(item, normalised))
+        self._hashes.append(item_hash(item))
         self._add_language(where, item)
 
     def _add_language(self, where: str, item: Item) -> None:
@@ -117,8 +115,7 @@ class Survey:
         self._languages.merge(later._languages)
         self.rows += later.rows
         self.items += later.items
-        self._exact.extend(later._exact)
-        self._near.extend(later._near)
+        self._hashes.extend(later._hashes)
 
     @property
     def languages(self) -> dict[str, int]:
@@ -133,9 +130,9 @@ class Survey:
         told = sum(counts.values())
         return first if first is not None and told >= _ENOUGH and counts[first] >= _MOST * told else None
 
-    def hashes(self) -> tuple[Hashes, Hashes]:
-        """Of all rows: as they are, and but for case and white space."""
-        return np.array(self._exact, dtype=np.uint64), np.array(self._near, dtype=np.uint64)
+    def hashes(self) -> Hashes:
+        """One for every row; 0 where it is no item."""
+        return np.array(self._hashes, dtype=np.uint64)
 
     def found(self) -> Findings:
         """All findings so far, but for items that were there before."""
@@ -154,17 +151,6 @@ class Survey:
     def finish(self) -> Findings:
         """All findings."""
         found = self.found()
-        for repeat in repeats(*self.hashes()):
-            found.add(repeat_finding(repeat.exact, f"item {repeat.item + 1}", f"item {repeat.first + 1}"))
+        for item, first in duplicates(self.hashes()):
+            found.add(duplicate_finding(f"item {item + 1}", f"item {first + 1}"))
         return found
-
-
-def repeat_kind(exact: bool) -> str:
-    """The kind of finding that an item is which was there before."""
-    return "duplicate" if exact else "near_duplicate"
-
-
-def repeat_finding(exact: bool, where: str, first: str, value: str = "") -> Finding:
-    """What is said of an item that was there before."""
-    but = "" if exact else ", but for case and white space"
-    return Finding(repeat_kind(exact), where, "", f"the same as {first}{but}", value)

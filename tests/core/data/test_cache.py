@@ -42,7 +42,7 @@ def put(chunk: Chunk, key: str) -> Encoded:
 
     def write(writer: EntryWriter) -> None:
         writer.append(chunk)
-        writer.finish("single_turn", {"a": "note"}, np.arange(3, dtype=np.uint64))
+        writer.finish("single_turn", {"a": "note"})
 
     with EntryStore() as store:
         return store.get(key, write, vocab_size=300)
@@ -299,7 +299,7 @@ def test_of_several_that_want_an_entry_one_writes_it_and_the_others_wait(chunk: 
         assert waiting.wait(60)
         written.append(1)
         writer.append(chunk)
-        writer.finish("single_turn", {}, np.zeros(0, np.uint64))
+        writer.finish("single_turn", {})
 
     def get(_: int) -> Encoded:
         with EntryStore() as store:
@@ -341,6 +341,6 @@ def test_folders_of_killed_runs_go_and_those_of_others_stay(
 def put_into(store: EntryStore, chunk: Chunk) -> None:
     def write(writer: EntryWriter) -> None:
         writer.append(chunk)
-        writer.finish("single_turn", {}, np.zeros(0, np.uint64))
+        writer.finish("single_turn", {})
 
     store.get("k", write, vocab_size=300)

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_acc.core.data.checks import checked_item
+from llama_acc.core.data.duplicates import duplicates, item_hash
 from llama_acc.core.data.findings import KINDS
 from llama_acc.core.data.items import Dialogue, Item, SingleTurn
 from llama_acc.core.data.language import language_of
-from llama_acc.core.data.repeats import Repeat, item_hash, repeats
 from llama_acc.core.data.survey import Survey
 from llama_acc.core.data.templates import Turn
 
@@ -119,27 +119,19 @@ def test_duplicates_name_the_first() -> None:
     a, b = SingleTurn("Add 1 and 2.", None, "3"), SingleTurn("Add 1 and 2.", "", "3")
     almost = SingleTurn("add 1  and 2.", None, " 3\n")
     found = surveyed([a, None, b, almost, SingleTurn("Add 1 and 2.", None, "4"), a, almost]).finish()
-    told = [(f.kind, f.where, f.message) for kind in ("duplicate", "near_duplicate") for f in found.places[kind]]
+    told = [(f.where, f.message) for f in found.places["duplicate"]]
     assert told == [
-        ("duplicate", "item 6", "the same as item 1"),
-        ("duplicate", "item 7", "the same as item 4"),
-        ("near_duplicate", "item 4", "the same as item 1, but for case and white space"),
+        ("item 6", "the same as item 1"),
+        ("item 7", "the same as item 4"),
     ]
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(["a", "A", "a ", "b", None]), max_size=12))
-def test_repeats_are_what_comparing_all_pairs_finds(texts: list[str | None]) -> None:
+def test_duplicates_are_what_comparing_all_pairs_finds(texts: list[str | None]) -> None:
     survey = surveyed([None if text is None else SingleTurn("q", None, text) for text in texts])
-    expected = []
-    for i, text in enumerate(texts):
-        if text is None:
-            continue
-        same = [j for j in range(i) if texts[j] == text]
-        near = [j for j in range(i) if (texts[j] or "").strip().lower() == text.strip().lower()]
-        if near:
-            expected.append(Repeat(i, (same or near)[0], bool(same)))
-    assert list(repeats(*survey.hashes())) == expected
+    expected = [(i, texts.index(text)) for i, text in enumerate(texts) if text is not None and text in texts[:i]]
+    assert duplicates(survey.hashes()) == expected
 
 
 def test_roles_and_borders_of_texts_tell_items_apart() -> None:

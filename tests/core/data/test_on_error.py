@@ -6,12 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from llama_acc.core.data import across
+from llama_acc.core.data import duplicates
 from llama_acc.core.data import load as load_module
 from llama_acc.core.data.dataset import Dataset
-from llama_acc.core.data.entry import EntryWriter
 from llama_acc.core.data.findings import MOST_PROBLEMS
 from llama_acc.core.data.load import OnError, load_dataset
 from llama_acc.core.data.sources import Source
@@ -179,30 +177,11 @@ def test_of_any_number_of_skipped_items_the_first_are_told_and_all_are_counted(
         assert file["skipped_items"][-1]["where"] == f"item {MOST_PROBLEMS // 2} (line {MOST_PROBLEMS // 2})"
 
 
-def test_entries_of_the_version_before_say_which_rows_were_skipped(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write(tmp_path / "a.jsonl", mixed(12))
-    new = load(tokenizer, path, ratio=0.5)
-    monkeypatch.setattr(EntryWriter, "skip", lambda self, rows: None)
-    finish = EntryWriter.finish
-
-    def as_before(self: EntryWriter, kind: str, notes: dict[str, Any], near: NDArray[np.uint64]) -> None:
-        notes.pop("skipped_kinds")
-        finish(self, kind, {**notes, "skipped_rows": [3, 7, 11]}, near[:0])
-
-    monkeypatch.setattr(EntryWriter, "finish", as_before)
-    monkeypatch.setenv("LLAMA_ACC_CACHE_GIB", "0")
-    old = load(tokenizer, path, ratio=0.5)
-    assert old.fingerprint() == new.fingerprint()
-    assert old.report() == new.report()
-
-
 @pytest.mark.parametrize("at_once", [1 << 20, 3])
 def test_what_several_files_have_is_told_once_for_each_and_never_of_a_file_given_twice(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr(across, "_AT_ONCE", at_once)
+    monkeypatch.setattr(duplicates, "_AT_ONCE", at_once)
     rows = good(8)
     a = write(tmp_path / "a.jsonl", rows[:4])
     b = write(tmp_path / "b.jsonl", [rows[6], rows[2], rows[6], rows[2], rows[5]])
@@ -225,42 +204,6 @@ def test_what_several_files_have_is_told_once_for_each_and_never_of_a_file_given
         "c.json": [("item 2", "the same as item 5 of b.jsonl"), ("item 3", "the same as item 1 of a.jsonl")],
     }
     assert files["c.json"]["warnings"] == {"duplicate": 2}
-
-
-@pytest.mark.parametrize("at_once", [1 << 20, 2])
-def test_what_is_the_same_but_for_case_and_white_space_is_found_across_files(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, at_once: int
-) -> None:
-    monkeypatch.setattr(across, "_AT_ONCE", at_once)
-    loud = [{"instruction": row["instruction"].upper() + " ", "output": row["output"]} for row in good(6)]
-    a = write(tmp_path / "a.jsonl", [BAD[0], *good(4)])
-    b = write(tmp_path / "b.jsonl", [BAD[1], loud[4], loud[2], BAD[2], good(2)[1]])
-    c = write(tmp_path / "c.jsonl", [loud[5], loud[4], good(5)[4], loud[2]])
-    for _ in ("fresh", "from the cache"):
-        report = load(tokenizer, a, b, c, a).report()
-        told = {
-            Path(file["path"]).name: {
-                kind: [(place["where"], place["message"]) for place in places]
-                for kind, places in file["warning_places"].items()
-            }
-            for file in report["files"]
-        }
-        but = ", but for case and white space"
-        assert told == {
-            "a.jsonl": {},
-            "b.jsonl": {
-                "duplicate": [("item 5", "the same as item 3 of a.jsonl")],
-                "near_duplicate": [("item 3", f"the same as item 4 of a.jsonl{but}")],
-            },
-            "c.jsonl": {
-                "duplicate": [
-                    ("item 2", "the same as item 2 of b.jsonl"),
-                    ("item 4", "the same as item 3 of b.jsonl"),
-                ],
-                "near_duplicate": [("item 3", f"the same as item 2{but}")],
-            },
-        }
-        assert report["warnings"] == {"duplicate": 3, "near_duplicate": 2}
 
 
 def test_blank_rows_are_left_out_and_counted_and_stop_nothing(tmp_path: Path, tokenizer: Tokenizer) -> None:
