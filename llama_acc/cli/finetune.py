@@ -11,7 +11,7 @@ import typer
 from llama_acc.cli import console, options, processes
 from llama_acc.cli.preview import show_items
 from llama_acc.core import worker
-from llama_acc.core.errors import RunError, UserError
+from llama_acc.core.errors import LlamaAccError, RunError, UserError
 from llama_acc.core.units import count_text, size_text
 
 if TYPE_CHECKING:
@@ -133,18 +133,36 @@ def finetune(
     ] = None,
 ) -> None:
     """Fine-tune a model as a recipe says."""
+    from llama_acc.core.data.sources import check_sources
+
     if dry_run and resume:
         raise UserError("--dry-run and --resume cannot be combined", "leave one of them out")
     wanted = processes.Wanted(nproc, nnodes, rdzv_endpoint, max_restarts, log_ranks)
     resume = resume or worker.was_restarted()
     run = None if output is None else Path(output).expanduser()
     loaded, folder = _load_recipe(recipe, run, resume, overrides or [], pretrained, data, tokenizer)
+    check_sources(loaded.data.sources, folder)
     if dry_run:
         _dry_run(loaded, run, folder, device, verify, processes.world_size(wanted))
-    elif processes.launched(wanted, device, lambda count: _check(loaded, folder, run if resume else None, count)):
         return
-    else:
-        _train(loaded, run or _named_after(loaded), folder, resume, device, verify, force)
+    output_folder = run or _named_after(loaded)
+    again = f"go on with: {_again(output_folder, wanted)}"
+    try:
+        if not processes.launched(wanted, device, lambda count: _check(loaded, folder, run if resume else None, count)):
+            _train(loaded, output_folder, folder, resume, device, verify, force, again)
+    except LlamaAccError as error:
+        if error.exit_code == RunError.exit_code and error.hint is None:
+            error.hint = again
+        raise
+
+
+def _again(output: Path, wanted: processes.Wanted) -> str:
+    """The command that goes on with a run, on as many processes."""
+    words = ["llama-acc", "finetune", "--output", str(output), "--resume"]
+    words += [] if wanted.nproc is None else ["--nproc", wanted.nproc]
+    words += ["--nnodes", str(wanted.nnodes)] if wanted.nnodes > 1 else []
+    words += [] if wanted.rdzv_endpoint is None else ["--rdzv-endpoint", wanted.rdzv_endpoint]
+    return shlex.join(words)
 
 
 def _load_recipe(
@@ -216,12 +234,11 @@ def _train(
     device: str | None,
     verify: bool,
     force: bool,
+    again: str,
 ) -> None:
     from llama_acc.core.train.interrupt import Interrupted
     from llama_acc.core.train.run import finetune as run
 
-    quoted = shlex.quote(str(output))
-    again = f"llama-acc finetune --output {quoted} --resume"
     with console.RunConsole() as watcher:
         try:
             finished = run(
@@ -237,10 +254,8 @@ def _train(
             )
         except Interrupted as interrupted:
             if worker.is_main():
-                console.note(f"stopped; go on with: {again}")
+                console.note(f"stopped; {again}")
             raise typer.Exit(interrupted.exit_code) from None
-        except RunError as error:
-            raise RunError(error.message, error.hint or f"go on with: {again}") from error
     if not worker.is_main():
         return
     command, end = ("caption", ["IMAGE"]) if finished.captions else ("chat", [])

@@ -6,6 +6,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from llama_acc.core.errors import UserError
+
 PROCESSES = "Several processes"
 _Value = TypeVar("_Value", bound=Any)
 
@@ -91,8 +93,28 @@ Device = Annotated[
 Verify = Annotated[
     bool, typer.Option("--verify", help="Compare the SHA-256 of the checkpoint's files with its manifest.")
 ]
+
+
+def known_template(name: str) -> str:
+    """Refuses an unknown prompt format before a model is loaded."""
+    from llama_acc.core.data.templates import get_template
+
+    if name != "auto":
+        try:
+            get_template(name)
+        except UserError as error:
+            raise typer.BadParameter(f"{error.message}: {error.hint}") from None
+    return name
+
+
 Template = Annotated[
-    str, typer.Option("--template", metavar="NAME", help="auto, alpaca, dialogue, none, ...: the prompt format.")
+    str,
+    typer.Option(
+        "--template",
+        metavar="NAME",
+        help="auto, alpaca, dialogue, none, ...: the prompt format.",
+        callback=known_template,
+    ),
 ]
 Quantize = Annotated[
     Quant | None,

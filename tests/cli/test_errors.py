@@ -4,11 +4,14 @@ Of data, checkpoints and runs' folders: test_errors_of_data.py, test_errors_of_c
 test_errors_of_folders.py.
 """
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import DRY, invoke, refused, run, words
+from tests.cli.commands import DRY, environment, invoke, refused, run, words
 
 LONG = "n" * 256  # bytes in a file's name; file systems take 255
 
@@ -231,3 +234,23 @@ def test_what_nothing_can_be_called_and_no_run_can_be_is_the_users_fault(
     (tmp_path / "deep" / "params.json").write_text(nested)
     (tmp_path / "deep" / "consolidated.00.pth").write_text("")
     refused(invoke(*words), said)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["finetune", "--recipe", "quickstart", "data.sources.0.template=alpacca"], "did you mean 'alpaca'?"),
+        (["finetune", "--recipe", "quickstart", "--data", "nowhere.json"], "there is no data 'nowhere.json'"),
+        (["chat", "--ckpt", "somewhere", "--template", "alpacca"], "did you mean 'alpaca'?"),
+    ],
+)
+def test_a_wrong_name_is_told_before_anything_large_is_loaded(words: list[str], said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "llama_acc", *words],
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert done.returncode == 2
+    assert said in " ".join(line for line in done.stderr.splitlines() if not line.startswith("import time:"))
+    assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)

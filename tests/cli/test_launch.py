@@ -84,8 +84,11 @@ def test_a_killed_rank_ends_the_job_with_its_name_and_nothing_stays(tmp_path: Pa
     os.kill(workers[1], signal.SIGKILL)
     assert job.wait() == 1
     told = [line for line in job.err.splitlines() if not line.startswith(("step", "saved"))]
-    assert told[-1] == "error: rank 1 was killed by SIGKILL (out of memory?)"
-    assert not any("error" in line.lower() for line in told[:-1]), "the others' errors are not shown"
+    assert told[-2:] == [
+        "error: rank 1 was killed by SIGKILL (out of memory?)",
+        f"hint: go on with: llama-acc finetune --output {job.output} --resume --nproc 2",
+    ]
+    assert not any("error" in line.lower() for line in told[:-2]), "the others' errors are not shown"
     assert gone(list(workers.values()))
     newest = latest_checkpoint(job.output)
     assert newest is not None
@@ -135,7 +138,9 @@ def test_ctrl_c_saves_on_all_ranks_and_a_killed_launcher_leaves_nothing(tmp_path
     job.wait_for_checkpoint()
     job.process.send_signal(signal.SIGINT)
     assert job.wait() == 130
-    assert job.err.splitlines()[-1] == f"stopped; go on with: llama-acc finetune --output {job.output} --resume"
+    assert (
+        job.err.splitlines()[-1] == f"stopped; go on with: llama-acc finetune --output {job.output} --resume --nproc 2"
+    )
     assert job.err.count("SIGINT: saving after this step") == 1
 
     again = Job(tmp_path / "run", "--resume", "--nproc", 2)

@@ -51,14 +51,14 @@ def test_a_run_goes_on_where_its_files_have_moved(method: str, base: Path, tmp_p
     (tmp_path / "base").rename(new / "llama")
     command = (*WORDS, "--output", run, "--resume", *LONGER)
     # The hints lead out, one flag after the other.
-    needed: tuple[object, ...] = ()
-    if method != "full":
-        refused(invoke(*command), "there is no checkpoint folder", "--resume --pretrained DIR")
-        needed = ("--pretrained", new / "llama")
-    refused(invoke(*command, *needed), "there is no data", "give it with --data FILE")
+    refused(invoke(*command), "there is no data", "give it with --data FILE")
     data = new / "linked.json"
     data.symlink_to(new / "items.json")
-    told = done(*command, *needed, "--data", data)
+    needed: tuple[object, ...] = ("--data", data)
+    if method != "full":
+        refused(invoke(*command, *needed), "there is no checkpoint folder", "--resume --pretrained DIR")
+        needed = (*needed, "--pretrained", new / "llama")
+    told = done(*command, *needed)
     assert "of 4 steps done" in told
     assert (run / "latest").read_text() == "epoch1\n"
     assert str(data) in (run / "recipe.yaml").read_text()

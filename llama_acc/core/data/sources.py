@@ -116,6 +116,23 @@ def expand(
     return specs
 
 
+def check_sources(sources: Sequence[SourceLike], recipe_folder: Path | None = None) -> None:
+    """Finds what can be found wrong with sources at once, without fetching, drawing or reading any.
+
+    Raises:
+        UserError: sources that are not there or say something unknown, all of them together.
+    """
+    errors = []
+    for source in sources:
+        try:
+            _check(source)
+            if not (is_address(source.path) or source.path.startswith("drawn:")):
+                resolve_data_path(source.path, recipe_folder)
+        except UserError as error:
+            errors.append(error)
+    raise_together(errors)
+
+
 def resolve_data_path(path: str, recipe_folder: Path | None = None, otherwise: str = OTHERWISE) -> Path:
     """Where a source's `path` is, if it is no address; a glob stays one.
 
