@@ -162,7 +162,7 @@ def _shown(
 
     shown: list[Shown] = []
     for spec, kind, where, item in first_items(specs, count):
-        template = template_for(spec.template, kind)
+        template = template_for(spec.template, kind, tokenizer)
         one = [(f"{spec.path.name} {where}", item)]
         shown += shown_items(one, template, tokenizer, max_tokens, image_positions)
     return shown

@@ -355,7 +355,7 @@ def _show(request: "Request", count: int) -> None:
     conversion.check_that_something_came()
     _say(conversion)
     options = request.options
-    show_items(shown_items(items, template_for("auto", kind), options.tokenizer, options.max_tokens))
+    show_items(shown_items(items, template_for("auto", kind, options.tokenizer), options.tokenizer, options.max_tokens))
 
 
 def _say_found(found: "Found") -> None:

@@ -102,7 +102,7 @@ def load_model(
         config = replace(config, max_seq_len=context)
     config.check_tokenizer(words.vocab_size, path)
     chosen: tuple[Template | ChatTemplate, str]
-    chosen = template_of_folder(last, words) if template == "auto" else (get_template(template), "asked for")
+    chosen = template_of_folder(last, words) if template == "auto" else (get_template(template, words), "asked for")
     check_divides(config, parallel.model_size)
     check_tower(config.vision, weights.tensors, last)
     check_tensors(weights, config.parameter_shapes(), last)

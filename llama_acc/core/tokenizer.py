@@ -397,13 +397,9 @@ def tokenizer_notes(tokenizer: Tokenizer, rows: int) -> list[str]:
         named = ", ".join(map(repr, said.left_out))
         notes.append(f"left out, as the model has no row for them: {named}")
     if said.add_bos is False:
-        notes.append(
-            f"{CONFIG_FILE} says add_bos_token: false; which formats begin with BOS is theirs to say all the same"
-        )
+        notes.append(f"texts begin without BOS, as {CONFIG_FILE} says (add_bos_token: false)")
     if said.add_eos:
-        notes.append(
-            f"{CONFIG_FILE} says add_eos_token: true; which formats end with EOS is theirs to say all the same"
-        )
+        notes.append(f"{CONFIG_FILE} says add_eos_token: true; which formats end with EOS is still theirs to say")
     return notes
 
 

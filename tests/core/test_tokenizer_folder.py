@@ -9,6 +9,9 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
+from llama_acc.core.data.load import load_dataset
+from llama_acc.core.data.sources import Source
+from llama_acc.core.data.templates import Turn, template_of_folder
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, tokenizer_notes
 from tests.core.tokenizers import byte_level
@@ -196,3 +199,18 @@ def test_what_cannot_be_honored_is_refused_by_name(
         (tmp_path / name).write_text(json.dumps(values))
     with pytest.raises(UserError, match=words):
         load_tokenizer(tmp_path)
+
+
+def test_without_add_bos_token_no_format_begins_with_bos(tmp_path: Path, tokenizer_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    (tmp_path / "data.json").write_text('[{"instruction": "the question", "output": "the answer"}]')
+    tokenizer = load_tokenizer(tmp_path)
+    data = load_dataset([Source(str(tmp_path / "data.json"))], tokenizer, max_tokens=512, seed=0)
+    template, _ = template_of_folder(tmp_path, tokenizer)
+    turns = [Turn("human", "the question")]
+    prompt = data.template.prompt_ids(tokenizer, turns)
+    assert data.document(0)[0].tolist()[: len(prompt)] == prompt == tokenizer.encode(data.template.prompt_text(turns))
+    assert template.prompt_ids(tokenizer, [Turn("human", "a")]) == tokenizer.encode("a")
+    told = "texts begin without BOS, as tokenizer_config.json says (add_bos_token: false)"
+    assert tokenizer_notes(tokenizer, 300) == [told]

@@ -175,7 +175,7 @@ class _Checker:
         rows: list[Checked] = []
         try:
             stream = stream_items(spec.path, spec.format, progress=tell)
-            template = template_for(spec.template, stream.kind)
+            template = template_for(spec.template, stream.kind, self.tokenizer)
             report.kind, report.template, report.unused_keys = stream.kind, template.name, stream.unused
             report.format = template
             if self.tokenizer is not None:

@@ -84,7 +84,7 @@ def load_dataset(
         raise UserError("no data: the recipe has no data.sources", "give some with --data FILE")
     with contextlib.nullcontext(store) if store is not None else EntryStore() as kept:
         parts = _load_files(specs, _Encoder(tokenizer, max_tokens, on_error, image_positions, kept, progress))
-    dataset = _joined(specs, parts, seed)
+    dataset = _joined(specs, parts, tokenizer, seed)
     if not len(dataset):
         raise _nothing(parts, max_tokens)
     return dataset
@@ -161,8 +161,11 @@ class _Encoder:
         """A file's documents."""
         if isinstance(content, UserError):
             raise content
+        words = self._tokenizer
         is_auto = spec.template == "auto"
-        templates = [template_for("auto", kind) for kind in KINDS] if is_auto else [get_template(spec.template)]
+        templates = (
+            [template_for("auto", kind, words) for kind in KINDS] if is_auto else [get_template(spec.template, words)]
+        )
         key = cache_key(
             content,
             data_suffix(spec.path),
@@ -186,7 +189,7 @@ class _Encoder:
     def _encode(self, spec: FileSpec, writer: EntryWriter) -> None:
         file = _FileReader(spec, self._skips)
         try:
-            template = template_for(spec.template, file.kind)
+            template = template_for(spec.template, file.kind, self._tokenizer)
         except UserError as error:
             raise UserError(f"{spec.path}: {error.message}", error.hint) from error
         job = Job(self._tokenizer.path, template, self._max_tokens, self._image_positions or 0)
@@ -289,7 +292,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], seed: int) -> Dataset:
+def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], tokenizer: Tokenizer, seed: int) -> Dataset:
     """All documents, but of a file with a ratio only those of the items it chooses."""
     files: list[DataFile] = []
     rows: list[Rows] = []
@@ -304,7 +307,7 @@ def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], seed: int) -> D
             of_part = np.flatnonzero(chosen[part.item])
             items, documents = int(chosen.sum()), len(of_part)
             rows.append(of_part + start)
-        template = template_for(spec.template, part.kind)
+        template = template_for(spec.template, part.kind, tokenizer)
         if template.name in held:
             template = template.told_apart()
         files.append(DataFile(spec.path, template, items, items - documents, spec.image_root, across=of_others))

@@ -503,8 +503,8 @@ _AUTO = {"single_turn": "alpaca", "dialogue": "dialogue"}
 KINDS = tuple(_AUTO)
 
 
-def get_template(name: str) -> Template:
-    """The shipped format of that name.
+def get_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
+    """The shipped format of that name; without BOS where a tokenizer says that texts begin without.
 
     Raises:
         UserError: there is none.
@@ -512,16 +512,19 @@ def get_template(name: str) -> Template:
     if name not in TEMPLATES:
         hint = did_you_mean(name, TEMPLATES) or f"there are: {', '.join(TEMPLATES)}"
         raise UserError(f"unknown template {name!r}", hint)
-    return TEMPLATES[name]
+    template = TEMPLATES[name]
+    if tokenizer is not None and tokenizer.said.add_bos is False:
+        return template.model_copy(update={"bos": False})
+    return template
 
 
-def template_for(name: str, kind: str) -> Template:
-    """A shipped format by name; "auto": the usual one for a kind of items.
+def template_for(name: str, kind: str, tokenizer: Tokenizer | None = None) -> Template:
+    """A shipped format by name (see `get_template`); "auto": the usual one for a kind of items.
 
     Raises:
         UserError: there is none of that name, or it cannot write items of that kind.
     """
-    template = TEMPLATES[_AUTO[kind]] if name == "auto" else get_template(name)
+    template = get_template(_AUTO[kind] if name == "auto" else name, tokenizer)
     if kind == "dialogue" and template.kind == "single_turn":
         raise UserError(
             f"template {template.name!r} is for single-turn items, but these are dialogues",
@@ -548,7 +551,7 @@ def template_of_folder(folder: Path, tokenizer: Tokenizer) -> tuple[Template | C
     source = _default_chat_template(read_json(config)) if config.is_file() else None
     if source is not None:
         return ChatTemplate(source, tokenizer, config), f"the chat template, from {CONFIG_FILE}"
-    return TEMPLATES["none"], f"none, as the folder has no {TEMPLATE_FILE} and no chat template"
+    return get_template("none", tokenizer), f"none, as the folder has no {TEMPLATE_FILE} and no chat template"
 
 
 def _default_chat_template(config: Any) -> str | None:
