@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
 
 from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import open_input
@@ -56,6 +57,8 @@ _GROUND = (255, 255, 255, 255)
 _SCALE, _RATIO, _TRIES = (0.9, 1.0), (0.75, 1.3333), 10
 _PADDING = (122, 116, 104)  # CLIP_MEAN in whole steps, as LLaMA2-Accessory has it
 _AT_ONCE = 2**27  # pixels; a long strip must not need far more memory than itself
+_GREY_STEPS = {"L;2": 85, "L;4": 17}
+"""From one value of grey with 2 or 4 bits to the next, in 8 bits."""
 _pillow_limit = threading.Lock()
 
 
@@ -302,11 +305,27 @@ def _opened(file: IO[bytes], max_pixels: int) -> Image.Image:
         raise ImageError(_not_an_image(file)) from error
     except _BROKEN as error:
         raise ImageError(f"is broken: {error}") from error
+    _scale_transparency(image)
     if image.width * image.height > max_pixels:
         raise ImageError(f"has {image.width:,} x {image.height:,} pixels, more than {max_pixels:,}")
     if not image.width * image.height:
         raise ImageError(f"has {image.width} x {image.height} pixels")
     return image
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """Brings a PNG's transparent color to the 8 bits that its pixels are read with; Pillow does so for 1 bit only.
+
+    Of colors with 16 bits each the high bytes are compared, as Pillow keeps no more of the pixels.
+    """
+    color = image.info.get("transparency")
+    if not isinstance(image, PngImageFile) or color is None or not image.tile:
+        return
+    raw: Any = image.tile[0][3]
+    if raw in _GREY_STEPS and isinstance(color, int):
+        image.info["transparency"] = color * _GREY_STEPS[raw]
+    elif raw == "RGB;16B" and isinstance(color, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in color)
 
 
 def _not_an_image(file: IO[bytes]) -> str:

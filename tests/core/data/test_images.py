@@ -1,5 +1,6 @@
 """Pictures of every kind become 8-bit RGB, and squares of pixels by torchvision's arithmetic."""
 
+import struct
 import zlib
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,41 @@ def test_16_bit_colours_become_8_bit_colours() -> None:
 def test_every_mode_becomes_rgb(mode: str, colour: Any, format: str, expected: tuple[int, int, int]) -> None:
     settings = {"lossless": True} if format == "WEBP" else {}
     assert np.abs(np.subtract(middle(decode(encoded(plain(colour, mode), format, **settings))), expected)).max() <= 2
+
+
+def png(depth: int, color: int, samples: list[int], transparent: tuple[int, ...]) -> bytes:
+    """A PNG of one row, as its specification has it; Pillow writes grey and RGB with 8 bits only."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    bits = "".join(f"{sample:0{depth}b}" for sample in samples)
+    row = b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
+    header = struct.pack(">IIBBBBB", len(samples) // len(transparent), 1, depth, color, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+
+
+GREY, RGB = 0, 2
+
+
+@pytest.mark.parametrize(
+    ("content", "pixels"),
+    [
+        (png(1, GREY, [0, 1] * 4, (1,)), [(0, 0, 0), (255, 255, 255)] * 4),
+        (png(2, GREY, [0, 1, 2, 3], (2,)), [(0, 0, 0), (85, 85, 85), (255, 255, 255), (255, 255, 255)]),
+        (png(4, GREY, [0, 5, 10, 15], (5,)), [(0, 0, 0), (255, 255, 255), (170, 170, 170), (255, 255, 255)]),
+        (png(8, GREY, [0, 5, 10], (5,)), [(0, 0, 0), (255, 255, 255), (10, 10, 10)]),
+        (png(16, GREY, [0, 0x1234, 0x8080], (0x1234,)), [(0, 0, 0), (255, 255, 255), (128, 128, 128)]),
+        (png(8, RGB, [1, 2, 3, 4, 5, 6], (1, 2, 3)), [(255, 255, 255), (4, 5, 6)]),
+        (png(16, RGB, [0x1234, 0, 0, 0xFFFF, 0, 0], (0x1234, 0, 0)), [(255, 255, 255), (255, 0, 0)]),
+    ],
+)
+def test_the_one_transparent_color_of_a_png_shows_the_ground_at_every_depth(
+    content: bytes, pixels: list[tuple[int, ...]]
+) -> None:
+    image = decode(content)
+    assert [image.getpixel((x, 0)) for x in range(image.width)] == pixels
 
 
 def test_a_transparent_colour_of_a_palette_shows_the_ground() -> None:
