@@ -94,7 +94,7 @@ def stream_rows_from(
         required: columns that CSV must have.
         progress: told how many bytes have been read.
     """
-    yield from _rows(DataStream(stream, name, progress), suffix, required)
+    yield from _rows(DataStream(stream, name, progress), suffix, required, quoted=suffix != ".tsv")
 
 
 def looked_ahead(
