@@ -32,7 +32,6 @@ from llama_acc.core.tokenizer_folder import (
     read_folder,
     read_json,
 )
-from llama_acc.core.units import count_text
 
 # Used where no tokenizer_config.json says which they are; the first pair of which both are in the vocabulary wins.
 _KNOWN_BOS_EOS = [
@@ -392,7 +391,7 @@ def tokenizer_notes(tokenizer: Tokenizer, rows: int) -> list[str]:
     """What a user should know of a tokenizer beside a model of so many rows."""
     notes, said, unnamed = [], tokenizer.said, tokenizer.unnamed(rows)
     if unnamed:
-        notes.append(f"{count_text(len(unnamed), 'row')} of the vocabulary have no token, the first is {unnamed[0]}")
+        notes.append(f"rows of the vocabulary without a token: {len(unnamed)}, the first is {unnamed[0]}")
     if said.left_out:
         named = ", ".join(map(repr, said.left_out))
         notes.append(f"left out, as the model has no row for them: {named}")

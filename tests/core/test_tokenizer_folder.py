@@ -67,6 +67,7 @@ def test_tokens_named_beside_a_sentencepiece_model_are_read(tmp_path: Path, toke
     assert {300, 301} <= tokenizer.end_ids
     assert 302 not in tokenizer.end_ids
     assert tokenizer.unnamed(305) == [303, 304]
+    assert tokenizer_notes(tokenizer, 305) == ["rows of the vocabulary without a token: 2, the first is 303"]
     assert [tokenizer.encode(text) for text in TEXTS] == [by_sentencepiece(tokenizer, t, tokenizer_path) for t in TEXTS]
     assert tokenizer.decode(tokenizer.encode(f"the{TOOL}", bos=True, eos=True)) == f"the{TOOL}"
     # Special ones are none in somebody's own text; one that is not special is, as in transformers.
