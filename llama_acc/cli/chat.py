@@ -98,7 +98,7 @@ def chat(
         return
     with shared_model(Which(ckpt, device, tokenizer, template, verify, quant, context)) as loaded:
         if worker.is_main():
-            _talk(loaded, sampling, prompt, image or [], template, system, plain)
+            _talk(loaded, sampling, prompt, image or [], system, plain)
 
 
 def _talk(
@@ -106,7 +106,6 @@ def _talk(
     sampling: "Sampling",
     prompt: str | None,
     images: Sequence[str],
-    template: str,
     system: str | None,
     plain: bool,
 ) -> None:
@@ -117,7 +116,7 @@ def _talk(
         console.note(note)
     conversation = Conversation(loaded, sampling)
     conversation.system = system
-    if loaded.template.name == "none" and template == "auto":
+    if loaded.template_from.startswith("none, as"):
         console.note("the checkpoint keeps no prompt format: template none, the text is continued as it stands")
     show = _shower(loaded, plain)
     if prompt is None:

@@ -158,11 +158,11 @@ def _shown(
     """The first items that can be trained on, each in the format of its file."""
     from llama_acc.core.data.check import first_items
     from llama_acc.core.data.preview import shown_items
-    from llama_acc.core.data.templates import template_for
+    from llama_acc.core.data.templates import format_for
 
     shown: list[Shown] = []
     for spec, kind, where, item in first_items(specs, count):
-        template = template_for(spec.template, kind, tokenizer)
+        template = format_for(spec.template, kind, tokenizer)
         one = [(f"{spec.path.name} {where}", item)]
         shown += shown_items(one, template, tokenizer, max_tokens, image_positions)
     return shown

@@ -25,7 +25,7 @@ from llama_acc.core.data.encode import ENCODER_VERSION
 from llama_acc.core.data.entry import Encoded, EntryWriter, map_entry, temporary_file, verify
 from llama_acc.core.data.survey import CHECKS_VERSION
 from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_digest
-from llama_acc.core.data.templates import Template
+from llama_acc.core.data.templates import PromptFormat
 from llama_acc.core.errors import UserError
 from llama_acc.core.home import home
 from llama_acc.core.input_files import open_input
@@ -74,7 +74,7 @@ def cache_key(
     suffix: str,
     format: str,
     tokenizer: Tokenizer,
-    templates: list[Template],
+    templates: list[PromptFormat],
     max_tokens: int,
     image_positions: int | None = None,
 ) -> str:
@@ -94,7 +94,7 @@ def cache_key(
         "suffix": suffix.lower(),
         "format": format,
         "tokenizer": tokenizer.fingerprint(),
-        "templates": [template.model_dump(mode="json") for template in templates],
+        "templates": [template.to_json() for template in templates],
         "max_tokens": max_tokens,
         "encoder": ENCODER_VERSION,
         "checks": CHECKS_VERSION,

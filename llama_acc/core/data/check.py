@@ -20,7 +20,7 @@ from llama_acc.core.data.opened_images import ImageOpener
 from llama_acc.core.data.readers import Checked, stream_items
 from llama_acc.core.data.sources import FileSpec
 from llama_acc.core.data.survey import EXAMPLES, Findings, Survey
-from llama_acc.core.data.templates import Template, template_for
+from llama_acc.core.data.templates import PromptFormat, format_for
 from llama_acc.core.data.truncation import Truncation
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ class FileReport:
     kind: str | None = None
     """None: it could not be read at all."""
     template: str | None = None
-    format: Template | None = None
+    format: PromptFormat | None = None
     """That of this name."""
     error: str | None = None
     """Why it could not be read, or not to its end."""
@@ -175,7 +175,7 @@ class _Checker:
         rows: list[Checked] = []
         try:
             stream = stream_items(spec.path, spec.format, progress=tell)
-            template = template_for(spec.template, stream.kind, self.tokenizer)
+            template = format_for(spec.template, stream.kind, self.tokenizer)
             report.kind, report.template, report.unused_keys = stream.kind, template.name, stream.unused
             report.format = template
             if self.tokenizer is not None:

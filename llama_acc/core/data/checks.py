@@ -11,7 +11,7 @@ from typing import Any
 
 from llama_acc.core.data.findings import Finding, beginning
 from llama_acc.core.data.items import Dialogue, Item
-from llama_acc.core.data.templates import Template
+from llama_acc.core.data.templates import PromptFormat
 
 _ECHO_CHARACTERS = 20
 """A reply that begins with a question shorter than this may do so by chance ("Hi.", "Thank you")."""
@@ -46,7 +46,7 @@ def format_findings(item: Item, where: str, stops: Sequence[str], marks: Sequenc
             yield Finding("format_mark", where, field, message, beginning(_from(text, mark)))
 
 
-def merged_finding(item: Item, where: str, template: Template) -> Finding:
+def merged_finding(item: Item, where: str, template: PromptFormat) -> Finding:
     """What is said of an item whose prompt and answer merge into one token (`encode.Document.merged`)."""
     trained = ", and is not trained, as in LLaMA2-Accessory" if template.prefix_labels else ""
     field, text = next(replies_of(item), ("", ""))

@@ -19,7 +19,7 @@ from llama_acc.core.data.entry import Encoded
 from llama_acc.core.data.findings import MOST_PROBLEMS, Finding
 from llama_acc.core.data.images import resolved
 from llama_acc.core.data.prepare import KEPT_PLACES
-from llama_acc.core.data.templates import Template
+from llama_acc.core.data.templates import PromptFormat
 from llama_acc.core.errors import UserError
 
 FORMAT_VERSION = 1
@@ -37,7 +37,7 @@ class DataFile:
     """What one file gave: `items` = documents + `dropped`."""
 
     path: Path
-    template: Template
+    template: PromptFormat
     items: int
     dropped: int
     image_root: Path
@@ -120,12 +120,12 @@ class Dataset:
         return int(self.label_counts.sum(dtype=np.int64))
 
     @property
-    def templates(self) -> list[Template]:
+    def templates(self) -> list[PromptFormat]:
         """The prompt formats in use, each once, in the order of the files."""
         return list({file.template.name: file.template for file in self.files}.values())
 
     @property
-    def template(self) -> Template:
+    def template(self) -> PromptFormat:
         """The prompt format; the first file's where they differ."""
         return self.files[0].template
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_acc.core.data.items import Dialogue, Item, SingleTurn
-from llama_acc.core.data.templates import ChatTemplate, Rendered, Span, Template, Turn, as_dialogue
+from llama_acc.core.data.templates import ChatTemplate, PromptFormat, Rendered, Span, Template, Turn, as_dialogue
 from llama_acc.core.tokenizer import Spans, Tokenizer
 
 ENCODER_VERSION = 3
@@ -65,7 +65,7 @@ class Chunk(NamedTuple):
 
 def encode_chunk(
     items: Sequence[tuple[int, Item]],
-    template: Template,
+    template: PromptFormat,
     tokenizer: Tokenizer,
     max_tokens: int,
     image_positions: int = 0,
@@ -95,13 +95,13 @@ def encode_chunk(
     return builder.build(len(items), _unused_inputs(values, template), merged)
 
 
-def _unused_inputs(items: Sequence[Item], template: Template) -> int:
-    if template.kind == "dialogue" or template.prompt_with_input is not None:
+def _unused_inputs(items: Sequence[Item], template: PromptFormat) -> int:
+    if not isinstance(template, Template) or template.kind == "dialogue" or template.prompt_with_input is not None:
         return 0
     return sum(bool(item.input and item.input.strip()) for item in items if isinstance(item, SingleTurn))
 
 
-def documents(items: Sequence[Item], template: Template | ChatTemplate, tokenizer: Tokenizer) -> Iterator[Document]:
+def documents(items: Sequence[Item], template: PromptFormat, tokenizer: Tokenizer) -> Iterator[Document]:
     """Every item in tokens, uncut."""
     if isinstance(template, ChatTemplate):
         rendered = template.dialogue_texts([_turns(item) for item in items], [item.system for item in items])
@@ -116,8 +116,10 @@ def documents(items: Sequence[Item], template: Template | ChatTemplate, tokenize
         yield Document(np.array(framed, np.int32), labelled, merged)
 
 
-def render_item(item: Item, template: Template, stops: Sequence[str] | None = None) -> Rendered:
+def render_item(item: Item, template: PromptFormat, stops: Sequence[str] | None = None) -> Rendered:
     """An item in a prompt format; of `stops` see `Template.dialogue_text`."""
+    if isinstance(template, ChatTemplate):
+        return template.dialogue_texts([_turns(item)], [item.system])[0]
     if template.kind == "single_turn" and isinstance(item, SingleTurn):
         return template.single_turn_text(item.instruction, item.input, item.output, item.system)
     return template.dialogue_text(_turns(item), item.system, stops)

@@ -27,7 +27,7 @@ from llama_acc.core.data.prepare import KEPT_PLACES, Batch, Job
 from llama_acc.core.data.readers import Checked, raise_together, stream_items, unreadable
 from llama_acc.core.data.sources import OTHERWISE, Fetch, FileSpec, SourceLike, expand
 from llama_acc.core.data.survey import Survey
-from llama_acc.core.data.templates import KINDS, get_template, template_for
+from llama_acc.core.data.templates import KINDS, format_for
 from llama_acc.core.data.workers import prepare_batches
 from llama_acc.core.errors import DataError, UserError
 from llama_acc.core.hub import fetch_data
@@ -163,9 +163,8 @@ class _Encoder:
             raise content
         words = self._tokenizer
         is_auto = spec.template == "auto"
-        templates = (
-            [template_for("auto", kind, words) for kind in KINDS] if is_auto else [get_template(spec.template, words)]
-        )
+        # A single-turn format takes no dialogues; which kind of items a file has is not known yet.
+        templates = [format_for(spec.template, kind, words) for kind in (KINDS if is_auto else KINDS[:1])]
         key = cache_key(
             content,
             data_suffix(spec.path),
@@ -189,7 +188,7 @@ class _Encoder:
     def _encode(self, spec: FileSpec, writer: EntryWriter) -> None:
         file = _FileReader(spec, self._skips)
         try:
-            template = template_for(spec.template, file.kind, self._tokenizer)
+            template = format_for(spec.template, file.kind, self._tokenizer)
         except UserError as error:
             raise UserError(f"{spec.path}: {error.message}", error.hint) from error
         job = Job(self._tokenizer.path, template, self._max_tokens, self._image_positions or 0)
@@ -298,7 +297,7 @@ def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], tokenizer: Toke
     rows: list[Rows] = []
     start, all_of_them = 0, all(spec.ratio == 1 for spec in specs)
     holding = [(spec, part) for spec, part in zip(specs, parts, strict=True) if "stop_in_reply" in part.warnings]
-    held = {template_for(spec.template, part.kind).name for spec, part in holding}
+    held = {format_for(spec.template, part.kind, tokenizer).name for spec, part in holding}
     across = duplicates_across([spec.path.name for spec in specs], parts, KEPT_PLACES)
     for spec, part, of_others in zip(specs, parts, across, strict=True):
         items, documents = part.items, len(part)
@@ -307,7 +306,7 @@ def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], tokenizer: Toke
             of_part = np.flatnonzero(chosen[part.item])
             items, documents = int(chosen.sum()), len(of_part)
             rows.append(of_part + start)
-        template = template_for(spec.template, part.kind, tokenizer)
+        template = format_for(spec.template, part.kind, tokenizer)
         if template.name in held:
             template = template.told_apart()
         files.append(DataFile(spec.path, template, items, items - documents, spec.image_root, across=of_others))

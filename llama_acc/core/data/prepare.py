@@ -9,7 +9,7 @@ from llama_acc.core.data.checks import format_findings, merged_finding
 from llama_acc.core.data.encode import Chunk, encode_chunk
 from llama_acc.core.data.readers import Checked
 from llama_acc.core.data.survey import Survey
-from llama_acc.core.data.templates import Template
+from llama_acc.core.data.templates import PromptFormat
 from llama_acc.core.tokenizer import Tokenizer
 
 Batch = Sequence[tuple[int, Checked]]
@@ -24,7 +24,7 @@ class Job:
     """What to make of items."""
 
     tokenizer: Path
-    template: Template
+    template: PromptFormat
     max_tokens: int
     image_positions: int = 0
 

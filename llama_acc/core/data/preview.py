@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from llama_acc.core.data.encode import documents, render_item
 from llama_acc.core.data.items import Item
-from llama_acc.core.data.templates import Template
+from llama_acc.core.data.templates import PromptFormat
 from llama_acc.core.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -33,7 +33,7 @@ class Shown(NamedTuple):
 
 def shown_items(
     items: Sequence[tuple[str, Item]],
-    template: Template,
+    template: PromptFormat,
     tokenizer: Tokenizer | None,
     max_tokens: int | None,
     image_positions: int = 0,
@@ -79,7 +79,7 @@ def pieces(tokens: Sequence[int], labelled: Sequence[bool], tokenizer: Tokenizer
     return _joined([*found, Piece(decoder.flush(), trained)])
 
 
-def _pieces_of_text(item: Item, template: Template) -> list[Piece]:
+def _pieces_of_text(item: Item, template: PromptFormat) -> list[Piece]:
     """Without a tokenizer: the same to the character, except that a token may span the end of a prompt."""
     text, _, trained, eos_trained = render_item(item, template)
     parts, position = [Piece("<s>", False, True)] * template.bos, 0

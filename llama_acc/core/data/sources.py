@@ -17,7 +17,7 @@ from llama_acc.core.data.readers import (
 )
 from llama_acc.core.data.rows import SUFFIXES
 from llama_acc.core.data.tar_shards import TAR_SUFFIX
-from llama_acc.core.data.templates import TEMPLATES, get_template
+from llama_acc.core.data.templates import TEMPLATES, ChatTemplate, get_template
 from llama_acc.core.downloads import how_to_get, named_data
 from llama_acc.core.errors import DataError, UserError, did_you_mean
 from llama_acc.core.home import home
@@ -232,7 +232,7 @@ def _check(source: SourceLike) -> None:
     if source.format not in FORMATS:
         hint = did_you_mean(source.format, FORMATS) or f"it is one of: {', '.join(FORMATS)}"
         raise UserError(f"{source.path}: unknown format {source.format!r}", hint)
-    if source.template != "auto":
+    if source.template not in ("auto", ChatTemplate.name):
         get_template(source.template)
     if not 0 < source.ratio <= 1:
         raise UserError(f"{source.path}: ratio should be above 0 and at most 1, but is {source.ratio}")

@@ -5,6 +5,7 @@ LLaMA2-Accessory's (`alpaca`, `shortqa`, `qg`, `caption`, `none`, `dialogue`), a
 Hugging Face checkpoints carry instead: a jinja text that can only ask, not say what is trained.
 """
 
+import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
@@ -373,6 +374,18 @@ class ChatTemplate:
         """Nothing: see `stop`."""
         return ""
 
+    def marks(self, tokenizer: Tokenizer | None) -> list[str]:
+        """The stop strings that are text for the tokenizer; what else looks like a turn is not known."""
+        return self.text_stops(tokenizer)
+
+    def told_apart(self) -> "ChatTemplate":
+        """Itself: the template decides how a reply ends."""
+        return self
+
+    def to_json(self) -> str:
+        """All that decides what it renders."""
+        return json.dumps([self._source, self._variables])
+
     def spaces_left(self, history: Sequence[Turn]) -> int:
         """None: the template decides how a prompt ends."""
         return 0
@@ -390,7 +403,8 @@ class ChatTemplate:
                 raise UserError(
                     f"the chat template {self._path} cannot say what is trained: it has {{% generation %}} around "
                     f"{len(dialogue.trained)} of {len(replies)} replies",
-                    "use one of the shipped formats: template=chatml",
+                    "use a shipped format: --template NAME, in a run data.sources.0.template=NAME; there are: "
+                    + ", ".join(TEMPLATES),
                 )
             trained = [span for span, turn in zip(dialogue.trained, replies, strict=True) if turn.trained]
             rendered[number] = dialogue._replace(trained=trained)
@@ -416,6 +430,9 @@ class ChatTemplate:
 
     def _render(self, messages: list[list[dict[str, str]]], add_generation_prompt: bool) -> list[RenderedChat]:
         return render(self._source, messages, self._variables, add_generation_prompt, self._path, self._limits)
+
+
+PromptFormat = Template | ChatTemplate
 
 
 def _unmarked(chat: RenderedChat, begin: str, end: str) -> Rendered:
@@ -533,7 +550,7 @@ def template_for(name: str, kind: str, tokenizer: Tokenizer | None = None) -> Te
     return template
 
 
-def template_of_folder(folder: Path, tokenizer: Tokenizer) -> tuple[Template | ChatTemplate, str]:
+def template_of_folder(folder: Path, tokenizer: Tokenizer) -> tuple[PromptFormat, str]:
     """The format a checkpoint was trained with, and where that is known from, for showing.
 
     `template.json` if there, else the chat template of a Hugging Face checkpoint, else the bare instruction.
@@ -544,14 +561,40 @@ def template_of_folder(folder: Path, tokenizer: Tokenizer) -> tuple[Template | C
     if (folder / TEMPLATE_FILE).is_file():
         template = Template.load(folder / TEMPLATE_FILE)
         return template, f"{template.name}, from {TEMPLATE_FILE}"
-    jinja = folder / CHAT_TEMPLATE_FILE
+    found = _chat_template_of(folder, tokenizer)
+    if found is not None:
+        return found
+    return get_template("none", tokenizer), f"none, as the folder has no {TEMPLATE_FILE} and no chat template"
+
+
+def format_for(name: str, kind: str, tokenizer: Tokenizer | None) -> PromptFormat:
+    """`template_for`, or the chat template beside the tokenizer.
+
+    Raises:
+        UserError: there is none of that name, or it cannot write items of that kind.
+    """
+    if name != ChatTemplate.name:
+        return template_for(name, kind, tokenizer)
+    if tokenizer is None:
+        raise UserError("template chat_template stands beside a tokenizer", "give --tokenizer FOLDER")
+    found = _chat_template_of(tokenizer.path.parent, tokenizer)
+    if found is None:
+        raise UserError(
+            f"{tokenizer.path.parent} has no chat template: neither {CHAT_TEMPLATE_FILE} nor one in {CONFIG_FILE}",
+            f"give one of the shipped formats: {', '.join(TEMPLATES)}",
+        )
+    return found[0]
+
+
+def _chat_template_of(folder: Path, tokenizer: Tokenizer) -> tuple[ChatTemplate, str] | None:
+    """A folder's chat template, and where it is from."""
+    jinja, config = folder / CHAT_TEMPLATE_FILE, folder / CONFIG_FILE
     if jinja.is_file():
         return ChatTemplate(read_text(jinja), tokenizer, jinja), f"the chat template, from {CHAT_TEMPLATE_FILE}"
-    config = folder / CONFIG_FILE
     source = _default_chat_template(read_json(config)) if config.is_file() else None
-    if source is not None:
-        return ChatTemplate(source, tokenizer, config), f"the chat template, from {CONFIG_FILE}"
-    return get_template("none", tokenizer), f"none, as the folder has no {TEMPLATE_FILE} and no chat template"
+    if source is None:
+        return None
+    return ChatTemplate(source, tokenizer, config), f"the chat template, from {CONFIG_FILE}"
 
 
 def _default_chat_template(config: Any) -> str | None:

@@ -11,7 +11,7 @@ from llama_acc.core.data.encode import documents
 from llama_acc.core.data.findings import Finding, beginning
 from llama_acc.core.data.items import Item
 from llama_acc.core.data.survey import Findings
-from llama_acc.core.data.templates import Template
+from llama_acc.core.data.templates import PromptFormat
 from llama_acc.core.tokenizer import Tokenizer
 
 
@@ -20,7 +20,7 @@ class Truncation:
 
     def __init__(
         self,
-        template: Template,
+        template: PromptFormat,
         tokenizer: Tokenizer,
         max_tokens: int | None,
         findings: Findings,

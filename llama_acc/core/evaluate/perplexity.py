@@ -10,10 +10,11 @@ from llama_acc.core.data.batches import build, micro_batches
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.data.load import FileProgress, load_dataset
 from llama_acc.core.data.sources import Fetch, Source
-from llama_acc.core.data.templates import TEMPLATES, Template
+from llama_acc.core.data.templates import TEMPLATES, ChatTemplate, PromptFormat, get_template
 from llama_acc.core.errors import RunError, UserError
 from llama_acc.core.hub import fetch_data
 from llama_acc.core.inference import LoadedModel
+from llama_acc.core.tokenizer import Tokenizer
 from llama_acc.core.train.step import forward
 
 Progress = Callable[[int, int], None]
@@ -69,20 +70,17 @@ def read_data(
     context = loaded.model.config.max_seq_len
     if max_tokens is not None and max_tokens > context:
         raise UserError(f"max-tokens ({max_tokens}) is more than the model's context ({context})")
-    template = _shipped_name(loaded.template)
+    template = _name_of(loaded.template, loaded.tokenizer)
     sources = [Source(path, template=template) for path in paths]
     return load_dataset(sources, loaded.tokenizer, max_tokens or context, seed=0, progress=progress, fetch=fetch)
 
 
-def _shipped_name(template: object) -> str:
-    """Data is written in formats that come with the program, by name."""
-    if not isinstance(template, Template):
-        raise UserError(
-            "the checkpoint's chat template cannot say which tokens are to be predicted",
-            f"give --template: {', '.join(TEMPLATES)}",
-        )
-    shipped = TEMPLATES.get(template.name)
-    if shipped is None or template not in (shipped, shipped.told_apart()):
+def _name_of(template: PromptFormat, tokenizer: Tokenizer) -> str:
+    """Data is written in formats by name: those that come with the program, and a folder's chat template."""
+    if isinstance(template, ChatTemplate):
+        return template.name
+    shipped = [get_template(template.name, tokenizer)] if template.name in TEMPLATES else []
+    if template not in [*shipped, *(form.told_apart() for form in shipped)]:
         raise UserError(
             f"the checkpoint's prompt format {template.name!r} is not one that comes with llama-acc",
             f"give --template: {', '.join(TEMPLATES)}",

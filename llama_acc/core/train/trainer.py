@@ -24,6 +24,7 @@ from llama_acc.core.data.batches import (
     step_items,
 )
 from llama_acc.core.data.dataset import Dataset
+from llama_acc.core.data.templates import TEMPLATE_FILE, Template
 from llama_acc.core.device import prepare_cpu
 from llama_acc.core.eyes import open_eyes
 from llama_acc.core.model.config import ModelConfig
@@ -293,10 +294,11 @@ class Trainer:
             "config.json": _json(plan.config.to_params()),
             "meta.json": _json({"llama_type": plan.config.llama_type}),
             "recipe.yaml": plan.recipe.to_yaml().encode(),
-            "template.json": plan.train.template.to_json().encode(),
             "state/progress.json": _json(progress),
             **plan.tokenizer.files(),
         }
+        if isinstance(plan.train.template, Template):  # a chat template is among the tokenizer's files
+            files[TEMPLATE_FILE] = plan.train.template.to_json().encode()
         if plan.config.vision is not None:
             files[VISION_FILE] = plan.config.vision.to_json()
         if self.base is not None and plan.recipe.checkpoint.trainable_only and has_frozen(plan.recipe):

@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 
 from llama_acc.core.data.chat_rendering import Limits
+from llama_acc.core.data.load import load_dataset
+from llama_acc.core.data.sources import Source
 from llama_acc.core.data.templates import TEMPLATES, ChatTemplate, Template, Turn, get_template, template_of_folder
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import load_tokenizer
@@ -326,3 +328,25 @@ def test_an_items_own_text_is_known(tokenizer_path: Path) -> None:
     assert alpaca.single_turn_prompt("{input}", "I", "S") + "O" == single.text
     tokenizer = load_tokenizer(tokenizer_path)
     assert tokenizer.eos_id not in dialogue.prompt_ids(tokenizer, [Turn("human", "</s>")])
+
+
+def test_data_is_written_in_the_chat_template_beside_the_tokenizer(tmp_path: Path) -> None:
+    path = byte_level(tmp_path, {"bos_token": None, "eos_token": "<|im_end|>"})
+    tokenizer = load_tokenizer(path)
+    data = tmp_path / "data.json"
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b <|im_end|>"}, {"from": "human", "value": "c"}]
+    data.write_text(json.dumps([{"conversations": turns, "system": "S"}]))
+    asked = [Source(str(data), template="chat_template")]
+    with pytest.raises(UserError, match="has no chat template"):
+        load_dataset(asked, tokenizer, 1000, seed=0)
+    (tmp_path / "chat_template.jinja").write_text(GENERATION_JINJA)
+    dataset = load_dataset(asked, tokenizer, 1000, seed=0)
+    tokens, labelled = dataset.document(0)
+    end = tokenizer.eos_id
+    assert tokenizer.decode(tokens[labelled]) == "b <|im_end|>"
+    assert tokens[labelled][-1] == end
+    assert list(tokens).count(end) == 4
+    assert dataset.report()["template"] == "chat_template"
+    (tmp_path / "chat_template.jinja").write_text(CHATML_JINJA)
+    with pytest.raises(UserError, match="cannot say what is trained"):
+        load_dataset(asked, tokenizer, 1000, seed=0)
