@@ -97,9 +97,9 @@ Verify = Annotated[
 
 def known_template(name: str) -> str:
     """Refuses an unknown prompt format before a model is loaded."""
-    from llama_acc.core.data.templates import get_template
+    from llama_acc.core.data.templates import ChatTemplate, get_template
 
-    if name != "auto":
+    if name not in ("auto", ChatTemplate.name):
         try:
             get_template(name)
         except UserError as error:

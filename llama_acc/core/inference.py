@@ -13,7 +13,7 @@ from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_confi
 from llama_acc.core.checkpoint.quantised import read_quantization
 from llama_acc.core.checkpoint.shards import check_tensors, fill, main_dtype, read_weights, with_rows
 from llama_acc.core.checkpoint.towers import check_tower
-from llama_acc.core.data.templates import ChatTemplate, Template, get_template, template_of_folder
+from llama_acc.core.data.templates import KINDS, PromptFormat, format_for, template_of_folder
 from llama_acc.core.device import pick_device
 from llama_acc.core.errors import UserError
 from llama_acc.core.eyes import Eyes, open_eyes
@@ -43,7 +43,7 @@ class LoadedModel:
 
     model: Transformer
     tokenizer: Tokenizer
-    template: Template | ChatTemplate
+    template: PromptFormat
     template_from: str
     device: torch.device
     eyes: Eyes | None = None
@@ -101,8 +101,10 @@ def load_model(
     if context is not None:
         config = replace(config, max_seq_len=context)
     config.check_tokenizer(words.vocab_size, path)
-    chosen: tuple[Template | ChatTemplate, str]
-    chosen = template_of_folder(last, words) if template == "auto" else (get_template(template, words), "asked for")
+    chosen: tuple[PromptFormat, str]
+    chosen = (
+        template_of_folder(last, words) if template == "auto" else (format_for(template, KINDS[0], words), "asked for")
+    )
     check_divides(config, parallel.model_size)
     check_tower(config.vision, weights.tensors, last)
     check_tensors(weights, config.parameter_shapes(), last)

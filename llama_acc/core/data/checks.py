@@ -38,7 +38,7 @@ def format_findings(item: Item, where: str, stops: Sequence[str], marks: Sequenc
     """
     for field, text in replies_of(item):
         if stop := next((stop for stop in stops if stop in text), None):
-            message = f"{stop!r}, with which a reply ends, at character {text.index(stop) + 1} of a reply"
+            message = f"{stop!r}, with which a reply ends, at character {text.index(stop) + 1}"
             yield Finding("stop_in_reply", where, field, message, beginning(_from(text, stop)))
     for field, text in fields_of(item):
         if mark := next((mark for mark in marks if mark in text), None):
