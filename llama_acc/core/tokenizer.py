@@ -201,7 +201,7 @@ class HuggingFaceTokenizer:
             eos_id: EOS, likewise.
 
         Raises:
-            UserError: BOS and EOS cannot be told.
+            UserError: the vocabulary is empty, or BOS and EOS cannot be told.
         """
         from tokenizers import processors
 
@@ -211,6 +211,8 @@ class HuggingFaceTokenizer:
         # We never add special tokens through it, and what else it does is trim white space off the spans.
         fast.post_processor = processors.ByteLevel(trim_offsets=False)
         vocabulary: dict[str, int] = fast.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise UserError(f"{path} has no tokens: its vocabulary is empty", "copy it again from the model it is of")
         self._named = frozenset(vocabulary.values())
         self.vocab_size: int = max(self._named) + 1
         self.bos_id, self.eos_id = _bos_eos(path, said, vocabulary.get, bos_id, eos_id)

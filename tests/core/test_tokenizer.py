@@ -221,6 +221,11 @@ def test_a_tokenizer_is_found_in_the_folder_or_one_above(tmp_path: Path, tokeniz
         ("tokenizer.model", b"", "not a SentencePiece model"),
         ("tokenizer.json", b"{}", "not a tokenizer.json"),
         ("tokenizer.json", b"\xff", "not a tokenizer.json"),
+        (
+            "tokenizer.json",
+            b'{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}',
+            "its vocabulary is empty",
+        ),
     ],
 )
 def test_what_is_not_a_tokenizer_is_an_error(tmp_path: Path, name: str, content: bytes, words: str) -> None:
