@@ -108,7 +108,7 @@ def test_other_data_is_told_by_its_size_and_another_tokenizer_by_name(base: Path
     copy = tmp_path / "copy.model"
     shutil.copy(base / "tokenizer.model", copy)
     assert "of 4 steps done" in done(*command, "--tokenizer", copy)
-    pieces = sentencepiece_model_pb2.ModelProto.FromString(copy.read_bytes())  # type: ignore[attr-defined]
+    pieces = sentencepiece_model_pb2.ModelProto.FromString(copy.read_bytes())
     pieces.pieces[-1].piece += "?"
     other.write_bytes(pieces.SerializeToString())
     refused(invoke(*command[:-1], "train.epochs=3", "--tokenizer", other), "model.tokenizer:", "another tokenizer")

@@ -110,10 +110,10 @@ class Plan:
         """What the run's checkpoints take of the disk at most, beside those that are there.
 
         Args:
-            there: the sizes of the checkpoints that are there, oldest first.
+            there: the sizes of the checkpoints that are there, oldest first; the next one will be as large as the last.
             done: steps that are done.
         """
-        keep, new = self.recipe.checkpoint.keep, self.checkpoint_bytes()
+        keep, new = self.recipe.checkpoint.keep, there[-1] if there else self.checkpoint_bytes()
         saves = self.save_count(done)
         if not keep:
             return saves * new

@@ -138,11 +138,11 @@ def check_disk(plan: Plan, output: Path, done: int = 0) -> None:
     there = [sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for _, path in checkpoints(output)]
     needed, free = plan.disk_bytes(there, done), free_bytes(output)
     if needed > free:
+        one = there[-1] if there else plan.checkpoint_bytes()
         beside = f" beside the {len(there)} there" if there else ""
         raise UserError(
-            f"too little disk for the checkpoints: {-(-needed // plan.checkpoint_bytes())} of "
-            f"{size_text(plan.checkpoint_bytes())}{beside} need {size_text(needed)}, "
-            f"{size_text(free)} are free at {output}",
+            f"too little disk for the checkpoints: {-(-needed // one)} of {size_text(one)}{beside} need "
+            f"{size_text(needed)}, {size_text(free)} are free at {output}",
             "free some, choose another --output"
             + (", or lower checkpoint.keep" if plan.recipe.checkpoint.keep != 1 else ""),
         )

@@ -131,6 +131,7 @@ def test_a_text_is_the_old_or_the_new_one(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="killed here"):
         write_text_whole(path, "new")
     assert path.read_text() == "old"
+    assert names(tmp_path) == {"latest"}
     monkeypatch.undo()
     write_text_whole(path, "new")
     assert path.read_text() == "new"
