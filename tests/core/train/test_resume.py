@@ -273,7 +273,7 @@ def test_the_random_number_generator_goes_on_where_it_was(tmp_path: Path) -> Non
     files = [tmp_path / name / "state" / "rng-00000-of-00001.safetensors" for name in ("epoch0-iter2", "epoch1")]
     saved = [load_file(file)["cpu"] for file in files]
     assert torch.equal(saved[0], saved[1])
-    assert torch.equal(saved[0], torch.manual_seed(11).get_state())
+    assert torch.equal(saved[0], torch.manual_seed(0).get_state())  # of train.seed
 
 
 def test_quickstart_overrides_are_what_the_tests_think_they_are() -> None:
