@@ -32,7 +32,7 @@ def to_yaml(values: dict[str, Any]) -> str:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """A recipe file's mapping, as it is written today.
+    """A recipe file's mapping.
 
     Raises:
         UserError: unreadable, not YAML, or not a mapping.
@@ -40,17 +40,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     values = read_yaml(path, _Loader)
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} must be a mapping with keys such as model, data and train")
-    return _of_today(values)
-
-
-def _of_today(values: dict[str, Any]) -> dict[str, Any]:
-    """A recipe with today's keys: runs that were made before a key changed can be gone on with."""
-    tuning = values.get("tuning")
-    if not isinstance(tuning, dict) or not isinstance(tuning.get("quantize_output"), bool):
-        return values
-    # At first, only the output matrix could be left as it is.
-    skip = {"quantize_skip": [] if tuning["quantize_output"] else ["output"]}
-    return {**values, "tuning": {**skip, **{key: tuning[key] for key in tuning if key != "quantize_output"}}}
+    return values
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

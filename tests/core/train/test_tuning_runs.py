@@ -6,15 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
-from llama_acc.core.checkpoint.files import write_manifest
 from llama_acc.core.conversation import generate
 from llama_acc.core.errors import UserError
 from llama_acc.core.inference import load_model
 from llama_acc.core.model.tuning import METHODS
-from llama_acc.core.recipe import Recipe
-from llama_acc.core.train.run import finetune
 from tests.core.train.runs import assert_bitwise_equal, losses, metrics, plan_of, run, saved_state, saved_weights
 
 # `frozen` trains nothing of a LLaMA: it is for models that see (test_vision_runs.py).
@@ -90,27 +86,6 @@ def test_a_run_on_a_quantised_base_resumes_to_the_bit_and_its_part_is_put_on_the
     model = load_model(base, part.checkpoint, device="cpu", quantize="nf4")
     assert model.model.is_quantised
     assert generate(model, "What is LLaMA?", temperature=0, max_new_tokens=5)
-
-
-@pytest.mark.parametrize("quantised_output", [True, False])
-def test_a_run_of_before_the_key_quantize_skip_is_gone_on_with(
-    quantised_output: bool, base: Path, tmp_path: Path
-) -> None:
-    skip = [] if quantised_output else ["output"]
-    words = on(base, "bias_norm", "tuning.quantize=nf4", "checkpoint.trainable_only=true")
-    run(tmp_path, *words, f"tuning.quantize_skip=[{','.join(skip)}]", "train.max_steps=2")
-    kept = list(tmp_path.rglob("recipe.yaml"))
-    assert len(kept) == 2  # the run's, and the checkpoint's
-    for path in kept:
-        values = yaml.safe_load(path.read_text())
-        assert values["tuning"].pop("quantize_skip") == skip
-        values["tuning"]["quantize_output"] = quantised_output
-        path.write_text(yaml.safe_dump(values))
-    write_manifest(tmp_path / "epoch0-iter2")
-    again = Recipe.load(tmp_path / "recipe.yaml", ["train.max_steps=3"])
-    finished = finetune(again, tmp_path, resume=True, device="cpu")
-    assert len(losses(tmp_path)) == 3
-    assert Recipe.load(finished.checkpoint / "recipe.yaml").tuning.quantize_skip == skip
 
 
 def test_quantising_differs_with_the_output_matrix(base: Path, tmp_path: Path) -> None:
