@@ -176,7 +176,9 @@ def draw_loss(metrics: list[Metrics], path: Path, title: str) -> None:
 
     training = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
     validation = [(line["step"], line["validation_loss"]) for line in metrics if "validation_loss" in line]
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 4.5), dpi=120)
+    # Laying it out by what it holds would take longer than many a run's steps.
+    figure.subplots_adjust(left=0.11, right=0.97, top=0.91, bottom=0.12)
     axes = figure.add_subplot()
     few = len(training) < 30
     for points, label, style in ((training, "training", "-"), (validation, "validation", "o-")):

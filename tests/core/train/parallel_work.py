@@ -27,6 +27,11 @@ def runs(todo: Sequence[dict[str, Any]]) -> None:
         next_port()
 
 
+def of_two(modes: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """What two processes do one after the other."""
+    return {"collectives": collectives(modes), "frozen_rows": frozen_rows(), "agreement": agreement()}
+
+
 class Collectives(TorchDispatchMode):
     """Counts what the ranks do together."""
 
