@@ -9,7 +9,7 @@ from llama_acc.core.data.sources import Source
 from llama_acc.core.data.templates import TEMPLATES, ChatTemplate, Template, Turn, get_template, template_of_folder
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import load_tokenizer
-from tests.core.tokenizers import byte_level
+from tests.core.tokenizers import byte_level, llama3_style
 
 SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -350,3 +350,54 @@ def test_data_is_written_in_the_chat_template_beside_the_tokenizer(tmp_path: Pat
     (tmp_path / "chat_template.jinja").write_text(CHATML_JINJA)
     with pytest.raises(UserError, match="cannot say what is trained"):
         load_dataset(asked, tokenizer, 1000, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("template", "items", "found", "stop"),
+    [
+        ("dialogue", [("x", "a\n### b"), ("y", "z")], {"stop_in_reply": "item 1"}, "\n### Human:"),
+        ("dialogue", [("a\n### Assistant: b", "c")], {"format_mark": "item 1"}, "\n###"),
+        ("chatml", [("x", "y"), ("a <|im_end|>", "b <|im_end|> c")], {"stop_in_reply": "item 2"}, "<|im_end|>\n"),
+        ("alpaca", [("x", "y"), ("a\n\n### Response: b", "c")], {"format_mark": "item 2"}, None),
+        ("alpaca", [("x", "\u0301y")], {}, None),
+    ],
+)
+def test_texts_that_look_like_the_format_are_counted_with_their_places(
+    template: str,
+    items: list[tuple[str, str]],
+    found: dict[str, str],
+    stop: str | None,
+    tokenizer_path: Path,
+    tmp_path: Path,
+) -> None:
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"instruction": question, "output": answer} for question, answer in items]))
+    asked = [Source(str(data), template=template)]
+    dataset = load_dataset(asked, load_tokenizer(tokenizer_path), 10_000, seed=0)
+    assert dataset.report()["warnings"] == dict.fromkeys(found, 1)
+    places = dataset.report()["files"][0]["warning_places"]
+    assert {kind: place[0]["where"] for kind, place in places.items()} == found
+    assert next(iter(dataset.template.stop), None) == stop
+    # Where the format's marks are special tokens, no text can hold them.
+    path = byte_level(tmp_path / "bytes", {"bos_token": None, "eos_token": "<|im_end|>"})
+    if template == "chatml":
+        assert load_dataset(asked, load_tokenizer(path), 10_000, seed=0).report()["warnings"] == {}
+
+
+def test_an_answer_that_merges_with_the_prompt_is_counted_and_in_none_trained(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(llama3_style(tmp_path))
+    data = tmp_path / "data.json"
+    data.write_text(
+        json.dumps([{"instruction": "is it:", "output": ":\n\nyes"}, {"instruction": "a ", "output": "the"}])
+    )
+    # LLaMA2-Accessory's rule, which its formats keep, leaves out the token that begins in the prompt.
+    for template, trained in (("none", "::\n\nyes"), ("shortqa", "yes")):
+        dataset = load_dataset([Source(str(data), template=template)], tokenizer, 1000, seed=0)
+        tokens, labelled = dataset.document(0)
+        assert tokenizer.decode(tokens[labelled]) == trained
+        assert [place["where"] for place in dataset.report()["files"][0]["warning_places"]["merged"]] == ["item 1"]
+    # A space at a prompt's end is the model's to write, with the word behind it.
+    dataset = load_dataset([Source(str(data), template="none")], tokenizer, 1000, seed=0)
+    tokens, labelled = dataset.document(1)
+    assert tokenizer.decode(tokens[labelled]) == " the"
+    assert get_template("none").prompt_ids(tokenizer, [Turn("human", "a ")]) == tokens[~labelled].tolist()
