@@ -9,6 +9,7 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -121,9 +122,9 @@ class Template(BaseModel):
 
     def single_turn_text(self, instruction: str, input: str | None, output: str, system: str | None = None) -> Rendered:
         """Render a whole single-turn item; what is trained begins where `render_prompt` ends."""
-        parts = self._prompt_parts(instruction, input, system)
-        begin = len(_joined(parts).text.rstrip(" "))
-        text, own, *_ = _joined([*parts, (self.clean(output), True)])
+        output = self.clean(output)
+        text, own, *_ = _joined([*self._prompt_parts(instruction, input, system), (output, True)])
+        begin = len(text[: len(text) - len(output)].rstrip(" "))
         return Rendered(text, own, [(begin, len(text))], self.eos_trained)
 
     def clean(self, text: str) -> str:
@@ -214,7 +215,7 @@ class Template(BaseModel):
             looks = [self.turn_end + begin for begin in begins] if self._ends_alike else [*begins, self.turn_end]
             return _without_special(looks, tokenizer)
         formats = filter(None, (self.prompt, self.prompt_with_input))
-        literals = [literal for text in formats for literal in re.split(r"\{instruction\}|\{input\}", text)[1:]]
+        literals = [literal for text in formats for literal in _split(text)[2::2]]
         return sorted({literal for literal in literals if literal.strip()})
 
     def told_apart(self) -> "Template":
@@ -257,7 +258,7 @@ class Template(BaseModel):
             text, values = self.prompt, {"{instruction}": instruction}
         else:
             text, values = self.prompt_with_input, {"{instruction}": instruction, "{input}": input}
-        pieces = re.split(f"({'|'.join(map(re.escape, values))})", text)
+        pieces = _split(text)
         return parts + [(values.get(piece, piece), piece in values) for piece in pieces]
 
     def _system_parts(self, system: str | None) -> "_Parts":
@@ -280,6 +281,12 @@ class Template(BaseModel):
 
 _Parts = list[tuple[str, bool]]
 """Texts that make up a whole, and which of them are own ones (see `Rendered`)."""
+
+
+@cache
+def _split(text: str) -> list[str]:
+    """A prompt's text at its placeholders, which are every second piece."""
+    return re.split(r"({instruction}|{input})", text)
 
 
 def _joined(parts: _Parts) -> Rendered:
