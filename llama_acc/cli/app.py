@@ -131,6 +131,8 @@ def _reported(command: Callable[..., Any], joins: bool = False) -> Callable[...,
             exit_code = 2 if isinstance(error, OSError) and error.errno in _IMPOSSIBLE_NAMES else 1
             _tell(error, *_unforeseen(error), exit_code)
             raise typer.Exit(exit_code) from None
+        finally:
+            console.working(None)
 
     return run
 

@@ -13,6 +13,7 @@ from llama_acc.core.errors import RunError, UserError
 from llama_acc.core.units import count_text
 
 if TYPE_CHECKING:
+    from llama_acc.core.vram.fit import Fit
     from llama_acc.core.vram.predict import Prediction, Usage
     from llama_acc.core.vram.request import Request
     from llama_acc.core.vram.simulation import Setup
@@ -117,6 +118,7 @@ def benchmark_vram(
         _check_picture(plot)
     if published:
         return show_published(efficiency, as_json)
+    console.working("loading PyTorch")
     from llama_acc.core.vram.request import Request
 
     request = Request(
@@ -155,6 +157,7 @@ def _predict(request: "Request", plot: Path | None, as_json: bool) -> None:
     from llama_acc.core.vram.request import setup_of
 
     setup = setup_of(request)
+    console.working("predicting the memory")
     prediction, generation = predict(setup), predict_generation(setup, max(setup.lengths))
     if plot is not None:
         _draw([prediction.training, generation], ["training", "inference"], plot, _title(setup), "")
@@ -185,7 +188,7 @@ def _sweep(request: "Request", text: str, plot: Path | None, as_json: bool) -> N
     changes: list[dict[str, Any]] = [{key: value} for value in values]
     setups = [setup_of(replace(request, **change)) for change in changes]
     for value, setup in zip(values, setups, strict=True):
-        console.note(f"predicting {key} {value}")
+        console.working(f"predicting {key} {value}")
         usages.append(predict(setup).training)
     if plot is not None:
         _draw(usages, [f"{value:,}" for value in values], plot, _title(setups[0], key), key.replace("_", " "))
@@ -209,21 +212,32 @@ def _swept(text: str) -> tuple[str, list[int]]:
 
 
 def _fit(request: "Request", memory: int, as_json: bool) -> None:
-    from llama_acc.core.vram.fit import LARGEST_BATCH, fitting
+    """Shows each method when it is known; as JSON all of them, those that fit first."""
+    from llama_acc.core.vram.fit import LARGEST_BATCH, WAYS, fitting
 
-    fits = fitting(request, memory, console.note)
+    console.working(f"trying {len(WAYS)} methods, the first of them now" if request.tuning is None else "trying it")
+    fits: list[Fit] = []
+    widths = [max(len(method) for method, _ in WAYS), 8, 14, 14, 13]
+    for fit in fitting(request, memory):
+        if not fits and not as_json:
+            console.row(
+                ["method", "base", f"1 x {fit.length}", f"batch of {fit.length}", "longest alone"], widths, "bold"
+            )
+        fits.append(fit)
+        if not as_json:
+            base = "NF4" if fit.quantize == "nf4" else "as it is"
+            batch = f"{fit.batch_size}" + (" or more" if fit.batch_size == LARGEST_BATCH else "")
+            most = [batch, f"{fit.longest:,}"] if fit.batch_size else ["does not fit", ""]
+            least = f"{'> ' if fit.is_bound else ''}{_gib(fit.least)} GiB"
+            console.row([fit.method, base, least, *most], widths)
+        console.working(f"trying the next methods, {len(fits)} done")
     if as_json:
+        fits.sort(key=lambda fit: not fit.batch_size)
         return _print_json({"memory": memory, "methods": [vars(fit) for fit in fits]})
-    length = fits[0].length
-    rows = [["method", "base", f"1 x {length}", f"batch of {length}", "longest alone"]]
-    for fit in fits:
-        base = "NF4" if fit.quantize == "nf4" else "as it is"
-        batch = f"{fit.batch_size}" + (" or more" if fit.batch_size == LARGEST_BATCH else "")
-        most = [batch, f"{fit.longest:,}"] if fit.batch_size else ["does not fit", ""]
-        rows.append([fit.method, base, f"{_gib(fit.least)} GiB", *most])
-    console.table(rows)
-    if not fits[0].batch_size:
-        console.note(f"nothing fits in {_gib(memory)} GiB; the least is {_gib(min(fit.least for fit in fits))} GiB")
+    if not any(fit.batch_size for fit in fits):
+        smallest = min(fits, key=lambda fit: fit.least)
+        needed = f"{'more than ' if smallest.is_bound else ''}{_gib(smallest.least)} GiB"
+        console.note(f"nothing fits in {_gib(memory)} GiB; the least that is needed is {needed}")
     return None
 
 
@@ -408,6 +422,7 @@ def _prediction_json(prediction: "Prediction") -> dict[str, Any]:
 
 
 def _print_json(values: Any) -> None:
+    console.working(None)
     typer.echo(json.dumps(values, indent=1))
 
 

@@ -3,6 +3,7 @@
 import itertools
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -23,15 +25,18 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.segment import Segment
+from rich.spinner import Spinner
 from rich.text import Text
 
+from llama_acc.core import worker
 from llama_acc.core.units import count_text, size_text
 from llama_acc.core.visible import visible
 
 if TYPE_CHECKING:
     from llama_acc.core.train.plan import Plan
 
-_SECONDS_BETWEEN_LINES = 5.0
+_SIGN_AFTER, _SECONDS_BETWEEN_LINES = 1.0, 5.0
+_ALL = 1e9  # seconds: of work whose parts take longer than half a minute, rich would forget the last one
 _Watching = TypeVar("_Watching", bound="_WorkProgress")
 
 
@@ -45,6 +50,12 @@ class _Stream(Console):
         """Lets no text act on a terminal, wherever it comes from: a file's name, a key, a role."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Prints; a result first clears away what says that the work goes on."""
+        if not self.stderr:
+            working(None)
+        super().print(*objects, **options)
 
     def on_broken_pipe(self) -> None:
         """Called by rich in place of the error."""
@@ -62,11 +73,73 @@ out = _Stream(stderr=False)
 err = _Stream(stderr=True)
 
 
+class _Activity:
+    """What is being done: a spinner on a terminal, elsewhere a line once it takes longer than a moment."""
+
+    def __init__(self) -> None:
+        self._key: str | None = None
+        self._text = ""
+        self._live: Live | None = None
+        self._timer: threading.Timer | None = None
+        self._last_line: float | None = None  # None: this stage has none yet
+
+    def show(self, key: str | None, text: str, after: float) -> None:
+        """Shows a stage of this key, or the same one's new text; None ends it."""
+        is_new, self._key, self._text = key != self._key, key, text
+        if is_new and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if key is None:
+            if self._live is not None:
+                self._live.stop()
+                self._live = None
+        elif err.is_terminal and not err.is_dumb_terminal:
+            self._spin(Text(visible(text), no_wrap=True, overflow="ellipsis"))
+        elif is_new:
+            self._last_line = None
+            self._timer = threading.Timer(after, self._say, [key])
+            self._timer.daemon = True
+            self._timer.start()
+        elif self._last_line is not None and time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._say(key)
+
+    def _spin(self, text: Text) -> None:
+        if self._live is None:
+            # Results go where they belong while it spins.
+            self._live = Live(
+                Spinner("dots", text), console=err, transient=True, redirect_stdout=False, refresh_per_second=8
+            )
+            self._live.start(refresh=True)
+        else:
+            self._live.update(Spinner("dots", text))
+
+    def _say(self, key: str) -> None:
+        if key == self._key:
+            self._last_line = time.monotonic()
+            note(self._text)
+
+
+_activity = _Activity()
+
+
+def working(text: str | None, key: str | None = None, after: float | None = None) -> None:
+    """Says what is being done from now on; None: nothing that takes long.
+
+    Args:
+        text: such as "loading the model".
+        key: tells stages apart whose text changes as they go on.
+        after: seconds until it is said where there is no terminal; None: one.
+    """
+    if worker.is_main():
+        _activity.show(None if text is None else key or text, text or "", _SIGN_AFTER if after is None else after)
+
+
 def stream(pieces: Iterable[str]) -> None:
     """Prints a text on standard output as it comes, and ends its line.
 
     A terminal gets no character that acts on it, and lines that break between words.
     """
+    working(None)
     whole = itertools.chain(pieces, "\n")
     for piece in _between_words(map(visible, whole), out.width) if sys.stdout.isatty() else whole:
         sys.stdout.write(piece)
@@ -115,9 +188,9 @@ def note(text: str, by_words: bool = False) -> None:
     err.print(Text(visible(text), style="dim" if err.is_terminal else ""), soft_wrap=not (by_words and err.is_terminal))
 
 
-def pairs(lines: list[tuple[str, str]], console: Console | None = None) -> None:
-    """Prints subjects and texts in two columns."""
-    width = max(len(subject) for subject, _ in lines)
+def pairs(lines: list[tuple[str, str]], console: Console | None = None, width: int = 0) -> None:
+    """Prints subjects and texts in two columns, the first of them at least so wide."""
+    width = max(width, *(len(subject) for subject, _ in lines))
     for subject, text in lines:
         (console or err).print(Text.assemble((f"{subject:<{width}}  ", "bold"), visible(text)))
 
@@ -125,9 +198,15 @@ def pairs(lines: list[tuple[str, str]], console: Console | None = None) -> None:
 def table(rows: list[list[str]]) -> None:
     """Prints a header and rows on standard output; the first column is of words, the others of numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for number, (first, *others) in enumerate(rows):
-        cells = [first.ljust(widths[0]), *(c.rjust(width) for c, width in zip(others, widths[1:], strict=True))]
-        out.print(Text("  ".join(cells), style="" if number else "bold"))
+    for number, cells in enumerate(rows):
+        row(cells, widths, "" if number else "bold")
+
+
+def row(cells: list[str], widths: list[int], style: str = "") -> None:
+    """Prints a row of a table."""
+    first, *others = zip(cells, widths, strict=True)
+    aligned = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+    out.print(Text("  ".join(aligned), style=style))
 
 
 def duration(seconds: float) -> str:
@@ -148,6 +227,14 @@ class _Facts(ProgressColumn):
         return Text(task.fields.get("facts", ""))
 
 
+class _TimeLeft(ProgressColumn):
+    """The time until `ends`, which goes down between two steps."""
+
+    def render(self, task: Task) -> Text:
+        ends = task.fields.get("ends")
+        return Text("" if ends is None else f"{duration(max(0.0, ends - time.monotonic()))} left")
+
+
 class RunConsole:
     """Watches a run (see `core.train.events.Events`): a bar on a terminal, a line every few seconds otherwise."""
 
@@ -155,12 +242,14 @@ class RunConsole:
         self._progress: Progress | None = None
         self._task: Any = None
         self._last_line = 0.0
-        self._encoding_since: dict[str, float] = {}
+        self._first: float | None = None  # when the first step was done
+        self._tokens = 0  # of the steps behind it
 
     def __enter__(self) -> "RunConsole":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        working(None)
         if self._progress is not None:
             self._progress.stop()
 
@@ -174,58 +263,62 @@ class RunConsole:
 
         return fetch_shown(address)
 
+    def working(self, text: str) -> None:
+        """What is being done."""
+        if self._progress is not None:
+            self._progress.update(self._task, facts=text)
+        else:
+            working(text)
+
     def encoding(self, file: str, items: int, fraction: float) -> None:
-        """A sign of life where encoding takes longer than a few seconds."""
-        now = time.monotonic()
-        since = self._encoding_since.setdefault(file, now)
-        if now - max(since, self._last_line) > _SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            note(encoding_line(file, items, fraction))
+        """How far the encoding of a file is."""
+        working(encoding_line(file, items, fraction), key=file)
 
     def opening(self, done: int, total: int) -> None:
-        """A sign of life where opening images takes longer than a few seconds."""
-        now = time.monotonic()
-        since = self._encoding_since.setdefault("images", now)
-        if now - max(since, self._last_line) > _SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            note(f"opened {done:,} of {count_text(total, 'image')}")
+        """How many images are opened."""
+        working(f"opened {done:,} of {count_text(total, 'image')}", key="images")
 
     def plan(self, plan: "Plan") -> None:
         """What will be done."""
+        working(None)
         pairs(plan.lines())
         self._last_line = 0.0
         if sys.stderr.isatty() and not err.is_dumb_terminal:
             self._progress = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=24),
-                _Facts(),
-                TimeRemainingColumn(compact=True),
-                TextColumn("left"),
-                console=err,
+                TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), _Facts(), _TimeLeft(), console=err
             )
             self._task = self._progress.add_task("train", total=plan.total_steps)
             self._progress.start()
 
     def step(self, metrics: dict[str, Any], plan: "Plan") -> None:
         """Moves the bar, or prints a line now and then; always at the last step."""
+        working(None)
         facts = (
             f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  {metrics['tokens_per_second']:,.0f} tokens/s  "
             f"{metrics['peak_memory_gib']:.2f} GiB"
         )
+        now, left = time.monotonic(), self._left(metrics, plan)
         if self._progress is not None:
-            self._progress.update(self._task, completed=metrics["step"], facts=facts)
+            ends = None if left is None else now + left
+            self._progress.update(self._task, completed=metrics["step"], facts=facts, ends=ends)
             return
-        now = time.monotonic()
-        if not self._last_line:
-            self._started, self._first = now, metrics["step"]
         if now - self._last_line < _SECONDS_BETWEEN_LINES and metrics["step"] != plan.total_steps:
             return
         self._last_line = now
-        done = metrics["step"] - self._first
-        left = (plan.total_steps - metrics["step"]) * (now - self._started) / done if done else None
         ending = "" if left is None or metrics["step"] == plan.total_steps else f"  {duration(left)} left"
         err.print(f"step {metrics['step']}/{plan.total_steps}  {facts}{ending}", markup=False)
+
+    def _left(self, metrics: dict[str, Any], plan: "Plan") -> float | None:
+        """Seconds to the end, from the second step on.
+
+        Steps differ in length: the tokens since the first step have taken so long, and so will those that are left.
+        """
+        if self._first is None:
+            self._first = time.monotonic()
+            return None
+        self._tokens += metrics["tokens"]
+        speed = self._tokens / max(time.monotonic() - self._first, 1e-9)
+        return (plan.total_steps - metrics["step"]) * plan.train.tokens / plan.steps_per_epoch / speed
 
     def validation(self, metrics: dict[str, Any]) -> None:
         """The loss on held-out items."""
@@ -246,7 +339,14 @@ class _WorkProgress:
         if sys.stderr.isatty() and not err.is_dumb_terminal:
             columns = (count, BarColumn(bar_width=24), *speed)
             ending = (TimeRemainingColumn(compact=True), TextColumn("left"))
-            self._progress = Progress(TextColumn("{task.description}"), *columns, *ending, console=err, transient=True)
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                *columns,
+                *ending,
+                console=err,
+                transient=True,
+                speed_estimate_period=_ALL,
+            )
 
     def __enter__(self: _Watching) -> _Watching:
         return self
@@ -258,6 +358,7 @@ class _WorkProgress:
     def _tell(self, what: str, done: int, total: int, line: str) -> None:
         if self._progress is not None:
             if self._task is None:
+                working(None)
                 self._progress.start()  # not before: another bar may be shown till then
                 self._task = self._progress.add_task(what, total=total or None)
             self._progress.update(self._task, description=what, completed=done, total=total or None)

@@ -332,6 +332,7 @@ def progress_shown() -> "Iterator[Progress]":
         with lock:
             if console.err.is_terminal and not console.err.is_dumb_terminal:
                 if label not in tasks:
+                    console.working(None)
                     bars.start()
                     tasks[label] = bars.add_task(visible(label), total=total)
                 bars.update(tasks[label], completed=done, total=total, visible=done != total)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llama_acc.core.train.dry_run import DryRun
     from llama_acc.core.train.plan import Plan
     from llama_acc.core.train.simulate import RankShare
+    from llama_acc.core.vram.predict import Usage
 
 _EXAMPLES = 2
 
@@ -87,6 +88,10 @@ def finetune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show what would be trained, do not train.")
     ] = False,
+    timing: Annotated[
+        bool,
+        typer.Option("--timing/--no-timing", help="With --dry-run: time a micro-batch to estimate the run's time."),
+    ] = True,
     force: Annotated[bool, typer.Option("--force", help="Start even if it does not fit into memory.")] = False,
     device: options.Device = None,
     verify: options.Verify = False,
@@ -133,6 +138,7 @@ def finetune(
     ] = None,
 ) -> None:
     """Fine-tune a model as a recipe says."""
+    console.working("loading PyTorch")
     from llama_acc.core.data.sources import check_sources
 
     if dry_run and resume:
@@ -143,7 +149,7 @@ def finetune(
     loaded, folder = _load_recipe(recipe, run, resume, overrides or [], pretrained, data, tokenizer)
     check_sources(loaded.data.sources, folder)
     if dry_run:
-        _dry_run(loaded, run, folder, device, verify, processes.world_size(wanted))
+        _dry_run(loaded, run, folder, device, verify, processes.world_size(wanted), timing)
         return
     output_folder = run or _named_after(loaded)
     again = f"go on with: {_again(output_folder, wanted)}"
@@ -269,9 +275,16 @@ def _train(
 
 
 def _dry_run(
-    recipe: "Recipe", output: Path | None, folder: Path | None, device: str | None, verify: bool, processes: int | None
+    recipe: "Recipe",
+    output: Path | None,
+    folder: Path | None,
+    device: str | None,
+    verify: bool,
+    processes: int | None,
+    timing: bool,
 ) -> None:
-    from llama_acc.core.train.dry_run import dry_run
+    """Shows what it finds out as it does, the quickest first."""
+    from llama_acc.core.train.dry_run import dry_run, estimate_time, predict_memory
 
     with console.RunConsole() as watcher:
         found = dry_run(
@@ -283,28 +296,34 @@ def _dry_run(
             verify=verify,
             processes=processes,
         )
-    _show_dry_run(found)
+        lines = _found_lines(found)
+        width = max(len(subject) for subject, _ in lines)
+        console.pairs(lines, console.out)
+        console.out.print()
+        show_items(_examples(found.plan))
+        watcher.working("predicting the memory")
+        memory = predict_memory(found)
+        console.out.print()
+        console.pairs([("memory", _fullest(memory, found.device.type))], console.out, width)
+        if timing:
+            watcher.working("timing a micro-batch of this model (--no-timing leaves it out)")
+            estimate = estimate_time(found, memory)
+            text = f"about {console.duration(estimate.seconds)} for the steps ({estimate.how})"
+            console.pairs([("time", text)], console.out, width)
 
 
-def _show_dry_run(found: "DryRun") -> None:
-    plan, estimate = found.plan, found.estimate
+def _found_lines(found: "DryRun") -> list[tuple[str, str]]:
+    plan = found.plan
     lengths, truncated = plan.report["lengths"], count_text(plan.report["truncated"], "item")
     disk = min(plan.save_count(), plan.recipe.checkpoint.keep or plan.save_count()) * plan.checkpoint_bytes()
-    console.pairs(
-        [
-            *plan.lines(),
-            ("lengths", ", ".join(f"{name} {value}" for name, value in lengths.items()) + " tokens"),
-            ("truncated", f"{truncated} longer than {plan.recipe.data.max_tokens} tokens"),
-            ("label tokens", f"{plan.report['label_tokens']:,} of {plan.report['tokens']:,}"),
-            *_per_rank(plan, found.share),
-            ("memory", _fullest(found)),
-            ("time", f"about {console.duration(estimate.seconds)} for the steps ({estimate.how})"),
-            ("disk", f"{size_text(disk)} for the checkpoints that stay"),
-        ],
-        console.out,
-    )
-    console.out.print()
-    show_items(_examples(plan))
+    return [
+        *plan.lines(),
+        ("lengths", ", ".join(f"{name} {value}" for name, value in lengths.items()) + " tokens"),
+        ("truncated", f"{truncated} longer than {plan.recipe.data.max_tokens} tokens"),
+        ("label tokens", f"{plan.report['label_tokens']:,} of {plan.report['tokens']:,}"),
+        *_per_rank(plan, found.share),
+        ("disk", f"{size_text(disk)} for the checkpoints that stay"),
+    ]
 
 
 def _per_rank(plan: "Plan", share: "RankShare") -> list[tuple[str, str]]:
@@ -319,12 +338,9 @@ def _per_rank(plan: "Plan", share: "RankShare") -> list[tuple[str, str]]:
     ]
 
 
-def _fullest(found: "DryRun") -> str:
+def _fullest(usage: "Usage", device: str) -> str:
     """The most memory a process takes at a time, and when."""
-    usage = found.memory
-    text = (
-        f"{size_text(usage.allocated)} on {found.device} at its fullest, predicted: {usage.moment}, with the largest "
-    )
+    text = f"{size_text(usage.allocated)} on {device} at its fullest, predicted: {usage.moment}, with the largest "
     return text + "micro-batch of the data"
 
 

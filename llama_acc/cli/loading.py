@@ -14,6 +14,7 @@ from llama_acc.core.errors import LlamaAccError
 if TYPE_CHECKING:
     from llama_acc.core.inference import LoadedModel
 
+_QUIET = 5.0  # seconds: a script that asks for one answer need not hear of it
 _PATIENCE = timedelta(days=365)  # people think
 
 
@@ -43,6 +44,7 @@ def check_split(ckpt: list[str], processes: int) -> None:
 @contextlib.contextmanager
 def shared_model(which: Which) -> "Iterator[LoadedModel]":
     """The model, shared by all processes; those other than rank 0 compute in here what that asks for."""
+    console.working("loading the model", after=_QUIET)
     from llama_acc.core.device import pick_device
     from llama_acc.core.generation import dismiss, follow
     from llama_acc.core.inference import load_model
@@ -69,6 +71,7 @@ def shared_model(which: Which) -> "Iterator[LoadedModel]":
             follow(loaded)
         for note in loaded.notes:
             console.note(note)
+        console.working(None)
         try:
             yield loaded
         except LlamaAccError:

@@ -82,6 +82,7 @@ def launched(wanted: Wanted, device: str | None, check: Callable[[int], None]) -
     check(how.world_size)
     if how == Launch(1):
         return False
+    console.working(None)
     try:
         launch(how, sys.argv[1:], console.note)
     except Stopped as stopped:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_acc.cli import console
 from llama_acc.core.data.templates import get_template
 from llama_acc.core.model.vision_config import TinyVision
 from tests.cli.chains import write_chain
@@ -21,6 +22,12 @@ DIALOGUE = {"conversations": [{"from": "human", "value": "what is it?"}, {"from"
 def no_debugging(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--debug` in one test is not seen by the next."""
     monkeypatch.setenv("LLAMA_ACC_DEBUG", "0")
+
+
+@pytest.fixture(autouse=True)
+def no_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a stage that takes no time elsewhere would say that it works."""
+    monkeypatch.setattr(console, "_SIGN_AFTER", 3600.0)
 
 
 @pytest.fixture(scope="session")

@@ -34,8 +34,9 @@ def files(folder: Path) -> set[str]:
 
 
 def shown(stdout: str) -> dict[str, str]:
-    """The plan's lines: what stands behind each subject."""
-    plan = stdout.partition("\n\n")[0]
+    """The lines before and behind the examples: what stands behind each subject."""
+    first, *_, last = stdout.split("\n\n")
+    plan = f"{first}\n{last}"
     return {subject.strip(): text.strip() for subject, _, text in (line.partition("  ") for line in plan.splitlines())}
 
 
@@ -70,9 +71,9 @@ def test_it_shows_plan_data_time_disk_and_two_examples(tmp_path: Path) -> None:
     assert lines["model"] == "2 layers, width 32, 4 heads (2 for keys and values), vocabulary 640"
     assert lines["weights"] == "random (seed 0)"
     assert lines["parameters"] == "65,696, of which 65,696 train (method full)"
-    assert lines["data"] == "32 items, 1,129 tokens, 556 of them trained"
+    assert lines["data"].startswith("32 items, 1,129 tokens, 556 of them trained; from ")
     assert lines["steps"] == "240 of 8 examples; 4 in an epoch, 60 epochs, fp32"
-    assert lines["checkpoints"] == "1 of 1.8 MiB, the newest 1 kept"
+    assert lines["checkpoints"] == "1 of 832.8 KiB, the newest 1 kept"
     assert lines["lengths"].startswith("min 22, ")
     assert lines["truncated"] == "0 items longer than 256 tokens"
     assert lines["label tokens"] == "556 of 1,129"
@@ -80,15 +81,18 @@ def test_it_shows_plan_data_time_disk_and_two_examples(tmp_path: Path) -> None:
     said = f"{size_text(usage.allocated)} on cpu at its fullest, predicted: {usage.moment}, "
     assert lines["memory"] == said + "with the largest micro-batch of the data"
     assert lines["time"].endswith("for the steps (from one timed step on cpu)")
-    assert lines["disk"].endswith("GiB for the checkpoints that stay")
+    assert lines["disk"].endswith("B for the checkpoints that stay")
     assert "example 1: instructions.json item 1 (trained tokens between ⟦ and ⟧)" in result.stdout
     assert "example 2: instructions.json item 2 (trained tokens between ⟦ and ⟧)" in result.stdout
     assert "### Response:⟦LLaMA is a family of language models made by Meta.</s>⟧" in result.stdout
+    found = [result.stdout.index(f"\n{first}") for first in ("disk", "example 1", "example 2", "memory", "time")]
+    assert found == sorted(found), "what takes longest comes last"
+    assert "\ntime" not in invoke(*QUICKSTART, "--dry-run", "--no-timing").stdout
 
 
 def test_one_of_a_kind_is_not_told_as_several(tmp_path: Path) -> None:
     (tmp_path / "one.json").write_text('[{"instruction": "Say it.", "output": "It."}]', encoding="utf-8")
-    settings = ["train.epochs=1", "train.global_batch_size=1", "train.batch_size=1"]
+    settings = ["train.epochs=1", "train.global_batch_size=1", "train.batch_size=1", "train.warmup_epochs=0"]
     result = invoke(*QUICKSTART, "--dry-run", "--data", tmp_path / "one.json", *settings)
     assert result.exit_code == 0, result.stderr
     lines = shown(result.stdout)
@@ -274,6 +278,6 @@ def test_keys_that_are_not_used_stand_in_the_plan(tmp_path: Path) -> None:
 
 
 def test_a_plan_of_very_many_steps_is_made_at_once() -> None:
-    result = invoke(*QUICKSTART, "--dry-run", "train.epochs=1e9", "checkpoint.every_epochs=7", "checkpoint.keep=2")
+    result = invoke(*QUICKSTART, "--dry-run", "train.epochs=1e6", "checkpoint.every_epochs=7", "checkpoint.keep=2")
     assert result.exit_code == 0
-    assert shown(result.stdout)["checkpoints"] == "142857143 of 1.8 MiB, the newest 2 kept"
+    assert shown(result.stdout)["checkpoints"] == "142858 of 832.8 KiB, the newest 2 kept"

@@ -25,6 +25,7 @@ from llama_acc.core.vram.hours import work_of
 from llama_acc.core.vram.predict import Usage, predict
 
 _PROBE_STEPS = 3  # the first one warms up, and another may have been disturbed
+_PROBE_SECONDS = 20.0  # then no other one is begun
 
 
 class DryRun(NamedTuple):
@@ -32,17 +33,13 @@ class DryRun(NamedTuple):
 
     Attributes:
         plan: the run.
-        estimate: how long its steps would take.
         share: what lasts from step to step on one of the processes.
-        memory: the fullest moment on it, with the largest micro-batch of the data, predicted.
-        device: where it would compute: "cuda", "mps" or "cpu".
+        device: where it would compute.
     """
 
     plan: Plan
-    estimate: "Estimate"
     share: RankShare
-    memory: Usage
-    device: str
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -80,10 +77,11 @@ def dry_run(
     if output is not None:
         refuse_non_empty(output)
     plan = make_plan(recipe, events, recipe_folder=recipe_folder, dry_run=True)
+    if plan.layouts:
+        events.working("looking at the weights")
     for layout in plan.layouts:
         check_checkpoint(layout.folder, verify)
-    processes = processes or recipe.parallel.model_parallel_size
-    share = rank_share(plan, processes)
+    share = rank_share(plan, processes or recipe.parallel.model_parallel_size)
     weights = read_base(plan.layouts, plan.config, Parallel())
     for note in weights.notes if weights else ():
         events.note(note)
@@ -96,23 +94,29 @@ def dry_run(
         folder.write_recipe(plan.recipe)
         folder.write_data_report(plan.report)
         folder.close()
-    memory = predict(setup_of_run(plan, processes, target.type)).training
-    return DryRun(plan, estimate_time(plan, target, processes, memory), share, memory, target.type)
+    return DryRun(plan, share, target)
 
 
-def estimate_time(plan: Plan, device: torch.device, processes: int, memory: Usage) -> Estimate:
+def predict_memory(found: DryRun) -> Usage:
+    """The fullest moment on one of the processes, with the largest micro-batch of the data."""
+    return predict(setup_of_run(found.plan, found.share.world_size, found.device.type)).training
+
+
+def estimate_time(found: DryRun, memory: Usage) -> Estimate:
     """The time of all steps: from one timed step where its memory fits in half of what is free, else from the work.
 
     Several processes are taken to share the work without loss; `memory` is what one of them takes.
     """
-    alone = _on_one_process(plan)
+    device, processes = found.device, found.share.world_size
+    alone = _on_one_process(found.plan)
     if processes == 1:
         return _estimate_alone(alone, device, memory)
     # One process takes no less than one of several.
     if memory.allocated <= free_memory(device) / 2:
         memory = predict(setup_of_run(alone, 1, device.type)).training
-    found = _estimate_alone(alone, device, memory)
-    return Estimate(found.seconds / processes, f"{found.how}; {processes} processes as fast as this one, at best")
+    estimate = _estimate_alone(alone, device, memory)
+    how = f"{estimate.how}; {processes} processes as fast as this one, at best"
+    return Estimate(estimate.seconds / processes, how)
 
 
 def _on_one_process(plan: Plan) -> Plan:
@@ -148,8 +152,11 @@ def _timed_step(plan: Plan, device: torch.device) -> tuple[float, float]:
     (batch,) = trainer.fed(plan.train, [Dealt(group, 0)])
     trainer.close()
     whole, updates = [], []
+    deadline = time.perf_counter() + _PROBE_SECONDS
     for _ in range(_PROBE_STEPS):
         start = time.perf_counter()
+        if start > deadline:
+            break
         result = train_step(
             trainer.model, trainer.optimizer, trainer.data_parallel, [batch], len(batch.tokens), 0.0, device
         )

@@ -17,6 +17,9 @@ class Events(Protocol):
     def fetch(self, address: str) -> list[Path]:
         """The files that an address of data means; what is not there yet is fetched, and that may be shown."""
 
+    def working(self, text: str) -> None:
+        """What is being done from now on, such as "loading the weights"."""
+
     def encoding(self, file: str, items: int, fraction: float) -> None:
         """So many items of a file are encoded, which are about this part of it."""
 
@@ -45,6 +48,9 @@ class Quiet:
     def fetch(self, address: str) -> list[Path]:
         """See `Events`."""
         return fetch_data(address)
+
+    def working(self, text: str) -> None:
+        """See `Events`."""
 
     def encoding(self, file: str, items: int, fraction: float) -> None:
         """See `Events`."""

@@ -47,6 +47,7 @@ def make_plan(
     Raises:
         UserError: the first group of problems found.
     """
+    events.working("reading the model's shape and tokenizer")
     layouts, config, tokenizer = find_model(recipe, recipe_folder, weights_may_be_absent=dry_run, saved=saved)
     if recipe.data.max_tokens > config.max_seq_len:
         raise UserError(
@@ -55,6 +56,7 @@ def make_plan(
         )
     if data is None and (saved is None or has_frozen(recipe)):
         read_base(layouts, config, Parallel())  # what does not fit is said before hours of encoding
+    events.working("reading the data")
     train, validation, report = data or plan_data(recipe, config, tokenizer, recipe_folder, events, store)
     steps_per_epoch = math.ceil(len(train) / recipe.train.global_batch_size)
     total = math.ceil(recipe.train.epochs * steps_per_epoch - 1e-9)

@@ -99,6 +99,7 @@ def finetune(
         try:
             parallel.main_first(lambda: folder.open(resume=resume, claim=parallel.is_main, tell=events.note))
             plan = plan_together(recipe, events, parallel, recipe_folder=recipe_folder, saved=folder.checkpoint)
+            events.working("checking the weights, the disk and the memory")
             device_to_fit = None if force else target
             done = parallel.on_main(lambda: _check(plan, folder, verify, parallel, device_to_fit))
             if resume and folder.checkpoint is None:
@@ -174,6 +175,7 @@ def _train(
     stop: StopRequest,
     started: float,
 ) -> Finished:
+    events.working("loading the model")
     trainer = Trainer(plan, device, weights, parallel)
     with closing(trainer):
         return _trained(trainer, folder, done, events, stop, started)
@@ -187,7 +189,9 @@ def _trained(
         trainer.load(SavedState(folder.checkpoint, parallel), done)
         events.note(f"resuming from {folder.checkpoint}, {trainer.step} of {plan.total_steps} steps done")
     if trainer.step < plan.total_steps:
+        events.working("trying the largest micro-batch")
         _compute(trainer, trainer.rehearse)
+        events.working("computing the first step")
     if not parallel.is_main:
         _compute(trainer, Loop(trainer, folder, None, events, stop).run)
     else:

@@ -1,9 +1,15 @@
 """The inverse of a prediction: which methods fit into some memory, and with how many tokens at a time."""
 
-from collections.abc import Callable
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 from llama_acc.core.errors import UserError
+from llama_acc.core.parallel import Parallel
+from llama_acc.core.train.plan_model import model_on_meta
+from llama_acc.core.vram.gpus import overhead
 from llama_acc.core.vram.predict import Usage, predict
 from llama_acc.core.vram.request import Request, setup_of
 from llama_acc.core.vram.simulation import Setup
@@ -14,6 +20,9 @@ WAYS = [*((method, "none") for method in _METHODS), *((method, "nf4") for method
 """Methods and bases, best first."""
 LARGEST_BATCH = 256
 """Larger ones are not tried."""
+_PROCESSES = 2
+_LARGE = 10**10  # parameters: of a smaller model, a process starts for longer than it works
+_SHALLOW = (2, 4)  # layers of the models that stand in for a deep one
 
 
 @dataclass(frozen=True)
@@ -23,10 +32,11 @@ class Fit:
     Attributes:
         method: its name.
         quantize: "none" or "nf4".
-        least: bytes that one example of `length` tokens takes.
+        least: bytes that one example of `length` tokens takes; where `is_bound`, it takes more.
         batch_size: most examples of that length at a time, up to `LARGEST_BATCH`; 0 = none fits.
         longest: most tokens of a single example, not above the model's context; 0 = not even one of `length`.
         length: see there.
+        is_bound: whether what lasts from step to step does not fit, and no step was simulated.
     """
 
     method: str
@@ -35,53 +45,84 @@ class Fit:
     batch_size: int
     longest: int
     length: int
+    is_bound: bool = False
 
 
-def fitting(request: Request, memory: int, tell: Callable[[str], None] = lambda _: None) -> list[Fit]:
-    """Every method in `memory` bytes of each GPU: those that fit first, best first. A method asked for stands alone.
+def fitting(request: Request, memory: int) -> Iterator[Fit]:
+    """Every method in `memory` bytes of each GPU, as soon as it is known. A method asked for stands alone.
 
     Args:
         request: the model and the length; of a batch size, nothing.
         memory: bytes of one GPU.
-        tell: told what is tried.
     """
     ways = [way for way in WAYS if request.tuning in (None, way[0]) and request.quantize in (None, way[1])]
     if not ways:
         raise UserError(f"method {request.tuning} has no base in {request.quantize}", "see docs/peft.md")
-    found = []
-    for method, quantize in ways:
-        tell(f"trying {method}" + (", base in NF4" if quantize == "nf4" else ""))
-        overrides = request.overrides
-        if (request.gpus or 1) > (request.model_parallel_size or 1):
-            overrides = ("parallel.data_parallel=fsdp", *overrides)
-        asked = replace(request, tuning=method, quantize=quantize, batch_size=1, overrides=overrides)
-        found.append(_fit(setup_of(asked), memory))
-    return sorted(found, key=lambda fit: not fit.batch_size)
+    overrides = request.overrides
+    if (request.gpus or 1) > (request.model_parallel_size or 1):
+        overrides = ("parallel.data_parallel=fsdp", *overrides)
+    setups = [
+        setup_of(replace(request, tuning=method, quantize=quantize, batch_size=1, overrides=overrides))
+        for method, quantize in ways
+    ]
+    fit = partial(_fit, memory=memory)
+    if len(setups) == 1 or setups[0].config.parameter_count() < _LARGE:
+        yield from map(fit, setups)
+        return
+    with ProcessPoolExecutor(_PROCESSES, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(fit, setups)
 
 
 def _fit(setup: Setup, memory: int) -> Fit:
     length, tuning = max(setup.lengths), setup.recipe.tuning
-
-    def taken(count: int, tokens: int = length) -> Usage:
-        return predict(replace(setup, lengths=(tokens,) * count)).training
-
+    lasting = _lasting(setup)
+    if lasting > memory:
+        return Fit(tuning.method, tuning.quantize, lasting, 0, 0, length, is_bound=True)
+    taken = partial(_taken, setup)
     least = taken(1)
     if least.total > memory:
         return Fit(tuning.method, tuning.quantize, least.total, 0, 0, length)
-    count = _largest(least, taken, memory, LARGEST_BATCH)
+    count = _largest(least, taken, memory, LARGEST_BATCH, _slope(setup))
     # As many tokens in one example take no more than in several: attention keeps nothing for pairs of tokens.
     longest = min(count * length, setup.config.max_seq_len)
     return Fit(tuning.method, tuning.quantize, least.total, count, longest, length)
 
 
-def _largest(least: Usage, taken: Callable[[int], Usage], memory: int, limit: int) -> int:
-    """The largest count that fits, between one that does and one that does not.
+def _taken(setup: Setup, count: int) -> Usage:
+    return predict(replace(setup, lengths=setup.lengths[:1] * count)).training
+
+
+def _lasting(setup: Setup) -> int:
+    """Bytes that one process has from step to step: weights, moments, and the context. It takes a moment to find."""
+    if setup.world_size > 1 or setup.config.vision is not None:
+        return 0
+    model = model_on_meta(setup.recipe, setup.config, Parallel())
+    moments = sum(2 * parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return weights + moments + (overhead().context if setup.device_type == "cuda" else 0)
+
+
+def _slope(setup: Setup) -> float:
+    """About the bytes that one more example takes, found with models of few layers; 0 = not known."""
+    config = setup.config
+    if config.n_layers <= 2 * _SHALLOW[1] or setup.recipe.tuning.method == "adapter" or config.vision is not None:
+        return 0.0
+    slopes = []
+    for depth in _SHALLOW:
+        shallow = replace(setup, config=replace(config, n_layers=depth))
+        slopes.append((_taken(shallow, 8).allocated - _taken(shallow, 4).allocated) / 4)
+    by_layer = (slopes[1] - slopes[0]) / (_SHALLOW[1] - _SHALLOW[0])
+    return max(slopes[1] + by_layer * (config.n_layers - _SHALLOW[1]), 1.0)
+
+
+def _largest(least: Usage, taken: Callable[[int], Usage], memory: int, limit: int, slope: float = 0.0) -> int:
+    """The largest count that fits, between one that does and one that does not; `slope`: a guess, bytes for each.
 
     What is allocated grows about evenly with it; what is reserved goes in steps, so where a guess excludes few counts,
     the next one is the middle of what is left, or far above what fits.
     """
     low, low_bytes, high = 1, least.total, limit + 1
-    slope, halve = 0.0, False
+    halve = False
     while high - low > 1:
         width = high - low
         if halve and high <= limit:

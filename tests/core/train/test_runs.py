@@ -229,12 +229,13 @@ def test_a_checkpoints_own_shape_wins_over_the_recipes(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_writes_two_files_and_the_real_run_may_follow(tmp_path: Path) -> None:
-    from llama_acc.core.train.dry_run import dry_run
+    from llama_acc.core.train.dry_run import dry_run, estimate_time, predict_memory
 
-    plan, estimate, share, *_ = dry_run(quickstart(), tmp_path, device="cpu", events=Quiet())
+    plan, share, _ = found = dry_run(quickstart(), tmp_path, device="cpu", events=Quiet())
     assert names(tmp_path) == {"recipe.yaml", "data.json"}
     assert plan.total_steps == 8
     assert (share.world_size, share.parameters) == (1, plan.parameter_count())
+    estimate = estimate_time(found, predict_memory(found))
     assert estimate.seconds > 0
     assert "timed step" in estimate.how
     planned = (tmp_path / "recipe.yaml").read_text(), (tmp_path / "data.json").read_text()

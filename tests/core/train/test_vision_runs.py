@@ -394,7 +394,7 @@ def test_all_of_a_llama_trains_beside_a_frozen_tower_and_goes_on_bitwise(tmp_pat
 
 def test_a_dry_run_counts_the_tower_and_the_images(alone: Path, tmp_path: Path) -> None:
     recipe = quickstart(*overrides_of("qformer", alone))
-    plan, _, share, *_ = dry_run(recipe, None, device="cpu", events=Quiet())
+    plan, share, _ = dry_run(recipe, None, device="cpu", events=Quiet())
     tower = sum(torch.Size(shape).numel() for shape in QFORMER.tower_shapes().values())
     text = dict(plan.lines())["vision"]
     assert f"encoder qformer, stage 1; {tower:,} of the parameters are its tower, which is frozen" in text

@@ -1,0 +1,81 @@
+"""Whoever waits sees what for, and how long."""
+
+import io
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llama_acc.cli import console
+from tests.cli.commands import DRY
+from tests.cli.terminal import Terminal
+
+
+class _Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+
+def _step(number: int, tokens: int) -> dict[str, Any]:
+    facts = {"loss": 1.0, "lr": 0.1, "tokens_per_second": 1.0, "peak_memory_gib": 1.0}
+    return {"step": number, "tokens": tokens, **facts}
+
+
+@pytest.mark.parametrize("seconds", [0.5, 80.0, 4000.0])
+def test_the_time_left_is_told_from_the_second_step_on_by_tokens(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten steps of 150 tokens on the average; the second one has 200."""
+    plan: Any = SimpleNamespace(total_steps=10, steps_per_epoch=5, train=SimpleNamespace(tokens=750))
+    clock, shown = _Clock(monkeypatch), io.StringIO()
+    monkeypatch.setattr(console, "err", console.Console(file=shown, width=200))
+    monkeypatch.setattr(console, "_SECONDS_BETWEEN_LINES", 0.0)
+    watcher = console.RunConsole()
+    watcher.step(_step(1, 100), plan)
+    clock.now += seconds
+    watcher.step(_step(2, 200), plan)
+    first, second = shown.getvalue().splitlines()
+    assert "left" not in first
+    assert second.endswith(f"  {console.duration(8 * 150 / (200 / seconds))} left")
+
+
+def test_the_bar_of_slow_work_knows_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich forgets what is older than half a minute, unless it is told not to."""
+    now = 0.0
+    monkeypatch.setattr(console, "err", console.Console(file=io.StringIO(), force_terminal=True, width=80))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with console.CountProgress("answered", "question") as watcher:
+        assert watcher._progress is not None
+        watcher._progress.get_time = lambda: now
+        for done in range(3):
+            now = 40.0 * done
+            watcher.tell(done, 10)
+        assert watcher._progress.tasks[0].time_remaining == 8 * 40
+
+
+def test_what_takes_longer_than_a_moment_is_told_once_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(console, "err", console.Console(file=shown, width=80))
+    monkeypatch.setattr(console, "_SIGN_AFTER", 0.01)
+    console.working("first", after=3600.0)
+    console.working("second")
+    deadline = time.monotonic() + 30
+    while "second" not in shown.getvalue() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    console.working("second, further", key="second")
+    console.working(None)
+    assert shown.getvalue() == "second\n"
+
+
+def test_a_dry_run_shows_on_a_terminal_what_it_does_and_its_results_as_they_come(tmp_path: Path) -> None:
+    with Terminal(*DRY, "--output", tmp_path / "run", term="xterm") as terminal:
+        for text in ("loading PyTorch", "label tokens", "example 2", "predicting the memory", "at its fullest"):
+            terminal.expect(text)
+        terminal.expect("timing a micro-batch")
+        terminal.expect("for the steps (from one timed step on cpu)")
+        assert terminal.end() == 0
