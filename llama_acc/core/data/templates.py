@@ -2,7 +2,7 @@
 
 A `Template` holds all of a format, so a checkpoint carries it as `template.json`. The wording and layout are
 LLaMA2-Accessory's (`alpaca`, `shortqa`, `qg`, `caption`, `none`, `dialogue`), and ChatML. A `ChatTemplate` is what
-Hugging Face checkpoints carry instead: a jinja text that can only ask, not say what is trained.
+Hugging Face checkpoints carry instead: a jinja text, which says what is trained if it has `{% generation %}` blocks.
 """
 
 import json
