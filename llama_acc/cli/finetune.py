@@ -139,6 +139,7 @@ def finetune(
 ) -> None:
     """Fine-tune a model as a recipe says."""
     console.working("loading PyTorch")
+    from llama_acc.core.checkpoint.layout import locate
     from llama_acc.core.data.sources import check_sources
 
     if dry_run and resume:
@@ -147,6 +148,8 @@ def finetune(
     resume = resume or worker.was_restarted()
     run = None if output is None else Path(output).expanduser()
     loaded, folder = _load_recipe(recipe, run, resume, overrides or [], pretrained, data, tokenizer)
+    for base in loaded.model.pretrained_list() if not (dry_run or resume) else []:
+        locate(base)
     check_sources(loaded.data.sources, folder)
     if dry_run:
         _dry_run(loaded, run, folder, device, verify, processes.world_size(wanted), timing)
