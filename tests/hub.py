@@ -112,7 +112,8 @@ class Servers:
 
     def asked_for_bytes(self, name: str) -> list[Request]:
         """Every GET of a file's bytes, of the host that has them."""
-        return [r for r in self.requests if r.method == "GET" and unquote(r.path).rpartition("/")[2] == name]
+        gets = [request for request in self.requests if request.method == "GET"]
+        return [request for request in gets if unquote(urlsplit(request.path).path).rpartition("/")[2] == name]
 
     def wait_released(self) -> None:
         """Hangs as a silent server does, until the test lets go or is over."""
@@ -274,6 +275,9 @@ class _Handler(BaseHTTPRequestHandler):
         if len(content) < repo.large:
             self._bytes(file, content, headers)
             return
+        if file in repo.xet:
+            route = f"{self.servers.url}/api/{kind}s/{name}/xet-read-token/{COMMIT}"
+            headers |= {"X-Xet-Hash": repo.xet[file], "X-Xet-Refresh-Route": route}
         headers |= {"X-Linked-Etag": f'"{entry["lfs"]["oid"]}"', "X-Linked-Size": str(len(content))}
         query = f"kind={kind}&repo={quote(name)}&file={quote(file)}&signature=secret"
         self._empty(302, {**headers, "Location": f"{self.servers.storage_url}/stored/{quote(file)}?{query}"})
