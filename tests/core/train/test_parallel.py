@@ -134,9 +134,31 @@ def test_2x2_processes_train_the_curve_of_one(mode: str, alone: Path, of_four: P
 
 @pytest.mark.parametrize(("name", "mode"), [(name, mode) for name, modes in TUNED_MODES.items() for mode in modes])
 def test_four_processes_tune_a_part_as_one_does(name: str, mode: str, alone: Path, of_four: Path) -> None:
-    assert_same_curve(of_four / f"{name}-{mode}", alone / name, steps=10)
-    expected = weights(alone / name / "epoch1")
-    found = weights(of_four / f"{name}-{mode}" / "epoch1")
+    assert_same_tuning(of_four / f"{name}-{mode}", alone / name)
+
+
+@pytest.mark.soak
+def test_in_the_other_modes_too_four_processes_tune_a_part_as_one_does(tmp_path: Path) -> None:
+    others = {(name, mode) for name in TUNED for mode in ("ddp", "sdp", "fsdp") if mode not in TUNED_MODES[name]}
+    for name, words in TUNED.items():
+        run(tmp_path / name, *UNEVEN, *words)
+    splits = {"nf4": ()}
+    todo = [
+        {
+            "output": str(tmp_path / f"{name}-{mode}"),
+            "overrides": [*UNEVEN, *TUNED[name], *MODES[mode], *splits.get(name, (SPLIT,))],
+        }
+        for name, mode in sorted(others)
+    ]
+    run_ranks(4, f"{WORK}:runs", todo=todo)
+    for name, mode in others:
+        assert_same_tuning(tmp_path / f"{name}-{mode}", tmp_path / name)
+
+
+def assert_same_tuning(output: Path, alone: Path) -> None:
+    """The same curve, and the same weights of what trained."""
+    assert_same_curve(output, alone, steps=10)
+    expected, found = weights(alone / "epoch1"), weights(output / "epoch1")
     assert found.keys() == expected.keys()
     for parameter, tensor in found.items():
         torch.testing.assert_close(tensor, expected[parameter], rtol=1e-3, atol=1e-4)
