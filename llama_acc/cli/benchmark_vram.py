@@ -97,8 +97,13 @@ def benchmark_vram(
         Path | None, typer.Option("--data-json", metavar="FILE", help="A run's data.json: predict its GPU-hours.")
     ] = None,
     kind: Annotated[
-        str, typer.Option("--kind", metavar="NAME", help="Kind of GPU of the GPU-hours; `list` shows all.")
-    ] = "a100-80gb",
+        str | None,
+        typer.Option(
+            "--kind",
+            metavar="NAME",
+            help="Whether it fits on this kind of GPU, and its GPU-hours; `list` shows all.",
+        ),
+    ] = None,
     efficiency: Annotated[
         float, typer.Option("--efficiency", metavar="F", min=0.01, max=1.0, help="Share of its rate that is reached.")
     ] = 0.4,
@@ -139,8 +144,8 @@ def benchmark_vram(
         return _sweep(request, sweep, plot, as_json)
     if measure:
         return _measure(request, device, tolerance, as_json)
-    if data is not None:
-        return _hours(request, data, kind, efficiency, as_json)
+    if data is not None or kind is not None:
+        return _hours(request, data, kind or "a100-80gb", efficiency, as_json)
     return _predict(request, plot, as_json)
 
 
@@ -294,33 +299,55 @@ def _device_name(device: Any) -> str:
     return device_name(device)
 
 
-def _hours(request: "Request", data: Path, kind: str, efficiency: float, as_json: bool) -> None:
+def _hours(request: "Request", data: Path | None, kind: str, efficiency: float, as_json: bool) -> None:
+    """Whether a run fits on a kind of GPU, and how long it takes there."""
     from llama_acc.core.vram import gpus
-    from llama_acc.core.vram.hours import gpu_hours, read_texts, work_of
+    from llama_acc.core.vram.hours import assumed_texts, gpu_hours, read_texts, work_of
+    from llama_acc.core.vram.predict import predict
     from llama_acc.core.vram.published import published_hours
     from llama_acc.core.vram.request import setup_of
 
-    chosen, texts, setup = gpus.kind(kind), read_texts(data), setup_of(request)
+    chosen, setup = gpus.kind(kind), setup_of(request)
+    texts = assumed_texts(max(setup.lengths)) if data is None else read_texts(data)
+    console.working("predicting the memory")
+    usage = predict(setup).training
+    fits = usage.total <= chosen.memory
+    if not as_json:
+        verdict = "it fits" if fits else "it does not fit; try --tuning, --quantize nf4, or --gpus N with fsdp"
+        console.pairs(
+            [("memory", f"{_gib(usage.total)} GiB of {_gib(chosen.memory)} on each {kind}: {verdict}")],
+            console.out,
+            len("GPU-hours"),
+        )
+    console.working("counting the work")
     epochs = setup.recipe.train.epochs
     hours = gpu_hours(work_of(setup), texts, epochs, chosen, efficiency)
     published = published_hours()
     if as_json:
         found = {
             "published": published,
+            "memory": usage.total,
+            "fits": fits,
             "gpu_hours": hours,
             "kind": kind,
             "efficiency": efficiency,
             "epochs": epochs,
             "items": texts.items,
+            "lengths_from": texts.origin,
         }
         return _print_json({**_setup_json(setup), **found})
+    anywhere = "" if fits else ", where it fits"
     console.pairs(
         [
             (
                 "data",
                 f"{count_text(texts.items, 'item')}, {texts.tokens:,.0f} tokens, {count_text(float(epochs), 'epoch')}",
             ),
-            ("GPU-hours", f"{hours:.3g} at {efficiency:.0%} of {chosen.bf16 / 1e12:g} TFLOP/s ({kind}; bf16, dense)"),
+            ("lengths", texts.origin),
+            (
+                "GPU-hours",
+                f"{hours:.3g} at {efficiency:.0%} of {chosen.bf16 / 1e12:g} TFLOP/s ({kind}; bf16, dense){anywhere}",
+            ),
             ("time", f"{console.duration(3600 * hours / setup.world_size)} on {setup.world_size} of them"),
         ],
         console.out,

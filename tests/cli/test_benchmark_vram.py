@@ -93,7 +93,22 @@ def test_gpu_hours_of_a_data_set(tmp_path: Path) -> None:
     shown = invoke(*flags[:-1], "--efficiency", "0.5").stdout
     assert table(shown)["LLaMA2-Accessory"][-1] == "88"
     assert "h100-80gb" in invoke("benchmark-vram", "--kind", "list").stdout
+    assert "counted with template not said and tokenizer not said" in shown
     refused(invoke(*flags, "--kind", "a100"), "unknown kind of GPU 'a100'", "a100-80gb")
+
+
+def test_a_named_gpu_is_asked_whether_it_fits_before_the_hours_of_a_stated_assumption() -> None:
+    found = json.loads(invoke(*RUN, "--kind", "h100-80gb", "--json").stdout)
+    one = json.loads(invoke(*RUN, "--json").stdout)
+    assert (found["memory"], found["fits"]) == (one["training"]["total"], True)
+    length = one["lengths"][0]
+    assert found["lengths_from"].startswith(f"assumed: 1,000 items of {length:,} tokens, all trained; --data-json")
+    rate = 989e12 * found["efficiency"]
+    documents = 1000 * found["epochs"] / len(one["lengths"])
+    assert found["gpu_hours"] == pytest.approx(one["flops"] * documents / rate / 3600, rel=0.02)
+    shown = invoke(*RUN, "--kind", "h100-80gb").stdout
+    assert shown.startswith("memory ")
+    assert "of 80.00 on each h100-80gb: it fits" in shown
 
 
 @pytest.mark.parametrize(

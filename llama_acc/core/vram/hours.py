@@ -8,6 +8,7 @@ from typing import Any
 
 from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import read_object
+from llama_acc.core.recipe import Recipe
 from llama_acc.core.vram.gpus import Kind
 from llama_acc.core.vram.simulation import Setup, simulate_training
 
@@ -46,12 +47,20 @@ class Texts:
         tokens: of all of them.
         labels: tokens that are trained.
         squares: sum of the squared lengths.
+        origin: where these numbers are from, in words: lengths are those of a template and a tokenizer, or assumed.
     """
 
     items: int
     tokens: float
     labels: float
     squares: float
+    origin: str = ""
+
+
+def assumed_texts(length: int, items: int = 1000) -> Texts:
+    """Documents that are all as long as they may be, every token of them trained, where no data is named."""
+    origin = f"assumed: {items:,} items of {length:,} tokens, all trained; --data-json FILE takes those of your data"
+    return Texts(items, items * length, items * length, float(items * length**2), origin)
 
 
 def work_of(setup: Setup) -> Work:
@@ -81,12 +90,23 @@ def read_texts(path: Path) -> Texts:
     try:
         report = read_object(path)
         squares = report["items"] * _mean_square(report["lengths"])
-        return Texts(report["items"], report["tokens"], report["label_tokens"], squares)
+        return Texts(report["items"], report["tokens"], report["label_tokens"], squares, _origin(path, report))
     except (UserError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path} is not the data.json of a run: {error}",
             "`llama-acc finetune --dry-run --output DIR` writes one",
         ) from None
+
+
+def _origin(path: Path, report: Mapping[str, Any]) -> str:
+    """With which template and tokenizer the lengths were counted, as far as the run's folder says."""
+    template, recipe = report.get("template"), path.with_name("recipe.yaml")
+    names = template if isinstance(template, list) else [template or "not said"]
+    tokenizer = "not said"
+    if recipe.is_file():
+        model = Recipe.load(recipe).model
+        tokenizer = str(model.tokenizer or ", ".join(map(str, model.pretrained_list())) or "not said")
+    return f"{path}, counted with template {', '.join(names)} and tokenizer {tokenizer}; others give other lengths"
 
 
 def _mean_square(lengths: Mapping[str, Any]) -> float:
