@@ -30,7 +30,7 @@ from tasks import (
 
 from llama_acc import load_model
 from llama_acc.core.checkpoint.layout import inspect, read_config
-from llama_acc.core.checkpoint.shards import fill, read_weights
+from llama_acc.core.checkpoint.load import fill, read_weights
 from llama_acc.core.data.batches import MicroBatch
 from llama_acc.core.device import prepare_cpu
 from llama_acc.core.generation import Generator, Sampling

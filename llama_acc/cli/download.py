@@ -136,7 +136,7 @@ def _fetch(names: list[str], to: Path | None, token: str | None, as_json: bool) 
 
 def _finish(done: "Downloaded", progress: "Progress") -> Path | None:
     """Add a checkpoint's meta.json, and convert data that `finetune` cannot read as it is; the converted file."""
-    from llama_acc.core.checkpoint.files import write_text_whole
+    from llama_acc.core.atomic import write_text_whole
     from llama_acc.core.downloads import converted_file
 
     entry = done.request.entry

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from llama_acc.core.atomic import write_text_whole
 from llama_acc.core.catalogue import (
     Entry,
     File,
@@ -27,7 +28,6 @@ from llama_acc.core.catalogue import (
     parse_address,
     without_secrets,
 )
-from llama_acc.core.checkpoint.files import write_text_whole
 from llama_acc.core.errors import UserError, did_you_mean, listed
 from llama_acc.core.home import home
 

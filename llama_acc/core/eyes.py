@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llama_acc.core.checkpoint.fingerprint import fingerprint
-from llama_acc.core.checkpoint.shards import Weights, fill_tower
+from llama_acc.core.checkpoint.adapter import fingerprint
+from llama_acc.core.checkpoint.load import Weights, fill_tower
 from llama_acc.core.data.images import normalised
 from llama_acc.core.model.transformer import Transformer
 from llama_acc.core.model.vision import Tower, initialise_tower, tower_on_meta

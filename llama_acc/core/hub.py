@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from llama_acc import __version__
+from llama_acc.core.atomic import sync
 from llama_acc.core.catalogue import File, HubAddress, Kind, WebAddress, catalogue, parse_address
-from llama_acc.core.checkpoint.files import sync
 from llama_acc.core.downloads import (
     INCOMING,
     RECORD,

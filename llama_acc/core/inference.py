@@ -7,11 +7,11 @@ from typing import Literal
 
 import torch
 
-from llama_acc.core.checkpoint.base import check_base, read_base
-from llama_acc.core.checkpoint.files import check_checkpoint
+from llama_acc.core.atomic import check_checkpoint
+from llama_acc.core.checkpoint.adapter import check_base, read_base
 from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config, without_towers
-from llama_acc.core.checkpoint.quantised import read_quantization
-from llama_acc.core.checkpoint.shards import check_tensors, fill, main_dtype, read_weights, with_rows
+from llama_acc.core.checkpoint.load import check_tensors, fill, main_dtype, read_weights, with_rows
+from llama_acc.core.checkpoint.quantized import read_quantization
 from llama_acc.core.checkpoint.towers import check_tower
 from llama_acc.core.data.templates import KINDS, PromptFormat, format_for, template_of_folder
 from llama_acc.core.device import pick_device

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llama_acc.core.agent import ending_in, how_it_ended
-from llama_acc.core.checkpoint.files import check_manifest
+from llama_acc.core.atomic import check_manifest
 from llama_acc.core.checkpoint.layout import latest_checkpoint
 from llama_acc.core.launch import Launch
 from llama_acc.core.worker import first_host, join_slurm, world_size

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llama_acc.core.checkpoint.layout import inspect, read_config
-from llama_acc.core.checkpoint.shards import check_tensors, fill, read_weights
+from llama_acc.core.checkpoint.load import check_tensors, fill, read_weights
 from llama_acc.core.eyes import Eyes, open_eyes
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.transformer import Transformer, build_on_meta

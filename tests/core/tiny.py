@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llama_acc.core.checkpoint.layout import Layout, inspect, read_config
-from llama_acc.core.checkpoint.shards import fill, read_weights
+from llama_acc.core.checkpoint.load import fill, read_weights
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import Transformer, build_on_meta, initialise

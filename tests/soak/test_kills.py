@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llama_acc.core.checkpoint.files import check_manifest
+from llama_acc.core.atomic import check_manifest
 from tests.cli.commands import lines_of, metrics, run, start, wait_until
 
 _KILLS = 12

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llama_acc.core.checkpoint.parts import Part, blocks_of
+from llama_acc.core.checkpoint.lazy import Part, blocks_of
 
 _BLOCK_BYTES = 16 << 20
 

@@ -1,6 +1,6 @@
 """One checkpoint layout into another, a few megabytes at a time, and read back to be sure.
 
-`convert` reads any layout at any model-parallel size (see shards.py), so there is one way through: the whole parameters
+`convert` reads any layout at any model-parallel size (see load.py), so there is one way through: the whole parameters
 are known as parts of mapped files; every file to be made takes its share of each of them, in turn, tensor by tensor.
 The new folder appears when all of it was read back and compared, or not at all.
 """
@@ -8,6 +8,7 @@ The new folder appears when all of it was read back and compared, or not at all.
 from collections.abc import Callable
 from pathlib import Path
 
+from llama_acc.core.atomic import whole_folder
 from llama_acc.core.checkpoint.conversion.found import find
 from llama_acc.core.checkpoint.conversion.plan import Plan
 from llama_acc.core.checkpoint.conversion.proof import compare_merged, read_back
@@ -19,7 +20,6 @@ from llama_acc.core.checkpoint.conversion.request import (
     check_request,
 )
 from llama_acc.core.checkpoint.conversion.writing import write_description, write_weights
-from llama_acc.core.checkpoint.files import whole_folder
 from llama_acc.core.checkpoint.save import free_bytes
 from llama_acc.core.errors import UserError
 from llama_acc.core.units import size_text

@@ -322,7 +322,7 @@ def _has_tensors_of(vision: Vision, layouts: Sequence[Layout], dim: int) -> bool
 
     LLaMA2-Accessory writes `trainable_mode` also where it built no encoder (with_visual=False).
     """
-    from llama_acc.core.checkpoint.shards import open_checkpoint  # needs torch
+    from llama_acc.core.checkpoint.load import open_checkpoint  # needs torch
 
     parts = vision.part_shapes(dim, 1)
     names = {name for layout in layouts for name in open_checkpoint(layout).tensors}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llama_acc.core.checkpoint.computed import merged, read_block
-from llama_acc.core.checkpoint.parts import Part
+from llama_acc.core.checkpoint.lazy import Part
 from llama_acc.core.model.attention import DocumentAttention
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.norm import RMSNorm

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from llama_acc.core.checkpoint.computed import Computed
-from llama_acc.core.checkpoint.parts import Part
-from llama_acc.core.checkpoint.quantised import Packed, quantised
+from llama_acc.core.checkpoint.lazy import Part
+from llama_acc.core.checkpoint.quantized import Packed, quantised
 from llama_acc.core.model.nf4 import empty_scales, packed_shape
 
 _CPU = torch.device("cpu")

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_acc.core.checkpoint.files import check_manifest
+from llama_acc.core.atomic import check_manifest
 from llama_acc.core.checkpoint.layout import inspect
-from llama_acc.core.checkpoint.parts import Part
-from llama_acc.core.checkpoint.shards import Weights, join_shards, open_safetensors, read_weights, share_of
+from llama_acc.core.checkpoint.lazy import Part
+from llama_acc.core.checkpoint.load import Weights, join_shards, open_safetensors, read_weights, share_of
 from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import read_object
 from llama_acc.core.parallel import Parallel, local_part

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama_acc.core.checkpoint.files import (
+from llama_acc.core.atomic import (
     abandon_folder,
     aside_of,
     begin_folder,

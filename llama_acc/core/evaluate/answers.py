@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama_acc.core.batch_generation import encode_question, generate_batch
-from llama_acc.core.checkpoint.fingerprint import fingerprint
+from llama_acc.core.checkpoint.adapter import fingerprint
 from llama_acc.core.checkpoint.layout import inspect, locate
-from llama_acc.core.checkpoint.shards import read_weights
+from llama_acc.core.checkpoint.load import read_weights
 from llama_acc.core.data.readers import read_bytes
 from llama_acc.core.errors import DataError, UserError
 from llama_acc.core.evaluate.json_lines import parse_objects

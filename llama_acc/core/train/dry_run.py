@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from llama_acc.core.checkpoint.files import check_checkpoint
+from llama_acc.core.atomic import check_checkpoint
 from llama_acc.core.device import free_memory, pick_device, prepare_cpu
 from llama_acc.core.parallel import Parallel
 from llama_acc.core.recipe import Recipe

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama_acc.core.checkpoint.files import remove, remove_unfinished, write_text_whole
+from llama_acc.core.atomic import remove, remove_unfinished, write_text_whole
 from llama_acc.core.checkpoint.layout import latest_checkpoint
 from llama_acc.core.checkpoint.save import checkpoints, saved_step
 from llama_acc.core.errors import UserError

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from llama_acc.core.checkpoint.files import remove, write_text_whole, write_whole
+from llama_acc.core.atomic import remove, write_text_whole, write_whole
 
 Metrics = dict[str, Any]
 _OF_A_STEP = ("loss", "lr", "tokens", "tokens_per_second", "peak_memory_gib")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llama_acc.core.checkpoint.base import TrainedQuantised
+from llama_acc.core.checkpoint.adapter import TrainedQuantised
 from llama_acc.core.checkpoint.layout import Layout
 from llama_acc.core.checkpoint.save import DTYPES, free_bytes, needed_bytes
 from llama_acc.core.data.dataset import Dataset

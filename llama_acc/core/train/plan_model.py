@@ -4,11 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from llama_acc.core.catalogue import is_address
-from llama_acc.core.checkpoint.base import check_base
+from llama_acc.core.checkpoint.adapter import check_base
 from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config, without_towers
-from llama_acc.core.checkpoint.quantised import read_quantization
+from llama_acc.core.checkpoint.load import read_weights, with_rows
+from llama_acc.core.checkpoint.quantized import read_quantization
 from llama_acc.core.checkpoint.save import DTYPES
-from llama_acc.core.checkpoint.shards import read_weights, with_rows
 from llama_acc.core.data.sources import resolve_data_path, resolve_image_root
 from llama_acc.core.errors import UserError
 from llama_acc.core.home import home

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llama_acc.core.checkpoint.layout import Layout
+from llama_acc.core.checkpoint.load import Weights, check_tensors, read_weights
 from llama_acc.core.checkpoint.save import checkpoints, free_bytes
-from llama_acc.core.checkpoint.shards import Weights, check_tensors, read_weights
 from llama_acc.core.checkpoint.towers import check_tower
 from llama_acc.core.data.cache import EntryStore
 from llama_acc.core.errors import UserError

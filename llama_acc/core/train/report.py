@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from llama_acc.core.checkpoint.files import write_text_whole
+from llama_acc.core.atomic import write_text_whole
 from llama_acc.core.train.metrics import Metrics, draw_loss, read_metrics
 from llama_acc.core.train.plan import Plan
 from llama_acc.core.units import count_text

@@ -11,11 +11,11 @@ from typing import TypeVar
 
 import torch
 
-from llama_acc.core.checkpoint.base import BASE_FILE
-from llama_acc.core.checkpoint.files import check_checkpoint
+from llama_acc.core.atomic import check_checkpoint
+from llama_acc.core.checkpoint.adapter import BASE_FILE
 from llama_acc.core.checkpoint.layout import latest_checkpoint
+from llama_acc.core.checkpoint.load import Weights, check_tensors
 from llama_acc.core.checkpoint.resume import SavedState, saved_masters
-from llama_acc.core.checkpoint.shards import Weights, check_tensors
 from llama_acc.core.data.cache import EntryStore
 from llama_acc.core.data.handing_on import hand_on, taken_over
 from llama_acc.core.device import pick_device

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llama_acc.core.checkpoint.fingerprint import base_fingerprint
+from llama_acc.core.checkpoint.adapter import base_fingerprint
 from llama_acc.core.checkpoint.resume import FORMAT_VERSION, read_progress
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.input_files import read_object

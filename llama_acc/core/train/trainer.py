@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama_acc.core.checkpoint.base import BASE_FILE, Base, base_of
+from llama_acc.core.checkpoint.adapter import BASE_FILE, Base, base_of
+from llama_acc.core.checkpoint.load import Weights, load_parameters
 from llama_acc.core.checkpoint.resume import FORMAT_VERSION, SavedState, read_progress, restore_rng, rng_state
 from llama_acc.core.checkpoint.save import Rows, Snapshot
-from llama_acc.core.checkpoint.shards import Weights, load_parameters
 from llama_acc.core.data.batches import (
     MicroBatch,
     build,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from llama_acc.core.atomic import check_checkpoint
 from llama_acc.core.checkpoint.convert import Converted, Request, Target, convert
-from llama_acc.core.checkpoint.files import check_checkpoint
 from llama_acc.core.checkpoint.layout import inspect
-from llama_acc.core.checkpoint.shards import read_weights
+from llama_acc.core.checkpoint.load import read_weights
 from llama_acc.core.data.templates import TEMPLATES
 from llama_acc.core.errors import RunError, UserError
 from llama_acc.core.inference import load_model

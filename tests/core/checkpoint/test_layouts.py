@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from llama_acc.core.checkpoint.layout import inspect, read_config
-from llama_acc.core.checkpoint.parts import Part, Piece
-from llama_acc.core.checkpoint.shards import Weights, check_tensors, read_weights
+from llama_acc.core.checkpoint.lazy import Part, Piece
+from llama_acc.core.checkpoint.load import Weights, check_tensors, read_weights
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
 from tests.core.checkpoint.folders import (

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from llama_acc.core.checkpoint.layout import inspect, read_config
-from llama_acc.core.checkpoint.shards import check_tensors, fill, read_weights
+from llama_acc.core.checkpoint.load import check_tensors, fill, read_weights
 from llama_acc.core.model.transformer import build_on_meta, quantise_on_meta
 
 def status(key):

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llama_acc.core.checkpoint.layout import inspect
-from llama_acc.core.checkpoint.shards import check_tensors, open_shard, read_weights
+from llama_acc.core.checkpoint.load import check_tensors, open_shard, read_weights
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.vision_config import ClipVision, Vision
 from tests.core.accessory import ACCESSORY, weights_by_rule

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_acc.core.checkpoint.base import read_base
+from llama_acc.core.checkpoint.adapter import read_base
 from llama_acc.core.checkpoint.layout import inspect
-from llama_acc.core.checkpoint.quantised import QuantisedPart, quantised, read_quantization
-from llama_acc.core.checkpoint.shards import read_weights
+from llama_acc.core.checkpoint.load import read_weights
+from llama_acc.core.checkpoint.quantized import QuantisedPart, quantised, read_quantization
 from llama_acc.core.errors import UserError
 from llama_acc.core.model import nf4
 from tests.core.checkpoint.folders import GROUPED, state, write_consolidated

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llama_acc.core.atomic import check_manifest
 from llama_acc.core.checkpoint import save
-from llama_acc.core.checkpoint.files import check_manifest
 from llama_acc.core.checkpoint.layout import latest_checkpoint
 from llama_acc.core.checkpoint.resume import read_progress, rng_state
 from llama_acc.core.checkpoint.save import (

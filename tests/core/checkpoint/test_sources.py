@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llama_acc.core.checkpoint.convert import Converted, Request, convert
 from llama_acc.core.checkpoint.layout import inspect, read_config
-from llama_acc.core.checkpoint.shards import main_dtype, read_weights
+from llama_acc.core.checkpoint.load import main_dtype, read_weights
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig, config_from_params
 from llama_acc.core.model.tuning import Tuning
@@ -319,7 +319,7 @@ def test_a_key_that_changes_nothing_is_accepted_and_one_that_does_is_refused_by_
 
 
 def test_a_vocabulary_left_open_is_the_embeddings_rows(tmp_path: Path) -> None:
-    from llama_acc.core.checkpoint.shards import with_rows
+    from llama_acc.core.checkpoint.load import with_rows
 
     open_shape = ModelConfig(64, 1, 4)
     weights = read_weights([inspect(write_meta(tmp_path / "base", state(SMALL), config=SMALL))])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_acc.core.checkpoint.parts import blocks_of
+from llama_acc.core.checkpoint.lazy import blocks_of
 from llama_acc.core.checkpoint.tensor_files import (
     Spec,
     lay_out_pth,

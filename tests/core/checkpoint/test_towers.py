@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llama_acc.core.checkpoint.fingerprint import fingerprint
+from llama_acc.core.checkpoint.adapter import fingerprint
 from llama_acc.core.checkpoint.layout import inspect, read_config, without_towers
-from llama_acc.core.checkpoint.shards import check_tensors, read_weights
+from llama_acc.core.checkpoint.load import check_tensors, read_weights
 from llama_acc.core.checkpoint.towers import tower_name, tower_of
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.vision_config import ClipVision, QFormerVision

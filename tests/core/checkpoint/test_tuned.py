@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_acc.core.checkpoint.base import Base
+from llama_acc.core.checkpoint.adapter import Base
 from llama_acc.core.checkpoint.convert import Converted, Request, convert
 from llama_acc.core.checkpoint.layout import inspect, read_config
-from llama_acc.core.checkpoint.shards import read_weights
+from llama_acc.core.checkpoint.load import read_weights
 from llama_acc.core.errors import RunError, UserError
 from llama_acc.core.inference import load_model
 from llama_acc.core.model import nf4
@@ -289,7 +289,7 @@ def test_a_quantised_base_is_saved_and_read(skip: tuple[str, ...], tmp_path: Pat
     shapes = config.parameter_shapes()
     fewer = sum(4 * shapes[name][0] * shapes[name][1] - nf4.nbytes(*shapes[name]) for name in config.quantisable(skip))
     assert sizes[0] - sizes[1] == pytest.approx(fewer, rel=0.05)
-    from llama_acc.core.checkpoint.fingerprint import base_fingerprint
+    from llama_acc.core.checkpoint.adapter import base_fingerprint
 
     known = {base_fingerprint([inspect(folder)], config) for folder in (source, tmp_path / "small")}
     assert len(known) == 1

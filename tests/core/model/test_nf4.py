@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llama_acc.core.checkpoint.shards import Weights, fill, load_parameters
+from llama_acc.core.checkpoint.load import Weights, fill, load_parameters
 from llama_acc.core.errors import UserError
 from llama_acc.core.model import nf4
 from llama_acc.core.model.config import ModelConfig

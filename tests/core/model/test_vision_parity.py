@@ -63,7 +63,7 @@ def huggingface_llama(model: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from llama_acc.core.checkpoint.huggingface import huggingface_config, huggingface_name, rotated_heads
-    from llama_acc.core.checkpoint.parts import Part
+    from llama_acc.core.checkpoint.lazy import Part
 
     base = model.config.base()
     config = huggingface_config(base, "float32", False, {})

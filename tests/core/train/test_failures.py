@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from llama_acc.core.checkpoint.files import check_manifest
+from llama_acc.core.atomic import check_manifest
 from llama_acc.core.errors import RunError, UserError
 from llama_acc.core.train.folder import RunFolder
 from tests.core.train.runs import losses, metrics, names, run, saved_weights

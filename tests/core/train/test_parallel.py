@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llama_acc.core.checkpoint.files import check_manifest
+from llama_acc.core.atomic import check_manifest
 from llama_acc.core.checkpoint.layout import inspect
-from llama_acc.core.checkpoint.shards import read_weights
+from llama_acc.core.checkpoint.load import read_weights
 from llama_acc.core.errors import UserError
 from llama_acc.core.parallel import check_world
 from tests.core.ranks import run_ranks

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_acc.core.checkpoint.files import check_manifest
+from llama_acc.core.atomic import check_manifest
 from llama_acc.core.data.batches import MicroBatch
 from llama_acc.core.errors import RunError
 from llama_acc.core.model.transformer import Transformer

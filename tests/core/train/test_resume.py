@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llama_acc.core.checkpoint.files import write_manifest
+from llama_acc.core.atomic import write_manifest
 from llama_acc.core.errors import UserError
 from llama_acc.core.train.events import Quiet
 from llama_acc.core.train.interrupt import Interrupted

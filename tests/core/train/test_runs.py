@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from llama_acc.core.checkpoint.files import check_manifest
+from llama_acc.core.atomic import check_manifest
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.events import Quiet
 from tests.core.tiny import document_logits, loaded_model

@@ -139,8 +139,8 @@ def test_what_was_trained_alone_is_put_on_its_base_and_on_no_other(base: Path, t
 
 
 def test_the_base_is_known_in_every_layout(base: Path, tmp_path: Path) -> None:
+    from llama_acc.core.checkpoint.adapter import base_fingerprint
     from llama_acc.core.checkpoint.convert import Request, convert
-    from llama_acc.core.checkpoint.fingerprint import base_fingerprint
     from llama_acc.core.checkpoint.layout import inspect
     from tests.core.tiny import SMALL
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llama_acc.core.checkpoint.conversion.request import Request
 from llama_acc.core.checkpoint.convert import convert
 from llama_acc.core.checkpoint.layout import inspect
-from llama_acc.core.checkpoint.shards import read_weights
+from llama_acc.core.checkpoint.load import read_weights
 from llama_acc.core.conversation import generate
 from llama_acc.core.data.images import ImageJob, Transform, pixels
 from llama_acc.core.errors import UserError

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llama_acc.core.checkpoint.base import check_base, check_same_base, is_part, needs_base
+from llama_acc.core.atomic import check_checkpoint
+from llama_acc.core.checkpoint.adapter import check_base, check_same_base, is_part, needs_base
 from llama_acc.core.checkpoint.conversion.request import Request
-from llama_acc.core.checkpoint.files import check_checkpoint
 from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config
-from llama_acc.core.checkpoint.peft_files import check_peft
-from llama_acc.core.checkpoint.shards import Weights, check_tensors, read_weights, with_rows
+from llama_acc.core.checkpoint.load import Weights, check_tensors, read_weights, with_rows
+from llama_acc.core.checkpoint.peft import check_peft
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.tuning import FULL, Tuning, merged_tuning

@@ -5,17 +5,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llama_acc.core.checkpoint.base import read_base
+from llama_acc.core.checkpoint.adapter import read_base
 from llama_acc.core.checkpoint.computed import difference, same_values
 from llama_acc.core.checkpoint.conversion.found import Found
 from llama_acc.core.checkpoint.conversion.request import Request
 from llama_acc.core.checkpoint.huggingface import huggingface_name, rotated_heads
 from llama_acc.core.checkpoint.layout import says_context
+from llama_acc.core.checkpoint.lazy import Part
+from llama_acc.core.checkpoint.load import Weights, main_dtype
 from llama_acc.core.checkpoint.merge import merged_source
-from llama_acc.core.checkpoint.parts import Part
-from llama_acc.core.checkpoint.peft_files import PEFT_FILE, peft_name
+from llama_acc.core.checkpoint.peft import PEFT_FILE, peft_name
 from llama_acc.core.checkpoint.quantiser import Quantiser
-from llama_acc.core.checkpoint.shards import Weights, main_dtype
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.sharding import check_divides, local_shape, split_dimension

@@ -10,9 +10,9 @@ import torch
 from llama_acc.core.checkpoint.computed import read_block, rounded, same_values
 from llama_acc.core.checkpoint.conversion.plan import Plan
 from llama_acc.core.checkpoint.layout import inspect, read_config
+from llama_acc.core.checkpoint.lazy import Part, blocks_of
+from llama_acc.core.checkpoint.load import open_checkpoint, open_safetensors
 from llama_acc.core.checkpoint.merge import MERGE_TOLERANCE, MergeError, merge_error
-from llama_acc.core.checkpoint.parts import Part, blocks_of
-from llama_acc.core.checkpoint.shards import open_checkpoint, open_safetensors
 from llama_acc.core.errors import RunError, listed
 from llama_acc.core.model.config import ModelConfig
 

@@ -8,17 +8,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_acc.core.checkpoint.base import BASE_FILE, read_base
+from llama_acc.core.checkpoint.adapter import BASE_FILE, base_fingerprint, read_base
 from llama_acc.core.checkpoint.companions import companions, special_ids, tokenizer_of
 from llama_acc.core.checkpoint.computed import read_block
 from llama_acc.core.checkpoint.conversion.plan import Entry, Plan
-from llama_acc.core.checkpoint.fingerprint import base_fingerprint
 from llama_acc.core.checkpoint.hf_tokenizer import write_tokenizer
 from llama_acc.core.checkpoint.huggingface import INDEX_FILE, huggingface_config
 from llama_acc.core.checkpoint.layout import inspect, locate
-from llama_acc.core.checkpoint.parts import blocks_of
-from llama_acc.core.checkpoint.peft_files import peft_config
-from llama_acc.core.checkpoint.quantised import QUANTIZATION_FILE, Quantization
+from llama_acc.core.checkpoint.lazy import blocks_of
+from llama_acc.core.checkpoint.peft import peft_config
+from llama_acc.core.checkpoint.quantized import QUANTIZATION_FILE, Quantization
 from llama_acc.core.checkpoint.tensor_files import (
     Spec,
     lay_out_pth,

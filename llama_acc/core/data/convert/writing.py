@@ -12,7 +12,7 @@ from typing import IO, NamedTuple, cast
 
 import msgspec
 
-from llama_acc.core.checkpoint.files import sync
+from llama_acc.core.atomic import sync
 from llama_acc.core.data.convert.rules import Malformed, Record
 from llama_acc.core.data.files import data_suffix
 from llama_acc.core.errors import RunError, UserError

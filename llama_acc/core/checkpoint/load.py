@@ -12,9 +12,9 @@ from torch import Tensor
 from llama_acc.core.checkpoint.computed import same_values
 from llama_acc.core.checkpoint.huggingface import meta_name, read_huggingface, rotated_heads
 from llama_acc.core.checkpoint.layout import Layout, check_order, shape_notes
+from llama_acc.core.checkpoint.lazy import Part, Piece
 from llama_acc.core.checkpoint.open_clip import from_open_clip, names_of_open_clip
-from llama_acc.core.checkpoint.parts import Part, Piece
-from llama_acc.core.checkpoint.quantised import QUANTIZATION_FILE, quantised, quantised_parts, read_quantization
+from llama_acc.core.checkpoint.quantized import QUANTIZATION_FILE, quantised, quantised_parts, read_quantization
 from llama_acc.core.checkpoint.towers import tower_name
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.model.config import ModelConfig, is_matrix, is_within

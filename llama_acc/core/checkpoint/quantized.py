@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llama_acc.core.checkpoint.computed import Computed
-from llama_acc.core.checkpoint.parts import Part
+from llama_acc.core.checkpoint.lazy import Part
 from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import read_object
 from llama_acc.core.model import nf4

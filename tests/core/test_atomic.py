@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_acc.core.checkpoint.files import (
+from llama_acc.core.atomic import (
     check_manifest,
     remove_unfinished,
     sha256_of,

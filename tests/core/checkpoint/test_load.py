@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llama_acc.core.checkpoint.layout import inspect
-from llama_acc.core.checkpoint.shards import Weights, check_tensors, fill, open_shard, read_weights
+from llama_acc.core.checkpoint.load import Weights, check_tensors, fill, open_shard, read_weights
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import Transformer, build_on_meta
