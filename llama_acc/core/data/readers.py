@@ -177,6 +177,8 @@ def data_files(path: str | Path) -> list[Path]:
             raise UserError(f"no data files in {path}", f"it should hold {', '.join(SUFFIXES)} files")
         return inside
     if path.exists():
+        if not path.is_file() and not path.is_fifo():
+            raise UserError(f"cannot read {path}: it is a device or a socket, not a file")
         return [path]
     if glob.has_magic(str(path)):
         matches = [Path(f) for f in sorted(glob.glob(str(path), recursive=True)) if Path(f).is_file()]
