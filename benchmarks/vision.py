@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from llama_acc.core.data.batches import MicroBatch
-from llama_acc.core.eyes import open_eyes
+from llama_acc.core.generate.vision_encoder import load_vision_encoder
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.config import ModelConfig, named_size
 from llama_acc.core.model.transformer import Transformer, build_on_meta, initialise
@@ -96,16 +96,16 @@ def measured(setup: Setup, what: str) -> int:
                 tensor.zero_()
 
     parts = assemble(setup.recipe, setup.config, Parallel(), "cuda", zeros)
-    eyes = open_eyes(parts.model, None, device)
-    assert eyes is not None
-    pixels = torch.zeros((1, 3, *[eyes.vision.image_size] * 2), dtype=torch.uint8)
+    encoder = load_vision_encoder(parts.model, None, device)
+    assert encoder is not None
+    pixels = torch.zeros((1, 3, *[encoder.vision.image_size] * 2), dtype=torch.uint8)
     if what == "training":
         batch = with_images(empty_batch(setup.lengths), parts.model)
         for _ in range(2):
-            seen = replace(batch, inputs=eyes.encode(pixels))
+            seen = replace(batch, inputs=encoder.encode(pixels))
             train_step(parts.model, parts.optimizer, parts.data_parallel, [seen], TOKENS, 0.0, device).loss.item()
     else:
-        generate(parts.model.requires_grad_(False), eyes.encode(pixels), device)
+        generate(parts.model.requires_grad_(False), encoder.encode(pixels), device)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_reserved(device)
 

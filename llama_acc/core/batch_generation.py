@@ -108,9 +108,9 @@ def _images(loaded: LoadedModel, running: Sequence["_Sequence"], tokens: Tensor)
     owners = [number for number, sequence in enumerate(running) for _ in sequence.images]
     if not owners:
         return None
-    assert loaded.eyes is not None
+    assert loaded.vision_encoder is not None
     pixels = np.stack([pixels for sequence in running for pixels in sequence.images])
-    inputs = loaded.eyes.encode(torch.from_numpy(pixels))
+    inputs = loaded.vision_encoder.encode(torch.from_numpy(pixels))
     return Images(inputs, (tokens < 0).nonzero().flatten().to(loaded.device), owners)
 
 

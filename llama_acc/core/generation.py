@@ -70,7 +70,7 @@ class _Past:
     """What a model has seen of one conversation: its keys and values."""
 
     def __init__(self, loaded: LoadedModel) -> None:
-        self.model, self.device, self.eyes = loaded.model, loaded.device, loaded.eyes
+        self.model, self.device, self.vision_encoder = loaded.model, loaded.device, loaded.vision_encoder
         self.cache = KVCache(loaded.model.config.n_layers)
 
     @torch.inference_mode()
@@ -86,8 +86,8 @@ class _Past:
         self.cache.truncate(keep)
         images = None
         if count:
-            assert self.eyes is not None
-            inputs = self.eyes.inputs(count, partial(self._encoded, pixels))
+            assert self.vision_encoder is not None
+            inputs = self.vision_encoder.inputs(count, partial(self._encoded, pixels))
             images = Images(inputs, (feed < 0).nonzero().flatten().to(self.device), [0] * count)
         positions = torch.arange(keep, keep + len(feed), device=self.device)
         tokens = feed.clamp(min=0).to(self.device)
@@ -95,9 +95,9 @@ class _Past:
         return self.model.logits(hidden[-1:])[0]
 
     def _encoded(self, pixels: Tensor | None) -> Tensor:
-        assert self.eyes is not None
+        assert self.vision_encoder is not None
         assert pixels is not None
-        return self.eyes.encode(pixels)
+        return self.vision_encoder.encode(pixels)
 
 
 def follow(loaded: LoadedModel) -> None:
@@ -112,8 +112,8 @@ def follow(loaded: LoadedModel) -> None:
         feed = torch.empty(length, dtype=torch.int64)
         dist.broadcast(feed, 0, group)
         pixels = None
-        if count and loaded.eyes is not None and loaded.eyes.vision.trains_encoder:
-            pixels = torch.empty((count, 3, *[loaded.eyes.vision.image_size] * 2), dtype=torch.uint8)
+        if count and loaded.vision_encoder is not None and loaded.vision_encoder.vision.trains_encoder:
+            pixels = torch.empty((count, 3, *[loaded.vision_encoder.vision.image_size] * 2), dtype=torch.uint8)
             dist.broadcast(pixels, 0, group)
         past.logits(keep, feed, count, pixels)
 
@@ -179,7 +179,11 @@ class Generator:
         if parallel.world_size > 1:
             dist.broadcast(torch.tensor([keep, len(feed), len(images)]), 0, parallel.control)
             dist.broadcast(tokens, 0, parallel.control)
-            if pixels is not None and self._past.eyes is not None and self._past.eyes.vision.trains_encoder:
+            if (
+                pixels is not None
+                and self._past.vision_encoder is not None
+                and self._past.vision_encoder.vision.trains_encoder
+            ):
                 dist.broadcast(pixels, 0, parallel.control)
         logits = self._past.logits(keep, tokens, len(images), pixels)
         self._seen += feed

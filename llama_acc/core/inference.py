@@ -16,7 +16,7 @@ from llama_acc.core.checkpoint.towers import check_tower
 from llama_acc.core.data.templates import KINDS, PromptFormat, format_for, template_of_folder
 from llama_acc.core.device import pick_device
 from llama_acc.core.errors import UserError
-from llama_acc.core.eyes import Eyes, open_eyes
+from llama_acc.core.generate.vision_encoder import VisionEncoder, load_vision_encoder
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.sharding import check_divides
 from llama_acc.core.model.transformer import Transformer, build_on_meta, pack_small, quantise_on_meta
@@ -37,7 +37,7 @@ class LoadedModel:
         template: its prompt format.
         template_from: where that came from, for the user.
         device: where it computes.
-        eyes: what makes of images what it takes; None = it takes none.
+        vision_encoder: encodes images; None = the model takes none.
         notes: where the checkpoint's files disagree and which of them counts, for the user.
     """
 
@@ -46,7 +46,7 @@ class LoadedModel:
     template: PromptFormat
     template_from: str
     device: torch.device
-    eyes: Eyes | None = None
+    vision_encoder: VisionEncoder | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -121,7 +121,7 @@ def load_model(
     fill(model, weights, target, dtype, copy=False)
     if parallel.model_size == 1:
         pack_small(model)
-    return LoadedModel(model, words, *chosen, target, open_eyes(model, weights, target), tuple(notes))
+    return LoadedModel(model, words, *chosen, target, load_vision_encoder(model, weights, target), tuple(notes))
 
 
 def model_on_meta(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llama_acc.core.checkpoint.layout import inspect, read_config
 from llama_acc.core.checkpoint.load import check_tensors, fill, read_weights
-from llama_acc.core.eyes import Eyes, open_eyes
+from llama_acc.core.generate.vision_encoder import VisionEncoder, load_vision_encoder
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.transformer import Transformer, build_on_meta
 from llama_acc.core.model.vision import Images
@@ -33,21 +33,21 @@ class Loaded(NamedTuple):
     """A model, or this process's share of it, and what sees for it."""
 
     model: Transformer
-    eyes: Eyes
+    vision_encoder: VisionEncoder
 
     def features(self) -> Tensor:
         """Of both images; under model parallelism as the process with the tower tells the other."""
 
         def encode() -> Tensor:
-            assert self.eyes.tower is not None
+            assert self.vision_encoder.tower is not None
             with torch.no_grad():
-                return self.eyes.tower(pixels())
+                return self.vision_encoder.tower(pixels())
 
-        return self.eyes.inputs(len(pixels()), encode)
+        return self.vision_encoder.inputs(len(pixels()), encode)
 
     def projected(self) -> Tensor:
         """What is made of the features: between an image's start and end vector, or for the prefix."""
-        sight, positions = self.model.sight, self.eyes.vision.positions
+        sight, positions = self.model.sight, self.vision_encoder.vision.positions
         assert sight is not None
         stream = torch.zeros(2 * positions, self.model.config.dim)
         with torch.no_grad():
@@ -72,7 +72,7 @@ class Loaded(NamedTuple):
         """Of the last three words, [2, 3, V], with the keys and values of what is before them kept."""
         rows = []
         for words, features in self.documents(images):
-            room = len(features) * self.eyes.vision.positions
+            room = len(features) * self.vision_encoder.vision.positions
             whole = torch.cat((words[:1], torch.zeros(room, dtype=torch.int64), words[1:]))
             cache, found = KVCache(self.model.config.n_layers), []
             start = len(whole) - 3
@@ -112,12 +112,12 @@ def load(folder: Path, parallel: Parallel | None = None) -> Loaded:
     check_tensors(weights, config.parameter_shapes(), folder)
     model = build_on_meta(config, torch.float32, parallel)
     fill(model, weights, CPU, torch.float32, copy=True)
-    eyes = open_eyes(model, weights, CPU)
-    assert eyes is not None
-    assert (eyes.tower is None) == bool(parallel.model_rank)
-    if eyes.tower is not None:
+    encoder = load_vision_encoder(model, weights, CPU)
+    assert encoder is not None
+    assert (encoder.tower is None) == bool(parallel.model_rank)
+    if encoder.tower is not None:
         assert not weights.tensors
-    return Loaded(model, eyes)
+    return Loaded(model, encoder)
 
 
 def shared(folders: dict[str, str]) -> dict[str, dict[str, Any]]:

@@ -24,7 +24,7 @@ def pictures(count: int, size: int, seed: int = 0) -> list[np.ndarray[Any, np.dt
 
 def seen_logits(loaded: LoadedModel, words: Sequence[int], count: int) -> dict[str, Any]:
     """Features and logits of words about some images, and how many images a tower was run on in this process."""
-    assert loaded.eyes is not None
+    assert loaded.vision_encoder is not None
     assert loaded.vision is not None
     encoded = 0
 
@@ -32,11 +32,11 @@ def seen_logits(loaded: LoadedModel, words: Sequence[int], count: int) -> dict[s
         nonlocal encoded
         encoded += len(arguments[0])
 
-    if isinstance(loaded.eyes.tower, Tower):
-        loaded.eyes.tower.register_forward_hook(counting)
+    if isinstance(loaded.vision_encoder.tower, Tower):
+        loaded.vision_encoder.tower.register_forward_hook(counting)
     pixels = torch.from_numpy(np.stack(pictures(count, loaded.vision.image_size)))
-    eyes = loaded.eyes
-    inputs = eyes.inputs(count, lambda: eyes.encode(pixels))
+    encoder = loaded.vision_encoder
+    inputs = encoder.inputs(count, lambda: encoder.encode(pixels))
     ids = torch.tensor(with_images(loaded, list(words), count))
     with torch.no_grad():
         images = Images(inputs, (ids < 0).nonzero().flatten(), [0] * count)

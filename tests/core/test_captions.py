@@ -12,7 +12,7 @@ from llama_acc.core.data.image_workers import ImageWorkers
 from llama_acc.core.data.images import ImageJob, Transform, pixels
 from llama_acc.core.data.templates import get_template
 from llama_acc.core.errors import UserError
-from llama_acc.core.eyes import Eyes
+from llama_acc.core.generate.vision_encoder import VisionEncoder
 from llama_acc.core.inference import LoadedModel
 from llama_acc.core.parallel import Parallel
 from llama_acc.core.tokenizer import load_tokenizer
@@ -31,8 +31,8 @@ def seeing(tokenizer_path: Path) -> LoadedModel:
         for name, parameter in model.named_parameters():
             if name.startswith(("vision_encoder", "qformer_proj")) and parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(len(name)))
-    eyes = Eyes(TINY, None, torch.float32, CPU, Parallel())
-    return LoadedModel(model, load_tokenizer(tokenizer_path), get_template("caption"), "asked for", CPU, eyes)
+    encoder = VisionEncoder(TINY, None, torch.float32, CPU, Parallel())
+    return LoadedModel(model, load_tokenizer(tokenizer_path), get_template("caption"), "asked for", CPU, encoder)
 
 
 @pytest.fixture

@@ -61,12 +61,12 @@ def whole_logits(loaded: LoadedModel, prompt: list[int], images: list[np.ndarray
     """Of all of a prompt at once, without a cache."""
     from llama_acc.core.model.vision import Images
 
-    assert loaded.eyes is not None
+    assert loaded.vision_encoder is not None
     ids = torch.tensor(prompt)
     with torch.no_grad():
         seen = None
         if images:
-            inputs = loaded.eyes.encode(torch.from_numpy(np.stack(images)))
+            inputs = loaded.vision_encoder.encode(torch.from_numpy(np.stack(images)))
             seen = Images(inputs, (ids < 0).nonzero().flatten(), [0] * len(images))
         hidden = loaded.model(ids.clamp(min=0), torch.arange(len(ids)), [len(ids)], images=seen)
         return loaded.model.logits(hidden[-1:])[0]
@@ -118,9 +118,9 @@ def test_answers_in_a_batch_are_those_of_one_at_a_time(name: str, folders: dict[
 
 def test_a_conversation_keeps_its_image_and_the_tower_sees_it_once(folders: dict[str, Path]) -> None:
     loaded = load_model(folders["qformer"], device="cpu", template="dialogue")
-    assert loaded.eyes is not None
+    assert loaded.vision_encoder is not None
     seen: list[int] = []
-    loaded.eyes.tower.register_forward_hook(lambda module, given, out: seen.append(len(given[0])))  # type: ignore[union-attr]
+    loaded.vision_encoder.tower.register_forward_hook(lambda module, given, out: seen.append(len(given[0])))  # type: ignore[union-attr]
     conversation = Conversation(loaded, GREEDY)
     image = images_for(loaded, 1)
     first = "".join(conversation.ask("what is it?", image))
@@ -201,7 +201,7 @@ def test_the_trained_encoder_is_split_over_processes_too(folders: dict[str, Path
 def test_the_matrices_in_four_bits_leave_the_tower_and_the_projection_alone(folders: dict[str, Path]) -> None:
     loaded = load_model(folders["qformer"], device="cpu", template="none", quantize="nf4")
     assert loaded.model.is_quantised
-    assert loaded.eyes is not None
+    assert loaded.vision_encoder is not None
     found = seen_logits(loaded, WORDS, 1)
     whole = seen_logits(load(folders["qformer"]), WORDS, 1)
     assert found["features"] == whole["features"]

@@ -122,7 +122,7 @@ class _Convolution(nn.Module):
         return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), stride=2, padding=1)
 
 
-class VisionEncoder(nn.Module):
+class TinyEncoder(nn.Module):
     """A few convolutions and a small vision transformer: a vector for each square of an image."""
 
     def __init__(self, vision: TinyVision) -> None:
@@ -177,7 +177,7 @@ class _InStream(Sight):
     def __init__(self, vision: QFormerVision | TinyVision, dim: int, model: nn.Module) -> None:
         super().__init__(vision)
         width = vision.width if isinstance(vision, TinyVision) else vision.query_width
-        self._encoder = VisionEncoder(vision) if isinstance(vision, TinyVision) else None
+        self._encoder = TinyEncoder(vision) if isinstance(vision, TinyVision) else None
         if self._encoder is not None:
             model.add_module("vision_encoder", self._encoder)
         self._projection = nn.Sequential(_Linear(width, dim), _LayerNorm(dim))

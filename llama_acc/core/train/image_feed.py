@@ -13,7 +13,7 @@ from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.data.features import FeatureCache
 from llama_acc.core.data.image_workers import ImageWorkers, default_workers
 from llama_acc.core.data.images import Crop, ImageJob, Transform
-from llama_acc.core.eyes import Eyes
+from llama_acc.core.generate.vision_encoder import VisionEncoder
 from llama_acc.core.parallel import local_world_size
 from llama_acc.core.recipe import Recipe
 
@@ -33,13 +33,13 @@ class ImageFeeds:
     Held-out images are padded to a square, as those in generation are.
     """
 
-    def __init__(self, eyes: Eyes, recipe: Recipe, leave: int) -> None:
+    def __init__(self, encoder: VisionEncoder, recipe: Recipe, leave: int) -> None:
         """Args:
-        eyes: the model's.
+        encoder: the model's.
         recipe: says what becomes of pictures.
         leave: bytes of the disk that are not for kept features.
         """
-        self._eyes, self._recipe, self._leave = eyes, recipe, leave
+        self._encoder, self._recipe, self._leave = encoder, recipe, leave
         self._workers: ImageWorkers | None = None
         self._feeds: dict[Crop, ImageFeed] = {}
 
@@ -51,10 +51,10 @@ class ImageFeeds:
             dealt: what they consist of.
             is_training: whether they are trained on, or held out.
         """
-        positions = self._eyes.vision.positions
+        positions = self._encoder.vision.positions
         batches = ((build_seen(dataset, items, positions), epoch) for items, epoch in dealt)
         if not dataset.image_counts.any():
-            return (replace(batch, inputs=self._eyes.inputs(0, _never)) for batch, _ in batches)
+            return (replace(batch, inputs=self._encoder.inputs(0, _never)) for batch, _ in batches)
         return self._feed(self._recipe.data.images.transform if is_training else "pad_to_square").fed(batches)
 
     def close(self) -> None:
@@ -66,15 +66,17 @@ class ImageFeeds:
     def _feed(self, crop: Crop) -> "ImageFeed":
         if crop in self._feeds:
             return self._feeds[crop]
-        eyes, settings = self._eyes, self._recipe.data.images
-        transform = Transform(crop, eyes.vision.image_size)
-        if self._workers is None and eyes.is_leader:
+        encoder, settings = self._encoder, self._recipe.data.images
+        transform = Transform(crop, encoder.vision.image_size)
+        if self._workers is None and encoder.is_leader:
             self._workers = ImageWorkers(settings.workers or default_workers(local_world_size()))
         cache = None
-        if self._recipe.vision.cache_features and eyes.is_leader:
-            cache = FeatureCache(eyes.fingerprint(), transform, eyes.vision.input_shape, eyes.dtype, self._leave)
+        if self._recipe.vision.cache_features and encoder.is_leader:
+            cache = FeatureCache(
+                encoder.fingerprint(), transform, encoder.vision.input_shape, encoder.dtype, self._leave
+            )
         self._feeds[crop] = ImageFeed(
-            eyes,
+            encoder,
             transform,
             seed=self._recipe.train.seed,
             max_pixels=settings.max_pixels,
@@ -89,7 +91,7 @@ class ImageFeed:
 
     def __init__(
         self,
-        eyes: Eyes,
+        encoder: VisionEncoder,
         transform: Transform,
         *,
         seed: int,
@@ -98,21 +100,21 @@ class ImageFeed:
         cache: FeatureCache | None = None,
     ) -> None:
         """Args:
-        eyes: the model's.
+        encoder: the model's.
         transform: from images to squares of pixels.
         seed: of random crops, with the epoch and the image's place in the data.
         max_pixels: larger images are refused.
         workers: decode the images; None on a rank that does not.
         cache: where features are kept, or None.
         """
-        self._eyes, self._transform, self._seed, self._max_pixels = eyes, transform, seed, max_pixels
+        self._encoder, self._transform, self._seed, self._max_pixels = encoder, transform, seed, max_pixels
         self._workers, self._cache = workers, cache
 
     def fed(self, batches: Iterable[tuple[MicroBatch, int]]) -> Iterator[MicroBatch]:
         """The micro-batches, each given with its epoch, with their `inputs`; some are asked for ahead of time."""
         if self._workers is None:
             for batch, _ in batches:
-                yield replace(batch, inputs=self._eyes.inputs(len(batch.images), _never))
+                yield replace(batch, inputs=self._encoder.inputs(len(batch.images), _never))
             return
         waiting: deque[tuple[MicroBatch, list[int]]] = deque()
 
@@ -134,20 +136,20 @@ class ImageFeed:
         return ImageJob(image.reference, self._transform, seed, self._max_pixels)
 
     def _inputs(self, images: Sequence[ImageAt], missing: Sequence[int], pixels: Tensor) -> Tensor:
-        return self._eyes.inputs(len(images), lambda: self._encoded(images, missing, pixels))
+        return self._encoder.inputs(len(images), lambda: self._encoded(images, missing, pixels))
 
     def _encoded(self, images: Sequence[ImageAt], missing: Sequence[int], pixels: Tensor) -> Tensor:
         """Of images that are not in the cache from their pixels, of others from there."""
-        eyes, cache = self._eyes, self._cache
+        encoder, cache = self._encoder, self._cache
         if cache is None:
-            return eyes.encode(pixels)
+            return encoder.encode(pixels)
         # Since its pixels were asked for, an image of a micro-batch before may have been kept.
         still = [place for place, at in enumerate(missing) if not cache.has(images[at].reference)]
-        made = dict(zip((missing[at] for at in still), eyes.encode(pixels[still]) if still else (), strict=True))
+        made = dict(zip((missing[at] for at in still), encoder.encode(pixels[still]) if still else (), strict=True))
         for place, features in made.items():
             cache.store(images[place].reference, features)
         found = [
-            made[place] if place in made else cache.load(image.reference).to(eyes.device)
+            made[place] if place in made else cache.load(image.reference).to(encoder.device)
             for place, image in enumerate(images)
         ]
         return torch.stack(found)

@@ -26,7 +26,7 @@ from llama_acc.core.data.batches import (
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.data.templates import TEMPLATE_FILE, Template
 from llama_acc.core.device import prepare_cpu
-from llama_acc.core.eyes import open_eyes
+from llama_acc.core.generate.vision_encoder import load_vision_encoder
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import Transformer, initialise
 from llama_acc.core.model.vision_config import VISION_FILE
@@ -125,8 +125,12 @@ class Trainer:
         self.plan, self.device, self.parallel, self.step = plan, device, parallel, 0
         keep_all = not recipe.checkpoint.trainable_only
         # Only ranks that have the tower find out that it cannot be made.
-        self.eyes = parallel.agree(lambda: open_eyes(self.model, weights, device, recipe.train.seed, keep_all))
-        self._feeds = None if self.eyes is None else ImageFeeds(self.eyes, recipe, plan.disk_bytes())
+        self.vision_encoder = parallel.agree(
+            lambda: load_vision_encoder(self.model, weights, device, recipe.train.seed, keep_all)
+        )
+        self._feeds = (
+            None if self.vision_encoder is None else ImageFeeds(self.vision_encoder, recipe, plan.disk_bytes())
+        )
         self._batches: Iterator[MicroBatch] | None = None
         # For whoever has to tell that memory ran out.
         self.in_hand: list[int] | None = None
@@ -197,12 +201,12 @@ class Trainer:
 
     def _without_images_opened(self, items: list[int]) -> MicroBatch:
         """A micro-batch whose images are black: a frozen tower takes less than a step, and its time is worth saving."""
-        if self.eyes is None:
+        if self.vision_encoder is None:
             return build(self.plan.train, items)
-        vision = self.eyes.vision
+        vision = self.vision_encoder.vision
         batch = build_seen(self.plan.train, items, vision.positions)
         shape = (len(batch.images), *vision.input_shape)
-        return replace(batch, inputs=torch.zeros(shape, dtype=self.eyes.dtype, device=self.device))
+        return replace(batch, inputs=torch.zeros(shape, dtype=self.vision_encoder.dtype, device=self.device))
 
     def rehearse(self) -> None:
         """Computes the largest micro-batch of the run, forward and backward, with all that lies in memory beside it.
@@ -308,7 +312,7 @@ class Trainer:
         state = {f"{key}.{name}": _rows(named[name], value) for key, name, value in self.optimizer.state_tensors()}
         if plan.save_dtype != torch.float32:
             state |= {f"master.{name}": weights[name] for name in named}
-        tower = None if self.eyes is None else self.eyes.tower
+        tower = None if self.vision_encoder is None else self.vision_encoder.tower
         if tower is not None:
             frozen = ((tower.vision.tower_prefix + name, p.detach()) for name, p in tower.named_parameters())
             weights |= {name: Rows(value, 0, tuple(value.shape), shared=True) for name, value in frozen}

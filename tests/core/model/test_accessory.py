@@ -92,9 +92,12 @@ def test_cached_logits_are_those_of_its_generation(both: tuple[Loaded, Golden], 
 
 def test_with_features_kept_on_disk_logits_are_llama2_accessorys(both: tuple[Loaded, Golden], tmp_path: Path) -> None:
     loaded, golden = both
-    vision = loaded.eyes.vision
+    vision = loaded.vision_encoder.vision
     cache = FeatureCache(
-        loaded.eyes.fingerprint(), Transform("pad_to_square", vision.image_size), vision.input_shape, loaded.eyes.dtype
+        loaded.vision_encoder.fingerprint(),
+        Transform("pad_to_square", vision.image_size),
+        vision.input_shape,
+        loaded.vision_encoder.dtype,
     )
     pictures = [str(tmp_path / f"{number}.png") for number in range(2)]
     for picture, features in zip(pictures, loaded.features(), strict=True):

@@ -1,6 +1,8 @@
-"""From pixels to what a model takes of an image: the frozen tower, run once, its features shared and kept.
+"""From pixels to a multimodal model's inputs: the frozen encoder, run once, its features shared by the ranks.
 
-Under model parallelism the tower is on the first rank of a group only; the others get the features from it.
+Under model parallelism the encoder is on the first rank of a group only; the others get the features from it.
+
+Shapes: I images, S their width and height; input_shape is that of `Vision`.
 """
 
 import hashlib
@@ -19,13 +21,13 @@ from llama_acc.core.model.vision_config import Vision
 from llama_acc.core.parallel import Parallel
 
 
-class Eyes:
-    """Makes what a model takes of images.
+class VisionEncoder:
+    """Encodes images for a model.
 
     Attributes:
         vision: the kind.
         tower: its frozen tower, on the ranks that have it; else None.
-        is_leader: whether this rank is asked for images' pixels: where the encoder trains, every rank is.
+        is_leader: whether this rank needs images' pixels: where the encoder trains, every rank does.
     """
 
     def __init__(
@@ -45,14 +47,14 @@ class Eyes:
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [I, 3, S, S] of 0 to 255 to [I, *input_shape], on the device; for a rank that `is_leader`."""
-        found = normalised(pixels.to(self.device, non_blocking=True), self.dtype)
+        normalized = normalised(pixels.to(self.device, non_blocking=True), self.dtype)
         if self.vision.trains_encoder:
-            return found
+            return normalized
         assert self.tower is not None
-        return self.tower(found)
+        return self.tower(normalized)
 
     def inputs(self, count: int, make: Callable[[], Tensor]) -> Tensor:
-        """What the model takes of `count` images, [I, *input_shape]: `make` is asked on ranks that are leaders."""
+        """The model's inputs for `count` images, [I, *input_shape]: `make` is called on ranks that are leaders."""
         if not count:
             return torch.empty((0, *self.vision.input_shape), dtype=self.dtype, device=self.device)
         if self.vision.trains_encoder or self.parallel.model_size == 1:
@@ -61,18 +63,17 @@ class Eyes:
             shared = make().contiguous()
         else:
             shared = torch.empty((count, *self.vision.input_shape), dtype=self.dtype, device=self.device)
-        first = self.parallel.rank - self.parallel.model_rank
-        dist.broadcast(shared, first, group=self.parallel.model_group)
+        dist.broadcast(shared, self.parallel.rank - self.parallel.model_rank, group=self.parallel.model_group)
         return shared
 
 
-def open_eyes(
+def load_vision_encoder(
     model: Transformer, weights: Weights | None, device: torch.device, seed: int = 0, keep_all: bool = False
-) -> Eyes | None:
-    """The eyes of a model, or None if it does not see.
+) -> VisionEncoder | None:
+    """The encoder of a model, or None if it is not multimodal.
 
     Args:
-        model: the model, which knows what it sees with, in which type, and who shares it.
+        model: the model, which knows the kind, the type and the ranks that share it.
         weights: the tower's among them are used up; None, or none of it there: a tower of random weights.
         device: where it computes.
         seed: of random weights.
@@ -87,13 +88,9 @@ def open_eyes(
         tower = tower_on_meta(vision, model.dtype)
         place = device if computes else torch.device("cpu")
         if weights is None or not any(name in weights.tensors for name in vision.tower_shapes()):
-            weights = _random_weights(tower, seed)
+            values = {name: torch.empty(parameter.shape) for name, parameter in tower.named_parameters()}
+            initialise_tower(values, seed)
+            weights = Weights.of({vision.tower_prefix + name: value for name, value in values.items()})
         fill_tower(tower, weights, place, model.dtype)
         tower.to(place)
-    return Eyes(vision, tower, model.dtype, device, parallel)
-
-
-def _random_weights(tower: Tower, seed: int) -> Weights:
-    values = {name: torch.empty(parameter.shape) for name, parameter in tower.named_parameters()}
-    initialise_tower(values, seed)
-    return Weights.of({tower.vision.tower_prefix + name: value for name, value in values.items()})
+    return VisionEncoder(vision, tower, model.dtype, device, parallel)
