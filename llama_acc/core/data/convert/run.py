@@ -339,7 +339,7 @@ def _preferred(row: Record) -> dict[str, str]:
 
 def _unknown(name: str, objects: list[Record]) -> UserError:
     if not objects:
-        return UserError(f"{name}: its first rows hold no objects, so its format cannot be told")
+        return UserError(f"{name} holds no rows, or its first ones are no objects: its format cannot be told")
     first = objects[0]
     keys = ", ".join(map(repr, list(first)[:8]))
     if (reason := unusable(first, first)) is not None:
