@@ -67,8 +67,8 @@ def load(name: str, folder: Path) -> dict:
 
     from llama_acc import generate, load_model
     from llama_acc.core.checkpoint.layout import inspect, read_config
+    from llama_acc.core.distributed.groups import Parallel
     from llama_acc.core.model.transformer import Transformer
-    from llama_acc.core.parallel import Parallel
 
     if name in ("nf4", "quantised"):
         from llama_acc.core.model import nf4

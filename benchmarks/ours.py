@@ -33,9 +33,9 @@ from llama_acc.core.checkpoint.layout import inspect, read_config
 from llama_acc.core.checkpoint.load import fill, read_weights
 from llama_acc.core.data.batches import MicroBatch
 from llama_acc.core.device import prepare_cpu
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.generation import Generator, Sampling
 from llama_acc.core.model.transformer import build_on_meta
-from llama_acc.core.parallel import Parallel
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.optimizer import ClippedAdamW
 from llama_acc.core.train.step import train_step

@@ -66,8 +66,8 @@ def load(folder: Path, way: str, rank: int) -> None:
     from llama_acc.core.checkpoint.layout import inspect, read_config
     from llama_acc.core.checkpoint.lazy import Part
     from llama_acc.core.checkpoint.load import check_tensors, fill, read_weights
+    from llama_acc.core.distributed.groups import Parallel
     from llama_acc.core.model.transformer import build_on_meta
-    from llama_acc.core.parallel import Parallel
 
     torch.set_num_threads(1)
     name, copy = WAYS[way]

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from llama_acc.core.data.batches import MicroBatch
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.generate.vision_encoder import load_vision_encoder
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.config import ModelConfig, named_size
@@ -25,7 +26,6 @@ from llama_acc.core.model.transformer import Transformer, build_on_meta, initial
 from llama_acc.core.model.tuning import Tuning
 from llama_acc.core.model.vision import Images
 from llama_acc.core.model.vision_config import QFormerVision
-from llama_acc.core.parallel import Parallel
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.optimizer import ClippedAdamW

@@ -27,7 +27,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 
-from llama_acc.core.parallel import simulated
+from llama_acc.core.distributed.groups import simulated
 from llama_acc.core.vram.kernels import gpu_attention
 from llama_acc.core.vram.tracker import MemoryTracker, Moment
 

@@ -28,7 +28,7 @@ from llama_acc.cli import (
     recipes,
     stopping,
 )
-from llama_acc.core import worker
+from llama_acc.core.distributed import environment
 from llama_acc.core.errors import LlamaAccError, UserError
 from llama_acc.core.train.interrupt import EXIT_CODES
 from llama_acc.core.visible import visible
@@ -107,9 +107,9 @@ def _reported(command: Callable[..., Any], joins: bool = False) -> Callable[...,
         try:
             with stopping.command():
                 if not joins:
-                    worker.stand_alone()
-                elif worker.world_size() > 1:
-                    worker.check_place()
+                    environment.stand_alone()
+                elif environment.world_size() > 1:
+                    environment.check_place()
                 _check_numbers(kwargs)
                 return command(*args, **kwargs)
         except typer.Exit:
@@ -147,26 +147,26 @@ def _tell(error: Exception, message: str, hint: str | None, exit_code: int) -> N
     """Says what is wrong, once: to the user, or to the launcher of which this process is a worker."""
     from llama_acc.cli import console
 
-    if worker.record_end(error, message, hint, exit_code):
+    if environment.record_exit(error, message, hint, exit_code):
         return
-    if worker.world_size() == 1:
+    if environment.world_size() == 1:
         console.error(message, hint)
         return
     # Started by torchrun or Slurm: what all ranks found is told by the first of them; before they have joined, by
     # the first one of each machine.
-    teller = worker.teller(error)
-    if teller is None:
-        tells = worker.local_rank() == 0 or not isinstance(error, LlamaAccError)
+    first = environment.failing_rank(error)
+    if first is None:
+        tells = environment.local_rank() == 0 or not isinstance(error, LlamaAccError)
     else:
-        tells = teller == worker.rank()
+        tells = first == environment.rank()
     if tells:
-        console.error(f"rank {worker.rank()}: {message}", hint)
+        console.error(f"rank {environment.rank()}: {message}", hint)
 
 
 def _stopped(number: signal.Signals) -> typer.Exit:
     from llama_acc.cli import console
 
-    if worker.is_main():
+    if environment.is_main():
         console.note(f"stopped by {'Ctrl-C' if number == signal.SIGINT else number.name}")
     return typer.Exit(EXIT_CODES[number])
 
@@ -211,8 +211,8 @@ app.add_typer(recipes.app, name="recipes", help=recipes.HELP)
 def main() -> None:
     """The command line; `__main__` is where it is entered."""
     stopping.watch()
-    worker.die_with_launcher()
-    alone = worker.join_slurm()
+    environment.kill_on_parent_exit()
+    alone = environment.join_slurm()
     _mend_streams()
     logging.getLogger("llama_acc").addFilter(_shown)
     if alone is not None:

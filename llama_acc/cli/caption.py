@@ -14,7 +14,7 @@ import typer
 
 from llama_acc.cli import console, options, processes
 from llama_acc.cli.loading import Which, check_split, shared_model
-from llama_acc.core import worker
+from llama_acc.core.distributed import environment
 from llama_acc.core.errors import UserError
 from llama_acc.core.units import count_text
 from llama_acc.core.visible import visible
@@ -104,11 +104,11 @@ def caption(
     if processes.launched(processes.Wanted(nproc), device, lambda count: check_split(ckpt, count)):
         return
     # Standard input is that of the first process.
-    named = _named(images) if worker.is_main() else []
+    named = _named(images) if environment.is_main() else []
     wanted = _Wanted(max_new_tokens, batch_size, max_pixels, as_json, None if html is None else html.expanduser())
     failed = 0
     with shared_model(Which(ckpt, device, tokenizer, template, verify, quant)) as loaded:
-        if worker.is_main():
+        if environment.is_main():
             asked = _asked(loaded, prompt, instruction)
             question = f", asked: {instruction}" if instruction else f", begun with: {prompt}" if prompt else ""
             about = f"{' + '.join(ckpt)}, prompt format {loaded.template.name}{question}"

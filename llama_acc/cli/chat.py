@@ -11,7 +11,7 @@ import typer
 
 from llama_acc.cli import console, options, processes, stopping
 from llama_acc.cli.loading import Which, check_split, shared_model
-from llama_acc.core import worker
+from llama_acc.core.distributed import environment
 from llama_acc.core.errors import UserError
 from llama_acc.core.units import count_text
 
@@ -97,7 +97,7 @@ def chat(
     if processes.launched(processes.Wanted(nproc), device, lambda count: check_split(ckpt, count)):
         return
     with shared_model(Which(ckpt, device, tokenizer, template, verify, quant, context)) as loaded:
-        if worker.is_main():
+        if environment.is_main():
             _talk(loaded, sampling, prompt, image or [], system, plain)
 
 
@@ -214,7 +214,7 @@ def _answer(conversation: "Conversation", question: str, pictures: _Pictures, sh
         console.error(error.message, error.hint)
     except KeyboardInterrupt:
         sys.stdout.write("\n")
-        if worker.world_size() > 1:
+        if environment.world_size() > 1:
             raise  # the ranks no longer stand at the same place
         stopping.forget()
         console.note("answer cut short; Ctrl-C again at the prompt to leave")

@@ -28,7 +28,7 @@ from rich.segment import Segment
 from rich.spinner import Spinner
 from rich.text import Text
 
-from llama_acc.core import worker
+from llama_acc.core.distributed import environment
 from llama_acc.core.units import count_text, size_text
 from llama_acc.core.visible import visible
 
@@ -130,7 +130,7 @@ def working(text: str | None, key: str | None = None, after: float | None = None
         key: tells stages apart whose text changes as they go on.
         after: seconds until it is said where there is no terminal; None: one.
     """
-    if worker.is_main():
+    if environment.is_main():
         _activity.show(None if text is None else key or text, text or "", _SIGN_AFTER if after is None else after)
 
 

@@ -10,7 +10,7 @@ import typer
 
 from llama_acc.cli import console, options, processes
 from llama_acc.cli.preview import show_items
-from llama_acc.core import worker
+from llama_acc.core.distributed import environment
 from llama_acc.core.errors import LlamaAccError, RunError, UserError
 from llama_acc.core.units import count_text, size_text
 
@@ -145,7 +145,7 @@ def finetune(
     if dry_run and resume:
         raise UserError("--dry-run and --resume cannot be combined", "leave one of them out")
     wanted = processes.Wanted(nproc, nnodes, rdzv_endpoint, max_restarts, log_ranks)
-    resume = resume or worker.was_restarted()
+    resume = resume or environment.was_restarted()
     run = None if output is None else Path(output).expanduser()
     loaded, folder = _load_recipe(recipe, run, resume, overrides or [], pretrained, data, tokenizer)
     for base in loaded.model.pretrained_list() if not (dry_run or resume) else []:
@@ -215,7 +215,7 @@ def _load_recipe(
 def _check(recipe: "Recipe", folder: Path | None, resumed: Path | None, processes: int) -> None:
     """Finds what would end every process before any is started."""
     from llama_acc.core.checkpoint.layout import latest_checkpoint
-    from llama_acc.core.parallel import check_world
+    from llama_acc.core.distributed.groups import check_world
     from llama_acc.core.train.plan_model import find_model
 
     check_world(recipe.parallel.model_parallel_size, processes)
@@ -262,10 +262,10 @@ def _train(
                 force=force,
             )
         except Interrupted as interrupted:
-            if worker.is_main():
+            if environment.is_main():
                 console.note(f"stopped; {again}")
             raise typer.Exit(interrupted.exit_code) from None
-    if not worker.is_main():
+    if not environment.is_main():
         return
     command, end = ("caption", ["IMAGE"]) if finished.captions else ("chat", [])
     what = "let it caption an image with" if finished.captions else "talk to it with"

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from llama_acc.cli import console, options
-from llama_acc.core import worker
+from llama_acc.core.distributed import environment
 from llama_acc.core.errors import LlamaAccError
 
 if TYPE_CHECKING:
@@ -46,16 +46,16 @@ def shared_model(which: Which) -> "Iterator[LoadedModel]":
     """The model, shared by all processes; those other than rank 0 compute in here what that asks for."""
     console.working("loading the model", after=_QUIET)
     from llama_acc.core.device import pick_device
+    from llama_acc.core.distributed.groups import init_distributed
     from llama_acc.core.generation import dismiss, follow
     from llama_acc.core.inference import load_model
-    from llama_acc.core.parallel import joined
 
-    if not worker.is_main():
+    if not environment.is_main():
         # While it waits for rank 0, Python would not look at a signal.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     target = pick_device(which.device)
-    with joined(target, worker.world_size(), console.note, patience=_PATIENCE) as parallel:
-        loaded = parallel.agree(
+    with init_distributed(target, environment.world_size(), console.note, timeout=_PATIENCE) as parallel:
+        loaded = parallel.raise_together(
             lambda: load_model(
                 *which.ckpt,
                 device=str(target),

@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from llama_acc.cli import console
-from llama_acc.core import worker
+from llama_acc.core.distributed import environment
 from llama_acc.core.errors import UserError
 
 
@@ -32,7 +32,7 @@ def world_size(wanted: Wanted) -> int | None:
     """Number of processes in all; None if it was left open."""
     if wanted.nproc is None:
         return wanted.nnodes if wanted.nnodes > 1 else None
-    from llama_acc.core.launch import processes_here
+    from llama_acc.core.distributed.launch import processes_here
 
     # What a dry run asks about need not be here.
     return wanted.nnodes * (int(wanted.nproc) if wanted.nproc != "auto" else processes_here("auto", None))
@@ -53,12 +53,12 @@ def launched(wanted: Wanted, device: str | None, check: Callable[[int], None]) -
         UserError: flags that do not go together.
         WorkerError: a process failed.
     """
-    if wanted.is_plain or worker.is_launched():
+    if wanted.is_plain or environment.is_launched():
         return False
-    if worker.world_size() > 1:
+    if environment.world_size() > 1:
         raise UserError(
             "this process was started by torchrun or Slurm as one of several, and is to start several itself",
-            f"leave out --nproc, --nnodes, --rdzv-endpoint, --max-restarts and --log-ranks; {worker.run_alone()}",
+            f"leave out --nproc, --nnodes, --rdzv-endpoint, --max-restarts and --log-ranks; {environment.run_alone()}",
         )
     if (wanted.nnodes > 1) != (wanted.rdzv_endpoint is not None):
         raise UserError(
@@ -68,8 +68,8 @@ def launched(wanted: Wanted, device: str | None, check: Callable[[int], None]) -
     if device is not None and ":" in device:
         raise UserError(f"--device {device} is one GPU, of several processes each takes its own", "say --device cuda")
 
-    from llama_acc.core.agent import Stopped
-    from llama_acc.core.launch import Launch, launch, processes_here
+    from llama_acc.core.distributed.agent import Stopped
+    from llama_acc.core.distributed.launch import Launch, launch, processes_here
 
     count = processes_here(wanted.nproc or "1", None if device is None else device == "cuda")
     how = Launch(

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from llama_acc.core.distributed.environment import local_rank, world_size
 from llama_acc.core.errors import UserError
-from llama_acc.core.worker import local_rank, world_size
 
 GIB = 2**30
 _simulated: str | None = None

@@ -15,13 +15,13 @@ from llama_acc.core.checkpoint.quantized import read_quantization
 from llama_acc.core.checkpoint.towers import check_tower
 from llama_acc.core.data.templates import KINDS, PromptFormat, format_for, template_of_folder
 from llama_acc.core.device import pick_device
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
 from llama_acc.core.generate.vision_encoder import VisionEncoder, load_vision_encoder
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.sharding import check_divides
 from llama_acc.core.model.transformer import Transformer, build_on_meta, pack_small, quantise_on_meta
 from llama_acc.core.model.vision_config import Vision
-from llama_acc.core.parallel import Parallel
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
 _ALONE = Parallel()

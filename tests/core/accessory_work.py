@@ -9,12 +9,12 @@ from torch import Tensor
 
 from llama_acc.core.checkpoint.layout import inspect, read_config
 from llama_acc.core.checkpoint.load import check_tensors, fill, read_weights
+from llama_acc.core.distributed.groups import Parallel, init_distributed
 from llama_acc.core.generate.vision_encoder import VisionEncoder, load_vision_encoder
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.transformer import Transformer, build_on_meta
 from llama_acc.core.model.vision import Images
 from llama_acc.core.model.vision_config import VISION_FILE
-from llama_acc.core.parallel import Parallel, joined
 from tests.core.accessory import ACCESSORY, pixels, sampled, tokens, weights_by_rule
 from tests.core.ranks import next_port
 from tests.core.seeing import logits_of
@@ -124,7 +124,7 @@ def shared(folders: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Everything that tests/golden/vision has, of models that two processes share; by their names."""
     made = {}
     for name, folder in folders.items():
-        with joined(CPU, 2) as parallel:
+        with init_distributed(CPU, 2) as parallel:
             loaded = load(Path(folder), parallel)
             values = {"features": sampled(loaded.features()), "projected": sampled(loaded.projected())}
             for key, images in WHOLE.items():

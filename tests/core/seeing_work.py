@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from llama_acc.core.distributed.groups import init_distributed
 from llama_acc.core.generation import Generator, Sampling, dismiss, follow, with_images
 from llama_acc.core.inference import LoadedModel, load_model
 from llama_acc.core.model.vision import Images, Tower
-from llama_acc.core.parallel import joined
 from tests.core.tiny import CPU
 
 GREEDY = Sampling(temperature=0, max_new_tokens=6)
@@ -47,7 +47,7 @@ def seen_logits(loaded: LoadedModel, words: Sequence[int], count: int) -> dict[s
 
 def split_logits(folder: str, words: list[int], images: int) -> dict[str, Any]:
     """`seen_logits` of a model that all processes share, and what is said about the images."""
-    with joined(CPU, 2) as parallel:
+    with init_distributed(CPU, 2) as parallel:
         loaded = load_model(Path(folder), device="cpu", parallel=parallel)
         found = seen_logits(loaded, words, images)
         if not parallel.is_main:

@@ -11,10 +11,10 @@ from llama_acc.core.data.image_files import Named, find_images
 from llama_acc.core.data.image_workers import ImageWorkers
 from llama_acc.core.data.images import ImageJob, Transform, pixels
 from llama_acc.core.data.templates import get_template
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
 from llama_acc.core.generate.vision_encoder import VisionEncoder
 from llama_acc.core.inference import LoadedModel
-from llama_acc.core.parallel import Parallel
 from llama_acc.core.tokenizer import load_tokenizer
 from tests.core.data.pictures import write_pictures
 from tests.core.seeing import TINY, seeing_model

@@ -16,6 +16,7 @@ from llama_acc.core.checkpoint.lazy import Part, Piece
 from llama_acc.core.checkpoint.open_clip import from_open_clip, names_of_open_clip
 from llama_acc.core.checkpoint.quantized import QUANTIZATION_FILE, quantised, quantised_parts, read_quantization
 from llama_acc.core.checkpoint.towers import tower_name
+from llama_acc.core.distributed.groups import local_part
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.model.config import ModelConfig, is_matrix, is_within
 from llama_acc.core.model.linear import Linear
@@ -23,7 +24,6 @@ from llama_acc.core.model.sharding import split_dimension
 from llama_acc.core.model.transformer import Transformer, store_quantised
 from llama_acc.core.model.vision import Tower
 from llama_acc.core.model.vision_config import ClipVision, Vision
-from llama_acc.core.parallel import local_part
 
 _PREFIX = "llma."
 _FLOATS = ("float32", "bfloat16", "float16", "float64")

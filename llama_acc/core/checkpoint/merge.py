@@ -12,12 +12,12 @@ from torch import Tensor
 
 from llama_acc.core.checkpoint.computed import merged, read_block
 from llama_acc.core.checkpoint.lazy import Part
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.model.attention import DocumentAttention
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.norm import RMSNorm
 from llama_acc.core.model.rotary import rotary_table
 from llama_acc.core.model.transformer import TransformerBlock
-from llama_acc.core.parallel import Parallel
 
 MERGE_TOLERANCE = 1e-5
 """How far what a block computes may be off, as a fraction of the largest."""

@@ -10,9 +10,9 @@ from llama_acc.core.atomic import check_manifest
 from llama_acc.core.checkpoint.layout import inspect
 from llama_acc.core.checkpoint.lazy import Part
 from llama_acc.core.checkpoint.load import Weights, join_shards, open_safetensors, read_weights, share_of
+from llama_acc.core.distributed.groups import Parallel, local_part
 from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import read_object
-from llama_acc.core.parallel import Parallel, local_part
 
 FORMAT_VERSION = 2
 _PROGRESS = {"format_version": int, "step": int, "data": str}

@@ -40,9 +40,9 @@ from llama_acc.core.checkpoint.tensor_files import (
     seal_pth,
     write_at,
 )
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import read_object
-from llama_acc.core.parallel import Parallel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -129,11 +129,13 @@ def write_checkpoint(snapshot: Snapshot, folder: Path, keep: int) -> None:
     """
     parallel, aside = snapshot.parallel, aside_of(folder)
     try:
-        parallel.on_main(lambda: _write_files(snapshot.files, begin_folder(folder)))
-        parallel.agree(lambda: _lay_out(snapshot, aside))
-        parallel.agree(lambda: _write_pieces(snapshot, aside))
-        digests = parallel.gather(parallel.agree(lambda: _seal(snapshot, aside)))
-        parallel.on_main(lambda: _publish(folder, {name: sha for part in digests for name, sha in part.items()}, keep))
+        parallel.run_on_rank_zero(lambda: _write_files(snapshot.files, begin_folder(folder)))
+        parallel.raise_together(lambda: _lay_out(snapshot, aside))
+        parallel.raise_together(lambda: _write_pieces(snapshot, aside))
+        digests = parallel.gather(parallel.raise_together(lambda: _seal(snapshot, aside)))
+        parallel.run_on_rank_zero(
+            lambda: _publish(folder, {name: sha for part in digests for name, sha in part.items()}, keep)
+        )
     except BaseException:
         if parallel.is_main:
             abandon_folder(folder)

@@ -15,10 +15,10 @@ from torch import Tensor
 from llama_acc.core.checkpoint.adapter import fingerprint
 from llama_acc.core.checkpoint.load import Weights, fill_tower
 from llama_acc.core.data.images import normalised
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.model.transformer import Transformer
 from llama_acc.core.model.vision import Tower, initialise_tower, tower_on_meta
 from llama_acc.core.model.vision_config import Vision
-from llama_acc.core.parallel import Parallel
 
 
 class VisionEncoder:

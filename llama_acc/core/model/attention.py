@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_acc.core.device import device_type
+from llama_acc.core.distributed.groups import Parallel, copied
 from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.linear import ColumnParallelLinear, Packed, RowParallelLinear, copied
+from llama_acc.core.model.linear import ColumnParallelLinear, Packed, RowParallelLinear
 from llama_acc.core.model.norm import RMSNorm, normed_linears
 from llama_acc.core.model.rotary import rotate
-from llama_acc.core.parallel import Parallel
 
 
 class Prefix(NamedTuple):

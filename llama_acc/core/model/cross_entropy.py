@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llama_acc.core.device import device_type
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.model.linear import accumulator, add_product
 from llama_acc.core.model.nf4 import Scales, dense
-from llama_acc.core.parallel import Parallel
 
 IGNORED = -100
 # Rows per matrix product, 62 MiB of float32 logits at a vocabulary of 32000: fewer make it slower, more cost memory.

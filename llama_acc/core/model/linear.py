@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_acc.core.device import device_type
+from llama_acc.core.distributed.groups import Parallel, copied, gathered, summed
 from llama_acc.core.model import nf4
 from llama_acc.core.model.nf4 import Scales, dense
 from llama_acc.core.model.tuning import NOTHING, Added
-from llama_acc.core.parallel import Group, Parallel
 
 _onednn: Any = torch.backends.mkldnn
 
@@ -123,33 +123,6 @@ class RowParallelLinear(Linear):
         """[..., this rank's in_features] to [..., out_features], in the type of `x`."""
         low = None if self.lora_a is None else summed(linear(x, self.lora_a.weight), self.group)
         return self.finish(summed(linear(x, self.weight, self.scales), self.group), low)
-
-
-def summed(x: Tensor, group: Group | None) -> Tensor:
-    """The sum over the model-parallel group, in place; its gradient is passed on as it is."""
-    if group is None:
-        return x
-    from fairscale.nn.model_parallel.mappings import reduce_from_model_parallel_region
-
-    return reduce_from_model_parallel_region(x)
-
-
-def copied(x: Tensor, group: Group | None) -> Tensor:
-    """The same on every rank of the model-parallel group; of the gradient, which is a part of a sum, the sum."""
-    if group is None:
-        return x
-    from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region
-
-    return copy_to_model_parallel_region(x)
-
-
-def gathered(x: Tensor, group: Group | None) -> Tensor:
-    """The parts of the model-parallel group side by side in the last dimension; of the gradient each gets its part."""
-    if group is None:
-        return x
-    from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
-
-    return gather_from_model_parallel_region(x)
 
 
 class Packed:

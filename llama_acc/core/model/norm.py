@@ -8,9 +8,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_acc.core.model.linear import ColumnParallelLinear, copied
+from llama_acc.core.distributed.groups import Group, copied
+from llama_acc.core.model.linear import ColumnParallelLinear
 from llama_acc.core.model.nf4 import Scales, dense
-from llama_acc.core.parallel import Group
 
 
 class RMSNorm(nn.Module):

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_acc.core.device import device_type
-from llama_acc.core.model.linear import RowParallelLinear, accumulator, add_product, summed
+from llama_acc.core.distributed.groups import summed
+from llama_acc.core.model.linear import RowParallelLinear, accumulator, add_product
 from llama_acc.core.model.nf4 import Scales, dense
 
 # Rows that are worked on at a time on a CPU.

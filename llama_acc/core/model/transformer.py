@@ -16,6 +16,7 @@ from operator import add
 import torch
 from torch import Tensor, nn
 
+from llama_acc.core.distributed.groups import Parallel, gathered, local_part
 from llama_acc.core.model.attention import (
     Attend,
     Attention,
@@ -32,7 +33,6 @@ from llama_acc.core.model.linear import (
     Packed,
     ParallelEmbedding,
     RowParallelLinear,
-    gathered,
 )
 from llama_acc.core.model.nf4 import Scales, quantise
 from llama_acc.core.model.norm import RMSNorm, normed_linears
@@ -41,7 +41,6 @@ from llama_acc.core.model.sharding import local_shape, split_dimension
 from llama_acc.core.model.swiglu import gated_linear
 from llama_acc.core.model.tuning import FULL
 from llama_acc.core.model.vision import Images, add_sight
-from llama_acc.core.parallel import Parallel, local_part
 
 _ALONE = Parallel()
 _ADDED = 500_000  # no model has so many parameters of its own

@@ -14,8 +14,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.model.transformer import Transformer
-from llama_acc.core.parallel import Parallel
 
 Mode = Literal["ddp", "sdp", "fsdp"]
 

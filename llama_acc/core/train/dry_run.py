@@ -10,7 +10,7 @@ import torch
 
 from llama_acc.core.atomic import check_checkpoint
 from llama_acc.core.device import free_memory, pick_device, prepare_cpu
-from llama_acc.core.parallel import Parallel
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.events import Events
 from llama_acc.core.train.folder import RunFolder, refuse_non_empty

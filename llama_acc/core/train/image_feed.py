@@ -13,8 +13,8 @@ from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.data.features import FeatureCache
 from llama_acc.core.data.image_workers import ImageWorkers, default_workers
 from llama_acc.core.data.images import Crop, ImageJob, Transform
+from llama_acc.core.distributed.groups import local_world_size
 from llama_acc.core.generate.vision_encoder import VisionEncoder
-from llama_acc.core.parallel import local_world_size
 from llama_acc.core.recipe import Recipe
 
 _AHEAD = 4  # micro-batches whose images are being decoded while one is computed

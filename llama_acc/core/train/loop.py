@@ -10,8 +10,8 @@ import torch
 
 from llama_acc.core.checkpoint.save import Saver, Snapshot, write_checkpoint
 from llama_acc.core.device import free_memory, peak_memory_gib
+from llama_acc.core.distributed.groups import local_world_size
 from llama_acc.core.errors import RunError, listed
-from llama_acc.core.parallel import local_world_size
 from llama_acc.core.train.events import Events
 from llama_acc.core.train.folder import RunFolder
 from llama_acc.core.train.interrupt import Interrupted, StopRequest

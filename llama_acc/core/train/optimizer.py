@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from llama_acc.core.distributed.groups import Parallel, is_sharded, local_part
 from llama_acc.core.model.sharding import split_dimension
-from llama_acc.core.parallel import Parallel, is_sharded, local_part
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of the size of a parameter."""

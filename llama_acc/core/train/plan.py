@@ -14,11 +14,11 @@ from llama_acc.core.checkpoint.save import DTYPES, free_bytes, needed_bytes
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.data.findings import KINDS as FINDINGS
 from llama_acc.core.data.keys import unused_text
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.home import home
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.nf4 import nbytes
 from llama_acc.core.model.transformer import Transformer
-from llama_acc.core.parallel import Parallel
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.tokenizer import Tokenizer, tokenizer_notes
 from llama_acc.core.train.plan_model import model_on_meta

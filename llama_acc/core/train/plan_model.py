@@ -10,6 +10,7 @@ from llama_acc.core.checkpoint.load import read_weights, with_rows
 from llama_acc.core.checkpoint.quantized import read_quantization
 from llama_acc.core.checkpoint.save import DTYPES
 from llama_acc.core.data.sources import resolve_data_path, resolve_image_root
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
 from llama_acc.core.home import home
 from llama_acc.core.model.config import ModelConfig, config_from_params, named_size, read_params
@@ -18,7 +19,6 @@ from llama_acc.core.model.sharding import check_divides
 from llama_acc.core.model.transformer import Transformer, build_on_meta, freeze_untrained, quantise_on_meta
 from llama_acc.core.model.tuning import FULL, check_tuning
 from llama_acc.core.model.vision import check_towers_can_be_made
-from llama_acc.core.parallel import Parallel
 from llama_acc.core.recipe import RECIPES_FOLDER, Recipe
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 

@@ -11,10 +11,10 @@ from llama_acc.core.checkpoint.load import Weights, check_tensors, read_weights
 from llama_acc.core.checkpoint.save import checkpoints, free_bytes
 from llama_acc.core.checkpoint.towers import check_tower
 from llama_acc.core.data.cache import EntryStore
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.tuning import Shapes
-from llama_acc.core.parallel import Parallel
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.events import Events
 from llama_acc.core.train.plan import Plan

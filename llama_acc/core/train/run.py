@@ -19,8 +19,8 @@ from llama_acc.core.checkpoint.resume import SavedState, saved_masters
 from llama_acc.core.data.cache import EntryStore
 from llama_acc.core.data.handing_on import hand_on, taken_over
 from llama_acc.core.device import pick_device
+from llama_acc.core.distributed.groups import Parallel, init_distributed
 from llama_acc.core.errors import RunError
-from llama_acc.core.parallel import Parallel, joined
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.events import Events, Quiet
 from llama_acc.core.train.folder import RunFolder
@@ -92,19 +92,19 @@ def finetune(
     started = time.perf_counter()
     events = events or Quiet()
     target = pick_device(device)
-    with joined(target, recipe.parallel.model_parallel_size, events.note) as parallel:
+    with init_distributed(target, recipe.parallel.model_parallel_size, events.note) as parallel:
         if not parallel.is_main:
             events = Quiet()
         folder = RunFolder(Path(output))
         try:
-            parallel.main_first(lambda: folder.open(resume=resume, claim=parallel.is_main, tell=events.note))
+            parallel.run_rank_zero_first(lambda: folder.open(resume=resume, claim=parallel.is_main, tell=events.note))
             plan = plan_together(recipe, events, parallel, recipe_folder=recipe_folder, saved=folder.checkpoint)
             events.working("checking the weights, the disk and the memory")
             device_to_fit = None if force else target
-            done = parallel.on_main(lambda: _check(plan, folder, verify, parallel, device_to_fit))
+            done = parallel.run_on_rank_zero(lambda: _check(plan, folder, verify, parallel, device_to_fit))
             if resume and folder.checkpoint is None:
                 events.note(f"no whole checkpoint in {folder.path} to resume from: starting at step 0")
-            weights = parallel.agree(lambda: _weights(plan, folder, parallel))
+            weights = parallel.raise_together(lambda: _weights(plan, folder, parallel))
             for note in weights.notes if weights else ():
                 events.note(note)
             events.plan(plan)
@@ -124,7 +124,7 @@ def plan_together(
     make = partial(make_plan, recipe, events, recipe_folder=recipe_folder, dry_run=False, saved=saved)
 
     def lead() -> tuple[Plan, Path] | None:
-        if not parallel.leads_machine:
+        if not parallel.is_local_rank_zero:
             return None
         plan = make(store=store)
         data = PlannedData(plan.train.prepared(), plan.validation and plan.validation.prepared(), plan.report)
@@ -134,10 +134,10 @@ def plan_together(
     with EntryStore() as store:
         if parallel.control is None:
             return make(store=store)
-        led = parallel.agree(lead)
-        found = parallel.of_machine(led and led[1])
+        led = parallel.raise_together(lead)
+        found = parallel.broadcast_in_node(led and led[1])
         # Nobody leaves before all have mapped what is deleted then.
-        return parallel.agree(lambda: led[0] if led else make(data=taken_over(found)))
+        return parallel.raise_together(lambda: led[0] if led else make(data=taken_over(found)))
 
 
 def _check(plan: Plan, folder: RunFolder, verify: bool, parallel: Parallel, device: torch.device | None) -> int:

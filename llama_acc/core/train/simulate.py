@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from llama_acc.core.parallel import Parallel, local_part, simulated
+from llama_acc.core.distributed.groups import Parallel, local_part, simulated
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.optimizer import MOMENTS
 from llama_acc.core.train.plan import Plan

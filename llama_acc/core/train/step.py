@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from llama_acc.core.data.batches import MicroBatch
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.model.transformer import Transformer
 from llama_acc.core.model.vision import Images
-from llama_acc.core.parallel import Parallel
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.optimizer import ClippedAdamW
 

@@ -26,11 +26,11 @@ from llama_acc.core.data.batches import (
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.data.templates import TEMPLATE_FILE, Template
 from llama_acc.core.device import prepare_cpu
+from llama_acc.core.distributed.groups import Parallel, is_sharded, local_part
 from llama_acc.core.generate.vision_encoder import load_vision_encoder
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import Transformer, initialise
 from llama_acc.core.model.vision_config import VISION_FILE
-from llama_acc.core.parallel import Parallel, is_sharded, local_part
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.image_feed import Dealt, ImageFeeds
@@ -125,7 +125,7 @@ class Trainer:
         self.plan, self.device, self.parallel, self.step = plan, device, parallel, 0
         keep_all = not recipe.checkpoint.trainable_only
         # Only ranks that have the tower find out that it cannot be made.
-        self.vision_encoder = parallel.agree(
+        self.vision_encoder = parallel.raise_together(
             lambda: load_vision_encoder(self.model, weights, device, recipe.train.seed, keep_all)
         )
         self._feeds = (
@@ -217,7 +217,7 @@ class Trainer:
         plan, train = self.plan, self.plan.recipe.train
         state = rng_state(self.device)
         self.optimizer.make_state()
-        self.in_hand = self.parallel.on_main(lambda: largest_micro_batch(plan, self.parallel.data_size))
+        self.in_hand = self.parallel.run_on_rank_zero(lambda: largest_micro_batch(plan, self.parallel.data_size))
         batch = self._without_images_opened(self.in_hand)
         several = min(train.global_batch_size, len(plan.train)) > train.batch_size * self.parallel.data_size
         for last in (False, True) if several else (True,):

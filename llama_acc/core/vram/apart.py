@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from llama_acc.core.distributed.environment import VARIABLES
 from llama_acc.core.errors import LlamaAccError, RunError
-from llama_acc.core.worker import VARIABLES
 
 _Result = TypeVar("_Result")
 

@@ -6,8 +6,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
-from llama_acc.core.parallel import Parallel
 from llama_acc.core.train.plan_model import model_on_meta
 from llama_acc.core.vram.gpus import overhead
 from llama_acc.core.vram.predict import Usage, predict

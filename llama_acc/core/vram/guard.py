@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from llama_acc.core.device import free_memory, peak_memory_gib
+from llama_acc.core.distributed.groups import Parallel, local_part, local_world_size
 from llama_acc.core.errors import RunError, UserError, listed
-from llama_acc.core.parallel import Parallel, local_part, local_world_size
 from llama_acc.core.train.largest import largest_micro_batch
 from llama_acc.core.train.plan import Plan
 from llama_acc.core.train.trainer import Trainer

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from llama_acc.core.device import prepare_cpu
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.model import nf4
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.transformer import Transformer, pack_small
-from llama_acc.core.parallel import Parallel
 from llama_acc.core.train.step import train_step
 from llama_acc.core.train.trainer import assemble
 from llama_acc.core.vram.allocations import peak_cpu_bytes

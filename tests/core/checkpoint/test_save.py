@@ -29,8 +29,8 @@ from llama_acc.core.checkpoint.tensor_files import (
     seal_pth,
     write_at,
 )
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
-from llama_acc.core.parallel import Parallel
 from tests.core.tiny import CPU
 
 NAN = float("nan")

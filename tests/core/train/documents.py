@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from llama_acc.core.data.batches import MicroBatch, build
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.model.transformer import Transformer
-from llama_acc.core.parallel import Parallel
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.optimizer import ClippedAdamW
 from llama_acc.core.train.step import StepResult, evaluate, train_step

@@ -11,8 +11,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llama_acc.core.distributed.groups import init_distributed
 from llama_acc.core.model.transformer import build_on_meta
-from llama_acc.core.parallel import joined
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.trainer import Trainer
 from tests.core.ranks import next_port
@@ -50,7 +50,7 @@ def collectives(modes: Sequence[Sequence[str]]) -> list[list[dict[str, int]]]:
     counted = []
     for overrides in modes:
         plan = plan_of(*overrides)
-        with joined(CPU, plan.recipe.parallel.model_parallel_size) as parallel:
+        with init_distributed(CPU, plan.recipe.parallel.model_parallel_size) as parallel:
             trainer = Trainer(plan, CPU, None, parallel)
             steps = []
             for _ in range(2):
@@ -66,7 +66,7 @@ def frozen_rows() -> dict[str, list[int]]:
     """The rows stored of a frozen and of a trained matrix, under each mode."""
     rows = {}
     for mode in ("ddp", "sdp", "fsdp"):
-        with joined(CPU, 1) as parallel:
+        with init_distributed(CPU, 1) as parallel:
             model = build_on_meta(SMALL, torch.float32, parallel)
             model.layers[0].attention.wq.weight.requires_grad_(False)  # type: ignore[union-attr]
             DataParallel(model, parallel, mode, False, "cpu")  # type: ignore[arg-type]
@@ -83,12 +83,12 @@ def agreement() -> list[str]:
     from llama_acc.core.errors import UserError
 
     said = []
-    with joined(CPU, 1) as parallel:
+    with init_distributed(CPU, 1) as parallel:
         times: list[float] = []
-        parallel.main_first(lambda: times.append(time.monotonic()))
+        parallel.run_rank_zero_first(lambda: times.append(time.monotonic()))
         begun = parallel.gather(times)
         said.append(f"main_first {[len(each) for each in begun]} {begun[0] < begun[1]}")
-        said.append(f"on_main {parallel.on_main(lambda: 'told by ' + os.environ['RANK'])}")
+        said.append(f"on_main {parallel.run_on_rank_zero(lambda: 'told by ' + os.environ['RANK'])}")
 
         def fails_on_one() -> None:
             if parallel.rank == 1:
@@ -101,7 +101,7 @@ def agreement() -> list[str]:
             except UserError as error:
                 said.append(f"{error.message}; {error.hint}")
         try:
-            parallel.on_main(lambda: _refuse())
+            parallel.run_on_rank_zero(lambda: _refuse())
         except UserError as error:
             said.append(error.message)
     return said

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llama_acc.core.parallel import Parallel, joined
+from llama_acc.core.distributed.groups import Parallel, init_distributed
 from llama_acc.core.train.events import Quiet
 from llama_acc.core.train.run import plan_together
 from tests.core.tiny import CPU
@@ -23,7 +23,7 @@ class _Told(Quiet):
 def planned(overrides: list[str], cache_sizes: list[str]) -> list[dict[str, Any]]:
     """Plans on this rank among the others, with each of these cache sizes."""
     results = []
-    with joined(CPU, 1) as parallel:
+    with init_distributed(CPU, 1) as parallel:
         for size in cache_sizes:
             os.environ["LLAMA_ACC_CACHE_GIB"] = size
             results.append(_planned(overrides, parallel))

@@ -13,8 +13,8 @@ from torch import Tensor
 from llama_acc.core.atomic import check_manifest
 from llama_acc.core.checkpoint.layout import inspect
 from llama_acc.core.checkpoint.load import read_weights
+from llama_acc.core.distributed.groups import check_world
 from llama_acc.core.errors import UserError
-from llama_acc.core.parallel import check_world
 from tests.core.ranks import run_ranks
 from tests.core.train.runs import metrics, run
 

@@ -8,8 +8,8 @@ import pytest
 
 from llama_acc.core.checkpoint.save import write_checkpoint
 from llama_acc.core.data.batches import build
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
-from llama_acc.core.parallel import Parallel
 from llama_acc.core.train.plan import Plan
 from tests.core.tiny import CPU
 from tests.core.train.runs import plan_of

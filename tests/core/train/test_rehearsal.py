@@ -10,9 +10,9 @@ from torch import Tensor
 
 from llama_acc.core.atomic import check_manifest
 from llama_acc.core.data.batches import MicroBatch
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import RunError
 from llama_acc.core.model.transformer import Transformer
-from llama_acc.core.parallel import Parallel
 from llama_acc.core.train import step
 from llama_acc.core.train.events import Quiet
 from llama_acc.core.train.largest import largest_micro_batch

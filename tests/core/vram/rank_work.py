@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from llama_acc.core.parallel import joined
+from llama_acc.core.distributed.groups import init_distributed
 from llama_acc.core.vram import cpu_workspaces
 from llama_acc.core.vram.measure import measure
 from tests.core.ranks import next_port
@@ -18,7 +18,7 @@ def peaks(runs: Sequence[dict[str, Any]], world_size: int) -> list[int]:
     measured = []
     for run in runs:
         one = setup(*run["overrides"], world_size=world_size, micro_batches=run["micro_batches"])
-        with joined(CPU, one.recipe.parallel.model_parallel_size) as parallel:
+        with init_distributed(CPU, one.recipe.parallel.model_parallel_size) as parallel:
             measured.append(measure(one, CPU, parallel).allocated)
         next_port()
     return measured

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
-from llama_acc.core.parallel import Parallel
 from llama_acc.core.vram import changes, guard
 from llama_acc.core.vram.changes import best_changes
 from llama_acc.core.vram.gpus import overhead

@@ -20,13 +20,13 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.tensor import DTensor
 
-from llama_acc.core import worker
+from llama_acc.core.distributed import environment
 from llama_acc.core.errors import LlamaAccError, RunError, UserError
 
 _Result = TypeVar("_Result")
 Group = dist.ProcessGroup
 # A rank may wait this long for another, such as for rank 0 to encode a large data set.
-_PATIENCE = timedelta(hours=2)
+_TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Parallel:
         """Waits for all ranks."""
         self.gather(None)
 
-    def agree(self, work: Callable[[], _Result]) -> _Result:
+    def raise_together(self, work: Callable[[], _Result]) -> _Result:
         """Does the same work on every rank. If it fails on one, it fails on all, so that none waits for one that left.
 
         Raises:
@@ -95,29 +95,29 @@ class Parallel:
         if errors:
             first = min(errors)
             failure = error or errors[first]
-            worker.set_teller(failure, first)
+            environment.set_failing_rank(failure, first)
             raise failure
         return result
 
     @property
-    def leads_machine(self) -> bool:
+    def is_local_rank_zero(self) -> bool:
         """Whether this process does for all of its machine what need be done only once there."""
-        return self.control is None or worker.local_rank() == 0
+        return self.control is None or environment.local_rank() == 0
 
-    def of_machine(self, value: _Result | None) -> _Result:
+    def broadcast_in_node(self, value: _Result | None) -> _Result:
         """The value of the process that leads this one's machine. It is pickled: only between processes of one run."""
         machine = os.uname().nodename
-        told = self.gather((machine, value if self.leads_machine else None))
+        told = self.gather((machine, value if self.is_local_rank_zero else None))
         return next(value for name, value in told if name == machine and value is not None)
 
-    def main_first(self, work: Callable[[], None]) -> None:
+    def run_rank_zero_first(self, work: Callable[[], None]) -> None:
         """Does the same work once on every rank, on rank 0 before the others: they find what it has made."""
-        self.agree(lambda: work() if self.is_main else None)
-        self.agree(lambda: None if self.is_main else work())
+        self.raise_together(lambda: work() if self.is_main else None)
+        self.raise_together(lambda: None if self.is_main else work())
 
-    def on_main(self, work: Callable[[], _Result]) -> _Result:
+    def run_on_rank_zero(self, work: Callable[[], _Result]) -> _Result:
         """Does some work on rank 0; its result, or error, is that of every rank."""
-        return self.gather(self.agree(lambda: work() if self.is_main else None))[0]
+        return self.gather(self.raise_together(lambda: work() if self.is_main else None))[0]
 
 
 def local_world_size() -> int:
@@ -140,11 +140,11 @@ def check_world(model_parallel_size: int, processes: int) -> None:
 
 
 @contextlib.contextmanager
-def joined(
+def init_distributed(
     device: torch.device,
     model_parallel_size: int,
     tell: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
-    patience: timedelta = _PATIENCE,
+    timeout: timedelta = _TIMEOUT,
 ) -> Iterator[Parallel]:
     """Joins the processes started with this one for a while: env://, that is RANK, WORLD_SIZE, MASTER_ADDR and _PORT.
 
@@ -152,14 +152,14 @@ def joined(
         device: where this one computes.
         model_parallel_size: how many share one copy of the model.
         tell: is given a line for the user where the others are long in coming.
-        patience: how long a rank may wait for another once all have come.
+        timeout: how long a rank may wait for another once all have come.
 
     Raises:
         UserError: their number is not a multiple of `model_parallel_size`.
         RunError: they did not come.
     """
-    check_world(model_parallel_size, worker.world_size())
-    if worker.world_size() == 1:
+    check_world(model_parallel_size, environment.world_size())
+    if environment.world_size() == 1:
         yield Parallel()
         return
     store = _gather_processes(tell)
@@ -167,15 +167,15 @@ def joined(
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=store,
-        rank=worker.rank(),
-        world_size=worker.world_size(),
-        timeout=patience,
+        rank=environment.rank(),
+        world_size=environment.world_size(),
+        timeout=timeout,
         device_id=device if on_gpu else None,
     )
     from fairscale.nn.model_parallel import initialize
 
     try:
-        yield _groups(model_parallel_size, patience)
+        yield _groups(model_parallel_size, timeout)
     finally:
         initialize.destroy_model_parallel()
         dist.destroy_process_group()
@@ -191,8 +191,8 @@ def _gather_processes(tell: Callable[[str], None]) -> Store:
     torch's own rendezvous waits in C++, without a word and deaf to signals.
     """
     global _joins
-    (host, port), rank, size = worker.check_place(), worker.rank(), worker.world_size()
-    hint = None if worker.is_launched() else worker.run_alone()
+    (host, port), rank, size = environment.check_place(), environment.rank(), environment.world_size()
+    hint = None if environment.is_launched() else environment.run_alone()
     place, advice = f"{host}:{port}", f"; {hint}" if hint else ""
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
 
@@ -200,12 +200,12 @@ def _gather_processes(tell: Callable[[str], None]) -> Store:
         if serves:
             # It reaches its own store in any case; where others look for it elsewhere, they are those who do not come.
             return TCPStore("localhost", port, is_master=True, wait_for_workers=False, multi_tenant=True)
-        worker.connect(host, port)
+        environment.connect(host, port)
         return TCPStore(host, port, wait_for_workers=False, timeout=_STORE_TIMEOUT)
 
-    opening = worker.in_background(open_store)
+    opening = environment.in_background(open_store)
     whom = f"{'the launcher' if rank == 0 else 'rank 0'} of {size} processes to answer at {place}"
-    worker.wait_until(opening.done, lambda: f"{whom} (this is rank {rank}{advice})", tell)
+    environment.wait_until(opening.done, lambda: f"{whom} (this is rank {rank}{advice})", tell)
     try:
         store = opening.result(timeout=0)
     except (dist.DistError, TimeoutError) as error:
@@ -224,12 +224,12 @@ def _gather_processes(tell: Callable[[str], None]) -> Store:
         if not any(store.check([name]) for name in names[:rank]):
             tell(line)
 
-    if not worker.wait_until(lambda: store.check(names), missing, say):
-        raise RunError(f"waited {worker.JOIN_TIMEOUT / 60:.0f} minutes in vain for {missing()}", hint)
+    if not environment.wait_until(lambda: store.check(names), missing, say):
+        raise RunError(f"waited {environment.JOIN_TIMEOUT / 60:.0f} minutes in vain for {missing()}", hint)
     return store
 
 
-def _groups(model_parallel_size: int, patience: timedelta | None) -> Parallel:
+def _groups(model_parallel_size: int, timeout: timedelta | None) -> Parallel:
     """Splits the processes into fairscale's model-parallel and data-parallel groups."""
     from fairscale.nn.model_parallel import initialize
 
@@ -242,8 +242,8 @@ def _groups(model_parallel_size: int, patience: timedelta | None) -> Parallel:
         initialize.get_data_parallel_world_size(),
         initialize.get_model_parallel_group(),
         initialize.get_data_parallel_group(),
-        dist.new_group(backend="gloo", timeout=patience) if patience is not None else None,
-        dist.new_group(backend="gloo", timeout=patience) if patience is not None else None,
+        dist.new_group(backend="gloo", timeout=timeout) if timeout is not None else None,
+        dist.new_group(backend="gloo", timeout=timeout) if timeout is not None else None,
     )
 
 
@@ -264,6 +264,33 @@ def simulated(rank: int, processes: int, model_parallel_size: int) -> Iterator[P
     finally:
         initialize.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def summed(x: Tensor, group: Group | None) -> Tensor:
+    """The sum over the model-parallel group, in place; its gradient is passed on as it is."""
+    if group is None:
+        return x
+    from fairscale.nn.model_parallel.mappings import reduce_from_model_parallel_region
+
+    return reduce_from_model_parallel_region(x)
+
+
+def copied(x: Tensor, group: Group | None) -> Tensor:
+    """The same on every rank of the model-parallel group; of the gradient, which is a part of a sum, the sum."""
+    if group is None:
+        return x
+    from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region
+
+    return copy_to_model_parallel_region(x)
+
+
+def gathered(x: Tensor, group: Group | None) -> Tensor:
+    """The parts of the model-parallel group side by side in the last dimension; of the gradient each gets its part."""
+    if group is None:
+        return x
+    from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
+
+    return gather_from_model_parallel_region(x)
 
 
 class LocalPart(NamedTuple):

@@ -21,9 +21,9 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
+from llama_acc.core.distributed.environment import ExitRecord
 from llama_acc.core.errors import LlamaAccError
 from llama_acc.core.train.interrupt import EXIT_CODES, held_back
-from llama_acc.core.worker import Ending
 
 POLL = 0.1
 """Seconds between looks at the workers."""
@@ -153,10 +153,10 @@ class Agent(LocalElasticAgent):
         for place, handler in self._pcontext.subprocess_handlers.items():
             code = handler.proc.poll()
             if code:
-                return self._kind(code, ending_in(self._pcontext.error_files[place]))
+                return self._kind(code, exit_record_in(self._pcontext.error_files[place]))
         return None
 
-    def _kind(self, code: int, ending: Ending | None) -> str:
+    def _kind(self, code: int, ending: ExitRecord | None) -> str:
         if self._received is not None and code in (*EXIT_CODES.values(), *(-number for number in EXIT_CODES)):
             return "stopped"
         return "stopped" if code in EXIT_CODES.values() else ending.kind if ending is not None else "crash"
@@ -180,7 +180,7 @@ class Agent(LocalElasticAgent):
 
     def _decide_restart(self, failures: Mapping[int, ProcessFailure]) -> None:
         """Stops the agent from restarting what would fail again, and tells of a restart."""
-        kinds = {self._kind(failure.exitcode, ending_in(failure.error_file)) for failure in failures.values()}
+        kinds = {self._kind(failure.exitcode, exit_record_in(failure.error_file)) for failure in failures.values()}
         if kinds & {"error", "stopped"} or self._received is not None:
             self._remaining_restarts = 0
             return
@@ -194,13 +194,13 @@ class Agent(LocalElasticAgent):
 
         def order(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, float, int]:
             rank, failure = item
-            ending = ending_in(failure.error_file)
+            ending = exit_record_in(failure.error_file)
             # A rank that was killed leaves no word, and the others notice at once: it comes before them.
             told = ending.time if ending is not None else float(failure.timestamp)
             return failure.pid in self._killed, ending is not None and ending.kind == "lost", told, rank
 
         rank, failure = min(failures.items(), key=order)
-        ending = ending_in(failure.error_file)
+        ending = exit_record_in(failure.error_file)
         if ending is None:
             tail = "" if failure.exitcode in (-signal.SIGKILL, -signal.SIGTERM) else self._logs.tail(rank)
             last_words = f"; its last words:\n{tail}" if tail else ""
@@ -208,7 +208,7 @@ class Agent(LocalElasticAgent):
         if ending.kind == "lost":
             where = "; its error is in the output of another machine" if self._several_nodes else f": {ending.message}"
             return f"rank {rank} lost another rank{where}", None, 1
-        endings = [ending_in(other.error_file) for other in failures.values()]
+        endings = [exit_record_in(other.error_file) for other in failures.values()]
         agreed = len(failures) == self._worker_group.spec.local_world_size and all(
             other is not None and other.message == ending.message for other in endings
         )
@@ -219,7 +219,7 @@ class Agent(LocalElasticAgent):
 
     def raise_cause(self, failures: Mapping[int, ProcessFailure]) -> NoReturn:
         """Raises what ended the job."""
-        kinds = {self._kind(failure.exitcode, ending_in(failure.error_file)) for failure in failures.values()}
+        kinds = {self._kind(failure.exitcode, exit_record_in(failure.error_file)) for failure in failures.values()}
         if kinds == {"stopped"}:
             code = next(iter(failures.values())).exitcode
             raise Stopped(EXIT_CODES[self._received] if self._received is not None else code)
@@ -234,9 +234,9 @@ def how_it_ended(code: int) -> str:
     return f"was killed by {name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
 
 
-def ending_in(path: str) -> Ending | None:
+def exit_record_in(path: str) -> ExitRecord | None:
     """What a worker left in its error file; None = nothing."""
     try:
-        return Ending(**json.loads(Path(path).read_text(encoding="utf-8"))["ending"])
+        return ExitRecord(**json.loads(Path(path).read_text(encoding="utf-8"))["ending"])
     except (OSError, ValueError, KeyError):
         return None

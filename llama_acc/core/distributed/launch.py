@@ -16,11 +16,11 @@ from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
 
-from llama_acc.core.agent import POLL, Agent, Logs, Stopped
+from llama_acc.core.distributed.agent import POLL, Agent, Logs, Stopped
+from llama_acc.core.distributed.environment import LAUNCHER
+from llama_acc.core.distributed.meeting import did_not_meet, meet, network_of, own_address, saying_who_is_missing
 from llama_acc.core.errors import UserError
-from llama_acc.core.meeting import did_not_meet, meet, network_of, own_address, saying_who_is_missing
 from llama_acc.core.train.interrupt import EXIT_CODES
-from llama_acc.core.worker import LAUNCHER
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousPa
 from torch.distributed.elastic.rendezvous import registry as rendezvous
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousConnectionError
 
+from llama_acc.core.distributed.environment import JOIN_TIMEOUT, connect, in_background, wait_until
 from llama_acc.core.errors import RunError, UserError
-from llama_acc.core.worker import JOIN_TIMEOUT, connect, in_background, wait_until
 
 _SIOCGIFADDR = 0x8915  # netdevice(7)
 

@@ -42,7 +42,7 @@ _LOST = re.compile(
 
 
 @dataclass(frozen=True)
-class Ending:
+class ExitRecord:
     """How a worker ended: what it leaves for its launcher.
 
     Attributes:
@@ -188,7 +188,7 @@ def was_restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def die_with_launcher() -> None:
+def kill_on_parent_exit() -> None:
     """Has the system kill this process when its launcher is killed: nothing must go on unseen."""
     if not is_launched() or sys.platform != "linux":
         return
@@ -202,25 +202,25 @@ def lost_another_rank(error: BaseException) -> bool:
     return world_size() > 1 and isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
 
 
-def set_teller(error: Exception, rank: int) -> None:
+def set_failing_rank(error: Exception, rank: int) -> None:
     """Notes that all ranks end with an error which this one of them had."""
-    vars(error)["told_by"] = rank
+    vars(error)["failing_rank"] = rank
 
 
-def teller(error: Exception) -> int | None:
+def failing_rank(error: Exception) -> int | None:
     """The rank that had the error all ranks end with; None = it is this rank's own."""
-    rank: int | None = vars(error).get("told_by")
+    rank: int | None = vars(error).get("failing_rank")
     return rank
 
 
-def record_end(error: BaseException, message: str, hint: str | None, exit_code: int) -> bool:
+def record_exit(error: BaseException, message: str, hint: str | None, exit_code: int) -> bool:
     """Leaves word of this worker's end for the launcher. False if there is none of this toolkit."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not is_launched() or not path:
         return False
     kind = "error" if isinstance(error, LlamaAccError) else "lost" if lost_another_rank(error) else "crash"
     now = time.time()
-    ending = Ending(message, hint, exit_code, kind, now)
+    ending = ExitRecord(message, hint, exit_code, kind, now)
     with open(path, "w", encoding="utf-8") as file:
         # The form that torch's elastic agent reads.
         told = {"message": message, "extraInfo": {"timestamp": str(int(now))}}
