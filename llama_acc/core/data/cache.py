@@ -4,6 +4,10 @@ An entry's name is the sha256 of all that decides its content, so nothing ever h
 for longest go when the cache outgrows `LLAMA_ACC_CACHE_GIB` (10 by default; 0: no cache), but never one that a run has
 mapped. The cache may fail, the run may not: what goes wrong here is logged, and the file is encoded into a temporary
 folder.
+
+An entry is one file: the bytes of all documents, a table with a row for each (`encode.DOCUMENT`), the numbers of
+skipped rows, an index in JSON, and a trailer with the index's length, the CRC-32 of all before it and a magic number.
+It is written as a stream, in constant memory, and memory-mapped: all processes that use it share one copy.
 """
 
 import contextlib
@@ -11,18 +15,35 @@ import fcntl
 import hashlib
 import json
 import logging
+import mmap
 import os
+import pickle
+import resource
 import shutil
+import struct
 import tempfile
 import time
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
-from uuid import uuid4
+from typing import Any, NamedTuple
 
-from llama_acc.core.data.encode import ENCODER_VERSION
-from llama_acc.core.data.entry import Encoded, EntryWriter, map_entry, temporary_file, verify
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from llama_acc.core.data.encode import (
+    DOCUMENT,
+    ENCODER_VERSION,
+    Chunk,
+    Images,
+    stored_images,
+    stored_tokens,
+    token_type,
+)
 from llama_acc.core.data.survey import CHECKS_VERSION
 from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_digest
 from llama_acc.core.data.templates import PromptFormat
@@ -31,19 +52,192 @@ from llama_acc.core.home import home
 from llama_acc.core.input_files import open_input
 from llama_acc.core.tokenizer import Tokenizer
 
+FORMAT_VERSION = 5
+"""Of an entry; part of the cache's key."""
 DEFAULT_GIB = 10.0
 SUFFIX = ".tokens"
-# Version 1's entries, which an older llama-acc may still use; they count, and go when they are the oldest.
-_SUFFIXES = (SUFFIX, ".npz")
-_ABANDONED_SECONDS = 24 * 3600
-_JUST_MADE_SECONDS = 60
-_OWN = ".llama-acc-run-"  # how the folders begin in which runs put what is theirs alone
+_MAGIC = b"llamaacc"
+_TRAILER = struct.Struct("<QI8s")
 _BLOCK = 1 << 20
+_OWN = ".llama-acc-run-"  # how the folders begin in which runs put what is theirs alone
+_ABANDONED_SECONDS = 24 * 3600  # where a file system has no locks
 
 _logger = logging.getLogger("llama_acc")
 
-Write = Callable[[EntryWriter], None]
-"""Appends all documents of a file, and finishes."""
+
+class About(NamedTuple):
+    """What is known of a file when all of its documents are encoded."""
+
+    items: int
+    """How many items it has, besides the rows that were skipped."""
+    kind: str
+    """ "single_turn" or "dialogue"."""
+    skipped_rows: NDArray[np.int64]
+    """[S]: the numbers of the rows that were skipped, from 0."""
+    notes: dict[str, Any]
+    """What else was found out; JSON."""
+
+
+Encode = Callable[[Callable[[Chunk], None]], About]
+"""Encodes a file: calls its argument with chunk after chunk."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """The documents of one file; read-only arrays, mapped."""
+
+    path: Path
+    """Where it is mapped from."""
+    mapped: mmap.mmap = field(repr=False)
+    token_type: "np.dtype[Any]"
+    table: NDArray[np.void]
+    """[D] of `DOCUMENT`"""
+    items: int
+    """How many items the file has, besides the rows that were skipped."""
+    kind: str
+    """ "single_turn" or "dialogue"."""
+    skipped_rows: NDArray[np.int64]
+    """[S]: the numbers of the rows that were skipped, from 0."""
+    notes: dict[str, Any]
+    """What else was found out about the file; JSON."""
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process maps the same file.
+        return map_entry, (self.path,)
+
+    @property
+    def skipped(self) -> list[dict[str, Any]]:
+        """What is wrong with rows that were skipped, as the fields of `Finding`s: the first of it."""
+        return list(self.notes.get("skipped", []))
+
+    @property
+    def skipped_kinds(self) -> Counter[str]:
+        """How much of each kind is wrong with all of them."""
+        return Counter(self.notes.get("skipped_kinds", {}))
+
+    @property
+    def warnings(self) -> dict[str, Any]:
+        """What else was found in the items: by kind, how often and where first."""
+        return dict(self.notes.get("warnings", {}))
+
+    def document(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """A document's tokens, and which of them are labelled. [N], [N]"""
+        return stored_tokens(self.table[i], self.mapped, self.token_type)
+
+    def images(self, i: int) -> Images:
+        """Where a document's images are."""
+        return stored_images(self.table[i], self.mapped, self.token_type)
+
+    def release(self) -> None:
+        """Lets go of the pages that were read, so as not to seem to hold them: they stay in the system's cache."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def write_entry(path: Path, encode: Encode, vocab_size: int) -> None:
+    """Write an entry as its documents come.
+
+    Raises:
+        OSError: there is no room for it.
+    """
+    position = crc = documents = 0
+
+    def put(data: Any) -> None:
+        nonlocal position, crc
+        file.write(data)
+        crc = zlib.crc32(data, crc)
+        position += memoryview(data).nbytes
+
+    def append(chunk: Chunk) -> None:
+        nonlocal documents
+        rows = chunk.table.copy()
+        rows["begin"] += position
+        aside.write(rows.tobytes())
+        documents += len(rows)
+        put(chunk.content)
+
+    try:
+        with path.open("wb") as file, tempfile.TemporaryFile(dir=path.parent, buffering=_BLOCK) as aside:
+            about = encode(append)
+            put(bytes(-position % DOCUMENT.alignment))
+            table = position
+            aside.seek(0)
+            while block := aside.read(_BLOCK):
+                put(block)
+            put(about.skipped_rows.astype(np.int64).tobytes())
+            index = {
+                "vocab_size": vocab_size,
+                "table": [documents, table],
+                "skipped_rows": [len(about.skipped_rows), table + documents * DOCUMENT.itemsize],
+                "items": about.items,
+                "kind": about.kind,
+                "notes": about.notes,
+            }
+            text = json.dumps(index).encode()
+            put(text)
+            file.write(_TRAILER.pack(len(text), crc, _MAGIC))
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def map_entry(path: Path, *, verify: bool = False) -> Encoded:
+    """Map an entry; nothing of it is read before it is used, and it stays whole if the file is deleted.
+
+    As long as it is mapped, the file carries a shared lock, by which others see that it is in use.
+
+    Args:
+        path: where it is.
+        verify: read all of its bytes, and compare their checksum.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is not an entry, or was damaged.
+    """
+    with path.open("rb") as file:
+        _allow_more_files()
+        with contextlib.suppress(OSError):  # a file system without locks: what is mapped stays whole all the same
+            fcntl.flock(file, fcntl.LOCK_SH)
+        size = os.fstat(file.fileno()).st_size - _TRAILER.size
+        if os.fstat(file.fileno()).st_nlink == 0:
+            raise FileNotFoundError(path)  # deleted after it was opened
+        if size < 0:
+            raise ValueError("it was cut off")
+        # Python's mmap keeps a duplicate of the descriptor, and that keeps the lock.
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        length, wanted, magic = _TRAILER.unpack(mapped[size:])
+        if magic != _MAGIC or length > size:
+            raise ValueError("it does not end as an entry does")
+        crc, left = 0, size if verify else 0
+        while block := file.read(min(left, _BLOCK)):
+            crc, left = zlib.crc32(block, crc), left - len(block)
+        if verify and crc != wanted:
+            raise ValueError("its checksum is wrong")
+    index = json.loads(mapped[size - length : size])
+    return Encoded(
+        path,
+        mapped,
+        token_type(index["vocab_size"]),
+        np.frombuffer(mapped, DOCUMENT, *index["table"]),
+        index["items"],
+        index["kind"],
+        np.frombuffer(mapped, np.int64, *index["skipped_rows"]),
+        index["notes"],
+    )
+
+
+def _allow_more_files() -> None:
+    """Every mapped entry keeps a descriptor: of thousands of shards that is more than a process may open at first."""
+    lowest_free = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest_free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if lowest_free > soft // 2 and soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def content_digest(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
@@ -89,18 +283,9 @@ def cache_key(
         max_tokens: where documents are cut.
         image_positions: how many places an image takes; None: there may be no images.
     """
-    parts: dict[str, Any] = {
-        "data": content,
-        "suffix": suffix.lower(),
-        "format": format,
-        "tokenizer": tokenizer.fingerprint(),
-        "templates": [template.to_json() for template in templates],
-        "max_tokens": max_tokens,
-        "encoder": ENCODER_VERSION,
-        "checks": CHECKS_VERSION,
-    }
-    if image_positions is not None:
-        parts["image_positions"] = image_positions
+    versions = [FORMAT_VERSION, ENCODER_VERSION, CHECKS_VERSION]
+    formats = [template.to_json() for template in templates]
+    parts = [content, suffix.lower(), format, tokenizer.fingerprint(), formats, max_tokens, image_positions, versions]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -113,56 +298,43 @@ class EntryStore:
     def __init__(self) -> None:
         self._limit = _limit_bytes()
         self._cache = home() / "cache" / "tokens"
-        self._own: list[Path] = []
-        self._locks = contextlib.ExitStack()
+        self._own: dict[Path, Path] = {}  # folders of this run alone, by where they are
+        self._leave = contextlib.ExitStack()
 
     def __enter__(self) -> "EntryStore":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for folder in self._own:
-            shutil.rmtree(folder, ignore_errors=True)
-        self._locks.close()
+        self._leave.close()
 
-    def own_folder(self) -> Path:
-        """A folder of this run, for anything its processes are to find."""
-        if not self._own:
-            self._add_own(self._cache if self._limit and self._is_usable() else None)
-        return self._own[-1]
-
-    def get(self, key: str, write: Write, vocab_size: int, waiting: Callable[[], None] = lambda: None) -> Encoded:
+    def get(self, key: str, encode: Encode, vocab_size: int, waiting: Callable[[], None] = lambda: None) -> Encoded:
         """The entry of that key, written if it is not there. Of several processes that want one, only one writes.
 
         Args:
             key: what `cache_key` gave.
-            write: makes its content.
+            encode: makes its content.
             vocab_size: of the tokenizer.
             waiting: called if another process is writing it.
 
         Raises:
-            UserError: a newer llama-acc wrote it, or there is no room for it anywhere.
+            UserError: there is no room for it anywhere.
         """
         found = self.find(key)
-        if found is None and self._limit and self._is_usable():
-            with _alone(self._cache / f"{key}.lock", waiting):
-                found = self.find(key) or self._store(key, write, vocab_size)
-        return found or self._store_aside(key, write, vocab_size)
+        if found is None and self._cache_is_usable():
+            with _alone(self._cache / f".{key[:4]}.lock", waiting):
+                found = self.find(key) or self._write(key, encode, vocab_size)
+        return found or self._write_aside(key, encode, vocab_size)
 
     def find(self, key: str) -> Encoded | None:
-        """The entry of that key, every byte of it checked, or None where there is none that can be used.
-
-        Raises:
-            UserError: a newer llama-acc wrote it.
-        """
-        for folder in self._own:
+        """The entry of that key, every byte of it checked, or None where there is none that can be used."""
+        for folder in self._own.values():
             if (path := folder / (key + SUFFIX)).exists():
                 return map_entry(path)
+        path = self._cache / (key + SUFFIX)
         if self._limit == 0:
             return None
-        path = self._cache / (key + SUFFIX)
         try:
-            encoded = map_entry(path)
-            verify(path)
+            encoded = map_entry(path, verify=True)
             os.utime(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -171,52 +343,56 @@ class EntryStore:
             return None
         return encoded
 
-    def _is_usable(self) -> bool:
+    def own_folder(self) -> Path:
+        """A folder of this run, for anything its processes are to find."""
+        parent = self._cache if self._cache_is_usable() else Path(tempfile.gettempdir())
+        return next(iter(self._own.values()), None) or self._own_folder_in(parent)
+
+    def _cache_is_usable(self) -> bool:
+        if self._limit == 0:
+            return False
         try:
             self._cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            self._say_not_kept(error)
+            self._warn(error)
             return False
         return os.access(self._cache, os.W_OK)
 
-    def _add_own(self, parent: Path | None) -> Path:
-        parent = parent or Path(tempfile.gettempdir())
-        for path in parent.glob(f"{_OWN}*"):
-            _remove_if_left(path)
-        folder, lock = _locked_folder(parent)
-        self._locks.callback(os.close, lock)
-        self._own.append(folder)
-        return folder
+    def _own_folder_in(self, parent: Path) -> Path:
+        if parent not in self._own:
+            for left in parent.glob(f"{_OWN}*"):
+                _remove_if_unused(left)
+            self._own[parent], lock = _locked_folder(parent)
+            self._leave.callback(os.close, lock)
+            self._leave.callback(shutil.rmtree, self._own[parent], ignore_errors=True)
+        return self._own[parent]
 
-    def _store(self, key: str, write: Write, vocab_size: int) -> Encoded | None:
+    def _write(self, key: str, encode: Encode, vocab_size: int) -> Encoded | None:
         """Writes an entry into the cache, or beside it if those in use leave no room; None if it cannot."""
-        temporary = self._cache / f".{key}.{uuid4().hex}.tmp"
         try:
-            _write_whole(temporary, write, vocab_size)
-            fits = _make_room(self._cache, self._limit - temporary.stat().st_size)
-            path = (self._cache if fits else self.own_folder()) / (key + SUFFIX)
-            os.replace(temporary, path)
+            path = self._own_folder_in(self._cache) / (key + SUFFIX)
+            write_entry(path, encode, vocab_size)
+            if _make_room(self._cache, self._limit - path.stat().st_size):
+                path = path.rename(self._cache / path.name)
             return map_entry(path)
         except OSError as error:
-            self._say_not_kept(error)
+            self._warn(error)
             return None
-        finally:
-            _remove(temporary)
 
-    def _store_aside(self, key: str, write: Write, vocab_size: int) -> Encoded:
+    def _write_aside(self, key: str, encode: Encode, vocab_size: int) -> Encoded:
         """Writes an entry where temporary files go."""
-        folder = self._own[-1] if self._own and self._limit == 0 else self._add_own(None)
-        path = folder / (key + SUFFIX)
+        parent = Path(tempfile.gettempdir())
         try:
-            _write_whole(path, write, vocab_size)
+            path = self._own_folder_in(parent) / (key + SUFFIX)
+            write_entry(path, encode, vocab_size)
         except OSError as error:
             raise UserError(
-                f"cannot write the encoded data to {folder}: {error.strerror or error}",
+                f"cannot write the encoded data to {parent}: {error.strerror or error}",
                 "make room there, or set TMPDIR to a folder that has some",
             ) from error
         return map_entry(path)
 
-    def _say_not_kept(self, error: OSError) -> None:
+    def _warn(self, error: OSError) -> None:
         _logger.warning("not keeping encoded data in %s: %s", self._cache, error.strerror or error)
 
 
@@ -231,76 +407,38 @@ def _limit_bytes() -> int:
     return int(gib * 2**30)
 
 
-def _write_whole(path: Path, write: Write, vocab_size: int) -> None:
-    with (
-        path.open("wb") as file,
-        contextlib.closing(EntryWriter(file, lambda: temporary_file(path.parent), vocab_size)) as writer,
-    ):
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # by which others see that somebody is at it
-        write(writer)
-        os.fsync(file.fileno())
-
-
 @contextlib.contextmanager
 def _alone(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
     """Holds a lock that goes with the process, however that ends. Where there are none, two may do the same work."""
-    lock = _locked(path, waiting)
-    while not _is_at(lock, path):  # whoever had it has removed it, and the next one makes a new file
-        lock.close()
-        lock = _locked(path, waiting)
-    with lock:
+    lock = FileLock(path)
+    with contextlib.suppress(NotImplementedError, OSError):
         try:
-            yield
-        finally:
-            _remove(path)
-
-
-def _locked(path: Path, waiting: Callable[[], None]) -> IO[str]:
-    lock = path.open("w")
+            lock.acquire(timeout=0)
+        except Timeout:
+            waiting()
+            lock.acquire()
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        waiting()
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError:
-        _logger.debug("no locks on %s", path.parent)
-    return lock
-
-
-def _is_at(file: IO[str], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+        yield
+    finally:
+        lock.release()
 
 
 def _make_room(folder: Path, room: int) -> bool:
-    """Deletes what killed runs have left, and the entries unused for longest until the others fit.
+    """Deletes the entries unused for longest until the others fit. Those in use stay.
 
     Returns:
-        Whether they do. Entries in use stay; if they alone are too many, so do all.
+        Whether they do; if those in use alone are too many, nothing is deleted.
     """
     entries = []
-    for path in folder.iterdir():
-        try:
-            status = path.stat()
-        except FileNotFoundError:  # another run is at it too
-            continue
-        if path.suffix in _SUFFIXES:
-            entries.append((status.st_mtime, status.st_size, path))
-        elif path.name.startswith(_OWN):
-            _remove_if_left(path)
-        elif path.name.startswith(".") and _is_abandoned(path, time.time() - status.st_mtime):
-            _remove(path)
+    for path in folder.glob("[!.]*"):
+        with contextlib.suppress(FileNotFoundError):  # another run is at it too
+            entries.append((path.stat().st_mtime, path.stat().st_size, path))
     excess = sum(size for _, size, _ in entries) - room
-    free = [entry for entry in sorted(entries) if _unless_used(entry[2])] if excess > 0 else []
-    if excess > sum(size for _, size, _ in free):
+    unused = [entry for entry in sorted(entries) if excess > 0 and _is_unused(entry[2])]
+    if excess > sum(size for _, size, _ in unused):
         return False
-    for _, size, path in free:
-        if excess <= 0:
-            break
-        if _unless_used(path, _remove):
+    for _, size, path in unused:
+        if excess > 0 and _remove_if_unused(path):
             excess -= size
     return True
 
@@ -317,60 +455,61 @@ def _locked_folder(parent: Path) -> tuple[Path, int]:
         os.close(lock)  # another run took it for a folder that was left
 
 
-def _remove_if_left(folder: Path) -> None:
-    """Removes a folder of a run of this user that was killed: nobody has it locked, or, without locks, it is old."""
+def _is_unused(path: Path, then: Callable[[], Any] = lambda: None) -> bool:
+    """Whether nobody has an entry or a run's folder locked, or, where there are no locks, touched it for a day.
+
+    Args:
+        path: of the entry or the folder.
+        then: done before anybody else can lock it.
+    """
     try:
-        status = folder.stat()
-        if status.st_uid != os.geteuid():
-            return
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError:  # another run is at it too
-        return
+        lock = os.open(path, os.O_RDONLY)
+    except OSError:  # another run is at it, or it is another user's
+        return False
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _remove(folder)
-    except BlockingIOError:
-        return
-    except OSError:
-        if time.time() - status.st_mtime > _ABANDONED_SECONDS:
-            _remove(folder)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if isinstance(error, BlockingIOError) or time.time() - path.stat().st_mtime < _ABANDONED_SECONDS:
+                return False
+        then()
+        return True
     finally:
         os.close(lock)
 
 
-def _is_abandoned(path: Path, age: float) -> bool:
-    """Whether a killed run has left it: nobody has it locked, or, where that cannot be known, it is old."""
-    if path.suffix != ".tmp" or age > _ABANDONED_SECONDS:
-        return age > _ABANDONED_SECONDS
+def _remove_if_unused(path: Path) -> bool:
+    def remove() -> None:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
     try:
-        with path.open("rb+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return age > _JUST_MADE_SECONDS
-
-
-def _unless_used(path: Path, do: Callable[[Path], None] = lambda _: None) -> bool:
-    """Does something to an entry, unless a run has it mapped and so holds a lock on it. Returns whether it did."""
-    try:
-        with path.open("rb+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            except OSError:
-                _logger.debug("no locks on %s", path.parent)
-            do(path)
-    except OSError:
-        return False
-    return True
-
-
-def _remove(path: Path) -> None:
-    try:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        return _is_unused(path, remove)
     except OSError as error:
         _logger.warning("cannot delete %s: %s", path, error.strerror)
+        return False
+
+
+def publish_to_local_ranks(value: Any, folder: Path) -> None:
+    """Leave a value in a folder of this run for its other processes on this machine, which map its arrays.
+
+    Both ends are processes of one run of one user, so it may be a pickle.
+    """
+    buffers: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    views = [buffer.raw() for buffer in buffers]
+    (folder / "published.pickle").write_bytes(pickle.dumps(([view.nbytes for view in views], data)))
+    with (folder / "published.arrays").open("wb") as file:
+        for view in views:
+            file.write(view)
+            file.write(bytes(-view.nbytes % 64))
+
+
+def load_published(folder: Path) -> Any:
+    """What was left there. Its arrays stay whole when the folder is deleted."""
+    sizes, data = pickle.loads((folder / "published.pickle").read_bytes())
+    mapped = np.memmap(folder / "published.arrays", mode="r") if any(sizes) else np.zeros(0, np.uint8)
+    buffers, begin = [], 0
+    for size in sizes:
+        buffers.append(mapped[begin : begin + size].data)
+        begin += size + -size % 64
+    return pickle.loads(data, buffers=buffers)

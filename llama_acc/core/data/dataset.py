@@ -4,7 +4,7 @@ import hashlib
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_acc.core.data.duplicates import Across
+from llama_acc.core.data.cache import Encoded
+from llama_acc.core.data.duplicates import KIND as DUPLICATE
 from llama_acc.core.data.encode import Images
-from llama_acc.core.data.entry import Encoded
 from llama_acc.core.data.findings import MOST_PROBLEMS, Finding
 from llama_acc.core.data.images import resolved
 from llama_acc.core.data.prepare import KEPT_PLACES
@@ -48,32 +48,10 @@ class DataFile:
     """How many these items are."""
     skipped_kinds: Mapping[str, int] = field(default_factory=dict)
     """How much of each kind is wrong with them."""
-    across: Across = field(default_factory=Across)
-    """What earlier files have too."""
-
-
-class _Skipped:
-    """What is left out of a file, found by found: the first of it, and counts."""
-
-    def __init__(self) -> None:
-        self._first: list[Finding] = []
-        self._kinds: Counter[str] = Counter()
-        self._items = 0
-
-    def add(self, finding: Finding, is_new: bool) -> None:
-        """One thing more that is wrong, with an item that is new or the last one's."""
-        self._first += [finding][: MOST_PROBLEMS - len(self._first)]
-        self._kinds[finding.kind] += 1
-        self._items += is_new
-
-    def added_to(self, file: DataFile) -> DataFile:
-        return replace(
-            file,
-            items=file.items - self._items,
-            skipped=(*file.skipped, *self._first)[:MOST_PROBLEMS],
-            skipped_items=file.skipped_items + self._items,
-            skipped_kinds=Counter(file.skipped_kinds) + self._kinds,
-        )
+    duplicates: int = 0
+    """How many documents earlier files have too."""
+    duplicate_places: tuple[Finding, ...] = ()
+    """The first `KEPT_PLACES` of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,17 +75,17 @@ class Dataset:
     @cached_property
     def lengths(self) -> NDArray[np.int32]:
         """Tokens per document. [D]"""
-        return self._column("lengths")
+        return self._column("length")
 
     @cached_property
     def label_counts(self) -> NDArray[np.int32]:
         """Label tokens per document. [D]"""
-        return self._column("label_counts")
+        return self._column("label_count")
 
     @cached_property
     def image_counts(self) -> NDArray[np.int32]:
         """Images per document. [D]"""
-        return self._column("image_counts")
+        return self._column("images")
 
     @property
     def tokens(self) -> int:
@@ -135,7 +113,8 @@ class Dataset:
         document = self.parts[part].document(row)
         self._reads[0] += 1
         if self._reads[0] % _READS_BETWEEN_RELEASES == 0:
-            self._release()
+            for mapped in self.parts:
+                mapped.release()
         return document
 
     @cached_property
@@ -160,7 +139,7 @@ class Dataset:
     def where(self, i: int) -> str:
         """Where in its file a document came from, such as "item 17"."""
         part, row = self._place(i)
-        return f"item {self.parts[part].item[row] + 1}"
+        return f"item {self.parts[part].table['item'][row] + 1}"
 
     def _place(self, i: int) -> tuple[int, int]:
         """A document's part, and which one of that it is."""
@@ -169,12 +148,13 @@ class Dataset:
         return part, row - self._starts[part]
 
     def _column(self, name: str) -> NDArray[Any]:
-        whole = self._column_of_parts(name)
+        """A field of `encode.DOCUMENT` of all documents. [D]"""
+        columns = []
+        for part in self.parts:
+            columns.append(part.table[name].copy())
+            part.release()
+        whole = np.concatenate(columns)
         return whole if self.rows is None else whole[self.rows]
-
-    def _column_of_parts(self, name: str) -> NDArray[Any]:
-        columns = [getattr(part, name) for part in self.parts]
-        return columns[0] if len(columns) == 1 else np.concatenate(columns)
 
     def fingerprint(self) -> str:
         """The same if and only if a resumed run would see the same documents and labels in the same order."""
@@ -182,40 +162,19 @@ class Dataset:
 
     @cached_property
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256(np.ascontiguousarray(self._column("digests"), dtype="<u8").data)
-        self._release()
-        return f"v2:{digest.hexdigest()}"
-
-    def is_data_of(self, fingerprint: str) -> bool:
-        """Whether `fingerprint` was that of this data, in this version or the one before."""
-        return fingerprint == (self.fingerprint() if fingerprint.startswith("v2:") else self._first_fingerprint())
-
-    def _first_fingerprint(self) -> str:
-        """sha256 of all offsets, tokens and labels: what there was before every document had a digest of its own."""
-        digest = hashlib.sha256(np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)]).astype("<i8").data)
-        for i in range(len(self)):
-            digest.update(self.document(i)[0].astype("<i4").data)
-        bits = np.zeros(0, np.bool_)
-        for i in range(len(self)):
-            bits = np.concatenate([bits, self.document(i)[1]])
-            whole = len(bits) // 8 * 8
-            digest.update(np.packbits(bits[:whole]).data)
-            bits = bits[whole:]
-        digest.update(np.packbits(bits).data)
-        return digest.hexdigest()
+        return f"v2:{hashlib.sha256(self._column('digest').data).hexdigest()}"
 
     def prepared(self) -> "Dataset":
-        """The same, with all that is computed only once in its life computed: for another process to take over."""
-        self.lengths, self.label_counts, self.fingerprint()
+        """The same, with all that is computed once computed: for other processes to take over."""
+        self.lengths, self.label_counts, self.image_counts, self.fingerprint()
         return self
 
     def select(self, documents: Rows) -> "Dataset":
         """These documents, in this order. What was dropped stays with the whole."""
         rows = documents if self.rows is None else self.rows[documents]
-        chosen = Dataset(self.files, self.parts, rows)
-        counts = [len(part.item[members]) for part, members in zip(self.parts, chosen._members(), strict=True)]
+        counts = np.bincount(np.searchsorted(self._starts, rows, side="right") - 1, minlength=len(self.parts)).tolist()
         files = tuple(replace(file, items=n, dropped=0) for file, n in zip(self.files, counts, strict=True))
-        return replace(chosen, files=files)
+        return Dataset(files, self.parts, rows)
 
     def without(self, found: Iterable[tuple[int, Finding]]) -> "Dataset":
         """All documents but those in which something was found; they count as skipped.
@@ -223,15 +182,28 @@ class Dataset:
         Args:
             found: documents and what is wrong with them, in the order of the documents. It is not kept.
         """
-        bad, skipped = array("q"), [_Skipped() for _ in self.files]
+        bad, first = array("q"), [list(file.skipped) for file in self.files]
+        items, kinds = [0] * len(self.files), [Counter(file.skipped_kinds) for file in self.files]
         for document, finding in found:
-            is_new = not bad or bad[-1] != document
-            if is_new:
+            number = self._place(document)[0]
+            if not bad or bad[-1] != document:
                 bad.append(document)
-            skipped[self._place(document)[0]].add(finding, is_new)
+                items[number] += 1
+            kinds[number][finding.kind] += 1
+            if len(first[number]) < MOST_PROBLEMS:
+                first[number].append(finding)
+        files = tuple(
+            replace(
+                file,
+                items=file.items - items[i],
+                skipped=tuple(first[i]),
+                skipped_items=file.skipped_items + items[i],
+                skipped_kinds=kinds[i],
+            )
+            for i, file in enumerate(self.files)
+        )
         rows = np.delete(np.arange(len(self)) if self.rows is None else self.rows, bad)
-        files = [more.added_to(file) for file, more in zip(self.files, skipped, strict=True)]
-        return Dataset(tuple(files), self.parts, rows)
+        return Dataset(files, self.parts, rows)
 
     def split(self, fraction: float, seed: int) -> tuple["Dataset", "Dataset"]:
         """(train, validation): a fixed random part of about `fraction` of the documents is for validation.
@@ -249,111 +221,80 @@ class Dataset:
 
     def report(self) -> dict[str, Any]:
         """What `data.json` holds. items = documents + dropped; truncated ones are among the documents."""
-        pairs = zip(self.files, self.parts, self._members(), strict=True)
-        counts = [_counted(file, part, members) for file, part, members in pairs]
-        self._release()
+        by_length = [np.zeros(0, np.int64)]
+        reports = []
+        for file, part, members in zip(self.files, self.parts, self._members(), strict=True):
+            by_length.append(np.bincount(part.table["length"][members], minlength=1))
+            report = _counts(
+                file.items,
+                int(part.table["label_count"][members].sum(dtype=np.int64)),
+                int(part.table["cut"][members].sum()),
+                file.dropped,
+                by_length[-1],
+            )
+            part.release()
+            reports.append({"path": str(file.path), **report, **_findings(file, part)})
+        total = np.zeros(max(map(len, by_length)), np.int64)
+        for counted in by_length:
+            total[: len(counted)] += counted
+        warnings: Counter[str] = Counter()
+        for report in reports:
+            warnings.update(report["warnings"])
         names = [template.name for template in self.templates]
+        items, label_tokens, truncated, dropped = (
+            sum(report[key] for report in reports) for key in ("items", "label_tokens", "truncated", "dropped")
+        )
         return {
             "format_version": FORMAT_VERSION,
-            **_Counts.total(counts).report(),
-            **_found(self.files, self.parts),
+            **_counts(items, label_tokens, truncated, dropped, total),
+            "skipped": sum(report["skipped"] for report in reports),
+            "warnings": dict(warnings),
             "template": names[0] if len(names) == 1 else names,
-            "files": [
-                {
-                    "path": str(file.path),
-                    **count.report(),
-                    **_found([file], [part]),
-                    "skipped_kinds": dict(Counter(part.skipped_kinds) + Counter(file.skipped_kinds)),
-                    "skipped_items": [*part.skipped, *(f._asdict() for f in file.skipped)][:MOST_PROBLEMS],
-                    "warning_places": _warning_places(file, part),
-                    "unused_keys": part.unused_keys,
-                    "template": file.template.name,
-                }
-                for file, part, count in zip(self.files, self.parts, counts, strict=True)
-            ],
+            "files": reports,
         }
 
     def _members(self) -> "list[Rows | slice]":
         """For every part, which of its documents are among these; in no order."""
         if self.rows is None:
-            return [slice(0, len(part)) for part in self.parts]
+            return [slice(None) for _ in self.parts]
         ordered = np.sort(self.rows)
         bounds = np.searchsorted(ordered, self._starts)
         return [ordered[bounds[i] : bounds[i + 1]] - self._starts[i] for i in range(len(self.parts))]
 
-    def _release(self) -> None:
-        for part in self.parts:
-            part.release()
 
-
-@dataclass(frozen=True)
-class _Counts:
-    """What is told of a file, or of all of them."""
-
-    items: int
-    dropped: int
-    truncated: int
-    label_tokens: int
-    documents_of_length: NDArray[np.int64]
-    """[longest + 1]"""
-
-    @staticmethod
-    def total(counts: "list[_Counts]") -> "_Counts":
-        longest = max(len(count.documents_of_length) for count in counts)
-        by_length = np.zeros(longest, np.int64)
-        for count in counts:
-            by_length[: len(count.documents_of_length)] += count.documents_of_length
-        return _Counts(
-            sum(count.items for count in counts),
-            sum(count.dropped for count in counts),
-            sum(count.truncated for count in counts),
-            sum(count.label_tokens for count in counts),
-            by_length,
-        )
-
-    def report(self) -> dict[str, Any]:
-        lengths = np.arange(len(self.documents_of_length))
-        return {
-            "items": self.items,
-            "tokens": int((lengths * self.documents_of_length).sum()),
-            "label_tokens": self.label_tokens,
-            "truncated": self.truncated,
-            "dropped": self.dropped,
-            "lengths": self._quantiles(),
-        }
-
-    def _quantiles(self) -> dict[str, int]:
-        """Each figure is the length of a document that is there: the highest at or below the quantile."""
-        up_to = np.cumsum(self.documents_of_length)
-        if not up_to[-1]:
-            return {}
+def _counts(
+    items: int, label_tokens: int, truncated: int, dropped: int, by_length: NDArray[np.int64]
+) -> dict[str, Any]:
+    """The counts of a report. `by_length`: how many documents have so many tokens."""
+    up_to = np.cumsum(by_length)
+    lengths = {}
+    if up_to[-1]:
+        # Each figure is the length of a document that is there: the highest at or below the quantile.
         ranks = np.floor((up_to[-1] - 1) * (np.array(list(_QUANTILES.values())) / 100)).astype(np.int64)
-        return dict(zip(_QUANTILES, np.searchsorted(up_to, ranks, side="right").tolist(), strict=True))
+        lengths = dict(zip(_QUANTILES, np.searchsorted(up_to, ranks, side="right").tolist(), strict=True))
+    return {
+        "items": items,
+        "tokens": int(np.arange(len(by_length)) @ by_length),
+        "label_tokens": label_tokens,
+        "truncated": truncated,
+        "dropped": dropped,
+        "lengths": lengths,
+    }
 
 
-def _found(files: Sequence[DataFile], parts: Sequence[Encoded]) -> dict[str, Any]:
-    """What was found in whole files, whether all of their items are in use or not."""
-    warnings: Counter[str] = Counter()
-    for file, part in zip(files, parts, strict=True):
-        warnings.update({kind: found["count"] for kind, found in part.warnings.items()})
-        warnings.update(file.across.counts)
-    before, after = sum(len(part.skipped_rows) for part in parts), sum(file.skipped_items for file in files)
-    return {"skipped": before + after, "warnings": dict(+warnings)}
-
-
-def _warning_places(file: DataFile, part: Encoded) -> dict[str, Any]:
-    """The first places of each kind of warning."""
-    places = {kind: found["places"] for kind, found in part.warnings.items()}
-    for kind, across in file.across.places.items():
-        places[kind] = [*places.get(kind, []), *(finding._asdict() for finding in across)][:KEPT_PLACES]
-    return places
-
-
-def _counted(file: DataFile, part: Encoded, members: Rows | slice) -> _Counts:
-    return _Counts(
-        file.items,
-        file.dropped,
-        int(part.cut[members].sum()),
-        int(part.label_counts[members].sum(dtype=np.int64)),
-        np.bincount(part.lengths[members], minlength=1),
-    )
+def _findings(file: DataFile, part: Encoded) -> dict[str, Any]:
+    """What was found in a whole file, whether all of its items are in use or not."""
+    found = {kind: (of_kind["count"], of_kind["places"]) for kind, of_kind in part.warnings.items()}
+    if file.duplicates:
+        count, places = found.get(DUPLICATE, (0, []))
+        more = [finding._asdict() for finding in file.duplicate_places]
+        found[DUPLICATE] = count + file.duplicates, [*places, *more][:KEPT_PLACES]
+    return {
+        "skipped": len(part.skipped_rows) + file.skipped_items,
+        "warnings": {kind: count for kind, (count, _) in found.items()},
+        "skipped_kinds": dict(part.skipped_kinds + Counter(file.skipped_kinds)),
+        "skipped_items": [*part.skipped, *(finding._asdict() for finding in file.skipped)][:MOST_PROBLEMS],
+        "warning_places": {kind: places for kind, (_, places) in found.items()},
+        "unused_keys": part.notes["unused_keys"],
+        "template": file.template.name,
+    }

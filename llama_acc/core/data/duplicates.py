@@ -1,17 +1,19 @@
 """Exact duplicates, found by 64 bits an item, for data that does not fit into memory."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llama_acc.core.data.checks import fields_of
-from llama_acc.core.data.entry import Encoded
 from llama_acc.core.data.findings import Finding
 from llama_acc.core.data.items import Dialogue, Item
+
+if TYPE_CHECKING:
+    from llama_acc.core.data.cache import Encoded
 
 Hashes = NDArray[np.uint64]
 """One for every item; 0: there is none."""
@@ -45,62 +47,51 @@ def duplicate_finding(where: str, first: str, value: str = "") -> Finding:
     return Finding(KIND, where, "", f"the same as {first}", value)
 
 
-class Across(NamedTuple):
-    """Duplicates in one file of items in earlier files; what is in it twice counts once, the rest is the file's own."""
+def cross_file_duplicates(
+    names: Sequence[str], parts: Sequence["Encoded"], kept: int
+) -> list[tuple[int, list[Finding]]]:
+    """For every file what earlier ones have too, token by token and label by label: how much, and the first of it.
 
-    counts: Mapping[str, int] = {}
-    places: Mapping[str, Sequence[Finding]] = {}
-
-
-def duplicates_across(names: Sequence[str], parts: Sequence[Encoded], kept: int) -> list[Across]:
-    """For every file what earlier ones have too, token by token and label by label.
+    What is in a file twice counts once; the rest is the file's own.
 
     Args:
         names: what the files are called.
         parts: their documents. A file that is used twice is not its own duplicate.
-        kept: how many places are told of a file.
+        kept: how many places are reported of a file.
     """
     first_use: dict[Path, int] = {}
     for number, part in enumerate(parts):
         first_use.setdefault(part.path, number)
-    numbers = list(first_use.values())
     found: list[list[tuple[int, int, int]]] = [[] for _ in parts]  # row, first part, row in that
     counts = [0] * len(parts)
-    if len(numbers) > 1:
-        for number, pairs in _across([parts[number].digests for number in numbers]):
-            place = numbers[number]
-            counts[place] += len(pairs)
-            found[place] = sorted([*found[place], *pairs])[:kept]
-        for part in parts:
-            part.release()
-
-    def told(place: int) -> Across:
-        def item(number: int, row: int) -> str:
-            return f"item {parts[number].item[row] + 1}"
-
-        places = [
-            duplicate_finding(item(place, row), f"{item(numbers[first], there)} of {names[numbers[first]]}")
-            for row, first, there in found[place]
-        ]
-        return Across({KIND: counts[place]}, {KIND: places}) if places else Across()
-
-    return [told(place) for place in range(len(parts))]
-
-
-def _across(digests: Sequence[Hashes]) -> Iterable[tuple[int, list[tuple[int, int, int]]]]:
-    """Duplicates of earlier parts by part, in groups of digests that memory has room for: those with one remainder."""
-    groups = -(-sum(map(len, digests)) // _AT_ONCE)
+    # In groups that memory has room for: those of one remainder.
+    groups = -(-sum(len(parts[number]) for number in first_use.values()) // _AT_ONCE) if len(first_use) > 1 else 0
     for remainder in range(groups):
-        rows = [np.flatnonzero((of_part % np.uint64(groups) == remainder) & (of_part != 0)) for of_part in digests]
-        # Each part's own duplicates count once.
-        rows = [
-            chosen[np.sort(np.unique(of_part[chosen], return_index=True)[1])]
-            for of_part, chosen in zip(digests, rows, strict=True)
-        ]
-        part = np.repeat(np.arange(len(rows)), [len(chosen) for chosen in rows])
-        row = np.concatenate(rows)
-        chosen = np.concatenate([of_part[some] for of_part, some in zip(digests, rows, strict=True)])
-        found: dict[int, list[tuple[int, int, int]]] = {}
-        for again, first in duplicates(chosen):
-            found.setdefault(int(part[again]), []).append((int(row[again]), int(part[first]), int(row[first])))
-        yield from found.items()
+        numbers, rows, hashes = [], [], []
+        for number in first_use.values():
+            digests = parts[number].table["digest"].copy()
+            parts[number].release()
+            chosen = np.flatnonzero((digests % np.uint64(groups) == remainder) & (digests != 0))
+            chosen = chosen[np.sort(np.unique(digests[chosen], return_index=True)[1])]
+            numbers.append(np.full(len(chosen), number))
+            rows.append(chosen)
+            hashes.append(digests[chosen])
+        part_of, row_of = np.concatenate(numbers), np.concatenate(rows)
+        for again, first in duplicates(np.concatenate(hashes)):
+            counts[part_of[again]] += 1
+            found[part_of[again]].append((int(row_of[again]), int(part_of[first]), int(row_of[first])))
+        found = [sorted(pairs)[:kept] for pairs in found]
+
+    def item(number: int, row: int) -> str:
+        return f"item {parts[number].table['item'][row] + 1}"
+
+    return [
+        (
+            counts[place],
+            [
+                duplicate_finding(item(place, row), f"{item(first, there)} of {names[first]}")
+                for row, first, there in found[place]
+            ],
+        )
+        for place in range(len(parts))
+    ]

@@ -9,7 +9,7 @@ What an item says itself is encoded without special tokens; those of the format 
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,36 +31,69 @@ class Document(NamedTuple):
     tokens: NDArray[np.int32]
     """[N]"""
     labelled: NDArray[np.bool_]
-    """[N]: which are trained. Of the first see `Chunk.labelled`."""
+    """[N]: which are trained; the first can be no target, see `stored_tokens`."""
     merged: bool = False
     """The prompt's end and the answer's beginning are one token, so it is not the prompt's tokens and then others."""
+
+
+DOCUMENT = np.dtype(
+    [
+        ("begin", np.int64),  # its first byte
+        ("size", np.int32),  # bytes
+        ("length", np.int32),  # tokens
+        ("label_count", np.int32),
+        ("item", np.int32),  # which item of the file it was, from 0
+        ("images", np.int32),  # how many
+        ("cut", np.bool_),  # it was longer than max_tokens
+        ("digest", np.uint64),  # equal for equal documents, as far as 64 bits can tell; `item` and `cut` do not matter
+    ],
+    align=True,
+)
+"""What is known of a document. Its bytes are its tokens (see `token_type`), the labels of eight tokens to a byte, the
+first one in its highest bit, and where its images are, in UTF-8, a NUL between them."""
 
 
 class Chunk(NamedTuple):
     """What some items became: D documents, end to end. An item is kept whole, cut, or dropped for want of a label."""
 
-    tokens: NDArray[np.int32]
-    """[N]"""
-    labelled: NDArray[np.bool_]
-    """[N]: the token is a target. The first of a document never is, as nothing predicts it."""
-    lengths: NDArray[np.int32]
-    """[D]"""
-    label_counts: NDArray[np.int32]
-    """[D]"""
-    item: NDArray[np.int32]
-    """[D]: which item of the file it was, from 0."""
-    cut: NDArray[np.bool_]
-    """[D]: it was longer than max_tokens."""
-    digests: NDArray[np.uint64]
-    """[D]: 64 bits of a hash of everything above but `item` and `cut`, and of the images."""
-    images: list[Images]
-    """[D]"""
+    table: NDArray[np.void]
+    """[D] of `DOCUMENT`"""
+    content: bytes
+    """Of all documents."""
     items: int
     """How many items it was made of."""
     unused_inputs: int
     """Items with an input that the template does not show."""
     merged: list[int]
     """Those items whose prompt and answer merge into one token (`Document.merged`)."""
+
+
+def token_type(vocab_size: int) -> "np.dtype[Any]":
+    """How a document's tokens are stored."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
+
+
+def stored_tokens(row: np.void, content: Any, dtype: "np.dtype[Any]") -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """A stored document's tokens, and which of them are targets. The first never is, as nothing predicts it. [N], [N]
+
+    Args:
+        row: of its table.
+        content: the bytes of all documents.
+        dtype: of the tokens.
+    """
+    length, begin = int(row["length"]), int(row["begin"])
+    tokens = np.frombuffer(content, dtype, length, begin).astype(np.int32)
+    bits = np.frombuffer(content, np.uint8, -(-length // 8), begin + length * dtype.itemsize)
+    return tokens, np.unpackbits(bits, count=length).astype(np.bool_)
+
+
+def stored_images(row: np.void, content: Any, dtype: "np.dtype[Any]") -> Images:
+    """Where a stored document's images are; see `stored_tokens`."""
+    if not row["images"]:
+        return ()
+    length, begin = int(row["length"]), int(row["begin"])
+    names = bytes(content[begin + length * dtype.itemsize - (-length // 8) : begin + int(row["size"])])
+    return tuple(names.decode().split("\0"))
 
 
 def encode_chunk(
@@ -81,18 +114,31 @@ def encode_chunk(
         max_tokens: only so many first tokens of a document are kept.
         image_positions: how many places an image takes.
     """
-    builder = _Builder(max_tokens)
-    values = [item for _, item in items]
-    merged = []
-    for (index, item), document in zip(items, documents(values, template, tokenizer), strict=True):
-        tokens, labelled, is_merged = document
+    values, dtype = [item for _, item in items], token_type(tokenizer.vocab_size)
+    rows: list[tuple[Any, ...]] = []
+    pieces: list[bytes] = []
+    merged: list[int] = []
+    begin = 0
+    for (index, item), (tokens, labelled, is_merged) in zip(items, documents(values, template, tokenizer), strict=True):
         merged += [index] * is_merged
         if places := image_positions * len(item.images):
-            begin = int(template.bos)
-            tokens = np.concatenate((tokens[:begin], np.zeros(places, np.int32), tokens[begin:]))
-            labelled = np.concatenate((labelled[:begin], np.zeros(places, np.bool_), labelled[begin:]))
-        builder.add(index, tokens, labelled, item.images)
-    return builder.build(len(items), _unused_inputs(values, template), merged)
+            tokens = np.insert(tokens, int(template.bos), np.zeros(places, np.int32))
+            labelled = np.insert(labelled, int(template.bos), np.zeros(places, np.bool_))
+        cut = len(tokens) > max_tokens
+        tokens, labelled = tokens[:max_tokens], labelled[:max_tokens]
+        labelled[:1] = False
+        if not labelled.any():
+            continue
+        bits, names = np.packbits(labelled).tobytes(), "\0".join(item.images).encode()
+        digest = hashlib.blake2b(tokens.tobytes() + bits + b"\0" * bool(names) + names, digest_size=8)
+        content = tokens.astype(dtype).tobytes() + bits + names
+        number = int.from_bytes(digest.digest(), "little")
+        counts = (len(content), len(tokens), labelled.sum(), index, len(item.images))
+        rows.append((begin, *counts, cut, number))
+        pieces.append(content)
+        begin += len(content)
+    table = np.array(rows, DOCUMENT)
+    return Chunk(table, b"".join(pieces), len(items), _unused_inputs(values, template), merged)
 
 
 def _unused_inputs(items: Sequence[Item], template: PromptFormat) -> int:
@@ -166,51 +212,3 @@ def overlapping(tokens: Spans, trained: Sequence[Span]) -> NDArray[np.bool_]:
     starts = np.append(begins, np.iinfo(np.int64).max)[first]
     overlap: NDArray[np.bool_] = (starts < tokens.ends) & (tokens.begins < tokens.ends)
     return overlap
-
-
-class _Builder:
-    """Collects documents; cuts the long ones and drops those without a label."""
-
-    def __init__(self, max_tokens: int) -> None:
-        self._max_tokens = max_tokens
-        self._tokens: list[NDArray[np.int32]] = []
-        self._labelled: list[NDArray[np.bool_]] = []
-        self._item: list[int] = []
-        self._cut: list[bool] = []
-        self._images: list[Images] = []
-
-    def add(self, item: int, tokens: NDArray[np.int32], labelled: NDArray[np.bool_], images: Images) -> None:
-        labelled = labelled[: self._max_tokens]
-        labelled[:1] = False
-        if not labelled.any():
-            return
-        self._tokens.append(tokens[: self._max_tokens])
-        self._labelled.append(labelled)
-        self._item.append(item)
-        self._cut.append(len(tokens) > self._max_tokens)
-        self._images.append(images)
-
-    def build(self, items: int, unused_inputs: int, merged: list[int]) -> Chunk:
-        documents = zip(self._tokens, self._labelled, self._images, strict=True)
-        return Chunk(
-            tokens=np.concatenate([np.zeros(0, np.int32), *self._tokens]),
-            labelled=np.concatenate([np.zeros(0, np.bool_), *self._labelled]),
-            lengths=np.array([len(tokens) for tokens in self._tokens], dtype=np.int32),
-            label_counts=np.array([labelled.sum() for labelled in self._labelled], dtype=np.int32),
-            item=np.array(self._item, dtype=np.int32),
-            cut=np.array(self._cut, dtype=np.bool_),
-            digests=np.frombuffer(b"".join(_digest(*document) for document in documents), dtype="<u8"),
-            images=self._images,
-            items=items,
-            unused_inputs=unused_inputs,
-            merged=merged,
-        )
-
-
-def _digest(tokens: NDArray[np.int32], labelled: NDArray[np.bool_], images: Images) -> bytes:
-    """8 bytes that tell documents apart: of those that differ, one pair in 2^64 has the same."""
-    digest = hashlib.blake2b(tokens.tobytes(), digest_size=8)
-    digest.update(np.packbits(labelled).tobytes())
-    if images:
-        digest.update("\0".join(("", *images)).encode("utf-8", "surrogatepass"))
-    return digest.digest()

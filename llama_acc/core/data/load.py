@@ -9,33 +9,33 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_acc.core.data.cache import EntryStore, cache_key, content_digest
+from llama_acc.core.data.cache import About, Encoded, EntryStore, cache_key, content_digest
 from llama_acc.core.data.dataset import DataFile, Dataset, Rows
-from llama_acc.core.data.duplicates import duplicates_across
-from llama_acc.core.data.entry import Encoded, EntryWriter
+from llama_acc.core.data.duplicates import cross_file_duplicates
+from llama_acc.core.data.encode import Chunk
 from llama_acc.core.data.files import data_suffix
 from llama_acc.core.data.findings import KINDS as FINDINGS
 from llama_acc.core.data.findings import MOST_PROBLEMS, Finding, other_form
-from llama_acc.core.data.prepare import KEPT_PLACES, Batch, Job
+from llama_acc.core.data.prepare import KEPT_PLACES, Batch, Job, prepare_batches
 from llama_acc.core.data.readers import Checked, raise_together, stream_items, unreadable
 from llama_acc.core.data.sources import OTHERWISE, Fetch, FileSpec, SourceLike, expand
 from llama_acc.core.data.survey import Survey
 from llama_acc.core.data.templates import KINDS, format_for
-from llama_acc.core.data.workers import prepare_batches
 from llama_acc.core.errors import DataError, UserError
 from llama_acc.core.hub import fetch_data
 from llama_acc.core.tokenizer import Tokenizer
 from llama_acc.core.units import count_text
 
-_BATCH = 1000  # rows
-_MEND = "mend them, or leave them out with data.on_error=skip"
+_BATCH = 200
+FIX_HINT = "mend them, or leave them out with data.on_error=skip"
 
 _logger = logging.getLogger("llama_acc")
 
@@ -82,8 +82,19 @@ def load_dataset(
     specs = expand(sources, recipe_folder, fetch, otherwise)
     if not specs:
         raise UserError("no data: the recipe has no data.sources", "give some with --data FILE")
-    with contextlib.nullcontext(store) if store is not None else EntryStore() as kept:
-        parts = _load_files(specs, _Encoder(tokenizer, max_tokens, on_error, image_positions, kept, progress))
+    parts: list[Encoded] = []
+    errors: list[UserError] = []
+    with (
+        contextlib.nullcontext(store) if store is not None else EntryStore() as kept,
+        contextlib.closing(_content_digests([spec.path for spec in specs])) as digests,
+    ):
+        encoder = _Encoder(tokenizer, max_tokens, on_error == "skip", image_positions, kept, progress)
+        for spec, content in zip(specs, digests, strict=True):
+            try:
+                parts.append(encoder.load(spec, content))
+            except UserError as error:
+                errors.append(error)
+    raise_together(errors)
     dataset = _joined(specs, parts, tokenizer, seed)
     if not len(dataset):
         raise _nothing(parts, max_tokens)
@@ -108,19 +119,6 @@ def _nothing(parts: Sequence[Encoded], max_tokens: int) -> UserError:
     )
 
 
-def _load_files(specs: Sequence[FileSpec], encoder: "_Encoder") -> list[Encoded]:
-    parts: list[Encoded] = []
-    errors: list[UserError] = []
-    with contextlib.closing(_content_digests([spec.path for spec in specs])) as digests:
-        for spec, content in zip(specs, digests, strict=True):
-            try:
-                parts.append(encoder.load(spec, content))
-            except UserError as error:
-                errors.append(error)
-    raise_together(errors)
-    return parts
-
-
 def _content_digests(paths: Sequence[Path]) -> Generator[str | UserError, None, None]:
     """The digest of each file's bytes, or why it cannot be read; the next ones are computed while one is in use."""
 
@@ -142,86 +140,67 @@ def _content_digests(paths: Sequence[Path]) -> Generator[str | UserError, None, 
         threads.shutdown(cancel_futures=True)
 
 
+@dataclass(frozen=True)
 class _Encoder:
-    """Encodes data files, or finds them encoded."""
+    """Encodes data files, or finds them encoded; of the fields see `load_dataset`."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        max_tokens: int,
-        on_error: OnError,
-        image_positions: int | None,
-        store: EntryStore,
-        progress: FileProgress | None,
-    ) -> None:
-        self._tokenizer, self._max_tokens, self._store, self._progress = tokenizer, max_tokens, store, progress
-        self._skips, self._image_positions = on_error == "skip", image_positions
+    tokenizer: Tokenizer
+    max_tokens: int
+    skips: bool
+    image_positions: int | None
+    store: EntryStore
+    progress: FileProgress | None
 
     def load(self, spec: FileSpec, content: str | UserError) -> Encoded:
         """A file's documents."""
         if isinstance(content, UserError):
             raise content
-        words = self._tokenizer
-        is_auto = spec.template == "auto"
         # A single-turn format takes no dialogues; which kind of items a file has is not known yet.
-        templates = [format_for(spec.template, kind, words) for kind in (KINDS if is_auto else KINDS[:1])]
-        key = cache_key(
-            content,
-            data_suffix(spec.path),
-            spec.format,
-            self._tokenizer,
-            templates,
-            self._max_tokens,
-            self._image_positions,
-        )
-        encoded = self._store.get(
-            key,
-            lambda writer: self._encode(spec, writer),
-            self._tokenizer.vocab_size,
+        kinds = KINDS if spec.template == "auto" else KINDS[:1]
+        templates = [format_for(spec.template, kind, self.tokenizer) for kind in kinds]
+        suffix = data_suffix(spec.path)
+        encoded = self.store.get(
+            cache_key(content, suffix, spec.format, self.tokenizer, templates, self.max_tokens, self.image_positions),
+            lambda append: self._encode(spec, append),
+            self.tokenizer.vocab_size,
             lambda: _logger.warning("waiting for another process, which is encoding %s", spec.path.name),
         )
-        if encoded.skipped and not self._skips:
+        if encoded.skipped and not self.skips:
             # An earlier run left them out; the entry is the same for both but for this.
-            raise DataError([f"{spec.path}: {Finding(**problem)}" for problem in encoded.skipped], _MEND)
+            raise DataError([f"{spec.path}: {Finding(**problem)}" for problem in encoded.skipped], FIX_HINT)
         return encoded
 
-    def _encode(self, spec: FileSpec, writer: EntryWriter) -> None:
-        file = _FileReader(spec, self._skips)
+    def _encode(self, spec: FileSpec, append: Callable[[Chunk], None]) -> About:
+        file = _FileReader(spec, self.skips)
         try:
-            template = format_for(spec.template, file.kind, self._tokenizer)
+            template = format_for(spec.template, file.stream.kind, self.tokenizer)
         except UserError as error:
             raise UserError(f"{spec.path}: {error.message}", error.hint) from error
-        job = Job(self._tokenizer.path, template, self._max_tokens, self._image_positions or 0)
-        unused_inputs, survey = 0, Survey(KEPT_PLACES)
-        for chunk, found in prepare_batches(file.batches(), job, self._tokenizer, _cores()):
-            if self._image_positions is None and any(chunk.images):
+        job = Job(self.tokenizer.path, template, self.max_tokens, self.image_positions or 0)
+        items, unused_inputs, survey = 0, 0, Survey(KEPT_PLACES)
+        for chunk, found in prepare_batches(file.batches(), job, self.tokenizer, _cores()):
+            if self.image_positions is None and chunk.table["images"].any():
                 raise UserError(
-                    f"{spec.path}: the items have images, and the model sees nothing",
-                    "set vision.encoder, or give a checkpoint that sees",
+                    f"{spec.path}: the items have images, and this model has no vision encoder",
+                    "set vision.encoder, or give a checkpoint of a multimodal model",
                 )
-            writer.append(chunk)
+            append(chunk)
             survey.merge(found)
+            items += chunk.items
             unused_inputs += chunk.unused_inputs
-            if self._progress is not None:
-                self._progress(spec.path.name, writer.items, file.fraction_read())
+            if self.progress is not None:
+                self.progress(spec.path.name, items, file.bytes_read / max(spec.path.stat().st_size, 1))
         if unused_inputs:
             _logger.warning(
                 "template %r does not show the input of %s", template.name, count_text(unused_inputs, "item")
             )
-        writer.skip(np.array(file.skipped_rows, np.int64))
-        skipped = [finding._asdict() for finding in file.skipped]
         notes = {
-            "skipped": skipped,
+            "skipped": [finding._asdict() for finding in file.skipped],
             "skipped_kinds": file.skipped_kinds,
-            "unused_keys": file.unused_keys,
-            "warnings": _warnings(survey),
+            "unused_keys": file.stream.unused,
+            "warnings": {k: found for k, found in survey.finish().to_json().items() if not FINDINGS[k].fatal},
         }
-        writer.finish(file.kind, notes)
-
-
-def _warnings(survey: Survey) -> dict[str, Any]:
-    """What was found of all that does not keep an item from being trained on."""
-    return {kind: found for kind, found in survey.finish().to_json().items() if not FINDINGS[kind].fatal}
+        return About(items, file.stream.kind, np.array(file.skipped_rows, np.int64), notes)
 
 
 class _FileReader:
@@ -234,19 +213,9 @@ class _FileReader:
         """How much of each kind it is in all."""
         self.skipped_rows = array("q")
         """The numbers of these rows, from 0."""
-        self._skips, self._items = skips, 0
-        self._path, self._bytes, self._size = spec.path, 0, max(spec.path.stat().st_size, 1)
-        self._stream = stream_items(spec.path, spec.format, progress=self._count)
-        self.kind = self._stream.kind
-
-    @property
-    def unused_keys(self) -> Counter[str]:
-        """Keys that are not used, and in how many of the items so far."""
-        return self._stream.unused
-
-    def fraction_read(self) -> float:
-        """How much of it was read."""
-        return self._bytes / self._size
+        self.bytes_read = 0
+        self._path, self._skips, self._items = spec.path, skips, 0
+        self.stream = stream_items(spec.path, spec.format, progress=lambda read: setattr(self, "bytes_read", read))
 
     def batches(self) -> Iterator[Batch]:
         """Once something is wrong that is not to be skipped, the rest is only checked, up to `MOST_PROBLEMS`.
@@ -255,7 +224,7 @@ class _FileReader:
             UserError: something is wrong, at the end: all of it together.
         """
         errors: list[UserError] = []
-        rows = self._rows()
+        rows = enumerate(self._rows())
         try:
             while batch := list(islice(rows, _BATCH)):
                 if self._skips or not self.skipped:
@@ -265,26 +234,22 @@ class _FileReader:
         except UserError as error:
             errors.append(error)
         if self.skipped and not self._skips:
-            errors.insert(0, DataError([f"{self._path}: {problem}" for problem in self.skipped], self._hint()))
+            hint = FIX_HINT if self._items else other_form(self.skipped_kinds, shlex.quote(str(self._path)))
+            if len(self.skipped) >= MOST_PROBLEMS:
+                hint = f"reading ended after {MOST_PROBLEMS:,} problems; {hint}"
+            errors.insert(0, DataError([f"{self._path}: {problem}" for problem in self.skipped], hint))
         raise_together(errors)
 
-    def _hint(self) -> str:
-        hint = _MEND if self._items else other_form(self.skipped_kinds, shlex.quote(str(self._path)))
-        ended = len(self.skipped) >= MOST_PROBLEMS
-        return f"reading ended after {MOST_PROBLEMS:,} problems; {hint}" if ended else hint
-
-    def _rows(self) -> Iterator[tuple[int, Checked]]:
-        for index, row in enumerate(self._stream):
-            self._items += row.item is not None
+    def _rows(self) -> Iterator[Checked]:
+        for index, row in enumerate(self.stream):
             if row.item is None:
                 fatal = [problem for problem in row.problems if problem.fatal]
                 self.skipped += fatal[: MOST_PROBLEMS - len(self.skipped)]
                 self.skipped_kinds.update(problem.kind for problem in row.problems)
                 self.skipped_rows.append(index)
-            yield index, row
-
-    def _count(self, read: int) -> None:
-        self._bytes = read
+            else:
+                self._items += 1
+            yield row
 
 
 def _cores() -> int:
@@ -296,20 +261,24 @@ def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], tokenizer: Toke
     files: list[DataFile] = []
     rows: list[Rows] = []
     start, all_of_them = 0, all(spec.ratio == 1 for spec in specs)
-    holding = [(spec, part) for spec, part in zip(specs, parts, strict=True) if "stop_in_reply" in part.warnings]
-    held = {format_for(spec.template, part.kind, tokenizer).name for spec, part in holding}
-    across = duplicates_across([spec.path.name for spec in specs], parts, KEPT_PLACES)
-    for spec, part, of_others in zip(specs, parts, across, strict=True):
+    templates = [format_for(spec.template, part.kind, tokenizer) for spec, part in zip(specs, parts, strict=True)]
+    held = {form.name for form, part in zip(templates, parts, strict=True) if "stop_in_reply" in part.warnings}
+    across = cross_file_duplicates([spec.path.name for spec in specs], parts, KEPT_PLACES)
+    for spec, part, template, (count, places) in zip(specs, parts, templates, across, strict=True):
         items, documents = part.items, len(part)
         if not all_of_them:
             chosen = _chosen_rows(part, spec.ratio, [seed, *spec.seed])
-            of_part = np.flatnonzero(chosen[part.item])
+            of_part = np.flatnonzero(chosen[part.table["item"]])
             items, documents = int(chosen.sum()), len(of_part)
             rows.append(of_part + start)
-        template = format_for(spec.template, part.kind, tokenizer)
         if template.name in held:
             template = template.told_apart()
-        files.append(DataFile(spec.path, template, items, items - documents, spec.image_root, across=of_others))
+        dropped = items - documents
+        files.append(
+            DataFile(
+                spec.path, template, items, dropped, spec.image_root, duplicates=count, duplicate_places=tuple(places)
+            )
+        )
         start += len(part)
     return Dataset(tuple(files), tuple(parts), None if all_of_them else np.concatenate(rows))
 

@@ -16,8 +16,7 @@ from llama_acc.core.checkpoint.adapter import BASE_FILE
 from llama_acc.core.checkpoint.layout import latest_checkpoint
 from llama_acc.core.checkpoint.load import Weights, check_tensors
 from llama_acc.core.checkpoint.resume import SavedState, saved_masters
-from llama_acc.core.data.cache import EntryStore
-from llama_acc.core.data.handing_on import hand_on, taken_over
+from llama_acc.core.data.cache import EntryStore, load_published, publish_to_local_ranks
 from llama_acc.core.device import pick_device
 from llama_acc.core.distributed.groups import Parallel, init_distributed
 from llama_acc.core.errors import RunError
@@ -128,7 +127,7 @@ def plan_together(
             return None
         plan = make(store=store)
         data = PlannedData(plan.train.prepared(), plan.validation and plan.validation.prepared(), plan.report)
-        hand_on(data, store.own_folder())
+        publish_to_local_ranks(data, store.own_folder())
         return plan, store.own_folder()
 
     with EntryStore() as store:
@@ -137,7 +136,7 @@ def plan_together(
         led = parallel.raise_together(lead)
         found = parallel.broadcast_in_node(led and led[1])
         # Nobody leaves before all have mapped what is deleted then.
-        return parallel.raise_together(lambda: led[0] if led else make(data=taken_over(found)))
+        return parallel.raise_together(lambda: led[0] if led else make(data=load_published(found)))
 
 
 def _check(plan: Plan, folder: RunFolder, verify: bool, parallel: Parallel, device: torch.device | None) -> int:

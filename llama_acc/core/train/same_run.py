@@ -53,7 +53,7 @@ def check_same_run(plan: Plan, checkpoint: Path) -> int:
     if progress["format_version"] > FORMAT_VERSION:
         raise UserError(f"{checkpoint}/state was written by a newer version", "update llama-acc")
     _check_recipe(plan, checkpoint, progress)
-    if not plan.train.is_data_of(progress["data"]):
+    if plan.train.fingerprint() != progress["data"]:
         raise UserError(
             f"the data is not what {checkpoint} was trained on{_how_it_differs(plan, checkpoint)}",
             f"resume with the same files; --data FILE says where they are now; {_OTHER_RUN}",
@@ -71,7 +71,7 @@ def _check_recipe(plan: Plan, checkpoint: Path, progress: dict[str, Any]) -> Non
         if before.get(key) != now.get(key) and key not in _MAY_CHANGE and not _DATA.fullmatch(key)
     }
     if "data.validation.path" in changed and plan.validation is not None:
-        if plan.validation.is_data_of(progress.get("validation") or "none"):
+        if plan.validation.fingerprint() == progress.get("validation"):
             del changed["data.validation.path"]
         else:
             changed["data.validation.path"] += ", with other items"

@@ -1,4 +1,3 @@
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -156,20 +155,6 @@ def test_the_fingerprint_is_of_tokens_labels_and_borders(tmp_path: Path, tokeniz
     assert len(prints) == 4
     write(tmp_path / "copy.json", talks(4))
     assert load(tokenizer, Source(str(tmp_path / "copy.json"))).fingerprint() in prints
-
-
-def test_data_of_a_checkpoint_from_before_documents_had_digests_is_known(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    dataset = load(tokenizer, *two_files(tmp_path))
-    train, validation = dataset.split(0.25, seed=3)
-    for data in (dataset, train, validation):
-        documents = [data.document(i) for i in range(len(data))]
-        digest = hashlib.sha256(np.cumsum([0, *(len(tokens) for tokens, _ in documents)]).astype(np.int64))
-        digest.update(np.concatenate([tokens for tokens, _ in documents]).astype(np.int32))
-        digest.update(np.packbits(np.concatenate([labelled for _, labelled in documents])))
-        assert data.is_data_of(digest.hexdigest())
-        assert data.is_data_of(data.fingerprint())
-    assert not train.is_data_of(validation.fingerprint())
-    assert not train.is_data_of("0" * 64)
 
 
 def test_the_fingerprint_does_not_depend_on_how_files_are_cut(tmp_path: Path, tokenizer: Tokenizer) -> None:

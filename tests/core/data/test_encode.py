@@ -7,11 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_acc.core.data.checks import replies_of
-from llama_acc.core.data.encode import Chunk, encode_chunk
+from llama_acc.core.data.encode import Chunk, encode_chunk, stored_tokens, token_type
 from llama_acc.core.data.items import Dialogue, Item, SingleTurn
 from llama_acc.core.data.readers import read_items
 from llama_acc.core.data.templates import Turn, get_template
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
+
+TINY_VOCABULARY = 1000
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +27,9 @@ def encode(items: Sequence[Item], template: str, tokenizer: Tokenizer, max_token
 
 def document(encoded: Chunk, i: int = 0) -> tuple[list[int], list[int]]:
     """A document's tokens, and the indices of its labels."""
-    begin = int(encoded.lengths[:i].sum())
-    span = slice(begin, begin + int(encoded.lengths[i]))
-    assert encoded.label_counts[i] == encoded.labelled[span].sum()
-    return encoded.tokens[span].tolist(), np.flatnonzero(encoded.labelled[span]).tolist()
+    tokens, labelled = stored_tokens(encoded.table[i], encoded.content, token_type(TINY_VOCABULARY))
+    assert encoded.table["label_count"][i] == labelled.sum()
+    return tokens.tolist(), np.flatnonzero(labelled).tolist()
 
 
 def labelled_text(encoded: Chunk, tokenizer: Tokenizer, i: int = 0) -> str:
@@ -138,26 +139,26 @@ def test_what_is_too_long_is_cut_and_what_has_no_label_left_is_dropped(tokenizer
     limit = len(tokenizer.encode("go" + "ok", bos=True, eos=True))
     encoded = encode([hopeless, short, hopeless, long], "none", tokenizer, limit)
     assert encoded.items == 4
-    assert encoded.item.tolist() == [1, 3]
-    assert encoded.cut.tolist() == [False, True]
-    assert encoded.lengths.tolist() == [limit, limit]
+    assert encoded.table["item"].tolist() == [1, 3]
+    assert encoded.table["cut"].tolist() == [False, True]
+    assert encoded.table["length"].tolist() == [limit, limit]
     assert document(encoded, 1)[0] == tokenizer.encode("go" + "ok " * 50, bos=True)[:limit]
-    assert len(encode([silent], "dialogue", tokenizer).item) == 0
+    assert len(encode([silent], "dialogue", tokenizer).table) == 0
 
 
 def test_the_first_token_is_never_a_target(tokenizer: Tokenizer) -> None:
     without_bos = get_template("caption").model_copy(update={"bos": False})
     encoded = encode_chunk([(0, SingleTurn("", None, "a town"))], without_bos, tokenizer, 100)
-    assert document(encoded)[1] == list(range(1, len(encoded.tokens)))
+    assert document(encoded)[1] == list(range(1, encoded.table["length"][0]))
 
 
 def test_documents_are_told_apart_by_tokens_and_labels(tokenizer: Tokenizer) -> None:
     items = [SingleTurn("go", None, "ok"), SingleTurn("go", None, "ok"), SingleTurn("g", None, "ook")]
-    one, same, other_labels = encode(items, "none", tokenizer).digests.tolist()
+    one, same, other_labels = encode(items, "none", tokenizer).table["digest"].tolist()
     assert one == same != other_labels
-    assert encode(items[:1], "none", tokenizer).digests.tolist() == [one]
-    length = encode(items[:1], "none", tokenizer).lengths[0]
-    assert encode(items[:1], "none", tokenizer, max_tokens=length - 1).digests[0] != one
+    assert encode(items[:1], "none", tokenizer).table["digest"].tolist() == [one]
+    length = encode(items[:1], "none", tokenizer).table["length"][0]
+    assert encode(items[:1], "none", tokenizer, max_tokens=length - 1).table["digest"][0] != one
 
 
 @settings(max_examples=50, deadline=None)
@@ -180,7 +181,7 @@ def test_a_token_is_labelled_if_and_only_if_it_overlaps_a_trained_span(
         for i, (begin, end) in enumerate(zip(spans.begins, spans.ends, strict=True))
         if wanted & set(range(begin, end)) and i + template.bos > 0
     ]
-    assert (document(encoded)[1] if len(encoded.item) else []) == expected
+    assert (document(encoded)[1] if len(encoded.table) else []) == expected
 
 
 def searched_labels(tokenizer: Tokenizer, dialogue: Dialogue) -> list[int] | None:
@@ -202,10 +203,10 @@ def test_limas_labels_are_llama2_accessorys_and_eos_where_a_reply_looks_like_its
     tokenizer = load_tokenizer(shared / "assets/tokenizer")
     items = read_items(shared / "assets/data/lima_vicuna_format.json")
     encoded = encode(items, "dialogue", tokenizer, 10**6)
-    assert (encoded.items, len(encoded.item), encoded.cut.sum()) == (1029, 1029, 0)
+    assert (encoded.items, len(encoded.table), encoded.table["cut"].sum()) == (1029, 1029, 0)
     headings = [i for i, item in enumerate(items) if any("\n###" in text.strip() for _, text in replies_of(item))]
     assert len(headings) == 13
-    assert int(encoded.labelled.sum()) == 671_984 + 13
+    assert int(encoded.table["label_count"].sum()) == 671_984 + 13
     searched = [searched_labels(tokenizer, item) or [] for item in items]
     for i in headings:
         searched[i].append(len(document(encoded, i)[0]) - 1)

@@ -35,5 +35,5 @@ def test_all_ranks_map_the_files_that_one_of_them_encoded(
         assert ours["fingerprints"] == [alone.train.fingerprint(), alone.validation.fingerprint()]
         assert ours["report"] == alone.report
         assert ours["documents"][17] == alone.train.document(17)[0].tolist()
-    assert [path.suffix for path in llama_acc_home.rglob("*") if path.is_file()] == [".tokens"] * 2
+    assert [path.suffix for path in llama_acc_home.rglob("[!.]*") if path.is_file()] == [".tokens"] * 2
     assert list(temporary.iterdir()) == []

@@ -4,12 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llama_acc.core.data import workers
+from llama_acc.core.data import prepare
 from llama_acc.core.data.items import SingleTurn
-from llama_acc.core.data.prepare import Batch, Job, Prepared
+from llama_acc.core.data.prepare import Batch, Job, Prepared, prepare_batches
 from llama_acc.core.data.readers import Checked
 from llama_acc.core.data.templates import get_template
-from llama_acc.core.data.workers import prepare_batches
 from llama_acc.core.errors import RunError
 from llama_acc.core.tokenizer import load_tokenizer
 
@@ -35,9 +34,9 @@ def assert_equal(actual: list[Prepared], expected: list[Prepared]) -> None:
 
 
 def test_workers_give_what_one_process_gives_in_the_same_order(job: Job) -> None:
-    tokenizer, given = load_tokenizer(job.tokenizer), batches(30)
+    tokenizer, given = load_tokenizer(job.tokenizer), batches(60)
     alone = list(prepare_batches(given, job, tokenizer, workers=1))
-    assert [int(prepared.chunk.item[0]) for prepared in alone] == list(range(0, 90, 3))
+    assert [int(prepared.chunk.table["item"][0]) for prepared in alone] == list(range(0, 180, 3))
     assert_equal(list(prepare_batches(given, job, tokenizer, workers=3)), alone)
 
 
@@ -50,20 +49,20 @@ def test_batches_are_read_as_they_are_needed(job: Job) -> None:
             yield batch
 
     encoded = prepare_batches(reading(), job, load_tokenizer(job.tokenizer), workers=2)
-    assert len(list(islice(encoded, 20))) == 20
+    assert len(list(islice(encoded, 50))) == 50
     encoded.close()
-    assert len(read) <= 20 + 2 * 2 + 1
+    assert len(read) <= 50 + 2 * 2 + 1
 
 
 def test_a_worker_that_dies_ends_the_run_with_an_error(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load_tokenizer(job.tokenizer)
     encoded = prepare_batches(batches(1000), job, tokenizer, workers=2)
     started = []
-    start = workers.subprocess.Popen
+    start = prepare.subprocess.Popen
     monkeypatch.setattr(
-        workers.subprocess, "Popen", lambda *args, **kw: started.append(start(*args, **kw)) or started[-1]
+        prepare.subprocess, "Popen", lambda *args, **kw: started.append(start(*args, **kw)) or started[-1]
     )
-    list(islice(encoded, 10))
+    list(islice(encoded, 45))
     started[0].kill()
     with pytest.raises(RunError, match=r"a process that encodes data ended early \(exit code -9\)"):
         list(encoded)
