@@ -64,7 +64,6 @@ def load(folder: Path, way: str, rank: int) -> None:
     from torch import nn
 
     from llama_acc.core.checkpoint.layout import inspect, read_config
-    from llama_acc.core.checkpoint.lazy import Part
     from llama_acc.core.checkpoint.load import check_tensors, fill, read_weights
     from llama_acc.core.distributed.groups import Parallel
     from llama_acc.core.model.transformer import build_on_meta
@@ -85,7 +84,7 @@ def load(folder: Path, way: str, rank: int) -> None:
     if way.startswith("clear"):
         for parameter in weights.tensors:
             owner, _, leaf = parameter.rpartition(".")
-            zeros = Part(weights.tensors[parameter].shape, dtype, ((),)).to(dtype)
+            zeros = torch.empty(weights.tensors[parameter].shape, dtype=dtype)
             setattr(model.get_submodule(owner), leaf, nn.Parameter(zeros.zero_(), requires_grad=False))
     else:
         fill(model, weights, torch.device("cpu"), dtype, copy)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from llama_acc.core.batch_generation import encode_question, generate_batch
-from llama_acc.core.checkpoint.conversion.request import Request
-from llama_acc.core.checkpoint.convert import convert
+from llama_acc.core.checkpoint.convert import Request, convert
 from llama_acc.core.conversation import Conversation, generate
 from llama_acc.core.data.images import normalised
 from llama_acc.core.errors import UserError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_acc.core.checkpoint.hf_tokenizer import write_tokenizer
+from llama_acc.core.checkpoint.tokenizer_files import write_tokenizer
 from llama_acc.core.conversation import displayed
 from llama_acc.core.data.checks import format_findings
 from llama_acc.core.data.encode import documents

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sentencepiece import SentencePieceProcessor
 
-from llama_acc.core.checkpoint.hf_tokenizer import write_tokenizer
+from llama_acc.core.checkpoint.tokenizer_files import write_tokenizer
 from llama_acc.core.data.templates import TEMPLATES, Turn
 from llama_acc.core.tokenizer import load_tokenizer
 from tests.soak.test_transformers_versions import OF_ITS_AGE, install

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llama_acc.core.checkpoint.layout import Layout, read_config
-from llama_acc.core.checkpoint.lazy import Part
+from llama_acc.core.checkpoint.lazy import LazyTensor
 from llama_acc.core.checkpoint.load import Weights, open_checkpoint, read_weights
 from llama_acc.core.checkpoint.quantized import check_rounding, read_quantization
 from llama_acc.core.errors import UserError
@@ -90,7 +91,7 @@ def _trained_quantised(values: Mapping[str, Any], path: Path) -> TrainedQuantise
     return TrainedQuantised(str(values["type"]), tuple(map(str, values["skip"])))
 
 
-def is_part(layout: Layout) -> bool:
+def is_adapter_only(layout: Layout) -> bool:
     """Whether a checkpoint holds only what was trained, to be laid over its base."""
     if layout.is_diff or layout.tower is not None:
         return False
@@ -106,7 +107,7 @@ def _is_matrix(name: str) -> bool:
     return leaf == "weight" and matrix.rpartition(".")[2] in _BASE_MATRICES
 
 
-def needs_base(layout: Layout, option: str | None = None) -> UserError:
+def missing_base_error(layout: Layout, option: str | None = None) -> UserError:
     """What to tell who gives only what was trained.
 
     Args:
@@ -130,8 +131,8 @@ def check_base(layouts: Sequence[Layout], config: ModelConfig) -> None:
     Raises:
         UserError: naming both.
     """
-    if layouts and is_part(layouts[0]):
-        raise needs_base(layouts[0])
+    if layouts and is_adapter_only(layouts[0]):
+        raise missing_base_error(layouts[0])
     for place, layout in enumerate(layouts):
         meant = read_base(layout.folder)
         if meant is None or base_fingerprint(layouts[:place], config) == meant.fingerprint:
@@ -190,21 +191,21 @@ def fingerprint(weights: Weights, names: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _samples(part: Part) -> list[torch.Tensor]:
-    if part.numel() <= _SAMPLES:
-        return [part.to(torch.float32).flatten()]
-    if len(part.shape) > 2:  # of a vision tower, and small
-        part = Part.of(part.to(torch.float32).flatten())
-    if len(part.shape) == 1:
-        starts = [place * (part.shape[0] - _RUN) // (_SAMPLES // _RUN) for place in range(_SAMPLES // _RUN)]
-        return [part.rows(start, start + _RUN).to(torch.float32) for start in starts]
-    rows, columns = part.shape
+def _samples(tensor: LazyTensor) -> list[Tensor]:
+    if tensor.numel() <= _SAMPLES:
+        return [tensor.to(torch.float32).flatten()]
+    if len(tensor.shape) > 2:  # of a vision tower, and small
+        tensor = LazyTensor.of(tensor.to(torch.float32).flatten())
+    if len(tensor.shape) == 1:
+        starts = [place * (tensor.shape[0] - _RUN) // (_SAMPLES // _RUN) for place in range(_SAMPLES // _RUN)]
+        return [tensor.rows(start, start + _RUN).to(torch.float32) for start in starts]
+    rows, columns = tensor.shape
     run = min(_RUN, columns)
     count = _SAMPLES // run
     # Fractions of the golden ratio spread places evenly, whatever their number.
     places = [(k * 0.6180339887498949) % 1.0 for k in range(count)]
     return [
-        part.rows(row, row + 1).narrow(1, column, column + run).to(torch.float32).flatten()
+        tensor.rows(row, row + 1).narrow(1, column, column + run).to(torch.float32).flatten()
         for row, column in ((int(p * rows), int((p * 7.0) % 1.0 * (columns - run))) for p in places)
     ]
 

@@ -1,15 +1,15 @@
-"""A part of a parameter that lies in files: known by shape and type, read when it is copied into place.
+"""Tensors of a checkpoint's files that are read where they are used, some rows at a time.
 
-A `Part` is put together of pieces, each some rows of a tensor in a memory-mapped file. Cutting a part, or reordering
-its rows, only changes which pieces there are and where they go; bytes are read by `copy_into`, a few megabytes at a
-time, and the mapped pages are let go at once, so that reading takes no memory besides the target's.
+A `LazyTensor` is a shape, a type, and a function that gives rows and columns: of a memory-mapped tensor, of several
+shards, of a sum, of a matrix in four bits. Slicing and combining them reads nothing. `copy_into` reads a few megabytes
+at a time and releases the mapped pages at once, so that reading takes no memory besides the target's.
 """
 
 import ctypes
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,79 +18,51 @@ _BLOCK_BYTES = 4 << 20
 _HUGE_FROM_BYTES = 4 << 20
 _MADV_POPULATE_READ = 22  # Linux 5.14; older ones refuse it, and the pages come one by one
 _MADV_HUGEPAGE = 14
-
-
-class Piece(NamedTuple):
-    """Rows of a tensor in a file, and where they go in a part.
-
-    Attributes:
-        source: [n] or [n, columns], a view of the file's tensor.
-        row: source row k is the part's row `row + k * step`.
-        step: see `row`.
-        column: where its columns begin in the part.
-        mapped: it lies in a memory-mapped file. (Letting go of the pages of anything else would destroy it.)
-    """
-
-    source: Tensor
-    row: int = 0
-    step: int = 1
-    column: int = 0
-    mapped: bool = False
-
-    def cut_rows(self, start: int, stop: int) -> "Piece | None":
-        """What of it is in the part's rows start to stop, counted from start; None = nothing."""
-        first = max(0, -(-(start - self.row) // self.step))
-        last = min(len(self.source), -(-(stop - self.row) // self.step))
-        if first >= last:
-            return None
-        return self._replace(source=self.source[first:last], row=self.row + first * self.step - start)
-
-    def cut_columns(self, start: int, stop: int) -> "Piece | None":
-        """What of it is in the part's columns start to stop, counted from start; None = nothing."""
-        first, last = max(0, start - self.column), min(self.source.shape[1], stop - self.column)
-        if first >= last:
-            return None
-        return self._replace(source=self.source[:, first:last], column=self.column + first - start)
-
-    def copy_into(self, target: Tensor) -> None:
-        """Copies it to its place in `target`, the whole part."""
-        end = self.row + (len(self.source) - 1) * self.step + 1
-        place = target[self.row : end : self.step]
-        if target.dim() == 2:
-            place = place[:, self.column : self.column + self.source.shape[1]]
-        rows = max(1, _BLOCK_BYTES // max(1, self.source.stride(0) * self.source.element_size()))
-        for start in range(0, len(self.source), rows):
-            block = self.source[start : start + rows]
-            if self.mapped:
-                _bring_pages(block)
-            place[start : start + rows].copy_(block)
-            if self.mapped:
-                release_pages(block)
+Read = Callable[[slice, slice], Tensor]
 
 
 @dataclass(frozen=True)
-class Part:
-    """A parameter, or a rank's share of it, that lies in files.
+class LazyTensor:
+    """A parameter of a checkpoint, or some rows and columns of it.
 
     Attributes:
         shape: its shape.
-        dtype: its type in the file; that of the base where diffs are added.
-        layers: pieces that cover it; those of every further layer are added to it (diff checkpoints).
+        dtype: its type in the file; that of the base where a diff is added.
+        read: gives rows and columns of the whole, which may be a view of a file; columns count for matrices only.
+        row: its first row in the whole.
+        column: its first column in the whole.
+        mapped: the memory-mapped tensors it is read from. (Releasing the pages of anything else would destroy it.)
+        source: the whole where it lies in one place: a tensor, or an `NF4Matrix`.
+        shards: what it is put together of, and in which dimension, where that is the whole.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    layers: tuple[tuple[Piece, ...], ...]
+    read: Read
+    row: int = 0
+    column: int = 0
+    mapped: tuple[Tensor, ...] = ()
+    source: Any = None
+    shards: "tuple[int, tuple[LazyTensor, ...]] | None" = None
 
     @staticmethod
-    def of(tensor: Tensor, mapped: bool = False) -> "Part":
+    def of(tensor: Tensor, mapped: bool = False) -> "LazyTensor":
         """The whole of a tensor; `mapped`: it lies in a memory-mapped file."""
-        return Part(tuple(tensor.shape), tensor.dtype, ((Piece(tensor, mapped=mapped),),))
 
-    @property
-    def is_floating_point(self) -> bool:
-        """Whether it holds numbers with a fraction."""
-        return self.dtype.is_floating_point
+        def read(rows: slice, columns: slice) -> Tensor:
+            block = tensor[rows, columns] if tensor.dim() == 2 else tensor[rows]
+            if mapped:
+                _bring_pages(block)
+            return block
+
+        return LazyTensor(tuple(tensor.shape), tensor.dtype, read, mapped=(tensor,) if mapped else (), source=tensor)
+
+    @staticmethod
+    def computed(
+        sources: "Sequence[LazyTensor]", read: Read, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+    ) -> "LazyTensor":
+        """What `read` computes from others."""
+        return LazyTensor(shape, dtype, read, mapped=tuple(tensor for source in sources for tensor in source.mapped))
 
     @property
     def nbytes(self) -> int:
@@ -101,76 +73,40 @@ class Part:
         """Number of values."""
         return torch.Size(self.shape).numel()
 
-    def rows(self, start: int, stop: int) -> "Part":
+    def block(self, rows: slice, columns: slice | None = None) -> Tensor:
+        """Some rows (and columns) for computing on: of any float type, and perhaps a view of the file."""
+        columns = columns or slice(0, self.shape[1] if len(self.shape) == 2 else 0)
+        return self.read(
+            slice(self.row + rows.start, self.row + rows.stop),
+            slice(self.column + columns.start, self.column + columns.stop),
+        )
+
+    def narrow(self, dimension: int, start: int, stop: int) -> "LazyTensor":
+        """What lies from start to stop in a dimension (0 rows, 1 a matrix's columns); beyond the end is nothing."""
+        start, stop = min(start, self.shape[dimension]), min(stop, self.shape[dimension])
+        if self.shards is not None and self.shards[0] == dimension:
+            first = 0
+            for shard in self.shards[1]:  # what lies in one of them can stay there
+                if first <= start and stop <= first + shard.shape[dimension]:
+                    return shard.narrow(dimension, start - first, stop - first)
+                first += shard.shape[dimension]
+        shape = (*self.shape[:dimension], stop - start, *self.shape[dimension + 1 :])
+        row, column = (self.row + start, self.column) if dimension == 0 else (self.row, self.column + start)
+        return replace(self, shape=shape, row=row, column=column, shards=None)
+
+    def rows(self, start: int, stop: int) -> "LazyTensor":
         """Its rows start to stop, as many as there are."""
         return self.narrow(0, start, stop)
 
-    def narrow(self, dimension: int, start: int, stop: int) -> "Part":
-        """What lies from start to stop in a dimension (0 rows, 1 columns); beyond the end there is nothing."""
-        start, stop = min(start, self.shape[dimension]), min(stop, self.shape[dimension])
-        shape = (*self.shape[:dimension], stop - start, *self.shape[dimension + 1 :])
-        cut = Piece.cut_rows if dimension == 0 else Piece.cut_columns
-        layers = tuple(
-            tuple(kept for piece in layer if (kept := cut(piece, start, stop)) is not None) for layer in self.layers
-        )
-        return replace(self, shape=shape, layers=layers)
-
-    def plus(self, diff: "Part") -> "Part":
-        """The sum with a diff of the same shape: computed in float32, rounded to this part's type."""
-        return replace(self, layers=self.layers + diff.layers)
-
-    def interleave(self, heads: int) -> "Part":
-        """Rows in Meta's order from rows in Hugging Face's, for wq and wk.
-
-        In each head, Hugging Face has the first values of all rotated pairs, then the second ones; Meta has pairs.
-        """
-        half = self.shape[0] // heads // 2
-        layers = []
-        for layer in self.layers:
-            pieces = []
-            for start in range(0, self.shape[0], half):
-                head, second = divmod(start // half, 2)
-                cuts = (piece.cut_rows(start, start + half) for piece in layer)
-                pieces += [
-                    cut._replace(row=2 * (head * half + cut.row) + second, step=2 * cut.step) for cut in cuts if cut
-                ]
-            layers.append(tuple(pieces))
-        return replace(self, layers=tuple(layers))
-
-    def deinterleave(self, heads: int) -> "Part":
-        """Rows in Hugging Face's order from rows in Meta's; the inverse of `interleave`."""
-        size = self.shape[0] // heads
-        layers = []
-        for layer in self.layers:
-            pieces: list[Piece] = []
-            for start in range(0, self.shape[0], size):
-                for piece in layer:
-                    if cut := piece.cut_rows(start, start + size):
-                        pieces += _halves(cut, start, size // 2)
-            layers.append(tuple(pieces))
-        return replace(self, layers=tuple(layers))
-
     def copy_into(self, target: Tensor) -> None:
         """Reads it into `target`, which has its shape, on any device and of any type."""
-        if len(self.layers) == 1:
-            for piece in self.layers[0]:
-                piece.copy_into(target)
-            return
         for start, stop in blocks_of(self.shape):
-            self.rows(start, stop)._add_up_into(target[start:stop])
-
-    def _add_up_into(self, target: Tensor) -> None:
-        total = torch.empty(self.shape, dtype=torch.float32)
-        summand = torch.empty_like(total)
-        for place, layer in enumerate(self.layers):
-            for piece in layer:
-                piece.copy_into(summand if place else total)
-            if place:
-                total.add_(summand)
-        target.copy_(total.to(self.dtype))
+            target[start:stop].copy_(self.block(slice(start, stop)))
+            for tensor in self.mapped:
+                release_pages(tensor)
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-        """A tensor of its own with the part's values."""
+        """A tensor of its own with these values."""
         target = torch.empty(self.shape, dtype=dtype, device=device)
         if target.device.type == "cpu" and target.nbytes >= _HUGE_FROM_BYTES:
             # The system then clears two megabytes at a time: a third of the time of 4096 bytes at a time.
@@ -179,11 +115,90 @@ class Part:
         return target
 
     def in_place(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """The tensor in the file itself where nothing has to be copied: whole, in one piece, of this type, on a CPU."""
-        if len(self.layers) > 1 or len(self.layers[0]) > 1 or dtype != self.dtype or device.type != "cpu":
+        """The tensor in the file itself where nothing has to be copied: contiguous, of this type, on a CPU."""
+        if not isinstance(self.source, Tensor) or dtype != self.dtype or device.type != "cpu":
             return None
-        source = self.layers[0][0].source
-        return source if source.is_contiguous() and tuple(source.shape) == self.shape else None
+        view = self.source[self.row : self.row + self.shape[0]]
+        view = view[:, self.column : self.column + self.shape[1]] if len(self.shape) == 2 else view
+        return view if view.is_contiguous() else None
+
+
+def concatenate(tensors: Sequence[LazyTensor], dimension: int) -> LazyTensor:
+    """Tensors side by side in a dimension, 0 or 1."""
+    ends = [sum(tensor.shape[dimension] for tensor in tensors[:count]) for count in range(len(tensors) + 1)]
+
+    def read(rows: slice, columns: slice) -> Tensor:
+        wanted, pieces = (rows, columns)[dimension], []
+        for tensor, first, end in zip(tensors, ends, ends[1:], strict=False):
+            own = slice(max(wanted.start, first) - first, min(wanted.stop, end) - first)
+            if own.start < own.stop:
+                pieces.append(tensor.block(own, columns) if dimension == 0 else tensor.block(rows, own))
+        return torch.cat(pieces, dimension) if len(pieces) > 1 else pieces[0]
+
+    first = tensors[0]
+    shape = (*first.shape[:dimension], ends[-1], *first.shape[dimension + 1 :])
+    return replace(LazyTensor.computed(tensors, read, shape, first.dtype), shards=(dimension, tuple(tensors)))
+
+
+def add(base: LazyTensor, diff: LazyTensor) -> LazyTensor:
+    """The sum, computed in float32 and rounded to the base's type."""
+
+    def read(rows: slice, columns: slice) -> Tensor:
+        return base.block(rows, columns).float().add(diff.block(rows, columns)).to(base.dtype)
+
+    return LazyTensor.computed((base, diff), read, base.shape, base.dtype)
+
+
+def subtract(minuend: LazyTensor, subtrahend: LazyTensor) -> LazyTensor:
+    """The difference, in float32."""
+
+    def read(rows: slice, columns: slice) -> Tensor:
+        return minuend.block(rows, columns).float().sub(subtrahend.block(rows, columns))
+
+    return LazyTensor.computed((minuend, subtrahend), read, minuend.shape)
+
+
+def merge_lora(matrix: LazyTensor, lora_a: LazyTensor, lora_b: LazyTensor) -> LazyTensor:
+    """matrix [out, in] + lora_b [out, rank] @ lora_a [rank, in], in float32."""
+
+    def read(rows: slice, columns: slice) -> Tensor:
+        # All columns, so that a shard's values are those of the whole to the bit.
+        first = lora_a.block(slice(0, lora_a.shape[0])).float()
+        return matrix.block(rows).float().addmm(lora_b.block(rows).float(), first)[:, columns]
+
+    return LazyTensor.computed((matrix, lora_a, lora_b), read, matrix.shape)
+
+
+def rounded(source: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    """The values after rounding to a type."""
+    return LazyTensor.computed(
+        (source,), lambda rows, columns: source.block(rows, columns).to(dtype), source.shape, dtype
+    )
+
+
+def reorder_heads(source: LazyTensor, heads: int, to_meta: bool) -> LazyTensor:
+    """The rows of wq or wk in Meta's order from Hugging Face's, or the other way round.
+
+    In each head, Hugging Face has the first values of all rotated pairs, then the second ones; Meta has pairs.
+    """
+    size = source.shape[0] // heads
+
+    def read(rows: slice, columns: slice) -> Tensor:
+        first, last = rows.start // size, -(-rows.stop // size)  # whole heads
+        block = source.block(slice(first * size, last * size), columns)
+        block = block.unflatten(0, (last - first, 2, size // 2) if to_meta else (last - first, size // 2, 2))
+        return block.transpose(1, 2).flatten(0, 2)[rows.start - first * size : rows.stop - first * size]
+
+    return LazyTensor.computed((source,), read, source.shape, source.dtype)
+
+
+def same_values(one: LazyTensor, other: LazyTensor, dtype: torch.dtype) -> bool:
+    """Whether two tensors are the same in a type, compared as whole numbers: so NaN is NaN, and 0 is not -0."""
+    whole = torch.int32 if dtype.itemsize == 4 else torch.int16
+    return all(
+        torch.equal(one.rows(*rows).to(dtype).view(whole), other.rows(*rows).to(dtype).view(whole))
+        for rows in blocks_of(one.shape)
+    )
 
 
 def blocks_of(shape: tuple[int, ...], most_bytes: int = _BLOCK_BYTES) -> list[tuple[int, int]]:
@@ -191,21 +206,6 @@ def blocks_of(shape: tuple[int, ...], most_bytes: int = _BLOCK_BYTES) -> list[tu
     row_bytes = 4 * torch.Size(shape[1:]).numel()
     count = max(1, most_bytes // max(1, row_bytes))
     return [(start, min(start + count, shape[0])) for start in range(0, shape[0], count)]
-
-
-def _halves(piece: Piece, start: int, half: int) -> Iterator[Piece]:
-    """Splits a piece of one head's rows, counted from the head's first, into the rows of either half.
-
-    Rows at even places go to the first half of the head, which begins at `start` in the part, those at odd places to
-    the second.
-    """
-    for second in (0, 1):
-        first = next((k for k in (0, 1) if (piece.row + k * piece.step) % 2 == second), None)
-        if first is None or first >= len(piece.source):
-            continue
-        every = 2 if piece.step % 2 else 1
-        row = (piece.row + first * piece.step) // 2 + second * half
-        yield piece._replace(source=piece.source[first::every], row=start + row, step=every * piece.step // 2)
 
 
 def _span_bytes(tensor: Tensor) -> int:
@@ -221,7 +221,7 @@ def _bring_pages(block: Tensor) -> None:
 
 
 def release_pages(tensor: Tensor) -> None:
-    """Lets go of a mapped tensor's pages: read once, they would count as this process's memory until it ends.
+    """Releases a mapped tensor's pages: read once, they would count as this process's memory until it ends.
 
     The mapping is private and was not written to, so the pages (and what else lies in the first and the last of them)
     can be read again from the file if they are needed.

@@ -9,13 +9,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llama_acc.core.checkpoint.computed import same_values
 from llama_acc.core.checkpoint.huggingface import meta_name, read_huggingface, rotated_heads
 from llama_acc.core.checkpoint.layout import Layout, check_order, shape_notes
-from llama_acc.core.checkpoint.lazy import Part, Piece
-from llama_acc.core.checkpoint.open_clip import from_open_clip, names_of_open_clip
-from llama_acc.core.checkpoint.quantized import QUANTIZATION_FILE, quantised, quantised_parts, read_quantization
-from llama_acc.core.checkpoint.towers import tower_name
+from llama_acc.core.checkpoint.lazy import LazyTensor, add, concatenate, reorder_heads, same_values
+from llama_acc.core.checkpoint.quantized import (
+    QUANTIZATION_FILE,
+    NF4Matrix,
+    read_quantization,
+    take_quantized,
+    to_nf4,
+)
+from llama_acc.core.checkpoint.towers import from_open_clip, names_of_open_clip, tower_name
 from llama_acc.core.distributed.groups import local_part
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.model.config import ModelConfig, is_matrix, is_within
@@ -23,19 +27,15 @@ from llama_acc.core.model.linear import Linear
 from llama_acc.core.model.sharding import split_dimension
 from llama_acc.core.model.transformer import Transformer, store_quantised
 from llama_acc.core.model.vision import Tower
-from llama_acc.core.model.vision_config import ClipVision, Vision
+from llama_acc.core.model.vision_config import ClipVision
 
 _PREFIX = "llma."
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _BUFFERS = ("rope.freqs", ".position_ids")  # in others' files; they follow from the shape
 
 
-@dataclass
-class Shard:
-    """The tensors of one file, and which of them lie in it, memory-mapped."""
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    mapped: set[str] = field(default_factory=set)
+Shard = dict[str, LazyTensor]
+"""The tensors of one file by name."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Weights:
         notes: where the files disagree and which of them counts, for the user.
     """
 
-    tensors: dict[str, Part] = field(default_factory=dict)
+    tensors: dict[str, LazyTensor] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -57,16 +57,16 @@ class Weights:
     @staticmethod
     def of(tensors: Mapping[str, Tensor]) -> "Weights":
         """Tensors that are at hand."""
-        parts = {name: Part.of(tensor) for name, tensor in tensors.items()}
-        return Weights(parts, {name: part.shape for name, part in parts.items()})
+        lazy = {name: LazyTensor.of(tensor) for name, tensor in tensors.items()}
+        return Weights(lazy, {name: tensor.shape for name, tensor in lazy.items()})
 
-    def keep(self, names: Container[str]) -> None:
+    def filter_names(self, names: Container[str]) -> None:
         """Drops all others."""
         for kept in (self.tensors, self.shapes, self.problems):
             for name in [name for name in kept if name not in names]:
                 del kept[name]
 
-    def under(self, other: "Weights") -> "Weights":
+    def overlay(self, other: "Weights") -> "Weights":
         """These with those of another over them."""
         return Weights(
             self.tensors | other.tensors,
@@ -102,8 +102,10 @@ def open_shard(path: object) -> Shard:
     named = {str(name).removeprefix(_PREFIX): tensor.detach() for name, tensor in tensors.items()}
     if strange := [f"{name} is {kind}" for name, tensor in named.items() if (kind := _strange(tensor))]:
         raise UserError(f"{path} holds tensors that are no weights:\n{listed(strange)}", "save them as dense tensors")
-    named = {name: tensor for name, tensor in named.items() if not name.endswith(_BUFFERS)}
-    return _named_by_transformers(Shard(named, set(named) if is_mapped else set()), ClipVision.tower_prefix)
+    shard = {name: LazyTensor.of(tensor, is_mapped) for name, tensor in named.items() if not name.endswith(_BUFFERS)}
+    # Beside a LLaMA, CLIP may have open_clip's names.
+    prefix = ClipVision.tower_prefix
+    return from_open_clip(shard, prefix) if names_of_open_clip(shard, prefix) else shard
 
 
 def _strange(tensor: Tensor) -> str | None:
@@ -113,16 +115,6 @@ def _strange(tensor: Tensor) -> str | None:
     if tensor.is_nested or tensor.layout != torch.strided:
         return "nested" if tensor.is_nested else f"sparse ({str(tensor.layout).removeprefix('torch.')})"
     return f"quantized ({str(tensor.dtype).removeprefix('torch.')})" if tensor.is_quantized else None
-
-
-def _named_by_transformers(shard: Shard, prefix: str) -> Shard:
-    """A shard in which CLIP, under a prefix, may have open_clip's names."""
-    if not names_of_open_clip(shard.tensors, prefix):
-        return shard
-    is_mapped = bool(shard.mapped)
-    tensors = from_open_clip(shard.tensors, prefix)
-    # The projection was turned, so it is a copy.
-    return Shard(tensors, set(tensors) - {f"{prefix}visual_projection.weight"} if is_mapped else set())
 
 
 def _load(path: str) -> tuple[object, bool]:
@@ -151,7 +143,7 @@ def open_safetensors(path: object) -> Shard:
             is_mapped = all(tensors[name].data_ptr() == file.get_tensor(name).data_ptr() for name in names[:1])
     except (SafetensorError, RuntimeError, ValueError, OSError) as error:
         raise _unreadable(path, _first_line(error)) from None
-    return Shard(tensors, set(tensors) if is_mapped else set())
+    return {name: LazyTensor.of(tensor, is_mapped) for name, tensor in tensors.items()}
 
 
 def _first_line(error: Exception) -> str:
@@ -185,14 +177,17 @@ def read_weights(layouts: Sequence[Layout], rank: int = 0, size: int = 1) -> Wei
         weights.notes += whole.notes
         if layout.is_diff:
             weights.problems |= _misfits(whole, weights, layout)
-        for name, part in whole.tensors.items():
-            if not _divides(part, split_dimension(name), size):
-                text = f"shape: {name} {list(part.shape)} cannot be split in {size}"
+        for name, tensor in whole.tensors.items():
+            dimension = split_dimension(name)
+            if size > 1 and dimension is not None and any(n % size for n in tensor.shape[dimension : dimension + 1]):
+                text = f"shape: {name} {list(tensor.shape)} cannot be split in {size}"
                 weights.problems.setdefault(name, text)
-            share = share_of(name, part, rank, size)
-            base = weights.tensors.get(name)
-            weights.tensors[name] = base.plus(share) if layout.is_diff and base is not None else share
-            weights.shapes[name] = part.shape
+            share, base = share_of(name, tensor, rank, size), weights.tensors.get(name)
+            if layout.is_diff and base is not None:
+                if isinstance(base.source, NF4Matrix):
+                    raise UserError("a diff cannot be added to a quantized checkpoint", "give the base it was made of")
+                share = add(base, share)
+            weights.tensors[name], weights.shapes[name] = share, tensor.shape
     return weights
 
 
@@ -206,17 +201,13 @@ def _check_size(layout: Layout, size: int) -> None:
         )
 
 
-def _divides(part: Part, dimension: int | None, size: int) -> bool:
-    return dimension is None or len(part.shape) <= dimension or part.shape[dimension] % size == 0
-
-
-def share_of(name: str, part: Part, rank: int, size: int) -> Part:
+def share_of(name: str, tensor: LazyTensor, rank: int, size: int) -> LazyTensor:
     """A model-parallel rank's share of a whole parameter, or of what is kept for one under a name that ends so."""
     dimension = split_dimension(name)
-    if dimension is None or size == 1 or len(part.shape) <= dimension:
-        return part
-    length = part.shape[dimension] // size
-    return part.narrow(dimension, rank * length, (rank + 1) * length)
+    if dimension is None or size == 1 or len(tensor.shape) <= dimension:
+        return tensor
+    length = tensor.shape[dimension] // size
+    return tensor.narrow(dimension, rank * length, (rank + 1) * length)
 
 
 def _misfits(diff: Weights, base: Weights, layout: Layout) -> dict[str, str]:
@@ -238,8 +229,15 @@ def open_checkpoint(layout: Layout) -> Weights:
     """
     if layout.format != "huggingface":
         return _join(layout)
-    weights = _open_huggingface(layout) if layout.tower is None else _open_tower(layout, layout.tower)
-    weights.shapes = {name: part.shape for name, part in weights.tensors.items()}
+    if layout.tower is None:
+        weights = _open_huggingface(layout)
+    else:
+        weights = Weights()
+        for _, shard in _huggingface_shards(layout, weights.notes):
+            named = from_open_clip(shard) if names_of_open_clip(shard) else shard
+            found = ((tower_name(layout.tower, theirs), tensor) for theirs, tensor in named.items())
+            weights.tensors |= {name: tensor for name, tensor in found if name is not None}
+    weights.shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
     weights.notes[:0] = layout.notes
     return weights
 
@@ -249,37 +247,27 @@ def _join(layout: Layout) -> Weights:
     weights = Weights()
     quantization = read_quantization(layout.folder)
     if quantization is not None:
-        weights.tensors |= _take_quantised(shards, layout)
-        weights.shapes |= {name: part.shape for name, part in weights.tensors.items()}
-        names = {*weights.tensors, *(name for name in shards[0].tensors if is_matrix(name))}
-        for name in names:
+        if len(shards) > 1:
+            raise UserError(f"{layout.folder} is quantized and split, which is not known", "quantize it in one part")
+        weights.tensors = take_quantized(shards[0])
+        for name in {*weights.tensors, *filter(is_matrix, shards[0])}:
             is_skipped = any(is_within(part, name.removesuffix(".weight")) for part in quantization.skip)
             if is_skipped == (name in weights.tensors):
                 is_it = "is" if is_skipped else "is not"
                 weights.problems[name] = f"type: {name} {is_it} in NF4, and {QUANTIZATION_FILE} says otherwise"
-    for name in dict.fromkeys(name for shard in shards for name in shard.tensors):
+    for name in dict.fromkeys(name for shard in shards for name in shard):
         inconsistency = _inconsistency(name, shards, layout)
         if inconsistency is not None:
             weights.problems[name] = inconsistency
-        part = join_shards(name, [shard for shard in shards if name in shard.tensors])
-        weights.tensors[name], weights.shapes[name] = part, part.shape
+        weights.tensors[name] = join_shards(name, shards)
+    weights.shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
     return weights
-
-
-def _take_quantised(shards: list[Shard], layout: Layout) -> dict[str, Part]:
-    """The quantised matrices, whose tensors are taken out of the shard."""
-    if len(shards) > 1:
-        raise UserError(f"{layout.folder} is quantised and split, which is not known", "quantise it in one part")
-    parts, used = quantised_parts(shards[0].tensors)
-    for name in used:
-        del shards[0].tensors[name]
-    return dict(parts)
 
 
 def _inconsistency(name: str, shards: list[Shard], layout: Layout) -> str | None:
     kinds: dict[str, list[str]] = {}
     for shard, path in zip(shards, layout.shards, strict=True):
-        tensor = shard.tensors.get(name)
+        tensor = shard.get(name)
         kind = "missing" if tensor is None else f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
         kinds.setdefault(kind, []).append(path.name)
     if len(kinds) == 1:
@@ -287,20 +275,13 @@ def _inconsistency(name: str, shards: list[Shard], layout: Layout) -> str | None
     return f"shards: {name} is " + ", ".join(f"{kind} in {' and '.join(files)}" for kind, files in kinds.items())
 
 
-def join_shards(name: str, shards: Sequence[Shard]) -> Part:
-    """One parameter out of its shards; what is not split is taken from the first."""
-    tensors = [(shard.tensors[name], name in shard.mapped) for shard in shards]
-    first, is_mapped = tensors[0]
+def join_shards(name: str, shards: Sequence[Shard]) -> LazyTensor:
+    """One parameter out of the shards that have it; what is not split is taken from the first."""
+    tensors = [shard[name] for shard in shards if name in shard]
     dimension = split_dimension(name)
-    if dimension is None or first.dim() <= dimension or len(tensors) == 1:
-        return Part.of(first, is_mapped)
-    pieces, offset = [], 0
-    for tensor, mapped in tensors:
-        row, column = (offset, 0) if dimension == 0 else (0, offset)
-        pieces.append(Piece(tensor, row=row, column=column, mapped=mapped))
-        offset += tensor.shape[dimension] if tensor.dim() > dimension else 0
-    shape = (*first.shape[:dimension], offset, *first.shape[dimension + 1 :])
-    return Part(shape, first.dtype, (tuple(pieces),))
+    if dimension is None or len(tensors) == 1 or any(len(tensor.shape) <= dimension for tensor in tensors):
+        return tensors[0]
+    return concatenate(tensors, dimension)
 
 
 def _open_huggingface(layout: Layout) -> Weights:
@@ -308,18 +289,17 @@ def _open_huggingface(layout: Layout) -> Weights:
     config, values, notes = read_huggingface(layout.params_path)
     weights, found_in = Weights(notes=notes), dict[str, str]()
     for file, shard in _huggingface_shards(layout, weights.notes):
-        for theirs, tensor in shard.tensors.items():
+        for theirs, tensor in shard.items():
             name = meta_name(theirs)
             if name is None:
                 continue
             if name in found_in:
                 weights.problems[name] = f"twice: {theirs} is in {found_in[name]} and in {file}"
             found_in[name] = file
-            part = Part.of(tensor, theirs in shard.mapped)
             heads = rotated_heads(name, config)
-            if heads is not None and part.shape and part.shape[0] % (2 * heads) == 0:
-                part = part.interleave(heads)
-            weights.tensors[name] = part
+            if heads is not None and tensor.shape and tensor.shape[0] % (2 * heads) == 0:
+                tensor = reorder_heads(tensor, heads, to_meta=True)
+            weights.tensors[name] = tensor
     if values.get("tie_word_embeddings"):
         _tie(weights, layout)
     said = values.get("dtype") or values.get("torch_dtype")
@@ -339,11 +319,10 @@ def _huggingface_shards(layout: Layout, notes: list[str]) -> Iterator[tuple[str,
     unnamed, passed_over = list[str](), list[str]()
     for path in layout.shards:
         shard = open_safetensors(path) if path.suffix == ".safetensors" else open_shard(path)
-        elsewhere = {name for name in shard.tensors if places.get(name, path.name) != path.name}
+        elsewhere = {name for name in shard if places.get(name, path.name) != path.name}
         passed_over += [f"{name} of {path.name}: that of {places[name]} counts" for name in sorted(elsewhere)]
-        unnamed += [f"{name} of {path.name}" for name in shard.tensors if places and name not in places]
-        kept = {name: tensor for name, tensor in shard.tensors.items() if name not in elsewhere}
-        yield path.name, Shard(kept, shard.mapped - elsewhere)
+        unnamed += [f"{name} of {path.name}" for name in shard if places and name not in places]
+        yield path.name, {name: tensor for name, tensor in shard.items() if name not in elsewhere}
     if passed_over:
         notes.append(f"{layout.folder}: by its index, these tensors are not used:\n{listed(passed_over, most=5)}")
     if unnamed:
@@ -353,7 +332,14 @@ def _huggingface_shards(layout: Layout, notes: list[str]) -> Iterator[tuple[str,
 def _tie(weights: Weights, layout: Layout) -> None:
     """Makes output matrix and embedding of each other, as transformers does: if they differ in the files, they stay."""
     tensors, head, embedding = weights.tensors, "output.weight", "tok_embeddings.weight"
-    if head in tensors and embedding in tensors and not _equal(tensors[head], tensors[embedding]):
+    if (
+        head in tensors
+        and embedding in tensors
+        and not (
+            tensors[head].shape == tensors[embedding].shape
+            and same_values(tensors[head], tensors[embedding], torch.float32)
+        )
+    ):
         weights.notes.append(
             f"{layout.params_path} says tie_word_embeddings, but lm_head.weight is not the embedding: "
             "lm_head.weight counts, as in transformers"
@@ -362,21 +348,6 @@ def _tie(weights: Weights, layout: Layout) -> None:
     for missing, there in ((head, embedding), (embedding, head)):
         if there in tensors:
             tensors[missing] = tensors[there]
-
-
-def _equal(one: Part, other: Part) -> bool:
-    return one.shape == other.shape and same_values(one, other, torch.float32)
-
-
-def _open_tower(layout: Layout, vision: Vision) -> Weights:
-    weights = Weights()
-    for _, theirs_in_file in _huggingface_shards(layout, weights.notes):
-        shard = _named_by_transformers(theirs_in_file, "")
-        for theirs, tensor in shard.tensors.items():
-            name = tower_name(vision, theirs)
-            if name is not None:
-                weights.tensors[name] = Part.of(tensor, theirs in shard.mapped)
-    return weights
 
 
 def with_rows(config: ModelConfig, weights: Weights) -> ModelConfig:
@@ -394,23 +365,23 @@ def with_rows(config: ModelConfig, weights: Weights) -> ModelConfig:
 
 
 def main_dtype(
-    parts: Mapping[str, Part], dtypes: Mapping[str, torch.dtype] | None = None
+    tensors: Mapping[str, LazyTensor], dtypes: Mapping[str, torch.dtype] | None = None
 ) -> tuple[torch.dtype, list[str]]:
     """The type of most values of a model, and a note where others lose digits in it.
 
     Args:
-        parts: its parameters.
+        tensors: its parameters.
         dtypes: the type of each; None = its own.
     """
-    dtypes = dtypes or {name: part.dtype for name, part in parts.items()}
+    dtypes = dtypes or {name: tensor.dtype for name, tensor in tensors.items()}
     sizes: dict[torch.dtype, int] = {}
-    for name, part in parts.items():
-        sizes[dtypes[name]] = sizes.get(dtypes[name], 0) + part.numel()
+    for name, tensor in tensors.items():
+        sizes[dtypes[name]] = sizes.get(dtypes[name], 0) + tensor.numel()
     main = max(sizes, key=lambda dtype: sizes[dtype])
     rounded = {dtype for dtype in sizes if torch.promote_types(dtype, main) != main}
     if not rounded:
         return main, []
-    names = [name for name in parts if dtypes[name] in rounded]
+    names = [name for name in tensors if dtypes[name] in rounded]
     types = " and ".join(sorted(_type_name(dtype) for dtype in rounded))
     few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return main, [
@@ -431,7 +402,7 @@ def check_tensors(weights: Weights, shapes: Mapping[str, tuple[int, ...]], where
     """
     problems = [f"missing: {name} {list(shape)}" for name, shape in shapes.items() if name not in weights.tensors]
     problems += weights.problems.values()
-    for name, part in weights.tensors.items():
+    for name, tensor in weights.tensors.items():
         shape = weights.shapes[name]
         if name in weights.problems:
             continue
@@ -439,8 +410,8 @@ def check_tensors(weights: Weights, shapes: Mapping[str, tuple[int, ...]], where
             problems.append(f"unknown: {name} {list(shape)}")
         elif shape != shapes[name]:
             problems.append(f"shape: {name} is {list(shape)}, the model needs {list(shapes[name])}")
-        elif not part.is_floating_point:
-            problems.append(f"type: {name} holds {part.dtype}, not numbers with a fraction")
+        elif not tensor.dtype.is_floating_point:
+            problems.append(f"type: {name} holds {tensor.dtype}, not numbers with a fraction")
     if problems:
         raise UserError(
             f"the weights in {where} do not fit the model:\n{listed(problems, most=60)}",
@@ -452,7 +423,7 @@ def fill(model: Transformer, weights: Weights, device: torch.device, dtype: torc
     """Puts weights into a model made on the meta device, one tensor at a time.
 
     Args:
-        model: its parameters are replaced. They have the shapes of the weights' shares, or are to be quantised.
+        model: its parameters are replaced. They have the shapes of the weights' shares, or are to be quantized.
         weights: checked; tensors are removed as they are used, so their memory is free again.
         device: where the parameters go.
         dtype: their type.
@@ -460,25 +431,25 @@ def fill(model: Transformer, weights: Weights, device: torch.device, dtype: torc
             device stays mapped to its file: loading costs nothing, but the parameters must not be trained.
     """
     for name, parameter in list(model.named_parameters()):
-        part = weights.tensors.pop(name)
+        share = weights.tensors.pop(name)
         owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)
         if isinstance(owner, Linear) and owner.is_quantised and parameter is owner.weight:
-            owner.take(*quantised(part, device))
+            owner.take(*to_nf4(share, device))
             continue
-        value = None if copy else part.in_place(dtype, device)
+        value = None if copy else share.in_place(dtype, device)
         if value is None:
-            value = part.to(dtype, device)
+            value = share.to(dtype, device)
         setattr(owner, leaf, torch.nn.Parameter(value, requires_grad=parameter.requires_grad))
 
 
 def fill_tower(tower: Tower, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
     """Puts a tower's weights, which are used up, in place of its parameters; as in `fill`, they may stay mapped."""
     for name, _ in list(tower.named_parameters()):
-        part = weights.tensors.pop(tower.vision.tower_prefix + name)
-        value = part.in_place(dtype, device)
+        share = weights.tensors.pop(tower.vision.tower_prefix + name)
+        value = share.in_place(dtype, device)
         owner, _, leaf = name.rpartition(".")
-        value = part.to(dtype, device) if value is None else value
+        value = share.to(dtype, device) if value is None else value
         setattr(tower.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False))
 
 
@@ -487,8 +458,8 @@ def load_parameters(model: Transformer, weights: Weights) -> None:
     for name, parameter in model.named_parameters():
         if name not in weights.tensors:
             continue
-        part, local = weights.tensors.pop(name), local_part(parameter)
+        share, local = weights.tensors.pop(name), local_part(parameter)
         if local.tensor.is_floating_point():
-            part.rows(local.rows.start, local.rows.stop).copy_into(local.tensor)
+            share.rows(local.rows.start, local.rows.stop).copy_into(local.tensor)
         else:
-            store_quantised(model, name, *quantised(part, local.tensor.device))
+            store_quantised(model, name, *to_nf4(share, local.tensor.device))

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama_acc.core.checkpoint.computed import merged, read_block
-from llama_acc.core.checkpoint.lazy import Part
+from llama_acc.core.checkpoint.lazy import LazyTensor, merge_lora
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.model.attention import DocumentAttention
 from llama_acc.core.model.config import ModelConfig
@@ -23,7 +22,7 @@ MERGE_TOLERANCE = 1e-5
 """How far what a block computes may be off, as a fraction of the largest."""
 _TOKENS = 32
 _ROWS = 4096  # of the output matrix at a time
-Model = tuple[ModelConfig, Mapping[str, Part]]
+Model = tuple[ModelConfig, Mapping[str, LazyTensor]]
 
 
 class MergeError(NamedTuple):
@@ -40,13 +39,13 @@ class MergeError(NamedTuple):
     saved: float
 
 
-def merged_source(name: str, sources: Mapping[str, Part]) -> Part:
+def merged(name: str, sources: Mapping[str, LazyTensor]) -> LazyTensor:
     """A parameter with its LoRA pair merged into it, if it has one."""
     matrix = name.removesuffix(".weight")
     lora_a = sources.get(f"{matrix}.lora_a.weight")
     if lora_a is None:
         return sources[name]
-    return merged(sources[name], lora_a, sources[f"{matrix}.lora_b.weight"])
+    return merge_lora(sources[name], lora_a, sources[f"{matrix}.lora_b.weight"])
 
 
 @torch.no_grad()
@@ -68,7 +67,7 @@ def merge_error(before: Model, merged_model: Model, saved: Model) -> MergeError:
     return MergeError(worst, *(_relative(other, expected) for other in others))
 
 
-def _load_block(config: ModelConfig, sources: Mapping[str, Part], layer: int) -> TransformerBlock:
+def _load_block(config: ModelConfig, sources: Mapping[str, LazyTensor], layer: int) -> TransformerBlock:
     """A block with its weights, in float32: models that are larger than memory are computed block by block."""
     block = TransformerBlock(config, Parallel())
     with torch.no_grad():
@@ -81,12 +80,12 @@ def _relative(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
 
 
-def _embedded(config: ModelConfig, sources: Mapping[str, Part]) -> Tensor:
+def _embedded(config: ModelConfig, sources: Mapping[str, LazyTensor]) -> Tensor:
     """The vectors [T, dim] of fixed tokens."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (_TOKENS,), generator=generator).tolist()
     embedding = sources["tok_embeddings.weight"]
-    return torch.cat([read_block(embedding, token, token + 1, torch.float32) for token in tokens])
+    return torch.cat([embedding.rows(token, token + 1).to(torch.float32) for token in tokens])
 
 
 def _attend(config: ModelConfig) -> DocumentAttention:
@@ -95,10 +94,10 @@ def _attend(config: ModelConfig) -> DocumentAttention:
     return DocumentAttention([_TOKENS], table)
 
 
-def _logits(config: ModelConfig, sources: Mapping[str, Part], x: Tensor) -> Tensor:
+def _logits(config: ModelConfig, sources: Mapping[str, LazyTensor], x: Tensor) -> Tensor:
     """The logits [T, vocabulary] of the last block's output."""
     norm = RMSNorm(config.dim, config.norm_eps)
     sources["norm.weight"].copy_into(norm.weight)
     x, output = norm(x), sources["output.weight"]
     pieces = [(start, min(start + _ROWS, config.vocab_size)) for start in range(0, config.vocab_size, _ROWS)]
-    return torch.cat([x @ read_block(output, *piece, torch.float32).T for piece in pieces], 1)
+    return torch.cat([x @ output.rows(*piece).to(torch.float32).T for piece in pieces], 1)

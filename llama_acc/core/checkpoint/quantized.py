@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_acc.core.checkpoint.computed import Computed
-from llama_acc.core.checkpoint.lazy import Part
+from llama_acc.core.checkpoint.lazy import LazyTensor, Read
 from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import read_object
 from llama_acc.core.model import nf4
@@ -32,7 +31,7 @@ class Quantization:
     """What quantization.json says.
 
     Attributes:
-        skip: matrices that are not quantised; see `ModelConfig.quantisable`.
+        skip: matrices that are not quantized; see `ModelConfig.quantisable`.
         fingerprint: of the weights before.
     """
 
@@ -52,7 +51,7 @@ class Quantization:
 
 
 def read_quantization(folder: Path) -> Quantization | None:
-    """What a checkpoint folder says of itself; None = it is not quantised.
+    """What a checkpoint folder says of itself; None = it is not quantized.
 
     Raises:
         UserError: an unreadable file, or one of another version.
@@ -85,113 +84,107 @@ def check_rounding(values: Mapping[str, Any], path: Path) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A quantised matrix.
+class NF4Matrix:
+    """A quantized matrix [rows, columns].
 
     Attributes:
         values: [rows, columns / 2] bytes.
         scales: its scales.
     """
 
-    values: Tensor
-    scales: Scales
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[rows, columns]."""
-        rows, half = self.values.shape
-        return rows, 2 * half
+    def __init__(self, values: Tensor, scales: Scales) -> None:
+        self.values, self.scales = values, scales
 
     @cached_property
     def magnitudes(self) -> Tensor:
         """Of its blocks, in float32."""
         return nf4.magnitudes(self.scales)
 
-    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Its rows start to stop, dequantised."""
-        return nf4.dequantise_rows(self.values, self.magnitudes, start, stop, dtype)
+    def read(self, rows: slice, columns: slice) -> Tensor:
+        """Rows and columns, dequantized, in float32."""
+        found = nf4.dequantise_rows(self.values, self.magnitudes, rows.start, rows.stop, torch.float32)
+        return found[:, columns]
+
+    def lazy(self) -> LazyTensor:
+        """All of it, as any other parameter is read; in bf16, which is what it is computed with."""
+        rows, half = self.values.shape
+        return LazyTensor((rows, 2 * half), torch.bfloat16, self.read, source=self)
 
 
-@dataclass(frozen=True, kw_only=True)
-class QuantisedPart(Computed):
-    """A part of a matrix that is in NF4 in its file. Read like any other, it is dequantised, some rows at a time.
-
-    Attributes:
-        matrix: the whole.
-    """
-
-    matrix: Packed
-
-    @staticmethod
-    def whole(matrix: Packed) -> "QuantisedPart":
-        """All of a matrix."""
-
-        def compute(start: int, stop: int) -> Tensor:
-            return matrix.rows(start, stop, torch.float32)
-
-        return QuantisedPart(matrix.shape, torch.bfloat16, (), compute=compute, matrix=matrix)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it is all of the matrix."""
-        return self.shape == self.matrix.shape
-
-    def plus(self, diff: Part) -> Part:
-        """Refused.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError("a diff cannot be added to a quantised checkpoint", "give the base it was made of")
-
-
-def quantised_parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, QuantisedPart], set[str]]:
-    """The quantised matrices among a checkpoint's tensors, and the names that go to make them.
+def take_quantized(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Takes the quantized matrices, each of which is four tensors, out of a checkpoint's.
 
     Raises:
         UserError: scales without values, or the other way round.
     """
-    parts: dict[str, QuantisedPart] = {}
-    used: set[str] = set()
-    for name in [name for name in tensors if name.endswith(".absmax")]:
-        matrix = name.removesuffix(".absmax")
+    found = {}
+    for matrix in [name.removesuffix(".absmax") for name in tensors if name.endswith(".absmax")]:
         names = [f"{matrix}.{leaf}" for leaf in ("weight", *Scales._fields)]
-        missing = [other for other in names if other not in tensors]
-        if missing:
-            raise UserError(f"the quantised matrix {matrix} is not whole: {', '.join(missing)} is missing")
-        values, *scales = (tensors[other] for other in names)
-        parts[f"{matrix}.weight"] = QuantisedPart.whole(Packed(values, Scales(*scales)))
-        used |= set(names)
-    return parts, used
+        if missing := [name for name in names if name not in tensors]:
+            raise UserError(f"the quantized matrix {matrix} is not whole: {', '.join(missing)} is missing")
+        values, *scales = (tensors.pop(name).source for name in names)
+        found[f"{matrix}.weight"] = NF4Matrix(values, Scales(*scales)).lazy()
+    return found
 
 
-def quantised(part: Part, device: torch.device) -> tuple[Tensor, Scales]:
-    """A matrix in NF4 on a device: as it is in its file, or made here.
+def to_nf4(tensor: LazyTensor, device: torch.device) -> tuple[Tensor, Scales]:
+    """A matrix in NF4 on a device: as it is in its file, or quantized here.
 
     Raises:
-        UserError: a part of a quantised matrix whose edges lie within blocks.
+        UserError: a part of a quantized matrix whose edges lie within blocks.
     """
-    if isinstance(part, QuantisedPart):
-        matrix = part.matrix if part.is_whole else _cut(part)
+    if isinstance(tensor.source, NF4Matrix):
+        matrix = tensor.source if tensor.shape == tensor.source.lazy().shape else _cut(tensor, tensor.source)
         return matrix.values.to(device), Scales(*(scale.to(device) for scale in matrix.scales))
-
-    def read(start: int, stop: int) -> Any:
-        return part.rows(start, stop).to(torch.float32, device)
-
-    return nf4.quantise(read, part.shape, device)
+    return nf4.quantise(lambda start, stop: tensor.rows(start, stop).to(torch.float32, device), tensor.shape, device)
 
 
-def _cut(part: QuantisedPart) -> Packed:
-    """A part of a quantised matrix with the same values, but for its scales: these are rounded together."""
+def _cut(part: LazyTensor, matrix: NF4Matrix) -> NF4Matrix:
+    """A part of a quantized matrix with the same values, but for its scales: these are rounded together."""
     (rows, columns), row, column = part.shape, part.row, part.column
-    if part.matrix.shape[1] % BLOCK or columns % BLOCK or column % BLOCK:
+    whole = 2 * matrix.values.shape[1]
+    if whole % BLOCK or columns % BLOCK or column % BLOCK:
         raise UserError(
-            f"a quantised matrix of {part.matrix.shape[1]} columns cannot be split into parts of {columns}: "
-            f"it has blocks of {BLOCK}",
-            "choose a smaller model-parallel size, or give the checkpoint before quantising",
+            f"a quantized matrix of {whole} columns cannot be split into parts of {columns}: it has blocks of {BLOCK}",
+            "choose a smaller model-parallel size, or give the checkpoint before quantizing",
         )
-    values = part.matrix.values[row : row + rows, column // 2 : (column + columns) // 2].contiguous()
-    magnitudes = part.matrix.magnitudes.view(len(part.matrix.values), -1)[row : row + rows]
+    values = matrix.values[row : row + rows, column // 2 : (column + columns) // 2].contiguous()
+    magnitudes = matrix.magnitudes.view(len(matrix.values), -1)[row : row + rows]
     magnitudes = magnitudes[:, column // BLOCK : (column + columns) // BLOCK]
-    return Packed(values, nf4.round_magnitudes(magnitudes.flatten().clone()))
+    return NF4Matrix(values, nf4.round_magnitudes(magnitudes.flatten().clone()))
+
+
+class Quantizer:
+    """Quantizes a checkpoint's matrices on the way into a file. The last one asked for is kept, and no other."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, NF4Matrix] | None = None
+
+    def matrix(self, name: str, tensor: LazyTensor) -> NF4Matrix:
+        """The matrix of that name in NF4."""
+        if self._last is None or self._last[0] != name:
+            self._last = None  # not two at a time
+            self._last = name, NF4Matrix(*to_nf4(tensor, torch.device("cpu")))
+        return self._last[1]
+
+    def rounded(self, name: str, tensor: LazyTensor) -> LazyTensor:
+        """The matrix after quantizing and dequantizing, in float32."""
+        return LazyTensor.computed(
+            (), lambda rows, columns: self.matrix(name, tensor).read(rows, columns), tensor.shape
+        )
+
+    def tensors(self, name: str, tensor: LazyTensor) -> dict[str, LazyTensor]:
+        """What a quantized checkpoint has of a matrix, by the ends of their names."""
+        (rows, columns), meta = tensor.shape, torch.device("meta")
+        room = {"weight": torch.empty(nf4.packed_shape(rows, columns), dtype=torch.uint8, device=meta)}
+        room |= nf4.empty_scales(rows, columns, meta)._asdict()
+
+        def reader(leaf: str) -> Read:
+            def read(rows: slice, columns: slice) -> Tensor:
+                matrix = self.matrix(name, tensor)
+                values: Tensor = matrix.values if leaf == "weight" else getattr(matrix.scales, leaf)
+                return values[rows]
+
+            return read
+
+        return {leaf: LazyTensor.computed((), reader(leaf), tuple(t.shape), t.dtype) for leaf, t in room.items()}

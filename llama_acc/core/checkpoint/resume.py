@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llama_acc.core.atomic import check_manifest
 from llama_acc.core.checkpoint.layout import inspect
-from llama_acc.core.checkpoint.lazy import Part
+from llama_acc.core.checkpoint.lazy import LazyTensor
 from llama_acc.core.checkpoint.load import Weights, join_shards, open_safetensors, read_weights, share_of
 from llama_acc.core.distributed.groups import Parallel, local_part
 from llama_acc.core.errors import UserError
@@ -50,22 +50,22 @@ class SavedState:
             name: such as `exp_avg.layers.0.attention.wq.weight`.
             parameter: the one it is kept for.
         """
-        value = self._shards[0].tensors.get(name)
+        value = self._shards[0].get(name)
         if value is None:
             return None
         local = local_part(parameter)
-        if not value.dim():
-            return value.to(local.tensor.device, copy=True)
+        if not value.shape:
+            return value.source.to(local.tensor.device, copy=True)
         own = self._share(name, join_shards(name, self._shards))
         return own.rows(local.rows.start, local.rows.stop).to(value.dtype, local.tensor.device)
 
-    def _share(self, name: str, part: Part) -> Part:
-        return share_of(name, part, self.parallel.model_rank, self.parallel.model_size)
+    def _share(self, name: str, tensor: LazyTensor) -> LazyTensor:
+        return share_of(name, tensor, self.parallel.model_rank, self.parallel.model_size)
 
     def masters(self) -> Weights:
         """This rank's share of the float32 parameters; none if the saved weights are as exact."""
         prefix, masters = "master.", Weights()
-        for name in self._shards[0].tensors:
+        for name in self._shards[0]:
             if name.startswith(prefix):
                 whole = join_shards(name, self._shards)
                 masters.shapes[name.removeprefix(prefix)] = whole.shape

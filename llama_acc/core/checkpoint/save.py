@@ -9,6 +9,7 @@ All ranks write at once, each the rows it has, into files that were laid out bef
 must lie on a disk that all of them see.
 """
 
+import contextlib
 import os
 import shutil
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from llama_acc.core.atomic import (
@@ -27,19 +29,9 @@ from llama_acc.core.atomic import (
     finish_folder,
     remove,
     sha256_of,
-    sync,
     write_text_whole,
 )
-from llama_acc.core.checkpoint.tensor_files import (
-    Spec,
-    Specs,
-    lay_out_pth,
-    lay_out_safetensors,
-    pth_offsets,
-    safetensors_offsets,
-    seal_pth,
-    write_at,
-)
+from llama_acc.core.checkpoint.tensor_files import Spec, Specs, TensorFile, lay_out
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import read_object
@@ -131,7 +123,7 @@ def write_checkpoint(snapshot: Snapshot, folder: Path, keep: int) -> None:
     try:
         parallel.run_on_rank_zero(lambda: _write_files(snapshot.files, begin_folder(folder)))
         parallel.raise_together(lambda: _lay_out(snapshot, aside))
-        parallel.raise_together(lambda: _write_pieces(snapshot, aside))
+        parallel.raise_together(lambda: _write_rows(snapshot, aside))
         digests = parallel.gather(parallel.raise_together(lambda: _seal(snapshot, aside)))
         parallel.run_on_rank_zero(
             lambda: _publish(folder, {name: sha for part in digests for name, sha in part.items()}, keep)
@@ -148,60 +140,43 @@ def _write_files(files: Mapping[str, bytes], aside: Path) -> None:
         (aside / name).write_bytes(content)
 
 
-def _weight_specs(snapshot: Snapshot) -> Specs:
-    return {f"llma.{name}": Spec(piece.shape, snapshot.dtype) for name, piece in snapshot.weights.items()}
+def _specs(snapshot: Snapshot) -> dict[str, Specs]:
+    """The tensors of this model-parallel rank's files, by file."""
+    weights = {f"llma.{name}": Spec(rows.shape, snapshot.dtype) for name, rows in snapshot.weights.items()}
+    state = {name: Spec(rows.shape, rows.tensor.dtype) for name, rows in snapshot.state.items()}
+    return {snapshot.weights_name(): weights, snapshot.state_name(): state}
 
 
 def _lay_out(snapshot: Snapshot, aside: Path) -> None:
-    state = {name: Spec(piece.shape, piece.tensor.dtype) for name, piece in snapshot.state.items()}
-    rng = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in snapshot.rng.items()}
-    lay_out_safetensors(aside / snapshot.rng_name(), rng)
+    save_file({name: tensor.cpu() for name, tensor in snapshot.rng.items()}, aside / snapshot.rng_name())
     if snapshot.parallel.data_rank == 0:
-        lay_out_pth(aside / snapshot.weights_name(), _weight_specs(snapshot))
-        lay_out_safetensors(aside / snapshot.state_name(), state)
+        for name, specs in _specs(snapshot).items():
+            lay_out(aside / name, specs)
 
 
-def _write_pieces(snapshot: Snapshot, aside: Path) -> None:
-    specs = _weight_specs(snapshot)
-    weights = {f"llma.{name}": piece for name, piece in snapshot.weights.items()}
-    path = aside / snapshot.weights_name()
-    _write_own(path, pth_offsets(path, specs), weights, snapshot.parallel, snapshot.dtype)
-    path = aside / snapshot.state_name()
-    _write_own(path, safetensors_offsets(path), snapshot.state, snapshot.parallel, None)
-    path = aside / snapshot.rng_name()
-    rng = {name: Rows(tensor, 0, tuple(tensor.shape), True) for name, tensor in snapshot.rng.items()}
-    _write_own(path, safetensors_offsets(path), rng, Parallel(), None)
-
-
-def _write_own(
-    path: Path, offsets: Mapping[str, int], pieces: Mapping[str, Rows], parallel: Parallel, dtype: torch.dtype | None
-) -> None:
-    """Writes this rank's rows, rounded to `dtype` one tensor at a time, and its turn of what every rank has."""
-    descriptor = os.open(path, os.O_WRONLY)
-    turns = [0] * parallel.data_size
-    try:
-        for name, (tensor, first, _, shared) in pieces.items():
-            if shared:
-                turn = turns.index(min(turns))
-                turns[turn] += tensor.nbytes
-                if turn != parallel.data_rank:
-                    continue
-            rounded = tensor.detach().to("cpu", tensor.dtype if dtype is None else dtype)
-            row = rounded.nbytes // len(rounded) if rounded.dim() and len(rounded) else 0
-            write_at(descriptor, offsets[name] + first * row, rounded)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _write_rows(snapshot: Snapshot, aside: Path) -> None:
+    """Writes this rank's rows, rounded one tensor at a time, and its turn of what every data-parallel rank has."""
+    weights = {f"llma.{name}": rows for name, rows in snapshot.weights.items()}
+    turns = [0] * snapshot.parallel.data_size
+    for (file_name, specs), tensors in zip(_specs(snapshot).items(), (weights, snapshot.state), strict=True):
+        with contextlib.closing(TensorFile(aside / file_name, specs)) as file:
+            for name, (tensor, first, _, shared) in tensors.items():
+                if shared:
+                    turn = turns.index(min(turns))
+                    turns[turn] += tensor.nbytes
+                    if turn != snapshot.parallel.data_rank:
+                        continue
+                file.write(name, tensor.detach().to("cpu", specs[name].dtype), first)
 
 
 def _seal(snapshot: Snapshot, aside: Path) -> dict[str, str]:
     """Completes this model-parallel rank's files, once every rank has written. Returns their SHA-256."""
     if snapshot.parallel.data_rank:
         return {}
-    weights = aside / snapshot.weights_name()
-    seal_pth(weights)
-    sync(weights)
-    return {name: sha256_of(aside / name) for name in (snapshot.weights_name(), snapshot.state_name())}
+    specs = _specs(snapshot)
+    with contextlib.closing(TensorFile(aside / snapshot.weights_name(), specs[snapshot.weights_name()])) as file:
+        file.seal()
+    return {name: sha256_of(aside / name) for name in specs}
 
 
 def _publish(folder: Path, digests: Mapping[str, str], keep: int) -> None:

@@ -7,11 +7,14 @@ read, not its language model; of CLIP the vision transformer, not its text side.
 import re
 from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.input_files import read_json, read_object
 from llama_acc.core.model.vision_config import ClipVision, QFormerVision, Vision, vision_of
+
+if TYPE_CHECKING:
+    from llama_acc.core.checkpoint.lazy import LazyTensor
 
 _TRANSFORMER = {
     "image_size": "image_size",
@@ -31,6 +34,29 @@ _QFORMER = {
 _BLIP2_USUAL = {"hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 39, "num_attention_heads": 16}
 _QFORMER_USUAL = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _CLIP_USUAL = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+_CLIP_TEXT = (
+    "transformer.",
+    "token_embedding.",
+    "positional_embedding",
+    "ln_final.",
+    "text_projection",
+    "text.",
+    "logit_scale",
+    "logit_bias",
+    "attn_mask",
+)
+_CLIP_NAMES = {
+    r"class_embedding": "embeddings.class_embedding",
+    r"positional_embedding": "embeddings.position_embedding.weight",
+    r"conv1\.": "embeddings.patch_embedding.",
+    r"ln_pre\.": "pre_layrnorm.",
+    r"ln_post\.": "post_layernorm.",
+    r"transformer\.resblocks\.(\d+)\.ln_([12])\.": r"encoder.layers.\1.layer_norm\2.",
+    r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.": r"encoder.layers.\1.self_attn.out_proj.",
+    r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.": r"encoder.layers.\1.mlp.fc1.",
+    r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.": r"encoder.layers.\1.mlp.fc2.",
+}
+_CLIP_QKV = r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)"
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _KINDS = ("blip-2", "clip", "clip_vision_model")
 _NAMED = {"qformer": "blip2-opt-2.7b", "clip": "clip-vit-large-patch14"}
@@ -141,3 +167,47 @@ def check_tower(vision: Vision | None, names: Container[str], where: object) -> 
             f"no vision tower ({vision.tower_prefix}*) is in {where}",
             f"give one besides, by the same option once more: {_NAMED[vision.encoder]}, or the folder of such files",
         )
+
+
+def names_of_open_clip(tensors: Mapping[str, object], prefix: str = "") -> bool:
+    """Whether tensors are named by open_clip: some are of its vision transformer."""
+    return any(name.startswith(f"{prefix}visual.") for name in tensors)
+
+
+def from_open_clip(tensors: "Mapping[str, LazyTensor]", prefix: str = "") -> "dict[str, LazyTensor]":
+    """Tensors of open_clip by transformers' names; of the text side none, of anything else all, unchanged.
+
+    open_clip keeps q, k and v of a block in one matrix and the projection transposed.
+
+    Args:
+        tensors: views of them are given, but for the projection, which is small and has to be turned.
+        prefix: of both kinds of names.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        inner = name.removeprefix(prefix)
+        if not name.startswith(prefix):
+            found[name] = tensor
+        elif inner.startswith("visual."):
+            seen = _vision_part(inner.removeprefix("visual."), tensor)
+            found |= {prefix + ours: value for ours, value in seen.items()}
+        elif not inner.startswith(_CLIP_TEXT):
+            found[name] = tensor
+    return found
+
+
+def _vision_part(theirs: str, tensor: "LazyTensor") -> "dict[str, LazyTensor]":
+    if theirs == "proj":
+        return {"visual_projection.weight": tensor.of(tensor.source.t().contiguous())}
+    if match := re.fullmatch(_CLIP_QKV, theirs):
+        block, kind = match.groups()
+        rows = tensor.shape[0] // 3
+        return {
+            f"vision_model.encoder.layers.{block}.self_attn.{name}_proj.{kind}": tensor.rows(k * rows, (k + 1) * rows)
+            for k, name in enumerate("qkv")
+        }
+    for pattern, ours in _CLIP_NAMES.items():
+        name, count = re.subn(rf"^{pattern}", ours, theirs)
+        if count:
+            return {f"vision_model.{name}": tensor}
+    return {f"visual.{theirs}": tensor}  # reported as unknown where names are compared

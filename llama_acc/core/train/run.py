@@ -157,10 +157,10 @@ def _weights(plan: Plan, folder: RunFolder, parallel: Parallel) -> Weights | Non
     if folder.checkpoint is None:
         return read_base(plan.layouts, plan.config, parallel)
     trained = saved_masters(folder.checkpoint, parallel)
-    trained.keep(plan.trained_shapes())
+    trained.filter_names(plan.trained_shapes())
     check_tensors(trained, plan.trained_shapes(), folder.checkpoint)
     base = read_base(plan.layouts, plan.config, parallel) if has_frozen(plan.recipe) else None
-    return trained if base is None else base.under(trained)
+    return trained if base is None else base.overlay(trained)
 
 
 def _train(

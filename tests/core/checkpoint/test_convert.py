@@ -13,6 +13,7 @@ from llama_acc.core.atomic import check_checkpoint
 from llama_acc.core.checkpoint.convert import Converted, Request, Target, convert
 from llama_acc.core.checkpoint.layout import inspect
 from llama_acc.core.checkpoint.load import read_weights
+from llama_acc.core.checkpoint.tensor_files import TensorFile
 from llama_acc.core.data.templates import TEMPLATES
 from llama_acc.core.errors import RunError, UserError
 from llama_acc.core.inference import load_model
@@ -272,17 +273,13 @@ def test_too_little_disk_is_found_first(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_damaged_result_never_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llama_acc.core.checkpoint.conversion import writing as module
+    source, write, calls = write_meta(tmp_path / "source", state()), TensorFile.write, list[str]()
 
-    source = write_meta(tmp_path / "source", state())
+    def forgetful(file: TensorFile, name: str, rows: torch.Tensor, first: int = 0) -> None:
+        calls.append(name)
+        write(file, name, torch.zeros_like(rows) if len(calls) == 3 else rows, first)
 
-    def forgetful(descriptor: int, offset: int, tensor: torch.Tensor) -> None:
-        calls.append(tensor)
-        write_at(descriptor, offset, torch.zeros_like(tensor) if len(calls) == 3 else tensor)
-
-    calls: list[torch.Tensor] = []
-    write_at = module.write_at
-    monkeypatch.setattr(module, "write_at", forgetful)
+    monkeypatch.setattr(TensorFile, "write", forgetful)
     with pytest.raises(RunError, match=r"read back from the disk:\n  layers\.0\.ffn_norm\.weight is not what"):
         converted(source, tmp_path / "target", "meta")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llama_acc.core.checkpoint.layout import inspect, read_config
-from llama_acc.core.checkpoint.lazy import Part, Piece
+from llama_acc.core.checkpoint.lazy import LazyTensor, concatenate, reorder_heads
 from llama_acc.core.checkpoint.load import Weights, check_tensors, read_weights
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
@@ -95,14 +95,17 @@ def test_what_is_whole_in_one_file_stays_there(folders: dict[tuple[str, int], Pa
 def test_heads_are_put_in_metas_order_and_back() -> None:
     ours = torch.randn(48, 5)
     theirs = ours.view(3, 8, 2, 5).transpose(1, 2).reshape(48, 5)  # transformers' permute
-    assert torch.equal(Part.of(theirs).interleave(3).to(torch.float32), ours)
-    assert torch.equal(Part.of(ours).deinterleave(3).to(torch.float32), theirs)
-    assert torch.equal(Part.of(theirs).interleave(3).deinterleave(3).to(torch.float32), theirs)
-    in_shards = Part((48, 5), torch.float32, ((Piece(ours[:11]), Piece(ours[11:], row=11)),))
-    assert torch.equal(in_shards.deinterleave(3).to(torch.float32), theirs)
-    for start, stop in ((0, 48), (1, 6), (7, 33), (15, 17)):
-        assert torch.equal(Part.of(theirs).interleave(3).rows(start, stop).to(torch.float32), ours[start:stop])
-        assert torch.equal(Part.of(ours).deinterleave(3).rows(start, stop).to(torch.float32), theirs[start:stop])
+    in_shards = concatenate([LazyTensor.of(ours[:11]), LazyTensor.of(ours[11:])], 0)
+    to_meta = reorder_heads(LazyTensor.of(theirs), 3, to_meta=True)
+    for lazy, expected in (
+        (to_meta, ours),
+        (reorder_heads(LazyTensor.of(ours), 3, to_meta=False), theirs),
+        (reorder_heads(to_meta, 3, to_meta=False), theirs),
+        (reorder_heads(in_shards, 3, to_meta=False), theirs),
+        (reorder_heads(LazyTensor.of(theirs[:, 0]), 3, to_meta=True), ours[:, 0]),
+    ):
+        for start, stop in ((0, 48), (1, 6), (7, 33), (15, 17), (3, 3)):
+            assert torch.equal(lazy.rows(start, stop).to(torch.float32), expected[start:stop])
 
 
 def test_shards_that_differ_are_listed_by_file(tmp_path: Path) -> None:

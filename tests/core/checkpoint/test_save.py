@@ -1,5 +1,4 @@
 import json
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -7,7 +6,6 @@ import torch
 from safetensors.torch import load_file
 
 from llama_acc.core.atomic import check_manifest
-from llama_acc.core.checkpoint import save
 from llama_acc.core.checkpoint.layout import latest_checkpoint
 from llama_acc.core.checkpoint.resume import read_progress, rng_state
 from llama_acc.core.checkpoint.save import (
@@ -20,15 +18,7 @@ from llama_acc.core.checkpoint.save import (
     remove_checkpoint,
     write_checkpoint,
 )
-from llama_acc.core.checkpoint.tensor_files import (
-    Spec,
-    lay_out_pth,
-    lay_out_safetensors,
-    pth_offsets,
-    safetensors_offsets,
-    seal_pth,
-    write_at,
-)
+from llama_acc.core.checkpoint.tensor_files import TensorFile
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
 from tests.core.tiny import CPU
@@ -49,64 +39,6 @@ def publish(folder: Path, step: int, keep: int, dtype: torch.dtype = torch.float
         Parallel(),
     )
     write_checkpoint(snapshot, folder, keep)
-
-
-def some_tensors() -> dict[str, torch.Tensor]:
-    return {
-        "weights": torch.randn(7, 5),
-        "rounded": torch.randn(3, 3, 3).bfloat16(),
-        "odd": torch.tensor([NAN, float("inf"), -0.0, 1e-45]),
-        "bytes": torch.arange(13, dtype=torch.uint8),
-        "count": torch.tensor(2**40),
-        "step": torch.tensor(3.0),
-        "nothing": torch.empty(0, 4),
-        "transposed": torch.arange(12.0).view(3, 4).t(),
-        "part": torch.arange(20.0)[5:9],
-        "trained": torch.nn.Parameter(torch.ones(2)),
-    }
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().flatten().view(torch.uint8)
-
-
-def filled(path: Path, offsets: dict[str, int], tensors: dict[str, torch.Tensor]) -> None:
-    with path.open("r+b") as file:
-        for name in reversed(tensors):  # the order does not matter
-            write_at(file.fileno(), offsets[name], tensors[name])
-
-
-def test_the_safetensors_library_reads_what_is_filled_in_bit_for_bit(tmp_path: Path) -> None:
-    tensors, path = some_tensors(), tmp_path / "x.safetensors"
-    lay_out_safetensors(path, {name: Spec(tuple(t.shape), t.dtype) for name, t in tensors.items()})
-    filled(path, safetensors_offsets(path), tensors)
-    read = load_file(path)
-    assert read.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
-        assert torch.equal(bits(read[name]), bits(tensor)), name
-
-
-@pytest.mark.parametrize("mapped", [True, False])
-def test_torch_and_zip_programs_read_what_is_filled_in_bit_for_bit(mapped: bool, tmp_path: Path) -> None:
-    tensors, path = some_tensors(), tmp_path / "x.pth"
-    specs = {name: Spec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    lay_out_pth(path, specs)
-    filled(path, pth_offsets(path, specs), tensors)
-    seal_pth(path)
-    assert zipfile.ZipFile(path).testzip() is None
-    read = torch.load(path, weights_only=True, mmap=mapped)["model"]
-    assert list(read) == list(tensors)
-    for name, tensor in tensors.items():
-        assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
-        assert torch.equal(bits(read[name]), bits(tensor)), name
-
-
-def test_a_checksum_that_is_wrong_is_found_by_zip_programs(tmp_path: Path) -> None:
-    specs = {"x": Spec((4,), torch.float32)}
-    lay_out_pth(tmp_path / "x.pth", specs)
-    filled(tmp_path / "x.pth", pth_offsets(tmp_path / "x.pth", specs), {"x": torch.ones(4)})
-    assert zipfile.ZipFile(tmp_path / "x.pth").testzip() is not None
 
 
 def test_weights_are_rounded_to_the_type_asked_for_and_state_is_not(tmp_path: Path) -> None:
@@ -171,10 +103,10 @@ def test_the_oldest_go_once_the_new_one_is_there(keep: int, tmp_path: Path) -> N
 def test_a_write_that_fails_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(tmp_path / "epoch0", 1, keep=1)
 
-    def fail(descriptor: int, offset: int, tensor: torch.Tensor) -> None:
+    def fail(file: TensorFile, name: str, rows: torch.Tensor, first: int = 0) -> None:
         raise OSError("no space")
 
-    monkeypatch.setattr(save, "write_at", fail)
+    monkeypatch.setattr(TensorFile, "write", fail)
     with pytest.raises(OSError, match="no space"):
         publish(tmp_path / "epoch1", 2, keep=1, x=torch.ones(3))
     assert {path.name for path in tmp_path.iterdir()} == {"latest", "epoch0"}

@@ -123,7 +123,7 @@ def test_a_merge_that_computes_something_else_is_an_error_and_leaves_nothing(
     def wrong(name: str, sources: Any) -> Any:
         return sources[name]
 
-    monkeypatch.setattr("llama_acc.core.checkpoint.conversion.plan.merged_source", wrong)
+    monkeypatch.setattr("llama_acc.core.checkpoint.convert.merged", wrong)
     with pytest.raises(RunError, match="the merged model computes something else: a block is off by"):
         made(source, tmp_path / "merged", "meta", merge=True)
     assert not (tmp_path / "merged").exists()

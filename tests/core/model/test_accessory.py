@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llama_acc.core.checkpoint.conversion.request import Request
-from llama_acc.core.checkpoint.convert import convert
+from llama_acc.core.checkpoint.convert import Request, convert
 from llama_acc.core.checkpoint.layout import inspect, read_config
 from llama_acc.core.data.features import FeatureCache
 from llama_acc.core.data.images import Transform

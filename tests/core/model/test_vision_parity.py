@@ -63,7 +63,7 @@ def huggingface_llama(model: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from llama_acc.core.checkpoint.huggingface import huggingface_config, huggingface_name, rotated_heads
-    from llama_acc.core.checkpoint.lazy import Part
+    from llama_acc.core.checkpoint.lazy import LazyTensor, reorder_heads
 
     base = model.config.base()
     config = huggingface_config(base, "float32", False, {})
@@ -71,7 +71,9 @@ def huggingface_llama(model: Any) -> Any:
     state = {}
     for name in base.parameter_shapes():
         heads, value = rotated_heads(name, base), model.get_parameter(name).detach()
-        state[huggingface_name(name)] = Part.of(value).deinterleave(heads).to(torch.float32) if heads else value
+        state[huggingface_name(name)] = (
+            reorder_heads(LazyTensor.of(value), heads, to_meta=False).to(torch.float32) if heads else value
+        )
     llama.load_state_dict(state)
     return llama
 

@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llama_acc.core.checkpoint.conversion.request import Request
-from llama_acc.core.checkpoint.convert import convert
+from llama_acc.core.checkpoint.convert import Request, convert
 from llama_acc.core.checkpoint.layout import inspect
 from llama_acc.core.checkpoint.load import read_weights
 from llama_acc.core.conversation import generate

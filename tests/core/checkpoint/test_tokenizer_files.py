@@ -8,7 +8,7 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
-from llama_acc.core.checkpoint.hf_tokenizer import write_tokenizer
+from llama_acc.core.checkpoint.tokenizer_files import write_tokenizer
 from llama_acc.core.data.encode import documents
 from llama_acc.core.data.items import Dialogue, SingleTurn
 from llama_acc.core.data.templates import TEMPLATES, Template, Turn

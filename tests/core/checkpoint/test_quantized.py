@@ -10,7 +10,7 @@ import torch
 from llama_acc.core.checkpoint.adapter import read_base
 from llama_acc.core.checkpoint.layout import inspect
 from llama_acc.core.checkpoint.load import read_weights
-from llama_acc.core.checkpoint.quantized import QuantisedPart, quantised, read_quantization
+from llama_acc.core.checkpoint.quantized import NF4Matrix, read_quantization, to_nf4
 from llama_acc.core.errors import UserError
 from llama_acc.core.model import nf4
 from tests.core.checkpoint.folders import GROUPED, state, write_consolidated
@@ -35,9 +35,9 @@ def test_every_rank_has_its_part_of_the_same_values(size: int, small: Path) -> N
     whole = read_weights([inspect(small)]).tensors
     for rank in range(size):
         for name, part in read_weights([inspect(small)], rank, size).tensors.items():
-            if not isinstance(part, QuantisedPart) or part.shape[1] % 64:
+            if not isinstance(part.source, NF4Matrix) or part.shape[1] % 64:
                 continue
-            packed, scales = quantised(part, CPU)
+            packed, scales = to_nf4(part, CPU)
             share = part.to(torch.float32)
             # The numbers are the same ones, and so but for one part in a hundred are the scales.
             assert difference(nf4.dequantise(packed, scales, torch.float32), share) < 0.01, name
@@ -47,7 +47,7 @@ def test_every_rank_has_its_part_of_the_same_values(size: int, small: Path) -> N
 def test_a_part_whose_edges_lie_within_blocks_is_refused(small: Path) -> None:
     part = read_weights([inspect(small)], 0, 4).tensors["layers.0.attention.wo.weight"]
     with pytest.raises(UserError, match=r"of 128 columns cannot be split into parts of 32: it has blocks of 64"):
-        quantised(part, CPU)
+        to_nf4(part, CPU)
 
 
 @pytest.mark.parametrize("told", [{"output": True}, {"skip": [], "values": "cd"}], ids=["format 1", "calibrated"])
