@@ -124,10 +124,9 @@ def write_checkpoint(snapshot: Snapshot, folder: Path, keep: int) -> None:
         parallel.run_on_rank_zero(lambda: _write_files(snapshot.files, begin_folder(folder)))
         parallel.raise_together(lambda: _lay_out(snapshot, aside))
         parallel.raise_together(lambda: _write_rows(snapshot, aside))
-        digests = parallel.gather(parallel.raise_together(lambda: _seal(snapshot, aside)))
-        parallel.run_on_rank_zero(
-            lambda: _publish(folder, {name: sha for part in digests for name, sha in part.items()}, keep)
-        )
+        gathered = parallel.gather(parallel.raise_together(lambda: _seal(snapshot, aside)))
+        digests = {name: sha256 for own in gathered for name, sha256 in own.items()}
+        parallel.run_on_rank_zero(lambda: _publish(folder, digests, keep))
     except BaseException:
         if parallel.is_main:
             abandon_folder(folder)
