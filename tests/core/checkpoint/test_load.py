@@ -40,15 +40,15 @@ def test_every_way_of_writing_the_names_is_read(prefix: str, wrapped: bool, tmp_
     named = {prefix + name: tensor for name, tensor in state().items()}
     torch.save({"model": named} if wrapped else named, tmp_path / NAME)
     shard = open_shard(tmp_path / NAME)
-    assert shard.tensors.keys() == state().keys() == shard.mapped
-    assert all(torch.equal(tensor, state()[name]) for name, tensor in shard.tensors.items())
+    assert shard.keys() == state().keys()
+    assert all(tensor.mapped and torch.equal(tensor.source, state()[name]) for name, tensor in shard.items())
     check_tensors(read_weights([inspect(tmp_path)]), SMALL.parameter_shapes(), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["rope.freqs", "llma.rope.freqs"])
 def test_the_rotary_buffer_is_ignored(name: str, tmp_path: Path) -> None:
     torch.save({**state(), name: torch.ones(4)}, tmp_path / NAME)
-    assert open_shard(tmp_path / NAME).tensors.keys() == state().keys()
+    assert open_shard(tmp_path / NAME).keys() == state().keys()
 
 
 def test_all_that_does_not_fit_is_listed(tmp_path: Path) -> None:
@@ -128,8 +128,7 @@ def test_anything_but_names_and_tensors_is_refused(content: Any, tmp_path: Path)
 def test_files_older_than_the_zip_format_are_read(tmp_path: Path) -> None:
     torch.save({"model": state()}, tmp_path / NAME, _use_new_zipfile_serialization=False)
     shard = open_shard(tmp_path / NAME)
-    assert all(torch.equal(tensor, state()[name]) for name, tensor in shard.tensors.items())
-    assert shard.mapped == set()
+    assert all(torch.equal(tensor.source, state()[name]) and not tensor.mapped for name, tensor in shard.items())
     model = build_on_meta(SMALL, torch.float32)
     fill(model, read_weights([inspect(tmp_path)]), CPU, torch.float32, copy=True)
     assert torch.equal(model.norm.weight, state()["norm.weight"])
@@ -150,7 +149,7 @@ def test_a_later_checkpoint_overrides_an_earlier_one(tmp_path: Path) -> None:
 def filled(path: Path, dtype: torch.dtype, copy: bool) -> tuple[Transformer, dict[str, int]]:
     """A model filled from a file, and where the mapped tensors began."""
     weights = read_weights([inspect(path.parent)])
-    mapped = {name: part.layers[0][0].source.data_ptr() for name, part in weights.tensors.items()}
+    mapped = {name: part.source.data_ptr() for name, part in weights.tensors.items()}
     model = build_on_meta(SMALL, dtype)
     fill(model, weights, CPU, dtype, copy=copy)
     assert weights.tensors == {}
@@ -178,7 +177,7 @@ def test_what_trains_never_lies_in_the_file_nor_changes_it(tmp_path: Path) -> No
         for parameter in model.parameters():
             parameter.fill_(9.0)
     assert path.read_bytes() == before
-    assert torch.equal(open_shard(path).tensors["norm.weight"], state()["norm.weight"])
+    assert torch.equal(open_shard(path)["norm.weight"].source, state()["norm.weight"])
 
 
 def test_what_is_only_read_stays_in_the_file_where_the_type_fits(tmp_path: Path) -> None:

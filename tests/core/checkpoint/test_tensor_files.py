@@ -3,6 +3,7 @@
 import contextlib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_a_pth_file_is_a_sound_archive_and_always_the_same(tmp_path: Path) -> No
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None, "a checksum is wrong"
         assert all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
-    reader = torch._C.PyTorchFileReader(str(path))
+    reader: Any = torch._C.PyTorchFileReader(str(path))
     names = [name for name in reader.get_all_records() if name.startswith("data/")]
     assert len(names) == len(TENSORS)
     assert all(reader.get_record_offset(name) % 64 == 0 for name in names)
