@@ -11,9 +11,9 @@ from llama_acc.core.conversation import displayed
 from llama_acc.core.data.checks import format_findings
 from llama_acc.core.data.encode import documents
 from llama_acc.core.data.items import Dialogue, Item, SingleTurn
-from llama_acc.core.data.readers import read_items
 from llama_acc.core.data.templates import ChatTemplate, Template, Turn, as_dialogue, get_template, special_texts
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
+from tests.core.data.reading import read_items
 from tests.core.tokenizers import byte_level, llama3_style, with_added_tokens
 
 _GENERATED = 20

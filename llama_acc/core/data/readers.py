@@ -7,8 +7,7 @@ Every problem of every item is named, and they come together.
 
 import glob
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,15 +25,6 @@ _TRIED = 1000
 _NOT_DATA = ("manifest.json",)
 
 
-@dataclass(frozen=True)
-class ItemFile:
-    """The items of one file, all of one kind: "single_turn" or "dialogue"."""
-
-    path: Path
-    kind: str
-    items: list[Item]
-
-
 class Checked(NamedTuple):
     """A row of a file as it was found: an item, or what is wrong with it."""
 
@@ -44,27 +34,6 @@ class Checked(NamedTuple):
     problems: list[Finding]
 
 
-def read_items(path: str | Path, format: str = "auto") -> list[Item]:
-    """All items of a file, folder or glob.
-
-    Raises:
-        UserError: nothing is there, or something is wrong with it: all problems of all files together.
-    """
-    return [item for file in read_files(data_files(path), format) for item in file.items]
-
-
-def read_files(paths: Iterable[Path], format: str = "auto") -> list[ItemFile]:
-    """Read several files; the problems of all of them are raised together."""
-    files, errors = [], []
-    for path in paths:
-        try:
-            files.append(read_file(path, format))
-        except UserError as error:
-            errors.append(error)
-    raise_together(errors)
-    return files
-
-
 def raise_together(errors: list[UserError]) -> None:
     """Raise one error for all of `errors`, if there are any."""
     if len(errors) == 1:
@@ -72,33 +41,6 @@ def raise_together(errors: list[UserError]) -> None:
     if errors:
         problems = [p for e in errors for p in (e.problems if isinstance(e, DataError) else [e.message])]
         raise DataError(problems, next((e.hint for e in errors if e.hint), None))
-
-
-def read_file(path: Path, format: str = "auto") -> ItemFile:
-    """The items of one data file.
-
-    Args:
-        path: a .json, .jsonl, .csv or .tsv file, perhaps compressed, or a .tar shard.
-        format: "single_turn", "dialogue", "single_turn_llava" (a dialogue's first exchange as a single-turn item), or
-            "auto": by the keys of its items.
-
-    Raises:
-        UserError: it cannot be read, or holds no items.
-        DataError: items are wrong.
-    """
-    stream = stream_items(path, format)
-    items: list[Item] = []
-    problems: list[str] = []
-    errors: list[UserError] = []
-    try:
-        for checked in stream:
-            problems += [f"{path}: {problem}" for problem in checked.problems if problem.fatal]
-            if checked.item is not None:
-                items.append(checked.item)
-    except UserError as error:
-        errors.append(error)
-    raise_together([DataError(problems), *errors] if problems else errors)
-    return ItemFile(path, stream.kind, items)
 
 
 class ItemStream:
@@ -124,7 +66,7 @@ class ItemStream:
 
 
 def stream_items(path: Path, format: str = "auto", *, progress: BytesRead | None = None) -> ItemStream:
-    """The items of one data file in constant memory; see `read_file`.
+    """The items of one data file in constant memory.
 
     Args:
         path: a .json, .jsonl, .csv or .tsv file, perhaps compressed, or a .tar shard.

@@ -7,6 +7,7 @@ A row is whatever JSON value stands there, or the cells by their columns; what i
 """
 
 import codecs
+import contextlib
 import csv
 import difflib
 import io
@@ -14,7 +15,6 @@ import json
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -22,7 +22,7 @@ from typing import IO, Any, NamedTuple
 import msgspec
 
 from llama_acc.core.data.files import BLOCK, BytesRead, DataStream, data_suffix, open_data
-from llama_acc.core.data.json_array import JSON, MAX_ITEM, JsonBuffer
+from llama_acc.core.data.json_array import JSON, MAX_ITEM, array_items
 from llama_acc.core.data.keys import mapping_of, mapping_words
 from llama_acc.core.data.parquet import PARQUET_SUFFIX, parquet_rows
 from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_rows
@@ -33,6 +33,8 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", PARQUET_SUFFIX, TAR_SUFFIX)
 
 _SHOWN = 200
 """Characters of a line that is not JSON that are kept to show."""
+_TRIED = 32
+"""Blocks of a file that is no array of which it is said what they are instead."""
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")  # its byte order marks
 _decode = msgspec.json.Decoder().decode
 _logger = logging.getLogger("llama_acc")
@@ -134,7 +136,7 @@ def _rows(stream: DataStream, suffix: str | None, required: Sequence[str], quote
         suffix = ".json" if stream.peek().removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"[", b"{") else ".csv"
     text = _text(stream, suffix)
     if suffix == ".json":
-        return _json_rows(stream.name, _pieces(text, stream))
+        return _json_rows(text, stream)
     lines = _lines(text, stream)
     if suffix == ".jsonl":
         return _jsonl_rows(stream.name, lines)
@@ -143,7 +145,7 @@ def _rows(stream: DataStream, suffix: str | None, required: Sequence[str], quote
 
 def _text(stream: DataStream, suffix: str) -> io.TextIOWrapper:
     # Not all that splitlines() breaks at: a JSON text may hold U+2028 and the like, or a lone CR between its tokens.
-    return io.TextIOWrapper(stream, "utf-8-sig", newline="\n" if suffix == ".jsonl" else "")
+    return io.TextIOWrapper(stream, "utf-8-sig", newline="\n" if suffix in (".json", ".jsonl") else "")
 
 
 def _pieces(text: io.TextIOWrapper, stream: DataStream) -> Iterator[str]:
@@ -160,7 +162,7 @@ def _lines(text: io.TextIOWrapper, stream: DataStream) -> Iterator[str]:
             yield line
 
 
-@contextmanager
+@contextlib.contextmanager
 def _decoding(stream: DataStream) -> Iterator[None]:
     try:
         yield
@@ -174,25 +176,46 @@ def _decoding(stream: DataStream) -> Iterator[None]:
         raise UserError(message, hint) from error
 
 
-def _json_rows(name: str, chunks: Iterator[str]) -> Iterator[Row]:
-    buffer = JsonBuffer(chunks, name)
-    begin = buffer.next_character()
-    if not begin:
-        raise _empty(name)
-    if begin == "[":
-        for number, value in enumerate(buffer.array(), start=1):
+def _json_rows(text: io.TextIOWrapper, stream: DataStream) -> Iterator[Row]:
+    head, lines = "", _lines(text, stream)
+    with _decoding(stream):
+        while not head.strip() and (piece := text.readline(BLOCK)):
+            head += piece
+    if not head.strip():
+        raise _empty(stream.name)
+    first = head.lstrip()
+    if first.startswith("["):
+        for number, value in enumerate(array_items(chain([head], _pieces(text, stream)), stream.name), start=1):
             yield Row(f"item {number}", value)
         return
-    value, follows = buffer.whole_value()
-    if follows is not None and isinstance(value, dict):
-        line, pieces = buffer.rest()
-        yield from _jsonl_rows(name, _split(pieces, name), line)  # JSON lines under another name
-        return
-    if follows is not None:
-        raise buffer.extra_data(follows)
+    line_number = 1 + head.removesuffix(first).count("\n")
+    if not first.endswith("\n"):
+        first += next(lines, "")
+    ahead = [first]
+    for line in lines:
+        ahead.append(line)
+        if line.strip():
+            # JSON lines under another name, or a value over several lines.
+            with contextlib.suppress(ValueError, RecursionError):
+                if isinstance(_value_of(first), dict):
+                    yield from _jsonl_rows(stream.name, chain(ahead, lines), line_number)
+                    return
+            break
+    begin = "\n" * (line_number - 1) + "".join(ahead) + "".join(islice(_pieces(text, stream), _TRIED))
+    raise _no_array(stream.name, begin)
+
+
+def _no_array(name: str, text: str) -> UserError:
+    """Why a text is no array of items."""
+    try:
+        value = JSON.decode(text)
+    except json.JSONDecodeError as error:
+        return UserError(f"{name} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}")
+    except (RecursionError, ValueError) as error:
+        return UserError(f"{name} is not JSON that can be read: {error}")
     keys = f" with the keys {', '.join(map(repr, list(value)[:5]))}" if isinstance(value, dict) else ""
     hint = "one item per line is .jsonl" if isinstance(value, dict) else None
-    raise UserError(f"{name} should hold an array of items, but holds {type_name(value)}{keys}", hint)
+    return UserError(f"{name} should hold an array of items, but holds {type_name(value)}{keys}", hint)
 
 
 def _jsonl_rows(name: str, lines: Iterator[str], first_line: int = 1) -> Iterator[Row]:
@@ -220,22 +243,6 @@ def _value_of(line: str) -> Any:
         return _decode(line)
     except (msgspec.DecodeError, RecursionError):
         return JSON.decode(line)
-
-
-def _split(pieces: Iterator[str], name: str) -> Iterator[str]:
-    unfinished: list[str] = []
-    length = 0
-    for piece in pieces:
-        first, *others = piece.split("\n")
-        unfinished.append(first)
-        length += len(first)
-        if length > MAX_ITEM:
-            raise UserError(f"{name}: a line is longer than {MAX_ITEM >> 20} Mi characters", "an array is .json")
-        if others:
-            yield "".join(unfinished)
-            yield from others[:-1]
-            unfinished, length = [others[-1]], len(others[-1])
-    yield "".join(unfinished)
 
 
 def _empty(name: str) -> UserError:

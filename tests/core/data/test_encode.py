@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from llama_acc.core.data.checks import replies_of
 from llama_acc.core.data.encode import Chunk, encode_chunk, stored_tokens, token_type
 from llama_acc.core.data.items import Dialogue, Item, SingleTurn
-from llama_acc.core.data.readers import read_items
 from llama_acc.core.data.templates import Turn, get_template
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
+from tests.core.data.reading import read_items
 
 TINY_VOCABULARY = 1000
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from llama_acc.core.data.readers import data_files, read_file
+from llama_acc.core.data.readers import data_files
 from llama_acc.core.data.rows import stream_rows
 from llama_acc.core.errors import UserError
+from tests.core.data.reading import read_file
 
 ITEMS = [{"instruction": f"name the town {i}", "input": "", "output": f"town {i}"} for i in range(2500)]
 

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from llama_acc.core.data.encode import documents
 from llama_acc.core.data.findings import KINDS
 from llama_acc.core.data.items import Dialogue, SingleTurn, item_of
-from llama_acc.core.data.readers import read_file, stream_items
+from llama_acc.core.data.readers import stream_items
 from llama_acc.core.data.rows import Row, stream_rows_from
 from llama_acc.core.data.survey import Findings
 from llama_acc.core.data.templates import TEMPLATES, Turn, get_template
 from llama_acc.core.data.truncation import Truncation
 from llama_acc.core.errors import DataError, UserError
 from llama_acc.core.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from tests.core.data.reading import read_file
 from tests.core.tokenizers import byte_fallback, byte_level
 
 # Every text but lone surrogates, which are a data error; more often than by chance, what is awkward for a tokenizer.

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from llama_acc.core.data.items import Dialogue, SingleTurn
-from llama_acc.core.data.readers import data_files, read_file, read_items
+from llama_acc.core.data.readers import data_files
 from llama_acc.core.data.rows import stream_rows
 from llama_acc.core.data.templates import Turn
-from llama_acc.core.errors import DataError, UserError
+from llama_acc.core.errors import UserError
+from tests.core.data.reading import read_file, read_items
 
 GOOD = {"instruction": "Add.", "input": "1 2", "output": "3"}
 TALK = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
@@ -168,16 +169,6 @@ def test_the_format_can_be_required(tmp_path: Path) -> None:
     assert read_items(write(tmp_path / "a.json", [GOOD]), "dialogue") == [one_exchange]
     assert "no 'conversations'" in problems_of(write(tmp_path / "a.json", [{"text": "x"}]), "dialogue")
     assert "did you mean 'dialogue'" in problems_of(tmp_path / "a.json", "dialog")
-
-
-def test_all_problems_of_all_files_come_together(tmp_path: Path) -> None:
-    write(tmp_path / "a.json", [{"instruction": "x"}, GOOD, {"output": 1}])
-    write(tmp_path / "b.jsonl", "{\n")
-    with pytest.raises(DataError) as caught:
-        read_items(tmp_path)
-    places = ["a.json: item 1", "a.json: item 3", "a.json: item 3", "b.jsonl: item 1 (line 1)"]
-    assert len(caught.value.problems) == 4
-    assert all(place in problem for place, problem in zip(places, caught.value.problems, strict=True))
 
 
 def test_many_problems_are_counted(tmp_path: Path) -> None:

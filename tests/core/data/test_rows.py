@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from llama_acc.core.data import files
 from llama_acc.core.data.items import SingleTurn
-from llama_acc.core.data.json_array import JsonBuffer
-from llama_acc.core.data.readers import read_file
+from llama_acc.core.data.json_array import array_items
 from llama_acc.core.data.rows import Row, stream_rows, stream_rows_from
 from llama_acc.core.errors import UserError
+from tests.core.data.reading import read_file
 
 PACKED: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstd.compress}
 JSON = st.recursive(
@@ -54,9 +54,7 @@ AS_READ = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" els
 
 
 def elements(text: str, size: int) -> list[Any]:
-    buffer = JsonBuffer(pieces(text, size), "a")
-    assert buffer.next_character() == "["
-    return list(buffer.array())
+    return list(array_items(pieces(text, size), "a"))
 
 
 @given(st.lists(JSON, max_size=4), st.integers(1, 40), st.sampled_from([None, 1]), st.booleans())

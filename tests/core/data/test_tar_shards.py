@@ -13,10 +13,11 @@ from llama_acc.core.data import tar_shards
 from llama_acc.core.data.drawings import SPLITS, drawings, drawn_shard
 from llama_acc.core.data.images import read_reference, resolved
 from llama_acc.core.data.items import Dialogue, SingleTurn
-from llama_acc.core.data.readers import data_files, read_items
+from llama_acc.core.data.readers import data_files
 from llama_acc.core.data.tar_shards import tar_digest, tar_rows
 from llama_acc.core.errors import UserError
 from tests.core.data.pictures import encoded, plain
+from tests.core.data.reading import read_items
 
 
 def write_shard(path: Path, members: dict[str, bytes | str | dict[str, Any]], mode: Any = "w") -> Path:

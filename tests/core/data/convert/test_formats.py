@@ -12,9 +12,9 @@ from llama_acc.core.data.convert.formats import FORMATS, recognise
 from llama_acc.core.data.convert.run import Conversion, Request, write_items
 from llama_acc.core.data.convert.writing import LINES, Items
 from llama_acc.core.data.items import Dialogue, item_of, kind_of
-from llama_acc.core.data.readers import read_items
 from llama_acc.core.errors import DataError, UserError
 from tests.core.data.convert.conversions import convert_file, convert_rows, talk, turns_of
+from tests.core.data.reading import read_items
 
 ONE = {"instruction": "a", "input": "", "output": "b"}
 AB = [("human", "a"), ("gpt", "b")]

@@ -18,8 +18,8 @@ from llama_acc.core.data.convert.run import Conversion, Request, convert
 from llama_acc.core.data.convert.writing import whole_file
 from llama_acc.core.data.findings import MOST_PROBLEMS
 from llama_acc.core.data.items import SingleTurn
-from llama_acc.core.data.readers import read_file
 from llama_acc.core.errors import DataError, RunError, UserError
+from tests.core.data.reading import read_file
 
 ITEM = {"instruction": 'a\u2028é\U0001f600"\\\n', "input": "", "output": "b"}
 
