@@ -34,7 +34,7 @@ from llama_acc.core.checkpoint.load import fill, read_weights
 from llama_acc.core.data.batches import MicroBatch
 from llama_acc.core.device import prepare_cpu
 from llama_acc.core.distributed.groups import Parallel
-from llama_acc.core.generation import Generator, Sampling
+from llama_acc.core.generate.engine import Engine, Prompt, Sampler, Sampling
 from llama_acc.core.model.transformer import build_on_meta
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.optimizer import ClippedAdamW
@@ -78,11 +78,11 @@ def run_generate(args: argparse.Namespace) -> dict:
     """Generate greedily with llama-acc; the median of three runs after a short one to warm up."""
     prompt = load_items(args)[0].tokens[:PROMPT_TOKENS]
     loaded = load_model(checkpoint_folder(args), device="cpu", dtype=getattr(torch, args.dtype))
+    loaded.tokenizer.end_ids = frozenset()  # every run makes exactly as many tokens as asked
 
     def answer(new_tokens: int) -> int:
-        generator = Generator(loaded, Sampling(temperature=0, max_new_tokens=new_tokens))
-        generator.end_ids = frozenset()  # every run makes exactly as many tokens as asked
-        return sum(1 for _ in generator.tokens(prompt))
+        sampler = Sampler(Sampling(temperature=0, max_new_tokens=new_tokens))
+        return sum(1 for _ in Engine(loaded).generate([Prompt(prompt)], sampler))
 
     answer(8)
     seconds = []

@@ -10,16 +10,16 @@ __version__ = "0.1.0"
 __all__ = ["Recipe", "__version__", "finetune", "generate", "load_model"]
 
 if TYPE_CHECKING:
-    from llama_acc.core.conversation import generate as generate
-    from llama_acc.core.inference import load_model as load_model
+    from llama_acc.core.generate.chat import generate as generate
+    from llama_acc.core.generate.load import load_model as load_model
     from llama_acc.core.recipe import Recipe as Recipe
     from llama_acc.core.train.run import finetune as finetune
 
 _PUBLIC = {
     "Recipe": "llama_acc.core.recipe",
     "finetune": "llama_acc.core.train.run",
-    "generate": "llama_acc.core.conversation",
-    "load_model": "llama_acc.core.inference",
+    "generate": "llama_acc.core.generate.chat",
+    "load_model": "llama_acc.core.generate.load",
 }
 
 

@@ -20,11 +20,11 @@ from llama_acc.core.units import count_text
 from llama_acc.core.visible import visible
 
 if TYPE_CHECKING:
-    from llama_acc.core.caption_page import Card
-    from llama_acc.core.captions import Asked, Captioned
     from llama_acc.core.data.image_files import Named
     from llama_acc.core.data.image_workers import ImageWorkers
-    from llama_acc.core.inference import LoadedModel
+    from llama_acc.core.generate.caption import Captioned
+    from llama_acc.core.generate.engine import Prompt
+    from llama_acc.core.generate.load import LoadedModel
 
 HELP = """Say what is to be seen on images. A run's folder means its latest checkpoint.
 
@@ -133,21 +133,21 @@ def _standard_input() -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
 
-def _asked(loaded: "LoadedModel", prompt: str | None, instruction: str | None) -> "Asked":
-    from llama_acc.core.captions import ask_for_caption, ask_with_instruction, follows_instructions
+def _asked(loaded: "LoadedModel", prompt: str | None, instruction: str | None) -> "Prompt":
+    from llama_acc.core.generate.caption import caption_prompt, follows_instructions, instruction_prompt
 
     if prompt is None and instruction is None and follows_instructions(loaded):
         instruction = _DEFAULT_INSTRUCTION
         console.note(f"the checkpoint follows instructions (template {loaded.template.name}): asking {instruction!r}")
     if instruction is not None:
-        return ask_with_instruction(loaded, instruction)
-    return ask_for_caption(loaded, prompt or "")
+        return instruction_prompt(loaded, instruction)
+    return caption_prompt(loaded, prompt or "")
 
 
-def _caption(loaded: "LoadedModel", named: "Sequence[Named]", asked: "Asked", wanted: _Wanted, about: str) -> int:
+def _caption(loaded: "LoadedModel", named: "Sequence[Named]", asked: "Prompt", wanted: _Wanted, about: str) -> int:
     """Captions images and shows the captions. Returns how many images failed."""
-    from llama_acc.core.captions import captions
     from llama_acc.core.data.image_workers import ImageWorkers, default_workers
+    from llama_acc.core.generate.caption import captions
 
     with ImageWorkers(min(default_workers(), len(named))) as workers:
         if len(named) == 1 and not wanted.as_json and wanted.html is None:
@@ -189,14 +189,14 @@ class _Count:
         self.exact += found.problem is None and found.text == found.image.caption
 
 
-def _stream(loaded: "LoadedModel", image: "Named", asked: "Asked", wanted: _Wanted, workers: "ImageWorkers") -> None:
+def _stream(loaded: "LoadedModel", image: "Named", asked: "Prompt", wanted: _Wanted, workers: "ImageWorkers") -> None:
     """One image: its caption alone, as it is written.
 
     Raises:
         UserError: the image cannot be used.
     """
-    from llama_acc.core.captions import evaluation_transform, stream_caption
     from llama_acc.core.data.images import ImageError, ImageJob
+    from llama_acc.core.generate.caption import evaluation_transform, stream_caption
 
     if image.problem is not None:
         raise UserError(f"{image.name}: {image.problem}")
@@ -242,21 +242,23 @@ def _object(one: "Captioned") -> dict[str, str]:
     return {"image": one.image.name, **said, **expected}
 
 
-def _cards(shown: "Iterator[Captioned]", max_pixels: int, workers: "ImageWorkers") -> "Iterator[Card]":
-    from llama_acc.core.caption_page import THUMBNAIL, Card
+def _cards(
+    shown: "Iterator[Captioned]", max_pixels: int, workers: "ImageWorkers"
+) -> "Iterator[tuple[Captioned, bytes]]":
     from llama_acc.core.data.images import ImageError
+    from llama_acc.core.generate.caption import THUMBNAIL
 
     for one in shown:
         picture = b""
         if one.problem is None:
             with contextlib.suppress(ImageError):  # it was there a moment ago
                 picture = workers.thumbnail(one.image.reference, THUMBNAIL, max_pixels).result()
-        yield Card(one.image.name, one.text, one.problem, one.image.caption, picture)
+        yield one, picture
 
 
-def _write_page(path: Path, title: str, note: str, cards: "Iterator[Card]") -> None:
+def _write_page(path: Path, title: str, note: str, cards: "Iterator[tuple[Captioned, bytes]]") -> None:
     """Writes the page, whole or not at all."""
-    from llama_acc.core.caption_page import caption_page
+    from llama_acc.core.generate.caption import caption_page
 
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:

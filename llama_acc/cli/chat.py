@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from llama_acc.core.conversation import Conversation
-    from llama_acc.core.generation import Sampling
-    from llama_acc.core.inference import LoadedModel
+    from llama_acc.core.generate.chat import Conversation
+    from llama_acc.core.generate.engine import Sampling
+    from llama_acc.core.generate.load import LoadedModel
 
 HELP = """Talk to a model. A run's folder means its latest checkpoint.
 
@@ -89,7 +89,7 @@ def chat(
     nproc: options.Nproc = None,
 ) -> None:
     """Talk to a model."""
-    from llama_acc.core.generation import Sampling
+    from llama_acc.core.generate.engine import Sampling
 
     sampling = Sampling(temperature, top_p, seed, max_new_tokens)
     if image and prompt is None:
@@ -109,7 +109,7 @@ def _talk(
     system: str | None,
     plain: bool,
 ) -> None:
-    from llama_acc.core.conversation import Conversation
+    from llama_acc.core.generate.chat import Conversation
     from llama_acc.core.tokenizer import tokenizer_notes
 
     for note in tokenizer_notes(loaded.tokenizer, loaded.model.config.vocab_size):
@@ -141,8 +141,8 @@ def _pixels(loaded: "LoadedModel", path: str) -> "NDArray[np.uint8]":
     Raises:
         UserError: there is none, or the model takes none.
     """
-    from llama_acc.core.captions import evaluation_transform
     from llama_acc.core.data.images import ImageError, ImageJob, pixels
+    from llama_acc.core.generate.caption import evaluation_transform
 
     transform = evaluation_transform(loaded)
     try:

@@ -14,7 +14,7 @@ from llama_acc.core.units import count_text
 
 if TYPE_CHECKING:
     from llama_acc.core.evaluate.gorilla import Score
-    from llama_acc.core.inference import LoadedModel
+    from llama_acc.core.generate.load import LoadedModel
 
 HELP = """Measure a checkpoint: Gorilla's benchmark of API calls, or perplexity on data of yours.
 
@@ -174,7 +174,7 @@ def _load(
     quant: options.Quant | None,
     verify: bool,
 ) -> "LoadedModel":
-    from llama_acc.core.inference import load_model
+    from llama_acc.core.generate.load import load_model
 
     loaded = load_model(
         *ckpt,

@@ -12,7 +12,7 @@ from llama_acc.core.distributed import environment
 from llama_acc.core.errors import LlamaAccError
 
 if TYPE_CHECKING:
-    from llama_acc.core.inference import LoadedModel
+    from llama_acc.core.generate.load import LoadedModel
 
 _QUIET = 5.0  # seconds: a script that asks for one answer need not hear of it
 _PATIENCE = timedelta(days=365)  # people think
@@ -47,8 +47,8 @@ def shared_model(which: Which) -> "Iterator[LoadedModel]":
     console.working("loading the model", after=_QUIET)
     from llama_acc.core.device import pick_device
     from llama_acc.core.distributed.groups import init_distributed
-    from llama_acc.core.generation import dismiss, follow
-    from llama_acc.core.inference import load_model
+    from llama_acc.core.generate.engine import Engine, stop_followers
+    from llama_acc.core.generate.load import load_model
 
     if not environment.is_main():
         # While it waits for rank 0, Python would not look at a signal.
@@ -68,14 +68,14 @@ def shared_model(which: Which) -> "Iterator[LoadedModel]":
             )
         )
         if not parallel.is_main:
-            follow(loaded)
+            Engine(loaded).follow()
         for note in loaded.notes:
             console.note(note)
         console.working(None)
         try:
             yield loaded
         except LlamaAccError:
-            dismiss(loaded)
+            stop_followers(loaded)
             raise
         if parallel.is_main:
-            dismiss(loaded)
+            stop_followers(loaded)

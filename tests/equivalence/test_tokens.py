@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from llama_acc.core.checkpoint.tokenizer_files import write_tokenizer
-from llama_acc.core.conversation import displayed
 from llama_acc.core.data.checks import format_findings
 from llama_acc.core.data.encode import documents
 from llama_acc.core.data.items import Dialogue, Item, SingleTurn
 from llama_acc.core.data.templates import ChatTemplate, Template, Turn, as_dialogue, get_template, special_texts
+from llama_acc.core.generate.engine import Prompt, Reply
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
 from tests.core.data.reading import read_items
 from tests.core.tokenizers import byte_level, llama3_style, with_added_tokens
@@ -139,7 +139,12 @@ def _check(items: list[Item], template: Template | ChatTemplate, tokenizer: Toke
             assert not labelled[len(prompt) - 1] or number > 1
             answer = ids[len(prompt) :]
             end = next((i for i, token in enumerate(answer) if token in tokenizer.end_ids), len(answer))
-            shown = "".join(displayed(answer[:end], template, tokenizer, template.spaces_left(turns[:number])))
+            prompt_ = Prompt(prompt, spaces=template.spaces_left(turns[:number]), strip=template.kind == "dialogue")
+            reply = Reply(prompt_, template, tokenizer, len(answer))
+            for token in answer[: end + 1]:
+                if not reply.ended:
+                    reply.push(token)
+            shown = reply.text
             expected = turn.text.strip() if template.kind == "dialogue" else turn.text.lstrip(" ")
             assert (shown.strip() if template.kind == "dialogue" else shown.lstrip(" ")) == expected
 

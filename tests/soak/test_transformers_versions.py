@@ -25,7 +25,7 @@ _TESTS = (
     "tests/core/model/test_accessory.py",
     "tests/core/model/test_vision.py",
     "tests/core/model/test_vision_parity.py",
-    "tests/core/test_seeing.py",
+    "tests/core/generate/test_images.py",
     "tests/core/train/test_vision_runs.py",
     "tests/cli/test_caption.py",
 )

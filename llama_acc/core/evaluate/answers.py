@@ -11,14 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_acc.core.batch_generation import encode_question, generate_batch
 from llama_acc.core.checkpoint.adapter import fingerprint
 from llama_acc.core.checkpoint.layout import inspect, locate
 from llama_acc.core.checkpoint.load import read_weights
 from llama_acc.core.data.readers import read_bytes
 from llama_acc.core.errors import DataError, UserError
 from llama_acc.core.evaluate.json_lines import parse_objects
-from llama_acc.core.inference import LoadedModel
+from llama_acc.core.generate.chat import encode_question
+from llama_acc.core.generate.engine import Engine, Prompt, Sampler, Sampling
+from llama_acc.core.generate.load import LoadedModel
 
 _BEGINNING = b'{"question_id": '
 
@@ -63,19 +64,18 @@ def answer_questions(
     progress(len(answered), len(prompts))
     name = Path(answering.checkpoints[-1]).name
     with output.open("ab") as file:
-        finished = generate_batch(
-            loaded, [prompts[number] for number in left], answering.max_new_tokens, answering.batch_size
-        )
-        for done, answer in enumerate(finished, start=len(answered) + 1):
-            number = left[answer.place]
-            line = {"question_id": number, "text": answer.text, "model_id": name, "metadata": stamps[number]}
+        sampler = Sampler(Sampling(temperature=0, max_new_tokens=answering.max_new_tokens))
+        replies = Engine(loaded).generate((prompts[number] for number in left), sampler, answering.batch_size)
+        for done, reply in enumerate((reply for reply, _ in replies if reply.ended), start=len(answered) + 1):
+            number = left[reply.index]
+            line = {"question_id": number, "text": reply.text, "model_id": name, "metadata": stamps[number]}
             file.write(json.dumps(line).encode() + b"\n")
             file.flush()
             progress(done, len(prompts))
 
 
-def _encode(loaded: LoadedModel, questions: Mapping[int, str]) -> dict[int, list[int]]:
-    prompts: dict[int, list[int]] = {}
+def _encode(loaded: LoadedModel, questions: Mapping[int, str]) -> dict[int, Prompt]:
+    prompts: dict[int, Prompt] = {}
     problems: list[str] = []
     for number, question in questions.items():
         try:
@@ -87,7 +87,7 @@ def _encode(loaded: LoadedModel, questions: Mapping[int, str]) -> dict[int, list
     return prompts
 
 
-def _stamps(loaded: LoadedModel, answering: Answering, prompts: Mapping[int, list[int]]) -> dict[int, dict[str, Any]]:
+def _stamps(loaded: LoadedModel, answering: Answering, prompts: Mapping[int, Prompt]) -> dict[int, dict[str, Any]]:
     """What the answer to each question is made from."""
     weights = read_weights([inspect(locate(checkpoint)) for checkpoint in answering.checkpoints])
     checkpoint = fingerprint(weights, list(weights.tensors))
@@ -95,7 +95,7 @@ def _stamps(loaded: LoadedModel, answering: Answering, prompts: Mapping[int, lis
         number: {
             "checkpoint": checkpoint,
             "quantised": loaded.model.is_quantised,
-            "prompt": hashlib.sha256(json.dumps(prompt).encode()).hexdigest(),
+            "prompt": hashlib.sha256(json.dumps(prompt.tokens).encode()).hexdigest(),
             "max_new_tokens": answering.max_new_tokens,
         }
         for number, prompt in prompts.items()

@@ -12,8 +12,8 @@ from llama_acc.core.data.load import FileProgress, load_dataset
 from llama_acc.core.data.sources import Fetch, Source
 from llama_acc.core.data.templates import TEMPLATES, ChatTemplate, PromptFormat, get_template
 from llama_acc.core.errors import RunError, UserError
+from llama_acc.core.generate.load import LoadedModel
 from llama_acc.core.hub import fetch_data
-from llama_acc.core.inference import LoadedModel
 from llama_acc.core.tokenizer import Tokenizer
 from llama_acc.core.train.step import forward
 

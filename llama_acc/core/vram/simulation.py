@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 from llama_acc.core.data.batches import MicroBatch
 from llama_acc.core.device import simulating
 from llama_acc.core.distributed.groups import Parallel, simulated
-from llama_acc.core.inference import model_on_meta
+from llama_acc.core.generate.load import model_on_meta
 from llama_acc.core.model import nf4
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.config import ModelConfig

@@ -16,7 +16,7 @@ from llama_acc.core.checkpoint.load import read_weights
 from llama_acc.core.checkpoint.tensor_files import TensorFile
 from llama_acc.core.data.templates import TEMPLATES
 from llama_acc.core.errors import RunError, UserError
-from llama_acc.core.inference import load_model
+from llama_acc.core.generate.load import load_model
 from llama_acc.core.model.config import ModelConfig
 from tests.core.checkpoint.folders import (
     GROUPED,

@@ -14,7 +14,7 @@ from llama_acc.core.checkpoint.convert import Converted, Request, convert
 from llama_acc.core.checkpoint.layout import inspect, read_config
 from llama_acc.core.checkpoint.load import read_weights
 from llama_acc.core.errors import RunError, UserError
-from llama_acc.core.inference import load_model
+from llama_acc.core.generate.load import load_model
 from llama_acc.core.model import nf4
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.tuning import FULL, Tuning

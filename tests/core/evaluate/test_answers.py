@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_acc.core.conversation import generate
 from llama_acc.core.errors import DataError, UserError
 from llama_acc.core.evaluate.answers import Answering, answer_questions
-from llama_acc.core.inference import LoadedModel, load_model
+from llama_acc.core.generate.chat import generate
+from llama_acc.core.generate.load import LoadedModel, load_model
 from tests.core.tiny import random_model, save_model
 
 QUESTIONS = {1: "once upon", 2: "who", 4: "what is the name of the town?" * 4, 7: "a", 9: "the answer"}

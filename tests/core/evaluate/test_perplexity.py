@@ -11,7 +11,7 @@ import torch
 from llama_acc.core.data.batches import build
 from llama_acc.core.errors import RunError, UserError
 from llama_acc.core.evaluate.perplexity import Perplexity, measure, read_data
-from llama_acc.core.inference import LoadedModel, load_model
+from llama_acc.core.generate.load import LoadedModel, load_model
 from tests.core.tiny import document_logits
 from tests.core.train.runs import metrics, run
 

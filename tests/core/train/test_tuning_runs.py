@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_acc.core.conversation import generate
 from llama_acc.core.errors import UserError
-from llama_acc.core.inference import load_model
+from llama_acc.core.generate.chat import generate
+from llama_acc.core.generate.load import load_model
 from llama_acc.core.model.tuning import METHODS
 from tests.core.train.runs import assert_bitwise_equal, losses, metrics, plan_of, run, saved_state, saved_weights
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from llama_acc.core.checkpoint.convert import Request, convert
 from llama_acc.core.checkpoint.layout import inspect
 from llama_acc.core.checkpoint.load import read_weights
-from llama_acc.core.conversation import generate
 from llama_acc.core.data.images import ImageJob, Transform, pixels
 from llama_acc.core.errors import UserError
-from llama_acc.core.inference import load_model
+from llama_acc.core.generate.chat import generate
+from llama_acc.core.generate.load import load_model
 from llama_acc.core.model.vision import Tower
 from llama_acc.core.train.dry_run import dry_run
 from llama_acc.core.train.events import Quiet

@@ -1,4 +1,4 @@
-"""A trained model, loaded for generation; `generation` continues texts with it, `conversation` talks to it."""
+"""Loading a trained model for generation, or a rank's share of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

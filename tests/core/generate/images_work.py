@@ -1,4 +1,4 @@
-"""What the processes of tests/core/test_seeing.py do."""
+"""What the processes of test_images.py do."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,9 +8,11 @@ import numpy as np
 import torch
 
 from llama_acc.core.distributed.groups import init_distributed
-from llama_acc.core.generation import Generator, Sampling, dismiss, follow, with_images
-from llama_acc.core.inference import LoadedModel, load_model
+from llama_acc.core.generate.chat import insert_images
+from llama_acc.core.generate.engine import Engine, Prompt, Sampling, stop_followers
+from llama_acc.core.generate.load import LoadedModel, load_model
 from llama_acc.core.model.vision import Images, Tower
+from tests.core.generate.decoding import decode
 from tests.core.tiny import CPU
 
 GREEDY = Sampling(temperature=0, max_new_tokens=6)
@@ -37,7 +39,7 @@ def seen_logits(loaded: LoadedModel, words: Sequence[int], count: int) -> dict[s
     pixels = torch.from_numpy(np.stack(pictures(count, loaded.vision.image_size)))
     encoder = loaded.vision_encoder
     inputs = encoder.inputs(count, lambda: encoder.encode(pixels))
-    ids = torch.tensor(with_images(loaded, list(words), count))
+    ids = torch.tensor(insert_images(loaded, list(words), count))
     with torch.no_grad():
         images = Images(inputs, (ids < 0).nonzero().flatten(), [0] * count)
         hidden = loaded.model(ids.clamp(min=0), torch.arange(len(ids)), [len(ids)], images=images)
@@ -46,16 +48,18 @@ def seen_logits(loaded: LoadedModel, words: Sequence[int], count: int) -> dict[s
 
 
 def split_logits(folder: str, words: list[int], images: int) -> dict[str, Any]:
-    """`seen_logits` of a model that all processes share, and what is said about the images."""
+    """`seen_logits` of a model that all processes share, and what is said about the images, of the
+    words alone, and about the images again, two of these at a time."""
     with init_distributed(CPU, 2) as parallel:
         loaded = load_model(Path(folder), device="cpu", parallel=parallel)
         found = seen_logits(loaded, words, images)
         if not parallel.is_main:
-            follow(loaded)
+            Engine(loaded).follow()
             return found
         assert loaded.vision is not None
         given = pictures(images, loaded.vision.image_size)
-        generator = Generator(loaded, GREEDY)
-        found["said"] = list(generator.tokens(with_images(loaded, words, images), given))
-        dismiss(loaded)
+        prompts = [Prompt(insert_images(loaded, words, images), given), Prompt(words)]
+        replies = decode(Engine(loaded), [*prompts, prompts[0]], GREEDY, batch_size=2)
+        found["said"] = [reply.tokens for reply in sorted(replies, key=lambda reply: reply.index)]
+        stop_followers(loaded)
         return found

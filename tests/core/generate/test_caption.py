@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from llama_acc.core.captions import Captioned, ask_for_caption, ask_with_instruction, captions, stream_caption
 from llama_acc.core.data.image_files import Named, find_images
 from llama_acc.core.data.image_workers import ImageWorkers
 from llama_acc.core.data.images import ImageJob, Transform, pixels
 from llama_acc.core.data.templates import get_template
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
+from llama_acc.core.generate.caption import Captioned, caption_prompt, captions, instruction_prompt, stream_caption
+from llama_acc.core.generate.load import LoadedModel
 from llama_acc.core.generate.vision_encoder import VisionEncoder
-from llama_acc.core.inference import LoadedModel
 from llama_acc.core.tokenizer import load_tokenizer
 from tests.core.data.pictures import write_pictures
 from tests.core.seeing import TINY, seeing_model
@@ -47,13 +47,13 @@ def images(tmp_path: Path) -> list[Named]:
 def test_a_batch_says_of_each_image_what_it_does_alone(
     seeing: LoadedModel, images: list[Named], batch_size: int, beginning: str
 ) -> None:
-    asked = ask_for_caption(seeing, beginning)
+    prompt = caption_prompt(seeing, beginning)
     with ImageWorkers(1) as workers:
         found = list(
             captions(
                 seeing,
                 images,
-                asked,
+                prompt,
                 max_new_tokens=NEW_TOKENS,
                 batch_size=batch_size,
                 max_pixels=10**6,
@@ -66,7 +66,7 @@ def test_a_batch_says_of_each_image_what_it_does_alone(
     for one in found:
         if one.problem is None:
             square = pixels(ImageJob(one.image.reference, Transform("pad_to_square", TINY.image_size)))
-            alone = "".join(stream_caption(seeing, square, asked, NEW_TOKENS))
+            alone = "".join(stream_caption(seeing, square, prompt, NEW_TOKENS))
             assert one.text == alone.strip()
             assert one.text.startswith(beginning)
     assert len({one.text for one in found if one.problem is None}) > 1, "the images do not matter"
@@ -74,21 +74,24 @@ def test_a_batch_says_of_each_image_what_it_does_alone(
 
 def test_a_caption_stands_where_training_has_it(seeing: LoadedModel) -> None:
     words = seeing.tokenizer
-    asked = ask_for_caption(seeing, "the answer ")
-    assert asked.prompt == [words.bos_id, *[-1] * TINY.positions, *words.encode("the answer")]
-    assert ask_for_caption(seeing).prompt == [words.bos_id, *[-1] * TINY.positions]
+    assert caption_prompt(seeing, "the answer ").tokens == [
+        words.bos_id,
+        *[-1] * TINY.positions,
+        *words.encode("the answer"),
+    ]
+    assert caption_prompt(seeing).tokens == [words.bos_id, *[-1] * TINY.positions]
 
 
 def test_an_instruction_needs_a_format_that_shows_it(seeing: LoadedModel) -> None:
     with pytest.raises(UserError, match="takes no instruction"):
-        ask_with_instruction(seeing, "what?")
+        instruction_prompt(seeing, "what?")
 
 
 def test_a_caption_of_one_image_comes_as_it_is_written(seeing: LoadedModel, images: list[Named]) -> None:
     computed: list[int] = []
     handle = seeing.model.register_forward_hook(lambda *_: computed.append(len(computed)))
     square = pixels(ImageJob(images[0].reference, Transform("pad_to_square", TINY.image_size)))
-    pieces = stream_caption(seeing, square, ask_for_caption(seeing, ""), NEW_TOKENS)
+    pieces = stream_caption(seeing, square, caption_prompt(seeing), NEW_TOKENS)
     next(pieces)
     at_first = len(computed)
     assert list(pieces)

@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_acc.core.batch_generation import encode_question, generate_batch
 from llama_acc.core.checkpoint.convert import Request, convert
-from llama_acc.core.conversation import Conversation, generate
 from llama_acc.core.data.images import normalised
 from llama_acc.core.errors import UserError
-from llama_acc.core.generation import Generator, with_images
-from llama_acc.core.inference import LoadedModel, load_model
+from llama_acc.core.generate.chat import Conversation, encode_question, generate, insert_images
+from llama_acc.core.generate.engine import Engine, Prompt
+from llama_acc.core.generate.load import LoadedModel, load_model
+from tests.core.generate.decoding import decode
+from tests.core.generate.images_work import GREEDY, pictures, seen_logits
 from tests.core.model.test_vision_parity import huggingface_llama, their_features, their_logits
 from tests.core.ranks import run_ranks
 from tests.core.seeing import QFORMER, SEEING, blip2, random_tower, seeing_model
-from tests.core.seeing_work import GREEDY, pictures, seen_logits
 from tests.core.tiny import difference
 
 pytest.importorskip("transformers")
@@ -84,23 +84,23 @@ def uncached_greedy(loaded: LoadedModel, prompt: list[int], images: list[np.ndar
 @pytest.mark.parametrize("name", KINDS)
 def test_an_answer_about_images_is_that_of_the_whole_model(name: str, folders: dict[str, Path]) -> None:
     loaded = load(folders[name])
-    generator = Generator(loaded, GREEDY)
+    engine = Engine(loaded)
     words = [1, 50, 60, 70]
     answers = []
     for count, seed in ((1, 0), (1, 1), (0, 0), (1, 0), *(((2, 0),) if name != "clip" else ())):
         images = images_for(loaded, count, seed)
-        prompt = with_images(loaded, words, count)
-        answers.append(list(generator.tokens(prompt, images)))
+        prompt = insert_images(loaded, words, count)
+        answers.append(decode(engine, [Prompt(prompt, images)], GREEDY)[0].tokens)
         assert answers[-1] == uncached_greedy(loaded, prompt, images), (count, seed)
     assert answers[0] == answers[3]
 
 
 def test_a_caption_with_no_words_before_it_can_be_asked_for_again(folders: dict[str, Path]) -> None:
     loaded = load(folders["qformer"])
-    generator, images = Generator(loaded, GREEDY), images_for(loaded, 1)
-    prompt = with_images(loaded, [1], 1)
+    engine, images = Engine(loaded), images_for(loaded, 1)
+    prompt = insert_images(loaded, [1], 1)
     expected = uncached_greedy(loaded, prompt, images)
-    assert [list(generator.tokens(prompt, images)) for _ in range(2)] == [expected, expected]
+    assert [decode(engine, [Prompt(prompt, images)], GREEDY)[0].tokens for _ in range(2)] == [expected, expected]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -108,11 +108,14 @@ def test_answers_in_a_batch_are_those_of_one_at_a_time(name: str, folders: dict[
     loaded = load(folders[name])
     counts = [1, 0, 1, 0, 1] if name == "clip" else [1, 0, 2, 0, 1]
     images = [images_for(loaded, count, seed) for seed, count in enumerate(counts)]
-    prompts = [encode_question(loaded, "the answer" + " is" * seed, count) for seed, count in enumerate(counts)]
-    expected = [uncached_greedy(loaded, prompt, seen) for prompt, seen in zip(prompts, images, strict=True)]
+    prompts = [
+        encode_question(loaded, "the answer" + " is" * seed, len(given))._replace(images=given)
+        for seed, given in enumerate(images)
+    ]
+    expected = [uncached_greedy(loaded, list(prompt.tokens), list(prompt.images)) for prompt in prompts]
     for batch_size in (1, 3):
-        answers = list(generate_batch(loaded, prompts, GREEDY.max_new_tokens, batch_size, images))
-        assert [answer.tokens for answer in sorted(answers)] == expected
+        replies = decode(Engine(loaded), prompts, GREEDY, batch_size)
+        assert {reply.index: reply.tokens for reply in replies} == dict(enumerate(expected))
 
 
 def test_a_conversation_keeps_its_image_and_the_tower_sees_it_once(folders: dict[str, Path]) -> None:
@@ -126,8 +129,8 @@ def test_a_conversation_keeps_its_image_and_the_tower_sees_it_once(folders: dict
     second = "".join(conversation.ask("what else?"))
     assert seen == [1]
     ids = loaded.template.prompt_ids(loaded.tokenizer, conversation.turns[:-1])
-    again = Generator(loaded, GREEDY).tokens(with_images(loaded, ids, 1), image)
-    assert loaded.tokenizer.decode(list(again)).strip().startswith(second.strip())
+    again = decode(Engine(loaded), [Prompt(insert_images(loaded, ids, 1), image)], GREEDY)[0]
+    assert loaded.tokenizer.decode(again.tokens).strip().startswith(second.strip())
     conversation.reset()
     assert conversation.images == []
     assert first == "".join(Conversation(loaded, GREEDY).ask("what is it?", image))
@@ -178,23 +181,28 @@ def test_split_over_two_processes_it_is_the_same_and_an_image_is_encoded_once(
     theirs: Any, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     convert(Request(folders["qformer"], tmp_path / "two", "consolidated", model_parallel_size=2))
-    both = run_ranks(2, "tests.core.seeing_work:split_logits", folder=str(tmp_path / "two"), words=WORDS, images=2)
+    both = run_ranks(
+        2, "tests.core.generate.images_work:split_logits", folder=str(tmp_path / "two"), words=WORDS, images=2
+    )
     features, logits = expected_of(theirs, 2)
     for found in both:
         assert difference(torch.tensor(found["features"]), features) < 1e-5
         assert difference(torch.tensor(found["logits"]), logits) < 1e-5
     assert [found["encoded"] for found in both] == [2, 0]
     loaded = load(folders["qformer"])
-    prompt = with_images(loaded, WORDS, 2)
-    assert both[0]["said"] == uncached_greedy(loaded, prompt, images_for(loaded, 2))
+    about_images = uncached_greedy(loaded, insert_images(loaded, WORDS, 2), images_for(loaded, 2))
+    assert both[0]["said"] == [about_images, uncached_greedy(loaded, WORDS, []), about_images]
 
 
 def test_the_trained_encoder_is_split_over_processes_too(folders: dict[str, Path]) -> None:
-    both = run_ranks(2, "tests.core.seeing_work:split_logits", folder=str(folders["tiny"]), words=WORDS, images=1)
+    both = run_ranks(
+        2, "tests.core.generate.images_work:split_logits", folder=str(folders["tiny"]), words=WORDS, images=1
+    )
     loaded = load(folders["tiny"])
     expected = torch.tensor(seen_logits(loaded, WORDS, 1)["logits"])
     assert all(difference(torch.tensor(found["logits"]), expected) < 1e-5 for found in both)
-    assert both[0]["said"] == uncached_greedy(loaded, with_images(loaded, WORDS, 1), images_for(loaded, 1))
+    about_image = uncached_greedy(loaded, insert_images(loaded, WORDS, 1), images_for(loaded, 1))
+    assert both[0]["said"] == [about_image, uncached_greedy(loaded, WORDS, []), about_image]
 
 
 def test_the_matrices_in_four_bits_leave_the_tower_and_the_projection_alone(folders: dict[str, Path]) -> None:

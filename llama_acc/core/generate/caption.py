@@ -1,0 +1,168 @@
+"""Captions of images: many in batches, or one as it is written; and a page that shows them."""
+
+import base64
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.resources import files
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama_acc.core.data.image_files import Named
+from llama_acc.core.data.image_workers import ImageWorkers
+from llama_acc.core.data.images import ImageError, ImageJob, Transform
+from llama_acc.core.data.templates import Turn
+from llama_acc.core.errors import UserError
+from llama_acc.core.generate.chat import check_length, checked_text, encode_question, insert_images
+from llama_acc.core.generate.engine import Engine, Prompt, Sampler, Sampling
+from llama_acc.core.generate.load import LoadedModel
+from llama_acc.core.visible import visible
+
+# Images are loaded so many batches ahead, while the model is at work.
+_BATCHES_AHEAD = 4
+
+THUMBNAIL = 320
+"""Pixels of a picture's longer side on the page."""
+
+
+class Captioned(NamedTuple):
+    """A caption, or why there is none.
+
+    Attributes:
+        image: of what.
+        text: what the model says.
+        problem: why it says nothing.
+    """
+
+    image: Named
+    text: str = ""
+    problem: str | None = None
+
+
+def caption_prompt(loaded: LoadedModel, beginning: str = "") -> Prompt:
+    """The prompt of a caption that begins so, as in stage one: nothing but the image before it.
+
+    Raises:
+        UserError: the model takes no images, or the beginning leaves no room.
+    """
+    # The space before the next word is the model's to write.
+    text = checked_text(beginning).rstrip()
+    prefill = loaded.tokenizer.encode(text, own=[(0, len(text))])
+    tokens = insert_images(loaded, [loaded.tokenizer.bos_id], 1) + prefill
+    check_length(loaded, tokens)
+    return Prompt(tokens, prefill=prefill, strip=True)
+
+
+def instruction_prompt(loaded: LoadedModel, instruction: str) -> Prompt:
+    """The prompt of an answer to an instruction about the image, in the model's prompt format.
+
+    Raises:
+        UserError: the model takes no images, its format has no instruction, or it leaves no room.
+    """
+    template = loaded.template
+    if template.prompt_text([Turn("human", "a")]) == template.prompt_text([Turn("human", "b")]):
+        raise UserError(
+            f"the prompt format {template.name!r} takes no instruction: the model was trained to caption",
+            'leave --instruction out, or give the beginning of a caption with --prompt "The author"',
+        )
+    return encode_question(loaded, instruction, images=1)._replace(strip=True)
+
+
+def follows_instructions(loaded: LoadedModel) -> bool:
+    """Whether its prompt format is one that it was given instructions in."""
+    return loaded.template.name not in ("caption", "none")
+
+
+def evaluation_transform(loaded: LoadedModel) -> Transform:
+    """What makes of a picture the model's input.
+
+    Raises:
+        UserError: it takes none.
+    """
+    insert_images(loaded, [], 1)
+    assert loaded.vision is not None
+    return Transform("pad_to_square", loaded.vision.image_size)
+
+
+def captions(
+    loaded: LoadedModel,
+    images: Sequence[Named],
+    prompt: Prompt,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    max_pixels: int,
+    workers: ImageWorkers,
+) -> Iterator[Captioned]:
+    """The greedy caption of each image, in their order; a bad image has a problem in its place.
+
+    Args:
+        loaded: a model that takes images.
+        images: of what.
+        prompt: what comes with each image.
+        max_new_tokens: most tokens of a caption.
+        batch_size: most captions under way at a time.
+        max_pixels: larger images are refused.
+        workers: they decode.
+    """
+    transform = evaluation_transform(loaded)
+    done: dict[int, Captioned] = {}
+    places: list[int] = []
+
+    def prompts() -> Iterator[Prompt]:
+        loading = (
+            image.problem or workers.load(ImageJob(image.reference, transform, max_pixels=max_pixels))
+            for image in images
+        )
+        ahead = deque(itertools.islice(loading, _BATCHES_AHEAD * batch_size))
+        for place, image in enumerate(images):
+            result = ahead.popleft()
+            ahead.extend(itertools.islice(loading, 1))
+            try:
+                pixels = result if isinstance(result, str) else result.result()
+            except ImageError as error:
+                pixels = error.message
+            if isinstance(pixels, str):
+                done[place] = Captioned(image, problem=pixels)
+            else:
+                places.append(place)
+                yield prompt._replace(images=[pixels])
+
+    sampler = Sampler(Sampling(temperature=0, max_new_tokens=max_new_tokens))
+    shown = 0
+    for reply, _ in Engine(loaded).generate(prompts(), sampler, batch_size):
+        if reply.ended:
+            place = places[reply.index]
+            done[place] = Captioned(images[place], reply.text)
+        while shown in done:
+            yield done.pop(shown)
+            shown += 1
+    yield from (done[place] for place in sorted(done))
+
+
+def stream_caption(
+    loaded: LoadedModel, pixels: NDArray[np.uint8], prompt: Prompt, max_new_tokens: int
+) -> Iterator[str]:
+    """The greedy caption of one image, piece by piece, with the beginning it was given."""
+    sampler = Sampler(Sampling(temperature=0, max_new_tokens=max_new_tokens))
+    for _, text in Engine(loaded).generate([prompt._replace(images=[pixels])], sampler):
+        if text:
+            yield text
+
+
+def caption_page(title: str, note: str, shown: Iterable[tuple[Captioned, bytes]]) -> Iterator[str]:
+    """A contact sheet, in parts to be written one after the other, as the captions come.
+
+    Args:
+        title: its heading.
+        note: a line below the heading.
+        shown: captions, each with its image as a JPEG; empty: there is none to show.
+    """
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, keep_trailing_newline=True)
+    environment.filters |= {"visible": visible, "base64": lambda data: base64.b64encode(data).decode("ascii")}
+    source = files(__package__).joinpath("caption.html").read_text(encoding="utf-8")
+    yield from environment.from_string(source).generate(title=title, note=note, shown=shown)
