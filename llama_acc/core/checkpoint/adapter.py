@@ -6,10 +6,9 @@ LLaMA2-Accessory have none: they are known by what is in them.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +16,8 @@ from torch import Tensor
 from llama_acc.core.checkpoint.layout import Layout, read_config
 from llama_acc.core.checkpoint.lazy import LazyTensor
 from llama_acc.core.checkpoint.load import Weights, open_checkpoint, read_weights
-from llama_acc.core.checkpoint.quantized import check_rounding, read_quantization
+from llama_acc.core.checkpoint.quantized import read_note, read_quantization
 from llama_acc.core.errors import UserError
-from llama_acc.core.input_files import read_object
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.tuning import FULL, MATRICES
 
@@ -30,7 +28,7 @@ _SAMPLES, _RUN = 1024, 64  # values of a tensor, and how many of them lie next t
 
 @dataclass(frozen=True)
 class TrainedQuantised:
-    """How a base was quantised while a checkpoint was trained on it.
+    """How a base was quantized while a checkpoint was trained on it.
 
     Attributes:
         type: nf4.
@@ -46,9 +44,9 @@ class Base:
     """What a checkpoint of only what was trained says of its base.
 
     Attributes:
-        fingerprint: of its weights, as they were before quantising.
+        fingerprint: of its weights, as they were before quantizing.
         pretrained: the base as the user gave it; empty = random weights.
-        quantised: how it was quantised; None = it was not.
+        quantised: how it was quantized; None = it was not.
     """
 
     fingerprint: str
@@ -72,23 +70,7 @@ def read_base(folder: Path) -> Base | None:
         UserError: an unreadable file.
     """
     path = folder / BASE_FILE
-    if not path.is_file():
-        return None
-    try:
-        values = read_object(path)
-        quantised = values.get("quantised")
-        return Base(
-            str(values["fingerprint"]),
-            tuple(map(str, values["pretrained"])),
-            None if quantised is None else _trained_quantised(quantised, path),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read {path}: {error!r}") from None
-
-
-def _trained_quantised(values: Mapping[str, Any], path: Path) -> TrainedQuantised:
-    check_rounding(values, path)
-    return TrainedQuantised(str(values["type"]), tuple(map(str, values["skip"])))
+    return read_note(path, Base) if path.is_file() else None
 
 
 def is_adapter_only(layout: Layout) -> bool:
@@ -97,14 +79,9 @@ def is_adapter_only(layout: Layout) -> bool:
         return False
     if (layout.folder / BASE_FILE).is_file():
         return True
-    names = open_checkpoint(layout).tensors
-    return bool(names) and not any(_is_matrix(name) for name in names)
-
-
-def _is_matrix(name: str) -> bool:
-    """Whether it is one of a LLaMA's matrices, which no method trains alone."""
-    matrix, _, leaf = name.rpartition(".")
-    return leaf == "weight" and matrix.rpartition(".")[2] in _BASE_MATRICES
+    names = [name.removesuffix(".weight") for name in open_checkpoint(layout).tensors]
+    # No method trains one of a LLaMA's matrices alone.
+    return bool(names) and not any(name.rpartition(".")[2] in _BASE_MATRICES for name in names)
 
 
 def missing_base_error(layout: Layout, option: str | None = None) -> UserError:
@@ -148,11 +125,11 @@ def check_same_base(layout: Layout, weights: Weights, base: Layout, config: Mode
     """Refuses a base that a whole tuned checkpoint was not trained on: what did not train must be the base's.
 
     Raises:
-        UserError: naming both, or that the base is quantised, so that nothing can be compared.
+        UserError: naming both, or that the base is quantized, so that nothing can be compared.
     """
     names = [name for name in config.base().parameter_shapes() if not config.tuning.trains(name)]
     if read_quantization(base.folder) is not None:
-        raise UserError(f"{base.folder} is quantised, and {layout.folder} was not trained on that", "give its original")
+        raise UserError(f"{base.folder} is quantized, and {layout.folder} was not trained on that", "give its original")
     if fingerprint(read_weights([base]), names) != fingerprint(weights, names):
         raise UserError(
             f"{layout.folder} was not trained on {base.folder}: what did not train (method {config.tuning.method}) "
@@ -170,7 +147,7 @@ def base_of(
         layouts: the base.
         config: the shape.
         names: the base as the user gave it.
-        quantised: how it was quantised while training on it; None = it was not.
+        quantised: how it was quantized while training on it; None = it was not.
     """
     return Base(base_fingerprint(layouts, config), tuple(map(str, names)), quantised)
 
@@ -211,7 +188,7 @@ def _samples(tensor: LazyTensor) -> list[Tensor]:
 
 
 def base_fingerprint(layouts: Sequence[Layout], config: ModelConfig) -> str:
-    """The fingerprint of the base that checkpoints laid over each other give; a quantised one keeps its old one."""
+    """The fingerprint of the base that checkpoints laid over each other give; a quantized one keeps its old one."""
     quantization = read_quantization(layouts[0].folder) if len(layouts) == 1 else None
     if quantization is not None:
         return quantization.fingerprint

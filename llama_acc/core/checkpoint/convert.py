@@ -122,7 +122,7 @@ def convert(request: Request, progress: Progress = lambda label, done, total: No
 
     Args:
         request: what into what.
-        progress: told now and then.
+        progress: called with what is being done, bytes done, bytes in all.
 
     Raises:
         UserError: the request or the checkpoint is at fault; nothing was written.
@@ -167,56 +167,35 @@ def _check_request(request: Request) -> None:
         UserError: saying what does not, and what to do.
     """
     is_split, to, target = request.model_parallel_size not in (None, 1), request.to, request.target
-    given = {Path(path).resolve() for path in (request.source, request.base) if path is not None}
-    refusals = (
-        (
-            request.diff and request.base is None,
-            "a difference has two sides: --diff needs --base DIR",
-            "give the checkpoint to subtract",
-        ),
-        (request.diff and to != "consolidated", f"there are no diffs in the layout '{to}'", "use --to consolidated"),
-        (
-            to == "hf" and is_split,
-            "Hugging Face's files are not split by model parallelism",
-            "leave --model-parallel-size out with --to hf",
-        ),
-        (
-            request.quantize and (to != "consolidated" or request.diff or request.merge),
+    if request.diff and request.base is None:
+        raise UserError("a difference has two sides: --diff needs --base DIR", "give the checkpoint to subtract")
+    if request.diff and to != "consolidated":
+        raise UserError(f"there are no diffs in the layout '{to}'", "use --to consolidated")
+    if request.diff and request.merge:
+        raise UserError("--merge and --diff do not go together", "merge first, then take the difference")
+    if to in ("hf", "peft") and is_split:
+        raise UserError(
+            f"files of the layout '{to}' are not split by model parallelism",
+            f"leave --model-parallel-size out with --to {to}",
+        )
+    if to == "peft" and (request.merge or request.context is not None):
+        flag, reason = ("--merge", "is not merged") if request.merge else ("--context", "has the context of its base")
+        raise UserError(f"an adapter {reason}", f"leave {flag} out with --to peft")
+    if request.quantize and (to != "consolidated" or request.diff or request.merge):
+        raise UserError(
             "matrices in NF4 are written with --to consolidated, and neither of a diff nor of a merge",
             "merge first, then quantize what that gave",
-        ),
-        (
-            request.quantize and is_split,
-            "a quantized checkpoint is not split",
-            "leave --model-parallel-size out: it is read at any",
-        ),
-        (
-            request.quantize_skip and not request.quantize,
-            "--quantize-skip is about what is not quantized",
-            "add --quantize nf4, or leave it out",
-        ),
-        (
-            request.merge and request.diff,
-            "--merge and --diff do not go together",
-            "merge first, then take the difference",
-        ),
-        (
-            to == "peft" and (request.merge or is_split),
-            "an adapter is neither merged nor split",
-            "leave --merge and --model-parallel-size out",
-        ),
-        (
-            to == "peft" and request.context is not None,
-            "an adapter has the context of its base",
-            "leave --context out with --to peft",
-        ),
-        (target.exists() and not target.is_dir(), f"{target} is a file", "give a folder that is not there yet"),
-        (target.resolve() in given, f"{target} is what is to be converted", "give another folder"),
-        (target.is_dir() and any(target.iterdir()), f"{target} is not empty", "give a folder that is not there yet"),
-    )
-    for refused, message, hint in refusals:
-        if refused:
-            raise UserError(message, hint)
+        )
+    if request.quantize and is_split:
+        raise UserError("a quantized checkpoint is not split", "leave --model-parallel-size out: it is read at any")
+    if request.quantize_skip and not request.quantize:
+        raise UserError("--quantize-skip is about what is not quantized", "add --quantize nf4, or leave it out")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file", "give a folder that is not there yet")
+    if target.resolve() in {Path(path).resolve() for path in (request.source, request.base) if path is not None}:
+        raise UserError(f"{target} is what is to be converted", "give another folder")
+    if target.is_dir() and any(target.iterdir()):
+        raise UserError(f"{target} is not empty", "give a folder that is not there yet")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama_acc.core.checkpoint.huggingface import meta_name, read_huggingface, rotated_heads
 from llama_acc.core.checkpoint.layout import Layout, check_order, shape_notes
@@ -26,7 +26,6 @@ from llama_acc.core.model.config import ModelConfig, is_matrix, is_within
 from llama_acc.core.model.linear import Linear
 from llama_acc.core.model.sharding import split_dimension
 from llama_acc.core.model.transformer import Transformer, store_quantised
-from llama_acc.core.model.vision import Tower
 from llama_acc.core.model.vision_config import ClipVision
 
 _PREFIX = "llma."
@@ -419,8 +418,10 @@ def check_tensors(weights: Weights, shapes: Mapping[str, tuple[int, ...]], where
         )
 
 
-def fill(model: Transformer, weights: Weights, device: torch.device, dtype: torch.dtype, copy: bool) -> None:
-    """Puts weights into a model made on the meta device, one tensor at a time.
+def fill(
+    model: nn.Module, weights: Weights, device: torch.device, dtype: torch.dtype, copy: bool, prefix: str = ""
+) -> None:
+    """Puts weights into a model, or a vision tower, made on the meta device, one tensor at a time.
 
     Args:
         model: its parameters are replaced. They have the shapes of the weights' shares, or are to be quantized.
@@ -429,9 +430,10 @@ def fill(model: Transformer, weights: Weights, device: torch.device, dtype: torc
         dtype: their type.
         copy: give every parameter storage of its own. Otherwise a tensor that is already of this type and on this
             device stays mapped to its file: loading costs nothing, but the parameters must not be trained.
+        prefix: of the weights' names.
     """
     for name, parameter in list(model.named_parameters()):
-        share = weights.tensors.pop(name)
+        share = weights.tensors.pop(prefix + name)
         owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)
         if isinstance(owner, Linear) and owner.is_quantised and parameter is owner.weight:
@@ -440,17 +442,7 @@ def fill(model: Transformer, weights: Weights, device: torch.device, dtype: torc
         value = None if copy else share.in_place(dtype, device)
         if value is None:
             value = share.to(dtype, device)
-        setattr(owner, leaf, torch.nn.Parameter(value, requires_grad=parameter.requires_grad))
-
-
-def fill_tower(tower: Tower, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
-    """Puts a tower's weights, which are used up, in place of its parameters; as in `fill`, they may stay mapped."""
-    for name, _ in list(tower.named_parameters()):
-        share = weights.tensors.pop(tower.vision.tower_prefix + name)
-        value = share.in_place(dtype, device)
-        owner, _, leaf = name.rpartition(".")
-        value = share.to(dtype, device) if value is None else value
-        setattr(tower.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False))
+        setattr(owner, leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
 
 
 def load_parameters(model: Transformer, weights: Weights) -> None:

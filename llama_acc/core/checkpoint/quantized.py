@@ -7,13 +7,13 @@ quantization.json says so, and has the fingerprint of the weights they were made
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from llama_acc.core.checkpoint.lazy import LazyTensor, Read
@@ -24,6 +24,7 @@ from llama_acc.core.model.nf4 import BLOCK, Scales
 
 QUANTIZATION_FILE = "quantization.json"
 FORMAT_VERSION = 2
+_Note = TypeVar("_Note")
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,20 @@ class Quantization:
     Attributes:
         skip: matrices that are not quantized; see `ModelConfig.quantisable`.
         fingerprint: of the weights before.
+        format_version: of the file.
+        type: nf4.
+        double: the scales are quantized, too.
     """
 
     skip: tuple[str, ...]
     fingerprint: str
+    format_version: int = FORMAT_VERSION
+    type: str = "nf4"
+    double: bool = True
 
     def to_json(self) -> bytes:
         """The file."""
-        values = {
-            "format_version": FORMAT_VERSION,
-            "type": "nf4",
-            "double": True,
-            "skip": list(self.skip),
-            "fingerprint": self.fingerprint,
-        }
-        return (json.dumps(values, indent=1) + "\n").encode()
+        return (json.dumps(asdict(self), indent=1) + "\n").encode()
 
 
 def read_quantization(folder: Path) -> Quantization | None:
@@ -59,29 +59,31 @@ def read_quantization(folder: Path) -> Quantization | None:
     path = folder / QUANTIZATION_FILE
     if not path.is_file():
         return None
-    try:
-        values = read_object(path)
-        check_rounding(values, path)
-        version, kind = int(values["format_version"]), values["type"]
-        if version > FORMAT_VERSION or kind != "nf4":
-            raise UserError(f"{path} was written by a newer version", "update llama-acc")
-        return Quantization(tuple(map(str, values["skip"])), str(values["fingerprint"]))
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(f"cannot read {path}: {error!r}") from None
+    found = read_note(path, Quantization)
+    if found.format_version > FORMAT_VERSION or found.type != "nf4":
+        raise UserError(f"{path} was written by a newer version", "update llama-acc")
+    return found
 
 
-def check_rounding(values: Mapping[str, Any], path: Path) -> None:
-    """Refuses what quantization.json or base.json says of a base in a way that is not supported.
+def read_note(path: Path, kind: type[_Note]) -> _Note:
+    """The dataclass of a `kind` that a JSON file beside weights holds: quantization.json or base.json.
 
     Raises:
-        UserError: written by an early version, or of a base that was not rounded to the nearest.
+        UserError: unreadable, or of a base quantized by an early version, which was not rounded to the nearest.
     """
-    if "output" in values or values.get("values") is not None:
+    values = read_object(path)
+    quantized = values.get("quantised", values)
+    if isinstance(quantized, dict) and ("output" in quantized or quantized.get("values") is not None):
         raise UserError(
             f"{path} was written by an early version of llama-acc, whose quantized bases are not supported",
             "quantize the original anew (llama-acc convert-checkpoint DIR NEW --to consolidated --quantize nf4), "
             "and train on that",
         )
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"cannot read {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 class NF4Matrix:

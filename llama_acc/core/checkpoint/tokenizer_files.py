@@ -126,7 +126,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, ids: Mapping[str, Any]) 
             generation["eos_token_id"] = [*_listed(ids["eos_token_id"]), *sorted(more)]
         notes = _write_chat_template(template, tokenizer, folder)
         config.pop("chat_template", None)
-    # The generic class gives token_type_ids too unless told, which a LLaMA's `generate` refuses in transformers 4.
+    # Unless asked not to, the generic class gives token_type_ids too, which `generate` of transformers 4 refuses.
     usual = {"clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"]}
     config = usual | config | {role: text for role, text in roles.items() if tokenizer.token_id(text or "") is not None}
     _write_json(folder / CONFIG_FILE, config | {"tokenizer_class": "PreTrainedTokenizerFast"})

@@ -72,7 +72,7 @@ def tower_of(path: Path) -> Vision | None:
     try:
         values = read_json(path)
     except UserError:
-        return None  # told where a LLaMA's shape is wanted of it
+        return None  # reported where a LLaMA's shape is wanted of it
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind not in _KINDS:
         return None

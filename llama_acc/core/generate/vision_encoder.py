@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llama_acc.core.checkpoint.adapter import fingerprint
-from llama_acc.core.checkpoint.load import Weights, fill_tower
+from llama_acc.core.checkpoint.load import Weights, fill
 from llama_acc.core.data.images import normalised
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.model.transformer import Transformer
@@ -85,12 +85,12 @@ def load_vision_encoder(
     tower = None
     computes = parallel.model_rank == 0
     if not vision.trains_encoder and (computes or keep_all):
-        tower = tower_on_meta(vision, model.dtype)
+        tower = tower_on_meta(vision, model.dtype).requires_grad_(False)
         place = device if computes else torch.device("cpu")
         if weights is None or not any(name in weights.tensors for name in vision.tower_shapes()):
             values = {name: torch.empty(parameter.shape) for name, parameter in tower.named_parameters()}
             initialise_tower(values, seed)
             weights = Weights.of({vision.tower_prefix + name: value for name, value in values.items()})
-        fill_tower(tower, weights, place, model.dtype)
+        fill(tower, weights, place, model.dtype, copy=False, prefix=vision.tower_prefix)
         tower.to(place)
     return VisionEncoder(vision, tower, model.dtype, device, parallel)

@@ -109,7 +109,7 @@ def layouts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @NEEDS_PROC
-def test_quantising_while_loading_takes_the_quantised_model_and_two_tensors(layouts: tuple[Path, Path]) -> None:
+def test_quantizing_while_loading_takes_the_quantized_model_and_two_tensors(layouts: tuple[Path, Path]) -> None:
     large, small = layouts
     result = measured(large, "bfloat16", "nf4", small)
     matrices = sum(torch.Size(shape).numel() for shape in LARGE.parameter_shapes().values())

@@ -191,7 +191,7 @@ def test_an_adapter_is_written_for_the_base_it_was_trained_on_only(tmp_path: Pat
         made(source, tmp_path / f"adapter{place}", "peft", base=tmp_path / known)
     other = write_consolidated(tmp_path / "other", state(GROUPED, seed=7))
     small = made(base, tmp_path / "small", "consolidated", quantize="nf4").folder
-    for wrong, said in ((other, f"{source} was not trained on {other}"), (small, f"{small} is quantised")):
+    for wrong, said in ((other, f"{source} was not trained on {other}"), (small, f"{small} is quantized")):
         for options in ({"to": "peft"}, {"to": "meta", "merge": True}):
             with pytest.raises(UserError) as error:
                 made(source, tmp_path / "target", base=wrong, **options)
@@ -265,7 +265,7 @@ def test_a_damaged_base_file_is_told(tmp_path: Path) -> None:
         (FULL, "peft", {}, "method full has no LoRA pairs"),
         (FULL, "meta", {"merge": True}, "has nothing to merge"),
         (LORA, "consolidated", {"merge": True, "diff": True, "base": "x"}, "--merge and --diff do not go together"),
-        (LORA, "peft", {"merge": True}, "an adapter is neither merged nor split"),
+        (LORA, "peft", {"merge": True}, "an adapter is not merged"),
         (LORA, "consolidated", {"merge": True, "quantize": "nf4"}, "neither of a diff nor of a merge"),
         (FULL, "meta", {"quantize": "nf4"}, "are written with --to consolidated"),
     ],
@@ -281,7 +281,7 @@ def test_what_cannot_be_made_is_refused(
 
 
 @pytest.mark.parametrize("skip", [(), ("output",), ("wv", "layers.1"), ("layers.0.feed_forward.w2", "attention")])
-def test_a_quantised_base_is_saved_and_read(skip: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_quantized_base_is_saved_and_read(skip: tuple[str, ...], tmp_path: Path) -> None:
     config = replace(GROUPED, dim=128)
     source = write_consolidated(tmp_path / "source", state(config), 1, config)
     made(source, tmp_path / "small", "consolidated", quantize="nf4", quantize_skip=skip)
@@ -303,7 +303,7 @@ def test_a_quantised_base_is_saved_and_read(skip: tuple[str, ...], tmp_path: Pat
             assert torch.equal(tensor, expected[name])
 
 
-def test_a_quantised_base_of_two_ranks_is_read_at_any_size(tmp_path: Path) -> None:
+def test_a_quantized_base_of_two_ranks_is_read_at_any_size(tmp_path: Path) -> None:
     config = replace(GROUPED, dim=128)
     source = write_consolidated(tmp_path / "source", state(config), 2, config)
     small = made(source, tmp_path / "small", "consolidated", quantize="nf4").folder
@@ -314,7 +314,7 @@ def test_a_quantised_base_of_two_ranks_is_read_at_any_size(tmp_path: Path) -> No
         assert all(torch.equal(part.to(torch.float32), expected[name]) for name, part in parts.items())
 
 
-def test_a_quantised_checkpoint_answers_as_one_quantised_while_it_is_loaded(tmp_path: Path) -> None:
+def test_a_quantized_checkpoint_answers_as_one_quantized_while_it_is_loaded(tmp_path: Path) -> None:
     from tests.core.train.runs import run
 
     source = run(tmp_path / "run", "model.params.dim=64", "train.max_steps=2").checkpoint
