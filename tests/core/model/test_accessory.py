@@ -149,8 +149,10 @@ def test_a_checkpoint_of_its_says_by_its_kind_or_stage_what_it_sees_with(tmp_pat
         config = read_config([inspect(tmp_path)])
         assert config is not None
         assert config.vision == vision
-    (tmp_path / "meta.json").write_text(json.dumps({"llama_type": "llama_qformerv2"}))
-    (tmp_path / "config.json").write_text(json.dumps({"dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 24}))
-    config = read_config([inspect(tmp_path)])
+    other = tmp_path / "qformer"
+    other.mkdir()
+    save_as_accessory("llama_qformerv2", other)
+    (other / VISION_FILE).unlink()
+    config = read_config([inspect(other)])
     assert config is not None
     assert config.vision == QFormerVision()

@@ -33,7 +33,8 @@ from tests.core.train.runs import losses, metrics, plan_of, quickstart, run, sav
 
 pytest.importorskip("transformers")
 SPLIT = "parallel.model_parallel_size=2"
-STILL = ("optimizer.lr=0", "optimizer.min_lr=0")
+# No float32 weight is changed by such a step; a rate of 0 is refused.
+STILL = ("optimizer.lr=1e-30", "optimizer.min_lr=0")
 SQUARE = "data.images.transform=pad_to_square"
 
 
@@ -207,8 +208,8 @@ def test_held_out_images_are_padded_and_not_random(alone: Path, tmp_path: Path) 
     words = [*held_out(alone), *STILL]
     run(tmp_path, *words)
     found = [line["validation_loss"] for line in metrics(tmp_path) if "validation_loss" in line]
-    assert len(found) == 2
-    assert found[0] == found[1]
+    assert len(found) == 3
+    assert len(set(found)) == 1
 
 
 def image_of(data: Path, size: int) -> np.ndarray[Any, Any]:

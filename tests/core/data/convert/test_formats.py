@@ -186,7 +186,7 @@ def test_what_is_not_recognised_is_told_with_its_keys(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="its first item has the keys 'x', 'y'") as caught:
         convert_rows("auto", [{"x": "a", "y": "b"}], tmp_path)
     assert "--map instruction=COLUMN --map output=COLUMN" in str(caught.value.hint)
-    with pytest.raises(UserError, match="hold no objects"):
+    with pytest.raises(UserError, match="its first ones are no objects"):
         convert_rows("auto", [1, 2], tmp_path)
 
 
