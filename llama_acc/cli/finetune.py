@@ -140,7 +140,7 @@ def finetune(
     """Fine-tune a model as a recipe says."""
     console.working("loading PyTorch")
     from llama_acc.core.checkpoint.layout import locate
-    from llama_acc.core.data.sources import check_sources
+    from llama_acc.core.data.sources import Source, check_sources
 
     if dry_run and resume:
         raise UserError("--dry-run and --resume cannot be combined", "leave one of them out")
@@ -150,7 +150,7 @@ def finetune(
     loaded, folder = _load_recipe(recipe, run, resume, overrides or [], pretrained, data, tokenizer)
     for base in loaded.model.pretrained_list() if not (dry_run or resume) else []:
         locate(base)
-    check_sources(loaded.data.sources, folder)
+    check_sources([Source(**source.model_dump()) for source in loaded.data.sources], folder)
     if dry_run:
         _dry_run(loaded, run, folder, device, verify, processes.world_size(wanted), timing)
         return

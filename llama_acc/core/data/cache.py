@@ -24,8 +24,7 @@ import struct
 import tempfile
 import time
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +74,9 @@ class About(NamedTuple):
     skipped_rows: NDArray[np.int64]
     """[S]: the numbers of the rows that were skipped, from 0."""
     notes: dict[str, Any]
-    """What else was found out; JSON."""
+    """What else was found out, as JSON: `skipped`, what is wrong with rows that were skipped, as the fields of
+    `Finding`s, the first of it; `skipped_kinds`, how much of each kind; `warnings`, what else was found in the items,
+    by kind, how often and where first; `unused_keys`, the keys that are not used, and in how many items."""
 
 
 Encode = Callable[[Callable[[Chunk], None]], About]
@@ -99,7 +100,7 @@ class Encoded:
     skipped_rows: NDArray[np.int64]
     """[S]: the numbers of the rows that were skipped, from 0."""
     notes: dict[str, Any]
-    """What else was found out about the file; JSON."""
+    """See `About`."""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -107,21 +108,6 @@ class Encoded:
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process maps the same file.
         return map_entry, (self.path,)
-
-    @property
-    def skipped(self) -> list[dict[str, Any]]:
-        """What is wrong with rows that were skipped, as the fields of `Finding`s: the first of it."""
-        return list(self.notes.get("skipped", []))
-
-    @property
-    def skipped_kinds(self) -> Counter[str]:
-        """How much of each kind is wrong with all of them."""
-        return Counter(self.notes.get("skipped_kinds", {}))
-
-    @property
-    def warnings(self) -> dict[str, Any]:
-        """What else was found in the items: by kind, how often and where first."""
-        return dict(self.notes.get("warnings", {}))
 
     def document(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """A document's tokens, and which of them are labelled. [N], [N]"""
@@ -289,23 +275,17 @@ def cache_key(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-class EntryStore:
+class EntryStore(contextlib.ExitStack):
     """Where the entries of a run are: in the cache, or, what that cannot take, in a folder of the run's own.
 
     The folder is deleted on leaving. What is mapped by then stays whole.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._limit = _limit_bytes()
         self._cache = home() / "cache" / "tokens"
         self._own: dict[Path, Path] = {}  # folders of this run alone, by where they are
-        self._leave = contextlib.ExitStack()
-
-    def __enter__(self) -> "EntryStore":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._leave.close()
 
     def get(self, key: str, encode: Encode, vocab_size: int, waiting: Callable[[], None] = lambda: None) -> Encoded:
         """The entry of that key, written if it is not there. Of several processes that want one, only one writes.
@@ -321,8 +301,17 @@ class EntryStore:
         """
         found = self.find(key)
         if found is None and self._cache_is_usable():
-            with _alone(self._cache / f".{key[:4]}.lock", waiting):
+            lock = FileLock(self._cache / f".{key[:4]}.lock")  # goes with the process, however that ends
+            with contextlib.suppress(NotImplementedError, OSError):  # without locks, two may do the same work
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    waiting()
+                    lock.acquire()
+            try:
                 found = self.find(key) or self._write(key, encode, vocab_size)
+            finally:
+                lock.release()
         return found or self._write_aside(key, encode, vocab_size)
 
     def find(self, key: str) -> Encoded | None:
@@ -362,9 +351,10 @@ class EntryStore:
         if parent not in self._own:
             for left in parent.glob(f"{_OWN}*"):
                 _remove_if_unused(left)
-            self._own[parent], lock = _locked_folder(parent)
-            self._leave.callback(os.close, lock)
-            self._leave.callback(shutil.rmtree, self._own[parent], ignore_errors=True)
+            folder, lock = _locked_folder(parent)
+            self.callback(os.close, lock)
+            self.callback(shutil.rmtree, folder, ignore_errors=True)
+            self._own[parent] = folder
         return self._own[parent]
 
     def _write(self, key: str, encode: Encode, vocab_size: int) -> Encoded | None:
@@ -405,22 +395,6 @@ def _limit_bytes() -> int:
     except ValueError as error:
         raise UserError(f"LLAMA_ACC_CACHE_GIB should be a size in GiB, 0 for no cache, but is {setting!r}") from error
     return int(gib * 2**30)
-
-
-@contextlib.contextmanager
-def _alone(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Holds a lock that goes with the process, however that ends. Where there are none, two may do the same work."""
-    lock = FileLock(path)
-    with contextlib.suppress(NotImplementedError, OSError):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            waiting()
-            lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _make_room(folder: Path, room: int) -> bool:

@@ -284,7 +284,7 @@ def _counts(
 
 def _findings(file: DataFile, part: Encoded) -> dict[str, Any]:
     """What was found in a whole file, whether all of its items are in use or not."""
-    found = {kind: (of_kind["count"], of_kind["places"]) for kind, of_kind in part.warnings.items()}
+    found = {kind: (of_kind["count"], of_kind["places"]) for kind, of_kind in part.notes["warnings"].items()}
     if file.duplicates:
         count, places = found.get(DUPLICATE, (0, []))
         more = [finding._asdict() for finding in file.duplicate_places]
@@ -292,8 +292,8 @@ def _findings(file: DataFile, part: Encoded) -> dict[str, Any]:
     return {
         "skipped": len(part.skipped_rows) + file.skipped_items,
         "warnings": {kind: count for kind, (count, _) in found.items()},
-        "skipped_kinds": dict(part.skipped_kinds + Counter(file.skipped_kinds)),
-        "skipped_items": [*part.skipped, *(finding._asdict() for finding in file.skipped)][:MOST_PROBLEMS],
+        "skipped_kinds": dict(Counter(part.notes["skipped_kinds"]) + Counter(file.skipped_kinds)),
+        "skipped_items": [*part.notes["skipped"], *(finding._asdict() for finding in file.skipped)][:MOST_PROBLEMS],
         "warning_places": {kind: places for kind, (_, places) in found.items()},
         "unused_keys": part.notes["unused_keys"],
         "template": file.template.name,

@@ -26,7 +26,7 @@ from llama_acc.core.data.findings import KINDS as FINDINGS
 from llama_acc.core.data.findings import MOST_PROBLEMS, Finding, other_form
 from llama_acc.core.data.prepare import KEPT_PLACES, Batch, Job, prepare_batches
 from llama_acc.core.data.readers import Checked, raise_together, stream_items, unreadable
-from llama_acc.core.data.sources import OTHERWISE, Fetch, FileSpec, SourceLike, expand
+from llama_acc.core.data.sources import OTHERWISE, Fetch, FileSpec, Source, expand
 from llama_acc.core.data.survey import Survey
 from llama_acc.core.data.templates import KINDS, format_for
 from llama_acc.core.errors import DataError, UserError
@@ -45,7 +45,7 @@ FileProgress = Callable[[str, int, float], None]
 
 
 def load_dataset(
-    sources: Sequence[SourceLike],
+    sources: Sequence[Source],
     tokenizer: Tokenizer,
     max_tokens: int,
     seed: int,
@@ -105,12 +105,12 @@ def _nothing(parts: Sequence[Encoded], max_tokens: int) -> UserError:
     """Why there is nothing to train on."""
     items, skipped = sum(part.items for part in parts), sum(len(part.skipped_rows) for part in parts)
     if not items:
-        first = next((f"{Finding(**problem)}" for part in parts for problem in part.skipped), None)
+        first = next((f"{Finding(**problem)}" for part in parts for problem in part.notes["skipped"]), None)
         if first is None:
             return UserError(f"nothing to train on: {count_text(skipped, 'row')}, all of them blank")
         return UserError(
             f"nothing to train on: no item in {count_text(skipped, 'row')}, all skipped; the first: {first}",
-            other_form({problem["kind"] for part in parts for problem in part.skipped}, "FILE"),
+            other_form({problem["kind"] for part in parts for problem in part.notes["skipped"]}, "FILE"),
         )
     return UserError(
         f"nothing to train on: of {count_text(items, 'item')} none has a label within {max_tokens} tokens"
@@ -165,9 +165,10 @@ class _Encoder:
             self.tokenizer.vocab_size,
             lambda: _logger.warning("waiting for another process, which is encoding %s", spec.path.name),
         )
-        if encoded.skipped and not self.skips:
+        problems = [f"{spec.path}: {Finding(**problem)}" for problem in encoded.notes["skipped"]]
+        if problems and not self.skips:
             # An earlier run left them out; the entry is the same for both but for this.
-            raise DataError([f"{spec.path}: {Finding(**problem)}" for problem in encoded.skipped], FIX_HINT)
+            raise DataError(problems, FIX_HINT)
         return encoded
 
     def _encode(self, spec: FileSpec, append: Callable[[Chunk], None]) -> About:
@@ -262,7 +263,7 @@ def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], tokenizer: Toke
     rows: list[Rows] = []
     start, all_of_them = 0, all(spec.ratio == 1 for spec in specs)
     templates = [format_for(spec.template, part.kind, tokenizer) for spec, part in zip(specs, parts, strict=True)]
-    held = {form.name for form, part in zip(templates, parts, strict=True) if "stop_in_reply" in part.warnings}
+    held = {form.name for form, part in zip(templates, parts, strict=True) if "stop_in_reply" in part.notes["warnings"]}
     across = cross_file_duplicates([spec.path.name for spec in specs], parts, KEPT_PLACES)
     for spec, part, template, (count, places) in zip(specs, parts, templates, across, strict=True):
         items, documents = part.items, len(part)

@@ -4,7 +4,9 @@ import glob
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from llama_acc.core.catalogue import is_address
 from llama_acc.core.data.files import nearest_names
@@ -23,27 +25,11 @@ from llama_acc.core.errors import DataError, UserError, did_you_mean
 from llama_acc.core.home import home
 from llama_acc.core.hub import fetch_data
 from llama_acc.core.input_files import read_yaml
+from llama_acc.core.schema_problems import problems_of
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
-_META_KEYS = ("path", "type", "preprocess", "prompt_type", "ratio", "root")
-_META_TYPES = ("text", "image_text")
 # Of what LLaMA2-Accessory calls preprocess, the format here; captions are known by their keys.
 _PREPROCESS = {"caption": "single_turn", "single_turn_llava": "single_turn_llava"}
-
-
-class SourceLike(Protocol):
-    """One of a recipe's `data.sources`."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def format(self) -> str: ...
-    @property
-    def template(self) -> str: ...
-    @property
-    def ratio(self) -> float: ...
-    @property
-    def root(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -85,7 +71,7 @@ Fetch = Callable[[str], list[Path]]
 
 
 def expand(
-    sources: Sequence[SourceLike],
+    sources: Sequence[Source],
     recipe_folder: Path | None = None,
     fetch: Fetch = fetch_data,
     otherwise: str = OTHERWISE,
@@ -116,7 +102,7 @@ def expand(
     return specs
 
 
-def check_sources(sources: Sequence[SourceLike], recipe_folder: Path | None = None) -> None:
+def check_sources(sources: Sequence[Source], recipe_folder: Path | None = None) -> None:
     """Finds what can be found wrong with sources at once, without fetching, drawing or reading any.
 
     Raises:
@@ -146,19 +132,11 @@ def resolve_data_path(path: str, recipe_folder: Path | None = None, otherwise: s
         return _shipped(path.removeprefix("shipped:"))
     if path.startswith("drawn:"):
         return _drawn(path.removeprefix("drawn:"))
-    given = Path(path).expanduser()
-    if given.is_absolute():
-        places = [given]
-    else:
-        places = [Path.cwd() / given, home() / "data" / given]
-        if recipe_folder is not None:
-            places.insert(0, recipe_folder / given)
+    given, downloads = Path(path).expanduser(), home() / "data"
+    folders = [*([] if recipe_folder is None else [recipe_folder]), Path.cwd(), downloads]
+    places = list(dict.fromkeys(folder / given for folder in folders))  # an absolute path is the only one
     for place in places:
-        if (
-            not given.is_absolute()
-            and place == home() / "data" / given
-            and (downloaded := named_data(path)) is not None
-        ):
+        if place == downloads / given and not given.is_absolute() and (downloaded := named_data(path)) is not None:
             return downloaded
         if place.exists() or (glob.has_magic(str(place)) and glob.glob(str(place), recursive=True)):
             return place
@@ -188,8 +166,8 @@ def _drawn(name: str) -> Path:
 
 
 def _expand_one(
-    source: SourceLike, recipe_folder: Path | None, fetch: Fetch, otherwise: str
-) -> list[tuple[Path, SourceLike, Path]]:
+    source: Source, recipe_folder: Path | None, fetch: Fetch, otherwise: str
+) -> list[tuple[Path, Source, Path]]:
     """The files of a source, how to read each, and where its images are."""
     _check(source)
     if is_address(source.path):
@@ -215,7 +193,7 @@ def _fetched(address: str, fetch: Fetch) -> list[Path]:
     return found
 
 
-def _files(source: SourceLike, files: list[Path], folder: Path | None) -> list[tuple[Path, SourceLike, Path]]:
+def _files(source: Source, files: list[Path], folder: Path | None) -> list[tuple[Path, Source, Path]]:
     root = None if source.root is None else resolve_image_root(source.root, folder)
     # A shard's images are its own members.
     return [(f, source, f.parent if root is None or f.suffix.lower() == TAR_SUFFIX else root) for f in files]
@@ -228,7 +206,7 @@ def resolve_image_root(root: str, folder: Path | None) -> Path:
     return next((place for place in places if place.is_dir()), places[0])
 
 
-def _check(source: SourceLike) -> None:
+def _check(source: Source) -> None:
     if source.format not in FORMATS:
         hint = did_you_mean(source.format, FORMATS) or f"it is one of: {', '.join(FORMATS)}"
         raise UserError(f"{source.path}: unknown format {source.format!r}", hint)
@@ -238,48 +216,53 @@ def _check(source: SourceLike) -> None:
         raise UserError(f"{source.path}: ratio should be above 0 and at most 1, but is {source.ratio}")
 
 
-def _accessory_sources(path: Path, outer: SourceLike) -> list[Source]:
+class _MetaEntry(BaseModel):
+    """An entry of LLaMA2-Accessory's `META`, where the bare instruction is called "None"."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    path: str
+    type: Literal["text", "image_text"]
+    preprocess: Literal["caption", "single_turn_llava"] | None = None
+    prompt_type: str | None = None
+    ratio: float = Field(1.0, gt=0, le=1)
+    root: str | None = None
+
+    @field_validator("prompt_type")
+    @classmethod
+    def _known(cls, prompt_type: str | None) -> str:
+        name = "none" if prompt_type in (None, "None") else str(prompt_type)
+        if name not in TEMPLATES:
+            raise ValueError(f"unknown prompt_type {name!r}: it is one of {', '.join(TEMPLATES)}")
+        return name
+
+
+def _accessory_sources(path: Path, outer: Source) -> list[Source]:
     """LLaMA2-Accessory's `META: [{path, type, ...}]`. Its paths are looked for beside the YAML file too."""
     content = read_yaml(path)
     if not isinstance(content, dict) or list(content) != ["META"]:
         raise UserError(f"{path} is not a data file of LLaMA2-Accessory: it should have one key, META")
-    entries = content["META"]
-    if not isinstance(entries, list) or not entries:
+    if not isinstance(content["META"], list) or not content["META"]:
         raise UserError(f"{path}: META should be a list of files")
     problems: list[str] = []
     sources = []
-    for number, entry in enumerate(entries, start=1):
-        found = _meta_problems(entry)
-        problems += [f"{path}: META entry {number}: {problem}" for problem in found]
-        if not found:
-            template = _template_name(entry["prompt_type"]) if "prompt_type" in entry else outer.template
-            ratio = float(entry.get("ratio", 1.0)) * outer.ratio
-            format = _PREPROCESS.get(entry.get("preprocess"), outer.format)
-            sources.append(Source(entry["path"], format, template, ratio, entry.get("root", outer.root)))
+    for number, values in enumerate(content["META"], start=1):
+        try:
+            entry = _MetaEntry.model_validate(values)
+        except ValidationError as error:
+            found = problems_of(error, lambda key: did_you_mean(key, _MetaEntry.model_fields))
+            problems += [f"{path}: META entry {number}: {problem}" for problem in found]
+            continue
+        format = _PREPROCESS.get(entry.preprocess or "", outer.format)
+        sources.append(
+            Source(
+                entry.path,
+                format,
+                entry.prompt_type if entry.prompt_type is not None else outer.template,
+                entry.ratio * outer.ratio,
+                entry.root or outer.root,
+            )
+        )
     if problems:
         raise DataError(problems)
     return sources
-
-
-def _meta_problems(entry: Any) -> list[str]:
-    if not isinstance(entry, dict):
-        return ["should have the keys path and type"]
-    problems = [f"unknown key {k!r} {did_you_mean(str(k), _META_KEYS)}".strip() for k in entry if k not in _META_KEYS]
-    problems += [f"no {key!r}" for key in ("path", "type") if key not in entry]
-    problems += [f"{key!r} should be text" for key in ("path", "root") if not isinstance(entry.get(key) or "", str)]
-    kind, preprocess = entry.get("type", "text"), entry.get("preprocess")
-    if kind not in _META_TYPES:
-        problems.append(f"unknown type {kind!r}: it is one of {', '.join(_META_TYPES)}")
-    if preprocess is not None and preprocess not in _PREPROCESS:
-        problems.append(f"unknown preprocess {preprocess!r}: it is one of {', '.join(_PREPROCESS)}")
-    if "prompt_type" in entry and _template_name(entry["prompt_type"]) not in TEMPLATES:
-        problems.append(f"unknown prompt_type {entry['prompt_type']!r}: it is one of {', '.join(TEMPLATES)}")
-    ratio = entry.get("ratio", 1.0)
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
-        problems.append(f"ratio should be above 0 and at most 1, but is {ratio!r}")
-    return problems
-
-
-def _template_name(prompt_type: Any) -> str:
-    """There, the bare instruction is called "None"."""
-    return "none" if prompt_type in (None, "None") else str(prompt_type)
