@@ -154,7 +154,7 @@ class MicroBatch:
     tokens: NDArray[np.int64]
     """[T]"""
     targets: NDArray[np.int64]
-    """[T]: the next token of the same document where that one is labelled, else -100."""
+    """[T]: the next token of the same document where that one is labeled, else -100."""
     positions: NDArray[np.int64]
     """[T]: from 0 in each document."""
     lengths: list[int]
@@ -178,7 +178,7 @@ def build(dataset: Documents, items: Sequence[int]) -> MicroBatch:
     documents = [dataset.document(item) for item in items]
     return MicroBatch(
         tokens=np.concatenate([tokens for tokens, _ in documents]).astype(np.int64),
-        targets=np.concatenate([_targets(tokens, labelled) for tokens, labelled in documents]),
+        targets=np.concatenate([_targets(tokens, labeled) for tokens, labeled in documents]),
         positions=np.concatenate([np.arange(len(tokens), dtype=np.int64) for tokens, _ in documents]),
         lengths=[len(tokens) for tokens, _ in documents],
     )
@@ -201,7 +201,7 @@ def build_seen(dataset: SeenDocuments, items: Sequence[int], positions: int) -> 
     return replace(batch, images=tuple(images), image_documents=tuple(owners), image_places=np.concatenate(places))
 
 
-def _targets(tokens: NDArray[np.int32], labelled: NDArray[np.bool_]) -> NDArray[np.int64]:
+def _targets(tokens: NDArray[np.int32], labeled: NDArray[np.bool_]) -> NDArray[np.int64]:
     targets = np.full(len(tokens), IGNORED, dtype=np.int64)
-    targets[:-1] = np.where(labelled[1:], tokens[1:], IGNORED)
+    targets[:-1] = np.where(labeled[1:], tokens[1:], IGNORED)
     return targets

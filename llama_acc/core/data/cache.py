@@ -110,7 +110,7 @@ class Encoded:
         return map_entry, (self.path,)
 
     def document(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """A document's tokens, and which of them are labelled. [N], [N]"""
+        """A document's tokens, and which of them are labeled. [N], [N]"""
         return stored_tokens(self.table[i], self.mapped, self.token_type)
 
     def images(self, i: int) -> Images:

@@ -108,7 +108,7 @@ class Dataset:
         return self.files[0].template
 
     def document(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Its tokens, and which of them are labelled."""
+        """Its tokens, and which of them are labeled."""
         part, row = self._place(i)
         document = self.parts[part].document(row)
         self._reads[0] += 1

@@ -30,8 +30,8 @@ class Document(NamedTuple):
 
     tokens: NDArray[np.int32]
     """[N]"""
-    labelled: NDArray[np.bool_]
-    """[N]: which are trained; the first can be no target, see `stored_tokens`."""
+    labeled: NDArray[np.bool_]
+    """[N]: which are labels; the first can be no target, see `stored_tokens`."""
     merged: bool = False
     """The prompt's end and the answer's beginning are one token, so it is not the prompt's tokens and then others."""
 
@@ -119,21 +119,21 @@ def encode_chunk(
     pieces: list[bytes] = []
     merged: list[int] = []
     begin = 0
-    for (index, item), (tokens, labelled, is_merged) in zip(items, documents(values, template, tokenizer), strict=True):
+    for (index, item), (tokens, labeled, is_merged) in zip(items, documents(values, template, tokenizer), strict=True):
         merged += [index] * is_merged
         if places := image_positions * len(item.images):
             tokens = np.insert(tokens, int(template.bos), np.zeros(places, np.int32))
-            labelled = np.insert(labelled, int(template.bos), np.zeros(places, np.bool_))
+            labeled = np.insert(labeled, int(template.bos), np.zeros(places, np.bool_))
         cut = len(tokens) > max_tokens
-        tokens, labelled = tokens[:max_tokens], labelled[:max_tokens]
-        labelled[:1] = False
-        if not labelled.any():
+        tokens, labeled = tokens[:max_tokens], labeled[:max_tokens]
+        labeled[:1] = False
+        if not labeled.any():
             continue
-        bits, names = np.packbits(labelled).tobytes(), "\0".join(item.images).encode()
+        bits, names = np.packbits(labeled).tobytes(), "\0".join(item.images).encode()
         digest = hashlib.blake2b(tokens.tobytes() + bits + b"\0" * bool(names) + names, digest_size=8)
         content = tokens.astype(dtype).tobytes() + bits + names
         number = int.from_bytes(digest.digest(), "little")
-        counts = (len(content), len(tokens), labelled.sum(), index, len(item.images))
+        counts = (len(content), len(tokens), labeled.sum(), index, len(item.images))
         rows.append((begin, *counts, cut, number))
         pieces.append(content)
         begin += len(content)
@@ -158,8 +158,8 @@ def documents(items: Sequence[Item], template: PromptFormat, tokenizer: Tokenize
     for item, (ids, trained, merged) in zip(rendered, label(rendered, tokenizer), strict=True):
         framed = [tokenizer.bos_id] * template.bos + ids + [tokenizer.eos_id] * template.eos
         bos, eos = np.zeros(int(template.bos), np.bool_), np.full(int(template.eos), item.eos_trained)
-        labelled = np.concatenate((bos, trained, eos))
-        yield Document(np.array(framed, np.int32), labelled, merged)
+        labeled = np.concatenate((bos, trained, eos))
+        yield Document(np.array(framed, np.int32), labeled, merged)
 
 
 def render_item(item: Item, template: PromptFormat, stops: Sequence[str] | None = None) -> Rendered:

@@ -1,6 +1,6 @@
 """Data files as streams of bytes: opened, decompressed, counted. Nothing is ever read whole.
 
-Compression is recognised by the first bytes, which no UTF-8 text can have, so a name need not say it.
+Compression is recognized by the first bytes, which no UTF-8 text can have, so a name need not say it.
 """
 
 import difflib
@@ -63,7 +63,7 @@ class DataStream(io.BufferedIOBase):
         self.name = name
         self.count = self.line_ends = 0
         counted: Any = io.BufferedReader(_Counted(stream, progress), BLOCK)
-        with self._told():
+        with self._errors_named():
             begin = counted.peek(4)
         if begin.startswith(_GZIP):
             self._stream: Any = gzip.GzipFile(fileobj=counted)
@@ -82,7 +82,7 @@ class DataStream(io.BufferedIOBase):
         Raises:
             UserError: it cannot be read, or is damaged.
         """
-        with self._told():
+        with self._errors_named():
             content: bytes = self._stream.read(size)
         self.count += len(content)
         self.line_ends += content.count(b"\n")
@@ -98,12 +98,12 @@ class DataStream(io.BufferedIOBase):
         Raises:
             UserError: as `read`.
         """
-        with self._told():
+        with self._errors_named():
             begin: bytes = self._stream.peek(BLOCK)
         return begin
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _errors_named(self) -> Iterator[None]:
         try:
             yield
         except (EOFError, zlib.error, LZMAError, gzip.BadGzipFile, zipfile.BadZipFile, ZstdError) as error:
@@ -169,7 +169,7 @@ def nearest_names(path: Path) -> str | None:
 
 
 class _Counted(io.RawIOBase):
-    """A stream that tells how much of it has been read."""
+    """A stream that reports how much of it has been read."""
 
     def __init__(self, stream: IO[bytes], progress: BytesRead | None) -> None:
         self._stream: Any = stream

@@ -65,10 +65,10 @@ def load_dataset(
         tokenizer: the model's.
         max_tokens: longer examples are cut, and counted.
         seed: with `ratio`, decides which items are used.
-        on_error: "skip": rows that cannot be trained on are left out, and told in the report.
+        on_error: "skip": rows that cannot be trained on are left out, and reported.
         image_positions: how many places the model takes for an image; None: it takes none.
         recipe_folder: where relative paths are looked for first.
-        progress: told how far the encoding of a file is.
+        progress: called with how far the encoding of a file is.
         store: where encoded files are kept; None: one for this call.
         fetch: gets data that has an address.
         otherwise: what to do about a source that is nowhere, as a hint.

@@ -72,7 +72,7 @@ def stream_items(path: Path, format: str = "auto", *, progress: BytesRead | None
         path: a .json, .jsonl, .csv or .tsv file, perhaps compressed, or a .tar shard.
         format: "single_turn", "dialogue", "single_turn_llava" (a dialogue's first exchange as a single-turn item), or
             "auto": by the keys of its items.
-        progress: told how many bytes of the file have been read.
+        progress: called with how many bytes of the file have been read.
 
     Raises:
         UserError: it cannot be read, or holds no items.

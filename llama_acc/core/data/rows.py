@@ -58,7 +58,7 @@ def stream_rows(
     Args:
         path: what it holds is found by its suffix.
         required: columns that a .csv or .tsv file must have.
-        progress: told how many bytes have been read.
+        progress: called with how many bytes have been read.
         pipes: whether a pipe will do, which can be read only once.
 
     Raises:
@@ -94,7 +94,7 @@ def stream_rows_from(
         name: for messages.
         suffix: one of `SUFFIXES`, or None: JSON if it begins so, else CSV.
         required: columns that CSV must have.
-        progress: told how many bytes have been read.
+        progress: called with how many bytes have been read.
     """
     yield from _rows(DataStream(stream, name, progress), suffix, required, quoted=suffix != ".tsv")
 
@@ -102,7 +102,7 @@ def stream_rows_from(
 def looked_ahead(
     rows: Iterator[Row], most: int, enough: Callable[[Row], bool] = lambda row: False
 ) -> tuple[list[Row], Iterator[Row]]:
-    """The first rows, up to one that is enough, and all rows: where they break off stays the last that is told.
+    """The first rows, up to one that is enough, and all rows: where they break off stays the last that is reported.
 
     Raises:
         UserError: it cannot be read, and no row comes before that.

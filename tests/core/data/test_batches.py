@@ -75,11 +75,11 @@ class _Documents:
         self._documents = documents
 
     def document(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        tokens, labelled = self._documents[i]
-        return np.array(tokens, np.int32), np.array(labelled, bool)
+        tokens, labeled = self._documents[i]
+        return np.array(tokens, np.int32), np.array(labeled, bool)
 
 
-def test_targets_are_the_labelled_next_tokens_of_the_same_document() -> None:
+def test_targets_are_the_labeled_next_tokens_of_the_same_document() -> None:
     documents = _Documents(([1, 5, 6, 2], [0, 0, 1, 1]), ([1, 9], [0, 1]), ([1, 7, 8], [0, 1, 0]))
     batch = build(documents, [2, 0, 1])
     assert batch.tokens.tolist() == [1, 7, 8, 1, 5, 6, 2, 1, 9]

@@ -57,9 +57,9 @@ def test_files_are_joined_and_documents_know_where_they_came_from(tmp_path: Path
         "b.json item 4",
     ]
     for i in range(8):
-        tokens, labelled = dataset.document(i)
-        assert len(tokens) == len(labelled) == dataset.lengths[i]
-        assert labelled.sum() == dataset.label_counts[i] > 0
+        tokens, labeled = dataset.document(i)
+        assert len(tokens) == len(labeled) == dataset.lengths[i]
+        assert labeled.sum() == dataset.label_counts[i] > 0
     assert dataset.lengths.sum() == dataset.tokens
 
 
@@ -112,7 +112,7 @@ def test_the_report_adds_up(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert report["items"] == len(dataset) + report["dropped"]
     documents = [dataset.document(i) for i in range(len(dataset))]
     assert report["tokens"] == sum(len(tokens) for tokens, _ in documents) == dataset.tokens
-    assert report["label_tokens"] == sum(labelled.sum() for _, labelled in documents) == dataset.label_tokens
+    assert report["label_tokens"] == sum(labeled.sum() for _, labeled in documents) == dataset.label_tokens
     assert list(report["lengths"]) == ["min", "p25", "p50", "p75", "p95", "p99", "max"]
     assert (report["lengths"]["min"], report["lengths"]["max"]) == (dataset.lengths.min(), 512)
     assert report["template"] == ["alpaca", "dialogue"]

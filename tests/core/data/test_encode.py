@@ -27,12 +27,12 @@ def encode(items: Sequence[Item], template: str, tokenizer: Tokenizer, max_token
 
 def document(encoded: Chunk, i: int = 0) -> tuple[list[int], list[int]]:
     """A document's tokens, and the indices of its labels."""
-    tokens, labelled = stored_tokens(encoded.table[i], encoded.content, token_type(TINY_VOCABULARY))
-    assert encoded.table["label_count"][i] == labelled.sum()
-    return tokens.tolist(), np.flatnonzero(labelled).tolist()
+    tokens, labeled = stored_tokens(encoded.table[i], encoded.content, token_type(TINY_VOCABULARY))
+    assert encoded.table["label_count"][i] == labeled.sum()
+    return tokens.tolist(), np.flatnonzero(labeled).tolist()
 
 
-def labelled_text(encoded: Chunk, tokenizer: Tokenizer, i: int = 0) -> str:
+def labeled_text(encoded: Chunk, tokenizer: Tokenizer, i: int = 0) -> str:
     tokens, labels = document(encoded, i)
     return "".join(tokenizer.piece(tokens[label]) for label in labels)
 
@@ -54,10 +54,10 @@ def test_an_empty_reply_trains_the_end(tokenizer: Tokenizer) -> None:
     tokens, labels = document(encode([SingleTurn("go", None, "")], "alpaca", tokenizer))
     assert [tokens[label] for label in labels] == [tokenizer.eos_id]
     encoded = encode([talk("hi", " ")], "dialogue", tokenizer)
-    assert labelled_text(encoded, tokenizer).replace("▁", "") == "<0x0A>###"
+    assert labeled_text(encoded, tokenizer).replace("▁", "") == "<0x0A>###"
 
 
-def test_a_reply_that_echoes_the_human_turn_is_labelled_where_it_stands(tokenizer: Tokenizer) -> None:
+def test_a_reply_that_echoes_the_human_turn_is_labeled_where_it_stands(tokenizer: Tokenizer) -> None:
     tokens, labels = document(encode([talk("the answer", "the answer")], "dialogue", tokenizer))
     reply = tokenizer.encode("the answer\n###")
     assert labels == list(range(len(tokens) - 1 - len(reply), len(tokens) - 1))
@@ -72,7 +72,7 @@ def test_a_dialogue_is_framed_and_its_eos_is_no_label(tokenizer: Tokenizer) -> N
 
 
 @pytest.mark.parametrize("reply", ["😀", "a 👩‍👩‍👧 b", "日本", "▁ ▁", "é\nñ", "x"])
-def test_what_is_labelled_is_what_the_model_is_to_write(reply: str, tokenizer: Tokenizer) -> None:
+def test_what_is_labeled_is_what_the_model_is_to_write(reply: str, tokenizer: Tokenizer) -> None:
     """From where the prompt ends, to and with the end mark; whatever characters the reply has."""
     template = get_template("dialogue")
     tokens, labels = document(encode([talk("hi", reply)], "dialogue", tokenizer))
@@ -168,7 +168,7 @@ def test_documents_are_told_apart_by_tokens_and_labels(tokenizer: Tokenizer) -> 
     ),
     name=st.sampled_from(["dialogue", "chatml"]),
 )
-def test_a_token_is_labelled_if_and_only_if_it_overlaps_a_trained_span(
+def test_a_token_is_labeled_if_and_only_if_it_overlaps_a_trained_span(
     turns: list[tuple[str, str]], name: str, tokenizer: Tokenizer
 ) -> None:
     template = get_template(name)
