@@ -17,16 +17,12 @@ from llama_acc.core.model.tuning import FULL, Tuning, tuning_of
 from llama_acc.core.model.vision_config import VISION_FILE, ClipVision, QFormerVision, Vision, read_vision
 
 Format = Literal["meta_ori", "consolidated", "consolidated_diff", "huggingface"]
-_FORMATS: dict[Format, str] = {
-    "meta_ori": r"consolidated\.(?P<part>\d+)\.pth",
-    "consolidated": r"consolidated\.(?P<part>\d+)-of-(?P<parts>\d+)\.model\.pth",
-    "consolidated_diff": r"consolidated\.(?P<part>\d+)-of-(?P<parts>\d+)\.model-diff\.pth",
-}
 _NAMES: dict[Format, str] = {
     "meta_ori": "consolidated.{part:02d}.pth",
     "consolidated": "consolidated.{part:02d}-of-{parts:02d}.model.pth",
     "consolidated_diff": "consolidated.{part:02d}-of-{parts:02d}.model-diff.pth",
 }
+_PATTERNS = {kind: re.sub(r"\{(\w+):02d\}", r"(?P<\1>\\d+)", name.replace(".", r"\.")) for kind, name in _NAMES.items()}
 # Hugging Face's files, by how they begin and end; those first in the list are read where there are both.
 _HUGGINGFACE = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 
@@ -107,7 +103,7 @@ def inspect(folder: Path) -> Layout:
     """
     found: dict[Format, dict[tuple[int, int], Path]] = {}
     for path in sorted(folder.iterdir()):
-        for name, pattern in _FORMATS.items():
+        for name, pattern in _PATTERNS.items():
             if match := re.fullmatch(pattern, path.name):
                 groups = {"parts": None, **match.groupdict()}
                 found.setdefault(name, {})[int(groups["parts"] or 0), int(groups["part"] or 0)] = path

@@ -96,18 +96,6 @@ class Snapshot:
         pieces = [*self.weights.values(), *self.state.values()]
         return sum({piece.tensor.data_ptr(): piece.tensor.nbytes for piece in pieces}.values())
 
-    def weights_name(self) -> str:
-        """The file of this model-parallel rank's weights."""
-        return f"consolidated.{self.parallel.model_rank:02d}-of-{self.parallel.model_size:02d}.model.pth"
-
-    def state_name(self) -> str:
-        """The file of this model-parallel rank's state."""
-        return f"state/training-{self.parallel.model_rank:02d}-of-{self.parallel.model_size:02d}.safetensors"
-
-    def rng_name(self) -> str:
-        """The file of this rank's random number generators."""
-        return f"state/rng-{self.parallel.rank:05d}-of-{self.parallel.world_size:05d}.safetensors"
-
 
 def write_checkpoint(snapshot: Snapshot, folder: Path, keep: int) -> None:
     """Writes a checkpoint, together with all other ranks, points `latest` at it and removes old ones.
@@ -139,25 +127,31 @@ def _write_files(files: Mapping[str, bytes], aside: Path) -> None:
         (aside / name).write_bytes(content)
 
 
-def _specs(snapshot: Snapshot) -> dict[str, Specs]:
-    """The tensors of this model-parallel rank's files, by file."""
-    weights = {f"llma.{name}": Spec(rows.shape, snapshot.dtype) for name, rows in snapshot.weights.items()}
+def _files(snapshot: Snapshot) -> dict[str, tuple[Specs, Mapping[str, Rows]]]:
+    """This model-parallel rank's files: the tensors of each, and the rows of them that are here."""
+    part = f"{snapshot.parallel.model_rank:02d}-of-{snapshot.parallel.model_size:02d}"
+    weights = {f"llma.{name}": rows for name, rows in snapshot.weights.items()}
+    rounded = {name: Spec(rows.shape, snapshot.dtype) for name, rows in weights.items()}
     state = {name: Spec(rows.shape, rows.tensor.dtype) for name, rows in snapshot.state.items()}
-    return {snapshot.weights_name(): weights, snapshot.state_name(): state}
+    return {
+        f"consolidated.{part}.model.pth": (rounded, weights),
+        f"state/training-{part}.safetensors": (state, snapshot.state),
+    }
 
 
 def _lay_out(snapshot: Snapshot, aside: Path) -> None:
-    save_file({name: tensor.cpu() for name, tensor in snapshot.rng.items()}, aside / snapshot.rng_name())
-    if snapshot.parallel.data_rank == 0:
-        for name, specs in _specs(snapshot).items():
+    parallel = snapshot.parallel
+    rng = f"rng-{parallel.rank:05d}-of-{parallel.world_size:05d}.safetensors"
+    save_file({name: tensor.cpu() for name, tensor in snapshot.rng.items()}, aside / "state" / rng)
+    if parallel.data_rank == 0:
+        for name, (specs, _) in _files(snapshot).items():
             lay_out(aside / name, specs)
 
 
 def _write_rows(snapshot: Snapshot, aside: Path) -> None:
     """Writes this rank's rows, rounded one tensor at a time, and its turn of what every data-parallel rank has."""
-    weights = {f"llma.{name}": rows for name, rows in snapshot.weights.items()}
     turns = [0] * snapshot.parallel.data_size
-    for (file_name, specs), tensors in zip(_specs(snapshot).items(), (weights, snapshot.state), strict=True):
+    for file_name, (specs, tensors) in _files(snapshot).items():
         with contextlib.closing(TensorFile(aside / file_name, specs)) as file:
             for name, (tensor, first, _, shared) in tensors.items():
                 if shared:
@@ -170,12 +164,11 @@ def _write_rows(snapshot: Snapshot, aside: Path) -> None:
 
 def _seal(snapshot: Snapshot, aside: Path) -> dict[str, str]:
     """Completes this model-parallel rank's files, once every rank has written. Returns their SHA-256."""
-    if snapshot.parallel.data_rank:
-        return {}
-    specs = _specs(snapshot)
-    with contextlib.closing(TensorFile(aside / snapshot.weights_name(), specs[snapshot.weights_name()])) as file:
-        file.seal()
-    return {name: sha256_of(aside / name) for name in specs}
+    files = {} if snapshot.parallel.data_rank else _files(snapshot)
+    for name, (specs, _) in files.items():
+        with contextlib.closing(TensorFile(aside / name, specs)) as file:
+            file.seal()
+    return {name: sha256_of(aside / name) for name in files}
 
 
 def _publish(folder: Path, digests: Mapping[str, str], keep: int) -> None:
