@@ -113,7 +113,8 @@ def test_all_tensors_that_do_not_fit_are_listed(base: Path) -> None:
     )
     # Before the data is looked at, which may take hours.
     command = ("finetune", "--recipe", "quickstart", "--pretrained", base, "--output", base.parent.parent / "run")
-    refused(invoke(*command, "--data", base / "absent.json"), f"the weights in {base} do not fit the model:")
+    (base / "broken.json").write_text("[{", encoding="utf-8")
+    refused(invoke(*command, "--data", base / "broken.json"), f"the weights in {base} do not fit the model:")
 
 
 def test_a_tokenizer_of_another_model_is_refused(base: Path, tokenizer_path: Path) -> None:
