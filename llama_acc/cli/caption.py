@@ -44,6 +44,7 @@ Examples:
 """
 
 _DEFAULT_INSTRUCTION = "Describe the image."
+_THUMBNAIL = 320  # pixels of a picture's longer side on the page
 
 
 @dataclass(frozen=True)
@@ -246,13 +247,12 @@ def _cards(
     shown: "Iterator[Captioned]", max_pixels: int, workers: "ImageWorkers"
 ) -> "Iterator[tuple[Captioned, bytes]]":
     from llama_acc.core.data.images import ImageError
-    from llama_acc.core.generate.caption import THUMBNAIL
 
     for one in shown:
         picture = b""
         if one.problem is None:
             with contextlib.suppress(ImageError):  # it was there a moment ago
-                picture = workers.thumbnail(one.image.reference, THUMBNAIL, max_pixels).result()
+                picture = workers.thumbnail(one.image.reference, _THUMBNAIL, max_pixels).result()
         yield one, picture
 
 

@@ -23,9 +23,6 @@ from llama_acc.core.visible import visible
 # Images are loaded so many batches ahead, while the model is at work.
 _BATCHES_AHEAD = 4
 
-THUMBNAIL = 320
-"""Pixels of a picture's longer side on the page."""
-
 
 class Captioned(NamedTuple):
     """A caption, or why there is none.

@@ -58,15 +58,13 @@ def insert_images(loaded: LoadedModel, tokens: list[int], count: int) -> list[in
     return tokens[:begin] + [-1] * (loaded.vision.positions * count) + tokens[begin:]
 
 
-def encode_prompt(
-    loaded: LoadedModel, turns: Sequence[Turn], images: int | Pixels = 0, system: str | None = None
-) -> Prompt:
+def encode_prompt(loaded: LoadedModel, turns: Sequence[Turn], images: int = 0, system: str | None = None) -> Prompt:
     """A conversation up to where the model is to answer, in its prompt format.
 
     Args:
         loaded: the model.
         turns: of the conversation; the last is a question.
-        images: all of a conversation stand at its beginning, as in training; or how many there will be.
+        images: how many there are; all of a conversation stand at its beginning, as in training.
         system: the system text; None = the template's own.
 
     Raises:
@@ -74,10 +72,8 @@ def encode_prompt(
     """
     # Without BOS and text there is nothing to go on from.
     tokens = loaded.template.prompt_ids(loaded.tokenizer, turns, system) or [loaded.tokenizer.bos_id]
-    count, pixels = (images, ()) if isinstance(images, int) else (len(images), images)
     return Prompt(
-        insert_images(loaded, tokens, count),
-        pixels,
+        insert_images(loaded, tokens, images),
         spaces=loaded.template.spaces_left(turns),
         strip=loaded.template.kind == "dialogue",
     )
@@ -149,10 +145,8 @@ class Conversation:
         room = context - min(self._sampler.sampling.max_new_tokens, context // 4)
         dropped = 0
         while True:
-            prompt = encode_prompt(self.loaded, turns[dropped:], images, self.system)
-            if len(prompt.tokens) <= room:
-                return prompt, dropped
-            if dropped >= len(turns) - 1:
+            prompt = encode_prompt(self.loaded, turns[dropped:], len(images), self.system)._replace(images=images)
+            if len(prompt.tokens) <= room or dropped >= len(turns) - 1:
                 check_length(self.loaded, prompt.tokens)
                 return prompt, dropped
             # A question goes with its answer.

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +30,10 @@ from llama_acc.core.tokenizer import StreamDecoder, Tokenizer
 
 # A temperature so low leaves one token anyway, and logits divided by less would overflow.
 _GREEDY_BELOW = 1e-6
+_NO_PIXELS = torch.empty(0, dtype=torch.uint8)
+
+_Fed = tuple[int, int, int, int]
+"""What a pass is fed of a sequence: its slot, how many positions of its past stay, new tokens, images among these."""
 
 Pixels = Sequence[NDArray[np.uint8]]
 """Images, each [3, S, S] of 0 to 255, S the size that the model's encoder takes."""
@@ -177,38 +181,24 @@ class _Slot:
         self.seen: list[int] = []
         self.feed: list[int] = []
         self.new_images: Pixels = ()
-        self._images: list[NDArray[np.uint8]] = []
+        self._images: Pixels = ()
 
     def take(self, prompt: Prompt) -> None:
         """Keeps of the past what the prompt begins with; the rest of the prompt is to be fed."""
-        shared = 0
+        tokens = list(prompt.tokens)
         # The last token of the prompt is always fed: its output is needed.
-        for old, new in zip(self.seen, prompt.tokens[:-1], strict=False):
-            if old != new:
-                break
-            shared += 1
-        images = list(prompt.images)
-        same = len(images) == len(self._images) and all(a is b for a, b in zip(images, self._images, strict=True))
-        if not same or -1 in prompt.tokens[shared:]:
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(self.seen, tokens[:-1], strict=False))
+        shared = sum(1 for _ in alike)
+        same_images = [id(image) for image in prompt.images] == [id(image) for image in self._images]
+        if not same_images or -1 in tokens[shared:]:
             shared = 0
-        self.seen, self.feed = list(prompt.tokens[:shared]), list(prompt.tokens[shared:])
-        self.new_images, self._images = [] if shared else images, images
+        self.seen, self.feed = tokens[:shared], tokens[shared:]
+        self.new_images, self._images = () if shared else prompt.images, prompt.images
 
     def fed(self, token: int) -> None:
         """Notes that the model has seen the feed, and what it is to see next."""
         self.seen += self.feed
         self.feed, self.new_images = [token], ()
-
-
-class _Feed(NamedTuple):
-    """What a forward pass takes for one sequence: a row of the message from rank 0 to those that follow it."""
-
-    slot: int
-    keep: int
-    """Positions of its past that stay."""
-    length: int
-    images: int
-    """Number of images among its tokens."""
 
 
 class Engine:
@@ -251,75 +241,69 @@ class Engine:
                     del running[number]
                 yield reply, text
 
-    def _logits(self, numbers: Sequence[int]) -> Tensor:
+    def _logits(self, numbers: list[int]) -> Tensor:
         """[B, V] of what follows the sequences in these slots."""
-        slots, parallel = [self._slots[number] for number in numbers], self.loaded.model.parallel
-        feeds = [
-            _Feed(number, len(slot.seen), len(slot.feed), len(slot.new_images))
+        slots, vision = [self._slots[number] for number in numbers], self.loaded.vision
+        fed = [
+            (number, len(slot.seen), len(slot.feed), len(slot.new_images))
             for number, slot in zip(numbers, slots, strict=True)
         ]
-        tokens = torch.tensor([token for slot in slots for token in slot.feed])
+        tokens = [token for slot in slots for token in slot.feed]
         images = [image for slot in slots for image in slot.new_images]
-        pixels = torch.from_numpy(np.stack(images)) if images else torch.empty(0)
-        if parallel.world_size > 1:
-            dist.broadcast(torch.tensor([len(feeds), len(tokens)]), 0, parallel.control)
-            dist.broadcast(torch.cat((torch.tensor(feeds).flatten(), tokens)), 0, parallel.control)
-            if images and self._all_ranks_encode:
-                dist.broadcast(pixels, 0, parallel.control)
-        return self._forward(feeds, tokens, pixels)
+        pixels = torch.from_numpy(np.stack(images)) if images else _NO_PIXELS
+        if self.loaded.model.parallel.world_size > 1:
+            all_encode = vision is not None and vision.trains_encoder
+            _broadcast(self.loaded, (fed, tokens, pixels if all_encode else _NO_PIXELS))
+        return self._forward(fed, tokens, pixels)
 
     def follow(self) -> None:
         """Computes this rank's part of what rank 0 generates, until that calls `stop_followers`."""
-        group = self.loaded.model.parallel.control
-        head = torch.empty(2, dtype=torch.int64)
-        while True:
-            dist.broadcast(head, 0, group)
-            count, length = head.tolist()
-            if not count:
-                return
-            message = torch.empty(len(_Feed._fields) * count + length, dtype=torch.int64)
-            dist.broadcast(message, 0, group)
-            feeds = [_Feed(*row) for row in message[:-length].view(count, -1).tolist()]
-            images, pixels = sum(feed.images for feed in feeds), torch.empty(0)
-            if images and self._all_ranks_encode:
-                assert self.loaded.vision is not None
-                pixels = torch.empty((images, 3, *[self.loaded.vision.image_size] * 2), dtype=torch.uint8)
-                dist.broadcast(pixels, 0, group)
-            self._forward(feeds, message[-length:], pixels)
-
-    @property
-    def _all_ranks_encode(self) -> bool:
-        return self.loaded.vision is not None and self.loaded.vision.trains_encoder
+        while (message := _broadcast(self.loaded, None)) is not None:
+            self._forward(*message)
 
     @torch.inference_mode()
-    def _forward(self, feeds: Sequence[_Feed], tokens: Tensor, pixels: Tensor) -> Tensor:
-        """[B, V] logits of what follows the tokens [T] of each feed.
+    def _forward(self, fed: Sequence[_Fed], tokens: list[int], pixels: Tensor) -> Tensor:
+        """[B, V] logits of what follows each sequence.
 
         Args:
-            feeds: of the pass; their lengths sum to T.
-            tokens: end to end; -1 where an image stands.
-            pixels: [images, 3, S, S], of 0 to 255; empty on the ranks that do not encode them.
+            fed: of each sequence.
+            tokens: [T] of all, end to end; -1 where an image stands.
+            pixels: [images, 3, S, S] of 0 to 255; empty on ranks that encode none.
         """
         model, device = self.loaded.model, self.loaded.device
-        caches = [self._slots[feed.slot].cache for feed in feeds]
-        for cache, feed in zip(caches, feeds, strict=True):
-            cache.truncate(feed.keep)
-        lengths = [feed.length for feed in feeds]
-        positions = torch.tensor([place for feed in feeds for place in range(feed.keep, feed.keep + feed.length)])
-        images = None
-        if owners := [document for document, feed in enumerate(feeds) for _ in range(feed.images)]:
+        caches: list[KVCache] = []
+        positions: list[int] = []
+        owners: list[int] = []
+        for document, (slot, keep, length, images) in enumerate(fed):
+            caches.append(self._slots[slot].cache)
+            caches[-1].truncate(keep)
+            positions += range(keep, keep + length)
+            owners += [document] * images
+        stream, seen = torch.tensor(tokens, device=device), None
+        if owners:
             encoder = self.loaded.vision_encoder
             assert encoder is not None
             inputs = encoder.inputs(len(owners), partial(encoder.encode, pixels))
-            images = Images(inputs, (tokens < 0).nonzero().flatten().to(device), owners)
-            tokens = tokens.clamp(min=0)
-        hidden = model(tokens.to(device), positions.to(device), lengths, caches=caches, images=images)
-        if len(tokens) > len(feeds):
+            seen = Images(inputs, (stream < 0).nonzero().flatten(), owners)
+            stream = stream.clamp(min=0)
+        lengths = [length for _, _, length, _ in fed]
+        hidden = model(stream, torch.tensor(positions, device=device), lengths, caches=caches, images=seen)
+        if len(tokens) > len(fed):
             hidden = hidden[[end - 1 for end in accumulate(lengths)]]
         return model.logits(hidden)
+
+
+_Message = tuple[Sequence[_Fed], list[int], Tensor]
+
+
+def _broadcast(loaded: LoadedModel, message: _Message | None) -> _Message | None:
+    """What rank 0 gives to `_forward`, on every rank; None ends it. Pickled: only between processes of one run."""
+    held = [message]
+    dist.broadcast_object_list(held, 0, group=loaded.model.parallel.control)
+    return held[0]
 
 
 def stop_followers(loaded: LoadedModel) -> None:
     """Ends `Engine.follow` on the other ranks."""
     if loaded.model.parallel.world_size > 1:
-        dist.broadcast(torch.zeros(2, dtype=torch.int64), 0, loaded.model.parallel.control)
+        _broadcast(loaded, None)

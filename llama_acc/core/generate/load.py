@@ -125,7 +125,7 @@ def load_model(
 
 
 def model_on_meta(
-    config: ModelConfig, dtype: torch.dtype, parallel: Parallel, quantise_skip: Sequence[str] | None
+    config: ModelConfig, dtype: torch.dtype, parallel: Parallel, quantize_skip: Sequence[str] | None
 ) -> Transformer:
     """A rank's part of a model for generation, without storage.
 
@@ -133,11 +133,11 @@ def model_on_meta(
         config: its shape.
         dtype: type of weights and activations.
         parallel: the ranks that share it.
-        quantise_skip: its matrices are kept in four bits, but for these; None = all are kept as they are.
+        quantize_skip: its matrices are kept in four bits, but for these; None = all are kept as they are.
     """
     model = build_on_meta(config, dtype, parallel).requires_grad_(False)
-    if quantise_skip is not None:
-        quantise_on_meta(model, quantise_skip)
+    if quantize_skip is not None:
+        quantise_on_meta(model, quantize_skip)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
