@@ -29,6 +29,7 @@ from llama_acc.core.model.vision_config import QFormerVision
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.optimizer import ClippedAdamW
+from llama_acc.core.train.plan import StepSettings
 from llama_acc.core.train.step import train_step
 from llama_acc.core.train.trainer import assemble
 from llama_acc.core.vram.predict import predict, predict_generation
@@ -95,7 +96,7 @@ def measured(setup: Setup, what: str) -> int:
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.zero_()
 
-    parts = assemble(setup.recipe, setup.config, Parallel(), "cuda", zeros)
+    parts = assemble(setup.config, StepSettings.of(setup.recipe), Parallel(), "cuda", zeros)
     encoder = load_vision_encoder(parts.model, None, device)
     assert encoder is not None
     pixels = torch.zeros((1, 3, *[encoder.vision.image_size] * 2), dtype=torch.uint8)

@@ -10,14 +10,14 @@ __version__ = "0.1.0"
 __all__ = ["Recipe", "__version__", "finetune", "generate", "load_model"]
 
 if TYPE_CHECKING:
+    from llama_acc.core.finetune import finetune as finetune
     from llama_acc.core.generate.chat import generate as generate
     from llama_acc.core.generate.load import load_model as load_model
     from llama_acc.core.recipe import Recipe as Recipe
-    from llama_acc.core.train.run import finetune as finetune
 
 _PUBLIC = {
     "Recipe": "llama_acc.core.recipe",
-    "finetune": "llama_acc.core.train.run",
+    "finetune": "llama_acc.core.finetune",
     "generate": "llama_acc.core.generate.chat",
     "load_model": "llama_acc.core.generate.load",
 }

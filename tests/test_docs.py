@@ -21,7 +21,7 @@ from llama_acc.core.data import keys
 from llama_acc.core.data.items import ROLES
 from llama_acc.core.data.templates import TEMPLATES, Template, Turn
 from llama_acc.core.recipe import Recipe, Source, known_keys, recipe_names
-from llama_acc.core.train.same_run import _MAY_CHANGE
+from llama_acc.core.train.run_folder import _MAY_CHANGE
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))

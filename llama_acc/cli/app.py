@@ -30,7 +30,7 @@ from llama_acc.cli import (
 )
 from llama_acc.core.distributed import environment
 from llama_acc.core.errors import LlamaAccError, UserError
-from llama_acc.core.train.interrupt import EXIT_CODES
+from llama_acc.core.interrupt import EXIT_CODES
 from llama_acc.core.visible import visible
 
 HELP = """Fine-tune LLaMA models: from a checkpoint and a data file to a model you can talk to.

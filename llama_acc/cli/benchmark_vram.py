@@ -294,7 +294,7 @@ def _refuse_too_large(usage: "Usage", device: Any) -> None:
 
 
 def _device_name(device: Any) -> str:
-    from llama_acc.core.train.report import device_name
+    from llama_acc.core.train.log import device_name
 
     return device_name(device)
 

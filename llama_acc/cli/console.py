@@ -6,8 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -18,7 +17,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
-    Task,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
@@ -32,10 +30,7 @@ from llama_acc.core.distributed import environment
 from llama_acc.core.units import count_text, size_text
 from llama_acc.core.visible import visible
 
-if TYPE_CHECKING:
-    from llama_acc.core.train.plan import Plan
-
-_SIGN_AFTER, _SECONDS_BETWEEN_LINES = 1.0, 5.0
+_SIGN_AFTER, SECONDS_BETWEEN_LINES = 1.0, 5.0
 _ALL = 1e9  # seconds: of work whose parts take longer than half a minute, rich would forget the last one
 _Watching = TypeVar("_Watching", bound="_WorkProgress")
 
@@ -100,7 +95,7 @@ class _Activity:
             self._timer = threading.Timer(after, self._say, [key])
             self._timer.daemon = True
             self._timer.start()
-        elif self._last_line is not None and time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+        elif self._last_line is not None and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._say(key)
 
     def _spin(self, text: Text) -> None:
@@ -220,115 +215,6 @@ def duration(seconds: float) -> str:
     return f"{whole // size} {name} {whole % size // next_size} {next_name}"
 
 
-class _Facts(ProgressColumn):
-    """Loss, learning rate, speed and memory of the newest step."""
-
-    def render(self, task: Task) -> Text:
-        return Text(task.fields.get("facts", ""))
-
-
-class _TimeLeft(ProgressColumn):
-    """The time until `ends`, which goes down between two steps."""
-
-    def render(self, task: Task) -> Text:
-        ends = task.fields.get("ends")
-        return Text("" if ends is None else f"{duration(max(0.0, ends - time.monotonic()))} left")
-
-
-class RunConsole:
-    """Watches a run (see `core.train.events.Events`): a bar on a terminal, a line every few seconds otherwise."""
-
-    def __init__(self) -> None:
-        self._progress: Progress | None = None
-        self._task: Any = None
-        self._last_line = 0.0
-        self._first: float | None = None  # when the first step was done
-        self._tokens = 0  # of the steps behind it
-
-    def __enter__(self) -> "RunConsole":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        working(None)
-        if self._progress is not None:
-            self._progress.stop()
-
-    def note(self, text: str) -> None:
-        """A line on the side."""
-        note(text)
-
-    def fetch(self, address: str) -> "list[Path]":
-        """With bars, as `llama-acc download` shows it."""
-        from llama_acc.cli.download import fetch_shown
-
-        return fetch_shown(address)
-
-    def working(self, text: str) -> None:
-        """What is being done."""
-        if self._progress is not None:
-            self._progress.update(self._task, facts=text)
-        else:
-            working(text)
-
-    def encoding(self, file: str, items: int, fraction: float) -> None:
-        """How far the encoding of a file is."""
-        working(encoding_line(file, items, fraction), key=file)
-
-    def opening(self, done: int, total: int) -> None:
-        """How many images are opened."""
-        working(f"opened {done:,} of {count_text(total, 'image')}", key="images")
-
-    def plan(self, plan: "Plan") -> None:
-        """What will be done."""
-        working(None)
-        pairs(plan.lines())
-        self._last_line = 0.0
-        if sys.stderr.isatty() and not err.is_dumb_terminal:
-            self._progress = Progress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), _Facts(), _TimeLeft(), console=err
-            )
-            self._task = self._progress.add_task("train", total=plan.total_steps)
-            self._progress.start()
-
-    def step(self, metrics: dict[str, Any], plan: "Plan") -> None:
-        """Moves the bar, or prints a line now and then; always at the last step."""
-        working(None)
-        facts = (
-            f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  {metrics['tokens_per_second']:,.0f} tokens/s  "
-            f"{metrics['peak_memory_gib']:.2f} GiB"
-        )
-        now, left = time.monotonic(), self._left(metrics, plan)
-        if self._progress is not None:
-            ends = None if left is None else now + left
-            self._progress.update(self._task, completed=metrics["step"], facts=facts, ends=ends)
-            return
-        if now - self._last_line < _SECONDS_BETWEEN_LINES and metrics["step"] != plan.total_steps:
-            return
-        self._last_line = now
-        ending = "" if left is None or metrics["step"] == plan.total_steps else f"  {duration(left)} left"
-        err.print(f"step {metrics['step']}/{plan.total_steps}  {facts}{ending}", markup=False)
-
-    def _left(self, metrics: dict[str, Any], plan: "Plan") -> float | None:
-        """Seconds to the end, from the second step on.
-
-        Steps differ in length: the tokens since the first step have taken so long, and so will those that are left.
-        """
-        if self._first is None:
-            self._first = time.monotonic()
-            return None
-        self._tokens += metrics["tokens"]
-        speed = self._tokens / max(time.monotonic() - self._first, 1e-9)
-        return (plan.total_steps - metrics["step"]) * plan.train.tokens / plan.steps_per_epoch / speed
-
-    def validation(self, metrics: dict[str, Any]) -> None:
-        """The loss on held-out items."""
-        err.print(f"step {metrics['step']}: validation loss {metrics['validation_loss']:.4f}", markup=False)
-
-    def saved(self, checkpoint: Path) -> None:
-        """Where a checkpoint is."""
-        err.print(f"saved {checkpoint}", markup=False)
-
-
 class _WorkProgress:
     """Watches work: a bar on a terminal, a line every few seconds otherwise."""
 
@@ -364,7 +250,7 @@ class _WorkProgress:
             self._progress.update(self._task, description=what, completed=done, total=total or None)
             return
         now = time.monotonic()
-        if now - self._last_line >= _SECONDS_BETWEEN_LINES:
+        if now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
             note(line)
 

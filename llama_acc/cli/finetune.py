@@ -17,10 +17,8 @@ from llama_acc.core.units import count_text, size_text
 if TYPE_CHECKING:
     from llama_acc.core.data.preview import Shown
     from llama_acc.core.recipe import Recipe
-    from llama_acc.core.train.dry_run import DryRun
     from llama_acc.core.train.plan import Plan
-    from llama_acc.core.train.simulate import RankShare
-    from llama_acc.core.vram.predict import Usage
+    from llama_acc.core.vram.estimate import RankShare
 
 _EXAMPLES = 2
 
@@ -84,7 +82,7 @@ def finetune(
             "--output", "-o", metavar="DIR", help="The run's folder; without it, runs/RECIPE.", callback=options.given
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --output.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest checkpoint in --output.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show what would be trained, do not train.")
     ] = False,
@@ -111,7 +109,7 @@ def finetune(
         typer.Option(
             "--rdzv-endpoint",
             metavar="HOST:PORT",
-            help="Where machines meet: a free port of one of them.",
+            help="Rendezvous endpoint: the first node's name and a free port of it.",
             callback=options.endpoint,
             rich_help_panel=options.PROCESSES,
         ),
@@ -122,7 +120,7 @@ def finetune(
             "--max-restarts",
             metavar="N",
             min=0,
-            help="Go on from the last whole checkpoint, up to N times, when a process dies.",
+            help="Resume from the last whole checkpoint, up to N times, when a process dies.",
             rich_help_panel=options.PROCESSES,
         ),
     ] = 0,
@@ -155,7 +153,7 @@ def finetune(
         _dry_run(loaded, run, folder, device, verify, processes.world_size(wanted), timing)
         return
     output_folder = run or _named_after(loaded)
-    again = f"go on with: {_again(output_folder, wanted)}"
+    again = f"resume with: {_again(output_folder, wanted)}"
     try:
         if not processes.launched(wanted, device, lambda count: _check(loaded, folder, run if resume else None, count)):
             _train(loaded, output_folder, folder, resume, device, verify, force, again)
@@ -166,7 +164,7 @@ def finetune(
 
 
 def _again(output: Path, wanted: processes.Wanted) -> str:
-    """The command that goes on with a run, on as many processes."""
+    """The command that resumes a run, on as many processes."""
     words = ["llama-acc", "finetune", "--output", str(output), "--resume"]
     words += [] if wanted.nproc is None else ["--nproc", wanted.nproc]
     words += ["--nnodes", str(wanted.nnodes)] if wanted.nnodes > 1 else []
@@ -216,7 +214,7 @@ def _check(recipe: "Recipe", folder: Path | None, resumed: Path | None, processe
     """Finds what would end every process before any is started."""
     from llama_acc.core.checkpoint.layout import latest_checkpoint
     from llama_acc.core.distributed.groups import check_world
-    from llama_acc.core.train.plan_model import find_model
+    from llama_acc.core.train.base import find_model
 
     check_world(recipe.parallel.model_parallel_size, processes)
     find_model(recipe, folder, saved=None if resumed is None else latest_checkpoint(resumed))
@@ -245,10 +243,11 @@ def _train(
     force: bool,
     again: str,
 ) -> None:
-    from llama_acc.core.train.interrupt import Interrupted
-    from llama_acc.core.train.run import finetune as run
+    from llama_acc.cli.run_console import RunConsole
+    from llama_acc.core.finetune import finetune as run
+    from llama_acc.core.interrupt import Interrupted
 
-    with console.RunConsole() as watcher:
+    with RunConsole() as watcher:
         try:
             finished = run(
                 recipe,
@@ -256,7 +255,7 @@ def _train(
                 resume=resume,
                 device=device,
                 recipe_folder=folder,
-                events=watcher,
+                callback=watcher,
                 handle_signals=True,
                 verify=verify,
                 force=force,
@@ -286,65 +285,53 @@ def _dry_run(
     processes: int | None,
     timing: bool,
 ) -> None:
-    """Shows what it finds out as it does, the quickest first."""
-    from llama_acc.core.train.dry_run import dry_run, estimate_time, predict_memory
+    """Shows results as they come, the quickest first."""
+    from llama_acc.cli.run_console import RunConsole
+    from llama_acc.core.device import pick_device
+    from llama_acc.core.distributed.groups import check_world
+    from llama_acc.core.finetune import dry_run
+    from llama_acc.core.vram.estimate import estimate_time, predict_memory, rank_share
 
-    with console.RunConsole() as watcher:
-        found = dry_run(
-            recipe,
-            output,
-            device=device,
-            recipe_folder=folder,
-            events=watcher,
-            verify=verify,
-            processes=processes,
-        )
-        lines = _found_lines(found)
+    count = processes or recipe.parallel.model_parallel_size
+    check_world(recipe.parallel.model_parallel_size, count)
+    target = pick_device(device)
+    with RunConsole() as watcher:
+        plan = dry_run(recipe, output, recipe_folder=folder, callback=watcher, verify=verify)
+        lines = _dry_run_lines(plan, rank_share(plan, count), count)
         width = max(len(subject) for subject, _ in lines)
         console.pairs(lines, console.out)
         console.out.print()
-        show_items(_examples(found.plan))
+        show_items(_examples(plan))
         watcher.working("predicting the memory")
-        memory = predict_memory(found)
+        memory = predict_memory(plan, count, target)
         console.out.print()
-        console.pairs([("memory", _fullest(memory, found.device.type))], console.out, width)
+        text = f"{size_text(memory.allocated)} on {target.type} at its fullest, predicted: {memory.moment}, with the "
+        console.pairs([("memory", f"{text}largest micro-batch of the data")], console.out, width)
         if timing:
             watcher.working("timing a micro-batch of this model (--no-timing leaves it out)")
-            estimate = estimate_time(found, memory)
+            estimate = estimate_time(plan, count, target, memory)
             text = f"about {console.duration(estimate.seconds)} for the steps ({estimate.how})"
             console.pairs([("time", text)], console.out, width)
 
 
-def _found_lines(found: "DryRun") -> list[tuple[str, str]]:
-    plan = found.plan
-    lengths, truncated = plan.report["lengths"], count_text(plan.report["truncated"], "item")
-    disk = min(plan.save_count(), plan.recipe.checkpoint.keep or plan.save_count()) * plan.checkpoint_bytes()
+def _dry_run_lines(plan: "Plan", share: "RankShare", processes: int) -> list[tuple[str, str]]:
+    from llama_acc.core.train.log import describe_plan
+
+    report, parallel, saves = plan.report, plan.recipe.parallel, plan.save_count()
+    truncated, size = count_text(report["truncated"], "item"), parallel.model_parallel_size
+    layout = f"{processes // size} data parallel ({parallel.data_parallel}) x {size} model parallel"
+    kept = {"weights": share.weights, "gradients": share.gradients, "moments": share.moments, "in all": share.total}
+    parts = ", ".join(f"{name} {size_text(count)}" for name, count in kept.items())
+    disk = min(saves, plan.recipe.checkpoint.keep or saves) * plan.checkpoint_bytes()
     return [
-        *plan.lines(),
-        ("lengths", ", ".join(f"{name} {value}" for name, value in lengths.items()) + " tokens"),
+        *describe_plan(plan),
+        ("lengths", ", ".join(f"{name} {value}" for name, value in report["lengths"].items()) + " tokens"),
         ("truncated", f"{truncated} longer than {plan.recipe.data.max_tokens} tokens"),
-        ("label tokens", f"{plan.report['label_tokens']:,} of {plan.report['tokens']:,}"),
-        *_per_rank(plan, found.share),
+        ("label tokens", f"{report['label_tokens']:,} of {report['tokens']:,}"),
+        ("processes", f"{processes}: {layout}"),
+        ("each keeps", f"{share.parameters:,} parameters; {parts}"),
         ("disk", f"{size_text(disk)} for the checkpoints that stay"),
     ]
-
-
-def _per_rank(plan: "Plan", share: "RankShare") -> list[tuple[str, str]]:
-    """What each of several processes keeps."""
-    size = plan.recipe.parallel.model_parallel_size
-    layout = f"{share.world_size // size} data parallel ({plan.recipe.parallel.data_parallel}) x {size} model parallel"
-    names = {"weights": share.weights, "gradients": share.gradients, "moments": share.moments}
-    parts = ", ".join(f"{name} {size_text(count)}" for name, count in names.items())
-    return [
-        ("processes", f"{share.world_size}: {layout}"),
-        ("each keeps", f"{share.parameters:,} parameters; {parts}, in all {size_text(share.total)}"),
-    ]
-
-
-def _fullest(usage: "Usage", device: str) -> str:
-    """The most memory a process takes at a time, and when."""
-    text = f"{size_text(usage.allocated)} on {device} at its fullest, predicted: {usage.moment}, with the largest "
-    return text + "micro-batch of the data"
 
 
 def _examples(plan: "Plan") -> "Iterator[Shown]":

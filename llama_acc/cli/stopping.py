@@ -9,7 +9,7 @@ between any two lines of anybody's code, so:
 - whatever a command that got a signal ends with, such as a file that "is damaged" as its reading was broken off, is
   not told.
 
-A second signal ends the process at once. Training has its own handlers (`core.train.interrupt`), which save.
+A second signal ends the process at once. Training has its own handlers (`core.interrupt`), which save.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-from llama_acc.core.train.interrupt import EXIT_CODES
+from llama_acc.core.interrupt import EXIT_CODES
 
 _LOOK_AGAIN, _IMPORT_PATIENCE = 0.01, 1.0  # seconds
 _IMPORTING = "<frozen importlib._bootstrap>"

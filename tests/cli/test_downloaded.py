@@ -12,7 +12,7 @@ from llama_acc.core.data.sources import resolve_data_path
 from llama_acc.core.downloads import converted_file, raw_files
 from llama_acc.core.errors import UserError
 from llama_acc.core.recipe import Recipe
-from llama_acc.core.train.plan_model import find_model
+from llama_acc.core.train.base import find_model
 from tests.cli.commands import invoke, refused, run, start
 from tests.cli.conftest import DIALOGUE
 from tests.hub import TOKEN, Servers

@@ -10,11 +10,10 @@ import pytest
 import yaml
 
 from llama_acc.core.recipe import Recipe, recipe_names
-from llama_acc.core.train import dry_run
-from llama_acc.core.train.events import Quiet
-from llama_acc.core.train.plan import Plan
-from llama_acc.core.train.planning import make_plan
+from llama_acc.core.train.callback import Callback
+from llama_acc.core.train.plan import Plan, make_plan
 from llama_acc.core.units import size_text
+from llama_acc.core.vram import estimate
 from llama_acc.core.vram.guard import setup_of_run
 from llama_acc.core.vram.predict import predict
 from tests.cli.commands import QUICKSTART, invoke
@@ -26,7 +25,7 @@ TINY_LONG = f"model.params={{{SHAPE}}}"
 
 def plan_of_quickstart() -> Plan:
     recipe = Recipe.load("quickstart", QUICKSTART[5:])
-    return make_plan(recipe, Quiet(), recipe_folder=None, dry_run=True)
+    return make_plan(recipe, Callback(), recipe_folder=None, dry_run=True)
 
 
 def files(folder: Path) -> set[str]:
@@ -102,12 +101,12 @@ def test_one_of_a_kind_is_not_told_as_several(tmp_path: Path) -> None:
 
 
 def test_work_is_counted_in_the_programs_own_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dry_run, "free_memory", lambda device: 0)
+    monkeypatch.setattr(estimate, "free_memory", lambda device: 0)
     told = shown(invoke(*QUICKSTART, "--dry-run").stdout)["time"]
     operations = float(told.partition("(from ")[2].partition(" floating")[0])
     plan = plan_of_quickstart()
     head = plan.config.vocab_size * plan.config.dim
-    blocks = plan.parameter_count() - 2 * head  # norms are too small to count
+    blocks = plan.config.parameter_count() - 2 * head  # norms are too small to count
     recomputed = 2 if plan.recipe.train.activation_checkpointing else 0
     least = plan.train.tokens * (6 + recomputed) * blocks + 6 * head * plan.train.label_tokens
     assert operations == pytest.approx(least * plan.total_steps / plan.steps_per_epoch, rel=0.15)  # and attention
@@ -225,7 +224,7 @@ def test_only_the_shape_of_a_model_that_is_not_there_is_needed(
     result = invoke("finetune", "--recipe", "lima", "--dry-run", *flags)
     assert result.exit_code == 0, result.stderr
     lines = shown(result.stdout)
-    assert lines["weights"] == "from llama2-7b, which is not there"
+    assert lines["weights"] == "from llama2-7b (not found)"
     assert lines["parameters"].startswith("6,738,415,616, of which 6,738,415,616 train")
     assert "floating-point operations" in lines["time"]
     assert lines["time"].endswith("at best)")

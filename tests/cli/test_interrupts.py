@@ -77,7 +77,7 @@ def test_sigterm_and_ctrl_c_save_and_the_run_goes_on_from_there(uninterrupted: P
         assert process.returncode == code, remarks
         assert said == ""
         assert f"{number.name}: saving after this step, then stopping" in remarks
-        assert f"stopped; go on with: llama-acc finetune --output '{output}' --resume" in remarks
+        assert f"stopped; resume with: llama-acc finetune --output '{output}' --resume" in remarks
         assert "Traceback" not in remarks
         assert latest_step(output) == lines_of(output) < 400
         assert number.name in (output / "report.md").read_text()

@@ -86,7 +86,7 @@ def test_a_killed_rank_ends_the_job_with_its_name_and_nothing_stays(tmp_path: Pa
     told = [line for line in job.err.splitlines() if not line.startswith(("step", "saved"))]
     assert told[-2:] == [
         "error: rank 1 was killed by SIGKILL (out of memory?)",
-        f"hint: go on with: llama-acc finetune --output {job.output} --resume --nproc 2",
+        f"hint: resume with: llama-acc finetune --output {job.output} --resume --nproc 2",
     ]
     assert not any("error" in line.lower() for line in told[:-2]), "the others' errors are not shown"
     assert gone(list(workers.values()))
@@ -139,7 +139,7 @@ def test_ctrl_c_saves_on_all_ranks_and_a_killed_launcher_leaves_nothing(tmp_path
     job.process.send_signal(signal.SIGINT)
     assert job.wait() == 130
     assert (
-        job.err.splitlines()[-1] == f"stopped; go on with: llama-acc finetune --output {job.output} --resume --nproc 2"
+        job.err.splitlines()[-1] == f"stopped; resume with: llama-acc finetune --output {job.output} --resume --nproc 2"
     )
     assert job.err.count("SIGINT: saving after this step") == 1
 
@@ -159,7 +159,7 @@ def test_an_error_on_one_rank_is_shown_with_its_number(tmp_path: Path) -> None:
     fault = "import llama_acc.core.train.loop as loop\ndef fail(self): raise ValueError('the dog ate it')\n"
     (tmp_path / "sitecustomize.py").write_text(
         "import os\nif os.environ.get('RANK') == '1':\n"
-        + "".join(f"    {line}\n" for line in (fault + "loop.Loop._own_facts = fail").splitlines())
+        + "".join(f"    {line}\n" for line in (fault + "loop.Loop._rank_stats = fail").splitlines())
     )
     root = Path(__file__).parents[2]
     job = Job(tmp_path / "run", *LONG, "--nproc", 2, PYTHONPATH=f"{tmp_path}:{root}")

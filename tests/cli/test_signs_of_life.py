@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llama_acc.cli import console
+from llama_acc.cli import console, run_console
 from tests.cli.commands import DRY
 from tests.cli.terminal import Terminal
 
@@ -34,8 +34,9 @@ def test_the_time_left_is_told_from_the_second_step_on_by_tokens(
     plan: Any = SimpleNamespace(total_steps=10, steps_per_epoch=5, train=SimpleNamespace(tokens=750))
     clock, shown = _Clock(monkeypatch), io.StringIO()
     monkeypatch.setattr(console, "err", console.Console(file=shown, width=200))
-    monkeypatch.setattr(console, "_SECONDS_BETWEEN_LINES", 0.0)
-    watcher = console.RunConsole()
+    monkeypatch.setattr(run_console, "time", console.time)
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.0)
+    watcher = run_console.RunConsole()
     watcher.step(_step(1, 100), plan)
     clock.now += seconds
     watcher.step(_step(2, 200), plan)

@@ -23,7 +23,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 
 from llama_acc.core.distributed.environment import ExitRecord
 from llama_acc.core.errors import LlamaAccError
-from llama_acc.core.train.interrupt import EXIT_CODES, held_back
+from llama_acc.core.interrupt import EXIT_CODES, held_back
 
 POLL = 0.1
 """Seconds between looks at the workers."""

@@ -20,7 +20,7 @@ from llama_acc.core.distributed.agent import POLL, Agent, Logs, Stopped
 from llama_acc.core.distributed.environment import LAUNCHER
 from llama_acc.core.distributed.meeting import did_not_meet, meet, network_of, own_address, saying_who_is_missing
 from llama_acc.core.errors import UserError
-from llama_acc.core.train.interrupt import EXIT_CODES
+from llama_acc.core.interrupt import EXIT_CODES
 
 
 @dataclass(frozen=True)

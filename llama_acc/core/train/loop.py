@@ -12,24 +12,24 @@ from llama_acc.core.checkpoint.save import Saver, Snapshot, write_checkpoint
 from llama_acc.core.device import free_memory, peak_memory_gib
 from llama_acc.core.distributed.groups import local_world_size
 from llama_acc.core.errors import RunError, listed
-from llama_acc.core.train.events import Events
-from llama_acc.core.train.folder import RunFolder
-from llama_acc.core.train.interrupt import Interrupted, StopRequest
-from llama_acc.core.train.metrics import MetricsLog
+from llama_acc.core.interrupt import Interrupted, StopRequest
+from llama_acc.core.train.callback import Callback
+from llama_acc.core.train.log import MetricsLog
+from llama_acc.core.train.run_folder import RunFolder
 from llama_acc.core.train.step import StepResult
 from llama_acc.core.train.trainer import Trainer
 
 
 class Loop:
-    """Runs a trainer to the plan's end; on rank 0 it also tells of it."""
+    """Runs a trainer to the plan's end; on rank 0 it also logs and reports."""
 
     def __init__(
-        self, trainer: Trainer, folder: RunFolder, log: MetricsLog | None, events: Events, stop: StopRequest
+        self, trainer: Trainer, folder: RunFolder, log: MetricsLog | None, callback: Callback, stop: StopRequest
     ) -> None:
-        self.trainer, self.folder, self.log, self.events, self.stop = trainer, folder, log, events, stop
+        self.trainer, self.folder, self.log, self.callback, self.stop = trainer, folder, log, callback, stop
         self._saver = Saver()
         self._pending: tuple[StepResult, dict[str, Any]] | None = None
-        self._agreed_stop: signal.Signals | None = None
+        self._stop_of_any_rank: signal.Signals | None = None
         self._since = time.perf_counter()
 
     def run(self) -> None:
@@ -42,7 +42,7 @@ class Loop:
         try:
             self._run()
         except (RunError, MemoryError, RuntimeError):
-            self._tell_saved(wait=True)
+            self._report_saved(wait=True)
             raise
 
     def _run(self) -> None:
@@ -51,19 +51,19 @@ class Loop:
             self._validate()  # what training is to better
         self._since = time.perf_counter()
         while trainer.step < plan.total_steps:
-            current = trainer.advance(self._saver.wait_for_copy, self._own_facts())
+            current = trainer.advance(self._saver.wait_for_copy, self._rank_stats())
             # A device works on this step while the host looks at the one before; a CPU has finished it by now.
-            self._settle()
+            self._log_previous_step()
             self._pending = current
             if trainer.device.type == "cpu":
-                self._settle()
-            self._tell_saved(wait=False)
+                self._log_previous_step()
+            self._report_saved(wait=False)
             stop = self._stop()
             due_save = plan.saves_at(trainer.step) or stop is not None
             due_validation = plan.validates_at(trainer.step)
             if not (due_save or due_validation):
                 continue
-            self._settle()
+            self._log_previous_step()
             if due_validation:
                 self._validate()
             if due_save:
@@ -72,8 +72,8 @@ class Loop:
                 raise Interrupted(stop)
             self._since = time.perf_counter()
 
-    def _own_facts(self) -> list[float]:
-        """What the other ranks are told with a step's result: the signals that came in, and each rank's memory."""
+    def _rank_stats(self) -> list[float]:
+        """What is summed over the ranks with a step's result: the signals that came in, and each rank's memory."""
         parallel, stop = self.trainer.parallel, self.stop.received
         peaks = [0.0] * parallel.world_size
         peaks[parallel.rank] = peak_memory_gib(self.trainer.device)
@@ -81,38 +81,34 @@ class Loop:
 
     def _stop(self) -> signal.Signals | None:
         """The signal to stop for. Ranks stop after the same step: the one whose result told all of them."""
-        return self.stop.received if self.trainer.parallel.world_size == 1 else self._agreed_stop
+        return self.stop.received if self.trainer.parallel.world_size == 1 else self._stop_of_any_rank
 
-    def _settle(self) -> None:
-        """Reads the pending step's results, logs them, and refuses to go on from a step that is not finite."""
+    def _log_previous_step(self) -> None:
+        """Reads the pending step's results, logs them, and refuses to continue from a step that is not finite."""
         if self._pending is None:
             return
-        result, told = self._pending
+        result, known = self._pending
         self._pending = None
         loss, grad_norm, interrupted, terminated, *peaks = torch.cat(
-            (result.loss.view(1), result.grad_norm.view(1), result.facts)
+            (result.loss.view(1), result.grad_norm.view(1), result.extra_sums)
         ).tolist()
         now = time.perf_counter()
         if not (np.isfinite(loss) and np.isfinite(grad_norm)):
-            raise self._not_finite(told["step"], loss, grad_norm)
+            raise self._not_finite(known["step"], loss, grad_norm)
         if interrupted or terminated:
-            self._agreed_stop = signal.SIGTERM if terminated else signal.SIGINT
+            self._stop_of_any_rank = signal.SIGTERM if terminated else signal.SIGINT
         metrics = {
-            "step": told["step"],
-            "epoch": told["epoch"],
+            "step": known.pop("step"),
+            "epoch": known.pop("epoch"),
             "loss": loss,
-            "lr": told["lr"],
             "grad_norm": grad_norm,
-            "label_tokens": told["label_tokens"],
-            "tokens": told["tokens"],
-            "tokens_per_second": told["tokens"] / max(now - self._since, 1e-9),
+            **known,
+            "tokens_per_second": known["tokens"] / max(now - self._since, 1e-9),
             "peak_memory_gib": max(peaks),
         }
-        if "imbalance" in told:
-            metrics["imbalance"] = told["imbalance"]
         self._since = now
         self._write(metrics)
-        self.events.step(metrics, self.trainer.plan)
+        self.callback.step(metrics, self.trainer.plan)
 
     def _write(self, metrics: dict[str, Any]) -> None:
         if self.log is not None:
@@ -130,16 +126,16 @@ class Loop:
     def _validate(self) -> None:
         metrics = {"step": self.trainer.step, "validation_loss": self.trainer.validate()}
         self._write(metrics)
-        self.events.validation(metrics)
+        self.callback.validation(metrics)
 
     def _save(self, at_once: bool) -> None:
         """Saves while training goes on; `at_once`, or where memory for a copy is short, before it does."""
-        self._tell_saved(wait=True)
+        self._report_saved(wait=True)
         plan, snapshot = self.trainer.plan, self.trainer.snapshot()
         folder, keep = self.folder.path / plan.checkpoint_name(self.trainer.step), plan.recipe.checkpoint.keep
         if at_once or not self._copy_fits(snapshot):
             write_checkpoint(snapshot, folder, keep)
-            self.events.saved(folder)
+            self.callback.saved(folder)
         else:
             background = replace(snapshot.parallel, control=snapshot.parallel.background)
             self._saver.start(replace(snapshot, parallel=background), folder, keep)
@@ -151,7 +147,7 @@ class Loop:
         wanted = snapshot.nbytes() * local_world_size()
         return all(snapshot.parallel.gather(wanted < free_memory(torch.device("cpu")) / 2))
 
-    def _tell_saved(self, wait: bool) -> None:
+    def _report_saved(self, wait: bool) -> None:
         folder = self._saver.finished(wait)
         if folder is not None:
-            self.events.saved(folder)
+            self.callback.saved(folder)

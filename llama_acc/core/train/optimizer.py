@@ -1,5 +1,6 @@
-"""AdamW, with clipping and the guard against non-finite steps inside the update itself."""
+"""AdamW, with clipping and the guard against non-finite steps inside the update itself; and its learning rate."""
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -103,7 +104,7 @@ class ClippedAdamW:
         ]
 
     def load_state(self, read: Callable[[str, Tensor], Tensor | None]) -> None:
-        """Takes over what `state_tensors` gave.
+        """Restores what `state_tensors` gave.
 
         Args:
             read: given `KEY.NAME` and the parameter, the rows to be stored here, or None if there are none.
@@ -126,3 +127,19 @@ def _share(name: str, parameter: Tensor, parallel: Parallel) -> bool:
 def total_norm(gradients: Iterable[Tensor]) -> Tensor:
     """The L2 norm of all gradients together, a float32 scalar."""
     return torch.nn.utils.get_total_norm(list(gradients), norm_type=2.0, foreach=True)
+
+
+def learning_rate(epoch: float, *, epochs: float, warmup_epochs: float, lr: float, min_lr: float) -> float:
+    """Linear warm-up from 0 to `lr`, then half a cosine down to `min_lr` (LLaMA2-Accessory's schedule).
+
+    Args:
+        epoch: passes over the data completed before this step, a fraction; so a warm-up's first step has rate 0.
+        epochs: length of the schedule.
+        warmup_epochs: length of the warm-up.
+        lr: the highest rate.
+        min_lr: the last rate.
+    """
+    if epoch < warmup_epochs:
+        return lr * epoch / warmup_epochs
+    progress = min(1.0, (epoch - warmup_epochs) / (epochs - warmup_epochs))
+    return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -1,31 +1,93 @@
-"""What a run will do: its model, its data, its steps, and when it saves. `planning.make_plan` finds it out."""
+"""What a run will do, found out and checked before anything is computed: recipe, checkpoint, tokenizer, data.
+
+`make_plan` resolves the recipe; whatever comes after it takes a `Plan`, or values.
+"""
 
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from llama_acc.core.checkpoint.adapter import TrainedQuantised
 from llama_acc.core.checkpoint.layout import Layout
-from llama_acc.core.checkpoint.save import DTYPES, free_bytes, needed_bytes
+from llama_acc.core.checkpoint.save import DTYPES, needed_bytes
+from llama_acc.core.data.cache import EntryStore, load_published, publish_to_local_ranks
 from llama_acc.core.data.dataset import Dataset
-from llama_acc.core.data.findings import KINDS as FINDINGS
-from llama_acc.core.data.keys import unused_text
+from llama_acc.core.data.image_checks import with_usable_images
+from llama_acc.core.data.load import load_dataset
+from llama_acc.core.data.readers import raise_together
+from llama_acc.core.data.sources import OTHERWISE, Source
 from llama_acc.core.distributed.groups import Parallel
-from llama_acc.core.home import home
+from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.nf4 import nbytes
-from llama_acc.core.model.transformer import Transformer
+from llama_acc.core.model.transformer import Transformer, build_on_meta, freeze_untrained, quantise_on_meta
+from llama_acc.core.model.tuning import Shapes
 from llama_acc.core.recipe import Recipe
-from llama_acc.core.tokenizer import Tokenizer, tokenizer_notes
-from llama_acc.core.train.plan_model import model_on_meta
-from llama_acc.core.units import count_text, size_text
+from llama_acc.core.tokenizer import Tokenizer
+from llama_acc.core.train.base import find_model, has_frozen, read_base, with_absolute_paths
+from llama_acc.core.train.callback import Callback
+from llama_acc.core.train.data_parallel import Mode
+from llama_acc.core.units import count_text
 
-MOST_IDLE = 0.05
-"""The part of a run's steps that may have rate 0 without a word."""
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How a step is computed: all that its memory depends on besides the model's shape and the batch.
+
+    Attributes:
+        dtype: type of activations and matrix products.
+        quantize_skip: matrices not quantized to NF4; None = nothing is.
+        compile: run each block through torch.compile.
+        activation_checkpointing: recompute each block in the backward pass.
+        data_parallel: see `DataParallel`.
+        accumulate_unsharded: see `DataParallel`.
+        betas: AdamW's.
+        eps: AdamW's.
+        weight_decay: AdamW's.
+        clip_grad_norm: the largest norm of a step's gradients.
+    """
+
+    dtype: torch.dtype
+    quantize_skip: tuple[str, ...] | None
+    compile: bool
+    activation_checkpointing: bool
+    data_parallel: Mode
+    accumulate_unsharded: bool
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    clip_grad_norm: float
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "StepSettings":
+        """The recipe's."""
+        train, parallel, optimizer = recipe.train, recipe.parallel, recipe.optimizer
+        return cls(
+            DTYPES[train.precision],
+            tuple(recipe.tuning.quantize_skip) if recipe.tuning.quantize == "nf4" else None,
+            train.compile,
+            train.activation_checkpointing,
+            parallel.data_parallel,
+            parallel.accumulate_unsharded,
+            optimizer.betas,
+            optimizer.eps,
+            optimizer.weight_decay,
+            optimizer.clip_grad_norm,
+        )
+
+
+def model_on_meta(config: ModelConfig, settings: StepSettings, parallel: Parallel) -> Transformer:
+    """A rank's part of the model, without storage: what trains is float32, and what does not may be quantized."""
+    model = build_on_meta(config, settings.dtype, parallel)
+    freeze_untrained(model)
+    if settings.quantize_skip is not None:
+        quantise_on_meta(model, settings.quantize_skip)
+    return model
 
 
 @dataclass(frozen=True)
@@ -42,6 +104,7 @@ class Plan:
         report: what data.json holds, held-out items included.
         steps_per_epoch: optimizer steps in a whole epoch; the last one may be smaller.
         total_steps: optimizer steps in the run.
+        has_frozen: whether there are weights that do not train.
     """
 
     recipe: Recipe
@@ -53,11 +116,12 @@ class Plan:
     report: dict[str, Any]
     steps_per_epoch: int
     total_steps: int
+    has_frozen: bool
 
     @property
-    def compute_dtype(self) -> torch.dtype:
-        """Type of activations and matrix products."""
-        return DTYPES[self.recipe.train.precision]
+    def settings(self) -> StepSettings:
+        """How a step is computed."""
+        return StepSettings.of(self.recipe)
 
     @property
     def save_dtype(self) -> torch.dtype:
@@ -65,15 +129,7 @@ class Plan:
         name = self.recipe.checkpoint.dtype
         return DTYPES[self.recipe.train.precision if name == "auto" else name]
 
-    def parameter_count(self) -> int:
-        """Number of parameters."""
-        return self.config.parameter_count()
-
-    def model_on_meta(self, parallel: Parallel) -> Transformer:
-        """A rank's part of the model, without storage: what trains is float32, and what does not may be quantised."""
-        return model_on_meta(self.recipe, self.config, parallel)
-
-    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+    def trained_shapes(self) -> Shapes:
         """Names and full shapes of the parameters that train."""
         trains = self.config.trains
         return {name: shape for name, shape in self.config.parameter_shapes().items() if trains(name)}
@@ -82,18 +138,11 @@ class Plan:
         """Number of parameters that train."""
         return sum(math.prod(shape) for shape in self.trained_shapes().values())
 
-    def quantised(self) -> tuple[int, int]:
-        """Number of parameters that are quantised, and the bytes they take."""
-        tuning, shapes = self.recipe.tuning, self.config.parameter_shapes()
-        names = self.config.quantisable(tuning.quantize_skip) if tuning.quantize == "nf4" else []
-        return sum(math.prod(shapes[name]) for name in names), sum(nbytes(*shapes[name]) for name in names)
-
-    def trained_quantised(self) -> TrainedQuantised | None:
-        """How the base is quantised while training on it; None = it is not."""
-        tuning = self.recipe.tuning
-        if tuning.quantize == "none":
-            return None
-        return TrainedQuantised(tuning.quantize, tuple(tuning.quantize_skip))
+    def quantized(self) -> tuple[int, int]:
+        """Number of parameters that are quantized, and the bytes they take."""
+        skip, shapes = self.settings.quantize_skip, self.config.parameter_shapes()
+        quantized = [shapes[name] for name in ([] if skip is None else self.config.quantisable(skip))]
+        return sum(map(math.prod, quantized)), sum(nbytes(*shape) for shape in quantized)
 
     def saves(self, name: str) -> bool:
         """Whether a parameter's weights are saved."""
@@ -102,22 +151,22 @@ class Plan:
     def checkpoint_bytes(self) -> int:
         """Size of one checkpoint on disk."""
         trained = self.trained_count()
-        saved = trained if self.recipe.checkpoint.trainable_only else self.parameter_count()
+        saved = trained if self.recipe.checkpoint.trainable_only else self.config.parameter_count()
         copied = sum(map(len, self.tokenizer.files().values()))
         return needed_bytes(saved, trained, len(self.config.parameter_shapes()), self.save_dtype) + copied
 
-    def disk_bytes(self, there: Sequence[int] = (), done: int = 0) -> int:
-        """What the run's checkpoints take of the disk at most, beside those that are there.
+    def disk_bytes(self, existing: Sequence[int] = (), done: int = 0) -> int:
+        """What the run's checkpoints take of the disk at most, beside those that exist.
 
         Args:
-            there: the sizes of the checkpoints that are there, oldest first; the next one will be as large as the last.
+            existing: the sizes of those checkpoints, oldest first; the next one will be as large as the last.
             done: steps that are done.
         """
-        keep, new = self.recipe.checkpoint.keep, there[-1] if there else self.checkpoint_bytes()
+        keep, new = self.recipe.checkpoint.keep, existing[-1] if existing else self.checkpoint_bytes()
         saves = self.save_count(done)
         if not keep:
             return saves * new
-        on_disk, taken, most = deque(there), 0, 0
+        on_disk, taken, most = deque(existing), 0, 0
         # Once none of the old ones is left, nothing changes any more.
         for _ in range(min(saves, keep + 1)):
             on_disk.append(new)  # whole before an old one goes
@@ -130,9 +179,9 @@ class Plan:
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint is due once `step` optimizer steps are done."""
         checkpoint = self.recipe.checkpoint
+        epoch, within = divmod(step, self.steps_per_epoch)
         if step >= self.total_steps:
             return True
-        epoch, within = divmod(step, self.steps_per_epoch)
         if within == 0:
             return bool(checkpoint.every_epochs) and epoch % checkpoint.every_epochs == 0
         return bool(checkpoint.every_steps) and within % checkpoint.every_steps == 0
@@ -151,136 +200,186 @@ class Plan:
 
     def save_count(self, done: int = 0) -> int:
         """How many checkpoints the run writes once `done` steps are done."""
-        if done >= self.total_steps:
-            return 0
-        return self._saves_up_to(self.total_steps - 1) - self._saves_up_to(done) + 1
-
-    def _saves_up_to(self, step: int) -> int:
-        """How many checkpoints are written up to a step that is not the last one."""
         checkpoint = self.recipe.checkpoint
-        epochs, rest = divmod(step, self.steps_per_epoch)
-        count = epochs // checkpoint.every_epochs if checkpoint.every_epochs else 0
-        if checkpoint.every_steps:
-            count += epochs * ((self.steps_per_epoch - 1) // checkpoint.every_steps) + rest // checkpoint.every_steps
-        return count
+
+        def saves_up_to(step: int) -> int:  # for a step before the last one
+            epochs, rest = divmod(step, self.steps_per_epoch)
+            count = epochs // checkpoint.every_epochs if checkpoint.every_epochs else 0
+            if checkpoint.every_steps:
+                in_epoch = (self.steps_per_epoch - 1) // checkpoint.every_steps
+                count += epochs * in_epoch + rest // checkpoint.every_steps
+            return count
+
+        return 0 if done >= self.total_steps else saves_up_to(self.total_steps - 1) - saves_up_to(done) + 1
 
     def idle_steps(self) -> int:
         """How many steps have rate 0, and change nothing. A warm-up begins with one; see `learning_rate`."""
-        recipe = self.recipe
-        return (
-            1 if recipe.optimizer.lr and recipe.train.warmup_epochs else 0 if recipe.optimizer.lr else self.total_steps
+        if not self.recipe.optimizer.lr:
+            return self.total_steps
+        return 1 if self.recipe.train.warmup_epochs else 0
+
+
+class PlannedData(NamedTuple):
+    """What a run learns from; the fields are those of `Plan`."""
+
+    train: Dataset
+    validation: Dataset | None
+    report: dict[str, Any]
+
+
+def make_plan(
+    recipe: Recipe,
+    callback: Callback,
+    *,
+    recipe_folder: Path | None,
+    dry_run: bool = False,
+    saved: Path | None = None,
+    store: EntryStore | None = None,
+    data: PlannedData | None = None,
+) -> Plan:
+    """Finds and checks everything a run needs, except its output folder and its weights.
+
+    Args:
+        recipe: what the user wants.
+        callback: receives notes and progress.
+        recipe_folder: where the recipe file lies; relative paths are looked for there first.
+        dry_run: weights may be absent.
+        saved: the run's own checkpoint, to resume from.
+        store: where encoded data is kept; None: in the cache.
+        data: what another process has read already.
+
+    Raises:
+        UserError: the first group of problems found.
+    """
+    callback.working("reading the model's shape and tokenizer")
+    layouts, config, tokenizer = find_model(recipe, recipe_folder, weights_may_be_absent=dry_run, saved=saved)
+    if recipe.data.max_tokens > config.max_seq_len:
+        raise UserError(
+            f"data.max_tokens ({recipe.data.max_tokens}) is more than the model's max_seq_len ({config.max_seq_len})",
+            "lower data.max_tokens, or raise model.max_seq_len",
         )
+    if data is None and (saved is None or has_frozen(recipe)):
+        read_base(layouts, config, Parallel())  # what does not fit is reported before hours of encoding
+    callback.working("reading the data")
+    train, validation, report = data or _read_data(recipe, config, tokenizer, recipe_folder, callback, store)
+    steps_per_epoch = math.ceil(len(train) / recipe.train.global_batch_size)
+    total = math.ceil(recipe.train.epochs * steps_per_epoch - 1e-9)
+    plan = Plan(
+        with_absolute_paths(recipe, layouts, tokenizer, recipe_folder, saved),
+        config,
+        tokenizer,
+        layouts,
+        train,
+        validation,
+        report,
+        steps_per_epoch,
+        min(total, recipe.train.max_steps or total),
+        has_frozen(recipe),
+    )
+    _check_learns(plan)
+    return plan
 
-    def lines(self) -> list[tuple[str, str]]:
-        """What will be done, as pairs of a subject and a text."""
-        recipe, config, data = self.recipe, self.config, self.train
-        count = self.parameter_count()
-        start = ", ".join(str(layout.folder) for layout in self.layouts)
-        if not start and recipe.model.pretrained_list():
-            start = f"{', '.join(recipe.model.pretrained_list())}, which is not there"
-        grouped = f" ({config.kv_heads} for keys and values)" if config.kv_heads != config.n_heads else ""
-        saves = self.save_count()
-        kept = min(saves, recipe.checkpoint.keep) if recipe.checkpoint.keep else saves
-        every, never = recipe.checkpoint.every_steps, ""
-        if every >= self.steps_per_epoch:
-            epoch = count_text(self.steps_per_epoch, "step")
-            never = f"; checkpoint.every_steps={every} saves none, as an epoch has {epoch}"
-        lines = [
-            ("recipe", recipe.name),
-            (
-                "model",
-                f"{count_text(config.n_layers, 'layer')}, width {config.dim}, "
-                f"{count_text(config.n_heads, 'head')}{grouped}, vocabulary {config.vocab_size}",
-            ),
-            *(("tokenizer", note) for note in tokenizer_notes(self.tokenizer, config.vocab_size)),
-            ("weights", f"from {start}" if start else f"random (seed {recipe.train.seed})"),
-            ("parameters", f"{count:,}, of which {self.trained_count():,} train (method {recipe.tuning.method})"),
-            *self._quantised_line(),
-            *self._vision_line(),
-            (
-                "data",
-                f"{count_text(len(data), 'item')}, {count_text(data.tokens, 'token')}, "
-                f"{data.label_tokens:,} of them trained"
-                f"{_counted(self.report['truncated'], 'cut')}{_counted(self.report['dropped'], 'dropped')}"
-                f"{_counted(self.report['skipped'], 'skipped')}; from {self._data_files()}",
-            ),
-            *self._unused_line(),
-            *self._warnings_line(),
-        ]
-        if self.validation is not None:
-            lines.append(("validation", count_text(len(self.validation), "item")))
-        optimizer, train = recipe.optimizer, recipe.train
-        warm_up = f"after a warm-up of {count_text(train.warmup_epochs, 'epoch')}, " if train.warmup_epochs else ""
-        lines += [
-            (
-                "steps",
-                f"{self.total_steps:,} of {count_text(recipe.train.global_batch_size, 'example')}; "
-                f"{self.steps_per_epoch:,} in an epoch, {count_text(recipe.train.epochs, 'epoch')}, "
-                f"{recipe.train.precision}",
-            ),
-            *self._idle_line(),
-            (
-                "learning rate",
-                f"{optimizer.lr:g}, {warm_up}then along a cosine to {optimizer.min_lr:g}; "
-                f"weight decay {optimizer.weight_decay:g}, gradients clipped at norm {optimizer.clip_grad_norm:g}",
-            ),
-            ("checkpoints", f"{saves} of {size_text(self.checkpoint_bytes())}, the newest {kept} kept{never}"),
-        ]
-        return lines
 
-    def _idle_line(self) -> list[tuple[str, str]]:
-        """Steps of rate 0, where they are a part of the run that counts."""
-        idle = self.idle_steps()
-        if idle <= MOST_IDLE * self.total_steps:
-            return []
-        return [
-            (
-                "warning",
-                f"{idle} of the {count_text(self.total_steps, 'step')} ({idle / self.total_steps:.0%}) has rate 0 and "
-                "changes nothing, as a warm-up begins at 0: set train.warmup_epochs=0, or take more steps with a "
-                "smaller train.global_batch_size",
+def make_plan_together(
+    recipe: Recipe, callback: Callback, parallel: Parallel, *, recipe_folder: Path | None, saved: Path | None = None
+) -> Plan:
+    """`make_plan` on every rank. One rank of each machine goes through the data; the others map what it encoded."""
+    make = partial(make_plan, recipe, callback, recipe_folder=recipe_folder, saved=saved)
+
+    def lead() -> tuple[Plan, Path] | None:
+        if not parallel.is_local_rank_zero:
+            return None
+        plan = make(store=store)
+        data = PlannedData(plan.train.prepared(), plan.validation and plan.validation.prepared(), plan.report)
+        publish_to_local_ranks(data, store.own_folder())
+        return plan, store.own_folder()
+
+    with EntryStore() as store:
+        if parallel.control is None:
+            return make(store=store)
+        led = parallel.raise_together(lead)
+        found = parallel.broadcast_in_node(led and led[1])
+        # Nobody leaves before all have mapped what is deleted then.
+        return parallel.raise_together(lambda: led[0] if led else make(data=load_published(found)))
+
+
+def _check_learns(plan: Plan) -> None:
+    """Refuses a run in which no step can change a weight.
+
+    Raises:
+        UserError: why none can.
+    """
+    if not plan.trained_count():
+        raise UserError(
+            f"nothing would train: all {plan.config.parameter_count():,} parameters are frozen",
+            "choose another tuning.method",
+        )
+    if plan.idle_steps() < plan.total_steps:
+        return
+    if not plan.recipe.optimizer.lr:
+        raise UserError("nothing would be learned: optimizer.lr is 0", "set optimizer.lr, such as optimizer.lr=2e-5")
+    raise UserError(
+        "nothing would be learned: the run has one step, and a warm-up begins at rate 0",
+        "set train.warmup_epochs=0, or take more steps: a smaller train.global_batch_size, more train.epochs",
+    )
+
+
+def _read_data(
+    recipe: Recipe,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    recipe_folder: Path | None,
+    callback: Callback,
+    store: EntryStore | None,
+) -> PlannedData:
+    """Everything a run learns from and is measured on.
+
+    Raises:
+        UserError: what is wrong with the data, all of it together; images after the rest.
+    """
+    data, seed = recipe.data, recipe.train.seed
+    wanted = [([Source(**source.model_dump()) for source in data.sources], OTHERWISE)]
+    if data.validation.path is not None:
+        held_out = Source(data.validation.path, template=data.sources[0].template)
+        wanted.append(([held_out], "give it with data.validation.path=FILE"))
+
+    def encoding(file: str, items: int, fraction: float) -> None:
+        callback.working(f"encoding {file}: {count_text(items, 'item')}, {fraction:.0%}", key=file)
+
+    def opening(done: int, total: int) -> None:
+        callback.working(f"opened {done:,} of {count_text(total, 'image')}", key="images")
+
+    loaded, errors = [], []
+    for sources, otherwise in wanted:
+        try:
+            loaded.append(
+                load_dataset(
+                    sources,
+                    tokenizer,
+                    data.max_tokens,
+                    seed,
+                    on_error=data.on_error,
+                    image_positions=None if config.vision is None else config.vision.positions,
+                    recipe_folder=recipe_folder,
+                    progress=encoding,
+                    store=store,
+                    fetch=callback.fetch,
+                    otherwise=otherwise,
+                )
             )
-        ]
-
-    def _data_files(self) -> str:
-        """Where the data comes from."""
-        paths = [str(file.path) for file in self.train.files]
-        return ", ".join(paths[:3]) + (f" and {len(paths) - 3:,} more files" if len(paths) > 3 else "")
-
-    def _warnings_line(self) -> list[tuple[str, str]]:
-        found = [f"{FINDINGS[kind].title}: {count:,}" for kind, count in self.report["warnings"].items()]
-        return [("warnings", f"{', '.join(found)}; see data.json, or llama-acc convert-data check")] if found else []
-
-    def _unused_line(self) -> list[tuple[str, str]]:
-        """Keys of the data that are not used, of all files together."""
-        unused: Counter[str] = Counter()
-        for keys in {file["path"]: file["unused_keys"] for file in self.report["files"]}.values():
-            unused.update(keys)
-        return [("not used", unused_text(unused))] if unused else []
-
-    def _vision_line(self) -> list[tuple[str, str]]:
-        vision, recipe = self.config.vision, self.recipe
-        if vision is None:
-            return []
-        tower = sum(math.prod(shape) for shape in vision.tower_shapes().values())
-        images = int(self.train.image_counts.sum())
-        text = f"encoder {vision.encoder}, stage {self.config.vision_training.stage}; "
-        text += f"{tower:,} of the parameters are its tower, which is frozen; " if tower else "it trains; "
-        text += f"{count_text(images, 'image')} of {count_text(vision.positions, 'position')} each, "
-        text += recipe.data.images.transform
-        if recipe.vision.cache_features:
-            size = images * math.prod(vision.input_shape) * self.compute_dtype.itemsize
-            text += f"; features are kept, up to {size_text(size)} ({size_text(free_bytes(home()))} are free)"
-        return [("vision", text)]
-
-    def _quantised_line(self) -> list[tuple[str, str]]:
-        if self.recipe.tuning.quantize == "none":
-            return []
-        count, size = self.quantised()
-        skip = self.recipe.tuning.quantize_skip
-        which = "wq wk wv wo w1 w2 w3 of every block, output" + (f", but not {', '.join(skip)}" if skip else "")
-        return [("quantised", f"{count:,} of them in NF4, {size_text(size)}: {which}; nothing else")]
-
-
-def _counted(count: int, what: str) -> str:
-    return f", {count:,} {what}" if count else ""
+        except UserError as error:
+            errors.append(error)
+    raise_together(errors)
+    if config.vision is not None:
+        images = data.images
+        one_each = config.vision.encoder == "clip"
+        loaded = with_usable_images(
+            loaded, images.max_pixels, images.workers, one_each=one_each, on_error=data.on_error, progress=opening
+        )
+    train, *held_out_items = loaded
+    report = train.report()
+    if held_out_items:
+        return PlannedData(train, held_out_items[0], {**report, "validation": held_out_items[0].report()})
+    if data.validation.fraction:
+        return PlannedData(*train.split(data.validation.fraction, seed), report)
+    return PlannedData(train, None, report)

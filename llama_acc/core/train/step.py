@@ -22,12 +22,12 @@ class StepResult(NamedTuple):
     Attributes:
         loss: per label token.
         grad_norm: the gradients' L2 norm before clipping.
-        facts: the sums over all ranks of the numbers they passed in.
+        extra_sums: the sums over all ranks of the numbers they passed in.
     """
 
     loss: Tensor
     grad_norm: Tensor
-    facts: Tensor
+    extra_sums: Tensor
 
 
 def forward(model: Transformer, batch: MicroBatch, loss_scale: float, device: torch.device) -> Tensor:
@@ -55,14 +55,14 @@ def train_step(
     label_tokens: int,
     lr: float,
     device: torch.device,
-    facts: Sequence[float] = (),
+    extras: Sequence[float] = (),
     before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """One optimizer step over this rank's micro-batches of one global batch.
 
     The loss is the sum over label tokens divided by `label_tokens`, the number of them in the whole step, so it does
-    not depend on how examples are dealt to ranks and micro-batches. Ranks speak to each other about it once: loss,
-    gradient norm and `facts` are summed together. `before_update` is called when only the update is left.
+    not depend on how examples are assigned to ranks and micro-batches. Ranks speak to each other about it once: loss,
+    gradient norm and `extras` are summed together. `before_update` is called when only the update is left.
     """
     total = torch.zeros((), device=device)
     for batch, last in _with_last(batches):
@@ -70,14 +70,14 @@ def train_step(
         loss = forward(model, batch, 1.0 / label_tokens, device)
         loss.backward()
         total += loss.detach()
-    result = _summed(model.parallel, total, optimizer.squared_norm(), facts)
+    result = _summed(model.parallel, total, optimizer.squared_norm(), extras)
     before_update()
     optimizer.step(lr, result.grad_norm, result.loss)
     return result
 
 
-def _summed(parallel: Parallel, loss: Tensor, squared_norm: Tensor, facts: Sequence[float]) -> StepResult:
-    own = torch.tensor(facts, dtype=torch.float32).to(loss.device, non_blocking=True)
+def _summed(parallel: Parallel, loss: Tensor, squared_norm: Tensor, extras: Sequence[float]) -> StepResult:
+    own = torch.tensor(extras, dtype=torch.float32).to(loss.device, non_blocking=True)
     if parallel.world_size == 1:
         return StepResult(loss, squared_norm.sqrt(), own)
     # The ranks of a model-parallel group have the same loss.

@@ -8,7 +8,7 @@ from functools import partial
 
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
-from llama_acc.core.train.plan_model import model_on_meta
+from llama_acc.core.train.plan import StepSettings, model_on_meta
 from llama_acc.core.vram.gpus import overhead
 from llama_acc.core.vram.predict import Usage, predict
 from llama_acc.core.vram.request import Request, setup_of
@@ -96,7 +96,7 @@ def _lasting(setup: Setup) -> int:
     """Bytes that one process has from step to step: weights, moments, and the context. It takes a moment to find."""
     if setup.world_size > 1 or setup.config.vision is not None:
         return 0
-    model = model_on_meta(setup.recipe, setup.config, Parallel())
+    model = model_on_meta(setup.config, StepSettings.of(setup.recipe), Parallel())
     moments = sum(2 * parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return weights + moments + (overhead().context if setup.device_type == "cuda" else 0)

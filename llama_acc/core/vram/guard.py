@@ -8,9 +8,8 @@ import torch
 from llama_acc.core.device import free_memory, peak_memory_gib
 from llama_acc.core.distributed.groups import Parallel, local_part, local_world_size
 from llama_acc.core.errors import RunError, UserError, listed
-from llama_acc.core.train.largest import largest_micro_batch
 from llama_acc.core.train.plan import Plan
-from llama_acc.core.train.trainer import Trainer
+from llama_acc.core.train.trainer import Trainer, largest_micro_batch
 from llama_acc.core.units import size_text
 from llama_acc.core.vram.apart import apart
 from llama_acc.core.vram.changes import Change, best_changes
@@ -63,7 +62,7 @@ def _bound(plan: Plan) -> int:
     config, train = plan.config, plan.recipe.train
     tokens = train.batch_size * int(plan.train.lengths.max())
     one_block = 16 * config.dim + 6 * config.hidden_dim
-    return 20 * plan.parameter_count() + 4 * tokens * (config.n_layers * one_block + 3 * config.vocab_size)
+    return 20 * plan.config.parameter_count() + 4 * tokens * (config.n_layers * one_block + 3 * config.vocab_size)
 
 
 def _batch(lengths: Sequence[int]) -> str:
@@ -102,8 +101,8 @@ class Shortage:
         """What to tell the user: the batch, what was predicted for it and what there is, and what to change."""
         trainer = self.trainer
         kind = "GPU memory" if trainer.device.type == "cuda" else "memory"
-        where = f"at step {trainer.step + 1}" if trainer.started else "while the largest micro-batch was tried"
-        setup = setup_of_run(trainer.plan, trainer.parallel.world_size, trainer.device.type, trainer.in_hand)
+        where = f"at step {trainer.step + 1}" if trainer.has_started else "while the largest micro-batch was tried"
+        setup = setup_of_run(trainer.plan, trainer.parallel.world_size, trainer.device.type, trainer.current_items)
         predicted, changes = self._predicted(setup)
         lines = [f"{part}: {size_text(size)}" for part, size in self._actual().items()]
         message = f"out of {kind} {where}: {self.cause}\n"

@@ -15,6 +15,7 @@ from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.model import nf4
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.transformer import Transformer, pack_small
+from llama_acc.core.train.plan import StepSettings
 from llama_acc.core.train.step import train_step
 from llama_acc.core.train.trainer import assemble
 from llama_acc.core.vram.allocations import peak_cpu_bytes
@@ -81,7 +82,11 @@ def _measured(setup: Setup, device: torch.device, steps: Callable[[], None]) -> 
 
 def _run(setup: Setup, device: torch.device, parallel: Parallel) -> None:
     model, data_parallel, optimizer = assemble(
-        setup.recipe, setup.config, parallel, device.type, lambda model: _fill_with_zeros(model, device)
+        setup.config,
+        StepSettings.of(setup.recipe),
+        parallel,
+        device.type,
+        lambda model: _fill_with_zeros(model, device),
     )
     batches = [empty_batch(setup.lengths, setup.labels)] * min(setup.micro_batches, 2)
     for _ in range(STEPS):

@@ -9,7 +9,7 @@ from llama_acc.core.model.config import NAMED_SIZES, ModelConfig
 from llama_acc.core.model.sharding import check_divides
 from llama_acc.core.recipe import RECIPES_FOLDER, Recipe, find_recipe
 from llama_acc.core.tokenizer import find_tokenizer, load_tokenizer
-from llama_acc.core.train.plan_model import find_shape
+from llama_acc.core.train.base import find_shape
 from llama_acc.core.vram.simulation import Setup
 
 PLAIN = "alpaca"

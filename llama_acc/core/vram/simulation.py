@@ -24,6 +24,7 @@ from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import Transformer, pack_small
 from llama_acc.core.recipe import Recipe
+from llama_acc.core.train.plan import StepSettings
 from llama_acc.core.train.step import train_step
 from llama_acc.core.train.trainer import Assembled, assemble
 from llama_acc.core.vram.kernels import gpu_attention
@@ -78,12 +79,12 @@ def simulate_training(setup: Setup) -> MemoryTracker:
     tracker = _tracker(setup)
     with _rank(setup) as parallel, ExitStack() as stack:
 
-        def materialise(model: Transformer) -> None:
+        def materialize(model: Transformer) -> None:
             stack.enter_context(watched(tracker, setup.device_type))
             model.to_empty(device=CPU)
 
         # On a GPU's place, FSDP's streams would be CUDA's.
-        parts = assemble(setup.recipe, setup.config, parallel, "cpu", materialise)
+        parts = assemble(setup.config, StepSettings.of(setup.recipe), parallel, "cpu", materialize)
         parts.optimizer.make_state()
         _label_lasting(tracker, parts)
         _follow_blocks(tracker, parts.model)

@@ -55,7 +55,7 @@ def collectives(modes: Sequence[Sequence[str]]) -> list[list[dict[str, int]]]:
             steps = []
             for _ in range(2):
                 with Collectives() as mode:
-                    trainer.advance(facts=[0.0])
+                    trainer.advance(extras=[0.0])
                 steps.append(dict(mode.counts))
             counted.append(steps)
         next_port()

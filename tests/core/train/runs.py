@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama_acc.core.finetune import Finished, finetune
 from llama_acc.core.recipe import Recipe
-from llama_acc.core.train.events import Quiet
-from llama_acc.core.train.plan import Plan
-from llama_acc.core.train.planning import make_plan
-from llama_acc.core.train.run import Finished, finetune
+from llama_acc.core.train.callback import Callback
+from llama_acc.core.train.plan import Plan, make_plan
 
 _SMALL = (
     "model.params={dim: 32, n_layers: 2, n_heads: 4, n_kv_heads: 2, multiple_of: 16, max_seq_len: 256}",
@@ -30,7 +29,7 @@ def run(output: Path, *overrides: str, resume: bool = False, **options: Any) -> 
 
 
 def plan_of(*overrides: str) -> Plan:
-    return make_plan(quickstart(*overrides), Quiet(), recipe_folder=None, dry_run=False)
+    return make_plan(quickstart(*overrides), Callback(), recipe_folder=None)
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:

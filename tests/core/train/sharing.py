@@ -6,18 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from llama_acc.core.distributed.groups import Parallel, init_distributed
-from llama_acc.core.train.events import Quiet
-from llama_acc.core.train.run import plan_together
+from llama_acc.core.train.callback import Callback
+from llama_acc.core.train.plan import make_plan_together
 from tests.core.tiny import CPU
 from tests.core.train.runs import quickstart
 
 
-class _Told(Quiet):
+class _Told(Callback):
     def __init__(self) -> None:
         self.encoded: list[str] = []
 
-    def encoding(self, file: str, items: int, fraction: float) -> None:
-        self.encoded.append(file)
+    def working(self, text: str, key: str | None = None) -> None:
+        if text.startswith("encoding "):
+            self.encoded.append(str(key))
 
 
 def planned(overrides: list[str], cache_sizes: list[str]) -> list[dict[str, Any]]:
@@ -33,7 +34,7 @@ def planned(overrides: list[str], cache_sizes: list[str]) -> list[dict[str, Any]
 def _planned(overrides: list[str], parallel: Parallel) -> dict[str, Any]:
     """Which files this rank encoded itself, which it has mapped, and what is in them."""
     told = _Told()
-    plan = plan_together(quickstart(*overrides), told, parallel, recipe_folder=None)
+    plan = make_plan_together(quickstart(*overrides), told, parallel, recipe_folder=None)
     parts = [part for part in (plan.train, plan.validation) if part is not None]
     return {
         "encoded": told.encoded,

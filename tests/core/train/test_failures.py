@@ -13,7 +13,7 @@ import torch
 
 from llama_acc.core.atomic import check_manifest
 from llama_acc.core.errors import RunError, UserError
-from llama_acc.core.train.folder import RunFolder
+from llama_acc.core.train.run_folder import RunFolder
 from tests.core.train.runs import losses, metrics, names, run, saved_weights
 
 

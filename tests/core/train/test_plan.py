@@ -10,6 +10,7 @@ from llama_acc.core.checkpoint.save import write_checkpoint
 from llama_acc.core.data.batches import build
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
+from llama_acc.core.train.log import describe_plan
 from llama_acc.core.train.plan import Plan
 from tests.core.tiny import CPU
 from tests.core.train.runs import plan_of
@@ -70,7 +71,7 @@ def test_checkpoints_are_due_where_the_recipe_says_and_at_the_end(overrides: lis
 def test_it_says_where_no_epoch_is_long_enough_for_a_checkpoint_within_it(steps: int, said: bool) -> None:
     plan = plan_of("train.epochs=3", "checkpoint.every_epochs=0", f"checkpoint.every_steps={steps}")
     assert (plan.save_count() == 1) == (steps != 3)
-    line = dict(plan.lines())["checkpoints"]
+    line = dict(describe_plan(plan))["checkpoints"]
     assert ("every_steps" in line) == said
     assert line.endswith(f" kept; checkpoint.every_steps={steps} saves none, as an epoch has 4 steps" * said)
 
@@ -127,7 +128,7 @@ def test_which_items_a_step_sees_does_not_depend_on_how_they_are_dealt(override:
     for step in range(8):
         items = plain.items(step)
         assert (dealt.items(step) == items).all()
-        groups, imbalance = dealt.deal(dealt.plan.train, items)
+        groups, imbalance = dealt.split_into_micro_batches(dealt.plan.train, items)
         assert imbalance == 0.0
         assert sorted(item for group in groups for item in group) == sorted(items.tolist())
         batches = [build(dealt.plan.train, group) for group in groups]
@@ -168,14 +169,14 @@ def test_paths_beside_the_recipe_are_found_from_any_folder(tmp_path: Path) -> No
     import shutil
 
     from llama_acc.core.recipe import RECIPES_FOLDER
-    from llama_acc.core.train.events import Quiet
-    from llama_acc.core.train.planning import make_plan
+    from llama_acc.core.train.callback import Callback
+    from llama_acc.core.train.plan import make_plan
     from tests.core.train.runs import quickstart
 
     for name in ("instructions.json", "tokenizer.model"):
         shutil.copy(RECIPES_FOLDER / "quickstart" / name, tmp_path / name)
     recipe = quickstart("model.tokenizer=tokenizer.model", "data.sources.0.path=instructions.json")
-    plan = make_plan(recipe, Quiet(), recipe_folder=tmp_path, dry_run=False)
+    plan = make_plan(recipe, Callback(), recipe_folder=tmp_path)
     assert plan.tokenizer.path.parent == tmp_path
     assert plan.recipe.model.tokenizer == str(tmp_path / "tokenizer.model")
     assert len(plan.train) == 32
@@ -183,7 +184,7 @@ def test_paths_beside_the_recipe_are_found_from_any_folder(tmp_path: Path) -> No
 
 def test_the_plan_says_what_will_be_done() -> None:
     plan = plan_of("data.validation.fraction=0.25", "checkpoint.keep=1", "checkpoint.every_epochs=1")
-    lines = dict(plan.lines())
+    lines = dict(describe_plan(plan))
     assert lines["model"] == "2 layers, width 32, 4 heads (2 for keys and values), vocabulary 640"
     assert lines["weights"] == "random (seed 0)"
     assert lines["parameters"].startswith(f"{plan.config.parameter_count():,}, of which")

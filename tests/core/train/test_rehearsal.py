@@ -14,16 +14,15 @@ from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import RunError
 from llama_acc.core.model.transformer import Transformer
 from llama_acc.core.train import step
-from llama_acc.core.train.events import Quiet
-from llama_acc.core.train.largest import largest_micro_batch
-from llama_acc.core.train.trainer import Trainer
+from llama_acc.core.train.callback import Callback
+from llama_acc.core.train.trainer import Trainer, largest_micro_batch
 from tests.core.tiny import CPU
 from tests.core.train.runs import assert_bitwise_equal, metrics, plan_of, run, saved_state, saved_weights
 
 
-def test_a_rehearsed_run_is_bitwise_the_run_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_peak_memoryd_run_is_bitwise_the_run_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_it = run(tmp_path / "with")
-    monkeypatch.setattr(Trainer, "rehearse", lambda trainer: None)
+    monkeypatch.setattr(Trainer, "probe_peak_memory", lambda trainer: None)
     without = run(tmp_path / "without")
     assert metrics(tmp_path / "with") == metrics(tmp_path / "without")
     assert_bitwise_equal(saved_weights(with_it.checkpoint), saved_weights(without.checkpoint))
@@ -34,7 +33,7 @@ def test_a_rehearsal_leaves_no_gradient_and_no_trace_in_the_random_numbers() -> 
     trainer = Trainer(plan_of(), CPU, None, Parallel())
     weights = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     before = torch.get_rng_state()
-    trainer.rehearse()
+    trainer.probe_peak_memory()
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     assert_bitwise_equal(dict(trainer.model.named_parameters()), weights)
@@ -52,14 +51,14 @@ def test_no_micro_batch_of_the_run_has_more_tokens(overrides: tuple[str, ...], d
     dealt = [
         int(plan.train.lengths[group].sum())
         for step in range(plan.total_steps)
-        for group in trainer.deal(plan.train, trainer.items(step))[0]
+        for group in trainer.split_into_micro_batches(plan.train, trainer.items(step))[0]
     ]
     if data_size == 2:
         trainer.parallel = Parallel(data_size=2, data_rank=1)
         dealt += [
             int(plan.train.lengths[group].sum())
             for step in range(plan.total_steps)
-            for group in trainer.deal(plan.train, trainer.items(step))[0]
+            for group in trainer.split_into_micro_batches(plan.train, trainer.items(step))[0]
         ]
     assert int(plan.train.lengths[largest_micro_batch(plan, data_size)].sum()) == max(dealt)
 
@@ -71,13 +70,13 @@ def test_a_plan_of_very_many_epochs_has_its_largest_micro_batch_at_once() -> Non
 def test_memory_that_runs_out_is_told_with_the_documents_and_what_is_safe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rehearse = Trainer.rehearse
+    probe_peak_memory = Trainer.probe_peak_memory
 
     def too_large(trainer: Trainer) -> None:
-        rehearse(trainer)
+        probe_peak_memory(trainer)
         torch.empty(1 << 60)  # the real allocator's error
 
-    monkeypatch.setattr(Trainer, "rehearse", too_large)
+    monkeypatch.setattr(Trainer, "probe_peak_memory", too_large)
     with pytest.raises(RunError) as told:
         run(tmp_path / "run")
     text = str(told.value)
@@ -132,11 +131,11 @@ def test_a_report_that_cannot_be_written_does_not_hide_why_the_run_ended(
             torch.empty(1 << 60)  # the real allocator's error
         return computed(*args)
 
-    class Notes(Quiet):
+    class Notes(Callback):
         def note(self, text: str) -> None:
             notes.append(text)
 
     monkeypatch.setattr(step, "forward", forward)
     with pytest.raises(RunError, match="out of memory at step 4"):
-        run(tmp_path / "run", "train.batch_size=3", events=Notes())
+        run(tmp_path / "run", "train.batch_size=3", callback=Notes())
     assert [note for note in notes if note.startswith("report.md could not be written: ")]

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from llama_acc.core.atomic import write_manifest
 from llama_acc.core.errors import UserError
-from llama_acc.core.train.events import Quiet
-from llama_acc.core.train.interrupt import Interrupted
-from llama_acc.core.train.metrics import MetricsLog, read_metrics
-from llama_acc.core.train.run import finetune
+from llama_acc.core.finetune import finetune
+from llama_acc.core.interrupt import Interrupted
+from llama_acc.core.train.callback import Callback
+from llama_acc.core.train.log import MetricsLog, read_metrics
 from tests.core.train.runs import (
     assert_bitwise_equal,
     losses,
@@ -29,7 +29,7 @@ from tests.core.train.runs import (
 )
 
 
-class Notes(Quiet):
+class Notes(Callback):
     def __init__(self) -> None:
         self.texts: list[str] = []
 
@@ -95,7 +95,7 @@ def test_a_signal_saves_and_ends_the_run_which_then_resumes_to_the_bit(tmp_path:
         run(
             tmp_path / "stopped",
             *("train.epochs=3", "checkpoint.every_epochs=0"),
-            events=events,
+            callback=events,
             handle_signals=True,
         )
     assert stopped.value.exit_code == 143
@@ -121,7 +121,7 @@ def test_resume_without_a_checkpoint_starts_at_step_zero_and_says_so(tmp_path: P
     events = Notes()
     (tmp_path / "resumed").mkdir()
     (tmp_path / "resumed" / "metrics.jsonl").write_text('{"step": 1, "loss": 99.0}\n')
-    run(tmp_path / "resumed", resume=True, events=events)
+    run(tmp_path / "resumed", resume=True, callback=events)
     run(tmp_path / "fresh")
     assert metrics(tmp_path / "resumed") == metrics(tmp_path / "fresh")
     assert any("no whole checkpoint" in text and "starting at step 0" in text for text in events.texts)
@@ -260,7 +260,7 @@ def test_a_first_checkpoint_that_nothing_names_yet_is_found(tmp_path: Path) -> N
     run(tmp_path / "killed", *common, "train.max_steps=4")
     (tmp_path / "killed" / "latest").unlink()
     events = Notes()
-    run(tmp_path / "killed", *common, resume=True, events=events)
+    run(tmp_path / "killed", *common, resume=True, callback=events)
     assert any("epoch0, 4 of 12 steps done" in text for text in events.texts)
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 

@@ -10,18 +10,18 @@ from typing import NamedTuple
 
 import pytest
 
+from llama_acc.core import finetune as planned
 from llama_acc.core.errors import UserError
-from llama_acc.core.train import run as planned
-from llama_acc.core.train.events import Quiet
-from llama_acc.core.train.metrics import MetricsLog, read_metrics
-from llama_acc.core.train.planning import check_disk
+from llama_acc.core.train.callback import Callback
+from llama_acc.core.train.log import MetricsLog, read_metrics
+from llama_acc.core.train.run_folder import check_disk
 from llama_acc.core.train.trainer import Trainer
 from tests.core.train.runs import losses, metrics, names, plan_of, run
 
 SAVING = ("train.epochs=3", "checkpoint.every_epochs=1", "checkpoint.keep=2")
 
 
-class Notes(Quiet):
+class Notes(Callback):
     """Keeps what a run notes."""
 
     def __init__(self) -> None:
@@ -81,9 +81,13 @@ def _curves_are_a_file(folder: Path) -> None:
     ("damage", "steps", "told"),
     [
         (_older_without_step, 12, "epoch0 does not say which step it is of"),
-        (_log_not_utf8, 11, "left out, as they cannot be read: 1 of its lines (2); the file as it was is"),
-        (_log_without_a_step, 11, "left out, as they cannot be read: 1 of its lines (1); the file as it was is"),
-        (_log_is_a_folder, 4, "metrics.jsonl is no file; the file as it was is"),
+        (_log_not_utf8, 11, "has lines that cannot be read, left out: 1 (2); the unchanged file is"),
+        (
+            _log_without_a_step,
+            11,
+            "has lines that cannot be read, left out: 1 (1); the unchanged file is",
+        ),
+        (_log_is_a_folder, 4, "metrics.jsonl is not a file; the unchanged file is"),
         (_pointer_to_nothing, 12, "taken instead: "),
         (_curves_are_a_file, 12, ""),
     ],
@@ -94,7 +98,7 @@ def test_what_is_not_needed_to_go_on_never_stops_a_run(
     damage(begun)
     damaged_log = (begun / "metrics.jsonl").read_bytes() if (begun / "metrics.jsonl").is_file() else None
     notes = Notes()
-    run(begun, *SAVING, resume=True, events=notes)
+    run(begun, *SAVING, resume=True, callback=notes)
     assert (begun / "latest").read_text() == "epoch2\n"
     assert told in notes.all
     assert [line["step"] for line in metrics(begun)][-4:] == [9, 10, 11, 12]
@@ -152,7 +156,7 @@ def test_a_run_that_is_refused_leaves_nothing(refusal: str, tmp_path: Path, monk
     def refused(*arguments: object, **named: object) -> None:
         raise UserError("its tensors do not fit")
 
-    where, name = {"weights": (planned, "read_base"), "rehearsal": (Trainer, "rehearse")}[refusal]
+    where, name = {"weights": (planned, "read_base"), "rehearsal": (Trainer, "probe_peak_memory")}[refusal]
     monkeypatch.setattr(where, name, refused)
     with pytest.raises(UserError, match="do not fit"):
         run(tmp_path / "runs" / "mine")
@@ -259,6 +263,6 @@ def test_a_folder_that_is_deleted_under_a_run_is_made_again_at_its_next_checkpoi
             if metrics["step"] == 3:
                 shutil.rmtree(tmp_path / "run")
 
-    assert run(tmp_path / "run", events=Deleting()).loss is None
+    assert run(tmp_path / "run", callback=Deleting()).loss is None
     assert (tmp_path / "run" / "latest").read_text() == "epoch1\n"
     assert capfd.readouterr() == ("", "")

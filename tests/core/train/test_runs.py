@@ -10,8 +10,8 @@ import yaml
 
 from llama_acc.core.atomic import check_manifest
 from llama_acc.core.recipe import Recipe
-from llama_acc.core.train.events import Quiet
-from tests.core.tiny import document_logits, loaded_model
+from llama_acc.core.train.callback import Callback
+from tests.core.tiny import CPU, document_logits, loaded_model
 from tests.core.train.runs import (
     TIMED,
     assert_bitwise_equal,
@@ -93,7 +93,7 @@ def test_tensorboard_shows_the_same_curves(tmp_path: Path) -> None:
 
 
 def test_the_recipe_that_was_kept_gives_the_same_run_again(tmp_path: Path) -> None:
-    from llama_acc.core.train.run import finetune
+    from llama_acc.core.finetune import finetune
 
     run(tmp_path / "a", "optimizer.weight_decay=0.1")
     kept = tmp_path / "a" / "recipe.yaml"
@@ -229,13 +229,14 @@ def test_a_checkpoints_own_shape_wins_over_the_recipes(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_writes_two_files_and_the_real_run_may_follow(tmp_path: Path) -> None:
-    from llama_acc.core.train.dry_run import dry_run, estimate_time, predict_memory
+    from llama_acc.core.finetune import dry_run
+    from llama_acc.core.vram.estimate import estimate_time, predict_memory, rank_share
 
-    plan, share, _ = found = dry_run(quickstart(), tmp_path, device="cpu", events=Quiet())
+    plan = dry_run(quickstart(), tmp_path, callback=Callback())
     assert names(tmp_path) == {"recipe.yaml", "data.json"}
     assert plan.total_steps == 8
-    assert (share.world_size, share.parameters) == (1, plan.parameter_count())
-    estimate = estimate_time(found, predict_memory(found))
+    assert rank_share(plan, 1).parameters == plan.config.parameter_count()
+    estimate = estimate_time(plan, 1, CPU, predict_memory(plan, 1, CPU))
     assert estimate.seconds > 0
     assert "timed step" in estimate.how
     planned = (tmp_path / "recipe.yaml").read_text(), (tmp_path / "data.json").read_text()
@@ -246,7 +247,7 @@ def test_a_dry_run_writes_two_files_and_the_real_run_may_follow(tmp_path: Path) 
 def test_a_run_tells_its_watcher_everything_it_writes(tmp_path: Path) -> None:
     told: list[tuple[str, object]] = []
 
-    class Watcher(Quiet):
+    class Watcher(Callback):
         def plan(self, plan: object) -> None:
             told.append(("plan", None))
 
@@ -264,7 +265,7 @@ def test_a_run_tells_its_watcher_everything_it_writes(tmp_path: Path) -> None:
         "data.validation.fraction=0.5",
         "checkpoint.every_epochs=1",
         "checkpoint.asynchronous=false",
-        events=Watcher(),
+        callback=Watcher(),
     )
     epoch = [("step", 1), ("step", 2), ("validation", 2), ("saved", "epoch0")]
     assert told == [

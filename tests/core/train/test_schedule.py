@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 
-from llama_acc.core.train.schedule import learning_rate
+from llama_acc.core.train.optimizer import learning_rate
 
 
 def rate(epoch: float, epochs: float = 4, warmup_epochs: float = 1, lr: float = 1e-3, min_lr: float = 1e-4) -> float:

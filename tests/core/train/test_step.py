@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from llama_acc.core.model.transformer import Transformer
-from llama_acc.core.train.schedule import learning_rate
+from llama_acc.core.train.optimizer import learning_rate
 from llama_acc.core.train.step import StepResult, apply_activation_checkpointing, apply_compile
 from tests.core.tiny import GOLDEN, SMALL, document_logits, loaded_model, random_model
 from tests.core.train.documents import Labelled, adamw, loss_of, moments_of, random_documents, step, weights_of

@@ -20,11 +20,13 @@ from llama_acc.core.checkpoint.layout import inspect
 from llama_acc.core.checkpoint.load import read_weights
 from llama_acc.core.data.images import ImageJob, Transform, pixels
 from llama_acc.core.errors import UserError
+from llama_acc.core.finetune import dry_run
 from llama_acc.core.generate.chat import generate
 from llama_acc.core.generate.load import load_model
 from llama_acc.core.model.vision import Tower
-from llama_acc.core.train.dry_run import dry_run
-from llama_acc.core.train.events import Quiet
+from llama_acc.core.train.callback import Callback
+from llama_acc.core.train.log import describe_plan
+from llama_acc.core.vram.estimate import rank_share
 from tests.core.ranks import run_ranks
 from tests.core.seeing import CLIP, QFORMER, SEEING, TINY, blip2, random_tower, seeing_model
 from tests.core.tiny import save_model
@@ -164,7 +166,7 @@ def test_kept_features_leave_the_checkpoints_their_room_on_the_disk(
 ) -> None:
     words = [*overrides_of("qformer", alone), SQUARE, "vision.cache_features=true", "train.seed=5"]
     plan = plan_of(*words)
-    assert re.search(r"features are kept, up to .* \(.* are free\)", dict(plan.lines())["vision"])
+    assert re.search(r"features are kept, up to .* \(.* are free\)", dict(describe_plan(plan))["vision"])
     total, used, _ = shutil.disk_usage(tmp_path)
     left = type(shutil.disk_usage(tmp_path))(total, used, plan.disk_bytes())
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: left)
@@ -394,13 +396,14 @@ def test_all_of_a_llama_trains_beside_a_frozen_tower_and_goes_on_bitwise(tmp_pat
 
 def test_a_dry_run_counts_the_tower_and_the_images(alone: Path, tmp_path: Path) -> None:
     recipe = quickstart(*overrides_of("qformer", alone))
-    plan, share, _ = dry_run(recipe, None, device="cpu", events=Quiet())
+    plan = dry_run(recipe, None, callback=Callback())
+    share = rank_share(plan, 1)
     tower = sum(torch.Size(shape).numel() for shape in QFORMER.tower_shapes().values())
-    text = dict(plan.lines())["vision"]
+    text = dict(describe_plan(plan))["vision"]
     assert f"encoder qformer, stage 1; {tower:,} of the parameters are its tower, which is frozen" in text
     assert "15 images of 34 positions each, random_resized_crop" in text
-    assert plan.parameter_count() == share.parameters
+    assert plan.config.parameter_count() == share.parameters
     whole = sum(tensor.numel() for tensor in saved_weights(alone / "qformer" / "epoch1").values())
-    assert plan.parameter_count() == whole
+    assert plan.config.parameter_count() == whole
     # Two tokens of 34 positions: what an image costs is counted.
     assert int(plan.train.lengths.sum()) == sum(line["tokens"] for line in metrics(alone / "qformer")[:3])

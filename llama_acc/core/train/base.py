@@ -1,14 +1,15 @@
-"""The model of a run: the checkpoints it starts from, its shape with what is tuned, its tokenizer."""
+"""The model a run starts from: its checkpoints, its shape with what is tuned, its tokenizer."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from llama_acc.core.catalogue import is_address
 from llama_acc.core.checkpoint.adapter import check_base
 from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config, without_towers
-from llama_acc.core.checkpoint.load import read_weights, with_rows
+from llama_acc.core.checkpoint.load import Weights, check_tensors, read_weights, with_rows
 from llama_acc.core.checkpoint.quantized import read_quantization
-from llama_acc.core.checkpoint.save import DTYPES
+from llama_acc.core.checkpoint.towers import check_tower
 from llama_acc.core.data.sources import resolve_data_path, resolve_image_root
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
@@ -16,23 +17,10 @@ from llama_acc.core.home import home
 from llama_acc.core.model.config import ModelConfig, config_from_params, named_size, read_params
 from llama_acc.core.model.nf4 import packed_shape
 from llama_acc.core.model.sharding import check_divides
-from llama_acc.core.model.transformer import Transformer, build_on_meta, freeze_untrained, quantise_on_meta
-from llama_acc.core.model.tuning import FULL, check_tuning
+from llama_acc.core.model.tuning import FULL, Shapes, check_tuning
 from llama_acc.core.model.vision import check_towers_can_be_made
 from llama_acc.core.recipe import RECIPES_FOLDER, Recipe
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
-
-MOVED = "say where it is now: --resume --pretrained DIR"
-"""What to do about a base that a run cannot go on without."""
-
-
-def model_on_meta(recipe: Recipe, config: ModelConfig, parallel: Parallel) -> Transformer:
-    """A rank's part of the model, without storage: what trains is float32, and what does not may be quantised."""
-    model = build_on_meta(config, DTYPES[recipe.train.precision], parallel)
-    freeze_untrained(model)
-    if recipe.tuning.quantize == "nf4":
-        quantise_on_meta(model, recipe.tuning.quantize_skip)
-    return model
 
 
 def has_frozen(recipe: Recipe) -> bool:
@@ -50,7 +38,7 @@ def find_model(
         recipe: what the user wants.
         recipe_folder: where relative paths are looked for first.
         weights_may_be_absent: the shape is enough.
-        saved: the run's own checkpoint, to go on from. It has a shape and a tokenizer, and weights of all that trains.
+        saved: the run's own checkpoint, to resume from. It has a shape and a tokenizer, and weights of all that trains.
 
     Raises:
         UserError: one of them is missing or damaged, or they do not go together.
@@ -77,24 +65,24 @@ def find_shape(
     check_towers_can_be_made(config.vision)
     check_base(layouts, config)
     for layout in layouts:
-        _check_quantised(recipe, config, layout)
+        _check_quantized(recipe, config, layout)
     return layouts, config
 
 
-def _check_quantised(recipe: Recipe, config: ModelConfig, layout: Layout) -> None:
-    """Refuses a quantised checkpoint where the recipe is for another one."""
+def _check_quantized(recipe: Recipe, config: ModelConfig, layout: Layout) -> None:
+    """Refuses a quantized checkpoint where the recipe is for another one."""
     quantization = read_quantization(layout.folder)
     if quantization is None:
         return
     if recipe.tuning.quantize == "none":
         raise UserError(
-            f"{layout.folder} is quantised: it can be a base, and not train itself",
+            f"{layout.folder} is quantized: it can be a base, and not train itself",
             "set tuning.quantize=nf4, a method other than full, and checkpoint.trainable_only=true",
         )
     if config.quantisable(recipe.tuning.quantize_skip) != config.quantisable(quantization.skip):
         but = f" but {', '.join(quantization.skip)}" if quantization.skip else ""
         raise UserError(
-            f"in {layout.folder} all matrices{but} are quantised, and the recipe says otherwise",
+            f"in {layout.folder} all matrices{but} are quantized, and the recipe says otherwise",
             f"set tuning.quantize_skip=[{','.join(quantization.skip)}]",
         )
 
@@ -110,7 +98,8 @@ def _layouts(recipe: Recipe, may_be_absent: bool, saved: Path | None) -> list[La
             if Path(name).expanduser().exists():
                 raise
             if not may_be_absent:
-                raise UserError(error.message, MOVED if saved is not None else error.hint) from None
+                moved = "say where it is now: --resume --pretrained DIR"
+                raise UserError(error.message, moved if saved is not None else error.hint) from None
     return layouts
 
 
@@ -132,11 +121,11 @@ def _config(recipe: Recipe, layouts: list[Layout], recipe_folder: Path | None, s
 
 
 def _with_tuning(recipe: Recipe, config: ModelConfig) -> ModelConfig:
-    """The shape with what the recipe's method adds. What was tuned by a method can go on with that one only."""
+    """The shape with what the recipe's method adds. What was tuned by a method can be resumed with that one only."""
     tuning = recipe.tuning.resolved().at_depth(config.n_layers)
     if config.tuning not in (FULL, tuning):
         raise UserError(
-            f"the checkpoint was tuned otherwise ({config.tuning.to_keys()}) than the recipe says ({tuning.to_keys()})",
+            f"the checkpoint was tuned as ({config.tuning.to_keys()}), the recipe says ({tuning.to_keys()})",
             f"set {config.tuning.to_keys()}",
         )
     widths = {"dim": config.dim, "the SwiGLU width": config.hidden_dim, "the keys' width": config.kv_dim}
@@ -174,31 +163,64 @@ def _tokenizer_path(recipe: Recipe, layouts: list[Layout], recipe_folder: Path |
     named = recipe.model.tokenizer
     if named is not None:
         path = _beside(named, recipe_folder)
-        moved = saved is not None and not path.exists() and recipe_of(saved).model.tokenizer == named
+        moved = saved is not None and not path.exists() and Recipe.load(saved / "recipe.yaml").model.tokenizer == named
         if not moved:
             return path
     folders = [layout.folder for layout in without_towers(layouts)]
     for folder in reversed(folders if saved is None else [saved] if named is not None else [saved, *folders]):
-        if (path_there := find_tokenizer(folder)) is not None:
-            return path_there
+        if (found := find_tokenizer(folder)) is not None:
+            return found
     where = f" in {' or '.join(str(layout.folder) for layout in layouts)}" if layouts else ""
     raise UserError(
         f"there is no tokenizer{where}", "give it with --tokenizer FILE (tokenizer.model or tokenizer.json)"
     )
 
 
-def recipe_of(checkpoint: Path) -> Recipe:
-    """The recipe a checkpoint of a run was trained with."""
-    return Recipe.load(checkpoint / "recipe.yaml")
+def read_base(layouts: Sequence[Layout], config: ModelConfig, parallel: Parallel) -> Weights | None:
+    """Maps a rank's share of the weights a run starts from, all of them checked; None = random weights.
+
+    Raises:
+        UserError: damaged files, or tensors that do not fit, all of them listed.
+    """
+    if not layouts:
+        return None
+    weights = read_weights(layouts, parallel.model_rank, parallel.model_size)
+    where = " and ".join(str(layout.folder) for layout in layouts)
+    check_tensors(weights, _needed(config, weights, where), where)
+    return weights
 
 
-def resolved(
+def _needed(config: ModelConfig, weights: Weights, where: str) -> Shapes:
+    """What a run's base must hold.
+
+    A base has nothing of what the method adds, a checkpoint of a tuned model all of it; so it is with vision.
+
+    Raises:
+        UserError: it has no vision tower, or in stage two nothing of what stage one trains.
+    """
+    needed, parts = config.base_shapes(), config.vision_parts
+    check_tower(config.vision, weights.tensors, where)
+    added = config.parameter_shapes().keys() - needed.keys() - parts.keys()
+    shapes = config.parameter_shapes()
+    if any(name in weights.tensors for name in added):
+        needed |= {name: shapes[name] for name in added}
+    if any(name in weights.tensors for name in parts):
+        needed |= parts
+    elif parts and config.vision_training.stage == 2:
+        raise UserError(
+            f"nothing of what stage one of vision trains is in {where}: {', '.join(list(parts)[:3])}, ...",
+            "give a checkpoint of stage one besides (--pretrained RUN), or train that: vision.stage=1",
+        )
+    return needed
+
+
+def with_absolute_paths(
     recipe: Recipe, layouts: list[Layout], tokenizer: Tokenizer, recipe_folder: Path | None, saved: Path | None = None
 ) -> Recipe:
-    """The recipe with absolute paths, so that it means the same from any folder. Of the run's own checkpoint `saved`,
-    which will go, it says nothing."""
-    resolved = recipe.model_copy(deep=True)
-    model, data = resolved.model, resolved.data
+    """The recipe with absolute paths, so that it means the same from any folder. It does not name the run's own
+    checkpoint `saved`, which will be removed."""
+    recipe = recipe.model_copy(deep=True)
+    model, data = recipe.model, recipe.data
     if isinstance(model.params, (str, list)):
         paths = [model.params] if isinstance(model.params, str) else model.params
         model.params = [_absolute(path, _beside(path, recipe_folder)) for path in paths]
@@ -209,10 +231,10 @@ def resolved(
     if data.validation.path is not None:
         data.validation.path = _absolute_data(data.validation.path, recipe_folder)
     if layouts:
-        resolved.model.pretrained = [str(layout.folder.resolve()) for layout in layouts]
+        model.pretrained = [str(layout.folder.resolve()) for layout in layouts]
     if saved is None or tokenizer.path.parent.resolve() != saved.resolve():
-        resolved.model.tokenizer = _absolute(model.tokenizer or "", tokenizer.path)
-    return resolved
+        model.tokenizer = _absolute(model.tokenizer or "", tokenizer.path)
+    return recipe
 
 
 def _absolute_data(path: str, recipe_folder: Path | None) -> str:

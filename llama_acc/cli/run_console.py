@@ -1,0 +1,123 @@
+"""A run as it shows on a console."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+from llama_acc.cli import console
+from llama_acc.core.train.callback import Callback
+
+if TYPE_CHECKING:
+    from llama_acc.core.train.plan import Plan
+
+
+class _Facts(ProgressColumn):
+    """Loss, learning rate, speed and memory of the newest step."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("facts", ""))
+
+
+class _TimeLeft(ProgressColumn):
+    """The time until `ends`, which goes down between two steps."""
+
+    def render(self, task: Task) -> Text:
+        ends = task.fields.get("ends")
+        return Text("" if ends is None else f"{console.duration(max(0.0, ends - time.monotonic()))} left")
+
+
+class RunConsole(Callback):
+    """Watches a run: a bar on a terminal, a line every few seconds otherwise."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._last_line = 0.0
+        self._first: float | None = None  # when the first step was done
+        self._tokens = 0  # of the steps behind it
+
+    def __enter__(self) -> "RunConsole":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        console.working(None)
+        if self._progress is not None:
+            self._progress.stop()
+
+    def note(self, text: str) -> None:
+        """A line on the side."""
+        console.note(text)
+
+    def fetch(self, address: str) -> list[Path]:
+        """With bars, as `llama-acc download` shows it."""
+        from llama_acc.cli.download import fetch_shown
+
+        return fetch_shown(address)
+
+    def working(self, text: str, key: str | None = None) -> None:
+        """What is being done."""
+        if self._progress is not None:
+            self._progress.update(self._task, facts=text)
+        else:
+            console.working(text, key)
+
+    def plan(self, plan: "Plan") -> None:
+        """What will be done."""
+        from llama_acc.core.train.log import describe_plan
+
+        console.working(None)
+        console.pairs(describe_plan(plan))
+        self._last_line = 0.0
+        if sys.stderr.isatty() and not console.err.is_dumb_terminal:
+            self._progress = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=24),
+                _Facts(),
+                _TimeLeft(),
+                console=console.err,
+            )
+            self._task = self._progress.add_task("train", total=plan.total_steps)
+            self._progress.start()
+
+    def step(self, metrics: dict[str, Any], plan: "Plan") -> None:
+        """Moves the bar, or prints a line now and then; always at the last step."""
+        console.working(None)
+        facts = (
+            f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  {metrics['tokens_per_second']:,.0f} tokens/s  "
+            f"{metrics['peak_memory_gib']:.2f} GiB"
+        )
+        now, left = time.monotonic(), self._left(metrics, plan)
+        if self._progress is not None:
+            ends = None if left is None else now + left
+            self._progress.update(self._task, completed=metrics["step"], facts=facts, ends=ends)
+            return
+        if now - self._last_line < console.SECONDS_BETWEEN_LINES and metrics["step"] != plan.total_steps:
+            return
+        self._last_line = now
+        ending = "" if left is None or metrics["step"] == plan.total_steps else f"  {console.duration(left)} left"
+        console.err.print(f"step {metrics['step']}/{plan.total_steps}  {facts}{ending}", markup=False)
+
+    def _left(self, metrics: dict[str, Any], plan: "Plan") -> float | None:
+        """Seconds to the end, from the second step on.
+
+        Steps differ in length: the tokens since the first step have taken so long, and so will those that are left.
+        """
+        if self._first is None:
+            self._first = time.monotonic()
+            return None
+        self._tokens += metrics["tokens"]
+        speed = self._tokens / max(time.monotonic() - self._first, 1e-9)
+        return (plan.total_steps - metrics["step"]) * plan.train.tokens / plan.steps_per_epoch / speed
+
+    def validation(self, metrics: dict[str, Any]) -> None:
+        """The loss on held-out items."""
+        console.err.print(f"step {metrics['step']}: validation loss {metrics['validation_loss']:.4f}", markup=False)
+
+    def saved(self, checkpoint: Path) -> None:
+        """Where a checkpoint is."""
+        console.err.print(f"saved {checkpoint}", markup=False)

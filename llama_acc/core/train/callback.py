@@ -1,0 +1,40 @@
+"""What a run reports to whoever watches it. Imports no torch."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_acc.core.hub import fetch_data
+
+if TYPE_CHECKING:
+    from llama_acc.core.train.plan import Plan
+
+
+class Callback:
+    """Watches a run and shows nothing; a subclass shows what it overrides."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+    def fetch(self, address: str) -> list[Path]:
+        """The files that an address of data means; missing ones are downloaded, and that may be shown."""
+        return fetch_data(address)
+
+    def working(self, text: str, key: str | None = None) -> None:
+        """What is being done from now on, such as "loading the weights".
+
+        Args:
+            text: said to the user.
+            key: the stage, where its text changes as it goes on.
+        """
+
+    def plan(self, plan: "Plan") -> None:
+        """What will be done, before it starts."""
+
+    def step(self, metrics: dict[str, Any], plan: "Plan") -> None:
+        """An optimizer step, as in metrics.jsonl."""
+
+    def validation(self, metrics: dict[str, Any]) -> None:
+        """A validation line, as in metrics.jsonl."""
+
+    def saved(self, checkpoint: Path) -> None:
+        """A checkpoint is whole on disk."""

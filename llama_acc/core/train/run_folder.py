@@ -1,0 +1,272 @@
+"""A run's folder: locked by one process, laid out as people expect it, resumed by the same run only."""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llama_acc.core.atomic import remove, remove_unfinished, write_text_whole
+from llama_acc.core.checkpoint.adapter import base_fingerprint
+from llama_acc.core.checkpoint.layout import latest_checkpoint
+from llama_acc.core.checkpoint.resume import FORMAT_VERSION, read_progress
+from llama_acc.core.checkpoint.save import checkpoints, free_bytes, saved_step
+from llama_acc.core.errors import UserError, listed
+from llama_acc.core.input_files import read_object
+from llama_acc.core.recipe import Recipe
+from llama_acc.core.tokenizer import find_tokenizer, load_tokenizer
+from llama_acc.core.train.plan import Plan
+from llama_acc.core.units import count_text, size_text
+
+_DRY_RUN_FILES = {"recipe.yaml", "data.json"}
+# A resumed run may be prolonged, logged, saved or spread over processes otherwise; it must not be another run.
+_MAY_CHANGE = {
+    "name",
+    "description",
+    "train.epochs",
+    "train.max_steps",
+    "train.batch_size",
+    "train.micro_batch_tokens",
+    "checkpoint.keep",
+    "checkpoint.every_epochs",
+    "checkpoint.every_steps",
+    "checkpoint.asynchronous",
+    "data.validation.every_steps",
+    "data.images.max_pixels",
+    "data.images.workers",
+    "parallel.model_parallel_size",
+    "parallel.data_parallel",
+    "parallel.accumulate_unsharded",
+}
+# Paths of files whose content is compared.
+_DATA = re.compile(r"data\.sources\.\d+\.(path|root)")
+_OTHER_RUN = "or start a new run in another --output"
+
+
+class RunFolder:
+    """The `--output` of a run, locked while it lives. The lock goes with the process, however that ends."""
+
+    def __init__(self, path: Path) -> None:
+        """Nothing is done before `open`, so that `close` can undo it wherever that was interrupted.
+
+        Args:
+            path: where it is.
+        """
+        self.path = path
+        self.checkpoint: Path | None = None
+        self._made: list[Path] = []
+        self._lock = -1
+
+    def open(self, *, resume: bool, claim: bool = True, note: Callable[[str], None] = lambda text: None) -> None:
+        """Makes and locks the folder, and finds what it holds.
+
+        Args:
+            resume: continue from what it holds.
+            note: receives a line for each thing in it that is damaged, and that a resume does without.
+            claim: False for a process that works under another one's lock, after that has it.
+
+        Raises:
+            UserError: it is a file, cannot be written, is in use, or holds something and `resume` was not asked for.
+        """
+        path = self.path
+        if not claim:
+            self.checkpoint = latest_checkpoint(path) if resume else None
+            return
+        self._made = [place for place in (path, *path.parents) if not os.path.lexists(place)]
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            # The folder itself is locked, so no lock file can be left behind.
+            self._lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise UserError(
+                f"cannot use {path} as output folder: {error.strerror}", "choose another --output"
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path} is in use by another run", "wait for it, or choose another --output") from None
+        except OSError as error:
+            raise UserError(f"cannot lock {path}: {error.strerror}", "choose another --output") from None
+        if not os.access(path, os.W_OK):
+            raise UserError(f"cannot write into {path}", "choose another --output")
+        if not resume:
+            refuse_non_empty(path)
+            return
+        remove_unfinished(path)
+        self.checkpoint = self._newest(note)
+        for other in sorted(path.glob("epoch*")):
+            if other != self.checkpoint and saved_step(other) is None:
+                note(f"{other} does not say which step it is of (state/progress.json): it stays, and is not counted")
+
+    def _newest(self, note: Callable[[str], None]) -> Path | None:
+        """The checkpoint that `latest` names; where that names none, the newest one that is there."""
+        found = checkpoints(self.path)
+        try:
+            named = latest_checkpoint(self.path)
+        except UserError as error:
+            named = None
+            note(f"{error.message}; taken instead: {found[-1][1] if found else 'none'}")
+        if named is None and found:
+            # A kill can come between a first checkpoint and its name.
+            write_text_whole(self.path / "latest", found[-1][1].name + "\n")
+        elif named is None:
+            remove(self.path / "latest")
+        return named or (found[-1][1] if found else None)
+
+    def close(self) -> None:
+        """Gives the folder free for another run; what was made for nothing goes."""
+        with contextlib.suppress(OSError):  # it holds something
+            for place in self._made:
+                place.rmdir()
+        if self._lock >= 0:
+            os.close(self._lock)
+
+    def write_plan(self, plan: Plan) -> None:
+        """Writes recipe.yaml and data.json."""
+        write_text_whole(self.path / "recipe.yaml", plan.recipe.to_yaml())
+        write_text_whole(self.path / "data.json", json.dumps(plan.report, indent=1, ensure_ascii=False) + "\n")
+
+
+def refuse_non_empty(path: Path) -> None:
+    """A folder may hold what a dry run wrote, and nothing else.
+
+    Raises:
+        UserError: it holds something.
+    """
+    if not path.is_dir():
+        return
+    there = {entry.name for entry in path.iterdir()} - _DRY_RUN_FILES
+    if there:
+        raise UserError(
+            f"{path} is not empty: it holds {', '.join(sorted(there)[:5])}{' ...' if len(there) > 5 else ''}",
+            "choose another --output, or continue the run in it with --resume",
+        )
+
+
+def check_disk(plan: Plan, output: Path, done: int = 0) -> None:
+    """Compares the space that is still to be taken by the run's checkpoints with what is free.
+
+    Args:
+        plan: the run.
+        output: its folder; what it holds already takes no more, and goes when it is old enough.
+        done: steps it has done.
+
+    Raises:
+        UserError: too little, naming both.
+    """
+    existing = [
+        sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for _, path in checkpoints(output)
+    ]
+    needed, free = plan.disk_bytes(existing, done), free_bytes(output)
+    if needed > free:
+        one = existing[-1] if existing else plan.checkpoint_bytes()
+        beside = f" beside the {len(existing)} there" if existing else ""
+        raise UserError(
+            f"too little disk for the checkpoints: {-(-needed // one)} of {size_text(one)}{beside} need "
+            f"{size_text(needed)}, {size_text(free)} are free at {output}",
+            "free some, choose another --output"
+            + (", or lower checkpoint.keep" if plan.recipe.checkpoint.keep != 1 else ""),
+        )
+
+
+def check_same_run(plan: Plan, checkpoint: Path) -> int:
+    """Compares a run with the checkpoint it is to resume from, whose state's bytes are checked.
+
+    Data, base and tokenizer are compared by content, so they may lie elsewhere, and under other names.
+
+    Returns:
+        How many steps are done.
+
+    Raises:
+        UserError: a damaged state, or all that makes it another run.
+    """
+    progress = read_progress(checkpoint)
+    if progress["format_version"] > FORMAT_VERSION:
+        raise UserError(f"{checkpoint}/state was written by a newer version", "update llama-acc")
+    _check_recipe(plan, checkpoint, progress)
+    if plan.train.fingerprint() != progress["data"]:
+        raise UserError(
+            f"the data is not what {checkpoint} was trained on{_how_it_differs(plan, checkpoint)}",
+            f"resume with the same files; --data FILE says where they are now; {_OTHER_RUN}",
+        )
+    step: int = progress["step"]
+    return step
+
+
+def _check_recipe(plan: Plan, checkpoint: Path, progress: dict[str, Any]) -> None:
+    before = _flat(Recipe.load(checkpoint / "recipe.yaml").model_dump(mode="json"))
+    now = _flat(plan.recipe.model_dump(mode="json"))
+    changed = {
+        key: f"{before.get(key)!r} before, {now.get(key)!r} now"
+        for key in dict.fromkeys([*before, *now])
+        if before.get(key) != now.get(key) and key not in _MAY_CHANGE and not _DATA.fullmatch(key)
+    }
+    if "data.validation.path" in changed and plan.validation is not None:
+        if plan.validation.fingerprint() == progress.get("validation"):
+            del changed["data.validation.path"]
+        else:
+            changed["data.validation.path"] += ", with other items"
+    _compare_model(plan, checkpoint, progress, changed)
+    if changed:
+        problems = [f"{key}: {text}" for key, text in changed.items()]
+        raise UserError(
+            f"the recipe is not the one {checkpoint} was trained with:\n{listed(problems)}",
+            "leave out --recipe and what you changed: --resume then takes the run's own recipe.yaml; " + _OTHER_RUN,
+        )
+
+
+def _compare_model(plan: Plan, checkpoint: Path, progress: dict[str, Any], changed: dict[str, str]) -> None:
+    """Takes out of `changed` what is the same by its content, and puts in what is another one in the same place."""
+    shape = [key for key in changed if re.match(r"model\.(params|size)\b", key)]
+    if shape and json.loads(json.dumps(plan.config.to_params())) == read_object(checkpoint / "config.json"):
+        for key in shape:
+            del changed[key]
+    moved = "model.pretrained" in changed
+    if "model.tokenizer" in changed or moved:
+        saved = find_tokenizer(checkpoint)
+        same = saved is not None and load_tokenizer(saved).fingerprint() == plan.tokenizer.fingerprint()
+        if same:
+            changed.pop("model.tokenizer", None)
+        else:
+            was = changed.get("model.tokenizer", str(plan.tokenizer.path))
+            changed["model.tokenizer"] = f"{was}, another tokenizer"
+    base = progress.get("base")
+    # A base of which nothing is used any more may be any, where it was.
+    if base is None or not plan.layouts or not (moved or plan.has_frozen):
+        return
+    if base_fingerprint(plan.layouts, plan.config) == base:
+        changed.pop("model.pretrained", None)
+    else:
+        was = changed.get("model.pretrained", " and ".join(str(layout.folder) for layout in plan.layouts))
+        changed["model.pretrained"] = f"{was}, with other weights"
+
+
+def _how_it_differs(plan: Plan, checkpoint: Path) -> str:
+    """The sizes of the data before and now, as far as they are known."""
+
+    def size(report: dict[str, Any]) -> str:
+        return f"{count_text(report['items'], 'item')} and {count_text(report['tokens'], 'token')}"
+
+    now = size(plan.report)
+    try:
+        before = size(read_object(checkpoint.parent / "data.json"))
+    except (UserError, KeyError, TypeError, ValueError):
+        return f": it has {now}"
+    if before == now:
+        return f": it has {now} as before, but other text, in another order, or labeled otherwise"
+    return f": {before} before, {now} now"
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(values, dict) and values:
+        pairs: list[tuple[str, Any]] = [(str(key), value) for key, value in values.items()]
+    elif isinstance(values, list) and values and isinstance(values[0], dict):
+        pairs = [(str(i), value) for i, value in enumerate(values)]
+    else:
+        return {prefix: values}
+    return {
+        name: leaf for key, value in pairs for name, leaf in _flat(value, f"{prefix}.{key}" if prefix else key).items()
+    }
