@@ -56,7 +56,7 @@ def test_a_run_killed_twice_goes_on_as_if_nothing_had_been(uninterrupted: Path, 
         assert process.returncode == -signal.SIGKILL
         saved = latest_step(output)
         assert saved % 20 == 0
-        assert at - 20 <= saved <= lines_of(output)
+        assert at - 40 <= saved <= lines_of(output)  # the newest one may still be written
         # The run's own recipe says how to go on.
         command = ("finetune", "--device", "cpu", "--output", output, "--resume")
     done = run(*command)
