@@ -138,20 +138,6 @@ def check_same_base(layout: Layout, weights: Weights, base: Layout, config: Mode
         )
 
 
-def base_of(
-    layouts: Sequence[Layout], config: ModelConfig, names: Sequence[str | Path], quantised: TrainedQuantised | None
-) -> Base:
-    """What a checkpoint of only what was trained will say of its base.
-
-    Args:
-        layouts: the base.
-        config: the shape.
-        names: the base as the user gave it.
-        quantised: how it was quantized while training on it; None = it was not.
-    """
-    return Base(base_fingerprint(layouts, config), tuple(map(str, names)), quantised)
-
-
 def fingerprint(weights: Weights, names: Sequence[str]) -> str:
     """SHA-256 over the sorted names, full shapes and 1,024 fixed sampled values, as bf16, of whole parameters.
 

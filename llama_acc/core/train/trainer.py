@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llama_acc.core.checkpoint.adapter import BASE_FILE, Base, TrainedQuantised, base_of
+from llama_acc.core.checkpoint.adapter import BASE_FILE, Base, TrainedQuantised, base_fingerprint
 from llama_acc.core.checkpoint.load import Weights, load_parameters
 from llama_acc.core.checkpoint.resume import FORMAT_VERSION, SavedState, read_progress, restore_rng, rng_state
 from llama_acc.core.checkpoint.save import Rows, Snapshot
@@ -154,7 +154,8 @@ class Trainer:
         if plan.layouts and parallel.is_main:
             skip = plan.settings.quantize_skip
             quantized = None if skip is None else TrainedQuantised("nf4", skip)
-            self._base = base_of(plan.layouts, plan.config, recipe.model.pretrained_list(), quantized)
+            pretrained = tuple(recipe.model.pretrained_list())
+            self._base = Base(base_fingerprint(plan.layouts, plan.config), pretrained, quantized)
         # For a resume.
         self._base_fingerprint = None if self._base is None else self._base.fingerprint
 
