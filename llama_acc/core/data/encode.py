@@ -157,8 +157,9 @@ def documents(items: Sequence[Item], template: PromptFormat, tokenizer: Tokenize
     label = _labels_by_prefix if template.prefix_labels else _labels_by_overlap
     for item, (ids, trained, merged) in zip(rendered, label(rendered, tokenizer), strict=True):
         framed = [tokenizer.bos_id] * template.bos + ids + [tokenizer.eos_id] * template.eos
-        bos, eos = np.zeros(int(template.bos), np.bool_), np.full(int(template.eos), item.eos_trained)
-        labeled = np.concatenate((bos, trained, eos))
+        labeled = np.zeros(len(framed), np.bool_)
+        labeled[template.bos : template.bos + len(ids)] = trained
+        labeled[template.bos + len(ids) :] = item.eos_trained
         yield Document(np.array(framed, np.int32), labeled, merged)
 
 

@@ -66,10 +66,10 @@ def prepare_batch(batch: Batch, job: Job, tokenizer: Tokenizer) -> Prepared:
     for index, row in batch:
         survey.add(row.where, row.item, row.problems)
         if row.item is not None:
-            found = [*format_findings(row.item, row.where, *looks)]
-            found += [merged_finding(row.item, row.where, job.template)] * (index in merged)
-            for finding in found:
+            for finding in format_findings(row.item, row.where, *looks):
                 survey.findings.add(finding)
+            if index in merged:
+                survey.findings.add(merged_finding(row.item, row.where, job.template))
     return Prepared(chunk, survey)
 
 

@@ -105,8 +105,10 @@ class Survey:
         """The language of its first reply that is long enough to tell."""
         for name, text in replies_of(item):
             if (language := language_of(text)) is not None:
-                places = [Finding(language, where, name, f"a reply in {language!r}", beginning(text))]
-                self._languages.extend(language, 1, places if self._languages.keeps(language) else [])
+                places = []
+                if self._languages.keeps(language):
+                    places.append(Finding(language, where, name, f"a reply in {language!r}", beginning(text)))
+                self._languages.extend(language, 1, places)
                 return
 
     def merge(self, later: "Survey") -> None:
