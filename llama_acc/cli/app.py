@@ -154,7 +154,7 @@ def _tell(error: Exception, message: str, hint: str | None, exit_code: int) -> N
         return
     # Started by torchrun or Slurm: what all ranks found is told by the first of them; before they have joined, by
     # the first one of each machine.
-    first = environment.failing_rank(error)
+    first = vars(error).get("failing_rank")
     if first is None:
         tells = environment.local_rank() == 0 or not isinstance(error, LlamaAccError)
     else:
@@ -166,7 +166,7 @@ def _tell(error: Exception, message: str, hint: str | None, exit_code: int) -> N
 def _stopped(number: signal.Signals) -> typer.Exit:
     from llama_acc.cli import console
 
-    if environment.is_main():
+    if environment.is_main() and environment.is_stopped_by_user():
         console.note(f"stopped by {'Ctrl-C' if number == signal.SIGINT else number.name}")
     return typer.Exit(EXIT_CODES[number])
 

@@ -12,9 +12,9 @@ from uuid import uuid4
 
 import typer
 
-from llama_acc.cli import console, options, processes
-from llama_acc.cli.loading import Which, check_split, shared_model
-from llama_acc.core.distributed import environment
+from llama_acc.cli import console, options
+from llama_acc.cli.loading import Which, check_split, launch_ranks, shared_model
+from llama_acc.core.distributed import Launch, environment
 from llama_acc.core.errors import UserError
 from llama_acc.core.units import count_text
 from llama_acc.core.visible import visible
@@ -102,8 +102,7 @@ def caption(
         )
     if html is not None and not html.expanduser().parent.is_dir():
         raise UserError(f"cannot write {html}: there is no folder {html.parent}", f"mkdir -p {html.parent}")
-    if processes.launched(processes.Wanted(nproc), device, lambda count: check_split(ckpt, count)):
-        return
+    launch_ranks(Launch(nproc), device, lambda count: check_split(ckpt, count))
     # Standard input is that of the first process.
     named = _named(images) if environment.is_main() else []
     wanted = _Wanted(max_new_tokens, batch_size, max_pixels, as_json, None if html is None else html.expanduser())

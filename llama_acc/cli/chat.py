@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llama_acc.cli import console, options, processes, stopping
-from llama_acc.cli.loading import Which, check_split, shared_model
-from llama_acc.core.distributed import environment
+from llama_acc.cli import console, options, stopping
+from llama_acc.cli.loading import Which, check_split, launch_ranks, shared_model
+from llama_acc.core.distributed import Launch, environment
 from llama_acc.core.errors import UserError
 from llama_acc.core.units import count_text
 
@@ -94,8 +94,7 @@ def chat(
     sampling = Sampling(temperature, top_p, seed, max_new_tokens)
     if image and prompt is None:
         raise UserError("--image goes with --prompt", "in a conversation, type /image FILE")
-    if processes.launched(processes.Wanted(nproc), device, lambda count: check_split(ckpt, count)):
-        return
+    launch_ranks(Launch(nproc), device, lambda count: check_split(ckpt, count))
     with shared_model(Which(ckpt, device, tokenizer, template, verify, quant, context)) as loaded:
         if environment.is_main():
             _talk(loaded, sampling, prompt, image or [], system, plain)

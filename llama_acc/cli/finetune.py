@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llama_acc.cli import console, options, processes
+from llama_acc.cli import console, options
+from llama_acc.cli.loading import launch_ranks
 from llama_acc.cli.preview import show_items
-from llama_acc.core.distributed import environment
+from llama_acc.core.distributed import Launch, environment
 from llama_acc.core.errors import LlamaAccError, RunError, UserError
 from llama_acc.core.units import count_text, size_text
 
@@ -142,28 +143,28 @@ def finetune(
 
     if dry_run and resume:
         raise UserError("--dry-run and --resume cannot be combined", "leave one of them out")
-    wanted = processes.Wanted(nproc, nnodes, rdzv_endpoint, max_restarts, log_ranks)
-    resume = resume or environment.was_restarted()
+    wanted = Launch(nproc, nnodes, rdzv_endpoint, max_restarts, log_ranks)
+    resume = resume or environment.start_number() > 1
     run = None if output is None else Path(output).expanduser()
     loaded, folder = _load_recipe(recipe, run, resume, overrides or [], pretrained, data, tokenizer)
     for base in loaded.model.pretrained_list() if not (dry_run or resume) else []:
         locate(base)
     check_sources([Source(**source.model_dump()) for source in loaded.data.sources], folder)
     if dry_run:
-        _dry_run(loaded, run, folder, device, verify, processes.world_size(wanted), timing)
+        _dry_run(loaded, run, folder, device, verify, wanted.world_size(), timing)
         return
     output_folder = run or _named_after(loaded)
     again = f"resume with: {_again(output_folder, wanted)}"
     try:
-        if not processes.launched(wanted, device, lambda count: _check(loaded, folder, run if resume else None, count)):
-            _train(loaded, output_folder, folder, resume, device, verify, force, again)
+        launch_ranks(wanted, device, lambda count: _check(loaded, folder, run if resume else None, count))
+        _train(loaded, output_folder, folder, resume, device, verify, force, again)
     except LlamaAccError as error:
         if error.exit_code == RunError.exit_code and error.hint is None:
             error.hint = again
         raise
 
 
-def _again(output: Path, wanted: processes.Wanted) -> str:
+def _again(output: Path, wanted: Launch) -> str:
     """The command that resumes a run, on as many processes."""
     words = ["llama-acc", "finetune", "--output", str(output), "--resume"]
     words += [] if wanted.nproc is None else ["--nproc", wanted.nproc]

@@ -2,13 +2,16 @@
 
 import contextlib
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+import typer
+
 from llama_acc.cli import console, options
-from llama_acc.core.distributed import environment
+from llama_acc.core.distributed import Launch, environment, launch_if_asked
 from llama_acc.core.errors import LlamaAccError
 
 if TYPE_CHECKING:
@@ -39,6 +42,21 @@ def check_split(ckpt: list[str], processes: int) -> None:
     config = read_config([inspect(locate(folder)) for folder in ckpt])
     if config is not None and config.vocab_size > 0:
         check_divides(config, processes)
+
+
+def launch_ranks(how: Launch, device: str | None, check: Callable[[int], None]) -> None:
+    """Runs this command in several processes, and exits, if that is asked for and was not done yet.
+
+    `check` is given their number, and raises what would end each of them.
+    """
+
+    def check_first(processes: int) -> None:
+        check(processes)
+        console.working(None)
+
+    code = launch_if_asked(how, device, sys.argv[1:], check_first, console.note)
+    if code is not None:
+        raise typer.Exit(code)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from llama_acc.core.distributed import environment
+
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -48,8 +50,12 @@ def stop_on_signal(tell: Callable[[str], None]) -> Iterator[StopRequest]:
     def handle(number: int, frame: FrameType | None) -> None:
         received = signal.Signals(number)
         if request.received is not None:
-            os._exit(EXIT_CODES[received])
+            if not environment.is_launched():  # a launcher ends this process itself
+                os._exit(EXIT_CODES[received])
+            return
         request.received = received
+        if not environment.is_stopped_by_user():
+            return
         # Where standard error is broken, or just being written to, saving still comes first.
         with contextlib.suppress(Exception):
             tell(f"{received.name}: saving after this step, then stopping; again to stop at once without saving")

@@ -13,9 +13,7 @@ import pytest
 
 from llama_acc.core.atomic import check_manifest
 from llama_acc.core.checkpoint.layout import latest_checkpoint
-from llama_acc.core.distributed.agent import exit_record_in, how_it_ended
 from llama_acc.core.distributed.environment import first_host, join_slurm, world_size
-from llama_acc.core.distributed.launch import Launch
 from tests.cli.commands import TINY, invoke, refused
 from tests.cli.jobs import PATIENCE, gone, start_job, workers_of
 from tests.core.ranks import free_port
@@ -95,18 +93,18 @@ def test_a_killed_rank_ends_the_job_with_its_name_and_nothing_stays(tmp_path: Pa
     check_manifest(newest, contents=True)
 
 
-TWELVE = ("--recipe", "quickstart", "train.epochs=12", "checkpoint.every_epochs=1", "checkpoint.keep=2")
+SIX = ("--recipe", "quickstart", "train.epochs=6", "checkpoint.every_epochs=1", "checkpoint.keep=2")
 
 
 def kill_and_compare(folder: Path, choice: random.Random, kills: int, processes: int) -> None:
     """Kills random ranks of a job that restarts by itself: it must end as one that was left alone, to the bit."""
     output = folder / "killed"
-    job = Job(output, *TWELVE, "--nproc", processes, "--max-restarts", kills)
+    job = Job(output, *SIX, "--nproc", processes, "--max-restarts", kills)
     for _ in range(kills):
         known = len(steps(output)) if (output / "metrics.jsonl").exists() else 0
         wanted = known + choice.randrange(1, 6)
         deadline = time.monotonic() + PATIENCE
-        while not (output / "metrics.jsonl").exists() or len(steps(output)) < min(wanted, 44):
+        while not (output / "metrics.jsonl").exists() or len(steps(output)) < min(wanted, 20):
             job.check_time(deadline)
             time.sleep(0.02)
         workers = job.workers()
@@ -115,11 +113,11 @@ def kill_and_compare(folder: Path, choice: random.Random, kills: int, processes:
     assert job.wait() == 0, job.err
     assert job.err.count("restarting from the last whole checkpoint") == kills, job.err
 
-    alone = Job(folder / "alone", *TWELVE, "--nproc", processes)
+    alone = Job(folder / "alone", *SIX, "--nproc", processes)
     assert alone.wait() == 0, alone.err
     assert steps(output) == steps(folder / "alone")
-    assert [step for step, _ in steps(output)] == list(range(1, 49))
-    weights = "epoch11/consolidated.00-of-01.model.pth"
+    assert [step for step, _ in steps(output)] == list(range(1, 25))
+    weights = "epoch5/consolidated.00-of-01.model.pth"
     assert (output / weights).read_bytes() == (folder / "alone" / weights).read_bytes()
 
 
@@ -372,10 +370,3 @@ def test_a_command_of_one_process_tells_its_errors_whatever_rank_the_shell_has(m
 )
 def test_the_first_of_slurm_s_hosts(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
-
-
-def test_how_a_process_ended_is_said_in_words(tmp_path: Path) -> None:
-    assert how_it_ended(3) == "ended with exit code 3"
-    assert how_it_ended(-11) == "was killed by SIGSEGV"
-    assert exit_record_in(str(tmp_path / "absent")) is None
-    assert Launch(4, nodes=2, endpoint="a:1").world_size == 8

@@ -1,4 +1,4 @@
-"""What a process knows of the others before it joins them, and how it tells its end. Imports no torch.
+"""What a process knows of the others before it joins them, and the record it leaves of its end. Imports no torch.
 
 A launcher (this toolkit's, torchrun, Slurm) says in the environment which of how many processes this is: RANK,
 WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from llama_acc.core.errors import LlamaAccError, UserError
@@ -23,8 +23,12 @@ from llama_acc.core.errors import LlamaAccError, UserError
 _Result = TypeVar("_Result")
 LAUNCHER = "LLAMA_ACC_LAUNCHER"
 """Set by `launch.py` in the workers' environment: its process id."""
+STOP_FILE = "LLAMA_ACC_STOP_FILE"
+"""Set likewise: a file that is there once the user has asked the launcher to stop."""
+START = "LLAMA_ACC_START"
+"""Set likewise: how often the workers were started, this time included."""
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", LAUNCHER)
-"""What tells a process that it is one of several."""
+"""What makes a process one of several."""
 JOIN_TIMEOUT = 1800.0
 """Seconds for all processes of a job to come; torch's own default."""
 
@@ -39,25 +43,6 @@ _LOST = re.compile(
     r"TCPStore|DistStoreError|DistNetworkError|peer",
     re.IGNORECASE,
 )
-
-
-@dataclass(frozen=True)
-class ExitRecord:
-    """How a worker ended: what it leaves for its launcher.
-
-    Attributes:
-        message: what is wrong.
-        hint: what to try.
-        exit_code: of the process.
-        kind: "error": foreseen, a restart would not help; "crash": anything else; "lost": another rank went away.
-        time: seconds since 1970.
-    """
-
-    message: str
-    hint: str | None
-    exit_code: int
-    kind: str
-    time: float
 
 
 def rank() -> int:
@@ -183,9 +168,14 @@ def is_launched() -> bool:
     return LAUNCHER in os.environ
 
 
-def was_restarted() -> bool:
-    """Whether a launcher started this process anew, after one of its kind died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def start_number() -> int:
+    """How often a launcher has started this process's like, this time included: above 1 after one of them died."""
+    return max(int(os.environ.get(START, "1")), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) + 1)
+
+
+def is_stopped_by_user() -> bool:
+    """Whether a signal that came is the user's; a launcher sends SIGTERM to the others of a rank that failed, too."""
+    return not is_launched() or Path(os.environ[STOP_FILE]).exists()
 
 
 def kill_on_parent_exit() -> None:
@@ -202,29 +192,20 @@ def lost_another_rank(error: BaseException) -> bool:
     return world_size() > 1 and isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
 
 
-def set_failing_rank(error: Exception, rank: int) -> None:
-    """Notes that all ranks end with an error which this one of them had."""
-    vars(error)["failing_rank"] = rank
-
-
-def failing_rank(error: Exception) -> int | None:
-    """The rank that had the error all ranks end with; None = it is this rank's own."""
-    rank: int | None = vars(error).get("failing_rank")
-    return rank
-
-
 def record_exit(error: BaseException, message: str, hint: str | None, exit_code: int) -> bool:
-    """Leaves word of this worker's end for the launcher. False if there is none of this toolkit."""
+    """Leaves word of this worker's end for the launcher. False if there is none of this toolkit.
+
+    It is torch's error file (`torch.distributed.elastic.multiprocessing.errors`), with more keys: `kind` is "error" for
+    what was foreseen and a restart would not mend, "lost" where another rank went away, "crash" for anything else.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not is_launched() or not path:
         return False
     kind = "error" if isinstance(error, LlamaAccError) else "lost" if lost_another_rank(error) else "crash"
     now = time.time()
-    ending = ExitRecord(message, hint, exit_code, kind, now)
-    with open(path, "w", encoding="utf-8") as file:
-        # The form that torch's elastic agent reads.
-        told = {"message": message, "extraInfo": {"timestamp": str(int(now))}}
-        json.dump({"message": told, "ending": asdict(ending)}, file)
+    record = {"hint": hint, "exit_code": exit_code, "kind": kind, "time": now}
+    torch_part = {"message": message, "extraInfo": {"timestamp": str(int(now))}}
+    Path(path).write_text(json.dumps({"message": torch_part, **record}), encoding="utf-8")
     return True
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.tensor import DTensor
 
 from llama_acc.core.distributed import environment
@@ -95,7 +95,7 @@ class Parallel:
         if errors:
             first = min(errors)
             failure = error or errors[first]
-            environment.set_failing_rank(failure, first)
+            vars(failure)["failing_rank"] = first  # who tells it, where no launcher of this toolkit does
             raise failure
         return result
 
@@ -182,7 +182,7 @@ def init_distributed(
 
 
 _STORE_TIMEOUT = timedelta(seconds=60)  # for what answers there to be a store
-_joins = 0  # of this process so far: torchrun's store outlives one
+_joins = 0  # of this process so far
 
 
 def _gather_processes(tell: Callable[[str], None]) -> Store:
@@ -207,11 +207,13 @@ def _gather_processes(tell: Callable[[str], None]) -> Store:
     whom = f"{'the launcher' if rank == 0 else 'rank 0'} of {size} processes to answer at {place}"
     environment.wait_until(opening.done, lambda: f"{whom} (this is rank {rank}{advice})", tell)
     try:
-        store = opening.result(timeout=0)
+        of_job = opening.result(timeout=0)
     except (dist.DistError, TimeoutError) as error:
         raise RunError(f"rank {rank} waited for {whom}: {str(error).splitlines()[0]}", hint) from error
     _joins += 1
-    names = [f"llama-acc/{_joins}/{number}" for number in range(size)]
+    # The launcher's store outlives a join, and a start.
+    store = PrefixStore(f"llama-acc/{environment.start_number()}/{_joins}", of_job)
+    names = [str(number) for number in range(size)]
     store.set(names[rank], "")
 
     def missing() -> str:
