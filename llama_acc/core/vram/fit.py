@@ -22,7 +22,6 @@ LARGEST_BATCH = 256
 """Larger ones are not tried."""
 _PROCESSES = 2
 _LARGE = 10**10  # parameters: of a smaller model, a process starts for longer than it works
-_SHALLOW = (2, 4)  # layers of the models that stand in for a deep one
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def _fit(setup: Setup, memory: int) -> Fit:
     least = taken(1)
     if least.total > memory:
         return Fit(tuning.method, tuning.quantize, least.total, 0, 0, length)
-    count = _largest(least, taken, memory, LARGEST_BATCH, _slope(setup))
+    count = _largest(least, taken, memory, LARGEST_BATCH)
     # As many tokens in one example take no more than in several: attention keeps nothing for pairs of tokens.
     longest = min(count * length, setup.config.max_seq_len)
     return Fit(tuning.method, tuning.quantize, least.total, count, longest, length)
@@ -102,32 +101,19 @@ def _lasting(setup: Setup) -> int:
     return weights + moments + (overhead().context if setup.device_type == "cuda" else 0)
 
 
-def _slope(setup: Setup) -> float:
-    """About the bytes that one more example takes, found with models of few layers; 0 = not known."""
-    config = setup.config
-    if config.n_layers <= 2 * _SHALLOW[1] or setup.recipe.tuning.method == "adapter" or config.vision is not None:
-        return 0.0
-    slopes = []
-    for depth in _SHALLOW:
-        shallow = replace(setup, config=replace(config, n_layers=depth))
-        slopes.append((_taken(shallow, 8).allocated - _taken(shallow, 4).allocated) / 4)
-    by_layer = (slopes[1] - slopes[0]) / (_SHALLOW[1] - _SHALLOW[0])
-    return max(slopes[1] + by_layer * (config.n_layers - _SHALLOW[1]), 1.0)
+def _largest(least: Usage, taken: Callable[[int], Usage], memory: int, limit: int) -> int:
+    """The largest count that fits, between one that does and one that does not.
 
-
-def _largest(least: Usage, taken: Callable[[int], Usage], memory: int, limit: int, slope: float = 0.0) -> int:
-    """The largest count that fits, between one that does and one that does not; `slope`: a guess, bytes for each.
-
-    What is allocated grows about evenly with it; what is reserved goes in steps, so where a guess excludes few counts,
+    What is allocated grows about evenly with it; what is reserved goes in steps, so where guesses exclude few counts,
     the next one is the middle of what is left, or far above what fits.
     """
     low, low_bytes, high = 1, least.total, limit + 1
-    halve = False
+    slope, poor = 0.0, 0  # bytes of one more; how many guesses in turn excluded few
     while high - low > 1:
         width = high - low
-        if halve and high <= limit:
+        if poor > 2 and high <= limit:
             guess = (low + high) // 2
-        elif halve or not slope:
+        elif poor > 2 or not slope:
             guess = low * 4
         else:
             guess = low + int((memory - low_bytes) / slope)
@@ -138,5 +124,5 @@ def _largest(least: Usage, taken: Callable[[int], Usage], memory: int, limit: in
             low, low_bytes = guess, usage.total
         else:
             high = guess
-        halve = 2 * (high - low) > width
+        poor = poor + 1 if 2 * (high - low) > width else 0
     return low

@@ -69,7 +69,8 @@ def work_of(setup: Setup) -> Work:
     counts = []
     for length in _LENGTHS:
         flops = simulate_training(replace(setup, lengths=(length,), labels=length, micro_batches=1)).flops
-        counts.append((sum(flops.values()) - flops["loss"], flops["loss"] / length))
+        of_loss = sum(count for moment, count in flops.items() if moment.phase == "loss")
+        counts.append((sum(flops.values()) - of_loss, of_loss / length))
     (few, head), (many, _) = counts
     by_pair = (many / long - few / short) / (long - short)
     size = setup.recipe.parallel.model_parallel_size

@@ -6,7 +6,7 @@ from typing import Any
 from llama_acc.core.vram.caching_allocator import reserved
 from llama_acc.core.vram.gpus import overhead
 from llama_acc.core.vram.simulation import Setup, simulate_generation, simulate_training
-from llama_acc.core.vram.tracker import MemoryTracker
+from llama_acc.core.vram.tracker import Trace
 
 PARTS = (
     "weights",
@@ -82,8 +82,8 @@ class Prediction:
 
 def predict(setup: Setup) -> Prediction:
     """Predicts an optimizer step."""
-    tracker = simulate_training(setup)
-    return Prediction(setup, _usage(setup, tracker), _flops(setup, tracker))
+    trace = simulate_training(setup)
+    return Prediction(setup, _usage(setup, trace), _flops(setup, trace))
 
 
 def predict_generation(setup: Setup, length: int) -> Usage:
@@ -91,17 +91,17 @@ def predict_generation(setup: Setup, length: int) -> Usage:
     return _usage(setup, simulate_generation(setup, length))
 
 
-def _flops(setup: Setup, tracker: MemoryTracker) -> int:
-    return sum(tracker.flops.values()) // min(setup.micro_batches, 2)
+def _flops(setup: Setup, trace: Trace) -> int:
+    return sum(trace.flops.values()) // min(setup.micro_batches, 2)
 
 
-def _usage(setup: Setup, tracker: MemoryTracker) -> Usage:
-    peak = tracker.peak()
+def _usage(setup: Setup, trace: Trace) -> Usage:
+    peak = trace.peak()
     parts = {part: peak.parts.get(part, 0) for part in PARTS}
     assert sum(parts.values()) == peak.total
     if setup.device_type == "cuda":
         besides = overhead()
         parts["working memory"] += besides.cublas
-        parts["allocator slack"] = reserved(tracker.allocations, step=tracker.since) - peak.total
+        parts["allocator slack"] = reserved(trace.allocations, step=trace.since) - peak.total
         parts["CUDA context"] = besides.context + (besides.nccl if setup.world_size > 1 else 0)
     return Usage(parts, str(peak.moment))

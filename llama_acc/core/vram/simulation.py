@@ -7,7 +7,8 @@ tracker watches; the other ranks are torch's fake process group. A CPU stands fo
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,14 @@ from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.plan import StepSettings
 from llama_acc.core.train.step import train_step
 from llama_acc.core.train.trainer import Assembled, assemble
+from llama_acc.core.vram.caching_allocator import ROUNDING
+from llama_acc.core.vram.depth import deepened
 from llama_acc.core.vram.kernels import gpu_attention
 from llama_acc.core.vram.seeing import tower_of, with_images
-from llama_acc.core.vram.tracker import MemoryTracker, Moment
+from llama_acc.core.vram.tracker import MemoryTracker, Moment, Trace
 
 CPU = torch.device("cpu")
-_GPU_ROUNDING = 512  # bytes; what CUDA's caching allocator rounds up to
+_SHALLOW = 6  # equal blocks of the model that stands in for a deep one
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,39 @@ class Setup:
         return sum(self.lengths)
 
 
+def simulate_training(setup: Setup) -> Trace:
+    """One optimizer step of a run that has done some already."""
+    return _of_depth(setup, _train)
+
+
+def simulate_generation(setup: Setup, length: int) -> Trace:
+    """A conversation of `length` tokens: half of them as a prompt, the others one by one."""
+    return _of_depth(setup, partial(_generate, length=length))
+
+
+def _of_depth(setup: Setup, simulate: Callable[[Setup], Trace]) -> Trace:
+    """What `simulate` finds, of a deep model with few blocks: in the middle, one takes what the next one does."""
+    depth = setup.config.n_layers
+    prefixed = setup.config.tuning.prefix_layers
+    few = depth - prefixed + _SHALLOW if prefixed else _SHALLOW
+    trace = None
+    if few + 1 < depth:
+        first = simulate(_with_depth(setup, few))
+        # A prefix is one parameter of all blocks, so its size goes with their number.
+        second = simulate(_with_depth(setup, few + 1)) if prefixed else None
+        trace = deepened(first, few, depth, second)
+    trace = trace or simulate(setup)
+    return trace.rounded(1 if setup.device_type == "cpu" else ROUNDING)
+
+
+def _with_depth(setup: Setup, n_layers: int) -> Setup:
+    config = setup.config
+    tuning = config.tuning
+    if tuning.prefix_layers:
+        tuning = replace(tuning, prefix_layers=tuning.prefix_layers + n_layers - config.n_layers)
+    return replace(setup, config=replace(config, n_layers=n_layers, tuning=tuning))
+
+
 def empty_batch(lengths: Sequence[int], labels: int | None = None) -> MicroBatch:
     """A micro-batch of documents of these lengths, whose tokens are all the same; the first `labels` are trained."""
     total = sum(lengths)
@@ -74,7 +110,7 @@ def empty_batch(lengths: Sequence[int], labels: int | None = None) -> MicroBatch
     return MicroBatch(np.zeros(total, np.int64), targets, positions, list(lengths))
 
 
-def simulate_training(setup: Setup) -> MemoryTracker:
+def _train(setup: Setup) -> Trace:
     """One optimizer step of a run that has done some already."""
     tracker = _tracker(setup)
     with _rank(setup) as parallel, ExitStack() as stack:
@@ -91,10 +127,10 @@ def simulate_training(setup: Setup) -> MemoryTracker:
         stack.enter_context(tower_of(parts.model, tracker))
         batch = with_images(empty_batch(setup.lengths, setup.labels), parts.model)
         _simulate_step(tracker, parts, [batch] * min(setup.micro_batches, 2))
-    return tracker
+    return tracker.trace()
 
 
-def simulate_generation(setup: Setup, length: int) -> MemoryTracker:
+def _generate(setup: Setup, length: int) -> Trace:
     """A conversation of `length` tokens: half of them as a prompt, the others one by one."""
     tracker = _tracker(setup)
     with _rank(setup) as parallel, torch.inference_mode(), ExitStack() as stack:
@@ -106,13 +142,14 @@ def simulate_generation(setup: Setup, length: int) -> MemoryTracker:
             _label_weights(tracker, model)
             stack.enter_context(tower_of(model, tracker))
             tracker.reset_peak()
+            _follow_blocks(tracker, model)
             cache = KVCache(setup.config.n_layers)
             for span in _feeds(length):
                 tracker.moment = Moment("prompt" if len(span) > 1 else "generation")
                 feed(model, cache, span, CPU)
                 kept = [(layer.keys, layer.values) for layer in cache.layers]
                 tracker.label((tensor for pair in kept for tensor in pair if tensor is not None), "KV cache")
-    return tracker
+    return tracker.trace()
 
 
 def feed(model: Transformer, cache: KVCache, span: range, device: torch.device) -> None:
@@ -142,7 +179,7 @@ def _feeds(length: int) -> Iterator[range]:
 
 def _tracker(setup: Setup) -> MemoryTracker:
     labels = setup.tokens if setup.labels is None else setup.labels
-    return MemoryTracker(1 if setup.device_type == "cpu" else _GPU_ROUNDING, labels)
+    return MemoryTracker(labels)
 
 
 @contextmanager
@@ -170,13 +207,21 @@ def watched(tracker: MemoryTracker, device_type: str) -> Iterator[None]:
 
 def _label_lasting(tracker: MemoryTracker, parts: Assembled) -> None:
     _label_weights(tracker, parts.model)
-    tracker.label((value for _, _, value in parts.optimizer.state_tensors()), "optimizer")
+    for _, name, value in parts.optimizer.state_tensors():
+        tracker.label([value], "optimizer", _block(name))
 
 
-def _label_weights(tracker: MemoryTracker, model: nn.Module) -> None:
-    for parameter in model.parameters():
-        tracker.label([parameter], "trainable masters" if parameter.requires_grad else "weights")
-    tracker.label(model.buffers(), "quantisation state")
+def _label_weights(tracker: MemoryTracker, model: Transformer) -> None:
+    for name, parameter in model.named_parameters():
+        tracker.label([parameter], "trainable masters" if parameter.requires_grad else "weights", _block(name))
+    for name, buffer in model.named_buffers():
+        tracker.label([buffer], "quantisation state", _block(name))
+
+
+def _block(name: str) -> int:
+    """The number of the block that a parameter belongs to; -1 = none."""
+    first, _, rest = name.partition(".")
+    return int(rest.partition(".")[0]) if first == "layers" else -1
 
 
 def _simulate_step(tracker: MemoryTracker, parts: Assembled, batches: Sequence[MicroBatch]) -> None:
@@ -220,19 +265,21 @@ def _follow_blocks(tracker: MemoryTracker, model: Transformer) -> None:
     numbers = {block: number for number, block in enumerate(model.layers)}
 
     def run(block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
-        number = numbers[block]
+        number, around = numbers[block], tracker.moment
         if x.requires_grad:
             x.register_hook(lambda _: tracker.at(Moment("backward", number - 1)))
+        tracker.at(Moment(around.phase, number))
         y = run_block(block, x, *rest)
         if y.requires_grad:
             y.register_hook(lambda _: tracker.at(Moment("backward", number)))
-        tracker.at(Moment("loss" if number == last else "forward"))
+        tracker.at(Moment("loss") if number == last and around.phase == "forward" else around)
         return y
 
     def followed(forward: Callable[..., Tensor], number: int) -> Callable[..., Tensor]:
         def call(*args: Any, **kwargs: Any) -> Tensor:
             before = tracker.moment
-            tracker.at(Moment("recompute" if before.phase == "backward" else "forward", number))
+            if before.phase == "backward":
+                tracker.at(Moment("recompute", number))
             try:
                 return forward(*args, **kwargs)
             finally:  # recomputing ends early, by an exception

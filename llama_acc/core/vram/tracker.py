@@ -33,7 +33,8 @@ _COLLECTIVES = {
     torch.ops.c10d._reduce_scatter_base_,
     torch.ops.c10d.reduce_scatter_,
 }
-_FOREVER = 1 << 62
+_JOINS = (_aten.cat, _aten.stack)
+FOREVER = 1 << 62
 _BUFFER = "communication buffers"
 
 
@@ -55,13 +56,24 @@ class Moment(NamedTuple):
 
 
 class Allocation:
-    """A storage's memory, from one time to another; times count allocations."""
+    """A storage's memory, from one time to another; time n is that of allocation n, and just before it.
 
-    __slots__ = ("died", "label", "moment", "nbytes", "time")
+    Attributes:
+        nbytes: its size.
+        moment: what was being done when it was made.
+        time: when it was made.
+        label: what it is for, if that was said.
+        owner: number of the block that it belongs to; -1 = none.
+        died: when it was freed.
+        joined: bytes of it that come from things of each block.
+    """
 
-    def __init__(self, nbytes: int, moment: Moment, time: int, label: str) -> None:
-        self.nbytes, self.moment, self.time, self.label = nbytes, moment, time, label
-        self.died = _FOREVER
+    __slots__ = ("died", "joined", "label", "moment", "nbytes", "owner", "time")
+
+    def __init__(self, nbytes: int, moment: Moment, time: int, label: str, owner: int, died: int = FOREVER) -> None:
+        self.nbytes, self.moment, self.time, self.label, self.owner = nbytes, moment, time, label, owner
+        self.died = died
+        self.joined: Counter[int | None] = Counter()
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,68 @@ class Peak:
     parts: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Trace:
+    """All allocations of some work.
+
+    Attributes:
+        allocations: number n is made at time n.
+        since: the time from which on the fullest moment counts.
+        ends: when a "forward" or "backward" pass, or an "update", was over.
+        flops: floating-point operations by moment.
+    """
+
+    allocations: list[Allocation]
+    since: int
+    ends: list[tuple[int, str]]
+    flops: Counter[Moment]
+
+    def rounded(self, multiple: int) -> "Trace":
+        """The same where an allocation takes a multiple of so many bytes."""
+        for allocation in self.allocations:
+            allocation.nbytes = -(-allocation.nbytes // multiple) * multiple
+        return self
+
+    def peak(self) -> Peak:
+        """The fullest moment, in parts."""
+        freed = [0] * (len(self.allocations) + 1)
+        for allocation in self.allocations:
+            if allocation.died < len(freed):
+                freed[allocation.died] += allocation.nbytes
+        now = most = 0
+        fullest = None
+        for allocation in self.allocations:
+            now += allocation.nbytes - freed[allocation.time]
+            if allocation.time < self.since:
+                most = now
+            elif now > most:
+                most, fullest = now, allocation
+        time, moment = (fullest.time + 1, fullest.moment) if fullest else (self.since, Moment("setup"))
+        parts: Counter[str] = Counter()
+        for allocation in self.allocations:
+            if allocation.time < time <= allocation.died:
+                parts[self.purpose(allocation)] += allocation.nbytes
+        return Peak(sum(parts.values()), moment, dict(parts))
+
+    def purpose(self, allocation: Allocation) -> str:
+        """The part of a prediction that an allocation belongs to."""
+        phase = allocation.moment.phase
+        survives = {what for time, what in self.ends if allocation.time < time < allocation.died}
+        # What is left of a backward pass, also if it was made with the loss, or is what a reduction left.
+        is_gradient = phase in ("loss", "backward", "recompute") and "backward" in survives
+        if is_gradient and allocation.label in ("", _BUFFER):
+            return "gradients"
+        if allocation.label:
+            return allocation.label
+        if phase == "loss":
+            return "logits and loss"
+        if phase == "forward":
+            return "activations kept" if "forward" in survives else "working memory"
+        if phase == "recompute":
+            return "activations recomputed"
+        return "optimizer" if phase == "update" and "update" in survives else "working memory"
+
+
 class MemoryTracker(TorchDispatchMode):
     """Tracks storages while it is entered.
 
@@ -90,44 +164,39 @@ class MemoryTracker(TorchDispatchMode):
         flops: floating-point operations by phase.
     """
 
-    def __init__(self, rounding: int = 1, labels: int = 0) -> None:
+    def __init__(self, labels: int = 0) -> None:
         """Args:
-        rounding: an allocation takes a multiple of so many bytes.
         labels: on fake tensors, how many rows of a batch have a label.
         """
         super().__init__()
         self.moment = Moment("setup")
-        self.flops: Counter[str] = Counter()
+        self.flops: Counter[Moment] = Counter()
         self.labels = labels
-        self._rounding = rounding
         self._live: dict[int, tuple[Allocation, weakref.ref[torch.UntypedStorage]]] = {}
         self.allocations: list[Allocation] = []
-        self.time = self._now = 0
-        self._ends: list[tuple[int, str]] = []
-        self.reset_peak()
+        self.ends: list[tuple[int, str]] = []
+        self.since = 0
 
     def at(self, moment: Moment) -> None:
         """Says what is being done from now on."""
         self.moment = moment
 
+    def trace(self) -> Trace:
+        """What was tracked so far."""
+        return Trace(self.allocations, self.since, self.ends, self.flops)
+
     def reset_peak(self) -> None:
-        """Forgets the fullest moment so far."""
-        self.since = self.time
-        self._peak, self._peak_time, self._peak_moment = self._now, self.time, self.moment
+        """Lets the fullest moment be one of those that come."""
+        self.since = len(self.allocations)
 
-    @property
-    def now(self) -> int:
-        """Bytes in use."""
-        return self._now
-
-    def label(self, tensors: Iterable[Tensor], label: str) -> None:
-        """Says what tensors are for; what is not tracked yet is from now on."""
+    def label(self, tensors: Iterable[Tensor], label: str, owner: int | None = None) -> None:
+        """Says what tensors are for, and of which block they are; what is not tracked yet is from now on."""
         for tensor in tensors:
-            self._see(tensor, label)
+            self._see(tensor, label, owner=owner)
 
     def ended(self, what: str) -> None:
         """Notes that a "forward" or "backward" pass, or an "update", is over."""
-        self._ends.append((self.time, what))
+        self.ends.append((len(self.allocations), what))
 
     def __enter__(self) -> "MemoryTracker":
         self._resize = torch.UntypedStorage.resize_
@@ -156,15 +225,18 @@ class MemoryTracker(TorchDispatchMode):
         result = self._known(packet, args)
         if result is None:
             result = func(*args, **kwargs)
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self._see(tensor)
+        tensors = [tensor for tensor in tree_iter(result) if isinstance(tensor, Tensor)]
+        of = args[0] if args and isinstance(args[0], list) and len(args[0]) == len(tensors) else tensors
+        for tensor, operand in zip(tensors, of, strict=True):
+            self._see(tensor, owner=self._owner(operand) if isinstance(operand, Tensor) else None)
+        if packet in _JOINS and self.moment.block < 0:
+            self._join(tensors[0], args[0])
         # Its results have their memory already while an operation works.
         extra = workspace(func, args, kwargs)
         if extra:
             self._give_back(self._allocate(extra, "working memory"))
         if packet in _FLOPS:
-            self.flops[self.moment.phase] += _FLOPS[packet](*args, **kwargs, out_val=result)
+            self.flops[self.moment] += _FLOPS[packet](*args, **kwargs, out_val=result)
         if packet in _COLLECTIVES or func.namespace == "fsdp":
             buffers = (args, result) if packet in _COLLECTIVES else (kwargs.get("out"), result)
             for tensor in tree_iter(buffers):
@@ -182,30 +254,42 @@ class MemoryTracker(TorchDispatchMode):
             return 1.0
         return None
 
-    def _see(self, tensor: Tensor, label: str = "", keep: bool = False) -> None:
+    def _owner(self, tensor: Tensor) -> int | None:
+        """The block that an operand of an operation on many tensors belongs to; None = it is not known."""
+        for storage in _storages(tensor):
+            known = self._live.get(storage._cdata)
+            return known[0].owner if known else None
+        return None
+
+    def _join(self, result: Tensor, operands: Iterable[Tensor]) -> None:
+        joined: Counter[int | None] = Counter()
+        for operand in operands:
+            joined[self._owner(operand)] += operand.nbytes
+        for storage in _storages(result):
+            self._live[storage._cdata][0].joined = joined
+
+    def _see(self, tensor: Tensor, label: str = "", keep: bool = False, owner: int | None = None) -> None:
         for storage in _storages(tensor):
             key = storage._cdata
             known = self._live.get(key)
             if known is None:
                 allocation = self._allocate(storage.nbytes(), label)
                 reference = weakref.ref(storage, lambda _, key=key: self._freed(key))  # type: ignore[misc]
-                self._live[key] = allocation, reference
+                self._live[key] = known = allocation, reference
+                if owner is not None:
+                    allocation.owner = owner
             elif label and not (keep and known[0].label):
                 known[0].label = label
+                if owner is not None:
+                    known[0].owner = owner
 
     def _allocate(self, nbytes: int, label: str) -> Allocation:
-        nbytes = -(-nbytes // self._rounding) * self._rounding
-        allocation = Allocation(nbytes, self.moment, self.time, label)
+        allocation = Allocation(nbytes, self.moment, len(self.allocations), label, self.moment.block)
         self.allocations.append(allocation)
-        self.time += 1
-        self._now += nbytes
-        if self._now > self._peak:
-            self._peak, self._peak_time, self._peak_moment = self._now, self.time, self.moment
         return allocation
 
     def _give_back(self, allocation: Allocation) -> None:
-        allocation.died = self.time
-        self._now -= allocation.nbytes
+        allocation.died = len(self.allocations)
 
     def _freed(self, key: int) -> None:
         self._give_back(self._live.pop(key)[0])
@@ -216,32 +300,8 @@ class MemoryTracker(TorchDispatchMode):
             return
         old, reference = known
         self._give_back(old)
-        self._live[storage._cdata] = self._allocate(storage.nbytes(), old.label or _BUFFER), reference
-
-    def peak(self) -> Peak:
-        """The fullest moment since the last reset, in parts."""
-        parts: Counter[str] = Counter()
-        for allocation in self.allocations:
-            if allocation.time < self._peak_time <= allocation.died:
-                parts[self._purpose(allocation)] += allocation.nbytes
-        return Peak(self._peak, self._peak_moment, dict(parts))
-
-    def _purpose(self, allocation: Allocation) -> str:
-        phase = allocation.moment.phase
-        survives = {what for time, what in self._ends if allocation.time < time < allocation.died}
-        # What is left of a backward pass, also if it was made with the loss, or is what a reduction left.
-        is_gradient = phase in ("loss", "backward", "recompute") and "backward" in survives
-        if is_gradient and allocation.label in ("", _BUFFER):
-            return "gradients"
-        if allocation.label:
-            return allocation.label
-        if phase == "loss":
-            return "logits and loss"
-        if phase == "forward":
-            return "activations kept" if "forward" in survives else "working memory"
-        if phase == "recompute":
-            return "activations recomputed"
-        return "optimizer" if phase == "update" and "update" in survives else "working memory"
+        new = self._allocate(storage.nbytes(), old.label or _BUFFER)
+        self._live[storage._cdata] = new, reference
 
 
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:

@@ -1,9 +1,12 @@
-"""The largest batch that fits is found, however what is reserved goes up."""
+"""The methods that fit, in order, and the largest batch, however what is reserved goes up."""
+
+from dataclasses import replace
 
 import pytest
 
-from llama_acc.core.vram.fit import _largest
-from llama_acc.core.vram.predict import PARTS, Usage
+from llama_acc.core.vram.fit import WAYS, _largest, fitting
+from llama_acc.core.vram.predict import PARTS, Usage, predict
+from llama_acc.core.vram.request import Request, setup_of
 
 
 def usage(allocated: int, slack: int) -> Usage:
@@ -23,9 +26,19 @@ def test_the_largest_count_below_the_memory_is_found_where_slack_goes_in_steps(
         allocated = 1000 + each * count
         return usage(allocated, -allocated % segment)
 
-    for fitting in (1, 2, 3, 17, 64, 99, 255):
-        memory = taken(fitting).total
+    for count_that_fits in (1, 2, 3, 17, 64, 99, 255):
+        memory = taken(count_that_fits).total
         largest = max(count for count in range(1, limit + 1) if taken(count).total <= memory)
         tried.clear()
         assert _largest(taken(1), taken, memory, limit) == largest
-        assert len(tried) <= 18
+        assert len(tried) <= 24
+
+
+def test_methods_come_best_first_and_what_lasts_is_a_bound_of_those_that_it_alone_excludes() -> None:
+    shape = "model.params={dim: 64, n_layers: 2, n_heads: 4, multiple_of: 16, vocab_size: 300, max_seq_len: 512}"
+    request = Request(recipe="alpaca", batch_size=1, max_tokens=64, overrides=(shape, "model.max_seq_len=512"))
+    fits = list(fitting(request, memory=1 << 20))
+    assert [(fit.method, fit.quantize) for fit in fits] == WAYS
+    assert all(fit.is_bound and fit.batch_size == fit.longest == 0 for fit in fits)
+    needed = predict(setup_of(replace(request, tuning="full", quantize="none"))).training.total
+    assert 0.9 * needed < fits[0].least < needed

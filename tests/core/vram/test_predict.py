@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 
+from llama_acc.core.vram import simulation
 from llama_acc.core.vram.gpus import kinds, overhead
 from llama_acc.core.vram.hours import Texts, gpu_hours, read_texts, work_of
 from llama_acc.core.vram.kernels import _FLASH_BACKWARD, workspace
 from llama_acc.core.vram.predict import predict, predict_generation
-from llama_acc.core.vram.simulation import simulate_training
-from tests.core.vram.setups import NF4, SMALL, setup
+from llama_acc.core.vram.request import Request, setup_of
+from llama_acc.core.vram.simulation import Setup, simulate_training
+from tests.core.vram.setups import NF4, SMALL, deep, setup
 
 DIM, LAYERS, VOCABULARY, HIDDEN, KEYS = 128, 3, 1000, 512, 64
 BLOCK = 2 * DIM * DIM + 2 * DIM * KEYS + 3 * DIM * HIDDEN
@@ -60,8 +62,8 @@ def test_nf4_is_half_a_byte_and_its_scales() -> None:
 
 def test_activation_checkpointing_keeps_the_input_of_each_block() -> None:
     run = setup("tuning.method=bias_norm", lengths=(256,), device_type="cpu")
-    tracker = simulate_training(run)
-    kept = [a for a in tracker.allocations if tracker._purpose(a) == "activations kept"]
+    trace = simulate_training(run)
+    kept = [a for a in trace.allocations if trace.purpose(a) == "activations kept"]
     inputs = (LAYERS + 1) * 256 * DIM * 2  # the head's, too
     rotations = (512 + 256) * ROTATIONS  # of all positions, and of those of the batch
     assert sum(allocation.nbytes for allocation in kept) == pytest.approx(inputs + rotations, abs=8)
@@ -78,10 +80,43 @@ def test_every_byte_of_the_peak_belongs_to_a_part_and_the_peak_is_at_a_moment() 
 
 
 def test_what_a_run_keeps_is_there_in_every_step_whenever_python_collects_it() -> None:
-    tracker = simulate_training(setup("tuning.method=full", device_type="cuda"))
+    trace = simulate_training(setup("tuning.method=full", device_type="cuda"))
     gc.collect()
-    lasting = [a for a in tracker.allocations if a.time < tracker.since and a.died > len(tracker.allocations)]
+    lasting = [a for a in trace.allocations if a.time < trace.since and a.died > len(trace.allocations)]
     assert sum(allocation.nbytes for allocation in lasting) >= 12 * PARAMETERS
+
+
+DEEP = {
+    "LoRA in NF4": (("tuning.method=lora", *NF4), {"micro_batches": 2}),
+    "fsdp": (("parallel.data_parallel=fsdp",), {"micro_batches": 2, "world_size": 4}),
+    "a prefix, without checkpointing": (("tuning.method=adapter", "train.activation_checkpointing=false"), {}),
+}
+
+
+@pytest.mark.parametrize("case", DEEP)
+def test_a_deep_model_is_predicted_to_the_byte_from_a_few_of_its_blocks(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides, options = DEEP[case]
+    run = deep(setup(*overrides, lengths=(64, 16), device_type="cuda", **options), 12)
+    _check_against_all_blocks(run, monkeypatch)
+
+
+@pytest.mark.soak
+def test_13b_is_predicted_to_the_byte_from_a_few_of_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = Request(model="llama2-13b", tuning="lora", quantize="nf4", batch_size=2)
+    _check_against_all_blocks(setup_of(request), monkeypatch)
+
+
+def _check_against_all_blocks(run: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    depths = []
+    train = simulation._train
+    monkeypatch.setattr(simulation, "_train", lambda setup: depths.append(setup.config.n_layers) or train(setup))
+    from_few = predict(run)
+    assert max(depths) < run.config.n_layers
+    monkeypatch.setattr(simulation, "_SHALLOW", run.config.n_layers)
+    assert from_few == predict(run)
+    assert depths[-1] == run.config.n_layers
 
 
 def test_generation_keeps_keys_and_values_of_every_position() -> None:
