@@ -12,13 +12,13 @@ import argparse
 from dataclasses import replace
 
 import torch
+from published import published_runs
 
 from llama_acc.core.device import free_memory
-from llama_acc.core.vram.measure import Measured, measure, measure_generation
-from llama_acc.core.vram.predict import Usage, predict, predict_generation
-from llama_acc.core.vram.published import published_runs
-from llama_acc.core.vram.request import Request, setup_of
-from llama_acc.core.vram.simulation import Setup
+from llama_acc.core.memory.measure import Measured, measure, measure_generation
+from llama_acc.core.memory.predict import Usage, predict, predict_generation
+from llama_acc.core.memory.request import Request, setup_of
+from llama_acc.core.memory.simulate import Setup
 
 GIB = 2**30
 AIMS = [

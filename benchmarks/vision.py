@@ -20,6 +20,8 @@ import torch
 from llama_acc.core.data.batches import MicroBatch
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.generate.vision_encoder import load_vision_encoder
+from llama_acc.core.memory.predict import predict, predict_generation
+from llama_acc.core.memory.simulate import Setup, add_fake_images, empty_batch
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.config import ModelConfig, named_size
 from llama_acc.core.model.transformer import Transformer, build_on_meta, initialise
@@ -32,9 +34,6 @@ from llama_acc.core.train.optimizer import ClippedAdamW
 from llama_acc.core.train.plan import StepSettings
 from llama_acc.core.train.step import train_step
 from llama_acc.core.train.trainer import assemble
-from llama_acc.core.vram.predict import predict, predict_generation
-from llama_acc.core.vram.seeing import with_images
-from llama_acc.core.vram.simulation import Setup, empty_batch
 
 GIB, TOKENS = 2**30, 512
 TINY = QFormerVision(28, 14, 32, 64, 2, 4, 32, 48, 64, 2, 4)
@@ -101,7 +100,7 @@ def measured(setup: Setup, what: str) -> int:
     assert encoder is not None
     pixels = torch.zeros((1, 3, *[encoder.vision.image_size] * 2), dtype=torch.uint8)
     if what == "training":
-        batch = with_images(empty_batch(setup.lengths), parts.model)
+        batch = add_fake_images(empty_batch(setup.lengths), parts.model)
         for _ in range(2):
             seen = replace(batch, inputs=encoder.encode(pixels))
             train_step(parts.model, parts.optimizer, parts.data_parallel, [seen], TOKENS, 0.0, device).loss.item()

@@ -28,8 +28,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 from llama_acc.core.distributed.groups import simulated
-from llama_acc.core.vram.kernels import gpu_attention
-from llama_acc.core.vram.tracker import MemoryTracker, Moment
+from llama_acc.core.memory.simulate import gpu_attention
+from llama_acc.core.memory.trace import Phase
+from llama_acc.core.memory.tracker import MemoryTracker
 
 SHAPES: dict[str, dict[str, Any]] = {
     "13b": {"dim": 5120, "multiple_of": 256, "n_heads": 40, "n_layers": 40},
@@ -201,7 +202,7 @@ def move(model: nn.Module, tracker: MemoryTracker, label: str = "weights") -> No
         if isinstance(child, Unmoved4bit):
             setattr(model, name, moved := child.moved())
             for key, buffer in moved.named_buffers():
-                tracker.label([buffer], "weights" if key == "packed" else "quantisation state")
+                tracker.label([buffer], "weights" if key == "packed" else "quantization state")
         else:
             move(child, tracker, "vision tower" if name == "qformer" else label)
     for name, parameter in list(model.named_parameters(recurse=False)):
@@ -236,21 +237,21 @@ def train(model: nn.Module, tracker: MemoryTracker, images: bool) -> None:
     criterion = nn.CrossEntropyLoss(ignore_index=0)
     tracker.reset_peak()
     for _ in range(2):
-        tracker.at(Moment("forward"))
+        tracker.at(Phase("forward"))
         compute_in_bf16(model)
         words = torch.zeros((1, LENGTH), dtype=torch.int64)
         image = torch.zeros((1, 3, 224, 224), dtype=torch.float16) if images else None
         with torch.autocast("cpu", torch.bfloat16):
             output = model(words, image)
-        tracker.at(Moment("loss"))
+        tracker.at(Phase("loss"))
         logits = output[:, :-1].reshape(-1, WORDS).float()  # autocast does so for a loss
         loss = criterion(logits, words[:, 1:].flatten())
         del output, logits
         tracker.ended("forward")
-        tracker.at(Moment("backward"))
+        tracker.at(Phase("backward"))
         loss.backward()
         tracker.ended("backward")
-        tracker.at(Moment("update"))
+        tracker.at(Phase("update"))
         optimizer.step()
         tracker.ended("update")
         optimizer.zero_grad(set_to_none=True)
@@ -268,9 +269,9 @@ def generate(model: nn.Module, tracker: MemoryTracker, images: bool) -> None:
 
     model._allocate_kv_cache = allocated
     image = torch.zeros((1, 3, 224, 224), dtype=torch.float16) if images else None
-    tracker.at(Moment("prompt"))
+    tracker.at(Phase("prompt"))
     model.forward_inference(torch.zeros((1, LENGTH // 2), dtype=torch.int64), 0, image)
-    tracker.at(Moment("generation"))
+    tracker.at(Phase("generation"))
     model.forward_inference(torch.zeros((1, 1), dtype=torch.int64), LENGTH // 2)
     caches = [cache for layer in model.layers for cache in (layer.attention.k_cache, layer.attention.v_cache)]
     tracker.label(caches, "KV cache")

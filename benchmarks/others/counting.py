@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama_acc.core.vram.caching_allocator import reserved
-from llama_acc.core.vram.simulation import watched
-from llama_acc.core.vram.tracker import Allocation, MemoryTracker, Moment
+from llama_acc.core.memory.allocator import ROUNDING, reserved
+from llama_acc.core.memory.simulate import watched
+from llama_acc.core.memory.trace import Allocation, Phase, Trace
+from llama_acc.core.memory.tracker import MemoryTracker
 
 _BLOCK = 64
 _BLOCK_OF_SCALES = 256
@@ -41,11 +42,15 @@ class LineTracker(MemoryTracker):
         self._source = f"{source.resolve()}{os.sep}" if source else ""
         self._made: list[tuple[Allocation, str]] = []
         self._begun = 0
-        super().__init__(512)
+        super().__init__()
 
     def begin(self) -> None:
         """What there is until now is not on the GPU."""
-        self._begun = self.time
+        self._begun = len(self.allocations)
+
+    def trace(self) -> Trace:
+        """What a GPU has of it."""
+        return super().trace().rounded(ROUNDING)
 
     def reserved(self) -> int:
         """Bytes that PyTorch had reserved in the end."""
@@ -59,9 +64,9 @@ class LineTracker(MemoryTracker):
             self._see(args[0])
         return super().__torch_dispatch__(func, types, args, kwargs)
 
-    def _see(self, tensor: Tensor, label: str = "", keep: bool = False) -> None:
+    def _see(self, tensor: Tensor, label: str = "", keep: bool = False, owner: int | None = None) -> None:
         for part in made_of(tensor):
-            super()._see(part, label, keep)
+            super()._see(part, label, keep, owner)
 
     def _allocate(self, *what: Any) -> Allocation:
         allocation, line = super()._allocate(*what), "elsewhere"
@@ -76,10 +81,11 @@ class LineTracker(MemoryTracker):
 
     def lines(self) -> dict[str, int]:
         """Bytes at the peak of what does not last, by purpose and line, most first."""
-        found: Counter[str] = Counter()
+        trace, found = self.trace(), Counter[str]()
+        time = trace.peak().time
         for allocation, line in self._made:
-            if allocation.time < self._peak_time <= allocation.died and allocation.label in ("", "working memory"):
-                found[f"{self._purpose(allocation)}: {line}"] += allocation.nbytes
+            if allocation.time < time <= allocation.died and allocation.label in ("", "working memory"):
+                found[f"{trace.purpose(allocation)}: {line}"] += allocation.nbytes
         return dict(found.most_common())
 
 
@@ -179,7 +185,7 @@ def label_lasting(tracker: MemoryTracker, model: nn.Module) -> None:
         tracker.label([parameter], "trainable masters" if parameter.requires_grad else "weights")
     for name, buffer in model.named_buffers():
         kind = name.rpartition(".")[2]
-        known = {"packed": "weights", "scales": "quantisation state", "scales_of_scales": "quantisation state"}
+        known = {"packed": "weights", "scales": "quantization state", "scales_of_scales": "quantization state"}
         tracker.label([buffer], known.get(kind, "weights"))
 
 
@@ -189,22 +195,22 @@ def phases(tracker: MemoryTracker, blocks: Iterable[nn.Module], head: nn.Module)
 
     def enter(number: int) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            again = tracker.moment.phase in ("backward", "recompute")
-            tracker.at(Moment("recompute" if again else "forward", number))
+            again = tracker.moment.name in ("backward", "recompute")
+            tracker.at(Phase("recompute" if again else "forward", number))
 
         return hook
 
     def leave(number: int) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            if tracker.moment.phase == "recompute":
-                tracker.at(Moment("backward", number))
+            if tracker.moment.name == "recompute":
+                tracker.at(Phase("backward", number))
 
         return hook
 
     def to_loss(*_: Any) -> None:
-        tracker.at(Moment("loss"))
+        tracker.at(Phase("loss"))
 
-    tracker.at(Moment("forward"))
+    tracker.at(Phase("forward"))
     tracker.reset_peak()
     with ExitStack() as stack:
         for number, block in enumerate(blocks):
@@ -217,7 +223,7 @@ def phases(tracker: MemoryTracker, blocks: Iterable[nn.Module], head: nn.Module)
 def backward(tracker: MemoryTracker, loss: Tensor) -> None:
     """The backward pass, told to the tracker."""
     tracker.ended("forward")
-    tracker.at(Moment("backward"))
+    tracker.at(Phase("backward"))
     loss.backward()
     tracker.ended("backward")
 
@@ -238,7 +244,7 @@ def main_of(
 
 
 def _show(row: Row, tracker: LineTracker, as_json: bool) -> None:
-    peak, lines, taken = tracker.peak(), tracker.lines(), tracker.reserved()
+    peak, lines, taken = tracker.trace().peak(), tracker.lines(), tracker.reserved()
     parts = {part: size for part, size in peak.parts.items() if size > 10**6}
     if row.counts != "allocated":
         parts["allocator slack"] = taken - peak.total

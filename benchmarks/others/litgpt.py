@@ -27,7 +27,7 @@ import torch
 from counting import Linear4bit, LineTracker, Row, backward, counted, label_lasting, main_of, phases
 from torch import Tensor, nn
 
-from llama_acc.core.vram.tracker import Moment
+from llama_acc.core.memory.trace import Phase
 
 LONGEST = 1304
 """Tokens of Alpaca's longest example with LLaMA's tokenizer, as published."""
@@ -140,7 +140,7 @@ def count_generation(source: Path, name: str, quantize: str | None = None) -> Li
             model.set_kv_cache(batch_size=1)
         caches = [block.attn.kv_cache for block in model.transformer.h]
         tracker.label((tensor for cache in caches for tensor in (cache.k, cache.v)), "KV cache")
-        tracker.at(Moment("generation"))
+        tracker.at(Phase("generation"))
         wrapped = _Called(model)
         generate(wrapped, torch.zeros(PROMPT, dtype=torch.int64), PROMPT + NEW, temperature=0.8, top_k=200)
     return tracker

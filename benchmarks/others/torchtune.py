@@ -26,7 +26,7 @@ import torch
 from counting import LineTracker, Row, backward, counted, label_lasting, made_of, main_of, phases
 from torch import nn
 
-from llama_acc.core.vram.tracker import Moment
+from llama_acc.core.memory.trace import Phase
 
 LENGTH = 512
 """Tokens of an example at most (`alpaca_cleaned_dataset`)."""
@@ -98,7 +98,7 @@ def train(tracker: LineTracker, model: Any, lengths: Iterable[int]) -> None:
     optimizer, loss_fn = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01), nn.CrossEntropyLoss()
     for length in lengths:
         input_ids, labels = (torch.zeros(BATCH, length, dtype=torch.int64) for _ in range(2))
-        tracker.at(Moment("forward"))
+        tracker.at(Phase("forward"))
         logits = model(input_ids)
         logits = logits[..., :-1, :].contiguous()
         labels = labels[..., 1:].contiguous()
@@ -107,7 +107,7 @@ def train(tracker: LineTracker, model: Any, lengths: Iterable[int]) -> None:
         loss = loss_fn(logits, labels)
         loss = loss / 64
         backward(tracker, loss)
-        tracker.at(Moment("update"))
+        tracker.at(Phase("update"))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tracker.ended("update")

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llama_acc.cli import console, options
-from llama_acc.cli.published import show_published
 from llama_acc.core.errors import RunError, UserError
 from llama_acc.core.units import count_text
 
 if TYPE_CHECKING:
-    from llama_acc.core.vram.fit import Fit
-    from llama_acc.core.vram.predict import Prediction, Usage
-    from llama_acc.core.vram.request import Request
-    from llama_acc.core.vram.simulation import Setup
+    from llama_acc.core.memory.fit import Fit
+    from llama_acc.core.memory.predict import Prediction, Usage
+    from llama_acc.core.memory.request import Request
+    from llama_acc.core.memory.simulate import Setup
 
 HELP = """Predict the memory of a run, part by part, without a GPU; measure it; find what fits.
 
@@ -31,8 +30,6 @@ Examples:
   llama-acc benchmark-vram --model llama2-7b --tuning lora --sweep max_tokens=512,1024,2048 --plot memory.png
 
   llama-acc benchmark-vram --recipe quickstart --device cpu --measure
-
-  llama-acc benchmark-vram --published
 """
 _SWEPT = ("max_tokens", "batch_size", "gpus")
 _GIB = 2**30
@@ -84,9 +81,6 @@ def benchmark_vram(
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the parts.", dir_okay=False)
     ] = None,
-    published: Annotated[
-        bool, typer.Option("--published", help="Figures that others have published, beside ours.")
-    ] = False,
     measure: Annotated[
         bool, typer.Option("--measure", help="Run some steps with random weights on --device, and compare.")
     ] = False,
@@ -113,7 +107,7 @@ def benchmark_vram(
     """Predict the memory of a run."""
     if kind == "list":
         return _list_kinds(as_json)
-    modes = {"--fit": fit, "--sweep": sweep, "--published": published, "--measure": measure, "--data-json": data}
+    modes = {"--fit": fit, "--sweep": sweep, "--measure": measure, "--data-json": data}
     chosen = [flag for flag, value in modes.items() if value]
     if len(chosen) > 1:
         raise UserError(f"{' and '.join(chosen)} cannot be combined", "one at a time")
@@ -121,10 +115,8 @@ def benchmark_vram(
         raise UserError(f"--plot does not go with {chosen[0]}", "it goes with a prediction, or with --sweep")
     if plot is not None:
         _check_picture(plot)
-    if published:
-        return show_published(efficiency, as_json)
     console.working("loading PyTorch")
-    from llama_acc.core.vram.request import Request
+    from llama_acc.core.memory.request import Request
 
     request = Request(
         recipe,
@@ -158,8 +150,8 @@ def _bytes(text: str) -> int:
 
 
 def _predict(request: "Request", plot: Path | None, as_json: bool) -> None:
-    from llama_acc.core.vram.predict import predict, predict_generation
-    from llama_acc.core.vram.request import setup_of
+    from llama_acc.core.memory.predict import predict, predict_generation
+    from llama_acc.core.memory.request import setup_of
 
     setup = setup_of(request)
     console.working("predicting the memory")
@@ -185,8 +177,8 @@ def _predict(request: "Request", plot: Path | None, as_json: bool) -> None:
 def _sweep(request: "Request", text: str, plot: Path | None, as_json: bool) -> None:
     from dataclasses import replace
 
-    from llama_acc.core.vram.predict import predict
-    from llama_acc.core.vram.request import setup_of
+    from llama_acc.core.memory.predict import predict
+    from llama_acc.core.memory.request import setup_of
 
     key, values = _swept(text)
     usages = []
@@ -218,7 +210,7 @@ def _swept(text: str) -> tuple[str, list[int]]:
 
 def _fit(request: "Request", memory: int, as_json: bool) -> None:
     """Shows each method when it is known; as JSON all of them, those that fit first."""
-    from llama_acc.core.vram.fit import LARGEST_BATCH, WAYS, fitting
+    from llama_acc.core.memory.fit import LARGEST_BATCH, WAYS, fitting
 
     console.working(f"trying {len(WAYS)} methods, the first of them now" if request.tuning is None else "trying it")
     fits: list[Fit] = []
@@ -250,9 +242,9 @@ def _measure(request: "Request", device: str | None, tolerance: float, as_json: 
     from dataclasses import replace
 
     from llama_acc.core.device import pick_device
-    from llama_acc.core.vram.measure import measure
-    from llama_acc.core.vram.predict import predict
-    from llama_acc.core.vram.request import setup_of
+    from llama_acc.core.memory.measure import measure
+    from llama_acc.core.memory.predict import predict
+    from llama_acc.core.memory.request import setup_of
 
     target = pick_device(device)
     if target.type == "mps":
@@ -301,11 +293,10 @@ def _device_name(device: Any) -> str:
 
 def _hours(request: "Request", data: Path | None, kind: str, efficiency: float, as_json: bool) -> None:
     """Whether a run fits on a kind of GPU, and how long it takes there."""
-    from llama_acc.core.vram import gpus
-    from llama_acc.core.vram.hours import assumed_texts, gpu_hours, read_texts, work_of
-    from llama_acc.core.vram.predict import predict
-    from llama_acc.core.vram.published import published_hours
-    from llama_acc.core.vram.request import setup_of
+    from llama_acc.core.memory import gpus
+    from llama_acc.core.memory.hours import assumed_texts, gpu_hours, read_texts, work_of
+    from llama_acc.core.memory.predict import predict
+    from llama_acc.core.memory.request import setup_of
 
     chosen, setup = gpus.kind(kind), setup_of(request)
     texts = assumed_texts(max(setup.lengths)) if data is None else read_texts(data)
@@ -322,7 +313,7 @@ def _hours(request: "Request", data: Path | None, kind: str, efficiency: float, 
     console.working("counting the work")
     epochs = setup.recipe.train.epochs
     hours = gpu_hours(work_of(setup), texts, epochs, chosen, efficiency)
-    published = published_hours()
+    published = gpus.published_hours()
     if as_json:
         found = {
             "published": published,
@@ -360,7 +351,7 @@ def _hours(request: "Request", data: Path | None, kind: str, efficiency: float, 
 
 
 def _list_kinds(as_json: bool) -> None:
-    from llama_acc.core.vram.gpus import kinds
+    from llama_acc.core.memory.gpus import kinds
 
     if as_json:
         return _print_json([vars(kind) for kind in kinds().values()])
@@ -461,7 +452,7 @@ def _check_picture(path: Path) -> None:
 
 
 def _draw(usages: "list[Usage]", names: list[str], path: Path, title: str, along: str) -> None:
-    from llama_acc.core.vram.plot import draw
+    from llama_acc.core.memory.plot import draw
 
     draw(usages, names, path, title, along)
     console.note(f"drawn into {path}")

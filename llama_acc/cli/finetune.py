@@ -17,9 +17,9 @@ from llama_acc.core.units import count_text, size_text
 
 if TYPE_CHECKING:
     from llama_acc.core.data.preview import Shown
+    from llama_acc.core.memory.estimate import RankShare
     from llama_acc.core.recipe import Recipe
     from llama_acc.core.train.plan import Plan
-    from llama_acc.core.vram.estimate import RankShare
 
 _EXAMPLES = 2
 
@@ -291,7 +291,7 @@ def _dry_run(
     from llama_acc.core.device import pick_device
     from llama_acc.core.distributed.groups import check_world
     from llama_acc.core.finetune import dry_run
-    from llama_acc.core.vram.estimate import estimate_time, predict_memory, rank_share
+    from llama_acc.core.memory.estimate import estimate_time, predict_memory, rank_share
 
     count = processes or recipe.parallel.model_parallel_size
     check_world(recipe.parallel.model_parallel_size, count)

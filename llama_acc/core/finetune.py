@@ -23,6 +23,7 @@ from llama_acc.core.device import pick_device
 from llama_acc.core.distributed.groups import Parallel, init_distributed
 from llama_acc.core.errors import RunError
 from llama_acc.core.interrupt import Interrupted, StopRequest, stop_on_signal
+from llama_acc.core.memory.guard import OutOfMemoryReport, check_fits
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.base import read_base
 from llama_acc.core.train.callback import Callback
@@ -31,7 +32,6 @@ from llama_acc.core.train.loop import Loop
 from llama_acc.core.train.plan import Plan, make_plan, make_plan_together
 from llama_acc.core.train.run_folder import RunFolder, check_disk, check_same_run, refuse_non_empty
 from llama_acc.core.train.trainer import Trainer
-from llama_acc.core.vram.guard import Shortage, check_fits
 
 _Result = TypeVar("_Result")
 _SMALLER = "use a smaller model, tuning.quantize=nf4, or more processes with parallel.data_parallel=fsdp"
@@ -236,7 +236,7 @@ def _compute(trainer: Trainer, work: Callable[[], _Result]) -> _Result:
         cause = _shortage(error)
         if cause is None:
             raise
-        raise Shortage(trainer, cause).error() from error
+        raise OutOfMemoryReport(trainer, cause).error() from error
 
 
 def _shortage(error: MemoryError | RuntimeError) -> str | None:

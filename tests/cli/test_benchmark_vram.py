@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_acc.core.vram import fit, published
-from llama_acc.core.vram.predict import PARTS
+from llama_acc.core.memory import fit
+from llama_acc.core.memory.predict import PARTS
 from tests.cli.commands import invoke, refused
 
 TINY = "model.params={dim: 64, n_layers: 2, n_heads: 4, multiple_of: 16, vocab_size: 300, max_seq_len: 512}"
@@ -24,7 +24,7 @@ def test_the_parts_of_a_run_and_its_fullest_moments() -> None:
     assert result.exit_code == 0, result.stderr
     rows = table(result.stdout)
     assert rows["MiB"] == ["training", "inference"]
-    for part in ("weights", "quantisation state", "trainable masters", "optimizer", "activations kept", "CUDA context"):
+    for part in ("weights", "quantization state", "trainable masters", "optimizer", "activations kept", "CUDA context"):
         assert part in rows
     columns = [cells for part, cells in rows.items() if part in PARTS]
     for column, total in enumerate(rows["all"]):
@@ -121,7 +121,7 @@ def test_a_named_gpu_is_asked_whether_it_fits_before_the_hours_of_a_stated_assum
         (("--model", "llama2-7b", "--quantize", "nf4"), ("method full trains all",)),
         (("--model", "llama2-7b", "--fit", "much"), ("--fit much is no size", "24GB")),
         (("--model", "llama2-7b", "--sweep", "tokens=1"), ("max_tokens, batch_size, gpus",)),
-        (("--model", "llama2-7b", "--fit", "1GB", "--published"), ("--fit and --published cannot be combined",)),
+        (("--model", "llama2-7b", "--fit", "1GB", "--measure"), ("--fit and --measure cannot be combined",)),
         (("--model", "llama2-7b", "--plot", "memory.jpg"), ("--plot memory.jpg is no PNG", "memory.png")),
         (("--model", "llama2-7b", "--plot", "nowhere/a.png"), ("there is no folder nowhere",)),
         (("--model", "llama2-7b", "--data-json", "none.json"), ("none.json is not the data.json of a run",)),
@@ -130,47 +130,3 @@ def test_a_named_gpu_is_asked_whether_it_fits_before_the_hours_of_a_stated_assum
 )
 def test_what_cannot_be_meant_is_refused(arguments: tuple[str, ...], parts: tuple[str, ...]) -> None:
     refused(invoke("benchmark-vram", *arguments), *parts)
-
-
-def test_published_figures_stand_beside_predictions_of_the_same_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The real table takes minutes.
-    run = {"recipe": "alpaca", "batch_size": 1, "max_tokens": 64, "overrides": [TINY, "model.max_seq_len=512"]}
-    row = {"who": "Somebody", "run": run, "why": {"KV cache": "it is long"}}
-    far = {
-        **row,
-        "what": "tiny, training",
-        "published": 9,
-        "theirs": {"weights": 8, "KV cache": 0.4, "optimizer": 0.03},
-    }
-    near = {**row, "what": "tiny, inference", "published": 0.55, "theirs": {"weights": 0.02}}
-    texts = {"items": 10, "tokens": 50.0, "labels": 20.0, "squares": 2600.0}
-    timed = {
-        "who": "Somebody",
-        "what": "tiny",
-        "hours": 1,
-        "kind": "a100-80gb",
-        "epochs": 2,
-        "run": run,
-        "texts": texts,
-    }
-    table = {"counts": {"Somebody": "device"}, "memory": [far, near], "hours": [timed]}
-    monkeypatch.setattr(published, "_table", lambda: table)
-    result = invoke("benchmark-vram", "--published")
-    assert result.exit_code == 0, result.stderr
-    rows = [line.split() for line in result.stdout.splitlines() if line.startswith("Somebody")]
-    assert rows[0][:5] == ["Somebody", "tiny,", "training", "device", "9"]
-    assert rows[1][:5] == ["Somebody", "tiny,", "inference", "device", "0.55"]
-    _, _, told = result.stdout.partition("Somebody, tiny, training, GB:\n")
-    lines = {line[9:]: float(line[:7]) for line in told.split("\n\n")[0].splitlines()}
-    assert list(lines)[-3:] == ["their own program, counted", "not explained", "published"]
-    counted, left, printed = list(lines.values())[-3:]
-    assert counted + left == pytest.approx(printed, abs=0.02)
-    assert sum(list(lines.values())[:-3]) == pytest.approx(counted, abs=0.02)
-    assert lines["KV cache: it is long"] == 0.4
-    assert "other parts" in lines
-    assert "optimizer" not in lines  # too little
-    assert "Somebody, tiny, inference, GB" not in result.stdout  # it agrees
-    assert "Somebody: tiny" in result.stdout
-    found = json.loads(invoke("benchmark-vram", "--published", "--json").stdout)["memory"]
-    assert [row["counts"] for row in found] == ["device", "device"]
-    assert found[0]["by_part"]["KV cache"] == 4e8

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import pytest
 import yaml
 
+from llama_acc.core.memory import estimate
+from llama_acc.core.memory.guard import setup_of_run
+from llama_acc.core.memory.predict import predict
 from llama_acc.core.recipe import Recipe, recipe_names
 from llama_acc.core.train.callback import Callback
 from llama_acc.core.train.plan import Plan, make_plan
 from llama_acc.core.units import size_text
-from llama_acc.core.vram import estimate
-from llama_acc.core.vram.guard import setup_of_run
-from llama_acc.core.vram.predict import predict
 from tests.cli.commands import QUICKSTART, invoke
 
 # With room for every recipe's data.max_tokens, and heads for every recipe's model-parallel size.

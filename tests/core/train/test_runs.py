@@ -230,7 +230,7 @@ def test_a_checkpoints_own_shape_wins_over_the_recipes(tmp_path: Path) -> None:
 
 def test_a_dry_run_writes_two_files_and_the_real_run_may_follow(tmp_path: Path) -> None:
     from llama_acc.core.finetune import dry_run
-    from llama_acc.core.vram.estimate import estimate_time, predict_memory, rank_share
+    from llama_acc.core.memory.estimate import estimate_time, predict_memory, rank_share
 
     plan = dry_run(quickstart(), tmp_path, callback=Callback())
     assert names(tmp_path) == {"recipe.yaml", "data.json"}

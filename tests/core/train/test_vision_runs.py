@@ -23,10 +23,10 @@ from llama_acc.core.errors import UserError
 from llama_acc.core.finetune import dry_run
 from llama_acc.core.generate.chat import generate
 from llama_acc.core.generate.load import load_model
+from llama_acc.core.memory.estimate import rank_share
 from llama_acc.core.model.vision import Tower
 from llama_acc.core.train.callback import Callback
 from llama_acc.core.train.log import describe_plan
-from llama_acc.core.vram.estimate import rank_share
 from tests.core.ranks import run_ranks
 from tests.core.seeing import CLIP, QFORMER, SEEING, TINY, blip2, random_tower, seeing_model
 from tests.core.tiny import save_model

@@ -20,6 +20,9 @@ from llama_acc.core.data.batches import MicroBatch
 from llama_acc.core.device import simulating
 from llama_acc.core.distributed.groups import Parallel, simulated
 from llama_acc.core.generate.load import model_on_meta
+from llama_acc.core.memory.allocator import ROUNDING
+from llama_acc.core.memory.trace import Phase, Trace, deepened
+from llama_acc.core.memory.tracker import MemoryTracker
 from llama_acc.core.model import nf4
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.config import ModelConfig
@@ -28,13 +31,10 @@ from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.plan import StepSettings
 from llama_acc.core.train.step import train_step
 from llama_acc.core.train.trainer import Assembled, assemble
-from llama_acc.core.vram.caching_allocator import ROUNDING
-from llama_acc.core.vram.depth import deepened
-from llama_acc.core.vram.kernels import gpu_attention
-from llama_acc.core.vram.seeing import tower_of, with_images
-from llama_acc.core.vram.tracker import MemoryTracker, Moment, Trace
 
 CPU = torch.device("cpu")
+_aten = torch.ops.aten
+_HALF = (torch.bfloat16, torch.float16)
 _SHALLOW = 6  # equal blocks of the model that stands in for a deep one
 
 
@@ -124,8 +124,8 @@ def _train(setup: Setup) -> Trace:
         parts.optimizer.make_state()
         _label_lasting(tracker, parts)
         _follow_blocks(tracker, parts.model)
-        stack.enter_context(tower_of(parts.model, tracker))
-        batch = with_images(empty_batch(setup.lengths, setup.labels), parts.model)
+        stack.enter_context(vision_tower(parts.model, tracker))
+        batch = add_fake_images(empty_batch(setup.lengths, setup.labels), parts.model)
         _simulate_step(tracker, parts, [batch] * min(setup.micro_batches, 2))
     return tracker.trace()
 
@@ -140,12 +140,12 @@ def _generate(setup: Setup, length: int) -> Trace:
             if parallel.model_size == 1:
                 pack_small(model)
             _label_weights(tracker, model)
-            stack.enter_context(tower_of(model, tracker))
+            stack.enter_context(vision_tower(model, tracker))
             tracker.reset_peak()
             _follow_blocks(tracker, model)
             cache = KVCache(setup.config.n_layers)
             for span in _feeds(length):
-                tracker.moment = Moment("prompt" if len(span) > 1 else "generation")
+                tracker.moment = Phase("prompt" if len(span) > 1 else "generation")
                 feed(model, cache, span, CPU)
                 kept = [(layer.keys, layer.values) for layer in cache.layers]
                 tracker.label((tensor for pair in kept for tensor in pair if tensor is not None), "KV cache")
@@ -215,7 +215,7 @@ def _label_weights(tracker: MemoryTracker, model: Transformer) -> None:
     for name, parameter in model.named_parameters():
         tracker.label([parameter], "trainable masters" if parameter.requires_grad else "weights", _block(name))
     for name, buffer in model.named_buffers():
-        tracker.label([buffer], "quantisation state", _block(name))
+        tracker.label([buffer], "quantization state", _block(name))
 
 
 def _block(name: str) -> int:
@@ -225,7 +225,7 @@ def _block(name: str) -> int:
 
 
 def _simulate_step(tracker: MemoryTracker, parts: Assembled, batches: Sequence[MicroBatch]) -> None:
-    tracker.moment = Moment("forward")
+    tracker.moment = Phase("forward")
     tracker.reset_peak()
     with _follow_backward(tracker):
         train_step(
@@ -236,7 +236,7 @@ def _simulate_step(tracker: MemoryTracker, parts: Assembled, batches: Sequence[M
             sum(len(batch.tokens) for batch in batches),
             0.0,
             CPU,
-            before_update=lambda: tracker.at(Moment("update")),
+            before_update=lambda: tracker.at(Phase("update")),
         )
     tracker.ended("update")
 
@@ -247,10 +247,10 @@ def _follow_backward(tracker: MemoryTracker) -> Iterator[None]:
 
     def followed(loss: Tensor) -> None:
         tracker.ended("forward")
-        tracker.at(Moment("backward"))
+        tracker.at(Phase("backward"))
         backward(loss)
         tracker.ended("backward")
-        tracker.at(Moment("forward"))
+        tracker.at(Phase("forward"))
 
     Tensor.backward = followed  # type: ignore[assignment,method-assign]
     try:
@@ -267,19 +267,19 @@ def _follow_blocks(tracker: MemoryTracker, model: Transformer) -> None:
     def run(block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
         number, around = numbers[block], tracker.moment
         if x.requires_grad:
-            x.register_hook(lambda _: tracker.at(Moment("backward", number - 1)))
-        tracker.at(Moment(around.phase, number))
+            x.register_hook(lambda _: tracker.at(Phase("backward", number - 1)))
+        tracker.at(Phase(around.name, number))
         y = run_block(block, x, *rest)
         if y.requires_grad:
-            y.register_hook(lambda _: tracker.at(Moment("backward", number)))
-        tracker.at(Moment("loss") if number == last and around.phase == "forward" else around)
+            y.register_hook(lambda _: tracker.at(Phase("backward", number)))
+        tracker.at(Phase("loss") if number == last and around.name == "forward" else around)
         return y
 
     def followed(forward: Callable[..., Tensor], number: int) -> Callable[..., Tensor]:
         def call(*args: Any, **kwargs: Any) -> Tensor:
             before = tracker.moment
-            if before.phase == "backward":
-                tracker.at(Moment("recompute", number))
+            if before.name == "backward":
+                tracker.at(Phase("recompute", number))
             try:
                 return forward(*args, **kwargs)
             finally:  # recomputing ends early, by an exception
@@ -290,3 +290,52 @@ def _follow_blocks(tracker: MemoryTracker, model: Transformer) -> None:
     model.run_block = run
     for block, number in numbers.items():
         block.forward = followed(block.forward, number)
+
+
+@contextmanager
+def vision_tower(model: Transformer, tracker: MemoryTracker) -> Iterator[None]:
+    """Has the frozen vision tower of a multimodal model in memory, on the ranks that compute with it."""
+    vision = model.config.vision
+    if vision is None or vision.trains_encoder or model.parallel.model_rank:
+        yield
+        return
+    parameters = [torch.empty(shape, dtype=model.dtype) for shape in vision.tower_shapes().values()]
+    tracker.label(parameters, "vision tower")
+    yield
+
+
+def add_fake_images(batch: MicroBatch, model: Transformer) -> MicroBatch:
+    """A micro-batch in which each document that has room for an image has one, if the model is multimodal."""
+    vision = model.config.vision
+    if vision is None:
+        return batch
+    owners = [number for number, length in enumerate(batch.lengths) if length > vision.positions + 1]
+    begins = np.cumsum([0, *batch.lengths])[owners] + 1
+    places = (begins[:, None] + np.arange(vision.positions)).reshape(-1).astype(np.int64)
+    inputs = torch.empty((len(owners), *vision.input_shape), dtype=model.dtype)
+    return replace(batch, image_documents=tuple(owners), image_places=places, inputs=inputs)
+
+
+def gpu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` as it chooses on a GPU: q [1, H, T, D], k and v [1, K, S, D] to [1, H, T, D].
+
+    FlashAttention for half precision without a mask, the memory-efficient kernel where every head has its own keys,
+    otherwise single operations.
+    """
+    if q.dtype in _HALF and attn_mask is None:
+        return _aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
+    if q.shape[1] == k.shape[1]:
+        keeps = torch.is_grad_enabled() and q.requires_grad
+        fused = _aten._scaled_dot_product_efficient_attention
+        return fused(q, k, v, attn_mask, keeps, dropout_p, is_causal, scale=scale)[0]
+    plain = _aten._scaled_dot_product_attention_math
+    return plain(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]

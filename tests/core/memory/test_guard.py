@@ -4,18 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
-from llama_acc.core.vram import changes, guard
-from llama_acc.core.vram.changes import best_changes
-from llama_acc.core.vram.gpus import overhead
-from llama_acc.core.vram.guard import _bound, check_fits, setup_of_run
-from llama_acc.core.vram.predict import PARTS, Prediction, Usage, predict
-from llama_acc.core.vram.simulation import Setup
+from llama_acc.core.memory import fit, guard
+from llama_acc.core.memory.fit import best_changes
+from llama_acc.core.memory.gpus import overhead
+from llama_acc.core.memory.guard import _bound, check_fits, run_in_subprocess, setup_of_run
+from llama_acc.core.memory.predict import PARTS, Prediction, Usage, predict
+from llama_acc.core.memory.request import Request, setup_of
+from llama_acc.core.memory.simulate import Setup
+from tests.core.memory.setups import NF4, setup
 from tests.core.tiny import CPU
 from tests.core.train.runs import plan_of, run
-from tests.core.vram.setups import NF4, setup
 
 GPU = torch.device("cuda")
 
@@ -58,7 +60,7 @@ def test_nothing_is_loaded_or_written_and_force_starts_all_the_same(
 
 
 def test_a_small_run_is_not_simulated_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "apart", lambda *_: pytest.fail("it was"))
+    monkeypatch.setattr(guard, "run_in_subprocess", lambda *_: pytest.fail("it was"))
     check_fits(plan_of(), Parallel(), CPU)
 
 
@@ -106,21 +108,30 @@ def test_slack_alone_is_no_reason_for_a_change(monkeypatch: pytest.MonkeyPatch) 
         parts = dict.fromkeys(PARTS, 0) | {"weights": allocated, "allocator slack": slack}
         return Prediction(run, Usage(parts, "loss"), 0)
 
-    monkeypatch.setattr(changes, "predict", predicted)
+    monkeypatch.setattr(fit, "predict", predicted)
     run = setup("train.activation_checkpointing=false", lengths=(512, 512))
-    quantised, lora, shorter = "checkpoint.trainable_only=true", "tuning.method=lora", "data.max_tokens=256"
+    quantized, lora, shorter = "checkpoint.trainable_only=true", "tuning.method=lora", "data.max_tokens=256"
     found = [(change.keys.split()[-1], change.saves, change.fits) for change in best_changes(run, 80_000)]
-    assert found == [(quantised, 40_000, True), (lora, 20_000, True), (shorter, 10_000, False)]
+    assert found == [(quantized, 40_000, True), (lora, 20_000, True), (shorter, 10_000, False)]
     found = [(change.keys.split()[-1], change.saves, change.fits) for change in best_changes(run, 80_000, True)]
-    assert found == [(quantised, 40_000, True), (lora, 20_000, False)]  # shorter ones take as much more of slack
+    assert found == [(quantized, 40_000, True), (lora, 20_000, False)]  # shorter ones take as much more of slack
 
 
 def test_smaller_micro_batches_are_more_of_them_shorter_examples_are_not() -> None:
     run = setup("tuning.method=full", lengths=(512, 512))
-    micro_batches = {keys[0]: changed.micro_batches for keys, _, changed in changes._possible(run)}
+    micro_batches = {keys[0]: changed.micro_batches for keys, _, changed in fit._possible(run)}
     assert (micro_batches["train.batch_size=1"], micro_batches["data.max_tokens=256"]) == (2, 1)
 
 
 def test_what_is_done_already_is_not_proposed() -> None:
     run = setup("tuning.method=lora", *NF4, lengths=(100,))
     assert best_changes(run, 0) == []
+
+
+def test_the_answer_is_the_same_and_so_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = setup("parallel.data_parallel=fsdp", world_size=2)
+    here = run_in_subprocess(predict, run)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    assert run_in_subprocess(predict, run).training == here.training
+    with pytest.raises(UserError, match="there is no model 'llama2-7'"):
+        run_in_subprocess(setup_of, Request(model="llama2-7"))

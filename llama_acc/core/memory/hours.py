@@ -8,9 +8,9 @@ from typing import Any
 
 from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import read_object
+from llama_acc.core.memory.gpus import Kind
+from llama_acc.core.memory.simulate import Setup, simulate_training
 from llama_acc.core.recipe import Recipe
-from llama_acc.core.vram.gpus import Kind
-from llama_acc.core.vram.simulation import Setup, simulate_training
 
 EFFICIENCY = 0.4
 """The share of a GPU's rate that training is taken to reach where nothing was measured."""
@@ -69,7 +69,7 @@ def work_of(setup: Setup) -> Work:
     counts = []
     for length in _LENGTHS:
         flops = simulate_training(replace(setup, lengths=(length,), labels=length, micro_batches=1)).flops
-        of_loss = sum(count for moment, count in flops.items() if moment.phase == "loss")
+        of_loss = sum(count for moment, count in flops.items() if moment.name == "loss")
         counts.append((sum(flops.values()) - of_loss, of_loss / length))
     (few, head), (many, _) = counts
     by_pair = (many / long - few / short) / (long - short)

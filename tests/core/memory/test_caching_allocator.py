@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llama_acc.core.vram.caching_allocator import CachingAllocator, reserved
+from llama_acc.core.memory.allocator import CachingAllocator, reserved
 
 MIB = 2**20
 FOREVER = 1 << 62

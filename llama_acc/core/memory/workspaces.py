@@ -1,26 +1,37 @@
-"""What the libraries of a CPU take within an operation and give back: asked of them, by doing the operation once.
+"""What kernels take for themselves within an operation and give back: no tensor of the program shows it.
 
-For a bf16 product, oneDNN copies blocks of the operands for every thread where the CPU multiplies bf16, and sums the
-whole result in float32 where it does not; torch's attention has buffers for every thread and every head. How much that
-is depends on shapes, strides, the number of threads and the CPU, and no tensor shows it. Of a large operation a part is
-done.
+A CPU's libraries are asked for it, by doing the operation once. For a bf16 product, oneDNN copies blocks of the
+operands for every thread where the CPU multiplies bf16, and sums the whole result in float32 where it does not; torch's
+attention has buffers for every thread and every head. How much that is depends on shapes, strides, the number of
+threads and the CPU. Of a large operation a part is done.
+
+Torch's CPU allocator reports every allocation and every free to the profiler, which hears only of its own thread and of
+those that work for it. A buffer that a thread of gloo is the last to let go of would never be given back, so the
+allocator is told to count in all threads, and its own sum is taken.
 """
 
 import contextlib
+import ctypes
 import gc
-from collections.abc import Iterator, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._profiler import _EventType, _ExperimentalConfig
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from llama_acc.core.vram.allocations import peak_cpu_bytes
+from llama_acc.core.device import device_type
+from llama_acc.core.model import nf4
 
 _aten = torch.ops.aten
+_FLASH_BACKWARD = _aten._scaled_dot_product_flash_attention_backward
 _PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.addmm_: 1}
 """Products of two matrices, and at which argument the first one is."""
 _ATTENTION = {
@@ -45,6 +56,37 @@ class _Like:
 
     def made(self) -> Tensor:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
+
+
+def workspace(operation: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+    """Bytes that an operation takes besides its results and gives back before it returns."""
+    packet = operation._overloadpacket
+    if packet is _FLASH_BACKWARD:
+        return _flash_backward(args[1], args[2])
+    if not args or not isinstance(args[0], Tensor) or device_type(args[0]) != "cpu":
+        return 0
+    # Compared by name: the library is imported only where something is quantized.
+    if packet._qualified_op_name == "bitsandbytes::gemm_4bit":
+        return _written_out(*args[:3])
+    return cpu_workspace(operation, args, kwargs)
+
+
+def _flash_backward(q: Tensor, k: Tensor) -> int:
+    """FlashAttention's backward pass sums the queries' gradients in float32 over rows and head dimensions rounded up,
+    keeps a number a row, and, where heads share keys, makes every head's own gradients of keys and values first
+    (mha_bwd in PyTorch's flash_api.cpp)."""
+    _, heads, rows, width = q.shape
+    rounded_rows = -(-rows // 128) * 128
+    rounded_width = -(-width // 32) * 32 if width <= 128 else -(-width // 64) * 64
+    shared = 2 * heads * k.shape[2] * width * q.element_size() if k.shape[1] != heads else 0
+    return heads * rounded_rows * 4 * (rounded_width + 1) + shared
+
+
+def _written_out(x: Tensor, packed: Tensor, shape: Sequence[int]) -> int:
+    """On a CPU, bitsandbytes' product of a row and a quantized matrix writes the matrix out, and its blocks' magnitudes
+    in float32, and multiplies."""
+    numbers = shape[0] * shape[1]
+    return numbers * x.element_size() + 4 * (numbers // nf4.BLOCK) + product_workspace(x, shape[0])
 
 
 def cpu_workspace(operation: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
@@ -163,3 +205,74 @@ def _no_garbage_collected() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def peak_cpu_bytes(work: Callable[[], None]) -> int:
+    """The most bytes that torch's CPU allocator had given out at a time while `work` was done."""
+    autograd: Any = torch.autograd
+    # torch.profiler.profile on top of these makes a Python object of every operation, which takes longer than the work.
+    settings = autograd.ProfilerConfig(
+        autograd.ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig()
+    )
+    watched = {autograd.ProfilerActivity.CPU}
+    with _every_thread_counted():
+        with _silenced():
+            autograd._prepare_profiler(settings, watched)
+            autograd._enable_profiler(settings, watched)
+        try:
+            work()
+        finally:
+            with _silenced():
+                result: Any = autograd._disable_profiler()
+    events = [event for event in _all(result.experimental_event_tree()) if event.tag == _EventType.Allocation]
+    if not events:
+        return 0
+    first = min(events, key=lambda event: event.start_time_ns).extra_fields
+    before = first.total_allocated - first.alloc_size
+    return max(0, *(event.extra_fields.total_allocated - before for event in events))
+
+
+def _all(events: list[Any]) -> Iterator[Any]:
+    """Events, and those within them."""
+    waiting = list(events)
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        yield event
+
+
+@contextlib.contextmanager
+def _every_thread_counted() -> Iterator[None]:
+    """Has the allocator's sum follow what threads free that the profiler does not watch (c10's CPUAllocator.cpp)."""
+    flag = _flag()
+    if flag is None:
+        yield
+        return
+    flag.value = True
+    try:
+        yield
+    finally:
+        flag.value = False
+
+
+def _flag() -> ctypes.c_bool | None:
+    """The allocator's switch; None where torch was built in a way that hides it: then only buffers that gloo's threads
+    free are counted wrongly."""
+    for library in (Path(torch.__file__).parent / "lib").glob("libc10.*"):
+        with contextlib.suppress(OSError, ValueError):
+            return ctypes.c_bool.in_dll(ctypes.CDLL(str(library)), "FLAGS_caffe2_report_cpu_memory_usage")
+    return None
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Lets standard error lead nowhere: the profiler's library tells there that it starts and stops."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from llama_acc.core.vram.measure import measure, measure_generation
-from llama_acc.core.vram.predict import predict, predict_generation
+from llama_acc.core.memory.measure import measure, measure_generation
+from llama_acc.core.memory.predict import predict, predict_generation
+from tests.core.memory.setups import NF4, setup
 from tests.core.ranks import run_ranks
 from tests.core.tiny import CPU
-from tests.core.vram.setups import NF4, setup
 
 METHODS = {
     "full": ("tuning.method=full",),
@@ -55,7 +55,7 @@ KINDS = {"SSE41": "default", "AVX2": "avx2", "AVX512_CORE": "avx512", "AVX512_CO
 )
 def test_what_a_large_operation_takes_is_found_with_a_part_of_it_on_any_cpu(kind: str, threads: int) -> None:
     variables = {"ONEDNN_MAX_CPU_ISA": kind, "ATEN_CPU_CAPABILITY": KINDS[kind], "OMP_NUM_THREADS": str(threads)}
-    (found,) = run_ranks(1, "tests.core.vram.rank_work:workspaces", variables=variables)
+    (found,) = run_ranks(1, "tests.core.memory.rank_work:of_operations", variables=variables)
     for name, (whole, of_part, operands) in found.items():
         assert of_part == pytest.approx(whole, abs=0.05 * operands), name
 

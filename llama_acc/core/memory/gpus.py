@@ -78,3 +78,8 @@ def overhead() -> Overhead:
     table = _table()["overhead"]
     mib = {name: round(table[name]["mib"] * MIB) for name in ("cublas_workspace", "context", "nccl")}
     return Overhead(mib["cublas_workspace"], mib["context"], mib["nccl"])
+
+
+def published_hours() -> list[dict[str, Any]]:
+    """GPU-hours that others have published: "who", "what", "hours" and "kind" of GPU."""
+    return list(_table()["published"])

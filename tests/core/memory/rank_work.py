@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from llama_acc.core.distributed.groups import init_distributed
-from llama_acc.core.vram import cpu_workspaces
-from llama_acc.core.vram.measure import measure
+from llama_acc.core.memory import workspaces
+from llama_acc.core.memory.measure import measure
+from tests.core.memory.setups import setup
 from tests.core.ranks import next_port
 from tests.core.tiny import CPU
-from tests.core.vram.setups import setup
 
 
 def peaks(runs: Sequence[dict[str, Any]], world_size: int) -> list[int]:
@@ -24,7 +24,7 @@ def peaks(runs: Sequence[dict[str, Any]], world_size: int) -> list[int]:
     return measured
 
 
-def workspaces() -> dict[str, tuple[int, int, int]]:
+def of_operations() -> dict[str, tuple[int, int, int]]:
     """Of large operations: what they take when they are done, what doing a part of them tells, bytes of operands."""
     aten, bf16 = torch.ops.aten, torch.bfloat16
     x, weight, row = (
@@ -51,8 +51,8 @@ def workspaces() -> dict[str, tuple[int, int, int]]:
     for name, (operation, args, kwargs) in operations.items():
         taken = []
         for work in (1 << 40, 0):
-            cpu_workspaces._WORK = work
-            taken.append(cpu_workspaces.cpu_workspace(operation, args, kwargs))
+            workspaces._WORK = work
+            taken.append(workspaces.cpu_workspace(operation, args, kwargs))
         found[name] = (
             taken[0],
             taken[1],

@@ -1,5 +1,12 @@
-"""Figures that others have published, beside what is predicted here for the same run: `published.yaml`."""
+"""Figures that others have published, beside what is predicted here for the same run, and what makes the difference.
 
+The figures are in `published.yaml`. Takes some minutes; needs no GPU.
+
+    python benchmarks/published.py [--json] [--efficiency 0.4]
+"""
+
+import argparse
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -8,11 +15,12 @@ from typing import Any
 
 import yaml
 
-from llama_acc.core.vram.gpus import kind, overhead
-from llama_acc.core.vram.hours import Texts, gpu_hours, work_of
-from llama_acc.core.vram.predict import PARTS, predict, predict_generation
-from llama_acc.core.vram.request import Request, setup_of
-from llama_acc.core.vram.simulation import Setup
+from llama_acc.cli import console
+from llama_acc.core.memory.gpus import kind, overhead
+from llama_acc.core.memory.hours import EFFICIENCY, Texts, gpu_hours, work_of
+from llama_acc.core.memory.predict import PARTS, predict, predict_generation
+from llama_acc.core.memory.request import Request, setup_of
+from llama_acc.core.memory.simulate import Setup
 
 GB = 10**9
 """Bytes of a published GB: as GB is defined. Where 2^30 was meant, the figure is 7% larger."""
@@ -134,11 +142,6 @@ def _on_all_ranks(setup: Setup, generates: bool) -> dict[str, int]:
     return found
 
 
-def published_hours() -> list[dict[str, Any]]:
-    """Every published figure of GPU-hours as printed: "who", "what", "hours" and "kind" of GPU."""
-    return [{key: row[key] for key in ("who", "what", "hours", "kind")} for row in _table()["hours"]]
-
-
 def compare_hours(tell: Callable[[str], None] = lambda _: None) -> list[ComparedHours]:
     """Every published figure of GPU-hours with the work that was counted for it."""
     found = []
@@ -153,3 +156,61 @@ def compare_hours(tell: Callable[[str], None] = lambda _: None) -> list[Compared
 
 def _request(run: dict[str, Any]) -> Request:
     return Request(**{**run, "overrides": tuple(run.get("overrides", ()))})
+
+
+def show_published(efficiency: float, as_json: bool) -> None:
+    """Figures of memory and of GPU-hours; `efficiency` is the share of a GPU's rate that training reaches."""
+    memory, hours = compare_memory(console.note), compare_hours(console.note)
+    if as_json:
+        rows = [
+            {**vars(row), "difference": row.difference, "by_part": row.by_part(), "unexplained": row.unexplained}
+            for row in memory
+        ]
+        print(json.dumps({"memory": rows, "hours": [vars(row) for row in hours]}, indent=1))
+        return
+    console.note("a GB is 10^9 bytes; taken as 2^30, what is published would be 7% more")
+    _published_memory(memory)
+    print()
+    table = [["GPU-hours on 8 A100-80GB", "published", f"here at {efficiency:.0%}", "theirs would be at"]]
+    for timed in hours:
+        ours = timed.at_full_rate / efficiency
+        row_hours = [f"{timed.published:g}", f"{ours:.0f}", f"{timed.at_full_rate / timed.published:.0%}"]
+        table.append([f"{timed.who}: {timed.what}", *row_hours])
+    console.table(table)
+
+
+def _published_memory(rows: "list[Compared]") -> None:
+    """A line for each figure, then what makes the difference of those that do not agree."""
+    table = [["published by", "run", "memory", "GB", "here", "difference", "theirs counted", "unexplained"]]
+    for row in rows:
+        ours = [f"{row.total / GB:.1f}", f"{row.difference:+.0%}"]
+        theirs = [f"{row.counted / GB:.1f}", f"{row.unexplained:+.0%}"]
+        table.append([row.who, row.what, row.counts, f"{row.published:g}", *ours, *theirs])
+    console.table(table)
+    for row in rows:
+        if abs(row.difference) > AGREES:
+            print(f"\n{row.who}, {row.what}, GB:\n{_explained(row)}")
+
+
+def _explained(row: "Compared") -> str:
+    """From the prediction over the parts to the published figure; parts below 1% of it that have no reason are one."""
+    lines, small = [f"{row.total / GB:7.2f}  predicted here"], 0
+    for part, size in sorted(row.by_part().items(), key=lambda item: -abs(item[1])):
+        if part in row.why:
+            lines.append(f"{size / GB:+7.2f}  {part}: {row.why[part]}")
+        elif abs(size) >= 0.01 * row.published * GB:
+            lines.append(f"{size / GB:+7.2f}  {part}")
+        else:
+            small += size
+    lines.append(f"{small / GB:+7.2f}  other parts")
+    lines.append(f"{row.counted / GB:7.2f}  their own program, counted")
+    lines.append(f"{row.published - row.counted / GB:+7.2f}  not explained")
+    return "\n".join([*lines, f"{row.published:7.2f}  published"])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Published figures beside predictions.")
+    parser.add_argument("--json", action="store_true", help="everything, in bytes")
+    parser.add_argument("--efficiency", type=float, default=EFFICIENCY, help="share of a GPU's rate that is reached")
+    arguments = parser.parse_args()
+    show_published(arguments.efficiency, arguments.json)

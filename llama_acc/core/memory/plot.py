@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama_acc.core.vram.gpus import GIB
-from llama_acc.core.vram.predict import PARTS, Usage
+from llama_acc.core.memory.gpus import GIB
+from llama_acc.core.memory.predict import PARTS, Usage
 
 _COLOURS = {
     "weights": "#4c5b6b",
-    "quantisation state": "#7b8b9b",
+    "quantization state": "#7b8b9b",
     "vision tower": "#a3adb8",
     "trainable masters": "#2b6cb0",
     "optimizer": "#63a4e0",

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
+from llama_acc.core.memory.simulate import Setup
 from llama_acc.core.model.config import config_from_params
 from llama_acc.core.recipe import Recipe
-from llama_acc.core.vram.simulation import Setup
 
 SMALL = {"dim": 128, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 1000, "max_seq_len": 512}
 NF4 = ("tuning.quantize=nf4", "checkpoint.trainable_only=true")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from llama_acc.core.vram import allocations
-from llama_acc.core.vram.allocations import peak_cpu_bytes
+from llama_acc.core.memory import workspaces
+from llama_acc.core.memory.workspaces import peak_cpu_bytes
 
 
 def take() -> None:
@@ -18,6 +18,6 @@ def test_the_peak_is_what_is_held_at_a_time() -> None:
 
 
 def test_a_torch_that_hides_the_allocators_switch_is_counted_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(allocations, "_flag", lambda: None)
+    monkeypatch.setattr(workspaces, "_flag", lambda: None)
     assert peak_cpu_bytes(take) == 3 << 20
     assert peak_cpu_bytes(lambda: None) == 0

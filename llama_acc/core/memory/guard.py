@@ -1,21 +1,28 @@
 """Whether a run fits, asked before it loads anything; and what to say when memory runs out all the same."""
 
-from collections.abc import Sequence
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from llama_acc.core.device import free_memory, peak_memory_gib
+from llama_acc.core.distributed.environment import VARIABLES
 from llama_acc.core.distributed.groups import Parallel, local_part, local_world_size
 from llama_acc.core.errors import RunError, UserError, listed
+from llama_acc.core.memory.fit import Change, best_changes
+from llama_acc.core.memory.predict import Prediction, Usage, predict
+from llama_acc.core.memory.simulate import Setup
 from llama_acc.core.train.plan import Plan
 from llama_acc.core.train.trainer import Trainer, largest_micro_batch
 from llama_acc.core.units import size_text
-from llama_acc.core.vram.apart import apart
-from llama_acc.core.vram.changes import Change, best_changes
-from llama_acc.core.vram.predict import Prediction, Usage, predict
-from llama_acc.core.vram.simulation import Setup
 
+_Result = TypeVar("_Result")
 _FAR_BELOW = 8
 """A run whose bound is so many times below what is free is not simulated, which would take longer than its steps."""
 
@@ -44,11 +51,11 @@ def check_fits(plan: Plan, parallel: Parallel, device: torch.device) -> None:
     if device.type == "mps" or _bound(plan) * _FAR_BELOW < free:
         return
     setup = setup_of_run(plan, parallel.world_size, device.type)
-    usage = apart(predict, setup).training
+    usage = run_in_subprocess(predict, setup).training
     # Slack is mostly given back, and the context is there already: what surely does not fit is refused, nothing else.
     if usage.allocated <= free:
         return
-    changes = apart(best_changes, setup, free)
+    changes = run_in_subprocess(best_changes, setup, free)
     raise UserError(
         f"the run does not fit: it takes {size_text(usage.allocated)} on {device.type}, {size_text(free)} are free "
         f"(its largest micro-batch has {_batch(setup.lengths)}, at its fullest in {usage.moment})\n"
@@ -86,7 +93,7 @@ def _advice(changes: Sequence[Change]) -> str:
 
 
 @dataclass(frozen=True)
-class Shortage:
+class OutOfMemoryReport:
     """Memory that ran out while a trainer computed.
 
     Attributes:
@@ -115,7 +122,7 @@ class Shortage:
     def _predicted(self, setup: Setup) -> tuple[Prediction | None, list[Change]]:
         try:
             # What is allocated was found to fit, so slack may be what did not.
-            return apart(predict, setup), apart(best_changes, setup, int(self._limit()), True)
+            return run_in_subprocess(predict, setup), run_in_subprocess(best_changes, setup, int(self._limit()), True)
         except MemoryError:
             return None, []
 
@@ -135,3 +142,23 @@ class Shortage:
         }
         stored["everything else"] = max(int(peak_memory_gib(trainer.device) * 2**30) - sum(stored.values()), 0)
         return {part: size for part, size in stored.items() if size}
+
+
+def run_in_subprocess(function: Callable[..., _Result], *arguments: Any) -> _Result:
+    """Calls a function; in its own process where this one has joined others, as torch has one process group at a time.
+
+    Raises:
+        RunError: the process was ended.
+    """
+    if not dist.is_initialized():
+        return function(*arguments)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_leave_job) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise RunError("the memory could not be predicted: its process was ended") from error
+
+
+def _leave_job() -> None:
+    for name in VARIABLES:
+        os.environ.pop(name, None)

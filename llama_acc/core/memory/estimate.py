@@ -9,15 +9,15 @@ import torch
 
 from llama_acc.core.device import free_memory, prepare_cpu
 from llama_acc.core.distributed.groups import Parallel, local_part, simulated
+from llama_acc.core.memory.guard import setup_of_run
+from llama_acc.core.memory.hours import work_of
+from llama_acc.core.memory.predict import Usage, predict
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.image_loader import MicroBatchIndices
 from llama_acc.core.train.optimizer import MOMENTS
 from llama_acc.core.train.plan import Plan, model_on_meta
 from llama_acc.core.train.step import train_step
 from llama_acc.core.train.trainer import Trainer
-from llama_acc.core.vram.guard import setup_of_run
-from llama_acc.core.vram.hours import work_of
-from llama_acc.core.vram.predict import Usage, predict
 
 _PROBE_STEPS = 3  # the first one warms up, and another may have been disturbed
 _PROBE_SECONDS = 20.0  # then no other one is begun

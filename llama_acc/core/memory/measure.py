@@ -12,14 +12,14 @@ import torch
 
 from llama_acc.core.device import prepare_cpu
 from llama_acc.core.distributed.groups import Parallel
+from llama_acc.core.memory.simulate import Setup, empty_batch, feed, generating_model
+from llama_acc.core.memory.workspaces import peak_cpu_bytes
 from llama_acc.core.model import nf4
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.transformer import Transformer, pack_small
 from llama_acc.core.train.plan import StepSettings
 from llama_acc.core.train.step import train_step
 from llama_acc.core.train.trainer import assemble
-from llama_acc.core.vram.allocations import peak_cpu_bytes
-from llama_acc.core.vram.simulation import Setup, empty_batch, feed, generating_model
 
 STEPS = 2
 """Optimizer steps that are run: the second one has the optimizer's state from its start."""

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
-from llama_acc.core.vram.caching_allocator import reserved
-from llama_acc.core.vram.gpus import overhead
-from llama_acc.core.vram.simulation import Setup, simulate_generation, simulate_training
-from llama_acc.core.vram.tracker import Trace
+from llama_acc.core.memory.allocator import reserved
+from llama_acc.core.memory.gpus import overhead
+from llama_acc.core.memory.simulate import Setup, simulate_generation, simulate_training
+from llama_acc.core.memory.trace import Trace
 
 PARTS = (
     "weights",
-    "quantisation state",
+    "quantization state",
     "vision tower",
     "trainable masters",
     "optimizer",

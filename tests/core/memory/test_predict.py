@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from llama_acc.core.vram import simulation
-from llama_acc.core.vram.gpus import kinds, overhead
-from llama_acc.core.vram.hours import Texts, gpu_hours, read_texts, work_of
-from llama_acc.core.vram.kernels import _FLASH_BACKWARD, workspace
-from llama_acc.core.vram.predict import predict, predict_generation
-from llama_acc.core.vram.request import Request, setup_of
-from llama_acc.core.vram.simulation import Setup, simulate_training
-from tests.core.vram.setups import NF4, SMALL, deep, setup
+from llama_acc.core.memory import simulate
+from llama_acc.core.memory.gpus import kinds, overhead
+from llama_acc.core.memory.hours import Texts, gpu_hours, read_texts, work_of
+from llama_acc.core.memory.predict import predict, predict_generation
+from llama_acc.core.memory.request import Request, setup_of
+from llama_acc.core.memory.simulate import Setup, simulate_training
+from llama_acc.core.memory.workspaces import _FLASH_BACKWARD, workspace
+from tests.core.memory.setups import NF4, SMALL, deep, setup
 
 DIM, LAYERS, VOCABULARY, HIDDEN, KEYS = 128, 3, 1000, 512, 64
 BLOCK = 2 * DIM * DIM + 2 * DIM * KEYS + 3 * DIM * HIDDEN
@@ -40,7 +40,7 @@ def test_full_tuning_keeps_sixteen_bytes_a_parameter() -> None:
     # A moment is kept twice, and the number of steps for each tensor.
     assert found["optimizer"] == 8 * PARAMETERS + 4 * (LAYERS * 9 + 3)
     assert found["gradients"] == pytest.approx(4 * PARAMETERS, abs=8)  # and the loss
-    assert found["weights"] == found["quantisation state"] == 0
+    assert found["weights"] == found["quantization state"] == 0
 
 
 def test_what_does_not_train_is_kept_once_and_in_two_bytes() -> None:
@@ -52,12 +52,12 @@ def test_what_does_not_train_is_kept_once_and_in_two_bytes() -> None:
 
 def test_nf4_is_half_a_byte_and_its_scales() -> None:
     found = parts("tuning.method=bias_norm", *NF4)
-    quantised = MATRICES + VOCABULARY * DIM
-    assert found["weights"] == quantised // 2 + 2 * VOCABULARY * DIM
-    blocks = quantised // 64
+    quantized = MATRICES + VOCABULARY * DIM
+    assert found["weights"] == quantized // 2 + 2 * VOCABULARY * DIM
+    blocks = quantized // 64
     sizes = LAYERS * [DIM * DIM, DIM * DIM, DIM * KEYS, DIM * KEYS, *(3 * [DIM * HIDDEN])] + [VOCABULARY * DIM]
     nested = sum(4 * -(-(size // 64) // 256) + 4 for size in sizes)
-    assert found["quantisation state"] == blocks + nested
+    assert found["quantization state"] == blocks + nested
 
 
 def test_activation_checkpointing_keeps_the_input_of_each_block() -> None:
@@ -110,11 +110,11 @@ def test_13b_is_predicted_to_the_byte_from_a_few_of_its_blocks(monkeypatch: pyte
 
 def _check_against_all_blocks(run: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     depths = []
-    train = simulation._train
-    monkeypatch.setattr(simulation, "_train", lambda setup: depths.append(setup.config.n_layers) or train(setup))
+    train = simulate._train
+    monkeypatch.setattr(simulate, "_train", lambda setup: depths.append(setup.config.n_layers) or train(setup))
     from_few = predict(run)
     assert max(depths) < run.config.n_layers
-    monkeypatch.setattr(simulation, "_SHALLOW", run.config.n_layers)
+    monkeypatch.setattr(simulate, "_SHALLOW", run.config.n_layers)
     assert from_few == predict(run)
     assert depths[-1] == run.config.n_layers
 

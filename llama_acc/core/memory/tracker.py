@@ -1,14 +1,9 @@
-"""Follows every storage that torch's operations make and free, on real tensors or on fake ones, and counts their work.
-
-What a storage was for is decided afterwards, by when it was made and when it was freed: what a forward pass leaves to
-the backward pass is a kept activation, what a backward pass leaves behind is a gradient.
-"""
+"""Follows every storage that torch's operations make and free, on real tensors or fake ones, and counts their work."""
 
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from llama_acc.core.vram.kernels import workspace
+from llama_acc.core.memory.trace import BUFFER, Allocation, Phase, Trace
+from llama_acc.core.memory.workspaces import workspace
 
 _aten = torch.ops.aten
 # What torch's table lacks does the work of what it has.
@@ -34,123 +30,6 @@ _COLLECTIVES = {
     torch.ops.c10d.reduce_scatter_,
 }
 _JOINS = (_aten.cat, _aten.stack)
-FOREVER = 1 << 62
-_BUFFER = "communication buffers"
-
-
-class Moment(NamedTuple):
-    """What is being done: a phase, and in which block of the model.
-
-    Attributes:
-        phase: "setup", "forward", "recompute", "loss", "backward", "update" or "generation".
-        block: number of the block, from 0; -1 = outside of all.
-    """
-
-    phase: str
-    block: int = -1
-
-    def __str__(self) -> str:
-        where = f" of block {self.block}" if self.block >= 0 else ""
-        names = {"recompute": "backward", "update": "optimizer step", "backward": "backward"}
-        return (names.get(self.phase, self.phase) + where) if self.phase != "loss" else "loss"
-
-
-class Allocation:
-    """A storage's memory, from one time to another; time n is that of allocation n, and just before it.
-
-    Attributes:
-        nbytes: its size.
-        moment: what was being done when it was made.
-        time: when it was made.
-        label: what it is for, if that was said.
-        owner: number of the block that it belongs to; -1 = none.
-        died: when it was freed.
-        joined: bytes of it that come from things of each block.
-    """
-
-    __slots__ = ("died", "joined", "label", "moment", "nbytes", "owner", "time")
-
-    def __init__(self, nbytes: int, moment: Moment, time: int, label: str, owner: int, died: int = FOREVER) -> None:
-        self.nbytes, self.moment, self.time, self.label, self.owner = nbytes, moment, time, label, owner
-        self.died = died
-        self.joined: Counter[int | None] = Counter()
-
-
-@dataclass(frozen=True)
-class Peak:
-    """The fullest moment of what was tracked.
-
-    Attributes:
-        total: bytes in use.
-        moment: what was being done.
-        parts: bytes by purpose; their sum is `total`.
-    """
-
-    total: int
-    moment: Moment
-    parts: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Trace:
-    """All allocations of some work.
-
-    Attributes:
-        allocations: number n is made at time n.
-        since: the time from which on the fullest moment counts.
-        ends: when a "forward" or "backward" pass, or an "update", was over.
-        flops: floating-point operations by moment.
-    """
-
-    allocations: list[Allocation]
-    since: int
-    ends: list[tuple[int, str]]
-    flops: Counter[Moment]
-
-    def rounded(self, multiple: int) -> "Trace":
-        """The same where an allocation takes a multiple of so many bytes."""
-        for allocation in self.allocations:
-            allocation.nbytes = -(-allocation.nbytes // multiple) * multiple
-        return self
-
-    def peak(self) -> Peak:
-        """The fullest moment, in parts."""
-        freed = [0] * (len(self.allocations) + 1)
-        for allocation in self.allocations:
-            if allocation.died < len(freed):
-                freed[allocation.died] += allocation.nbytes
-        now = most = 0
-        fullest = None
-        for allocation in self.allocations:
-            now += allocation.nbytes - freed[allocation.time]
-            if allocation.time < self.since:
-                most = now
-            elif now > most:
-                most, fullest = now, allocation
-        time, moment = (fullest.time + 1, fullest.moment) if fullest else (self.since, Moment("setup"))
-        parts: Counter[str] = Counter()
-        for allocation in self.allocations:
-            if allocation.time < time <= allocation.died:
-                parts[self.purpose(allocation)] += allocation.nbytes
-        return Peak(sum(parts.values()), moment, dict(parts))
-
-    def purpose(self, allocation: Allocation) -> str:
-        """The part of a prediction that an allocation belongs to."""
-        phase = allocation.moment.phase
-        survives = {what for time, what in self.ends if allocation.time < time < allocation.died}
-        # What is left of a backward pass, also if it was made with the loss, or is what a reduction left.
-        is_gradient = phase in ("loss", "backward", "recompute") and "backward" in survives
-        if is_gradient and allocation.label in ("", _BUFFER):
-            return "gradients"
-        if allocation.label:
-            return allocation.label
-        if phase == "loss":
-            return "logits and loss"
-        if phase == "forward":
-            return "activations kept" if "forward" in survives else "working memory"
-        if phase == "recompute":
-            return "activations recomputed"
-        return "optimizer" if phase == "update" and "update" in survives else "working memory"
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -159,8 +38,8 @@ class MemoryTracker(TorchDispatchMode):
     Attributes:
         moment: what is being done; whoever drives the work sets it.
         allocations: all that were made, number n at time n.
-        time: how many.
         since: the time of the last `reset_peak`.
+        ends: when a pass or an update was over.
         flops: floating-point operations by phase.
     """
 
@@ -169,15 +48,15 @@ class MemoryTracker(TorchDispatchMode):
         labels: on fake tensors, how many rows of a batch have a label.
         """
         super().__init__()
-        self.moment = Moment("setup")
-        self.flops: Counter[Moment] = Counter()
+        self.moment = Phase("setup")
+        self.flops: Counter[Phase] = Counter()
         self.labels = labels
         self._live: dict[int, tuple[Allocation, weakref.ref[torch.UntypedStorage]]] = {}
         self.allocations: list[Allocation] = []
         self.ends: list[tuple[int, str]] = []
         self.since = 0
 
-    def at(self, moment: Moment) -> None:
+    def at(self, moment: Phase) -> None:
         """Says what is being done from now on."""
         self.moment = moment
 
@@ -241,7 +120,7 @@ class MemoryTracker(TorchDispatchMode):
             buffers = (args, result) if packet in _COLLECTIVES else (kwargs.get("out"), result)
             for tensor in tree_iter(buffers):
                 if isinstance(tensor, Tensor):
-                    self._see(tensor, _BUFFER, keep=True)
+                    self._see(tensor, BUFFER, keep=True)
         return result
 
     def _known(self, packet: Any, args: Any) -> Any:
@@ -300,7 +179,7 @@ class MemoryTracker(TorchDispatchMode):
             return
         old, reference = known
         self._give_back(old)
-        new = self._allocate(storage.nbytes(), old.label or _BUFFER)
+        new = self._allocate(storage.nbytes(), old.label or BUFFER)
         self._live[storage._cdata] = new, reference
 
 

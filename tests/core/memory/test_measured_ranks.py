@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from llama_acc.core.vram.predict import predict
+from llama_acc.core.memory.predict import predict
+from tests.core.memory.setups import setup
 from tests.core.ranks import run_ranks
-from tests.core.vram.setups import setup
 
 RUNS: dict[str, dict[str, Any]] = {
     "ddp": {"overrides": ["parallel.data_parallel=ddp"], "micro_batches": 2},
@@ -23,7 +23,7 @@ RUNS: dict[str, dict[str, Any]] = {
 @pytest.mark.soak
 @pytest.mark.parametrize("count", [2, 4])
 def test_prediction_is_what_ranks_take(count: int) -> None:
-    measured = run_ranks(count, "tests.core.vram.rank_work:peaks", runs=list(RUNS.values()), world_size=count)
+    measured = run_ranks(count, "tests.core.memory.rank_work:peaks", runs=list(RUNS.values()), world_size=count)
     for number, (name, run) in enumerate(RUNS.items()):
         one = setup(*run["overrides"], world_size=count, micro_batches=run["micro_batches"])
         peaks = [of_rank[number] for of_rank in measured]

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from llama_acc.core.vram.fit import WAYS, _largest, fitting
-from llama_acc.core.vram.predict import PARTS, Usage, predict
-from llama_acc.core.vram.request import Request, setup_of
+from llama_acc.core.memory.fit import WAYS, _largest, fitting
+from llama_acc.core.memory.predict import PARTS, Usage, predict
+from llama_acc.core.memory.request import Request, setup_of
 
 
 def usage(allocated: int, slack: int) -> Usage:
