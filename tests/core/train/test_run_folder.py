@@ -13,7 +13,7 @@ import pytest
 from llama_acc.core import finetune as planned
 from llama_acc.core.errors import UserError
 from llama_acc.core.train.callback import Callback
-from llama_acc.core.train.log import MetricsLog, read_metrics
+from llama_acc.core.train.log import MetricsLog, describe_plan, read_metrics
 from llama_acc.core.train.run_folder import check_disk
 from llama_acc.core.train.trainer import Trainer
 from tests.core.train.runs import losses, metrics, names, plan_of, run
@@ -179,11 +179,11 @@ def test_a_run_in_which_no_step_can_change_a_weight_is_refused(overrides: list[s
 @pytest.mark.parametrize(("steps", "warned"), [(2, True), (19, True), (20, False)])
 def test_steps_of_rate_0_that_count_are_told(steps: int, warned: bool) -> None:
     """One of 19 is more than 5%, one of 20 is not."""
-    lines = dict(plan_of("train.epochs=5", f"train.max_steps={steps}").lines())
+    lines = dict(describe_plan(plan_of("train.epochs=5", f"train.max_steps={steps}")))
     assert ("warning" in lines) == warned
     if warned:
         assert lines["warning"].startswith(f"1 of the {steps} steps ({1 / steps:.0%}) has rate 0 and changes nothing")
-    assert "warning" not in dict(plan_of("train.warmup_epochs=0", f"train.max_steps={steps}").lines())
+    assert "warning" not in dict(describe_plan(plan_of("train.warmup_epochs=0", f"train.max_steps={steps}")))
 
 
 # The disk
