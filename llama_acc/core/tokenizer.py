@@ -104,6 +104,9 @@ class Tokenizer(Protocol):
     def piece(self, token: int) -> str:
         """A token as the vocabulary writes it, for display."""
 
+    def is_special(self, text: str) -> bool:
+        """Whether a text is that of a special token."""
+
     def may_change(self, token: int) -> bool:
         """Whether what follows this token can change how it decodes, other than by completing a character."""
 
@@ -181,6 +184,9 @@ class SentencePieceTokenizer:
 
     def piece(self, token: int) -> str:
         return str(self._processor.IdToPiece(token)) if 0 <= token < self.vocab_size else f"<{token}>"
+
+    def is_special(self, text: str) -> bool:
+        return self._special.fullmatch(text) is not None
 
     def may_change(self, token: int) -> bool:
         return False
@@ -309,6 +315,9 @@ class HuggingFaceTokenizer:
     def piece(self, token: int) -> str:
         piece = self._fast.id_to_token(token) if 0 <= token < self.vocab_size else None
         return f"<{token}>" if piece is None else str(piece)
+
+    def is_special(self, text: str) -> bool:
+        return self._special.fullmatch(text) is not None
 
     def may_change(self, token: int) -> bool:
         # What decode leaves out does not end a run of byte pieces either.

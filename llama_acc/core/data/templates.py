@@ -315,14 +315,13 @@ def _held(text: str, stops: Iterable[str]) -> bool:
 def special_texts(tokenizer: Tokenizer) -> list[str]:
     """The texts of the special tokens, longest first."""
     texts = {tokenizer.piece(token) for token in (tokenizer.bos_id, *tokenizer.end_ids)}
-    for text in {"<unk>", *tokenizer.said.roles.values()}:
-        if tokenizer.encode(text) != tokenizer.encode(text, own=[(0, len(text))]):
-            texts.add(text)
+    texts |= {text for text in ("<unk>", *tokenizer.said.roles.values()) if tokenizer.is_special(text)}
     return sorted(texts, key=lambda text: (-len(text), text))
 
 
 def _without_special(marks: Iterable[str], tokenizer: Tokenizer | None) -> list[str]:
-    special = [] if tokenizer is None else special_texts(tokenizer)
+    marks = list(marks)
+    special = special_texts(tokenizer) if marks and tokenizer is not None else []
     return [mark for mark in marks if not _held(mark, special)]
 
 
