@@ -56,7 +56,7 @@ def test_data_named_in_a_recipe_says_how_to_give_it(tokenizer_path: Path) -> Non
         (
             "image.json",
             b'[{"image": "a.png", "instruction": "a", "output": "b"}]',
-            "the items have images, and the model sees nothing",
+            "the items have images, and this model has no vision encoder",
         ),
     ],
 )

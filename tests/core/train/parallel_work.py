@@ -87,14 +87,14 @@ def agreement() -> list[str]:
         times: list[float] = []
         parallel.run_rank_zero_first(lambda: times.append(time.monotonic()))
         begun = parallel.gather(times)
-        said.append(f"main_first {[len(each) for each in begun]} {begun[0] < begun[1]}")
-        said.append(f"on_main {parallel.run_on_rank_zero(lambda: 'told by ' + os.environ['RANK'])}")
+        said.append(f"first {[len(each) for each in begun]} {begun[0] < begun[1]}")
+        said.append(f"once {parallel.run_on_rank_zero(lambda: 'told by ' + os.environ['RANK'])}")
 
         def fails_on_one() -> None:
             if parallel.rank == 1:
                 raise UserError("rank 1 has no file", "copy it")
 
-        for how in (parallel.agree, parallel.main_first):
+        for how in (parallel.raise_together, parallel.run_rank_zero_first):
             try:
                 how(fails_on_one)
                 said.append("nothing")

@@ -267,8 +267,8 @@ def test_frozen_parameters_are_sharded_like_trained_ones(of_two: list[dict[str, 
 def test_ranks_agree_and_an_error_of_one_is_an_error_of_all(of_two: list[dict[str, Any]]) -> None:
     first, second = (rank["agreement"] for rank in of_two)
     failed = "rank 1 has no file; copy it"
-    assert first == ["main_first [1, 1] True", "on_main told by 0", failed, failed, "refused by main"]
-    assert second == ["main_first [1, 1] True", "on_main told by 0", failed, failed, "refused by main"]
+    assert first == ["first [1, 1] True", "once told by 0", failed, failed, "refused by main"]
+    assert second == ["first [1, 1] True", "once told by 0", failed, failed, "refused by main"]
 
 
 def test_processes_that_cannot_be_shared_out_are_refused_with_both_numbers() -> None:

@@ -324,7 +324,7 @@ def test_a_checkpoint_with_the_reference_s_keys_is_read_and_converted(name: str,
 
 
 def test_data_with_images_needs_a_model_that_sees(alone: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the items have images, and the model sees nothing"):
+    with pytest.raises(UserError, match="the items have images, and this model has no vision encoder"):
         run(tmp_path, f"data.sources=[{{path: {alone / 'data-qformer' / 'items.json'}}}]")
     clip = [*overrides_of("clip", alone), f"data.sources.0.path={alone / 'data-qformer' / 'items.json'}"]
     with pytest.raises(UserError, match=r"(?s)takes one image for each item.*items.json item 3 has 2"):
