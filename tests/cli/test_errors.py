@@ -170,7 +170,7 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: bytes, sai
         (["--max-new-tokens", "0"], ["at least 1 new token must be allowed, not 0"]),
         (["--seed", str(2**70)], ["the seed must fit in 64 bits"]),
         (["--template", "dialog"], ["unknown template 'dialog'", "did you mean 'dialogue'?"]),
-        (["--prompt", "long " * 1000], ["the model's context is 256", "say --context N"]),
+        (["--prompt", "long " * 1000], ["the model's context is 256", "--context N"]),
         (["--prompt", "long " * 1000, "--context", "300"], ["the model's context is 300"]),
         (["--prompt", "\udcff"], ["the text is not valid Unicode at character 1"]),
         (["--tokenizer", "no.model"], ["there is no tokenizer no.model"]),
