@@ -71,7 +71,7 @@ def test_a_part_on_no_base_on_another_one_or_for_another_method_is_one_clear_lin
     other = ("--pretrained", base, "--pretrained", part, "tuning.method=adapter", "tuning.lora_rank=null")
     refused(
         invoke(*finetune, "--output", tmp_path / "run", "checkpoint.trainable_only=true", *other),
-        "the checkpoint was tuned otherwise (tuning.method=lora_bias_norm tuning.lora_rank=4)",
+        "the checkpoint was tuned as (tuning.method=lora_bias_norm tuning.lora_rank=4)",
         "set tuning.method=lora_bias_norm tuning.lora_rank=4",
     )
     assert not (tmp_path / "run").exists()
@@ -88,7 +88,7 @@ def test_a_base_quantised_beforehand_is_the_same(base: Path, part: Path, tmp_pat
     command = [word for word in QUICKSTART if not str(word).startswith("model.params")]
     refused(
         invoke(*command, "--pretrained", small, "--output", tmp_path / "full"),
-        "is quantised: it can be a base, and not train itself",
+        "is quantized: it can be a base, and not train itself",
     )
 
 
@@ -99,7 +99,7 @@ def test_matrices_that_are_not_quantised_are_the_same_ones_everywhere(base: Path
     skip = "tuning.quantize_skip=[wv,layers.0]"
     refused(
         invoke(*train(small, run), "tuning.quantize=nf4", *PART),
-        f"in {small} all matrices but wv, layers.0 are quantised, and the recipe says otherwise",
+        f"in {small} all matrices but wv, layers.0 are quantized, and the recipe says otherwise",
         f"set {skip}",
     )
     tune(small, run, "tuning.quantize=nf4", skip)
