@@ -79,7 +79,8 @@ def test_a_signal_ends_a_command_wherever_it_falls(
     else:
         assert place == "importing" or not (tmp_path / "converted.json").exists()
         assert f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}" in done.stderr
-        assert ("went on" in done.stderr) == bool(module)
+        # An import is waited for a second; a slow one does not come to its end.
+        assert place == "importing" or "went on" not in done.stderr
 
 
 def test_ignored_signals_stay_ignored() -> None:
