@@ -119,7 +119,7 @@ def _largest(least: Usage, taken: Callable[[int], Usage], memory: int, limit: in
         if poor > 2 and high <= limit:
             guess = (low + high) // 2
         elif poor > 2 or not slope:
-            guess = low * 4
+            guess = low * 16  # nearer to what fits, growth is told better, and a step of few examples costs little
         else:
             guess = low + int((memory - low_bytes) / slope)
         guess = min(max(guess, low + 1), high - 1)
