@@ -60,7 +60,7 @@ def llama_acc_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiled blocks are kept for this session only: those of another environment may be linked to its torch."""
+    """Compiled blocks are kept for one test run: those of another environment may be linked to its torch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield
