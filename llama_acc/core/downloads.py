@@ -196,25 +196,6 @@ class DownloadRequest:
         return any(isinstance(parse_address(file.get), HubAddress) for file in self.files)
 
 
-@dataclass(frozen=True)
-class Downloaded:
-    """A finished download.
-
-    Attributes:
-        request: what was asked for.
-        is_model: `--pretrained` takes it, not `--data`.
-        folder: where it is.
-        files: all of it.
-        fetched: those of them that were not there before.
-    """
-
-    request: DownloadRequest
-    is_model: bool
-    folder: Path
-    files: tuple[Path, ...]
-    fetched: tuple[Path, ...]
-
-
 def resolve(names: Sequence[str], to: Path | None) -> list[DownloadRequest]:
     """What names and addresses mean. Of several, each goes into a folder of its own below `to`.
 
