@@ -123,4 +123,5 @@ def test_a_rank_takes_the_memory_of_its_own_part(wanted: str, copy: str, size: i
     large, small = layouts
     result = measured(large, wanted, copy, small, size)
     assert result["own"] > 160e6
-    assert result["peak"] < 1.1 * result["own"]
+    # a copy of the part would be 2; allocators and threads take up to 0.1
+    assert result["peak"] < 1.25 * result["own"]
