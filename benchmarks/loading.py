@@ -34,9 +34,10 @@ def make_checkpoint(folder: Path, tokenizer: Path) -> None:
     import torch
 
     from llama_acc.core.model.config import config_from_params
+    from llama_acc.core.model.transformer import shapes_of
 
     folder.mkdir(parents=True, exist_ok=True)
-    shapes = config_from_params(PARAMS).parameter_shapes()
+    shapes = shapes_of(config_from_params(PARAMS))
     weights = {name: torch.randn(shape).mul_(0.02).bfloat16() for name, shape in shapes.items()}
     torch.save(weights, folder / "consolidated.00.pth")
     (folder / "params.json").write_text(json.dumps(PARAMS))

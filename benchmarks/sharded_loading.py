@@ -39,14 +39,14 @@ def make_checkpoint(folder: Path, layers: int) -> None:
     import torch
 
     from llama_acc.core.model.config import ModelConfig
-    from llama_acc.core.model.sharding import local_shape
+    from llama_acc.core.model.transformer import local_shape, shapes_of
 
     config = ModelConfig(5120, layers, 40, 40, 32000, 256)
     folder.mkdir(parents=True)
     for rank in range(2):
         weights = {
             name: torch.randn(local_shape(name, shape, 2)).mul_(0.02).bfloat16()
-            for name, shape in config.parameter_shapes().items()
+            for name, shape in shapes_of(config).items()
         }
         torch.save(weights, folder / f"consolidated.{rank:02d}.pth")
     (folder / "params.json").write_text(json.dumps(config.to_params()))
@@ -66,7 +66,7 @@ def load(folder: Path, way: str, rank: int) -> None:
     from llama_acc.core.checkpoint.layout import inspect, read_config
     from llama_acc.core.checkpoint.load import check_tensors, fill, read_weights
     from llama_acc.core.distributed.groups import Parallel
-    from llama_acc.core.model.transformer import build_on_meta
+    from llama_acc.core.model.transformer import build_on_meta, shapes_of
 
     torch.set_num_threads(1)
     name, copy = WAYS[way]
@@ -80,7 +80,7 @@ def load(folder: Path, way: str, rank: int) -> None:
     Path("/proc/self/clear_refs").write_text("5")
     before, start = status("VmRSS"), time.perf_counter()
     weights = read_weights([layout], rank, 2)
-    check_tensors(weights, config.parameter_shapes(), folder)
+    check_tensors(weights, shapes_of(config), folder)
     if way.startswith("clear"):
         for parameter in weights.tensors:
             owner, _, leaf = parameter.rpartition(".")

@@ -25,7 +25,7 @@ from llama_acc.core.memory.simulate import Setup, add_fake_images, empty_batch
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.config import ModelConfig, named_size
 from llama_acc.core.model.transformer import Transformer, build_on_meta, initialise
-from llama_acc.core.model.tuning import Tuning
+from llama_acc.core.model.tuning.lora import LoRABiasNorm
 from llama_acc.core.model.vision import Images
 from llama_acc.core.model.vision_config import QFormerVision
 from llama_acc.core.recipe import Recipe
@@ -63,7 +63,7 @@ def setup_of(case: Case) -> Setup:
     """LoRA and bias-norm tuning of the 13B with an image in a document of 512 tokens, in one process."""
     words = ["parallel.model_parallel_size=1", f"tuning.quantize={case.quantize}", "train.batch_size=1"]
     recipe = Recipe.load("llava-qformer-13b-lora-nf4", words)
-    config = replace(named_size("llama2-13b"), tuning=Tuning("lora_bias_norm", 16), vision=QFormerVision())
+    config = replace(named_size("llama2-13b"), tuning=LoRABiasNorm(16), vision=QFormerVision())
     return Setup(recipe, config, (TOKENS,), device_type="cuda")
 
 

@@ -9,6 +9,7 @@ import typer
 
 from llama_acc.cli import console, options
 from llama_acc.core.errors import RunError, UserError
+from llama_acc.core.model.transformer import parameter_count, shapes_of
 from llama_acc.core.units import count_text
 
 if TYPE_CHECKING:
@@ -414,14 +415,14 @@ def _model_name(setup: "Setup") -> str:
 
     model, config = setup.recipe.model, setup.config
     named = NAMED_SIZES.get(model.size or "")
-    is_it = named is not None and named.parameter_shapes() == config.base().parameter_shapes()
+    is_it = named is not None and shapes_of(named) == shapes_of(config.base())
     return str(model.size) if is_it else f"{config.n_layers} layers of {config.dim}"
 
 
 def _setup_json(setup: "Setup") -> dict[str, Any]:
     recipe = setup.recipe
     return {
-        "model": {"name": _model_name(setup), "parameters": setup.config.parameter_count()},
+        "model": {"name": _model_name(setup), "parameters": parameter_count(setup.config)},
         "tuning": recipe.tuning.method,
         "quantize": recipe.tuning.quantize,
         "precision": recipe.train.precision,

@@ -37,7 +37,7 @@ class Which:
 def check_split(ckpt: list[str], processes: int) -> None:
     """Refuses what would end every process, before any is started."""
     from llama_acc.core.checkpoint.layout import inspect, locate, read_config
-    from llama_acc.core.model.sharding import check_divides
+    from llama_acc.core.model.config import check_divides
 
     config = read_config([inspect(locate(folder)) for folder in ckpt])
     if config is not None and config.vocab_size > 0:

@@ -6,14 +6,16 @@ problems of a recipe are told together.
 
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from llama_acc.core.errors import UserError, did_you_mean, listed
-from llama_acc.core.model.tuning import METHODS, PREFIX_LENGTH
+from llama_acc.core.model.tuning import METHODS
 from llama_acc.core.model.tuning import Tuning as ModelTuning
 from llama_acc.core.model.vision_config import Vision as ModelVision
 from llama_acc.core.model.vision_config import VisionTraining, vision_of
@@ -56,25 +58,18 @@ class Model(Section):
 
 
 class Tuning(Section):
-    """What trains, and what is added for it; see `core.model.tuning`.
+    """What trains, and what is added for it. A method's own settings, such as `lora_rank`, are keys besides: those of
+    its class, see `core.model.tuning`; null = the method's own.
 
     Attributes:
         method: `full` trains every parameter; `bias_norm` biases and norms; `lora` LoRA pairs; `lora_bias_norm` both;
             `adapter` zero-init attention, biases and norms, and LoRA pairs if they have a rank; `frozen` nothing of the
             LLaMA, only what vision adds.
-        lora_rank: rank of the LoRA pairs; None = the method's own: 16, with `adapter` none.
-        prefix_layers: how many blocks, the last ones, have zero-init attention; None = all.
-        prefix_len: length of the prefix; None = 10.
-        prefix_new_gate: zero-init attention has a second gate, which starts at 1.
         quantize: `nf4`: the matrices of the blocks are kept in four bits (they do not train); none.
-        quantize_skip: with `nf4`, matrices to leave as they are; see `ModelConfig.quantisable`.
+        quantize_skip: with `nf4`, matrices to leave as they are; see `transformer.quantisable`.
     """
 
     method: str = "full"
-    lora_rank: int | None = Field(default=None, ge=1, le=2**16)
-    prefix_layers: int | None = Field(default=None, ge=1, le=2**16)
-    prefix_len: int | None = Field(default=None, ge=1, le=2**16)
-    prefix_new_gate: bool = False
     quantize: Literal["none", "nf4"] = "none"
     quantize_skip: list[str] = []
 
@@ -89,25 +84,35 @@ class Tuning(Section):
     @model_validator(mode="after")
     def _only_what_the_method_has(self) -> "Tuning":
         method = METHODS[self.method]
-        wrong = [] if self.lora_rank is None or method.lora is not None else ["lora_rank"]
-        if not method.prefix:
-            wrong += [key for key in ("prefix_layers", "prefix_len", "prefix_new_gate") if getattr(self, key)]
-        if wrong:
+        own = {field.name for field in fields(method)}
+        if wrong := [key for key in type(self).model_fields if key in _SETTINGS - own and getattr(self, key)]:
             raise ValueError(f"method {self.method} has no {' and no '.join(wrong)}")
-        if method.everything and self.quantize != "none":
+        if method.trains_all and self.quantize != "none":
             raise ValueError(
                 f"quantize {self.quantize} is for what does not train, and method {self.method} trains all"
             )
         return self
 
     def resolved(self) -> ModelTuning:
-        """The method with its size; without `prefix_layers` it is to be put `at_depth`."""
+        """The method with its settings; it is to be put `at_depth`."""
         method = METHODS[self.method]
-        rank = self.lora_rank or method.lora or 0
-        if not method.prefix:
-            return ModelTuning(self.method, rank)
-        length = self.prefix_len or PREFIX_LENGTH
-        return ModelTuning(self.method, rank, self.prefix_layers or 0, length, self.prefix_new_gate)
+        values = {field.name: getattr(self, field.name) for field in fields(method)}
+        return method(**{key: value for key, value in values.items() if value is not None})
+
+
+def _add_settings() -> set[str]:
+    """Makes the methods' settings keys of the section; returns them."""
+    for method in METHODS.values():
+        types = get_type_hints(method, include_extras=True)
+        for field in fields(method):
+            is_switch = types[field.name] is bool
+            kind, default = (bool, field.default) if is_switch else (types[field.name] | None, None)
+            Tuning.model_fields[field.name] = FieldInfo.from_annotated_attribute(kind, default)
+    Tuning.model_rebuild(force=True)
+    return Tuning.model_fields.keys() - {"method", "quantize", "quantize_skip"}
+
+
+_SETTINGS = _add_settings()
 
 
 class Vision(Section):

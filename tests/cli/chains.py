@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.transformer import shapes_of
 from llama_acc.core.model.vision_config import VISION_FILE, TinyVision
 from llama_acc.core.tokenizer import find_tokenizer, load_tokenizer
 
@@ -57,7 +58,7 @@ def write_chain(
         max_seq_len=max_seq_len,
         vision=sees,
     )
-    tensors = {name: torch.zeros(shape) for name, shape in config.parameter_shapes().items()}
+    tensors = {name: torch.zeros(shape) for name, shape in shapes_of(config).items()}
     for name in tensors:
         if name.endswith("norm.weight"):
             tensors[name].fill_(1.0)

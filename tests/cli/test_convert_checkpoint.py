@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.transformer import shapes_of
 from llama_acc.core.tokenizer import load_tokenizer
 from tests.cli.commands import QUICKSTART, invoke, refused, run, start, wait_until, words
 from tests.core.checkpoint.folders import state, write_consolidated, write_huggingface, write_meta
@@ -93,7 +94,7 @@ def test_a_file_with_code_is_refused(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("large") / "source"
-    tensors = {name: torch.full(shape, 0.5) for name, shape in LARGE.parameter_shapes().items()}
+    tensors = {name: torch.full(shape, 0.5) for name, shape in shapes_of(LARGE).items()}
     return write_meta(folder, tensors, config=LARGE)
 
 

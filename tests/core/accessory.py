@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 
 from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.tuning import Tuning
+from llama_acc.core.model.tuning.adapter import Adapter
+from llama_acc.core.model.tuning.lora import LoRABiasNorm
 from llama_acc.core.model.vision_config import ClipVision, QFormerVision
 
 _LLAMA = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=24, multiple_of=16, max_seq_len=64)
 # The width of the Q-Former, 768, is fixed in its code; transformers of its time has this epsilon.
 _QFORMER = QFormerVision(28, 14, 32, 48, 2, 4, query_hidden=40, query_layers=2, layer_norm_eps=1e-5)
 _CLIP = ClipVision(28, 14, 32, 48, 2, 4, projection=20, block_width=24, block_heads=2, blocks=2)
-_ADAPTER = Tuning("adapter", lora_rank=3, prefix_layers=1, prefix_len=5, prefix_new_gate=True)
+_ADAPTER = Adapter(lora_rank=3, prefix_layers=1, prefix_len=5, prefix_new_gate=True)
 
 # By the names of its files in accessory/model/LLM.
 ACCESSORY: dict[str, ModelConfig] = {
     "llama_qformerv2": replace(_LLAMA, vision=_QFORMER),
-    "llama_qformerv2_peft": replace(_LLAMA, vision=_QFORMER, tuning=Tuning("lora_bias_norm", 4)),
+    "llama_qformerv2_peft": replace(_LLAMA, vision=_QFORMER, tuning=LoRABiasNorm(4)),
     "llama_adapter": replace(_LLAMA, n_kv_heads=4, vision=_CLIP, tuning=_ADAPTER),
 }
 PIXELS = (2, 3, 28, 28)

@@ -12,7 +12,7 @@ from llama_acc.core.checkpoint.load import check_tensors, fill, read_weights
 from llama_acc.core.distributed.groups import Parallel, init_distributed
 from llama_acc.core.generate.vision_encoder import VisionEncoder, load_vision_encoder
 from llama_acc.core.model.attention import KVCache
-from llama_acc.core.model.transformer import Transformer, build_on_meta
+from llama_acc.core.model.transformer import Transformer, build_on_meta, shapes_of
 from llama_acc.core.model.vision import Images
 from llama_acc.core.model.vision_config import VISION_FILE
 from tests.core.accessory import ACCESSORY, pixels, sampled, tokens, weights_by_rule
@@ -47,7 +47,7 @@ class Loaded(NamedTuple):
 
     def projected(self) -> Tensor:
         """What is made of the features: between an image's start and end vector, or for the prefix."""
-        sight, positions = self.model.sight, self.vision_encoder.vision.positions
+        sight, positions = self.model.vision, self.vision_encoder.vision.positions
         assert sight is not None
         stream = torch.zeros(2 * positions, self.model.config.dim)
         with torch.no_grad():
@@ -109,7 +109,7 @@ def load(folder: Path, parallel: Parallel | None = None) -> Loaded:
     config = read_config([layout])
     assert config is not None
     weights = read_weights([layout], parallel.model_rank, parallel.model_size)
-    check_tensors(weights, config.parameter_shapes(), folder)
+    check_tensors(weights, shapes_of(config), folder)
     model = build_on_meta(config, torch.float32, parallel)
     fill(model, weights, CPU, torch.float32, copy=True)
     encoder = load_vision_encoder(model, weights, CPU)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import Transformer
-from llama_acc.core.model.tuning import Tuning
+from llama_acc.core.model.tuning.adapter import Adapter
+from llama_acc.core.model.tuning.lora import LoRABiasNorm
 from llama_acc.core.model.vision import Images, Tower, initialise_tower, tower_on_meta
 from llama_acc.core.model.vision_config import ClipVision, QFormerVision, TinyVision, Vision
 from tests.core.tiny import SMALL, random_model
@@ -40,10 +41,10 @@ CLIP = ClipVision(
     blocks=2,
 )
 TINY = TinyVision(image_size=16, patch_size=8, width=24, hidden_dim=32, n_layers=2, n_heads=2)
-ADAPTER = Tuning("adapter", lora_rank=3, prefix_layers=1, prefix_len=5, prefix_new_gate=True)
+ADAPTER = Adapter(lora_rank=3, prefix_layers=1, prefix_len=5, prefix_new_gate=True)
 SEEING: dict[str, ModelConfig] = {
     "qformer": replace(SMALL, vision=QFORMER),
-    "qformer_peft": replace(SMALL, vision=QFORMER, tuning=Tuning("lora_bias_norm", 4)),
+    "qformer_peft": replace(SMALL, vision=QFORMER, tuning=LoRABiasNorm(4)),
     "clip": replace(SMALL, vision=CLIP, tuning=ADAPTER),
     "tiny": replace(SMALL, vision=TINY),
 }

@@ -19,10 +19,10 @@ from llama_acc.core.checkpoint.load import Weights, open_checkpoint, read_weight
 from llama_acc.core.checkpoint.quantized import read_note, read_quantization
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.tuning import FULL, MATRICES
+from llama_acc.core.model.transformer import describe, is_matrix, shapes_of
+from llama_acc.core.model.tuning import FULL
 
 BASE_FILE = "base.json"
-_BASE_MATRICES = {*MATRICES, "tok_embeddings", "output"}
 _SAMPLES, _RUN = 1024, 64  # values of a tensor, and how many of them lie next to each other
 
 
@@ -32,7 +32,7 @@ class TrainedQuantised:
 
     Attributes:
         type: nf4.
-        skip: matrices that were not; see `ModelConfig.quantisable`.
+        skip: matrices that were not; see `transformer.quantisable`.
     """
 
     type: str
@@ -79,9 +79,8 @@ def is_adapter_only(layout: Layout) -> bool:
         return False
     if (layout.folder / BASE_FILE).is_file():
         return True
-    names = [name.removesuffix(".weight") for name in open_checkpoint(layout).tensors]
-    # No method trains one of a LLaMA's matrices alone.
-    return bool(names) and not any(name.rpartition(".")[2] in _BASE_MATRICES for name in names)
+    names = open_checkpoint(layout).tensors
+    return bool(names) and not any(is_matrix(name) or name == "tok_embeddings.weight" for name in names)
 
 
 def missing_base_error(layout: Layout, option: str | None = None) -> UserError:
@@ -127,7 +126,7 @@ def check_same_base(layout: Layout, weights: Weights, base: Layout, config: Mode
     Raises:
         UserError: naming both, or that the base is quantized, so that nothing can be compared.
     """
-    names = [name for name in config.base().parameter_shapes() if not config.tuning.trains(name)]
+    names = [name for name, one in describe(config).items() if one.part == "llama" and not one.trains]
     if read_quantization(base.folder) is not None:
         raise UserError(f"{base.folder} is quantized, and {layout.folder} was not trained on that", "give its original")
     if fingerprint(read_weights([base]), names) != fingerprint(weights, names):
@@ -180,5 +179,5 @@ def base_fingerprint(layouts: Sequence[Layout], config: ModelConfig) -> str:
         return quantization.fingerprint
     weights = read_weights(layouts)
     # What vision adds is there from the second stage of training on.
-    parts = [name for name in config.vision_parts if name in weights.tensors]
-    return fingerprint(weights, [*config.base_shapes(), *parts])
+    parts = [name for name in shapes_of(config, "vision") if name in weights.tensors]
+    return fingerprint(weights, [*shapes_of(config, "llama", "tower"), *parts])

@@ -40,15 +40,16 @@ from llama_acc.core.checkpoint.load import (
     with_rows,
 )
 from llama_acc.core.checkpoint.merge import MERGE_TOLERANCE, MergeError, merge_error, merged
-from llama_acc.core.checkpoint.peft import PEFT_FILE, check_peft, peft_config, peft_name
+from llama_acc.core.checkpoint.peft import PEFT_FILE, peft_config, peft_name
 from llama_acc.core.checkpoint.quantized import QUANTIZATION_FILE, Quantization, Quantizer
 from llama_acc.core.checkpoint.save import free_bytes
 from llama_acc.core.checkpoint.tensor_files import Spec, TensorFile, lay_out
 from llama_acc.core.checkpoint.tokenizer_files import extra_files, special_ids, tokenizer_of, write_tokenizer
 from llama_acc.core.errors import RunError, UserError, listed
-from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.sharding import check_divides
-from llama_acc.core.model.tuning import FULL, Tuning, merged_tuning
+from llama_acc.core.model.config import ModelConfig, check_divides
+from llama_acc.core.model.transformer import describe, quantisable, shapes_of
+from llama_acc.core.model.tuning import FULL
+from llama_acc.core.model.tuning.bias_norm import BiasNorm
 from llama_acc.core.model.vision_config import VISION_FILE
 from llama_acc.core.units import size_text
 
@@ -74,7 +75,7 @@ class Request:
         merge_into: of a source that was trained on a quantized base: the matrices as they were trained on, or the
             original ones.
         quantize: write the matrices in NF4.
-        quantize_skip: with `quantize`, matrices to leave unchanged; see `ModelConfig.quantisable`.
+        quantize_skip: with `quantize`, matrices to leave unchanged; see `transformer.quantisable`.
         context: longest sequence that the description of what is made says; None = the source's.
         file_bytes: most bytes of tensors in one safetensors file of Hugging Face's layout.
     """
@@ -241,17 +242,17 @@ def _inputs(request: Request) -> _Inputs:
         check_same_base(source, weights, base, config)
     for layout in [source, *([base] if base else [])]:
         check_checkpoint(layout.folder, verify=False)
-    shapes = config.parameter_shapes()
+    shapes = shapes_of(config)
     if is_alone:
         # What vision has of its own depends on the stage: it is what is there.
-        own = {name for name in shapes if config.trains(name) and name not in config.vision_parts}
+        own = {name for name, one in describe(config).items() if one.trains and one.part != "vision"}
         own |= set() if config.vision is None else weights.tensors.keys()
         shapes = {name: shape for name, shape in shapes.items() if name in own}
     check_tensors(weights, shapes, source.folder)
     subtracted = None
     if base is not None and request.diff:
         subtracted = read_weights([base])
-        check_tensors(subtracted, config.parameter_shapes(), base.folder)
+        check_tensors(subtracted, shapes_of(config), base.folder)
     return _Inputs(layouts, weights, config, is_alone, subtracted)
 
 
@@ -268,9 +269,9 @@ def _check_tuned(request: Request, config: ModelConfig, is_alone: bool, source: 
             "keep it with --to consolidated",
         )
     if request.to == "peft":
-        check_peft(tuning)
+        tuning.peft_config()  # raises where PEFT has no such method
     elif request.merge:
-        left = merged_tuning(tuning)
+        left = tuning.merged()
         if tuning == FULL:
             raise UserError(f"{folder} has nothing to merge: no method added anything", "leave --merge out")
         if is_alone:
@@ -280,8 +281,8 @@ def _check_tuned(request: Request, config: ModelConfig, is_alone: bool, source: 
                 f"{folder} has biases (method {tuning.method}), and Meta's layout has no place for them",
                 "use --to hf or --to consolidated",
             )
-    elif tuning != FULL and (request.to == "meta" or (request.to == "hf" and tuning != Tuning("bias_norm"))):
-        hint = "keep it with --to consolidated" + ("" if tuning.what.prefix else ", or merge it with --merge")
+    elif tuning != FULL and (request.to == "meta" or (request.to == "hf" and not isinstance(tuning, BiasNorm))):
+        hint = "keep it with --to consolidated" + (", or merge it with --merge" if tuning.can_merge else "")
         raise UserError(
             f"{folder} was tuned with method {tuning.method}, which layout '{request.to}' has no place for", hint
         )
@@ -328,13 +329,13 @@ class _Conversion:
         self.source = inputs.layouts[-1]
         if request.context is not None:
             tuned = replace(tuned, max_seq_len=request.context)
-        self.config = replace(tuned, tuning=merged_tuning(tuned.tuning)) if request.merge else tuned
+        self.config = replace(tuned, tuning=tuned.tuning.merged()) if request.merge else tuned
         self.size = 1
         if request.to not in ("hf", "peft"):
             if not request.quantize:
                 self.size = request.model_parallel_size or self.source.model_parallel_size
             check_divides(self.config, self.size)
-        self.quantized = set(self.config.quantisable(request.quantize_skip) if request.quantize else [])
+        self.quantized = set(quantisable(self.config, request.quantize_skip) if request.quantize else [])
         self.quantizer = Quantizer()
         self.sources = self._sources()
         self.targets = self._targets()
@@ -355,19 +356,22 @@ class _Conversion:
         tensors, base = self.inputs.weights.tensors, read_base(self.source.folder)
         if not (self.request.merge and base and base.quantised and self.request.merge_into == "trained"):
             return dict(tensors)
-        names = self.inputs.config.quantisable(base.quantised.skip)
+        names = quantisable(self.inputs.config, base.quantised.skip)
         return tensors | {name: self.quantizer.rounded(name, tensors[name]) for name in names}
 
     def _targets(self) -> dict[str, LazyTensor]:
         inputs, request = self.inputs, self.request
-        names = list(self.config.parameter_shapes())
+        names = list(shapes_of(self.config))
         if inputs.is_alone:
             names = [name for name in names if name in inputs.weights.tensors]
         if request.to == "peft":
-            names = [name for name in names if self.config.tuning.trains(name)]
+            names = [name for name in names if describe(self.config)[name].trains]
         if inputs.subtracted is not None:
             return {name: subtract(self.sources[name], inputs.subtracted.tensors[name]) for name in names}
-        return {name: merged(name, self.sources) if request.merge else self.sources[name] for name in names}
+        return {
+            name: merged(name, self.sources, inputs.config.tuning) if request.merge else self.sources[name]
+            for name in names
+        }
 
     def _is_tied(self) -> bool:
         """Whether the output matrix is the embedding, to the bit, in the file to be made."""
@@ -402,7 +406,7 @@ class _Conversion:
                 continue
             heads = rotated_heads(parameter, self.config)
             tensor = tensor if heads is None else reorder_heads(tensor, heads, to_meta=False)
-            name = peft_name(parameter) if is_peft else huggingface_name(parameter)
+            name = peft_name(parameter, self.config.tuning) if is_peft else huggingface_name(parameter)
             entry = _Entry(parameter, name, tensor, self.dtypes[parameter])
             size = sum(other.nbytes for other in files[-1]) + entry.nbytes
             if files[-1] and not is_peft and size > self.request.file_bytes:
@@ -515,7 +519,7 @@ class _Conversion:
         """
         if self.request.to == "peft":
             written = open_safetensors(folder / PEFT_FILE)
-            ours = {peft_name(name): name for name in self.targets}
+            ours = {peft_name(name, self.config.tuning): name for name in self.targets}
             found = {ours.get(theirs, theirs): tensor for theirs, tensor in written.items()}
             for name, tensor in found.items():
                 if heads := rotated_heads(name, self.config):
@@ -576,11 +580,7 @@ def _same_model(one: ModelConfig, other: ModelConfig) -> bool:
         )
         for config in (one, other)
     ]
-    return (
-        one.parameter_shapes() == other.parameter_shapes()
-        and plain[0] == plain[1]
-        and math.isclose(*scalings, rel_tol=1e-12)
-    )
+    return shapes_of(one) == shapes_of(other) and plain[0] == plain[1] and math.isclose(*scalings, rel_tol=1e-12)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

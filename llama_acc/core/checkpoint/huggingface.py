@@ -13,7 +13,8 @@ from typing import Any
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.input_files import read_object
 from llama_acc.core.model.config import WIDEST, ModelConfig, config_from_params
-from llama_acc.core.model.tuning import FULL, Tuning
+from llama_acc.core.model.tuning import FULL
+from llama_acc.core.model.tuning.bias_norm import BiasNorm
 
 INDEX_FILE = "model.safetensors.index.json"
 _NAMES = {
@@ -111,7 +112,7 @@ def read_huggingface(path: Path) -> tuple[ModelConfig, Mapping[str, Any], list[s
     if values.get("head_dim") not in (None, config.head_dim):
         only = f"hidden_size / num_attention_heads = {config.head_dim}"
         raise _not_computed(path, [f"head_dim: {_shown(values['head_dim'])} (only {only})"])
-    return replace(config, tuning=Tuning("bias_norm") if has_bias["attention_bias"] else FULL), values, notes
+    return replace(config, tuning=BiasNorm() if has_bias["attention_bias"] else FULL), values, notes
 
 
 def _not_computed(path: Path, problems: Sequence[str]) -> UserError:
@@ -199,8 +200,8 @@ def huggingface_config(config: ModelConfig, dtype: str, tied: bool, special_ids:
         if config.rope_scaling is None
         else {"type": "linear", "rope_type": "linear", "factor": 1.0 / config.rope_scaling},
         "hidden_act": "silu",
-        "attention_bias": bool(config.tuning.what.bias),
-        "mlp_bias": bool(config.tuning.what.bias),
+        "attention_bias": isinstance(config.tuning, BiasNorm),
+        "mlp_bias": isinstance(config.tuning, BiasNorm),
         "tie_word_embeddings": tied,
         "torch_dtype": dtype,
         **special_ids,

@@ -253,7 +253,7 @@ def read_config(layouts: Sequence[Layout]) -> ModelConfig | None:
     if not paths:
         return None
     config = config_from_params(union, " and ".join(map(str, paths)))
-    if vision is None and implied is not None and _has_tensors_of(implied, layouts, config.dim):
+    if vision is None and implied is not None and _has_tensors_of(implied, layouts):
         vision = implied
     return replace(config, tuning=tuning.at_depth(config.n_layers), vision=vision)
 
@@ -313,16 +313,15 @@ def _implied_vision(kind: str, arguments: Mapping[str, Any]) -> Vision | None:
     return QFormerVision() if kind.startswith("llama_qformerv2") else None
 
 
-def _has_tensors_of(vision: Vision, layouts: Sequence[Layout], dim: int) -> bool:
+def _has_tensors_of(vision: Vision, layouts: Sequence[Layout]) -> bool:
     """Whether the checkpoints hold what a kind of vision adds: those of text alone may have been named as seeing ones.
 
     LLaMA2-Accessory writes `trainable_mode` also where it built no encoder (with_visual=False).
     """
     from llama_acc.core.checkpoint.load import open_checkpoint  # needs torch
 
-    parts = vision.part_shapes(dim, 1)
-    names = {name for layout in layouts for name in open_checkpoint(layout).tensors}
-    return any(name in parts or name.startswith(vision.tower_prefix) for name in names)
+    names = [name for layout in layouts for name in open_checkpoint(layout).tensors]
+    return any(name.startswith((vision.tower_prefix, *vision.part_names)) for name in names)
 
 
 def _vision(layout: Layout) -> Vision | None:

@@ -7,12 +7,14 @@ at a time and releases the mapped pages at once, so that reading takes no memory
 
 import ctypes
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from llama_acc.core.model.tuning import Tuning
 
 _BLOCK_BYTES = 4 << 20
 _HUGE_FROM_BYTES = 4 << 20
@@ -158,15 +160,15 @@ def subtract(minuend: LazyTensor, subtrahend: LazyTensor) -> LazyTensor:
     return LazyTensor.computed((minuend, subtrahend), read, minuend.shape)
 
 
-def merge_lora(matrix: LazyTensor, lora_a: LazyTensor, lora_b: LazyTensor) -> LazyTensor:
-    """matrix [out, in] + lora_b [out, rank] @ lora_a [rank, in], in float32."""
+def merge_added(matrix: LazyTensor, added: Mapping[str, LazyTensor], tuning: Tuning) -> LazyTensor:
+    """A matrix [out, in] with what a tuning method has beside it merged into it, in float32."""
 
     def read(rows: slice, columns: slice) -> Tensor:
         # All columns, so that a shard's values are those of the whole to the bit.
-        first = lora_a.block(slice(0, lora_a.shape[0])).float()
-        return matrix.block(rows).float().addmm(lora_b.block(rows).float(), first)[:, columns]
+        beside = {name: tensor.rows(0, tensor.shape[0]).to(torch.float32) for name, tensor in added.items()}
+        return tuning.merge(matrix.block(rows).to(torch.float32, copy=True), rows.start, beside)[:, columns]
 
-    return LazyTensor.computed((matrix, lora_a, lora_b), read, matrix.shape)
+    return LazyTensor.computed((matrix, *added.values()), read, matrix.shape)
 
 
 def rounded(source: LazyTensor, dtype: torch.dtype) -> LazyTensor:

@@ -22,10 +22,9 @@ from llama_acc.core.checkpoint.quantized import (
 from llama_acc.core.checkpoint.towers import from_open_clip, names_of_open_clip, tower_name
 from llama_acc.core.distributed.groups import local_part
 from llama_acc.core.errors import UserError, listed
-from llama_acc.core.model.config import ModelConfig, is_matrix, is_within
-from llama_acc.core.model.linear import Linear
-from llama_acc.core.model.sharding import split_dimension
-from llama_acc.core.model.transformer import Transformer, store_quantised
+from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.layers import Linear
+from llama_acc.core.model.transformer import Transformer, is_matrix, is_within, split_dimension, store_quantised
 from llama_acc.core.model.vision_config import ClipVision
 
 _PREFIX = "llma."

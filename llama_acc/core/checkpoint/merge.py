@@ -5,18 +5,18 @@ Only one block is held at a time.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from llama_acc.core.checkpoint.lazy import LazyTensor, merge_lora
-from llama_acc.core.distributed.groups import Parallel
-from llama_acc.core.model.attention import DocumentAttention
+from llama_acc.core.checkpoint.lazy import LazyTensor, merge_added
+from llama_acc.core.model.attention import DocumentAttention, rotary_table
 from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.norm import RMSNorm
-from llama_acc.core.model.rotary import rotary_table
-from llama_acc.core.model.transformer import TransformerBlock
+from llama_acc.core.model.layers import RMSNorm
+from llama_acc.core.model.transformer import TransformerBlock, build_on_meta, is_matrix
+from llama_acc.core.model.tuning import Tuning
 
 MERGE_TOLERANCE = 1e-5
 """How far what a block computes may be off, as a fraction of the largest."""
@@ -39,13 +39,11 @@ class MergeError(NamedTuple):
     saved: float
 
 
-def merged(name: str, sources: Mapping[str, LazyTensor]) -> LazyTensor:
-    """A parameter with its LoRA pair merged into it, if it has one."""
-    matrix = name.removesuffix(".weight")
-    lora_a = sources.get(f"{matrix}.lora_a.weight")
-    if lora_a is None:
-        return sources[name]
-    return merge_lora(sources[name], lora_a, sources[f"{matrix}.lora_b.weight"])
+def merged(name: str, sources: Mapping[str, LazyTensor], tuning: Tuning) -> LazyTensor:
+    """A parameter with what the tuning method has beside it merged into it, if it is a matrix."""
+    beside = name.removesuffix("weight")
+    added = {other.removeprefix(beside): tensor for other, tensor in sources.items() if other.startswith(beside)}
+    return merge_added(added.pop("weight"), added, tuning) if is_matrix(name) and len(added) > 1 else sources[name]
 
 
 @torch.no_grad()
@@ -69,7 +67,8 @@ def merge_error(before: Model, merged_model: Model, saved: Model) -> MergeError:
 
 def _load_block(config: ModelConfig, sources: Mapping[str, LazyTensor], layer: int) -> TransformerBlock:
     """A block with its weights, in float32: models that are larger than memory are computed block by block."""
-    block = TransformerBlock(config, Parallel())
+    block = build_on_meta(replace(config, n_layers=1), torch.float32).to_empty(device="cpu").layers[0]
+    assert isinstance(block, TransformerBlock)
     with torch.no_grad():
         for name, parameter in block.named_parameters():
             sources[f"layers.{layer}.{name}"].copy_into(parameter)

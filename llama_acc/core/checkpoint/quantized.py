@@ -32,7 +32,7 @@ class Quantization:
     """What quantization.json says.
 
     Attributes:
-        skip: matrices that are not quantized; see `ModelConfig.quantisable`.
+        skip: matrices that are not quantized; see `transformer.quantisable`.
         fingerprint: of the weights before.
         format_version: of the file.
         type: nf4.

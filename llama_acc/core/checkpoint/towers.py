@@ -5,7 +5,7 @@ read, not its language model; of CLIP the vision transformer, not its text side.
 """
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +150,7 @@ def tower_name(vision: Vision, theirs: str) -> str | None:
     return vision.tower_prefix + name
 
 
-def check_tower(vision: Vision | None, names: Container[str], where: object) -> None:
+def check_tower(vision: Vision | None, names: Iterable[str], where: object) -> None:
     """Refuses a checkpoint that sees, and has no vision tower.
 
     Args:
@@ -161,8 +161,9 @@ def check_tower(vision: Vision | None, names: Container[str], where: object) -> 
     Raises:
         UserError: saying what to give.
     """
-    tower = {} if vision is None else vision.tower_shapes()
-    if vision is not None and tower and not any(name in names for name in tower):
+    if vision is None or vision.trains_encoder:
+        return
+    if not any(name.startswith(vision.tower_prefix) for name in names):
         raise UserError(
             f"no vision tower ({vision.tower_prefix}*) is in {where}",
             f"give one besides, by the same option once more: {_NAMED[vision.encoder]}, or the folder of such files",

@@ -18,9 +18,8 @@ from llama_acc.core.device import pick_device
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
 from llama_acc.core.generate.vision_encoder import VisionEncoder, load_vision_encoder
-from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.sharding import check_divides
-from llama_acc.core.model.transformer import Transformer, build_on_meta, pack_small, quantise_on_meta
+from llama_acc.core.model.config import ModelConfig, check_divides
+from llama_acc.core.model.transformer import Transformer, build_on_meta, pack_small, quantise_on_meta, shapes_of
 from llama_acc.core.model.vision_config import Vision
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
@@ -107,11 +106,11 @@ def load_model(
     )
     check_divides(config, parallel.model_size)
     check_tower(config.vision, weights.tensors, last)
-    check_tensors(weights, config.parameter_shapes(), last)
+    check_tensors(weights, shapes_of(config), last)
     notes = weights.notes
     if dtype is None:
-        towers = {} if config.vision is None else config.vision.tower_shapes()
-        dtype, rounded = main_dtype({name: part for name, part in weights.tensors.items() if name not in towers})
+        tower = shapes_of(config, "tower")
+        dtype, rounded = main_dtype({name: part for name, part in weights.tensors.items() if name not in tower})
         if dtype == torch.bfloat16:
             notes = notes + rounded
         else:

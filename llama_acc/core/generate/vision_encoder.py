@@ -87,7 +87,7 @@ def load_vision_encoder(
     if not vision.trains_encoder and (computes or keep_all):
         tower = tower_on_meta(vision, model.dtype).requires_grad_(False)
         place = device if computes else torch.device("cpu")
-        if weights is None or not any(name in weights.tensors for name in vision.tower_shapes()):
+        if weights is None or not any(name.startswith(vision.tower_prefix) for name in weights.tensors):
             values = {name: torch.empty(parameter.shape) for name, parameter in tower.named_parameters()}
             initialise_tower(values, seed)
             weights = Weights.of({vision.tower_prefix + name: value for name, value in values.items()})

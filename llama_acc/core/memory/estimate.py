@@ -12,6 +12,7 @@ from llama_acc.core.distributed.groups import Parallel, local_part, simulated
 from llama_acc.core.memory.guard import setup_of_run
 from llama_acc.core.memory.hours import work_of
 from llama_acc.core.memory.predict import Usage, predict
+from llama_acc.core.model.vision import tower_shapes
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.image_loader import MicroBatchIndices
 from llama_acc.core.train.optimizer import MOMENTS
@@ -59,7 +60,7 @@ def rank_share(plan: Plan, world_size: int) -> RankShare:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         trained_bytes = sum(local_part(parameter).tensor.nbytes for parameter in trained)
         # The vision tower is on the first rank of each model-parallel group, whole.
-        tower = 0 if config.vision is None else sum(map(math.prod, config.vision.tower_shapes().values()))
+        tower = 0 if config.vision is None else sum(map(math.prod, tower_shapes(config.vision).values()))
         # Gradients that are summed over the ranks only once a step are whole, not sharded.
         whole = settings.data_parallel == "sdp" or (settings.data_parallel == "fsdp" and settings.accumulate_unsharded)
         whole = whole and parallel.data_size > 1

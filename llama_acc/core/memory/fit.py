@@ -13,6 +13,7 @@ from llama_acc.core.memory.gpus import overhead
 from llama_acc.core.memory.predict import Usage, predict
 from llama_acc.core.memory.request import Request, setup_of
 from llama_acc.core.memory.simulate import Setup
+from llama_acc.core.model.transformer import parameter_count
 from llama_acc.core.train.plan import StepSettings, model_on_meta
 
 # From what reaches most to what needs least: see docs/peft.md.
@@ -70,7 +71,7 @@ def fitting(request: Request, memory: int) -> Iterator[Fit]:
         for method, quantize in ways
     ]
     fit = partial(_fit, memory=memory)
-    if len(setups) == 1 or setups[0].config.parameter_count() < _LARGE:
+    if len(setups) == 1 or parameter_count(setups[0].config) < _LARGE:
         yield from map(fit, setups)
         return
     with ProcessPoolExecutor(_PROCESSES, multiprocessing.get_context("spawn")) as pool:

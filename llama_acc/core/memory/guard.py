@@ -18,6 +18,7 @@ from llama_acc.core.errors import RunError, UserError, listed
 from llama_acc.core.memory.fit import Change, best_changes
 from llama_acc.core.memory.predict import Prediction, Usage, predict
 from llama_acc.core.memory.simulate import Setup
+from llama_acc.core.model.transformer import parameter_count
 from llama_acc.core.train.plan import Plan
 from llama_acc.core.train.trainer import Trainer, largest_micro_batch
 from llama_acc.core.units import size_text
@@ -69,7 +70,7 @@ def _bound(plan: Plan) -> int:
     config, train = plan.config, plan.recipe.train
     tokens = train.batch_size * int(plan.train.lengths.max())
     one_block = 16 * config.dim + 6 * config.hidden_dim
-    return 20 * plan.config.parameter_count() + 4 * tokens * (config.n_layers * one_block + 3 * config.vocab_size)
+    return 20 * parameter_count(plan.config) + 4 * tokens * (config.n_layers * one_block + 3 * config.vocab_size)
 
 
 def _batch(lengths: Sequence[int]) -> str:

@@ -6,8 +6,7 @@ from pathlib import Path
 from llama_acc.core.distributed.groups import check_world
 from llama_acc.core.errors import UserError, did_you_mean
 from llama_acc.core.memory.simulate import Setup
-from llama_acc.core.model.config import NAMED_SIZES, ModelConfig
-from llama_acc.core.model.sharding import check_divides
+from llama_acc.core.model.config import NAMED_SIZES, ModelConfig, check_divides
 from llama_acc.core.recipe import RECIPES_FOLDER, Recipe, find_recipe
 from llama_acc.core.tokenizer import find_tokenizer, load_tokenizer
 from llama_acc.core.train.base import find_shape

@@ -27,6 +27,8 @@ from llama_acc.core.model import nf4
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import Transformer, pack_small
+from llama_acc.core.model.tuning.adapter import Adapter
+from llama_acc.core.model.vision import tower_shapes
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.plan import StepSettings
 from llama_acc.core.train.step import train_step
@@ -81,7 +83,7 @@ def simulate_generation(setup: Setup, length: int) -> Trace:
 def _of_depth(setup: Setup, simulate: Callable[[Setup], Trace]) -> Trace:
     """What `simulate` finds, of a deep model with few blocks: in the middle, one takes what the next one does."""
     depth = setup.config.n_layers
-    prefixed = setup.config.tuning.prefix_layers
+    prefixed = setup.config.tuning.prefix_layers if isinstance(setup.config.tuning, Adapter) else 0
     few = depth - prefixed + _SHALLOW if prefixed else _SHALLOW
     trace = None
     if few + 1 < depth:
@@ -96,7 +98,7 @@ def _of_depth(setup: Setup, simulate: Callable[[Setup], Trace]) -> Trace:
 def _with_depth(setup: Setup, n_layers: int) -> Setup:
     config = setup.config
     tuning = config.tuning
-    if tuning.prefix_layers:
+    if isinstance(tuning, Adapter):
         tuning = replace(tuning, prefix_layers=tuning.prefix_layers + n_layers - config.n_layers)
     return replace(setup, config=replace(config, n_layers=n_layers, tuning=tuning))
 
@@ -179,6 +181,7 @@ def _feeds(length: int) -> Iterator[range]:
 
 def _tracker(setup: Setup) -> MemoryTracker:
     labels = setup.tokens if setup.labels is None else setup.labels
+    tower_shapes(setup.config.vision)  # made now, not where its tensors would be followed
     return MemoryTracker(labels)
 
 
@@ -299,7 +302,7 @@ def vision_tower(model: Transformer, tracker: MemoryTracker) -> Iterator[None]:
     if vision is None or vision.trains_encoder or model.parallel.model_rank:
         yield
         return
-    parameters = [torch.empty(shape, dtype=model.dtype) for shape in vision.tower_shapes().values()]
+    parameters = [torch.empty(shape, dtype=model.dtype) for shape in tower_shapes(vision).values()]
     tracker.label(parameters, "vision tower")
     yield
 

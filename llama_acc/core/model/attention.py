@@ -1,4 +1,4 @@
-"""Causal attention within documents of a stream, and over key-value caches.
+"""Rotary positions; causal attention within documents of a stream, and over key-value caches.
 
 Shapes: T tokens of the stream, H query heads, K key-value heads, D head dimension, S positions in the cache. Heads are
 those of this rank: model parallelism deals them out whole, a query head with its key-value head.
@@ -12,25 +12,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_acc.core.device import device_type
-from llama_acc.core.distributed.groups import Parallel, copied
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.linear import ColumnParallelLinear, Packed, RowParallelLinear
-from llama_acc.core.model.norm import RMSNorm, normed_linears
-from llama_acc.core.model.rotary import rotate
+from llama_acc.core.model.layers import ColumnParallelLinear, Packed, RMSNorm, RowParallelLinear, normal, normed_linears
 
 
-class Prefix(NamedTuple):
-    """What zero-init attention has in one block.
+def rotary_table(head_dim: int, length: int, theta: float, scaling: float | None, device: torch.device) -> Tensor:
+    """Rotations of positions 0 to length-1 as complex numbers [length, head_dim / 2].
 
-    Attributes:
-        vectors: [prefix_len, dim], or of each document its own, [documents, prefix_len, dim].
-        gate: [H] of this rank's heads.
-        new_gate: a number, or None.
+    Frequency i is theta^(-2i / head_dim) (RoFormer, arXiv:2104.09864); positions are multiplied by `scaling`.
     """
+    powers = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    positions = torch.arange(length, device=device, dtype=torch.float32) * (1.0 if scaling is None else scaling)
+    angles = torch.outer(positions, 1.0 / theta**powers)
+    return torch.polar(torch.ones_like(angles), angles)
 
-    vectors: Tensor
-    gate: Tensor
-    new_gate: Tensor | None
+
+def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """Rotates interleaved pairs (x0, x1), (x2, x3)... of [T, H, D] by [T, D/2] complex rotations, in float32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotations.unsqueeze(1)).flatten(-2).to(x.dtype)
 
 
 class PrefixHeads(NamedTuple):
@@ -155,7 +156,7 @@ class _DocumentsOnCPU(torch.autograd.Function):
         v = v.unflatten(-1, heads)
         outputs = torch.empty_like(q)
         log_sums = []
-        for document in _slices(lengths):
+        for document in document_slices(lengths):
             q_k_v = [_batch(x[document]) for x in (q, k, v)]
             output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*q_k_v, 0.0, True)
             _batch(outputs[document]).copy_(output)
@@ -169,7 +170,7 @@ class _DocumentsOnCPU(torch.autograd.Function):
         q, k, v, rotations, outputs, *log_sums = ctx.saved_tensors
         d_output = d_outputs[0].view_as(outputs)
         gradients = [torch.empty_like(x) for x in (q, k, v)]
-        for document, log_sum in zip(_slices(ctx.lengths), log_sums, strict=True):
+        for document, log_sum in zip(document_slices(ctx.lengths), log_sums, strict=True):
             d_out, *q_k_v_out = [_batch(x[document]) for x in (d_output, q, k, v, outputs)]
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 d_out, *q_k_v_out, log_sum, 0.0, True
@@ -181,7 +182,8 @@ class _DocumentsOnCPU(torch.autograd.Function):
         return rotate(d_q, back).flatten(1), rotate(d_k, back).flatten(1), d_v.flatten(1), None, None
 
 
-def _slices(lengths: Sequence[int]) -> Iterator[slice]:
+def document_slices(lengths: Sequence[int]) -> Iterator[slice]:
+    """Where the documents of a stream are in it."""
     start = 0
     for length in lengths:
         yield slice(start, start + length)
@@ -216,7 +218,7 @@ class CachedAttention:
         q, k = together.split((q.shape[-1] // heads[1], k.shape[-1] // heads[1]), 1)
         v = v.unflatten(-1, heads)
         outputs = []
-        for layer, start, document in zip(self.layers, self.starts, _slices(self.lengths), strict=True):
+        for layer, start, document in zip(self.layers, self.starts, document_slices(self.lengths), strict=True):
             outputs.append(attend_cached(q[document], *layer.append(k[document], v[document], start)))
         return torch.cat(outputs).flatten(1)
 
@@ -234,6 +236,19 @@ class CachedAttention:
         return heads[:1] if all(other is heads[0] for other in heads) else heads
 
 
+class AttentionExtra(Protocol):
+    """What a tuning method adds to a block's attention: the one thing that attention knows of the methods."""
+
+    def output(self, attention: "Attention", q: Tensor, attend: Attend) -> Tensor:
+        """What is added to the heads' outputs, [T, H*D].
+
+        Args:
+            attention: the block's.
+            q: [T, H*D] projected queries, not rotated.
+            attend: the batch.
+        """
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions.
 
@@ -243,51 +258,19 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, parallel: Parallel) -> None:
         super().__init__()
-        self.wq = ColumnParallelLinear(config.dim, config.dim, parallel, config.tuning.on("wq"))
-        self.wk = ColumnParallelLinear(config.dim, config.kv_dim, parallel, config.tuning.on("wk"))
-        self.wv = ColumnParallelLinear(config.dim, config.kv_dim, parallel, config.tuning.on("wv"))
-        self.wo = RowParallelLinear(config.dim, config.dim, parallel, config.tuning.on("wo"))
+        self.wq = ColumnParallelLinear(config.dim, config.dim, parallel)
+        self.wk = ColumnParallelLinear(config.dim, config.kv_dim, parallel)
+        self.wv = ColumnParallelLinear(config.dim, config.kv_dim, parallel)
+        self.wo = RowParallelLinear(config.dim, config.dim, parallel, normal(config.residual_std))
         self.packed: Packed | None = None
 
-    def forward(self, x: Tensor, norm: RMSNorm, attend: Attend, prefix: Prefix | None = None) -> Tensor:
+    def forward(self, x: Tensor, norm: RMSNorm, attend: Attend, extra: AttentionExtra | None = None) -> Tensor:
         """[T, dim] to [T, dim]; `norm` is applied to x first."""
         if self.packed is not None:
             return self.wo(attend(*self.packed(norm(x))))
         q, k, v = normed_linears(x, norm, (self.wq, self.wk, self.wv))
-        if prefix is None:
-            return self.wo(attend(q, k, v))
-        return self.wo(attend(q, k, v) + self._to_prefix(q, prefix, attend))
-
-    def _to_prefix(self, q: Tensor, prefix: Prefix, attend: Attend) -> Tensor:
-        """Zero-init attention: what the queries [T, H*D] get from the prefix, times its gates."""
-
-        def make() -> list[PrefixHeads]:
-            vectors = (prefix.vectors.unsqueeze(0) if common else prefix.vectors).to(q.dtype)
-            keys, values = (linear(vectors).unflatten(-1, heads).transpose(1, 2) for linear in (self.wk, self.wv))
-            return [PrefixHeads(*both, common) for both in zip(keys, values, strict=True)]
-
-        heads, common = (-1, 2 * attend.rotations.shape[-1]), prefix.vectors.dim() == 2
-        prefixes = attend.prefix_heads(common, make)
-        q = rotate(q.unflatten(-1, heads), attend.rotations)
-        if len(prefixes) == 1:
-            output = _attend_prefix(q, prefixes[0])
-        else:
-            documents = zip(_slices(attend.lengths), prefixes, strict=True)
-            output = torch.cat([_attend_prefix(q[document], own) for document, own in documents])
-        gate = prefix.gate.tanh()
-        if prefix.new_gate is not None:
-            # On every rank it is the same, and of its gradient each has a part.
-            gate = gate * copied(prefix.new_gate, self.wk.group)
-        return (output * gate.to(q.dtype).unsqueeze(-1)).flatten(1)
-
-
-def _attend_prefix(q: Tensor, prefix: PrefixHeads) -> Tensor:
-    """All queries [T, H, D] to all of a prefix, [T, H, D]."""
-    keys, values = prefix.keys, prefix.values
-    output = F.scaled_dot_product_attention(
-        _batch(q), keys.unsqueeze(0), values.unsqueeze(0), enable_gqa=q.shape[1] != keys.shape[0]
-    )
-    return output.squeeze(0).transpose(0, 1)
+        heads = attend(q, k, v)
+        return self.wo(heads if extra is None else heads + extra.output(self, q, attend))
 
 
 def attend_documents(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -296,7 +279,7 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) ->
     One fused kernel call per document: nothing is padded and no mask is made.
     """
     outputs = []
-    for document in _slices(lengths):
+    for document in document_slices(lengths):
         output = F.scaled_dot_product_attention(
             _batch(q[document]),
             _batch(k[document]),

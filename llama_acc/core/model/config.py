@@ -2,19 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from llama_acc.core.errors import UserError, did_you_mean, listed
 from llama_acc.core.input_files import read_object
-from llama_acc.core.model.tuning import FULL, Shapes, Tuning
+from llama_acc.core.model.tuning import FULL, Tuning
 from llama_acc.core.model.vision_config import SECOND_STAGE, Vision, VisionTraining
 
 # Written into params.json or config.json by others, without meaning for the computation.
-_BLOCK = [("attention", name) for name in ("wq", "wk", "wv", "wo")] + [
-    ("feed_forward", name) for name in ("w1", "w2", "w3")
-]
 _IGNORED = {"max_batch_size", "trainable_mode", "load_pretrained_visual_encoder"}
 # No model is larger: what is above is a slip, and would be waited for. [least, most]
 _BOUNDS = {
@@ -105,78 +101,19 @@ class ModelConfig:
             hidden = int(self.ffn_dim_multiplier * hidden)
         return self.multiple_of * -(-hidden // self.multiple_of)
 
-    def parameter_shapes(self) -> Shapes:
-        """Every parameter's name, as in Meta's and LLaMA2-Accessory's checkpoints, and full shape."""
-        rows = {"wk": self.kv_dim, "wv": self.kv_dim, "w1": self.hidden_dim, "w3": self.hidden_dim}
-        block: Shapes = {"attention_norm.weight": (self.dim,), "ffn_norm.weight": (self.dim,)}
-        for group, matrix in _BLOCK:
-            shape = (rows.get(matrix, self.dim), self.hidden_dim if matrix == "w2" else self.dim)
-            name = f"{group}.{matrix}"
-            block |= {f"{name}.weight": shape, **self.tuning.added_to(name, *shape)}
-        shapes: Shapes = {"tok_embeddings.weight": (self.vocab_size, self.dim)}
-        for layer in range(self.n_layers):
-            shapes |= {f"layers.{layer}.{name}": shape for name, shape in block.items()}
-        shapes |= {"norm.weight": (self.dim,), "output.weight": (self.vocab_size, self.dim)}
-        shapes |= self.tuning.added_to_model(self.dim, self.n_heads)
-        return shapes if self.vision is None else shapes | self.vision_parts | self.vision.tower_shapes()
-
-    @cached_property
-    def vision_parts(self) -> Shapes:
-        """Names and full shapes of what vision adds to the LLaMA; the tower, which is apart, is not among them."""
-        return {} if self.vision is None else self.vision.part_shapes(self.dim, self.tuning.prefix_len)
-
-    def trains(self, name: str) -> bool:
-        """Whether a parameter is trained."""
-        if self.vision is not None:
-            if name in self.vision_parts:
-                return self.vision.part_trains(name, self.vision_training, self.tuning)
-            if self.vision.tower_prefix and name.startswith(self.vision.tower_prefix):
-                return False
-            if not self.vision.lets_train(name, self.vision_training):
-                return False
-        return self.tuning.trains(name)
+    @property
+    def residual_std(self) -> float:
+        """Standard deviation at the start of the matrices that write into the residual stream (GPT-2's rule)."""
+        return 0.02 * (2 * self.n_layers) ** -0.5
 
     @property
     def llama_type(self) -> str:
         """LLaMA2-Accessory's name of the kind of model, for meta.json."""
         return self.tuning.llama_type if self.vision is None else self.vision.llama_type(self.tuning)
 
-    def quantisable(self, skip: Sequence[str] = ()) -> list[str]:
-        """Names of the matrices that NF4 is for: those of the blocks and the output matrix, less those to skip.
-
-        Args:
-            skip: names, or parts of names between dots: `output`, `wv`, `layers.31`, `layers.31.feed_forward.w2`.
-
-        Raises:
-            UserError: one that is no matrix's.
-        """
-        names = [f"layers.{layer}.{group}.{matrix}" for layer in range(self.n_layers) for group, matrix in _BLOCK]
-        names += ["output"]
-        for wanted in skip:
-            if not any(is_within(wanted, name) for name in names):
-                parts = ["output", *(matrix for _, matrix in _BLOCK), *dict(_BLOCK)]
-                parts += [f"layers.{layer}" for layer in range(self.n_layers)]
-                hint = did_you_mean(wanted, parts) or "skip output, a matrix as wv or w2, or a block as layers.0"
-                raise UserError(f"there is no matrix '{wanted}' to be left out of NF4", hint)
-        return [f"{name}.weight" for name in names if not any(is_within(wanted, name) for wanted in skip)]
-
     def base(self) -> "ModelConfig":
         """The shape without what a tuning method or vision adds."""
         return replace(self, tuning=FULL, vision=None, vision_training=SECOND_STAGE)
-
-    def base_shapes(self) -> Shapes:
-        """Names and full shapes of the LLaMA and the tower, of what there is before anything is tuned."""
-        return self.base().parameter_shapes() | ({} if self.vision is None else self.vision.tower_shapes())
-
-    def parameter_count(self) -> int:
-        """Number of parameters, from the shape alone."""
-        count = 0
-        for shape in self.parameter_shapes().values():
-            size = 1
-            for length in shape:
-                size *= length
-            count += size
-        return count
 
     def to_params(self) -> dict[str, Any]:
         """The mapping params.json holds: what is set, under LLaMA2-Accessory's names."""
@@ -305,11 +242,33 @@ def named_size(name: str) -> ModelConfig:
     return NAMED_SIZES[name]
 
 
-def is_matrix(name: str) -> bool:
-    """Whether a parameter is a matrix of a block or the output matrix, which NF4 is for."""
-    return name == "output.weight" or name.endswith(tuple(f".{matrix}.weight" for _, matrix in _BLOCK))
+SIZES = (1, 2, 4, 8)
+"""Model-parallel sizes there are checkpoints for."""
 
 
-def is_within(part: str, name: str) -> bool:
-    """Whether it is what stands between some dots of a name: `layers.3` is in `layers.3.attention.wv`."""
-    return f".{part}." in f".{name}."
+def check_divides(config: ModelConfig, size: int) -> None:
+    """Refuses a model-parallel size that does not divide the model.
+
+    Raises:
+        UserError: every number it does not divide, with the size.
+    """
+    if size not in SIZES:
+        raise UserError(f"model-parallel size {size} is not one of {', '.join(map(str, SIZES))}")
+    numbers = {
+        "n_heads": config.n_heads,
+        "n_kv_heads": config.kv_heads,
+        "dim": config.dim,
+        "the SwiGLU width": config.hidden_dim,
+        "vocab_size": config.vocab_size,
+    }
+    problems = [
+        f"{name} ({number}) is not divisible by the model-parallel size ({size})"
+        for name, number in numbers.items()
+        if number > 0 and number % size
+    ]
+    if problems:
+        fitting = [str(s) for s in SIZES if not any(number > 0 and number % s for number in numbers.values())]
+        raise UserError(
+            f"the model cannot be split over {size} ranks:\n{listed(problems)}",
+            f"model-parallel sizes that fit: {', '.join(fitting)}",
+        )

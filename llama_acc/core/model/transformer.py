@@ -9,43 +9,51 @@ Shapes: T tokens of the stream, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Container, Sequence
-from functools import partial
+import re
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, lru_cache, partial
 from operator import add
+from typing import Literal, NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
 from llama_acc.core.distributed.groups import Parallel, gathered, local_part
+from llama_acc.core.errors import UserError, did_you_mean
 from llama_acc.core.model.attention import (
     Attend,
     Attention,
+    AttentionExtra,
     CachedAttention,
     DocumentAttention,
     KVCache,
-    Prefix,
+    rotary_table,
 )
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.cross_entropy import linear_cross_entropy
-from llama_acc.core.model.linear import (
+from llama_acc.core.model.layers import (
     ColumnParallelLinear,
+    Init,
     Linear,
     Packed,
     ParallelEmbedding,
+    RMSNorm,
     RowParallelLinear,
+    Spec,
+    gated_linear,
+    normal,
+    normed_linears,
+    spec_of,
 )
 from llama_acc.core.model.nf4 import Scales, quantise
-from llama_acc.core.model.norm import RMSNorm, normed_linears
-from llama_acc.core.model.rotary import rotary_table
-from llama_acc.core.model.sharding import local_shape, split_dimension
-from llama_acc.core.model.swiglu import gated_linear
-from llama_acc.core.model.tuning import FULL
-from llama_acc.core.model.vision import Images, add_sight
+from llama_acc.core.model.tuning import FULL, METHODS, Tuning
+from llama_acc.core.model.vision import Images, VisionProjector, attach_vision, tower_shapes
+from llama_acc.core.model.vision_config import SECOND_STAGE
 
 _ALONE = Parallel()
-_ADDED = 500_000  # no model has so many parameters of its own
-_ONES = ("norm.weight", "norm1.weight", "norm2.weight", "qformer_proj.1.weight", "prefix_new_gate")
-_ZEROS = (".bias", ".lora_b.weight", "prefix_gate")
+_ADDED = 1 << 24  # no model has so many parameters of its own
 _TABLE_ROWS = 16384
 
 
@@ -58,9 +66,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig, parallel: Parallel) -> None:
         super().__init__()
-        self.w1 = ColumnParallelLinear(config.dim, config.hidden_dim, parallel, config.tuning.on("w1"))
-        self.w2 = RowParallelLinear(config.hidden_dim, config.dim, parallel, config.tuning.on("w2"))
-        self.w3 = ColumnParallelLinear(config.dim, config.hidden_dim, parallel, config.tuning.on("w3"))
+        self.w1 = ColumnParallelLinear(config.dim, config.hidden_dim, parallel)
+        self.w2 = RowParallelLinear(config.hidden_dim, config.dim, parallel, normal(config.residual_std))
+        self.w3 = ColumnParallelLinear(config.dim, config.hidden_dim, parallel)
         self.packed: Packed | None = None
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
@@ -79,29 +87,25 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, attend: Attend, prefix: Prefix | None = None) -> Tensor:
-        """[T, dim] to [T, dim]."""
-        x = x + self.attention(x, self.attention_norm, attend, prefix)
+    def forward(self, x: Tensor, attend: Attend, extra: AttentionExtra | None = None) -> Tensor:
+        """[T, dim] to [T, dim]; `extra`: what a tuning method adds to its attention."""
+        x = x + self.attention(x, self.attention_norm, attend, extra)
         return x + self.feed_forward(x, self.ffn_norm)
 
 
 class Transformer(nn.Module):
-    """A LLaMA. Made on the meta device it costs nothing until its parameters are filled.
+    """A LLaMA, without what a tuning method or vision adds: `build_on_meta` adds these.
 
     Attributes:
         config: its shape, that of the whole model.
         parallel: which part of it is here.
         dtype: type of the activations; parameters may be kept in another.
-        sight: how images come into the stream, or None.
+        vision: how images come into the stream, or None.
+        specs: what is known of each parameter.
         run_block: calls a block on its arguments; activation checkpointing puts itself here.
-        prefix: see `tuning`; this and the next two are there if the method has them.
-        prefix_gate: of this rank's heads.
-        prefix_new_gate: the same on every rank.
+        attention_extra: gives what a tuning method adds to the attention of the block of that number, if it does;
+            from what images give for each document, [documents, vectors, dim], or None.
     """
-
-    prefix: nn.Parameter
-    prefix_gate: nn.Parameter
-    prefix_new_gate: nn.Parameter
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, parallel: Parallel) -> None:
         super().__init__()
@@ -112,10 +116,10 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(config, parallel) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = ColumnParallelLinear(config.dim, config.vocab_size, parallel)
-        for name, shape in config.tuning.added_to_model(config.dim, config.n_heads).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(local_shape(name, shape, parallel.model_size))))
-        self.sight = add_sight(self, config)
-        self.run_block: Callable[[nn.Module, Tensor, Attend, Prefix | None], Tensor] = _call
+        self.vision: VisionProjector | None = None
+        self.specs: Mapping[str, Spec] = {}
+        self.run_block: Callable[[nn.Module, Tensor, Attend, AttentionExtra | None], Tensor] = _call
+        self.attention_extra: Callable[[int, Tensor | None], AttentionExtra | None] | None = None
         self._rotations: Tensor | None = None
 
     def forward(
@@ -143,8 +147,8 @@ class Transformer(nn.Module):
             [T, dim] normed hidden states, for `logits`; or the float32 scalar loss_scale * sum of cross-entropies.
         """
         x, added = self.tok_embeddings(tokens, self.dtype), None
-        if self.sight is not None:
-            x, added = self.sight(x, images, len(lengths))
+        if self.vision is not None:
+            x, added = self.vision(x, images, len(lengths))
         starts = [0] * len(lengths) if caches is None else [cache.length for cache in caches]
         rotations = self._rotations_at(positions, max(map(add, starts, lengths)))
         documents = DocumentAttention(lengths, rotations)
@@ -152,7 +156,8 @@ class Transformer(nn.Module):
             attend: Attend = documents
             if caches is not None:
                 attend = CachedAttention([cache.layers[i] for cache in caches], starts, lengths, rotations)
-            x = self.run_block(layer, x, attend, self._prefix_of(i, added))
+            extra = None if self.attention_extra is None else self.attention_extra(i, added)
+            x = self.run_block(layer, x, attend, extra)
         if caches is not None:
             for cache, length in zip(caches, lengths, strict=True):
                 cache.length += length
@@ -171,16 +176,6 @@ class Transformer(nn.Module):
         """Hidden states [..., dim] to float32 logits [..., V]."""
         return gathered(self.output(hidden), self.output.group).float()
 
-    def _prefix_of(self, layer: int, added: Tensor | None) -> Prefix | None:
-        """What zero-init attention has in a block; `added`: [documents, prefix_len, dim], to what it has of its own."""
-        tuning = self.config.tuning
-        place = layer - self.config.n_layers + tuning.prefix_layers
-        if not tuning.what.prefix or place < 0:
-            return None
-        new_gate = self.prefix_new_gate[place] if tuning.prefix_new_gate else None
-        vectors = self.prefix[place, 0] if added is None else self.prefix[place].to(added.dtype) + added
-        return Prefix(vectors, self.prefix_gate[place], new_gate)
-
     def _rotations_at(self, positions: Tensor, length: int) -> Tensor:
         table = self._rotations
         if table is None or table.shape[0] < length or table.device != positions.device:
@@ -192,24 +187,148 @@ class Transformer(nn.Module):
         return table[positions]
 
 
-def _call(block: nn.Module, x: Tensor, attend: Attend, prefix: Prefix | None) -> Tensor:
-    return block(x, attend, prefix)
+def _call(block: nn.Module, x: Tensor, attend: Attend, extra: AttentionExtra | None) -> Tensor:
+    return block(x, attend, extra)
 
 
 def build_on_meta(config: ModelConfig, dtype: torch.dtype, parallel: Parallel = _ALONE) -> Transformer:
-    """This rank's part of a model, without storage, computing in `dtype`."""
+    """This rank's part of a model, without storage, computing in `dtype`; what does not train is frozen."""
     with torch.device("meta"):
-        return Transformer(config, dtype, parallel)
+        model = Transformer(config, dtype, parallel)
+        if not config.tuning.trains_all:
+            model.requires_grad_(False)
+        config.tuning.attach(model)
+        model.vision = attach_vision(model, config)
+    model.specs = {name: spec_of(parameter) for name, parameter in model.named_parameters()}
+    return model
+
+
+Part = Literal["llama", "tuning", "vision", "tower"]
+
+
+class Description(NamedTuple):
+    """A parameter of a model, as the layer says that creates it.
+
+    Attributes:
+        shape: of the whole parameter.
+        split: the dimension in which model parallelism splits it; None = every rank has all of it.
+        init: its values at the start; None = it always comes from a checkpoint.
+        trains: whether it does.
+        part: who adds it: the LLaMA itself, the tuning method, vision, or it is of the frozen vision tower.
+        is_matrix: it is the matrix of a linear layer of the LLaMA, which NF4 is for.
+    """
+
+    shape: tuple[int, ...]
+    split: int | None
+    init: Init | None
+    trains: bool
+    part: Part
+    is_matrix: bool
+
+
+@lru_cache(64)
+def describe(config: ModelConfig) -> Mapping[str, Description]:
+    """Every parameter of a model by its name, which is that in Meta's and LLaMA2-Accessory's checkpoints.
+
+    Where the vocabulary is open (-1), it is described with one of a single token.
+    """
+    model = build_on_meta(config.with_vocabulary(1), torch.float32)
+    matrices = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
+    base, unseeing = config.base(), replace(config, vision=None, vision_training=SECOND_STAGE)
+    plain, tuned = ({} if other == config else describe(other) for other in (base, unseeing))
+    found: dict[str, Description] = {}
+    for name, parameter in model.named_parameters():
+        part: Part = "llama" if config == base or name in plain else "tuning"
+        if config.vision is not None and name not in plain and name not in tuned:
+            part = "vision"
+        found[name] = Description(*model.specs[name], parameter.requires_grad, part, name in matrices)
+    for name, shape in tower_shapes(config.vision).items():
+        found[name] = Description(shape, None, None, False, "tower", False)
+    return found
+
+
+def shapes_of(config: ModelConfig, *parts: Part) -> dict[str, tuple[int, ...]]:
+    """Names and whole shapes of a model's parameters, of all or of these parts."""
+    return {name: one.shape for name, one in describe(config).items() if not parts or one.part in parts}
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Number of parameters."""
+    return sum(math.prod(one.shape) for one in describe(config).values())
+
+
+@cache
+def _known(methods: tuple[type[Tuning], ...]) -> Mapping[str, Description]:
+    """The parameters of a small model with each of these methods: all that there are, of one block."""
+    config = ModelConfig(dim=8, n_layers=1, n_heads=2, vocab_size=8, multiple_of=8)
+    models = [replace(config, tuning=method().at_depth(1)) for method in methods]
+    return {name: one for model in models for name, one in describe(model).items()}
+
+
+def _description_of(name: str) -> Description | None:
+    """What is known of a parameter, or of its training state `exp_avg.NAME`, whatever the model's size and method.
+
+    None = it is none of a LLaMA.
+    """
+    known, name = _known(tuple(METHODS.values())), re.sub(r"\blayers\.\d+\.", "layers.0.", name)
+    return known.get(name) or known.get(name.partition(".")[2])
+
+
+def split_dimension(name: str) -> int | None:
+    """The dimension in which model parallelism splits a parameter; None = every rank has all of it."""
+    one = _description_of(name)
+    return None if one is None else one.split
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a parameter is a matrix of a block or the output matrix, which NF4 is for."""
+    one = _description_of(name)
+    return one is not None and one.is_matrix
+
+
+def local_shape(name: str, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """The shape of one rank's part of a parameter of full `shape`, in a group of `size`."""
+    split = split_dimension(name)
+    return tuple(length // size if i == split else length for i, length in enumerate(shape))
+
+
+def own_part(name: str, whole: Tensor, parallel: Parallel) -> Tensor:
+    """This model-parallel rank's part of a whole parameter."""
+    split = split_dimension(name)
+    return whole if split is None else whole.chunk(parallel.model_size, split)[parallel.model_rank]
+
+
+def quantisable(config: ModelConfig, skip: Sequence[str] = ()) -> list[str]:
+    """Names of the matrices that NF4 is for: those of the blocks and the output matrix, less those to skip.
+
+    Args:
+        config: the model's shape.
+        skip: names, or parts of names between dots: `output`, `wv`, `layers.31`, `layers.31.feed_forward.w2`.
+
+    Raises:
+        UserError: one that is no matrix's.
+    """
+    names = [name.removesuffix(".weight") for name, one in describe(config.base()).items() if one.is_matrix]
+    for wanted in skip:
+        if not any(is_within(wanted, name) for name in names):
+            words = {part for name in names for part in name.split(".") if not part.isdigit()} - {"layers"}
+            known = [*sorted(words), *(f"layers.{layer}" for layer in range(config.n_layers))]
+            hint = did_you_mean(wanted, known) or "skip output, a matrix as wv or w2, or a block as layers.0"
+            raise UserError(f"there is no matrix '{wanted}' to be left out of NF4", hint)
+    return [f"{name}.weight" for name in names if not any(is_within(wanted, name) for wanted in skip)]
+
+
+def is_within(part: str, name: str) -> bool:
+    """Whether it is what stands between some dots of a name: `layers.3` is in `layers.3.attention.wv`."""
+    return f".{part}." in f".{name}."
 
 
 def freeze_untrained(model: Transformer) -> None:
-    """Keeps what the tuning method does not train out of it, in the type of the activations. Call it on meta."""
+    """Keeps what does not train in the type of the activations. Call it on meta."""
     for name, parameter in list(model.named_parameters()):
-        if model.config.trains(name):
-            continue
-        owner, _, leaf = name.rpartition(".")
-        frozen = nn.Parameter(parameter.detach().to(model.dtype), requires_grad=False)
-        setattr(model.get_submodule(owner), leaf, frozen)
+        if not parameter.requires_grad:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(parameter.detach().to(model.dtype), False))
 
 
 def quantise_on_meta(model: Transformer, skip: Sequence[str] = ()) -> None:
@@ -217,12 +336,12 @@ def quantise_on_meta(model: Transformer, skip: Sequence[str] = ()) -> None:
 
     Args:
         model: what is quantised of it is not trained.
-        skip: matrices to leave as they are; see `ModelConfig.quantisable`.
+        skip: matrices to leave as they are; see `quantisable`.
 
     Raises:
         UserError: a matrix that cannot be.
     """
-    for name in model.config.quantisable(skip):
+    for name in quantisable(model.config, skip):
         module = model.get_submodule(name.removesuffix(".weight"))
         assert isinstance(module, Linear)
         module.make_room_for_nf4()
@@ -261,41 +380,27 @@ def pack_small(model: Transformer) -> None:
 
 
 def initialise(model: Transformer, seed: int, only: Container[str] | None = None) -> None:
-    """Fills every parameter with random values: normal with standard deviation 0.02, ones for norms.
+    """Fills every parameter with the values it has at the start, as the layer says that creates it.
 
-    The matrices that write into the residual stream are scaled by 1/sqrt(2 * n_layers) (GPT-2's rule), so that its
-    variance does not grow with depth. What vision adds is as in LLaMA2-Accessory. Each parameter has its own generator,
-    made from (seed, place), so a parameter's values do not depend on the others, nor on how the model is split, nor on
-    what a tuning method adds.
+    Each parameter has its own generator, made from the seed and its place in the LLaMA or its name, so a parameter's
+    values do not depend on the others, nor on how the model is split, nor on what is added to it.
 
     Args:
         model: its parameters have storage.
         seed: of the generators.
         only: names of those to fill; None = all.
     """
-    residual = (2 * model.config.n_layers) ** -0.5
-    shapes, parts = model.config.parameter_shapes(), model.config.vision_parts
-    base = model.config.base().parameter_shapes()
-    places = {name: place for place, name in enumerate(name for name, _ in model.named_parameters() if name in base)}
-    places |= {name: _ADDED + place for place, name in enumerate(name for name in shapes if name not in base)}
+    places = {name: place for place, name in enumerate(describe(model.config.base()))}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if only is not None and name not in only:
                 continue
+            shape, split, init = model.specs[name]
+            place = places.get(name, _ADDED + crc32(name.encode()))
+            whole = torch.empty(shape)
+            init(whole, torch.Generator().manual_seed(seed * 1_000_003 + place))
+            own = whole if split is None else whole.chunk(model.parallel.model_size, split)[model.parallel.model_rank]
             local = local_part(parameter)
-            if name.endswith(_ONES):
-                local.tensor.fill_(1.0)
-                continue
-            if name.endswith(_ZEROS):
-                local.tensor.zero_()
-                continue
-            whole = torch.empty(shapes[name])
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + places[name])
-            if name in parts:
-                _fill_part(name, whole, generator)
-            else:
-                _fill_matrix(name, whole, generator, residual)
-            own = own_part(name, whole, model.parallel)
             if local.tensor.is_floating_point():
                 local.tensor.copy_(own[local.rows])
             else:
@@ -303,31 +408,5 @@ def initialise(model: Transformer, seed: int, only: Container[str] | None = None
                 store_quantised(model, name, *quantise(partial(_rows, own, device), tuple(own.shape), device))
 
 
-def _fill_part(name: str, whole: Tensor, generator: torch.Generator) -> None:
-    """What vision adds: by torch's own rule for linear layers and convolutions, or as LLaMA2-Accessory has it."""
-    if name.endswith(".weight"):
-        bound = math.prod(whole.shape[1:]) ** -0.5
-        whole.uniform_(-bound, bound, generator=generator)
-    elif name in ("start_img", "end_img"):
-        whole.uniform_(generator=generator)
-    else:
-        whole.normal_(0.0, 1.0 if name == "visual_query" else 0.02, generator=generator)
-
-
-def _fill_matrix(name: str, whole: Tensor, generator: torch.Generator, residual: float) -> None:
-    if name.endswith(".lora_a.weight"):
-        nn.init.trunc_normal_(whole, std=0.02, generator=generator)
-    elif name == "prefix":
-        whole.normal_(generator=generator)
-    else:
-        whole.normal_(0.0, 0.02 * (residual if name.endswith(("wo.weight", "w2.weight")) else 1.0), generator=generator)
-
-
 def _rows(matrix: Tensor, device: torch.device, start: int, stop: int) -> Tensor:
     return matrix[start:stop].to(device)
-
-
-def own_part(name: str, whole: Tensor, parallel: Parallel) -> Tensor:
-    """This model-parallel rank's part of a whole parameter."""
-    dimension = split_dimension(name)
-    return whole if dimension is None else whole.chunk(parallel.model_size, dimension)[parallel.model_rank]

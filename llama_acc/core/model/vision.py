@@ -8,16 +8,19 @@ Shapes: I images of the stream, S their width and height, T tokens of the stream
 """
 
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.layers import normal, ones, parameter, zeros
 from llama_acc.core.model.vision_config import ClipVision, QFormerVision, TinyVision, Vision
 
 
@@ -35,7 +38,7 @@ class Images(NamedTuple):
     documents: Sequence[int]
 
 
-class Seen(NamedTuple):
+class VisionOutput(NamedTuple):
     """What comes of them.
 
     Attributes:
@@ -47,13 +50,19 @@ class Seen(NamedTuple):
     prefixes: Tensor | None
 
 
+def _uniform(values: Tensor, generator: Generator) -> None:
+    """torch's own rule for linear layers and convolutions."""
+    bound = math.prod(values.shape[1:]) ** -0.5
+    values.uniform_(-bound, bound, generator=generator)
+
+
 class _Linear(nn.Module):
     """A linear layer that computes in the type of its input."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features))
+        self.weight = parameter(out_features, in_features, init=_uniform)
+        self.bias = parameter(out_features, init=zeros)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -64,8 +73,8 @@ class _LayerNorm(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.bias = nn.Parameter(torch.empty(width))
+        self.weight = parameter(width, init=ones)
+        self.bias = parameter(width, init=zeros)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -115,8 +124,8 @@ class _Convolution(nn.Module):
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(after, before, 3, 3))
-        self.bias = nn.Parameter(torch.empty(after))
+        self.weight = parameter(after, before, 3, 3, init=_uniform)
+        self.bias = parameter(after, init=zeros)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), stride=2, padding=1)
@@ -128,7 +137,7 @@ class TinyEncoder(nn.Module):
     def __init__(self, vision: TinyVision) -> None:
         super().__init__()
         self.stem = nn.ModuleList(_Convolution(*channels) for channels in pairwise(vision.channels))
-        self.place = nn.Parameter(torch.empty(vision.patches, vision.width))
+        self.place = parameter(vision.patches, vision.width, init=normal())
         self.blocks = nn.ModuleList(
             VisionBlock(vision.width, vision.hidden_dim, vision.n_heads) for _ in range(vision.n_layers)
         )
@@ -145,13 +154,13 @@ class TinyEncoder(nn.Module):
         return self.norm(x)
 
 
-class Sight:
+class VisionProjector:
     """What a kind of vision adds to a LLaMA. Its modules are the model's, under their own names."""
 
-    def __init__(self, vision: Vision) -> None:
-        self.vision = vision
+    def __init__(self, vision: Vision, model: nn.Module) -> None:
+        self.vision, self.model = vision, model
 
-    def __call__(self, x: Tensor, images: Images | None, documents: int) -> Seen:
+    def __call__(self, x: Tensor, images: Images | None, documents: int) -> VisionOutput:
         """Puts images into a stream.
 
         Args:
@@ -161,47 +170,49 @@ class Sight:
         """
         if images is None:
             if not torch.is_grad_enabled():
-                return Seen(x, None)
+                return VisionOutput(x, None)
             # Ranks wait for the gradients of each other: those of no images are zero, not absent.
             none = x.new_empty((0, *self.vision.input_shape))
             images = Images(none, torch.empty(0, dtype=torch.int64, device=x.device), ())
-        return self._see(x, images, documents)
+        return self.forward(x, images, documents)
 
-    def _see(self, x: Tensor, images: Images, documents: int) -> Seen:
+    def forward(self, x: Tensor, images: Images, documents: int) -> VisionOutput:
+        """The same where there are images, if only none of them."""
         raise NotImplementedError
 
 
-class _InStream(Sight):
+class _InStream(VisionProjector):
     """An image is a start vector, its projected features, an end vector, at places of the stream."""
 
-    def __init__(self, vision: QFormerVision | TinyVision, dim: int, model: nn.Module) -> None:
-        super().__init__(vision)
-        width = vision.width if isinstance(vision, TinyVision) else vision.query_width
+    def __init__(self, vision: QFormerVision | TinyVision, model: nn.Module, dim: int) -> None:
+        super().__init__(vision, model)
+        width = vision.query_width if isinstance(vision, QFormerVision) else vision.width
         self._encoder = TinyEncoder(vision) if isinstance(vision, TinyVision) else None
         if self._encoder is not None:
             model.add_module("vision_encoder", self._encoder)
         self._projection = nn.Sequential(_Linear(width, dim), _LayerNorm(dim))
         model.add_module("qformer_proj", self._projection)
         for name in ("start_img", "end_img"):
-            model.register_parameter(name, nn.Parameter(torch.empty(1, 1, dim)))
-        self._model = model
+            model.register_parameter(
+                name, parameter(1, 1, dim, init=lambda values, generator: values.uniform_(generator=generator))
+            )
 
-    def _see(self, x: Tensor, images: Images, documents: int) -> Seen:
+    def forward(self, x: Tensor, images: Images, documents: int) -> VisionOutput:
         features = images.inputs.to(x.dtype)
         if self._encoder is not None:
             features = self._encoder(features)
         projected = self._projection(features)
-        start, end = (self._model.get_parameter(name).to(x.dtype) for name in ("start_img", "end_img"))
+        start, end = (self.model.get_parameter(name).to(x.dtype) for name in ("start_img", "end_img"))
         count, dim = len(projected), x.shape[-1]
         vectors = torch.cat((start.expand(count, 1, dim), projected, end.expand(count, 1, dim)), 1)
-        return Seen(x.index_copy(0, images.places, vectors.flatten(0, 1)), None)
+        return VisionOutput(x.index_copy(0, images.places, vectors.flatten(0, 1)), None)
 
 
-class _InPrefix(Sight):
+class _InPrefix(VisionProjector):
     """Of an image, some vectors are made that are added to the prefix in every block that has one."""
 
-    def __init__(self, vision: ClipVision, dim: int, prefix_len: int, model: nn.Module) -> None:
-        super().__init__(vision)
+    def __init__(self, vision: ClipVision, model: nn.Module, dim: int) -> None:
+        super().__init__(vision, model)
         width = vision.block_width
         self._blocks = nn.ModuleList(VisionBlock(width, 4 * width, vision.block_heads) for _ in range(vision.blocks))
         self._read = nn.Sequential(_Linear(vision.projection, width), _LayerNorm(width))
@@ -209,32 +220,48 @@ class _InPrefix(Sight):
         named = {"clip_proj": self._read[0], "clip_proj_norm": self._read[1], "visual_blocks": self._blocks}
         for name, module in (named | {"visual_proj": self._write[0], "visual_proj_norm": self._write[1]}).items():
             model.add_module(name, module)
-        model.register_parameter("visual_query", nn.Parameter(torch.empty(prefix_len, width)))
-        self._model = model
+        prefix_len = model.get_parameter("prefix").shape[2]
+        model.register_parameter("visual_query", parameter(prefix_len, width, init=normal(1.0)))
 
-    def _see(self, x: Tensor, images: Images, documents: int) -> Seen:
-        seen = self._read(images.inputs.to(x.dtype))
-        query = self._model.get_parameter("visual_query").to(x.dtype)
-        hidden = torch.cat((query.expand(len(seen), *query.shape), seen), 1)
+    def forward(self, x: Tensor, images: Images, documents: int) -> VisionOutput:
+        read = self._read(images.inputs.to(x.dtype))
+        query = self.model.get_parameter("visual_query").to(x.dtype)
+        hidden = torch.cat((query.expand(len(read), *query.shape), read), 1)
         for block in self._blocks:
             hidden = block(hidden)
         added = self._write(hidden[:, : len(query)])
         owners = torch.tensor(list(images.documents), dtype=torch.int64, device=x.device)
-        return Seen(x, added.new_zeros((documents, *added.shape[1:])).index_copy(0, owners, added))
+        return VisionOutput(x, added.new_zeros((documents, *added.shape[1:])).index_copy(0, owners, added))
 
 
-def add_sight(model: nn.Module, config: ModelConfig) -> Sight | None:
-    """Adds what a shape has for vision to a LLaMA being made; None if that is nothing."""
-    vision = config.vision
-    if isinstance(vision, QFormerVision | TinyVision):
-        return _InStream(vision, config.dim, model)
+def attach_vision(model: nn.Module, config: ModelConfig) -> VisionProjector | None:
+    """Adds what a shape has for vision to a LLaMA on the meta device, tuned already, and freezes what does not train.
+
+    By LLaMA2-Accessory's rules, which go by names: in stage 2 a model that reads images by its prefixes trains no more
+    than biases, norms and LoRA pairs; with `as_reference` the others do not either, unless all of the LLaMA trains.
+    """
+    vision, training = config.vision, config.vision_training
+    if vision is None:
+        return None
+    before = {name for name, _ in model.named_parameters()}
+    is_clip = isinstance(vision, ClipVision)
+    projector: VisionProjector
     if isinstance(vision, ClipVision):
-        return _InPrefix(vision, config.dim, config.tuning.prefix_len, model)
-    return None
+        projector = _InPrefix(vision, model, config.dim)
+    else:
+        assert isinstance(vision, QFormerVision | TinyVision)
+        projector = _InStream(vision, model, config.dim)
+    only_words = training.stage == 2 if is_clip else training.as_reference and not config.tuning.trains_all
+    for name, made in model.named_parameters():
+        is_old = name in before and not (is_clip and name.startswith("prefix"))
+        if only_words and not is_old and not any(word in name for word in ("bias", "lora", "norm")):
+            made.requires_grad_(False)
+    return projector
 
 
 class Tower(nn.Module):
-    """A frozen encoder of images; its parameters' names are those of `Vision.tower_shapes`, without the prefix."""
+    """A frozen encoder of images, as transformers has it; the model's names of its parameters begin with
+    `Vision.tower_prefix`."""
 
     def __init__(self, vision: Vision) -> None:
         super().__init__()
@@ -351,6 +378,19 @@ def tower_on_meta(vision: Vision, dtype: torch.dtype) -> Tower:
         assert leaf == "position_ids", name
         tower.get_submodule(owner).register_buffer(leaf, torch.arange(buffer.numel()).view(buffer.shape), False)
     return tower
+
+
+@lru_cache(8)
+def tower_shapes(vision: Vision | None) -> Mapping[str, tuple[int, ...]]:
+    """Names and shapes of the frozen tower's parameters; none where there is no tower.
+
+    Raises:
+        UserError: see `tower_on_meta`.
+    """
+    if vision is None or vision.trains_encoder:
+        return {}
+    tower = tower_on_meta(vision, torch.float32)
+    return {vision.tower_prefix + name: tuple(weight.shape) for name, weight in tower.named_parameters()}
 
 
 def initialise_tower(parameters: Mapping[str, Tensor], seed: int) -> None:

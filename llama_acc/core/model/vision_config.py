@@ -16,17 +16,15 @@ Each kind has a tower, which makes features of pixels, and parts, which bring fe
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from llama_acc.core.errors import UserError, did_you_mean, listed
 from llama_acc.core.input_files import read_object
-from llama_acc.core.model.tuning import Shapes, Tuning
+from llama_acc.core.model.tuning import Tuning
 
 VISION_FILE = "vision.json"
 FORMAT_VERSION = 1
-_TRAINED_WORDS = ("bias", "lora", "norm")
 Stage = Literal[1, 2]
 
 
@@ -60,6 +58,7 @@ class Vision:
 
     encoder: ClassVar[str]
     tower_prefix: ClassVar[str]
+    part_names: ClassVar[tuple[str, ...]]
 
     image_size: int = 224
     patch_size: int = 14
@@ -88,30 +87,6 @@ class Vision:
         """Of what the LLaMA's side takes of an image: the tower's features, [vectors, width], or pixels."""
         raise NotImplementedError
 
-    def tower_shapes(self) -> Shapes:
-        """Names and shapes of what never trains."""
-        return {}
-
-    def part_shapes(self, dim: int, prefix_len: int) -> Shapes:
-        """Names and shapes of what is added to the LLaMA."""
-        raise NotImplementedError
-
-    def part_trains(self, name: str, training: VisionTraining, tuning: Tuning) -> bool:
-        """Whether a part trains.
-
-        Args:
-            name: its name.
-            training: how vision is trained.
-            tuning: what trains of the LLaMA.
-        """
-        if training.as_reference and not tuning.what.everything:
-            return any(word in name for word in _TRAINED_WORDS)
-        return True
-
-    def lets_train(self, name: str, training: VisionTraining) -> bool:
-        """Whether a parameter of the LLaMA may train, if the tuning method trains it."""
-        return True
-
     def llama_type(self, tuning: Tuning) -> str:
         """LLaMA2-Accessory's name of the kind of model, for meta.json."""
         return tuning.llama_type
@@ -135,47 +110,6 @@ class Vision:
             found.append(f"width ({self.width}) must be divisible by n_heads ({self.n_heads})")
         return found
 
-    def _vision_transformer(self, attention: Mapping[str, int], embeddings: Shapes) -> Shapes:
-        """A vision transformer as transformers names it; `attention`: rows of its matrices."""
-        width, patch = self.width, self.patch_size
-        shapes = _within("embeddings.", embeddings | {"patch_embedding.weight": (width, 3, patch, patch)})
-        for layer in range(self.n_layers):
-            block = _norm("layer_norm1", width) | _norm("layer_norm2", width)
-            block |= _linear("mlp.fc1", self.hidden_dim, width) | _linear("mlp.fc2", width, self.hidden_dim)
-            for name, rows in attention.items():
-                block |= _linear(f"self_attn.{name}", rows, width)
-            shapes |= _within(f"encoder.layers.{layer}.", block)
-        return shapes | _norm("post_layernorm", width)
-
-
-def _within(module: str, shapes: Shapes) -> Shapes:
-    return {module + name: shape for name, shape in shapes.items()}
-
-
-def _norm(name: str, width: int) -> Shapes:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
-
-def _linear(name: str, rows: int, columns: int) -> Shapes:
-    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
-
-
-def _block(name: str, width: int, hidden: int) -> Shapes:
-    """A block of a vision transformer as timm names it."""
-    return {
-        **_norm(f"{name}.norm1", width),
-        **_linear(f"{name}.attn.qkv", 3 * width, width),
-        **_linear(f"{name}.attn.proj", width, width),
-        **_norm(f"{name}.norm2", width),
-        **_linear(f"{name}.mlp.fc1", hidden, width),
-        **_linear(f"{name}.mlp.fc2", width, hidden),
-    }
-
-
-def _projection(width: int, dim: int) -> Shapes:
-    ends: Shapes = {"start_img": (1, 1, dim), "end_img": (1, 1, dim)}
-    return ends | _linear("qformer_proj.0", dim, width) | _norm("qformer_proj.1", dim)
-
 
 @dataclass(frozen=True)
 class QFormerVision(Vision):
@@ -193,6 +127,7 @@ class QFormerVision(Vision):
 
     encoder: ClassVar[str] = "qformer"
     tower_prefix: ClassVar[str] = "qformer."
+    part_names: ClassVar[tuple[str, ...]] = ("qformer_proj.", "start_img", "end_img")
 
     width: int = 1408
     hidden_dim: int = 6144
@@ -215,38 +150,9 @@ class QFormerVision(Vision):
         """See `Vision`."""
         return self.queries, self.query_width
 
-    def tower_shapes(self) -> Shapes:
-        """See `Vision`."""
-        width = self.width
-        before: Shapes = {"class_embedding": (1, 1, width), "position_embedding": (1, self.patches + 1, width)}
-        before["patch_embedding.bias"] = (width,)
-        seeing = self._vision_transformer({"qkv": 3 * width, "projection": width}, before)
-        shapes: Shapes = {"query_tokens": (1, self.queries, self.query_width)}
-        shapes |= _within("vision_model.", seeing) | _within("qformer.", self._query_shapes())
-        return _within(self.tower_prefix, shapes)
-
-    def _query_shapes(self) -> Shapes:
-        wide, hidden = self.query_width, self.query_hidden
-        shapes = _norm("layernorm", wide)
-        for layer in range(self.query_layers):
-            block = _linear("intermediate_query.dense", hidden, wide)
-            block |= _linear("output_query.dense", wide, hidden) | _norm("output_query.LayerNorm", wide)
-            looks = {"attention": wide} | ({"crossattention": self.width} if layer % 2 == 0 else {})
-            for name, seen in looks.items():
-                block |= _linear(f"{name}.attention.query", wide, wide)
-                block |= _linear(f"{name}.attention.key", wide, seen)
-                block |= _linear(f"{name}.attention.value", wide, seen)
-                block |= _linear(f"{name}.output.dense", wide, wide) | _norm(f"{name}.output.LayerNorm", wide)
-            shapes |= _within(f"encoder.layer.{layer}.", block)
-        return shapes
-
-    def part_shapes(self, dim: int, prefix_len: int) -> Shapes:
-        """See `Vision`."""
-        return _projection(self.query_width, dim)
-
     def llama_type(self, tuning: Tuning) -> str:
         """See `Vision`."""
-        return "llama_qformerv2" + ("_peft" if tuning.llama_type == "llama_peft" else "")
+        return tuning.llama_type.replace("llama", "llama_qformerv2", 1)
 
 
 @dataclass(frozen=True)
@@ -262,6 +168,7 @@ class ClipVision(Vision):
 
     encoder: ClassVar[str] = "clip"
     tower_prefix: ClassVar[str] = "clip."
+    part_names: ClassVar[tuple[str, ...]] = ("clip_proj", "visual_")
 
     projection: int = 768
     block_width: int = 768
@@ -278,35 +185,6 @@ class ClipVision(Vision):
         """See `Vision`."""
         return self.patches + 1, self.projection
 
-    def tower_shapes(self) -> Shapes:
-        """See `Vision`."""
-        width = self.width
-        attention = {f"{name}_proj": width for name in ("k", "v", "q", "out")}
-        before: Shapes = {"class_embedding": (width,), "position_embedding.weight": (self.patches + 1, width)}
-        seeing = self._vision_transformer(attention, before) | _norm("pre_layrnorm", width)
-        seeing = _within("vision_model.", seeing) | {"visual_projection.weight": (self.projection, width)}
-        return _within(self.tower_prefix, seeing)
-
-    def part_shapes(self, dim: int, prefix_len: int) -> Shapes:
-        """See `Vision`."""
-        width = self.block_width
-        shapes = {
-            **_linear("clip_proj", width, self.projection),
-            **_norm("clip_proj_norm", width),
-            "visual_query": (prefix_len, width),
-        }
-        for block in range(self.blocks):
-            shapes |= _block(f"visual_blocks.{block}", width, 4 * width)
-        return shapes | _linear("visual_proj", dim, width) | _norm("visual_proj_norm", dim)
-
-    def part_trains(self, name: str, training: VisionTraining, tuning: Tuning) -> bool:
-        """See `Vision`. In stage 2 these are biases and norms, as LLaMA2-Accessory has it."""
-        return training.stage == 1 or any(word in name for word in _TRAINED_WORDS)
-
-    def lets_train(self, name: str, training: VisionTraining) -> bool:
-        """See `Vision`. What reads images is not changed in stage 2, nor is the prefix it is added to."""
-        return training.stage == 1 or not name.startswith("prefix")
-
 
 @dataclass(frozen=True)
 class TinyVision(Vision):
@@ -317,6 +195,7 @@ class TinyVision(Vision):
 
     encoder: ClassVar[str] = "tiny"
     tower_prefix: ClassVar[str] = ""
+    part_names: ClassVar[tuple[str, ...]] = ("vision_encoder.", *QFormerVision.part_names)
 
     image_size: int = 64
     patch_size: int = 16
@@ -347,17 +226,6 @@ class TinyVision(Vision):
     def input_shape(self) -> tuple[int, ...]:
         """See `Vision`: there is no tower, so they are pixels."""
         return 3, self.image_size, self.image_size
-
-    def part_shapes(self, dim: int, prefix_len: int) -> Shapes:
-        """See `Vision`."""
-        width = self.width
-        shapes: Shapes = {"place": (self.patches, width)}
-        for place, (before, after) in enumerate(pairwise(self.channels)):
-            shapes |= {f"stem.{place}.weight": (after, before, 3, 3), f"stem.{place}.bias": (after,)}
-        for block in range(self.n_layers):
-            shapes |= _block(f"blocks.{block}", width, self.hidden_dim)
-        shapes |= _norm("norm", width)
-        return _within("vision_encoder.", shapes) | _projection(width, dim)
 
 
 ENCODERS: dict[str, type[Vision]] = {kind.encoder: kind for kind in (QFormerVision, ClipVision, TinyVision)}

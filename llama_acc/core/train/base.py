@@ -1,6 +1,6 @@
 """The model a run starts from: its checkpoints, its shape with what is tuned, its tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from llama_acc.core.data.sources import resolve_data_path, resolve_image_root
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
 from llama_acc.core.home import home
-from llama_acc.core.model.config import ModelConfig, config_from_params, named_size, read_params
+from llama_acc.core.model.config import ModelConfig, check_divides, config_from_params, named_size, read_params
 from llama_acc.core.model.nf4 import packed_shape
-from llama_acc.core.model.sharding import check_divides
-from llama_acc.core.model.tuning import FULL, Shapes, check_tuning
+from llama_acc.core.model.transformer import quantisable, shapes_of
+from llama_acc.core.model.tuning import FULL
 from llama_acc.core.model.vision import check_towers_can_be_made
 from llama_acc.core.recipe import RECIPES_FOLDER, Recipe
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
@@ -79,7 +79,7 @@ def _check_quantized(recipe: Recipe, config: ModelConfig, layout: Layout) -> Non
             f"{layout.folder} is quantized: it can be a base, and not train itself",
             "set tuning.quantize=nf4, a method other than full, and checkpoint.trainable_only=true",
         )
-    if config.quantisable(recipe.tuning.quantize_skip) != config.quantisable(quantization.skip):
+    if quantisable(config, recipe.tuning.quantize_skip) != quantisable(config, quantization.skip):
         but = f" but {', '.join(quantization.skip)}" if quantization.skip else ""
         raise UserError(
             f"in {layout.folder} all matrices{but} are quantized, and the recipe says otherwise",
@@ -129,9 +129,9 @@ def _with_tuning(recipe: Recipe, config: ModelConfig) -> ModelConfig:
             f"set {config.tuning.to_keys()}",
         )
     widths = {"dim": config.dim, "the SwiGLU width": config.hidden_dim, "the keys' width": config.kv_dim}
-    check_tuning(tuning, widths, config.n_layers)
+    tuning.check(widths, config.n_layers)
     if recipe.tuning.quantize == "nf4":
-        config.quantisable(recipe.tuning.quantize_skip)  # raises where one to be left out is none of them
+        quantisable(config, recipe.tuning.quantize_skip)  # raises where one to be left out is none of them
         for width in {config.dim, config.hidden_dim}:
             packed_shape(1, width // recipe.parallel.model_parallel_size)
     return replace(config, tuning=tuning)
@@ -190,7 +190,7 @@ def read_base(layouts: Sequence[Layout], config: ModelConfig, parallel: Parallel
     return weights
 
 
-def _needed(config: ModelConfig, weights: Weights, where: str) -> Shapes:
+def _needed(config: ModelConfig, weights: Weights, where: str) -> Mapping[str, tuple[int, ...]]:
     """What a run's base must hold.
 
     A base has nothing of what the method adds, a checkpoint of a tuned model all of it; so it is with vision.
@@ -198,12 +198,10 @@ def _needed(config: ModelConfig, weights: Weights, where: str) -> Shapes:
     Raises:
         UserError: it has no vision tower, or in stage two nothing of what stage one trains.
     """
-    needed, parts = config.base_shapes(), config.vision_parts
     check_tower(config.vision, weights.tensors, where)
-    added = config.parameter_shapes().keys() - needed.keys() - parts.keys()
-    shapes = config.parameter_shapes()
+    needed, added, parts = shapes_of(config, "llama", "tower"), shapes_of(config, "tuning"), shapes_of(config, "vision")
     if any(name in weights.tensors for name in added):
-        needed |= {name: shapes[name] for name in added}
+        needed |= added
     if any(name in weights.tensors for name in parts):
         needed |= parts
     elif parts and config.vision_training.stage == 2:

@@ -20,6 +20,8 @@ from llama_acc.core.checkpoint.save import free_bytes
 from llama_acc.core.data.findings import KINDS as FINDINGS
 from llama_acc.core.data.keys import unused_text
 from llama_acc.core.home import home
+from llama_acc.core.model.transformer import parameter_count
+from llama_acc.core.model.vision import tower_shapes
 from llama_acc.core.tokenizer import tokenizer_notes
 from llama_acc.core.train.plan import Plan
 from llama_acc.core.units import count_text, size_text
@@ -267,7 +269,7 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
     """What will be done, as pairs of a subject and a text: the head of report.md, and what the command line shows."""
     recipe, config, data, report = plan.recipe, plan.config, plan.train, plan.report
     optimizer, train, checkpoint = recipe.optimizer, recipe.train, recipe.checkpoint
-    count = config.parameter_count()
+    count = parameter_count(config)
     weights = f"random (seed {train.seed})"
     if plan.layouts:
         weights = f"from {', '.join(str(layout.folder) for layout in plan.layouts)}"
@@ -346,7 +348,7 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
 def _describe_vision(plan: Plan) -> str:
     vision, recipe = plan.config.vision, plan.recipe
     assert vision is not None
-    tower = sum(math.prod(shape) for shape in vision.tower_shapes().values())
+    tower = sum(math.prod(shape) for shape in tower_shapes(vision).values())
     images = int(plan.train.image_counts.sum())
     text = f"encoder {vision.encoder}, stage {plan.config.vision_training.stage}; "
     text += f"{tower:,} of the parameters are its tower, which is frozen; " if tower else "it trains; "

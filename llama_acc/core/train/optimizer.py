@@ -1,14 +1,14 @@
 """AdamW, with clipping and the guard against non-finite steps inside the update itself; and its learning rate."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llama_acc.core.distributed.groups import Parallel, is_sharded, local_part
-from llama_acc.core.model.sharding import split_dimension
+from llama_acc.core.model.layers import Spec
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of the size of a parameter."""
@@ -58,7 +58,9 @@ class ClippedAdamW:
         ]
         groups = [group for group in groups if group["params"]]
         self.clip = clip_grad_norm
-        self._shares = {name: _share(name, p, parallel) for name, p in self.named.items()}
+        specs: Mapping[str, Spec] = getattr(model, "specs", {})
+        whole = {name for name in self.named if name not in specs or specs[name].split is None}
+        self._shares = {name: _share(p, name in whole, parallel) for name, p in self.named.items()}
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
     def squared_norm(self) -> Tensor:
@@ -118,9 +120,9 @@ def _stored(gradient: Tensor) -> Tensor:
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
-def _share(name: str, parameter: Tensor, parallel: Parallel) -> bool:
+def _share(parameter: Tensor, is_whole: bool, parallel: Parallel) -> bool:
     """Whether this rank's part of a parameter counts in the norm, or is a copy of one that another rank counts."""
-    copied_in_model = split_dimension(name) is None and parallel.model_rank > 0
+    copied_in_model = is_whole and parallel.model_rank > 0
     return not copied_in_model and (is_sharded(parameter) or parallel.data_rank == 0)
 
 

@@ -25,8 +25,16 @@ from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.nf4 import nbytes
-from llama_acc.core.model.transformer import Transformer, build_on_meta, freeze_untrained, quantise_on_meta
-from llama_acc.core.model.tuning import Shapes
+from llama_acc.core.model.transformer import (
+    Transformer,
+    build_on_meta,
+    describe,
+    freeze_untrained,
+    parameter_count,
+    quantisable,
+    quantise_on_meta,
+    shapes_of,
+)
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.tokenizer import Tokenizer
 from llama_acc.core.train.base import find_model, has_frozen, read_base, with_absolute_paths
@@ -129,10 +137,9 @@ class Plan:
         name = self.recipe.checkpoint.dtype
         return DTYPES[self.recipe.train.precision if name == "auto" else name]
 
-    def trained_shapes(self) -> Shapes:
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and full shapes of the parameters that train."""
-        trains = self.config.trains
-        return {name: shape for name, shape in self.config.parameter_shapes().items() if trains(name)}
+        return {name: one.shape for name, one in describe(self.config).items() if one.trains}
 
     def trained_count(self) -> int:
         """Number of parameters that train."""
@@ -140,20 +147,20 @@ class Plan:
 
     def quantized(self) -> tuple[int, int]:
         """Number of parameters that are quantized, and the bytes they take."""
-        skip, shapes = self.settings.quantize_skip, self.config.parameter_shapes()
-        quantized = [shapes[name] for name in ([] if skip is None else self.config.quantisable(skip))]
+        skip, shapes = self.settings.quantize_skip, shapes_of(self.config)
+        quantized = [shapes[name] for name in ([] if skip is None else quantisable(self.config, skip))]
         return sum(map(math.prod, quantized)), sum(nbytes(*shape) for shape in quantized)
 
     def saves(self, name: str) -> bool:
         """Whether a parameter's weights are saved."""
-        return not self.recipe.checkpoint.trainable_only or self.config.trains(name)
+        return not self.recipe.checkpoint.trainable_only or describe(self.config)[name].trains
 
     def checkpoint_bytes(self) -> int:
         """Size of one checkpoint on disk."""
         trained = self.trained_count()
-        saved = trained if self.recipe.checkpoint.trainable_only else self.config.parameter_count()
+        saved = trained if self.recipe.checkpoint.trainable_only else parameter_count(self.config)
         copied = sum(map(len, self.tokenizer.files().values()))
-        return needed_bytes(saved, trained, len(self.config.parameter_shapes()), self.save_dtype) + copied
+        return needed_bytes(saved, trained, len(shapes_of(self.config)), self.save_dtype) + copied
 
     def disk_bytes(self, existing: Sequence[int] = (), done: int = 0) -> int:
         """What the run's checkpoints take of the disk at most, beside those that exist.
@@ -311,7 +318,7 @@ def _check_learns(plan: Plan) -> None:
     """
     if not plan.trained_count():
         raise UserError(
-            f"nothing would train: all {plan.config.parameter_count():,} parameters are frozen",
+            f"nothing would train: all {parameter_count(plan.config):,} parameters are frozen",
             "choose another tuning.method",
         )
     if plan.idle_steps() < plan.total_steps:

@@ -18,6 +18,7 @@ from llama_acc.core.data.templates import TEMPLATES
 from llama_acc.core.errors import RunError, UserError
 from llama_acc.core.generate.load import load_model
 from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.transformer import parameter_count
 from tests.core.checkpoint.folders import (
     GROUPED,
     huggingface_logits,
@@ -136,7 +137,7 @@ def test_large_models_go_into_several_files_with_an_index(tmp_path: Path) -> Non
     assert count > 3
     assert files == [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     index = json.loads((hf / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == 4 * GROUPED.parameter_count()
+    assert index["metadata"]["total_size"] == 4 * parameter_count(GROUPED)
     assert len(index["weight_map"]) == len(state())
     (ours,) = document_logits(loaded_model(source), [TOKENS])
     assert difference(huggingface_logits(hf, TOKENS), ours) < 1e-5
@@ -289,7 +290,7 @@ def test_progress_counts_every_byte_twice(tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     source = write_meta(tmp_path / "source", state())
     convert(Request(source, tmp_path / "hf", "hf"), lambda *what: told.append(what))
-    total = 2 * 4 * GROUPED.parameter_count()
+    total = 2 * 4 * parameter_count(GROUPED)
     assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
     assert told[-1] == ("taking checksums", total, total)
     assert [what for what, done, _ in told if done == total // 2] == ["writing"]

@@ -13,6 +13,7 @@ from llama_acc.core.checkpoint.lazy import LazyTensor, concatenate, reorder_head
 from llama_acc.core.checkpoint.load import Weights, check_tensors, read_weights
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.transformer import shapes_of
 from tests.core.checkpoint.folders import (
     GROUPED,
     huggingface_logits,
@@ -56,7 +57,7 @@ def test_any_size_is_read_at_any_other(
     assert layouts[0].model_parallel_size == saved
     for rank in range(wanted):
         weights = read_weights(layouts, rank, wanted)
-        check_tensors(weights, GROUPED.parameter_shapes(), "base")
+        check_tensors(weights, shapes_of(GROUPED), "base")
         assert equal(values(weights), shard(state(), rank, wanted)), rank
 
 
@@ -117,7 +118,7 @@ def test_shards_that_differ_are_listed_by_file(tmp_path: Path) -> None:
     del second["layers.1.feed_forward.w2.weight"], second["norm.weight"]
     torch.save(second, folder / "consolidated.01.pth")
     with pytest.raises(UserError) as error:
-        check_tensors(read_weights([inspect(folder)], 0, 2), GROUPED.parameter_shapes(), "base")
+        check_tensors(read_weights([inspect(folder)], 0, 2), shapes_of(GROUPED), "base")
     first, other = "consolidated.00.pth", "consolidated.01.pth"
     assert sorted(error.value.message.splitlines()[1:]) == [
         f"  shards: extra.weight is missing in {first}, [3] float32 in {other}",
@@ -144,7 +145,7 @@ def test_folders_are_laid_over_each_other_in_order(wanted: int, tmp_path: Path) 
         expected[name] = (expected[name].float() + tensor.float()).bfloat16()
     for rank in range(wanted):
         weights = read_weights(layouts, rank, wanted)
-        check_tensors(weights, GROUPED.parameter_shapes(), "all")
+        check_tensors(weights, shapes_of(GROUPED), "all")
         assert equal(values(weights), shard(expected, rank, wanted))
 
 
@@ -160,7 +161,7 @@ def test_a_diff_of_another_model_is_listed(tmp_path: Path) -> None:
     tensors = {"norm.weight": torch.ones(32), "extra.weight": torch.ones(2)}
     diff = inspect(write_consolidated(tmp_path / "diff", tensors, kind="model-diff"))
     with pytest.raises(UserError) as error:
-        check_tensors(read_weights([base, diff]), GROUPED.parameter_shapes(), "both")
+        check_tensors(read_weights([base, diff]), shapes_of(GROUPED), "both")
     assert f"shape: norm.weight is [32] in the diff {diff.folder}, [64] before it" in error.value.message
     assert "unknown: extra.weight [2] is in the diff" in error.value.message
 
@@ -207,7 +208,7 @@ def test_files_of_a_hugging_face_folder_are_read_together(tmp_path: Path) -> Non
         folder / "model-00002-of-00002.safetensors",
     )
     with pytest.raises(UserError, match=f"twice: {names[6]} is in model-00001-of-00002.safetensors and in"):
-        check_tensors(read_weights([inspect(folder)]), GROUPED.parameter_shapes(), folder)
+        check_tensors(read_weights([inspect(folder)]), shapes_of(GROUPED), folder)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from llama_acc.core.checkpoint.layout import inspect
 from llama_acc.core.checkpoint.load import Weights, check_tensors, fill, open_shard, read_weights
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.transformer import Transformer, build_on_meta
+from llama_acc.core.model.transformer import Transformer, build_on_meta, shapes_of
 from tests.core.tiny import CPU, SMALL, random_model
 
 NAME = "consolidated.00-of-01.model.pth"
@@ -42,7 +42,7 @@ def test_every_way_of_writing_the_names_is_read(prefix: str, wrapped: bool, tmp_
     shard = open_shard(tmp_path / NAME)
     assert shard.keys() == state().keys()
     assert all(tensor.mapped and torch.equal(tensor.source, state()[name]) for name, tensor in shard.items())
-    check_tensors(read_weights([inspect(tmp_path)]), SMALL.parameter_shapes(), tmp_path)
+    check_tensors(read_weights([inspect(tmp_path)]), shapes_of(SMALL), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["rope.freqs", "llma.rope.freqs"])
@@ -58,7 +58,7 @@ def test_all_that_does_not_fit_is_listed(tmp_path: Path) -> None:
     tensors["output.weight"] = torch.zeros(301, 32)
     tensors["tok_embeddings.weight"] = torch.zeros(300, 32, dtype=torch.int8)
     with pytest.raises(UserError) as error:
-        check_tensors(Weights.of(tensors), SMALL.parameter_shapes(), "base")
+        check_tensors(Weights.of(tensors), shapes_of(SMALL), "base")
     lines = error.value.message.splitlines()
     assert lines[0] == "the weights in base do not fit the model:"
     assert sorted(lines[1:]) == [

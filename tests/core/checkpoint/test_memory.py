@@ -11,7 +11,7 @@ import torch
 
 from llama_acc.core.checkpoint.convert import Request, convert
 from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.transformer import build_on_meta
+from llama_acc.core.model.transformer import build_on_meta, shapes_of
 from tests.core.checkpoint.folders import write_meta
 
 CONFIG = ModelConfig(dim=1024, n_layers=3, n_heads=8, vocab_size=4000, multiple_of=256)
@@ -38,7 +38,7 @@ def load(folder, dtype, copy, size):
     layout = inspect(Path(folder))
     config = read_config([layout])
     weights = read_weights([layout], size - 1, size)
-    check_tensors(weights, config.parameter_shapes(), folder)
+    check_tensors(weights, shapes_of(config), folder)
     model = build_on_meta(config, dtype).requires_grad_(False)
     if copy == "nf4":
         quantise_on_meta(model)
@@ -97,9 +97,7 @@ def layouts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     root = tmp_path_factory.mktemp("parts")
     kind, size = request.param
     for name, config in (("large", LARGE), ("small", TINY)):
-        tensors = {
-            name: torch.full(shape, 0.5, dtype=torch.bfloat16) for name, shape in config.parameter_shapes().items()
-        }
+        tensors = {name: torch.full(shape, 0.5, dtype=torch.bfloat16) for name, shape in shapes_of(config).items()}
         write_meta(root / f"{name}-meta", tensors, size, config)
         (root / f"{name}-meta" / "params.json").write_text(json.dumps(config.to_params()))
         if kind == "huggingface":
@@ -112,7 +110,7 @@ def layouts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_quantizing_while_loading_takes_the_quantized_model_and_two_tensors(layouts: tuple[Path, Path]) -> None:
     large, small = layouts
     result = measured(large, "bfloat16", "nf4", small)
-    matrices = sum(torch.Size(shape).numel() for shape in LARGE.parameter_shapes().values())
+    matrices = sum(torch.Size(shape).numel() for shape in shapes_of(LARGE).values())
     assert result["own"] < 0.45 * 2 * matrices
     assert result["peak"] < result["own"] + 2 * 2 * LARGE.dim * LARGE.vocab_size
 

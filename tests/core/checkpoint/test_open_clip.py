@@ -12,6 +12,7 @@ from torch import Tensor
 from llama_acc.core.checkpoint.layout import inspect
 from llama_acc.core.checkpoint.load import check_tensors, open_shard, read_weights
 from llama_acc.core.errors import UserError
+from llama_acc.core.model.vision import tower_shapes
 from llama_acc.core.model.vision_config import ClipVision, Vision
 from tests.core.accessory import ACCESSORY, weights_by_rule
 from tests.core.tiny import GOLDEN
@@ -59,7 +60,7 @@ def test_a_folder_of_open_clip_is_a_tower(tmp_path: Path) -> None:
     expected = ClipVision(28, 14, 32, 48, 2, 4, projection=20)
     assert layout.tower == expected
     weights = read_weights([layout], 1, 2)  # every rank has all of it
-    check_tensors(weights, expected.tower_shapes(), layout.folder)
+    check_tensors(weights, tower_shapes(expected), layout.folder)
     found = {name: part.to(torch.float32) for name, part in weights.tensors.items()}
     assert torch.equal(found["clip.visual_projection.weight"], theirs["visual.proj"].T)
     q, k, v = (found[f"clip.vision_model.encoder.layers.1.self_attn.{name}_proj.weight"] for name in "qkv")
@@ -73,7 +74,7 @@ def test_in_a_checkpoint_of_llama2_accessory_open_clip_s_names_are_read_in_every
     for part in range(2):
         torch.save({"model": theirs}, tmp_path / f"consolidated.{part:02d}-of-02.model.pth")
     weights = read_weights([inspect(tmp_path)])
-    check_tensors(weights, vision().tower_shapes(), tmp_path)
+    check_tensors(weights, tower_shapes(vision()), tmp_path)
     shard = open_shard(tmp_path / "consolidated.00-of-02.model.pth")
     assert {name for name, tensor in shard.items() if not tensor.mapped} == {"clip.visual_projection.weight"}
 
@@ -83,7 +84,7 @@ def test_an_unknown_name_of_the_vision_side_is_told(tmp_path: Path) -> None:
     named = {f"clip.{name}": tensor for name, tensor in tensors.items()}
     torch.save({"model": named}, tmp_path / "consolidated.00-of-01.model.pth")
     with pytest.raises(UserError, match=r"unknown: clip\.visual\.attn_pool\.query \[3\]"):
-        check_tensors(read_weights([inspect(tmp_path)]), vision().tower_shapes(), tmp_path)
+        check_tensors(read_weights([inspect(tmp_path)]), tower_shapes(vision()), tmp_path)
 
 
 def test_a_clip_with_another_activation_or_no_transformer_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from llama_acc.core.checkpoint.layout import inspect, read_config
 from llama_acc.core.checkpoint.load import main_dtype, read_weights
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig, config_from_params
-from llama_acc.core.model.tuning import Tuning
+from llama_acc.core.model.tuning.adapter import Adapter
 from tests.core.checkpoint.folders import (
     GROUPED,
     huggingface_logits,
@@ -275,7 +275,7 @@ def test_tensors_without_numbers_to_read_are_refused(tensor: Tensor, said: str, 
 
 @pytest.mark.parametrize("with_tensors", [False, True])
 def test_a_checkpoint_sees_only_if_it_has_tensors_for_that(with_tensors: bool, tmp_path: Path) -> None:
-    tuned = replace(SMALL, tuning=Tuning("adapter", 0, 1, 4))
+    tuned = replace(SMALL, tuning=Adapter(0, 1, 4))
     tensors = state(tuned) | ({"visual_query": torch.zeros(4, 768)} if with_tensors else {})
     folder = write_consolidated(tmp_path / "text", {}, config=tuned)
     torch.save({"model": tensors}, folder / "consolidated.00-of-01.model.pth")

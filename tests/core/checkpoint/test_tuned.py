@@ -17,21 +17,25 @@ from llama_acc.core.errors import RunError, UserError
 from llama_acc.core.generate.load import load_model
 from llama_acc.core.model import nf4
 from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.transformer import describe, quantisable, shapes_of
 from llama_acc.core.model.tuning import FULL, Tuning
+from llama_acc.core.model.tuning.adapter import Adapter
+from llama_acc.core.model.tuning.bias_norm import BiasNorm
+from llama_acc.core.model.tuning.lora import LoRA, LoRABiasNorm
 from tests.core.checkpoint.folders import GROUPED, huggingface_logits, shard, state, write_consolidated
 from tests.core.model.test_tuning import tuned_model
 from tests.core.tiny import difference, document_logits, loaded_model
 
 TOKENS = torch.arange(1, 60)
-LORA, BOTH, BIASES = Tuning("lora", 4), Tuning("lora_bias_norm", 4), Tuning("bias_norm")
-ADAPTER = Tuning("adapter", 4, 2, 5)
+LORA, BOTH, BIASES = LoRA(4), LoRABiasNorm(4), BiasNorm()
+ADAPTER = Adapter(4, 2, 5)
 
 
 def write_tuned(folder: Path, tuning: Tuning, size: int = 1, config: ModelConfig = GROUPED) -> Path:
     """A checkpoint of LLaMA2-Accessory's kind, in which everything the method adds says something."""
     folder.mkdir(parents=True)
     model = tuned_model(tuning, config)
-    from llama_acc.core.model.sharding import local_shape, split_dimension
+    from llama_acc.core.model.transformer import local_shape, split_dimension
 
     for rank in range(size):
         tensors = {}
@@ -120,7 +124,7 @@ def test_a_merge_that_computes_something_else_is_an_error_and_leaves_nothing(
 ) -> None:
     source = write_tuned(tmp_path / "source", LORA)
 
-    def wrong(name: str, sources: Any) -> Any:
+    def wrong(name: str, sources: Any, tuning: Any) -> Any:
         return sources[name]
 
     monkeypatch.setattr("llama_acc.core.checkpoint.convert.merged", wrong)
@@ -157,7 +161,7 @@ def peft_logits(base: Path, adapter: Path) -> Tensor:
 @pytest.mark.parametrize("tuning", [LORA, BOTH], ids=["lora", "lora_bias_norm"])
 def test_peft_loads_the_adapter_and_computes_the_same(tuning: Tuning, tmp_path: Path) -> None:
     source = write_tuned(tmp_path / "source", tuning)
-    plain = {name: tensor for name, tensor in tensors_of(source).items() if name in GROUPED.parameter_shapes()}
+    plain = {name: tensor for name, tensor in tensors_of(source).items() if name in shapes_of(GROUPED)}
     base = write_consolidated(tmp_path / "base", plain)
     hf = made(base, tmp_path / "hf", "hf").folder
     # PEFT can load Hugging Face's base only: another one is not named, and the note says what to type.
@@ -201,7 +205,7 @@ def test_an_adapter_is_written_for_the_base_it_was_trained_on_only(tmp_path: Pat
 
 def base_under(tuned: Path, folder: Path) -> Path:
     """The base that a whole tuned checkpoint holds."""
-    plain = GROUPED.parameter_shapes()
+    plain = shapes_of(GROUPED)
     return write_consolidated(folder, {name: tensor for name, tensor in tensors_of(tuned).items() if name in plain})
 
 
@@ -209,7 +213,8 @@ def only_trained(whole: Path, tuning: Tuning) -> Path:
     """Makes of a checkpoint what LLaMA2-Accessory saves of what trained alone: it does not name its base."""
     path = whole / "consolidated.00-of-01.model.pth"
     tensors = torch.load(path, weights_only=True)["model"]
-    kept = {name: tensor for name, tensor in tensors.items() if tuning.trains(name.removeprefix("llma."))}
+    described = describe(replace(GROUPED, tuning=tuning))
+    kept = {name: tensor for name, tensor in tensors.items() if described[name.removeprefix("llma.")].trains}
     torch.save({"model": kept}, path)
     return whole
 
@@ -223,7 +228,7 @@ def test_what_was_trained_alone_is_known_without_being_told(tuning: Tuning, tmp_
     assert (
         str(error.value) == said + "give the base it was trained on first: the same option once more, before this one"
     )
-    if not tuning.what.prefix:
+    if not isinstance(tuning, Adapter):
         with pytest.raises(UserError) as error:
             made(part, tmp_path / "target", "hf", merge=True)
         assert str(error.value) == said + "give the base it was trained on: --base DIR"
@@ -286,8 +291,8 @@ def test_a_quantized_base_is_saved_and_read(skip: tuple[str, ...], tmp_path: Pat
     source = write_consolidated(tmp_path / "source", state(config), 1, config)
     made(source, tmp_path / "small", "consolidated", quantize="nf4", quantize_skip=skip)
     sizes = [(folder / "consolidated.00-of-01.model.pth").stat().st_size for folder in (source, tmp_path / "small")]
-    shapes = config.parameter_shapes()
-    fewer = sum(4 * shapes[name][0] * shapes[name][1] - nf4.nbytes(*shapes[name]) for name in config.quantisable(skip))
+    shapes = shapes_of(config)
+    fewer = sum(4 * shapes[name][0] * shapes[name][1] - nf4.nbytes(*shapes[name]) for name in quantisable(config, skip))
     assert sizes[0] - sizes[1] == pytest.approx(fewer, rel=0.05)
     from llama_acc.core.checkpoint.adapter import base_fingerprint
 
@@ -297,7 +302,7 @@ def test_a_quantized_base_is_saved_and_read(skip: tuple[str, ...], tmp_path: Pat
     dense = made(tmp_path / "small", tmp_path / "dense", "meta", dtype="fp32").folder
     expected = tensors_of(source)
     for name, tensor in tensors_of(dense).items():
-        if name in config.quantisable(skip):
+        if name in quantisable(config, skip):
             assert 0.01 < difference(tensor, expected[name]) < 0.2
         else:
             assert torch.equal(tensor, expected[name])

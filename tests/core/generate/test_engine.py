@@ -15,7 +15,9 @@ from llama_acc.core.generate.chat import Conversation, encode_question
 from llama_acc.core.generate.engine import Engine, Prompt, Reply, Sampler, Sampling
 from llama_acc.core.generate.load import LoadedModel, load_model
 from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.tuning import Tuning
+from llama_acc.core.model.tuning import FULL, Tuning
+from llama_acc.core.model.tuning.adapter import Adapter
+from llama_acc.core.model.tuning.lora import LoRABiasNorm
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
 from tests.cli.chains import write_chain
 from tests.core.generate.decoding import GREEDY, decode, greedy, uncached_greedy
@@ -23,7 +25,7 @@ from tests.core.tiny import CPU, SMALL, random_model
 
 # From nothing but BOS to nearly the whole context; some begin alike.
 PROMPTS = [[1], list(range(3, 230)), [1, 40, 41], list(range(3, 120)), [1, 7], list(range(20, 190)), [1, 40, 98, 97]]
-LORA, ADAPTER = Tuning("lora_bias_norm", 4), Tuning("adapter", 0, 2, 5)
+LORA, ADAPTER = LoRABiasNorm(4), Adapter(0, 2, 5)
 
 
 def loaded(tokenizer_path: Path, config: ModelConfig = SMALL, template: Template | None = None) -> LoadedModel:
@@ -32,7 +34,7 @@ def loaded(tokenizer_path: Path, config: ModelConfig = SMALL, template: Template
     return LoadedModel(model, load_tokenizer(tokenizer_path), template or get_template("none"), "asked for", CPU)
 
 
-@pytest.mark.parametrize("tuning", [Tuning(), LORA, ADAPTER], ids=lambda tuning: tuning.method)
+@pytest.mark.parametrize("tuning", [FULL, LORA, ADAPTER], ids=lambda tuning: tuning.method)
 def test_greedy_replies_are_the_argmax_of_uncached_passes_at_every_batch_size(
     tuning: Tuning, tokenizer_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ from llama_acc.core.errors import UserError
 from llama_acc.core.generate.chat import Conversation, encode_question, generate, insert_images
 from llama_acc.core.generate.engine import Engine, Prompt
 from llama_acc.core.generate.load import LoadedModel, load_model
+from llama_acc.core.model.transformer import shapes_of
 from tests.core.generate.decoding import decode
 from tests.core.generate.images_work import GREEDY, pictures, seen_logits
 from tests.core.model.test_vision_parity import huggingface_llama, their_features, their_logits
@@ -141,7 +142,7 @@ def test_images_a_model_does_not_take_are_refused(folders: dict[str, Path], tmp_
     with pytest.raises(UserError, match="takes one image at a time"):
         generate(clip, "what?", images=images_for(clip, 2))
     state = torch.load(folders["tiny"] / "consolidated.00-of-01.model.pth", weights_only=True)["model"]
-    parts = SEEING["tiny"].vision_parts
+    parts = shapes_of(SEEING["tiny"], "vision")
     words_only = {name: t for name, t in state.items() if name.removeprefix("llma.") not in parts}
     torch.save({"model": words_only}, tmp_path / "consolidated.00-of-01.model.pth")
     for name in ("config.json", "tokenizer.model", "meta.json"):

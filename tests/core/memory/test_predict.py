@@ -12,6 +12,7 @@ from llama_acc.core.memory.predict import predict, predict_generation
 from llama_acc.core.memory.request import Request, setup_of
 from llama_acc.core.memory.simulate import Setup, simulate_training
 from llama_acc.core.memory.workspaces import _FLASH_BACKWARD, workspace
+from llama_acc.core.model.transformer import parameter_count
 from tests.core.memory.setups import NF4, SMALL, deep, setup
 
 DIM, LAYERS, VOCABULARY, HIDDEN, KEYS = 128, 3, 1000, 512, 64
@@ -29,7 +30,7 @@ def parts(*overrides: str, **options: object) -> dict[str, int]:
 
 def test_the_small_model_is_what_is_counted_here() -> None:
     run = setup()
-    assert run.config.parameter_count() == PARAMETERS
+    assert parameter_count(run.config) == PARAMETERS
     assert (run.config.dim, run.config.hidden_dim, run.config.kv_dim) == (DIM, HIDDEN, KEYS)
     assert SMALL["n_layers"] == LAYERS
 

@@ -15,6 +15,7 @@ from llama_acc.core.checkpoint.layout import inspect, read_config
 from llama_acc.core.data.features import FeatureCache
 from llama_acc.core.data.images import Transform
 from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.transformer import describe, shapes_of
 from llama_acc.core.model.vision_config import VISION_FILE, ClipVision, QFormerVision, VisionTraining
 from tests.core.accessory import ACCESSORY, sampled
 from tests.core.accessory_work import CACHED, WHOLE, Loaded, golden_of, load, save_as_accessory
@@ -129,14 +130,14 @@ def stage_one_as_reference(config: ModelConfig) -> ModelConfig:
 def test_what_trains_is_what_trains_there(name: str) -> None:
     golden = golden_of(name)
     config = stage_one_as_reference(ACCESSORY[name])
-    assert sorted(key for key in config.parameter_shapes() if config.trains(key)) == golden["trainable"]
+    assert sorted(key for key in shapes_of(config) if describe(config)[key].trains) == golden["trainable"]
 
 
 @pytest.mark.parametrize("name", ["llama_qformerv2", "llama_qformerv2_peft"])
 def test_names_and_shapes_are_those_of_its_state_dict(name: str) -> None:
     golden = golden_of(name)
     names = {key: tuple(shape) for key, shape in golden["names"].items()}
-    assert names == ACCESSORY[name].parameter_shapes()
+    assert names == shapes_of(ACCESSORY[name])
     assert isinstance(ACCESSORY[name].vision, QFormerVision)
 
 

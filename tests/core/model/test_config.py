@@ -6,6 +6,7 @@ import pytest
 
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import NAMED_SIZES, ModelConfig, config_from_params, named_size, read_params
+from llama_acc.core.model.transformer import parameter_count, quantisable, shapes_of
 from tests.core.tiny import GOLDEN, random_model
 
 PARAMS: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 4}
@@ -28,7 +29,7 @@ def problems(changes: dict[str, Any]) -> str:
 )
 def test_named_sizes_have_the_released_models_parameters(name: str, parameters: int, hidden: int) -> None:
     config = named_size(name)
-    assert config.parameter_count() == parameters
+    assert parameter_count(config) == parameters
     assert config.hidden_dim == hidden
     assert config.head_dim == 128
     assert config.vocab_size == 32000
@@ -61,8 +62,8 @@ def test_an_unknown_size_is_refused_with_the_near_ones() -> None:
 def test_the_shapes_a_config_tells_are_those_of_the_model(changes: dict[str, Any]) -> None:
     config = config_from_params({"vocab_size": 50, **PARAMS, **changes})
     model = random_model(config)
-    assert config.parameter_shapes() == {name: tuple(p.shape) for name, p in model.named_parameters()}
-    assert config.parameter_count() == sum(p.numel() for p in model.parameters())
+    assert shapes_of(config) == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert parameter_count(config) == sum(p.numel() for p in model.parameters())
 
 
 def test_what_a_params_file_leaves_out_has_metas_defaults() -> None:
@@ -179,19 +180,19 @@ def test_a_tokenizer_must_fit_the_vocabulary_which_may_be_padded() -> None:
 
 def test_matrices_are_left_out_of_nf4_by_any_part_of_their_name() -> None:
     config = named_size("llama2-7b")
-    everything = set(config.quantisable())
+    everything = set(quantisable(config))
     assert len(everything) == 7 * 32 + 1
-    assert everything - set(config.quantisable(["output"])) == {"output.weight"}
-    assert len(everything - set(config.quantisable(["wv"]))) == 32
+    assert everything - set(quantisable(config, ["output"])) == {"output.weight"}
+    assert len(everything - set(quantisable(config, ["wv"]))) == 32
     # Three is not thirty.
-    left_out = everything - set(config.quantisable(["layers.3"]))
+    left_out = everything - set(quantisable(config, ["layers.3"]))
     assert len(left_out) == 7
     assert all(name.startswith("layers.3.") for name in left_out)
-    left_out = everything - set(config.quantisable(["layers.31.feed_forward.w2", "layers.0.attention"]))
+    left_out = everything - set(quantisable(config, ["layers.31.feed_forward.w2", "layers.0.attention"]))
     assert len(left_out) == 1 + 4
 
 
 @pytest.mark.parametrize("wrong", ["wx", "layers.32", "tok_embeddings", ""])
 def test_what_is_no_matrix_cannot_be_left_out_of_nf4(wrong: str) -> None:
     with pytest.raises(UserError, match=f"there is no matrix '{wrong}' to be left out of NF4"):
-        named_size("llama2-7b").quantisable([wrong])
+        quantisable(named_size("llama2-7b"), [wrong])

@@ -6,10 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_acc.core.distributed.groups import Parallel
-from llama_acc.core.model.linear import ColumnParallelLinear, RowParallelLinear
-from llama_acc.core.model.norm import RMSNorm, normed_linears
-from llama_acc.core.model.rotary import rotary_table, rotate
-from llama_acc.core.model.swiglu import gated_linear
+from llama_acc.core.model.attention import rotary_table, rotate
+from llama_acc.core.model.layers import ColumnParallelLinear, RMSNorm, RowParallelLinear, gated_linear, normed_linears
 
 # More rows than the feed-forward layer takes at once on a CPU.
 ROWS, DIM, HIDDEN = 600, 24, 40

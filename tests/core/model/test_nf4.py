@@ -12,16 +12,19 @@ from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import (
     Transformer,
     build_on_meta,
+    describe,
     freeze_untrained,
     initialise,
+    quantisable,
     quantise_on_meta,
+    shapes_of,
 )
-from llama_acc.core.model.tuning import Tuning
+from llama_acc.core.model.tuning.lora import LoRA, LoRABiasNorm
 from tests.core.tiny import CPU, SMALL, cached_logits, difference, document_logits, random_model
 
 # A width of whole blocks, and one whose blocks go across rows.
 SHAPES = {"whole blocks": replace(SMALL, dim=128, multiple_of=64), "blocks across rows": replace(SMALL, dim=48)}
-LORA = Tuning("lora_bias_norm", 4)
+LORA = LoRABiasNorm(4)
 
 
 def theirs(matrix: torch.Tensor) -> torch.Tensor:
@@ -35,7 +38,7 @@ def theirs(matrix: torch.Tensor) -> torch.Tensor:
 def rounded(model: Transformer, skip: tuple[str, ...] = ()) -> Transformer:
     """The model with its matrices as they are in NF4, in float32."""
     with torch.no_grad():
-        for name in model.config.quantisable(skip):
+        for name in quantisable(model.config, skip):
             parameter = model.get_parameter(name)
             parameter.copy_(theirs(parameter))
     return model
@@ -104,7 +107,7 @@ def test_loss_and_gradients_are_those_of_the_dequantised_matrices(config: ModelC
         losses[-1].backward()
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
     trained = [name for name, parameter in small.named_parameters() if parameter.requires_grad]
-    assert set(trained) == {name for name in model.config.parameter_shapes() if LORA.trains(name)}
+    assert set(trained) == {name for name, one in describe(model.config).items() if one.trains}
     for name in trained:
         ours, wanted = small.get_parameter(name).grad, large.get_parameter(name).grad
         assert ours is not None
@@ -116,10 +119,10 @@ def test_norms_embedding_and_what_trains_are_never_quantised() -> None:
     model = for_training(random_model(replace(SMALL, tuning=LORA)), torch.bfloat16)
     kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
     small = {name for name, kind in kinds.items() if kind == torch.uint8}
-    assert small == set(SMALL.quantisable())
+    assert small == set(quantisable(SMALL))
     assert len(small) == 7 * SMALL.n_layers + 1
     assert {name for name, kind in kinds.items() if kind == torch.bfloat16} == {"tok_embeddings.weight"}
-    assert all(kinds[name] == torch.float32 for name in kinds if LORA.trains(name))
+    assert all(kinds[name] == torch.float32 for name, one in describe(model.config).items() if one.trains)
 
 
 def test_random_weights_are_quantised_too() -> None:
@@ -135,7 +138,7 @@ def test_random_weights_are_quantised_too() -> None:
 
 
 def test_nothing_of_the_size_of_a_dense_matrix_is_kept_for_the_backward_pass() -> None:
-    config = replace(SMALL, dim=128, multiple_of=64, tuning=Tuning("lora", 4))
+    config = replace(SMALL, dim=128, multiple_of=64, tuning=LoRA(4))
     model, tokens = for_training(random_model(config)), torch.arange(8)
     kept: list[torch.Tensor] = []
 
@@ -145,7 +148,7 @@ def test_nothing_of_the_size_of_a_dense_matrix_is_kept_for_the_backward_pass() -
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(tokens, tokens, [8], tokens.roll(-1))
-    least = min(torch.Size(config.parameter_shapes()[name]).numel() for name in config.quantisable(("output",)))
+    least = min(torch.Size(shapes_of(config)[name]).numel() for name in quantisable(config, ("output",)))
     large = [tensor for tensor in kept if tensor.is_floating_point() and tensor.numel() >= least]
     assert kept
     assert not large, [tuple(tensor.shape) for tensor in large]

@@ -3,12 +3,12 @@
 import pytest
 
 from llama_acc.core.errors import UserError
-from llama_acc.core.model.config import NAMED_SIZES, ModelConfig
-from llama_acc.core.model.sharding import SIZES, check_divides, local_shape, split_dimension
+from llama_acc.core.model.config import NAMED_SIZES, SIZES, ModelConfig, check_divides
+from llama_acc.core.model.transformer import local_shape, shapes_of, split_dimension
 
 
 def test_tensors_are_split_as_in_llama2_accessory():
-    split = {name: split_dimension(name) for name in ModelConfig(8, 1, 2).parameter_shapes()}
+    split = {name: split_dimension(name) for name in shapes_of(ModelConfig(8, 1, 2, vocab_size=8, multiple_of=8))}
     assert split == {
         "tok_embeddings.weight": 1,
         "layers.0.attention_norm.weight": None,
@@ -26,7 +26,7 @@ def test_tensors_are_split_as_in_llama2_accessory():
 
 
 def test_a_shard_of_70b_at_size_8_has_the_shapes_of_metas_files():
-    shapes = NAMED_SIZES["llama2-70b"].parameter_shapes()
+    shapes = shapes_of(NAMED_SIZES["llama2-70b"])
     local = {name: local_shape(name, shape, 8) for name, shape in shapes.items()}
     assert local["layers.0.attention.wk.weight"] == (128, 8192)
     assert local["layers.0.feed_forward.w2.weight"] == (8192, 3584)

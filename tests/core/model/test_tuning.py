@@ -5,17 +5,26 @@ import torch
 
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig, config_from_params
-from llama_acc.core.model.sharding import split_dimension
-from llama_acc.core.model.transformer import Transformer, build_on_meta, freeze_untrained, initialise
-from llama_acc.core.model.tuning import FULL, METHODS, Tuning, check_tuning, tuning_of
+from llama_acc.core.model.transformer import (
+    Transformer,
+    build_on_meta,
+    freeze_untrained,
+    initialise,
+    shapes_of,
+    split_dimension,
+)
+from llama_acc.core.model.tuning import FULL, METHODS, Tuning, tuning_of
+from llama_acc.core.model.tuning.adapter import Adapter
+from llama_acc.core.model.tuning.bias_norm import BiasNorm
+from llama_acc.core.model.tuning.lora import LoRA, LoRABiasNorm
 from tests.core.tiny import SMALL, cached_logits, difference, document_logits, random_model
 
 TUNINGS = {
-    "bias_norm": Tuning("bias_norm"),
-    "lora": Tuning("lora", 4),
-    "lora_bias_norm": Tuning("lora_bias_norm", 4),
-    "adapter": Tuning("adapter", 0, 2, 5),
-    "adapter with LoRA and a new gate": Tuning("adapter", 4, SMALL.n_layers, 5, True),
+    "bias_norm": BiasNorm(),
+    "lora": LoRA(4),
+    "lora_bias_norm": LoRABiasNorm(4),
+    "adapter": Adapter(0, 2, 5),
+    "adapter with LoRA and a new gate": Adapter(4, SMALL.n_layers, 5, True),
 }
 TUNED = list(TUNINGS)
 
@@ -24,7 +33,7 @@ def tuned_model(tuning: Tuning, config: ModelConfig = SMALL) -> Transformer:
     """A random model in which everything the method adds says something."""
     model = random_model(replace(config, tuning=tuning))
     generator = torch.Generator().manual_seed(1)
-    added = config.parameter_shapes().keys()
+    added = shapes_of(config).keys()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name not in added and name != "prefix":
@@ -36,7 +45,7 @@ def tuned_model(tuning: Tuning, config: ModelConfig = SMALL) -> Transformer:
 def test_what_a_method_adds_is_what_the_shape_says(method: str) -> None:
     config = replace(SMALL, tuning=TUNINGS[method])
     model = build_on_meta(config, torch.float32)
-    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == config.parameter_shapes()
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == shapes_of(config)
     assert config.base() == SMALL
 
 
@@ -133,12 +142,12 @@ def test_a_checkpoint_s_files_say_the_method(mine: Tuning) -> None:
 
 
 def test_llama2_accessory_s_files_without_arguments_are_bias_norm() -> None:
-    assert tuning_of("llama_peft", {"dim": 8}) == (Tuning("bias_norm"), {"dim": 8})
-    assert tuning_of("llama_peft", {"lora_rank": 16}) == (Tuning("lora_bias_norm", 16), {})
+    assert tuning_of("llama_peft", {"dim": 8}) == (BiasNorm(), {"dim": 8})
+    assert tuning_of("llama_peft", {"lora_rank": 16}) == (LoRABiasNorm(16), {})
 
 
 def test_llama2_accessory_s_prefix_is_in_every_block_where_it_does_not_say() -> None:
-    assert tuning_of("llama_adapter", {})[0].at_depth(32) == Tuning("adapter", 0, 32, 30)
+    assert tuning_of("llama_adapter", {})[0].at_depth(32) == Adapter(0, 32, 30)
     assert tuning_of("llama_adapter", {"prefix_layers": 30, "prefix_len": 10})[0].at_depth(32).prefix_layers == 30
     assert TUNINGS["lora"].at_depth(32) == TUNINGS["lora"]
 
@@ -188,9 +197,9 @@ def test_what_no_method_is_is_refused() -> None:
     with pytest.raises(UserError, match="no tuning method has"):
         tuning_of("llama_peft", {"norm_tuning": False})
     with pytest.raises(UserError, match=r"tuning.lora_rank \(65\) is larger than the keys' width \(64\)"):
-        check_tuning(Tuning("lora", 65), {"dim": 128, "the keys' width": 64}, 2)
+        LoRA(65).check({"dim": 128, "the keys' width": 64}, 2)
     with pytest.raises(UserError, match=r"tuning.prefix_layers \(3\) is more than the model's layers \(2\)"):
-        check_tuning(Tuning("adapter", 0, 3, 5), {"dim": 128}, 2)
+        Adapter(0, 3, 5).check({"dim": 128}, 2)
 
 
 def kept_bytes(model: Transformer, tokens: torch.Tensor) -> int:
@@ -217,5 +226,5 @@ def test_lora_keeps_nothing_that_full_training_does_not_but_its_low_products() -
     head = 4 * SMALL.dim * SMALL.vocab_size  # the gradient of the output matrix, which is made at once
     for method in ("bias_norm", "lora"):
         tuning = TUNINGS[method]
-        low = 4 * len(tokens) * tuning.lora_rank * 7 * SMALL.n_layers
+        low = 4 * len(tokens) * getattr(tuning, "lora_rank", 0) * 7 * SMALL.n_layers
         assert kept_bytes(tuned_model(tuning), tokens) <= full - head + low, method

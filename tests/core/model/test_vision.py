@@ -9,10 +9,10 @@ import torch
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.sharding import split_dimension
-from llama_acc.core.model.transformer import build_on_meta, initialise
-from llama_acc.core.model.tuning import FULL, METHODS, Tuning, tuning_of
-from llama_acc.core.model.vision import Images, tower_on_meta
+from llama_acc.core.model.transformer import build_on_meta, describe, initialise, shapes_of, split_dimension
+from llama_acc.core.model.tuning import FULL, METHODS, Frozen, tuning_of
+from llama_acc.core.model.tuning.lora import LoRABiasNorm
+from llama_acc.core.model.vision import Images, tower_on_meta, tower_shapes
 from llama_acc.core.model.vision_config import (
     ClipVision,
     QFormerVision,
@@ -82,21 +82,21 @@ def test_cached_and_chunked_the_logits_are_the_same(name: str) -> None:
 def test_the_shapes_are_those_of_blip2_opt_and_clip_vit_large() -> None:
     qformer = QFormerVision()
     tower = {f"qformer.{n}": tuple(p.shape) for n, p in tower_on_meta(qformer, torch.float32).named_parameters()}
-    assert tower == qformer.tower_shapes()
+    assert tower == tower_shapes(qformer)
     clip = ClipVision()
     found = {f"clip.{n}": tuple(p.shape) for n, p in tower_on_meta(clip, torch.float32).named_parameters()}
-    assert found == clip.tower_shapes()
+    assert found == tower_shapes(clip)
 
 
 @pytest.mark.parametrize("name", SEEING)
 def test_the_shape_knows_every_parameter(name: str) -> None:
     config = SEEING[name]
     assert config.vision is not None
-    with_tower = config.parameter_shapes()
-    tower = config.vision.tower_shapes()
+    with_tower = shapes_of(config)
+    tower = tower_shapes(config.vision)
     model = {n: tuple(p.shape) for n, p in build_on_meta(config, torch.float32).named_parameters()}
     assert model == {n: shape for n, shape in with_tower.items() if n not in tower}
-    assert all(split_dimension(n) is None for n in (*tower, *config.vision_parts))
+    assert all(split_dimension(n) is None for n in (*tower, *shapes_of(config, "vision")))
 
 
 def test_vision_does_not_change_what_a_seed_gives_the_llama() -> None:
@@ -109,14 +109,14 @@ def test_vision_does_not_change_what_a_seed_gives_the_llama() -> None:
     for name, parameter in models[0].items():
         assert torch.equal(models[1][name], parameter)
         assert torch.equal(models[2][name], parameter)
-    parts = {name: models[1][name] for name in SEEING["qformer"].vision_parts}
+    parts = {name: models[1][name] for name in shapes_of(SEEING["qformer"], "vision")}
     assert 0 <= parts["start_img"].min() < parts["start_img"].max() <= 1
     assert bool((parts["qformer_proj.1.weight"] == 1).all())
     assert parts["qformer_proj.0.weight"].abs().max() <= QFORMER.query_width**-0.5
 
 
 def trained(config: ModelConfig) -> set[str]:
-    return {name for name in config.parameter_shapes() if config.trains(name)}
+    return {name for name in shapes_of(config) if describe(config)[name].trains}
 
 
 PROJECTION = {
@@ -130,18 +130,18 @@ PROJECTION = {
 
 
 def test_the_tower_never_trains_and_the_projection_always_does() -> None:
-    assert trained(replace(SEEING["qformer"], tuning=Tuning("frozen"))) == PROJECTION
-    everything = set(SEEING["qformer"].parameter_shapes())
-    tower = set(QFORMER.tower_shapes())
+    assert trained(replace(SEEING["qformer"], tuning=Frozen())) == PROJECTION
+    everything = set(shapes_of(SEEING["qformer"]))
+    tower = set(tower_shapes(QFORMER))
     assert trained(SEEING["qformer"]) == everything - tower
     for method in ("lora", "bias_norm", "lora_bias_norm"):
-        tuning = Tuning(method, METHODS[method].lora or 0)
+        tuning = METHODS[method]()
         plain = replace(SMALL, tuning=tuning)
         assert trained(replace(plain, vision=QFORMER)) == trained(plain) | PROJECTION
 
 
 def test_as_in_the_reference_only_biases_of_the_projection_train() -> None:
-    tuning = Tuning("lora_bias_norm", 4)
+    tuning = LoRABiasNorm(4)
     plain = replace(SMALL, tuning=tuning)
     seeing = replace(plain, vision=QFORMER, vision_training=VisionTraining(2, as_reference=True))
     assert trained(seeing) == trained(plain) | {"qformer_proj.0.bias", "qformer_proj.1.bias"}
@@ -152,7 +152,7 @@ def test_as_in_the_reference_only_biases_of_the_projection_train() -> None:
 def test_the_adapter_s_stages_train_what_the_reference_s_do() -> None:
     first = trained(replace(SEEING["clip"], vision_training=VisionTraining(1)))
     second = trained(replace(SEEING["clip"], vision_training=VisionTraining(2)))
-    everything = set(SEEING["clip"].parameter_shapes())
+    everything = set(shapes_of(SEEING["clip"]))
     kinds = ("clip_proj", "visual_", "prefix", "norm", "bias", "lora")
     mine = {name for name in everything if not name.startswith("clip.")}
     assert first == {name for name in mine if any(kind in name for kind in kinds)}
@@ -161,19 +161,19 @@ def test_the_adapter_s_stages_train_what_the_reference_s_do() -> None:
 
 @pytest.mark.parametrize("name", SEEING)
 def test_gradients_reach_every_part_and_without_images_they_are_zero(name: str) -> None:
-    model, vision = seeing_model(name), SEEING[name].vision
+    model, vision = seeing_model(name).requires_grad_(), SEEING[name].vision
     assert vision is not None
     tower = None if vision.trains_encoder else random_tower(vision)
     tokens, positions, lengths, images = stream_of(documents_of(tower, vision, [1, 0]), vision)
     model(tokens, positions, lengths, targets=tokens.roll(-1), images=images).backward()
-    for part in SEEING[name].vision_parts:
+    for part in shapes_of(SEEING[name], "vision"):
         gradient = model.get_parameter(part).grad
         assert gradient is not None, part
         assert gradient.abs().max() > 0, part
     model.zero_grad()
     words = random_words(9, 1)
     model(words, torch.arange(9), [9], targets=words.roll(-1)).backward()
-    for part in SEEING[name].vision_parts:
+    for part in shapes_of(SEEING[name], "vision"):
         gradient = model.get_parameter(part).grad
         assert gradient is not None, part
         assert not gradient.any(), part

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.transformer import shapes_of
 from llama_acc.core.model.vision_config import (
     ClipVision,
 )
@@ -69,7 +70,7 @@ def huggingface_llama(model: Any) -> Any:
     config = huggingface_config(base, "float32", False, {})
     llama = LlamaForCausalLM(LlamaConfig(**config)).eval()
     state = {}
-    for name in base.parameter_shapes():
+    for name in shapes_of(base):
         heads, value = rotated_heads(name, base), model.get_parameter(name).detach()
         state[huggingface_name(name)] = (
             reorder_heads(LazyTensor.of(value), heads, to_meta=False).to(torch.float32) if heads else value

@@ -10,6 +10,7 @@ from llama_acc.core.checkpoint.save import write_checkpoint
 from llama_acc.core.data.batches import build
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
+from llama_acc.core.model.transformer import parameter_count
 from llama_acc.core.train.log import describe_plan
 from llama_acc.core.train.plan import Plan
 from tests.core.tiny import CPU
@@ -187,7 +188,7 @@ def test_the_plan_says_what_will_be_done() -> None:
     lines = dict(describe_plan(plan))
     assert lines["model"] == "2 layers, width 32, 4 heads (2 for keys and values), vocabulary 640"
     assert lines["weights"] == "random (seed 0)"
-    assert lines["parameters"].startswith(f"{plan.config.parameter_count():,}, of which")
+    assert lines["parameters"].startswith(f"{parameter_count(plan.config):,}, of which")
     assert lines["data"].startswith("24 items, ")
     assert lines["validation"] == "8 items"
     assert lines["steps"] == "6 of 8 examples; 3 in an epoch, 2 epochs, fp32"

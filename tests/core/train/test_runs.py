@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import yaml
 
 from llama_acc.core.atomic import check_manifest
+from llama_acc.core.model.transformer import parameter_count, shapes_of
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.callback import Callback
 from tests.core.tiny import CPU, document_logits, loaded_model
@@ -188,7 +189,7 @@ def test_bf16_saves_rounded_weights_and_keeps_exact_masters(tmp_path: Path) -> N
 def test_saved_weights_have_metas_names_behind_llma(tmp_path: Path) -> None:
     run(tmp_path, "train.max_steps=1", "train.warmup_epochs=0")
     config = plan_of().config
-    shapes = {f"llma.{name}": shape for name, shape in config.parameter_shapes().items()}
+    shapes = {f"llma.{name}": shape for name, shape in shapes_of(config).items()}
     assert {name: tuple(tensor.shape) for name, tensor in saved_weights(tmp_path / "epoch0-iter1").items()} == shapes
     assert json.loads((tmp_path / "epoch0-iter1" / "config.json").read_text()) == config.to_params()
     assert json.loads((tmp_path / "epoch0-iter1" / "meta.json").read_text()) == {"llama_type": "llama"}
@@ -235,7 +236,7 @@ def test_a_dry_run_writes_two_files_and_the_real_run_may_follow(tmp_path: Path) 
     plan = dry_run(quickstart(), tmp_path, callback=Callback())
     assert names(tmp_path) == {"recipe.yaml", "data.json"}
     assert plan.total_steps == 8
-    assert rank_share(plan, 1).parameters == plan.config.parameter_count()
+    assert rank_share(plan, 1).parameters == parameter_count(plan.config)
     estimate = estimate_time(plan, 1, CPU, predict_memory(plan, 1, CPU))
     assert estimate.seconds > 0
     assert "timed step" in estimate.how

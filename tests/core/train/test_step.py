@@ -25,8 +25,6 @@ def steps(model: Transformer, sizes: Sequence[int], count: int = 1, lr: float = 
 def test_the_golden_training_curve_is_reproduced(name: str) -> None:
     golden = json.loads((GOLDEN / name / "training.json").read_text())
     model = loaded_model(GOLDEN / name)
-    for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(model.config.tuning.trains(parameter_name))
     optimizer = adamw(
         model,
         betas=tuple(golden["betas"]),

@@ -24,7 +24,8 @@ from llama_acc.core.finetune import dry_run
 from llama_acc.core.generate.chat import generate
 from llama_acc.core.generate.load import load_model
 from llama_acc.core.memory.estimate import rank_share
-from llama_acc.core.model.vision import Tower
+from llama_acc.core.model.transformer import parameter_count, shapes_of
+from llama_acc.core.model.vision import Tower, tower_shapes
 from llama_acc.core.train.callback import Callback
 from llama_acc.core.train.log import describe_plan
 from tests.core.ranks import run_ranks
@@ -104,7 +105,7 @@ def test_every_shard_has_all_of_what_vision_adds(of_four: Path) -> None:
         torch.load(of_four / "qformer-fsdp" / "epoch1" / f"consolidated.0{rank}-of-02.model.pth", weights_only=True)
         for rank in range(2)
     ]
-    seen = {f"llma.{name}" for name in (*QFORMER.tower_shapes(), *SEEING["qformer"].vision_parts)}
+    seen = {f"llma.{name}" for name in (*tower_shapes(QFORMER), *shapes_of(SEEING["qformer"], "vision"))}
     for shard in shards:
         assert seen < shard["model"].keys()
     assert all(torch.equal(shards[0]["model"][name], shards[1]["model"][name]) for name in seen)
@@ -233,7 +234,9 @@ def test_only_what_trains_is_saved_and_loads_over_its_bases(tmp_path: Path) -> N
     data = write_data(tmp_path / "data")
     words = words_for(QFORMER, data, "tuning.method=frozen", "checkpoint.trainable_only=true")
     finished = run(tmp_path / "first", *words, f"model.pretrained=[{llama}, {tower}]")
-    assert saved_weights(finished.checkpoint).keys() == {f"llma.{name}" for name in SEEING["qformer"].vision_parts}
+    assert saved_weights(finished.checkpoint).keys() == {
+        f"llma.{name}" for name in shapes_of(SEEING["qformer"], "vision")
+    }
     assert json.loads((finished.checkpoint / "meta.json").read_text()) == {"llama_type": "llama_qformerv2"}
     loaded = load_model(llama, tower, tmp_path / "first", device="cpu")
     assert loaded.vision == QFORMER
@@ -279,7 +282,7 @@ def test_stage_two_goes_on_from_stage_one_and_says_so_where_there_is_none(tmp_pa
     finished = run(tmp_path / "second", *second, bases, *part)
     saved = saved_weights(finished.checkpoint)
     assert not any(name.startswith("llma.qformer.") for name in saved)
-    assert {f"llma.{name}" for name in SEEING["qformer"].vision_parts} < saved.keys()
+    assert {f"llma.{name}" for name in shapes_of(SEEING["qformer"], "vision")} < saved.keys()
     load_model(llama, tower, tmp_path / "first", tmp_path / "second", device="cpu", quantize="nf4")
     run(tmp_path / "stopped", *second, bases, *part, "train.max_steps=4")
     run(tmp_path / "stopped", *second, bases, *part, resume=True)
@@ -288,7 +291,7 @@ def test_stage_two_goes_on_from_stage_one_and_says_so_where_there_is_none(tmp_pa
 
 def reference_checkpoint(folder: Path, name: str, size: int) -> dict[str, Tensor]:
     """What LLaMA2-Accessory writes of a model that sees, made up at a tiny size: the tower in every shard."""
-    from llama_acc.core.model.sharding import split_dimension
+    from llama_acc.core.model.transformer import split_dimension
 
     config = SEEING[name]
     state = {f"{n}": p.detach() for n, p in seeing_model(name).named_parameters()}
@@ -398,12 +401,12 @@ def test_a_dry_run_counts_the_tower_and_the_images(alone: Path, tmp_path: Path) 
     recipe = quickstart(*overrides_of("qformer", alone))
     plan = dry_run(recipe, None, callback=Callback())
     share = rank_share(plan, 1)
-    tower = sum(torch.Size(shape).numel() for shape in QFORMER.tower_shapes().values())
+    tower = sum(torch.Size(shape).numel() for shape in tower_shapes(QFORMER).values())
     text = dict(describe_plan(plan))["vision"]
     assert f"encoder qformer, stage 1; {tower:,} of the parameters are its tower, which is frozen" in text
     assert "15 images of 34 positions each, random_resized_crop" in text
-    assert plan.config.parameter_count() == share.parameters
+    assert parameter_count(plan.config) == share.parameters
     whole = sum(tensor.numel() for tensor in saved_weights(alone / "qformer" / "epoch1").values())
-    assert plan.config.parameter_count() == whole
+    assert parameter_count(plan.config) == whole
     # Two tokens of 34 positions: what an image costs is counted.
     assert int(plan.train.lengths.sum()) == sum(line["tokens"] for line in metrics(alone / "qformer")[:3])

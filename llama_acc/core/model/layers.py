@@ -1,0 +1,484 @@
+"""The layers of the block: matrix products, RMSNorm and SwiGLU, each with the backward pass that keeps least.
+
+Parameters may be of another type than the activations: they are cast for compute. Under model parallelism each rank
+holds a part of a matrix. A column-parallel layer takes the whole input and gives its part of the output's features; a
+row-parallel one takes such a part, and its output is summed over the group. So a rank's part is a shard of Meta's and
+LLaMA2-Accessory's checkpoints. The groups and the differentiable communication are fairscale's; where an operation has
+a backward pass of its own, the communication is in there.
+
+What is known of a parameter before it has values - its whole shape, how it is split, how it is initialized - is said
+by the layer that creates it, with `parameter`; whether it trains is its `requires_grad`. `transformer.describe`
+collects that for those who need a table.
+
+Shapes: T tokens of the stream; features are those of this rank.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from llama_acc.core.device import device_type
+from llama_acc.core.distributed.groups import Group, Parallel, copied, gathered, summed
+from llama_acc.core.model import nf4
+from llama_acc.core.model.nf4 import Scales, dense
+
+_onednn: Any = torch.backends.mkldnn
+_ALONE = Parallel()
+# Rows of SwiGLU that are worked on at a time on a CPU.
+_PIECE_ROWS = 256
+Init = Callable[[Tensor, Generator], object]
+"""Fills a whole parameter, on the CPU, in place."""
+
+
+class Spec(NamedTuple):
+    """What a layer says of a parameter that it creates.
+
+    Attributes:
+        shape: of the whole parameter.
+        split: the dimension in which model parallelism splits it; None = every rank has all of it.
+        init: its values at the start.
+    """
+
+    shape: tuple[int, ...]
+    split: int | None
+    init: Init
+
+
+def ones(values: Tensor, generator: Generator) -> None:
+    """An `Init`."""
+    values.fill_(1.0)
+
+
+def zeros(values: Tensor, generator: Generator) -> None:
+    """An `Init`."""
+    values.zero_()
+
+
+def normal(std: float = 0.02) -> Init:
+    """Normally distributed values around 0."""
+    return lambda values, generator: values.normal_(0.0, std, generator=generator)
+
+
+def parameter(*shape: int, init: Init, split: int | None = None, parallel: Parallel = _ALONE) -> nn.Parameter:
+    """This rank's part of a parameter, without values.
+
+    Args:
+        shape: of the whole parameter.
+        init: its values at the start.
+        split: the dimension in which it is split over the ranks of `parallel`; None = it is not.
+        parallel: the ranks that share it.
+    """
+    local = [length // parallel.model_size if i == split else length for i, length in enumerate(shape)]
+    made = nn.Parameter(torch.empty(local))
+    # A plain attribute: it is read from a model just built, and not kept when the parameter is replaced.
+    setattr(made, "spec", Spec(shape, split, init))  # noqa: B010
+    return made
+
+
+def spec_of(made: nn.Parameter) -> Spec:
+    """What was said of a parameter just made."""
+    spec: Spec = made.spec  # type: ignore[attr-defined]
+    return spec
+
+
+class Extension(Protocol):
+    """What a tuning method puts on a matrix product: the one thing that layers know of the methods."""
+
+    def inputs(self) -> list[Tensor]:
+        """Matrices [n, in_features], whose products with the layer's input are computed along with the layer's own."""
+
+    def finish(self, y: Tensor, products: Iterator[Tensor]) -> Tensor:
+        """The layer's output.
+
+        Args:
+            y: [..., out_features], what it is without this; may be changed in place.
+            products: [..., n], of each of `inputs` the next one: to be taken from it.
+        """
+
+
+class Matrix(nn.Module):
+    """A matrix of an extension, as a module so that its name ends in `.weight`.
+
+    Attributes:
+        weight: [out_features, in_features].
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+class Linear(nn.Module):
+    """A matrix product; its matrix may be quantized, and a tuning method may add a bias or extensions.
+
+    Attributes:
+        weight: [out_features, in_features]; or quantized, [out_features, in_features / 2] bytes.
+        scales: of a quantized matrix; else None.
+        bias: [out_features], or None.
+        extensions: what else is done to the product, in this order, after the bias.
+        in_features: of the whole layer.
+        out_features: of the whole layer.
+        split: the dimension of the matrix in which it is split; None = it is not.
+        group: the ranks that it is split over; None = it is not.
+    """
+
+    split: int | None = None
+
+    def __init__(self, in_features: int, out_features: int, parallel: Parallel, init: Init | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.parallel = in_features, out_features, parallel
+        self.group = parallel.model_group if parallel.model_size > 1 else None
+        self.weight = parameter(out_features, in_features, init=init or normal(), split=self.split, parallel=parallel)
+        self.is_quantised = False
+        self.bias: nn.Parameter | None = None
+        self.extensions: list[Extension] = []
+
+    def add_bias(self) -> None:
+        """Gives the layer a bias, zero at the start; it is split with the rows of the matrix."""
+        split = 0 if self.split == 0 else None
+        self.bias = parameter(self.out_features, init=zeros, split=split, parallel=self.parallel)
+
+    def make_room_for_nf4(self) -> None:
+        """Gives the matrix the form it has when it is quantised, with nothing in it yet."""
+        rows, columns = self.weight.shape
+        device = self.weight.device
+        room = torch.empty(nf4.packed_shape(rows, columns), dtype=torch.uint8, device=device)
+        self.take(room, nf4.empty_scales(rows, columns, device))
+        self.is_quantised = True
+
+    def take(self, packed: Tensor, scales: Scales) -> None:
+        """Takes over a quantised matrix, with its storage."""
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        for name, tensor in scales._asdict().items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def scales(self) -> Scales | None:
+        """See the class."""
+        return Scales(*(self.get_buffer(name) for name in Scales._fields)) if self.is_quantised else None
+
+    def inputs(self) -> list[Tensor]:
+        """The matrices of the extensions that are multiplied with the layer's input."""
+        return [matrix for extension in self.extensions for matrix in extension.inputs()]
+
+    def finish(self, y: Tensor, products: Iterator[Tensor]) -> Tensor:
+        """Adds what the tuning method has to the matrix product y [..., out], in place.
+
+        Args:
+            y: the product.
+            products: [..., n], those with `inputs`.
+        """
+        y = y if self.bias is None else y.add_(self.bias.to(y.dtype))
+        for extension in self.extensions:
+            y = extension.finish(y, products)
+        return y
+
+
+class ColumnParallelLinear(Linear):
+    """A matrix product of which this rank computes a part of the output's features.
+
+    The gradient of its input is a sum over `group`: `forward`, `normed_linears` and `linear_cross_entropy` see to that.
+    The matrices of its extensions' inputs are whole on every rank.
+    """
+
+    split = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., this rank's out_features], in the type of `x`."""
+        extra = [copied(linear(x, matrix), self.group) for matrix in self.inputs()]
+        return self.finish(linear(copied(x, self.group), self.weight, self.scales), iter(extra))
+
+
+class RowParallelLinear(Linear):
+    """A matrix product of which this rank has a part of the input's features; the output is whole.
+
+    So are the bias and what extensions do to the output; the matrices of their inputs are split like the layer's.
+    """
+
+    split = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., this rank's in_features] to [..., out_features], in the type of `x`."""
+        extra = [summed(linear(x, matrix), self.group) for matrix in self.inputs()]
+        return self.finish(summed(linear(x, self.weight, self.scales), self.group), iter(extra))
+
+
+class Packed:
+    """Several linear layers of the same input as one matrix product.
+
+    In small models a matrix product of one row costs less than the call. The layers' weights become views of the
+    packed one, so they keep their names and no memory is added.
+    """
+
+    def __init__(self, layers: Sequence[Linear]) -> None:
+        self.sizes = [layer.weight.shape[0] for layer in layers]
+        self.weight = torch.cat([layer.weight.detach() for layer in layers])
+        for layer, view in zip(layers, self.weight.split(self.sizes), strict=True):
+            layer.weight = nn.Parameter(view, requires_grad=False)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[T, in] to one [T, out] for each layer."""
+        return linear(x, self.weight).split(self.sizes, -1)
+
+
+def linear(x: Tensor, weight: Tensor, scales: Scales | None = None) -> Tensor:
+    """x [..., in] times weight [out, in], which may be quantised, transposed; in the type of `x`."""
+    if scales is not None:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _QuantisedLinearFunction.apply(x, weight, scales)
+        if x.dim() == 2 and x.shape[0] == 1:
+            return nf4.one_row(x, weight, scales)
+    weight = dense(weight, scales, x.dtype)
+    if x.dim() == 2 and x.shape[0] == 1 and device_type(x) == "cpu" and not torch.is_grad_enabled():
+        return _one_row(x, weight)
+    return F.linear(x, weight)
+
+
+class _QuantisedLinearFunction(torch.autograd.Function):
+    """Keeps the quantised matrix only, and writes it out again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scales: Scales) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.scales = scales
+        return F.linear(x, dense(weight, scales, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return d_outputs[0] @ dense(weight, ctx.scales, d_outputs[0].dtype), None, None
+
+
+def _one_row(x: Tensor, weight: Tensor) -> Tensor:
+    """`F.linear` of one row [1, in] on a CPU: generation, where the libraries' products of matrices fall short."""
+    rows, columns = weight.shape
+    threads = torch.get_num_threads()
+    if x.dtype == torch.float32 and rows % threads == 0:
+        # The library reads a matrix with one thread if there is one vector to multiply; as a batch of matrices, one
+        # for each thread, it is read with all.
+        return torch.bmm(x.expand(threads, 1, columns), weight.view(threads, rows // threads, columns).mT).view(1, rows)
+    if x.dtype == torch.bfloat16 and _onednn.enabled:
+        # oneDNN takes 1.1 to 4 times as long as torch's own product of a matrix and a vector, at every size (measured
+        # on two Zen 4 cores).
+        _onednn.enabled = False
+        try:
+            return F.linear(x, weight)
+        finally:
+            _onednn.enabled = True
+    return F.linear(x, weight)
+
+
+class ParallelEmbedding(nn.Module):
+    """A table of vectors, of which this rank holds a part of the features.
+
+    Attributes:
+        weight: [vocab_size, this rank's part of dim].
+    """
+
+    def __init__(self, vocab_size: int, dim: int, parallel: Parallel) -> None:
+        super().__init__()
+        self.weight = parameter(vocab_size, dim, init=normal(), split=1, parallel=parallel)
+        self.group = parallel.model_group if parallel.model_size > 1 else None
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """Tokens [T] to vectors [T, dim] of `dtype`. Rows are cast after they are picked: the table is large."""
+        return gathered(F.embedding(tokens, self.weight).to(dtype), self.group)
+
+
+def accumulator(weight: Tensor, terms: int) -> Tensor:
+    """Where `add_product` sums that many terms of a weight's gradient: in float32 if there is more than one."""
+    if not terms:
+        return torch.zeros_like(weight)
+    return torch.empty_like(weight, dtype=weight.dtype if terms == 1 else torch.float32)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """Adds the product a @ b to `total`, or writes it there if it is the first. `total` may be of a wider type."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, beta=0 if first else 1)
+    elif first:
+        total.copy_(a @ b)
+    else:
+        total.add_(a @ b)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation, computed in float32 as Meta's code does.
+
+    Attributes:
+        weight: [dim].
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = parameter(dim, init=ones)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] to [..., dim], in the type of `x`."""
+        if torch.is_grad_enabled():
+            return _RMSNormFunction.apply(x, self.weight, self.eps)
+        return _rms_norm(x, self.weight, self.eps)[0]
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The normed [..., dim] in the type of `x`, and 1 / rms [..., 1] in float32."""
+    wide = x.float()
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * inverse).to(x.dtype) * weight.to(x.dtype), inverse
+
+
+def _rms_norm_backward(
+    d_y: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, weight_needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x and weight from that of the output, all [..., dim]."""
+    wide = d_y.float()
+    normed = x.float() * inverse
+    d_weight = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype) if weight_needs_grad else None
+    d_normed = wide * weight.float()
+    # d x = (d n - n * mean(d n * n)) / rms
+    projection = (d_normed * normed).mean(-1, keepdim=True)
+    d_x = d_normed.sub_(normed.mul_(projection)).mul_(inverse)
+    return d_x.to(x.dtype), d_weight
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """Keeps only its input and 1 / rms for the backward pass; out of single operations it would keep copies of both."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, inverse = _rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        return *_rms_norm_backward(d_outputs[0], x, weight, inverse, ctx.needs_input_grad[1]), None
+
+
+def normed_linears(x: Tensor, norm: RMSNorm, layers: Sequence[ColumnParallelLinear]) -> tuple[Tensor, ...]:
+    """Each layer of norm(x), [T, dim] to one [T, out] for each layer. For training it keeps x, but not norm(x)."""
+    if not torch.is_grad_enabled():
+        normed = norm(x)
+        return tuple(layer(normed) for layer in layers)
+    group = layers[0].group
+    extra = [matrix for layer in layers for matrix in layer.inputs()]
+    weights = [layer.weight for layer in layers]
+    scales = [*(layer.scales for layer in layers), *(None for _ in extra)]
+    outputs = _NormedLinearsFunction.apply(x, norm.weight, norm.eps, group, scales, len(extra), *weights, *extra)
+    products = iter([copied(product, group) for product in outputs[len(layers) :]])
+    return tuple(layer.finish(y, products) for layer, y in zip(layers, outputs[: len(layers)], strict=True))
+
+
+class _NormedLinearsFunction(torch.autograd.Function):
+    """Computes the norm's output again in the backward pass, and sums the layers' gradients of it in one tensor.
+
+    Under model parallelism that tensor is summed over the group while the weights' gradients are computed. The last
+    `whole` weights are those that every rank has all of: their outputs' gradients are complete, so they are added to
+    the sum, not summed themselves.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        group: Group | None,
+        scales: Sequence[Scales | None],
+        whole: int,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        normed, inverse = _rms_norm(x, norm_weight, eps)
+        ctx.save_for_backward(x, norm_weight, inverse, *weights)
+        ctx.group, ctx.scales, ctx.split = group, scales, len(weights) - whole
+        return tuple(F.linear(normed, dense(*matrix, x.dtype)) for matrix in zip(weights, scales, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm_weight, inverse, *weights = ctx.saved_tensors
+        needs_norm, needs_weights = ctx.needs_input_grad[1], ctx.needs_input_grad[6:]
+        matrices = list(zip(weights, ctx.scales, strict=True))
+        d_normed = d_outputs[0] @ dense(*matrices[0], x.dtype)
+        for d_y, matrix in zip(d_outputs[1 : ctx.split], matrices[1 : ctx.split], strict=True):
+            d_normed.addmm_(d_y, dense(*matrix, x.dtype))
+        summing = None if ctx.group is None else dist.all_reduce(d_normed, group=ctx.group, async_op=True)
+        d_weights: list[Tensor | None] = [None] * len(weights)
+        if any(needs_weights):
+            normed = (x.float() * inverse).to(x.dtype) * norm_weight.to(x.dtype)
+            for i, (d_y, weight) in enumerate(zip(d_outputs, weights, strict=True)):
+                if needs_weights[i]:
+                    d_weights[i] = (d_y.t() @ normed).to(weight.dtype)
+            del normed
+        if summing is not None:
+            summing.wait()
+        for d_y, matrix in zip(d_outputs[ctx.split :], matrices[ctx.split :], strict=True):
+            d_normed.addmm_(d_y, dense(*matrix, x.dtype))
+        d_x, d_norm_weight = _rms_norm_backward(d_normed, x, norm_weight, inverse, needs_norm)
+        return d_x, d_norm_weight, None, None, None, None, *d_weights
+
+
+def gated_linear(gate: Tensor, up: Tensor, w2: RowParallelLinear) -> Tensor:
+    """SwiGLU's second half: w2(silu(gate) * up), [T, hidden] to [T, out]."""
+    if not torch.is_grad_enabled():
+        return w2(F.silu(gate).mul_(up))
+    extra = w2.inputs()
+    y, *products = _GatedLinearFunction.apply(gate, up, [w2.scales, *(None for _ in extra)], w2.weight, *extra)
+    return w2.finish(summed(y, w2.group), iter([summed(product, w2.group) for product in products]))
+
+
+class _GatedLinearFunction(torch.autograd.Function):
+    """Keeps gate and up for the backward pass and computes silu and product again: half the memory of SwiGLU.
+
+    It multiplies by one or several matrices. On a CPU it goes through the rows in pieces that stay in the cache from
+    one operation to the next.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, scales: Sequence[Scales | None], *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(gate, up, *weights)
+        ctx.scales = scales
+        compute_weights = [dense(*matrix, gate.dtype).t() for matrix in zip(weights, scales, strict=True)]
+        outputs = tuple(gate.new_empty(len(gate), len(weight)) for weight in weights)
+        for rows in _row_pieces(gate):
+            product = F.silu(gate[rows]).mul_(up[rows])
+            for y, weight in zip(outputs, compute_weights, strict=True):
+                torch.mm(product, weight, out=y[rows])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, *weights = ctx.saved_tensors
+        compute_weights = [dense(*matrix, gate.dtype) for matrix in zip(weights, ctx.scales, strict=True)]
+        pieces = _row_pieces(gate)
+        d_weights = [
+            accumulator(weight, len(pieces)) if needed else None
+            for weight, needed in zip(weights, ctx.needs_input_grad[3:], strict=True)
+        ]
+        # Their gradients take the place of gate and up; torch refuses a second backward pass over them.
+        for rows in pieces:
+            activated, d_product = F.silu(gate[rows]), d_outputs[0][rows] @ compute_weights[0]
+            for d_y, weight in zip(d_outputs[1:], compute_weights[1:], strict=True):
+                d_product.addmm_(d_y[rows], weight)
+            if any(ctx.needs_input_grad[3:]):
+                product = activated * up[rows]
+                for d_weight, d_y in zip(d_weights, d_outputs, strict=True):
+                    if d_weight is not None:
+                        add_product(d_weight, d_y[rows].t(), product, first=not rows.start)
+            torch.ops.aten.silu_backward.grad_input(d_product * up[rows], gate[rows], grad_input=gate[rows])
+            torch.mul(activated, d_product, out=up[rows])
+        done = (None if d is None else d.to(w.dtype) for d, w in zip(d_weights, weights, strict=True))
+        return gate, up, None, *done
+
+
+def _row_pieces(x: Tensor) -> list[slice]:
+    if device_type(x) != "cpu" or torch.compiler.is_compiling():
+        return [slice(None)]
+    return [slice(start, start + _PIECE_ROWS) for start in range(0, len(x), _PIECE_ROWS)]

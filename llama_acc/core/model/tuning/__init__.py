@@ -1,0 +1,205 @@
+"""The tuning methods. A method is one file of this folder: a frozen dataclass that derives from `Tuning`.
+
+Its fields are the keys `tuning.KEY` of a recipe. It says what it adds to a LLaMA and what trains (`attach`), what is
+left when it is merged (`merged`, `merge`), and what it is called in LLaMA2-Accessory's and PEFT's files. The names and
+shapes of what it adds sit on the parameters it creates, so its checkpoints are written, read, split over ranks and
+counted without another file knowing of it. Here are the two methods that add nothing. Imports no torch: a recipe is
+read without it.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llama_acc.core.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llama_acc.core.model.layers import Linear
+    from llama_acc.core.model.transformer import Transformer
+
+MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+"""The matrices of a block."""
+METHODS: "dict[str, type[Tuning]]" = {}
+"""Every known method by its name."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What all methods have; what is not overridden is that of a method which adds nothing.
+
+    Attributes:
+        method: its name in a recipe.
+        trains_all: it trains every parameter of the LLaMA.
+        llama_type: LLaMA2-Accessory's name of the kind of model, for meta.json.
+        can_merge: what it adds can be merged into the LLaMA's matrices, or is a bias.
+        peft_names: what comes after a matrix's name in its parameters' names, here and in PEFT's files.
+    """
+
+    method: ClassVar[str]
+    trains_all: ClassVar[bool] = False
+    llama_type: ClassVar[str] = "llama"
+    can_merge: ClassVar[bool] = True
+    peft_names: ClassVar[Mapping[str, str]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "method" in vars(cls):
+            METHODS[cls.method] = cls
+
+    def at_depth(self, n_layers: int) -> "Tuning":
+        """The same for a model of so many blocks, where a setting depends on that."""
+        return self
+
+    def check(self, widths: Mapping[str, int], n_layers: int) -> None:
+        """Refuses settings that do not go with a model.
+
+        Args:
+            widths: the model's widths by what they are called.
+            n_layers: the model's number of blocks.
+
+        Raises:
+            UserError: naming both.
+        """
+
+    def attach(self, model: "Transformer") -> None:
+        """Adds the method's parameters to a LLaMA on the meta device. Those of the LLaMA are frozen, if the method
+        does not train all; what is to train besides is unfrozen here, what is added trains."""
+
+    def merged(self) -> "Tuning":
+        """What is left of the method when `merge` is done to every matrix.
+
+        Raises:
+            UserError: what it adds cannot be merged.
+        """
+        return FULL
+
+    def merge(self, rows: "Tensor", first: int, added: "Mapping[str, Tensor]") -> "Tensor":
+        """Rows of a matrix with what the method has added to it.
+
+        Args:
+            rows: [R, in], float32, of a matrix [out, in]; they may be changed in place.
+            first: the number of the first of them.
+            added: the matrix's parameters besides `weight`, whole and float32, such as `lora_a.weight`.
+        """
+        return rows
+
+    def to_arguments(self) -> dict[str, Any]:
+        """LLaMA2-Accessory's arguments of the model, for config.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_arguments(cls, llama_type: str, arguments: Mapping[str, Any]) -> "Tuning | None":
+        """The method with the settings that meta.json and config.json say, if it is this one.
+
+        Raises:
+            UserError: a value or a combination that is not known.
+        """
+        if llama_type != cls.llama_type:
+            return None
+        return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
+
+    def peft_config(self) -> dict[str, Any]:
+        """What it adds to PEFT's adapter_config.json.
+
+        Raises:
+            UserError: PEFT has no such method.
+        """
+        raise UserError(f"method {self.method} has no LoRA pairs, which is what a PEFT adapter is", "use --to hf")
+
+    def to_keys(self) -> str:
+        """The recipe's keys that ask for it."""
+        values = {key: str(value).lower() if isinstance(value, bool) else value for key, value in asdict(self).items()}
+        return " ".join(f"tuning.{key}={value}" for key, value in {"method": self.method, **values}.items())
+
+
+@dataclass(frozen=True)
+class Full(Tuning):
+    """Every parameter trains."""
+
+    method: ClassVar[str] = "full"
+    trains_all: ClassVar[bool] = True
+
+    def to_arguments(self) -> dict[str, Any]:
+        """See `Tuning`."""
+        return {}
+
+    @classmethod
+    def from_arguments(cls, llama_type: str, arguments: Mapping[str, Any]) -> Tuning | None:
+        """See `Tuning`. Of LLaMA2-Accessory's tuned kind with everything switched off it is this that is left."""
+        is_plain = llama_type == "llama_peft" and switches(arguments) == (False, False, 0)
+        return FULL if llama_type == cls.llama_type or is_plain else None
+
+
+FULL: Tuning = Full()
+
+
+def tuning_of(llama_type: str, arguments: Mapping[str, Any]) -> tuple[Tuning, dict[str, Any]]:
+    """The tuning that a checkpoint's meta.json and config.json describe, and the arguments that are not about it.
+
+    Raises:
+        UserError: a kind, a value or a combination that is not known.
+    """
+    kind = llama_type.replace("llama_qformerv2", "llama")
+    if kind == FULL.llama_type:
+        return FULL, dict(arguments)
+    for method in METHODS.values():
+        found = method.from_arguments(kind, arguments)
+        if found is not None:
+            known = {key for other in METHODS.values() for key in other().to_arguments()}
+            return found, {key: value for key, value in arguments.items() if key not in known}
+    kinds = list(dict.fromkeys(method.llama_type for method in METHODS.values()))
+    if kind in kinds:
+        bias, norm, rank = switches(arguments)
+        raise UserError(f"no tuning method has bias_tuning {bias}, norm_tuning {norm}, lora_rank {rank}")
+    raise UserError(
+        f"it is a checkpoint of kind '{llama_type}', which cannot be read",
+        f"known kinds: {', '.join(kinds)}, llama_qformerv2, llama_qformerv2_peft",
+    )
+
+
+def whole_number(arguments: Mapping[str, Any], key: str, default: int) -> int:
+    """A number among LLaMA2-Accessory's arguments, in which what is absent has its default.
+
+    Raises:
+        UserError: it is none, or too large for any model.
+    """
+    value = arguments.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UserError(f"{key} must be a whole number, not {value!r:.40}")
+    if value > 2**20:
+        raise UserError(f"{key}: {value!r:.40} is that of no model")
+    return value
+
+
+def switches(arguments: Mapping[str, Any]) -> tuple[bool, bool, int]:
+    """Whether LLaMA2-Accessory's kind `llama_peft` has biases, trains norms, and the rank of its LoRA pairs (0: none).
+
+    Raises:
+        UserError: a rank that is no number.
+    """
+    rank = max(whole_number(arguments, "lora_rank", -1), 0)
+    return bool(arguments.get("bias_tuning", True)), bool(arguments.get("norm_tuning", True)), rank
+
+
+def matrices_of(model: "Transformer", names: tuple[str, ...] = MATRICES) -> "list[Linear]":
+    """The matrices of the blocks, those of these last names."""
+    from llama_acc.core.model.layers import Linear
+
+    named = model.layers.named_modules()
+    return [layer for name, layer in named if isinstance(layer, Linear) and name.rpartition(".")[2] in names]
+
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+
+@dataclass(frozen=True)
+class Frozen(Tuning):
+    """Nothing of the LLaMA trains, only what vision adds."""
+
+    method: ClassVar[str] = "frozen"
