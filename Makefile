@@ -8,12 +8,13 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 TEST_WORKERS ?= 2
 
-.PHONY: help quickstart install test lint types unit soak format clean
+.PHONY: help quickstart install test lint types unit soak size format clean
 
 help:
 	@echo "make quickstart   install, fine-tune a tiny model, print one answer"
 	@echo "make test         install with the development tools; lint, types, tests"
 	@echo "make soak         the long tests: more kills, more random inputs, older versions of transformers"
+	@echo "make size         lines and files of each room"
 	@echo "make format       format and mend what can be mended by itself"
 
 $(BIN)/python:
@@ -51,6 +52,9 @@ unit: $(INSTALLED_DEV)
 soak: $(INSTALLED_DEV)
 	-$(BIN)/python -m pip install --quiet --only-binary :all: 'atheris>=2.3'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
+
+size:
+	@$(PYTHON) benchmarks/size.py
 
 format: $(INSTALLED_DEV)
 	$(BIN)/ruff check --fix .
