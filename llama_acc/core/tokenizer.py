@@ -98,6 +98,9 @@ class Tokenizer(Protocol):
     def encode_batch_with_spans(self, texts: list[str], own: Sequence[Own] | None = None) -> list[Spans]:
         """The tokens of every text and where in the text they stand; uses all cores. Of `own` see `encode_batch`."""
 
+    def prefix_length(self, ids: Sequence[int], text: str, end: int) -> int | None:
+        """How many tokens `text[:end]` has by itself, told from those of the whole text; None: it must be encoded."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens. BOS, EOS and ids outside the vocabulary have none."""
 
@@ -163,6 +166,27 @@ class SentencePieceTokenizer:
         for i in self._with_special_tokens(texts, own):
             encoded[i] = self._in_json.encode_batch_with_spans([texts[i]], own and [own[i]])[0]
         return encoded
+
+    def prefix_length(self, ids: Sequence[int], text: str, end: int) -> int | None:
+        # Where a token ends at `end`, no merge went across it, so what is left of it came about without the rest.
+        ends = self._byte_counts[np.array(ids, np.int32)].cumsum()
+        position = len(text[:end].encode()) + self._space_in_front
+        count = int(ends.searchsorted(position)) + 1
+        known = end > 0 and count <= len(ids) and ends[count - 1] == position
+        return count if known and ends[-1] == len(text.encode()) + self._space_in_front else None
+
+    @functools.cached_property
+    def _byte_counts(self) -> NDArray[np.int64]:
+        """How many bytes of a text each token stands for; the unknown token: more than any text has."""
+        pieces = (self.piece(token).replace("\u2581", " ") for token in range(self.vocab_size))
+        counts = [1 if self._processor.IsByte(i) else len(piece.encode()) for i, piece in enumerate(pieces)]
+        counts[self._processor.unk_id()] = 1 << 40
+        return np.array(counts)
+
+    @functools.cached_property
+    def _space_in_front(self) -> int:
+        """How many bytes SentencePiece puts in front of a text."""
+        return int(self._byte_counts[self._processor.encode("a")].sum()) - 1
 
     def _with_special_tokens(self, texts: list[str], own: Sequence[Own] | None) -> list[int]:
         """Which texts hold special tokens: SentencePiece knows none in a text."""
@@ -266,6 +290,9 @@ class HuggingFaceTokenizer:
         for i in self._with_special_tokens_in_own(texts, own):
             spans[i] = self._encode_own(texts[i], own[i] if own else ())
         return spans
+
+    def prefix_length(self, ids: Sequence[int], text: str, end: int) -> int | None:
+        return None  # a pre-tokenizer may look past `end`
 
     def _with_special_tokens_in_own(self, texts: list[str], own: Sequence[Own] | None) -> list[int]:
         return [

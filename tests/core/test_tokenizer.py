@@ -53,6 +53,22 @@ def test_decode_is_the_inverse_of_encode(tokenizer: Tokenizer, text: str) -> Non
     assert tokenizer.decode(tokenizer.encode(text, bos=True, eos=True)) == expected
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.text("ab e\n\u2581é😀#:", max_size=12), st.text("ab e\n\u2581é😀#:", max_size=12))
+def test_the_length_of_a_prefix_is_told_as_by_encoding_it(tokenizer: Tokenizer, prefix: str, rest: str) -> None:
+    text = prefix + rest
+    length = tokenizer.prefix_length(tokenizer.encode(text), text, len(prefix))
+    assert length in (None, len(tokenizer.encode(prefix)))
+    if length is not None:
+        assert tokenizer.encode(text)[:length] == tokenizer.encode(prefix)
+
+
+def test_a_prefix_that_ends_with_a_token_is_not_encoded_again(tokenizer_path: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_path)
+    text = "### Response:\nhello"
+    assert tokenizer.prefix_length(tokenizer.encode(text), text, 14) == len(tokenizer.encode("### Response:\n"))
+
+
 def test_bos_and_eos_frame_the_tokens(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a")
     assert tokenizer.encode("a", bos=True, eos=True) == [tokenizer.bos_id, *ids, tokenizer.eos_id]

@@ -182,12 +182,19 @@ _Labelled = tuple[list[int], NDArray[np.bool_], bool]
 
 def _labels_by_prefix(items: Sequence[Rendered], tokenizer: Tokenizer) -> Iterator[_Labelled]:
     begins = [item.trained[0][0] for item in items]
-    texts = [item.text for item in items] + [item.text[:begin] for item, begin in zip(items, begins, strict=True)]
-    own = [item.own for item in items]
-    own += [[span for span in item.own if span[0] < begin] for item, begin in zip(items, begins, strict=True)]
-    # Both kinds of text in one batch, to keep all cores busy.
-    encoded = tokenizer.encode_batch(texts, own)
-    for ids, prompt in zip(encoded[: len(items)], encoded[len(items) :], strict=True):
+    encoded = tokenizer.encode_batch([item.text for item in items], [item.own for item in items])
+    counts = [
+        tokenizer.prefix_length(ids, item.text, begin) for ids, item, begin in zip(encoded, items, begins, strict=True)
+    ]
+    others = [(item, begin) for item, begin, count in zip(items, begins, counts, strict=True) if count is None]
+    prompts = iter(
+        tokenizer.encode_batch(
+            [item.text[:begin] for item, begin in others],
+            [[span for span in item.own if span[0] < begin] for item, begin in others],
+        )
+    )
+    for ids, count in zip(encoded, counts, strict=True):
+        prompt = next(prompts) if count is None else ids[:count]
         yield ids, np.arange(len(ids)) >= len(prompt), ids[: len(prompt)] != prompt
 
 
