@@ -281,7 +281,7 @@ def test_a_damaged_result_never_appears(tmp_path: Path, monkeypatch: pytest.Monk
         write(file, name, torch.zeros_like(rows) if len(calls) == 3 else rows, first)
 
     monkeypatch.setattr(TensorFile, "write", forgetful)
-    with pytest.raises(RunError, match=r"read back from the disk:\n  layers\.0\.ffn_norm\.weight is not what"):
+    with pytest.raises(RunError, match=r"read back from the disk:\n  layers\.0\.attention\.wk\.weight is not what"):
         converted(source, tmp_path / "target", "meta")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from llama_acc.core.checkpoint.layout import inspect, read_config
 from llama_acc.core.checkpoint.load import check_tensors, fill, read_weights
-from llama_acc.core.model.transformer import build_on_meta, quantise_on_meta
+from llama_acc.core.model.transformer import build_on_meta, quantise_on_meta, shapes_of
 
 def status(key):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
