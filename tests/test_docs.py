@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from llama_acc.cli.app import app
-from llama_acc.core.data import keys
+from llama_acc.core.data import items
 from llama_acc.core.data.items import ROLES
 from llama_acc.core.data.templates import TEMPLATES, Template, Turn
 from llama_acc.core.recipe import Recipe, Source, known_keys, recipe_names
@@ -270,7 +270,7 @@ def marked(template: Template, item: Any) -> str:
     """An example's text with what is trained between ⟦ and ⟧."""
     bos, eos = "<s>" * template.bos, "</s>" * template.eos
     if template.kind == "single_turn":
-        prompt = template.single_turn_prompt(item["instruction"], item["input"])
+        prompt = template.single_turn_text(item["instruction"], item["input"], "").text
         return f"{bos}{prompt}⟦{item['output']}{eos}⟧"
     text, _, trained, *_ = template.dialogue_text(
         [Turn(ROLES[turn["from"]], turn["value"]) for turn in item["conversations"]]
@@ -303,5 +303,5 @@ def test_data_page_has_the_exact_text_of_every_prompt_format(name: str, item: An
 def test_the_guide_names_every_key_that_changes_an_item() -> None:
     table = section(read("docs/data.md"), "### Keys")
     named = {word for row in table_rows(table)[1:] for word in re.findall(r"`(\w+)`", row[0])}
-    used = {*keys.SYSTEM, *keys.TRAINED, *keys.INPUT[1:], *keys.IMAGES[1:], "history"}
-    assert named == {*used, *keys.UNUSABLE, *keys.UNDESIRABLE, "completion"}
+    used = {*items.SYSTEM, *items.TRAINED, *items.INPUT[1:], *items.IMAGES[1:], "history"}
+    assert named == {*used, *items.UNUSABLE, *items.UNDESIRABLE, "completion"}

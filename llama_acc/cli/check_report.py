@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from llama_acc.cli import console
-from llama_acc.core.data.keys import unused_text
 from llama_acc.core.units import count_text
 from llama_acc.core.visible import visible
 
@@ -25,6 +24,8 @@ def print_reports(reports: "list[FileReport]", most: int | None) -> None:
         reports: of the files.
         most: how many findings of a kind are listed; None: all that were kept.
     """
+    from llama_acc.core.data.items import unused_text
+
     for number, report in enumerate(reports):
         if number:
             console.out.print()

@@ -157,17 +157,22 @@ def _finish(done: "Downloaded", progress: "Progress") -> Path | None:
 
 def _convert(entry: "Entry", done: "Downloaded", target: Path, progress: "Progress") -> Path | None:
     """Convert it; what cannot be is reported, and is no failure of the download."""
-    from llama_acc.core.data.convert.rules import Options
-    from llama_acc.core.data.convert.run import Request, convert
+    from llama_acc.core.data.convert.formats import Options
+    from llama_acc.core.data.convert.run import Conversion, convert
     from llama_acc.core.hub import locked
 
     assert entry.convert is not None
-    request = Request(entry.convert, done.files, options=Options(all_forms=entry.all_forms))
     with locked(done.folder, console.note):  # of two downloads of the same, one converts it
         if target.exists():
             return target
         try:
-            made = convert(request, target, lambda name, n, of: progress(f"converting {Path(name).name}", n, of))
+            made = Conversion(
+                entry.convert,
+                done.files,
+                Options(all_forms=entry.all_forms),
+                progress=lambda name, n, of: progress(f"converting {Path(name).name}", n, of),
+            )
+            convert(made, target)
         except UserError as error:
             console.note(f"{entry.name} could not be converted: {error}")
             return None

@@ -10,27 +10,29 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import read_bytes
-from llama_acc.core.sentencepiece_json import fast_tokenizer
 from llama_acc.core.tokenizer_folder import (
     CONFIG_FILE,
     GENERATION_FILE,
     HUGGING_FACE_FILE,
     SENTENCEPIECE_FILE,
     Said,
+    add_tokens,
+    parse_json_tokenizer,
     read_folder,
     read_json,
+    sentencepiece_to_json,
 )
 
 # Used where no tokenizer_config.json says which they are; the first pair of which both are in the vocabulary wins.
@@ -41,9 +43,9 @@ _KNOWN_BOS_EOS = [
     ("<|im_start|>", "<|im_end|>"),
     ("<|endoftext|>", "<|endoftext|>"),
 ]
-_PRIVATE_USE = ("\U000f0000", "\U0010fffd")
+_PRIVATE_USE = (0xF0000, 0x10FFFD)
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-
+_MAX_BYTES = 1 << 28
 
 Own = Sequence[tuple[int, int]]
 """Characters [begin, end) of a text in which the text of a special token is not that token."""
@@ -57,35 +59,28 @@ class Spans(NamedTuple):
     ends: NDArray[np.int64]
 
 
-class Tokenizer(Protocol):
-    """What encodes and decodes text. `path` is its main file, `said` what stands beside it."""
+class Tokenizer(ABC):
+    """What encodes and decodes text.
 
-    path: Path
-    said: Said
+    Attributes:
+        path: its main file.
+        said: what stands beside it.
+        end_ids: tokens that end an answer: EOS, and what else has no place in a text.
+    """
+
     vocab_size: int
     bos_id: int
     eos_id: int
-    # Tokens that end an answer: EOS, and what else has no place in a text.
     end_ids: frozenset[int]
+    _special: re.Pattern[str]
+    _named: Collection[int]
+    """Ids that stand for a token."""
 
-    def fingerprint(self) -> str:
-        """sha256 of what decides how text is encoded."""
+    def __init__(self, path: Path, said: Said, data: bytes) -> None:
+        """`data` is the content of the main file."""
+        self.path, self.said, self._data = path, said, data
 
-    def files(self) -> dict[str, bytes]:
-        """The files that make the same tokenizer of a checkpoint's folder, by name."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The same tokenizer as a tokenizer.json."""
-
-    def token_id(self, text: str) -> int | None:
-        """The token that the vocabulary writes so; None: there is none."""
-
-    def unnamed(self, rows: int) -> list[int]:
-        """Which of a model's rows stand for no token."""
-
-    def encode(self, text: str, bos: bool = False, eos: bool = False, own: Own = ()) -> list[int]:
-        """The tokens of a text, between BOS and EOS if asked for. Of `own` see `encode_batch`."""
-
+    @abstractmethod
     def encode_batch(self, texts: list[str], own: Sequence[Own] | None = None) -> list[list[int]]:
         """The tokens of every text, without BOS or EOS; uses all cores.
 
@@ -95,64 +90,78 @@ class Tokenizer(Protocol):
                 tokens, such as the user: what overlaps them is encoded as text. None: there are none.
         """
 
+    @abstractmethod
     def encode_batch_with_spans(self, texts: list[str], own: Sequence[Own] | None = None) -> list[Spans]:
         """The tokens of every text and where in the text they stand; uses all cores. Of `own` see `encode_batch`."""
 
-    def prefix_length(self, ids: Sequence[int], text: str, end: int) -> int | None:
-        """How many tokens `text[:end]` has by itself, told from those of the whole text; None: it must be encoded."""
-
+    @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens. BOS, EOS and ids outside the vocabulary have none."""
 
+    @abstractmethod
     def piece(self, token: int) -> str:
         """A token as the vocabulary writes it, for display."""
 
-    def is_special(self, text: str) -> bool:
-        """Whether a text is that of a special token."""
+    @abstractmethod
+    def token_id(self, text: str) -> int | None:
+        """The token that the vocabulary writes so; None: there is none."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """The same tokenizer as a tokenizer.json."""
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False, own: Own = ()) -> list[int]:
+        """The tokens of a text, between BOS and EOS if asked for. Of `own` see `encode_batch`."""
+        return [self.bos_id] * bos + self.encode_batch([text], [own])[0] + [self.eos_id] * eos
+
+    def prefix_length(self, ids: Sequence[int], text: str, end: int) -> int | None:
+        """How many tokens `text[:end]` has by itself, told from those of the whole text; None: it must be encoded."""
+        return None
 
     def may_change(self, token: int) -> bool:
         """Whether what follows this token can change how it decodes, other than by completing a character."""
+        return False
+
+    def is_special(self, text: str) -> bool:
+        """Whether a text is that of a special token."""
+        return self._special.fullmatch(text) is not None
+
+    def unnamed(self, rows: int) -> list[int]:
+        """Which of a model's rows stand for no token."""
+        return [row for row in range(rows) if row not in self._named]
+
+    def fingerprint(self) -> str:
+        """sha256 of what decides how text is encoded."""
+        return hashlib.sha256(self._data + self.said.key().encode()).hexdigest()
+
+    def files(self) -> dict[str, bytes]:
+        """The files that make the same tokenizer of a checkpoint's folder, by name."""
+        name = HUGGING_FACE_FILE if self.path.suffix == ".json" else SENTENCEPIECE_FILE
+        found = {name: self._data} | {file.name: _read(file) for file in self.said.files}
+        # A model's config.json is another one beside a checkpoint: what it says of ends goes here.
+        if self.said.end_ids:
+            generation = json.loads(found.get(GENERATION_FILE, b"{}")) | {"eos_token_id": sorted(self.said.end_ids)}
+            found[GENERATION_FILE] = json.dumps(generation, indent=1).encode()
+        return found
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """LLaMA's own kind: a SentencePiece `tokenizer.model` without added tokens."""
 
     def __init__(self, path: Path, said: Said, data: bytes, processor: Any, threads: int | None = None) -> None:
-        """Args:
-            path: the model file.
-            said: what stands beside it.
-            data: its content.
-            processor: the same, opened.
-            threads: for batches; None: one for each core.
+        """`processor` is the opened model; `threads` are for batches, None: one for each core.
 
         Raises:
             UserError: it has no BOS or EOS.
         """
-        self.path, self.said, self._data, self._processor, self._threads = path, said, data, processor, threads or -1
-        self.vocab_size: int = processor.vocab_size()
+        super().__init__(path, said, data)
+        self._processor, self._threads = processor, threads or -1
+        self.vocab_size = processor.vocab_size()
+        self._named = range(self.vocab_size)
         self.bos_id, self.eos_id = _bos_eos(path, said, self.token_id, processor.bos_id(), processor.eos_id())
         self.end_ids = frozenset({self.eos_id, *said.end_ids})
-        controls = (i for i in range(self.vocab_size) if processor.IsControl(i) or processor.IsUnknown(i))
+        controls = (i for i in self._named if processor.IsControl(i) or processor.IsUnknown(i))
         self._special = _any_of(self.piece(i) for i in {*controls, self.bos_id, self.eos_id})
-
-    def token_id(self, text: str) -> int | None:
-        token: int = self._processor.PieceToId(text)
-        return token if self.piece(token) == text else None
-
-    def to_json(self) -> dict[str, Any]:
-        return self._in_json.to_json()
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self._data + self.said.key().encode()).hexdigest()
-
-    def files(self) -> dict[str, bytes]:
-        return _files(SENTENCEPIECE_FILE, self._data, self.said)
-
-    def unnamed(self, rows: int) -> list[int]:
-        return list(range(self.vocab_size, rows))
-
-    def encode(self, text: str, bos: bool = False, eos: bool = False, own: Own = ()) -> list[int]:
-        return [self.bos_id] * bos + self.encode_batch([text], [own])[0] + [self.eos_id] * eos
 
     def encode_batch(self, texts: list[str], own: Sequence[Own] | None = None) -> list[list[int]]:
         encoded: list[list[int]] = self._processor.encode(texts, num_threads=self._threads)
@@ -166,6 +175,20 @@ class SentencePieceTokenizer:
         for i in self._with_special_tokens(texts, own):
             encoded[i] = self._in_json.encode_batch_with_spans([texts[i]], own and [own[i]])[0]
         return encoded
+
+    def _with_special_tokens(self, texts: list[str], own: Sequence[Own] | None) -> list[int]:
+        """Which texts hold special tokens: SentencePiece knows none in a text."""
+        return [
+            i
+            for i, text in enumerate(texts)
+            if any(not _overlaps(match.span(), own[i] if own else ()) for match in self._special.finditer(text))
+        ]
+
+    @functools.cached_property
+    def _in_json(self) -> "HuggingFaceTokenizer":
+        """The same tokenizer, of the kind that knows special tokens in a text."""
+        fast = sentencepiece_to_json(self._data, self.path, self.said)
+        return HuggingFaceTokenizer(self.path, self.said, self._data, fast, self.bos_id, self.eos_id)
 
     def prefix_length(self, ids: Sequence[int], text: str, end: int) -> int | None:
         # Where a token ends at `end`, no merge went across it, so what is left of it came about without the rest.
@@ -188,20 +211,6 @@ class SentencePieceTokenizer:
         """How many bytes SentencePiece puts in front of a text."""
         return int(self._byte_counts[self._processor.encode("a")].sum()) - 1
 
-    def _with_special_tokens(self, texts: list[str], own: Sequence[Own] | None) -> list[int]:
-        """Which texts hold special tokens: SentencePiece knows none in a text."""
-        return [
-            i
-            for i, text in enumerate(texts)
-            if any(not _overlaps(match.span(), own[i] if own else ()) for match in self._special.finditer(text))
-        ]
-
-    @functools.cached_property
-    def _in_json(self) -> "HuggingFaceTokenizer":
-        """The same tokenizer, of the kind that knows special tokens in a text."""
-        fast = _with_added_tokens(self.path, self._data, self._processor, self.said)
-        return HuggingFaceTokenizer(self.path, self.said, self._data, fast, self.bos_id, self.eos_id)
-
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
         return text
@@ -209,33 +218,29 @@ class SentencePieceTokenizer:
     def piece(self, token: int) -> str:
         return str(self._processor.IdToPiece(token)) if 0 <= token < self.vocab_size else f"<{token}>"
 
-    def is_special(self, text: str) -> bool:
-        return self._special.fullmatch(text) is not None
+    def token_id(self, text: str) -> int | None:
+        token: int = self._processor.PieceToId(text)
+        return token if self.piece(token) == text else None
 
-    def may_change(self, token: int) -> bool:
-        return False
+    def to_json(self) -> dict[str, Any]:
+        return self._in_json.to_json()
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(Tokenizer):
     """A Hugging Face `tokenizer.json`, or a `tokenizer.model` with added tokens in the same terms."""
 
     def __init__(
         self, path: Path, said: Said, data: bytes, fast: Any, bos_id: int | None = None, eos_id: int | None = None
     ) -> None:
-        """Args:
-            path: the main file.
-            said: what stands beside it.
-            data: the main file's content.
-            fast: what the library `tokenizers` makes of both.
-            bos_id: BOS where nothing beside the file says it.
-            eos_id: EOS, likewise.
+        """`fast` is what the library `tokenizers` makes of the files; BOS and EOS are for where nothing beside says it.
 
         Raises:
             UserError: the vocabulary is empty, or BOS and EOS cannot be told.
         """
         from tokenizers import processors
 
-        self.path, self.said, self._data, self._fast = path, said, data, fast
+        super().__init__(path, said, data)
+        self._fast = fast
         fast.no_truncation()
         fast.no_padding()
         # We never add special tokens through it, and what else it does is trim white space off the spans.
@@ -244,12 +249,12 @@ class HuggingFaceTokenizer:
         if not vocabulary:
             raise UserError(f"{path} has no tokens: its vocabulary is empty", "copy it again from the model it is of")
         self._named = frozenset(vocabulary.values())
-        self.vocab_size: int = max(self._named) + 1
+        self.vocab_size = max(self._named) + 1
         self.bos_id, self.eos_id = _bos_eos(path, said, vocabulary.get, bos_id, eos_id)
         # Models are published with an EOS that is not the token their answers end with (<|eot_id|>, <|im_end|>), and
         # a special token inside an answer would be the start of another turn.
-        self._fast.add_special_tokens([self.piece(self.bos_id), self.piece(self.eos_id)])
-        added = self._fast.get_added_tokens_decoder()
+        fast.add_special_tokens([self.piece(self.bos_id), self.piece(self.eos_id)])
+        added = fast.get_added_tokens_decoder()
         self._special_tokens = {token: entry for token, entry in added.items() if entry.special}
         self._special = _any_of(entry.content for entry in self._special_tokens.values())
         self.end_ids = frozenset({self.eos_id, *self._special_tokens, *said.end_ids})
@@ -257,46 +262,21 @@ class HuggingFaceTokenizer:
         # A run of byte pieces is decoded as a whole by this decoder: one wrong byte spoils all of it.
         self._bytes_fall_back = "ByteFallback" in str(fast.decoder)
 
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self._data + self.said.key().encode()).hexdigest()
-
-    def files(self) -> dict[str, bytes]:
-        return _files(HUGGING_FACE_FILE if self.path.suffix == ".json" else SENTENCEPIECE_FILE, self._data, self.said)
-
-    def token_id(self, text: str) -> int | None:
-        token: int | None = self._fast.token_to_id(text)
-        return token
-
-    def to_json(self) -> dict[str, Any]:
-        values: dict[str, Any] = json.loads(self._fast.to_str())
-        is_json = self.path.suffix == ".json"
-        return values | {"post_processor": json.loads(self._data).get("post_processor") if is_json else None}
-
-    def unnamed(self, rows: int) -> list[int]:
-        return [row for row in range(rows) if row not in self._named]
-
-    def encode(self, text: str, bos: bool = False, eos: bool = False, own: Own = ()) -> list[int]:
-        return [self.bos_id] * bos + self.encode_batch([text], [own])[0] + [self.eos_id] * eos
-
     def encode_batch(self, texts: list[str], own: Sequence[Own] | None = None) -> list[list[int]]:
         encoded = [e.ids for e in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
-        for i in self._with_special_tokens_in_own(texts, own):
-            encoded[i] = self._encode_own(texts[i], own[i] if own else ()).ids
+        for i, spans in self._with_special_tokens_in_own(texts, own):
+            encoded[i] = self._encode_own(texts[i], spans).ids
         return encoded
 
     def encode_batch_with_spans(self, texts: list[str], own: Sequence[Own] | None = None) -> list[Spans]:
-        encoded = self._fast.encode_batch(texts, add_special_tokens=False)
-        spans = [_character_spans(e.ids, e.offsets, self._is_byte) for e in encoded]
-        for i in self._with_special_tokens_in_own(texts, own):
-            spans[i] = self._encode_own(texts[i], own[i] if own else ())
-        return spans
+        encoded = [self._spans(e) for e in self._fast.encode_batch(texts, add_special_tokens=False)]
+        for i, spans in self._with_special_tokens_in_own(texts, own):
+            encoded[i] = self._encode_own(texts[i], spans)
+        return encoded
 
-    def prefix_length(self, ids: Sequence[int], text: str, end: int) -> int | None:
-        return None  # a pre-tokenizer may look past `end`
-
-    def _with_special_tokens_in_own(self, texts: list[str], own: Sequence[Own] | None) -> list[int]:
+    def _with_special_tokens_in_own(self, texts: list[str], own: Sequence[Own] | None) -> list[tuple[int, Own]]:
         return [
-            i
+            (i, spans)
             for i, spans in enumerate(own or ())
             if spans and any(_overlaps(match.span(), spans) for match in self._special.finditer(texts[i]))
         ]
@@ -308,15 +288,14 @@ class HuggingFaceTokenizer:
         """
         first = _unused_private_use(text, len(self._special_tokens))
         marked, where = text, self._fast.encode(text, add_special_tokens=False)
-        marks = dict(zip(self._special_tokens, range(first, first + len(self._special_tokens)), strict=True))
+        marks = {token: chr(first + number) for number, token in enumerate(self._special_tokens)}
         for token, (begin, end) in zip(where.ids, where.offsets, strict=True):
-            content = self._special_tokens[token].content if token in self._special_tokens else ""
+            content = self._special_tokens[token].content if token in marks else ""
             begin = text.find(content, begin, end) if content else -1
             if begin >= 0 and not _overlaps((begin, begin + len(content)), own):
-                marked = marked[:begin] + chr(marks[token]) * len(content) + marked[begin + len(content) :]
+                marked = marked[:begin] + marks[token] * len(content) + marked[begin + len(content) :]
         fast, ids = self._with_marks(first)
-        encoded = fast.encode(marked, add_special_tokens=False)
-        spans = _character_spans(encoded.ids, encoded.offsets, self._is_byte)
+        spans = self._spans(fast.encode(marked, add_special_tokens=False))
         return spans._replace(ids=[ids.get(token, token) for token in spans.ids])
 
     def _make_marked(self, first: int) -> tuple[Any, dict[int, int]]:
@@ -333,23 +312,32 @@ class HuggingFaceTokenizer:
             ids[fast.token_to_id(content)] = token
         return fast, ids
 
+    def _spans(self, encoded: Any) -> Spans:
+        return _character_spans(encoded.ids, encoded.offsets, self._is_byte)
+
     def decode(self, ids: Sequence[int]) -> str:
         kept = [int(i) for i in ids if 0 <= i < self.vocab_size and i != self.bos_id and i != self.eos_id]
         # Other special tokens stay: a stop string such as <|eot_id|> must be findable in the text.
         text: str = self._fast.decode(kept, skip_special_tokens=False)
         return text
 
-    def piece(self, token: int) -> str:
-        piece = self._fast.id_to_token(token) if 0 <= token < self.vocab_size else None
-        return f"<{token}>" if piece is None else str(piece)
-
-    def is_special(self, text: str) -> bool:
-        return self._special.fullmatch(text) is not None
-
     def may_change(self, token: int) -> bool:
         # What decode leaves out does not end a run of byte pieces either.
         skipped = token in (self.bos_id, self.eos_id) or not 0 <= token < self.vocab_size
         return self._bytes_fall_back and (skipped or self._is_byte(token))
+
+    def piece(self, token: int) -> str:
+        piece = self._fast.id_to_token(token) if 0 <= token < self.vocab_size else None
+        return f"<{token}>" if piece is None else str(piece)
+
+    def token_id(self, text: str) -> int | None:
+        token: int | None = self._fast.token_to_id(text)
+        return token
+
+    def to_json(self) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads(self._fast.to_str())
+        is_json = self.path.suffix == ".json"
+        return values | {"post_processor": json.loads(self._data).get("post_processor") if is_json else None}
 
     def _is_byte(self, token: int) -> bool:
         return _BYTE_PIECE.fullmatch(self.piece(token)) is not None
@@ -408,14 +396,22 @@ def load_tokenizer(path: str | Path, threads: int | None = None) -> Tokenizer:
         path = found
     said, data = read_folder(path.parent), _read(path)
     if path.suffix == ".json":
-        fast, left_out = _parsed(path, data, said.rows)
+        fast, left_out = parse_json_tokenizer(path, data, said.rows)
         said = replace(said, left_out=tuple(dict.fromkeys(said.left_out + left_out)))
-        return HuggingFaceTokenizer(path, said, data, _add_tokens(fast, path, said))
+        return HuggingFaceTokenizer(path, said, data, add_tokens(fast, path, said))
     processor = _processor(path, data)
     said = _with_prefix_rule(path, said, processor)
-    if all(_is_control(processor, token, entry["content"]) for token, entry in said.tokens.items()):
+    # Those of SentencePiece's own that are in no text, such as BOS, need not be added.
+    added = [
+        token
+        for token, entry in said.tokens.items()
+        if token >= len(processor)
+        or processor.IdToPiece(token) != entry["content"]
+        or not (processor.IsControl(token) or processor.IsUnknown(token))
+    ]
+    if not added:
         return SentencePieceTokenizer(path, said, data, processor, threads)
-    fast = _with_added_tokens(path, data, processor, said)
+    fast = sentencepiece_to_json(data, path, said)
     return HuggingFaceTokenizer(path, said, data, fast, processor.bos_id(), processor.eos_id())
 
 
@@ -431,16 +427,12 @@ def tokenizer_notes(tokenizer: Tokenizer, rows: int) -> list[str]:
     if unnamed:
         notes.append(f"rows of the vocabulary without a token: {len(unnamed)}, the first is {unnamed[0]}")
     if said.left_out:
-        named = ", ".join(map(repr, said.left_out))
-        notes.append(f"left out, as the model has no row for them: {named}")
+        notes.append(f"left out, as the model has no row for them: {', '.join(map(repr, said.left_out))}")
     if said.add_bos is False:
         notes.append(f"texts begin without BOS, as {CONFIG_FILE} says (add_bos_token: false)")
     if said.add_eos:
         notes.append(f"{CONFIG_FILE} says add_eos_token: true; which formats end with EOS is still theirs to say")
     return notes
-
-
-_MAX_BYTES = 1 << 28
 
 
 def _tokenizer_in(folder: Path) -> Path | None:
@@ -457,7 +449,7 @@ def _tokenizer_in(folder: Path) -> Path | None:
     except UserError:
         return fast  # LLaMA 3's file of that name is of another kind
     vocabulary = _vocabulary(fast)
-    pieces = {processor.IdToPiece(i): i for i in range(processor.vocab_size())}
+    pieces = {processor.IdToPiece(i): i for i in range(len(processor))}
     if not vocabulary.keys() <= pieces.keys():
         return fast
     for token, number in vocabulary.items():
@@ -494,84 +486,6 @@ def _with_prefix_rule(path: Path, said: Said, processor: Any) -> Said:
     return replace(said, first_only=first_only, files=(*said.files, beside))
 
 
-def _is_control(processor: Any, token: int, text: str) -> bool:
-    """Whether a token is one of SentencePiece's own that are in no text, such as BOS."""
-    is_piece = token < processor.vocab_size() and processor.IdToPiece(token) == text
-    return is_piece and (processor.IsControl(token) or processor.IsUnknown(token))
-
-
-def _with_added_tokens(path: Path, data: bytes, processor: Any, said: Said) -> Any:
-    """A SentencePiece model with the tokens that are named beside it, as the library `tokenizers` has it."""
-    names = {token: entry["content"] for token, entry in said.tokens.items() if token < processor.vocab_size()}
-    fast = fast_tokenizer(data, path, names, bool(said.first_only))
-    # Matched in the text as it stands: normalized, a token would have the space in front that a text gets.
-    entries = {token: entry | {"normalized": False} for token, entry in said.tokens.items()}
-    return _add_tokens(fast, path, replace(said, tokens=entries))
-
-
-def _add_tokens(fast: Any, path: Path, said: Said) -> Any:
-    """Adds the tokens that are named beside the main file under their own ids.
-
-    Raises:
-        UserError: an id or a text is taken, or there is no way to leave ids out.
-    """
-    from tokenizers import AddedToken
-
-    vocabulary: dict[str, int] = fast.get_vocab(with_added_tokens=True)
-    by_id = {token: text for text, token in vocabulary.items()}
-    for token, entry in said.tokens.items():
-        text, known, has = entry["content"], by_id.get(token), vocabulary.get(entry["content"], token)
-        if known not in (None, text) or has != token:
-            other = f"that is {known!r}" if known not in (None, text) else f"{text!r} is token {has}"
-            raise UserError(f"a file beside {path} says that token {token} is {text!r}, and in it {other}")
-    new = sorted(set(said.tokens) - set(by_id))
-    if new and new != list(range(len(vocabulary), len(vocabulary) + len(new))):
-        fast = _with_ids(path, json.loads(fast.to_str()), {said.tokens[token]["content"]: token for token in new})
-    is_json = path.suffix == ".json"
-    for token in new if is_json else sorted(said.tokens):
-        fast.add_tokens([AddedToken(**said.tokens[token])])
-    return fast
-
-
-def _parsed(path: Path, data: bytes, rows: int | None) -> tuple[Any, tuple[str, ...]]:
-    """A tokenizer.json as the library has it, and its added tokens that the model has no row for, which it lacks."""
-    from tokenizers import Tokenizer as Fast
-
-    try:
-        added = msgspec.json.decode(data, type=_OfJson).added_tokens
-        left_out = tuple(entry["content"] for entry in added if rows is not None and entry["id"] >= rows)
-        if left_out:
-            values = json.loads(data)
-            values["added_tokens"] = added = [entry for entry in added if entry["content"] not in left_out]
-            data = json.dumps(values).encode()
-        fast = Fast.from_str(data.decode("utf-8"))
-        is_as_written = all(fast.token_to_id(entry["content"]) == entry["id"] for entry in added)
-        return fast if is_as_written else _with_ids(path, json.loads(data), {}), left_out
-    except UserError:
-        raise
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path} is not a tokenizer.json that can be read: {error}") from error
-
-
-class _OfJson(msgspec.Struct):
-    """What is looked at in a tokenizer.json."""
-
-    added_tokens: list[dict[str, Any]] = []
-
-
-def _with_ids(path: Path, values: dict[str, Any], more: dict[str, int]) -> Any:
-    """A tokenizer.json's tokenizer whose added tokens, and more, keep their ids.
-
-    The library numbers added tokens on from the vocabulary's size whatever ids they are given, so they go into it.
-    """
-    from tokenizers import Tokenizer as Fast
-
-    if not isinstance(values["model"].get("vocab"), dict):
-        raise UserError(f"the added tokens of {path} leave out ids, which a vocabulary of its kind cannot")
-    values["model"]["vocab"] |= {entry["content"]: entry["id"] for entry in values["added_tokens"]} | more
-    return Fast.from_str(json.dumps(values))
-
-
 def _processor(path: Path, data: bytes) -> Any:
     from sentencepiece import SentencePieceProcessor
 
@@ -580,31 +494,18 @@ def _processor(path: Path, data: bytes) -> Any:
             raise RuntimeError("empty")
         return SentencePieceProcessor(model_proto=data)
     except RuntimeError as error:
-        raise _not_sentencepiece(path, data) from error
-
-
-def _files(name: str, data: bytes, said: Said) -> dict[str, bytes]:
-    found = {name: data} | {file.name: _read(file) for file in said.files}
-    # A model's config.json is another one beside a checkpoint: what it says of ends goes here.
-    if said.end_ids:
-        told = json.loads(found.get(GENERATION_FILE, b"{}"))
-        found[GENERATION_FILE] = json.dumps(told | {"eos_token_id": sorted(said.end_ids)}, indent=1).encode()
-    return found
+        # LLaMA 3 ships a tiktoken file, lines of "base64 rank", under the same name.
+        is_tiktoken = re.match(rb"[A-Za-z0-9+/=]+ \d+\s", data)
+        hint = "it may be a Git LFS pointer or a download that was cut off: fetch it again"
+        if is_tiktoken:
+            hint = f"it is a tiktoken file (LLaMA 3's): use the {HUGGING_FACE_FILE} of the same model"
+        raise UserError(f"{path} is not a SentencePiece model", hint) from error
 
 
 def _read(path: Path) -> bytes:
     if not path.exists():
         raise UserError(f"there is no tokenizer {path}", "give one with --tokenizer FILE")
     return read_bytes(path, _MAX_BYTES)
-
-
-def _not_sentencepiece(path: Path, data: bytes) -> UserError:
-    """LLaMA 3 ships a tiktoken file, lines of "base64 rank", under the same name."""
-    if re.match(rb"[A-Za-z0-9+/=]+ \d+\s", data):
-        hint = f"it is a tiktoken file (LLaMA 3's): use the {HUGGING_FACE_FILE} of the same model"
-    else:
-        hint = "it may be a Git LFS pointer or a download that was cut off: fetch it again"
-    return UserError(f"{path} is not a SentencePiece model", hint)
 
 
 def _bos_eos(
@@ -640,13 +541,12 @@ def _overlaps(span: tuple[int, int], own: Own) -> bool:
 
 def _unused_private_use(text: str, count: int) -> int:
     """The first of `count` characters in a row without a meaning that `text` does not use."""
-    used = {ord(character) for character in text if character >= _PRIVATE_USE[0]}
-    low, high = map(ord, _PRIVATE_USE)
-    free = (first for first in range(low, high - count, count) if used.isdisjoint(range(first, first + count)))
-    found = next(free, None)
-    if found is None:
-        raise UserError("a text that holds a special token uses all of Unicode's private-use characters")
-    return found
+    low, high = _PRIVATE_USE
+    used = {ord(character) for character in text if ord(character) >= low}
+    for first in range(low, high - count, count):
+        if used.isdisjoint(range(first, first + count)):
+            return first
+    raise UserError("a text that holds a special token uses all of Unicode's private-use characters")
 
 
 def _character_spans(ids: list[int], offsets: list[tuple[int, int]], is_byte: Callable[[int], bool]) -> Spans:

@@ -1,14 +1,22 @@
-"""What a folder says of its tokenizer besides the vocabulary: added tokens, BOS and EOS, what ends an answer.
+"""The files of a tokenizer: what a folder says besides the vocabulary, and all of it for the library `tokenizers`.
 
 Read as transformers does: `tokenizer_config.json`, before it `special_tokens_map.json` and `added_tokens.json` (older
 folders), and of `generation_config.json` and a model's `config.json` the tokens that end an answer.
+
+A SentencePiece `tokenizer.model` becomes a `tokenizer.json` that gives the same tokens. SentencePiece first makes the
+piece with the highest score, so the merges are in the order of the scores. That is not the order of the ids where a
+file has pieces of one score, such as LLaMA's runs of spaces. (A Unigram model may cut a run of one character in another
+order: of ways with the same score the two libraries take different ones.)
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import msgspec
 
 from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import read_object
@@ -20,10 +28,11 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_FILE = "generation_config.json"
 _ADDED_FILE = "added_tokens.json"
 _SPECIAL_FILE = "special_tokens_map.json"
-_MODEL_FILE = "config.json"
-FILES = (CONFIG_FILE, _SPECIAL_FILE, _ADDED_FILE, CHAT_TEMPLATE_FILE, GENERATION_FILE)
-
-_ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
+_FILES = (CONFIG_FILE, _SPECIAL_FILE, _ADDED_FILE, CHAT_TEMPLATE_FILE, GENERATION_FILE)
+TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+_UNIGRAM, _BPE = 1, 2
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,8 @@ class Said:
 
     def key(self) -> str:
         """Differs where a text may be encoded differently; empty where nothing is said."""
-        told = [sorted(self.tokens.items()), self.bos, self.eos, self.first_only]
-        return "" if told == [[], None, None, None] else json.dumps(told, sort_keys=True)
+        said = [sorted(self.tokens.items()), self.bos, self.eos, self.first_only]
+        return "" if said == [[], None, None, None] else json.dumps(said, sort_keys=True)
 
 
 def read_folder(folder: Path) -> Said:
@@ -69,38 +78,41 @@ def read_folder(folder: Path) -> Said:
         UserError: a file cannot be read, or two of them call one token by different names.
     """
     config, special, added = (read_json(folder / name) for name in (CONFIG_FILE, _SPECIAL_FILE, _ADDED_FILE))
+    model, generation = read_json(folder / "config.json"), read_json(folder / GENERATION_FILE)
     settings = special | {key: value for key, value in config.items() if value is not None}
-    texts = {f"{role}_token": token_text(settings.get(f"{role}_token")) for role in _ROLES}
+    texts = {role: token_text(settings.get(role)) for role in TOKEN_NAMES}
     roles = {role: text for role, text in texts.items() if text is not None}
-    others = [settings.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens")]
     special_texts = set(roles.values())
-    for more in others:
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = settings.get(key)
         listed = more.values() if isinstance(more, dict) else more if isinstance(more, list) else ()
         special_texts |= {token_text(token) or "" for token in listed}
-    tokens = _added(folder, config, added, special_texts)
-    ends: set[int] = set()
-    model, generation = read_json(folder / _MODEL_FILE), read_json(folder / GENERATION_FILE)
+    tokens = _added_tokens(folder, config, added, special_texts)
     rows = model["vocab_size"] if type(model.get("vocab_size")) is int and model["vocab_size"] > 0 else None
-    left_out = {token for token in tokens if rows is not None and token >= rows}
+    left_out = sorted(token for token in tokens if rows is not None and token >= rows)
+    ends: set[int] = set()
     for end in (generation.get("eos_token_id"), model.get("eos_token_id")):
         ends |= {token for token in (end if isinstance(end, list) else [end]) if type(token) is int and token >= 0}
-    legacy = config.get("legacy")
+    flags = [config.get(key) for key in ("legacy", "add_bos_token", "add_eos_token")]
+    legacy, add_bos, add_eos = (value if isinstance(value, bool) else None for value in flags)
     return Said(
         tokens={token: entry for token, entry in tokens.items() if token not in left_out},
         bos=roles.get("bos_token"),
         eos=roles.get("eos_token"),
         roles=roles,
         end_ids=frozenset(ends),
-        first_only=not legacy if isinstance(legacy, bool) else None,
-        add_bos=_flag(config, "add_bos_token"),
-        add_eos=_flag(config, "add_eos_token"),
-        files=tuple(folder / name for name in FILES if (folder / name).is_file()),
+        first_only=None if legacy is None else not legacy,
+        add_bos=add_bos,
+        add_eos=add_eos,
+        files=tuple(folder / name for name in _FILES if (folder / name).is_file()),
         rows=rows,
-        left_out=tuple(tokens[token]["content"] for token in sorted(left_out)),
+        left_out=tuple(tokens[token]["content"] for token in left_out),
     )
 
 
-def _added(folder: Path, config: dict[str, Any], added: dict[str, Any], special: set[str]) -> dict[int, dict[str, Any]]:
+def _added_tokens(
+    folder: Path, config: dict[str, Any], added: dict[str, Any], special: set[str]
+) -> dict[int, dict[str, Any]]:
     tokens: dict[int, dict[str, Any]] = {}
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
@@ -109,25 +121,18 @@ def _added(folder: Path, config: dict[str, Any], added: dict[str, Any], special:
         text = token_text(entry)
         if not text or not isinstance(entry, dict) or not str(number).isdecimal():
             raise UserError(f"{folder / CONFIG_FILE}: added_tokens_decoder has no text for token {number}")
-        flags = {key: bool(entry.get(key)) for key in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+        flags = {key: bool(entry.get(key)) for key in _FLAGS}
         tokens[int(number)] = {"content": text, **flags, "special": flags["special"] or text in special}
     for text, number in added.items():
         if type(number) is not int or number < 0:
             raise UserError(f"{folder / _ADDED_FILE}: the id of {text!r} is {number!r}, not a number")
-        other = tokens.get(number)
-        if other is not None and other["content"] != text:
+        entry = {"content": text, **dict.fromkeys(_FLAGS, False), "special": text in special}
+        if (other := tokens.setdefault(number, entry)["content"]) != text:
             raise UserError(
-                f"token {number} is {other['content']!r} in {folder / CONFIG_FILE}, and {text!r} in {_ADDED_FILE}",
+                f"token {number} is {other!r} in {folder / CONFIG_FILE}, and {text!r} in {_ADDED_FILE}",
                 "keep the one that the model was trained with",
             )
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        tokens.setdefault(number, {"content": text, **flags, "special": text in special})
     return tokens
-
-
-def _flag(config: dict[str, Any], key: str) -> bool | None:
-    value = config.get(key)
-    return value if isinstance(value, bool) else None
 
 
 def token_text(setting: Any) -> str | None:
@@ -143,3 +148,197 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, or holds no object.
     """
     return read_object(path) if path.exists() else {}
+
+
+# As the library `tokenizers` has it
+
+
+class _OfJson(msgspec.Struct):
+    """What is looked at in a tokenizer.json."""
+
+    added_tokens: list[dict[str, Any]] = []
+
+
+def parse_json_tokenizer(path: Path, data: bytes, rows: int | None) -> tuple[Any, tuple[str, ...]]:
+    """A tokenizer.json, and those of its added tokens that a model of so many rows has no row for, which it lacks.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from tokenizers import Tokenizer as Fast
+
+    try:
+        added = msgspec.json.decode(data, type=_OfJson).added_tokens
+        left_out = tuple(entry["content"] for entry in added if rows is not None and entry["id"] >= rows)
+        if left_out:
+            values = json.loads(data)
+            values["added_tokens"] = added = [entry for entry in added if entry["content"] not in left_out]
+            data = json.dumps(values).encode()
+        fast = Fast.from_str(data.decode("utf-8"))
+        is_as_written = all(fast.token_to_id(entry["content"]) == entry["id"] for entry in added)
+        return fast if is_as_written else _with_ids(path, json.loads(data), {}), left_out
+    except UserError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{path} is not a tokenizer.json that can be read: {error}") from error
+
+
+def add_tokens(fast: Any, path: Path, said: Said) -> Any:
+    """Add the tokens that are named beside the main file under their own ids.
+
+    Raises:
+        UserError: an id or a text is taken, or there is no way to leave ids out.
+    """
+    from tokenizers import AddedToken
+
+    vocabulary: dict[str, int] = fast.get_vocab(with_added_tokens=True)
+    by_id = {token: text for text, token in vocabulary.items()}
+    for token, entry in said.tokens.items():
+        text, known, has = entry["content"], by_id.get(token), vocabulary.get(entry["content"], token)
+        if known not in (None, text) or has != token:
+            other = f"that is {known!r}" if known not in (None, text) else f"{text!r} is token {has}"
+            raise UserError(f"a file beside {path} says that token {token} is {text!r}, and in it {other}")
+    new = sorted(set(said.tokens) - set(by_id))
+    if new and new != list(range(len(vocabulary), len(vocabulary) + len(new))):
+        fast = _with_ids(path, json.loads(fast.to_str()), {said.tokens[token]["content"]: token for token in new})
+    for token in new if path.suffix == ".json" else sorted(said.tokens):
+        fast.add_tokens([AddedToken(**said.tokens[token])])
+    return fast
+
+
+def _with_ids(path: Path, values: dict[str, Any], more: dict[str, int]) -> Any:
+    """A tokenizer.json's tokenizer whose added tokens, and more, keep their ids.
+
+    The library numbers added tokens on from the vocabulary's size whatever ids they are given, so they go into it.
+    """
+    from tokenizers import Tokenizer as Fast
+
+    if not isinstance(values["model"].get("vocab"), dict):
+        raise UserError(f"the added tokens of {path} leave out ids, which a vocabulary of its kind cannot")
+    values["model"]["vocab"] |= {entry["content"]: entry["id"] for entry in values["added_tokens"]} | more
+    return Fast.from_str(json.dumps(values))
+
+
+class _Piece(NamedTuple):
+    text: str
+    score: float
+    kind: int
+
+
+def sentencepiece_to_json(data: bytes, path: Path, said: Said) -> Any:
+    """A SentencePiece model with the tokens that are named beside it.
+
+    Args:
+        data: the content of the model file.
+        path: where it is from, for messages.
+        said: of it: other texts for some of its pieces; more tokens; and whether the space in front of a text comes at
+            its beginning only (transformers: `legacy: false`), and not also behind each special token. Where there are
+            user-defined pieces, it does in any case: the library cuts a text at them, too, and SentencePiece puts no
+            space behind them.
+
+    Raises:
+        UserError: it is of a kind that cannot be said there, or a piece that is text is to be renamed.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    pieces, trainer, rules = _read_model(data)
+    kind, has_prefix = trainer.get(3, _UNIGRAM), rules.get(3, True)
+    if kind not in (_UNIGRAM, _BPE) or trainer.get(24, False) or not rules.get(5, True):
+        raise UserError(
+            f"{path} is a SentencePiece model of a kind that takes no special tokens in a text and is not exported",
+            "use the tokenizer.json of the same model",
+        )
+    for i, name in ((i, entry["content"]) for i, entry in said.tokens.items() if i < len(pieces)):
+        if pieces[i].kind in (_NORMAL, _BYTE) and pieces[i].text != name:
+            raise UserError(f"token {i} of {path} is {pieces[i].text!r}, and a file beside it calls it {name!r}")
+        pieces[i] = pieces[i]._replace(text=name)
+    first_only = said.first_only or any(piece.kind == _USER_DEFINED for piece in pieces)
+    has_bytes = any(piece.kind == _BYTE for piece in pieces)
+    unknown = next((i for i, piece in enumerate(pieces) if piece.kind == _UNKNOWN), 0)
+    model: Any = None
+    if kind == _BPE:
+        model = models.BPE(
+            vocab={piece.text: i for i, piece in enumerate(pieces)},
+            merges=_merges({piece.text: piece.score for piece in pieces if piece.kind == _NORMAL}),
+            unk_token=pieces[unknown].text,
+            fuse_unk=True,
+            byte_fallback=has_bytes,
+        )
+    fast = Tokenizer(model or models.Unigram([(piece.text, piece.score) for piece in pieces], unknown, has_bytes))
+    steps: list[Any] = [normalizers.Precompiled(rules[2])] if rules.get(2) else []
+    if rules.get(4, True):
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if has_prefix and not first_only:
+        steps.append(normalizers.Prepend("▁"))
+    fast.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    if has_prefix and first_only:
+        # The first puts a space before the text, also where the text begins with one ("▁" by then); SentencePiece does.
+        first, rest = pre_tokenizers.Metaspace(" ", "first", split=False), pre_tokenizers.Metaspace("▁", "never", False)
+        fast.pre_tokenizer = pre_tokenizers.Sequence([first, rest])
+    strip = [decoders.Strip(" ", 1, 0)] * has_prefix
+    fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    special = [piece.text for piece in pieces if piece.kind in (_UNKNOWN, _CONTROL)]
+    fast.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    defined = [piece.text for piece in pieces if piece.kind == _USER_DEFINED]
+    fast.add_tokens([AddedToken(text, normalized=False) for text in defined])
+    # Matched in the text unchanged: normalized, a token would have the space in front that a text gets.
+    entries = {token: entry | {"normalized": False} for token, entry in said.tokens.items()}
+    return add_tokens(fast, path, replace(said, tokens=entries))
+
+
+def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """All ways to make a piece of two others, the piece with the highest score first.
+
+    Of several ways to make one piece the one with the longer left half comes first: SentencePiece takes the leftmost,
+    and in a run of one character what is left over stands at the run's end.
+    """
+    ways = [
+        (-score, -at, piece)
+        for piece, score in scores.items()
+        for at in range(1, len(piece))
+        if piece[:at] in scores and piece[at:] in scores
+    ]
+    ways.sort(key=lambda way: way[:2])
+    return [(piece[:-at], piece[-at:]) for _, at, piece in ways]
+
+
+def _read_model(data: bytes) -> tuple[list[_Piece], dict[int, Any], dict[int, Any]]:
+    """The pieces, the trainer's settings and the normalizer's, by their numbers in sentencepiece_model.proto.
+
+    Its own reader needs the very version of protobuf that SentencePiece was built with, or a later one.
+    """
+    pieces: list[_Piece] = []
+    settings: dict[int, dict[int, Any]] = {2: {}, 3: {}}
+    for number, value in _fields(data):
+        if number == 1:
+            piece = dict(_fields(value))
+            (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
+            pieces.append(_Piece(piece.get(1, b"").decode("utf-8"), score, piece.get(3, _NORMAL)))
+        elif number in settings:
+            settings[number] = dict(_fields(value))
+    return pieces, settings[2], settings[3]
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """The fields of a protobuf message: (number, integer or bytes)."""
+    at = 0
+    while at < len(data):
+        key, at = _integer(data, at)
+        if key & 7 == 0:
+            value, at = _integer(data, at)
+            yield key >> 3, value
+            continue
+        length, at = _integer(data, at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
+        yield key >> 3, data[at : at + length]
+        at += length
+
+
+def _integer(data: bytes, at: int) -> tuple[int, int]:
+    """A number in 7 bits a byte, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at

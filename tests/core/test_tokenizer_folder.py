@@ -1,12 +1,13 @@
 """What a folder says of its tokenizer counts as a whole: added tokens beside a vocabulary, EOS, what ends an answer."""
 
+import io
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sentencepiece import SentencePieceProcessor
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoTokenizer
 
 from llama_acc.core.data.load import load_dataset
@@ -14,6 +15,7 @@ from llama_acc.core.data.sources import Source
 from llama_acc.core.data.templates import Turn, template_of_folder
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, tokenizer_notes
+from llama_acc.core.tokenizer_folder import Said, sentencepiece_to_json
 from tests.core.tokenizers import byte_level
 
 START, END, TOOL = "<|im_start|>", "<|im_end|>", "<tool>"
@@ -215,3 +217,38 @@ def test_without_add_bos_token_no_format_begins_with_bos(tmp_path: Path, tokeniz
     assert template.prompt_ids(tokenizer, [Turn("human", "a")]) == tokenizer.encode("a")
     told = "texts begin without BOS, as tokenizer_config.json says (add_bos_token: false)"
     assert tokenizer_notes(tokenizer, 300) == [told]
+
+
+LINES = [line for line in Path(__file__).read_text().splitlines() if "<" not in line]  # no special tokens
+PIECES = [
+    *LINES,
+    *(f"x{mark * count}y{mark * count}" for mark in " -=\t" for count in range(1, 40)),
+    *("  two  spaces ", "", " ", "Ａ１ ﬁ é ①", "日本語", "▁▁ ▁", "nul\0"),
+]
+LLAMAS = {"model_type": "bpe", "byte_fallback": True, "remove_extra_whitespaces": False}
+LLAMAS |= {"normalization_rule_name": "identity", "allow_whitespace_only_pieces": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "first_only"),
+    [
+        (LLAMAS, False),
+        (LLAMAS, True),
+        (LLAMAS | {"byte_fallback": False}, False),
+        (LLAMAS | {"add_dummy_prefix": False}, False),
+        (LLAMAS | {"user_defined_symbols": ["pars", "--"]}, False),
+        ({"model_type": "bpe"}, False),
+        (LLAMAS | {"model_type": "unigram"}, False),
+        ({"model_type": "unigram"}, False),
+    ],
+)
+def test_the_tokens_are_those_of_sentencepiece(settings: dict[str, Any], first_only: bool) -> None:
+    model = io.BytesIO()
+    usual = {"vocab_size": 400, "hard_vocab_limit": False, "minloglevel": 2, "character_coverage": 0.98}
+    SentencePieceTrainer.train(sentence_iterator=iter(PIECES[:-4] * 2), model_writer=model, **(usual | settings))
+    theirs = SentencePieceProcessor(model_proto=model.getvalue())
+    ours = sentencepiece_to_json(model.getvalue(), Path("tokenizer.model"), Said(first_only=first_only))
+    # Of equal scores a Unigram model takes another way here.
+    texts = PIECES if settings["model_type"] == "bpe" else LINES
+    assert [ours.encode(text, add_special_tokens=False).ids for text in texts] == theirs.encode(texts)
+    assert ours.decode(theirs.encode("the text")) == "the text"

@@ -214,9 +214,8 @@ class _Choices:
 
 def _target(reader: str, folder: Path) -> Callable[[bytes], None]:
     """What is called with bytes; it raises on a crash."""
-    from llama_acc.core.data.convert.formats import FORMATS
-    from llama_acc.core.data.convert.rules import Options
-    from llama_acc.core.data.convert.run import Conversion, Request
+    from llama_acc.core.data.convert.formats import FORMATS, Options
+    from llama_acc.core.data.convert.run import Conversion
     from llama_acc.core.data.items import item_of
     from llama_acc.core.data.readers import stream_items
     from llama_acc.core.data.rows import stream_rows_from
@@ -262,17 +261,18 @@ def _target(reader: str, folder: Path) -> Callable[[bytes], None]:
 
     def formats(data: bytes) -> None:
         choices = _Choices(data)
-        text = "\n".join(json.dumps(choices.value()) for _ in range(3)).encode()
+        path = folder / "rows"
+        path.write_text("\n".join(json.dumps(choices.value()) for _ in range(3)))
         for format in (*FORMATS, "auto"):
             options = Options(all_forms=len(data) % 2 > 0, dialogues=len(data) % 3 > 0, keep_html=len(data) % 5 == 0)
-            conversion = Conversion(Request(format, [Path("-")], io.BytesIO(text), options, skip_problems=True))
+            conversion = Conversion(format, [path], options, skip_problems=True)
             try:
                 for converted in conversion:
                     json.loads(converted.line)
             except UserError as error:
-                if "standard input" not in error.message:
+                if str(path) not in error.message:
                     raise
-            assert all(problem.startswith("standard input: item ") for problem in conversion.problems)
+            assert all(problem.startswith(f"{path}: item ") for problem in conversion.problems)
 
     def zipped(data: bytes) -> None:
         rows_of(".json.zip", data)

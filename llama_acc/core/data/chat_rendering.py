@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,14 +25,6 @@ class Limits(NamedTuple):
     """Of all that is rendered."""
     memory: int = 2 << 30
     """Bytes of address space."""
-
-
-@dataclass
-class RenderedBlocks:
-    """A conversation while it is rendered; see `RenderedChat`."""
-
-    blocks: list[str] = field(default_factory=list)
-    generated: list[tuple[int, int]] = field(default_factory=list)
 
 
 class RenderedChat(NamedTuple):
@@ -72,16 +63,11 @@ def render(
     job = [source, conversations, variables, add_generation_prompt, limits]
     # Isolated: neither the working directory nor PYTHON* variables decide what the child imports.
     command = [sys.executable, "-I", "-c", _PROGRAM, *filter(None, sys.path)]
+    most = 10 * limits.seconds  # for one that sleeps
     try:
-        done = subprocess.run(
-            command,
-            input=json.dumps(job).encode(),
-            capture_output=True,
-            check=False,
-            timeout=10 * limits.seconds,  # for one that sleeps
-        )
+        done = subprocess.run(command, input=json.dumps(job).encode(), capture_output=True, check=False, timeout=most)
     except subprocess.TimeoutExpired:
-        raise UserError(f"the chat template {path} takes more than {10 * limits.seconds} s") from None
+        raise UserError(f"the chat template {path} takes more than {most} s") from None
     if done.returncode or not done.stdout:
         taken = f"takes more than {limits.seconds} s of processor time, or ends the process that renders it"
         raise UserError(f"the chat template {path} {taken}")
@@ -100,56 +86,61 @@ def main() -> None:
     for kind, most in ((resource.RLIMIT_CPU, limits.seconds), (resource.RLIMIT_AS, limits.memory)):
         with suppress(ValueError, OSError):  # macOS has no limit of address space
             resource.setrlimit(kind, (most, most))
-    from jinja2 import TemplateError
-
-    answer: Any
-    try:
-        chat = RenderedBlocks()
-        compiled = _compile(source, chat)
-    except (TemplateError, RecursionError, MemoryError, SyntaxError) as error:
-        answer = f"is not a chat template: {error}"
-    else:
-        try:
-            answer = _render_all(compiled, chat, conversations, variables, add_generation_prompt, limits)
-        except MemoryError:
-            answer = f"takes more than {limits.memory >> 20} MiB of memory on these turns"
-        except (
-            TemplateError,
-            RecursionError,
-            TypeError,
-            ValueError,
-            ArithmeticError,
-            LookupError,
-            AttributeError,
-        ) as e:
-            answer = f"fails on these turns: {e}"
-    sys.stdout.write(json.dumps(answer))
+    sys.stdout.write(json.dumps(_answer(source, conversations, variables, add_generation_prompt, limits)))
 
 
-def _render_all(
-    compiled: Any,
-    chat: RenderedBlocks,
+def _answer(
+    source: str,
     conversations: list[list[dict[str, str]]],
     variables: dict[str, str],
     add_generation_prompt: bool,
     limits: Limits,
-) -> list[RenderedChat]:
-    rendered, length = [], 0
-    for messages in conversations:
-        chat.blocks, chat.generated = [], []
-        # What transformers passes where its caller gives neither tools nor documents.
-        passed = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **variables}
-        for block in compiled.generate(messages=messages, **passed):
-            chat.blocks.append(block)
-            length += len(block)
-            if length > limits.characters:
-                raise ValueError(f"it writes more than {limits.characters:,} characters")
-        rendered.append(RenderedChat("".join(chat.blocks), chat.generated))
+) -> list[RenderedChat] | str:
+    from jinja2 import TemplateError
+
+    # What transformers passes where its caller gives neither tools nor documents.
+    passed = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **variables}
+    blocks: list[str] = []
+    generated: list[tuple[int, int]] = []
+    rendered: list[RenderedChat] = []
+    wrong = "is not a chat template"
+    try:
+        template = _compiled(source, blocks, generated)
+        wrong = "fails on these turns"
+        for messages in conversations:
+            blocks.clear()
+            generated.clear()
+            left = limits.characters - sum(len(chat.text) for chat in rendered)
+            for block in template.generate(messages=messages, **passed):
+                blocks.append(block)
+                left -= len(block)
+                if left < 0:
+                    return f"{wrong}: it writes more than {limits.characters:,} characters"
+            rendered.append(RenderedChat("".join(blocks), list(generated)))
+    except MemoryError:
+        return f"takes more than {limits.memory >> 20} MiB of memory on these turns"
+    except (
+        TemplateError,
+        RecursionError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+    ) as error:
+        return f"{wrong}: {error}"
     return rendered
 
 
-def _compile(source: str, chat: RenderedBlocks) -> Any:
-    """The template in the environment that `transformers.utils.chat_template_utils` (5.24) gives it."""
+def _compiled(source: str, blocks: list[str], generated: list[tuple[int, int]]) -> Any:
+    """The template in the environment that `transformers.utils.chat_template_utils` (5.24) gives it.
+
+    Args:
+        source: the Jinja text.
+        blocks: what has been rendered so far.
+        generated: takes the characters in which `{% generation %}` blocks stand.
+    """
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -166,8 +157,8 @@ def _compile(source: str, chat: RenderedBlocks) -> Any:
 
         def _note(self, caller: Callable[[], str]) -> str:
             content = caller()
-            begin = sum(map(len, chat.blocks))
-            chat.generated.append((begin, begin + len(content)))
+            begin = sum(map(len, blocks))
+            generated.append((begin, begin + len(content)))
             return content
 
     class PlainNamespace(jinja2.utils.Namespace):

@@ -1,51 +1,74 @@
-"""Items: what one row of a data file has to be, and everything that may be wrong with it.
+"""Items: what one row of a data file has to be, everything that may be wrong with it, and what its keys mean.
 
 Two kinds: single-turn (`instruction`, `input`, `output`; or `caption` alone, an output without an instruction) and
 dialogue (`conversations: [{from, value}, ...]`; or a single-turn item with a `history`). Each may have images and a
-`system` text of its own, and a turn may say that it is not to be trained on. Of all other keys see `keys`.
+`system` text of its own, and a turn may say that it is not to be trained on. Other keys are counted, or refused where
+they change the meaning of the item. Their names are those of OpenAI's fine-tuning format (`weight`, `tools`), axolotl
+(`train`, `training`, `train_detail`), ms-swift (`loss`, `rejected_response`), LLaMA-Factory (`system`, `history`,
+`tools`, `images`, `kto_tag`), trl (`chosen`, `rejected`), Dolly (`context`) and OpenOrca (`system_prompt`).
 """
 
 import difflib
 import re
+import shlex
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
+
 from llama_acc.core.data.findings import Finding, beginning
-from llama_acc.core.data.keys import (
-    IMAGES,
-    INPUT,
-    PREFERENCE,
-    SYSTEM,
-    TRAINED,
-    as_list,
-    count_unused,
-    is_empty,
-    is_trained,
-    key_of,
-    unusable,
+from llama_acc.core.data.templates import Turn, as_dialogue
+from llama_acc.core.units import count_text
+from llama_acc.core.visible import visible
+
+SYSTEM = ("system", "system_prompt")
+INPUT = ("input", "context")
+IMAGES = ("image", "images")
+TRAINED = ("train", "training", "trainable", "loss", "weight")
+"""Of a turn: whether it is trained on, as true or false, 1 or 0."""
+PREFERENCE = ("chosen", "rejected", "rejected_response", "preferred_output", "non_preferred_output")
+UNUSABLE = {
+    **dict.fromkeys(PREFERENCE, "pairs of a preferred and a rejected reply cannot be trained on as they are"),
+    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), "calls of tools cannot be trained on"),
+    **dict.fromkeys(("audio", "audios", "video", "videos"), "sound and video cannot be trained on"),
+    "train_detail": "parts of a reply cannot be trained on alone",
+    "history": "earlier turns have to be in the conversation itself",
+}
+UNDESIRABLE = ("kto_tag", "train", "label")
+"""False: a reply is not to be trained on; `label` beside a `completion` only."""
+PAIRS = (
+    ("instruction", "response"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("prompt", "output"),
+    ("query", "response"),
+    ("input", "output"),
 )
-from llama_acc.core.data.rows import type_name
-from llama_acc.core.data.templates import Turn
-
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-
-_SYSTEM_ROLES = ("system", "developer")
+"""What the two sides are called in data sets of questions and answers."""
 ROLES = {
     "human": "human",
     "user": "human",
     "gpt": "assistant",
     "assistant": "assistant",
-    **dict.fromkeys(_SYSTEM_ROLES, "system"),
+    "system": "system",
+    "developer": "system",
 }
-_KEYS = frozenset(("conversations", *IMAGES, *SYSTEM))
+_DIALOGUE_KEYS = frozenset(("conversations", *IMAGES, *SYSTEM))
 _SINGLE_TURN_KEYS = frozenset(("instruction", "output", "history", *INPUT, *IMAGES, *SYSTEM))
-_IMAGE_KEYS = frozenset((*IMAGES, "url"))
 _CAPTION_KEYS = frozenset(("caption", "url", *IMAGES, *SYSTEM))
+_TRAINED = frozenset(TRAINED)
+_TURN_KEYS = _TRAINED | {"from", "value"}
 _SAYING = ("output", "caption", "instruction", "history", *INPUT, *IMAGES)
 """What a single-turn item may say."""
-_TURN_KEYS = frozenset(("from", "value", *TRAINED))
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+
+
+class Malformed(ValueError):
+    """A row or a turn is not what it has to be; the message is what is wrong with it."""
 
 
 class SingleTurn(NamedTuple):
@@ -61,13 +84,11 @@ class SingleTurn(NamedTuple):
 
 
 class Dialogue(NamedTuple):
-    """Turns of a conversation, in the order of the file."""
+    """Turns of a conversation, in the order of the file; the rest as that of `SingleTurn`."""
 
     turns: list[Turn]
     images: tuple[str, ...] = ()
-    """As those of `SingleTurn`."""
     system: str | None = None
-    """As that of `SingleTurn`."""
 
 
 Item = SingleTurn | Dialogue
@@ -98,24 +119,7 @@ def item_of(
         The item, and no findings; or None, and some.
     """
     problems = _Problems(where)
-    if not isinstance(value, dict):
-        problems.add("no_item", "", f"should be an object, but is {type_name(value)}", value)
-        return None, problems.found
-    for field in ("conversations", "history"):
-        if isinstance(value.get(field), str):
-            value = {**value, field: as_list(value[field])}
-    if _is_blank(value):
-        problems.add("blank", "", "no question and no answer", value)
-        return None, problems.found
-    is_dialogue = kind == "dialogue" and ("conversations" in value or "output" not in value)
-    is_caption = not is_dialogue and "caption" in value and "output" not in value
-    problems.look_for_unused(value, _KEYS if is_dialogue else _CAPTION_KEYS if is_caption else _SINGLE_TURN_KEYS)
-    if problems.found:
-        return None, problems.found
-    if is_dialogue:
-        item: Item | None = _dialogue(value, problems)
-    else:
-        item = _single_turn(value, problems, kind == "dialogue")
+    item = _item(value, kind, problems)
     if problems.found:
         return None, problems.found
     if unused is not None:
@@ -124,23 +128,23 @@ def item_of(
 
 
 def first_exchange(value: Any) -> Any:
-    """The first question and answer of a dialogue as a single-turn item, as they stand; anything else as it is.
+    """The first question and answer of a dialogue as a single-turn item, unchanged; anything else unchanged.
 
     (LLaMA2-Accessory's preprocess `single_turn_llava`.)
     """
     turns = as_list(value.get("conversations")) if isinstance(value, dict) else None
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns[:3]):
         return value
-    system = turns[0].get("value") if turns and str(turns[0].get("from")).lower() in _SYSTEM_ROLES else None
-    if len(turns) < (2 if system is None else 3):
+    has_system = bool(turns) and _role(turns[0]) == "system" and turns[0].get("value") is not None
+    system, exchange = turns[:has_system], turns[has_system : has_system + 2]
+    if len(exchange) < 2:
         return value
-    question, answer = turns[:2] if system is None else turns[1:3]
     rest = {key: item for key, item in value.items() if key != "conversations"}
-    if system is not None:
-        rest["system"] = system
-    if any(answer.get(key) not in (None, True, 1) for key in TRAINED):
+    if system:
+        rest["system"] = system[0]["value"]
+    if any(exchange[1].get(key) not in (None, True, 1) for key in TRAINED):
         rest["train"] = False
-    return {**rest, "instruction": question.get("value"), "output": answer.get("value")}
+    return {**rest, "instruction": exchange[0].get("value"), "output": exchange[1].get("value")}
 
 
 class _Problems:
@@ -168,6 +172,77 @@ class _Problems:
             self.add("unsupported" if keys.isdisjoint(PREFERENCE) else "preference", "", reason, row)
         self.unused |= {inside + key for key in keys if not is_empty(row[key])}
 
+    def text(self, row: dict[str, Any], field: str) -> str:
+        """A field that has to be text that can be written."""
+        text = row.get(field)
+        if isinstance(text, str):
+            if text.isascii():
+                return text
+            try:
+                text.encode("utf-8")
+                return text
+            except UnicodeEncodeError as error:
+                place = f"(U+{ord(text[error.start]):04X}) at character {error.start + 1}"
+                self.add("surrogate", field, f"{field!r} has a lone surrogate {place}", text)
+        elif text is not None:
+            self.add("wrong_type", field, f"{field!r} should be text, but is {type_name(text)}", text)
+        else:
+            self.missing(row, field)
+        return ""
+
+    def missing(self, row: dict[str, Any], field: str) -> None:
+        keys = ", ".join(map(repr, list(row)[:6])) or "none"
+        near = [key for key in list(row)[:20] if difflib.get_close_matches(str(key).lower(), [field], cutoff=0.6)]
+        question = f"; did you mean {near[0]!r}?" if near else ""
+        message = f"{field!r} is null" if field in row else f"no {field!r} (its keys: {keys}){question}"
+        self.add("missing_field", field, message, row)
+
+    def either(self, row: dict[str, Any], names: Sequence[str]) -> str | None:
+        """The text of one field that goes by several names; None: there is none, or it is null."""
+        try:
+            field = key_of(row, names)
+        except Malformed as error:
+            self.add("unsupported", "", str(error), row)
+            return None
+        return None if field is None else self.text(row, field)
+
+
+def _item(value: Any, kind: str, problems: _Problems) -> Item | None:
+    if not isinstance(value, dict):
+        problems.add("no_item", "", f"should be an object, but is {type_name(value)}", value)
+        return None
+    for field in ("conversations", "history"):
+        if isinstance(value.get(field), str):
+            value = {**value, field: as_list(value[field])}
+    if _is_blank(value):
+        problems.add("blank", "", "no question and no answer", value)
+        return None
+    is_dialogue = kind == "dialogue" and ("conversations" in value or "output" not in value)
+    is_caption = not is_dialogue and "caption" in value and "output" not in value
+    problems.look_for_unused(
+        value, _DIALOGUE_KEYS if is_dialogue else _CAPTION_KEYS if is_caption else _SINGLE_TURN_KEYS
+    )
+    if problems.found:
+        return None
+    if is_dialogue:
+        return _dialogue(value, problems)
+    if "conversations" in value and "output" not in value:
+        message = "a dialogue (it has 'conversations') among single-turn items"
+        problems.add("mixed_kinds", "conversations", message, value["conversations"])
+        return None
+    system, images = _system(value, problems), _images(value, problems)
+    if is_caption:
+        return SingleTurn("", None, _caption(value, problems), images, system)
+    instruction, output = problems.text(value, "instruction"), problems.text(value, "output")
+    context = problems.either(value, INPUT)
+    history = _history(value, problems)
+    if kind == "dialogue":
+        return Dialogue([*history, *as_dialogue(instruction, context, output)], images, system)
+    if history:
+        message = "turns before the instruction among single-turn items: use format: dialogue"
+        problems.add("mixed_kinds", "history", message, value["history"])
+    return SingleTurn(instruction, context, output, images, system)
+
 
 def _is_blank(value: dict[str, Any]) -> bool:
     """Whether a row has the keys of an item, and nothing in them."""
@@ -181,82 +256,51 @@ def _is_blank(value: dict[str, Any]) -> bool:
 
 
 def _says_nothing(turn: dict[str, Any]) -> bool:
-    return is_empty(turn["value"]) or str(turn.get("from")).lower() in _SYSTEM_ROLES
+    return is_empty(turn["value"]) or _role(turn) == "system"
 
 
-def _single_turn(value: dict[str, Any], problems: _Problems, as_dialogue: bool) -> Item | None:
-    """A single-turn item, with the turns before it as a dialogue."""
-    if "conversations" in value and "output" not in value:
-        message = "a dialogue (it has 'conversations') among single-turn items"
-        problems.add("mixed_kinds", "conversations", message, value["conversations"])
-        return None
-    system, images = _system(value, problems), _images(value, problems)
-    if "caption" in value and "output" not in value:
-        return SingleTurn("", None, _caption(value, problems), images, system)
-    instruction = _text(value, "instruction", problems)
-    output = _text(value, "output", problems)
-    context = _either(value, INPUT, problems)
-    history = _history(value, problems)
-    if not as_dialogue:
-        if history:
-            message = "turns before the instruction among single-turn items: use format: dialogue"
-            problems.add("mixed_kinds", "history", message, value["history"])
-        return SingleTurn(instruction, context, output, images, system)
-    question = f"{instruction}\n\n{context}" if context and context.strip() else instruction
-    return Dialogue([*history, Turn("human", question), Turn("assistant", output)], images, system)
+def _role(turn: dict[str, Any]) -> str:
+    return ROLES.get(str(turn.get("from")).lower(), "")
 
 
 def _history(value: dict[str, Any], problems: _Problems) -> list[Turn]:
     """Earlier questions and answers, in pairs; the answers are trained too, as LLaMA-Factory does."""
     pairs = value.get("history")
-    if pairs is None or is_empty(pairs):
+    if is_empty(pairs):
         return []
     if not isinstance(pairs, list) or not all(
-        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
-        for pair in pairs
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs
     ):
         problems.add("wrong_type", "history", "'history' should be a list of pairs of texts", pairs)
         return []
-    for text in (text for pair in pairs for text in pair):
-        _text({"history": text}, "history", problems)
-    return [turn for question, answer in pairs for turn in (Turn("human", question), Turn("assistant", answer))]
+    texts = [problems.text({"history": text}, "history") for pair in pairs for text in pair]
+    return [Turn(("human", "assistant")[place % 2], text) for place, text in enumerate(texts)]
 
 
 def _system(value: dict[str, Any], problems: _Problems) -> str | None:
-    system = _either(value, SYSTEM, problems)
+    system = problems.either(value, SYSTEM)
     return system if system is not None and system.strip() else None
-
-
-def _either(value: dict[str, Any], fields: Sequence[str], problems: _Problems) -> str | None:
-    """The text of one field that goes by several names; None: there is none, or it is null."""
-    try:
-        field = key_of(value, fields)
-    except ValueError as error:
-        problems.add("unsupported", "", str(error), value)
-        return None
-    return None if field is None else _text(value, field, problems)
 
 
 def _caption(value: dict[str, Any], problems: _Problems) -> str:
     """The caption, or one of a list: which one is chance, but follows from the list."""
     captions = value["caption"]
     if not isinstance(captions, list):
-        return _text(value, "caption", problems)
-    texts = [_text({"caption": caption}, "caption", problems) for caption in captions]
+        return problems.text(value, "caption")
+    texts = [problems.text({"caption": caption}, "caption") for caption in captions]
     if not texts:
         problems.add("missing_field", "caption", "'caption' is an empty list", captions)
         return ""
-    return texts[zlib.crc32("\n".join(texts).encode(errors="surrogatepass")) % len(texts)]
+    return texts[zlib.crc32("\n".join(texts).encode()) % len(texts)]
 
 
 def _images(value: dict[str, Any], problems: _Problems) -> tuple[str, ...]:
     """The references of an item's images, in order. LLaMA2-Accessory's captions call the path `url`."""
-    if _IMAGE_KEYS.isdisjoint(value):
-        return ()
     names = (*IMAGES, "url") if "caption" in value else IMAGES
-    field = next((name for name in names if value.get(name)), "image")
-    given = value.get(field) or []
-    references = given if isinstance(given, list) else [given]
+    field = next((name for name in names if value.get(name)), None)
+    if field is None:
+        return ()
+    references = value[field] if isinstance(value[field], list) else [value[field]]
     for reference in references:
         if not isinstance(reference, str) or not reference:
             message = f"{field!r} should be a path or a list of paths, but holds {type_name(reference)}"
@@ -265,14 +309,14 @@ def _images(value: dict[str, Any], problems: _Problems) -> tuple[str, ...]:
             message = f"{field!r} is an address: images are read from disk, download them first"
             problems.add("image", field, message, reference)
         else:
-            _text({field: reference}, field, problems)
+            problems.text({field: reference}, field)
     return tuple(references)
 
 
 def _dialogue(value: dict[str, Any], problems: _Problems) -> Dialogue | None:
     turns = value.get("conversations")
     if turns is None:
-        _missing(value, "conversations", problems)
+        problems.missing(value, "conversations")
         return None
     if not isinstance(turns, list):
         problems.add("wrong_type", "conversations", "'conversations' should be a list of turns", turns)
@@ -291,10 +335,11 @@ def _dialogue(value: dict[str, Any], problems: _Problems) -> Dialogue | None:
 def _split_system(system: str | None, turns: list[Turn], problems: _Problems) -> tuple[str | None, list[Turn]]:
     """The system text of a row together with that of its first turns, and the turns behind those."""
     begin = next((place for place, turn in enumerate(turns) if turn.role != "system"), len(turns))
-    late = [number for number, turn in enumerate(turns[begin:], start=begin + 1) if turn.role == "system"]
-    if late:
-        message = f"turn {late[0]} is a system text behind the first turn (llama-acc convert-data sharegpt moves it)"
-        problems.add("unsupported", f"turn {late[0]}", message, turns[late[0] - 1].text)
+    late = next((place for place, turn in enumerate(turns) if place > begin and turn.role == "system"), None)
+    if late is not None:
+        place = f"turn {late + 1}"
+        message = f"{place} is a system text behind the first turn (llama-acc convert-data sharegpt moves it)"
+        problems.add("unsupported", place, message, turns[late].text)
     texts = [system, *(turn.text for turn in turns[:begin])]
     return "\n\n".join(text for text in texts if text and not text.isspace()) or None, turns[begin:]
 
@@ -306,48 +351,133 @@ def _turn(turn: Any, problems: _Problems) -> Turn:
         return Turn("", "")
     problems.look_for_unused(turn, _TURN_KEYS, "conversations[].")
     before = len(problems.found)
-    role = _text(turn, "from", problems)
-    if len(problems.found) == before and role.lower() not in ROLES:
-        message = f"unknown role {role!r} in 'from': it is one of {', '.join(ROLES)}"
+    said = problems.text(turn, "from")
+    role = ROLES.get(said.lower(), "")
+    if not role and len(problems.found) == before:
+        message = f"unknown role {said!r} in 'from': it is one of {', '.join(ROLES)}"
         problems.add("unknown_role", "from", message, turn.get("value"))
-    role = ROLES.get(role.lower(), "")
-    return Turn(role, _text(turn, "value", problems), _trained(turn, role, problems))
-
-
-def _trained(turn: dict[str, Any], role: str, problems: _Problems) -> bool:
+    text, trained = problems.text(turn, "value"), True
     try:
-        return is_trained(turn, role == "assistant")
-    except ValueError as error:
+        trained = is_trained(turn, role == "assistant")
+    except Malformed as error:
         problems.add("unsupported", "", str(error), turn)
-        return True
+    return Turn(role, text, trained)
 
 
-def _text(value: dict[str, Any], field: str, problems: _Problems) -> str:
-    text = value.get(field)
-    if text is None:
-        _missing(value, field, problems)
-    elif not isinstance(text, str):
-        problems.add("wrong_type", field, f"{field!r} should be text, but is {type_name(text)}", text)
-    elif not text.isascii() and (place := _surrogate(text)) is not None:
-        message = f"{field!r} has a lone surrogate (U+{ord(text[place]):04X}) at character {place + 1}"
-        problems.add("surrogate", field, message, text)
-    else:
-        return text
-    return ""
+# Keys and values of rows and turns
 
 
-def _missing(value: dict[str, Any], field: str, problems: _Problems) -> None:
-    keys = ", ".join(repr(key) for key in list(value)[:6]) or "none"
-    near = [key for key in list(value)[:20] if difflib.get_close_matches(str(key).lower(), [field], cutoff=0.6)]
-    message = f"{field!r} is null" if field in value else f"no {field!r} (its keys: {keys})"
-    if near and field not in value:
-        message += f"; did you mean {near[0]!r}?"
-    problems.add("missing_field", field, message, value)
+def type_name(value: Any) -> str:
+    """The kind of a JSON value in words."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
 
 
-def _surrogate(text: str) -> int | None:
+def is_empty(value: Any) -> bool:
+    """Whether a value says nothing: null, blank, or without elements."""
+    return (not value or value.isspace()) if isinstance(value, str) else value is None or value == [] or value == {}
+
+
+def as_list(value: Any) -> Any:
+    """A list that is given as its JSON text, as columns of text have it; anything else unchanged."""
+    if not isinstance(value, str) or value.lstrip()[:1] != "[":
+        return value
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return error.start
+        return msgspec.json.decode(value)
+    except (msgspec.DecodeError, RecursionError):
+        return value
+
+
+def unusable(row: Mapping[str, Any], keys: Iterable[str]) -> str | None:
+    """Why a row or a turn would mean something else without these of its keys; None: it would not."""
+    for key in keys:
+        value = row[key]
+        if key in UNUSABLE and not is_empty(value) and value not in ("[]", "{}", "null"):
+            return f"{UNUSABLE[key]} ({key!r})"
+        if value is False and key in UNDESIRABLE and (key != "label" or "completion" in row):
+            return f"a reply that is marked as not to be trained on ({key!r} is false)"
     return None
+
+
+def key_of(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """By which of its names a row has a field; None: by none, or it is null.
+
+    Raises:
+        Malformed: by two, which differ.
+    """
+    given = [name for name in names if row.get(name) is not None]
+    if len(given) < 2:
+        return given[0] if given else None
+    full = [name for name in given if not is_empty(row[name])]
+    if any(row[name] != row[full[0]] for name in full):
+        raise Malformed(f"{' and '.join(map(repr, full))} are names of one thing, and differ")
+    return (full or given)[0]
+
+
+def is_trained(turn: Mapping[str, Any], is_reply: bool) -> bool:
+    """Whether a turn's own keys let it be trained on.
+
+    Raises:
+        Malformed: they say something else than yes or no, contradict each other, or ask for a turn that is no reply.
+    """
+    if _TRAINED.isdisjoint(turn):
+        return True
+    given = {key: turn[key] for key in TRAINED if turn.get(key) is not None}
+    for key, value in given.items():
+        if value not in (0, 1) or isinstance(value, str):
+            raise Malformed(f"{key!r} should be true or false, 1 or 0, but is {beginning(value)}")
+        if value and not is_reply and key != "weight":
+            raise Malformed(f"{key!r} asks to train on a turn that is no reply, which cannot be done")
+    if len({bool(value) for value in given.values()}) > 1:
+        raise Malformed(f"{' and '.join(map(repr, given))} contradict each other")
+    return not is_reply or all(given.values())
+
+
+def mapping_of(row: Mapping[str, Any]) -> dict[str, str]:
+    """What `--map` may make of a row in no known format: our fields to the row's keys; empty: nothing.
+
+    COLUMN stands for a key that only the user can name.
+    """
+    texts = [key for key, value in row.items() if isinstance(value, str) and not is_empty(value)]
+    dialogues = [key for key, value in row.items() if _is_dialogue(value)]
+    for question, answer in PAIRS:
+        if question in texts and answer in texts:
+            return {"instruction": question, "output": answer}
+    if "chosen" in dialogues:
+        return {"conversations": "chosen"}
+    if "chosen" in row:
+        questions = [key for key in texts if key in {question for question, _ in PAIRS}]
+        return {"instruction": questions[0], "output": "chosen"} if questions and "chosen" in texts else {}
+    if dialogues:
+        return {"conversations": dialogues[0]}
+    texts = [key for key in texts if not key.lower().endswith("id")]
+    if len(texts) == 1 or "text" in texts:
+        return {"output": "text" if "text" in texts else texts[0]}
+    return {"instruction": "COLUMN", "output": "COLUMN"} if texts else {}
+
+
+def _is_dialogue(value: Any) -> bool:
+    turns = as_list(value)
+    is_long = isinstance(turns, list) and len(turns) > 1
+    return is_long and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns)
+
+
+def mapping_words(mapping: Mapping[str, str]) -> str:
+    """The options that say so: "--map instruction=question --map output=answer"."""
+    words = " ".join(f"--map {field}={shlex.quote(column)}" for field, column in mapping.items())
+    plain = ", for text without questions; train it with template: none"
+    return words + plain if mapping.keys() == {"output"} else words
+
+
+def count_unused(unused: Counter[str], names: Iterable[str]) -> None:
+    """Count an item's keys that are not used; those behind the first hundred together."""
+    for name in names:
+        unused[name if name in unused or len(unused) < 100 else "other keys"] += 1
+
+
+def unused_text(unused: Mapping[str, int]) -> str:
+    """Keys that are not used, most frequent first: "source (1,000 items), id (12 items)"."""
+    ordered = sorted(unused.items(), key=lambda pair: (-pair[1], pair[0]))
+    # A lone surrogate cannot be written anywhere.
+    names = [visible(key[:60].encode("utf-8", "backslashreplace").decode("utf-8")) for key, _ in ordered]
+    return ", ".join(f"{name} ({count_text(count, 'item')})" for name, (_, count) in zip(names, ordered, strict=True))

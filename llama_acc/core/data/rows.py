@@ -22,8 +22,8 @@ from typing import IO, Any, NamedTuple
 import msgspec
 
 from llama_acc.core.data.files import BLOCK, BytesRead, DataStream, data_suffix, open_data
+from llama_acc.core.data.items import mapping_of, mapping_words, type_name
 from llama_acc.core.data.json_array import JSON, MAX_ITEM, array_items
-from llama_acc.core.data.keys import mapping_of, mapping_words
 from llama_acc.core.data.parquet import PARQUET_SUFFIX, parquet_rows
 from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_rows
 from llama_acc.core.errors import DataError, UserError
@@ -123,12 +123,6 @@ def looked_ahead(
 def _broken_off(error: UserError) -> Iterator[Row]:
     yield from ()
     raise error
-
-
-def type_name(value: Any) -> str:
-    """What a JSON value is, as people call it."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
 
 
 def _rows(stream: DataStream, suffix: str | None, required: Sequence[str], quoted: bool = True) -> Iterator[Row]:

@@ -20,7 +20,7 @@ from llama_acc.core.errors import UserError, did_you_mean, listed
 from llama_acc.core.input_files import read_json, read_text
 from llama_acc.core.schema_problems import problems_of
 from llama_acc.core.tokenizer import Tokenizer
-from llama_acc.core.tokenizer_folder import CHAT_TEMPLATE_FILE, CONFIG_FILE
+from llama_acc.core.tokenizer_folder import CHAT_TEMPLATE_FILE, CONFIG_FILE, TOKEN_NAMES, token_text
 
 TEMPLATE_FILE = "template.json"
 FORMAT_VERSION = 1
@@ -65,6 +65,7 @@ _SHORTQA = (
     "Write a response that appropriately completes the request using a single word or phrase.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
+_QG = "Generate a question whose answer is:\n{instruction}\n\nQuestion:\n"
 _DIALOGUE_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
@@ -113,15 +114,11 @@ class Template(BaseModel):
     trained_end: str = ""
     """The beginning of `turn_end` that is trained."""
 
-    def single_turn_prompt(self, instruction: str, input: str | None = None, system: str | None = None) -> str:
-        """The text before the output, which follows it with nothing between. A blank input counts as none.
-
-        A system text stands in front, with a blank line between.
-        """
-        return _joined(self._prompt_parts(instruction, input, system)).text
-
     def single_turn_text(self, instruction: str, input: str | None, output: str, system: str | None = None) -> Rendered:
-        """Render a whole single-turn item; what is trained begins where `render_prompt` ends."""
+        """Render a whole single-turn item; what is trained begins where `render_prompt` ends.
+
+        A blank input counts as none. A system text stands in front, with a blank line between.
+        """
         output = self.clean(output)
         text, own, *_ = _joined([*self._prompt_parts(instruction, input, system), (output, True)])
         begin = len(text[: len(text) - len(output)].rstrip(" "))
@@ -176,8 +173,7 @@ class Template(BaseModel):
         space and the word behind it, and that is what was trained.
         """
         if self.kind == "single_turn":
-            last = next((turn.text for turn in reversed(history) if turn.role == "human"), "")
-            text, own, *_ = _joined(self._prompt_parts(last, None, system))
+            text, own, *_ = self._question(history, system)
             kept = len(text.rstrip(" "))
             return Rendered(text[:kept], [(begin, min(end, kept)) for begin, end in own if begin < kept])
         text, own, *_ = self.dialogue_text(history, system)
@@ -194,10 +190,7 @@ class Template(BaseModel):
 
     def spaces_left(self, history: Sequence[Turn]) -> int:
         """How many spaces a prompt ends with that are left to the model, and so are no part of its answer."""
-        if self.kind == "dialogue":
-            return 0
-        last = next((turn.text for turn in reversed(history) if turn.role == "human"), "")
-        text = self.single_turn_prompt(last)
+        text = self._question(history).text if self.kind == "single_turn" else ""
         return len(text) - len(text.rstrip(" "))
 
     def text_stops(self, tokenizer: Tokenizer | None) -> list[str]:
@@ -226,7 +219,7 @@ class Template(BaseModel):
         return self.model_copy(update={"stop": tuple(dict.fromkeys(stop))})
 
     def save(self, path: Path) -> None:
-        """Write the whole format as JSON."""
+        """Write a template.json."""
         path.write_text(self.to_json(), encoding="utf-8")
 
     def to_json(self) -> str:
@@ -235,7 +228,7 @@ class Template(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> "Template":
-        """Read what `save` wrote.
+        """Read a template.json.
 
         Raises:
             UserError: it cannot be read, or a newer llama-acc wrote it.
@@ -251,6 +244,11 @@ class Template(BaseModel):
             return cls.model_validate(settings)
         except ValidationError as error:
             raise UserError(f"{path} is not a prompt template:\n{listed(problems_of(error))}") from error
+
+    def _question(self, history: Sequence[Turn], system: str | None = None) -> Rendered:
+        """The whole prompt of a single-turn format."""
+        last = next((turn.text for turn in reversed(history) if turn.role == "human"), "")
+        return _joined(self._prompt_parts(last, None, system))
 
     def _prompt_parts(self, instruction: str, input: str | None, system: str | None) -> "_Parts":
         parts: _Parts = [(system, True), ("\n\n", False)] if system is not None and system.strip() else []
@@ -349,10 +347,10 @@ class ChatTemplate:
         Raises:
             UserError: it is not jinja.
         """
-        self._source, self._path, self._limits = source, path, limits
+        self.path, self._source, self._limits = path, source, limits
         self._variables = _special_tokens(path.parent / CONFIG_FILE, tokenizer)
         self._special = special_texts(tokenizer)
-        self._render([], False)
+        self._rendered([], [], add_generation_prompt=False)
         self.stop = tuple(mark for mark in self._TURN_ENDS if mark in source)
 
     def render_prompt(self, history: Sequence[Turn], system: str | None = None) -> Rendered:
@@ -407,7 +405,7 @@ class ChatTemplate:
             replies = [turn for turn in turns if turn.role == "assistant"]
             if len(dialogue.trained) != len(replies):
                 raise UserError(
-                    f"the chat template {self._path} cannot say what is trained: it has {{% generation %}} around "
+                    f"the chat template {self.path} cannot say what is trained: it has {{% generation %}} around "
                     f"{len(dialogue.trained)} of {len(replies)} replies",
                     "use a shipped format: --template NAME, in a run data.sources.0.template=NAME; there are: "
                     + ", ".join(TEMPLATES),
@@ -432,10 +430,8 @@ class ChatTemplate:
             [{"role": role, "content": special.sub(rf"{begin}\g<0>{end}", text)} for role, text in conversation]
             for conversation in conversations
         ]
-        return [_unmarked(chat, begin, end) for chat in self._render(messages, add_generation_prompt)]
-
-    def _render(self, messages: list[list[dict[str, str]]], add_generation_prompt: bool) -> list[RenderedChat]:
-        return render(self._source, messages, self._variables, add_generation_prompt, self._path, self._limits)
+        chats = render(self._source, messages, self._variables, add_generation_prompt, self.path, self._limits)
+        return [_unmarked(chat, begin, end) for chat in chats]
 
 
 PromptFormat = Template | ChatTemplate
@@ -451,9 +447,6 @@ def _unmarked(chat: RenderedChat, begin: str, end: str) -> Rendered:
     return Rendered(text, [(place, place + 1) for place in sorted(inner) if 0 <= place < len(text)], generated)
 
 
-_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-
 def _special_tokens(config: Path, tokenizer: Tokenizer) -> dict[str, str]:
     """The special tokens that transformers passes to a chat template, by name: those that are set.
 
@@ -464,30 +457,19 @@ def _special_tokens(config: Path, tokenizer: Tokenizer) -> dict[str, str]:
     tokens: dict[str, Any] = {}
     if "Llama" in str(settings.get("tokenizer_class", "Llama")):
         tokens = {"bos_token": tokenizer.piece(tokenizer.bos_id), "eos_token": tokenizer.piece(tokenizer.eos_id)}
-    tokens |= {name: settings[name] for name in _TOKEN_NAMES if name in settings}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
+    texts = {name: token_text(value) for name, value in (tokens | settings).items() if name in TOKEN_NAMES}
+    return {name: text for name, text in texts.items() if text is not None}
 
 
-def _single_turn(name: str, prompt: str, prompt_with_input: str | None = None) -> Template:
-    return Template(
-        name=name,
-        kind="single_turn",
-        prompt=prompt,
-        prompt_with_input=prompt_with_input,
-        eos_trained=True,
-        prefix_labels=name != "none",
-    )
-
-
+_SINGLE_TURN: dict[str, Any] = {"kind": "single_turn", "eos_trained": True, "prefix_labels": True}
 TEMPLATES: dict[str, Template] = {
     template.name: template
     for template in (
-        _single_turn("alpaca", _ALPACA, _ALPACA_WITH_INPUT),
-        _single_turn("shortqa", _SHORTQA),
-        _single_turn("qg", "Generate a question whose answer is:\n{instruction}\n\nQuestion:\n"),
-        _single_turn("caption", ""),
-        _single_turn("none", "{instruction}"),
+        Template(name="alpaca", prompt=_ALPACA, prompt_with_input=_ALPACA_WITH_INPUT, **_SINGLE_TURN),
+        Template(name="shortqa", prompt=_SHORTQA, **_SINGLE_TURN),
+        Template(name="qg", prompt=_QG, **_SINGLE_TURN),
+        Template(name="caption", **_SINGLE_TURN),
+        Template(name="none", prompt="{instruction}", **_SINGLE_TURN | {"prefix_labels": False}),
         Template(
             name="dialogue",
             kind="dialogue",
@@ -541,21 +523,6 @@ def get_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
     return template
 
 
-def template_for(name: str, kind: str, tokenizer: Tokenizer | None = None) -> Template:
-    """A shipped format by name (see `get_template`); "auto": the usual one for a kind of items.
-
-    Raises:
-        UserError: there is none of that name, or it cannot write items of that kind.
-    """
-    template = get_template(_AUTO[kind] if name == "auto" else name, tokenizer)
-    if kind == "dialogue" and template.kind == "single_turn":
-        raise UserError(
-            f"template {template.name!r} is for single-turn items, but these are dialogues",
-            "use template: dialogue, or format: single_turn_llava for the first question and answer of each",
-        )
-    return template
-
-
 def template_of_folder(folder: Path, tokenizer: Tokenizer) -> tuple[PromptFormat, str]:
     """The format a checkpoint was trained with, and where that is known from, for showing.
 
@@ -567,46 +534,45 @@ def template_of_folder(folder: Path, tokenizer: Tokenizer) -> tuple[PromptFormat
     if (folder / TEMPLATE_FILE).is_file():
         template = Template.load(folder / TEMPLATE_FILE)
         return template, f"{template.name}, from {TEMPLATE_FILE}"
-    found = _chat_template_of(folder, tokenizer)
-    if found is not None:
-        return found
+    if (found := _chat_template_of(folder, tokenizer)) is not None:
+        return found, f"the chat template, from {found.path.name}"
     return get_template("none", tokenizer), f"none, as the folder has no {TEMPLATE_FILE} and no chat template"
 
 
-def format_for(name: str, kind: str, tokenizer: Tokenizer | None) -> PromptFormat:
-    """`template_for`, or the chat template beside the tokenizer.
+def format_for(name: str, kind: str, tokenizer: Tokenizer | None = None) -> PromptFormat:
+    """A shipped format by name; "auto": the usual one for a kind of items; the chat template beside the tokenizer.
 
     Raises:
         UserError: there is none of that name, or it cannot write items of that kind.
     """
-    if name != ChatTemplate.name:
-        return template_for(name, kind, tokenizer)
-    if tokenizer is None:
-        raise UserError("template chat_template stands beside a tokenizer", "give --tokenizer FOLDER")
-    found = _chat_template_of(tokenizer.path.parent, tokenizer)
-    if found is None:
+    if name == ChatTemplate.name:
+        if tokenizer is None:
+            raise UserError("template chat_template stands beside a tokenizer", "give --tokenizer FOLDER")
+        folder = tokenizer.path.parent
+        if (found := _chat_template_of(folder, tokenizer)) is not None:
+            return found
         raise UserError(
-            f"{tokenizer.path.parent} has no chat template: neither {CHAT_TEMPLATE_FILE} nor one in {CONFIG_FILE}",
+            f"{folder} has no chat template: neither {CHAT_TEMPLATE_FILE} nor one in {CONFIG_FILE}",
             f"give one of the shipped formats: {', '.join(TEMPLATES)}",
         )
-    return found[0]
+    template = get_template(_AUTO[kind] if name == "auto" else name, tokenizer)
+    if kind == "dialogue" and template.kind == "single_turn":
+        raise UserError(
+            f"template {template.name!r} is for single-turn items, but these are dialogues",
+            "use template: dialogue, or format: single_turn_llava for the first question and answer of each",
+        )
+    return template
 
 
-def _chat_template_of(folder: Path, tokenizer: Tokenizer) -> tuple[ChatTemplate, str] | None:
-    """A folder's chat template, and where it is from."""
+def _chat_template_of(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """A folder's chat template: a file, or a setting that is a text or a list of named ones ("default" for chat)."""
     jinja, config = folder / CHAT_TEMPLATE_FILE, folder / CONFIG_FILE
     if jinja.is_file():
-        return ChatTemplate(read_text(jinja), tokenizer, jinja), f"the chat template, from {CHAT_TEMPLATE_FILE}"
-    source = _default_chat_template(read_json(config)) if config.is_file() else None
-    if source is None:
-        return None
-    return ChatTemplate(source, tokenizer, config), f"the chat template, from {CONFIG_FILE}"
-
-
-def _default_chat_template(config: Any) -> str | None:
-    """`chat_template` is a text, or a list of named ones of which "default" is the one for plain chat."""
-    template = config.get("chat_template") if isinstance(config, dict) else None
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+        return ChatTemplate(read_text(jinja), tokenizer, jinja)
+    settings = read_json(config) if config.is_file() else None
+    source = settings.get("chat_template") if isinstance(settings, dict) else None
+    if isinstance(source, list):
+        source = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}.get(
+            "default"
+        )
+    return ChatTemplate(source, tokenizer, config) if isinstance(source, str) else None

@@ -18,7 +18,7 @@ import torch
 from llama_acc.core.atomic import remove, write_text_whole, write_whole
 from llama_acc.core.checkpoint.save import free_bytes
 from llama_acc.core.data.findings import KINDS as FINDINGS
-from llama_acc.core.data.keys import unused_text
+from llama_acc.core.data.items import unused_text
 from llama_acc.core.home import home
 from llama_acc.core.model.transformer import parameter_count
 from llama_acc.core.model.vision import tower_shapes

@@ -44,7 +44,7 @@ def talk(*texts: str) -> Dialogue:
 @pytest.mark.parametrize("template", ["alpaca", "none", "qg", "shortqa", "caption"])
 @pytest.mark.parametrize("output", ["the answer", " the answer\n", "😀", ""])
 def test_single_turn_labels_begin_behind_the_prompts_tokens(template: str, output: str, tokenizer: Tokenizer) -> None:
-    prompt = get_template(template).single_turn_prompt("what is it?", "a town")
+    prompt = get_template(template).single_turn_text("what is it?", "a town", "").text
     tokens, labels = document(encode([SingleTurn("what is it?", "a town", output)], template, tokenizer))
     assert tokens == tokenizer.encode(prompt + output, bos=True, eos=True)
     assert labels == list(range(len(tokenizer.encode(prompt, bos=True)), len(tokens)))
@@ -218,7 +218,7 @@ def test_alpacas_labels_are_llama2_accessorys(shared: Path) -> None:
     items = read_items(shared / "assets/data/alpaca_5000.json")
     encoded = encode(items, "alpaca", tokenizer)
     for i in range(0, 5000, 50):
-        prompt = get_template("alpaca").single_turn_prompt(items[i].instruction, items[i].input)
+        prompt = get_template("alpaca").single_turn_text(items[i].instruction, items[i].input, "").text
         tokens = tokenizer.encode(prompt + items[i].output, bos=True, eos=True)
         labels = list(range(len(tokenizer.encode(prompt, bos=True)), len(tokens)))
         assert document(encoded, i) == (tokens, labels)

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from llama_acc.core.data.findings import KINDS, beginning
-from llama_acc.core.data.items import Dialogue, SingleTurn, first_exchange, item_of, kind_of
-from llama_acc.core.data.keys import unused_text
+from llama_acc.core.data.items import Dialogue, SingleTurn, first_exchange, item_of, kind_of, unused_text
 from llama_acc.core.data.templates import Turn
 
 

@@ -111,7 +111,7 @@ def test_labels_cover_exactly_the_assistants_tokens(
 def test_single_turn_labels_begin_behind_the_prompts_tokens_and_the_text_comes_back(
     instruction: str, context: str | None, output: str, name: str, tokenizer: Tokenizer
 ) -> None:
-    prompt = get_template(name).single_turn_prompt(instruction, context)
+    prompt = get_template(name).single_turn_text(instruction, context, "").text
     [(tokens, labelled, _)] = documents([SingleTurn(instruction, context, output)], get_template(name), tokenizer)
     assert tokens.tolist() == tokenizer.encode(prompt + output, bos=True, eos=True)
     first = len(tokenizer.encode(prompt, bos=True))

@@ -18,42 +18,16 @@ SYSTEM = (
 EXCHANGE = [Turn("human", "Hi"), Turn("assistant", "Hello!"), Turn("human", "Bye")]
 
 
-def test_alpaca_without_input() -> None:
-    assert get_template("alpaca").single_turn_prompt("Say {input}.") == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nSay {input}.\n\n### Response:"
-    )
-
-
-def test_alpaca_with_input() -> None:
-    assert get_template("alpaca").single_turn_prompt("Use {input}.", " a {instruction} ") == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
-        "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nUse {input}.\n\n### Input:\n a {instruction} \n\n### Response:"
-    )
-
-
 @pytest.mark.parametrize("blank", [None, "", " ", "\n\t"])
-def test_a_blank_input_counts_as_none(blank: str | None) -> None:
+def test_values_are_no_placeholders_and_a_blank_input_counts_as_none(blank: str | None) -> None:
+    """The wording of all formats stands in docs/data.md, which is compared with them."""
     alpaca = get_template("alpaca")
-    assert alpaca.single_turn_prompt("Go.", blank) == alpaca.single_turn_prompt("Go.")
-
-
-@pytest.mark.parametrize(
-    ("name", "prompt"),
-    [
-        (
-            "shortqa",
-            "Below is an instruction that describes a task. Write a response that appropriately completes the request "
-            "using a single word or phrase.\n\n### Instruction:\nWho?\n\n### Response:",
-        ),
-        ("qg", "Generate a question whose answer is:\nWho?\n\nQuestion:\n"),
-        ("caption", ""),
-        ("none", "Who?"),
-    ],
-)
-def test_other_single_turn_prompts(name: str, prompt: str) -> None:
-    assert get_template(name).single_turn_prompt("Who?", "unused") == prompt
+    text = alpaca.single_turn_text("Use {input}.", " a {instruction} ", "O", "S")
+    assert text.text.startswith("S\n\nBelow is")
+    assert text.text.endswith("### Instruction:\nUse {input}.\n\n### Input:\n a {instruction} \n\n### Response:O")
+    assert [text.text[begin:end] for begin, end in text.own] == ["S", "Use {input}.", " a {instruction} ", "O"]
+    assert alpaca.single_turn_text("Go.", blank, "O") == alpaca.single_turn_text("Go.", None, "O")
+    assert get_template("none").single_turn_text("Who?", "unused", "O").text == "Who?O"
 
 
 def test_dialogue_text_and_what_of_it_is_trained() -> None:
@@ -71,13 +45,12 @@ def test_dialogue_keeps_any_order_of_roles() -> None:
     assert [text[begin:end] for begin, end in trained] == [" a\n###", " b\n###"]
 
 
-def test_chatml_text_and_what_of_it_is_trained() -> None:
+def test_chatml_keeps_white_space_and_writes_a_system_text() -> None:
     chatml = get_template("chatml")
-    text, _, trained, *_ = chatml.dialogue_text([Turn("human", " Hi"), Turn("assistant", "Hello!")])
-    assert text == "<|im_start|>user\n Hi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
+    text, _, trained, *_ = chatml.dialogue_text([Turn("human", " Hi"), Turn("assistant", "Hello!")], "Be kind.")
+    system = "<|im_start|>system\nBe kind.<|im_end|>\n"
+    assert text == f"{system}<|im_start|>user\n Hi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
     assert [text[begin:end] for begin, end in trained] == ["Hello!<|im_end|>"]
-    assert chatml.dialogue_text([], system="Be kind.")[0] == "<|im_start|>system\nBe kind.<|im_end|>\n"
-    assert (chatml.bos, chatml.eos, chatml.stop) == (False, False, ("<|im_end|>",))
 
 
 @pytest.mark.parametrize("name", ["dialogue", "chatml"])
@@ -89,14 +62,9 @@ def test_a_prompt_is_the_beginning_of_the_training_text(name: str) -> None:
     assert text[trained[-1][0] : trained[-1][1]].lstrip(" ") == "See you." + template.trained_end
 
 
-def test_a_dialogues_prompt_ends_where_the_assistant_speaks() -> None:
-    prompt = get_template("dialogue").prompt_text([Turn("human", "Hi")])
-    assert prompt == SYSTEM + "\n\n### Human: Hi\n### Assistant:"
-
-
 def test_a_single_turn_prompt_sees_the_last_human_turn() -> None:
     alpaca = get_template("alpaca")
-    assert alpaca.prompt_text(EXCHANGE) == alpaca.single_turn_prompt("Bye")
+    assert alpaca.prompt_text(EXCHANGE) == alpaca.single_turn_text("Bye", None, "").text
 
 
 def test_prompt_tokens_have_bos_where_the_format_has_it(tokenizer_path: Path) -> None:
@@ -320,12 +288,9 @@ def test_a_reply_that_holds_its_own_end_is_told_from_it(
 
 
 def test_an_items_own_text_is_known(tokenizer_path: Path) -> None:
-    alpaca, dialogue = get_template("alpaca"), get_template("dialogue")
-    single = alpaca.single_turn_text("{input}", "I", "O", "S")
-    assert [single.text[begin:end] for begin, end in single.own] == ["S", "{input}", "I", "O"]
+    dialogue = get_template("dialogue")
     several = dialogue.dialogue_text(EXCHANGE, "S")
     assert [several.text[begin:end] for begin, end in several.own] == ["S", "Hi", "Hello!", "Bye"]
-    assert alpaca.single_turn_prompt("{input}", "I", "S") + "O" == single.text
     tokenizer = load_tokenizer(tokenizer_path)
     assert tokenizer.eos_id not in dialogue.prompt_ids(tokenizer, [Turn("human", "</s>")])
 

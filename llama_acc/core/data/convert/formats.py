@@ -1,35 +1,477 @@
-"""The formats by their names, and which of them a file is in."""
+"""The formats data is published in: how a row becomes items, and by which keys `auto` tells them apart."""
 
-from typing import Any, NamedTuple
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
-from llama_acc.core.data.convert.alpaca import Alpaca
-from llama_acc.core.data.convert.gorilla import Gorilla
-from llama_acc.core.data.convert.lima import Lima
-from llama_acc.core.data.convert.llava import Llava
-from llama_acc.core.data.convert.mapped import Mapped
-from llama_acc.core.data.convert.moss import Moss
-from llama_acc.core.data.convert.openai import OpenAi
-from llama_acc.core.data.convert.rules import Rule
-from llama_acc.core.data.convert.sharegpt import ShareGpt
-from llama_acc.core.data.convert.wizardlm import WizardLm
-from llama_acc.core.data.keys import PAIRS, as_list
+from llama_acc.core.data.convert.markdown import html_to_markdown
+from llama_acc.core.data.items import (
+    IMAGES,
+    INPUT,
+    PAIRS,
+    SYSTEM,
+    Malformed,
+    as_list,
+    is_empty,
+    is_trained,
+    key_of,
+    type_name,
+)
+from llama_acc.core.data.templates import TEMPLATES, Turn
+from llama_acc.core.tokenizer import Tokenizer
 
 AUTO = "auto"
-FORMATS: dict[str, type[Rule]] = {
-    "gorilla": Gorilla,
-    "llava": Llava,
-    "sharegpt": ShareGpt,
-    "wizardlm": WizardLm,
-    "lima": Lima,
-    "alpaca": Alpaca,
-    "openai": OpenAi,
-    "moss": Moss,
-    "csv": Mapped,
-    "jsonl": Mapped,
+MAPPED = ("instruction", "input", "output", "system", "conversations")
+"""Our fields, which `--map` names columns for."""
+Row = dict[str, Any]
+Record = dict[str, Any]
+"""An item as it is written: single-turn, or a dialogue."""
+_SINGLE_TURN = ("instruction", "output", "history", *INPUT)
+_Value = TypeVar("_Value")
+
+
+class Skipped(Exception):
+    """The format gives no item for this row; the message is the reason, the same for all such rows."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What can be asked of the formats; each looks at its own."""
+
+    all_forms: bool = False
+    """gorilla: also rows in the form of a Python dictionary."""
+    dialogues: bool = False
+    """llava: whole dialogues, not one item for each question and answer."""
+    reference: bool = False
+    """llava: exactly what LLaMA2-Accessory's tool gives."""
+    keep_html: bool = False
+    """sharegpt: leave HTML unchanged."""
+    tokenizer: Tokenizer | None = None
+    max_tokens: int | None = None
+    """sharegpt: dialogues are split so that each has at most so many tokens."""
+    languages: tuple[str, ...] = ()
+    """sharegpt: only dialogues in these languages, by their ISO 639-1 codes."""
+    mapping: dict[str, str] = field(default_factory=dict)
+    """csv, jsonl: our field to the row's."""
+
+
+class Format(NamedTuple):
+    """How rows become items, and which keys that uses besides `id`, images and the system text."""
+
+    items: Callable[[Row, Options, Counter[str]], Iterable[Record]]
+    """The items of a row; counts what it changes on the way. Raises Skipped: it gives none; Malformed: it is wrong."""
+    keys: tuple[str, ...] = _SINGLE_TURN
+    turn_keys: tuple[str, ...] = ("from", "value")
+    turns_in: tuple[str, ...] = ("conversations",)
+    """Where a row has its turns."""
+    is_choice: bool = False
+    """Which of a preferred and a rejected reply is trained on was said."""
+    may_be_empty: bool = False
+    """No item at all is a result, of which LLaMA2-Accessory makes an empty array."""
+
+
+# Fields of a row
+
+
+def _field(row: Row, field: str, kind: type[_Value]) -> _Value:
+    value = row.get(field)
+    if isinstance(value, kind):
+        return value
+    if value is not None:
+        raise Malformed(f"{field!r} should be {type_name(kind())}, but is {type_name(value)}")
+    if field in row:
+        raise Malformed(f"{field!r} is null")
+    raise Malformed(f"no {field!r} (its keys: {', '.join(repr(key) for key in list(row)[:6]) or 'none'})")
+
+
+def _text(row: Row, field: str) -> str:
+    return _field(row, field, str)
+
+
+def _list(row: Row, field: str) -> list[Any]:
+    value = as_list(row.get(field))
+    return value if isinstance(value, list) else _field(row, field, list)
+
+
+def _object(value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise Malformed(f"should be an object, but is {type_name(value)}")
+    return value
+
+
+def _optional(row: Row, field: str, names: Iterable[str], mapping: Mapping[str, str]) -> str:
+    """The text of a field that may be null, under the name that was mapped, or missing, under its usual ones."""
+    key = mapping.get(field) or key_of(row, [name for name in names if name not in mapping.values()])
+    return "" if key is None or (key in row and row[key] is None) else _text(row, key)
+
+
+def _about(row: Row, system: str, part: int | None = None) -> Record:
+    """The beginning of a record: its row's `id`, with the number of a part, its images, and its system text."""
+    named = {} if row.get("id") is None else {"id": row["id"] if part is None else f"{row['id']}_{part}"}
+    images = {key: row[key] for key in IMAGES if not is_empty(row.get(key))}
+    for given in images.values():
+        if not all(isinstance(path, str) for path in (given if isinstance(given, list) else [given])):
+            raise Skipped("has images that are not given by a path")
+    return {**named, **images, **({"system": system} if system.strip() else {})}
+
+
+def _single_turn(row: Row, mapping: Mapping[str, str] = {}) -> Record:
+    """A row with an instruction and an output as a single-turn item."""
+    instruction, output = mapping.get("instruction", "instruction"), mapping.get("output", "output")
+    context, system = _optional(row, "input", INPUT, mapping), _optional(row, "system", SYSTEM, mapping)
+    pair = {instruction, output}
+    if pair <= row.keys() and all(is_empty(row[key]) for key in pair) and not context.strip():
+        raise Skipped("blank: no question and no answer")
+    record = {"instruction": _text(row, instruction), "input": context, "output": _text(row, output)}
+    history = {} if is_empty(as_list(row.get("history"))) else {"history": _list(row, "history")}
+    return {**_about(row, system), **record, **history}
+
+
+# Turns of a dialogue
+
+_ROLES = {
+    **dict.fromkeys(("human", "user", "prompter"), "human"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "claude", "bot", "model"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+}
+_WRITTEN = {"human": "human", "assistant": "gpt"}
+_TOOLS = ("tool", "function", "function_call", "tool_call", "observation")
+
+
+def _each(values: Iterable[Any], made_of: Callable[[Any], _Value]) -> list[_Value]:
+    """What is made of all turns; an error names the turn's number."""
+    made = []
+    for number, value in enumerate(values, start=1):
+        try:
+            made.append(made_of(value))
+        except Malformed as error:
+            raise Malformed(f"turn {number}: {error}") from error
+    return made
+
+
+def _turn(value: Any, role: str = "from", text: str = "value") -> Turn:
+    turn = _object(value)
+    said = _text(turn, role)
+    name = _ROLES.get(said) or _ROLES.get(said.strip().lower())
+    if name is None and said.strip().lower() in _TOOLS:
+        raise Skipped("has calls of tools")
+    if name is None:
+        raise Malformed(f"unknown role {said!r}: it is one of {', '.join(_ROLES)}")
+    return Turn(name, _text(turn, text), is_trained(turn, name == "assistant"))
+
+
+def _message(value: Any) -> Turn:
+    """A turn with `role` and `content`, which may be in parts."""
+    message = _object(value)
+    content = message.get("content")
+    joined = {"content": "\n\n".join(map(_part, content))} if isinstance(content, list) else {}
+    return _turn({**message, **joined}, "role", "content")
+
+
+def _any_turn(value: Any) -> Turn:
+    return _message(value) if "role" in _object(value) else _turn(value)
+
+
+def _part(value: Any) -> str:
+    kind = _object(value).get("type")
+    if kind in ("image_url", "input_audio", "file", "image", "audio"):
+        raise Skipped("has images, sound or files")
+    if kind not in ("text", "input_text", "output_text"):
+        raise Malformed(f"unknown type of content {kind!r}")
+    return _text(value, "text")
+
+
+def _exchanges(
+    row: Row, turns: list[Turn], notes: Counter[str], mapping: Mapping[str, str] = {}
+) -> tuple[str, list[Turn]]:
+    """A dialogue's system text, and its questions and replies in turn.
+
+    A system text before the first question is the dialogue's; another goes in front of the question that follows it.
+    Turns of one role in a row become one. Replies without a question, questions without a reply and exchanges with a
+    blank side are left out. `notes` counts what was changed.
+
+    Raises:
+        Skipped: nothing is left, or a reply is to be trained on in part.
+    """
+    first = next((place for place, turn in enumerate(turns) if turn.role == "human"), 0)
+    own = [_optional(row, "system", SYSTEM, mapping), *(turn.text for turn in turns[:first] if turn.role == "system")]
+    joined: list[Turn] = []
+    waiting: list[str] = []  # system texts for the next question
+    for place, turn in enumerate(turns):
+        if turn.role == "system":
+            if place >= first and turn.text.strip():
+                notes["system texts were put in front of the question that follows"] += 1
+                waiting.append(turn.text)
+            continue
+        if turn.role == "human" and waiting:
+            turn, waiting = turn._replace(text="\n\n".join([*waiting, turn.text])), []
+        if not joined or joined[-1].role != turn.role:
+            joined.append(turn)
+        elif joined[-1].trained != turn.trained:
+            raise Skipped("replies in a row, of which only some are to be trained on")
+        else:
+            notes["turns of one role in a row were joined"] += 1
+            joined[-1] = turn._replace(text=f"{joined[-1].text}\n\n{turn.text}")
+    if waiting:
+        notes["system texts without a question were left out"] += len(waiting)
+    if joined and joined[0].role == "assistant":
+        notes["replies without a question were left out"] += 1
+        del joined[0]
+    if len(joined) % 2:
+        notes["questions without a reply were left out"] += 1
+        del joined[-1]
+    kept = []
+    for question, reply in zip(joined[::2], joined[1::2], strict=True):
+        if question.text.strip() and reply.text.strip():
+            kept += [question, reply]
+        else:
+            notes["exchanges with nothing on one side were left out"] += 1
+    if not kept:
+        raise Skipped("no question with a reply")
+    return "\n\n".join(text for text in own if text.strip()), kept
+
+
+def _record(row: Row, system: str, turns: list[Turn], part: int | None = None) -> Record:
+    """A dialogue as it is written; `part`: which part of its row it is."""
+    written: list[Record] = []
+    for role, text, trained in turns:
+        turn = {"from": _WRITTEN[role], "value": text}
+        written.append(turn if trained else {**turn, "train": False})
+    return {**_about(row, system, part), "conversations": written}
+
+
+def _dialogue(row: Row, turns: list[Turn], notes: Counter[str], mapping: Mapping[str, str] = {}) -> list[Record]:
+    return [_record(row, *_exchanges(row, turns, notes, mapping))]
+
+
+# The formats
+
+# {'Instruction': Find me an API., 'Output': {...}}: a Python dictionary in looks only, as quotes are missing. Some rows
+# break off before the end.
+_DICTIONARY = re.compile(r"\s*\{\s*['\"]Instruction['\"]\s*:(.*?),\s*['\"]Output['\"]\s*:(.*)", re.DOTALL)
+
+
+def _gorilla(row: Row, options: Options, notes: Counter[str]) -> Iterable[Record]:
+    """APIBench by LLaMA2-Accessory's rule, to the byte; TorchHub's training data has a form that it does not know."""
+    code = _text(row, "code").replace("###Instruction.", "###Instruction:")
+    if "Output:" in code:
+        question, output = code.split("Output:")[:2]
+        if "Instruction:" not in question:
+            raise Malformed("no 'Instruction:' before 'Output:' in 'code'")
+        return [{"instruction": question.split("Instruction:")[1].split("###")[0], "input": "", "output": output}]
+    form = _DICTIONARY.fullmatch(code)
+    if form is None:
+        raise Skipped("no 'Output:' in 'code'")
+    if not options.all_forms:
+        raise Skipped("of the form {'Instruction': ...}, which the rule does not know (--all-forms takes it)")
+    instruction, output = form[1].strip(), form[2].rstrip()
+    if len(instruction) > 1 and instruction[0] == instruction[-1] and instruction[0] in "'\"":
+        instruction = instruction[1:-1]
+    if output.endswith("}") and output.count("}") > output.count("{"):
+        output = output[:-1]  # the brace that closes the whole
+    return [{"instruction": instruction, "input": "", "output": output}]
+
+
+_MARK = "<image>"
+
+
+def _llava(row: Row, options: Options, notes: Counter[str]) -> Iterable[Record]:
+    """LLaVA-Instruct: an item for each question and its answer, or whole dialogues; the mark of the image goes."""
+    values = _list(row, "conversations")
+    if options.reference:
+        others = {key: value for key, value in row.items() if key != "conversations"}
+        flat = _each(values[: len(values) // 2 * 2], _flat)
+        return [{**others, "conversations": flat[place : place + 2]} for place in range(0, len(flat), 2)]
+    system, turns = _exchanges(row, _each(values, _without_mark), notes)
+    if options.dialogues:
+        return [_record(row, system, turns)]
+    pairs = list(zip(turns[::2], turns[1::2], strict=True))
+    if left_out := sum(not reply.trained for _, reply in pairs):
+        notes["replies that are not to be trained on were left out"] += left_out
+    start = _about(row, system)
+    return [
+        {**start, "instruction": question.text, "input": "", "output": reply.text}
+        for question, reply in pairs
+        if reply.trained
+    ]
+
+
+def _flat(value: Any) -> Record:
+    """All of a turn's fields as LLaMA2-Accessory's tool has them: without the mark and without new lines."""
+    turn = _object(value)
+    return {key: _text(turn, key).replace(_MARK, "").replace("\n", "") for key in turn}
+
+
+def _without_mark(value: Any) -> Turn:
+    turn = _turn(value)
+    return turn._replace(text=turn.text.replace(_MARK, "").strip()) if _MARK in turn.text else turn
+
+
+def _sharegpt(row: Row, options: Options, notes: Counter[str]) -> Iterable[Record]:
+    """ShareGPT: HTML to Markdown, in languages asked for, split at a number of tokens."""
+    # Older collections call it "items".
+    field = "items" if "items" in row and "conversations" not in row else "conversations"
+    turns = _each(_list(row, field), _turn)
+    for place, turn in enumerate(turns if not options.keep_html else ()):
+        if (clean := html_to_markdown(turn.text)) != turn.text:
+            notes["turns had HTML or marks of the web page, which were cleaned"] += 1
+            turns[place] = turn._replace(text=clean)
+    system, turns = _exchanges(row, turns, notes)
+    if options.languages:
+        from llama_acc.core.data.language import language_of
+
+        language = next((found for turn in turns if (found := language_of(turn.text))), None)
+        if language is not None and language not in options.languages:
+            raise Skipped(f"in another language ({language})")
+    if options.tokenizer is None or options.max_tokens is None:
+        return [_record(row, system, turns)]
+    parts = list(_parts(system, turns, options.tokenizer, options.max_tokens, notes))
+    if len(parts) == 1:
+        return [_record(row, system, turns)]
+    notes[f"dialogues of more than {options.max_tokens:,} tokens were split"] += 1
+    return [_record(row, system, part, number) for number, part in enumerate(parts)]
+
+
+def _parts(
+    system: str, turns: list[Turn], tokenizer: Tokenizer, most: int, notes: Counter[str]
+) -> Iterator[list[Turn]]:
+    """A dialogue cut before questions, into parts of as many exchanges as fit into so many tokens, or of one."""
+    template = TEMPLATES["dialogue"]
+
+    def tokens(begin: int, end: int) -> int:
+        text, own, *_ = template.dialogue_text(turns[begin:end], system or None)
+        return len(tokenizer.encode(text, template.bos, template.eos, own))
+
+    begin = 0
+    while begin < len(turns):
+        ends = range(begin + 2, len(turns) + 1, 2)
+        fits = tokens(begin, len(turns)) <= most
+        count = len(ends) if fits else bisect_right(ends, most, key=partial(tokens, begin))
+        if not count:
+            notes[f"single exchanges have more than {most:,} tokens, and would be cut"] += 1
+        end = ends[max(count - 1, 0)]
+        yield turns[begin:end]
+        begin = end
+
+
+def _wizardlm(row: Row, options: Options, notes: Counter[str]) -> Iterable[Record]:
+    """WizardLM's Evol-Instruct: dialogues (V2), or instructions and outputs; its test set has no outputs."""
+    if "conversations" in row:
+        return _dialogue(row, _each(_list(row, "conversations"), _turn), notes)
+    if "Instruction" in row and "output" not in row:
+        raise Skipped("an instruction without an output, to test with")
+    return [_single_turn(row)]
+
+
+def _lima(row: Row, options: Options, notes: Counter[str]) -> Iterable[Record]:
+    """LIMA: lists of texts, question and reply in turn, or Vicuna's format; its test questions have no reply."""
+    values = _list(row, "conversations")
+    if len(values) == 1:
+        raise Skipped("a question without a reply, to test with")
+    if not values or not isinstance(values[0], str):
+        return _dialogue(row, _each(values, _turn), notes)
+    return _dialogue(row, _each(enumerate(values), _alternating), notes)
+
+
+def _alternating(numbered: tuple[int, Any]) -> Turn:
+    number, text = numbered
+    if not isinstance(text, str):
+        raise Malformed(f"should be text, but is {type_name(text)}")
+    return Turn(("human", "assistant")[number % 2], text)
+
+
+def _openai(row: Row, options: Options, notes: Counter[str]) -> Iterable[Record]:
+    """OpenAI's messages, which some data sets call conversations."""
+    field = "conversations" if "conversations" in row and "messages" not in row else "messages"
+    return _dialogue(row, _each(_list(row, field), _message), notes)
+
+
+_MOSS_MARKS = re.compile(r"\A<\|[\w ]+\|>:[ ]?|<eo[a-z]>\s*\Z")
+
+
+def _moss(row: Row, options: Options, notes: Counter[str]) -> Iterable[Record]:
+    """MOSS 003: each text between marks, and the description of MOSS, which is left out."""
+    chat = _field(row, "chat", dict)
+    for name in chat:
+        if re.fullmatch(r"(turn_)?[0-9]{1,8}", name) is None:
+            raise Malformed(f"'chat' should have the keys turn_1, turn_2, ..., but has {name!r}")
+    values = [chat[name] for name in sorted(chat, key=lambda name: int(name.removeprefix("turn_")))]
+    turns = [turn for exchange in _each(values, _moss_exchange) for turn in exchange]
+    if row.get("meta_instruction"):
+        notes["descriptions of MOSS were left out"] += 1
+    return _dialogue({"id": row.get("conversation_id")}, turns, notes)
+
+
+def _moss_exchange(value: Any) -> list[Turn]:
+    turn = _object(value)
+    used = [turn[field] for field in ("Commands", "Tool Responses") if isinstance(turn.get(field), str)]
+    if any(_MOSS_MARKS.sub("", text) not in ("", "None") for text in used):
+        raise Skipped("has calls of tools")
+    question, reply = (_MOSS_MARKS.sub("", _text(turn, field)) for field in ("Human", "MOSS"))
+    return [Turn("human", question), Turn("assistant", reply)]
+
+
+def _mapped(row: Row, options: Options, notes: Counter[str]) -> Iterable[Record]:
+    """Columns by our names, or by those of `--map`."""
+    mapping = options.mapping
+    if (field := mapping.get("conversations")) is not None:
+        return _dialogue(row, _each(_list(row, field), _any_turn), notes, mapping)
+    if "output" in mapping and "instruction" not in mapping and "instruction" not in row:
+        if not is_empty(row.get(mapping["output"])):
+            notes["rows without an instruction became plain text, to be trained with template: none"] += 1
+        row = {**row, "instruction": ""}
+    return [_single_turn(row, mapping)]
+
+
+FORMATS: dict[str, Format] = {
+    "gorilla": Format(_gorilla, ("code",), may_be_empty=True),
+    "llava": Format(_llava, ("conversations",)),
+    "sharegpt": Format(_sharegpt, ("conversations", "items"), turns_in=("conversations", "items")),
+    "wizardlm": Format(_wizardlm, (*_SINGLE_TURN, "conversations")),
+    "lima": Format(_lima, ("conversations",)),
+    "alpaca": Format(lambda row, options, notes: [_single_turn(row)]),
+    "openai": Format(
+        _openai, ("messages", "conversations"), ("role", "content"), turns_in=("messages", "conversations")
+    ),
+    "moss": Format(
+        _moss,
+        ("chat", "meta_instruction", "conversation_id"),
+        ("Human", "MOSS", "Commands", "Tool Responses"),
+        turns_in=("chat",),
+    ),
+    "csv": Format(_mapped),
+    "jsonl": Format(_mapped),
 }
 
 
-class Recognised(NamedTuple):
+def format_of(name: str, mapping: Mapping[str, str]) -> Format:
+    """The format of that name, with the keys that a mapping names."""
+    format = FORMATS[name]
+    if format.items is not _mapped or not mapping:
+        return format
+    if "conversations" in mapping:
+        field = (mapping["conversations"],)
+        return format._replace(
+            keys=field, turn_keys=("from", "value", "role", "content"), turns_in=field, is_choice=True
+        )
+    unmapped = [key for key in ("instruction", "output", "history") if key not in mapping]
+    keys = (*unmapped, *mapping.values(), *(() if "input" in mapping else INPUT))
+    return format._replace(keys=keys, is_choice="output" in mapping)
+
+
+def required_columns(mapping: Mapping[str, str]) -> list[str]:
+    """The columns that a table must have."""
+    if "conversations" in mapping:
+        return list(mapping.values())
+    is_plain = "output" in mapping and "instruction" not in mapping
+    return list({**({} if is_plain else {"instruction": "instruction"}), "output": "output", **mapping}.values())
+
+
+class Recognized(NamedTuple):
     """A format, and how it was known."""
 
     format: str
@@ -38,38 +480,43 @@ class Recognised(NamedTuple):
     """For columns by other names: our field to the row's."""
 
 
-def recognise(row: dict[str, Any]) -> Recognised | None:
+def recognize(row: Row) -> Recognized | None:
     """The format of a file by one of its rows; None if it is none of those known."""
-    for field in ("conversations", "items", "messages"):
-        if isinstance(turns := as_list(row.get(field)), list):
-            return _dialogue(row, field, turns)
-    if isinstance(chat := row.get("chat"), dict) and "turn_1" in chat:
-        return Recognised("moss", "its 'chat' has 'turn_1'", {})
-    if isinstance(code := row.get("code"), str) and "Instruction" in code:
-        return Recognised("gorilla", "it has 'code' with an 'Instruction' in it", {})
-    if "Instruction" in row and "Skill" in row:
-        return Recognised("wizardlm", "it has 'Instruction' and 'Skill', as WizardLM's test set", {})
-    if "instruction" in row and "output" in row:
-        return Recognised("alpaca", "it has 'instruction' and 'output'", {})
+    for name in ("conversations", "items", "messages"):
+        if isinstance(turns := as_list(row.get(name)), list):
+            return Recognized(*_kind_of_dialogue(row, name, turns), {})
+    chat, code = row.get("chat"), row.get("code")
+    for format, why, is_it in (
+        ("moss", "its 'chat' has 'turn_1'", isinstance(chat, dict) and "turn_1" in chat),
+        ("gorilla", "it has 'code' with an 'Instruction' in it", isinstance(code, str) and "Instruction" in code),
+        (
+            "wizardlm",
+            "it has 'Instruction' and 'Skill', as WizardLM's test set",
+            {"Instruction", "Skill"} <= row.keys(),
+        ),
+        ("alpaca", "it has 'instruction' and 'output'", {"instruction", "output"} <= row.keys()),
+    ):
+        if is_it:
+            return Recognized(format, why, {})
     for question, answer in PAIRS:
         if question in row and answer in row:
-            why = f"it has {question!r} and {answer!r}"
-            return Recognised("jsonl", why, {"instruction": question, "output": answer})
+            mapping = {"instruction": question, "output": answer}
+            return Recognized("jsonl", f"it has {question!r} and {answer!r}", mapping)
     return None
 
 
-def _dialogue(row: dict[str, Any], field: str, turns: list[Any]) -> Recognised:
+def _kind_of_dialogue(row: Row, field: str, turns: list[Any]) -> tuple[str, str]:
     first = turns[0] if turns else None
     if isinstance(first, str):
-        return Recognised("lima", f"its {field!r} are a list of texts", {})
+        return "lima", f"its {field!r} are a list of texts"
     if isinstance(first, dict) and "role" in first and field != "items":
-        return Recognised("openai", f"its {field!r} have 'role' and 'content'", {})
+        return "openai", f"its {field!r} have 'role' and 'content'"
     if row.get("image"):
-        return Recognised("llava", f"it has an 'image' and {field!r}", {})
+        return "llava", f"it has an 'image' and {field!r}"
     if str(row.get("id", "")).startswith("lima"):
-        return Recognised("lima", "its 'id' begins with 'lima'", {})
+        return "lima", "its 'id' begins with 'lima'"
     if "idx" in row:
-        return Recognised("wizardlm", f"it has 'idx' and {field!r}", {})
+        return "wizardlm", f"it has 'idx' and {field!r}"
     if field == "messages":
-        return Recognised("openai", "it has 'messages'", {})
-    return Recognised("sharegpt", f"its {field!r} have 'from' and 'value'", {})
+        return "openai", "it has 'messages'"
+    return "sharegpt", f"its {field!r} have 'from' and 'value'"

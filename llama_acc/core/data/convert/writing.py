@@ -5,16 +5,16 @@ import gzip
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import IO, Any, NamedTuple
 
 import msgspec
 
 from llama_acc.core.atomic import sync
-from llama_acc.core.data.convert.rules import Malformed, Record
 from llama_acc.core.data.files import data_suffix
+from llama_acc.core.data.items import Malformed
 from llama_acc.core.errors import RunError, UserError
 
 if sys.version_info >= (3, 14):
@@ -22,90 +22,77 @@ if sys.version_info >= (3, 14):
 else:
     from backports.zstd import CompressionParameter, ZstdFile
 
-OUTPUTS = (".jsonl", ".json")
-_COMPRESSIONS = (".gz", ".zst")
 _GZIP_LEVEL = 5  # 6, the default, takes twice the time for 1 % less
-_BUFFER = 1 << 20
-
 _encode = msgspec.json.Encoder().encode
 
 
 class Layout(NamedTuple):
-    """What stands before, between and after all items, and of none; and behind each item."""
+    """What stands before, between, after and behind each of the items; and what is written of none."""
 
-    begin: bytes
-    between: bytes
-    end: bytes
-    empty: bytes
+    begin: bytes = b""
+    between: bytes = b""
+    end: bytes = b""
     behind: bytes = b""
+    empty: bytes = b""
     ascii: bool = False
     """Other characters are written as escapes."""
 
 
-LINES = Layout(b"", b"", b"", b"", behind=b"\n")  # who reads a pipe has whole lines, however it ends
-ARRAY = Layout(b"[\n", b",\n", b"\n]\n", b"[]\n")
-REFERENCE = Layout(b"[", b", ", b"]", b"[]", ascii=True)
-"""As Python's json.dump writes a list, which is what LLaMA2-Accessory's tools do."""
+LINES = Layout(behind=b"\n")  # who reads a pipe has whole lines, however it ends
+_ARRAY = Layout(b"[\n", b",\n", b"\n]\n", empty=b"[]\n")
+# As Python's json.dump writes a list, which is what LLaMA2-Accessory's tools do.
+_REFERENCE = Layout(b"[", b", ", b"]", empty=b"[]", ascii=True)
 
 
 def layout_of(path: Path, reference: bool = False) -> Layout:
-    """How a file of that name is written.
-
-    Args:
-        path: ends in .jsonl or .json, and perhaps in .gz or .zst.
-        reference: write an array as LLaMA2-Accessory's tools do.
+    """How a file of that name is written: .jsonl or .json, perhaps with .gz or .zst behind.
 
     Raises:
         UserError: the name ends in something else.
     """
     suffix = data_suffix(path)
-    if suffix not in OUTPUTS or path.suffix.lower() not in (*OUTPUTS, *_COMPRESSIONS):
+    if suffix not in (".jsonl", ".json") or path.suffix.lower() not in (suffix, ".gz", ".zst"):
         raise UserError(
             f"{path}: {path.suffix or 'no suffix'} is not a kind of file that is written",
             "--output takes a .jsonl or .json file, perhaps with .gz or .zst behind, or - for standard output",
         )
-    if suffix == ".jsonl":
-        return LINES
-    return REFERENCE if reference else ARRAY
+    return LINES if suffix == ".jsonl" else _REFERENCE if reference else _ARRAY
 
 
-def encoded(record: Record, layout: Layout) -> bytes:
+def encoded(record: dict[str, Any], layout: Layout) -> bytes:
     """An item as JSON.
 
     Raises:
         Malformed: it cannot be written.
     """
     try:
-        if not layout.ascii:
-            return _encode(record)
-        _encode(record)  # refuses lone surrogates, which json writes as escapes
-        return json.dumps(record).encode()
+        line = _encode(record)  # refuses lone surrogates, which json writes as escapes
+        return json.dumps(record).encode() if layout.ascii else line
     except UnicodeEncodeError as error:
         surrogate = ord(str(error.object)[error.start])
-        raise Malformed(f"{_place_of(record)} has a lone surrogate (U+{surrogate:04X})") from error
+        raise Malformed(f"{_unwritable(record)} has a lone surrogate (U+{surrogate:04X})") from error
     except RecursionError as error:
         raise Malformed("is nested too deep") from error
 
 
-class Items:
-    """A file that items are written to."""
+def _unwritable(record: dict[str, Any]) -> str:
+    """The field, or the turn, that has the lone surrogate."""
+    for field, value in record.items():
+        for number, part in enumerate(value if isinstance(value, list) else [value], start=1):
+            try:
+                _encode(part)
+            except UnicodeEncodeError:
+                return f"turn {number}" if isinstance(value, list) else repr(field)
+    return "a field's name"
 
-    def __init__(self, file: IO[bytes], layout: Layout) -> None:
-        self._file = file
-        self._layout = layout
-        self._written = False
 
-    def write(self, line: bytes) -> None:
-        """One item more."""
-        self._file.write(self._layout.between if self._written else self._layout.begin)
-        self._file.write(line)
-        self._file.write(self._layout.behind)
-        self._written = True
-
-    def end(self) -> None:
-        """No more items."""
-        self._file.write(self._layout.end if self._written else self._layout.empty)
-        self._file.flush()
+def write_lines(lines: Iterable[bytes], file: IO[bytes], layout: Layout) -> None:
+    """Write items one at a time."""
+    count = 0
+    for count, line in enumerate(lines, start=1):
+        file.write((layout.between if count > 1 else layout.begin) + line + layout.behind)
+    file.write(layout.end if count else layout.empty)
+    file.flush()
 
 
 @contextmanager
@@ -124,16 +111,20 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     aside = target.with_name(f".writing-{target.name}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        file = _opened_alone(aside)
-    except BlockingIOError as error:
-        raise UserError(f"another process is writing {path}", "wait for it, or give --output another name") from error
+        file = aside.open("ab", buffering=1 << 20)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     try:
         with file:  # and so the lock
+            if not _is_alone(file, aside):
+                raise UserError(f"another process is writing {path}", "wait for it, or give --output another name")
             try:
+                if file.tell():
+                    file.truncate(0)  # what a killed process left
                 with _compressed(file, path) as content:
                     yield content
+                file.flush()
+                os.fsync(file.fileno())
                 aside.replace(target)
             except BaseException:
                 aside.unlink(missing_ok=True)
@@ -143,58 +134,22 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _opened_alone(aside: Path) -> IO[bytes]:
-    """The file, empty, with a lock that goes with the process, however that ends.
-
-    Raises:
-        BlockingIOError: another process has it.
-        OSError: it cannot be made.
-    """
-    with ExitStack() as stack:
-        file = stack.enter_context(aside.open("ab", buffering=_BUFFER))
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError:
-            pass  # no locks on this file system
-        if not aside.exists() or not os.path.samestat(aside.stat(), os.fstat(file.fileno())):
-            raise BlockingIOError  # it came to its end, and had its name, in between
-        if file.tell():
-            file.truncate(0)
-        stack.pop_all()
-        return file
+def _is_alone(file: IO[bytes], aside: Path) -> bool:
+    """Lock a file until it is closed; False: another process has it, or has given it its name in between."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # no locks on this file system
+    return aside.exists() and os.path.samestat(aside.stat(), os.fstat(file.fileno()))
 
 
-@contextmanager
-def _compressed(file: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
+def _compressed(file: IO[bytes], path: Path) -> Any:
     suffix = path.suffix.lower()
     if suffix == ".gz":
         # Without name and time, so that the same items give the same file.
-        with gzip.GzipFile("", "wb", _GZIP_LEVEL, file, mtime=0) as content:
-            yield cast(IO[bytes], content)
-    elif suffix == ".zst":
-        with ZstdFile(file, "wb", options={CompressionParameter.checksum_flag: True}) as content:
-            yield cast(IO[bytes], content)
-    else:
-        yield file
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _place_of(record: Record) -> str:
-    """The field that cannot be written."""
-    for field, value in record.items():
-        if not _is_writable(value):
-            if isinstance(value, list):
-                return f"turn {next(number for number, turn in enumerate(value, 1) if not _is_writable(turn))}"
-            return repr(field)
-    return "a field's name"
-
-
-def _is_writable(value: object) -> bool:
-    try:
-        _encode(value)
-    except UnicodeEncodeError:
-        return False
-    return True
+        return gzip.GzipFile("", "wb", _GZIP_LEVEL, file, mtime=0)
+    if suffix == ".zst":
+        return ZstdFile(file, "wb", options={CompressionParameter.checksum_flag: True})
+    return nullcontext(file)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_acc.core.data.convert.rules import Options
-from llama_acc.core.data.convert.run import Conversion, Request
+from llama_acc.core.data.convert.formats import Options
+from llama_acc.core.data.convert.run import Conversion
 
 
 def convert_rows(
@@ -20,7 +20,7 @@ def convert_rows(
 
 def convert_file(format: str, path: Path, **options: Any) -> tuple[list[dict[str, Any]], Conversion]:
     """The records that a file gives."""
-    conversion = Conversion(Request(format, [path], options=Options(**options)))
+    conversion = Conversion(format, [path], Options(**options))
     return [converted.record for converted in conversion], conversion
 
 

@@ -1,71 +1,32 @@
-"""OpenAI's, WizardLM's, LIMA's and Alpaca's formats, columns of any name, and telling all of these apart."""
+"""What becomes of the rows of every format, what is counted, and what is refused by name."""
 
+import copy
 import io
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llama_acc.core.data.convert.formats import FORMATS, recognise
-from llama_acc.core.data.convert.run import Conversion, Request, write_items
-from llama_acc.core.data.convert.writing import LINES, Items
+from llama_acc.core.data.convert.formats import FORMATS, Options, recognize
+from llama_acc.core.data.convert.run import Conversion, convert, write_items
 from llama_acc.core.data.items import Dialogue, item_of, kind_of
+from llama_acc.core.data.templates import TEMPLATES, Turn
 from llama_acc.core.errors import DataError, UserError
+from llama_acc.core.tokenizer import load_tokenizer
 from tests.core.data.convert.conversions import convert_file, convert_rows, talk, turns_of
 from tests.core.data.reading import read_items
 
 ONE = {"instruction": "a", "input": "", "output": "b"}
 AB = [("human", "a"), ("gpt", "b")]
+ONE_AB = talk(*AB)
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 def messages(*turns: tuple[str, Any], **others: Any) -> dict[str, Any]:
     return {**others, "messages": [{"role": role, "content": content} for role, content in turns]}
-
-
-@pytest.mark.parametrize(
-    ("row", "turns"),
-    [
-        (messages(("user", "a"), ("assistant", "b")), AB),
-        (messages(("user", [{"type": "text", "text": "a"}]), ("assistant", "b")), AB),
-        ({"conversations": messages(("user", "a"), ("assistant", "b"))["messages"]}, AB),
-    ],
-)
-def test_openais_messages(tmp_path: Path, row: Any, turns: Any) -> None:
-    assert turns_of(convert_rows("openai", [row], tmp_path)[0][0]) == turns
-
-
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        (messages(("user", "a"), ("tool", "b")), "has calls of tools"),
-        (
-            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
-            "calls of tools cannot be trained on ('tool_calls')",
-        ),
-        (messages(("user", "a"), ("assistant", "b"), tools=[{}]), "calls of tools cannot be trained on ('tools')"),
-        (messages(("user", [{"type": "image_url", "image_url": {}}])), "has images, sound or files"),
-        (messages(("user", "a")), "no question with a reply"),
-    ],
-)
-def test_messages_that_are_no_dialogue_are_counted(tmp_path: Path, row: Any, reason: str) -> None:
-    assert convert_rows("openai", [row], tmp_path)[1].skipped == {reason: 1}
-
-
-@pytest.mark.parametrize(
-    ("row", "problem"),
-    [
-        (messages(("user", None)), "turn 1: 'content' is null"),
-        (messages(("user", [{"type": "dance"}])), "turn 1: unknown type of content 'dance'"),
-        ({"messages": "a"}, "'messages' should be a list, but is text"),
-        ({"messages": [{"content": "a"}]}, "turn 1: no 'role'"),
-    ],
-)
-def test_wrong_messages_are_named(tmp_path: Path, row: Any, problem: str) -> None:
-    with pytest.raises(DataError) as caught:
-        convert_rows("openai", [row], tmp_path)
-    assert problem in caught.value.message
 
 
 def moss(*turns: tuple[str, str], commands: str = "None") -> dict[str, Any]:
@@ -80,181 +41,94 @@ def moss(*turns: tuple[str, str], commands: str = "None") -> dict[str, Any]:
     return {"conversation_id": 7, "meta_instruction": "You are MOSS.", "chat": chat}
 
 
-def test_moss_has_marks_around_its_texts(tmp_path: Path) -> None:
-    rows = [moss(*[(f"a\n{i}", f" <eom> {i}") for i in range(11)]), moss(("a", "b"), commands='Search("a")')]
-    (record,), conversion = convert_rows("moss", rows, tmp_path)
-    assert turns_of(record) == [t for i in range(11) for t in (("human", f"a\n{i}"), ("gpt", f" <eom> {i}"))]
-    assert record["id"] == 7
-    assert conversion.skipped == {"has calls of tools": 1}
-    assert conversion.notes == {"descriptions of MOSS were left out": 1}
-    for chat, problem in (
-        (None, "'chat' is null"),
-        ([], "'chat' should be an object, but is a list"),
-        ({"x": {}}, "turn_1, turn_2, ..., but has 'x'"),
-        ({"turn_1": {"Human": "a"}}, "turn 1: no 'MOSS'"),
-    ):
-        with pytest.raises(DataError) as caught:
-            convert_rows("moss", [{"chat": chat}], tmp_path)
-        assert problem in caught.value.message
+def code(text: Any) -> dict[str, Any]:
+    return {"code": text}
 
 
-def test_wizardlm_has_two_versions_and_a_test_set(tmp_path: Path) -> None:
-    assert turns_of(convert_rows("wizardlm", [talk(*AB, idx="x")], tmp_path)[0][0]) == AB
-    assert convert_rows("wizardlm", [{"instruction": "a", "output": "b"}], tmp_path)[0] == [ONE]
-    records, conversion = convert_rows("wizardlm", [{"idx": 1, "Skill": "Math", "Instruction": "a"}], tmp_path)
-    assert (records, sum(conversion.skipped.values())) == ([], 1)
+PICTURE = talk(
+    ("human", "What is\nit?\n<image>"), ("gpt", "A cat.\n\nBlack."), ("human", "Sure?"), ("gpt", "Yes."),
+    id="7", image="a.jpg",
+)  # fmt: skip
+MANY = [t for i in range(11) for t in (("human", f"a\n{i}"), ("gpt", f" <eom> {i}"))]
+DOLLY = {"instruction": "a", "context": "c", "response": "b", "category": "x"}
+QUESTIONS = {"mapping": {"instruction": "q", "output": "a", "input": "ctx"}}
+CONVERTED = [
+    # (format, options, a row, its items)
+    ("gorilla", {}, code("###Instruction: a\n###Output: b\n"), [{**ONE, "instruction": " a\n", "output": " b\n"}]),
+    ("gorilla", {}, code("###Instruction. a###Output:b"), [{**ONE, "instruction": " a"}]),
+    ("gorilla", {}, code("###Instruction:a###Input: x\n###Output:b Output: c"), [{**ONE, "output": "b "}]),
+    ("gorilla", {}, code("Instruction:a Instruction:b Output:"), [{**ONE, "instruction": "a ", "output": ""}]),
+    ("gorilla", {"all_forms": True}, code('{"Instruction": "a, it", "Output":{"b": {}}}'),
+     [{**ONE, "instruction": "a, it", "output": '{"b": {}}'}]),
+    ("gorilla", {"all_forms": True}, code("{'Instruction': a, 'Output': {'b': 'breaks o"),
+     [{**ONE, "output": " {'b': 'breaks o"}]),
+    ("llava", {}, PICTURE, [
+        {"id": "7", "image": "a.jpg", "instruction": "What is\nit?", "input": "", "output": "A cat.\n\nBlack."},
+        {"id": "7", "image": "a.jpg", "instruction": "Sure?", "input": "", "output": "Yes."},
+    ]),
+    ("llava", {"dialogues": True}, talk(("human", "a\n<image>"), ("gpt", "b"), image="a.jpg"),
+     [{"image": "a.jpg", **ONE_AB}]),
+    ("sharegpt", {}, {"id": 1, "items": ONE_AB["conversations"]}, [{"id": 1, **ONE_AB}]),
+    ("sharegpt", {}, talk(("User ", "a"), ("ChatGPT", "<p>b</p>")), [ONE_AB]),
+    ("sharegpt", {"keep_html": True}, talk(("human", "a"), ("gpt", "<p>b</p>")), [talk(AB[0], ("gpt", "<p>b</p>"))]),
+    ("sharegpt", {}, talk(*AB, image="a.jpg", id=1), [{"id": 1, "image": "a.jpg", **ONE_AB}]),
+    ("openai", {}, messages(("user", "a"), ("assistant", "b")), [ONE_AB]),
+    ("openai", {}, messages(("user", [{"type": "text", "text": "a"}]), ("assistant", "b")), [ONE_AB]),
+    ("openai", {}, {"conversations": TURNS}, [ONE_AB]),
+    ("moss", {}, moss(*[(MANY[i][1], MANY[i + 1][1]) for i in range(0, 22, 2)]), [{"id": 7, **talk(*MANY)}]),
+    ("wizardlm", {}, talk(*AB, idx="x"), [ONE_AB]),
+    ("wizardlm", {}, {"instruction": "a", "input": "c", "output": "b"}, [{**ONE, "input": "c"}]),
+    ("lima", {}, {"conversations": ["a", "b"], "source": "x"}, [ONE_AB]),
+    ("lima", {}, talk(*AB, id="lima_0"), [{"id": "lima_0", **ONE_AB}]),
+    ("alpaca", {}, {"instruction": "a", "input": None, "output": "b", "text": "x"}, [ONE]),
+    ("jsonl", QUESTIONS, {"q": "a", "ctx": "c", "a": "b", "input": "not this"}, [{**ONE, "input": "c"}]),
+    ("jsonl", QUESTIONS, {"q": "a", "ctx": None, "a": "b"}, [ONE]),
+    ("jsonl", {"mapping": {"conversations": "x", "system": "s"}}, {"x": TURNS, "s": "S"}, [{"system": "S", **ONE_AB}]),
+    ("auto", {}, DOLLY, [{**ONE, "input": "c"}]),
+    ("auto", {}, {"question": "a", "context": "c", "answer": "b", "id": 7}, [{"id": 7, **ONE, "input": "c"}]),
+    ("auto", {}, {"system_prompt": "S", "question": "a", "response": "b"}, [{"system": "S", **ONE}]),
+    ("auto", {}, {**ONE, "system": "", "history": [["x", "y"]], "images": ["a.jpg"]},
+     [{"images": ["a.jpg"], **ONE, "history": [["x", "y"]]}]),
+    # A column of text may hold a list as its JSON.
+    ("auto", {}, talk(*AB) | {"conversations": json.dumps(ONE_AB["conversations"])}, [ONE_AB]),
+    ("auto", {}, {"messages": json.dumps(TURNS)}, [ONE_AB]),
+    ("auto", {}, {"conversations": '["a", "b"]'}, [ONE_AB]),
+    ("auto", {}, {**ONE, "history": '[["x", "y"]]'}, [{**ONE, "history": [["x", "y"]]}]),
+]  # fmt: skip
 
 
-def test_lima_has_two_forms(tmp_path: Path) -> None:
-    rows = [{"conversations": ["a", "b", "c", "d"], "source": "x"}, {"conversations": ["a"]}, talk(*AB, id="lima_0")]
-    records, conversion = convert_rows("lima", rows, tmp_path)
-    assert [turns_of(record) for record in records] == [[*AB, ("human", "c"), ("gpt", "d")], AB]
-    assert sum(conversion.skipped.values()) == 1
-    with pytest.raises(DataError, match="turn 2: should be text, but is a number"):
-        convert_rows("lima", [{"conversations": ["a", 1]}], tmp_path)
+@pytest.mark.parametrize(("format", "options", "row", "items"), CONVERTED)
+def test_a_row_becomes_items(format: str, options: dict[str, Any], row: Any, items: list[Any], tmp_path: Path) -> None:
+    records, conversion = convert_rows(format, [row], tmp_path, **options)
+    assert records == items
+    assert [list(record) for record in records] == [list(item) for item in items]
+    assert not conversion.skipped
 
 
-def test_alpaca_loses_other_fields(tmp_path: Path) -> None:
-    rows = [{**ONE, "text": "x"}, {"instruction": "a", "input": None, "output": "b"}]
-    assert convert_rows("alpaca", rows, tmp_path)[0] == [ONE, ONE]
-
-
-def test_columns_are_mapped(tmp_path: Path) -> None:
-    row = {"q": "a", "ctx": "c", "a": "b", "input": "not this"}
-    mapping = {"instruction": "q", "output": "a"}
-    assert convert_rows("jsonl", [row], tmp_path, mapping={**mapping, "input": "ctx"})[0] == [{**ONE, "input": "c"}]
-    assert convert_rows("jsonl", [{"q": "a", "a": "b"}], tmp_path, mapping=mapping)[0] == [ONE]
-    nothing = {"q": "a", "ctx": None, "a": "b"}
-    assert convert_rows("jsonl", [nothing], tmp_path, mapping={**mapping, "input": "ctx"})[0] == [ONE]
-    table = tmp_path / "a.csv"
-    table.write_text('q,a\na,b\n"a",b\n', encoding="utf-8")
-    assert convert_file("csv", table, mapping=mapping)[0] == [ONE, ONE]
-
-
-def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
-    table = tmp_path / "a.csv"
-    table.write_text("question\tanswer\na\tb\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"no column 'Question' \('question'\?\)"):
-        convert_file("csv", table, mapping={"instruction": "Question", "output": "answer"})
-    with pytest.raises(DataError, match=r"no column 'instruction'") as caught:
-        convert_file("csv", table)
-    assert "question, answer" in str(caught.value.hint)
-    mapping = {"instruction": "q", "input": "input", "output": "a"}
-    with pytest.raises(DataError, match="no 'input' \\(its keys: 'q', 'a'\\)"):
-        convert_rows("jsonl", [{"q": "a", "a": "b"}], tmp_path, mapping=mapping)
-
-
-RECOGNISED = {
-    "gorilla": [{"code": "###Instruction: a"}, {"code": "{'Instruction': a", "api_call": "x"}],
-    "llava": [talk(*AB, image="a.jpg")],
-    "sharegpt": [talk(*AB, id="x"), {"items": talk(*AB)["conversations"]}],
-    "wizardlm": [talk(*AB, idx="x"), {"idx": 1, "Skill": "Math", "Instruction": "a"}],
-    "lima": [{"conversations": ["a", "b"]}, talk(*AB, id="lima_7")],
-    "alpaca": [ONE, {"instruction": "a", "output": "b"}],
-    "openai": [messages(("user", "a"), ("assistant", "b")), {"conversations": messages(*AB)["messages"]}],
-    "moss": [moss(("a", "b"))],
-    "jsonl": [{"question": "a", "answer": "b"}, {"prompt": "a", "completion": "b"}],
-}
-
-
-@pytest.mark.parametrize(("format", "row"), [(format, row) for format, rows in RECOGNISED.items() for row in rows])
-def test_each_format_is_recognised_and_converts(tmp_path: Path, format: str, row: Any) -> None:
-    recognised = recognise(row)
-    assert recognised is not None
-    assert recognised.format == format
-    assert any(repr(key) in recognised.why for key in row), recognised.why
-    named = convert_rows(format, [row], tmp_path, mapping=recognised.mapping, all_forms=True)[0]
-    assert convert_rows("auto", [row], tmp_path, all_forms=True)[0] == named
-
-
-def test_every_format_but_tables_is_recognised() -> None:
-    """A table is known by its name, and its columns as JSON of any fields is."""
-    assert set(RECOGNISED) == set(FORMATS) - {"csv"}
-
-
-def test_auto_looks_at_each_file_and_says_so(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps([ONE]), encoding="utf-8")
-    (tmp_path / "b.csv").write_text("question,answer\na,b\n", encoding="utf-8")
-    told: list[str] = []
-    paths = [tmp_path / "a.json", tmp_path / "b.csv"]
-    conversion = Conversion(Request("auto", paths), on_found=lambda found: told.append(found.recognised.format))
-    assert [converted.record for converted in conversion] == [ONE, ONE]
-    assert told == ["alpaca", "csv"]
-
-
-def test_what_is_not_recognised_is_told_with_its_keys(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="its first item has the keys 'x', 'y'") as caught:
-        convert_rows("auto", [{"x": "a", "y": "b"}], tmp_path)
-    assert "--map instruction=COLUMN --map output=COLUMN" in str(caught.value.hint)
-    with pytest.raises(UserError, match="its first ones are no objects"):
-        convert_rows("auto", [1, 2], tmp_path)
-
-
-def test_items_of_one_file_are_of_one_kind(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"item 2 \(line 2\): is a dialogue among single-turn items"):
-        convert_rows("wizardlm", [{"instruction": "a", "output": "b"}, talk(*AB)], tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "items"),
-    [
-        ("alpaca_5000.json", 5000),
-        ("alpaca_data_cleaned_1000.json", 1000),
-        ("caption_blip_2k.json", 2183),
-        ("lima_vicuna_format.json", 1029),
-        ("llava_instruct_100.json", 458),
-        ("sharegpt_dummy500.json", 500),
-        ("sharegpt_example.json", 3),
-        ("sharegpt_maths1k.jsonl", 1000),
-        ("WizardLM_testset.jsonl", 0),
-    ],
-)
-def test_every_real_file_converts(shared: Path, name: str, items: int) -> None:
-    records, conversion = convert_file("auto", shared / "assets/data" / name)
-    assert len(records) == items
-    assert conversion.rows == sum(conversion.skipped.values()) + (100 if "llava" in name else items)
-
-
-ONE_AB = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
-KEPT = [
-    # What a row changes in its item, in every format that has it: (format, row, what becomes of it).
-    ("openai", messages(("system", "S"), ("developer", "T"), *[("user", "a"), ("assistant", "b")]), "S\n\nT"),
+SYSTEMS = [
+    ("openai", messages(("system", "S"), ("developer", "T"), ("user", "a"), ("assistant", "b")), "S\n\nT"),
     ("openai", messages(("user", "a"), ("assistant", "b"), system="S"), "S"),
-    ("sharegpt", talk(("system", "S"), *AB), "S"),
-    ("sharegpt", talk(*AB, system="S", tools="[]"), "S"),
+    ("sharegpt", talk(("system", "T"), *AB, system="S", tools="[]"), "S\n\nT"),
     ("lima", {"conversations": ["a", "b"], "system": "S"}, "S"),
     ("wizardlm", talk(*AB, system="S", idx=1), "S"),
+    ("wizardlm", {**ONE, "system_prompt": "S"}, "S"),
     ("llava", talk(*AB, system="S", image="a.jpg"), "S"),
     ("alpaca", {**ONE, "system": "S"}, "S"),
-    ("wizardlm", {**ONE, "system_prompt": "S"}, "S"),
     ("jsonl", {**ONE, "system": "S"}, "S"),
 ]
 
 
-@pytest.mark.parametrize(("format", "row", "system"), KEPT)
+@pytest.mark.parametrize(("format", "row", "system"), SYSTEMS)
 def test_a_system_text_stays_one_in_every_format(tmp_path: Path, format: str, row: Any, system: str) -> None:
     [record] = convert_rows(format, [row], tmp_path)[0]
-    assert record["system"] == system
-    kind = kind_of(record) or ""
-    item, found = item_of(record, kind)
-    assert (found, item.system if item else None) == ([], system)
-    pair = (
-        [turn.text for turn in item.turns] if isinstance(item, Dialogue) else [record["instruction"], record["output"]]
-    )
-    assert pair == ["a", "b"]
+    item, found = item_of(record, kind_of(record) or "")
+    assert (record["system"], found, item and item.system) == (system, [], system)
 
 
-@pytest.mark.parametrize(
-    ("format", "row"),
-    [
-        ("openai", {"messages": [{"role": r, "content": t} for r, t in (("user", "a"), ("assistant", "b")) * 2]}),
-        ("sharegpt", talk(*AB, *AB)),
-        ("wizardlm", talk(*AB, *AB)),
-        ("lima", talk(*AB, *AB)),
-        ("llava", talk(*AB, *AB)),
-    ],
-)
-def test_a_reply_that_is_context_only_stays_so_in_every_format(tmp_path: Path, format: str, row: Any) -> None:
+@pytest.mark.parametrize("format", ["openai", "sharegpt", "wizardlm", "lima", "llava"])
+def test_a_reply_that_is_context_only_stays_so_in_every_format(tmp_path: Path, format: str) -> None:
+    row = messages(("user", "a"), ("assistant", "b"), ("user", "a"), ("assistant", "b")) if format == "openai" else None
+    row = row or talk(*AB, *AB)
     turns = row.get("messages", row.get("conversations"))
     turns[1]["weight"], turns[3]["weight"] = 0, 1
     records, conversion = convert_rows(format, [row], tmp_path)
@@ -270,80 +144,141 @@ def test_a_reply_that_is_context_only_stays_so_in_every_format(tmp_path: Path, f
         convert_rows(format, [row], tmp_path)
 
 
-def test_replies_in_a_row_are_not_trained_in_part(tmp_path: Path) -> None:
-    row = talk(*AB, ("gpt", "c"))
-    row["conversations"][1]["train"] = False
-    reason = "replies in a row, of which only some are to be trained on"
-    assert convert_rows("sharegpt", [row], tmp_path)[1].skipped == {reason: 1}
+@pytest.mark.parametrize(
+    ("turns", "expected", "note"),
+    [
+        ([("gpt", "x"), ("human", "a"), ("bing", "b")], ["a", "b"], "replies without a question"),
+        ([("human", "a"), ("gpt", "b"), ("human", "c")], ["a", "b"], "questions without a reply"),
+        ([("human", "a"), ("human", "b"), ("gpt", "c")], ["a\n\nb", "c"], "turns of one role in a row"),
+        ([("human", "a"), ("gpt", " \n"), ("human", "c"), ("gpt", "d")], ["c", "d"], "nothing on one side"),
+        ([*AB, ("system", "s"), *AB], ["a", "b", "s\n\na", "b"], "system texts were put in front"),
+        ([*AB, ("system", "s")], ["a", "b"], "system texts without a question"),
+    ],
+)
+def test_dialogues_are_questions_and_replies_in_turn(
+    tmp_path: Path, turns: list[tuple[str, str]], expected: list[str], note: str
+) -> None:
+    (record,), conversion = convert_rows("sharegpt", [talk(*turns)], tmp_path)
+    assert turns_of(record) == [(("human", "gpt")[i % 2], text) for i, text in enumerate(expected)]
+    assert any(note in counted for counted in conversion.notes)
 
 
-def test_inputs_history_and_images_go_along(tmp_path: Path) -> None:
-    dolly = {"instruction": "a", "context": "c", "response": "b", "category": "x"}
-    squad = {"question": "a", "context": "c", "answer": "b", "id": 7}
-    orca = {"id": "niv.1", "system_prompt": "S", "question": "a", "response": "b"}
-    factory = {**ONE, "system": "", "history": [["x", "y"]], "images": ["a.jpg"]}
-    for row, record, unused in [
-        (dolly, {**ONE, "input": "c"}, {"category": 1}),
-        (squad, {**ONE, "id": 7, "input": "c"}, {}),
-        (orca, {**ONE, "id": "niv.1", "system": "S"}, {}),
-        (factory, {**ONE, "history": [["x", "y"]], "images": ["a.jpg"]}, {}),
-        ({"instruction": "a", "input": "c", "output": "b", "evolved": True}, {**ONE, "input": "c"}, {"evolved": 1}),
-    ]:
-        records, conversion = convert_rows("auto", [row], tmp_path)
-        assert (records, conversion.unused) == ([record], unused)
-    assert convert_rows("wizardlm", [{**ONE, "input": "c"}], tmp_path)[0] == [{**ONE, "input": "c"}]
-    assert convert_rows("sharegpt", [talk(*AB, image="a.jpg", id=1)], tmp_path)[0] == [
-        {"id": 1, "image": "a.jpg", **ONE_AB}
-    ]
-    pixels = talk(*AB, image={"bytes": "...", "path": None})
-    assert convert_rows("sharegpt", [pixels], tmp_path)[1].skipped == {"has images that are not given by a path": 1}
+UNTRAINED = talk(*AB, ("gpt", "c"))
+UNTRAINED["conversations"][1]["train"] = False
 
 
-def test_a_column_of_text_may_hold_its_turns_as_json(tmp_path: Path) -> None:
-    for row, field in [
-        (talk(*AB, id="x"), "conversations"),
-        (messages(("user", "a"), ("assistant", "b")), "messages"),
-        ({"conversations": ["a", "b"]}, "conversations"),
-        ({**ONE, "history": [["x", "y"]]}, "history"),
-    ]:
-        as_text = {**row, field: json.dumps(row[field])}
-        assert convert_rows("auto", [as_text], tmp_path)[0] == convert_rows("auto", [row], tmp_path)[0]
-    with pytest.raises(DataError, match="'messages' should be a list, but is text"):
-        convert_rows("openai", [{"messages": "[not JSON"}], tmp_path)
+@pytest.mark.parametrize(
+    ("format", "row", "reason"),
+    [
+        ("gorilla", code("###Instruction: a"), "no 'Output:' in 'code'"),
+        ("gorilla", code("{'Instruction': a, 'Output': b}"), "--all-forms takes it"),
+        ("openai", messages(("user", "a"), ("tool", "b")), "has calls of tools"),
+        ("openai", {"messages": [{**TURNS[0], "tool_calls": [{}]}]}, "calls of tools cannot be trained on"),
+        ("openai", messages(("user", "a"), ("assistant", "b"), tools=[{}]), "cannot be trained on ('tools')"),
+        ("openai", messages(("user", [{"type": "image_url", "image_url": {}}])), "has images, sound or files"),
+        ("moss", moss(("a", "b"), commands='Search("a")'), "has calls of tools"),
+        ("wizardlm", {"idx": 1, "Skill": "Math", "Instruction": "a"}, "an instruction without an output"),
+        ("lima", {"conversations": ["a"]}, "a question without a reply, to test with"),
+        ("sharegpt", talk(), "no question with a reply"),
+        ("sharegpt", talk(("human", "a"), ("gpt", " ")), "no question with a reply"),
+        ("sharegpt", UNTRAINED, "replies in a row, of which only some are to be trained on"),
+        ("sharegpt", talk(*AB, image={"bytes": "...", "path": None}), "has images that are not given by a path"),
+        ("alpaca", {"instruction": " ", "output": "", "id": 3}, "blank: no question and no answer"),
+        ("jsonl", {"instruction": None, "input": None, "output": None}, "blank: no question and no answer"),
+    ],
+)
+def test_rows_without_an_item_are_counted_by_reason(tmp_path: Path, format: str, row: Any, reason: str) -> None:
+    records, conversion = convert_rows(format, [row, row], tmp_path)
+    [(said, count)] = conversion.skipped.items()
+    assert (records, reason in said, count) == ([], True, 2)
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "problem"),
+    [
+        ("gorilla", {}, "no 'code' (its keys: none)"),
+        ("gorilla", code(1), "'code' should be text, but is a number"),
+        ("gorilla", code("Output: b"), "no 'Instruction:' before 'Output:' in 'code'"),
+        ("gorilla", [], "should be an object, but is a list"),
+        ("llava", {"conversations": {}}, "'conversations' should be a list, but is an object"),
+        ("llava", talk(("human", "a"), ("alien", "b")), "turn 2: unknown role 'alien'"),
+        ("sharegpt", {"conversations": ["a"]}, "turn 1: should be an object, but is text"),
+        ("sharegpt", {"conversations": [{"from": "gpt"}]}, "turn 1: no 'value' (its keys: 'from')"),
+        ("openai", messages(("user", None)), "turn 1: 'content' is null"),
+        ("openai", messages(("user", [{"type": "dance"}])), "turn 1: unknown type of content 'dance'"),
+        ("openai", {"messages": "[not JSON"}, "'messages' should be a list, but is text"),
+        ("openai", {"messages": [{"content": "a"}]}, "turn 1: no 'role'"),
+        ("moss", {"chat": []}, "'chat' should be an object, but is a list"),
+        ("moss", {"chat": {"x": {}}}, "'chat' should have the keys turn_1, turn_2, ..., but has 'x'"),
+        ("moss", {"chat": {"turn_1": {"Human": "a"}}}, "turn 1: no 'MOSS'"),
+        ("lima", {"conversations": ["a", 1]}, "turn 2: should be text, but is a number"),
+        ("wizardlm", talk(*AB), "is a dialogue among single-turn items"),
+    ],
+)
+def test_wrong_rows_are_named(tmp_path: Path, format: str, row: Any, problem: str) -> None:
+    rows = [ONE, row] if format == "wizardlm" else [row]
+    with pytest.raises(DataError) as caught:
+        convert_rows(format, rows, tmp_path)
+    assert f"item {len(rows)} (line {len(rows)}): {problem}" in caught.value.problems[0]
 
 
 def test_keys_that_are_not_used_are_counted_with_those_of_turns(tmp_path: Path) -> None:
     rows = [talk(*AB, id=i, source="s", score=None) for i in range(3)]
     rows[0]["conversations"][1]["markdown"] = True
-    skipped = talk(("human", "a"), other="x")
-    _, conversion = convert_rows("sharegpt", [*rows, skipped], tmp_path)
+    _, conversion = convert_rows("sharegpt", [*rows, talk(("human", "a"), other="x")], tmp_path)
     assert conversion.unused == {"source": 3, "conversations[].markdown": 1}
     mapping = {"instruction": "q", "output": "output"}
     assert convert_rows("jsonl", [{**ONE, "q": "x"}], tmp_path, mapping=mapping)[1].unused == {"instruction": 1}
+    assert convert_rows("auto", [DOLLY], tmp_path)[1].unused == {"category": 1}
 
 
-def test_blank_rows_are_counted(tmp_path: Path) -> None:
-    rows = [ONE, {"instruction": " ", "output": "", "id": 3}, {"instruction": None, "input": None, "output": None}]
-    for format in ("alpaca", "jsonl", "wizardlm"):
-        records, conversion = convert_rows(format, rows, tmp_path)
-        assert (len(records), conversion.skipped) == (1, {"blank: no question and no answer": 2})
+# Telling the formats apart
+
+RECOGNIZED = {
+    "gorilla": [code("###Instruction: a###Output: b"), {**code("{'Instruction': a, 'Output': b}"), "api_call": "x"}],
+    "llava": [talk(*AB, image="a.jpg")],
+    "sharegpt": [talk(*AB, id="x"), {"items": talk(*AB)["conversations"]}],
+    "wizardlm": [talk(*AB, idx="x"), {"idx": 1, "Skill": "Math", "Instruction": "a"}],
+    "lima": [{"conversations": ["a", "b"]}, talk(*AB, id="lima_7")],
+    "alpaca": [ONE, {"instruction": "a", "output": "b"}],
+    "openai": [messages(("user", "a"), ("assistant", "b")), {"conversations": TURNS}],
+    "moss": [moss(("a", "b"))],
+    "jsonl": [{"question": "a", "answer": "b"}, {"prompt": "a", "completion": "b"}],
+}
 
 
-CHOSEN = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+@pytest.mark.parametrize(("format", "row"), [(format, row) for format, rows in RECOGNIZED.items() for row in rows])
+def test_each_format_is_recognized_and_converts(tmp_path: Path, format: str, row: Any) -> None:
+    # A table is known by its name, and its columns as JSON of any fields is.
+    assert set(RECOGNIZED) == set(FORMATS) - {"csv"}
+    recognized = recognize(row)
+    assert recognized is not None
+    assert recognized.format == format
+    assert any(repr(key) in recognized.why for key in row), recognized.why
+    named = convert_rows(format, [row], tmp_path, mapping=recognized.mapping, all_forms=True)[0]
+    assert convert_rows("auto", [row], tmp_path, all_forms=True)[0] == named
+
+
+def test_auto_looks_at_each_file_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([ONE]), encoding="utf-8")
+    (tmp_path / "b.csv").write_text("question,answer\na,b\n", encoding="utf-8")
+    told: list[str] = []
+    conversion = Conversion("auto", [tmp_path / "a.json", tmp_path / "b.csv"], note=told.append)
+    assert [converted.record for converted in conversion] == [ONE, ONE]
+    assert [said.partition(": ")[2].partition(",")[0] for said in told] == ["alpaca", "csv"]
+    with pytest.raises(UserError, match="its first ones are no objects"):
+        convert_rows("auto", [1, 2], tmp_path)
 
 
 @pytest.mark.parametrize(
     ("row", "words", "becomes"),
     [
+        ({"x": "a", "y": "b"}, "--map instruction=COLUMN --map output=COLUMN", None),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "--map instruction=prompt --map output=chosen", ONE),
-        (
-            {**ONE, "output": "", "chosen": "b", "rejected": "c"},
-            "--map instruction=instruction --map output=chosen",
-            ONE,
-        ),
-        ({"prompt": "a", "chosen": CHOSEN, "rejected": CHOSEN}, "--map conversations=chosen", ONE_AB),
-        ({"messages": CHOSEN, "chosen": CHOSEN, "rejected": CHOSEN}, "--map conversations=chosen", ONE_AB),
-        ({"conversation_id": "x", "conversation": CHOSEN}, "--map conversations=conversation", ONE_AB),
+        ({**ONE, "output": "", "chosen": "b"}, "--map instruction=instruction --map output=chosen", ONE),
+        ({"prompt": "a", "chosen": TURNS, "rejected": TURNS}, "--map conversations=chosen", ONE_AB),
+        ({"messages": TURNS, "chosen": TURNS, "rejected": TURNS}, "--map conversations=chosen", ONE_AB),
+        ({"conversation_id": "x", "conversation": TURNS}, "--map conversations=conversation", ONE_AB),
         ({"text": "b", "url": "x"}, "--map output=text, for text without questions", {**ONE, "instruction": ""}),
         ({"body": "b", "n": 3}, "--map output=body, for text without questions", {**ONE, "instruction": ""}),
         ({"chosen": "Human: a", "rejected": "Human: b"}, None, None),
@@ -355,35 +290,164 @@ CHOSEN = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"
 def test_what_is_no_known_format_is_told_a_mapping_that_works_or_none(
     tmp_path: Path, row: Any, words: str | None, becomes: Any
 ) -> None:
+    path = tmp_path / "row.jsonl"
+    path.write_text(json.dumps(row), encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        write_items(conversion := Conversion(Request("auto", [written(tmp_path, row)])), Items(io.BytesIO(), LINES))
-    assert not conversion.items
+        write_items(Conversion("auto", [path]), io.BytesIO())
     if words is None:
         assert caught.value.hint is None
         assert "trained on" in caught.value.message
         return
     assert words in str(caught.value.hint)
     mapping = dict(word.split("=") for word in re.findall(r"--map ([^, ]+)", str(caught.value.hint)))
-    assert convert_rows("jsonl", [row], tmp_path, mapping=mapping)[0] == [becomes]
+    if becomes is not None:
+        assert convert_rows("jsonl", [row], tmp_path, mapping=mapping)[0] == [becomes]
 
 
-def written(folder: Path, row: Any) -> Path:
-    path = folder / "row.jsonl"
-    path.write_text(json.dumps(row), encoding="utf-8")
-    return path
-
-
-def test_a_table_of_other_columns_is_told_a_mapping_that_works(tmp_path: Path) -> None:
-    for columns, words in [
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
         ("question,answer", "--map instruction=question --map output=answer"),
         ("text", "--map output=text, for text without questions; train it with template: none"),
         ("prompt,chosen,rejected", "--map instruction=prompt --map output=chosen"),
-    ]:
-        table = tmp_path / "a.csv"
-        table.write_text(f"{columns}\n{','.join('abc'[: columns.count(',') + 1])}\n", encoding="utf-8")
-        with pytest.raises(DataError) as caught:
-            read_items(table)
-        assert words in str(caught.value.hint)
-        mapping = dict(word.split("=") for word in re.findall(r"--map ([^, ]+)", words))
-        [record] = convert_file("csv", table, mapping=mapping)[0]
-        assert record["output"] == ("a" if columns == "text" else "b")
+    ],
+)
+def test_a_table_of_other_columns_is_told_a_mapping_that_works(tmp_path: Path, columns: str, words: str) -> None:
+    table = tmp_path / "a.csv"
+    table.write_text(f"{columns}\n{','.join('abc'[: columns.count(',') + 1])}\n", encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        read_items(table)
+    assert words in str(caught.value.hint)
+    mapping = dict(word.split("=") for word in re.findall(r"--map ([^, ]+)", words))
+    [record] = convert_file("csv", table, mapping=mapping)[0]
+    assert record["output"] == ("a" if columns == "text" else "b")
+    with pytest.raises(DataError, match=r"no column 'Question'"):
+        convert_file("csv", table, mapping={"instruction": "Question", "output": "answer"})
+
+
+# Splitting, languages
+
+
+@pytest.mark.parametrize("max_tokens", [60, 90, 150, 10_000])
+def test_parts_fit_and_are_as_long_as_they_can_be(tmp_path: Path, tokenizer_path: Path, max_tokens: int) -> None:
+    tokenizer = load_tokenizer(tokenizer_path)
+    turns = [(("human", "gpt")[i % 2], f"the {'answer ' * (i * 7 % 11)}{i}") for i in range(20)]
+
+    def split(most: int) -> tuple[list[dict[str, Any]], Conversion]:
+        return convert_rows("sharegpt", [talk(*turns, id="x")], tmp_path, tokenizer=tokenizer, max_tokens=most)
+
+    def tokens(part: list[tuple[str, str]]) -> int:
+        roles = {"human": "human", "gpt": "assistant"}
+        text, *_ = TEMPLATES["dialogue"].dialogue_text([Turn(roles[role], text) for role, text in part])
+        return len(tokenizer.encode(text, bos=True, eos=True))
+
+    records, conversion = split(max_tokens)
+    parts = [turns_of(record) for record in records]
+    assert [turn for part in parts for turn in part] == turns
+    assert all(part[0][0] == "human" for part in parts)
+    assert all(tokens(part) <= max_tokens or len(part) == 2 for part in parts)
+    # With the next exchange, none would fit.
+    assert all(tokens(part + after[:2]) > max_tokens for part, after in pairwise(parts))
+    too_long = sum(tokens(part) > max_tokens for part in parts)
+    assert sum(count for note, count in conversion.notes.items() if "would be cut" in note) == too_long
+    names = ["x"] if len(parts) == 1 else [f"x_{number}" for number in range(len(parts))]
+    assert [record["id"] for record in records] == names
+    exactly = tokens(turns)
+    assert (len(split(exactly)[0]), len(split(exactly - 1)[0])) == (1, 2)
+
+
+def test_other_languages_are_left_out_if_asked(tmp_path: Path) -> None:
+    questions = [
+        "Erkläre mir bitte, warum der Himmel am Tag blau aussieht und am Abend rot wird.",
+        "Please explain to me why the sky looks blue during the day and red in the evening.",
+        "1 + 1",
+    ]
+    rows = [talk(("human", question), ("gpt", "x")) for question in questions]
+    records, conversion = convert_rows("sharegpt", rows, tmp_path, languages=("en",))
+    assert [turns_of(record)[0][1] for record in records] == questions[1:]
+    assert conversion.skipped == {"in another language (de)": 1}
+
+
+# Real data, and LLaMA2-Accessory's tools from their description
+
+
+def gorilla_reference(path: Path) -> list[dict[str, str]]:
+    """The text before "Output:" holds the question, behind "Instruction:" and up to "###"; the answer follows it, up to
+    another "Output:"."""
+    items = []
+    for line in filter(None, path.read_text(encoding="utf-8").split("\n")):
+        code = json.loads(line)["code"].replace("###Instruction.", "###Instruction:")
+        question, output, answer = code.partition("Output:")
+        if output:
+            question = question[question.index("Instruction:") + len("Instruction:") :]
+            question = re.split("Instruction:|###", question)[0]
+            items.append({"instruction": question, "input": "", "output": answer.partition("Output:")[0]})
+    return items
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "items"),
+    [("huggingface_eval.json", 911, 907), ("torchhub_eval.json", 186, 186), ("torchhub_train.json", 837, 0)],
+)
+def test_apibench_by_the_references_rule(shared: Path, name: str, rows: int, items: int) -> None:
+    path = shared / "assets/gorilla" / name
+    records, conversion = convert_file("gorilla", path)
+    assert (conversion.rows, len(records), sum(conversion.skipped.values())) == (rows, items, rows - items)
+    assert records == gorilla_reference(path)
+    if not items:
+        records, conversion = convert_file("gorilla", path, all_forms=True)
+        assert (len(records), conversion.skipped) == (rows, {})
+        assert all(record["instruction"].strip() and record["output"].lstrip()[0] in "{'" for record in records)
+        # As many braces are closed as were opened, but in rows that break off.
+        assert sum(r["output"].count("{") != r["output"].count("}") for r in records) <= 20
+
+
+def llava_reference(items: list[dict[str, Any]]) -> str:
+    """A copy of the item for every two turns, without marks and lines."""
+    made = []
+    for item in items:
+        turns = item["conversations"]
+        while len(turns) >= 2:
+            two, turns = turns[:2], turns[2:]
+            one = copy.deepcopy(item)
+            one.pop("conversations")
+            flat = [{k: "".join(v.split("<image>")).replace("\n", "") for k, v in turn.items()} for turn in two]
+            made.append({**one, "conversations": flat})
+    return json.dumps(made)
+
+
+def test_llavas_reference_is_the_references_file_to_the_byte(shared: Path, tmp_path: Path) -> None:
+    odd = talk(("human", "é\U0001f600 <image>\n"), ("gpt", "b"), ("human", "left over"), id=1, image="b.jpg")
+    (tmp_path / "odd.json").write_text(json.dumps([{**PICTURE, "extra": 1}, odd, {"conversations": []}]))
+    real = [shared / "assets/data" / name for name in ("llava_instruct_100.json", "caption_blip_2k.json")]
+    for path in (tmp_path / "odd.json", *real):
+        convert(Conversion("llava", [path], Options(reference=True)), tmp_path / "out.json")
+        expected = llava_reference(json.loads(path.read_text(encoding="utf-8")))
+        assert (tmp_path / "out.json").read_text(encoding="ascii") == expected
+    row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "n": 1}]}
+    with pytest.raises(DataError, match="turn 2: 'n' should be text, but is a number"):
+        convert_rows("llava", [row], tmp_path, reference=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "items"),
+    [
+        ("alpaca_5000.json", 5000, 5000),
+        ("caption_blip_2k.json", 2183, 2183),
+        ("lima_vicuna_format.json", 1029, 1029),
+        ("llava_instruct_100.json", 100, 458),
+        ("sharegpt_dummy500.json", 500, 500),
+        ("sharegpt_example.json", 3, 3),
+        ("sharegpt_maths1k.jsonl", 1000, 1000),
+        ("WizardLM_testset.jsonl", 218, 0),
+    ],
+)
+def test_every_real_file_converts_and_keeps_its_turns(shared: Path, name: str, rows: int, items: int) -> None:
+    path = shared / "assets/data" / name
+    records, conversion = convert_file("auto", path)
+    assert (len(records), conversion.rows, conversion.notes) == (items, rows, {})
+    assert sum(conversion.skipped.values()) == (0 if items else rows)
+    if name.startswith("sharegpt"):
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if name.endswith("json") else [json.loads(line) for line in text.splitlines() if line]
+        assert [turns_of(record) for record in records] == [turns_of(value) for value in values]

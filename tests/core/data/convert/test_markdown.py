@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from llama_acc.core.data.convert.markdown import cleaned
+from llama_acc.core.data.convert.markdown import html_to_markdown
 
 # As the page of 2023 had them. The button's picture is longer there.
 _HEADS = (
@@ -32,8 +32,8 @@ def test_code_keeps_every_character(code: str, head: int, data: st.DataObject) -
         for number, piece in enumerate(pieces)
     )
     page = f"<div><p>See:</p>{_HEADS[head].format('python')}{coloured}{_ENDS[head]}<p>End.</p></div>"
-    fenced = re.fullmatch(r"See:\n\n(`{3,})python\n(.*)\1\n\nEnd\.", cleaned(page), re.DOTALL)
-    assert fenced is not None, cleaned(page)
+    fenced = re.fullmatch(r"See:\n\n(`{3,})python\n(.*)\1\n\nEnd\.", html_to_markdown(page), re.DOTALL)
+    assert fenced is not None, html_to_markdown(page)
     assert fenced[2] == (code if code.endswith("\n") else f"{code}\n")
     assert f"\n{fenced[1]}" not in f"\n{code}"
 
@@ -87,14 +87,14 @@ def _compact(page: str) -> str:
 @given(st.lists(_BLOCK, min_size=1, max_size=5))
 def test_a_reader_of_markdown_sees_the_page(blocks: list[str]) -> None:
     page = f'<div class="markdown prose w-full break-words dark"><p>Hello.</p>{"".join(blocks)}<p>Bye.</p></div>'
-    assert _compact(_rendered(cleaned(page))) == f"<p>Hello.</p>{''.join(blocks)}<p>Bye.</p>"
+    assert _compact(_rendered(html_to_markdown(page))) == f"<p>Hello.</p>{''.join(blocks)}<p>Bye.</p>"
 
 
 @pytest.mark.parametrize("head", range(len(_HEADS)))
 def test_code_stays_in_its_place_of_a_list(head: int) -> None:
     code = f"{_HEADS[head].format('c++')}x\n\n  y\n{_ENDS[head]}"
     page = f"<div><ol><li><p>a</p>{code}<p>b</p></li><li><p>c</p></li></ol><p>d</p></div>"
-    assert cleaned(page) == "1. a\n\n   ```c++\n   x\n   \n     y\n   ```\n\n   b\n\n2. c\n\nd"
+    assert html_to_markdown(page) == "1. a\n\n   ```c++\n   x\n   \n     y\n   ```\n\n   b\n\n2. c\n\nd"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_code_stays_in_its_place_of_a_list(head: int) -> None:
     ],
 )
 def test_a_page_of_any_kind_is_read_as_a_browser_reads_it(page: str, text: str) -> None:
-    assert cleaned(f"<div>{page}</div>") == text
+    assert html_to_markdown(f"<div>{page}</div>") == text
 
 
 @given(
@@ -121,7 +121,50 @@ def test_a_page_of_any_kind_is_read_as_a_browser_reads_it(page: str, text: str) 
     )
 )
 def test_nothing_that_looks_like_a_page_fails(pieces: list[str]) -> None:
-    cleaned(f"<div>{''.join(pieces)}</div>")
+    html_to_markdown(f"<div>{''.join(pieces)}</div>")
+
+
+REPLY = (
+    '<div class="markdown prose w-full break-words dark"><p>Use <strong>this</strong>, with <code>a &lt; b</code>:</p>'
+    '<pre><div class="bg-black rounded-md"><div class="flex items-center"><span>python</span><button class="flex">Copy '
+    'code</button></div><div class="p-4 overflow-y-auto"><code class="!whitespace-pre hljs language-python"><span '
+    'class="hljs-keyword">def</span> <span>f</span>(x_1):\n    <span>return</span> x_1 * 2 &gt; 3\n</code></div></div>'
+    '</pre><ol><li>One</li><li>Two</li></ol><p>snake_case &amp; <a href="https://a.b/c">more</a></p></div>'
+)
+CLEAN = (
+    "Use **this**, with `a < b`:\n\n```python\ndef f(x_1):\n    return x_1 * 2 > 3\n```\n\n1. One\n2. Two\n\n"
+    "snake_case & [more](https://a.b/c)"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        (REPLY, CLEAN),
+        ("2 / 2\n\n<p>a</p>\n<p>b<br>c</p>", "a\n\nb  \nc"),
+        ("```pythonCopy code\nx = 1\n```", "```python\nx = 1\n```"),
+        ("```\ncssCopy code\na {}\n```", "```css\na {}\n```"),
+        ("an answer\nCopy3 chars / 1 words\n", "an answer\n\n"),
+        ('<div class="whitespace-pre-wrap"><div>a<br>b &lt;p&gt;<br><br>c</div></div>', "a\nb <p>\n\nc"),
+        (f'<div class="flex gap-4 whitespace-pre-wrap">{REPLY}</div>', CLEAN),
+        ('<div class="min-h whitespace-pre-wrap">a\n  b &lt;c&gt;\n\nd</div>', "a\n  b <c>\n\nd"),
+        # Text that is not HTML as a whole stays.
+        *(
+            (text, text)
+            for text in (
+                "#include <stdio.h>\nint main() { return a < b; }",
+                "What does <b>bold</b> mean in HTML?",
+                "```html\n<div>x</div>\n```",
+                "<T> void f(T x) // a </T>",
+                "a List<String> x <= 3 and <y>",
+                "it is 3 / 4 of them",
+                "",
+            )
+        ),
+    ],
+)
+def test_a_web_page_becomes_markdown_and_text_stays(text: str, clean: str) -> None:
+    assert html_to_markdown(text) == clean
 
 
 @pytest.mark.parametrize(
@@ -143,7 +186,7 @@ def test_nothing_that_looks_like_a_page_fails(pieces: list[str]) -> None:
     ],
 )
 def test_a_reader_of_the_markdown_sees_what_the_page_showed(page: str, shown: str) -> None:
-    markdown = cleaned(page)
+    markdown = html_to_markdown(page)
     rendered = MarkdownIt("commonmark", {"html": True}).render(markdown)
     assert re.sub(r"\s+", " ", rendered).replace("> <", "><").replace("/> ", "/>").strip() == shown
     assert not re.search(r"^[ >]*\\$", markdown, re.MULTILINE), markdown
@@ -183,4 +226,4 @@ _SPOKEN = f"<mjx-assistive-mml>{_MATHML.format('', '')}</mjx-assistive-mml>"
     ],
 )
 def test_a_formula_is_its_tex_once(formula: str, text: str) -> None:
-    assert cleaned(f"<div>a {formula} b</div>") == text
+    assert html_to_markdown(f"<div>a {formula} b</div>") == text
