@@ -113,23 +113,23 @@ def _largest(least: Usage, taken: Callable[[int], Usage], memory: int, limit: in
     What is allocated grows about evenly with it; what is reserved goes in steps, so where guesses exclude few counts,
     the next one is the middle of what is left, or far above what fits.
     """
-    low, low_bytes, high = 1, least.total, limit + 1
+    low, low_bytes, high, high_bytes = 1, least.total, limit + 1, 0
     slope, poor = 0.0, 0  # bytes of one more; how many guesses in turn excluded few
     while high - low > 1:
-        width = high - low
-        if poor > 2 and high <= limit:
-            guess = (low + high) // 2
-        elif poor > 2 or not slope:
-            guess = low * 16  # nearer to what fits, growth is told better, and a step of few examples costs little
+        width, room = high - low, memory - low_bytes
+        if high_bytes:
+            guess = low + (width // 2 if poor > 2 else int(width * room / (high_bytes - low_bytes)))
+        elif slope and poor <= 2:
+            guess = low + int(room / slope)
         else:
-            guess = low + int((memory - low_bytes) / slope)
+            guess = low * 16  # nearer to what fits, growth is told better, and a step of few examples costs little
         guess = min(max(guess, low + 1), high - 1)
         usage = taken(guess)
         slope = max((usage.allocated - least.allocated) / (guess - 1), 1.0)
         if usage.total <= memory:
             low, low_bytes = guess, usage.total
         else:
-            high = guess
+            high, high_bytes = guess, usage.total
         poor = poor + 1 if 2 * (high - low) > width else 0
     return low
 

@@ -7,7 +7,7 @@ tracker watches; the other ranks are torch's fake process group. A CPU stands fo
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from llama_acc.core.generate.load import model_on_meta
 from llama_acc.core.memory.allocator import ROUNDING
 from llama_acc.core.memory.trace import Phase, Trace, deepened
 from llama_acc.core.memory.tracker import MemoryTracker
+from llama_acc.core.memory.workspaces import garbage_kept
 from llama_acc.core.model import nf4
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.config import ModelConfig
@@ -37,7 +38,7 @@ from llama_acc.core.train.trainer import Assembled, assemble
 CPU = torch.device("cpu")
 _aten = torch.ops.aten
 _HALF = (torch.bfloat16, torch.float16)
-_SHALLOW = 6  # equal blocks of the model that stands in for a deep one
+_SHALLOW = 5  # equal blocks of the model that stands in for a deep one
 
 
 @dataclass(frozen=True)
@@ -82,25 +83,41 @@ def simulate_generation(setup: Setup, length: int) -> Trace:
 
 def _of_depth(setup: Setup, simulate: Callable[[Setup], Trace]) -> Trace:
     """What `simulate` finds, of a deep model with few blocks: in the middle, one takes what the next one does."""
-    depth = setup.config.n_layers
-    prefixed = setup.config.tuning.prefix_layers if isinstance(setup.config.tuning, Adapter) else 0
-    few = depth - prefixed + _SHALLOW if prefixed else _SHALLOW
-    trace = None
-    if few + 1 < depth:
-        first = simulate(_with_depth(setup, few))
-        # A prefix is one parameter of all blocks, so its size goes with their number.
-        second = simulate(_with_depth(setup, few + 1)) if prefixed else None
-        trace = deepened(first, few, depth, second)
-    trace = trace or simulate(setup)
+    depth, tuning = setup.config.n_layers, setup.config.tuning
+    prefixed = tuning.prefix_layers if isinstance(tuning, Adapter) else 0
+    # A rank of several may gather the next block's parameters early.
+    shallow = _SHALLOW + (setup.world_size > 1)
+    few_prefixed, few = min(prefixed, shallow), min(depth - prefixed, shallow)
+    with garbage_kept():
+        trace = None
+        if few + few_prefixed < depth:
+            trace = simulate(_shallow(setup, few, few_prefixed))
+            for last, extra in ((few + few_prefixed, prefixed - few_prefixed), (few, depth - prefixed - few)):
+                trace = deepened(trace, last, extra) if trace and extra else trace
+        trace = trace or simulate(setup)
     return trace.rounded(1 if setup.device_type == "cpu" else ROUNDING)
 
 
-def _with_depth(setup: Setup, n_layers: int) -> Setup:
-    config = setup.config
-    tuning = config.tuning
+def _shallow(setup: Setup, few: int, prefixed: int) -> Setup:
+    """The same with so many blocks without and with a prefix."""
+    tuning = setup.config.tuning
     if isinstance(tuning, Adapter):
-        tuning = replace(tuning, prefix_layers=tuning.prefix_layers + n_layers - config.n_layers)
-    return replace(setup, config=replace(config, n_layers=n_layers, tuning=tuning))
+        values = {field.name: getattr(tuning, field.name) for field in fields(Adapter)}
+        tuning = _ShallowAdapter(**values | {"prefix_layers": prefixed}, stored_layers=tuning.prefix_layers)
+    return replace(setup, config=replace(setup.config, n_layers=few + prefixed, tuning=tuning))
+
+
+@dataclass(frozen=True)
+class _ShallowAdapter(Adapter):
+    """That of a model with fewer blocks, whose prefix, one parameter of all blocks, is as large as that of all."""
+
+    stored_layers: int = 0
+
+    def attach(self, model: Transformer) -> None:
+        """See `Tuning`."""
+        Adapter.attach(replace(self, prefix_layers=self.stored_layers), model)
+        extra: Any = model.attention_extra
+        model.attention_extra = partial(extra.func, model, self)
 
 
 def empty_batch(lengths: Sequence[int], labels: int | None = None) -> MicroBatch:

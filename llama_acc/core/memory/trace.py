@@ -130,24 +130,23 @@ class Trace:
         return "optimizer" if phase == "update" and "update" in survives else "working memory"
 
 
-def deepened(trace: Trace, few: int, many: int, one_more: Trace | None = None) -> Trace | None:
-    """The trace of `many` blocks, of which that of `few` has the last six; None = it does not follow from this one.
+def deepened(trace: Trace, last: int, extra: int) -> Trace | None:
+    """The trace of `extra` more blocks; None = it does not follow from this one.
 
     Args:
-        trace: of `few` blocks.
-        few: see there; at least 6.
-        many: see there.
-        one_more: the trace of one block more, where sizes go with the number of blocks.
+        trace: of a model whose blocks before number `last` end with five equal ones.
+        last: see there.
+        extra: see there.
     """
     # The last block may differ from the others, and so may the first two: a sharded model gathers the next one early.
-    for first in (few - 4, few - 3):
-        found = _repeated(trace, first, many - few, one_more)
+    for first in (last - 4, last - 3):
+        found = _repeated(trace, first, extra)
         if found is not None:
             return found
     return None
 
 
-def _repeated(trace: Trace, first: int, extra: int, one_more: Trace | None) -> Trace | None:
+def _repeated(trace: Trace, first: int, extra: int) -> Trace | None:
     """The trace with so many copies of block `first`, if it takes what the next one takes, at the same times.
 
     What either makes has to be freed after the same allocation, or after ones that are equally far away.
@@ -188,12 +187,6 @@ def _repeated(trace: Trace, first: int, extra: int, one_more: Trace | None) -> T
         return times[new, place[time - 1]] + 1
 
     growth = [allocation.joined[first] for allocation in made]
-    if one_more is not None:
-        following = _with_copies(made, first, 1) or []
-        if len(following) != len(one_more.allocations):
-            return None
-        for (_, allocation), larger in zip(following, one_more.allocations, strict=True):
-            growth[allocation.time] = larger.nbytes - allocation.nbytes
     found: list[Allocation] = []
     for owner, old in order:
         in_the_middle = old.owner in (first, first + 1) and moves[place[old.time]]
@@ -202,7 +195,9 @@ def _repeated(trace: Trace, first: int, extra: int, one_more: Trace | None) -> T
         if block >= 0:
             block = shifted(block) if old.owner < 0 else block + owner - old.owner
         nbytes = old.nbytes + extra * growth[old.time]
-        found.append(Allocation(nbytes, Phase(old.moment.name, block), len(found), old.label, owner, died))
+        new = Allocation(nbytes, Phase(old.moment.name, block), len(found), old.label, owner, died)
+        new.joined.update({shifted(other): size for other, size in old.joined.items()})
+        found.append(new)
     flops: Counter[Phase] = Counter()
     for moment, count in trace.flops.items():
         flops[Phase(moment.name, shifted(moment.block))] += count * (1 + extra * (moment.block == first))

@@ -98,8 +98,9 @@ class MemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # a question about a tensor
-            return func(*args, **kwargs)
+        if func.namespace == "prim":  # a question about a tensor; backward passes ask thousands of times for the device
+            is_fake = func is torch.ops.prim.device.default and isinstance(args[0], torch._subclasses.FakeTensor)
+            return args[0].fake_device if is_fake else func(*args, **kwargs)
         packet = func._overloadpacket
         result = self._known(packet, args)
         if result is None:

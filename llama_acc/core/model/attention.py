@@ -276,19 +276,18 @@ class Attention(nn.Module):
 def attend_documents(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
     """Causal attention within each document of a stream: q [T, H, D], k and v [T, K, D] to [T, H, D].
 
-    One fused kernel call per document: nothing is padded and no mask is made.
+    One fused kernel call per document: nothing is padded and no mask is made. Documents are split off all at once: the
+    gradient of a slice is as large as the whole stream, and there would be one for each document.
     """
-    outputs = []
-    for document in document_slices(lengths):
-        output = F.scaled_dot_product_attention(
-            _batch(q[document]),
-            _batch(k[document]),
-            _batch(v[document]),
-            is_causal=True,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        outputs.append(output.squeeze(0).transpose(0, 1))
-    return torch.cat(outputs)
+    documents = zip(*(x.unsqueeze(0).split(list(lengths), 1) for x in (q, k, v)), strict=True)
+    shared = q.shape[1] != k.shape[1]
+    outputs = [
+        F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in document), is_causal=True, enable_gqa=shared
+        ).transpose(1, 2)
+        for document in documents
+    ]
+    return torch.cat(outputs, 1).squeeze(0)
 
 
 def attend_cached(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:

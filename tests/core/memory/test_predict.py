@@ -91,6 +91,10 @@ DEEP = {
     "LoRA in NF4": (("tuning.method=lora", *NF4), {"micro_batches": 2}),
     "fsdp": (("parallel.data_parallel=fsdp",), {"micro_batches": 2, "world_size": 4}),
     "a prefix, without checkpointing": (("tuning.method=adapter", "train.activation_checkpointing=false"), {}),
+    "a prefix of half the blocks": (
+        ("tuning.method=adapter", "tuning.prefix_layers=8", "parallel.data_parallel=fsdp"),
+        {"world_size": 4},
+    ),
 }
 
 
@@ -99,7 +103,7 @@ def test_a_deep_model_is_predicted_to_the_byte_from_a_few_of_its_blocks(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overrides, options = DEEP[case]
-    run = deep(setup(*overrides, lengths=(64, 16), device_type="cuda", **options), 12)
+    run = deep(setup(*overrides, lengths=(64, 16), device_type="cuda", **options), 16)
     _check_against_all_blocks(run, monkeypatch)
 
 
