@@ -197,7 +197,7 @@ def _asked_once(operation: Any, likes: tuple[Any, ...], named: tuple[tuple[str, 
 
 @contextlib.contextmanager
 def garbage_kept() -> Iterator[None]:
-    """Collects no garbage: a tensor freed by that would count as memory given back, and it takes a fifth of the time."""
+    """Collects no garbage: a tensor that this freed would count as memory given back. A fifth of a simulation, too."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
