@@ -9,7 +9,6 @@ import typer
 
 from llama_acc.cli import console, options
 from llama_acc.core.errors import RunError, UserError
-from llama_acc.core.model.transformer import parameter_count, shapes_of
 from llama_acc.core.units import count_text
 
 if TYPE_CHECKING:
@@ -412,6 +411,7 @@ def _title(setup: "Setup", swept: str = "") -> str:
 
 def _model_name(setup: "Setup") -> str:
     from llama_acc.core.model.config import NAMED_SIZES
+    from llama_acc.core.model.transformer import shapes_of
 
     model, config = setup.recipe.model, setup.config
     named = NAMED_SIZES.get(model.size or "")
@@ -420,6 +420,8 @@ def _model_name(setup: "Setup") -> str:
 
 
 def _setup_json(setup: "Setup") -> dict[str, Any]:
+    from llama_acc.core.model.transformer import parameter_count
+
     recipe = setup.recipe
     return {
         "model": {"name": _model_name(setup), "parameters": parameter_count(setup.config)},
