@@ -21,7 +21,6 @@ from llama_acc.core.visible import visible
 
 if TYPE_CHECKING:
     from llama_acc.core.data.image_files import Named
-    from llama_acc.core.data.image_workers import ImageWorkers
     from llama_acc.core.generate.caption import Captioned
     from llama_acc.core.generate.engine import Prompt
     from llama_acc.core.generate.load import LoadedModel
@@ -151,7 +150,7 @@ def _caption(loaded: "LoadedModel", named: "Sequence[Named]", asked: "Prompt", w
 
     with ImageWorkers(min(default_workers(), len(named))) as workers:
         if len(named) == 1 and not wanted.as_json and wanted.html is None:
-            _stream(loaded, named[0], asked, wanted, workers)
+            _stream(loaded, named[0], asked, wanted)
             return 0
         found = captions(
             loaded,
@@ -168,7 +167,7 @@ def _caption(loaded: "LoadedModel", named: "Sequence[Named]", asked: "Prompt", w
             for _ in shown:
                 pass
         else:
-            _write_page(wanted.html, count_text(len(named), "image"), about, _cards(shown, wanted.max_pixels, workers))
+            _write_page(wanted.html, count_text(len(named), "image"), about, _cards(shown, wanted.max_pixels))
     if count.expected:
         share = 100 * count.exact / count.expected
         console.note(f"{count.exact:,} of {count_text(count.expected, 'caption')} exactly as expected ({share:.1f}%)")
@@ -189,22 +188,19 @@ class _Count:
         self.exact += found.problem is None and found.text == found.image.caption
 
 
-def _stream(loaded: "LoadedModel", image: "Named", asked: "Prompt", wanted: _Wanted, workers: "ImageWorkers") -> None:
+def _stream(loaded: "LoadedModel", image: "Named", asked: "Prompt", wanted: _Wanted) -> None:
     """One image: its caption alone, as it is written.
 
     Raises:
         UserError: the image cannot be used.
     """
-    from llama_acc.core.data.images import ImageError, ImageJob
+    from llama_acc.core.data.images import ImageJob, pixels_or_problem
     from llama_acc.core.generate.caption import evaluation_transform, stream_caption
 
-    if image.problem is not None:
-        raise UserError(f"{image.name}: {image.problem}")
     job = ImageJob(image.reference, evaluation_transform(loaded), max_pixels=wanted.max_pixels)
-    try:
-        pixels = workers.load(job).result()
-    except ImageError as error:
-        raise UserError(f"{image.name}: {error.message}") from error
+    pixels = image.problem or pixels_or_problem(job)
+    if isinstance(pixels, str):
+        raise UserError(f"{image.name}: {pixels}")
     console.stream(stream_caption(loaded, pixels, asked, wanted.max_new_tokens))
 
 
@@ -242,16 +238,14 @@ def _object(one: "Captioned") -> dict[str, str]:
     return {"image": one.image.name, **said, **expected}
 
 
-def _cards(
-    shown: "Iterator[Captioned]", max_pixels: int, workers: "ImageWorkers"
-) -> "Iterator[tuple[Captioned, bytes]]":
-    from llama_acc.core.data.images import ImageError
+def _cards(shown: "Iterator[Captioned]", max_pixels: int) -> "Iterator[tuple[Captioned, bytes]]":
+    from llama_acc.core.data.images import ImageError, thumbnail
 
     for one in shown:
         picture = b""
         if one.problem is None:
             with contextlib.suppress(ImageError):  # it was there a moment ago
-                picture = workers.thumbnail(one.image.reference, _THUMBNAIL, max_pixels).result()
+                picture = thumbnail(one.image.reference, _THUMBNAIL, max_pixels)
         yield one, picture
 
 

@@ -2,25 +2,22 @@
 
 import json
 import shlex
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
 from llama_acc.cli import console, options
-from llama_acc.cli.check_report import print_reports
-from llama_acc.cli.preview import show_items, to_json
+from llama_acc.cli.preview import show_items
 from llama_acc.core.errors import UserError
 from llama_acc.core.units import count_text
 
 if TYPE_CHECKING:
     from llama_acc.core.data.check import FileReport
-    from llama_acc.core.data.preview import Shown
-    from llama_acc.core.data.sources import FileSpec
     from llama_acc.core.tokenizer import Tokenizer
 
-HELP = """Read every item of data files, tell what is wrong or doubtful, and show items as a model will see them.
+HELP = """Read every item of data files, report errors and warnings, and show items as a model will see them.
 
 Ends with 2 if anything would stop a run.
 
@@ -35,71 +32,64 @@ Examples:
 
 _SHOWN = 5
 """Findings of a kind that are shown without --all."""
-_IN_PLOT = 8
-"""Files that a picture shows apart."""
+_BAR = 40
+"""Width of the longest bar."""
+
+Files = Annotated[
+    list[str],
+    typer.Argument(metavar="FILE...", help="Data: files, folders, globs or downloaded names.", callback=options.given),
+]
+TokenizerName = Annotated[
+    str | None,
+    typer.Option(metavar="FILE|DIR", help="The model's: lengths in tokens, what is cut.", callback=options.given),
+]
+MaxTokens = Annotated[
+    int | None, typer.Option(metavar="N", min=2, help="What data.max_tokens would be: longer items are cut.")
+]
+Format = Annotated[str, typer.Option(metavar="KIND", help="auto, single_turn, dialogue, single_turn_llava.")]
+Preview = Annotated[int, typer.Option(metavar="N", min=0, help="Show the first N items as the model will see them.")]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the lengths.", callback=options.given)]
+ImageRoot = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR", help="Where the images' relative paths begin; else beside the data.", callback=options.given
+    ),
+]
+ImagePositions = Annotated[
+    int, typer.Option(metavar="N", min=0, help="Positions that an image takes in the model: 34 with a Q-Former.")
+]
+NoImages = Annotated[bool, typer.Option("--no-images", help="Do not open the items' images.")]
+AllFindings = Annotated[bool, typer.Option("--all", help="List all findings, not the first of each kind.")]
 
 
 def check(
-    files: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="FILE...", help="Data: files, folders, globs or downloaded names.", callback=options.given
-        ),
-    ],
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            "--tokenizer",
-            metavar="FILE|DIR",
-            help="The model's tokenizer or folder: lengths in tokens, what is cut.",
-            callback=options.given,
-        ),
-    ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option("--max-tokens", metavar="N", min=2, help="What data.max_tokens would be: longer items are cut."),
-    ] = None,
+    files: Files,
+    tokenizer: TokenizerName = None,
+    max_tokens: MaxTokens = None,
     template: options.Template = "auto",
-    format: Annotated[
-        str,
-        typer.Option("--format", metavar="KIND", help="Kind of items: auto, single_turn, dialogue, single_turn_llava."),
-    ] = "auto",
-    preview: Annotated[
-        int, typer.Option("--preview", metavar="N", min=0, help="Show the first N items as the model will see them.")
-    ] = 0,
-    plot: Annotated[
-        Path | None,
-        typer.Option("--plot", metavar="FILE.png", help="Draw the lengths as a picture.", callback=options.given),
-    ] = None,
-    image_root: Annotated[
-        str | None,
-        typer.Option(
-            "--image-root",
-            metavar="DIR",
-            help="Where the images' relative paths begin; without it, beside the data.",
-            callback=options.given,
-        ),
-    ] = None,
-    image_positions: Annotated[
-        int,
-        typer.Option(
-            "--image-positions", metavar="N", min=0, help="Places that an image takes in the model: 34 with a Q-Former."
-        ),
-    ] = 0,
-    no_images: Annotated[bool, typer.Option("--no-images", help="Do not open the items' images.")] = False,
-    all_findings: Annotated[bool, typer.Option("--all", help="List all findings, not the first of each kind.")] = False,
+    format: Format = "auto",
+    preview: Preview = 0,
+    plot: Plot = None,
+    image_root: ImageRoot = None,
+    image_positions: ImagePositions = 0,
+    no_images: NoImages = False,
+    all_findings: AllFindings = False,
     as_json: options.Json = False,
 ) -> None:
     """Check data files."""
     from llama_acc.cli.download import fetch_shown
-    from llama_acc.core.data.check import check_files
+    from llama_acc.core.data.check import check_files, plot_lengths
+    from llama_acc.core.data.findings import EXAMPLES
+    from llama_acc.core.data.preview import first_items
     from llama_acc.core.data.sources import Source, expand
-    from llama_acc.core.data.survey import EXAMPLES
     from llama_acc.core.recipe import Images
 
     if max_tokens is not None and tokenizer is None:
         raise UserError("--max-tokens counts tokens: it needs --tokenizer", "give the model's: --tokenizer Llama-2-7b")
-    _check_plot(plot)
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise UserError(f"{plot}: the picture is a PNG", f"--plot {plot.with_suffix('.png')}")
+    if plot is not None and not plot.parent.is_dir():
+        raise UserError(f"cannot write {plot}: there is no folder {plot.parent}")
     loaded = None if tokenizer is None else _tokenizer(tokenizer)
     sources = [Source(file, format, template, root=image_root) for file in files]
     specs = expand(sources, fetch=fetch_shown, otherwise="name a file, a folder, a glob or a download")
@@ -113,28 +103,26 @@ def check(
             most=None if all_findings else EXAMPLES,
             progress=lambda path, done: progress.tell(f"checking {path.name}", done, path.stat().st_size),
         )
-    shown = _shown(specs, preview, loaded, max_tokens, image_positions)
+    shown = first_items(specs, preview, loaded, max_tokens, image_positions)
     if plot is not None:
-        _plot(reports, max_tokens, plot)
+        plot_lengths(reports, max_tokens, plot)
+        console.note(f"wrote {plot}")
     if as_json:
         result = {"fatal": sum(r.fatal for r in reports), "files": [r.to_json() for r in reports]}
-        typer.echo(json.dumps({**result, "preview": list(map(to_json, shown))} if preview else result, indent=1))
+        if preview:
+            result["preview"] = [
+                {**one._asdict(), "pieces": [piece._asdict() for piece in one.pieces]} for one in shown
+            ]
+        typer.echo(json.dumps(result, indent=1))
     else:
-        print_reports(reports, None if all_findings else _SHOWN)
+        for number, report in enumerate(reports):
+            if number:
+                console.out.print()
+            _print_report(report, None if all_findings else _SHOWN)
         if shown:
             console.out.print()
-            show_items(shown)
+        show_items(shown)
     _end(reports)
-
-
-def _check_plot(plot: Path | None) -> None:
-    """Finds what could not be written in the end."""
-    if plot is None:
-        return
-    if plot.suffix.lower() != ".png":
-        raise UserError(f"{plot}: the picture is a PNG", f"--plot {plot.with_suffix('.png')}")
-    if not plot.parent.is_dir():
-        raise UserError(f"cannot write {plot}: there is no folder {plot.parent}")
 
 
 def _tokenizer(name: str) -> "Tokenizer":
@@ -148,53 +136,90 @@ def _tokenizer(name: str) -> "Tokenizer":
     return load_tokenizer((find_tokenizer(path) if path.is_dir() else None) or path)
 
 
-def _shown(
-    specs: "list[FileSpec]",
-    count: int,
-    tokenizer: "Tokenizer | None",
-    max_tokens: int | None,
-    image_positions: int,
-) -> "list[Shown]":
-    """The first items that can be trained on, each in the format of its file."""
-    from llama_acc.core.data.check import first_items
-    from llama_acc.core.data.preview import shown_items
-    from llama_acc.core.data.templates import format_for
+def _print_report(report: "FileReport", most: int | None) -> None:
+    """Prints what was found in a file, at most so many findings of a kind."""
+    from llama_acc.core.data.check import histogram, quantiles
+    from llama_acc.core.data.findings import KINDS
+    from llama_acc.core.data.items import unused_text
 
-    shown: list[Shown] = []
-    for spec, kind, where, item in first_items(specs, count):
-        template = format_for(spec.template, kind, tokenizer)
-        one = [(f"{spec.path.name} {where}", item)]
-        shown += shown_items(one, template, tokenizer, max_tokens, image_positions)
-    return shown
+    stats, findings = report.stats, report.findings
+    names = {"single_turn": "single-turn item", "dialogue": "dialogue"}
+    name = names[report.kind] if report.kind is not None and stats.items else "row"
+    facts = [count_text(stats.rows, name)] if report.kind is not None else []
+    if report.template is not None:
+        facts.append(f"prompt format {report.template}")
+    if stats.language is not None:
+        facts.append(f"language {stats.language}")
+    elif stats.languages:
+        facts.append("languages " + ", ".join(f"{name} {count:,}" for name, count in stats.languages.items()))
+    if report.images:
+        facts.append(count_text(report.images, "image"))
+    _print((str(report.path), "bold"), *(f"  {fact}" for fact in facts))
+    if report.error is not None:
+        _print(("  cannot be read: ", "bold red"), report.error)
+        if report.hint is not None:
+            _print(f"      {report.hint}")
+    elif not findings.counts.total():
+        _print(("  nothing wrong was found", "green"))
+    for kind, about in sorted(KINDS.items(), key=lambda pair: not pair[1].fatal):
+        if count := findings.counts[kind]:
+            word = ("  error: ", "bold red") if about.fatal else ("  warning: ", "yellow")
+            _print(word, (f"{about.title}: {count:,}", "bold"))
+            places = findings.places[kind][:most]
+            for finding in places:
+                _print(f"      {finding}")
+            if left := count - len(places):
+                _print((f"      ... and {left:,} more{'' if most is None else ' (--all lists them)'}", "dim"))
+    if report.unused_keys:
+        _print(("  not used: ", "bold"), unused_text(report.unused_keys))
+    if not report.lengths:
+        return
+    figures = ", ".join(f"{name} {value:,}" for name, value in quantiles(report.lengths).items())
+    _print((f"  lengths in {report.unit}: ", "bold"), figures)
+    max_tokens = None if report.truncation is None else report.truncation.max_tokens
+    bars = histogram(report.lengths)
+    width, digits = max(len(name) for name, _, _ in bars), max(len(f"{count:,}") for _, _, count in bars)
+    for name, begin, count in bars:
+        blocks = "█" * max(round(_BAR * count / max(count for _, _, count in bars)), count > 0)
+        style = "yellow" if max_tokens is not None and begin >= max_tokens else "green"
+        _print(f"      {name:>{width}}  {count:>{digits},}  ", (blocks, style))
+    rows = [
+        ("left out", report.wrong, "an error above: stops a run, or is left out (data.on_error=skip)"),
+        ("left out", findings.counts["blank"], "blank"),
+    ]
+    if report.truncation is not None:
+        counts = report.truncation.counts
+        lost = (
+            f"{count_text(counts['truncated_tokens'], 'token')}, {counts['truncated_label_tokens']:,} of them trained"
+        )
+        kept = f"{count_text(counts['tokens'], 'token')}, {counts['label_tokens']:,} of them trained"
+        rows += [
+            ("dropped", counts["dropped_without_reply"], "nothing in them is trained"),
+            ("dropped", counts["dropped_without_room"], f"the prompt alone fills {max_tokens or 0:,} tokens"),
+            ("cut", counts["truncated"], f"longer than {max_tokens or 0:,} tokens; they lose {lost}"),
+            ("trained on", stats.items - counts["dropped"], kept),
+        ]
+    rows = [row for row in rows if row[1]]
+    if rows:
+        _print(("  what becomes of the items:", "bold"))
+    digits = max((len(f"{count:,}") for _, count, _ in rows), default=0)
+    for name, count, why in rows:
+        _print(f"      {name:<10}  {count:>{digits},}  {why}")
 
 
-def _plot(reports: "list[FileReport]", max_tokens: int | None, path: Path) -> None:
-    from llama_acc.core.data.histogram import plot_lengths
-
-    lengths = {str(report.path): report.lengths for report in reports if report.lengths}
-    if not lengths:
-        raise UserError("there is nothing to draw: no item could be read")
-    if len(lengths) > _IN_PLOT:
-        lengths = {f"{len(lengths)} files": sum(lengths.values(), Counter())}
-    names = {name: Path(name).name for name in lengths}
-    if len(set(names.values())) == len(names):
-        lengths = {names[name]: counts for name, counts in lengths.items()}
-    plot_lengths(lengths, reports[0].unit, max_tokens, path)
-    console.note(f"wrote {path}")
+def _print(*parts: str | tuple[str, str]) -> None:
+    console.out.print(Text.assemble(*parts))
 
 
 def _end(reports: "list[FileReport]") -> None:
     """Raises what ends the command with 2, if anything would stop a run."""
     from llama_acc.core.data.findings import KINDS, other_form
 
-    rows = sum(report.survey.rows for report in reports)
-    wrong = sum(report.wrong for report in reports)
-    broken = [report for report in reports if report.error is not None]
-    if broken:
+    if broken := sum(report.error is not None for report in reports):
         raise UserError(
-            f"{len(broken)} of {count_text(len(reports), 'file')} cannot be read to the end",
-            "mend or leave out: see above",
+            f"{broken} of {count_text(len(reports), 'file')} cannot be read to the end", "mend or leave out: see above"
         )
+    rows, wrong = sum(report.stats.rows for report in reports), sum(report.wrong for report in reports)
     if wrong:
         hint = "mend them, or let a run leave them out: data.on_error=skip"
         kinds = {kind for report in reports for kind in report.findings.counts if KINDS[kind].fatal}

@@ -65,7 +65,7 @@ def _mapping(values: list[str]) -> list[str]:
 def _languages(values: list[str]) -> list[str]:
     if not values:
         return values
-    from llama_acc.core.data.language import known_languages
+    from llama_acc.core.data.checks import known_languages
 
     known = known_languages()
     for value in values:

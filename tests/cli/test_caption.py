@@ -73,7 +73,7 @@ def test_images_that_fail_do_not_stop_the_rest(seer: Path, photos: Path, tmp_pat
     result = invoke("caption", "--ckpt", seer, *words, photos / "0002.png")
     assert result.exit_code == 2
     assert [line.split()[-2:] for line in result.stdout.splitlines()] == [ANSWER.split()] * 2
-    assert f"error: {tmp_path / 'no.png'}: is not there" in result.stderr
+    assert f"error: {tmp_path / 'no.png'}: was not found" in result.stderr
     assert f"error: {photos / 'captions.json'}: is not a picture of a known kind" in result.stderr
     assert f"error: {broken}: is broken" in result.stderr
     assert f"error: {tmp_path / 'empty'}: no images in this folder" in result.stderr
@@ -83,13 +83,13 @@ def test_images_that_fail_do_not_stop_the_rest(seer: Path, photos: Path, tmp_pat
     assert as_json.exit_code == 2
     lines = [json.loads(line) for line in as_json.stdout.splitlines()]
     assert ["caption" in line for line in lines] == [False, False, True, False, False, False]
-    assert lines[0] == {"image": str(tmp_path / "no.png"), "error": "is not there"}
+    assert lines[0] == {"image": str(tmp_path / "no.png"), "error": "was not found"}
 
 
 def test_one_image_that_fails_ends_with_2(seer: Path, tmp_path: Path) -> None:
     result = invoke("caption", "--ckpt", seer, tmp_path / "no.png")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert f"error: {tmp_path / 'no.png'}: is not there" in result.stderr
+    assert f"error: {tmp_path / 'no.png'}: was not found" in result.stderr
 
 
 def test_too_many_pixels_are_refused(seer: Path, photos: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_page_shows_the_images_and_nothing_comes_from_elsewhere(seer: Path, ph
     text = page.read_text(encoding="utf-8")
     assert text.count('<img src="data:image/jpeg;base64,') == 4
     assert text.count(f"<p>{ANSWER}</p>") == 4
-    assert '<p class="wrong">is not there</p>' in text
+    assert '<p class="wrong">was not found</p>' in text
     assert "<script" not in text
     assert hostile.name in unescape(text)
     assert not re.search(r"(src|href)=\"(?!data:image/jpeg;base64,)", text)
@@ -163,7 +163,7 @@ def test_several_processes_say_the_same(seer: Path, photos: Path) -> None:
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line.get("caption") for line in lines] == [ANSWER] * 3 + [None]
     told = [line for line in done.stderr.splitlines() if not line.startswith("loading")]
-    assert told == [f"error: {photos / 'no.png'}: is not there", "error: 1 of 4 images failed"]
+    assert told == [f"error: {photos / 'no.png'}: was not found", "error: 1 of 4 images failed"]
 
 
 def test_a_model_in_four_bits_says_the_same(seer: Path, photos: Path) -> None:
@@ -181,7 +181,7 @@ def test_chat_takes_an_image(seer: Path, photos: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     assert result.stdout == f"{ANSWER}\n" * 3
     assert "which picture? /image FILE" in result.stderr
-    assert "no.png: is not there" in result.stderr
+    assert "no.png: was not found" in result.stderr
     assert "it takes the place of the picture before" in result.stderr
     (item,) = json.loads(saved.read_text(encoding="utf-8"))
     assert item["image"] == [str(photos / "0000.png")]

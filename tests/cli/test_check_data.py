@@ -1,13 +1,17 @@
 """`llama-acc convert-data check` as a user types it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
-from tests.cli.commands import QUICKSTART, invoke, refused, run, words
+from llama_acc.cli import console
+from tests.cli.commands import QUICKSTART, environment, invoke, refused, words
 
 GOOD = {"instruction": "Name a town.", "output": "It is the town in which all of the people of the country live."}
 CHECK = ("convert-data", "check")
@@ -26,9 +30,11 @@ def test_good_data_ends_with_0(single_turn: Path) -> None:
     assert "lengths in characters: min " in result.stdout
 
 
-def test_errors_end_with_2_after_all_was_told(tmp_path: Path) -> None:
+def test_errors_end_with_2_after_all_was_reported_and_warnings_do_not(tmp_path: Path) -> None:
     bad = [GOOD, {**GOOD, "output": 7}, {"instuction": "x", "output": "y"}, GOOD, {**GOOD, "output": " "}]
-    result = invoke(*CHECK, write(tmp_path / "a.json", bad))
+    bad += [{"instruction": "", "output": ""}, {**GOOD, "output": "5", "source": "s", "\x1b[2J": 1}]
+    path = write(tmp_path / "a.json", bad)
+    result = invoke(*CHECK, path)
     assert result.exit_code == 2
     said = words(result.stdout)
     assert "error: missing fields: 1" in said
@@ -36,33 +42,39 @@ def test_errors_end_with_2_after_all_was_told(tmp_path: Path) -> None:
     assert "error: fields that are not text: 1 item 2: 'output' should be text, but is a number: 7" in said
     assert 'warning: empty replies: 1 item 5, output: an empty reply: " "' in said
     assert 'warning: exact duplicates: 1 item 4: the same as item 1: "Name a town."' in said
+    assert "blank rows, left out: 1 item 6: no question and no answer" in said
+    assert "not used: source (1 item), ␛[2J (1 item)" in said
     assert "left out 2 an error above" in said
-    assert "2 of 5 items cannot be trained on" in result.stderr
+    assert "2 of 7 items cannot be trained on" in result.stderr
     assert "data.on_error=skip" in result.stderr
-
-
-def test_rows_of_which_none_is_an_item_are_called_rows(tmp_path: Path) -> None:
-    result = invoke(*CHECK, write(tmp_path / "a.json", [{"question": "x"}] * 3))
-    assert "a.json  3 rows  prompt format alpaca" in result.stdout
-    assert "llama-acc convert-data auto" in result.stderr
-
-
-def test_warnings_do_not_stop(tmp_path: Path) -> None:
-    assert invoke(*CHECK, write(tmp_path / "a.json", [GOOD] * 9)).exit_code == 0
+    [file] = json.loads(invoke(*CHECK, path, "--json").stdout)["files"]
+    assert (file["rows"], file["items"], file["unused_keys"]) == (7, 4, {"source": 1, "\x1b[2J": 1})
+    assert invoke(*CHECK, write(tmp_path / "b.json", [GOOD] * 9)).exit_code == 0
 
 
 def test_the_first_of_many_findings_are_listed_and_with_all_all_of_them(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", [{**GOOD, "output": i} for i in range(150)])
-    short, long = invoke(*CHECK, path).stdout, invoke(*CHECK, path, "--all").stdout
-    assert short.count("should be text") == 5
-    assert "... and 145 more (--all lists them)" in short
+    short, long = invoke(*CHECK, path), invoke(*CHECK, path, "--all").stdout
+    assert short.stdout.count("should be text") == 5
+    assert "... and 145 more (--all lists them)" in short.stdout
+    assert "a.json  150 rows  prompt format alpaca" in short.stdout
+    assert "llama-acc convert-data auto" in short.stderr
     assert long.count("should be text") == 150
     assert "more" not in long
 
 
-def test_lengths_cuts_and_drops_with_a_tokenizer(tmp_path: Path, tokenizer_path: Path) -> None:
+def test_lengths_cuts_and_drops_with_a_tokenizer_and_a_picture_of_them(tmp_path: Path, tokenizer_path: Path) -> None:
     data = [GOOD, {"instruction": "go", "output": "the town " * 30}, {"instruction": "go " * 60, "output": "ok"}]
-    flags = ("--tokenizer", tokenizer_path.parent, "--max-tokens", 60, "--template", "none")
+    flags = (
+        "--tokenizer",
+        tokenizer_path.parent,
+        "--max-tokens",
+        60,
+        "--template",
+        "none",
+        "--plot",
+        tmp_path / "p.png",
+    )
     result = invoke(*CHECK, write(tmp_path / "a.json", data), *flags)
     assert result.exit_code == 0, result.stderr
     said = words(result.stdout)
@@ -71,22 +83,8 @@ def test_lengths_cuts_and_drops_with_a_tokenizer(tmp_path: Path, tokenizer_path:
     assert "cut 1 longer than 60 tokens; they lose " in said
     assert "trained on 2 " in said
     assert "lengths in tokens: min " in said
-
-
-def test_keys_that_are_not_used_and_blank_rows_are_counted(tmp_path: Path) -> None:
-    rows = [
-        {**GOOD, "source": "s", "\x1b[2J": 1},
-        {**GOOD, "output": "5", "source": "t"},
-        {"instruction": "", "output": ""},
-    ]
-    path = write(tmp_path / "a.json", rows)
-    result = invoke(*CHECK, path)
-    assert result.exit_code == 0, result.stderr
-    said = words(result.stdout)
-    assert "not used: source (2 items), ␛[2J (1 item)" in said
-    assert "blank rows, left out: 1 item 3: no question and no answer" in said
-    [file] = json.loads(invoke(*CHECK, path, "--json").stdout)["files"]
-    assert (file["rows"], file["items"], file["unused_keys"]) == (3, 2, {"source": 2, "\x1b[2J": 1})
+    with Image.open(tmp_path / "p.png") as image:
+        assert (image.format, image.size) == ("PNG", (960, 540))
 
 
 def test_json_holds_everything(tmp_path: Path, tokenizer_path: Path) -> None:
@@ -106,42 +104,27 @@ def test_json_holds_everything(tmp_path: Path, tokenizer_path: Path) -> None:
 
 
 def test_a_preview_marks_what_is_trained_and_what_only_looks_like_a_special_token(
-    tmp_path: Path, tokenizer_path: Path
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "a.json", [{"instruction": "What is </s>?\x1b[2J", "output": "the end"}, GOOD])
+    preview = (*CHECK, path, "--preview", 1, "--template", "none")
     for flags in ((), ("--tokenizer", tokenizer_path)):
-        result = invoke(*CHECK, path, "--preview", 1, "--template", "none", *flags)
+        result = invoke(*preview, *flags)
         assert "example 1: a.json item 1 (trained tokens between ⟦ and ⟧)" in result.stdout
         assert "<s>What is \\</s>?␛[2J⟦the end</s>⟧" in result.stdout
         assert "example 2" not in result.stdout
-    result = invoke(*CHECK, path, "--preview", 1, "--template", "none", *flags, "--max-tokens", 30)
+    result = invoke(*preview, *flags, "--max-tokens", 30)
     assert "What is \\</s>?" in result.stdout
     assert "⟦</s>⟧" not in result.stdout
-
-
-def test_colour_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rich.console import Console
-
-    from llama_acc.cli import console
-
     monkeypatch.delenv("NO_COLOR", raising=False)
-    path = write(tmp_path / "a.json", [GOOD])
     with (tmp_path / "out").open("w") as file:
         terminal = Console(file=file, force_terminal=True, color_system="standard", width=300)
         monkeypatch.setattr(console, "out", terminal)
-        assert invoke(*CHECK, path, "--preview", 1, "--template", "none").exit_code == 0
+        assert invoke(*preview).exit_code == 0
     shown = (tmp_path / "out").read_text()
     assert "\x1b[1;35m<s>\x1b[0m" in shown
-    assert f"\x1b[32m{GOOD['output']}\x1b[0m" in shown
+    assert "\x1b[32mthe end\x1b[0m" in shown
     assert "⟦" not in shown
-
-
-def test_a_picture_of_the_lengths(tmp_path: Path, tokenizer_path: Path) -> None:
-    path, picture = write(tmp_path / "a.json", [GOOD, GOOD]), tmp_path / "p.png"
-    result = invoke(*CHECK, path, "--plot", picture, "--tokenizer", tokenizer_path, "--max-tokens", 300)
-    assert result.exit_code == 0, result.stderr
-    with Image.open(picture) as image:
-        assert (image.format, image.size) == ("PNG", (960, 540))
 
 
 @pytest.mark.parametrize(
@@ -175,25 +158,24 @@ def test_wrong_files(tmp_path: Path) -> None:
 def test_all_of_a_folder_is_checked_without_torch(tmp_path: Path) -> None:
     write(tmp_path / "a.json", [GOOD])
     write(tmp_path / "b.jsonl", json.dumps({"conversations": [{"from": "human", "value": "Hi"}]}))
-    result = run(*CHECK, tmp_path, "--preview", "2")
-    assert result.returncode == 0, result.stderr
-    assert "b.jsonl  1 dialogue  prompt format dialogue" in result.stdout
-    assert "example 2: b.jsonl item 1 (line 1)" in result.stdout
-    import subprocess
-    import sys
-
-    code = "import sys, llama_acc.cli.check_data, llama_acc.core.data.check; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    program = (
+        "import atexit, sys; from llama_acc.cli.app import main; "
+        f"sys.argv = ['llama-acc', 'convert-data', 'check', {str(tmp_path)!r}, '--preview', '2']; "
+        "atexit.register(lambda: print('torch' in sys.modules)); main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", env=environment())
+    result = done.stdout
+    assert "b.jsonl  1 dialogue  prompt format dialogue" in result
+    assert "example 2: b.jsonl item 1 (line 1)" in result
+    assert result.endswith("False\n")
 
 
 @pytest.mark.parametrize(
     ("name", "rows", "errors"),
     [
-        ("alpaca_5000.json", 5000, 0),
         ("alpaca_data_cleaned_1000.json", 1000, 0),
         ("lima_vicuna_format.json", 1029, 0),
         ("sharegpt_dummy500.json", 500, 0),
-        ("sharegpt_example.json", 3, 0),
         ("sharegpt_maths1k.jsonl", 1000, 0),
         ("WizardLM_testset.jsonl", 218, 218),
     ],
@@ -214,6 +196,7 @@ def test_a_run_finds_the_same_before_the_model_is_touched(tmp_path: Path) -> Non
     refused(
         invoke(*flags), "3 problems in the data", "a.json: item 9: no 'output'", "item 12: should be", output=output
     )
+    refused(invoke(*flags, "data.on_error=ignore"), "data.on_error", "'stop' or 'skip'")
     missing = invoke(*flags, "data.on_error=skip", "data.validation.path=nowhere.json")
     refused(missing, "there is no data 'nowhere.json'", "give it with data.validation.path=FILE", output=output)
     result = invoke(*flags, "data.on_error=skip")
@@ -226,17 +209,11 @@ def test_a_run_finds_the_same_before_the_model_is_touched(tmp_path: Path) -> Non
     assert [place["where"] for place in report["files"][0]["skipped_items"]] == ["item 9", "item 12"]
     assert report["warnings"] == {"empty_reply": 1, "duplicate": 1}
     assert [place["where"] for place in report["validation"]["files"][0]["skipped_items"]] == ["item 2"]
-    checked = json.loads(invoke(*CHECK, path, "--json").stdout)["files"][0]
-    assert (
-        checked["findings"]["missing_field"]["places"] + checked["findings"]["no_item"]["places"]
-        == (report["files"][0]["skipped_items"])
-    )
+    checked = json.loads(invoke(*CHECK, path, "--json").stdout)["files"][0]["findings"]
+    found = checked["missing_field"]["places"] + checked["no_item"]["places"]
+    assert found == report["files"][0]["skipped_items"]
     resumed = invoke("finetune", "--output", output, "--resume", "--device", "cpu", "train.epochs=2")
     assert resumed.exit_code == 0, resumed.stderr
-
-
-def test_an_unknown_on_error_is_refused(single_turn: Path) -> None:
-    refused(invoke(*QUICKSTART, "--data", single_turn, "data.on_error=ignore"), "data.on_error", "'stop' or 'skip'")
 
 
 def test_dialogues_for_a_single_turn_recipe_are_told_what_they_may_be(dialogues: Path, tmp_path: Path) -> None:
@@ -244,10 +221,8 @@ def test_dialogues_for_a_single_turn_recipe_are_told_what_they_may_be(dialogues:
     assert wrong.exit_code == 2
     assert "hint: they are dialogues: use format: dialogue and template: dialogue, or format: single" in wrong.stderr
     assert f"llama-acc convert-data llava {dialogues}" in wrong.stderr
-    whole = invoke(*CHECK, dialogues, "--format", "dialogue", "--template", "dialogue")
-    assert "10 dialogues" in whole.stdout
-    first = invoke(*CHECK, dialogues, "--format", "single_turn_llava")
-    assert "10 single-turn items" in first.stdout
+    assert "10 dialogues" in invoke(*CHECK, dialogues, "--format", "dialogue", "--template", "dialogue").stdout
+    assert "10 single-turn items" in invoke(*CHECK, dialogues, "--format", "single_turn_llava").stdout
     made = invoke("convert-data", "llava", dialogues, "--output", tmp_path / "all.json")
     assert made.exit_code == 0, made.stderr
     assert invoke(*CHECK, tmp_path / "all.json", "--format", "single_turn").exit_code == 0
@@ -261,11 +236,11 @@ def test_images_are_opened(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", rows)
     lost = invoke(*CHECK, path)
     assert lost.exit_code == 2
-    assert lost.stdout.count("the image is not there") == 3
+    assert lost.stdout.count("the image was not found") == 3
     assert "--image-root DIR" in lost.stderr
     found = invoke(*CHECK, path, "--image-root", tmp_path / "pictures")
     assert found.exit_code == 2
     assert "images that cannot be opened: 2" in found.stdout
-    assert 'item 3: the image is not there: "c.png"' in found.stdout
+    assert 'item 3: the image was not found: "c.png"' in found.stdout
     assert "  1 image\n" in found.stdout
     assert invoke(*CHECK, path, "--no-images").exit_code == 0

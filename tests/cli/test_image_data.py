@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from llama_acc.core.data.drawings import drawings
-from tests.cli.commands import QUICKSTART, invoke, metrics, refused, run
-from tests.core.data.pictures import encoded, plain
+from tests.cli.commands import QUICKSTART, invoke, metrics, refused, run, words
+from tests.core.data.pictures import encoded, pattern, plain
 from tests.core.data.test_tar_shards import write_shard
 from tests.core.seeing import TINY
 from tests.core.train.image_runs import words_for, write_data
@@ -37,12 +37,23 @@ def test_every_image_that_cannot_be_used_is_named_before_the_first_step(tmp_path
     refused(
         result,
         "3 problems in the data",
-        f"items.json item 2: the image {images / '1-0.png'} is not there",
+        f"items.json item 2: the image {images / '1-0.png'} was not found",
         f"items.json item 3: the image {images / '2-1.png'} is not a picture of a known kind",
         f"items.json item 5: the image {images / '4-0.png'} has 400 x 300 pixels, more than 100,000",
         "data.sources.root says where relative paths begin",
         output=output,
     )
+
+
+def test_a_picture_that_breaks_off_ends_the_run_by_name_when_its_turn_comes(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    picture = data.parent / "images" / "1-0.png"
+    picture.write_bytes(encoded(pattern(40, 30))[:-900])
+    result = invoke(*finetune(data, tmp_path / "run"))
+    assert result.exit_code == 1
+    assert f"the image {picture} is broken: " in words(result.stderr)
+    assert "though it could be opened before" in words(result.stderr)
+    assert "mend it, then continue with --resume" in words(result.stderr)
 
 
 def test_items_of_bad_images_are_skipped_where_the_recipe_says_so(tmp_path: Path) -> None:
@@ -72,7 +83,7 @@ def test_items_of_bad_images_are_skipped_where_the_recipe_says_so(tmp_path: Path
 def test_images_may_lie_elsewhere(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     moved = (tmp_path / "moved").mkdir() or data.rename(tmp_path / "moved" / data.name)
-    refused(invoke(*finetune(moved, tmp_path / "run")), f"{tmp_path / 'moved/images/1-0.png'} is not there")
+    refused(invoke(*finetune(moved, tmp_path / "run")), f"{tmp_path / 'moved/images/1-0.png'} was not found")
     result = invoke(*finetune(moved, tmp_path / "run", f"data.sources.0.root={tmp_path / 'data'}"))
     assert result.exit_code == 0, result.stderr
 

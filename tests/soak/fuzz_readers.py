@@ -214,13 +214,13 @@ class _Choices:
 
 def _target(reader: str, folder: Path) -> Callable[[bytes], None]:
     """What is called with bytes; it raises on a crash."""
+    from llama_acc.core.data.checks import DatasetStats
     from llama_acc.core.data.convert.formats import FORMATS, Options
     from llama_acc.core.data.convert.run import Conversion
     from llama_acc.core.data.items import item_of
-    from llama_acc.core.data.readers import stream_items
+    from llama_acc.core.data.readers import Checked, stream_items
     from llama_acc.core.data.rows import stream_rows_from
     from llama_acc.core.data.sources import Source, expand
-    from llama_acc.core.data.survey import Survey
     from llama_acc.core.errors import UserError
 
     suffix = {
@@ -235,7 +235,7 @@ def _target(reader: str, folder: Path) -> Callable[[bytes], None]:
     required = ("instruction", "output")
 
     def rows(data: bytes) -> None:
-        survey = Survey(5)
+        stats = DatasetStats(5)
         try:
             for row in stream_rows_from(io.BytesIO(data), "a file", suffix.get(reader), required=required):
                 assert row.where.startswith("item "), row
@@ -244,11 +244,11 @@ def _target(reader: str, folder: Path) -> Callable[[bytes], None]:
                     assert (item is None) == bool(found)
                     assert all(str(finding).startswith(row.where) for finding in found)
                     "".join(map(str, found)).encode("utf-8")
-                    survey.add(row.where, item, found)
+                    stats.add(Checked(row.where, item, found))
         except UserError as error:
             if "a file" not in error.message:
                 raise
-        json.dumps(survey.finish().to_json())
+        json.dumps(stats.all_findings().to_json())
 
     def packed(data: bytes) -> None:
         # As it is, and as the content of a whole file: past its header, nothing random is valid.

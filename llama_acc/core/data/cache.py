@@ -34,6 +34,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from llama_acc.core.data.checks import CHECKS_VERSION
 from llama_acc.core.data.encode import (
     DOCUMENT,
     ENCODER_VERSION,
@@ -43,7 +44,6 @@ from llama_acc.core.data.encode import (
     stored_tokens,
     token_type,
 )
-from llama_acc.core.data.survey import CHECKS_VERSION
 from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_digest
 from llama_acc.core.data.templates import PromptFormat
 from llama_acc.core.errors import UserError

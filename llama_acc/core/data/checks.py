@@ -1,60 +1,227 @@
-"""What may be wrong with an item that can be trained on: seen from the item alone, without a tokenizer.
-
-None of these stops a run. Each is something that people who looked at their data have been sorry for.
-"""
+"""What may be wrong with items that can be trained on: each of them, and all of a file. None of it stops a run."""
 
 import re
+from array import array
 from collections.abc import Iterator, Sequence
 from functools import cache
+from hashlib import blake2b
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from llama_acc.core.data.findings import Finding, beginning
+import numpy as np
+from numpy.typing import NDArray
+
+from llama_acc.core.data.findings import EXAMPLES, Finding, Findings, beginning
 from llama_acc.core.data.items import Dialogue, Item
+from llama_acc.core.data.readers import Checked
 from llama_acc.core.data.templates import PromptFormat
+
+if TYPE_CHECKING:
+    from llama_acc.core.data.cache import Encoded
+
+CHECKS_VERSION = 6
+"""Part of the cache's key: raise it whenever the same item may lead to other findings."""
+
+Hashes = NDArray[np.uint64]
+"""One for every item; 0: there is none."""
 
 _ECHO_CHARACTERS = 20
 """A reply that begins with a question shorter than this may do so by chance ("Hi.", "Thank you")."""
-_AROUND = 8
-_NOT_ASCII = re.compile(rf"[^\x00-\x7f](?:[\x00-\x7f]{{0,{_AROUND}}}[^\x00-\x7f])*")
 _BEFORE = 20
 """Characters that are shown before a place within a text."""
+_AROUND = 8
+_NOT_ASCII = re.compile(rf"[^\x00-\x7f](?:[\x00-\x7f]{{0,{_AROUND}}}[^\x00-\x7f])*")
+
+# The language of so many of the items, and of so many at least, is that of the file.
+_MAIN_LANGUAGE_SHARE, _MAIN_LANGUAGE_ITEMS = 0.75, 4
+_LANGUAGE_CHARACTERS, _LANGUAGE_BYTES, _LANGUAGE_PROBABILITY = 300, 40, 0.9
+"""How much of a text is looked at; a shorter one (in UTF-8, white space aside) is no evidence; how sure it must be."""
+_WORD = re.compile(r"[a-z']+")
+# The commonest words of English: where they are many, the slow look is spared.
+_ENGLISH = frozenset(
+    "the of and to in is you that it he was for on are as with his they at be this have from or had by but not what "  # noqa: SIM905
+    "all were we when your can said there use an each which she do how their if will up other about out many then them "
+    "these so some her would make like him into time has its".split()
+)
+_AT_ONCE = 1 << 20  # documents that are compared
 
 
-def checked_item(item: Item, where: str) -> list[Finding]:
-    """Everything found in one item."""
-    found = [*_roles(item, where), *_replies(item, where)] if isinstance(item, Dialogue) else _output(item, where)
-    return [*found, *_mojibake(item, where)]
+class DatasetStats:
+    """What is found in the rows of a file, in memory that hardly grows: counts, the first of each kind, 8 bytes a row.
+
+    Rows are added in their order. The statistics of consecutive parts of a file can be made by several processes and
+    merged: the result is the same.
+    """
+
+    def __init__(self, most: int | None = EXAMPLES) -> None:
+        """Args:
+        most: how many findings of a kind are kept; None: all.
+        """
+        self.findings = Findings(most)
+        self.rows = 0
+        self.items = 0
+        """Rows that can be trained on."""
+        self._languages = Findings(most)  # which of them is that of the rest is known at the end only
+        self._hashes = array("Q")
+
+    def add(self, row: Checked, stops: Sequence[str] = (), marks: Sequence[str] = ()) -> None:
+        """Look at one more row, to be written in a format of these `text_stops` and `marks`."""
+        self.rows += 1
+        for problem in row.problems:
+            self.findings.add(problem)
+        self._hashes.append(0 if row.item is None else item_hash(row.item))
+        if row.item is None:
+            return
+        self.items += 1
+        for finding in (*check_item(row.item, row.where), *format_findings(row.item, row.where, stops, marks)):
+            self.findings.add(finding)
+        for name, text in replies_of(row.item):
+            if (language := language_of(text)) is not None:
+                self._languages.add(Finding(language, row.where, name, f"a reply in {language!r}", beginning(text)))
+                break
+
+    def merge(self, later: "DatasetStats") -> None:
+        """Add the statistics of what follows in the file."""
+        self.findings.merge(later.findings)
+        self._languages.merge(later._languages)
+        self.rows += later.rows
+        self.items += later.items
+        self._hashes.extend(later._hashes)
+
+    @property
+    def languages(self) -> dict[str, int]:
+        """How many items are in each language, most first; those of which it cannot be told are not counted."""
+        return dict(self._languages.counts.most_common())
+
+    @property
+    def language(self) -> str | None:
+        """The language that most of the items are in, if there is one."""
+        total = self._languages.counts.total()
+        for language, count in self._languages.counts.most_common(1):
+            if total >= _MAIN_LANGUAGE_ITEMS and count >= _MAIN_LANGUAGE_SHARE * total:
+                return language
+        return None
+
+    def hashes(self) -> Hashes:
+        """One for every row; 0 where it is no item."""
+        return np.array(self._hashes, dtype=np.uint64)
+
+    def all_findings(self, with_duplicates: bool = True) -> Findings:
+        """All findings so far, and those that only the whole file shows."""
+        found = Findings(self.findings.most)
+        found.merge(self.findings)
+        main = self.language
+        for language, count in self._languages.counts.items():
+            if main not in (None, language):
+                places = [
+                    place._replace(kind="language", message=f"{place.message}, but the rest is in {main!r}")
+                    for place in self._languages.places[language]
+                ]
+                found.extend("language", count, places)
+        for row, first in duplicates(self.hashes()) if with_duplicates else ():
+            found.add(duplicate_finding(f"item {row + 1}", f"item {first + 1}"))
+        return found
+
+
+def duplicates(hashes: Hashes) -> list[tuple[int, int]]:
+    """The position of every item that was there before, in order, and the first position of the same. [N]"""
+    _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
+    first = first[group]
+    again = np.flatnonzero((first < np.arange(len(hashes))) & (hashes != 0))
+    return list(zip(again.tolist(), first[again].tolist(), strict=True))
+
+
+def duplicate_finding(where: str, first: str, value: str = "") -> Finding:
+    """Says that an item was there before."""
+    return Finding("duplicate", where, "", f"the same as {first}", value)
+
+
+def cross_file_duplicates(
+    names: Sequence[str], parts: Sequence["Encoded"], kept: int
+) -> list[tuple[int, list[Finding]]]:
+    """For every file what earlier ones have too, token by token and label by label: how much, and the first of it.
+
+    What is in a file twice counts once; the rest is the file's own.
+
+    Args:
+        names: what the files are called.
+        parts: their documents. A file that is used twice is not its own duplicate.
+        kept: how many places are reported of a file.
+    """
+    first_use: dict[Path, int] = {}
+    for number, part in enumerate(parts):
+        first_use.setdefault(part.path, number)
+    counts = [0] * len(parts)
+    found: list[list[tuple[int, int, int]]] = [[] for _ in parts]  # row, first file, row in that
+    # In groups that memory has room for: those of one remainder.
+    groups = -(-sum(len(parts[number]) for number in first_use.values()) // _AT_ONCE) if len(first_use) > 1 else 0
+    for remainder in range(groups):
+        chosen = []
+        for number in first_use.values():
+            digests = parts[number].table["digest"].copy()
+            parts[number].release()
+            rows = np.flatnonzero(digests % np.uint64(groups) == remainder)
+            rows = rows[np.sort(np.unique(digests[rows], return_index=True)[1])]
+            chosen.append(np.rec.fromarrays([np.full(len(rows), number), rows, digests[rows]], names="file,row,digest"))
+        documents = np.concatenate(chosen)
+        for again, first in duplicates(documents["digest"]):
+            file, row, _ = documents[again].tolist()
+            counts[file] += 1
+            found[file].append((row, *documents[first].tolist()[:2]))
+        found = [sorted(places)[:kept] for places in found]
+
+    def item(number: int, row: int) -> str:
+        return f"item {parts[number].table['item'][row] + 1}"
+
+    def finding(number: int, row: int, first: int, first_row: int) -> Finding:
+        return duplicate_finding(item(number, row), f"{item(first, first_row)} of {names[first]}")
+
+    return [(count, [finding(i, *place) for place in found[i]]) for i, count in enumerate(counts)]
+
+
+def check_item(item: Item, where: str) -> Iterator[Finding]:
+    """Everything found in one item: roles out of order, empty replies, echoes, texts decoded wrongly."""
+    question: str | None
+    if isinstance(item, Dialogue):
+        yield from _role_order(item, where)
+        question = None
+        for number, (role, text, trained) in enumerate(item.turns, start=1):
+            if role == "assistant" and trained:
+                yield from _reply(f"turn {number}, value", question, text, where)
+            question = text if role == "human" else None
+    else:
+        question = f"{item.instruction}\n{item.input}" if item.input else item.instruction
+        yield from _reply("output", question, item.output, where)
+    for field, text in fields_of(item):
+        if text.isascii():
+            continue
+        if (lost := text.find("\ufffd")) >= 0:
+            message = f"U+FFFD stands for bytes that were lost, at character {lost + 1}"
+            yield Finding("mojibake", where, field, message, _excerpt(text, lost))
+        elif (garbled := _garbled(text)) is not None:
+            message = f"UTF-8 read as another encoding, near character {garbled + 1}"
+            yield Finding("mojibake", where, field, message, _excerpt(text, garbled))
 
 
 def format_findings(item: Item, where: str, stops: Sequence[str], marks: Sequence[str]) -> Iterator[Finding]:
-    """Texts of an item that look like a part of the prompt format.
-
-    Args:
-        item: that can be trained on.
-        where: its place.
-        stops: the format's `text_stops`.
-        marks: the format's `marks`.
-    """
+    """Texts of an item that look like a part of the prompt format, given its `text_stops` and `marks`."""
     for field, text in replies_of(item):
         if stop := next((stop for stop in stops if stop in text), None):
-            message = f"{stop!r}, with which a reply ends, at character {text.index(stop) + 1}"
-            yield Finding("stop_in_reply", where, field, message, beginning(_from(text, stop)))
+            place = text.index(stop)
+            message = f"{stop!r}, with which a reply ends, at character {place + 1}"
+            yield Finding("stop_in_reply", where, field, message, _excerpt(text, place))
     for field, text in fields_of(item):
         if mark := next((mark for mark in marks if mark in text), None):
             message = f"{mark!r} looks like a part of the prompt format; the model cannot tell them apart"
-            yield Finding("format_mark", where, field, message, beginning(_from(text, mark)))
+            yield Finding("format_mark", where, field, message, _excerpt(text, text.index(mark)))
 
 
 def merged_finding(item: Item, where: str, template: PromptFormat) -> Finding:
-    """What is said of an item whose prompt and answer merge into one token (`encode.Document.merged`)."""
+    """Reports an item whose prompt and answer merge into one token (`encode.Document.merged`)."""
     trained = ", and is not trained, as in LLaMA2-Accessory" if template.prefix_labels else ""
     field, text = next(replies_of(item), ("", ""))
     return Finding("merged", where, field, f"the first token begins in the prompt{trained}", beginning(text))
-
-
-def _from(text: str, mark: str) -> str:
-    return text[max(text.index(mark) - _BEFORE, 0) :]
 
 
 def fields_of(item: Item) -> Iterator[tuple[str, str]]:
@@ -81,98 +248,84 @@ def replies_of(item: Item) -> Iterator[tuple[str, str]]:
             yield f"turn {number}, value", turn.text
 
 
-def normalised(text: str) -> str:
-    """Without what makes a trivial difference: case and white space."""
-    return " ".join(text.split()).casefold()
+def item_hash(item: Item) -> int:
+    """64 bits, the same for the same roles, texts and images; never 0."""
+    digest = blake2b(digest_size=8)
+    roles = (
+        [turn.role + " " * (not turn.trained) for turn in item.turns] if isinstance(item, Dialogue) else ["single_turn"]
+    )
+    for part in (*roles, *(text for _, text in fields_of(item)), *item.images):
+        digest.update(len(part).to_bytes(8, "little") + part.encode("utf-8"))
+    return int.from_bytes(digest.digest(), "little") or 1
 
 
-def _output(item: Any, where: str) -> list[Finding]:
-    question = f"{item.instruction}\n{item.input}" if item.input else item.instruction
-    return _reply("output", question, item.output, where)
+def known_languages() -> list[str]:
+    """The ISO 639-1 codes of the languages that are told apart."""
+    return sorted({str(label) for label in _identifier().nb_classes if len(label) == 2})
 
 
-def _replies(item: Dialogue, where: str) -> Iterator[Finding]:
-    question = None
-    for number, (role, text, trained) in enumerate(item.turns, start=1):
-        if role == "assistant" and trained:
-            yield from _reply(f"turn {number}, value", question, text, where)
-        question = text if role == "human" else None
+def language_of(text: str) -> str | None:
+    """The ISO 639 code of the language a text begins in; None where that cannot be told for sure."""
+    text = text[:_LANGUAGE_CHARACTERS]
+    if len("".join(text.split()).encode("utf-8")) < _LANGUAGE_BYTES:
+        return None
+    words = _WORD.findall(text.lower()) if text.isascii() else []
+    common = [word for word in words if word in _ENGLISH]
+    if len(set(common)) >= 5 and len(common) >= 0.25 * len(words):
+        return "en"
+    language, probability = _identifier().classify(text)
+    # "zxx" is what is in no language: code, numbers, addresses.
+    return str(language) if probability >= _LANGUAGE_PROBABILITY and language != "zxx" else None
 
 
-def _reply(field: str, question: str | None, reply: str, where: str) -> list[Finding]:
-    if not reply.strip():
-        return [Finding("empty_reply", where, field, "an empty reply", beginning(reply))]
-    # The beginnings first: that most replies do not begin with the question is seen there.
-    if question is None or not _alike(question, reply):
-        return []
-    asked, answered = normalised(question), normalised(reply)
-    if asked == answered:
-        return [Finding("echo", where, field, "the reply is the question", beginning(reply))]
-    if len(asked) >= _ECHO_CHARACTERS and answered.startswith(asked):
-        return [Finding("echo", where, field, "the reply begins with the whole question", beginning(reply))]
-    return []
+@cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
-def _alike(question: str, reply: str) -> bool:
-    asked, answered = (normalised(text.lstrip()[:_ECHO_CHARACTERS]) for text in (question, reply))
-    return bool(asked) and (asked.startswith(answered) or answered.startswith(asked))
-
-
-def _roles(item: Dialogue, where: str) -> list[Finding]:
+def _role_order(item: Dialogue, where: str) -> Iterator[Finding]:
     roles = [turn.role for turn in item.turns]
-    wrong = []
-    if roles[0] != "human":
-        wrong.append((1, "the assistant begins"))
-    wrong += [
-        (number, f"a second {'reply' if role == 'assistant' else 'human turn'} in a row")
-        for number, (before, role) in enumerate(pairwise(roles), start=2)
-        if before == role
-    ]
+    wrong = [] if roles[0] == "human" else [(1, "the assistant begins")]
+    for number, (before, role) in enumerate(pairwise(roles), start=2):
+        if before == role:
+            wrong.append((number, f"a second {'reply' if role == 'assistant' else 'human turn'} in a row"))
     if roles[-1] == "human":
         wrong.append((len(roles), "the last turn is human: nothing answers it"))
-    return [
-        Finding("role_order", where, f"turn {number}", what, beginning(item.turns[number - 1].text))
-        for number, what in wrong
-    ]
+    for number, message in wrong:
+        yield Finding("role_order", where, f"turn {number}", message, beginning(item.turns[number - 1].text))
 
 
-def _mojibake(item: Item, where: str) -> Iterator[Finding]:
-    for field, text in fields_of(item):
-        if text.isascii():
-            continue
-        lost, garbled = text.find("\ufffd"), _garbled(text)
-        if lost >= 0:
-            message = f"U+FFFD stands for bytes that were lost, at character {lost + 1}"
-            yield Finding("mojibake", where, field, message, beginning(text[max(lost - _BEFORE, 0) :]))
-        elif garbled is not None:
-            message = f"UTF-8 read as another encoding, near character {garbled + 1}"
-            yield Finding("mojibake", where, field, message, beginning(text[max(garbled - _BEFORE, 0) :]))
+def _reply(field: str, question: str | None, reply: str, where: str) -> Iterator[Finding]:
+    if not reply.strip():
+        yield Finding("empty_reply", where, field, "an empty reply", beginning(reply))
+        return
+    asked, answered = " ".join((question or "").split()).casefold(), " ".join(reply.split()).casefold()
+    if asked and asked == answered:
+        yield Finding("echo", where, field, "the reply is the question", beginning(reply))
+    elif len(asked) >= _ECHO_CHARACTERS and answered.startswith(asked):
+        yield Finding("echo", where, field, "the reply begins with the whole question", beginning(reply))
 
 
 def _garbled(text: str) -> int | None:
     """Where UTF-8 was read as Latin-1 or the like, so that ftfy would change it."""
-    looked_at = 0
+    from ftfy import fix_encoding
+    from ftfy.badness import BADNESS_RE
+
+    done = 0
     for group in _NOT_ASCII.finditer(text):
-        # Looking around the characters in question only is many times faster than looking through the whole text.
+        # To look around these characters only is several times faster than to look through the whole text.
         begin, end = group.start() - _AROUND, group.end() + _AROUND
-        while (match := _badness().search(text, max(begin, looked_at), end)) is not None:
+        while (match := BADNESS_RE.search(text, max(begin, done), end)) is not None:
             # Such characters may be meant, as in »Über«: then they are not bytes of UTF-8.
-            line_begin, line_end = text.rfind("\n", 0, match.start()) + 1, text.find("\n", match.end())
-            line = text[line_begin : line_end if line_end >= 0 else None]
-            if _fixed(line) != line:
+            first, last = text.rfind("\n", 0, match.start()) + 1, text.find("\n", match.end())
+            line = text[first : last if last >= 0 else None]
+            if fix_encoding(line) != line:
                 return int(match.start())
-            looked_at = line_begin + len(line)
+            done = first + len(line)
     return None
 
 
-def _fixed(line: str) -> str:
-    from ftfy import fix_encoding
-
-    return fix_encoding(line)
-
-
-@cache
-def _badness() -> Any:
-    from ftfy.badness import BADNESS_RE
-
-    return BADNESS_RE
+def _excerpt(text: str, place: int) -> str:
+    return beginning(text[max(place - _BEFORE, 0) :])

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_acc.core.data.cache import Encoded
-from llama_acc.core.data.duplicates import KIND as DUPLICATE
 from llama_acc.core.data.encode import Images
 from llama_acc.core.data.findings import MOST_PROBLEMS, Finding
 from llama_acc.core.data.images import resolved
@@ -286,9 +285,9 @@ def _findings(file: DataFile, part: Encoded) -> dict[str, Any]:
     """What was found in a whole file, whether all of its items are in use or not."""
     found = {kind: (of_kind["count"], of_kind["places"]) for kind, of_kind in part.notes["warnings"].items()}
     if file.duplicates:
-        count, places = found.get(DUPLICATE, (0, []))
+        count, places = found.get("duplicate", (0, []))
         more = [finding._asdict() for finding in file.duplicate_places]
-        found[DUPLICATE] = count + file.duplicates, [*places, *more][:KEPT_PLACES]
+        found["duplicate"] = count + file.duplicates, [*places, *more][:KEPT_PLACES]
     return {
         "skipped": len(part.skipped_rows) + file.skipped_items,
         "warnings": {kind: count for kind, (count, _) in found.items()},

@@ -1,8 +1,8 @@
-"""Coloured shapes with captions, drawn by code: image-text data that needs no download.
+"""Colored shapes with captions, drawn by code: image-text data that needs no download.
 
 A scene is two shapes, one left of the other or one above the other, and its caption says so: "a red circle above a
-blue star". A drawing of a scene varies in place, size, shade and ground. The scenes are split at random: no scene, and
-so no caption and no picture, of the held-out drawings is among those to learn from.
+blue star". A drawing of a scene varies in place, size, shade and background. The scenes are split at random: no scene,
+and so no caption and no picture, of the held-out drawings is among those to learn from.
 """
 
 import io
@@ -22,11 +22,9 @@ from llama_acc.core.home import home
 
 SIZE = 64
 """Pixels of a drawing's side."""
-
 VERSION = 1
-"""Raise it whenever the same seed may give other drawings."""
-
-COLOURS = {
+"""Raise it whenever other drawings are made."""
+COLORS = {
     "red": (214, 40, 40),
     "green": (46, 160, 67),
     "blue": (38, 84, 214),
@@ -36,57 +34,42 @@ COLOURS = {
     "black": (25, 25, 25),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
-PLACES = ("left of", "above")
-
-_HELD_OUT = 0.1
+SPLITS = {"train": 6200, "held-out": 344}
+"""How many drawings there are of each: two of every scene to learn from, one of every other."""
 _SUPERSAMPLED = 4
 
 
-class Shape(NamedTuple):
-    """A coloured shape."""
-
-    colour: str
-    shape: str
-
-
-SPLITS = {"train": 6200, "held-out": 344}
-"""How many drawings there are of each: two of every scene to learn from, one of every other."""
-
-
 class Scene(NamedTuple):
-    """What is to be seen: `first` stands `place` `second`."""
+    """What is to be seen: `first` stands `place` ("left of", "above") `second`, each a color and a shape."""
 
-    first: Shape
+    first: tuple[str, str]
     place: str
-    second: Shape
+    second: tuple[str, str]
 
     @property
     def caption(self) -> str:
         """It in words."""
-        return f"{_with_article(self.first)} {self.place} {_with_article(self.second)}"
+        first, second = (
+            f"{'an' if color == 'orange' else 'a'} {color} {shape}" for color, shape in (self.first, self.second)
+        )
+        return f"{first} {self.place} {second}"
 
 
-def scenes(split: str, seed: int = 0) -> list[Scene]:
+def scenes(split: str) -> list[Scene]:
     """The scenes of "train" or "held-out": a random tenth of all is held out."""
-    shapes = [Shape(*pair) for pair in itertools.product(COLOURS, SHAPES)]
-    everything = [
-        Scene(first, place, second)
-        for first, place, second in itertools.product(shapes, PLACES, shapes)
-        if first != second
-    ]
-    order = np.random.default_rng([seed, VERSION]).permutation(len(everything))
-    held_out = int(len(everything) * _HELD_OUT)
+    shapes = list(itertools.product(COLORS, SHAPES))
+    pairs = itertools.product(shapes, ("left of", "above"), shapes)
+    everything = [Scene(*pair) for pair in pairs if pair[0] != pair[2]]
+    order = np.random.default_rng([0, VERSION]).permutation(len(everything))
+    held_out = len(everything) // 10
     return [everything[i] for i in (order[:held_out] if split == "held-out" else order[held_out:])]
 
 
-def drawings(split: str, count: int, seed: int = 0) -> Iterator[tuple[bytes, str]]:
+def drawings(split: str, count: int) -> Iterator[tuple[bytes, str]]:
     """The first `count` drawings of a split as PNG with their captions: its scenes in turn, each time drawn anew."""
-    chosen = scenes(split, seed)
-    for number in range(count):
-        scene = chosen[number % len(chosen)]
-        image = draw(scene, np.random.default_rng([seed, VERSION, list(SPLITS).index(split), number]))
+    for number, scene in enumerate(itertools.islice(itertools.cycle(scenes(split)), count)):
         file = io.BytesIO()
-        image.save(file, "PNG")
+        _draw(scene, np.random.default_rng([0, VERSION, list(SPLITS).index(split), number])).save(file, "PNG")
         yield file.getvalue(), scene.caption
 
 
@@ -104,8 +87,10 @@ def drawn_shard(name: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(temporary, "w") as shard:
             for number, (png, caption) in enumerate(drawings(name, SPLITS[name])):
-                _add(shard, f"{number:05}.png", png)
-                _add(shard, f"{number:05}.txt", caption.encode())
+                for suffix, data in (("png", png), ("txt", caption.encode())):
+                    member = tarfile.TarInfo(f"{number:05}.{suffix}")
+                    member.size = len(data)
+                    shard.addfile(member, io.BytesIO(data))
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write drawings to {path.parent}: {error.strerror or error}") from error
@@ -114,75 +99,43 @@ def drawn_shard(name: str) -> Path:
     return path
 
 
-def _add(shard: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    shard.addfile(member, io.BytesIO(data))
-
-
-def draw(scene: Scene, random: np.random.Generator) -> Image.Image:
-    """A drawing of a scene; place, size, shade and ground are random."""
+def _draw(scene: Scene, random: np.random.Generator) -> Image.Image:
     side = SIZE * _SUPERSAMPLED
     image = Image.new("RGB", (side, side), _shaded((245, 245, 245), random, 10))
-    canvas = ImageDraw.Draw(image)
-    for shape, (x, y) in zip((scene.first, scene.second), _centres(scene.place, random), strict=True):
+    # Far apart along one axis, near to the middle along the other, in parts of the side.
+    along = random.uniform((0.21, 0.69), (0.31, 0.79))
+    across = random.uniform(0.4, 0.6) + random.uniform(-0.06, 0.06, 2)
+    x, y = (along, across) if scene.place == "left of" else (across, along)
+    for (color, shape), place in zip((scene.first, scene.second), zip(x, y, strict=True), strict=True):
         radius = random.uniform(0.14, 0.2)
-        colour = _shaded(COLOURS[shape.colour], random, 18)
-        _SHAPES[shape.shape](canvas, x * side, y * side, radius * side, colour)
+        fill = _shaded(COLORS[color], random, 18)
+        _draw_shape(ImageDraw.Draw(image), shape, place[0] * side, place[1] * side, radius * side, fill)
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
-def _centres(place: str, random: np.random.Generator) -> list[tuple[float, float]]:
-    """Of both shapes, in parts of the side: far apart along one axis, near to the middle along the other."""
-    along = random.uniform((0.21, 0.69), (0.31, 0.79))
-    across = random.uniform(0.4, 0.6) + random.uniform(-0.06, 0.06, 2)
-    pairs = zip(along, across, strict=True) if place == "left of" else zip(across, along, strict=True)
-    return [(float(x), float(y)) for x, y in pairs]
-
-
-def _shaded(colour: tuple[int, int, int], random: np.random.Generator, most: int) -> tuple[int, int, int]:
-    red, green, blue = np.clip(np.add(colour, random.integers(-most, most + 1, 3)), 0, 255).tolist()
+def _shaded(color: tuple[int, int, int], random: np.random.Generator, most: int) -> tuple[int, int, int]:
+    red, green, blue = np.clip(np.add(color, random.integers(-most, most + 1, 3)), 0, 255).tolist()
     return red, green, blue
 
 
-def _with_article(shape: Shape) -> str:
-    return f"{'an' if shape.colour[0] in 'aeiou' else 'a'} {shape.colour} {shape.shape}"
+def _draw_shape(
+    canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple[int, int, int]
+) -> None:
+    def box(width: float, height: float) -> tuple[float, float, float, float]:
+        return x - width, y - height, x + width, y + height
 
-
-_Colour = tuple[int, int, int]
-
-
-def _circle(canvas: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: _Colour) -> None:
-    canvas.ellipse((x - r, y - r, x + r, y + r), fill=colour)
-
-
-def _ring(canvas: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: _Colour) -> None:
-    canvas.ellipse((x - r, y - r, x + r, y + r), outline=colour, width=round(0.4 * r))
-
-
-def _square(canvas: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: _Colour) -> None:
-    half = 0.85 * r
-    canvas.rectangle((x - half, y - half, x + half, y + half), fill=colour)
-
-
-def _cross(canvas: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: _Colour) -> None:
-    arm = 0.3 * r
-    canvas.rectangle((x - r, y - arm, x + r, y + arm), fill=colour)
-    canvas.rectangle((x - arm, y - r, x + arm, y + r), fill=colour)
-
-
-def _triangle(canvas: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: _Colour) -> None:
-    canvas.polygon(_corners(x, y, [r] * 3), fill=colour)
-
-
-def _star(canvas: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: _Colour) -> None:
-    canvas.polygon(_corners(x, y, [r, 0.42 * r] * 5), fill=colour)
-
-
-def _corners(x: float, y: float, radii: list[float]) -> list[tuple[float, float]]:
-    """Corners at these distances from the centre, the first one at the top, at equal angles."""
-    angles = [2 * math.pi * i / len(radii) for i in range(len(radii))]
-    return [(x + r * math.sin(angle), y - r * math.cos(angle)) for r, angle in zip(radii, angles, strict=True)]
-
-
-_SHAPES = dict(zip(SHAPES, (_circle, _square, _triangle, _cross, _ring, _star), strict=True))
+    if shape == "circle":
+        canvas.ellipse(box(r, r), fill=fill)
+    elif shape == "ring":
+        canvas.ellipse(box(r, r), outline=fill, width=round(0.4 * r))
+    elif shape == "square":
+        canvas.rectangle(box(0.85 * r, 0.85 * r), fill=fill)
+    elif shape == "cross":
+        canvas.rectangle(box(r, 0.3 * r), fill=fill)
+        canvas.rectangle(box(0.3 * r, r), fill=fill)
+    else:
+        # Corners at these distances from the center, the first one at the top, at equal angles.
+        radii = [r] * 3 if shape == "triangle" else [r, 0.42 * r] * 5
+        angles = (2 * math.pi * i / len(radii) for i in range(len(radii)))
+        corners = [(x + d * math.sin(a), y - d * math.cos(a)) for d, a in zip(radii, angles, strict=True)]
+        canvas.polygon(corners, fill=fill)

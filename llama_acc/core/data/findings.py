@@ -1,13 +1,17 @@
-"""What is wrong, or may be, with an item of a data file: which kind of thing, where, and how the text there begins."""
+"""What is wrong, or may be, with items of a data file: which kind of thing, where, and how the text there begins."""
 
 import json
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 _BEGINNING = 60
 """Characters of a value that are shown."""
 MOST_PROBLEMS = 1000
 """Of a file that is not to be used with problems: with so many of them, reading on helps nobody."""
+EXAMPLES = 100
+"""Findings of one kind that are kept; all are counted."""
 
 
 class Kind(NamedTuple):
@@ -15,34 +19,34 @@ class Kind(NamedTuple):
 
     title: str
     """What is counted, in the plural."""
-    fatal: bool
+    fatal: bool = False
     """The item cannot be trained on: it stops a run, or is left out (`data.on_error`)."""
 
 
 KINDS: dict[str, Kind] = {
-    "unreadable": Kind("rows that cannot be read", True),
-    "no_item": Kind("values that are not items", True),
-    "missing_field": Kind("missing fields", True),
-    "wrong_type": Kind("fields that are not text", True),
-    "unknown_role": Kind("unknown roles", True),
-    "mixed_kinds": Kind("dialogues among single-turn items", True),
-    "surrogate": Kind("lone surrogates", True),
-    "preference": Kind("pairs of a preferred and a rejected reply", True),
-    "unsupported": Kind("items whose keys ask for what cannot be done", True),
-    "image": Kind("images that are not given by a path", True),
-    "image_file": Kind("images that cannot be opened", True),
-    "blank": Kind("blank rows, left out", False),
-    "empty_reply": Kind("empty replies", False),
-    "role_order": Kind("roles out of order", False),
-    "echo": Kind("replies that repeat the question", False),
-    "mojibake": Kind("texts decoded wrongly", False),
-    "duplicate": Kind("exact duplicates", False),
-    "language": Kind("items in another language than the rest", False),
-    "stop_in_reply": Kind("replies that hold the format's stop string", False),
-    "format_mark": Kind("texts that hold a mark of the format", False),
-    "merged": Kind("answers whose first token begins in the prompt", False),
-    "no_label": Kind("items without a trained token: dropped", False),
-    "cut": Kind("items that are cut", False),
+    "unreadable": Kind("rows that cannot be read", fatal=True),
+    "no_item": Kind("values that are not items", fatal=True),
+    "missing_field": Kind("missing fields", fatal=True),
+    "wrong_type": Kind("fields that are not text", fatal=True),
+    "unknown_role": Kind("unknown roles", fatal=True),
+    "mixed_kinds": Kind("dialogues among single-turn items", fatal=True),
+    "surrogate": Kind("lone surrogates", fatal=True),
+    "preference": Kind("pairs of a preferred and a rejected reply", fatal=True),
+    "unsupported": Kind("items whose keys ask for what cannot be done", fatal=True),
+    "image": Kind("images that are not given by a path", fatal=True),
+    "image_file": Kind("images that cannot be opened", fatal=True),
+    "blank": Kind("blank rows, left out"),
+    "empty_reply": Kind("empty replies"),
+    "role_order": Kind("roles out of order"),
+    "echo": Kind("replies that repeat the question"),
+    "mojibake": Kind("texts decoded wrongly"),
+    "duplicate": Kind("exact duplicates"),
+    "language": Kind("items in another language than the rest"),
+    "stop_in_reply": Kind("replies that hold the format's stop string"),
+    "format_mark": Kind("texts that hold a mark of the format"),
+    "merged": Kind("answers whose first token begins in the prompt"),
+    "no_label": Kind("items without a trained token: dropped"),
+    "cut": Kind("items that are cut"),
 }
 
 
@@ -60,7 +64,7 @@ class Finding(NamedTuple):
     """How the value there begins, as JSON."""
 
     def __str__(self) -> str:
-        # What is wrong with a field is said by its name; what is doubtful about it is not.
+        # The message of an error names the field itself.
         place = ", ".join(part for part in (self.where, "" if self.fatal else self.field) if part)
         return f"{f'{place}: ' if place else ''}{self.message}{f': {self.value}' if self.value else ''}"
 
@@ -68,6 +72,43 @@ class Finding(NamedTuple):
     def fatal(self) -> bool:
         """The item cannot be trained on."""
         return KINDS[self.kind].fatal
+
+
+@dataclass
+class Findings:
+    """Findings counted by kind, and the first ones of each kind."""
+
+    most: int | None = EXAMPLES
+    """How many of a kind are kept; None: all."""
+    counts: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[Finding]] = field(default_factory=dict)
+
+    def add(self, finding: Finding) -> None:
+        """Count it, and keep it if it is one of the first."""
+        self.extend(finding.kind, 1, [finding])
+
+    def extend(self, kind: str, count: int, places: Sequence[Finding]) -> None:
+        """Count so many of a kind, of which the first are given."""
+        self.counts[kind] += count
+        kept = self.places.setdefault(kind, [])
+        kept.extend(places if self.most is None else places[: max(self.most - len(kept), 0)])
+
+    def merge(self, later: "Findings") -> None:
+        """Add what was found further on."""
+        for kind, count in later.counts.items():
+            self.extend(kind, count, later.places.get(kind, []))
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, kinds in their order."""
+        return {
+            kind: {
+                "count": self.counts[kind],
+                "fatal": about.fatal,
+                "places": [finding._asdict() for finding in self.places[kind]],
+            }
+            for kind, about in KINDS.items()
+            if self.counts[kind]
+        }
 
 
 def other_form(kinds: Collection[str], file: str) -> str:
@@ -94,23 +135,14 @@ def beginning(value: Any) -> str:
         short = json.dumps(value[:_BEGINNING], ensure_ascii=False)
         text = short if len(value) <= _BEGINNING else f"{short} ..."
     else:
-        text = _json(value)
-        text = text if len(text) <= _BEGINNING else f"{text[:_BEGINNING]} ..."
+        text = ""
+        try:
+            for part in json.JSONEncoder(ensure_ascii=False).iterencode(value):
+                text += part
+                if len(text) > _BEGINNING:
+                    text = f"{text[:_BEGINNING]} ..."
+                    break
+        except (RecursionError, TypeError, ValueError):
+            text = ""
     # A lone surrogate cannot be written anywhere.
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _json(value: Any) -> str:
-    try:
-        # Of a huge value the beginning only is made into text.
-        return "".join(_until(json.JSONEncoder(ensure_ascii=False).iterencode(value), _BEGINNING + 1))
-    except (RecursionError, TypeError, ValueError):
-        return ""
-
-
-def _until(parts: Any, characters: int) -> Any:
-    for part in parts:
-        yield part
-        characters -= len(part)
-        if characters < 0:
-            return

@@ -1,4 +1,4 @@
-"""The images that a command line names: files, folders, globs, shards, and lists of these."""
+"""The images that a command line names: files, folders, globs and shards."""
 
 import glob
 from collections.abc import Iterable, Iterator
@@ -14,19 +14,14 @@ from llama_acc.core.errors import UserError
 
 
 class Named(NamedTuple):
-    """An image that was named, or what is wrong with a name.
-
-    Attributes:
-        name: what to call it.
-        reference: where it is.
-        problem: why there is none; the reference is then empty.
-        caption: what a shard says of it.
-    """
+    """An image that was named, or what is wrong with a name."""
 
     name: str
     reference: str = ""
     problem: str | None = None
+    """Why there is none; the reference is then empty."""
     caption: str | None = None
+    """What a shard says of it."""
 
 
 def find_images(names: Iterable[str]) -> Iterator[Named]:
@@ -47,9 +42,19 @@ def _images_of(name: str) -> Iterator[Named]:
     if is_address(name) and not path.exists():
         raise UserError("is an address: images are read from disk, download it first")
     if path.is_dir():
-        yield from _folder(name, path)
+        images = [file for file in sorted(path.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES]
+        images = [file for file in images if not file.name.startswith(".")]
+        if not images:
+            raise UserError(f"no images in this folder ({', '.join(IMAGE_SUFFIXES)})")
+        yield from (Named(str(Path(name) / file.name), str(file)) for file in images)
     elif path.suffix.lower() == TAR_SUFFIX:
-        yield from _shard(path)
+        for where, value, problem in tar_rows(path):
+            item, found = (None, []) if problem is not None else item_of(value, "single_turn")
+            if problem is not None or found:
+                yield Named(f"{path}: {where}", problem=problem or found[0].message)
+            elif item is not None and item.images:
+                caption = item.output if isinstance(item, SingleTurn) and not item.instruction else None
+                yield Named(f"{path}: {where}", resolved(item.images[0], path.parent), caption=caption)
     elif glob.has_magic(name) and not path.exists():
         matches = sorted(match for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
         if not matches:
@@ -57,22 +62,3 @@ def _images_of(name: str) -> Iterator[Named]:
         yield from (Named(match, match) for match in matches)
     else:
         yield Named(name, str(path))
-
-
-def _folder(name: str, path: Path) -> Iterator[Named]:
-    images = [file for file in sorted(path.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES]
-    images = [file for file in images if not file.name.startswith(".")]
-    if not images:
-        raise UserError(f"no images in this folder ({', '.join(IMAGE_SUFFIXES)})")
-    yield from (Named(str(Path(name) / file.name), str(file)) for file in images)
-
-
-def _shard(path: Path) -> Iterator[Named]:
-    for where, value, problem in tar_rows(path):
-        name = f"{path}: {where}"
-        item, found = (None, []) if problem is not None else item_of(value, "single_turn")
-        if problem is not None or found:
-            yield Named(name, problem=problem or found[0].message)
-        elif item is not None and item.images:
-            caption = item.output if isinstance(item, SingleTurn) and not item.instruction else None
-            yield Named(name, resolved(item.images[0], path.parent), caption=caption)

@@ -1,56 +1,54 @@
-"""Processes that decode pictures ahead of the training loop.
+"""Processes that open and decode pictures ahead of whoever needs them; and the check of all pictures before a run.
 
-They are started anew, not forked, and import no torch: light, and safe beside CUDA and threads. They hold nothing, so
-they may be killed at any time; they end when the pipe from their parent does, however that one ends, and leave Ctrl-C
-and SIGTERM to it. What they make is a function of the job alone, so their number changes nothing.
-
-A request is a line of JSON; so is an answer, followed by as many bytes as it says.
+They are started anew, not forked, and import no torch: light, and safe beside CUDA and threads. What they make is a
+function of the job alone, so their number changes nothing. They end when their parent does, however that one ends, and
+leave Ctrl-C and SIGTERM to it.
 """
 
-import contextlib
-import json
+import multiprocessing
 import os
-import queue
 import signal
-import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from llama_acc.core.data.images import ImageError, ImageJob, Transform, check_header, pixels, shown_reference, thumbnail
-from llama_acc.core.errors import RunError
+from llama_acc.core.data.findings import MOST_PROBLEMS, Finding
+from llama_acc.core.data.images import header_problems, shown_reference
+from llama_acc.core.errors import DataError, RunError, UserError, listed
 
+if TYPE_CHECKING:
+    from llama_acc.core.data.dataset import Dataset
+
+_MOST_WORKERS = 8
+_CHUNK = 64
+_CHUNKS_AHEAD = 32
+_ROOT_HINT = "data.sources.root says where relative paths begin"
+
+_Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
-_MOST = 8
-# The same modules are found as here, whatever the folder the worker is started in.
-_START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from llama_acc.core.data.image_workers import serve; serve()"
-)
+Progress = Callable[[int, int], None]
+"""Called with (images opened, images in all)."""
 
 
 def default_workers(processes_here: int = 1) -> int:
     """How many workers each of so many training processes on this machine takes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(cores // processes_here - 1, 1), _MOST)
+    return min(max(cores // processes_here - 1, 1), _MOST_WORKERS)
 
 
 class ImageWorkers:
-    """A pool of worker processes. Use it in a `with` block: they end with it."""
+    """A pool of worker processes, started as there is work. Use it in a `with` block: they end with it."""
 
     def __init__(self, count: int) -> None:
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix="images")
-        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        self._workers = [_Worker() for _ in range(count)]
-        self._closed = False
-        for worker in self._workers:
-            self._idle.put(worker)
+        self._count = count
+        self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "ImageWorkers":
         return self
@@ -59,176 +57,127 @@ class ImageWorkers:
         self.close()
 
     def close(self) -> None:
-        """Ends the workers, whatever they are doing."""
-        self._closed = True
-        for worker in self._workers:
-            worker.kill()
-        self._threads.shutdown(cancel_futures=True)
+        """Ends the workers after what they are at."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
-    def load(self, job: ImageJob) -> "Future[NDArray[np.uint8]]":
-        """The pixels of a job, [3, size, size], made in the background; errors as those of `images.pixels`."""
-        return self._submit(lambda worker: worker.load(job))
-
-    def thumbnail(self, reference: str, side: int, max_pixels: int) -> "Future[bytes]":
-        """See `images.thumbnail`."""
-        return self._submit(lambda worker: worker.thumbnail(reference, side, max_pixels))
-
-    def check(self, references: Sequence[str], max_pixels: int) -> "Future[list[str | None]]":
-        """For each picture what `images.check_header` finds wrong with it."""
-        return self._submit(lambda worker: worker.check(references, max_pixels))
-
-    def prefetched(self, batches: Iterable[Sequence[ImageJob]], ahead: int) -> Iterator[NDArray[np.uint8]]:
-        """The pixels of each batch [n, 3, size, size], in this order, while up to `ahead` more are being made.
+    def map_ahead(
+        self, function: Callable[[_Job], _Result], groups: Iterable[Sequence[_Job]], ahead: int
+    ) -> Iterator[list[_Result]]:
+        """The results of each group's jobs, in order, while up to `ahead` more groups are under way.
 
         Raises:
-            RunError: a picture that was there when the data was checked can no longer be read.
+            RunError: a worker was killed.
         """
-        waiting: deque[tuple[Sequence[ImageJob], list[Future[NDArray[np.uint8]]]]] = deque()
-        for batch in batches:
-            waiting.append((batch, [self.load(job) for job in batch]))
-            if len(waiting) > ahead:
-                yield _stacked(*waiting.popleft())
-        while waiting:
-            yield _stacked(*waiting.popleft())
-
-    def _submit(self, ask: "Callable[[_Worker], _Result]") -> "Future[_Result]":
-        def answer() -> _Result:
-            worker = self._idle.get()
-            try:
-                return ask(worker)
-            except _WorkerGone as error:
-                if self._closed:
-                    raise RunError("the image workers were ended") from error
-                raise RunError(
-                    f"a process that decodes images {error}", "if memory ran out: lower data.images.workers"
-                ) from error
-            finally:
-                self._idle.put(worker)
-
-        return self._threads.submit(answer)
-
-
-def _stacked(jobs: Sequence[ImageJob], futures: "list[Future[NDArray[np.uint8]]]") -> NDArray[np.uint8]:
-    arrays = []
-    for job, future in zip(jobs, futures, strict=True):
+        if self._pool is None:
+            spawn = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._count, spawn, _prepare_worker)
+        waiting: deque[list[Future[_Result]]] = deque()
         try:
-            arrays.append(future.result())
-        except ImageError as error:
-            place = f"the image {shown_reference(job.reference)} {error.message}"
+            for group in groups:
+                waiting.append([self._pool.submit(function, job) for job in group])
+                if len(waiting) > ahead:
+                    yield [future.result() for future in waiting.popleft()]
+            while waiting:
+                yield [future.result() for future in waiting.popleft()]
+        except BrokenProcessPool as error:
             raise RunError(
-                f"{place}, though it could be opened before", "mend it, then continue with --resume"
+                "a process that decodes images was killed", "if memory ran out: lower data.images.workers"
             ) from error
-    return np.stack(arrays) if arrays else np.zeros((0, 3, 0, 0), np.uint8)
 
 
-class _WorkerGone(Exception):
-    """A worker process has ended."""
-
-
-class _Worker:
-    """One process; it answers one request at a time."""
-
-    def __init__(self) -> None:
-        # In a session of its own, a Ctrl-C in the terminal does not reach it.
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, json.dumps(sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
-        self._lock = threading.Lock()
-
-    def load(self, job: ImageJob) -> NDArray[np.uint8]:
-        """What `images.pixels` gives."""
-        transform = job.transform
-        _, data = self._ask({"load": [job.reference, transform.crop, transform.size, job.seed, job.max_pixels]})
-        return np.frombuffer(data, np.uint8).reshape(3, transform.size, transform.size)
-
-    def thumbnail(self, reference: str, side: int, max_pixels: int) -> bytes:
-        """What `images.thumbnail` gives."""
-        return self._ask({"thumbnail": [reference, side, max_pixels]})[1]
-
-    def check(self, references: Sequence[str], max_pixels: int) -> list[str | None]:
-        """What is wrong with each."""
-        problems: list[str | None] = self._ask({"check": [list(references), max_pixels]})[0]
-        return problems
-
-    def kill(self) -> None:
-        """Ends the process; who waits for its answer is told."""
-        self._process.kill()
-        with self._lock:  # nobody is reading any more
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
-                assert pipe is not None
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
-
-    def _ask(self, request: dict[str, Any]) -> tuple[Any, bytes]:
-        """The facts and the bytes of an answer.
-
-        Raises:
-            ImageError: the answer is one.
-            _WorkerGone: there is none.
-        """
-        with self._lock:
-            answer, data = self._exchange(json.dumps(request).encode() + b"\n")
-            if answer is None or len(data) < answer["bytes"]:
-                raise _WorkerGone(f"ended: {_how(self._process.wait())}")
-        if answer["error"] is not None:
-            raise ImageError(answer["error"])
-        return answer["facts"], data
-
-    def _exchange(self, request: bytes) -> tuple[dict[str, Any] | None, bytes]:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        try:
-            stdin.write(request)
-            stdin.flush()
-            line = stdout.readline()
-            answer = json.loads(line) if line.endswith(b"\n") else None
-            return answer, stdout.read(answer["bytes"]) if answer is not None else b""
-        except (OSError, ValueError) as error:  # ValueError: the pipe was closed on this side
-            raise _WorkerGone("cannot be reached") from error
-
-
-def _how(code: int) -> str:
-    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-
-
-def serve() -> None:
-    """What a worker process does: it answers requests until there are no more."""
+def _prepare_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # Whatever a library prints must not stand among the answers.
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    with contextlib.suppress(BrokenPipeError):
-        for line in sys.stdin.buffer:
-            facts, data, error = None, b"", None
-            try:
-                facts, data = _answer(json.loads(line))
-            except ImageError as found:
-                error = found.message
-            head = {"facts": facts, "error": error, "bytes": len(data)}
-            answers.write(json.dumps(head).encode() + b"\n" + data)
-            answers.flush()
-    os._exit(0)  # nothing to clean up; the pipe may be broken
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _answer(request: dict[str, Any]) -> tuple[Any, bytes]:
-    if "check" in request:
-        references, max_pixels = request["check"]
-        return [_header_problem(reference, max_pixels) for reference in references], b""
-    if "thumbnail" in request:
-        return None, thumbnail(*request["thumbnail"])
-    reference, crop, size, seed, max_pixels = request["load"]
-    return None, pixels(ImageJob(reference, Transform(crop, size), tuple(seed), max_pixels)).tobytes()
+def _end_with_parent() -> None:
+    # The pool's own pipe does not tell: every worker holds both of its ends.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(0)
 
 
-def _header_problem(reference: str, max_pixels: int) -> str | None:
-    try:
-        check_header(reference, max_pixels)
-    except ImageError as error:
-        return error.message
-    return None
+def image_problems(
+    references: Iterable[str], max_pixels: int, workers: ImageWorkers, progress: Progress | None = None
+) -> dict[str, str]:
+    """What is wrong with images, by reference, as their headers show; those that are good are not in it."""
+    unique = list(dict.fromkeys(references))
+    chunks = [unique[i : i + _CHUNK] for i in range(0, len(unique), _CHUNK)]
+    problems: dict[str, str] = {}
+    check = partial(header_problems, max_pixels=max_pixels)
+    answers = workers.map_ahead(check, ([chunk] for chunk in chunks), _CHUNKS_AHEAD) if chunks else ()
+    for number, (chunk, [answer]) in enumerate(zip(chunks, answers, strict=True)):
+        problems.update((reference, wrong) for reference, wrong in zip(chunk, answer, strict=True) if wrong is not None)
+        if progress is not None:
+            progress(number * _CHUNK + len(chunk), len(unique))
+    return problems
+
+
+def with_usable_images(
+    datasets: Sequence["Dataset"],
+    max_pixels: int,
+    workers: int | None,
+    *,
+    one_each: bool,
+    on_error: Literal["stop", "skip"],
+    progress: Progress,
+) -> list["Dataset"]:
+    """Opens all images of the data.
+
+    Args:
+        datasets: what is trained and what is held out.
+        max_pixels: larger images are refused.
+        workers: processes that open them; None = as many as suit this machine.
+        one_each: the model takes one image of an item.
+        on_error: "skip": items with an image that cannot be used are left out.
+        progress: receives how far it is.
+
+    Raises:
+        UserError: there are items of more images than the model takes, or none is left.
+        DataError: images are missing, no pictures, broken or too large: all uses of them, by item.
+    """
+    for dataset in datasets if one_each else ():
+        if many := np.flatnonzero(dataset.image_counts > 1).tolist():
+            places = [f"{dataset.origin(i)} has {dataset.image_counts[i]}" for i in many]
+            raise UserError(f"encoder clip takes one image for each item:\n{listed(places)}", "use encoder qformer")
+    with ImageWorkers(workers or default_workers()) as pool:
+        references = (reference for dataset in datasets for _, reference in _uses(dataset))
+        problems = image_problems(references, max_pixels, pool, progress)
+    if not problems:
+        return list(datasets)
+    if on_error == "skip":
+        return [_without(dataset, problems) for dataset in datasets]
+    wrong = (f"{dataset.origin(i)}: {said}" for dataset in datasets for i, said in _bad_uses(dataset, problems))
+    lines = list(islice(wrong, MOST_PROBLEMS))
+    first = f"these are the first {MOST_PROBLEMS:,}; " if len(lines) == MOST_PROBLEMS else ""
+    raise DataError(lines, f"{first}mend them, or leave them out with data.on_error=skip; {_ROOT_HINT}")
+
+
+def _uses(dataset: "Dataset") -> Iterator[tuple[int, str]]:
+    """Every document with each of its images."""
+    return ((i, reference) for i in np.flatnonzero(dataset.image_counts).tolist() for reference in dataset.images(i))
+
+
+def _bad_uses(dataset: "Dataset", problems: dict[str, str]) -> Iterator[tuple[int, str]]:
+    """Every document with what is wrong with each of its images."""
+    for i, reference in _uses(dataset):
+        if reference in problems:
+            yield i, f"the image {shown_reference(reference)} {problems[reference]}"
+
+
+def _without(dataset: "Dataset", problems: dict[str, str]) -> "Dataset":
+    first = next(_bad_uses(dataset, problems), None)
+    if first is None:
+        return dataset
+    found = ((i, Finding("image_file", dataset.where(i), "image", said)) for i, said in _bad_uses(dataset, problems))
+    good = dataset.without(found)
+    if not len(good):
+        raise UserError(
+            "nothing to train on: no item has images that can be used; "
+            f"the first: {dataset.origin(first[0])}: {first[1]}",
+            _ROOT_HINT,
+        )
+    return good

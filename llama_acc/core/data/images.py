@@ -12,10 +12,11 @@ import re
 import struct
 import threading
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,12 +54,13 @@ _BROKEN = (
     zlib.error,
 )
 _MEMBER = re.compile(r"(?P<shard>.+\.tar)#(?P<offset>\d+)\+(?P<size>\d+)", re.DOTALL)
-_GROUND = (255, 255, 255, 255)
+_BACKGROUND = (255, 255, 255, 255)
 _SCALE, _RATIO, _TRIES = (0.9, 1.0), (0.75, 1.3333), 10
 _PADDING = (122, 116, 104)  # CLIP_MEAN in whole steps, as LLaMA2-Accessory has it
-_AT_ONCE = 2**27  # pixels; a long strip must not need far more memory than itself
-_GREY_STEPS = {"L;2": 85, "L;4": 17}
-"""From one value of grey with 2 or 4 bits to the next, in 8 bits."""
+_MOST_PADDED = 2**27  # pixels; a long strip must not need far more memory than itself
+_GRAY_STEPS = {"L;2": 85, "L;4": 17}
+"""From one gray of 2 or 4 bits to the next, in 8 bits."""
+_HEADER_BYTES, _MOST_BYTES = 2**15, 2**30
 _pillow_limit = threading.Lock()
 
 
@@ -82,35 +84,32 @@ def shown_reference(reference: str) -> str:
     return reference if member is None else f"{member['shard']} at byte {int(member['offset']):,}"
 
 
-def read_reference(reference: str) -> bytes:
-    """The bytes of a picture.
-
-    Raises:
-        ImageError: it is not there, or cannot be read.
-    """
-    with _open_reference(reference) as file:
-        try:
-            return file.read()
-        except OSError as error:
-            raise ImageError(f"cannot be read: {error.strerror or error}") from error
-
-
-def digest(reference: str) -> str:
-    """sha256 of a picture's bytes; remembered as long as its file is not written to.
+def read_reference(reference: str, most: int = -1) -> bytes:
+    """The bytes of a picture, or the first of them.
 
     Raises:
         ImageError: it is not there, or cannot be read.
     """
     member = _MEMBER.fullmatch(reference)
     try:
-        status = Path(reference if member is None else member["shard"]).stat()
-    except (OSError, ValueError) as error:
-        raise _unreadable(error) from error
-    return _digest(reference, status.st_mtime_ns, status.st_size)
+        with open_input(Path(reference if member is None else member["shard"]), pipes=False) as file:
+            if member is not None:
+                file.seek(int(member["offset"]))
+                most = int(member["size"]) if most < 0 else min(most, int(member["size"]))
+            return file.read(most)
+    except FileNotFoundError as error:
+        raise ImageError("was not found") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise ImageError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 @lru_cache(maxsize=2**20)
-def _digest(reference: str, modified: int, size: int) -> str:
+def digest(reference: str) -> str:
+    """sha256 of a picture's bytes, read once.
+
+    Raises:
+        ImageError: it is not there, or cannot be read.
+    """
     return hashlib.sha256(read_reference(reference)).hexdigest()
 
 
@@ -120,17 +119,33 @@ def check_header(reference: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int
     Raises:
         ImageError: missing, no picture, or of more than `max_pixels`.
     """
-    with _open_reference(reference) as file, _opened(file, max_pixels) as image:
-        return image.size
+    try:
+        with _open_image(read_reference(reference, _HEADER_BYTES), max_pixels) as image:
+            return image.size
+    except ImageError:  # a few have it behind a long profile, or at the end
+        with _open_image(read_reference(reference, _MOST_BYTES), max_pixels) as image:
+            return image.size
+
+
+def header_problems(references: Sequence[str], max_pixels: int) -> list[str | None]:
+    """What `check_header` finds wrong with each picture."""
+    problems: list[str | None] = []
+    for reference in references:
+        try:
+            check_header(reference, max_pixels)
+            problems.append(None)
+        except ImageError as error:
+            problems.append(error.message)
+    return problems
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A picture's (first) frame in 8-bit RGB, turned as its EXIF says; what is transparent shows a white ground.
+    """A picture's (first) frame in 8-bit RGB, turned as its EXIF says; what is transparent shows a white background.
 
     Raises:
         ImageError: no picture, broken, or of more than `max_pixels`, which is found out before it is unpacked.
     """
-    with _opened(io.BytesIO(data), max_pixels) as image:
+    with _open_image(data, max_pixels) as image:
         try:
             image.load()
             return _rgb(ImageOps.exif_transpose(image))
@@ -148,7 +163,7 @@ class Transform:
 
     Attributes:
         crop: `random_resized_crop`: 0.9 to 1 of the area, 0.75 to 1.3333 of its shape, by chance; `centre_crop`: the
-            short side to `size`, then the middle; `pad_to_square`: all of it on a square of CLIP's mean colour.
+            short side to `size`, then the middle; `pad_to_square`: all of it on a square of CLIP's mean color.
         size: of the square's side.
     """
 
@@ -160,17 +175,16 @@ class Transform:
         """Whether it uses a generator."""
         return self.crop == "random_resized_crop"
 
-    def key(self) -> str:
-        """What decides its result, besides the picture and chance."""
-        return f"{self.crop}-{self.size}"
-
     def __call__(self, image: Image.Image, random: np.random.Generator) -> Image.Image:
         """The square of an RGB picture."""
+        box: tuple[float, float, float, float] | None = None
         if self.crop == "random_resized_crop":
-            return _resized(image.crop(random_box(*image.size, random)), self.size)
-        if self.crop == "centre_crop":
-            return _centre_cropped(image, self.size)
-        return _resized(_padded(image, self.size), self.size)
+            image = image.crop(random_box(*image.size, random))
+        elif self.crop == "centre_crop":
+            box = _center_box(image, self.size)
+        else:
+            image = _padded(image, self.size)
+        return image.resize((self.size, self.size), Image.Resampling.BICUBIC, box)
 
 
 @dataclass(frozen=True)
@@ -194,6 +208,14 @@ def pixels(job: ImageJob) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 
+def pixels_or_problem(job: ImageJob) -> NDArray[np.uint8] | str:
+    """The pixels that a job asks for, or what is wrong with the picture."""
+    try:
+        return pixels(job)
+    except ImageError as error:
+        return error.message
+
+
 def thumbnail(reference: str, side: int, max_pixels: int = MAX_PIXELS) -> bytes:
     """A picture within a square of `side` pixels, as JPEG.
 
@@ -207,7 +229,7 @@ def thumbnail(reference: str, side: int, max_pixels: int = MAX_PIXELS) -> bytes:
     return file.getvalue()
 
 
-def normalised(pixels: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
+def normalize(pixels: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
     """Pixels [..., 3, H, W] from 0 to 255 as CLIP's encoders want them: (x / 255 - mean) / std, on their device.
 
     They are computed in float32, and rounded to `dtype` once.
@@ -218,7 +240,10 @@ def normalised(pixels: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
 
 
 def random_box(width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
-    """The box (left, top, right, bottom) of a random resized crop, as torchvision draws it."""
+    """The box (left, top, right, bottom) of a random resized crop, as torchvision draws it.
+
+    In a picture too long for such a box it is the middle, cut to the nearest shape that is allowed.
+    """
     for _ in range(_TRIES):
         area = width * height * random.uniform(*_SCALE)
         ratio = math.exp(random.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
@@ -226,45 +251,26 @@ def random_box(width: int, height: int, random: np.random.Generator) -> tuple[in
         if 0 < w <= width and 0 < h <= height:
             top, left = int(random.integers(0, height - h + 1)), int(random.integers(0, width - w + 1))
             return left, top, left + w, top + h
-    return fallback_box(width, height)
-
-
-def fallback_box(width: int, height: int) -> tuple[int, int, int, int]:
-    """The middle, cut to the nearest shape that is allowed: for pictures too long for a random box."""
-    w, h = width, height
-    if width / height < _RATIO[0]:
-        h = min(round(width / _RATIO[0]), height)
-    elif width / height > _RATIO[1]:
-        w = min(round(height * _RATIO[1]), width)
+    w, h = min(round(height * _RATIO[1]), width), min(round(width / _RATIO[0]), height)
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
 
-def _resized(image: Image.Image, size: int) -> Image.Image:
-    return image.resize((size, size), Image.Resampling.BICUBIC)
-
-
-def _centre_cropped(image: Image.Image, size: int) -> Image.Image:
+def _center_box(image: Image.Image, size: int) -> tuple[float, float, float, float]:
+    """The part of a picture that is the middle once its short side has become `size`."""
     short = min(image.size)
     width, height = (int(size * length / short) for length in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    if width * height <= _AT_ONCE:
-        whole = image.resize((width, height), Image.Resampling.BICUBIC)
-        return whole.crop((left, top, left + size, top + size))
-    # Of a long strip only the middle is made, equal but for rounding.
     x, y = image.width / width, image.height / height
-    box = (left * x, top * y, min((left + size) * x, image.width), min((top + size) * y, image.height))
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return left * x, top * y, min((left + size) * x, image.width), min((top + size) * y, image.height)
 
 
 def _padded(image: Image.Image, size: int) -> Image.Image:
     side = max(image.size)
-    if side**2 > _AT_ONCE:
+    if side**2 > _MOST_PADDED:
         side = 4 * size
         width, height = (max(round(length * side / max(image.size)), 1) for length in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    if image.size == (side, side):
-        return image
     square = Image.new("RGB", (side, side), _PADDING)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
@@ -276,33 +282,36 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ImageError("has floating-point pixels, whose range is not known: save it with 8 or 16 bits")
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, _GROUND), rgba)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, _BACKGROUND), image.convert("RGBA"))
     return image.convert("RGB")
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
-    """Greyscale of 16 bits in 8. (Pillow's own conversion cuts off at 255.)"""
+    """Grayscale of 16 bits in 8. (Pillow's own conversion cuts off at 255.)"""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ImageError("has pixels of more than 16 bits: save it with 8 or 16")
-    grey = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    gray = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if isinstance(transparent := image.info.get("transparency"), int):
-        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
-    return grey
+        gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return gray
 
 
-def _opened(file: IO[bytes], max_pixels: int) -> Image.Image:
+def _open_image(data: bytes, max_pixels: int) -> Image.Image:
     try:
         # Pillow's own limit is one for the whole program, and warns below the number at which it refuses.
         with _pillow_limit:
             limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
             try:
-                image = Image.open(file, formats=_FORMATS)
+                image = Image.open(io.BytesIO(data), formats=_FORMATS)
             finally:
                 Image.MAX_IMAGE_PIXELS = limit
     except UnidentifiedImageError as error:
-        raise ImageError(_not_an_image(file)) from error
+        if not data:
+            raise ImageError("is empty") from error
+        if data.startswith(b"version https://git-lfs"):
+            raise ImageError("is a Git LFS pointer, not the picture itself: run git lfs pull") from error
+        raise ImageError(f"is not a picture of a known kind ({', '.join(_FORMATS)})") from error
     except _BROKEN as error:
         raise ImageError(f"is broken: {error}") from error
     _scale_transparency(image)
@@ -322,63 +331,7 @@ def _scale_transparency(image: Image.Image) -> None:
     if not isinstance(image, PngImageFile) or color is None or not image.tile:
         return
     raw: Any = image.tile[0][3]
-    if raw in _GREY_STEPS and isinstance(color, int):
-        image.info["transparency"] = color * _GREY_STEPS[raw]
+    if raw in _GRAY_STEPS and isinstance(color, int):
+        image.info["transparency"] = color * _GRAY_STEPS[raw]
     elif raw == "RGB;16B" and isinstance(color, tuple):
         image.info["transparency"] = tuple(value >> 8 for value in color)
-
-
-def _not_an_image(file: IO[bytes]) -> str:
-    file.seek(0)
-    start = file.read(64)
-    if not start:
-        return "is empty"
-    if start.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the picture itself: run git lfs pull"
-    return f"is not a picture of a known kind ({', '.join(_FORMATS)})"
-
-
-def _open_reference(reference: str) -> IO[bytes]:
-    member = _MEMBER.fullmatch(reference)
-    try:
-        if member is None:
-            return open_input(Path(reference), pipes=False, buffered=True)
-        return io.BufferedReader(_Slice(Path(member["shard"]), int(member["offset"]), int(member["size"])))
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise _unreadable(error) from error
-
-
-def _unreadable(error: OSError | ValueError) -> ImageError:
-    if isinstance(error, FileNotFoundError):
-        return ImageError("is not there")
-    return ImageError(f"cannot be read: {getattr(error, 'strerror', None) or error}")
-
-
-class _Slice(io.RawIOBase):
-    """A part of a file, as a file."""
-
-    def __init__(self, path: Path, offset: int, size: int) -> None:
-        self._file = open_input(path, pipes=False)
-        self._offset, self._size, self._place = offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
-        self._place = max(base + offset, 0)
-        return self._place
-
-    def readinto(self, buffer: Any, /) -> int:
-        room = memoryview(buffer)[: max(self._size - self._place, 0)]
-        self._file.seek(self._offset + self._place)
-        count = self._file.readinto(room) or 0
-        self._place += count
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

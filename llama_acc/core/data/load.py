@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_acc.core.data.cache import About, Encoded, EntryStore, cache_key, content_digest
+from llama_acc.core.data.checks import DatasetStats, cross_file_duplicates
 from llama_acc.core.data.dataset import DataFile, Dataset, Rows
-from llama_acc.core.data.duplicates import cross_file_duplicates
 from llama_acc.core.data.encode import Chunk
 from llama_acc.core.data.files import data_suffix
 from llama_acc.core.data.findings import KINDS as FINDINGS
@@ -27,7 +27,6 @@ from llama_acc.core.data.findings import MOST_PROBLEMS, Finding, other_form
 from llama_acc.core.data.prepare import KEPT_PLACES, Batch, Job, prepare_batches
 from llama_acc.core.data.readers import Checked, raise_together, stream_items, unreadable
 from llama_acc.core.data.sources import OTHERWISE, Fetch, FileSpec, Source, expand
-from llama_acc.core.data.survey import Survey
 from llama_acc.core.data.templates import KINDS, format_for
 from llama_acc.core.errors import DataError, UserError
 from llama_acc.core.hub import fetch_data
@@ -178,7 +177,7 @@ class _Encoder:
         except UserError as error:
             raise UserError(f"{spec.path}: {error.message}", error.hint) from error
         job = Job(self.tokenizer.path, template, self.max_tokens, self.image_positions or 0)
-        items, unused_inputs, survey = 0, 0, Survey(KEPT_PLACES)
+        items, unused_inputs, stats = 0, 0, DatasetStats(KEPT_PLACES)
         for chunk, found in prepare_batches(file.batches(), job, self.tokenizer, _cores()):
             if self.image_positions is None and chunk.table["images"].any():
                 raise UserError(
@@ -186,7 +185,7 @@ class _Encoder:
                     "set vision.encoder, or give a checkpoint of a multimodal model",
                 )
             append(chunk)
-            survey.merge(found)
+            stats.merge(found)
             items += chunk.items
             unused_inputs += chunk.unused_inputs
             if self.progress is not None:
@@ -199,7 +198,7 @@ class _Encoder:
             "skipped": [finding._asdict() for finding in file.skipped],
             "skipped_kinds": file.skipped_kinds,
             "unused_keys": file.stream.unused,
-            "warnings": {k: found for k, found in survey.finish().to_json().items() if not FINDINGS[k].fatal},
+            "warnings": {k: found for k, found in stats.all_findings().to_json().items() if not FINDINGS[k].fatal},
         }
         return About(items, file.stream.kind, np.array(file.skipped_rows, np.int64), notes)
 

@@ -19,10 +19,9 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import NamedTuple
 
-from llama_acc.core.data.checks import format_findings, merged_finding
+from llama_acc.core.data.checks import DatasetStats, merged_finding
 from llama_acc.core.data.encode import Chunk, encode_chunk
 from llama_acc.core.data.readers import Checked
-from llama_acc.core.data.survey import Survey
 from llama_acc.core.data.templates import PromptFormat
 from llama_acc.core.errors import RunError
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
@@ -53,24 +52,21 @@ class Prepared(NamedTuple):
 
     chunk: Chunk
     """Its items as documents."""
-    survey: Survey
+    stats: DatasetStats
     """What was found in its rows."""
 
 
 def prepare_batch(batch: Batch, job: Job, tokenizer: Tokenizer) -> Prepared:
     """Encode the items of a batch, and look at all of its rows."""
     items = [(index, row.item) for index, row in batch if row.item is not None]
-    survey = Survey(KEPT_PLACES)
+    stats = DatasetStats(KEPT_PLACES)
     chunk = encode_chunk(items, job.template, tokenizer, job.max_tokens, job.image_positions)
-    merged, looks = set(chunk.merged), (job.template.text_stops(tokenizer), job.template.marks(tokenizer))
+    merged, stops, marks = set(chunk.merged), job.template.text_stops(tokenizer), job.template.marks(tokenizer)
     for index, row in batch:
-        survey.add(row.where, row.item, row.problems)
-        if row.item is not None:
-            for finding in format_findings(row.item, row.where, *looks):
-                survey.findings.add(finding)
-            if index in merged:
-                survey.findings.add(merged_finding(row.item, row.where, job.template))
-    return Prepared(chunk, survey)
+        stats.add(row, stops, marks)
+        if row.item is not None and index in merged:
+            stats.findings.add(merged_finding(row.item, row.where, job.template))
+    return Prepared(chunk, stats)
 
 
 def prepare_batches(batches: Iterable[Batch], job: Job, tokenizer: Tokenizer, workers: int) -> Iterator[Prepared]:

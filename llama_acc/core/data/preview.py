@@ -1,11 +1,15 @@
 """An item as the model will see it: its text in pieces, each of them trained or not, a special token or not."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from llama_acc.core.data.encode import documents, render_item
 from llama_acc.core.data.items import Item
-from llama_acc.core.data.templates import PromptFormat
+from llama_acc.core.data.readers import stream_items
+from llama_acc.core.data.sources import FileSpec
+from llama_acc.core.data.templates import PromptFormat, format_for
+from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -19,15 +23,13 @@ class Piece(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """An item to be shown."""
+    """An item to be shown. Without a tokenizer the numbers of tokens are not known."""
 
     origin: str
-    """Where it came from."""
     pieces: list[Piece]
-    tokens: int | None
-    """How many it has; None: without a tokenizer that is not known."""
-    label_tokens: int | None
-    cut: int
+    tokens: int | None = None
+    label_tokens: int | None = None
+    cut: int = 0
     """How many tokens more it had before it was cut."""
 
 
@@ -38,28 +40,49 @@ def shown_items(
     max_tokens: int | None,
     image_positions: int = 0,
 ) -> Iterator[Shown]:
-    """Items as a model will see them, each given with its origin.
+    """Items as a model will see them.
 
     Args:
         items: (origin, item).
         template: the prompt format.
         tokenizer: the model's; None: their text, BOS and EOS called `<s>` and `</s>`, uncut.
         max_tokens: where they are cut; None: nowhere.
-        image_positions: how many places an image takes.
+        image_positions: how many positions an image takes.
     """
+    bos = int(template.bos)
     if tokenizer is None:
         for origin, item in items:
-            shown = with_images(_pieces_of_text(item, template), item.images, int(template.bos))
-            yield Shown(origin, shown, None, None, 0)
+            yield Shown(origin, with_images(_text_pieces(item, template), item.images, bos))
         return
     encoded = documents([item for _, item in items], template, tokenizer)
-    for (origin, item), (tokens, labelled, _) in zip(items, encoded, strict=True):
-        labelled[:1] = False  # nothing predicts it
-        places = image_positions * len(item.images)
-        most = None if max_tokens is None else max(max_tokens - places, 0)
-        kept, trained = tokens[:most].tolist(), labelled[:most].tolist()
-        shown = with_images(pieces(kept, trained, tokenizer), item.images, int(template.bos))
-        yield Shown(origin, shown, len(kept) + places, sum(trained), len(tokens) - len(kept))
+    for (origin, item), (tokens, labeled, _) in zip(items, encoded, strict=True):
+        labeled[:1] = False  # nothing predicts it
+        positions = image_positions * len(item.images)
+        most = None if max_tokens is None else max(max_tokens - positions, 0)
+        kept, trained = tokens[:most].tolist(), labeled[:most].tolist()
+        shown = with_images(pieces(kept, trained, tokenizer), item.images, bos)
+        yield Shown(origin, shown, len(kept) + positions, sum(trained), len(tokens) - len(kept))
+
+
+def first_items(
+    specs: Iterable[FileSpec],
+    count: int,
+    tokenizer: Tokenizer | None,
+    max_tokens: int | None,
+    image_positions: int = 0,
+) -> list[Shown]:
+    """The first items of files that can be trained on; see `shown_items`."""
+    shown: list[Shown] = []
+    for spec in specs:
+        try:
+            stream = stream_items(spec.path, spec.format)
+            template = format_for(spec.template, stream.kind, tokenizer)
+            good = ((f"{spec.path.name} {row.where}", row.item) for row in stream if row.item is not None)
+            items = list(islice(good, count - len(shown)))
+        except UserError:
+            continue  # the check itself reports it
+        shown += shown_items(items, template, tokenizer, max_tokens, image_positions)
+    return shown
 
 
 def with_images(shown: list[Piece], images: Sequence[str], begin: int) -> list[Piece]:
@@ -67,11 +90,11 @@ def with_images(shown: list[Piece], images: Sequence[str], begin: int) -> list[P
     return [*shown[:begin], *(Piece(f"<image {name}>", False, special=True) for name in images), *shown[begin:]]
 
 
-def pieces(tokens: Sequence[int], labelled: Sequence[bool], tokenizer: Tokenizer) -> list[Piece]:
+def pieces(tokens: Sequence[int], labeled: Sequence[bool], tokenizer: Tokenizer) -> list[Piece]:
     """A document's text, from token to token; a character of several tokens counts as its last one."""
     special = {tokenizer.bos_id, *tokenizer.end_ids}
     decoder, found, trained = StreamDecoder(tokenizer), [], False
-    for token, trained in zip(tokens, labelled, strict=True):
+    for token, trained in zip(tokens, labeled, strict=True):
         if token in special:
             found += [Piece(decoder.flush(), trained), Piece(tokenizer.piece(token), trained, special=True)]
         else:
@@ -79,18 +102,17 @@ def pieces(tokens: Sequence[int], labelled: Sequence[bool], tokenizer: Tokenizer
     return _joined([*found, Piece(decoder.flush(), trained)])
 
 
-def _pieces_of_text(item: Item, template: PromptFormat) -> list[Piece]:
-    """Without a tokenizer: the same to the character, except that a token may span the end of a prompt."""
+def _text_pieces(item: Item, template: PromptFormat) -> list[Piece]:
     text, _, trained, eos_trained = render_item(item, template)
-    parts, position = [Piece("<s>", False, True)] * template.bos, 0
+    parts, position = [Piece("<s>", False, special=True)] * template.bos, 0
     for first, last in trained:
         parts += [Piece(text[position:first], False), Piece(text[first:last], True)]
         position = last
-    return _joined([*parts, Piece(text[position:], False), *[Piece("</s>", eos_trained, True)] * template.eos])
+    return _joined([*parts, Piece(text[position:], False), *[Piece("</s>", eos_trained, special=True)] * template.eos])
 
 
 def _joined(parts: Iterable[Piece]) -> list[Piece]:
-    """Neighbours of one kind together, empty ones left out."""
+    """Neighbors of one kind together, empty ones left out."""
     joined: list[Piece] = []
     for piece in parts:
         if joined and not piece.special and joined[-1][1:] == piece[1:]:

@@ -3,8 +3,7 @@
 `0001.jpg` goes with `0001.txt`, a caption, or `0001.json`: an item, or an object with a `caption` (as img2dataset
 writes it). The members of a sample follow each other. Pictures are not read here: a row says at which bytes of the
 shard its picture stands, and there it is read when its turn comes. So a shard is data like any other file: checked and
-encoded before training, in an order of (seed, epoch), resumed to the bit, dealt to ranks without overlap. Decoding
-such a stream as it comes would shuffle within a window only, and could do none of these.
+encoded before training, in an order of (seed, epoch), resumed to the bit, split among ranks without overlap.
 """
 
 import hashlib
@@ -14,10 +13,11 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
-from uuid import uuid4
 
+from llama_acc.core.atomic import write_text_whole
 from llama_acc.core.data.images import IMAGE_SUFFIXES, member_reference
 from llama_acc.core.errors import UserError
 from llama_acc.core.home import home
@@ -29,8 +29,7 @@ VERSION = 1
 
 _TEXTS = (".txt", ".json")
 _LARGEST_TEXT = 2**24  # bytes
-_ITEM_KEYS = ("conversations", "instruction", "output")
-_CAPTION_KEYS = ("caption", "text")
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd")
 
 _logger = logging.getLogger("llama_acc")
 
@@ -39,7 +38,7 @@ _logger = logging.getLogger("llama_acc")
 class _Sample:
     """The members of one name."""
 
-    key: str
+    name: str
     image: tuple[int, int] | None = None
     """Its place: offset and size."""
     texts: dict[str, bytes] = field(default_factory=dict)
@@ -56,7 +55,7 @@ def tar_rows(path: Path) -> Iterator[tuple[str, Any, str | None]]:
         UserError: the shard is missing, damaged or compressed.
     """
     for number, sample in enumerate(_samples(path), start=1):
-        where = f"item {number} ({sample.key})"
+        where = f"item {number} ({sample.name})"
         try:
             yield where, _item(sample, path.name), None
         except ValueError as error:
@@ -78,77 +77,59 @@ def tar_digest(path: Path) -> str:
     try:
         return kept.read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError):
-        digest = _digest(path)
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_name(f".{uuid4().hex}.tmp")
-        temporary.write_text(digest, encoding="ascii")
-        temporary.replace(kept)
-    except OSError as error:
-        _logger.warning("not keeping the index of %s: %s", path, error.strerror or error)
-    return digest
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256(path.name.encode(errors="surrogateescape"))
+        digest = hashlib.sha256(path.name.encode(errors="surrogateescape"))
     for sample in _samples(path):
         texts = {suffix: hashlib.sha256(text).hexdigest() for suffix, text in sample.texts.items()}
-        digest.update(json.dumps([sample.key, sample.image, texts, sample.problem]).encode())
+        digest.update(json.dumps([sample.name, sample.image, texts, sample.problem]).encode())
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_text_whole(kept, digest.hexdigest())
+    except OSError as error:
+        _logger.warning("not keeping the index of %s: %s", path, error.strerror or error)
     return digest.hexdigest()
 
 
 def _samples(path: Path) -> Iterator[_Sample]:
     """The samples of a shard in the order they stand there."""
-    current: _Sample | None = None
+    sample = None
     with _opened(path) as tar:
-        for member in tar:
-            key, suffix = _split(member.name)
-            if not member.isreg() or key is None or suffix not in (*IMAGE_SUFFIXES, *_TEXTS):
-                continue
-            if current is None or current.key != key:
-                if current is not None:
-                    yield current
-                current = _Sample(key)
-            _add(current, tar, member, suffix)
-        _check_end(tar, path)
-    if current is None:
-        raise UserError(
-            f"{path} holds no samples", "a shard holds pictures (.jpg, .png, .webp, ...) beside .txt or .json"
-        )
-    yield current
+        for name, members in groupby(_members(tar), key=lambda found: found[0]):
+            sample = _Sample(name)
+            for _, suffix, member in members:
+                if member.sparse is not None:
+                    sample.problem = f"{member.name} is a sparse file"
+                elif suffix in IMAGE_SUFFIXES:
+                    if sample.image is not None:
+                        sample.problem = "more than one picture of this name"
+                    sample.image = member.offset_data, member.size
+                elif member.size > _LARGEST_TEXT:
+                    sample.problem = f"{member.name} is larger than {_LARGEST_TEXT >> 20} MiB"
+                else:
+                    file = tar.extractfile(member)
+                    assert file is not None  # it is a regular file
+                    sample.texts[suffix] = file.read()
+            yield sample
+        # Where the members end there must be a block of zeros; tarfile takes a damaged header for the end, too.
+        with path.open("rb") as shard:
+            shard.seek(tar.offset)
+            if shard.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"damaged or cut off at byte {tar.offset:,}")
+    if sample is None:
+        hint = "a shard holds pictures (.jpg, .png, .webp, ...) beside .txt or .json"
+        raise UserError(f"{path} holds no samples", hint)
 
 
-def _check_end(tar: tarfile.TarFile, path: Path) -> None:
-    """Where the members end there must be a block of zeros; tarfile takes a damaged header for the end, too."""
-    with path.open("rb") as file:
-        file.seek(tar.offset)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"damaged or cut off at byte {tar.offset:,}")
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Pictures and texts: the name up to the first dot of its last part, what follows, and the member itself."""
+    for member in tar:
+        path = PurePosixPath(member.name)
+        stem, dot, end = path.name.partition(".")
+        suffix = (dot + end).lower()
+        if member.isreg() and stem and suffix in (*IMAGE_SUFFIXES, *_TEXTS):
+            yield str(path.parent / stem), suffix, member
 
 
-def _split(name: str) -> tuple[str | None, str]:
-    """The name up to the first dot of its last part, and what follows; a hidden file has no name."""
-    path = PurePosixPath(name)
-    stem, dot, suffix = path.name.partition(".")
-    return (str(path.parent / stem) if stem else None), (dot + suffix).lower()
-
-
-def _add(sample: _Sample, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> None:
-    if member.sparse is not None:
-        sample.problem = f"{member.name} is a sparse file"
-    elif suffix in IMAGE_SUFFIXES:
-        if sample.image is not None:
-            sample.problem = "more than one picture of this name"
-        sample.image = member.offset_data, member.size
-    elif member.size > _LARGEST_TEXT:
-        sample.problem = f"{member.name} is larger than {_LARGEST_TEXT >> 20} MiB"
-    else:
-        file = tar.extractfile(member)
-        assert file is not None  # it is a regular file
-        sample.texts[suffix] = file.read()
-
-
-def _item(sample: _Sample, shard: str) -> Any:
+def _item(sample: _Sample, shard: str) -> dict[str, Any]:
     """A sample as an item.
 
     Raises:
@@ -157,42 +138,38 @@ def _item(sample: _Sample, shard: str) -> Any:
     if sample.problem is not None:
         raise ValueError(sample.problem)
     image = {} if sample.image is None else {"image": member_reference(Path(shard), *sample.image)}
-    facts = _facts(sample)
-    if any(key in facts for key in _ITEM_KEYS):
+    facts: Any = {}
+    if ".json" in sample.texts:
+        try:
+            facts = json.loads(_decoded(sample, ".json"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{sample.name}.json cannot be read: {error}") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{sample.name}.json should hold an object")
+    if facts.keys() & {"conversations", "instruction", "output"}:
         return {**facts, **image}
     if not image:
-        raise ValueError(f"no picture beside {' and '.join(sample.key + suffix for suffix in sample.texts)}")
+        raise ValueError(f"no picture beside {' and '.join(sample.name + suffix for suffix in sample.texts)}")
     if ".txt" in sample.texts:
         return {"caption": _decoded(sample, ".txt").strip(), **image}
-    for key in _CAPTION_KEYS:
+    for key in ("caption", "text"):
         if key in facts:
             return {"caption": facts[key], **image}
-    raise ValueError("no .txt and no .json with a caption beside the picture" if not facts else "no caption in .json")
-
-
-def _facts(sample: _Sample) -> dict[str, Any]:
-    if ".json" not in sample.texts:
-        return {}
-    try:
-        facts = json.loads(_decoded(sample, ".json"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{sample.key}.json cannot be read: {error}") from error
-    if not isinstance(facts, dict):
-        raise ValueError(f"{sample.key}.json should hold an object")
-    return facts
+    raise ValueError("no caption in .json" if facts else "no .txt and no .json with a caption beside the picture")
 
 
 def _decoded(sample: _Sample, suffix: str) -> str:
     try:
         return sample.texts[suffix].decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{sample.key}{suffix} is not UTF-8 at byte {error.start}") from error
+        raise ValueError(f"{sample.name}{suffix} is not UTF-8 at byte {error.start}") from error
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tarfile.TarFile]:
     try:
-        open_input(path, pipes=False).close()
+        with open_input(path, pipes=False) as file:
+            start = file.read(4)
         with tarfile.open(path, "r:") as tar:
             yield tar
     except FileNotFoundError as error:
@@ -200,15 +177,9 @@ def _opened(path: Path) -> Iterator[tarfile.TarFile]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (tarfile.TarError, EOFError) as error:
-        if _is_compressed(path):
+        if start.startswith(_COMPRESSED):
             raise UserError(
                 f"{path} is compressed: its pictures cannot be reached one by one",
                 f"unpack it: gzip -dc {path} > {path.with_suffix('')}-plain.tar",
             ) from error
         raise UserError(f"{path} is not a whole tar file: {error}", "was the download or the copy cut off?") from error
-
-
-def _is_compressed(path: Path) -> bool:
-    with path.open("rb") as file:
-        start = file.read(4)
-    return start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd"))

@@ -1,8 +1,6 @@
 """Captions of images: many in batches, or one as it is written; and a page that shows them."""
 
 import base64
-import itertools
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from typing import NamedTuple
@@ -12,7 +10,7 @@ from numpy.typing import NDArray
 
 from llama_acc.core.data.image_files import Named
 from llama_acc.core.data.image_workers import ImageWorkers
-from llama_acc.core.data.images import ImageError, ImageJob, Transform
+from llama_acc.core.data.images import ImageJob, Transform, pixels_or_problem
 from llama_acc.core.data.templates import Turn
 from llama_acc.core.errors import UserError
 from llama_acc.core.generate.chat import check_length, checked_text, encode_question, insert_images
@@ -109,18 +107,12 @@ def captions(
     places: list[int] = []
 
     def prompts() -> Iterator[Prompt]:
-        loading = (
-            image.problem or workers.load(ImageJob(image.reference, transform, max_pixels=max_pixels))
-            for image in images
+        jobs = (
+            [] if image.problem else [ImageJob(image.reference, transform, max_pixels=max_pixels)] for image in images
         )
-        ahead = deque(itertools.islice(loading, _BATCHES_AHEAD * batch_size))
-        for place, image in enumerate(images):
-            result = ahead.popleft()
-            ahead.extend(itertools.islice(loading, 1))
-            try:
-                pixels = result if isinstance(result, str) else result.result()
-            except ImageError as error:
-                pixels = error.message
+        decoded = workers.map_ahead(pixels_or_problem, jobs, _BATCHES_AHEAD * batch_size)
+        for place, (image, found) in enumerate(zip(images, decoded, strict=True)):
+            pixels = found[0] if found else image.problem
             if isinstance(pixels, str):
                 done[place] = Captioned(image, problem=pixels)
             else:

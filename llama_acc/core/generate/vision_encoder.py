@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llama_acc.core.checkpoint.adapter import fingerprint
 from llama_acc.core.checkpoint.load import Weights, fill
-from llama_acc.core.data.images import normalised
+from llama_acc.core.data.images import normalize
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.model.transformer import Transformer
 from llama_acc.core.model.vision import Tower, initialise_tower, tower_on_meta
@@ -47,7 +47,7 @@ class VisionEncoder:
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [I, 3, S, S] of 0 to 255 to [I, *input_shape], on the device; for a rank that `is_leader`."""
-        normalized = normalised(pixels.to(self.device, non_blocking=True), self.dtype)
+        normalized = normalize(pixels.to(self.device, non_blocking=True), self.dtype)
         if self.vision.trains_encoder:
             return normalized
         assert self.tower is not None

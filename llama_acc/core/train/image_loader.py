@@ -1,23 +1,39 @@
-"""The images of micro-batches: decoded ahead of time by worker processes, encoded when their turn comes."""
+"""The images of micro-batches: decoded ahead of time by worker processes, encoded when their turn comes.
 
+What a frozen encoder makes of images may be kept on disk: after the first epoch it need not run again.
+"""
+
+import errno
+import hashlib
+import logging
+import os
+import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
+from uuid import uuid4
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llama_acc.core.data.batches import MicroBatch, build_seen
 from llama_acc.core.data.dataset import Dataset
-from llama_acc.core.data.features import FeatureCache
 from llama_acc.core.data.image_workers import ImageWorkers, default_workers
-from llama_acc.core.data.images import Crop, ImageJob, Transform
+from llama_acc.core.data.images import Crop, ImageJob, Transform, digest, pixels_or_problem, shown_reference
 from llama_acc.core.distributed.groups import local_world_size
+from llama_acc.core.errors import RunError
 from llama_acc.core.generate.vision_encoder import VisionEncoder
+from llama_acc.core.home import home
+from llama_acc.core.units import size_text
 
 _AHEAD = 4  # micro-batches whose images are being decoded while one is computed
+
+_logger = logging.getLogger("llama_acc")
 
 
 class MicroBatchIndices(NamedTuple):
@@ -25,6 +41,65 @@ class MicroBatchIndices(NamedTuple):
 
     items: list[int]
     epoch: int
+
+
+class FeatureCache:
+    """The features of one encoder after one transform: a file for each image, as they are in memory.
+
+    A file's name is the SHA-256 of the image's bytes; its folder says which encoder and which transform. Nothing has
+    to be invalidated, and a folder that is not needed can be deleted.
+    """
+
+    def __init__(
+        self, encoder: str, transform: Transform, shape: tuple[int, ...], dtype: torch.dtype, reserve: int = 0
+    ) -> None:
+        """Args:
+        encoder: its fingerprint.
+        transform: what was done to the images; not a random one.
+        shape: of an image's features.
+        dtype: their type.
+        reserve: bytes of the disk that are not taken: the run's checkpoints may need them.
+        """
+        assert not transform.is_random
+        name = hashlib.sha256(f"{encoder} {transform.crop}-{transform.size}".encode()).hexdigest()[:32]
+        self.folder = home() / "features" / name
+        self._shape, self._dtype, self._reserve, self._keeps = shape, dtype, reserve, True
+        self._bytes = torch.Size(shape).numel() * dtype.itemsize
+
+    def path(self, reference: str) -> Path:
+        """Where the features of an image are, or would be."""
+        name = digest(reference)
+        return self.folder / name[:2] / name
+
+    def has(self, reference: str) -> bool:
+        """Whether an image's features are there, whole."""
+        with suppress(OSError):
+            return self.path(reference).stat().st_size == self._bytes
+        return False
+
+    def load(self, reference: str) -> Tensor:
+        """An image's features; it must be there."""
+        return torch.frombuffer(bytearray(self.path(reference).read_bytes()), dtype=self._dtype).view(self._shape)
+
+    def store(self, reference: str, features: Tensor) -> None:
+        """Keeps an image's features, whole or not at all. What goes wrong first is logged; no more are kept then."""
+        if not self._keeps:
+            return
+        path = self.path(reference)
+        aside = path.with_name(f".{path.name}-{uuid4().hex}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(path.parent).free < self._bytes + self._reserve:
+                left = f"the disk has only the {size_text(self._reserve)} left that checkpoints need"
+                raise OSError(errno.ENOSPC, left)
+            aside.write_bytes(features.to("cpu", self._dtype).contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            os.replace(aside, path)
+        except OSError as error:
+            reason = error.strerror or error
+            _logger.warning("cannot keep features in %s: %s; from here on they are made each time", self.folder, reason)
+            self._keeps = False
+            with suppress(OSError):
+                aside.unlink()
 
 
 class ImageLoader:
@@ -49,12 +124,12 @@ class ImageLoader:
         reserve: bytes of the disk that are not for kept features.
         """
         self._encoder, self._seed, self._max_pixels = encoder, seed, max_pixels
-        self._count, self._cache_features, self._reserve = workers, cache_features, reserve
-        self._workers: ImageWorkers | None = None
+        self._cache_features, self._reserve = cache_features, reserve
+        self._workers = ImageWorkers(workers or default_workers(local_world_size()))
         self._caches: dict[Transform, FeatureCache] = {}
 
     def iter_batches(self, dataset: Dataset, indices: Iterable[MicroBatchIndices], crop: Crop) -> Iterator[MicroBatch]:
-        """The micro-batches of a dataset with their `inputs`; the images of some are asked for ahead of time."""
+        """The micro-batches of a dataset with their `inputs`; the images of some are decoded ahead of time."""
         encoder = self._encoder
         batches = ((build_seen(dataset, items, encoder.vision.positions), epoch) for items, epoch in indices)
         if dataset.image_counts.any() and encoder.is_leader:
@@ -63,31 +138,32 @@ class ImageLoader:
 
     def close(self) -> None:
         """Ends the processes that decode images."""
-        if self._workers is not None:
-            self._workers.close()
-            self._workers = None
+        self._workers.close()
 
     def _decoded(self, batches: Iterable[tuple[MicroBatch, int]], transform: Transform) -> Iterator[MicroBatch]:
         """Micro-batches, each given with its epoch, with their `inputs`."""
-        if self._workers is None:
-            self._workers = ImageWorkers(self._count or default_workers(local_world_size()))
         cache = self._cache(transform)
-        waiting: deque[tuple[list[str], MicroBatch, list[int]]] = deque()
+        waiting: deque[tuple[MicroBatch, list[int], list[ImageJob]]] = deque()
 
         def jobs() -> Iterator[list[ImageJob]]:
             for batch, epoch in batches:
-                references = [image.reference for image in batch.images]
-                missing = [i for i, reference in enumerate(references) if cache is None or not cache.has(reference)]
-                waiting.append((references, batch, missing))
-                images = [batch.images[i] for i in missing]
-                yield [
+                missing = [i for i, at in enumerate(batch.images) if cache is None or not cache.has(at.reference)]
+                of_batch = [
                     ImageJob(at.reference, transform, (self._seed, epoch, at.document, at.nth), self._max_pixels)
-                    for at in images
+                    for at in (batch.images[i] for i in missing)
                 ]
+                waiting.append((batch, missing, of_batch))
+                yield of_batch
 
-        for pixels in self._workers.prefetched(jobs(), _AHEAD):
-            references, batch, missing = waiting.popleft()
-            encode = partial(self._encode, references, missing, torch.from_numpy(pixels), cache)
+        for results in self._workers.map_ahead(pixels_or_problem, jobs(), _AHEAD):
+            batch, missing, of_batch = waiting.popleft()
+            for job, result in zip(of_batch, results, strict=True):
+                if isinstance(result, str):
+                    message = f"the image {shown_reference(job.reference)} {result}, though it could be opened before"
+                    raise RunError(message, "mend it, then continue with --resume")
+            pixels = torch.from_numpy(np.stack(results)) if results else torch.zeros((0, 3, 0, 0), dtype=torch.uint8)
+            references = [image.reference for image in batch.images]
+            encode = partial(self._encode, references, missing, pixels, cache)
             yield replace(batch, inputs=self._encoder.inputs(len(references), encode))
 
     def _cache(self, transform: Transform) -> FeatureCache | None:
@@ -101,22 +177,16 @@ class ImageLoader:
         self, references: Sequence[str], missing: Sequence[int], pixels: Tensor, cache: FeatureCache | None
     ) -> Tensor:
         """Of images that are not in the cache from their pixels, of others from there. [images, ...]"""
-        encoder = self._encoder
         if cache is None:
-            return encoder.encode(pixels)
+            return self._encoder.encode(pixels)
         # Since its pixels were asked for, an image of a micro-batch before may have been kept.
         still = [place for place, i in enumerate(missing) if not cache.has(references[i])]
-        made = dict(
-            zip((missing[place] for place in still), encoder.encode(pixels[still]) if still else (), strict=True)
-        )
+        encoded = self._encoder.encode(pixels[still]) if still else ()
+        made = dict(zip((missing[place] for place in still), encoded, strict=True))
         for i, features in made.items():
             cache.store(references[i], features)
-        return torch.stack(
-            [
-                made[i] if i in made else cache.load(reference).to(encoder.device)
-                for i, reference in enumerate(references)
-            ]
-        )
+        device = self._encoder.device
+        return torch.stack([made[i] if i in made else cache.load(path).to(device) for i, path in enumerate(references)])
 
 
 def _never() -> Tensor:

@@ -17,7 +17,7 @@ from llama_acc.core.checkpoint.layout import Layout
 from llama_acc.core.checkpoint.save import DTYPES, needed_bytes
 from llama_acc.core.data.cache import EntryStore, load_published, publish_to_local_ranks
 from llama_acc.core.data.dataset import Dataset
-from llama_acc.core.data.image_checks import with_usable_images
+from llama_acc.core.data.image_workers import with_usable_images
 from llama_acc.core.data.load import load_dataset
 from llama_acc.core.data.readers import raise_together
 from llama_acc.core.data.sources import OTHERWISE, Source

@@ -19,10 +19,8 @@ from llama_acc.core.data.images import (
     Transform,
     check_header,
     decode,
-    digest,
-    fallback_box,
     member_reference,
-    normalised,
+    normalize,
     pixels,
     random_box,
     read_reference,
@@ -159,7 +157,7 @@ def test_the_random_crop_is_torchvisions_of_the_same_box() -> None:
 def test_a_picture_too_long_for_a_random_box_gives_torchvisions_middle(
     size: tuple[int, int], box: tuple[int, int, int, int]
 ) -> None:
-    assert fallback_box(*size) == box == random_box(*size, RANDOM)
+    assert random_box(*size, RANDOM) == box
 
 
 def test_random_boxes_have_the_area_and_shape_asked_for() -> None:
@@ -173,10 +171,10 @@ def test_random_boxes_have_the_area_and_shape_asked_for() -> None:
     assert 1.1 < ratios.min() < 1.3 < ratios.max() < 1.34
 
 
-def test_normalised_pixels_are_torchvisions() -> None:
+def test_normalized_pixels_are_torchvisions() -> None:
     # Compose([ToTensor(), Normalize(CLIP_MEAN, CLIP_STD)])(pattern(60, 40))[:, 7, 11]
     values = torch.from_numpy(np.asarray(pattern(60, 40)).transpose(2, 0, 1).copy())
-    assert normalised(values, torch.float32)[:, 7, 11].tolist() == pytest.approx([0.8792, 1.7447, -1.0963], abs=1e-4)
+    assert normalize(values, torch.float32)[:, 7, 11].tolist() == pytest.approx([0.8792, 1.7447, -1.0963], abs=1e-4)
 
 
 @pytest.mark.parametrize("crop", CROPS)
@@ -197,16 +195,9 @@ def test_what_chance_decides_follows_from_the_seed_alone(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_every_file_format_is_read(format: str) -> None:
-    red, green, blue = middle(decode(encoded(plain((200, 40, 90)), format)))
-    assert abs(red - 200) <= 4
-    assert abs(green - 40) <= 4
-    assert abs(blue - 90) <= 4
-
-
-def test_of_a_gif_the_first_frame_is_taken() -> None:
-    frames = [plain((250, 0, 0)), plain((0, 250, 0))]
-    assert middle(decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))) == (250, 0, 0)
+def test_every_file_format_is_read_and_of_several_frames_the_first(format: str) -> None:
+    more = {"save_all": True, "append_images": [plain((0, 250, 0))]} if format in ("GIF", "WEBP", "TIFF") else {}
+    assert np.abs(np.subtract(middle(decode(encoded(plain((200, 40, 90)), format, **more))), (200, 40, 90))).max() <= 4
 
 
 @pytest.mark.parametrize(("value", "grey"), [(0, 0), (257, 1), (32768, 128), (65535, 255)])
@@ -214,17 +205,6 @@ def test_16_bits_become_8_without_being_cut_off(value: int, grey: int) -> None:
     image = Image.fromarray(np.full((6, 8), value, np.uint16))
     assert middle(decode(encoded(image))) == (grey,) * 3
     assert middle(decode(encoded(image, "TIFF"))) == (grey,) * 3
-
-
-def test_16_bit_colours_become_8_bit_colours() -> None:
-    # Pillow writes no such file: colour type 2, 16 bits, one pixel.
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
-    header = (1).to_bytes(4, "big") * 2 + bytes([16, 2, 0, 0, 0])
-    row = b"\0" + b"".join(value.to_bytes(2, "big") for value in (65535, 32896, 0))
-    file = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
-    assert middle(decode(file)) == (255, 128, 0)
 
 
 @pytest.mark.parametrize(
@@ -245,47 +225,53 @@ def test_every_mode_becomes_rgb(mode: str, colour: Any, format: str, expected: t
     assert np.abs(np.subtract(middle(decode(encoded(plain(colour, mode), format, **settings))), expected)).max() <= 2
 
 
-def png(depth: int, color: int, samples: list[int], transparent: tuple[int, ...]) -> bytes:
-    """A PNG of one row, as its specification has it; Pillow writes grey and RGB with 8 bits only."""
+GRAY, RGB = 0, 2
+
+
+def png(depth: int, color: int, samples: list[int], transparent: tuple[int, ...] | None) -> bytes:
+    """A PNG of one row, as its specification has it; Pillow writes gray and RGB with 8 bits only."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     bits = "".join(f"{sample:0{depth}b}" for sample in samples)
     row = b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
-    header = struct.pack(">IIBBBBB", len(samples) // len(transparent), 1, depth, color, 0, 0, 0)
-    parts = chunk(b"IHDR", header), chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
-
-
-GREY, RGB = 0, 2
+    header = struct.pack(">IIBBBBB", len(samples) // (3 if color == RGB else 1), 1, depth, color, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(row)), chunk(b"IEND", b"")]
+    if transparent is not None:
+        parts.insert(1, chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 @pytest.mark.parametrize(
     ("content", "pixels"),
     [
-        (png(1, GREY, [0, 1] * 4, (1,)), [(0, 0, 0), (255, 255, 255)] * 4),
-        (png(2, GREY, [0, 1, 2, 3], (2,)), [(0, 0, 0), (85, 85, 85), (255, 255, 255), (255, 255, 255)]),
-        (png(4, GREY, [0, 5, 10, 15], (5,)), [(0, 0, 0), (255, 255, 255), (170, 170, 170), (255, 255, 255)]),
-        (png(8, GREY, [0, 5, 10], (5,)), [(0, 0, 0), (255, 255, 255), (10, 10, 10)]),
-        (png(16, GREY, [0, 0x1234, 0x8080], (0x1234,)), [(0, 0, 0), (255, 255, 255), (128, 128, 128)]),
+        (png(16, RGB, [65535, 32896, 0], None), [(255, 128, 0)]),
+        (png(1, GRAY, [0, 1] * 4, (1,)), [(0, 0, 0), (255, 255, 255)] * 4),
+        (png(2, GRAY, [0, 1, 2, 3], (2,)), [(0, 0, 0), (85, 85, 85), (255, 255, 255), (255, 255, 255)]),
+        (png(4, GRAY, [0, 5, 10, 15], (5,)), [(0, 0, 0), (255, 255, 255), (170, 170, 170), (255, 255, 255)]),
+        (png(8, GRAY, [0, 5, 10], (5,)), [(0, 0, 0), (255, 255, 255), (10, 10, 10)]),
+        (png(16, GRAY, [0, 0x1234, 0x8080], (0x1234,)), [(0, 0, 0), (255, 255, 255), (128, 128, 128)]),
         (png(8, RGB, [1, 2, 3, 4, 5, 6], (1, 2, 3)), [(255, 255, 255), (4, 5, 6)]),
         (png(16, RGB, [0x1234, 0, 0, 0xFFFF, 0, 0], (0x1234, 0, 0)), [(255, 255, 255), (255, 0, 0)]),
     ],
 )
-def test_the_one_transparent_color_of_a_png_shows_the_ground_at_every_depth(
+def test_the_one_transparent_color_of_a_png_shows_the_background_at_every_depth(
     content: bytes, pixels: list[tuple[int, ...]]
 ) -> None:
     image = decode(content)
     assert [image.getpixel((x, 0)) for x in range(image.width)] == pixels
 
 
-def test_a_transparent_colour_of_a_palette_shows_the_ground() -> None:
+def test_a_transparent_color_of_a_palette_shows_the_background() -> None:
     image = plain(0, "P")
     image.putpalette([200, 0, 0, 0, 200, 0])
-    assert middle(decode(encoded(image, "PNG", transparency=0))) == (255, 255, 255)
-    assert middle(decode(encoded(image, "GIF", transparency=0))) == (255, 255, 255)
-    assert middle(decode(encoded(image, "PNG", transparency=1))) == (200, 0, 0)
+    for format, transparent, color in [
+        ("PNG", 0, (255, 255, 255)),
+        ("GIF", 0, (255, 255, 255)),
+        ("PNG", 1, (200, 0, 0)),
+    ]:
+        assert middle(decode(encoded(image, format, transparency=transparent))) == color
 
 
 def test_a_picture_is_turned_as_its_exif_says() -> None:
@@ -300,20 +286,14 @@ def test_a_picture_is_turned_as_its_exif_says() -> None:
 
 
 def test_a_picture_of_too_many_pixels_is_refused_before_it_is_unpacked() -> None:
-    bomb = encoded(Image.new("1", (30000, 20000)))  # 600 million pixels in a few kilobytes
-    assert len(bomb) < 200_000
+    bomb, limit = encoded(Image.new("1", (30000, 20000))), Image.MAX_IMAGE_PIXELS  # 600 million pixels in a few KB
     with pytest.raises(ImageError, match="30,000 x 20,000 pixels, more than 100,000,000"):
         decode(bomb)
     small = encoded(plain(0, size=(100, 100)))
     with pytest.raises(ImageError, match="more than 9,999"):
         decode(small, max_pixels=9_999)
     assert decode(small, max_pixels=10_000).size == (100, 100)
-
-
-def test_pillows_own_limit_is_left_alone() -> None:
-    limit = Image.MAX_IMAGE_PIXELS
-    decode(encoded(plain(0)))
-    assert limit == Image.MAX_IMAGE_PIXELS
+    assert limit == Image.MAX_IMAGE_PIXELS, "Pillow's own limit is left alone"
 
 
 @pytest.mark.parametrize(
@@ -334,7 +314,7 @@ def test_what_is_no_picture_says_why(data: bytes, said: str) -> None:
         decode(data)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF"]),
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),
@@ -368,21 +348,10 @@ def test_a_header_is_checked_without_the_pixels(tmp_path: Path) -> None:
     path.write_bytes(encoded(pattern(90, 90))[:200])
     assert check_header(str(path)) == (90, 90)
     for reference, said in [
-        (str(tmp_path / "no.png"), "is not there"),
+        (str(tmp_path / "no.png"), "was not found"),
         (str(tmp_path), "cannot be read: it is a folder"),
         ("a\0b.png", "cannot be read"),
-        (member_reference(tmp_path / "no.tar", 0, 9), "is not there"),
+        (member_reference(tmp_path / "no.tar", 0, 9), "was not found"),
     ]:
         with pytest.raises(ImageError, match=said):
             check_header(reference)
-
-
-def test_a_digest_follows_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    path.write_bytes(b"one")
-    first = digest(str(path))
-    assert first == digest(str(path))
-    path.write_bytes(b"another")
-    assert digest(str(path)) != first
-    with pytest.raises(ImageError, match="is not there"):
-        digest(str(tmp_path / "b.png"))

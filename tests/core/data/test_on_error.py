@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llama_acc.core.data import duplicates
+from llama_acc.core.data import checks
 from llama_acc.core.data import load as load_module
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.data.findings import MOST_PROBLEMS
@@ -181,7 +181,7 @@ def test_of_any_number_of_skipped_items_the_first_are_told_and_all_are_counted(
 def test_what_several_files_have_is_told_once_for_each_and_never_of_a_file_given_twice(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr(duplicates, "_AT_ONCE", at_once)
+    monkeypatch.setattr(checks, "_AT_ONCE", at_once)
     rows = good(8)
     a = write(tmp_path / "a.jsonl", rows[:4])
     b = write(tmp_path / "b.jsonl", [rows[6], rows[2], rows[6], rows[2], rows[5]])

@@ -30,7 +30,7 @@ def assert_equal(actual: list[Prepared], expected: list[Prepared]) -> None:
     assert len(actual) == len(expected)
     for a, b in zip(actual, expected, strict=True):
         assert all(np.array_equal(x, y) for x, y in zip(a.chunk, b.chunk, strict=True))
-        assert (a.survey.finish(), a.survey.rows) == (b.survey.finish(), b.survey.rows)
+        assert (a.stats.all_findings(), a.stats.rows) == (b.stats.all_findings(), b.stats.rows)
 
 
 def test_workers_give_what_one_process_gives_in_the_same_order(job: Job) -> None:

@@ -12,14 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llama_acc.core.data.check import Truncation
 from llama_acc.core.data.encode import documents
-from llama_acc.core.data.findings import KINDS
+from llama_acc.core.data.findings import KINDS, Findings
 from llama_acc.core.data.items import Dialogue, SingleTurn, item_of
 from llama_acc.core.data.readers import stream_items
 from llama_acc.core.data.rows import Row, stream_rows_from
-from llama_acc.core.data.survey import Findings
 from llama_acc.core.data.templates import TEMPLATES, Turn, get_template
-from llama_acc.core.data.truncation import Truncation
 from llama_acc.core.errors import DataError, UserError
 from llama_acc.core.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from tests.core.data.reading import read_file
@@ -132,12 +131,12 @@ def test_truncation_loses_what_it_says(turns: list[tuple[str, str]], most: int, 
     labelled[:1] = False
     truncation = Truncation(template, tokenizer, most, Findings())
     truncation.add([("item 1", Dialogue([Turn(*turn) for turn in turns]))])
-    left = int(labelled[:most].sum())
-    assert truncation.no_reply + truncation.no_room == (not left)
-    assert truncation.no_reply == (not labelled.any())
-    assert truncation.label_tokens == left
-    assert truncation.tokens == (len(tokens[:most]) if left else 0)
-    assert truncation.cut_labels == (int(labelled[most:].sum()) if left else 0)
+    left, counts = int(labelled[:most].sum()), truncation.counts
+    assert counts["dropped"] == (not left)
+    assert counts["dropped_without_reply"] == (not labelled.any())
+    assert counts["label_tokens"] == left
+    assert counts["tokens"] == (len(tokens[:most]) if left else 0)
+    assert counts["truncated_label_tokens"] == (int(labelled[most:].sum()) if left else 0)
 
 
 SURROGATE = st.text(st.characters(categories=["Cs", "L"]), max_size=3)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from llama_acc.core.data import tar_shards
-from llama_acc.core.data.drawings import SPLITS, drawings, drawn_shard
 from llama_acc.core.data.images import read_reference, resolved
 from llama_acc.core.data.items import Dialogue, SingleTurn
 from llama_acc.core.data.readers import data_files
@@ -41,16 +40,6 @@ def samples(count: int) -> dict[str, Any]:
             f"{number:04}.txt": f"caption {number}\n",
         }
     return members
-
-
-def test_a_caption_goes_with_the_picture_of_its_name(tmp_path: Path) -> None:
-    members = samples(3)
-    shard = write_shard(tmp_path / "a.tar", members)
-    items = read_items(shard)
-    assert [item.output for item in items if isinstance(item, SingleTurn)] == ["caption 0", "caption 1", "caption 2"]
-    for number, item in enumerate(items):
-        (reference,) = item.images
-        assert read_reference(resolved(reference, shard.parent)) == members[f"{number:04}.jpg"]
 
 
 def test_json_is_an_item_or_says_the_caption(tmp_path: Path) -> None:
@@ -84,13 +73,13 @@ def test_json_is_an_item_or_says_the_caption(tmp_path: Path) -> None:
     assert len(dialogues[0].images) == 1
 
 
-def test_what_is_no_sample_is_passed_over(tmp_path: Path) -> None:
+def test_a_caption_goes_with_the_picture_of_its_name_and_what_is_no_sample_is_passed_over(tmp_path: Path) -> None:
     more = {"README.md": "x", "0000.cls": "7", ".hidden.jpg": "x", "._0000.jpg": "x", "0000.seg.png": "x"}
-    for name, members in (("a.tar", {**more, **samples(1)}), ("b.tar", {**samples(1), **more})):
-        (item,) = read_items(write_shard(tmp_path / name, members))
-        assert isinstance(item, SingleTurn)
-        assert item.output == "caption 0"
-        assert read_reference(resolved(item.images[0], tmp_path)) == samples(1)["0000.jpg"]
+    for name, members in (("a.tar", {**more, **samples(3)}), ("b.tar", {**samples(3), **more})):
+        items = read_items(write_shard(tmp_path / name, members))
+        assert [item.output for item in items if isinstance(item, SingleTurn)] == [f"caption {i}" for i in range(3)]
+        for number, item in enumerate(items):
+            assert read_reference(resolved(item.images[0], tmp_path)) == members[f"{number:04}.jpg"]
 
 
 def test_every_sample_that_cannot_be_used_is_named(tmp_path: Path) -> None:
@@ -159,36 +148,19 @@ def test_a_folder_or_glob_of_shards_is_data(tmp_path: Path) -> None:
     assert [path.name for path in data_files(tmp_path / "*.tar")] == ["a.tar", "b.tar"]
 
 
-def test_the_digest_is_of_what_decides_the_rows(tmp_path: Path) -> None:
-    first = tar_digest(write_shard(tmp_path / "1/a.tar", samples(3)))
-    assert tar_digest(write_shard(tmp_path / "2/a.tar", samples(3))) == first
-    other = {**samples(3), "0001.txt": "another caption"}
-    assert tar_digest(write_shard(tmp_path / "3/a.tar", other)) != first
-    assert tar_digest(write_shard(tmp_path / "4/a.tar", {"x.md": "moves all", **samples(3)})) != first
-
-
-def test_a_digest_is_made_once(
+def test_the_digest_is_of_what_decides_the_rows_and_made_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama_acc_home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shard = write_shard(tmp_path / "a.tar", samples(3))
-    digest = tar_digest(shard)
+    shard = write_shard(tmp_path / "1/a.tar", samples(3))
+    first = tar_digest(shard)
+    assert tar_digest(write_shard(tmp_path / "2/a.tar", samples(3))) == first
+    for number, other in enumerate([{**samples(3), "0001.txt": "another"}, {"x.md": "moves all", **samples(3)}]):
+        assert tar_digest(write_shard(tmp_path / f"other{number}/a.tar", other)) != first
     with monkeypatch.context() as patch:
         patch.setattr(tar_shards, "_samples", None)
-        assert tar_digest(shard) == digest
-    write_shard(shard, samples(4))
-    assert tar_digest(shard) != digest
+        assert tar_digest(shard) == first
+    assert tar_digest(write_shard(shard, samples(4))) != first
     (llama_acc_home / "cache/tars").rename(llama_acc_home / "cache/moved")
     (llama_acc_home / "cache/tars").write_text("in the way", encoding="utf-8")
     tar_digest(shard)
     assert "not keeping the index" in caplog.text
-
-
-def test_drawings_are_a_shard_that_is_made_once() -> None:
-    shard = drawn_shard("held-out")
-    items = read_items(shard)
-    expected = list(drawings("held-out", SPLITS["held-out"]))
-    assert [item.output for item in items if isinstance(item, SingleTurn)] == [caption for _, caption in expected]
-    assert read_reference(resolved(items[-1].images[0], shard.parent)) == expected[-1][0]
-    before = shard.stat().st_mtime_ns
-    assert drawn_shard("held-out").stat().st_mtime_ns == before
-    assert [path.name for path in shard.parent.iterdir()] == ["held-out.tar"]

@@ -61,7 +61,7 @@ def test_a_batch_says_of_each_image_what_it_does_alone(
             )
         )
     assert [one.image for one in found] == images
-    assert found[2] == Captioned(images[2], problem="is not there")
+    assert found[2] == Captioned(images[2], problem="was not found")
     assert found[6] == Captioned(images[6], problem="odd")
     for one in found:
         if one.problem is None:

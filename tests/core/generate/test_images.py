@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llama_acc.core.checkpoint.convert import Request, convert
-from llama_acc.core.data.images import normalised
+from llama_acc.core.data.images import normalize
 from llama_acc.core.errors import UserError
 from llama_acc.core.generate.chat import Conversation, encode_question, generate, insert_images
 from llama_acc.core.generate.engine import Engine, Prompt
@@ -173,7 +173,7 @@ WORDS = [1, 20, 21, 22, 23]
 
 def expected_of(theirs: Any, count: int) -> tuple[Tensor, Tensor]:
     pixels = torch.from_numpy(np.stack(pictures(count, QFORMER.image_size)))
-    features = their_features(theirs, normalised(pixels, torch.float32))
+    features = their_features(theirs, normalize(pixels, torch.float32))
     model = seeing_model("qformer")
     return features, their_logits(huggingface_llama(model), model, torch.tensor(WORDS), features)
 

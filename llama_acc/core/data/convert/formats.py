@@ -322,7 +322,7 @@ def _sharegpt(row: Row, options: Options, notes: Counter[str]) -> Iterable[Recor
             turns[place] = turn._replace(text=clean)
     system, turns = _exchanges(row, turns, notes)
     if options.languages:
-        from llama_acc.core.data.language import language_of
+        from llama_acc.core.data.checks import language_of
 
         language = next((found for turn in turns if (found := language_of(turn.text))), None)
         if language is not None and language not in options.languages:
