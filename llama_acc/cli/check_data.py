@@ -126,13 +126,12 @@ def check(
 
 
 def _tokenizer(name: str) -> "Tokenizer":
-    from llama_acc.core.home import home
+    from llama_acc.core.downloads import named_model
     from llama_acc.core.tokenizer import find_tokenizer, load_tokenizer
 
     path = Path(name).expanduser()
-    downloaded = home() / "models" / name
-    if not path.exists() and downloaded.is_dir():
-        path = downloaded
+    if not path.exists():
+        path = named_model(name) or path
     return load_tokenizer((find_tokenizer(path) if path.is_dir() else None) or path)
 
 

@@ -85,21 +85,10 @@ def test_lengths_cuts_and_drops_with_a_tokenizer_and_a_picture_of_them(tmp_path:
     assert "lengths in tokens: min " in said
     with Image.open(tmp_path / "p.png") as image:
         assert (image.format, image.size) == ("PNG", (960, 540))
-
-
-def test_json_holds_everything(tmp_path: Path, tokenizer_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", "\n".join([json.dumps(GOOD), "{"]))
-    flags = ("--json", "--tokenizer", tokenizer_path, "--max-tokens", 200, "--preview", 1)
-    result = invoke(*CHECK, path, *flags)
-    assert result.exit_code == 2
-    report = json.loads(result.stdout)
-    assert report["fatal"] == 1
-    [file] = report["files"]
-    assert (file["rows"], file["items"], file["dropped"], file["max_tokens"]) == (2, 1, 0, 200)
-    [place] = file["findings"]["unreadable"]["places"]
-    assert (place["where"], place["value"]) == ("item 2 (line 2), column 2", '"{"')
-    [shown] = report["preview"]
-    assert shown["tokens"] == file["tokens"]
+    report = json.loads(invoke(*CHECK, tmp_path / "a.json", *flags, "--json", "--preview", 1).stdout)
+    [file], [shown] = report["files"], report["preview"]
+    assert (report["fatal"], file["dropped"], file["truncated"], file["max_tokens"]) == (0, 1, 1, 60)
+    assert file["findings"]["cut"]["places"][0]["where"] == "item 2"
     assert shown["pieces"][0] == {"text": "<s>", "trained": False, "special": True}
 
 

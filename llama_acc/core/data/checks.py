@@ -301,8 +301,10 @@ def _reply(field: str, question: str | None, reply: str, where: str) -> Iterator
     if not reply.strip():
         yield Finding("empty_reply", where, field, "an empty reply", beginning(reply))
         return
-    asked, answered = " ".join((question or "").split()).casefold(), " ".join(reply.split()).casefold()
-    if asked and asked == answered:
+    if not question or question.lstrip()[:1].casefold() != reply.lstrip()[:1].casefold():
+        return  # so most replies need no further look
+    asked, answered = " ".join(question.split()).casefold(), " ".join(reply.split()).casefold()
+    if asked == answered:
         yield Finding("echo", where, field, "the reply is the question", beginning(reply))
     elif len(asked) >= _ECHO_CHARACTERS and answered.startswith(asked):
         yield Finding("echo", where, field, "the reply begins with the whole question", beginning(reply))

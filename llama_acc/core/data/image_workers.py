@@ -60,6 +60,7 @@ class ImageWorkers:
         """Ends the workers after what they are at."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
     def map_ahead(
         self, function: Callable[[_Job], _Result], groups: Iterable[Sequence[_Job]], ahead: int

@@ -38,18 +38,7 @@ def test_an_item_is_shown_as_the_model_sees_it(with_tokenizer: bool, tokenizer: 
     )
 
 
-def test_counts_and_what_is_cut(tokenizer: Tokenizer) -> None:
-    item = SingleTurn("name it", None, "a town " * 20)
-    [whole] = shown_items([("", item)], get_template("none"), tokenizer, None)
-    [part] = shown_items([("", item)], get_template("none"), tokenizer, 20)
-    assert whole.tokens is not None
-    assert whole.label_tokens is not None
-    assert (part.tokens, part.cut) == (20, whole.tokens - 20)
-    assert part.label_tokens == whole.label_tokens - part.cut
-    assert not any(piece.text == "</s>" for piece in part.pieces)
-
-
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     turns=st.lists(st.tuples(st.sampled_from(["human", "assistant"]), st.text()), min_size=1, max_size=4),
     name=st.sampled_from(["dialogue", "chatml"]),
@@ -60,9 +49,8 @@ def test_the_text_of_the_pieces_is_the_text_of_the_item(
     for loaded in (tokenizer, None):
         [shown] = shown_items([("", Dialogue([Turn(*turn) for turn in turns]))], get_template(name), loaded, None)
         text = "".join(piece.text for piece in shown.pieces if not piece.special)
-        assert text.replace("▁", " ") == get_template(name).dialogue_text([Turn(*turn) for turn in turns])[0].replace(
-            "▁", " "
-        )
+        expected, *_ = get_template(name).dialogue_text([Turn(*turn) for turn in turns])
+        assert text.replace("▁", " ") == expected.replace("▁", " ")
 
 
 @pytest.mark.parametrize("name", list(TEMPLATES))
@@ -85,8 +73,12 @@ def test_images_stand_behind_bos(tokenizer: Tokenizer) -> None:
         )
         assert chat.pieces[:2] == names
     [cut] = shown_items([("", item)], get_template("caption"), tokenizer, 70, 34)
-    whole = len(tokenizer.encode("a town", bos=True, eos=True))
-    assert (cut.tokens, cut.cut) == (70, 68 + whole - 70)
+    [whole] = shown_items([("", item)], get_template("caption"), tokenizer, None, 34)
+    assert whole.tokens is not None
+    assert whole.label_tokens is not None
+    assert (cut.tokens, cut.cut) == (70, whole.tokens - 70)
+    assert cut.label_tokens == whole.label_tokens - cut.cut
+    assert not any(piece.text == "</s>" for piece in cut.pieces)
 
 
 def test_a_character_of_several_tokens_is_whole(tokenizer: Tokenizer) -> None:
