@@ -40,7 +40,7 @@ def _marked(pieces: "Iterable[Piece]", names: set[str]) -> Text:
         if piece.trained != inside:
             text += "⟦" if piece.trained else "⟧"
         inside, shown = piece.trained, piece.text
-        # The name of a special token that only stands in the text is told from the token.
+        # The name of a special token that only stands in the text is marked to differ from the token.
         for name in () if piece.special else names:
             shown = shown.replace(name, f"\\{name}")
         text += shown

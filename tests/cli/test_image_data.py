@@ -114,10 +114,3 @@ def test_a_run_on_a_shard_resumes_at_the_sample_and_deals_it_to_ranks(shard: Pat
     for alone, shared in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "two"), strict=True):
         assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-4)
         assert shared["label_tokens"] == alone["label_tokens"]
-
-
-def test_the_report_counts_a_shard(shard: Path, tmp_path: Path) -> None:
-    result = invoke(*finetune(shard, tmp_path / "run", "data.sources.0.template=caption"), "--dry-run")
-    assert result.exit_code == 0, result.stderr
-    report = json.loads((tmp_path / "run/data.json").read_text(encoding="utf-8"))
-    assert (report["items"], report["files"][0]["path"]) == (12, str(shard))

@@ -56,7 +56,7 @@ class Truncation:
     """How many positions an image takes, in front of the text."""
     lengths: Counter[int] = field(default_factory=Counter)
     """How many items have so many tokens, uncut."""
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTS, 0))
+    counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(_COUNTS, 0)))
     """tokens, label_tokens: of what is left of the items. truncated...: items that are cut, and what they lose."""
 
     def add(self, items: Sequence[tuple[str, Item]]) -> None:
@@ -72,21 +72,20 @@ class Truncation:
             most = length if self.max_tokens is None else self.max_tokens
             kept = int(np.searchsorted(trained, most))
             lost = len(trained) - kept
-            counts: dict[str, int] = {}
             kind = message = ""
             if kept:
-                counts = {"tokens": min(length, most), "label_tokens": kept}
+                self.counts.update(tokens=min(length, most), label_tokens=kept)
+            elif lost:
+                self.counts.update(dropped=1, dropped_without_room=1)
+                kind = "no_label"
+                message = f"the first trained token is number {trained[0] + 1:,}, and only {most:,} are kept"
             else:
-                counts = {"dropped": 1, "dropped_without_room" if lost else "dropped_without_reply": 1}
+                self.counts.update(dropped=1, dropped_without_reply=1)
                 kind, message = "no_label", "nothing in it is trained: it has no reply that is to be"
-                if lost:
-                    message = f"the first trained token is number {trained[0] + 1:,}, and only {most:,} are kept"
             if kept and length > most:
-                counts |= {"truncated": 1, "truncated_tokens": length - most, "truncated_label_tokens": lost}
+                self.counts.update(truncated=1, truncated_tokens=length - most, truncated_label_tokens=lost)
                 kind = "cut"
                 message = f"{length:,} tokens: the last {length - most:,} are cut, {lost:,} of them trained"
-            for name, count in counts.items():
-                self.counts[name] += count
             if kind:
                 name, text = next(fields_of(item))
                 self.findings.add(Finding(kind, where, name, message, beginning(text)))

@@ -45,6 +45,7 @@ _ENGLISH = frozenset(
     "these so some her would make like him into time has its".split()
 )
 _AT_ONCE = 1 << 20  # documents that are compared
+_PLACE = np.dtype([("file", np.int64), ("row", np.int64), ("digest", np.uint64)])
 
 
 class DatasetStats:
@@ -91,7 +92,7 @@ class DatasetStats:
 
     @property
     def languages(self) -> dict[str, int]:
-        """How many items are in each language, most first; those of which it cannot be told are not counted."""
+        """How many items are in each language, most first; those in none for sure are not counted."""
         return dict(self._languages.counts.most_common())
 
     @property
@@ -163,7 +164,7 @@ def cross_file_duplicates(
             parts[number].release()
             rows = np.flatnonzero(digests % np.uint64(groups) == remainder)
             rows = rows[np.sort(np.unique(digests[rows], return_index=True)[1])]
-            chosen.append(np.rec.fromarrays([np.full(len(rows), number), rows, digests[rows]], names="file,row,digest"))
+            chosen.append(np.rec.fromarrays([np.full(len(rows), number), rows, digests[rows]], dtype=_PLACE))
         documents = np.concatenate(chosen)
         for again, first in duplicates(documents["digest"]):
             file, row, _ = documents[again].tolist()
@@ -260,12 +261,12 @@ def item_hash(item: Item) -> int:
 
 
 def known_languages() -> list[str]:
-    """The ISO 639-1 codes of the languages that are told apart."""
+    """The ISO 639-1 codes of the languages that are distinguished."""
     return sorted({str(label) for label in _identifier().nb_classes if len(label) == 2})
 
 
 def language_of(text: str) -> str | None:
-    """The ISO 639 code of the language a text begins in; None where that cannot be told for sure."""
+    """The ISO 639 code of the language a text begins in; None where that is not sure."""
     text = text[:_LANGUAGE_CHARACTERS]
     if len("".join(text.split()).encode("utf-8")) < _LANGUAGE_BYTES:
         return None

@@ -112,7 +112,7 @@ def captions(
         )
         decoded = workers.map_ahead(pixels_or_problem, jobs, _BATCHES_AHEAD * batch_size)
         for place, (image, found) in enumerate(zip(images, decoded, strict=True)):
-            pixels = found[0] if found else image.problem
+            pixels = found[0] if found else image.problem or ""
             if isinstance(pixels, str):
                 done[place] = Captioned(image, problem=pixels)
             else:

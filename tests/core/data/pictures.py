@@ -21,9 +21,9 @@ def encoded(image: Image.Image, format: str = "PNG", **settings: Any) -> bytes:
     return file.getvalue()
 
 
-def plain(colour: Any, mode: str = "RGB", size: tuple[int, int] = (8, 6)) -> Image.Image:
-    """A picture of one colour."""
-    return Image.new(mode, size, colour)
+def plain(color: Any, mode: str = "RGB", size: tuple[int, int] = (8, 6)) -> Image.Image:
+    """A picture of one color."""
+    return Image.new(mode, size, color)
 
 
 def write_pictures(folder: Path, count: int, size: tuple[int, int] = (40, 30)) -> list[str]:

@@ -93,16 +93,16 @@ def test_all_bad_images_are_found(tmp_path: Path) -> None:
     text, large, missing = (str(tmp_path / name) for name in ("text.png", "large.png", "no.jpg"))
     Path(text).write_text("no picture", encoding="utf-8")
     Path(large).write_bytes(encoded(plain(0, size=(300, 200))))
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     with ImageWorkers(2) as workers:
         assert image_problems([], 1, workers) == {}
-        problems = image_problems([*good, missing, text, large], 59_999, workers, lambda *done: told.append(done))
+        problems = image_problems([*good, missing, text, large], 59_999, workers, lambda *done: reported.append(done))
     assert problems == {
         missing: "was not found",
         text: "is not a picture of a known kind (JPEG, PNG, WEBP, GIF, BMP, TIFF)",
         large: "has 300 x 200 pixels, more than 59,999",
     }
-    assert told == [(64, 73), (73, 73)]
+    assert reported == [(64, 73), (73, 73)]
 
 
 def test_some_cores_are_left_to_training() -> None:

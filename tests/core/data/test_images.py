@@ -124,21 +124,21 @@ def test_16_bits_become_8_without_being_cut_off(value: int, gray: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "colour", "format", "expected"),
+    ("mode", "color", "format", "expected"),
     [
         ("L", 77, "PNG", (77, 77, 77)),
         ("1", 1, "PNG", (255, 255, 255)),
         ("CMYK", (255, 0, 0, 0), "TIFF", (0, 255, 255)),
         ("CMYK", (0, 0, 255, 0), "JPEG", (255, 255, 0)),
-        # Half transparent black on white is grey; what cannot be seen at all is white.
+        # Half transparent black on white is gray; what cannot be seen at all is white.
         ("LA", (0, 128), "PNG", (127, 127, 127)),
         ("RGBA", (0, 0, 0, 0), "PNG", (255, 255, 255)),
         ("RGBA", (255, 0, 0, 128), "WEBP", (255, 127, 127)),
     ],
 )
-def test_every_mode_becomes_rgb(mode: str, colour: Any, format: str, expected: tuple[int, int, int]) -> None:
+def test_every_mode_becomes_rgb(mode: str, color: Any, format: str, expected: tuple[int, int, int]) -> None:
     settings = {"lossless": True} if format == "WEBP" else {}
-    assert np.abs(np.subtract(middle(decode(encoded(plain(colour, mode), format, **settings))), expected)).max() <= 2
+    assert np.abs(np.subtract(middle(decode(encoded(plain(color, mode), format, **settings))), expected)).max() <= 2
 
 
 GRAY, RGB = 0, 2
