@@ -174,8 +174,9 @@ def _print_report(report: "FileReport", most: int | None) -> None:
     if not report.lengths:
         return
     figures = ", ".join(f"{name} {value:,}" for name, value in quantiles(report.lengths).items())
-    _print((f"  lengths in {report.unit}: ", "bold"), figures)
     max_tokens = None if report.truncation is None else report.truncation.max_tokens
+    unit = "characters" if report.truncation is None else "tokens"
+    _print((f"  lengths in {unit}: ", "bold"), figures)
     bars = histogram(report.lengths)
     width, digits = max(len(name) for name, _, _ in bars), max(len(f"{count:,}") for _, _, count in bars)
     for name, begin, count in bars:

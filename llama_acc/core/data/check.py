@@ -118,11 +118,6 @@ class FileReport:
         return self.characters if self.truncation is None else self.truncation.lengths
 
     @property
-    def unit(self) -> str:
-        """Of `lengths`."""
-        return "characters" if self.truncation is None else "tokens"
-
-    @property
     def wrong(self) -> int:
         """Rows that cannot be trained on, besides blank ones."""
         return self.stats.rows - self.stats.items - self.findings.counts["blank"]
@@ -308,7 +303,8 @@ def plot_lengths(reports: Sequence[FileReport], max_tokens: int | None, path: Pa
         longer = sum(count for length, count in total.items() if length > max_tokens)
         label = f"max_tokens {max_tokens:,}: {longer:,} are longer"
         axes.axvline(max_tokens, color="black", ls="--", lw=1, label=label)
-    axes.set(xlabel=drawn[0].unit, ylabel="items", title=f"Lengths of {count_text(total.total(), 'item')}")
+    unit = "characters" if drawn[0].truncation is None else "tokens"
+    axes.set(xlabel=unit, ylabel="items", title=f"Lengths of {count_text(total.total(), 'item')}")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:,.0f}")
     axes.legend()

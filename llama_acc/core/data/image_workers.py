@@ -7,7 +7,6 @@ leave Ctrl-C and SIGTERM to it.
 
 import multiprocessing
 import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 from llama_acc.core.data.findings import MOST_PROBLEMS, Finding
 from llama_acc.core.data.images import header_problems, shown_reference
 from llama_acc.core.errors import DataError, RunError, UserError, listed
+from llama_acc.core.interrupt import held_back
 
 if TYPE_CHECKING:
     from llama_acc.core.data.dataset import Dataset
@@ -72,11 +72,12 @@ class ImageWorkers:
         """
         if self._pool is None:
             spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._count, spawn, _prepare_worker)
+            self._pool = ProcessPoolExecutor(self._count, spawn, _watch_parent)
         waiting: deque[list[Future[_Result]]] = deque()
         try:
             for group in groups:
-                waiting.append([self._pool.submit(function, job) for job in group])
+                with held_back():  # from workers that start: Ctrl-C is the parent's
+                    waiting.append([self._pool.submit(function, job) for job in group])
                 if len(waiting) > ahead:
                     yield [future.result() for future in waiting.popleft()]
             while waiting:
@@ -87,18 +88,16 @@ class ImageWorkers:
             ) from error
 
 
-def _prepare_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _watch_parent() -> None:
+    """Ends a worker when its parent was killed. (The pool's own pipe does not: every worker holds both of its ends.)"""
 
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(0)
 
-def _end_with_parent() -> None:
-    # The pool's own pipe does not tell: every worker holds both of its ends.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(0)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def image_problems(

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,6 @@ MAX_PIXELS = 100_000_000
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 Crop = Literal["random_resized_crop", "centre_crop", "pad_to_square"]
-CROPS: tuple[Crop, ...] = get_args(Crop)
 
 # Not all that Pillow knows: to open an EPS runs a program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -159,21 +158,14 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 @dataclass(frozen=True)
 class Transform:
-    """What makes a square of `size` pixels of a picture of any shape; bicubic.
+    """What makes a square of `size` pixels a side of a picture of any shape; bicubic.
 
-    Attributes:
-        crop: `random_resized_crop`: 0.9 to 1 of the area, 0.75 to 1.3333 of its shape, by chance; `centre_crop`: the
-            short side to `size`, then the middle; `pad_to_square`: all of it on a square of CLIP's mean color.
-        size: of the square's side.
+    `random_resized_crop`: 0.9 to 1 of the area, 0.75 to 1.3333 of its shape, by chance; `centre_crop`: the short side
+    to `size`, then the middle; `pad_to_square`: all of it on a square of CLIP's mean color.
     """
 
     crop: Crop
     size: int = 224
-
-    @property
-    def is_random(self) -> bool:
-        """Whether it uses a generator."""
-        return self.crop == "random_resized_crop"
 
     def __call__(self, image: Image.Image, random: np.random.Generator) -> Image.Image:
         """The square of an RGB picture."""

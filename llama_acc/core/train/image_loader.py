@@ -60,7 +60,7 @@ class FeatureCache:
         dtype: their type.
         reserve: bytes of the disk that are not taken: the run's checkpoints may need them.
         """
-        assert not transform.is_random
+        assert transform.crop != "random_resized_crop"
         name = hashlib.sha256(f"{encoder} {transform.crop}-{transform.size}".encode()).hexdigest()[:32]
         self.folder = home() / "features" / name
         self._shape, self._dtype, self._reserve, self._keeps = shape, dtype, reserve, True
