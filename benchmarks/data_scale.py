@@ -63,7 +63,7 @@ def cold(data: Path, home: Path) -> dict[str, Any]:
 
 
 def encode(data: Path) -> None:
-    from llama_acc.core.data.load import load_dataset
+    from llama_acc.core.data.dataset import load_dataset
     from llama_acc.core.data.sources import SHIPPED, Source
     from llama_acc.core.tokenizer import load_tokenizer
 

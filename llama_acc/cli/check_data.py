@@ -92,7 +92,7 @@ def check(
         raise UserError(f"cannot write {plot}: there is no folder {plot.parent}")
     loaded = None if tokenizer is None else _tokenizer(tokenizer)
     sources = [Source(file, format, template, root=image_root) for file in files]
-    specs = expand(sources, fetch=fetch_shown, otherwise="name a file, a folder, a glob or a download")
+    specs = expand(sources, fetch=fetch_shown, missing_hint="name a file, a folder, a glob or a download")
     with console.ByteProgress() as progress:
         reports = check_files(
             specs,

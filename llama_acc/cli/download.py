@@ -210,8 +210,8 @@ def _report(done: "list[tuple[Downloaded, Path | None]]", as_json: bool) -> None
 def _remarks(done: "Downloaded") -> list[str]:
     """What else there is to know, and what the next command still lacks."""
     from llama_acc.core.catalogue import catalogue
-    from llama_acc.core.data.files import data_suffix
     from llama_acc.core.data.parquet import PARQUET_SUFFIX
+    from llama_acc.core.data.read import data_suffix
     from llama_acc.core.downloads import is_here
 
     entry = done.request.entry
@@ -274,8 +274,7 @@ def _model_place(done: "Downloaded") -> str:
 
 def _check(done: "Downloaded") -> list[str] | None:
     """What shows whether data of which nothing is known can be trained on."""
-    from llama_acc.core.data.files import data_suffix
-    from llama_acc.core.data.rows import SUFFIXES
+    from llama_acc.core.data.read import SUFFIXES, data_suffix
 
     readable = [path for path in done.files if data_suffix(path) in SUFFIXES]
     folders = {path.parent for path in readable}

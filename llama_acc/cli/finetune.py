@@ -139,7 +139,7 @@ def finetune(
     """Fine-tune a model as a recipe says."""
     console.working("loading PyTorch")
     from llama_acc.core.checkpoint.layout import locate
-    from llama_acc.core.data.sources import Source, check_sources
+    from llama_acc.core.data.sources import Source, expand
 
     if dry_run and resume:
         raise UserError("--dry-run and --resume cannot be combined", "leave one of them out")
@@ -149,7 +149,7 @@ def finetune(
     loaded, folder = _load_recipe(recipe, run, resume, overrides or [], pretrained, data, tokenizer)
     for base in loaded.model.pretrained_list() if not (dry_run or resume) else []:
         locate(base)
-    check_sources([Source(**source.model_dump()) for source in loaded.data.sources], folder)
+    expand([Source(**source.model_dump()) for source in loaded.data.sources], folder, fetch=None)
     if dry_run:
         _dry_run(loaded, run, folder, device, verify, wanted.world_size(), timing)
         return

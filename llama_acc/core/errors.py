@@ -43,6 +43,15 @@ class RunError(LlamaAccError):
     exit_code = 1
 
 
+def raise_together(errors: Sequence[UserError]) -> None:
+    """Raise one error for all of `errors`, if there are any."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        problems = [p for e in errors for p in (e.problems if isinstance(e, DataError) else [e.message])]
+        raise DataError(problems, next((e.hint for e in errors if e.hint), None))
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A question naming the closest of `known` ("did you mean 'lima'?"), or an empty string if none is close."""
     close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)

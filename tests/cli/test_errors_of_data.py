@@ -36,7 +36,7 @@ def test_data_named_in_a_recipe_says_how_to_give_it(tokenizer_path: Path) -> Non
         ("empty.json", b"", "empty.json is empty"),
         ("blank.jsonl", b"\n \n", "blank.jsonl is empty"),
         ("none.json", b"[]", "none.json holds no items"),
-        ("one.json", b'{"instruction": "a", "output": "b"}', "should hold an array of items, but holds an object"),
+        ("one.json", b'{"instruction": "a",\n"output": "b"}', "but line 1 is not a whole value"),
         ("broken.json", b'[{"instruction": "a", }]', "broken.json is not JSON: line 1, column 2"),
         (
             "lines.jsonl",

@@ -10,7 +10,7 @@ import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoTokenizer
 
-from llama_acc.core.data.load import load_dataset
+from llama_acc.core.data.dataset import load_dataset
 from llama_acc.core.data.sources import Source
 from llama_acc.core.data.templates import Turn, template_of_folder
 from llama_acc.core.errors import UserError

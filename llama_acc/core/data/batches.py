@@ -1,4 +1,4 @@
-"""Which examples an optimizer step sees, and how they are dealt to micro-batches.
+"""Which examples an optimizer step sees, and how they are split into micro-batches.
 
 The first depends on data, seed, epoch and `global_batch_size` only, so a run is the same on any number of processes.
 """
@@ -41,7 +41,7 @@ def micro_batches(
     max_tokens: int | None = None,
     multiple_of: int = 1,
 ) -> list[list[int]]:
-    """Deal documents into few micro-batches of about equally many tokens.
+    """Split documents into few micro-batches of about equally many tokens.
 
     Args:
         items: the step's documents.
@@ -60,35 +60,30 @@ def micro_batches(
     while True:
         count += -(len(alone) + count) % multiple_of
         # Balanced where that fits; packed tightly before one more micro-batch is spent.
-        for deal in (_deal_evenly, _deal_tightly):
-            dealt = deal(rest, lengths, count, batch_size, bound)
-            if dealt is not None:
-                batches = alone + [batch for batch in dealt if batch]
+        for split in (_split_evenly, _split_tightly):
+            if (found := split(rest, lengths, count, batch_size, bound)) is not None:
+                batches = alone + [batch for batch in found if batch]
                 return batches + [[] for _ in range(-len(batches) % multiple_of)]
         count += 1
 
 
-def deal_to_ranks(batches: list[list[int]], lengths: Lengths, ranks: int) -> list[list[int]]:
+def assign_to_ranks(batches: list[list[int]], lengths: Lengths, ranks: int) -> list[list[int]]:
     """Which micro-batches each data-parallel rank computes: equally many, of about equally many tokens.
 
     Returns:
         For each rank the indices into `batches`, whose number is a multiple of `ranks`.
     """
     loads = [sum(int(lengths[item]) for item in batch) for batch in batches]
-    dealt: list[list[int]] = [[] for _ in range(ranks)]
-    totals = [0] * ranks
-    for index in sorted(range(len(batches)), key=lambda index: (-loads[index], index)):
-        room = [rank for rank in range(ranks) if len(dealt[rank]) < len(batches) // ranks]
-        best = min(room, key=lambda rank: (totals[rank], rank))
-        dealt[best].append(index)
-        totals[best] += loads[index]
-    return dealt
+    fullest_first = sorted(range(len(batches)), key=lambda index: (-loads[index], index))
+    assigned = _split_evenly(fullest_first, loads, ranks, len(batches) // ranks, np.inf)
+    assert assigned is not None
+    return assigned
 
 
-def _deal_evenly(
+def _split_evenly(
     items: list[int], lengths: Lengths, count: int, batch_size: int, bound: float
 ) -> list[list[int]] | None:
-    """Each item to the least loaded micro-batch that has room; None if one finds no room."""
+    """Each item to the least loaded batch that has room; None if one finds no room."""
     batches: list[list[int]] = [[] for _ in range(count)]
     # Of those that may take another item, by (load, number).
     open_ones = [(0, number) for number in range(count)]
@@ -102,10 +97,10 @@ def _deal_evenly(
     return batches
 
 
-def _deal_tightly(
+def _split_tightly(
     items: list[int], lengths: Lengths, count: int, batch_size: int, bound: float
 ) -> list[list[int]] | None:
-    """Each item to the fullest micro-batch that has room; None if one finds no room."""
+    """Each item to the fullest batch that has room; None if one finds no room."""
     batches: list[list[int]] = [[] for _ in range(count)]
     loads = [0] * count
     for item in items:
@@ -113,19 +108,19 @@ def _deal_tightly(
         room = [b for b in range(count) if len(batches[b]) < batch_size and loads[b] + length <= bound]
         if not room:
             return None
-        best = min(room, key=lambda b: (-loads[b], b))
+        best = max(room, key=loads.__getitem__)
         batches[best].append(item)
         loads[best] += length
     return batches
 
 
-class Documents(Protocol):
+class TextDataset(Protocol):
     """What batches are built from."""
 
     def document(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]: ...
 
 
-class SeenDocuments(Documents, Protocol):
+class MultimodalDataset(TextDataset, Protocol):
     """What batches with images are built from: a `Dataset`."""
 
     def images(self, i: int) -> Sequence[str]: ...
@@ -134,17 +129,14 @@ class SeenDocuments(Documents, Protocol):
 
 
 class ImageAt(NamedTuple):
-    """An image of a micro-batch.
-
-    Attributes:
-        reference: what it is, see `images`.
-        document: of the data set, the one it belongs to.
-        nth: which of that document's images it is, from 0.
-    """
+    """An image of a micro-batch."""
 
     reference: str
+    """What it is, see `images`."""
     document: int
+    """Of the data set, the one it belongs to."""
     nth: int
+    """Which of that document's images it is, from 0."""
 
 
 @dataclass(frozen=True)
@@ -169,13 +161,10 @@ class MicroBatch:
     """[I, ...]: what a model takes of them; see `generate.vision_encoder`."""
 
 
-def build(dataset: Documents, items: Sequence[int]) -> MicroBatch:
+def build(dataset: TextDataset, items: Sequence[int]) -> MicroBatch:
     """The micro-batch of these documents, in this order. Of none it is a single token without a label: a rank that has
     nothing to learn still takes part in what all ranks do together."""
-    if not items:
-        one = np.zeros(1, dtype=np.int64)
-        return MicroBatch(one, np.full(1, IGNORED, dtype=np.int64), one, [1])
-    documents = [dataset.document(item) for item in items]
+    documents = [dataset.document(item) for item in items] or [(np.zeros(1, np.int32), np.zeros(1, np.bool_))]
     return MicroBatch(
         tokens=np.concatenate([tokens for tokens, _ in documents]).astype(np.int64),
         targets=np.concatenate([_targets(tokens, labeled) for tokens, labeled in documents]),
@@ -184,7 +173,7 @@ def build(dataset: Documents, items: Sequence[int]) -> MicroBatch:
     )
 
 
-def build_seen(dataset: SeenDocuments, items: Sequence[int], positions: int) -> MicroBatch:
+def build_multimodal_batch(dataset: MultimodalDataset, items: Sequence[int], positions: int) -> MicroBatch:
     """As `build`, of documents that may have images, each of which takes so many positions."""
     batch = build(dataset, items)
     images: list[ImageAt] = []
@@ -195,8 +184,7 @@ def build_seen(dataset: SeenDocuments, items: Sequence[int], positions: int) -> 
         references = dataset.images(item)
         images += [ImageAt(reference, item, nth) for nth, reference in enumerate(references)]
         owners += [number] * len(references)
-        first = begin + dataset.image_start(item)
-        places.append(np.arange(first, first + positions * len(references), dtype=np.int64))
+        places.append(begin + dataset.image_start(item) + np.arange(positions * len(references), dtype=np.int64))
         begin += batch.lengths[number]
     return replace(batch, images=tuple(images), image_documents=tuple(owners), image_places=np.concatenate(places))
 

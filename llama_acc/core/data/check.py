@@ -17,7 +17,7 @@ from llama_acc.core.data.findings import EXAMPLES, KINDS, Finding, Findings, beg
 from llama_acc.core.data.image_workers import ImageWorkers, default_workers, image_problems
 from llama_acc.core.data.images import resolved
 from llama_acc.core.data.items import Item
-from llama_acc.core.data.readers import Checked, stream_items
+from llama_acc.core.data.read import Checked, stream_items
 from llama_acc.core.data.sources import FileSpec
 from llama_acc.core.data.templates import PromptFormat, format_for
 from llama_acc.core.errors import UserError

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from llama_acc.core.data.findings import EXAMPLES, Finding, Findings, beginning
 from llama_acc.core.data.items import Dialogue, Item
-from llama_acc.core.data.readers import Checked
+from llama_acc.core.data.read import Checked
 from llama_acc.core.data.templates import PromptFormat
 
 if TYPE_CHECKING:

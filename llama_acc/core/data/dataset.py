@@ -1,32 +1,52 @@
-"""The encoded examples of a run: a view over mapped files."""
+"""The encoded examples of a run, mapped: every file read, checked and encoded, or found in the cache."""
 
+import contextlib
 import hashlib
+import json
+import logging
+import os
+import shlex
+import threading
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_acc.core.data.cache import Encoded
-from llama_acc.core.data.encode import Images
-from llama_acc.core.data.findings import MOST_PROBLEMS, Finding
+from llama_acc.core.data.cache import About, Encoded, EntryStore, cache_key, content_digest, map_entry
+from llama_acc.core.data.checks import DatasetStats, cross_file_duplicates
+from llama_acc.core.data.encode import KEPT_PLACES, Batch, Chunk, Encoding, encode_batches
+from llama_acc.core.data.findings import KINDS as FINDINGS
+from llama_acc.core.data.findings import MOST_PROBLEMS, Finding, other_form
 from llama_acc.core.data.images import resolved
-from llama_acc.core.data.prepare import KEPT_PLACES
-from llama_acc.core.data.templates import PromptFormat
-from llama_acc.core.errors import UserError
+from llama_acc.core.data.read import Checked, data_suffix, stream_items
+from llama_acc.core.data.sources import MISSING_HINT, Fetch, FileSpec, Source, expand
+from llama_acc.core.data.templates import KINDS, ChatTemplate, PromptFormat, Template, format_for
+from llama_acc.core.errors import DataError, UserError, raise_together
+from llama_acc.core.hub import fetch_data
+from llama_acc.core.tokenizer import Tokenizer
+from llama_acc.core.units import count_text
 
 FORMAT_VERSION = 1
+"""Of data.json."""
+FIX_HINT = "mend them, or leave them out with data.on_error=skip"
 _QUANTILES = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
-
-# Each maps some 200 KB, for the system maps the neighbours of a page along with it.
+_BATCH = 200  # rows
+# Each maps some 200 KB, for the system maps the neighbors of a page along with it.
 _READS_BETWEEN_RELEASES = 512
 
+_logger = logging.getLogger("llama_acc")
+
+OnError = Literal["stop", "skip"]
+FileProgress = Callable[[str, int, float], None]
+"""Called with (the file's name, items done, which part of the file they are)."""
 Rows = NDArray[np.int64]
 """Documents by their number among those of all parts."""
 
@@ -47,10 +67,6 @@ class DataFile:
     """How many these items are."""
     skipped_kinds: Mapping[str, int] = field(default_factory=dict)
     """How much of each kind is wrong with them."""
-    duplicates: int = 0
-    """How many documents earlier files have too."""
-    duplicate_places: tuple[Finding, ...] = ()
-    """The first `KEPT_PLACES` of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +102,14 @@ class Dataset:
         """Images per document. [D]"""
         return self._column("images")
 
+    def fingerprint(self) -> str:
+        """The same if and only if a resumed run would see the same documents and labels in the same order."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return f"v2:{hashlib.sha256(self._column('digest').data).hexdigest()}"
+
     @property
     def tokens(self) -> int:
         """Number of tokens."""
@@ -95,11 +119,6 @@ class Dataset:
     def label_tokens(self) -> int:
         """Number of label tokens."""
         return int(self.label_counts.sum(dtype=np.int64))
-
-    @property
-    def templates(self) -> list[PromptFormat]:
-        """The prompt formats in use, each once, in the order of the files."""
-        return list({file.template.name: file.template for file in self.files}.values())
 
     @property
     def template(self) -> PromptFormat:
@@ -121,7 +140,7 @@ class Dataset:
         """How many documents were read so far."""
         return [0]
 
-    def images(self, i: int) -> Images:
+    def images(self, i: int) -> tuple[str, ...]:
         """Where a document's images are, from any folder."""
         part, row = self._place(i)
         root = self.files[part].image_root
@@ -154,19 +173,6 @@ class Dataset:
             part.release()
         whole = np.concatenate(columns)
         return whole if self.rows is None else whole[self.rows]
-
-    def fingerprint(self) -> str:
-        """The same if and only if a resumed run would see the same documents and labels in the same order."""
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        return f"v2:{hashlib.sha256(self._column('digest').data).hexdigest()}"
-
-    def prepared(self) -> "Dataset":
-        """The same, with all that is computed once computed: for other processes to take over."""
-        self.lengths, self.label_counts, self.image_counts, self.fingerprint()
-        return self
 
     def select(self, documents: Rows) -> "Dataset":
         """These documents, in this order. What was dropped stays with the whole."""
@@ -220,80 +226,312 @@ class Dataset:
 
     def report(self) -> dict[str, Any]:
         """What `data.json` holds. items = documents + dropped; truncated ones are among the documents."""
-        by_length = [np.zeros(0, np.int64)]
+        ordered = None if self.rows is None else np.sort(self.rows)
+        across = cross_file_duplicates([file.path.name for file in self.files], self.parts, KEPT_PLACES)
         reports = []
-        for file, part, members in zip(self.files, self.parts, self._members(), strict=True):
-            by_length.append(np.bincount(part.table["length"][members], minlength=1))
-            report = _counts(
-                file.items,
-                int(part.table["label_count"][members].sum(dtype=np.int64)),
-                int(part.table["cut"][members].sum()),
-                file.dropped,
-                by_length[-1],
-            )
+        for file, part, start, repeated in zip(self.files, self.parts, self._starts, across, strict=False):
+            members: Rows | slice = slice(None)
+            if ordered is not None:
+                members = ordered[slice(*np.searchsorted(ordered, (start, start + len(part))))] - start
+            lengths, labels, cut = (part.table[name][members] for name in ("length", "label_count", "cut"))
+            counts = _counts(file.items, lengths, labels, int(cut.sum()), file.dropped)
             part.release()
-            reports.append({"path": str(file.path), **report, **_findings(file, part)})
-        total = np.zeros(max(map(len, by_length)), np.int64)
-        for counted in by_length:
-            total[: len(counted)] += counted
-        warnings: Counter[str] = Counter()
-        for report in reports:
-            warnings.update(report["warnings"])
-        names = [template.name for template in self.templates]
-        items, label_tokens, truncated, dropped = (
-            sum(report[key] for report in reports) for key in ("items", "label_tokens", "truncated", "dropped")
+            reports.append({"path": str(file.path), **counts, **_findings(file, part, *repeated)})
+        items, truncated, dropped, skipped = (
+            sum(report[key] for report in reports) for key in ("items", "truncated", "dropped", "skipped")
         )
+        names = list(dict.fromkeys(file.template.name for file in self.files))
         return {
             "format_version": FORMAT_VERSION,
-            **_counts(items, label_tokens, truncated, dropped, total),
-            "skipped": sum(report["skipped"] for report in reports),
-            "warnings": dict(warnings),
+            **_counts(items, self.lengths, self.label_counts, truncated, dropped),
+            "skipped": skipped,
+            "warnings": dict(sum((Counter(report["warnings"]) for report in reports), Counter())),
             "template": names[0] if len(names) == 1 else names,
             "files": reports,
         }
 
-    def _members(self) -> "list[Rows | slice]":
-        """For every part, which of its documents are among these; in no order."""
-        if self.rows is None:
-            return [slice(None) for _ in self.parts]
-        ordered = np.sort(self.rows)
-        bounds = np.searchsorted(ordered, self._starts)
-        return [ordered[bounds[i] : bounds[i + 1]] - self._starts[i] for i in range(len(self.parts))]
-
 
 def _counts(
-    items: int, label_tokens: int, truncated: int, dropped: int, by_length: NDArray[np.int64]
+    items: int, lengths: NDArray[np.int32], labels: NDArray[np.int32], truncated: int, dropped: int
 ) -> dict[str, Any]:
-    """The counts of a report. `by_length`: how many documents have so many tokens."""
-    up_to = np.cumsum(by_length)
-    lengths = {}
-    if up_to[-1]:
-        # Each figure is the length of a document that is there: the highest at or below the quantile.
-        ranks = np.floor((up_to[-1] - 1) * (np.array(list(_QUANTILES.values())) / 100)).astype(np.int64)
-        lengths = dict(zip(_QUANTILES, np.searchsorted(up_to, ranks, side="right").tolist(), strict=True))
+    """The counts of a report."""
+    # Each figure is the length of a document that is there: the highest at or below the quantile.
+    figures = np.percentile(lengths, list(_QUANTILES.values()), method="lower").tolist() if len(lengths) else []
     return {
         "items": items,
-        "tokens": int(np.arange(len(by_length)) @ by_length),
-        "label_tokens": label_tokens,
+        "tokens": int(lengths.sum(dtype=np.int64)),
+        "label_tokens": int(labels.sum(dtype=np.int64)),
         "truncated": truncated,
         "dropped": dropped,
-        "lengths": lengths,
+        "lengths": dict(zip(_QUANTILES, figures, strict=False)),
     }
 
 
-def _findings(file: DataFile, part: Encoded) -> dict[str, Any]:
-    """What was found in a whole file, whether all of its items are in use or not."""
-    found = {kind: (of_kind["count"], of_kind["places"]) for kind, of_kind in part.notes["warnings"].items()}
-    if file.duplicates:
+def _findings(file: DataFile, part: Encoded, repeated: int, places_repeated: list[Finding]) -> dict[str, Any]:
+    """What was found in a whole file, whether all of its items are in use or not.
+
+    Args:
+        file: what it gave.
+        part: its documents.
+        repeated: how many of them earlier files have too.
+        places_repeated: the first of those.
+    """
+    notes = part.about.notes
+    found = {kind: (of_kind["count"], of_kind["places"]) for kind, of_kind in notes["warnings"].items()}
+    if repeated:
         count, places = found.get("duplicate", (0, []))
-        more = [finding._asdict() for finding in file.duplicate_places]
-        found["duplicate"] = count + file.duplicates, [*places, *more][:KEPT_PLACES]
+        more = [finding._asdict() for finding in places_repeated]
+        found["duplicate"] = count + repeated, [*places, *more][:KEPT_PLACES]
     return {
-        "skipped": len(part.skipped_rows) + file.skipped_items,
+        "skipped": len(part.about.skipped_rows) + file.skipped_items,
         "warnings": {kind: count for kind, (count, _) in found.items()},
-        "skipped_kinds": dict(Counter(part.notes["skipped_kinds"]) + Counter(file.skipped_kinds)),
-        "skipped_items": [*part.notes["skipped"], *(finding._asdict() for finding in file.skipped)][:MOST_PROBLEMS],
+        "skipped_kinds": dict(Counter(notes["skipped_kinds"]) + Counter(file.skipped_kinds)),
+        "skipped_items": [*notes["skipped"], *(finding._asdict() for finding in file.skipped)][:MOST_PROBLEMS],
         "warning_places": {kind: places for kind, (_, places) in found.items()},
-        "unused_keys": part.notes["unused_keys"],
+        "unused_keys": notes["unused_keys"],
         "template": file.template.name,
     }
+
+
+def load_dataset(
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    seed: int,
+    *,
+    on_error: OnError = "stop",
+    image_positions: int | None = None,
+    recipe_folder: Path | None = None,
+    progress: FileProgress | None = None,
+    store: EntryStore | None = None,
+    fetch: Fetch = fetch_data,
+    missing_hint: str = MISSING_HINT,
+) -> Dataset:
+    """Read, check and encode all sources; files encoded before come from the token cache.
+
+    Args:
+        sources: a recipe's `data.sources`.
+        tokenizer: the model's.
+        max_tokens: longer examples are cut, and counted.
+        seed: with `ratio`, decides which items are used.
+        on_error: "skip": rows that cannot be trained on are left out, and reported.
+        image_positions: how many places the model takes for an image; None: it takes none.
+        recipe_folder: where relative paths are looked for first.
+        progress: called with how far the encoding of a file is.
+        store: where encoded files are kept; None: one for this call.
+        fetch: gets data that has an address.
+        missing_hint: what to do about a source that is not found.
+
+    Raises:
+        UserError: data is missing or wrong: all problems of all files together.
+        RunError: the network failed.
+    """
+    if max_tokens < 2:
+        raise UserError(f"data.max_tokens should be at least 2, but is {max_tokens}")
+    specs = expand(sources, recipe_folder, fetch, missing_hint)
+    if not specs:
+        raise UserError("no data: the recipe has no data.sources", "give some with --data FILE")
+    parts: list[Encoded] = []
+    errors: list[UserError] = []
+    stopped = threading.Event()
+    with contextlib.nullcontext(store) if store else EntryStore() as kept, ThreadPoolExecutor(_cores()) as threads:
+        encoder = _Encoder(tokenizer, max_tokens, on_error == "skip", image_positions, kept, progress)
+        # The next files are read for their digests while one is encoded.
+        digests = [threads.submit(content_digest, spec.path, stopped.is_set) for spec in specs]
+        try:
+            for spec, digest in zip(specs, digests, strict=True):
+                try:
+                    parts.append(encoder.load(spec, digest.result()))
+                except UserError as error:
+                    errors.append(error)
+        finally:
+            stopped.set()  # Ctrl-C need not wait for the rest of a large file
+    raise_together(errors)
+    dataset = _joined(specs, parts, tokenizer, seed)
+    if not len(dataset):
+        raise _nothing_to_train_on([part.about for part in parts], max_tokens)
+    return dataset
+
+
+def _nothing_to_train_on(abouts: Sequence[About], max_tokens: int) -> UserError:
+    items = sum(about.items for about in abouts)
+    skipped = count_text(sum(len(about.skipped_rows) for about in abouts), "row")
+    wrong = [Finding(**problem) for about in abouts for problem in about.notes["skipped"]]
+    if items:
+        message = f"of {count_text(items, 'item')} none has a label within {max_tokens} tokens; skipped: {skipped}"
+        hint = "raise data.max_tokens, or check that the items have replies"
+        return UserError(f"nothing to train on: {message.removesuffix('; skipped: 0 rows')}", hint)
+    if not wrong:
+        return UserError(f"nothing to train on: {skipped}, all of them blank")
+    hint = other_form({problem.kind for problem in wrong}, "FILE")
+    return UserError(f"nothing to train on: no item in {skipped}, all skipped; the first: {wrong[0]}", hint)
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """Encodes data files, or finds them encoded; of the fields see `load_dataset`."""
+
+    tokenizer: Tokenizer
+    max_tokens: int
+    skips: bool
+    image_positions: int | None
+    store: EntryStore
+    progress: FileProgress | None
+
+    def load(self, spec: FileSpec, content: str) -> Encoded:
+        """A file's documents; `content` is its digest."""
+        # A single-turn format takes no dialogues; which kind of items a file has is not known yet.
+        kinds = KINDS if spec.template == "auto" else KINDS[:1]
+        templates = [format_for(spec.template, kind, self.tokenizer) for kind in kinds]
+        settings = (data_suffix(spec.path), spec.format, self.max_tokens, self.image_positions)
+        encoded = self.store.get(
+            cache_key(content, self.tokenizer, templates, *settings),
+            lambda append: self._encode(spec, append),
+            self.tokenizer.vocab_size,
+            lambda: _logger.warning("waiting for another process, which is encoding %s", spec.path.name),
+        )
+        problems = [f"{spec.path}: {Finding(**problem)}" for problem in encoded.about.notes["skipped"]]
+        if problems and not self.skips:
+            # An earlier run left them out; the entry is the same for both but for this.
+            raise DataError(problems, FIX_HINT)
+        return encoded
+
+    def _encode(self, spec: FileSpec, append: Callable[[Chunk], None]) -> About:
+        """Once something is wrong that is not to be skipped, nothing comes of it, and all that is wrong is raised."""
+        bytes_read = 0
+
+        def count_bytes(read: int) -> None:
+            nonlocal bytes_read
+            bytes_read = read
+
+        stream = stream_items(spec.path, spec.format, progress=count_bytes)
+        rows, errors = enumerate(stream), list[UserError]()
+
+        def batches() -> Iterator[Batch]:
+            batch: list[tuple[int, Checked]] = []
+            try:
+                for row in rows:
+                    batch.append(row)
+                    if len(batch) == _BATCH:
+                        yield batch
+                        batch = []
+            except UserError as error:
+                errors.append(error)
+            if batch:
+                yield batch
+
+        try:
+            template = format_for(spec.template, stream.kind, self.tokenizer)
+        except UserError as error:
+            raise UserError(f"{spec.path}: {error.message}", error.hint) from error
+        encoding = Encoding(template, self.max_tokens, self.image_positions or 0)
+        skipped, unused_inputs, stats = list[Finding](), 0, DatasetStats(KEPT_PLACES)
+        for chunk in encode_batches(batches(), encoding, self.tokenizer, _cores()):
+            if self.image_positions is None and chunk.table["images"].any():
+                raise UserError(
+                    f"{spec.path}: the items have images, and this model has no vision encoder",
+                    "set vision.encoder, or give a checkpoint of a multimodal model",
+                )
+            append(chunk)
+            stats.merge(chunk.stats)
+            unused_inputs += chunk.unused_inputs
+            skipped += chunk.skipped[: MOST_PROBLEMS - len(skipped)]
+            if len(skipped) >= MOST_PROBLEMS and not self.skips:
+                break
+            if self.progress is not None:
+                self.progress(spec.path.name, stats.items, bytes_read / max(spec.path.stat().st_size, 1))
+        skipped_kinds = {k: n for k, n in stats.findings.counts.items() if FINDINGS[k].fatal or k == "blank"}
+        if skipped and not self.skips:
+            hint = FIX_HINT if stats.items else other_form(skipped_kinds, shlex.quote(str(spec.path)))
+            if len(skipped) >= MOST_PROBLEMS:
+                hint = f"reading ended after {MOST_PROBLEMS:,} problems; {hint}"
+            errors.insert(0, DataError([f"{spec.path}: {problem}" for problem in skipped], hint))
+        raise_together(errors)
+        if unused_inputs:
+            count = count_text(unused_inputs, "item")
+            _logger.warning("template %r does not show the input of %s", template.name, count)
+        notes = {
+            "skipped": [finding._asdict() for finding in skipped],
+            "skipped_kinds": skipped_kinds,
+            "unused_keys": stream.unused,
+            "warnings": {k: found for k, found in stats.all_findings().to_json().items() if not FINDINGS[k].fatal},
+        }
+        return About(stats.items, stream.kind, np.flatnonzero(stats.hashes() == 0), notes)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], tokenizer: Tokenizer, seed: int) -> Dataset:
+    """All documents, but of a file with a ratio only those of the items it chooses."""
+    files: list[DataFile] = []
+    rows: list[Rows] = []
+    start = 0
+    templates = [format_for(spec.template, part.about.kind, tokenizer) for spec, part in zip(specs, parts, strict=True)]
+    stop_in_reply = {
+        form.name
+        for form, part in zip(templates, parts, strict=True)
+        if "stop_in_reply" in part.about.notes["warnings"]
+    }
+    for spec, part, template in zip(specs, parts, templates, strict=True):
+        chosen = _chosen_rows(part.about, spec.ratio, [seed, *spec.seed])
+        of_part = np.flatnonzero(chosen[part.table["item"]])
+        rows.append(of_part + start)
+        start += len(part)
+        items = int(chosen.sum())
+        template = template.told_apart() if template.name in stop_in_reply else template
+        files.append(DataFile(spec.path, template, items, items - len(of_part), spec.image_root))
+    whole = all(spec.ratio == 1 for spec in specs)
+    return Dataset(tuple(files), tuple(parts), None if whole else np.concatenate(rows))
+
+
+def _chosen_rows(about: About, ratio: float, seed: list[int]) -> NDArray[np.bool_]:
+    """Which rows of a file are in a fixed subset of its items, which has at least one. [rows]"""
+    chosen = np.ones(about.items + len(about.skipped_rows), dtype=np.bool_)
+    chosen[about.skipped_rows] = False
+    if ratio < 1:
+        items = np.flatnonzero(chosen)
+        order = np.random.default_rng(np.random.SeedSequence(seed)).permutation(about.items)
+        chosen[items[order[max(int(about.items * ratio), 1) :]]] = False
+    return chosen
+
+
+_ARRAYS = ("rows", "lengths", "label_counts", "image_counts")
+
+
+def publish(dataset: Dataset, folder: Path) -> None:
+    """Leave a dataset in a new folder for this machine's other processes of the run, which map its arrays."""
+    folder.mkdir()
+    for name in _ARRAYS:
+        if (values := getattr(dataset, name)) is not None:
+            np.save(folder / name, values)
+    files = [
+        {
+            "entry": str(part.path),
+            "path": str(file.path),
+            "template": file.template.to_json() if isinstance(file.template, Template) else None,
+            "items": file.items,
+            "dropped": file.dropped,
+            "image_root": str(file.image_root),
+        }
+        for file, part in zip(dataset.files, dataset.parts, strict=True)
+    ]
+    content = {"fingerprint": dataset.fingerprint(), "files": files}
+    (folder / "files.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def load_published(folder: Path, tokenizer: Tokenizer) -> Dataset:
+    """What was left there, but for what is only reported. It stays whole when the folder is deleted."""
+    content = json.loads((folder / "files.json").read_text(encoding="utf-8"))
+    arrays = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
+    files, parts = [], []
+    for file in content["files"]:
+        parts.append(map_entry(Path(file["entry"])))
+        json_text = file["template"]
+        chat = format_for(ChatTemplate.name, KINDS[0], tokenizer) if json_text is None else None
+        template = chat or Template.model_validate_json(json_text)
+        files.append(DataFile(Path(file["path"]), template, file["items"], file["dropped"], Path(file["image_root"])))
+    dataset = Dataset(tuple(files), tuple(parts), arrays.pop("rows", None))
+    vars(dataset).update(arrays, _fingerprint=content["fingerprint"])  # the cached properties
+    return dataset

@@ -1,4 +1,4 @@
-"""Items to tokens and labels.
+"""Items to tokens and labels; of a large file in worker processes.
 
 An item is one text, encoded once between BOS and EOS. A token is a label if it shares a character with what is trained.
 In LLaMA2-Accessory's single-turn formats the first len(encode(prompt with BOS)) tokens carry no label, as there. (Of a
@@ -8,33 +8,42 @@ What an item says itself is encoded without special tokens; those of the format 
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import cache
+from itertools import chain, islice
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llama_acc.core.data.checks import DatasetStats, merged_finding
+from llama_acc.core.data.findings import Finding
 from llama_acc.core.data.items import Dialogue, Item, SingleTurn
+from llama_acc.core.data.read import Checked
 from llama_acc.core.data.templates import ChatTemplate, PromptFormat, Rendered, Span, Template, Turn, as_dialogue
-from llama_acc.core.tokenizer import Spans, Tokenizer
+from llama_acc.core.errors import RunError
+from llama_acc.core.tokenizer import Spans, Tokenizer, load_tokenizer
 
 ENCODER_VERSION = 3
 """Part of the cache's key: raise it whenever the same item may give other tokens or labels."""
+KEPT_PLACES = 20
+"""Of what is found in a file, for each kind."""
+_ALONE = 40  # batches that are encoded here before it is worth while to start workers
+_MOST_WORKERS = 32
 
-Images = tuple[str, ...]
-"""Where a document's images are, each as a text."""
-
-
-class Document(NamedTuple):
-    """An item in tokens, uncut."""
-
-    tokens: NDArray[np.int32]
-    """[N]"""
-    labeled: NDArray[np.bool_]
-    """[N]: which are labels; the first can be no target, see `stored_tokens`."""
-    merged: bool = False
-    """The prompt's end and the answer's beginning are one token, so it is not the prompt's tokens and then others."""
-
+Batch = Sequence[tuple[int, Checked]]
+"""Rows of a file and their numbers from 0: items, and what is none."""
 
 DOCUMENT = np.dtype(
     [
@@ -49,102 +58,180 @@ DOCUMENT = np.dtype(
     ],
     align=True,
 )
-"""What is known of a document. Its bytes are its tokens (see `token_type`), the labels of eight tokens to a byte, the
-first one in its highest bit, and where its images are, in UTF-8, a NUL between them."""
+"""What is known of a document. Its bytes are its tokens (of 2 bytes if the vocabulary allows, else 4), the labels of
+eight tokens to a byte, the first one in its highest bit, and where its images are, in UTF-8, a NUL between them."""
+
+
+class Document(NamedTuple):
+    """An item in tokens, uncut."""
+
+    tokens: NDArray[np.int32]
+    """[N]"""
+    labeled: NDArray[np.bool_]
+    """[N]: which are labels; the first can be no target, see `stored_tokens`."""
+    merged: bool = False
+    """The prompt's end and the answer's beginning are one token, so it is not the prompt's tokens and then others."""
+
+
+class Encoding(NamedTuple):
+    """What is made of items."""
+
+    template: PromptFormat
+    max_tokens: int
+    """Only so many first tokens of a document are kept."""
+    image_positions: int = 0
+    """How many places an image takes. They stand right behind BOS; what is kept there as tokens does not matter."""
 
 
 class Chunk(NamedTuple):
-    """What some items became: D documents, end to end. An item is kept whole, cut, or dropped for want of a label."""
+    """What some rows became: D documents, end to end. An item is kept whole, cut, or dropped for want of a label."""
 
     table: NDArray[np.void]
     """[D] of `DOCUMENT`"""
     content: bytes
     """Of all documents."""
-    items: int
-    """How many items it was made of."""
+    stats: DatasetStats
+    """What was found in the rows."""
+    skipped: list[Finding]
+    """What is wrong with rows that cannot be trained on."""
     unused_inputs: int
     """Items with an input that the template does not show."""
-    merged: list[int]
-    """Those items whose prompt and answer merge into one token (`Document.merged`)."""
 
 
-def token_type(vocab_size: int) -> "np.dtype[Any]":
-    """How a document's tokens are stored."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
-
-
-def stored_tokens(row: np.void, content: Any, dtype: "np.dtype[Any]") -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+def stored_tokens(row: np.void, content: Any, vocab_size: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """A stored document's tokens, and which of them are targets. The first never is, as nothing predicts it. [N], [N]
 
     Args:
         row: of its table.
         content: the bytes of all documents.
-        dtype: of the tokens.
+        vocab_size: of the tokenizer.
     """
-    length, begin = int(row["length"]), int(row["begin"])
+    length, begin, dtype = int(row["length"]), int(row["begin"]), _token_type(vocab_size)
     tokens = np.frombuffer(content, dtype, length, begin).astype(np.int32)
     bits = np.frombuffer(content, np.uint8, -(-length // 8), begin + length * dtype.itemsize)
     return tokens, np.unpackbits(bits, count=length).astype(np.bool_)
 
 
-def stored_images(row: np.void, content: Any, dtype: "np.dtype[Any]") -> Images:
+def stored_images(row: np.void, content: Any, vocab_size: int) -> tuple[str, ...]:
     """Where a stored document's images are; see `stored_tokens`."""
-    if not row["images"]:
-        return ()
     length, begin = int(row["length"]), int(row["begin"])
-    names = bytes(content[begin + length * dtype.itemsize - (-length // 8) : begin + int(row["size"])])
-    return tuple(names.decode().split("\0"))
+    names = begin + length * _token_type(vocab_size).itemsize + -(-length // 8)
+    return tuple(bytes(content[names : begin + int(row["size"])]).decode().split("\0")) if row["images"] else ()
 
 
-def encode_chunk(
-    items: Sequence[tuple[int, Item]],
-    template: PromptFormat,
-    tokenizer: Tokenizer,
-    max_tokens: int,
-    image_positions: int = 0,
-) -> Chunk:
-    """Encode some items, all of one kind that the template takes.
+def _token_type(vocab_size: int) -> "np.dtype[Any]":
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
 
-    Images stand right behind BOS, all of an item's in their order; what is kept as tokens there does not matter.
+
+def encode_batches(batches: Iterable[Batch], encoding: Encoding, tokenizer: Tokenizer, workers: int) -> Iterator[Chunk]:
+    """Encode batches of rows, in their order; here if they are few, else in worker processes.
+
+    Threads would share one interpreter lock, which most of the work holds. Every worker is kept busy, with two batches
+    for each in memory.
 
     Args:
-        items: (which item of its file it is, from 0; the item itself).
-        template: the prompt format.
-        tokenizer: encodes them as one batch.
-        max_tokens: only so many first tokens of a document are kept.
-        image_positions: how many places an image takes.
+        batches: read as they are needed.
+        encoding: what to make of items.
+        tokenizer: the model's.
+        workers: how many processes; with fewer than two, all is done here.
+
+    Raises:
+        RunError: a worker died.
     """
-    values, dtype = [item for _, item in items], token_type(tokenizer.vocab_size)
-    rows: list[tuple[Any, ...]] = []
-    pieces: list[bytes] = []
-    merged: list[int] = []
-    begin = 0
-    for (index, item), (tokens, labeled, is_merged) in zip(items, documents(values, template, tokenizer), strict=True):
-        merged += [index] * is_merged
+    waiting = iter(batches)
+    for batch in islice(waiting, _ALONE if workers > 1 else None):
+        yield encode_batch(batch, encoding, tokenizer)
+    first = next(waiting, None)
+    if first is None:
+        return
+    count = min(workers, _MOST_WORKERS)
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start_worker)
+    under_way: deque[Future[Chunk]] = deque()
+    try:
+        for batch in chain([first], waiting):
+            with _main_hidden():
+                under_way.append(pool.submit(_encode_in_worker, batch, encoding, tokenizer.path))
+            if len(under_way) >= 2 * count:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    except BrokenProcessPool as error:
+        hint = "the machine may be short of memory"
+        raise RunError("a process that encodes data ended early", hint) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _main_hidden() -> Iterator[None]:
+    """A worker that is started here does not run the main module again, which may be a script that trains."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _start_worker() -> None:
+    """Leaves Ctrl-C to the parent, and ends with it, however that one ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker is one of many
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode_in_worker(batch: Batch, encoding: Encoding, tokenizer: Path) -> Chunk:
+    return encode_batch(batch, encoding, _tokenizer_of_worker(tokenizer))
+
+
+@cache
+def _tokenizer_of_worker(path: Path) -> Tokenizer:
+    return load_tokenizer(path, threads=1)
+
+
+def encode_batch(batch: Batch, encoding: Encoding, tokenizer: Tokenizer) -> Chunk:
+    """Encode the items of a batch, and look at all of its rows."""
+    template, max_tokens, image_positions = encoding
+    dtype, bos = _token_type(tokenizer.vocab_size), int(template.bos)
+    stops, marks, stats = template.text_stops(tokenizer), template.marks(tokenizer), DatasetStats(KEPT_PLACES)
+    encoded = documents([row.item for _, row in batch if row.item is not None], template, tokenizer)
+    table, pieces, begin = [], [], 0
+    for index, row in batch:
+        stats.add(row, stops, marks)
+        if (item := row.item) is None:
+            continue
+        tokens, labeled, merged = next(encoded)
+        if merged:
+            stats.findings.add(merged_finding(item, row.where, template))
         if places := image_positions * len(item.images):
-            tokens = np.insert(tokens, int(template.bos), np.zeros(places, np.int32))
-            labeled = np.insert(labeled, int(template.bos), np.zeros(places, np.bool_))
+            tokens = np.insert(tokens, bos, np.zeros(places, np.int32))
+            labeled = np.insert(labeled, bos, np.zeros(places, np.bool_))
         cut = len(tokens) > max_tokens
         tokens, labeled = tokens[:max_tokens], labeled[:max_tokens]
         labeled[:1] = False
         if not labeled.any():
             continue
         bits, names = np.packbits(labeled).tobytes(), "\0".join(item.images).encode()
-        digest = hashlib.blake2b(tokens.tobytes() + bits + b"\0" * bool(names) + names, digest_size=8)
-        content = tokens.astype(dtype).tobytes() + bits + names
-        number = int.from_bytes(digest.digest(), "little")
-        counts = (len(content), len(tokens), labeled.sum(), index, len(item.images))
-        rows.append((begin, *counts, cut, number))
-        pieces.append(content)
-        begin += len(content)
-    table = np.array(rows, DOCUMENT)
-    return Chunk(table, b"".join(pieces), len(items), _unused_inputs(values, template), merged)
+        digest = hashlib.blake2b(tokens.tobytes() + bits + b"\0" * bool(names) + names, digest_size=8).digest()
+        pieces.append(tokens.astype(dtype).tobytes() + bits + names)
+        counts = (len(tokens), labeled.sum(), index, len(item.images))
+        table.append((begin, len(pieces[-1]), *counts, cut, int.from_bytes(digest, "little")))
+        begin += len(pieces[-1])
+    skipped = [problem for _, row in batch for problem in row.problems if problem.fatal]
+    unused = sum(_hides_input(template, row.item) for _, row in batch)
+    return Chunk(np.array(table, DOCUMENT), b"".join(pieces), stats, skipped, unused)
 
 
-def _unused_inputs(items: Sequence[Item], template: PromptFormat) -> int:
-    if not isinstance(template, Template) or template.kind == "dialogue" or template.prompt_with_input is not None:
-        return 0
-    return sum(bool(item.input and item.input.strip()) for item in items if isinstance(item, SingleTurn))
+def _hides_input(template: PromptFormat, item: Item | None) -> bool:
+    shows = not isinstance(template, Template) or template.kind == "dialogue" or template.prompt_with_input is not None
+    return not shows and isinstance(item, SingleTurn) and bool(item.input and item.input.strip())
 
 
 def documents(items: Sequence[Item], template: PromptFormat, tokenizer: Tokenizer) -> Iterator[Document]:
@@ -176,41 +263,38 @@ def _turns(item: Item) -> list[Turn]:
     return item.turns if isinstance(item, Dialogue) else as_dialogue(*item[:3])
 
 
-_Labelled = tuple[list[int], NDArray[np.bool_], bool]
+_Labeled = tuple[list[int], NDArray[np.bool_], bool]
 """An item's tokens without BOS and EOS, which of them are trained, and whether prompt and answer merge."""
 
 
-def _labels_by_prefix(items: Sequence[Rendered], tokenizer: Tokenizer) -> Iterator[_Labelled]:
-    begins = [item.trained[0][0] for item in items]
+def _labels_by_prefix(items: Sequence[Rendered], tokenizer: Tokenizer) -> Iterator[_Labeled]:
     encoded = tokenizer.encode_batch([item.text for item in items], [item.own for item in items])
-    counts = [
-        tokenizer.prefix_length(ids, item.text, begin) for ids, item, begin in zip(encoded, items, begins, strict=True)
-    ]
-    others = [(item, begin) for item, begin, count in zip(items, begins, counts, strict=True) if count is None]
-    prompts = iter(
-        tokenizer.encode_batch(
-            [item.text[:begin] for item, begin in others],
-            [[span for span in item.own if span[0] < begin] for item, begin in others],
-        )
-    )
+    counts, texts, own = [], [], []
+    for ids, item in zip(encoded, items, strict=True):
+        begin = item.trained[0][0]
+        counts.append(tokenizer.prefix_length(ids, item.text, begin))
+        if counts[-1] is None:
+            texts.append(item.text[:begin])
+            own.append([span for span in item.own if span[0] < begin])
+    prompts = iter(tokenizer.encode_batch(texts, own))
     for ids, count in zip(encoded, counts, strict=True):
         prompt = next(prompts) if count is None else ids[:count]
         yield ids, np.arange(len(ids)) >= len(prompt), ids[: len(prompt)] != prompt
 
 
-def _labels_by_overlap(items: Sequence[Rendered], tokenizer: Tokenizer) -> Iterator[_Labelled]:
+def _labels_by_overlap(items: Sequence[Rendered], tokenizer: Tokenizer) -> Iterator[_Labeled]:
     encoded = tokenizer.encode_batch_with_spans([item.text for item in items], [item.own for item in items])
     for spans, item in zip(encoded, items, strict=True):
         begins = np.array([begin for begin, _ in item.trained], np.int64)
         first = np.searchsorted(spans.ends, begins, side="right")
         merged = bool((np.append(spans.begins, np.iinfo(np.int64).max)[first] < begins).any())
-        trained = overlapping(spans, item.trained)
+        trained = _overlapping(spans, item.trained)
         if item.trained and item.trained[0][0] == 0:
             trained[: first[0]] = True  # the space that SentencePiece puts in front of a text stands for no character
         yield spans.ids, trained, merged
 
 
-def overlapping(tokens: Spans, trained: Sequence[Span]) -> NDArray[np.bool_]:
+def _overlapping(tokens: Spans, trained: Sequence[Span]) -> NDArray[np.bool_]:
     """Which tokens share a character with one of `trained`, spans in ascending order that do not overlap. [T]"""
     if not trained:
         return np.zeros(len(tokens.ids), dtype=np.bool_)

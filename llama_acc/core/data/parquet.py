@@ -5,72 +5,61 @@ writes where rows differ in shape; Parquet's logical type JSON) are decoded at a
 `Sequence`) is a list of objects, and NaN, which pandas writes for an empty cell, is null.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
-from llama_acc.core.data.json_array import JSON
 from llama_acc.core.errors import UserError
-from llama_acc.core.input_files import open_input
 
 PARQUET_SUFFIX = ".parquet"
-_BATCH = 1024
-"""Rows decoded at a time."""
-_JSON = "arrow.json"
+_BATCH = 1024  # rows
 
 _Decode = Callable[[Any], Any]
 
 
-def parquet_rows(path: Path) -> Iterator[tuple[str, Any, str | None]]:
+def parquet_rows(path: Path, decode_json: Callable[[str], Any]) -> Iterator[tuple[str, Any, str | None]]:
     """The rows of a file: (its place, the cells by their columns, why this row cannot be read).
 
     Raises:
-        UserError: the file is missing or damaged, or pyarrow is not installed.
+        UserError: it is damaged, or pyarrow is not installed.
     """
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise UserError(
-            f"{path} is a Parquet file, and pyarrow, which reads them, is not installed",
-            "type: pip install pyarrow",
+            f"{path} is a Parquet file, and pyarrow, which reads them, is not installed", "type: pip install pyarrow"
         ) from None
-    try:
-        open_input(path, pipes=False).close()
-    except FileNotFoundError as error:
-        raise UserError(f"there is no data file {path}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
     try:
         with ParquetFile(path) as file:
             is_json = iter([file.schema.column(i).logical_type.type == "JSON" for i in range(len(file.schema))])
-            decode = {field.name: _decoder(field, is_json) for field in file.schema_arrow}
-            if len(decode) != len(file.schema_arrow):
+            decoders = {field.name: _decoder(field, is_json, decode_json) for field in file.schema_arrow}
+            if len(decoders) != len(file.schema_arrow):
                 raise UserError(f"{path}: a column stands twice in {', '.join(file.schema_arrow.names)}")
             number = 0
             for batch in file.iter_batches(batch_size=_BATCH):
                 for value in batch.to_pylist():
                     number += 1
-                    where = f"item {number}"
                     try:
-                        yield where, {name: decode[name](cell) for name, cell in value.items()}, None
+                        yield f"item {number}", {name: decoders[name](cell) for name, cell in value.items()}, None
                     except (JSONDecodeError, RecursionError) as error:
-                        yield where, value, f"a cell that should hold JSON: {error}"
+                        yield f"item {number}", value, f"a cell that should hold JSON: {error}"
     # ValueError and OverflowError: values that Python has no like of, such as texts that are not UTF-8.
     except (ArrowException, OSError, ValueError, OverflowError) as error:
-        hint = "it may not have been copied or downloaded to its end"
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path} is damaged: {reason}", hint) from error
+        raise UserError(
+            f"{path} is damaged: {reason}", "it may not have been copied or downloaded to its end"
+        ) from error
 
 
-def _decoder(field: Any, is_json: Iterator[bool]) -> _Decode:
+def _decoder(field: Any, is_json: Iterator[bool], decode_json: Callable[[str], Any]) -> _Decode:
     """How a column's values become what they would be in JSON.
 
     Args:
         field: its name, type and metadata.
         is_json: whether Parquet calls them JSON, of each of the leaves from here on.
+        decode_json: a JSON text's value.
     """
     from pyarrow import types
 
@@ -78,18 +67,19 @@ def _decoder(field: Any, is_json: Iterator[bool]) -> _Decode:
     if hasattr(kind, "extension_name"):
         kind, name = kind.storage_type, kind.extension_name
     if types.is_struct(kind):
-        inner = {kind.field(i).name: _decoder(kind.field(i), is_json) for i in range(kind.num_fields)}
-        is_sequence = len(inner) > 1 and all(_is_list(kind.field(i).type) for i in range(kind.num_fields))
-        return lambda value: None if value is None else _struct(value, inner, is_sequence)
+        fields = [kind.field(i) for i in range(kind.num_fields)]
+        inner = {field.name: _decoder(field, is_json, decode_json) for field in fields}
+        is_sequence = len(inner) > 1 and all(_is_list(field.type) for field in fields)
+        return lambda value: value and _struct({name: inner[name](cell) for name, cell in value.items()}, is_sequence)
     if _is_list(kind):
-        element = _decoder(kind.value_field, is_json)
-        return lambda value: None if value is None else [element(item) for item in value]
+        element = _decoder(kind.value_field, is_json, decode_json)
+        return lambda value: value and [element(item) for item in value]
     if types.is_map(kind):
-        key, item = _decoder(kind.key_field, is_json), _decoder(kind.item_field, is_json)
+        key, item = (_decoder(part, is_json, decode_json) for part in (kind.key_field, kind.item_field))
         return lambda value: None if value is None else {key(k): item(v) for k, v in value}
-    if next(is_json, False) or name == _JSON:
-        return lambda value: None if value is None else JSON.decode(value)
-    return _without_nan if types.is_floating(kind) else lambda value: value
+    if next(is_json, False) or name == "arrow.json":
+        return lambda value: None if value is None else decode_json(value)
+    return lambda value: value if value == value else None  # NaN
 
 
 def _is_list(kind: Any) -> bool:
@@ -98,13 +88,8 @@ def _is_list(kind: Any) -> bool:
     return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
 
 
-def _struct(value: dict[str, Any], inner: dict[str, _Decode], is_sequence: bool) -> Any:
-    cells = {name: inner[name](cell) for name, cell in value.items()}
+def _struct(cells: dict[str, Any], is_sequence: bool) -> Any:
     lengths = {-1 if cell is None else len(cell) for cell in cells.values()} if is_sequence else set()
     if len(lengths) != 1 or lengths == {-1}:
         return cells
     return [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
-
-
-def _without_nan(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from llama_acc.core.data.encode import documents, render_item
 from llama_acc.core.data.items import Item
-from llama_acc.core.data.readers import stream_items
+from llama_acc.core.data.read import stream_items
 from llama_acc.core.data.sources import FileSpec
 from llama_acc.core.data.templates import PromptFormat, format_for
 from llama_acc.core.errors import UserError

@@ -2,34 +2,32 @@
 
 import glob
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from llama_acc.core.catalogue import is_address
-from llama_acc.core.data.files import nearest_names
-from llama_acc.core.data.readers import (
-    FORMATS,
-    YAML_SUFFIXES,
-    data_files,
-    is_data,
-    raise_together,
-)
-from llama_acc.core.data.rows import SUFFIXES
+from llama_acc.core.data.read import FORMATS, SUFFIXES, data_suffix, nearest_names, unknown_format
 from llama_acc.core.data.tar_shards import TAR_SUFFIX
 from llama_acc.core.data.templates import TEMPLATES, ChatTemplate, get_template
 from llama_acc.core.downloads import how_to_get, named_data
-from llama_acc.core.errors import DataError, UserError, did_you_mean
+from llama_acc.core.errors import DataError, UserError, did_you_mean, raise_together
 from llama_acc.core.home import home
 from llama_acc.core.hub import fetch_data
 from llama_acc.core.input_files import read_yaml
 from llama_acc.core.schema_problems import problems_of
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
+MISSING_HINT = "give it with --data FILE"
+"""What to do about training data that is not found."""
+_YAML_SUFFIXES = (".yaml", ".yml")
 # Of what LLaMA2-Accessory calls preprocess, the format here; captions are known by their keys.
 _PREPROCESS = {"caption": "single_turn", "single_turn_llava": "single_turn_llava"}
+
+Fetch = Callable[[str], list[Path]]
+"""From an address, such as "hf:datasets/owner/name/train-*.jsonl", to its files, fetched where they are not yet."""
 
 
 @dataclass(frozen=True)
@@ -64,80 +62,92 @@ class FileSpec:
     image_root: Path
 
 
-OTHERWISE = "give it with --data FILE"
-"""What to do about a source of training data that is nowhere."""
-Fetch = Callable[[str], list[Path]]
-"""From an address, such as "hf:datasets/owner/name/train-*.jsonl", to its files, fetched where they are not yet."""
-
-
 def expand(
     sources: Sequence[Source],
     recipe_folder: Path | None = None,
-    fetch: Fetch = fetch_data,
-    otherwise: str = OTHERWISE,
+    fetch: Fetch | None = fetch_data,
+    missing_hint: str = MISSING_HINT,
 ) -> list[FileSpec]:
     """All files of all sources.
 
     Args:
         sources: a recipe's.
         recipe_folder: where relative paths are looked for first.
-        fetch: gets what has an address.
-        otherwise: what to do about one that is nowhere, as a hint.
+        fetch: gets what has an address; None: nothing is fetched or drawn, only what is wrong is found.
+        missing_hint: what to do about one that is not found.
 
     Raises:
         RunError: the network failed.
-        UserError: sources that are not there or say something unknown, all of them together.
+        UserError: sources that are not found or say something unknown, all of them together.
     """
     specs: list[FileSpec] = []
     errors: list[UserError] = []
     for number, source in enumerate(sources):
         try:
-            expanded = _expand_one(source, recipe_folder, fetch, otherwise)
+            found = _expand_one(source, recipe_folder, fetch, missing_hint)
         except UserError as error:
             errors.append(error)
             continue
-        for i, (path, s, root) in enumerate(expanded):
+        for i, (path, s, folder) in enumerate(found):
+            # A shard's images are its own members.
+            beside = s.root is None or path.suffix.lower() == TAR_SUFFIX
+            root = path.parent if beside else resolve_image_root(str(s.root), folder)
             specs.append(FileSpec(path, s.format, s.template, s.ratio, (number, i), root))
     raise_together(errors)
     return specs
 
 
-def check_sources(sources: Sequence[Source], recipe_folder: Path | None = None) -> None:
-    """Finds what can be found wrong with sources at once, without fetching, drawing or reading any.
+def data_files(path: str | Path) -> list[Path]:
+    """The data files that a file name, folder or glob stands for, sorted.
 
     Raises:
-        UserError: sources that are not there or say something unknown, all of them together.
+        UserError: there are none.
     """
-    errors = []
-    for source in sources:
-        try:
-            _check(source)
-            if not (is_address(source.path) or source.path.startswith("drawn:")):
-                resolve_data_path(source.path, recipe_folder)
-        except UserError as error:
-            errors.append(error)
-    raise_together(errors)
+    path = Path(path).expanduser()
+    if path.is_dir():
+        inside = [file for file in sorted(path.iterdir()) if _is_data(file)]
+        if not inside:
+            raise UserError(f"no data files in {path}", f"it should hold {', '.join(SUFFIXES)} files")
+        return inside
+    if path.exists():
+        if not path.is_file() and not path.is_fifo():
+            raise UserError(f"cannot read {path}: it is a device or a socket, not a file")
+        return [path]
+    if glob.has_magic(str(path)):
+        matches = [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()]
+        if not matches:
+            raise UserError(f"no file matches {path}")
+        return matches
+    raise UserError(f"there is no data file {path}", nearest_names(path))
 
 
-def resolve_data_path(path: str, recipe_folder: Path | None = None, otherwise: str = OTHERWISE) -> Path:
+def _is_data(file: Path) -> bool:
+    """Whether a file that nobody named is data, going by its name; a manifest is ours."""
+    hidden = file.name.startswith(".") or file.name == "manifest.json"
+    return data_suffix(file) in SUFFIXES and not hidden and file.is_file()
+
+
+def resolve_data_path(path: str, recipe_folder: Path | None = None, missing_hint: str = MISSING_HINT) -> Path:
     """Where a source's `path` is, if it is no address; a glob stays one.
 
     `shipped:NAME` comes with the package, `drawn:NAME` is drawn where it is not there yet. Else it is looked for
     beside the recipe, in the current folder and among the downloads.
 
     Raises:
-        UserError: it is nowhere, or a download that is not finished or still to be converted.
+        UserError: it is not found, or a download that is not finished or still to be converted.
     """
-    if path.startswith("shipped:"):
-        return _shipped(path.removeprefix("shipped:"))
-    if path.startswith("drawn:"):
-        return _drawn(path.removeprefix("drawn:"))
-    given, downloads = Path(path).expanduser(), home() / "data"
-    folders = [*([] if recipe_folder is None else [recipe_folder]), Path.cwd(), downloads]
-    places = list(dict.fromkeys(folder / given for folder in folders))  # an absolute path is the only one
+    kind, _, name = path.partition(":")
+    if kind == "shipped":
+        shipped = SHIPPED / name
+        if not shipped.exists() or SHIPPED.resolve() not in shipped.resolve().parents:
+            raise UserError(f"no data {name!r} comes with llama-acc", nearest_names(shipped))
+        return shipped
+    if kind == "drawn":
+        return _drawn(name)
+    given, places = Path(path).expanduser(), _places(path, recipe_folder)
     for place in places:
-        if place == downloads / given and not given.is_absolute() and (downloaded := named_data(path)) is not None:
-            return downloaded
+        if place == home() / "data" / given and not given.is_absolute() and (named := named_data(path)) is not None:
+            return named
         if place.exists() or (glob.has_magic(str(place)) and glob.glob(str(place), recursive=True)):
             return place
     looked = "".join(f"\n  {place}" for place in places)
@@ -145,15 +155,20 @@ def resolve_data_path(path: str, recipe_folder: Path | None = None, otherwise: s
     get = how_to_get(path, model=False)
     if near is not None and get is not None and get.startswith(near):
         near = None  # it is the name of a download that lies there
-    hints = [hint for hint in (near, get, otherwise) if hint]
+    hints = [hint for hint in (near, get, missing_hint) if hint]
     raise UserError(f"there is no data {path!r}; looked for:{looked}", "; or ".join(hints).replace("?; or", "? Or"))
 
 
-def _shipped(name: str) -> Path:
-    path = SHIPPED / name
-    if not path.exists() or SHIPPED.resolve() not in path.resolve().parents:
-        raise UserError(f"no data {name!r} comes with llama-acc", nearest_names(path))
-    return path
+def resolve_image_root(root: str, folder: Path | None) -> Path:
+    """The folder that relative paths of images begin at; it is looked for as data is, but need not be there."""
+    places = _places(root, folder)
+    return next((place for place in places if place.is_dir()), places[0])
+
+
+def _places(path: str, recipe_folder: Path | None) -> list[Path]:
+    """Where a path may be: beside the recipe, here, among the downloads; an absolute one is the only one."""
+    folders = [*([] if recipe_folder is None else [recipe_folder]), Path.cwd(), home() / "data"]
+    return list(dict.fromkeys(folder / Path(path).expanduser() for folder in folders))
 
 
 def _drawn(name: str) -> Path:
@@ -166,50 +181,31 @@ def _drawn(name: str) -> Path:
 
 
 def _expand_one(
-    source: Source, recipe_folder: Path | None, fetch: Fetch, otherwise: str
-) -> list[tuple[Path, Source, Path]]:
-    """The files of a source, how to read each, and where its images are."""
+    source: Source, folder: Path | None, fetch: Fetch | None, missing_hint: str, *, is_entry: bool = False
+) -> list[tuple[Path, Source, Path | None]]:
+    """The files of a source, how to read each, and where its image root is looked for."""
     _check(source)
-    if is_address(source.path):
-        return _files(source, _fetched(source.path, fetch), recipe_folder)
-    path = resolve_data_path(source.path, recipe_folder, otherwise)
-    if path.suffix.lower() not in YAML_SUFFIXES:
-        return _files(source, data_files(path), recipe_folder)
-    found = []
-    for entry in _accessory_sources(path, source):
-        remote = is_address(entry.path)
-        files = _fetched(entry.path, fetch) if remote else data_files(resolve_data_path(entry.path, path.parent))
-        found += _files(entry, files, path.parent)
-    return found
-
-
-def _fetched(address: str, fetch: Fetch) -> list[Path]:
-    """The data files among all that an address means."""
-    files = fetch(address)
-    found = [file for file in files if is_data(file)]
-    if not found:
-        names = ", ".join(file.name for file in files[:5])
-        raise UserError(f"{address} holds no data files, but {names}", f"it should hold {', '.join(SUFFIXES)} files")
-    return found
-
-
-def _files(source: Source, files: list[Path], folder: Path | None) -> list[tuple[Path, Source, Path]]:
-    root = None if source.root is None else resolve_image_root(source.root, folder)
-    # A shard's images are its own members.
-    return [(f, source, f.parent if root is None or f.suffix.lower() == TAR_SUFFIX else root) for f in files]
-
-
-def resolve_image_root(root: str, folder: Path | None) -> Path:
-    """The folder that relative paths of images begin at; it is looked for as data is, but need not be there."""
-    given = Path(root).expanduser()
-    places = [place / given for place in (*([] if folder is None else [folder]), Path.cwd(), home() / "data")]
-    return next((place for place in places if place.is_dir()), places[0])
+    if fetch is None and (is_address(source.path) or source.path.startswith("drawn:")):
+        return []
+    if fetch is not None and is_address(source.path):
+        files = fetch(source.path)
+        found = [file for file in files if _is_data(file)]
+        if not found:
+            names = ", ".join(file.name for file in files[:5])
+            hint = f"it should hold {', '.join(SUFFIXES)} files"
+            raise UserError(f"{source.path} holds no data files, but {names}", hint)
+        return [(file, source, folder) for file in found]
+    path = resolve_data_path(source.path, folder, missing_hint)
+    if is_entry or path.suffix.lower() not in _YAML_SUFFIXES:
+        return [(file, source, folder) for file in data_files(path)]
+    entries = _accessory_sources(path, source)
+    return [file for one in entries for file in _expand_one(one, path.parent, fetch, missing_hint, is_entry=True)]
 
 
 def _check(source: Source) -> None:
     if source.format not in FORMATS:
-        hint = did_you_mean(source.format, FORMATS) or f"it is one of: {', '.join(FORMATS)}"
-        raise UserError(f"{source.path}: unknown format {source.format!r}", hint)
+        error = unknown_format(source.format)
+        raise UserError(f"{source.path}: {error.message}", error.hint)
     if source.template not in ("auto", ChatTemplate.name):
         get_template(source.template)
     if not 0 < source.ratio <= 1:
@@ -253,16 +249,10 @@ def _accessory_sources(path: Path, outer: Source) -> list[Source]:
             found = problems_of(error, lambda key: did_you_mean(key, _MetaEntry.model_fields))
             problems += [f"{path}: META entry {number}: {problem}" for problem in found]
             continue
-        format = _PREPROCESS.get(entry.preprocess or "", outer.format)
-        sources.append(
-            Source(
-                entry.path,
-                format,
-                entry.prompt_type if entry.prompt_type is not None else outer.template,
-                entry.ratio * outer.ratio,
-                entry.root or outer.root,
-            )
-        )
+        inner = replace(outer, path=entry.path, ratio=entry.ratio * outer.ratio, root=entry.root or outer.root)
+        if entry.preprocess is not None:
+            inner = replace(inner, format=_PREPROCESS[entry.preprocess])
+        sources.append(inner if entry.prompt_type is None else replace(inner, template=entry.prompt_type))
     if problems:
         raise DataError(problems)
     return sources

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from llama_acc.core.checkpoint.adapter import fingerprint
 from llama_acc.core.checkpoint.layout import inspect, locate
 from llama_acc.core.checkpoint.load import read_weights
-from llama_acc.core.data.readers import read_bytes
 from llama_acc.core.errors import DataError, UserError
 from llama_acc.core.evaluate.json_lines import parse_objects
 from llama_acc.core.generate.chat import encode_question
 from llama_acc.core.generate.engine import Engine, Prompt, Sampler, Sampling
 from llama_acc.core.generate.load import LoadedModel
+from llama_acc.core.input_files import read_bytes
 
 _BEGINNING = b'{"question_id": '
 

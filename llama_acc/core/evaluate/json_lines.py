@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llama_acc.core.data.readers import read_bytes
 from llama_acc.core.errors import DataError, UserError
+from llama_acc.core.input_files import read_bytes
 
 Objects = dict[int, dict[str, Any]]
 """The objects of a file by the number of their line, from 1; blank lines have none."""

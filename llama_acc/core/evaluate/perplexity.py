@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from llama_acc.core.data.batches import build, micro_batches
-from llama_acc.core.data.dataset import Dataset
-from llama_acc.core.data.load import FileProgress, load_dataset
+from llama_acc.core.data.dataset import Dataset, FileProgress, load_dataset
 from llama_acc.core.data.sources import Fetch, Source
 from llama_acc.core.data.templates import TEMPLATES, ChatTemplate, PromptFormat, get_template
 from llama_acc.core.errors import RunError, UserError

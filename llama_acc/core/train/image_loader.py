@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama_acc.core.data.batches import MicroBatch, build_seen
+from llama_acc.core.data.batches import MicroBatch, build_multimodal_batch
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.data.image_workers import ImageWorkers, default_workers
 from llama_acc.core.data.images import Crop, ImageJob, Transform, digest, pixels_or_problem, shown_reference
@@ -131,7 +131,9 @@ class ImageLoader:
     def iter_batches(self, dataset: Dataset, indices: Iterable[MicroBatchIndices], crop: Crop) -> Iterator[MicroBatch]:
         """The micro-batches of a dataset with their `inputs`; the images of some are decoded ahead of time."""
         encoder = self._encoder
-        batches = ((build_seen(dataset, items, encoder.vision.positions), epoch) for items, epoch in indices)
+        batches = (
+            (build_multimodal_batch(dataset, items, encoder.vision.positions), epoch) for items, epoch in indices
+        )
         if dataset.image_counts.any() and encoder.is_leader:
             return self._decoded(batches, Transform(crop, encoder.vision.image_size))
         return (replace(batch, inputs=encoder.inputs(len(batch.images), _never)) for batch, _ in batches)

@@ -3,6 +3,7 @@
 `make_plan` resolves the recipe; whatever comes after it takes a `Plan`, or values.
 """
 
+import json
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -15,14 +16,12 @@ import torch
 
 from llama_acc.core.checkpoint.layout import Layout
 from llama_acc.core.checkpoint.save import DTYPES, needed_bytes
-from llama_acc.core.data.cache import EntryStore, load_published, publish_to_local_ranks
-from llama_acc.core.data.dataset import Dataset
+from llama_acc.core.data.cache import EntryStore
+from llama_acc.core.data.dataset import Dataset, load_dataset, load_published, publish
 from llama_acc.core.data.image_workers import with_usable_images
-from llama_acc.core.data.load import load_dataset
-from llama_acc.core.data.readers import raise_together
-from llama_acc.core.data.sources import OTHERWISE, Source
+from llama_acc.core.data.sources import MISSING_HINT, Source
 from llama_acc.core.distributed.groups import Parallel
-from llama_acc.core.errors import UserError
+from llama_acc.core.errors import UserError, raise_together
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.nf4 import nbytes
 from llama_acc.core.model.transformer import (
@@ -242,7 +241,7 @@ def make_plan(
     dry_run: bool = False,
     saved: Path | None = None,
     store: EntryStore | None = None,
-    data: PlannedData | None = None,
+    published: Path | None = None,
 ) -> Plan:
     """Finds and checks everything a run needs, except its output folder and its weights.
 
@@ -253,7 +252,7 @@ def make_plan(
         dry_run: weights may be absent.
         saved: the run's own checkpoint, to resume from.
         store: where encoded data is kept; None: in the cache.
-        data: what another process has read already.
+        published: a folder in which another process of this machine has left its data.
 
     Raises:
         UserError: the first group of problems found.
@@ -265,10 +264,13 @@ def make_plan(
             f"data.max_tokens ({recipe.data.max_tokens}) is more than the model's max_seq_len ({config.max_seq_len})",
             "lower data.max_tokens, or raise model.max_seq_len",
         )
-    if data is None and (saved is None or has_frozen(recipe)):
+    if published is None and (saved is None or has_frozen(recipe)):
         read_base(layouts, config, Parallel())  # what does not fit is reported before hours of encoding
     callback.working("reading the data")
-    train, validation, report = data or _read_data(recipe, config, tokenizer, recipe_folder, callback, store)
+    if published is None:
+        train, validation, report = _read_data(recipe, config, tokenizer, recipe_folder, callback, store)
+    else:
+        train, validation, report = _load_published(published, tokenizer)
     steps_per_epoch = math.ceil(len(train) / recipe.train.global_batch_size)
     total = math.ceil(recipe.train.epochs * steps_per_epoch - 1e-9)
     plan = Plan(
@@ -296,10 +298,12 @@ def make_plan_together(
     def lead() -> tuple[Plan, Path] | None:
         if not parallel.is_local_rank_zero:
             return None
-        plan = make(store=store)
-        data = PlannedData(plan.train.prepared(), plan.validation and plan.validation.prepared(), plan.report)
-        publish_to_local_ranks(data, store.own_folder())
-        return plan, store.own_folder()
+        plan, folder = make(store=store), store.own_folder()
+        publish(plan.train, folder / "train")
+        if plan.validation is not None:
+            publish(plan.validation, folder / "validation")
+        (folder / "report.json").write_text(json.dumps(plan.report), encoding="utf-8")
+        return plan, folder
 
     with EntryStore() as store:
         if parallel.control is None:
@@ -307,7 +311,14 @@ def make_plan_together(
         led = parallel.raise_together(lead)
         found = parallel.broadcast_in_node(led and led[1])
         # Nobody leaves before all have mapped what is deleted then.
-        return parallel.raise_together(lambda: led[0] if led else make(data=load_published(found)))
+        return parallel.raise_together(lambda: led[0] if led else make(published=found))
+
+
+def _load_published(folder: Path, tokenizer: Tokenizer) -> PlannedData:
+    held_out = folder / "validation"
+    validation = load_published(held_out, tokenizer) if held_out.exists() else None
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return PlannedData(load_published(folder / "train", tokenizer), validation, report)
 
 
 def _check_learns(plan: Plan) -> None:
@@ -345,7 +356,7 @@ def _read_data(
         UserError: what is wrong with the data, all of it together; images after the rest.
     """
     data, seed = recipe.data, recipe.train.seed
-    wanted = [([Source(**source.model_dump()) for source in data.sources], OTHERWISE)]
+    wanted = [([Source(**source.model_dump()) for source in data.sources], MISSING_HINT)]
     if data.validation.path is not None:
         held_out = Source(data.validation.path, template=data.sources[0].template)
         wanted.append(([held_out], "give it with data.validation.path=FILE"))
@@ -357,7 +368,7 @@ def _read_data(
         callback.working(f"opened {done:,} of {count_text(total, 'image')}", key="images")
 
     loaded, errors = [], []
-    for sources, otherwise in wanted:
+    for sources, missing_hint in wanted:
         try:
             loaded.append(
                 load_dataset(
@@ -371,7 +382,7 @@ def _read_data(
                     progress=encoding,
                     store=store,
                     fetch=callback.fetch,
-                    otherwise=otherwise,
+                    missing_hint=missing_hint,
                 )
             )
         except UserError as error:

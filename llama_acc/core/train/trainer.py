@@ -19,9 +19,9 @@ from llama_acc.core.checkpoint.resume import FORMAT_VERSION, SavedState, read_pr
 from llama_acc.core.checkpoint.save import Rows, Snapshot
 from llama_acc.core.data.batches import (
     MicroBatch,
+    assign_to_ranks,
     build,
-    build_seen,
-    deal_to_ranks,
+    build_multimodal_batch,
     epoch_order,
     micro_batches,
     step_items,
@@ -187,7 +187,7 @@ class Trainer:
         """
         train, ranks = self.plan.recipe.train, self.parallel.data_size
         groups = micro_batches(items, dataset.lengths, train.batch_size, train.micro_batch_tokens, ranks)
-        assigned = deal_to_ranks(groups, dataset.lengths, ranks)
+        assigned = assign_to_ranks(groups, dataset.lengths, ranks)
         loads = [sum(int(dataset.lengths[item]) for group in own for item in groups[group]) for own in assigned]
         own = [groups[group] for group in assigned[self.parallel.data_rank]]
         return own, max(loads) * ranks / sum(loads) - 1.0
@@ -228,7 +228,7 @@ class Trainer:
         else:
             # Of black images: a frozen tower takes less than a step, and its time is worth saving.
             vision = self.vision_encoder.vision
-            batch = build_seen(plan.train, self.current_items, vision.positions)
+            batch = build_multimodal_batch(plan.train, self.current_items, vision.positions)
             shape = (len(batch.images), *vision.input_shape)
             inputs = torch.zeros(shape, dtype=self.vision_encoder.dtype, device=self.device)
             batch = replace(batch, inputs=inputs)

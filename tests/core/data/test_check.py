@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_acc.core.data.check import FileReport, check_files, histogram, quantiles
-from llama_acc.core.data.load import load_dataset
+from llama_acc.core.data.dataset import load_dataset
 from llama_acc.core.data.preview import first_items
 from llama_acc.core.data.sources import Source, expand
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer

@@ -1,4 +1,8 @@
-from collections.abc import Sequence
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_acc.core.data.checks import replies_of
-from llama_acc.core.data.encode import Chunk, encode_chunk, stored_tokens, token_type
+from llama_acc.core.data.encode import Batch, Chunk, Encoding, encode_batch, encode_batches, stored_tokens
 from llama_acc.core.data.items import Dialogue, Item, SingleTurn
-from llama_acc.core.data.templates import Turn, get_template
+from llama_acc.core.data.read import Checked
+from llama_acc.core.data.templates import Template, Turn, get_template
+from llama_acc.core.errors import RunError
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
 from tests.core.data.reading import read_items
 
@@ -21,13 +27,15 @@ def tokenizer(tokenizer_path: Path) -> Tokenizer:
     return load_tokenizer(tokenizer_path)
 
 
-def encode(items: Sequence[Item], template: str, tokenizer: Tokenizer, max_tokens: int = 4096) -> Chunk:
-    return encode_chunk(list(enumerate(items)), get_template(template), tokenizer, max_tokens)
+def encode(items: Sequence[Item], template: str | Template, tokenizer: Tokenizer, max_tokens: int = 4096) -> Chunk:
+    form = get_template(template) if isinstance(template, str) else template
+    batch = [(i, Checked("item", item, [])) for i, item in enumerate(items)]
+    return encode_batch(batch, Encoding(form, max_tokens), tokenizer)
 
 
 def document(encoded: Chunk, i: int = 0) -> tuple[list[int], list[int]]:
     """A document's tokens, and the indices of its labels."""
-    tokens, labeled = stored_tokens(encoded.table[i], encoded.content, token_type(TINY_VOCABULARY))
+    tokens, labeled = stored_tokens(encoded.table[i], encoded.content, TINY_VOCABULARY)
     assert encoded.table["label_count"][i] == labeled.sum()
     return tokens.tolist(), np.flatnonzero(labeled).tolist()
 
@@ -64,37 +72,31 @@ def test_a_reply_that_echoes_the_human_turn_is_labeled_where_it_stands(tokenizer
     assert [tokens[label] for label in labels] == reply
 
 
-def test_a_dialogue_is_framed_and_its_eos_is_no_label(tokenizer: Tokenizer) -> None:
-    text, *_ = get_template("dialogue").dialogue_text([Turn("human", "hi"), Turn("assistant", "a"), Turn("human", "b")])
-    tokens, labels = document(encode([talk("hi", "a", "b")], "dialogue", tokenizer))
-    assert tokens == tokenizer.encode(text, bos=True, eos=True)
-    assert len(tokens) - 1 not in labels
-
-
 @pytest.mark.parametrize("reply", ["😀", "a 👩‍👩‍👧 b", "日本", "▁ ▁", "é\nñ", "x"])
 def test_what_is_labeled_is_what_the_model_is_to_write(reply: str, tokenizer: Tokenizer) -> None:
-    """From where the prompt ends, to and with the end mark; whatever characters the reply has."""
-    template = get_template("dialogue")
-    tokens, labels = document(encode([talk("hi", reply)], "dialogue", tokenizer))
-    prompt = template.prompt_ids(tokenizer, [Turn("human", "hi")])
+    """From where the prompt ends, to and with the end mark; whatever characters the reply has. EOS is no label."""
+    template, turns = get_template("dialogue"), [Turn("human", "hi"), Turn("assistant", reply)]
+    tokens, labels = document(encode([Dialogue(turns)], "dialogue", tokenizer))
+    assert tokens == tokenizer.encode(template.dialogue_text(turns).text, bos=True, eos=True)
+    prompt = template.prompt_ids(tokenizer, turns[:1])
     assert tokens[: len(prompt)] == prompt
     assert labels == list(range(len(prompt), len(tokens) - 1))
+    encoded = encode([Dialogue(turns)], "chatml", tokenizer)
+    assert document(encoded)[0] == tokenizer.encode(get_template("chatml").dialogue_text(turns).text)
+    tokens, labels = document(encoded)
+    assert tokenizer.decode([tokens[label] for label in labels]).endswith("<|im_end|>")
 
 
 @pytest.mark.parametrize("name", ["dialogue", "chatml"])
 def test_a_reply_that_is_context_only_is_seen_and_not_trained(name: str, tokenizer: Tokenizer) -> None:
-    turns = [
-        Turn("human", "hi"),
-        Turn("assistant", "wrong", trained=False),
-        Turn("human", "sure?"),
-        Turn("assistant", "ok"),
-    ]
+    turns = [*talk("hi", "wrong", "sure?", "ok").turns]
+    turns[1] = turns[1]._replace(trained=False)
     tokens, labels = document(encode([Dialogue(turns)], name, tokenizer))
-    everything, both = document(encode([Dialogue([turn._replace(trained=True) for turn in turns])], name, tokenizer))
+    everything, both = document(encode([talk("hi", "wrong", "sure?", "ok")], name, tokenizer))
     assert tokens == everything
     assert set(labels) < set(both)
-    assert "ok" in tokenizer.decode([tokens[label] for label in labels])
-    assert "wrong" not in tokenizer.decode([tokens[label] for label in labels])
+    text = tokenizer.decode([tokens[label] for label in labels])
+    assert ("ok" in text, "wrong" in text) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -108,17 +110,9 @@ def test_a_reply_that_is_context_only_is_seen_and_not_trained(name: str, tokeniz
 def test_a_system_text_of_an_item_stands_where_the_format_has_one(name: str, begins: str, tokenizer: Tokenizer) -> None:
     items: list[Item] = [SingleTurn("go", None, "ok", system="Be terse.")]
     if name != "none":
-        items.append(Dialogue([Turn("human", "go"), Turn("assistant", "ok")], system="Be terse."))
+        items.append(Dialogue(talk("go", "ok").turns, system="Be terse."))
     for item in items:
         assert tokenizer.decode(document(encode([item], name, tokenizer))[0]).startswith(begins)
-
-
-def test_chatml_has_no_bos_and_eos_and_trains_the_end_mark(tokenizer: Tokenizer) -> None:
-    text, *_ = get_template("chatml").dialogue_text([Turn("human", "hi"), Turn("assistant", "the answer")])
-    encoded = encode([talk("hi", "the answer")], "chatml", tokenizer)
-    tokens, labels = document(encoded)
-    assert tokens == tokenizer.encode(text)
-    assert tokenizer.decode([tokens[label] for label in labels]) == "the answer<|im_end|>"
 
 
 def test_single_turn_items_become_dialogues_of_one_exchange(tokenizer: Tokenizer) -> None:
@@ -138,7 +132,7 @@ def test_what_is_too_long_is_cut_and_what_has_no_label_left_is_dropped(tokenizer
     hopeless, silent = SingleTurn("go " * 80, None, "ok"), talk("hi")
     limit = len(tokenizer.encode("go" + "ok", bos=True, eos=True))
     encoded = encode([hopeless, short, hopeless, long], "none", tokenizer, limit)
-    assert encoded.items == 4
+    assert encoded.stats.items == 4
     assert encoded.table["item"].tolist() == [1, 3]
     assert encoded.table["cut"].tolist() == [False, True]
     assert encoded.table["length"].tolist() == [limit, limit]
@@ -148,7 +142,7 @@ def test_what_is_too_long_is_cut_and_what_has_no_label_left_is_dropped(tokenizer
 
 def test_the_first_token_is_never_a_target(tokenizer: Tokenizer) -> None:
     without_bos = get_template("caption").model_copy(update={"bos": False})
-    encoded = encode_chunk([(0, SingleTurn("", None, "a town"))], without_bos, tokenizer, 100)
+    encoded = encode([SingleTurn("", None, "a town")], without_bos, tokenizer)
     assert document(encoded)[1] == list(range(1, encoded.table["length"][0]))
 
 
@@ -203,22 +197,52 @@ def test_limas_labels_are_llama2_accessorys_and_eos_where_a_reply_looks_like_its
     tokenizer = load_tokenizer(shared / "assets/tokenizer")
     items = read_items(shared / "assets/data/lima_vicuna_format.json")
     encoded = encode(items, "dialogue", tokenizer, 10**6)
-    assert (encoded.items, len(encoded.table), encoded.table["cut"].sum()) == (1029, 1029, 0)
+    assert (encoded.stats.items, len(encoded.table), encoded.table["cut"].sum()) == (1029, 1029, 0)
     headings = [i for i, item in enumerate(items) if any("\n###" in text.strip() for _, text in replies_of(item))]
     assert len(headings) == 13
     assert int(encoded.table["label_count"].sum()) == 671_984 + 13
-    searched = [searched_labels(tokenizer, item) or [] for item in items]
-    for i in headings:
-        searched[i].append(len(document(encoded, i)[0]) - 1)
-    assert [i for i, labels in enumerate(searched) if labels != document(encoded, i)[1]] == []
+    for i, item in enumerate(items):
+        end = [len(document(encoded, i)[0]) - 1] if i in headings else []
+        assert [*(searched_labels(tokenizer, item) or []), *end] == document(encoded, i)[1]
 
 
 def test_alpacas_labels_are_llama2_accessorys(shared: Path) -> None:
     tokenizer = load_tokenizer(shared / "assets/tokenizer")
-    items = read_items(shared / "assets/data/alpaca_5000.json")
+    items = read_items(shared / "assets/data/alpaca_5000.json")[::50]
     encoded = encode(items, "alpaca", tokenizer)
-    for i in range(0, 5000, 50):
-        prompt = get_template("alpaca").single_turn_text(items[i].instruction, items[i].input, "").text
-        tokens = tokenizer.encode(prompt + items[i].output, bos=True, eos=True)
+    for i, item in enumerate(items):
+        prompt = get_template("alpaca").single_turn_text(item.instruction, item.input, "").text
+        tokens = tokenizer.encode(prompt + item.output, bos=True, eos=True)
         labels = list(range(len(tokenizer.encode(prompt, bos=True)), len(tokens)))
         assert document(encoded, i) == (tokens, labels)
+
+
+ENCODING = Encoding(get_template("none"), 64)
+
+
+def batches(count: int) -> list[Batch]:
+    return [
+        [(n * 3 + i, Checked("item", SingleTurn("go", None, f"answer {n} {i}"), [])) for i in range(3)]
+        for n in range(count)
+    ]
+
+
+def facts(chunk: Chunk) -> tuple[object, ...]:
+    return chunk.table.tolist(), chunk.content, chunk.stats.all_findings(), chunk.stats.rows, chunk.unused_inputs
+
+
+def test_workers_give_what_one_process_gives_in_order_and_read_as_they_need(tokenizer: Tokenizer) -> None:
+    alone = [facts(chunk) for chunk in encode_batches(batches(60), ENCODING, tokenizer, workers=1)]
+    read = []
+
+    def reading() -> Iterator[Batch]:
+        for batch in batches(1000):
+            read.append(batch)
+            yield batch
+
+    encoded = encode_batches(reading(), ENCODING, tokenizer, workers=2)
+    assert [facts(chunk) for chunk in islice(encoded, 60)] == alone
+    assert len(read) <= 60 + 2 * 2 + 1
+    os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+    with pytest.raises(RunError, match="a process that encodes data ended early"):
+        list(encoded)

@@ -16,8 +16,7 @@ from llama_acc.core.data.check import Truncation
 from llama_acc.core.data.encode import documents
 from llama_acc.core.data.findings import KINDS, Findings
 from llama_acc.core.data.items import Dialogue, SingleTurn, item_of
-from llama_acc.core.data.readers import stream_items
-from llama_acc.core.data.rows import Row, stream_rows_from
+from llama_acc.core.data.read import Row, stream_items, stream_rows_from
 from llama_acc.core.data.templates import TEMPLATES, Turn, get_template
 from llama_acc.core.errors import DataError, UserError
 from llama_acc.core.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer

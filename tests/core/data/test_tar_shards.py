@@ -12,7 +12,7 @@ import pytest
 from llama_acc.core.data import tar_shards
 from llama_acc.core.data.images import read_reference, resolved
 from llama_acc.core.data.items import Dialogue, SingleTurn
-from llama_acc.core.data.readers import data_files
+from llama_acc.core.data.sources import data_files
 from llama_acc.core.data.tar_shards import tar_digest, tar_rows
 from llama_acc.core.errors import UserError
 from tests.core.data.pictures import encoded, plain

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from llama_acc.core.data.chat_rendering import Limits
-from llama_acc.core.data.load import load_dataset
+from llama_acc.core.data.dataset import load_dataset
 from llama_acc.core.data.sources import Source
 from llama_acc.core.data.templates import TEMPLATES, ChatTemplate, Template, Turn, get_template, template_of_folder
 from llama_acc.core.errors import UserError

@@ -22,7 +22,6 @@ from llama_acc.core.data.convert.formats import (
     required_columns,
 )
 from llama_acc.core.data.convert.writing import LINES, Layout, encoded, layout_of, whole_file, write_lines
-from llama_acc.core.data.files import data_suffix, nearest_names
 from llama_acc.core.data.findings import MOST_PROBLEMS
 from llama_acc.core.data.items import (
     IMAGES,
@@ -38,8 +37,16 @@ from llama_acc.core.data.items import (
     type_name,
     unusable,
 )
-from llama_acc.core.data.readers import data_files
-from llama_acc.core.data.rows import SUFFIXES, Row, looked_ahead, stream_rows, stream_rows_from
+from llama_acc.core.data.read import (
+    SUFFIXES,
+    Row,
+    data_suffix,
+    looked_ahead,
+    nearest_names,
+    stream_rows,
+    stream_rows_from,
+)
+from llama_acc.core.data.sources import data_files
 from llama_acc.core.downloads import converted_file, is_here, raw_files
 from llama_acc.core.errors import DataError, UserError, listed
 from llama_acc.core.input_files import open_input

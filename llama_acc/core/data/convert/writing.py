@@ -13,8 +13,8 @@ from typing import IO, Any, NamedTuple
 import msgspec
 
 from llama_acc.core.atomic import sync
-from llama_acc.core.data.files import data_suffix
 from llama_acc.core.data.items import Malformed
+from llama_acc.core.data.read import data_suffix
 from llama_acc.core.errors import RunError, UserError
 
 if sys.version_info >= (3, 14):
