@@ -279,14 +279,12 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) ->
     One fused kernel call per document: nothing is padded and no mask is made. Documents are split off all at once: the
     gradient of a slice is as large as the whole stream, and there would be one for each document.
     """
-    documents = zip(*(x.unsqueeze(0).split(list(lengths), 1) for x in (q, k, v)), strict=True)
-    shared = q.shape[1] != k.shape[1]
-    outputs = [
-        F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in document), is_causal=True, enable_gqa=shared
-        ).transpose(1, 2)
-        for document in documents
-    ]
+    outputs = []
+    for document in zip(*(x.unsqueeze(0).split(list(lengths), 1) for x in (q, k, v)), strict=True):
+        queries, keys, values = (x.transpose(1, 2) for x in document)
+        shared = queries.shape[1] != keys.shape[1]
+        output = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=shared)
+        outputs.append(output.transpose(1, 2))
     return torch.cat(outputs, 1).squeeze(0)
 
 
