@@ -27,16 +27,8 @@ from llama_acc.core.units import count_text
 _CHUNK = 500
 _BARS, _MOST_PLOTTED = 16, 8
 _QUANTILES = {"min": 0.0, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99, "max": 1.0}
-_COUNTS = (
-    "tokens",
-    "label_tokens",
-    "truncated",
-    "truncated_tokens",
-    "truncated_label_tokens",
-    "dropped",
-    "dropped_without_reply",
-    "dropped_without_room",
-)
+_TRUNCATED = ("truncated", "truncated_tokens", "truncated_label_tokens")
+_DROPPED = ("dropped", "dropped_without_reply", "dropped_without_room")
 
 FileProgress = Callable[[Path, int], None]
 """Called with a file and how many bytes of it have been read."""
@@ -56,7 +48,9 @@ class Truncation:
     """How many positions an image takes, in front of the text."""
     lengths: Counter[int] = field(default_factory=Counter)
     """How many items have so many tokens, uncut."""
-    counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(_COUNTS, 0)))
+    counts: Counter[str] = field(
+        default_factory=lambda: Counter(dict.fromkeys(("tokens", "label_tokens", *_TRUNCATED, *_DROPPED), 0))
+    )
     """tokens, label_tokens: of what is left of the items. truncated...: items that are cut, and what they lose."""
 
     def add(self, items: Sequence[tuple[str, Item]]) -> None:
@@ -166,11 +160,9 @@ def check_files(
     Args:
         specs: the files, and in which prompt format.
         tokenizer: the model's; None: nothing is said of tokens.
-        max_tokens: where items would be cut; None: nowhere.
-        image_positions: how many positions an image takes in the model.
+        max_tokens: where items would be cut, counting `image_positions` for each image; None: nowhere.
         max_pixels: images are opened, and larger ones refused; None: images are not looked at.
         most: how many findings of a kind are kept of a file; None: all. All are counted.
-        progress: receives how far the reading is.
     """
     reports = [FileReport(spec.path, DatasetStats(most)) for spec in specs]
     with ImageWorkers(default_workers()) as workers:

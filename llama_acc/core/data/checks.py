@@ -52,13 +52,10 @@ class DatasetStats:
     """What is found in the rows of a file, in memory that hardly grows: counts, the first of each kind, 8 bytes a row.
 
     Rows are added in their order. The statistics of consecutive parts of a file can be made by several processes and
-    merged: the result is the same.
+    merged: the result is the same. `most` findings of a kind are kept; None: all.
     """
 
     def __init__(self, most: int | None = EXAMPLES) -> None:
-        """Args:
-        most: how many findings of a kind are kept; None: all.
-        """
         self.findings = Findings(most)
         self.rows = 0
         self.items = 0

@@ -74,11 +74,7 @@ def drawings(split: str, count: int) -> Iterator[tuple[bytes, str]]:
 
 
 def drawn_shard(name: str) -> Path:
-    """The tar shard of a split's drawings, which is made where it is not there yet.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """The tar shard of a split's drawings, which is made where it is not there yet."""
     path = home() / "data" / f"drawings-{VERSION}" / str(SPLITS[name]) / f"{name}.tar"
     if path.is_file():
         return path

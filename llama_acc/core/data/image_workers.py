@@ -7,13 +7,16 @@ leave Ctrl-C and SIGTERM to it.
 
 import multiprocessing
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from types import ModuleType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
@@ -76,7 +79,7 @@ class ImageWorkers:
         waiting: deque[list[Future[_Result]]] = deque()
         try:
             for group in groups:
-                with held_back():  # from workers that start: Ctrl-C is the parent's
+                with held_back(), _without_main():  # Ctrl-C is the parent's
                     waiting.append([self._pool.submit(function, job) for job in group])
                 if len(waiting) > ahead:
                     yield [future.result() for future in waiting.popleft()]
@@ -86,6 +89,16 @@ class ImageWorkers:
             raise RunError(
                 "a process that decodes images was killed", "if memory ran out: lower data.images.workers"
             ) from error
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Keeps workers that start from running the main module again, a script that trains or imports torch."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _watch_parent() -> None:
@@ -125,15 +138,13 @@ def with_usable_images(
     on_error: Literal["stop", "skip"],
     progress: Progress,
 ) -> list["Dataset"]:
-    """Opens all images of the data.
+    """Opens all images of the data; with `on_error` "skip", items with one that cannot be used are left out.
 
     Args:
         datasets: what is trained and what is held out.
         max_pixels: larger images are refused.
         workers: processes that open them; None = as many as suit this machine.
         one_each: the model takes one image of an item.
-        on_error: "skip": items with an image that cannot be used are left out.
-        progress: receives how far it is.
 
     Raises:
         UserError: there are items of more images than the model takes, or none is left.

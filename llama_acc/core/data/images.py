@@ -1,6 +1,7 @@
 """Pictures: from a file, or a member of a tar shard, to 8-bit RGB, and from that to the square a model sees.
 
-Imports no torch: worker processes do this. The arithmetic is Pillow's, which is torchvision's for pictures.
+Imports no torch: worker processes do this. The arithmetic is Pillow's, which is torchvision's for pictures. Whatever is
+wrong with a picture, missing, broken or too large, is an ImageError.
 
 A reference says in text where a picture is: a path, or "shard.tar#OFFSET+SIZE", a member of a plain tar.
 """
@@ -84,11 +85,7 @@ def shown_reference(reference: str) -> str:
 
 
 def read_reference(reference: str, most: int = -1) -> bytes:
-    """The bytes of a picture, or the first of them.
-
-    Raises:
-        ImageError: it is not there, or cannot be read.
-    """
+    """The bytes of a picture, or the first of them."""
     member = _MEMBER.fullmatch(reference)
     try:
         with open_input(Path(reference if member is None else member["shard"]), pipes=False) as file:
@@ -104,20 +101,12 @@ def read_reference(reference: str, most: int = -1) -> bytes:
 
 @lru_cache(maxsize=2**20)
 def digest(reference: str) -> str:
-    """sha256 of a picture's bytes, read once.
-
-    Raises:
-        ImageError: it is not there, or cannot be read.
-    """
+    """sha256 of a picture's bytes, read once."""
     return hashlib.sha256(read_reference(reference)).hexdigest()
 
 
 def check_header(reference: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Width and height of a picture as its header has them; the pixels are not decoded.
-
-    Raises:
-        ImageError: missing, no picture, or of more than `max_pixels`.
-    """
+    """Width and height of a picture as its header has them; the pixels are not decoded."""
     try:
         with _open_image(read_reference(reference, _HEADER_BYTES), max_pixels) as image:
             return image.size
@@ -141,8 +130,7 @@ def header_problems(references: Sequence[str], max_pixels: int) -> list[str | No
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A picture's (first) frame in 8-bit RGB, turned as its EXIF says; what is transparent shows a white background.
 
-    Raises:
-        ImageError: no picture, broken, or of more than `max_pixels`, which is found out before it is unpacked.
+    That it has more than `max_pixels` is found out before it is unpacked.
     """
     with _open_image(data, max_pixels) as image:
         try:
@@ -190,11 +178,7 @@ class ImageJob:
 
 
 def pixels(job: ImageJob) -> NDArray[np.uint8]:
-    """The pixels that a job asks for, a function of the job alone. [3, size, size]
-
-    Raises:
-        ImageError: as `decode`, and if the file is not there.
-    """
+    """The pixels that a job asks for, a function of the job alone. [3, size, size]"""
     image = decode(read_reference(job.reference), job.max_pixels)
     square = job.transform(image, np.random.default_rng(job.seed))
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
@@ -209,11 +193,7 @@ def pixels_or_problem(job: ImageJob) -> NDArray[np.uint8] | str:
 
 
 def thumbnail(reference: str, side: int, max_pixels: int = MAX_PIXELS) -> bytes:
-    """A picture within a square of `side` pixels, as JPEG.
-
-    Raises:
-        ImageError: as `pixels`.
-    """
+    """A picture within a square of `side` pixels, as JPEG."""
     image = decode(read_reference(reference), max_pixels)
     image.thumbnail((side, side), Image.Resampling.BICUBIC)
     file = io.BytesIO()

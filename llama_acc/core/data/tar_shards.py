@@ -49,10 +49,8 @@ class _Sample:
 def tar_rows(path: Path) -> Iterator[tuple[str, Any, str | None]]:
     """The rows of a shard: (its place, the item, None), or (its place, None, why it cannot be used).
 
-    An item's `image` is a reference relative to the shard's folder.
-
-    Raises:
-        UserError: the shard is missing, damaged or compressed.
+    An item's `image` is a reference relative to the shard's folder. A shard that is missing, damaged or compressed is
+    a UserError.
     """
     for number, sample in enumerate(_samples(path), start=1):
         where = f"item {number} ({sample.name})"
@@ -65,11 +63,8 @@ def tar_rows(path: Path) -> Iterator[tuple[str, Any, str | None]]:
 def tar_digest(path: Path) -> str:
     """sha256 of all that decides a shard's rows: its name, its texts, and where its pictures stand.
 
-    Kept under LLAMA_ACC_HOME until the file changes: to find the members of a large shard takes a while.
-
-    Raises:
-        OSError: it is not there.
-        UserError: it is damaged or compressed.
+    Kept under LLAMA_ACC_HOME until the file changes: to find the members of a large shard takes a while. A shard that
+    is missing is an OSError, one that is damaged or compressed a UserError.
     """
     status = path.stat()
     facts = [str(path.absolute()), status.st_size, status.st_mtime_ns, VERSION]
@@ -130,11 +125,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]
 
 
 def _item(sample: _Sample, shard: str) -> dict[str, Any]:
-    """A sample as an item.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """A sample as an item; ValueError: it is none."""
     if sample.problem is not None:
         raise ValueError(sample.problem)
     image = {} if sample.image is None else {"image": member_reference(Path(shard), *sample.image)}
@@ -178,8 +169,6 @@ def _opened(path: Path) -> Iterator[tarfile.TarFile]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (tarfile.TarError, EOFError) as error:
         if start.startswith(_COMPRESSED):
-            raise UserError(
-                f"{path} is compressed: its pictures cannot be reached one by one",
-                f"unpack it: gzip -dc {path} > {path.with_suffix('')}-plain.tar",
-            ) from error
+            hint = f"unpack it: gzip -dc {path} > {path.with_suffix('')}-plain.tar"
+            raise UserError(f"{path} is compressed: its pictures cannot be reached one by one", hint) from error
         raise UserError(f"{path} is not a whole tar file: {error}", "was the download or the copy cut off?") from error

@@ -69,15 +69,16 @@ def test_a_killed_worker_is_an_error_that_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_workers_import_no_torch_and_end_with_a_parent_that_was_killed() -> None:
-    program = (
-        "import sys, time; from llama_acc.core.data.image_workers import ImageWorkers; "
-        'made = ImageWorkers(1).map_ahead(eval, [[\'"torch" in __import__("sys").modules\']], 0); '
-        "print(next(made), 'torch' in sys.modules, flush=True); time.sleep(100)"
+def test_workers_import_neither_torch_nor_the_script_and_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import time, wave\nfrom llama_acc.core.data.image_workers import ImageWorkers\n"
+        """made = ImageWorkers(1).map_ahead(eval, [["{'torch', 'wave'} & set(__import__('sys').modules)"]], 0)\n"""
+        "print(next(made), flush=True)\ntime.sleep(100)\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE)
     assert parent.stdout is not None
-    assert parent.stdout.readline() == b"[False] False\n"
+    assert parent.stdout.readline() == b"[set()]\n"
     workers = workers_of(parent.pid)
     assert len(workers) == 1
     parent.kill()

@@ -84,35 +84,19 @@ def test_a_caption_goes_with_the_picture_of_its_name_and_what_is_no_sample_is_pa
 
 def test_every_sample_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     picture = encoded(plain(0))
-    shard = write_shard(
-        tmp_path / "a.tar",
-        {
-            "1.jpg": picture,
-            "2.txt": "no picture",
-            "3.jpg": picture,
-            "3.json": {"nothing": 1},
-            "4.jpg": picture,
-            "4.json": "[1]",
-            "5.jpg": picture,
-            "5.json": "?",
-            "6.jpg": picture,
-            "6.txt": b"\xff",
-            "7.jpg": picture,
-            "7.png": picture,
-            "7.txt": "two",
-            **samples(1),
-        },
-    )
-    problems = [f"{where}: {problem}" for where, _, problem in tar_rows(shard) if problem is not None]
-    assert problems == [
-        "item 1 (1): no .txt and no .json with a caption beside the picture",
-        "item 2 (2): no picture beside 2.txt",
-        "item 3 (3): no caption in .json",
-        "item 4 (4): 4.json should hold an object",
-        "item 5 (5): 5.json cannot be read: Expecting value: line 1 column 1 (char 0)",
-        "item 6 (6): 6.txt is not UTF-8 at byte 0",
-        "item 7 (7): more than one picture of this name",
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({".jpg": picture}, "no .txt and no .json with a caption beside the picture"),
+        ({".txt": "no picture"}, "no picture beside 2.txt"),
+        ({".jpg": picture, ".json": {"nothing": 1}}, "no caption in .json"),
+        ({".jpg": picture, ".json": "[1]"}, "4.json should hold an object"),
+        ({".jpg": picture, ".json": "?"}, "5.json cannot be read: Expecting value: line 1 column 1 (char 0)"),
+        ({".jpg": picture, ".txt": b"\xff"}, "6.txt is not UTF-8 at byte 0"),
+        ({".jpg": picture, ".png": picture, ".txt": "two"}, "more than one picture of this name"),
     ]
+    members = {f"{n}{suffix}": data for n, (files, _) in enumerate(wrong, start=1) for suffix, data in files.items()}
+    shard = write_shard(tmp_path / "a.tar", {**members, **samples(1)})
+    problems = [f"{where}: {problem}" for where, _, problem in tar_rows(shard) if problem is not None]
+    assert problems == [f"item {n} ({n}): {problem}" for n, (_, problem) in enumerate(wrong, start=1)]
     with pytest.raises(UserError, match=r"7 problems(.|\n)*item 2 \(2\): no picture beside 2\.txt"):
         read_items(shard)
 
