@@ -39,13 +39,15 @@ def make_checkpoint(folder: Path, layers: int) -> None:
     import torch
 
     from llama_acc.core.model.config import ModelConfig
-    from llama_acc.core.model.transformer import local_shape, shapes_of
+    from llama_acc.core.model.transformer import shapes_of, split_dimension
 
     config = ModelConfig(5120, layers, 40, 40, 32000, 256)
     folder.mkdir(parents=True)
     for rank in range(2):
         weights = {
-            name: torch.randn(local_shape(name, shape, 2)).mul_(0.02).bfloat16()
+            name: torch.randn([n // 2 if i == split_dimension(name) else n for i, n in enumerate(shape)])
+            .mul_(0.02)
+            .bfloat16()
             for name, shape in shapes_of(config).items()
         }
         torch.save(weights, folder / f"consolidated.{rank:02d}.pth")

@@ -23,11 +23,10 @@ from llama_acc.core.generate.vision_encoder import load_vision_encoder
 from llama_acc.core.memory.predict import predict, predict_generation
 from llama_acc.core.memory.simulate import Setup, add_fake_images, empty_batch
 from llama_acc.core.model.attention import KVCache
-from llama_acc.core.model.config import ModelConfig, named_size
-from llama_acc.core.model.transformer import Transformer, build_on_meta, initialise
+from llama_acc.core.model.config import ModelConfig, QFormerVision, named_size
+from llama_acc.core.model.transformer import Transformer, build_on_meta, initialize
 from llama_acc.core.model.tuning.lora import LoRABiasNorm
 from llama_acc.core.model.vision import Images
-from llama_acc.core.model.vision_config import QFormerVision
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.optimizer import ClippedAdamW
@@ -148,7 +147,7 @@ def mixed(rounds: int, words: int) -> None:
     config = ModelConfig(256, 4, 8, 8, vocab_size=2000, multiple_of=32, max_seq_len=512, vision=TINY)
     model = build_on_meta(config, torch.float32)
     model.to_empty(device="cpu")
-    initialise(model, 0)
+    initialize(model, 0)
     optimizer = ClippedAdamW(model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, clip_grad_norm=2.0)
     alone, cpu = DataParallel(model, Parallel(), "ddp", False, "cpu"), torch.device("cpu")
     batches = {

@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 
 from llama_acc.core.errors import UserError, did_you_mean, listed
+from llama_acc.core.model.config import Vision as ModelVision
+from llama_acc.core.model.config import VisionTraining, vision_of
 from llama_acc.core.model.tuning import METHODS
 from llama_acc.core.model.tuning import Tuning as ModelTuning
-from llama_acc.core.model.vision_config import Vision as ModelVision
-from llama_acc.core.model.vision_config import VisionTraining, vision_of
 from llama_acc.core.recipe_yaml import apply_overrides, read_recipe, to_yaml
 from llama_acc.core.schema_problems import problems_of
 
@@ -66,7 +66,7 @@ class Tuning(Section):
             `adapter` zero-init attention, biases and norms, and LoRA pairs if they have a rank; `frozen` nothing of the
             LLaMA, only what vision adds.
         quantize: `nf4`: the matrices of the blocks are kept in four bits (they do not train); none.
-        quantize_skip: with `nf4`, matrices to leave as they are; see `transformer.quantisable`.
+        quantize_skip: with `nf4`, matrices to leave as they are; see `transformer.quantizable`.
     """
 
     method: str = "full"
@@ -94,7 +94,7 @@ class Tuning(Section):
         return self
 
     def resolved(self) -> ModelTuning:
-        """The method with its settings; it is to be put `at_depth`."""
+        """The method with its settings; it is to be put `with_num_layers`."""
         method = METHODS[self.method]
         values = {field.name: getattr(self, field.name) for field in fields(method)}
         return method(**{key: value for key, value in values.items() if value is not None})
@@ -116,7 +116,7 @@ _SETTINGS = _add_settings()
 
 
 class Vision(Section):
-    """What lets the model see; see `core.model.vision_config`.
+    """What lets the model see; see `core.model.config`.
 
     Attributes:
         encoder: `qformer` (BLIP-2's, frozen), `clip` (with method `adapter`; frozen), `tiny` (trains from nothing), or

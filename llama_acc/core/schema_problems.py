@@ -46,7 +46,7 @@ def problems_of(error: ValidationError, suggest: Callable[[str], str] = lambda k
     """Of each key and its value, what that should be: a union names more than one."""
     for item in error.errors():
         key = _BRANCH.sub("", ".".join(map(str, item["loc"])))
-        if item["type"] == "extra_forbidden":
+        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             hint = suggest(key)
             problems.append(f"unknown key '{key}'" + (f": {hint}" if hint else ""))
         elif item["type"] == "missing":

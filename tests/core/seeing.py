@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.config import ClipVision, ModelConfig, QFormerVision, TinyVision, Vision
 from llama_acc.core.model.transformer import Transformer
 from llama_acc.core.model.tuning.adapter import Adapter
 from llama_acc.core.model.tuning.lora import LoRABiasNorm
-from llama_acc.core.model.vision import Images, Tower, initialise_tower, tower_on_meta
-from llama_acc.core.model.vision_config import ClipVision, QFormerVision, TinyVision, Vision
+from llama_acc.core.model.vision import Images, Tower, initialize_tower, tower_on_meta
 from tests.core.tiny import SMALL, random_model
 
 QFORMER = QFormerVision(
@@ -67,7 +66,7 @@ def random_tower(vision: Vision) -> Tower:
     for name, parameter in list(tower.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         setattr(tower.get_submodule(owner), leaf, torch.nn.Parameter(torch.empty(parameter.shape), False))
-    initialise_tower(dict(tower.named_parameters()), 0)
+    initialize_tower(dict(tower.named_parameters()), 0)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in tower.parameters():

@@ -11,7 +11,7 @@ from llama_acc.core.checkpoint.layout import Layout, inspect, read_config
 from llama_acc.core.checkpoint.load import fill, read_weights
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.transformer import Transformer, build_on_meta, initialise
+from llama_acc.core.model.transformer import Transformer, build_on_meta, initialize
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -22,7 +22,7 @@ def random_model(config: ModelConfig = SMALL, seed: int = 0, dtype: torch.dtype 
     """A float32 model computing in `dtype`, whose random weights are large enough for its logits to matter."""
     model = build_on_meta(config, dtype)
     model.to_empty(device="cpu")
-    initialise(model, seed)
+    initialize(model, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

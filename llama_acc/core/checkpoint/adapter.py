@@ -32,7 +32,7 @@ class TrainedQuantised:
 
     Attributes:
         type: nf4.
-        skip: matrices that were not; see `transformer.quantisable`.
+        skip: matrices that were not; see `transformer.quantizable`.
     """
 
     type: str

@@ -46,11 +46,10 @@ from llama_acc.core.checkpoint.save import free_bytes
 from llama_acc.core.checkpoint.tensor_files import Spec, TensorFile, lay_out
 from llama_acc.core.checkpoint.tokenizer_files import extra_files, special_ids, tokenizer_of, write_tokenizer
 from llama_acc.core.errors import RunError, UserError, listed
-from llama_acc.core.model.config import ModelConfig, check_divides
-from llama_acc.core.model.transformer import describe, quantisable, shapes_of
+from llama_acc.core.model.config import VISION_FILE, ModelConfig, check_divides
+from llama_acc.core.model.transformer import describe, quantizable, shapes_of
 from llama_acc.core.model.tuning import FULL
 from llama_acc.core.model.tuning.bias_norm import BiasNorm
-from llama_acc.core.model.vision_config import VISION_FILE
 from llama_acc.core.units import size_text
 
 Target = Literal["meta", "consolidated", "hf", "peft"]
@@ -75,7 +74,7 @@ class Request:
         merge_into: of a source that was trained on a quantized base: the matrices as they were trained on, or the
             original ones.
         quantize: write the matrices in NF4.
-        quantize_skip: with `quantize`, matrices to leave unchanged; see `transformer.quantisable`.
+        quantize_skip: with `quantize`, matrices to leave unchanged; see `transformer.quantizable`.
         context: longest sequence that the description of what is made says; None = the source's.
         file_bytes: most bytes of tensors in one safetensors file of Hugging Face's layout.
     """
@@ -335,7 +334,7 @@ class _Conversion:
             if not request.quantize:
                 self.size = request.model_parallel_size or self.source.model_parallel_size
             check_divides(self.config, self.size)
-        self.quantized = set(quantisable(self.config, request.quantize_skip) if request.quantize else [])
+        self.quantized = set(quantizable(self.config, request.quantize_skip) if request.quantize else [])
         self.quantizer = Quantizer()
         self.sources = self._sources()
         self.targets = self._targets()
@@ -356,7 +355,7 @@ class _Conversion:
         tensors, base = self.inputs.weights.tensors, read_base(self.source.folder)
         if not (self.request.merge and base and base.quantised and self.request.merge_into == "trained"):
             return dict(tensors)
-        names = quantisable(self.inputs.config, base.quantised.skip)
+        names = quantizable(self.inputs.config, base.quantised.skip)
         return tensors | {name: self.quantizer.rounded(name, tensors[name]) for name in names}
 
     def _targets(self) -> dict[str, LazyTensor]:

@@ -12,9 +12,17 @@ from llama_acc.core.downloads import how_to_get, named_model
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.home import home
 from llama_acc.core.input_files import read_json, read_text
-from llama_acc.core.model.config import ModelConfig, config_from_params, read_params
+from llama_acc.core.model.config import (
+    VISION_FILE,
+    ClipVision,
+    ModelConfig,
+    QFormerVision,
+    Vision,
+    config_from_params,
+    read_params,
+    read_vision,
+)
 from llama_acc.core.model.tuning import FULL, Tuning, tuning_of
-from llama_acc.core.model.vision_config import VISION_FILE, ClipVision, QFormerVision, Vision, read_vision
 
 Format = Literal["meta_ori", "consolidated", "consolidated_diff", "huggingface"]
 _NAMES: dict[Format, str] = {
@@ -255,7 +263,7 @@ def read_config(layouts: Sequence[Layout]) -> ModelConfig | None:
     config = config_from_params(union, " and ".join(map(str, paths)))
     if vision is None and implied is not None and _has_tensors_of(implied, layouts):
         vision = implied
-    return replace(config, tuning=tuning.at_depth(config.n_layers), vision=vision)
+    return replace(config, tuning=tuning.with_num_layers(config.n_layers), vision=vision)
 
 
 def _own_shape(layout: Layout) -> tuple[Tuning, dict[str, Any], Vision | None]:

@@ -22,10 +22,9 @@ from llama_acc.core.checkpoint.quantized import (
 from llama_acc.core.checkpoint.towers import from_open_clip, names_of_open_clip, tower_name
 from llama_acc.core.distributed.groups import local_part
 from llama_acc.core.errors import UserError, listed
-from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.config import ClipVision, ModelConfig
 from llama_acc.core.model.layers import Linear
-from llama_acc.core.model.transformer import Transformer, is_matrix, is_within, split_dimension, store_quantised
-from llama_acc.core.model.vision_config import ClipVision
+from llama_acc.core.model.transformer import Transformer, is_matrix, is_within, split_dimension, store_quantized
 
 _PREFIX = "llma."
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -435,7 +434,7 @@ def fill(
         share = weights.tensors.pop(prefix + name)
         owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)
-        if isinstance(owner, Linear) and owner.is_quantised and parameter is owner.weight:
+        if isinstance(owner, Linear) and owner.is_quantized and parameter is owner.weight:
             owner.take(*to_nf4(share, device))
             continue
         value = None if copy else share.in_place(dtype, device)
@@ -453,4 +452,4 @@ def load_parameters(model: Transformer, weights: Weights) -> None:
         if local.tensor.is_floating_point():
             share.rows(local.rows.start, local.rows.stop).copy_into(local.tensor)
         else:
-            store_quantised(model, name, *to_nf4(share, local.tensor.device))
+            store_quantized(model, name, *to_nf4(share, local.tensor.device))

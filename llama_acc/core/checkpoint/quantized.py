@@ -32,7 +32,7 @@ class Quantization:
     """What quantization.json says.
 
     Attributes:
-        skip: matrices that are not quantized; see `transformer.quantisable`.
+        skip: matrices that are not quantized; see `transformer.quantizable`.
         fingerprint: of the weights before.
         format_version: of the file.
         type: nf4.
@@ -100,11 +100,11 @@ class NF4Matrix:
     @cached_property
     def magnitudes(self) -> Tensor:
         """Of its blocks, in float32."""
-        return nf4.magnitudes(self.scales)
+        return nf4.read_absmax(self.scales)
 
     def read(self, rows: slice, columns: slice) -> Tensor:
         """Rows and columns, dequantized, in float32."""
-        found = nf4.dequantise_rows(self.values, self.magnitudes, rows.start, rows.stop, torch.float32)
+        found = nf4.dequantize_rows(self.values, self.magnitudes, rows.start, rows.stop, torch.float32)
         return found[:, columns]
 
     def lazy(self) -> LazyTensor:
@@ -138,7 +138,7 @@ def to_nf4(tensor: LazyTensor, device: torch.device) -> tuple[Tensor, Scales]:
     if isinstance(tensor.source, NF4Matrix):
         matrix = tensor.source if tensor.shape == tensor.source.lazy().shape else _cut(tensor, tensor.source)
         return matrix.values.to(device), Scales(*(scale.to(device) for scale in matrix.scales))
-    return nf4.quantise(lambda start, stop: tensor.rows(start, stop).to(torch.float32, device), tensor.shape, device)
+    return nf4.quantize(lambda start, stop: tensor.rows(start, stop).to(torch.float32, device), tensor.shape, device)
 
 
 def _cut(part: LazyTensor, matrix: NF4Matrix) -> NF4Matrix:
@@ -153,7 +153,7 @@ def _cut(part: LazyTensor, matrix: NF4Matrix) -> NF4Matrix:
     values = matrix.values[row : row + rows, column // 2 : (column + columns) // 2].contiguous()
     magnitudes = matrix.magnitudes.view(len(matrix.values), -1)[row : row + rows]
     magnitudes = magnitudes[:, column // BLOCK : (column + columns) // BLOCK]
-    return NF4Matrix(values, nf4.round_magnitudes(magnitudes.flatten().clone()))
+    return NF4Matrix(values, nf4.round_absmax(magnitudes.flatten().clone()))
 
 
 class Quantizer:

@@ -94,7 +94,7 @@ def _stamps(loaded: LoadedModel, answering: Answering, prompts: Mapping[int, Pro
     return {
         number: {
             "checkpoint": checkpoint,
-            "quantised": loaded.model.is_quantised,
+            "quantised": loaded.model.is_quantized,
             "prompt": hashlib.sha256(json.dumps(prompt.tokens).encode()).hexdigest(),
             "max_new_tokens": answering.max_new_tokens,
         }

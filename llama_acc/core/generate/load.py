@@ -18,9 +18,8 @@ from llama_acc.core.device import pick_device
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
 from llama_acc.core.generate.vision_encoder import VisionEncoder, load_vision_encoder
-from llama_acc.core.model.config import ModelConfig, check_divides
-from llama_acc.core.model.transformer import Transformer, build_on_meta, pack_small, quantise_on_meta, shapes_of
-from llama_acc.core.model.vision_config import Vision
+from llama_acc.core.model.config import ModelConfig, Vision, check_divides
+from llama_acc.core.model.transformer import Transformer, build_on_meta, pack_small, quantize_on_meta, shapes_of
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
 _ALONE = Parallel()
@@ -118,8 +117,7 @@ def load_model(
     target = pick_device(device)
     model = model_on_meta(config, dtype, parallel, skip)
     fill(model, weights, target, dtype, copy=False)
-    if parallel.model_size == 1:
-        pack_small(model)
+    pack_small(model)
     return LoadedModel(model, words, *chosen, target, load_vision_encoder(model, weights, target), tuple(notes))
 
 
@@ -136,7 +134,7 @@ def model_on_meta(
     """
     model = build_on_meta(config, dtype, parallel).requires_grad_(False)
     if quantize_skip is not None:
-        quantise_on_meta(model, quantize_skip)
+        quantize_on_meta(model, quantize_skip)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

@@ -16,9 +16,9 @@ from llama_acc.core.checkpoint.adapter import fingerprint
 from llama_acc.core.checkpoint.load import Weights, fill
 from llama_acc.core.data.images import normalize
 from llama_acc.core.distributed.groups import Parallel
+from llama_acc.core.model.config import Vision
 from llama_acc.core.model.transformer import Transformer
-from llama_acc.core.model.vision import Tower, initialise_tower, tower_on_meta
-from llama_acc.core.model.vision_config import Vision
+from llama_acc.core.model.vision import Tower, initialize_tower, tower_on_meta
 
 
 class VisionEncoder:
@@ -89,7 +89,7 @@ def load_vision_encoder(
         place = device if computes else torch.device("cpu")
         if weights is None or not any(name.startswith(vision.tower_prefix) for name in weights.tensors):
             values = {name: torch.empty(parameter.shape) for name, parameter in tower.named_parameters()}
-            initialise_tower(values, seed)
+            initialize_tower(values, seed)
             weights = Weights.of({vision.tower_prefix + name: value for name, value in values.items()})
         fill(tower, weights, place, model.dtype, copy=False, prefix=vision.tower_prefix)
         tower.to(place)

@@ -205,7 +205,7 @@ def _possible(setup: Setup) -> Iterator[tuple[tuple[str, ...], bool, Setup]]:
 
 def _changed(setup: Setup, keeps: bool, *overrides: str) -> tuple[tuple[str, ...], bool, Setup]:
     recipe = type(setup.recipe).from_mapping(setup.recipe.model_dump(), overrides)
-    tuning = recipe.tuning.resolved().at_depth(setup.config.n_layers)
+    tuning = recipe.tuning.resolved().with_num_layers(setup.config.n_layers)
     return overrides, keeps, replace(setup, recipe=recipe, config=replace(setup.config, tuning=tuning))
 
 

@@ -156,8 +156,7 @@ def _generate(setup: Setup, length: int) -> Trace:
         model = generating_model(setup, parallel)
         with watched(tracker, setup.device_type):
             model.to_empty(device=CPU)
-            if parallel.model_size == 1:
-                pack_small(model)
+            pack_small(model)
             _label_weights(tracker, model)
             stack.enter_context(vision_tower(model, tracker))
             tracker.reset_peak()

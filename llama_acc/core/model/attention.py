@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from llama_acc.core.device import device_type
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.layers import ColumnParallelLinear, Packed, RMSNorm, RowParallelLinear, normal, normed_linears
+from llama_acc.core.model.layers import (
+    ColumnParallelLinear,
+    Packed,
+    RMSNorm,
+    RowParallelLinear,
+    normed_linears,
+    residual,
+)
 
 
 def rotary_table(head_dim: int, length: int, theta: float, scaling: float | None, device: torch.device) -> Tensor:
@@ -35,17 +42,12 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
 
 
 class PrefixHeads(NamedTuple):
-    """What a block makes of a prefix. It has no position.
-
-    Attributes:
-        keys: [K, prefix_len, D].
-        values: the same.
-        common: every document has it that has none of its own.
-    """
+    """What a block makes of a prefix, which has no position: keys and values, [K, prefix_len, D] each."""
 
     keys: Tensor
     values: Tensor
     common: bool
+    """Every document has it that has none of its own."""
 
 
 class LayerCache:
@@ -56,29 +58,22 @@ class LayerCache:
     """
 
     def __init__(self) -> None:
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
+        self.keys = self.values = torch.empty(0, 0, 0)
         self.prefix: PrefixHeads | None = None
 
     def append(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Stores [T, K, D] keys and values from position `start` on; returns all up to there, [K, start+T, D]."""
         end = start + k.shape[0]
-        if self.keys is None or self.values is None or end > self.keys.shape[1]:
-            self._grow(k, start, end)
-        assert self.keys is not None
-        assert self.values is not None
+        if end > self.keys.shape[1]:
+            shape = (k.shape[1], max(256, 1 << (end - 1).bit_length()), k.shape[2])
+            keys, values = k.new_empty(shape), v.new_empty(shape)
+            if start:
+                keys[:, :start] = self.keys[:, :start]
+                values[:, :start] = self.values[:, :start]
+            self.keys, self.values = keys, values
         self.keys[:, start:end] = k.transpose(0, 1)
         self.values[:, start:end] = v.transpose(0, 1)
         return self.keys[:, :end], self.values[:, :end]
-
-    def _grow(self, like: Tensor, start: int, end: int) -> None:
-        capacity = max(256, 1 << (end - 1).bit_length())
-        shape = (like.shape[1], capacity, like.shape[2])
-        grown_keys, grown_values = like.new_empty(shape), like.new_empty(shape)
-        if self.keys is not None and self.values is not None:
-            grown_keys[:, :start] = self.keys[:, :start]
-            grown_values[:, :start] = self.values[:, :start]
-        self.keys, self.values = grown_keys, grown_values
 
 
 class KVCache:
@@ -97,26 +92,18 @@ class KVCache:
 
 
 class Attend(Protocol):
-    """How projected queries, keys and values meet: what a block needs to know of the batch it computes on.
-
-    Attributes:
-        rotations: [T, D/2], of the positions of the queries.
-        lengths: tokens of each document.
-    """
+    """How projected queries, keys and values meet: what a block needs to know of the batch it computes on."""
 
     rotations: Tensor
+    """[T, D/2], of the positions of the queries."""
     lengths: Sequence[int]
+    """Tokens of each document."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[T, H*D], [T, K*D], [T, K*D] to the heads' outputs side by side, [T, H*D]."""
 
     def prefix_heads(self, common: bool, make: Callable[[], list[PrefixHeads]]) -> list[PrefixHeads]:
-        """What `make` gives, or has given before: one for all documents, or one for each.
-
-        Args:
-            common: `make` gives one for all documents.
-            make: makes them.
-        """
+        """What `make` gives, or has given before: one for all documents if it is `common`, else one for each."""
 
 
 class DocumentAttention:
@@ -129,16 +116,19 @@ class DocumentAttention:
     # Document lengths differ in every batch: torch.compile would make a new graph for each.
     @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See `Attend`."""
         if device_type(q) == "cpu" and torch.is_grad_enabled():
             return _DocumentsOnCPU.apply(q, k, v, self.rotations, self.lengths)
-        heads = (-1, 2 * self.rotations.shape[-1])
-        q = rotate(q.unflatten(-1, heads), self.rotations)
-        k = rotate(k.unflatten(-1, heads), self.rotations)
-        return attend_documents(q, k, v.unflatten(-1, heads), self.lengths).flatten(1)
+        q, k, v = (x.unflatten(-1, (-1, 2 * self.rotations.shape[-1])) for x in (q, k, v))
+        q, k = rotate(q, self.rotations), rotate(k, self.rotations)
+        # One fused kernel call for each document: nothing is padded and no mask is made. Documents are split off all at
+        # once: the gradient of a slice is as large as the whole stream, and there would be one for each document.
+        outputs = [
+            attend_heads(queries, keys.transpose(0, 1), values.transpose(0, 1), causal=True)
+            for queries, keys, values in zip(*(x.split(list(self.lengths)) for x in (q, k, v)), strict=True)
+        ]
+        return torch.cat(outputs).flatten(1)
 
     def prefix_heads(self, common: bool, make: Callable[[], list[PrefixHeads]]) -> list[PrefixHeads]:
-        """See `Attend`."""
         return make()
 
 
@@ -195,6 +185,34 @@ def _batch(x: Tensor) -> Tensor:
     return x.transpose(0, 1).unsqueeze(0)
 
 
+def attend_heads(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """Queries [T, H, D] attend to keys and values [K, S, D], whose heads they share in groups; [T, H, D]."""
+    output = F.scaled_dot_product_attention(
+        _batch(q),
+        keys.unsqueeze(0),
+        values.unsqueeze(0),
+        attn_mask=mask,
+        is_causal=is_causal,
+        enable_gqa=q.shape[1] != keys.shape[0],
+    )
+    return output.squeeze(0).transpose(0, 1)
+
+
+def _attend_cached(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The last T positions attend to a cache: q [T, H, D], keys and values [K, S, D] to [T, H, D]."""
+    tokens, positions = len(q), keys.shape[1]
+    if tokens == 1:
+        # The query heads of a group share keys and values: they form the "sequence" of one unmasked call.
+        grouped = q.reshape(1, len(keys), -1, q.shape[2])
+        return F.scaled_dot_product_attention(grouped, keys.unsqueeze(0), values.unsqueeze(0)).reshape(q.shape)
+    if tokens == positions:
+        return attend_heads(q, keys, values, is_causal=True)
+    mask = torch.ones(tokens, positions, dtype=torch.bool, device=q.device).tril(positions - tokens)
+    return attend_heads(q, keys, values, mask)
+
+
 class CachedAttention:
     """The new positions of each document attend to its past and to themselves; they are added to its cache.
 
@@ -211,27 +229,23 @@ class CachedAttention:
 
     @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See `Attend`."""
         heads = (-1, 2 * self.rotations.shape[-1])
         # Queries and keys are rotated together: for a single token the calls cost more than their work.
         together = rotate(torch.cat((q, k), -1).unflatten(-1, heads), self.rotations)
         q, k = together.split((q.shape[-1] // heads[1], k.shape[-1] // heads[1]), 1)
         v = v.unflatten(-1, heads)
-        outputs = []
-        for layer, start, document in zip(self.layers, self.starts, document_slices(self.lengths), strict=True):
-            outputs.append(attend_cached(q[document], *layer.append(k[document], v[document], start)))
+        outputs = [
+            _attend_cached(q[document], *layer.append(k[document], v[document], start))
+            for layer, start, document in zip(self.layers, self.starts, document_slices(self.lengths), strict=True)
+        ]
         return torch.cat(outputs).flatten(1)
 
     def prefix_heads(self, common: bool, make: Callable[[], list[PrefixHeads]]) -> list[PrefixHeads]:
-        """See `Attend`."""
         known = [layer.prefix for layer in self.layers if layer.prefix is not None]
-        made: list[PrefixHeads] = []
         if len(known) < len(self.layers):
-            shared = [heads for heads in known if heads.common]
-            made = shared[:1] if common and shared else make()
-        for document, layer in enumerate(self.layers):
-            if layer.prefix is None:
-                layer.prefix = made[0 if common else document]
+            made = [heads for heads in known if heads.common and common][:1] or make()
+            for document, layer in enumerate(self.layers):
+                layer.prefix = layer.prefix or made[0 if common else document]
         heads = [layer.prefix for layer in self.layers if layer.prefix is not None]
         return heads[:1] if all(other is heads[0] for other in heads) else heads
 
@@ -240,13 +254,7 @@ class AttentionExtra(Protocol):
     """What a tuning method adds to a block's attention: the one thing that attention knows of the methods."""
 
     def output(self, attention: "Attention", q: Tensor, attend: Attend) -> Tensor:
-        """What is added to the heads' outputs, [T, H*D].
-
-        Args:
-            attention: the block's.
-            q: [T, H*D] projected queries, not rotated.
-            attend: the batch.
-        """
+        """What is added to the heads' outputs, [T, H*D], for the projected queries q [T, H*D], not rotated."""
 
 
 class Attention(nn.Module):
@@ -261,7 +269,7 @@ class Attention(nn.Module):
         self.wq = ColumnParallelLinear(config.dim, config.dim, parallel)
         self.wk = ColumnParallelLinear(config.dim, config.kv_dim, parallel)
         self.wv = ColumnParallelLinear(config.dim, config.kv_dim, parallel)
-        self.wo = RowParallelLinear(config.dim, config.dim, parallel, normal(config.residual_std))
+        self.wo = RowParallelLinear(config.dim, config.dim, parallel, residual(config.n_layers))
         self.packed: Packed | None = None
 
     def forward(self, x: Tensor, norm: RMSNorm, attend: Attend, extra: AttentionExtra | None = None) -> Tensor:
@@ -271,40 +279,3 @@ class Attention(nn.Module):
         q, k, v = normed_linears(x, norm, (self.wq, self.wk, self.wv))
         heads = attend(q, k, v)
         return self.wo(heads if extra is None else heads + extra.output(self, q, attend))
-
-
-def attend_documents(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Causal attention within each document of a stream: q [T, H, D], k and v [T, K, D] to [T, H, D].
-
-    One fused kernel call per document: nothing is padded and no mask is made. Documents are split off all at once: the
-    gradient of a slice is as large as the whole stream, and there would be one for each document.
-    """
-    outputs = []
-    for document in zip(*(x.unsqueeze(0).split(list(lengths), 1) for x in (q, k, v)), strict=True):
-        queries, keys, values = (x.transpose(1, 2) for x in document)
-        shared = queries.shape[1] != keys.shape[1]
-        output = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=shared)
-        outputs.append(output.transpose(1, 2))
-    return torch.cat(outputs, 1).squeeze(0)
-
-
-def attend_cached(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The last T positions attend to a cache: q [T, H, D], keys and values [K, S, D] to [T, H, D]."""
-    tokens, heads, head_dim = q.shape
-    kv_heads, positions, _ = keys.shape
-    if tokens == 1:
-        # The query heads of a group share keys and values: they form the "sequence" of one unmasked call.
-        grouped = q.reshape(1, kv_heads, heads // kv_heads, head_dim)
-        return F.scaled_dot_product_attention(grouped, keys.unsqueeze(0), values.unsqueeze(0)).reshape(q.shape)
-    mask = None
-    if tokens != positions:
-        mask = torch.ones(tokens, positions, dtype=torch.bool, device=q.device).tril(positions - tokens)
-    output = F.scaled_dot_product_attention(
-        q.transpose(0, 1).unsqueeze(0),
-        keys.unsqueeze(0),
-        values.unsqueeze(0),
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=heads != kv_heads,
-    )
-    return output.squeeze(0).transpose(0, 1)

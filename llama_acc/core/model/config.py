@@ -1,50 +1,298 @@
-"""The shape of a LLaMA: params.json as Meta writes it, and the sizes people know by name. Imports no torch."""
+"""The shape of a LLaMA (params.json, and the sizes known by name) and of what lets it see (vision.json).
 
+Imports no torch. Each kind of vision has a tower, which makes features of pixels, and parts, which bring features into
+the LLaMA:
+
+    qformer   LLaMA2-Accessory's `llama_qformerv2`. Tower `qformer.*`: BLIP-2's vision transformer and Q-Former
+              (arXiv:2301.12597), frozen. Parts: `qformer_proj.0` (linear), `qformer_proj.1` (layer norm), `start_img`
+              and `end_img` [1, 1, dim]. An image stands in the stream: start vector, 32 projected features, end vector.
+    clip      the multimodal form of its `llama_adapter` (zero-init attention). Tower `clip.*`: CLIP's vision
+              transformer (arXiv:2103.00020), frozen. Parts: `clip_proj`, `clip_proj_norm`, `visual_query`,
+              `visual_blocks.N`, `visual_proj`, `visual_proj_norm`. An image takes no place in the stream: what is made
+              of it is added to the prefix of every prefix layer.
+    tiny      ours, for models made from nothing: a few convolutions and a small vision transformer `vision_encoder.*`
+              that are themselves a part and train with the rest. Its features go the way of the Q-Former's.
+"""
+
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from llama_acc.core.errors import UserError, did_you_mean, listed
 from llama_acc.core.input_files import read_object
 from llama_acc.core.model.tuning import FULL, Tuning
-from llama_acc.core.model.vision_config import SECOND_STAGE, Vision, VisionTraining
+from llama_acc.core.schema_problems import problems_of
 
-# Written into params.json or config.json by others, without meaning for the computation.
-_IGNORED = {"max_batch_size", "trainable_mode", "load_pretrained_visual_encoder"}
-# No model is larger: what is above is a slip, and would be waited for. [least, most]
-_BOUNDS = {
-    "dim": (1, 2**18),
-    "n_layers": (1, 2**10),
-    "n_heads": (1, 2**12),
-    "n_kv_heads": (1, 2**12),
-    "vocab_size": (-1, 2**24),
-    "multiple_of": (1, 2**20),
-    "ffn_dim_multiplier": (1e-6, 1e6),
-    "norm_eps": (1e-30, 1.0),
-    "rope_theta": (1e-3, 1e15),
-    "max_seq_len": (1, 2**27),
-    "rope_scaling": (1e-9, 1e9),
-}
+VISION_FILE = "vision.json"
+FORMAT_VERSION = 1
+# Beyond these bounds is no model: a larger number is a slip, and would be waited for.
 WIDEST = 2**20
-# By dim, n_layers, key and value heads, rope_theta: LLaMA 2, Code Llama and LLaMA 3, whose params.json do not say it.
-_CONTEXTS = {
-    (4096, 32, 32, 1e4): 4096,
-    (5120, 40, 40, 1e4): 4096,
-    (8192, 80, 8, 1e4): 4096,
-    (4096, 32, 32, 1e6): 16384,
-    (5120, 40, 40, 1e6): 16384,
-    (8192, 48, 8, 1e6): 16384,
-    (8192, 80, 8, 1e6): 16384,
-    (4096, 32, 8, 5e5): 8192,
-    (8192, 80, 8, 5e5): 8192,
-}
-_NOT_SHAPE = {"tuning", "vision", "vision_training"}
+# Written into params.json or config.json by others, without meaning for the computation.
+_IGNORED = {"max_batch_size", "trainable_mode", "load_pretrained_visual_encoder", "use_scaled_rope"}
+
+
+def _whole(value: Any) -> Any:
+    """JSON's 64.0 as 64."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Depth = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1, le=2**10)]
+_Heads = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1, le=2**12)]
+_Width = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1, le=WIDEST)]
+_Vocabulary = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=-1, le=2**24)]
+_Context = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1, le=2**27)]
+_Epsilon = Annotated[float, Field(strict=True, ge=1e-30, le=1.0)]
+_Factor = Annotated[float, Field(strict=True, ge=1e-9, le=1e15)]
+_CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)
+_Kind = TypeVar("_Kind")
+
+
+@cache
+def _schema(kind: type[_Kind]) -> TypeAdapter[_Kind]:
+    return TypeAdapter(kind)
+
+
+def _checked(kind: type[_Kind], values: Mapping[str, Any], what: str) -> _Kind:
+    """The dataclass of `kind` that has these values.
+
+    Raises:
+        UserError: unknown, missing or impossible values, all of them listed.
+    """
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    try:
+        return _schema(kind).validate_python(dict(values))
+    except ValidationError as error:
+        problems = problems_of(error, lambda key: did_you_mean(key, names) or f"known are {', '.join(names)}")
+        raise UserError(f"{what} is not usable:\n{listed(problems)}") from None
+
+
+def _refuse(problems: Mapping[str, bool]) -> None:
+    """Raises what is true of some problems, within a dataclass that pydantic may be checking."""
+    if found := [problem for problem, is_so in problems.items() if is_so]:
+        raise ValueError("\n  ".join(found))
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """A LLaMA's shape, with params.json's names.
+class Vision:
+    """What all kinds of vision have.
+
+    Attributes:
+        encoder: the kind's name.
+        tower_prefix: of the names of the tower's parameters; empty: its encoder is a part, and trains with the rest.
+        part_names: how the names of the parts' parameters begin.
+        image_size: width and height of the images it takes.
+        patch_size: of the squares they are cut into.
+        width: of the vision transformer.
+        hidden_dim: of its feed-forward layers.
+        n_layers: its blocks.
+        n_heads: its attention heads.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _CHECKED
+    encoder: ClassVar[str]
+    tower_prefix: ClassVar[str]
+    part_names: ClassVar[tuple[str, ...]]
+
+    image_size: _Width = 224
+    patch_size: _Width = 14
+    width: _Width = 1024
+    hidden_dim: _Width = 4096
+    n_layers: _Depth = 24
+    n_heads: _Heads = 16
+
+    def __post_init__(self) -> None:
+        image, patch, width, heads = self.image_size, self.patch_size, self.width, self.n_heads
+        _refuse({f"image_size ({image}) must be divisible by patch_size ({patch})": image % patch > 0})
+        _refuse({f"width ({width}) must be divisible by n_heads ({heads})": width % heads > 0})
+
+    @property
+    def patches(self) -> int:
+        """How many squares an image is cut into."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def trains_encoder(self) -> bool:
+        """Whether there is no tower, but an encoder that trains with the rest."""
+        return not self.tower_prefix
+
+    @property
+    def positions(self) -> int:
+        """How many places an image takes in the stream."""
+        return 0
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of what the LLaMA's side takes of an image: the tower's features, [vectors, width], or pixels."""
+        raise NotImplementedError
+
+    def llama_type(self, tuning: Tuning) -> str:
+        """LLaMA2-Accessory's name of the kind of model, for meta.json."""
+        return tuning.llama_type
+
+    def to_json(self) -> bytes:
+        """The file vision.json."""
+        values = {"format_version": FORMAT_VERSION, "encoder": self.encoder} | asdict(self)
+        return (json.dumps(values, indent=1) + "\n").encode()
+
+
+@dataclass(frozen=True)
+class QFormerVision(Vision):
+    """BLIP-2's frozen vision transformer and Q-Former; as they stand, those of blip2-opt-2.7b.
+
+    Attributes:
+        queries: vectors the Q-Former makes of an image.
+        query_width: their width.
+        query_hidden: of its feed-forward layers.
+        query_layers: its blocks, of which every second looks at the image.
+        query_heads: its attention heads.
+        layer_norm_eps: what the vision transformer adds to variances: as BLIP-2 was trained. transformers before 4.32
+            has 1e-5, and so have folders that it saved.
+    """
+
+    encoder = "qformer"
+    tower_prefix = "qformer."
+    part_names = ("qformer_proj.", "start_img", "end_img")
+
+    width: _Width = 1408
+    hidden_dim: _Width = 6144
+    n_layers: _Depth = 39
+    queries: _Width = 32
+    query_width: _Width = 768
+    query_hidden: _Width = 3072
+    query_layers: _Depth = 12
+    query_heads: _Heads = 12
+    layer_norm_eps: _Epsilon = 1e-6
+
+    @property
+    def positions(self) -> int:
+        return self.queries + 2
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.queries, self.query_width
+
+    def llama_type(self, tuning: Tuning) -> str:
+        return tuning.llama_type.replace("llama", "llama_qformerv2", 1)
+
+
+@dataclass(frozen=True)
+class ClipVision(Vision):
+    """CLIP's frozen vision transformer, and blocks that read its features; as they stand, CLIP ViT-L/14.
+
+    Attributes:
+        projection: width of its features.
+        block_width: of the blocks.
+        block_heads: their attention heads.
+        blocks: how many there are.
+    """
+
+    encoder = "clip"
+    tower_prefix = "clip."
+    part_names = ("clip_proj", "visual_")
+
+    projection: _Width = 768
+    block_width: _Width = 768
+    block_heads: _Heads = 16
+    blocks: _Depth = 8
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.patches + 1, self.projection
+
+
+@dataclass(frozen=True)
+class TinyVision(Vision):
+    """A small encoder that trains with the LLaMA: a feature for each square of the image.
+
+    Convolutions halve the image until a square is a vector: on 3,000 images squares cut out at once are learned badly.
+    """
+
+    encoder = "tiny"
+    tower_prefix = ""
+    part_names = ("vision_encoder.", *QFormerVision.part_names)
+
+    image_size: _Width = 64
+    patch_size: _Width = 16
+    width: _Width = 64
+    hidden_dim: _Width = 256
+    n_layers: _Depth = 2
+    n_heads: _Heads = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = self.patch_size
+        is_power = size > 1 and not size & (size - 1)
+        _refuse({f"patch_size ({size}) must be a power of 2: each convolution halves the image": not is_power})
+
+    @property
+    def channels(self) -> list[int]:
+        """Of the stem: those of the image, then those after each convolution."""
+        halvings = self.patch_size.bit_length() - 1
+        return [3, *(min(16 << i, self.width) for i in range(halvings - 1)), self.width]
+
+    @property
+    def positions(self) -> int:
+        return self.patches + 2
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return 3, self.image_size, self.image_size
+
+
+ENCODERS: dict[str, type[Vision]] = {kind.encoder: kind for kind in (QFormerVision, ClipVision, TinyVision)}
+
+
+def vision_of(encoder: str, sizes: Mapping[str, Any] | None = None, where: object = "vision.params") -> Vision:
+    """A kind of vision, with some sizes other than the usual ones.
+
+    Raises:
+        UserError: an unknown kind, unknown or impossible sizes; all of them listed.
+    """
+    if encoder not in ENCODERS:
+        hint = did_you_mean(encoder, ENCODERS) or f"known are {', '.join(ENCODERS)}"
+        raise UserError(f"unknown vision encoder '{encoder}'", hint)
+    return _checked(ENCODERS[encoder], sizes or {}, f"the vision encoder in {where}")
+
+
+def read_vision(path: Path) -> Vision:
+    """What a checkpoint's vision.json says.
+
+    Raises:
+        UserError: unreadable, unusable, or written by a newer version.
+    """
+    try:
+        values = read_object(path)
+        version, encoder = values.pop("format_version"), values.pop("encoder")
+    except KeyError as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UserError(f"{path} was written by a newer version", "update llama-acc")
+    return vision_of(str(encoder), values, path)
+
+
+class VisionTraining(NamedTuple):
+    """How vision is trained.
+
+    Attributes:
+        stage: 1 brings vision and language together, 2 teaches to follow instructions.
+        as_reference: train only those parts that LLaMA2-Accessory trains.
+    """
+
+    stage: Literal[1, 2] = 2
+    as_reference: bool = False
+
+
+SECOND_STAGE = VisionTraining()
+
+
+@dataclass(frozen=True)
+class Params:
+    """What params.json says, under its names.
 
     Attributes:
         dim: width of the residual stream.
@@ -58,25 +306,35 @@ class ModelConfig:
         rope_theta: base of the rotary frequencies.
         max_seq_len: longest sequence meant to be used.
         rope_scaling: factor the positions are multiplied by, or None.
-        tuning: what a tuning method adds to it.
-        vision: what lets it see, or None.
-        vision_training: what trains of that.
     """
 
-    dim: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int | None = None
-    vocab_size: int = -1
-    multiple_of: int = 256
-    ffn_dim_multiplier: float | None = None
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    max_seq_len: int = 2048
-    rope_scaling: float | None = None
-    tuning: Tuning = FULL
-    vision: Vision | None = None
-    vision_training: VisionTraining = SECOND_STAGE
+    __pydantic_config__: ClassVar[ConfigDict] = _CHECKED
+
+    dim: Annotated[_Width, Field(le=2**18)]
+    n_layers: _Depth
+    n_heads: _Heads
+    n_kv_heads: _Heads | None = None
+    vocab_size: _Vocabulary = -1
+    multiple_of: _Width = 256
+    ffn_dim_multiplier: _Factor | None = None
+    norm_eps: _Epsilon = 1e-5
+    rope_theta: _Factor = 10000.0
+    max_seq_len: _Context = 2048
+    rope_scaling: _Factor | None = None
+
+    def __post_init__(self) -> None:
+        dim, heads, kv_heads, hidden = self.dim, self.n_heads, self.kv_heads, self.hidden_dim
+        _refuse(
+            {
+                f"dim ({dim}) must be divisible by n_heads ({heads})": dim % heads > 0,
+                f"the head dimension ({dim // heads} = dim / n_heads) must be even for rotary embedding": (
+                    dim % heads == 0 and dim // heads % 2 > 0
+                ),
+                f"n_heads ({heads}) must be divisible by n_kv_heads ({kv_heads})": heads % kv_heads > 0,
+                f"the SwiGLU width that follows, {hidden:,}, is that of no model": not 0 < hidden <= WIDEST,
+                "vocab_size must be positive, or -1 for the tokenizer's, not 0": self.vocab_size == 0,
+            }
+        )
 
     @property
     def head_dim(self) -> int:
@@ -101,10 +359,20 @@ class ModelConfig:
             hidden = int(self.ffn_dim_multiplier * hidden)
         return self.multiple_of * -(-hidden // self.multiple_of)
 
-    @property
-    def residual_std(self) -> float:
-        """Standard deviation at the start of the matrices that write into the residual stream (GPT-2's rule)."""
-        return 0.02 * (2 * self.n_layers) ** -0.5
+
+@dataclass(frozen=True)
+class ModelConfig(Params):
+    """The shape of a LLaMA with what a tuning method and vision add to it.
+
+    Attributes:
+        tuning: the method.
+        vision: what lets it see, or None.
+        vision_training: what trains of that.
+    """
+
+    tuning: Tuning = FULL
+    vision: Vision | None = None
+    vision_training: VisionTraining = SECOND_STAGE
 
     @property
     def llama_type(self) -> str:
@@ -117,8 +385,8 @@ class ModelConfig:
 
     def to_params(self) -> dict[str, Any]:
         """The mapping params.json holds: what is set, under LLaMA2-Accessory's names."""
-        shape = {key: value for key, value in asdict(self).items() if value is not None and key not in _NOT_SHAPE}
-        return shape | self.tuning.to_arguments()
+        values = {field.name: getattr(self, field.name) for field in fields(Params)}
+        return {key: value for key, value in values.items() if value is not None} | self.tuning.to_arguments()
 
     def with_vocabulary(self, pieces: int) -> "ModelConfig":
         """This shape with a vocabulary of -1 replaced by the tokenizer's number of pieces."""
@@ -148,61 +416,18 @@ def config_from_params(params: Mapping[str, Any], source: object = "model.params
     Raises:
         UserError: unknown, missing or impossible values, all of them listed.
     """
-    problems = []
-    values: dict[str, Any] = {}
-    for key, value in params.items():
-        if key in _IGNORED or (value is None and key in _BOUNDS) or (key == "use_scaled_rope" and value is False):
-            continue
-        if key == "use_scaled_rope":
-            problems.append(f"use_scaled_rope: {value!r:.40}, the rotary embedding of LLaMA 3.1, is not computed here")
-        elif key not in _BOUNDS:
-            hint = did_you_mean(key, _BOUNDS)
-            problems.append(f"unknown key '{key}'" + (f": {hint}" if hint else ""))
-        elif problem := _problem_of(key, value):
-            problems.append(problem)
-        else:
-            values[key] = type(_BOUNDS[key][1])(value)
-    problems += [f"missing key '{key}'" for key in ("dim", "n_layers", "n_heads") if params.get(key) is None]
-    if not problems:
-        config = ModelConfig(**values)
-        problems = _impossible(config)
-        if not problems:
-            return config if "max_seq_len" in values else replace(config, max_seq_len=_known_context(config))
-    raise UserError(f"the model's shape in {source} is not usable:\n{listed(problems)}")
-
-
-def _problem_of(key: str, value: Any) -> str | None:
-    """What is wrong with a value by itself."""
-    least, most = _BOUNDS[key]
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-    if not is_number or (isinstance(most, int) and isinstance(value, float) and not value.is_integer()):
-        return f"{key}: {'a whole number' if isinstance(most, int) else 'a number'} is expected, not {value!r:.40}"
-    if value <= 0 and (key, value) != ("vocab_size", -1):
-        also = ", or -1 for the tokenizer's" if key == "vocab_size" else ""
-        return f"{key} must be positive{also}, not {value!r:.40}"
-    if not least <= value <= most:
-        return f"{key}: {value!r:.40} is that of no model (from {max(least, 0):,} to {most:,})"
-    return None
-
-
-def _impossible(config: ModelConfig) -> list[str]:
-    problems = []
-    if config.dim % config.n_heads:
-        problems.append(f"dim ({config.dim}) must be divisible by n_heads ({config.n_heads})")
-    elif config.head_dim % 2:
-        problems.append(f"the head dimension ({config.head_dim} = dim / n_heads) must be even for rotary embedding")
-    if config.n_heads % config.kv_heads:
-        problems.append(f"n_heads ({config.n_heads}) must be divisible by n_kv_heads ({config.kv_heads})")
-    if not 0 < config.hidden_dim <= WIDEST:
-        problems.append(f"the SwiGLU width that follows, {config.hidden_dim:,}, is that of no model")
-    return problems
+    if params.get("use_scaled_rope"):
+        raise UserError(f"{source}: use_scaled_rope, the rotary embedding of LLaMA 3.1, is not supported")
+    known = {key: value for key, value in params.items() if value is not None and key not in _IGNORED}
+    config = ModelConfig(**vars(_checked(Params, known, f"the model's shape in {source}")))
+    return config if "max_seq_len" in known else replace(config, max_seq_len=_known_context(config))
 
 
 def _known_context(config: ModelConfig) -> int:
-    """The context of the published model of that shape; LLaMA 1's, 2,048, where there is none."""
-    shape = (config.dim, config.n_layers, config.kv_heads, config.rope_theta)
-    # By norm_eps alone LLaMA 1 (1e-6) of 7B and 13B differs from LLaMA 2.
-    return _CONTEXTS.get(shape, 2048) if config.norm_eps == 1e-5 else 2048
+    """The context of the published models, whose params.json do not say it: LLaMA 2, Code Llama and LLaMA 3 differ by
+    rope_theta. LLaMA 1's, 2,048, has norm_eps 1e-6, or 64 heads for keys; so has what is smaller than any of them."""
+    is_later = config.dim >= 4096 and config.norm_eps == 1e-5 and config.kv_heads < 64
+    return {1e4: 4096, 1e6: 16384, 5e5: 8192}.get(config.rope_theta, 2048) if is_later else 2048
 
 
 def read_params(paths: Sequence[Path]) -> dict[str, Any]:
@@ -217,16 +442,15 @@ def read_params(paths: Sequence[Path]) -> dict[str, Any]:
     return union
 
 
-def _llama2(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, multiple_of: int = 256) -> ModelConfig:
-    shape = ModelConfig(dim, n_layers, n_heads, n_kv_heads, vocab_size=32000, multiple_of=multiple_of)
-    return replace(shape, max_seq_len=4096)
-
-
+_7B = ModelConfig(4096, 32, 32, 32, vocab_size=32000, max_seq_len=4096)
+_70B = replace(_7B, dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3)
 NAMED_SIZES: dict[str, ModelConfig] = {
-    "llama2-7b": _llama2(4096, 32, 32, 32),
-    "llama2-13b": _llama2(5120, 40, 40, 40),
-    "llama2-70b": replace(_llama2(8192, 80, 64, 8, multiple_of=4096), ffn_dim_multiplier=1.3),
-    "codellama-34b": replace(_llama2(8192, 48, 64, 8), ffn_dim_multiplier=1.0, rope_theta=1e6, max_seq_len=16384),
+    "llama2-7b": _7B,
+    "llama2-13b": replace(_7B, dim=5120, n_layers=40, n_heads=40, n_kv_heads=40),
+    "llama2-70b": _70B,
+    "codellama-34b": replace(
+        _70B, n_layers=48, multiple_of=256, ffn_dim_multiplier=1.0, rope_theta=1e6, max_seq_len=16384
+    ),
 }
 
 
@@ -259,15 +483,12 @@ def check_divides(config: ModelConfig, size: int) -> None:
         "n_kv_heads": config.kv_heads,
         "dim": config.dim,
         "the SwiGLU width": config.hidden_dim,
-        "vocab_size": config.vocab_size,
+        "vocab_size": max(config.vocab_size, 0),
     }
-    problems = [
-        f"{name} ({number}) is not divisible by the model-parallel size ({size})"
-        for name, number in numbers.items()
-        if number > 0 and number % size
-    ]
+    why = f"is not divisible by the model-parallel size ({size})"
+    problems = [f"{name} ({number}) {why}" for name, number in numbers.items() if number % size]
     if problems:
-        fitting = [str(s) for s in SIZES if not any(number > 0 and number % s for number in numbers.values())]
+        fitting = [str(other) for other in SIZES if not any(number % other for number in numbers.values())]
         raise UserError(
             f"the model cannot be split over {size} ranks:\n{listed(problems)}",
             f"model-parallel sizes that fit: {', '.join(fitting)}",

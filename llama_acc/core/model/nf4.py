@@ -1,8 +1,8 @@
 """NF4: matrices in four bits (QLoRA, arXiv:2305.14314), made and read by bitsandbytes.
 
-A matrix's values, row after row, are cut into blocks of 64. Of each block there is the largest magnitude, and of each
-value, divided by that, the nearest of 16 fixed numbers. The magnitudes, less their mean, are kept in eight bits, in
-blocks of 256 ("double quantisation"). So a value takes 4 + 8/64 + 32/(64*256) bits, 4.127.
+A matrix's values, row after row, are cut into blocks of 64. Of each block there is the largest magnitude (absmax), and
+of each value, divided by that, the nearest of 16 levels. The magnitudes, less their mean, are kept in eight bits, in
+blocks of 256 ("double quantization"). So a value takes 4 + 8/64 + 32/(64*256) bits, 4.127.
 """
 
 import logging
@@ -17,22 +17,19 @@ from torch import Tensor
 from llama_acc.core.errors import UserError
 
 BLOCK, NESTED_BLOCK = 64, 256
-# Values quantised at a time: on a CPU what is made on the way takes 20 bytes for each.
+# Values quantized at a time: on a CPU what is made on the way takes 20 bytes for each.
 _PIECE, _PIECE_CPU = 1 << 24, 1 << 20
 
 
 class Scales(NamedTuple):
-    """What belongs to a matrix's packed values, for n blocks.
-
-    Attributes:
-        absmax: [n] uint8, the blocks' magnitudes.
-        nested: [n / 256] float32, the largest ones of these, less the mean.
-        offset: [1] float32, their mean.
-    """
+    """What belongs to a matrix's packed values, for n blocks."""
 
     absmax: Tensor
+    """[n] uint8, the blocks' largest magnitudes."""
     nested: Tensor
+    """[n / 256] float32, the largest ones of these, less the mean."""
     offset: Tensor
+    """[1] float32, their mean."""
 
 
 @cache
@@ -50,7 +47,7 @@ def _library() -> Any:
 
 @cache
 def _codes(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The 16 numbers of NF4, and the 256 that magnitudes are rounded to."""
+    """The 16 levels of NF4, and the 256 that magnitudes are rounded to."""
     functional = _library().functional
     return functional.get_4bit_type("nf4", device=device), functional.create_dynamic_map().to(device)
 
@@ -67,7 +64,7 @@ def packed_shape(rows: int, columns: int) -> tuple[int, int]:
         UserError: an odd number of columns.
     """
     if columns % 2:
-        raise UserError(f"a matrix of {columns} columns cannot be quantised: their number must be even")
+        raise UserError(f"a matrix of {columns} columns cannot be quantized: their number must be even")
     return rows, columns // 2
 
 
@@ -82,13 +79,13 @@ def empty_scales(rows: int, columns: int, device: torch.device | None = None) ->
 
 
 def nbytes(rows: int, columns: int) -> int:
-    """Bytes of a quantised matrix [rows, columns]."""
-    blocks = -(-rows * columns // BLOCK)
-    return rows * columns // 2 + blocks + 4 * -(-blocks // NESTED_BLOCK) + 4
+    """Bytes of a quantized matrix [rows, columns]."""
+    scales = empty_scales(rows, columns, torch.device("meta"))
+    return rows * columns // 2 + sum(tensor.nbytes for tensor in scales)
 
 
-def quantise(read: Callable[[int, int], Tensor], shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Scales]:
-    """Quantises a matrix that is never held as a whole, unless its rows do not consist of whole blocks.
+def quantize(read: Callable[[int, int], Tensor], shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Scales]:
+    """Quantizes a matrix that is never held as a whole, unless its rows do not consist of whole blocks.
 
     Args:
         read: gives the rows from start to stop, float, on `device`.
@@ -98,7 +95,6 @@ def quantise(read: Callable[[int, int], Tensor], shape: tuple[int, ...], device:
     Returns:
         The packed values, [rows, columns / 2] bytes, and the scales.
     """
-    functional = _library().functional
     rows, columns = shape
     packed = torch.empty(packed_shape(rows, columns), dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-rows * columns // BLOCK), dtype=torch.float32, device=device)
@@ -106,50 +102,23 @@ def quantise(read: Callable[[int, int], Tensor], shape: tuple[int, ...], device:
     step = max(1, piece // columns) if columns % BLOCK == 0 else rows
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        values, state = functional.quantize_4bit(read(start, stop).contiguous(), quant_type="nf4", blocksize=BLOCK)
+        values, state = _library().functional.quantize_4bit(
+            read(start, stop).contiguous(), quant_type="nf4", blocksize=BLOCK
+        )
         packed[start:stop] = values.view(stop - start, columns // 2)
         first = start * columns // BLOCK
         absmax[first : first + len(state.absmax)] = state.absmax
-    return packed, round_magnitudes(absmax)
+    return packed, round_absmax(absmax)
 
 
-def round_magnitudes(magnitudes: Tensor) -> Scales:
+def round_absmax(absmax: Tensor) -> Scales:
     """The scales of a matrix whose blocks have these magnitudes, [n] float32, which are used up."""
-    offset = magnitudes.mean().view(1)
-    rounded, state = _library().functional.quantize_blockwise(magnitudes.sub_(offset), blocksize=NESTED_BLOCK)
+    offset = absmax.mean().view(1)
+    rounded, state = _library().functional.quantize_blockwise(absmax.sub_(offset), blocksize=NESTED_BLOCK)
     return Scales(rounded, state.absmax, offset)
 
 
-def _shape(packed: Tensor) -> torch.Size:
-    """The shape to tell bitsandbytes. Where blocks go across rows, its CPU kernel (0.50) is right for one row only."""
-    rows, columns = packed.shape[0], 2 * packed.shape[1]
-    return torch.Size((1, rows * columns) if columns % BLOCK else (rows, columns))
-
-
-def _state(packed: Tensor, scales: Scales, dtype: torch.dtype) -> Any:
-    """What bitsandbytes wants to be told of packed values [rows, columns / 2]."""
-    state = _library().functional.QuantState
-    numbers, magnitudes = _codes(packed.device)
-    nested = state(absmax=scales.nested, code=magnitudes, blocksize=NESTED_BLOCK, dtype=torch.float32)
-    return state(
-        absmax=scales.absmax,
-        shape=_shape(packed),
-        code=numbers,
-        blocksize=BLOCK,
-        quant_type="nf4",
-        dtype=dtype,
-        offset=scales.offset.view(()),
-        state2=nested,
-    )
-
-
-def dequantise(packed: Tensor, scales: Scales, dtype: torch.dtype) -> Tensor:
-    """The matrix [rows, columns] in `dtype` out of its packed values [rows, columns / 2] and scales."""
-    values: Tensor = _library().functional.dequantize_4bit(packed.view(-1, 1), _state(packed, scales, dtype))
-    return values.view(packed.shape[0], -1)
-
-
-def magnitudes(scales: Scales) -> Tensor:
+def read_absmax(scales: Scales) -> Tensor:
     """The largest magnitudes of a matrix's blocks, [n] float32."""
     code = _codes(scales.absmax.device)[1]
     found: Tensor = _library().functional.dequantize_blockwise(
@@ -158,40 +127,50 @@ def magnitudes(scales: Scales) -> Tensor:
     return found.float() + scales.offset
 
 
-def dequantise_rows(packed: Tensor, magnitudes: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Rows start to stop of a matrix, [stop - start, columns] in `dtype`, from its values and `magnitudes`."""
-    columns = 2 * packed.shape[1]
-    if columns % BLOCK:
-        # Blocks go across the rows.
-        return _with_magnitudes(packed, magnitudes, dtype)[start:stop]
-    blocks = slice(start * columns // BLOCK, stop * columns // BLOCK)
-    return _with_magnitudes(packed[start:stop], magnitudes[blocks], dtype)
+def _state(packed: Tensor, absmax: Tensor, dtype: torch.dtype, scales: Scales | None = None) -> Any:
+    """What bitsandbytes wants to be told of packed values [rows, columns / 2], whose magnitudes `scales` may hold."""
+    state = _library().functional.QuantState
+    rows, columns = packed.shape[0], 2 * packed.shape[1]
+    levels, magnitudes = _codes(packed.device)
+    nested = {}
+    if scales is not None:
+        inner = state(absmax=scales.nested, code=magnitudes, blocksize=NESTED_BLOCK, dtype=torch.float32)
+        nested = {"offset": scales.offset.view(()), "state2": inner}
+    # Where blocks go across rows, its CPU kernel (0.50) is right for one row only.
+    shape = torch.Size((1, rows * columns) if columns % BLOCK else (rows, columns))
+    return state(absmax=absmax, shape=shape, code=levels, blocksize=BLOCK, quant_type="nf4", dtype=dtype, **nested)
 
 
-def _with_magnitudes(packed: Tensor, magnitudes: Tensor, dtype: torch.dtype) -> Tensor:
-    state = _library().functional.QuantState(
-        absmax=magnitudes.contiguous(),
-        shape=_shape(packed),
-        code=_codes(packed.device)[0],
-        blocksize=BLOCK,
-        quant_type="nf4",
-        dtype=dtype,
-    )
-    values: Tensor = _library().functional.dequantize_4bit(packed.reshape(-1, 1), state)
+def dequantize(packed: Tensor, scales: Scales, dtype: torch.dtype) -> Tensor:
+    """The matrix [rows, columns] in `dtype` out of its packed values [rows, columns / 2] and scales."""
+    state = _state(packed, scales.absmax, dtype, scales)
+    values: Tensor = _library().functional.dequantize_4bit(packed.view(-1, 1), state)
     return values.view(packed.shape[0], -1)
 
 
+def dequantize_rows(packed: Tensor, absmax: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Rows start to stop of a matrix, [stop - start, columns] in `dtype`, from its values and `read_absmax`."""
+    columns = 2 * packed.shape[1]
+    # Where blocks go across the rows, all are read.
+    first, last = (start, stop) if columns % BLOCK == 0 else (0, len(packed))
+    part, blocks = packed[first:last], absmax[first * columns // BLOCK : -(-last * columns // BLOCK)]
+    state = _state(part, blocks.contiguous(), dtype)
+    values: Tensor = _library().functional.dequantize_4bit(part.reshape(-1, 1), state)
+    return values.view(len(part), -1)[start - first : stop - first]
+
+
 def dense(weight: Tensor, scales: Scales | None, dtype: torch.dtype) -> Tensor:
-    """A matrix in `dtype`: quantised if it has scales, else of any type."""
-    return weight.to(dtype) if scales is None else dequantise(weight, scales, dtype)
+    """A matrix in `dtype`: quantized if it has scales, else of any type."""
+    return weight.to(dtype) if scales is None else dequantize(weight, scales, dtype)
 
 
 def one_row(x: Tensor, packed: Tensor, scales: Scales) -> Tensor:
-    """x [1, columns] times a quantised matrix [rows, columns] transposed, without gradients.
+    """x [1, columns] times a quantized matrix [rows, columns] transposed, without gradients.
 
     Where the library has a kernel for it, the matrix is not written out.
     """
     if x.shape[1] % BLOCK:
-        return F.linear(x, dequantise(packed, scales, x.dtype))
-    product: Tensor = _library().matmul_4bit(x, packed.view(-1, 1), _state(packed, scales, x.dtype))
+        return F.linear(x, dequantize(packed, scales, x.dtype))
+    state = _state(packed, scales.absmax, x.dtype, scales)
+    product: Tensor = _library().matmul_4bit(x, packed.view(-1, 1), state)
     return product

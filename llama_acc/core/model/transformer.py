@@ -2,8 +2,8 @@
 
 It computes on a stream: documents laid end to end, with no padding and no batch dimension. Some of the stream's vectors
 may come from images instead of tokens, see `vision`. Its layers may be split over a model-parallel group; it knows
-nothing of devices, training precision, activation checkpointing, compilation or data
-parallelism: those are applied from outside. Parameter names are those of Meta's checkpoints.
+nothing of devices, training precision, activation checkpointing, compilation or data parallelism: those are applied
+from outside. Parameter names are those of Meta's checkpoints.
 
 Shapes: T tokens of the stream, V vocabulary.
 """
@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from operator import add
 from typing import Literal, NamedTuple
 from zlib import crc32
@@ -31,8 +31,7 @@ from llama_acc.core.model.attention import (
     KVCache,
     rotary_table,
 )
-from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.cross_entropy import linear_cross_entropy
+from llama_acc.core.model.config import SECOND_STAGE, ModelConfig
 from llama_acc.core.model.layers import (
     ColumnParallelLinear,
     Init,
@@ -43,14 +42,13 @@ from llama_acc.core.model.layers import (
     RowParallelLinear,
     Spec,
     gated_linear,
-    normal,
     normed_linears,
-    spec_of,
+    residual,
 )
-from llama_acc.core.model.nf4 import Scales, quantise
+from llama_acc.core.model.loss import linear_cross_entropy
+from llama_acc.core.model.nf4 import Scales, quantize
 from llama_acc.core.model.tuning import FULL, METHODS, Tuning
 from llama_acc.core.model.vision import Images, VisionProjector, attach_vision, tower_shapes
-from llama_acc.core.model.vision_config import SECOND_STAGE
 
 _ALONE = Parallel()
 _ADDED = 1 << 24  # no model has so many parameters of its own
@@ -67,7 +65,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, parallel: Parallel) -> None:
         super().__init__()
         self.w1 = ColumnParallelLinear(config.dim, config.hidden_dim, parallel)
-        self.w2 = RowParallelLinear(config.hidden_dim, config.dim, parallel, normal(config.residual_std))
+        self.w2 = RowParallelLinear(config.hidden_dim, config.dim, parallel, residual(config.n_layers))
         self.w3 = ColumnParallelLinear(config.dim, config.hidden_dim, parallel)
         self.packed: Packed | None = None
 
@@ -118,7 +116,7 @@ class Transformer(nn.Module):
         self.output = ColumnParallelLinear(config.dim, config.vocab_size, parallel)
         self.vision: VisionProjector | None = None
         self.specs: Mapping[str, Spec] = {}
-        self.run_block: Callable[[nn.Module, Tensor, Attend, AttentionExtra | None], Tensor] = _call
+        self.run_block: Callable[[nn.Module, Tensor, Attend, AttentionExtra | None], Tensor] = nn.Module.__call__
         self.attention_extra: Callable[[int, Tensor | None], AttentionExtra | None] | None = None
         self._rotations: Tensor | None = None
 
@@ -149,18 +147,17 @@ class Transformer(nn.Module):
         x, added = self.tok_embeddings(tokens, self.dtype), None
         if self.vision is not None:
             x, added = self.vision(x, images, len(lengths))
-        starts = [0] * len(lengths) if caches is None else [cache.length for cache in caches]
+        starts = [0] * len(lengths) if caches is None else [past.length for past in caches]
         rotations = self._rotations_at(positions, max(map(add, starts, lengths)))
         documents = DocumentAttention(lengths, rotations)
         for i, layer in enumerate(self.layers):
             attend: Attend = documents
             if caches is not None:
-                attend = CachedAttention([cache.layers[i] for cache in caches], starts, lengths, rotations)
+                attend = CachedAttention([past.layers[i] for past in caches], starts, lengths, rotations)
             extra = None if self.attention_extra is None else self.attention_extra(i, added)
             x = self.run_block(layer, x, attend, extra)
-        if caches is not None:
-            for cache, length in zip(caches, lengths, strict=True):
-                cache.length += length
+        for past, length in zip(caches or (), lengths, strict=False):
+            past.length += length
         x = self.norm(x)
         if targets is None:
             return x
@@ -168,9 +165,9 @@ class Transformer(nn.Module):
         return linear_cross_entropy(x, output.weight, targets, loss_scale, self.parallel, output.scales)
 
     @property
-    def is_quantised(self) -> bool:
+    def is_quantized(self) -> bool:
         """Whether the matrices of the blocks are."""
-        return any(isinstance(module, Linear) and module.is_quantised for module in self.modules())
+        return any(isinstance(module, Linear) and module.is_quantized for module in self.modules())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., dim] to float32 logits [..., V]."""
@@ -187,19 +184,13 @@ class Transformer(nn.Module):
         return table[positions]
 
 
-def _call(block: nn.Module, x: Tensor, attend: Attend, extra: AttentionExtra | None) -> Tensor:
-    return block(x, attend, extra)
-
-
 def build_on_meta(config: ModelConfig, dtype: torch.dtype, parallel: Parallel = _ALONE) -> Transformer:
     """This rank's part of a model, without storage, computing in `dtype`; what does not train is frozen."""
     with torch.device("meta"):
-        model = Transformer(config, dtype, parallel)
-        if not config.tuning.trains_all:
-            model.requires_grad_(False)
+        model = Transformer(config, dtype, parallel).requires_grad_(config.tuning.trains_all)
         config.tuning.attach(model)
         model.vision = attach_vision(model, config)
-    model.specs = {name: spec_of(parameter) for name, parameter in model.named_parameters()}
+    model.specs = {name: parameter.spec for name, parameter in model.named_parameters()}  # type: ignore[attr-defined]
     return model
 
 
@@ -207,23 +198,17 @@ Part = Literal["llama", "tuning", "vision", "tower"]
 
 
 class Description(NamedTuple):
-    """A parameter of a model, as the layer says that creates it.
-
-    Attributes:
-        shape: of the whole parameter.
-        split: the dimension in which model parallelism splits it; None = every rank has all of it.
-        init: its values at the start; None = it always comes from a checkpoint.
-        trains: whether it does.
-        part: who adds it: the LLaMA itself, the tuning method, vision, or it is of the frozen vision tower.
-        is_matrix: it is the matrix of a linear layer of the LLaMA, which NF4 is for.
-    """
+    """A parameter of a model, as the layer says that creates it: its `Spec`, and what follows from where it is."""
 
     shape: tuple[int, ...]
     split: int | None
     init: Init | None
+    """None = it always comes from a checkpoint."""
     trains: bool
     part: Part
+    """Who adds it: the LLaMA itself, the tuning method, vision, or it is of the frozen vision tower."""
     is_matrix: bool
+    """It is the matrix of a linear layer of the LLaMA, which NF4 is for."""
 
 
 @lru_cache(64)
@@ -234,17 +219,19 @@ def describe(config: ModelConfig) -> Mapping[str, Description]:
     """
     model = build_on_meta(config.with_vocabulary(1), torch.float32)
     matrices = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
-    base, unseeing = config.base(), replace(config, vision=None, vision_training=SECOND_STAGE)
-    plain, tuned = ({} if other == config else describe(other) for other in (base, unseeing))
-    found: dict[str, Description] = {}
-    for name, parameter in model.named_parameters():
-        part: Part = "llama" if config == base or name in plain else "tuning"
-        if config.vision is not None and name not in plain and name not in tuned:
-            part = "vision"
-        found[name] = Description(*model.specs[name], parameter.requires_grad, part, name in matrices)
-    for name, shape in tower_shapes(config.vision).items():
-        found[name] = Description(shape, None, None, False, "tower", False)
-    return found
+    base, blind = config.base(), replace(config, vision=None, vision_training=SECOND_STAGE)
+    parts: dict[str, Part] = {}
+    if config != blind:
+        parts = {name: one.part for name, one in describe(blind).items()}
+    elif config != base:
+        parts = dict.fromkeys(describe(base), "llama")
+    added: Part = "llama" if config == base else "tuning" if config == blind else "vision"
+    found = {
+        name: Description(*model.specs[name], parameter.requires_grad, parts.get(name, added), name in matrices)
+        for name, parameter in model.named_parameters()
+    }
+    towers = tower_shapes(config.vision)
+    return found | {name: Description(shape, None, None, False, "tower", False) for name, shape in towers.items()}
 
 
 def shapes_of(config: ModelConfig, *parts: Part) -> dict[str, tuple[int, ...]]:
@@ -254,51 +241,36 @@ def shapes_of(config: ModelConfig, *parts: Part) -> dict[str, tuple[int, ...]]:
 
 def parameter_count(config: ModelConfig) -> int:
     """Number of parameters."""
-    return sum(math.prod(one.shape) for one in describe(config).values())
+    return sum(math.prod(shape) for shape in shapes_of(config).values())
 
 
 @cache
 def _known(methods: tuple[type[Tuning], ...]) -> Mapping[str, Description]:
     """The parameters of a small model with each of these methods: all that there are, of one block."""
     config = ModelConfig(dim=8, n_layers=1, n_heads=2, vocab_size=8, multiple_of=8)
-    models = [replace(config, tuning=method().at_depth(1)) for method in methods]
+    models = [replace(config, tuning=method().with_num_layers(1)) for method in methods]
     return {name: one for model in models for name, one in describe(model).items()}
 
 
-def _description_of(name: str) -> Description | None:
-    """What is known of a parameter, or of its training state `exp_avg.NAME`, whatever the model's size and method.
-
-    None = it is none of a LLaMA.
-    """
+def _find(name: str) -> Description | None:
+    """What is known of a parameter, or of its training state `exp_avg.NAME`, whatever the model's size and method."""
     known, name = _known(tuple(METHODS.values())), re.sub(r"\blayers\.\d+\.", "layers.0.", name)
     return known.get(name) or known.get(name.partition(".")[2])
 
 
 def split_dimension(name: str) -> int | None:
-    """The dimension in which model parallelism splits a parameter; None = every rank has all of it."""
-    one = _description_of(name)
+    """The dimension in which model parallelism splits a parameter of that name; None = every rank has all of it."""
+    one = _find(name)
     return None if one is None else one.split
 
 
 def is_matrix(name: str) -> bool:
-    """Whether a parameter is a matrix of a block or the output matrix, which NF4 is for."""
-    one = _description_of(name)
+    """Whether a parameter of that name is a matrix of a block or the output matrix, which NF4 is for."""
+    one = _find(name)
     return one is not None and one.is_matrix
 
 
-def local_shape(name: str, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
-    """The shape of one rank's part of a parameter of full `shape`, in a group of `size`."""
-    split = split_dimension(name)
-    return tuple(length // size if i == split else length for i, length in enumerate(shape))
-
-
-def own_part(name: str, whole: Tensor, parallel: Parallel) -> Tensor:
-    """This model-parallel rank's part of a whole parameter."""
-    split = split_dimension(name)
-    return whole if split is None else whole.chunk(parallel.model_size, split)[parallel.model_rank]
-
-
-def quantisable(config: ModelConfig, skip: Sequence[str] = ()) -> list[str]:
+def quantizable(config: ModelConfig, skip: Sequence[str] = ()) -> list[str]:
     """Names of the matrices that NF4 is for: those of the blocks and the output matrix, less those to skip.
 
     Args:
@@ -331,30 +303,22 @@ def freeze_untrained(model: Transformer) -> None:
             setattr(model.get_submodule(owner), leaf, nn.Parameter(parameter.detach().to(model.dtype), False))
 
 
-def quantise_on_meta(model: Transformer, skip: Sequence[str] = ()) -> None:
-    """Makes room for matrices in NF4 in place of what they are; call it on meta, before loading.
-
-    Args:
-        model: what is quantised of it is not trained.
-        skip: matrices to leave as they are; see `quantisable`.
+def quantize_on_meta(model: Transformer, skip: Sequence[str] = ()) -> None:
+    """Makes room for matrices in NF4 in place of what they are, but for those to `skip`; call it on meta.
 
     Raises:
-        UserError: a matrix that cannot be.
+        UserError: a matrix that cannot be quantized; see also `quantizable`.
     """
-    for name in quantisable(model.config, skip):
+    for name in quantizable(model.config, skip):
         module = model.get_submodule(name.removesuffix(".weight"))
         assert isinstance(module, Linear)
-        module.make_room_for_nf4()
+        module.to_nf4_meta()
 
 
-def store_quantised(model: Transformer, name: str, packed: Tensor, scales: Scales) -> None:
-    """Puts a quantised matrix, this model-parallel rank's part of a parameter, into the storage the model has for it.
+def store_quantized(model: Transformer, name: str, packed: Tensor, scales: Scales) -> None:
+    """Puts a quantized matrix, this model-parallel rank's part of a parameter, into the storage the model has for it.
 
-    Args:
-        model: it was on meta when `quantise_on_meta` was called, and has storage now.
-        name: the parameter's.
-        packed: its values.
-        scales: its scales.
+    The model was on meta when `quantize_on_meta` was called.
     """
     local, owner = local_part(model.get_parameter(name)), model.get_submodule(name.rpartition(".")[0])
     assert isinstance(owner, Linear)
@@ -370,7 +334,7 @@ def pack_small(model: Transformer) -> None:
 
     In a larger model the time is that of reading the weights, and packing would only copy them.
     """
-    if model.config.dim > 1024 or model.config.tuning != FULL or model.is_quantised:
+    if model.config.dim > 1024 or model.config.tuning != FULL or model.is_quantized or model.parallel.model_size > 1:
         return
     for block in model.layers:
         assert isinstance(block, TransformerBlock)
@@ -379,18 +343,15 @@ def pack_small(model: Transformer) -> None:
         feed_forward.packed = Packed([feed_forward.w1, feed_forward.w3])
 
 
-def initialise(model: Transformer, seed: int, only: Container[str] | None = None) -> None:
-    """Fills every parameter with the values it has at the start, as the layer says that creates it.
+def initialize(model: Transformer, seed: int, only: Container[str] | None = None) -> None:
+    """Fills parameters, those of the names in `only`, with their values at the start, as the layer says that creates
+    them. They have storage.
 
     Each parameter has its own generator, made from the seed and its place in the LLaMA or its name, so a parameter's
     values do not depend on the others, nor on how the model is split, nor on what is added to it.
-
-    Args:
-        model: its parameters have storage.
-        seed: of the generators.
-        only: names of those to fill; None = all.
     """
     places = {name: place for place, name in enumerate(describe(model.config.base()))}
+    parallel = model.parallel
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if only is not None and name not in only:
@@ -399,14 +360,11 @@ def initialise(model: Transformer, seed: int, only: Container[str] | None = None
             place = places.get(name, _ADDED + crc32(name.encode()))
             whole = torch.empty(shape)
             init(whole, torch.Generator().manual_seed(seed * 1_000_003 + place))
-            own = whole if split is None else whole.chunk(model.parallel.model_size, split)[model.parallel.model_rank]
+            own = whole if split is None else whole.chunk(parallel.model_size, split)[parallel.model_rank]
             local = local_part(parameter)
             if local.tensor.is_floating_point():
                 local.tensor.copy_(own[local.rows])
             else:
                 device = local.tensor.device
-                store_quantised(model, name, *quantise(partial(_rows, own, device), tuple(own.shape), device))
-
-
-def _rows(matrix: Tensor, device: torch.device, start: int, stop: int) -> Tensor:
-    return matrix[start:stop].to(device)
+                packed = quantize(lambda start, stop: own[start:stop].to(device), tuple(own.shape), device)  # noqa: B023
+                store_quantized(model, name, *packed)

@@ -1,8 +1,7 @@
-"""Images into a LLaMA: the parts that `vision_config` names, and the frozen towers in front of them.
+"""Images into a LLaMA: the parts that `config` names, and the frozen towers in front of them.
 
-To the LLaMA an image is vectors at some places of the stream, or something added to the prefixes of a document; where
-these come from is in here only. Under model parallelism every rank has all parts, so their gradients, which come from
-the whole residual stream, are the same on each.
+To the LLaMA an image is vectors at some places of the stream, or something added to the prefixes of a document. Under
+model parallelism every rank has all parts, so their gradients, which come from the whole residual stream, are the same.
 
 Shapes: I images of the stream, S their width and height, T tokens of the stream, P length of the prefix.
 """
@@ -12,42 +11,35 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from llama_acc.core.errors import UserError
-from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.config import ClipVision, ModelConfig, QFormerVision, TinyVision, Vision
 from llama_acc.core.model.layers import normal, ones, parameter, zeros
-from llama_acc.core.model.vision_config import ClipVision, QFormerVision, TinyVision, Vision
 
 
 class Images(NamedTuple):
-    """The images of a stream.
-
-    Attributes:
-        inputs: [I, *input_shape] of the kind of vision: a tower's features, or pixels.
-        places: [I * positions], where they stand in the stream, in order.
-        documents: which document of the stream each belongs to.
-    """
+    """The images of a stream."""
 
     inputs: Tensor
+    """[I, *input_shape] of the kind of vision: a tower's features, or pixels."""
     places: Tensor
+    """[I * positions], where they stand in the stream, in order."""
     documents: Sequence[int]
+    """Which document of the stream each belongs to."""
 
 
 class VisionOutput(NamedTuple):
-    """What comes of them.
-
-    Attributes:
-        x: [T, dim], the stream with the images in it.
-        prefixes: [documents, P, dim], to be added to the prefix of each; None: nothing.
-    """
+    """What comes of them."""
 
     x: Tensor
+    """[T, dim], the stream with the images in it."""
     prefixes: Tensor | None
+    """[documents, P, dim], to be added to the prefix of each; None: nothing."""
 
 
 def _uniform(values: Tensor, generator: Generator) -> None:
@@ -69,7 +61,7 @@ class _Linear(nn.Module):
 
 
 class _LayerNorm(nn.Module):
-    """Layer normalisation that computes in the type of its input."""
+    """Layer normalization that computes in the type of its input."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -80,43 +72,22 @@ class _LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
-class _SelfAttention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = _Linear(width, 3 * width)
-        self.proj = _Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[I, N, width] to the same."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class _MLP(nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = _Linear(width, hidden)
-        self.fc2 = _Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class VisionBlock(nn.Module):
     """A block of a vision transformer, with timm's names and arithmetic: a norm before each half, exact GELU."""
 
     def __init__(self, width: int, hidden: int, heads: int) -> None:
         super().__init__()
+        self.heads = heads
         self.norm1 = _LayerNorm(width)
-        self.attn = _SelfAttention(width, heads)
+        self.attn = nn.ModuleDict({"qkv": _Linear(width, 3 * width), "proj": _Linear(width, width)})
         self.norm2 = _LayerNorm(width)
-        self.mlp = _MLP(width, hidden)
+        self.mlp = nn.ModuleDict({"fc1": _Linear(width, hidden), "fc2": _Linear(hidden, width)})
 
     def forward(self, x: Tensor) -> Tensor:
         """[I, N, width] to the same."""
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
 
 
 class _Convolution(nn.Module):
@@ -161,13 +132,7 @@ class VisionProjector:
         self.vision, self.model = vision, model
 
     def __call__(self, x: Tensor, images: Images | None, documents: int) -> VisionOutput:
-        """Puts images into a stream.
-
-        Args:
-            x: [T, dim], the stream.
-            images: its images.
-            documents: how many documents it has.
-        """
+        """Puts its images into a stream x [T, dim] of so many documents."""
         if images is None:
             if not torch.is_grad_enabled():
                 return VisionOutput(x, None)
@@ -177,7 +142,6 @@ class VisionProjector:
         return self.forward(x, images, documents)
 
     def forward(self, x: Tensor, images: Images, documents: int) -> VisionOutput:
-        """The same where there are images, if only none of them."""
         raise NotImplementedError
 
 
@@ -194,7 +158,7 @@ class _InStream(VisionProjector):
         model.add_module("qformer_proj", self._projection)
         for name in ("start_img", "end_img"):
             model.register_parameter(
-                name, parameter(1, 1, dim, init=lambda values, generator: values.uniform_(generator=generator))
+                name, parameter(1, 1, dim, init=lambda values, own: values.uniform_(generator=own))
             )
 
     def forward(self, x: Tensor, images: Images, documents: int) -> VisionOutput:
@@ -245,12 +209,7 @@ def attach_vision(model: nn.Module, config: ModelConfig) -> VisionProjector | No
         return None
     before = {name for name, _ in model.named_parameters()}
     is_clip = isinstance(vision, ClipVision)
-    projector: VisionProjector
-    if isinstance(vision, ClipVision):
-        projector = _InPrefix(vision, model, config.dim)
-    else:
-        assert isinstance(vision, QFormerVision | TinyVision)
-        projector = _InStream(vision, model, config.dim)
+    projector: VisionProjector = (_InPrefix if is_clip else _InStream)(vision, model, config.dim)  # type: ignore[arg-type]
     only_words = training.stage == 2 if is_clip else training.as_reference and not config.tuning.trains_all
     for name, made in model.named_parameters():
         is_old = name in before and not (is_clip and name.startswith("prefix"))
@@ -260,20 +219,27 @@ def attach_vision(model: nn.Module, config: ModelConfig) -> VisionProjector | No
 
 
 class Tower(nn.Module):
-    """A frozen encoder of images, as transformers has it; the model's names of its parameters begin with
-    `Vision.tower_prefix`."""
+    """A frozen encoder of images, as transformers has it; `Vision.tower_prefix` goes before its parameters' names."""
 
     def __init__(self, vision: Vision) -> None:
         super().__init__()
         self.vision = vision
+        self.sizes: dict[str, Any] = {
+            "hidden_size": vision.width,
+            "intermediate_size": vision.hidden_dim,
+            "num_hidden_layers": vision.n_layers,
+            "num_attention_heads": vision.n_heads,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+        }
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels [I, 3, S, S] to features [I, *input_shape]."""
+        """Normalized pixels [I, 3, S, S] to features [I, *input_shape]."""
         raise NotImplementedError
 
 
 class QFormerTower(Tower):
-    """BLIP-2's vision transformer and Q-Former, as transformers has them."""
+    """BLIP-2's vision transformer and Q-Former."""
 
     def __init__(self, vision: QFormerVision) -> None:
         super().__init__(vision)
@@ -281,17 +247,7 @@ class QFormerTower(Tower):
         from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
 
         self.query_tokens = nn.Parameter(torch.empty(1, vision.queries, vision.query_width))
-        self.vision_model = Blip2VisionModel(
-            Blip2VisionConfig(
-                hidden_size=vision.width,
-                intermediate_size=vision.hidden_dim,
-                num_hidden_layers=vision.n_layers,
-                num_attention_heads=vision.n_heads,
-                image_size=vision.image_size,
-                patch_size=vision.patch_size,
-                layer_norm_eps=vision.layer_norm_eps,
-            )
-        )
+        self.vision_model = Blip2VisionModel(Blip2VisionConfig(**self.sizes, layer_norm_eps=vision.layer_norm_eps))
         self.qformer = Blip2QFormerModel(
             Blip2QFormerConfig(
                 hidden_size=vision.query_width,
@@ -304,7 +260,6 @@ class QFormerTower(Tower):
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """See `Tower`."""
         seen = self.vision_model(pixel_values=pixels, return_dict=True).last_hidden_state
         queried = self.qformer(
             query_embeds=self.query_tokens.expand(len(pixels), -1, -1),
@@ -316,27 +271,16 @@ class QFormerTower(Tower):
 
 
 class ClipTower(Tower):
-    """CLIP's vision transformer, as transformers has it; all its vectors are normed and projected, not one only."""
+    """CLIP's vision transformer; all its vectors are normed and projected, not one only."""
 
     def __init__(self, vision: ClipVision) -> None:
         super().__init__(vision)
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-        whole = CLIPVisionModelWithProjection(
-            CLIPVisionConfig(
-                hidden_size=vision.width,
-                intermediate_size=vision.hidden_dim,
-                num_hidden_layers=vision.n_layers,
-                num_attention_heads=vision.n_heads,
-                image_size=vision.image_size,
-                patch_size=vision.patch_size,
-                projection_dim=vision.projection,
-            )
-        )
+        whole = CLIPVisionModelWithProjection(CLIPVisionConfig(**self.sizes, projection_dim=vision.projection))
         self.vision_model, self.visual_projection = whole.vision_model, whole.visual_projection
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """See `Tower`."""
         seen = self.vision_model(pixel_values=pixels).last_hidden_state  # 4.57 takes no return_dict
         return self.visual_projection(self.vision_model.post_layernorm(seen))
 
@@ -393,7 +337,7 @@ def tower_shapes(vision: Vision | None) -> Mapping[str, tuple[int, ...]]:
     return {vision.tower_prefix + name: tuple(weight.shape) for name, weight in tower.named_parameters()}
 
 
-def initialise_tower(parameters: Mapping[str, Tensor], seed: int) -> None:
+def initialize_tower(parameters: Mapping[str, Tensor], seed: int) -> None:
     """Random values for a tower without weights, each parameter's from (seed, place); `parameters` by their names."""
     with torch.no_grad():
         for place, (name, parameter) in enumerate(parameters.items()):

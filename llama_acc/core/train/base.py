@@ -16,7 +16,7 @@ from llama_acc.core.errors import UserError
 from llama_acc.core.home import home
 from llama_acc.core.model.config import ModelConfig, check_divides, config_from_params, named_size, read_params
 from llama_acc.core.model.nf4 import packed_shape
-from llama_acc.core.model.transformer import quantisable, shapes_of
+from llama_acc.core.model.transformer import quantizable, shapes_of
 from llama_acc.core.model.tuning import FULL
 from llama_acc.core.model.vision import check_towers_can_be_made
 from llama_acc.core.recipe import RECIPES_FOLDER, Recipe
@@ -79,7 +79,7 @@ def _check_quantized(recipe: Recipe, config: ModelConfig, layout: Layout) -> Non
             f"{layout.folder} is quantized: it can be a base, and not train itself",
             "set tuning.quantize=nf4, a method other than full, and checkpoint.trainable_only=true",
         )
-    if quantisable(config, recipe.tuning.quantize_skip) != quantisable(config, quantization.skip):
+    if quantizable(config, recipe.tuning.quantize_skip) != quantizable(config, quantization.skip):
         but = f" but {', '.join(quantization.skip)}" if quantization.skip else ""
         raise UserError(
             f"in {layout.folder} all matrices{but} are quantized, and the recipe says otherwise",
@@ -122,7 +122,7 @@ def _config(recipe: Recipe, layouts: list[Layout], recipe_folder: Path | None, s
 
 def _with_tuning(recipe: Recipe, config: ModelConfig) -> ModelConfig:
     """The shape with what the recipe's method adds. What was tuned by a method can be resumed with that one only."""
-    tuning = recipe.tuning.resolved().at_depth(config.n_layers)
+    tuning = recipe.tuning.resolved().with_num_layers(config.n_layers)
     if config.tuning not in (FULL, tuning):
         raise UserError(
             f"the checkpoint was tuned as ({config.tuning.to_keys()}), the recipe says ({tuning.to_keys()})",
@@ -131,7 +131,7 @@ def _with_tuning(recipe: Recipe, config: ModelConfig) -> ModelConfig:
     widths = {"dim": config.dim, "the SwiGLU width": config.hidden_dim, "the keys' width": config.kv_dim}
     tuning.check(widths, config.n_layers)
     if recipe.tuning.quantize == "nf4":
-        quantisable(config, recipe.tuning.quantize_skip)  # raises where one to be left out is none of them
+        quantizable(config, recipe.tuning.quantize_skip)  # raises where one to be left out is none of them
         for width in {config.dim, config.hidden_dim}:
             packed_shape(1, width // recipe.parallel.model_parallel_size)
     return replace(config, tuning=tuning)

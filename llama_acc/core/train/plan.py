@@ -30,8 +30,8 @@ from llama_acc.core.model.transformer import (
     describe,
     freeze_untrained,
     parameter_count,
-    quantisable,
-    quantise_on_meta,
+    quantizable,
+    quantize_on_meta,
     shapes_of,
 )
 from llama_acc.core.recipe import Recipe
@@ -93,7 +93,7 @@ def model_on_meta(config: ModelConfig, settings: StepSettings, parallel: Paralle
     model = build_on_meta(config, settings.dtype, parallel)
     freeze_untrained(model)
     if settings.quantize_skip is not None:
-        quantise_on_meta(model, settings.quantize_skip)
+        quantize_on_meta(model, settings.quantize_skip)
     return model
 
 
@@ -147,7 +147,7 @@ class Plan:
     def quantized(self) -> tuple[int, int]:
         """Number of parameters that are quantized, and the bytes they take."""
         skip, shapes = self.settings.quantize_skip, shapes_of(self.config)
-        quantized = [shapes[name] for name in ([] if skip is None else quantisable(self.config, skip))]
+        quantized = [shapes[name] for name in ([] if skip is None else quantizable(self.config, skip))]
         return sum(map(math.prod, quantized)), sum(nbytes(*shape) for shape in quantized)
 
     def saves(self, name: str) -> bool:

@@ -31,9 +31,8 @@ from llama_acc.core.data.templates import TEMPLATE_FILE, Template
 from llama_acc.core.device import prepare_cpu
 from llama_acc.core.distributed.groups import Parallel, is_sharded, local_part
 from llama_acc.core.generate.vision_encoder import load_vision_encoder
-from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.transformer import Transformer, initialise
-from llama_acc.core.model.vision_config import VISION_FILE
+from llama_acc.core.model.config import VISION_FILE, ModelConfig
+from llama_acc.core.model.transformer import Transformer, initialize
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.image_loader import ImageLoader, MicroBatchIndices
 from llama_acc.core.train.optimizer import ClippedAdamW, learning_rate
@@ -122,7 +121,7 @@ class Trainer:
         def materialize(model: Transformer) -> None:
             model.to_empty(device=device)
             given = set() if weights is None else set(weights.tensors)
-            initialise(model, seed, {name for name, _ in model.named_parameters()} - given)
+            initialize(model, seed, {name for name, _ in model.named_parameters()} - given)
             if weights is not None:
                 load_parameters(model, weights)
 

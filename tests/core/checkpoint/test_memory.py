@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from llama_acc.core.checkpoint.layout import inspect, read_config
 from llama_acc.core.checkpoint.load import check_tensors, fill, read_weights
-from llama_acc.core.model.transformer import build_on_meta, quantise_on_meta, shapes_of
+from llama_acc.core.model.transformer import build_on_meta, quantize_on_meta, shapes_of
 
 def status(key):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
@@ -41,7 +41,7 @@ def load(folder, dtype, copy, size):
     check_tensors(weights, shapes_of(config), folder)
     model = build_on_meta(config, dtype).requires_grad_(False)
     if copy == "nf4":
-        quantise_on_meta(model)
+        quantize_on_meta(model)
         fill(model, weights, torch.device("cpu"), dtype, copy=True)
         return model
     for name, part in weights.tensors.items():  # a rank's model has parameters of its share's shape

@@ -40,7 +40,7 @@ def test_every_rank_has_its_part_of_the_same_values(size: int, small: Path) -> N
             packed, scales = to_nf4(part, CPU)
             share = part.to(torch.float32)
             # The numbers are the same ones, and so but for one part in a hundred are the scales.
-            assert difference(nf4.dequantise(packed, scales, torch.float32), share) < 0.01, name
+            assert difference(nf4.dequantize(packed, scales, torch.float32), share) < 0.01, name
             assert whole[name].shape != part.shape
 
 

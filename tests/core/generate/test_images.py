@@ -208,7 +208,7 @@ def test_the_trained_encoder_is_split_over_processes_too(folders: dict[str, Path
 
 def test_the_matrices_in_four_bits_leave_the_tower_and_the_projection_alone(folders: dict[str, Path]) -> None:
     loaded = load_model(folders["qformer"], device="cpu", template="none", quantize="nf4")
-    assert loaded.model.is_quantised
+    assert loaded.model.is_quantized
     assert loaded.vision_encoder is not None
     found = seen_logits(loaded, WORDS, 1)
     whole = seen_logits(load(folders["qformer"]), WORDS, 1)

@@ -16,11 +16,11 @@ def setup(
     """One rank of the `alpaca` recipe, changed, of a small model."""
     recipe = Recipe.load("alpaca", overrides)
     config = config_from_params({**SMALL, "dim": dim})
-    config = replace(config, tuning=recipe.tuning.resolved().at_depth(config.n_layers))
+    config = replace(config, tuning=recipe.tuning.resolved().with_num_layers(config.n_layers))
     return Setup(recipe, config, lengths, device_type=device_type, **options)
 
 
 def deep(run: Setup, n_layers: int) -> Setup:
     """The same of a model with so many blocks."""
-    tuning = run.recipe.tuning.resolved().at_depth(n_layers)
+    tuning = run.recipe.tuning.resolved().with_num_layers(n_layers)
     return replace(run, config=replace(run.config, n_layers=n_layers, tuning=tuning))

@@ -1,47 +1,64 @@
+"""params.json, the sizes known by name, and what can be split."""
+
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llama_acc.core.errors import UserError
-from llama_acc.core.model.config import NAMED_SIZES, ModelConfig, config_from_params, named_size, read_params
-from llama_acc.core.model.transformer import parameter_count, quantisable, shapes_of
-from tests.core.tiny import GOLDEN, random_model
+from llama_acc.core.model.config import (
+    NAMED_SIZES,
+    SIZES,
+    ModelConfig,
+    check_divides,
+    config_from_params,
+    named_size,
+    read_params,
+)
+from llama_acc.core.model.transformer import parameter_count, quantizable, shapes_of, split_dimension
 
 PARAMS: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 4}
 
 
-def problems(changes: dict[str, Any]) -> str:
-    with pytest.raises(UserError) as refused:
-        config_from_params({**PARAMS, **changes}, "params.json")
-    return refused.value.message
+@pytest.mark.parametrize(
+    ("name", "parameters", "hidden", "context", "theta"),
+    [
+        ("llama2-7b", 6_738_415_616, 11008, 4096, 1e4),
+        ("llama2-13b", 13_015_864_320, 13824, 4096, 1e4),
+        ("llama2-70b", 68_976_648_192, 28672, 4096, 1e4),
+        ("codellama-34b", 33_743_970_304, 22016, 16384, 1e6),
+    ],
+)
+def test_named_sizes_are_the_released_models(
+    name: str, parameters: int, hidden: int, context: int, theta: float
+) -> None:
+    config = named_size(name)
+    assert (parameter_count(config), config.hidden_dim) == (parameters, hidden)
+    assert (config.head_dim, config.vocab_size) == (128, 32000)
+    assert (config.max_seq_len, config.rope_theta) == (context, theta)
+    said = {key: value for key, value in config.to_params().items() if key != "max_seq_len"}
+    assert config_from_params(said) == config, "its context is known by its shape"
+    for size in SIZES:
+        check_divides(config, size)
+    assert set(NAMED_SIZES) == {"llama2-7b", "llama2-13b", "llama2-70b", "codellama-34b"}
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "hidden"),
+    ("params", "context"),
     [
-        ("llama2-7b", 6_738_415_616, 11008),
-        ("llama2-13b", 13_015_864_320, 13824),
-        ("codellama-34b", 33_743_970_304, 22016),
-        ("llama2-70b", 68_976_648_192, 28672),
+        (PARAMS, 2048),
+        ({"dim": 4096, "n_layers": 32, "n_heads": 32, "norm_eps": 1e-6}, 2048),  # LLaMA 1
+        ({"dim": 8192, "n_layers": 80, "n_heads": 64, "norm_eps": 1e-5}, 2048),  # LLaMA 1 of 65B
+        ({"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "rope_theta": 500000.0}, 8192),  # LLaMA 3
     ],
 )
-def test_named_sizes_have_the_released_models_parameters(name: str, parameters: int, hidden: int) -> None:
-    config = named_size(name)
-    assert parameter_count(config) == parameters
-    assert config.hidden_dim == hidden
-    assert config.head_dim == 128
-    assert config.vocab_size == 32000
-
-
-def test_named_sizes_differ_in_context_and_rotary_base_as_released() -> None:
-    assert {name: (config.max_seq_len, config.rope_theta) for name, config in NAMED_SIZES.items()} == {
-        "llama2-7b": (4096, 1e4),
-        "llama2-13b": (4096, 1e4),
-        "llama2-70b": (4096, 1e4),
-        "codellama-34b": (16384, 1e6),
-    }
+def test_the_context_of_a_released_model_is_known_where_its_file_does_not_say(
+    params: dict[str, Any], context: int
+) -> None:
+    assert config_from_params(params).max_seq_len == context
+    assert config_from_params({**params, "max_seq_len": 77}).max_seq_len == 77
 
 
 def test_an_unknown_size_is_refused_with_the_near_ones() -> None:
@@ -51,126 +68,77 @@ def test_an_unknown_size_is_refused_with_the_near_ones() -> None:
         named_size("opt")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"n_kv_heads": 2, "ffn_dim_multiplier": 1.3, "multiple_of": 48},
-        {"n_kv_heads": 1, "n_layers": 1, "vocab_size": 77},
-    ],
-)
-def test_the_shapes_a_config_tells_are_those_of_the_model(changes: dict[str, Any]) -> None:
-    config = config_from_params({"vocab_size": 50, **PARAMS, **changes})
-    model = random_model(config)
-    assert shapes_of(config) == {name: tuple(p.shape) for name, p in model.named_parameters()}
-    assert parameter_count(config) == sum(p.numel() for p in model.parameters())
-
-
-def test_what_a_params_file_leaves_out_has_metas_defaults() -> None:
-    config = config_from_params(PARAMS)
-    assert config == ModelConfig(
-        dim=64,
-        n_layers=2,
-        n_heads=4,
-        n_kv_heads=None,
-        vocab_size=-1,
-        multiple_of=256,
-        ffn_dim_multiplier=None,
-        norm_eps=1e-5,
-        rope_theta=10000.0,
-        max_seq_len=2048,
-        rope_scaling=None,
-    )
-    assert config.kv_heads == 4
-    assert config.hidden_dim == 256
-
-
-@pytest.mark.parametrize(("dim", "multiplier", "multiple", "hidden"), [(64, None, 1, 170), (64, 1.3, 32, 224)])
-def test_the_swiglu_width_is_metas_formula(dim: int, multiplier: float | None, multiple: int, hidden: int) -> None:
-    config = ModelConfig(dim, 1, 1, ffn_dim_multiplier=multiplier, multiple_of=multiple)
-    assert config.hidden_dim == hidden
-
-
-def test_numbers_may_be_written_as_json_writes_them() -> None:
-    config = config_from_params({**PARAMS, "dim": 64.0, "rope_theta": 1000000, "n_kv_heads": None})
-    assert (config.dim, config.rope_theta, config.kv_heads) == (64, 1e6, 4)
+def test_params_are_read_as_metas_code_does_and_survive_a_round_trip() -> None:
+    plain = config_from_params(PARAMS)
+    assert plain == ModelConfig(64, 2, 4, None, -1, 256, None, 1e-5, 10000.0, 2048, None)
+    assert (plain.kv_heads, plain.hidden_dim) == (4, 256)
+    assert replace(plain, multiple_of=1).hidden_dim == 170
+    assert replace(plain, multiple_of=32, ffn_dim_multiplier=1.3).hidden_dim == 224
+    as_json = {"dim": 64.0, "rope_theta": 1000000, "n_kv_heads": None, "max_batch_size": 32, "use_scaled_rope": False}
+    config = config_from_params({**PARAMS, **as_json})
+    assert config == replace(plain, rope_theta=1e6)
     assert isinstance(config.dim, int)
-    assert isinstance(config.rope_theta, float)
-
-
-def test_keys_without_meaning_for_the_computation_are_ignored() -> None:
-    assert config_from_params({**PARAMS, "max_batch_size": 32}) == config_from_params(PARAMS)
-
-
-def test_params_survive_a_round_trip() -> None:
     config = config_from_params({**PARAMS, "ffn_dim_multiplier": 1.3, "rope_scaling": 0.25, "vocab_size": 10})
     assert config_from_params(json.loads(json.dumps(config.to_params()))) == config
 
 
 def test_all_problems_of_a_shape_are_told_together() -> None:
+    wrong = {"dims": 64, "n_layers": "two", "norm_eps": "small", "multiple_of": 1.5, "n_kv_heads": True}
     with pytest.raises(UserError) as refused:
-        config_from_params({"dims": 64, "n_layers": "two", "norm_eps": "small", "multiple_of": 1.5}, "a/params.json")
+        config_from_params(wrong, "a/params.json")
     assert refused.value.message.splitlines() == [
         "the model's shape in a/params.json is not usable:",
-        "  unknown key 'dims': did you mean 'dim'?",
-        "  n_layers: a whole number is expected, not 'two'",
-        "  norm_eps: a number is expected, not 'small'",
-        "  multiple_of: a whole number is expected, not 1.5",
+        "  n_layers: should be a whole number, not 'two'",
+        "  n_kv_heads: should be a whole number, not true",
+        "  multiple_of: should be a whole number, not 1.5",
+        "  norm_eps: should be a number, not 'small'",
         "  missing key 'dim'",
         "  missing key 'n_heads'",
+        "  unknown key 'dims': did you mean 'dim'?",
     ]
 
 
-def test_true_is_not_a_number_of_layers() -> None:
-    assert "n_layers: a whole number is expected, not True" in problems({"n_layers": True})
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_heads": 5}, "dim (64) must be divisible by n_heads (5)"),
+        ({"n_heads": 64}, "the head dimension (1 = dim / n_heads) must be even"),
+        ({"n_kv_heads": 3}, "n_heads (4) must be divisible by n_kv_heads (3)"),
+        ({"vocab_size": 0}, "vocab_size must be positive, or -1 for the tokenizer's, not 0"),
+        ({"ffn_dim_multiplier": 1e12}, "the SwiGLU width that follows"),
+        ({"n_layers": 0}, "n_layers: should be at least 1, not 0"),
+        ({"n_layers": float("nan")}, "n_layers: should be a whole number"),
+        ({"norm_eps": -1.0}, "norm_eps: should be at least"),
+        ({"norm_eps": float("inf")}, "norm_eps: should be a finite number"),
+        ({"rope_theta": 10**400}, "rope_theta: should be"),
+        ({"vocab_size": 10**400}, "vocab_size: should be at most"),
+        ({"use_scaled_rope": True}, "use_scaled_rope, the rotary embedding of LLaMA 3.1, is not supported"),
+    ],
+)
+def test_impossible_shapes_are_refused_with_their_values(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        config_from_params({**PARAMS, **changes}, "params.json")
+    assert said in refused.value.message
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_no_number_is_refused(value: float) -> None:
-    assert "n_layers: a whole number is expected" in problems({"n_layers": value})
-    assert "norm_eps" in problems({"norm_eps": value})
-
-
-def test_impossible_shapes_are_refused_with_both_values() -> None:
-    assert "dim (64) must be divisible by n_heads (5)" in problems({"n_heads": 5})
-    assert "the head dimension (1 = dim / n_heads) must be even" in problems({"n_heads": 64})
-    assert "n_heads (4) must be divisible by n_kv_heads (3)" in problems({"n_kv_heads": 3})
-    assert "vocab_size must be positive, or -1 for the tokenizer's, not 0" in problems({"vocab_size": 0})
-    many = problems({"n_layers": 0, "norm_eps": -1.0, "rope_theta": 0})
-    assert "n_layers must be positive, not 0" in many
-    assert "norm_eps must be positive, not -1.0" in many
-    assert "rope_theta must be positive, not 0" in many
-
-
-def test_several_params_files_are_united_and_the_last_wins(tmp_path: Path) -> None:
+def test_several_params_files_are_united_and_the_last_wins_and_unreadable_ones_are_named(tmp_path: Path) -> None:
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     first.write_text(json.dumps(PARAMS))
     second.write_text(json.dumps({"n_layers": 9, "rope_theta": 5.0}))
     assert read_params([first, second]) == {**PARAMS, "n_layers": 9, "rope_theta": 5.0}
     assert read_params([second, first])["n_layers"] == 2
-    assert read_params([GOLDEN / "llama" / "params.json"])["n_kv_heads"] == 4
+    for text, said in (
+        ("{dim: 4", r"cannot read .*first\.json"),
+        ("[1, 2]", r"first\.json: it must hold a JSON object"),
+    ):
+        first.write_text(text)
+        with pytest.raises(UserError, match=said):
+            read_params([first])
 
 
-def test_unreadable_params_files_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "params.json"
-    with pytest.raises(UserError, match=r"cannot read .*params\.json"):
-        read_params([path])
-    path.write_text("{dim: 4")
-    with pytest.raises(UserError, match=r"cannot read .*params\.json"):
-        read_params([path])
-    path.write_text("[1, 2]")
-    with pytest.raises(UserError, match=r"params\.json: it must hold a JSON object"):
-        read_params([path])
-
-
-def test_a_vocabulary_of_minus_one_is_the_tokenizers() -> None:
-    config = config_from_params({**PARAMS, "vocab_size": -1})
-    assert config.with_vocabulary(300).vocab_size == 300
-    assert config_from_params({**PARAMS, "vocab_size": 320}).with_vocabulary(300).vocab_size == 320
-
-
-def test_a_tokenizer_must_fit_the_vocabulary_which_may_be_padded() -> None:
-    config = config_from_params({**PARAMS, "vocab_size": 512})
+def test_a_tokenizer_must_fit_the_vocabulary_which_may_be_open_or_padded() -> None:
+    assert config_from_params(PARAMS).with_vocabulary(300).vocab_size == 300
+    config = config_from_params({**PARAMS, "vocab_size": 512}).with_vocabulary(300)
     config.check_tokenizer(512, "tokenizer.model")
     config.check_tokenizer(500, "tokenizer.model")
     for pieces in (513, 256, 32000):
@@ -180,19 +148,41 @@ def test_a_tokenizer_must_fit_the_vocabulary_which_may_be_padded() -> None:
 
 def test_matrices_are_left_out_of_nf4_by_any_part_of_their_name() -> None:
     config = named_size("llama2-7b")
-    everything = set(quantisable(config))
+    everything = set(quantizable(config))
     assert len(everything) == 7 * 32 + 1
-    assert everything - set(quantisable(config, ["output"])) == {"output.weight"}
-    assert len(everything - set(quantisable(config, ["wv"]))) == 32
+    assert everything - set(quantizable(config, ["output"])) == {"output.weight"}
     # Three is not thirty.
-    left_out = everything - set(quantisable(config, ["layers.3"]))
-    assert len(left_out) == 7
-    assert all(name.startswith("layers.3.") for name in left_out)
-    left_out = everything - set(quantisable(config, ["layers.31.feed_forward.w2", "layers.0.attention"]))
-    assert len(left_out) == 1 + 4
+    for skip, count in ((["wv"], 32), (["layers.3"], 7), (["layers.31.feed_forward.w2", "layers.0.attention"], 1 + 4)):
+        assert len(everything - set(quantizable(config, skip))) == count
+    for wrong in ("wx", "layers.32", "tok_embeddings", ""):
+        with pytest.raises(UserError, match=f"there is no matrix '{wrong}' to be left out of NF4"):
+            quantizable(config, [wrong])
 
 
-@pytest.mark.parametrize("wrong", ["wx", "layers.32", "tok_embeddings", ""])
-def test_what_is_no_matrix_cannot_be_left_out_of_nf4(wrong: str) -> None:
-    with pytest.raises(UserError, match=f"there is no matrix '{wrong}' to be left out of NF4"):
-        quantisable(named_size("llama2-7b"), [wrong])
+def test_tensors_are_split_as_in_llama2_accessory() -> None:
+    split = {name: split_dimension(name) for name in shapes_of(ModelConfig(8, 1, 2, vocab_size=8, multiple_of=8))}
+    assert split == {
+        "tok_embeddings.weight": 1,
+        "layers.0.attention_norm.weight": None,
+        "layers.0.attention.wq.weight": 0,
+        "layers.0.attention.wk.weight": 0,
+        "layers.0.attention.wv.weight": 0,
+        "layers.0.attention.wo.weight": 1,
+        "layers.0.ffn_norm.weight": None,
+        "layers.0.feed_forward.w1.weight": 0,
+        "layers.0.feed_forward.w2.weight": 1,
+        "layers.0.feed_forward.w3.weight": 0,
+        "norm.weight": None,
+        "output.weight": 0,
+    }
+
+
+def test_what_does_not_divide_is_named_with_both_numbers() -> None:
+    config = ModelConfig(dim=24, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=301, multiple_of=4)
+    with pytest.raises(UserError) as caught:
+        check_divides(config, 4)
+    for part in ("n_heads (6)", "n_kv_heads (2)", "vocab_size (301)", "size (4)"):
+        assert part in str(caught.value)
+    assert "dim (24)" not in str(caught.value)
+    with pytest.raises(UserError, match="size 3 is not one of 1, 2, 4, 8"):
+        check_divides(config, 3)

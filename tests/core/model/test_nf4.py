@@ -14,9 +14,9 @@ from llama_acc.core.model.transformer import (
     build_on_meta,
     describe,
     freeze_untrained,
-    initialise,
-    quantisable,
-    quantise_on_meta,
+    initialize,
+    quantizable,
+    quantize_on_meta,
     shapes_of,
 )
 from llama_acc.core.model.tuning.lora import LoRA, LoRABiasNorm
@@ -38,7 +38,7 @@ def theirs(matrix: torch.Tensor) -> torch.Tensor:
 def rounded(model: Transformer, skip: tuple[str, ...] = ()) -> Transformer:
     """The model with its matrices as they are in NF4, in float32."""
     with torch.no_grad():
-        for name in quantisable(model.config, skip):
+        for name in quantizable(model.config, skip):
             parameter = model.get_parameter(name)
             parameter.copy_(theirs(parameter))
     return model
@@ -47,7 +47,7 @@ def rounded(model: Transformer, skip: tuple[str, ...] = ()) -> Transformer:
 def quantised(model: Transformer, dtype: torch.dtype = torch.float32, skip: tuple[str, ...] = ()) -> Transformer:
     """As chat loads it."""
     empty = build_on_meta(model.config, dtype).requires_grad_(False)
-    quantise_on_meta(empty, skip)
+    quantize_on_meta(empty, skip)
     fill(empty, Weights.of(dict(model.named_parameters())), CPU, dtype, copy=False)
     return empty
 
@@ -56,7 +56,7 @@ def for_training(model: Transformer, dtype: torch.dtype = torch.float32) -> Tran
     """As finetune loads it."""
     empty = build_on_meta(model.config, dtype)
     freeze_untrained(empty)
-    quantise_on_meta(empty)
+    quantize_on_meta(empty)
     empty.to_empty(device="cpu")
     load_parameters(empty, Weights.of(dict(model.named_parameters())))
     return empty
@@ -65,8 +65,8 @@ def for_training(model: Transformer, dtype: torch.dtype = torch.float32) -> Tran
 @pytest.mark.parametrize("shape", [(8, 64), (3, 128), (70, 4), (1, 2), (128, 352), (36_000, 128)])
 def test_quantising_in_pieces_is_bitsandbytes_quantising(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    packed, scales = nf4.quantise(lambda start, stop: matrix[start:stop], shape, CPU)
-    assert torch.equal(nf4.dequantise(packed, scales, torch.float32), theirs(matrix))
+    packed, scales = nf4.quantize(lambda start, stop: matrix[start:stop], shape, CPU)
+    assert torch.equal(nf4.dequantize(packed, scales, torch.float32), theirs(matrix))
     # The largest gap between two of the 16 numbers is 0.304; magnitudes are rounded to less than 1%.
     error = (theirs(matrix) - matrix).flatten()
     for block, values in zip(error.split(64), matrix.flatten().split(64), strict=True):
@@ -77,7 +77,7 @@ def test_quantising_in_pieces_is_bitsandbytes_quantising(shape: tuple[int, int])
 
 
 def test_an_odd_number_of_columns_is_refused() -> None:
-    with pytest.raises(UserError, match="a matrix of 5 columns cannot be quantised"):
+    with pytest.raises(UserError, match="a matrix of 5 columns cannot be quantized"):
         nf4.packed_shape(4, 5)
 
 
@@ -86,7 +86,7 @@ def test_an_odd_number_of_columns_is_refused() -> None:
 def test_logits_are_those_of_the_dequantised_matrices(config: ModelConfig, skip: tuple[str, ...]) -> None:
     model, tokens = random_model(config), torch.arange(24)
     small = quantised(model, skip=skip)
-    assert small.output.is_quantised == ("output" not in skip)
+    assert small.output.is_quantized == ("output" not in skip)
     expected = document_logits(rounded(model, skip), [tokens])[0]
     assert difference(document_logits(small, [tokens])[0], expected) < 1e-5
     assert difference(cached_logits(small, tokens, [10, *[1] * 14]), expected) < 1e-5
@@ -119,7 +119,7 @@ def test_norms_embedding_and_what_trains_are_never_quantised() -> None:
     model = for_training(random_model(replace(SMALL, tuning=LORA)), torch.bfloat16)
     kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
     small = {name for name, kind in kinds.items() if kind == torch.uint8}
-    assert small == set(quantisable(SMALL))
+    assert small == set(quantizable(SMALL))
     assert len(small) == 7 * SMALL.n_layers + 1
     assert {name for name, kind in kinds.items() if kind == torch.bfloat16} == {"tok_embeddings.weight"}
     assert all(kinds[name] == torch.float32 for name, one in describe(model.config).items() if one.trains)
@@ -127,11 +127,11 @@ def test_norms_embedding_and_what_trains_are_never_quantised() -> None:
 
 def test_random_weights_are_quantised_too() -> None:
     model = build_on_meta(SMALL, torch.float32).requires_grad_(False)
-    quantise_on_meta(model)
+    quantize_on_meta(model)
     model.to_empty(device="cpu")
-    initialise(model, 3)
+    initialize(model, 3)
     plain = random_model(SMALL)
-    initialise(plain, 3)
+    initialize(plain, 3)
     tokens = torch.arange(20)
     expected = document_logits(rounded(plain), [tokens])[0]
     assert difference(document_logits(model, [tokens])[0], expected) < 1e-5
@@ -148,7 +148,7 @@ def test_nothing_of_the_size_of_a_dense_matrix_is_kept_for_the_backward_pass() -
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(tokens, tokens, [8], tokens.roll(-1))
-    least = min(torch.Size(shapes_of(config)[name]).numel() for name in quantisable(config, ("output",)))
+    least = min(torch.Size(shapes_of(config)[name]).numel() for name in quantizable(config, ("output",)))
     large = [tensor for tensor in kept if tensor.is_floating_point() and tensor.numel() >= least]
     assert kept
     assert not large, [tuple(tensor.shape) for tensor in large]

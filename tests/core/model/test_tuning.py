@@ -9,7 +9,7 @@ from llama_acc.core.model.transformer import (
     Transformer,
     build_on_meta,
     freeze_untrained,
-    initialise,
+    initialize,
     shapes_of,
     split_dimension,
 )
@@ -42,24 +42,27 @@ def tuned_model(tuning: Tuning, config: ModelConfig = SMALL) -> Transformer:
 
 
 @pytest.mark.parametrize("method", TUNED)
-def test_what_a_method_adds_is_what_the_shape_says(method: str) -> None:
-    config = replace(SMALL, tuning=TUNINGS[method])
-    model = build_on_meta(config, torch.float32)
-    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == shapes_of(config)
+def test_what_a_method_adds_is_described_and_changes_nothing_at_the_start(method: str) -> None:
+    config, tokens = replace(SMALL, tuning=TUNINGS[method]), torch.arange(20)
+    plain, tuned = build_on_meta(SMALL, torch.float32), build_on_meta(config, torch.float32)
+    assert {name: tuple(p.shape) for name, p in tuned.named_parameters()} == shapes_of(config)
     assert config.base() == SMALL
+    for model in (plain, tuned):
+        model.to_empty(device="cpu")
+        initialize(model, 3)
+    assert torch.equal(document_logits(plain, [tokens])[0], document_logits(tuned, [tokens])[0])
 
 
 @pytest.mark.parametrize("method", TUNED)
-def test_at_the_start_nothing_changes(method: str) -> None:
-    tokens = torch.arange(20)
-    plain, tuned = (
-        build_on_meta(SMALL, torch.float32),
-        build_on_meta(replace(SMALL, tuning=TUNINGS[method]), torch.float32),
-    )
-    for model in (plain, tuned):
-        model.to_empty(device="cpu")
-        initialise(model, 3)
-    assert torch.equal(document_logits(plain, [tokens])[0], document_logits(tuned, [tokens])[0])
+def test_gradients_do_not_change_the_loss_and_documents_do_not_see_each_other(method: str) -> None:
+    model, tokens = tuned_model(TUNINGS[method]), torch.arange(24)
+    where = (tokens, tokens, [24], tokens.roll(-1))
+    with torch.no_grad():
+        expected = model(*where).item()
+    assert model(*where).item() == pytest.approx(expected, rel=1e-6)
+    documents = [torch.arange(7), torch.arange(9, 30), torch.arange(1)]
+    for one, document in zip(document_logits(model, documents), documents, strict=True):
+        assert difference(one, document_logits(model, [document])[0]) < 1e-5
 
 
 def merged(tuned: Transformer) -> Transformer:
@@ -76,36 +79,20 @@ def merged(tuned: Transformer) -> Transformer:
 
 def test_lora_is_the_sum_of_the_matrix_and_the_product_of_the_pair() -> None:
     tuned, tokens = tuned_model(TUNINGS["lora"]), torch.arange(24)
-    expected = document_logits(merged(tuned), [tokens])[0]
+    whole = merged(tuned)
+    expected = document_logits(whole, [tokens])[0]
     assert difference(document_logits(tuned, [tokens])[0], expected) < 1e-5
     assert difference(cached_logits(tuned, tokens, [10, *[1] * 14]), expected) < 1e-5
-
-
-def test_the_gradients_of_a_pair_follow_from_that_of_the_merged_matrix() -> None:
-    tuned, tokens = tuned_model(TUNINGS["lora"]), torch.arange(24)
-    whole = merged(tuned)
     for model in (tuned, whole):
         model(tokens, tokens, [24], tokens.roll(-1)).backward()
-    named, matrices = dict(tuned.named_parameters()), dict(whole.named_parameters())
-    pairs = [name.removesuffix(".lora_a.weight") for name in named if name.endswith(".lora_a.weight")]
+    found = {name: parameter.grad for name, parameter in tuned.named_parameters()}
+    pairs = [name.removesuffix(".lora_a.weight") for name in found if name.endswith(".lora_a.weight")]
     assert len(pairs) == 7 * SMALL.n_layers
     for name in pairs:
-        first, second = named[f"{name}.lora_a.weight"], named[f"{name}.lora_b.weight"]
-        gradient = matrices[f"{name}.weight"].grad
-        assert gradient is not None
-        assert first.grad is not None
-        assert second.grad is not None
-        assert difference(first.grad, second.T @ gradient) < 1e-4, name
-        assert difference(second.grad, gradient @ first.T) < 1e-4, name
-
-
-@pytest.mark.parametrize("method", TUNED)
-def test_with_and_without_gradients_the_loss_is_the_same(method: str) -> None:
-    model, tokens = tuned_model(TUNINGS[method]), torch.arange(24)
-    where = (tokens, tokens, [24], tokens.roll(-1))
-    with torch.no_grad():
-        expected = model(*where).item()
-    assert model(*where).item() == pytest.approx(expected, rel=1e-6)
+        first, second = (tuned.get_parameter(f"{name}.lora_{one}.weight") for one in "ab")
+        gradient = whole.get_parameter(f"{name}.weight").grad
+        assert difference(found[f"{name}.lora_a.weight"], second.T @ gradient) < 1e-4, name
+        assert difference(found[f"{name}.lora_b.weight"], gradient @ first.T) < 1e-4, name
 
 
 @pytest.mark.parametrize(
@@ -128,28 +115,23 @@ def test_what_is_added_is_split_with_its_matrix(name: str, dimension: int | None
     assert split_dimension(name) == dimension
 
 
-def test_every_method_is_tried_here() -> None:
-    # "frozen" adds and trains nothing; tests/core/model/test_vision.py has it.
-    assert {"full", "frozen", *(tuning.method for tuning in TUNINGS.values())} == set(METHODS)
-
-
 @pytest.mark.parametrize("mine", [FULL, *TUNINGS.values()], ids=["full", *TUNINGS])
 def test_a_checkpoint_s_files_say_the_method(mine: Tuning) -> None:
+    # "frozen" adds and trains nothing; tests/core/model/test_vision.py has it.
+    assert {"full", "frozen", *(tuning.method for tuning in TUNINGS.values())} == set(METHODS)
     config = replace(SMALL, tuning=mine)
     read, shape = tuning_of(mine.llama_type, config.to_params())
     assert read == mine
     assert config_from_params(shape) == SMALL
 
 
-def test_llama2_accessory_s_files_without_arguments_are_bias_norm() -> None:
+def test_what_llama2_accessory_s_files_do_not_say_has_its_defaults() -> None:
     assert tuning_of("llama_peft", {"dim": 8}) == (BiasNorm(), {"dim": 8})
     assert tuning_of("llama_peft", {"lora_rank": 16}) == (LoRABiasNorm(16), {})
-
-
-def test_llama2_accessory_s_prefix_is_in_every_block_where_it_does_not_say() -> None:
-    assert tuning_of("llama_adapter", {})[0].at_depth(32) == Adapter(0, 32, 30)
-    assert tuning_of("llama_adapter", {"prefix_layers": 30, "prefix_len": 10})[0].at_depth(32).prefix_layers == 30
-    assert TUNINGS["lora"].at_depth(32) == TUNINGS["lora"]
+    assert tuning_of("llama_peft", {"bias_tuning": False, "norm_tuning": False}) == (FULL, {})
+    assert tuning_of("llama_adapter", {})[0].with_num_layers(32) == Adapter(0, 32, 30)
+    assert tuning_of("llama_adapter", {"prefix_layers": 3})[0].with_num_layers(32) == Adapter(0, 3, 30)
+    assert TUNINGS["lora"].with_num_layers(32) == TUNINGS["lora"]
 
 
 @pytest.mark.parametrize("method", ["adapter", "adapter with LoRA and a new gate"])
@@ -180,15 +162,6 @@ def test_a_closed_gate_leaves_the_model_and_an_open_one_does_not() -> None:
         model.prefix.normal_()
     assert torch.equal(document_logits(model, [tokens])[0], closed)
     assert difference(before, closed) > 1e-3
-
-
-@pytest.mark.parametrize("method", TUNED)
-def test_documents_of_a_stream_do_not_see_each_other(method: str) -> None:
-    model = tuned_model(TUNINGS[method])
-    documents = [torch.arange(7), torch.arange(9, 30), torch.arange(1)]
-    alone = [document_logits(model, [document])[0] for document in documents]
-    for one, other in zip(document_logits(model, documents), alone, strict=True):
-        assert difference(one, other) < 1e-5
 
 
 def test_what_no_method_is_is_refused() -> None:

@@ -8,19 +8,19 @@ import torch
 
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.attention import KVCache
-from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.transformer import build_on_meta, describe, initialise, shapes_of, split_dimension
-from llama_acc.core.model.tuning import FULL, METHODS, Frozen, tuning_of
-from llama_acc.core.model.tuning.lora import LoRABiasNorm
-from llama_acc.core.model.vision import Images, tower_on_meta, tower_shapes
-from llama_acc.core.model.vision_config import (
+from llama_acc.core.model.config import (
     ClipVision,
+    ModelConfig,
     QFormerVision,
     TinyVision,
     VisionTraining,
     read_vision,
     vision_of,
 )
+from llama_acc.core.model.transformer import build_on_meta, describe, initialize, shapes_of, split_dimension
+from llama_acc.core.model.tuning import FULL, METHODS, Frozen, tuning_of
+from llama_acc.core.model.tuning.lora import LoRABiasNorm
+from llama_acc.core.model.vision import Images, tower_on_meta, tower_shapes
 from tests.core.seeing import (
     QFORMER,
     SEEING,
@@ -104,7 +104,7 @@ def test_vision_does_not_change_what_a_seed_gives_the_llama() -> None:
     for config in (SMALL, SEEING["qformer"], SEEING["tiny"]):
         model = build_on_meta(config, torch.float32)
         model.to_empty(device="cpu")
-        initialise(model, 3)
+        initialize(model, 3)
         models.append(dict(model.named_parameters()))
     for name, parameter in models[0].items():
         assert torch.equal(models[1][name], parameter)
@@ -196,7 +196,7 @@ def test_kinds_have_the_reference_s_names() -> None:
 
 
 def test_an_impossible_encoder_is_refused_with_every_reason() -> None:
-    with pytest.raises(UserError, match=r"(?s)unknown key 'widht'.*n_layers must be a whole number") as caught:
+    with pytest.raises(UserError, match=r"(?s)n_layers: should be a whole number.*unknown key 'widht'") as caught:
         vision_of("tiny", {"widht": 4, "n_layers": 1.5})
     assert "did you mean 'width'" in str(caught.value)
     with pytest.raises(UserError, match=r"image_size \(30\) must be divisible by patch_size \(16\)"):

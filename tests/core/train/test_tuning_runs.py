@@ -84,7 +84,7 @@ def test_a_run_on_a_quantised_base_resumes_to_the_bit_and_its_part_is_put_on_the
     assert "in NF4, " in report
     assert "wq wk wv wo w1 w2 w3 of every block, output; nothing else" in report
     model = load_model(base, part.checkpoint, device="cpu", quantize="nf4")
-    assert model.model.is_quantised
+    assert model.model.is_quantized
     assert generate(model, "What is LLaMA?", temperature=0, max_new_tokens=5)
 
 

@@ -248,12 +248,12 @@ def test_only_what_trains_is_saved_and_loads_over_its_bases(tmp_path: Path) -> N
 
 def base_folders(folder: Path) -> tuple[Path, Path]:
     """A LLaMA, and a folder as Hugging Face has BLIP-2's, of one size."""
-    from llama_acc.core.model.transformer import build_on_meta, initialise
+    from llama_acc.core.model.transformer import build_on_meta, initialize
 
     plan = plan_of()
     model = build_on_meta(plan.config, torch.float32)
     model.to_empty(device="cpu")
-    initialise(model, 5)
+    initialize(model, 5)
     (folder / "llama").mkdir()
     save_model(model, folder / "llama", torch.float32)
     shutil.copy(plan.tokenizer.path, folder / "llama" / "tokenizer.model")

@@ -50,16 +50,12 @@ class Tuning:
         if "method" in vars(cls):
             METHODS[cls.method] = cls
 
-    def at_depth(self, n_layers: int) -> "Tuning":
+    def with_num_layers(self, n_layers: int) -> "Tuning":
         """The same for a model of so many blocks, where a setting depends on that."""
         return self
 
     def check(self, widths: Mapping[str, int], n_layers: int) -> None:
-        """Refuses settings that do not go with a model.
-
-        Args:
-            widths: the model's widths by what they are called.
-            n_layers: the model's number of blocks.
+        """Refuses settings that do not go with a model of these widths, by what they are called, and so many blocks.
 
         Raises:
             UserError: naming both.
@@ -92,14 +88,12 @@ class Tuning:
         return asdict(self)
 
     @classmethod
-    def from_arguments(cls, llama_type: str, arguments: Mapping[str, Any]) -> "Tuning | None":
-        """The method with the settings that meta.json and config.json say, if it is this one.
+    def from_arguments(cls, arguments: Mapping[str, Any]) -> "Tuning | None":
+        """The method with the settings that config.json says, of a checkpoint of its `llama_type`, if it is this one.
 
         Raises:
             UserError: a value or a combination that is not known.
         """
-        if llama_type != cls.llama_type:
-            return None
         return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
 
     def peft_config(self) -> dict[str, Any]:
@@ -120,18 +114,8 @@ class Tuning:
 class Full(Tuning):
     """Every parameter trains."""
 
-    method: ClassVar[str] = "full"
-    trains_all: ClassVar[bool] = True
-
-    def to_arguments(self) -> dict[str, Any]:
-        """See `Tuning`."""
-        return {}
-
-    @classmethod
-    def from_arguments(cls, llama_type: str, arguments: Mapping[str, Any]) -> Tuning | None:
-        """See `Tuning`. Of LLaMA2-Accessory's tuned kind with everything switched off it is this that is left."""
-        is_plain = llama_type == "llama_peft" and switches(arguments) == (False, False, 0)
-        return FULL if llama_type == cls.llama_type or is_plain else None
+    method = "full"
+    trains_all = True
 
 
 FULL: Tuning = Full()
@@ -146,19 +130,21 @@ def tuning_of(llama_type: str, arguments: Mapping[str, Any]) -> tuple[Tuning, di
     kind = llama_type.replace("llama_qformerv2", "llama")
     if kind == FULL.llama_type:
         return FULL, dict(arguments)
-    for method in METHODS.values():
-        found = method.from_arguments(kind, arguments)
-        if found is not None:
-            known = {key for other in METHODS.values() for key in other().to_arguments()}
-            return found, {key: value for key, value in arguments.items() if key not in known}
+    known = {key for method in METHODS.values() for key in method().to_arguments()}
     kinds = list(dict.fromkeys(method.llama_type for method in METHODS.values()))
-    if kind in kinds:
+    if kind not in kinds:
+        raise UserError(
+            f"it is a checkpoint of kind '{llama_type}', which cannot be read",
+            f"known kinds: {', '.join(kinds)}, llama_qformerv2, llama_qformerv2_peft",
+        )
+    candidates = [method.from_arguments(arguments) for method in METHODS.values() if method.llama_type == kind]
+    found = next((tuning for tuning in candidates if tuning is not None), None)
+    if found is None:
         bias, norm, rank = switches(arguments)
-        raise UserError(f"no tuning method has bias_tuning {bias}, norm_tuning {norm}, lora_rank {rank}")
-    raise UserError(
-        f"it is a checkpoint of kind '{llama_type}', which cannot be read",
-        f"known kinds: {', '.join(kinds)}, llama_qformerv2, llama_qformerv2_peft",
-    )
+        if bias or norm or rank:
+            raise UserError(f"no tuning method has bias_tuning {bias}, norm_tuning {norm}, lora_rank {rank}")
+    # Of LLaMA2-Accessory's tuned kind with everything switched off, the plain LLaMA is left.
+    return found or FULL, {key: value for key, value in arguments.items() if key not in known}
 
 
 def whole_number(arguments: Mapping[str, Any], key: str, default: int) -> int:
@@ -169,10 +155,8 @@ def whole_number(arguments: Mapping[str, Any], key: str, default: int) -> int:
     """
     value = arguments.get(key)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise UserError(f"{key} must be a whole number, not {value!r:.40}")
-    if value > 2**20:
-        raise UserError(f"{key}: {value!r:.40} is that of no model")
+    if not isinstance(value, int) or isinstance(value, bool) or value > 2**20:
+        raise UserError(f"{key} must be a whole number of at most {2**20}, not {value!r:.40}")
     return value
 
 
@@ -202,4 +186,4 @@ for _module in pkgutil.iter_modules(__path__):
 class Frozen(Tuning):
     """Nothing of the LLaMA trains, only what vision adds."""
 
-    method: ClassVar[str] = "frozen"
+    method = "frozen"

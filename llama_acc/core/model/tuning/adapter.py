@@ -10,12 +10,12 @@ The model gets, for its last `prefix_layers` blocks,
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import Field
 
 from llama_acc.core.errors import UserError
-from llama_acc.core.model.tuning import Tuning, whole_number
+from llama_acc.core.model.tuning import Tuning, switches, whole_number
 from llama_acc.core.model.tuning.bias_norm import add_biases_and_train_norms
 from llama_acc.core.model.tuning.lora import Rank, add_pairs, check_rank
 
@@ -41,21 +41,19 @@ class Adapter(Tuning):
         prefix_new_gate: whether there is the second gate.
     """
 
-    method: ClassVar[str] = "adapter"
-    llama_type: ClassVar[str] = "llama_adapter"
-    can_merge: ClassVar[bool] = False
+    method = "adapter"
+    llama_type = "llama_adapter"
+    can_merge = False
 
     lora_rank: Rank = 0
     prefix_layers: _Count = 0
     prefix_len: _Count = 10
     prefix_new_gate: bool = False
 
-    def at_depth(self, n_layers: int) -> "Adapter":
-        """See `Tuning`."""
+    def with_num_layers(self, n_layers: int) -> "Adapter":
         return replace(self, prefix_layers=self.prefix_layers or n_layers)
 
     def check(self, widths: Mapping[str, int], n_layers: int) -> None:
-        """See `Tuning`."""
         check_rank(self.lora_rank, widths)
         if self.prefix_layers > n_layers:
             raise UserError(
@@ -63,7 +61,6 @@ class Adapter(Tuning):
             )
 
     def attach(self, model: "Transformer") -> None:
-        """See `Tuning`."""
         from llama_acc.core.model.layers import normal, ones, parameter, zeros
 
         add_biases_and_train_norms(model, _BIASES)
@@ -77,14 +74,12 @@ class Adapter(Tuning):
         model.attention_extra = partial(_prefix_of, model, self)
 
     def merged(self) -> Tuning:
-        """See `Tuning`."""
         raise UserError(
             "zero-init attention cannot be merged: what it adds to attention depends on the queries",
             "use the checkpoint as it is",
         )
 
     def to_arguments(self) -> dict[str, Any]:
-        """See `Tuning`."""
         return {
             "lora_rank": self.lora_rank or -1,
             "bias_tuning": True,
@@ -94,18 +89,14 @@ class Adapter(Tuning):
         }
 
     @classmethod
-    def from_arguments(cls, llama_type: str, arguments: Mapping[str, Any]) -> Tuning | None:
-        """See `Tuning`."""
-        if llama_type != cls.llama_type:
-            return None
-        rank = max(whole_number(arguments, "lora_rank", -1), 0)
-        if not arguments.get("bias_tuning", True):
+    def from_arguments(cls, arguments: Mapping[str, Any]) -> Tuning | None:
+        bias, _, rank = switches(arguments)
+        if not bias:
             raise UserError("zero-init attention without biases (bias_tuning) is not known")
         layers, length = whole_number(arguments, "prefix_layers", 0), whole_number(arguments, "prefix_len", 30)
         return cls(rank, layers, length, bool(arguments.get("use_prefix_new_gate", False)))
 
     def peft_config(self) -> dict[str, Any]:
-        """See `Tuning`."""
         raise UserError("PEFT has no place for zero-init attention (prefix, prefix_gate)", "keep it: --to consolidated")
 
 
@@ -123,32 +114,30 @@ class Prefix(NamedTuple):
     """What zero-init attention has in one block; see `attention.AttentionExtra`.
 
     Shapes: T tokens of the stream, H query heads of this rank, K its key-value heads, D head dimension.
-
-    Attributes:
-        vectors: [prefix_len, dim], or of each document its own, [documents, prefix_len, dim].
-        gate: [H].
-        new_gate: a number, or None.
     """
 
     vectors: "Tensor"
+    """[prefix_len, dim], or of each document its own, [documents, prefix_len, dim]."""
     gate: "Tensor"
+    """[H]."""
     new_gate: "Tensor | None"
+    """A number."""
 
     def output(self, attention: "Attention", q: "Tensor", attend: "Attend") -> "Tensor":
         """What the queries [T, H*D] get from the prefix, times its gates, [T, H*D]."""
         import torch
 
         from llama_acc.core.distributed.groups import copied
-        from llama_acc.core.model.attention import document_slices, rotate
+        from llama_acc.core.model.attention import attend_heads, document_slices, rotate
 
         heads = (-1, 2 * attend.rotations.shape[-1])
         prefixes = attend.prefix_heads(self.vectors.dim() == 2, partial(self._heads, attention, heads, q.dtype))
         q = rotate(q.unflatten(-1, heads), attend.rotations)
-        if len(prefixes) == 1:
-            output = _attend_prefix(q, prefixes[0])
-        else:
-            documents = zip(document_slices(attend.lengths), prefixes, strict=True)
-            output = torch.cat([_attend_prefix(q[document], own) for document, own in documents])
+        # One prefix is that of all documents.
+        places = document_slices(attend.lengths) if len(prefixes) > 1 else [slice(None)]
+        documents = zip(places, prefixes, strict=True)
+        outputs = [attend_heads(q[document], own.keys, own.values) for document, own in documents]
+        output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         gate = self.gate.tanh()
         if self.new_gate is not None:
             # On every rank it is the same, and of its gradient each has a part.
@@ -163,13 +152,3 @@ class Prefix(NamedTuple):
         vectors = (self.vectors.unsqueeze(0) if common else self.vectors).to(dtype)
         made = (layer(vectors).unflatten(-1, heads).transpose(1, 2) for layer in (attention.wk, attention.wv))
         return [PrefixHeads(keys, values, common) for keys, values in zip(*made, strict=True)]
-
-
-def _attend_prefix(q: "Tensor", prefix: "PrefixHeads") -> "Tensor":
-    """All queries [T, H, D] to all of a prefix, [T, H, D]."""
-    import torch.nn.functional as F
-
-    keys, values = prefix.keys.unsqueeze(0), prefix.values.unsqueeze(0)
-    q = q.transpose(0, 1).unsqueeze(0)
-    output = F.scaled_dot_product_attention(q, keys, values, enable_gqa=q.shape[1] != keys.shape[1])
-    return output.squeeze(0).transpose(0, 1)

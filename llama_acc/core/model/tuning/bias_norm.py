@@ -5,9 +5,8 @@ Every matrix of a block gets a bias `<linear>.bias` [out], zero at the start, wh
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from llama_acc.core.errors import UserError
 from llama_acc.core.model.tuning import MATRICES, Tuning, matrices_of, switches
 
 if TYPE_CHECKING:
@@ -18,32 +17,21 @@ if TYPE_CHECKING:
 class BiasNorm(Tuning):
     """Biases and norms."""
 
-    method: ClassVar[str] = "bias_norm"
-    llama_type: ClassVar[str] = "llama_peft"
+    method = "bias_norm"
+    llama_type = "llama_peft"
 
     def attach(self, model: "Transformer") -> None:
-        """See `Tuning`."""
         add_biases_and_train_norms(model, MATRICES)
 
     def merged(self) -> Tuning:
-        """See `Tuning`."""
         return self
 
     def to_arguments(self) -> dict[str, Any]:
-        """See `Tuning`."""
         return {"lora_rank": -1, "bias_tuning": True, "norm_tuning": True}
 
     @classmethod
-    def from_arguments(cls, llama_type: str, arguments: Mapping[str, Any]) -> Tuning | None:
-        """See `Tuning`."""
-        return cls() if llama_type == cls.llama_type and switches(arguments) == (True, True, 0) else None
-
-    def peft_config(self) -> dict[str, Any]:
-        """See `Tuning`."""
-        raise UserError(
-            f"method {self.method} has no LoRA pairs, which is what a PEFT adapter is",
-            "use --to hf, which has a place for biases",
-        )
+    def from_arguments(cls, arguments: Mapping[str, Any]) -> Tuning | None:
+        return cls() if switches(arguments) == (True, True, 0) else None
 
 
 def add_biases_and_train_norms(model: "Transformer", matrices: tuple[str, ...]) -> None:

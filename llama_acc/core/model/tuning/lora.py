@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from llama_acc.core.model.layers import Matrix
     from llama_acc.core.model.transformer import Transformer
 
-# By their names in Hugging Face's models.
-_NORMS = ["input_layernorm", "post_attention_layernorm", "model.norm"]
 Rank = Annotated[int, Field(ge=1, le=2**16)]
 
 
@@ -33,49 +31,37 @@ class LoRA(Tuning):
         lora_rank: their rank.
     """
 
-    method: ClassVar[str] = "lora"
-    llama_type: ClassVar[str] = "llama_peft"
-    peft_names: ClassVar[Mapping[str, str]] = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight"}
+    method = "lora"
+    llama_type = "llama_peft"
+    peft_names = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight"}
     has_bias_norm: ClassVar[bool] = False
 
     lora_rank: Rank = 16
 
     def check(self, widths: Mapping[str, int], n_layers: int) -> None:
-        """See `Tuning`."""
         check_rank(self.lora_rank, widths)
 
     def attach(self, model: "Transformer") -> None:
-        """See `Tuning`."""
         if self.has_bias_norm:
             add_biases_and_train_norms(model, MATRICES)
         add_pairs(model, self.lora_rank)
 
     def merged(self) -> Tuning:
-        """See `Tuning`."""
         return BiasNorm() if self.has_bias_norm else FULL
 
     def merge(self, rows: "Tensor", first: int, added: "Mapping[str, Tensor]") -> "Tensor":
-        """See `Tuning`."""
         return rows.addmm_(added["lora_b.weight"][first : first + len(rows)], added["lora_a.weight"])
 
     def to_arguments(self) -> dict[str, Any]:
-        """See `Tuning`."""
-        return {
-            "lora_rank": self.lora_rank,
-            "bias_tuning": self.has_bias_norm,
-            "norm_tuning": self.has_bias_norm,
-        }
+        return {"lora_rank": self.lora_rank, "bias_tuning": self.has_bias_norm, "norm_tuning": self.has_bias_norm}
 
     @classmethod
-    def from_arguments(cls, llama_type: str, arguments: Mapping[str, Any]) -> Tuning | None:
-        """See `Tuning`."""
-        if llama_type != cls.llama_type:
-            return None
+    def from_arguments(cls, arguments: Mapping[str, Any]) -> Tuning | None:
         *bias_norm, rank = switches(arguments)
         return cls(rank) if rank and bias_norm == [cls.has_bias_norm] * 2 else None
 
     def peft_config(self) -> dict[str, Any]:
-        """See `Tuning`. The factor lora_alpha / r is 1: what a pair adds here has none."""
+        """The factor lora_alpha / r is 1: what a pair adds here has none."""
         return {
             "peft_type": "LORA",
             "r": self.lora_rank,
@@ -85,7 +71,10 @@ class LoRA(Tuning):
             "bias": "none",
             "lora_bias": self.has_bias_norm,
             "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-            "modules_to_save": _NORMS if self.has_bias_norm else None,
+            # The norms, by their names in Hugging Face's models.
+            "modules_to_save": (
+                ["input_layernorm", "post_attention_layernorm", "model.norm"] if self.has_bias_norm else None
+            ),
         }
 
 
@@ -93,9 +82,9 @@ class LoRA(Tuning):
 class LoRABiasNorm(LoRA):
     """LoRA pairs, biases and norms."""
 
-    method: ClassVar[str] = "lora_bias_norm"
-    peft_names: ClassVar[Mapping[str, str]] = {**LoRA.peft_names, "bias": "lora_B.bias"}
-    has_bias_norm: ClassVar[bool] = True
+    method = "lora_bias_norm"
+    peft_names = {**LoRA.peft_names, "bias": "lora_B.bias"}
+    has_bias_norm = True
 
 
 class Pair:
@@ -105,11 +94,9 @@ class Pair:
         self.a, self.b = a, b
 
     def inputs(self) -> "list[Tensor]":
-        """See `layers.Extension`."""
         return [self.a.weight]
 
     def finish(self, y: "Tensor", products: "Iterator[Tensor]") -> "Tensor":
-        """See `layers.Extension`."""
         low = next(products)
         return y.flatten(0, -2).addmm_(low.flatten(0, -2), self.b.weight.to(y.dtype).t()).view(y.shape)
 
@@ -135,11 +122,7 @@ def add_pairs(model: "Transformer", rank: int) -> None:
 
 
 def check_rank(rank: int, widths: Mapping[str, int]) -> None:
-    """Refuses a rank above a width of the model.
-
-    Raises:
-        UserError: naming both.
-    """
+    """Refuses a rank above a width of the model, naming both."""
     name, least = min(widths.items(), key=lambda item: item[1])
     if rank > least:
         raise UserError(f"tuning.lora_rank ({rank}) is larger than {name} ({least})", "lower it")

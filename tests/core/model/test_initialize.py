@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llama_acc.core.model.transformer import Transformer, build_on_meta, initialise
+from llama_acc.core.model.transformer import Transformer, build_on_meta, initialize
 from tests.core.tiny import SMALL
 
 CONFIG = replace(SMALL, dim=64, n_layers=8)
@@ -12,7 +12,7 @@ CONFIG = replace(SMALL, dim=64, n_layers=8)
 def initialised(seed: int, layers: int = CONFIG.n_layers) -> Transformer:
     model = build_on_meta(replace(CONFIG, n_layers=layers), torch.float32)
     model.to_empty(device="cpu")
-    initialise(model, seed)
+    initialize(model, seed)
     return model
 
 

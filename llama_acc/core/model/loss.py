@@ -65,8 +65,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [_times(gradient, d_loss[0]) for gradient in ctx.saved_tensors]
-        return gradients[0], gradients[1], None, None, None, None
+        (factor,) = d_loss
+        if device_type(factor) == "cpu" and factor.item() == 1.0:
+            return (
+                *ctx.saved_tensors,
+                None,
+                None,
+                None,
+                None,
+            )  # as usual; the weight's is too large to be multiplied by 1
+        gradients = [None if d is None else d * factor.to(d.dtype) for d in ctx.saved_tensors]
+        return *gradients, None, None, None, None
 
 
 def _softmax_minus_one_hot_(logits: Tensor, targets: Tensor, parallel: Parallel) -> Tensor:
@@ -103,12 +112,6 @@ def _split_softmax_minus_one_hot_(logits: Tensor, targets: Tensor, parallel: Par
     return (log_sum - target_logits.sum(0)).sum()
 
 
-def _times(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
-    if gradient is None or (device_type(factor) == "cpu" and factor.item() == 1.0):
-        return gradient  # the usual case, and the weight's gradient is too large to be multiplied by 1
-    return gradient * factor.to(gradient.dtype)
-
-
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -117,7 +120,7 @@ def linear_cross_entropy(
     parallel: Parallel = _ALONE,
     scales: Scales | None = None,
 ) -> Tensor:
-    """Sum over labelled rows of the cross-entropy of `hidden @ weight.T`, times `scale`.
+    """Sum over labeled rows of the cross-entropy of `hidden @ weight.T`, times `scale`.
 
     Args:
         hidden: [T, dim].
@@ -125,10 +128,10 @@ def linear_cross_entropy(
         targets: [T] token to predict at each row; -100 = no label.
         scale: factor on the loss, such as 1 / label tokens of the optimizer step.
         parallel: who has the other rows.
-        scales: of a quantised weight.
+        scales: of a quantized weight.
 
     Returns:
-        float32 scalar; zero, with zero gradients, where nothing is labelled.
+        float32 scalar; zero, with zero gradients, where nothing is labeled.
     """
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, scale, parallel, scales)
     return loss

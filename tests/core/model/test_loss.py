@@ -3,16 +3,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_acc.core.model.cross_entropy import CHUNK_ROWS, IGNORED, linear_cross_entropy
+from llama_acc.core.model.loss import CHUNK_ROWS, IGNORED, linear_cross_entropy
 from tests.core.tiny import difference
 
 
-def problem(rows: int, labelled: float = 0.6, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def problem(rows: int, labeled: float = 0.6, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(rows)
     hidden = torch.randn(rows, 24, generator=generator).to(dtype)
     weight = 0.5 * torch.randn(77, 24, generator=generator)
     targets = torch.randint(77, (rows,), generator=generator)
-    targets[torch.rand(rows, generator=generator) >= labelled] = IGNORED
+    targets[torch.rand(rows, generator=generator) >= labeled] = IGNORED
     return hidden, weight, targets
 
 
@@ -36,37 +36,26 @@ def reference(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> 
 
 
 @pytest.mark.parametrize("scale", [1.0, 1 / 37])
-@pytest.mark.parametrize("rows", [1, 40, CHUNK_ROWS, 2 * CHUNK_ROWS + 9])
-def test_loss_and_both_gradients_are_those_of_the_definition(rows: int, scale: float) -> None:
-    hidden, weight, targets = problem(rows, labelled=1.0)
-    for actual, expected in zip(
-        ours(hidden, weight, targets, scale), reference(hidden, weight, targets, scale), strict=True
-    ):
-        assert actual.dtype == torch.float32
-        assert difference(actual, expected) < 2e-6
-
-
-def test_rows_without_a_label_add_nothing_and_get_no_gradient() -> None:
-    hidden, weight, targets = problem(3 * CHUNK_ROWS)
-    actual, expected = ours(hidden, weight, targets, 1.0), reference(hidden, weight, targets, 1.0)
-    assert all(difference(a, e) < 2e-6 for a, e in zip(actual, expected, strict=True))
+@pytest.mark.parametrize(
+    ("rows", "labeled"), [(1, 1.0), (40, 1.0), (CHUNK_ROWS, 1.0), (2 * CHUNK_ROWS + 9, 1.0), (3 * CHUNK_ROWS, 0.6)]
+)
+def test_loss_and_both_gradients_are_those_of_the_definition(rows: int, labeled: float, scale: float) -> None:
+    hidden, weight, targets = problem(rows, labeled)
+    targets[targets == targets.max()] = 0  # a target like any other
+    actual, expected = ours(hidden, weight, targets, scale), reference(hidden, weight, targets, scale)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert difference(one, other) < 2e-6
     assert actual[1][targets == IGNORED].count_nonzero() == 0
     assert (actual[1][targets != IGNORED].abs().sum(1) > 0).all()
-
-
-def test_token_zero_is_a_target_like_any_other() -> None:
-    hidden, weight, _ = problem(8)
-    targets = torch.zeros(8, dtype=torch.long)
-    loss, d_hidden, _ = ours(hidden, weight, targets, 1.0)
-    assert difference(loss, reference(hidden, weight, targets, 1.0)[0]) < 2e-6
-    assert (d_hidden.abs().sum(1) > 0).all()
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(hidden, weight, targets, scale), actual[0])
 
 
 def test_no_label_at_all_is_a_loss_of_zero_with_zero_gradients() -> None:
     hidden, weight, _ = problem(16)
     loss, d_hidden, d_weight = ours(hidden, weight, torch.full((16,), IGNORED), 1.0)
-    assert loss.item() == 0.0
-    assert loss.dtype == torch.float32
+    assert (loss.item(), loss.dtype) == (0.0, torch.float32)
     assert d_hidden.count_nonzero() == d_weight.count_nonzero() == 0
 
 
@@ -95,13 +84,6 @@ def test_only_what_trains_gets_a_gradient(trains: str) -> None:
             assert difference(tensor.grad, expected[name]) < 2e-6
         else:
             assert tensor.grad is None
-
-
-def test_nothing_that_trains_gives_the_same_loss() -> None:
-    hidden, weight, targets = problem(2 * CHUNK_ROWS)
-    trained, _, _ = ours(hidden, weight, targets, 0.1)
-    with torch.no_grad():
-        assert torch.equal(linear_cross_entropy(hidden, weight, targets, 0.1), trained)
 
 
 def test_bf16_hidden_states_give_a_float32_loss_near_the_exact_one() -> None:
