@@ -17,7 +17,6 @@ the LLaMA:
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -52,11 +51,6 @@ _CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)
 _Kind = TypeVar("_Kind")
 
 
-@cache
-def _schema(kind: type[_Kind]) -> TypeAdapter[_Kind]:
-    return TypeAdapter(kind)
-
-
 def _checked(kind: type[_Kind], values: Mapping[str, Any], what: str) -> _Kind:
     """The dataclass of `kind` that has these values.
 
@@ -65,7 +59,7 @@ def _checked(kind: type[_Kind], values: Mapping[str, Any], what: str) -> _Kind:
     """
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     try:
-        return _schema(kind).validate_python(dict(values))
+        return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:
         problems = problems_of(error, lambda key: did_you_mean(key, names) or f"known are {', '.join(names)}")
         raise UserError(f"{what} is not usable:\n{listed(problems)}") from None
