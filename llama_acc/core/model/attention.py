@@ -123,7 +123,7 @@ class DocumentAttention:
         # One fused kernel call for each document: nothing is padded and no mask is made. Documents are split off all at
         # once: the gradient of a slice is as large as the whole stream, and there would be one for each document.
         outputs = [
-            attend_heads(queries, keys.transpose(0, 1), values.transpose(0, 1), causal=True)
+            attend_heads(queries, keys.transpose(0, 1), values.transpose(0, 1), is_causal=True)
             for queries, keys, values in zip(*(x.split(list(self.lengths)) for x in (q, k, v)), strict=True)
         ]
         return torch.cat(outputs).flatten(1)
