@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shlex
 import threading
 from array import array
@@ -33,6 +32,7 @@ from llama_acc.core.errors import DataError, UserError, raise_together
 from llama_acc.core.hub import fetch_data
 from llama_acc.core.tokenizer import Tokenizer
 from llama_acc.core.units import count_text
+from llama_acc.core.workers import cores
 
 FORMAT_VERSION = 1
 """Of data.json."""
@@ -334,7 +334,7 @@ def load_dataset(
     parts: list[Encoded] = []
     errors: list[UserError] = []
     stopped = threading.Event()
-    with contextlib.nullcontext(store) if store else EntryStore() as kept, ThreadPoolExecutor(_cores()) as threads:
+    with contextlib.nullcontext(store) if store else EntryStore() as kept, ThreadPoolExecutor(cores()) as threads:
         encoder = _Encoder(tokenizer, max_tokens, on_error == "skip", image_positions, kept, progress)
         # The next files are read for their digests while one is encoded.
         digests = [threads.submit(content_digest, spec.path, stopped.is_set) for spec in specs]
@@ -426,7 +426,7 @@ class _Encoder:
             raise UserError(f"{spec.path}: {error.message}", error.hint) from error
         encoding = Encoding(template, self.max_tokens, self.image_positions or 0)
         skipped, unused_inputs, stats = list[Finding](), 0, DatasetStats(KEPT_PLACES)
-        for chunk in encode_batches(batches(), encoding, self.tokenizer, _cores()):
+        for chunk in encode_batches(batches(), encoding, self.tokenizer, cores()):
             if self.image_positions is None and chunk.table["images"].any():
                 raise UserError(
                     f"{spec.path}: the items have images, and this model has no vision encoder",
@@ -457,10 +457,6 @@ class _Encoder:
             "warnings": {k: found for k, found in stats.all_findings().to_json().items() if not FINDINGS[k].fatal},
         }
         return About(stats.items, stream.kind, np.flatnonzero(stats.hashes() == 0), notes)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], tokenizer: Tokenizer, seed: int) -> Dataset:

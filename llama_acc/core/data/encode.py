@@ -8,20 +8,11 @@ What an item says itself is encoded without special tokens; those of the format 
 """
 
 import hashlib
-import multiprocessing
 import os
-import signal
-import sys
-import threading
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,8 +23,8 @@ from llama_acc.core.data.findings import Finding
 from llama_acc.core.data.items import Dialogue, Item, SingleTurn
 from llama_acc.core.data.read import Checked
 from llama_acc.core.data.templates import ChatTemplate, PromptFormat, Rendered, Span, Template, Turn, as_dialogue
-from llama_acc.core.errors import RunError
 from llama_acc.core.tokenizer import Spans, Tokenizer, load_tokenizer
+from llama_acc.core.workers import WorkerPool
 
 ENCODER_VERSION = 3
 """Part of the cache's key: raise it whenever the same item may give other tokens or labels."""
@@ -136,7 +127,7 @@ def encode_batches(batches: Iterable[Batch], encoding: Encoding, tokenizer: Toke
         workers: how many processes; with fewer than two, all is done here.
 
     Raises:
-        RunError: a worker died.
+        RunError: a worker was killed.
     """
     waiting = iter(batches)
     for batch in islice(waiting, _ALONE if workers > 1 else None):
@@ -145,46 +136,11 @@ def encode_batches(batches: Iterable[Batch], encoding: Encoding, tokenizer: Toke
     if first is None:
         return
     count = min(workers, _MOST_WORKERS)
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start_worker)
-    under_way: deque[Future[Chunk]] = deque()
-    try:
-        for batch in chain([first], waiting):
-            with _main_hidden():
-                under_way.append(pool.submit(_encode_in_worker, batch, encoding, tokenizer.path))
-            if len(under_way) >= 2 * count:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-    except BrokenProcessPool as error:
-        hint = "the machine may be short of memory"
-        raise RunError("a process that encodes data ended early", hint) from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-@contextmanager
-def _main_hidden() -> Iterator[None]:
-    """A worker that is started here does not run the main module again, which may be a script that trains."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
-def _start_worker() -> None:
-    """Leaves Ctrl-C to the parent, and ends with it, however that one ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker is one of many
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    encode = partial(_encode_in_worker, encoding=encoding, tokenizer=tokenizer.path)
+    groups = ([batch] for batch in chain([first], waiting))
+    with WorkerPool(count, "encodes data", "the machine may be short of memory") as pool:
+        for chunks in pool.map_ahead(encode, groups, 2 * count - 1):
+            yield from chunks
 
 
 def _encode_in_worker(batch: Batch, encoding: Encoding, tokenizer: Path) -> Chunk:
@@ -193,6 +149,7 @@ def _encode_in_worker(batch: Batch, encoding: Encoding, tokenizer: Path) -> Chun
 
 @cache
 def _tokenizer_of_worker(path: Path) -> Tokenizer:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this process is one of many
     return load_tokenizer(path, threads=1)
 
 

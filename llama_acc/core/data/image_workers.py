@@ -1,30 +1,19 @@
-"""Processes that open and decode pictures ahead of whoever needs them; and the check of all pictures before a run.
+"""Pictures opened and decoded in processes ahead of whoever needs them; and the check of all pictures before a run.
 
-They are started anew, not forked, and import no torch: light, and safe beside CUDA and threads. What they make is a
-function of the job alone, so their number changes nothing. They end when their parent does, however that one ends, and
-leave Ctrl-C and SIGTERM to it.
+What they make is a function of the job alone, so the number of processes changes nothing.
 """
 
-import multiprocessing
-import os
-import sys
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from types import ModuleType
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from llama_acc.core.data.findings import MOST_PROBLEMS, Finding
 from llama_acc.core.data.images import header_problems, shown_reference
-from llama_acc.core.errors import DataError, RunError, UserError, listed
-from llama_acc.core.interrupt import held_back
+from llama_acc.core.errors import DataError, UserError, listed
+from llama_acc.core.workers import WorkerPool, cores
 
 if TYPE_CHECKING:
     from llama_acc.core.data.dataset import Dataset
@@ -34,83 +23,20 @@ _CHUNK = 64
 _CHUNKS_AHEAD = 32
 _ROOT_HINT = "data.sources.root says where relative paths begin"
 
-_Job = TypeVar("_Job")
-_Result = TypeVar("_Result")
 Progress = Callable[[int, int], None]
 """Called with (images opened, images in all)."""
 
 
 def default_workers(processes_here: int = 1) -> int:
     """How many workers each of so many training processes on this machine takes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(cores // processes_here - 1, 1), _MOST_WORKERS)
+    return min(max(cores() // processes_here - 1, 1), _MOST_WORKERS)
 
 
-class ImageWorkers:
-    """A pool of worker processes, started as there is work. Use it in a `with` block: they end with it."""
+class ImageWorkers(WorkerPool):
+    """Processes that open and decode pictures."""
 
     def __init__(self, count: int) -> None:
-        self._count = count
-        self._pool: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> "ImageWorkers":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the workers after what they are at."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            self._pool = None
-
-    def map_ahead(
-        self, function: Callable[[_Job], _Result], groups: Iterable[Sequence[_Job]], ahead: int
-    ) -> Iterator[list[_Result]]:
-        """The results of each group's jobs, in order, while up to `ahead` more groups are under way.
-
-        Raises:
-            RunError: a worker was killed.
-        """
-        if self._pool is None:
-            spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._count, spawn, _watch_parent)
-        waiting: deque[list[Future[_Result]]] = deque()
-        try:
-            for group in groups:
-                with held_back(), _without_main():  # Ctrl-C is the parent's
-                    waiting.append([self._pool.submit(function, job) for job in group])
-                if len(waiting) > ahead:
-                    yield [future.result() for future in waiting.popleft()]
-            while waiting:
-                yield [future.result() for future in waiting.popleft()]
-        except BrokenProcessPool as error:
-            raise RunError(
-                "a process that decodes images was killed", "if memory ran out: lower data.images.workers"
-            ) from error
-
-
-@contextmanager
-def _without_main() -> Iterator[None]:
-    """Keeps workers that start from running the main module again, a script that trains or imports torch."""
-    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
-def _watch_parent() -> None:
-    """Ends a worker when its parent was killed. (The pool's own pipe does not: every worker holds both of its ends.)"""
-
-    def wait() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
+        super().__init__(count, "decodes images", "if memory ran out: lower data.images.workers")
 
 
 def image_problems(

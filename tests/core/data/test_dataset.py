@@ -304,7 +304,7 @@ def test_warnings_are_counted_over_all_batches_in_any_number_of_processes(
     reports = []
     for batch, cores in ((1000, 1), (3, 1), (3, 2)):
         monkeypatch.setattr(module, "_BATCH", batch)
-        monkeypatch.setattr(module, "_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(module, "cores", lambda cores=cores: cores)
         reports.append(plain(tokenizer, path).report())
     assert reports[1:] == reports[:1] * 2
     assert reports[0]["warnings"] == {"empty_reply": 1, "duplicate": 1}

@@ -244,5 +244,5 @@ def test_workers_give_what_one_process_gives_in_order_and_read_as_they_need(toke
     assert [facts(chunk) for chunk in islice(encoded, 60)] == alone
     assert len(read) <= 60 + 2 * 2 + 1
     os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
-    with pytest.raises(RunError, match="a process that encodes data ended early"):
+    with pytest.raises(RunError, match="a process that encodes data was killed"):
         list(encoded)
