@@ -190,10 +190,12 @@ def test_every_link_leads_somewhere(page: Path, target: str) -> None:
     assert not anchor or anchor in anchors(path)
 
 
-def test_readme_tree_names_every_module() -> None:
-    tree = section(read("README.md"), "## Architecture")
-    named = set(re.findall(r"\b(\w+\.py)\b", tree))
-    assert named == {path.name for path in PACKAGE.rglob("*.py") if not path.name.startswith("__")}
+def test_readme_tree_names_every_room_and_nothing_else() -> None:
+    tree = section(read("README.md"), "## Architecture").split("The first line")[0]
+    rooms = {path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.glob("**/__init__.py")} - {".", "core"}
+    named = set(re.findall(r"^ +([\w/]+)/ ", tree, re.MULTILINE))
+    assert {room.removeprefix("core/") for room in rooms} == named - {"recipes"}
+    assert set(re.findall(r"\b(\w+\.py)\b", tree)) <= {path.name for path in PACKAGE.rglob("*.py")}
 
 
 def test_readme_gives_a_reason_for_every_dependency() -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import inspect
 import io
 import logging
 import os
@@ -20,6 +21,7 @@ from llama_acc.cli import (
     caption,
     chat,
     check_data,
+    console,
     convert_checkpoint,
     convert_data,
     download,
@@ -29,9 +31,9 @@ from llama_acc.cli import (
     stopping,
 )
 from llama_acc.core.distributed import environment
-from llama_acc.core.errors import LlamaAccError, UserError
+from llama_acc.core.errors import LlamaAccError
 from llama_acc.core.interrupt import EXIT_CODES
-from llama_acc.core.visible import visible
+from llama_acc.core.text import escape_control_chars
 
 HELP = """Fine-tune LLaMA models: from a checkpoint and a data file to a model you can talk to.
 
@@ -41,6 +43,13 @@ Examples (nothing to download, one minute on a CPU):
 
   llama-acc chat --ckpt runs/quickstart
 """
+# No disk or race makes these: what was typed can be no file's name.
+_IMPOSSIBLE_NAMES = {
+    errno.ENAMETOOLONG: "a name may have 255 bytes: give a shorter one",
+    errno.ENOTDIR: "it leads through a file as if that were a folder: give another path",
+    errno.ELOOP: "links there lead in a circle: give another path",
+    errno.EISDIR: "it is a folder, and should be a file",
+}
 
 
 class _Commands(TyperGroup):
@@ -85,107 +94,90 @@ def _everywhere(
         os.environ["LLAMA_ACC_DEBUG"] = "1"
 
 
-# No disk or race makes these: what was typed can be no file's name.
-_IMPOSSIBLE_NAMES = {
-    errno.ENAMETOOLONG: "a name may have 255 bytes: give a shorter one",
-    errno.ENOTDIR: "it leads through a file as if that were a folder: give another path",
-    errno.ELOOP: "links there lead in a circle: give another path",
-    errno.EISDIR: "it is a folder, and should be a file",
-}
-
-
 def _reported(command: Callable[..., Any], joins: bool = False) -> Callable[..., Any]:
     """Runs a command so that what goes wrong ends in one clear message and the promised exit code.
 
     Unless it `joins` the processes started with it, it is alone, whatever stands in the environment.
     """
 
+    typed = inspect.signature(command).parameters
+
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
-        from llama_acc.cli import console
-
+        for name, value in kwargs.items():
+            if (problem := _problem_of(name, value)) is not None:
+                is_option = isinstance(typed[name].annotation.__metadata__[0], typer.models.OptionInfo)
+                what = f"'--{name.replace('_', '-')}'" if is_option else "an argument"
+                raise typer.BadParameter(problem, param_hint=what)
         try:
             with stopping.command():
                 if not joins:
                     environment.stand_alone()
                 elif environment.world_size() > 1:
                     environment.check_place()
-                _check_numbers(kwargs)
                 return command(*args, **kwargs)
         except typer.Exit:
             raise
         except BaseException as error:
-            number = stopping.received(error)
-            if number is not None:
-                raise _stopped(number) from None
-            if not isinstance(error, Exception):
-                raise
-            if isinstance(error, BrokenPipeError):
-                # Whoever read our output has seen enough; Python would complain once more when it flushes.
-                console.discard(sys.stdout)
-                raise typer.Exit(0) from None
-            _show_traceback()
-            if isinstance(error, LlamaAccError):
-                _tell(error, error.message, error.hint, error.exit_code)
-                raise typer.Exit(error.exit_code) from None
-            exit_code = 2 if isinstance(error, OSError) and error.errno in _IMPOSSIBLE_NAMES else 1
-            _tell(error, *_unforeseen(error), exit_code)
-            raise typer.Exit(exit_code) from None
+            raise _exit_of(error) from None
         finally:
             console.working(None)
 
     return run
 
 
-def _check_numbers(options: dict[str, Any]) -> None:
-    for name, value in options.items():
-        if isinstance(value, int) and abs(value) >= 2**31 and name != "seed":
-            raise UserError(f"--{name.replace('_', '-')} {value} is beyond any use", "give a smaller number")
+def _problem_of(name: str, value: Any) -> str | None:
+    """What is wrong with any parameter: a number beyond any use, the empty text that an unset shell variable leaves."""
+    if isinstance(value, int) and abs(value) >= 2**31 and name != "seed":
+        return f"{value} is beyond any use"
+    if "" in (value if isinstance(value, list) else [value]) and name not in ("prompt", "instruction", "system"):
+        return "it is empty. Is a shell variable not set?"
+    return None
 
 
-def _tell(error: Exception, message: str, hint: str | None, exit_code: int) -> None:
-    """Says what is wrong, once: to the user, or to the launcher of which this process is a worker."""
-    from llama_acc.cli import console
-
-    if environment.record_exit(error, message, hint, exit_code):
-        return
-    if environment.world_size() == 1:
-        console.error(message, hint)
-        return
-    # Started by torchrun or Slurm: what all ranks found is told by the first of them; before they have joined, by
-    # the first one of each machine.
-    first = vars(error).get("failing_rank")
-    if first is None:
-        tells = environment.local_rank() == 0 or not isinstance(error, LlamaAccError)
-    else:
-        tells = first == environment.rank()
-    if tells:
-        console.error(f"rank {environment.rank()}: {message}", hint)
-
-
-def _stopped(number: signal.Signals) -> typer.Exit:
-    from llama_acc.cli import console
-
-    if environment.is_main() and environment.is_stopped_by_user():
-        console.note(f"stopped by {'Ctrl-C' if number == signal.SIGINT else number.name}")
-    return typer.Exit(EXIT_CODES[number])
-
-
-def _show_traceback() -> None:
-    """Prints the traceback of the error being handled, if the user wants to see it."""
+def _exit_of(error: BaseException) -> BaseException:
+    """Reports what ended a command; returns what ends the process with the right code."""
+    number = stopping.received(error)
+    if number is not None:
+        if environment.is_main() and environment.is_stopped_by_user():
+            console.note(f"stopped by {'Ctrl-C' if number == signal.SIGINT else number.name}")
+        return typer.Exit(EXIT_CODES[number])
+    if not isinstance(error, Exception):
+        return error
+    if isinstance(error, BrokenPipeError):
+        # Whoever read our output has seen enough; Python would complain once more when it flushes.
+        console.discard(sys.stdout)
+        return typer.Exit(0)
     if os.environ.get("LLAMA_ACC_DEBUG", "0") not in ("", "0"):
-        traceback.print_exc()
+        traceback.print_exception(error)
+    message, hint, exit_code = _said_of(error)
+    if not environment.record_exit(error, message, hint, exit_code) and _tells(error):
+        several = environment.world_size() > 1
+        console.error(f"rank {environment.rank()}: {message}" if several else message, hint)
+    return typer.Exit(exit_code)
 
 
-def _unforeseen(error: Exception) -> tuple[str, str]:
-    """What to say of an error no other message was written for."""
+def _tells(error: Exception) -> bool:
+    """Whether this process reports an error: what all ranks found is reported by the first of them; before they have
+    joined, by the first one of each machine."""
+    first = vars(error).get("failing_rank")
+    if environment.world_size() == 1 or first is not None:
+        return first is None or first == environment.rank()
+    return environment.local_rank() == 0 or not isinstance(error, LlamaAccError)
+
+
+def _said_of(error: Exception) -> tuple[str, str | None, int]:
+    """Message, hint and exit code."""
+    if isinstance(error, LlamaAccError):
+        return error.message, error.hint, error.exit_code
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's
-        return "this user has no home folder", "set LLAMA_ACC_HOME to a folder for downloads and the token cache"
+        return "this user has no home folder", "set LLAMA_ACC_HOME to a folder for downloads and the token cache", 1
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
-        hint = _IMPOSSIBLE_NAMES.get(error.errno or 0, "add --debug to see what was being done")
-        return f"{where}{error.strerror}", hint
-    return f"{type(error).__name__}: {error}", "this is a fault of the program: add --debug to see where"
+        impossible = _IMPOSSIBLE_NAMES.get(error.errno or 0)
+        hint = impossible or "add --debug to see what was being done"
+        return f"{where}{error.strerror}", hint, 1 if impossible is None else 2
+    return f"{type(error).__name__}: {error}", "this is a fault of the program: add --debug to see where", 1
 
 
 app.command("download", help=download.HELP)(_reported(download.download))
@@ -213,8 +205,14 @@ def main() -> None:
     stopping.watch()
     environment.kill_on_parent_exit()
     alone = environment.join_slurm()
-    _mend_streams()
-    logging.getLogger("llama_acc").addFilter(_shown)
+    # Standard streams that were closed lead nowhere; what a terminal cannot show is shown as its code.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    logging.getLogger("llama_acc").addFilter(_escape)
     if alone is not None:
         print(f"note: {alone}", file=sys.stderr)
     # --debug is understood wherever it stands.
@@ -223,17 +221,7 @@ def main() -> None:
     app()
 
 
-def _shown(record: logging.LogRecord) -> bool:
+def _escape(record: logging.LogRecord) -> bool:
     """Lets no file's name in a warning act on a terminal."""
-    record.msg, record.args = visible(record.getMessage()), ()
+    record.msg, record.args = escape_control_chars(record.getMessage()), ()
     return True
-
-
-def _mend_streams() -> None:
-    """Standard streams that were closed lead nowhere; what a terminal cannot show is shown as its code."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")

@@ -9,7 +9,7 @@ import typer
 
 from llama_acc.cli import console, options
 from llama_acc.core.errors import RunError, UserError
-from llama_acc.core.units import count_text
+from llama_acc.core.text import count_text
 
 if TYPE_CHECKING:
     from llama_acc.core.memory.fit import Fit

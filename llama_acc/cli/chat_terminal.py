@@ -13,7 +13,7 @@ from rich.markdown import Markdown
 from rich.segment import Segment
 
 from llama_acc.cli import console
-from llama_acc.core.visible import visible
+from llama_acc.core.text import escape_control_chars
 
 if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -25,7 +25,7 @@ _SHARE_OF_TIME = 0.1  # that drawing may take
 
 
 class _Answer:
-    """Markdown whose line breaks stay, and none of whose characters acts on the terminal.
+    """Markdown whose line breaks stay.
 
     `grows`: only its last lines, as many as the screen holds: what has scrolled away could not be drawn again.
     """
@@ -41,18 +41,11 @@ class _Answer:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         lines = console.render_lines(self._markdown, options.update(height=None), pad=False)
-        while lines and not _text(lines[0]).strip():
-            del lines[0]
-        while lines and not _text(lines[-1]).strip():
-            del lines[-1]
+        filled = [number for number, line in enumerate(lines) if any(segment.text.strip() for segment in line)]
+        lines = lines[filled[0] : filled[-1] + 1] if filled else []
         for line in lines[-max(1, console.size.height - 2) :] if self._grows else lines:
-            # Here, too, not in the text alone: an entity such as &#27; is only a character once it is parsed.
-            yield from (Segment(visible(segment.text), segment.style) for segment in line)
+            yield from line
             yield Segment.line()
-
-
-def _text(line: list[Segment]) -> str:
-    return "".join(segment.text for segment in line)
 
 
 def stream_markdown(pieces: Iterable[str]) -> None:
@@ -68,7 +61,7 @@ def stream_markdown(pieces: Iterable[str]) -> None:
     try:
         with Live(console=console.out, auto_refresh=False, transient=True, vertical_overflow="visible") as live:
             for piece in pieces:
-                text += visible(piece)
+                text += escape_control_chars(piece)
                 now = time.monotonic()
                 if now < next_frame:
                     continue

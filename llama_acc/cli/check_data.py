@@ -11,7 +11,7 @@ from rich.text import Text
 from llama_acc.cli import console, options
 from llama_acc.cli.preview import show_items
 from llama_acc.core.errors import UserError
-from llama_acc.core.units import count_text
+from llama_acc.core.text import count_text
 
 if TYPE_CHECKING:
     from llama_acc.core.data.check import FileReport
@@ -77,6 +77,7 @@ def check(
     as_json: options.Json = False,
 ) -> None:
     """Check data files."""
+    console.working("loading the checks")
     from llama_acc.cli.download import fetch_shown
     from llama_acc.core.data.check import check_files, plot_lengths
     from llama_acc.core.data.findings import EXAMPLES

@@ -1,4 +1,7 @@
-"""What the user sees: results on standard output, everything else on standard error."""
+"""What the user sees: results on standard output, everything else on standard error.
+
+Nothing printed here acts on a terminal, wherever it comes from: a file's name, a key, a role.
+"""
 
 import itertools
 import os
@@ -17,7 +20,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
-    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -27,12 +29,11 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 from llama_acc.core.distributed import environment
-from llama_acc.core.units import count_text, size_text
-from llama_acc.core.visible import visible
+from llama_acc.core.text import count_text, escape_control_chars, size_text
 
 _SIGN_AFTER, SECONDS_BETWEEN_LINES = 1.0, 5.0
 _ALL = 1e9  # seconds: of work whose parts take longer than half a minute, rich would forget the last one
-_Watching = TypeVar("_Watching", bound="_WorkProgress")
+_Watching = TypeVar("_Watching", bound="ByteProgress")
 
 
 class _Stream(Console):
@@ -42,9 +43,9 @@ class _Stream(Console):
         super().__init__(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Lets no text act on a terminal, wherever it comes from: a file's name, a key, a role."""
+        """Escapes what would act on a terminal."""
         for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+            yield segment if segment.control else Segment(escape_control_chars(segment.text), segment.style)
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Prints; a result first clears away what says that the work goes on."""
@@ -68,6 +69,11 @@ out = _Stream(stderr=False)
 err = _Stream(stderr=True)
 
 
+def shows_bars() -> bool:
+    """Whether standard error is a terminal on which lines can be drawn anew."""
+    return sys.stderr.isatty() and not err.is_dumb_terminal
+
+
 class _Activity:
     """What is being done: a spinner on a terminal, elsewhere a line once it takes longer than a moment."""
 
@@ -83,13 +89,12 @@ class _Activity:
         is_new, self._key, self._text = key != self._key, key, text
         if is_new and self._timer is not None:
             self._timer.cancel()
-            self._timer = None
         if key is None:
             if self._live is not None:
                 self._live.stop()
-                self._live = None
-        elif err.is_terminal and not err.is_dumb_terminal:
-            self._spin(Text(visible(text), no_wrap=True, overflow="ellipsis"))
+            self._live = None
+        elif shows_bars():
+            self._spin(Spinner("dots", Text(escape_control_chars(text), no_wrap=True, overflow="ellipsis")))
         elif is_new:
             self._last_line = None
             self._timer = threading.Timer(after, self._say, [key])
@@ -98,15 +103,13 @@ class _Activity:
         elif self._last_line is not None and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._say(key)
 
-    def _spin(self, text: Text) -> None:
-        if self._live is None:
-            # Results go where they belong while it spins.
-            self._live = Live(
-                Spinner("dots", text), console=err, transient=True, redirect_stdout=False, refresh_per_second=8
-            )
-            self._live.start(refresh=True)
-        else:
-            self._live.update(Spinner("dots", text))
+    def _spin(self, spinner: Spinner) -> None:
+        if self._live is not None:
+            self._live.update(spinner)
+            return
+        # Results go where they belong while it spins.
+        self._live = Live(spinner, console=err, transient=True, redirect_stdout=False, refresh_per_second=8)
+        self._live.start(refresh=True)
 
     def _say(self, key: str) -> None:
         if key == self._key:
@@ -129,6 +132,67 @@ def working(text: str | None, key: str | None = None, after: float | None = None
         _activity.show(None if text is None else key or text, text or "", _SIGN_AFTER if after is None else after)
 
 
+class ByteProgress:
+    """Watches work on bytes: a bar on a terminal, a line every few seconds otherwise."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._last_line = time.monotonic()
+
+    def __enter__(self: _Watching) -> _Watching:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def tell(self, label: str, done: int, total: int) -> None:
+        """So much of all is done of what the label says; 0 in all: nobody knows how much."""
+        working(None)
+        if shows_bars():
+            if self._progress is None:  # not before: another bar may be shown till then
+                self._progress = Progress(
+                    TextColumn("{task.description}"),
+                    *self._columns(),
+                    TimeRemainingColumn(compact=True),
+                    TextColumn("left"),
+                    console=err,
+                    transient=True,
+                    speed_estimate_period=_ALL,
+                )
+                self._progress.start()
+                self._task = self._progress.add_task(label, total=total or None)
+            self._progress.update(self._task, description=label, completed=done, total=total or None)
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            note(self._line(label, done, total))
+
+    def _columns(self) -> list[ProgressColumn]:
+        return [DownloadColumn(binary_units=True), BarColumn(bar_width=24), TransferSpeedColumn()]
+
+    def _line(self, label: str, done: int, total: int) -> str:
+        return f"{label}: {size_text(done)}" + (f" of {size_text(total)}" if total else "")
+
+
+class CountProgress(ByteProgress):
+    """Watches work on things of one kind, such as questions that are answered."""
+
+    def __init__(self, label: str, thing: str) -> None:
+        super().__init__()
+        self._label, self._thing = label, thing
+
+    def count(self, done: int, total: int) -> None:
+        """So many of all are done."""
+        self.tell(self._label, done, total)
+
+    def _columns(self) -> list[ProgressColumn]:
+        return [MofNCompleteColumn(), BarColumn(bar_width=24)]
+
+    def _line(self, label: str, done: int, total: int) -> str:
+        return f"{label} {done:,} of {count_text(total, self._thing)}"
+
+
 def stream(pieces: Iterable[str]) -> None:
     """Prints a text on standard output as it comes, and ends its line.
 
@@ -136,7 +200,8 @@ def stream(pieces: Iterable[str]) -> None:
     """
     working(None)
     whole = itertools.chain(pieces, "\n")
-    for piece in _between_words(map(visible, whole), out.width) if sys.stdout.isatty() else whole:
+    shown = _between_words(map(escape_control_chars, whole), out.width) if sys.stdout.isatty() else whole
+    for piece in shown:
         sys.stdout.write(piece)
         sys.stdout.flush()
 
@@ -168,26 +233,27 @@ def _between_words(pieces: Iterable[str], width: int) -> Iterator[str]:
 
 def command(line: str) -> None:
     """Prints what to type next on standard output."""
-    print(visible(line) if sys.stdout.isatty() else line)
+    print(escape_control_chars(line) if sys.stdout.isatty() else line)
 
 
 def error(message: str, hint: str | None = None) -> None:
-    """Tells what is wrong, and what to type next."""
-    err.print(Text.assemble(("error: ", "bold red"), visible(message)))
+    """Says what is wrong, and what to type next."""
+    err.print(Text.assemble(("error: ", "bold red"), escape_control_chars(message)))
     if hint:
-        err.print(Text.assemble(("hint: ", "bold"), visible(hint)))
+        err.print(Text.assemble(("hint: ", "bold"), escape_control_chars(hint)))
 
 
 def note(text: str, by_words: bool = False) -> None:
-    """Tells something on the side; `by_words`: its lines break between words, as no command to copy stands in it."""
-    err.print(Text(visible(text), style="dim" if err.is_terminal else ""), soft_wrap=not (by_words and err.is_terminal))
+    """Says something on the side; `by_words`: its lines break between words, as no command to copy stands in it."""
+    shown = Text(escape_control_chars(text), style="dim" if err.is_terminal else "")
+    err.print(shown, soft_wrap=not (by_words and err.is_terminal))
 
 
 def pairs(lines: list[tuple[str, str]], console: Console | None = None, width: int = 0) -> None:
     """Prints subjects and texts in two columns, the first of them at least so wide."""
     width = max(width, *(len(subject) for subject, _ in lines))
     for subject, text in lines:
-        (console or err).print(Text.assemble((f"{subject:<{width}}  ", "bold"), visible(text)))
+        (console or err).print(Text.assemble((f"{subject:<{width}}  ", "bold"), escape_control_chars(text)))
 
 
 def table(rows: list[list[str]]) -> None:
@@ -213,90 +279,6 @@ def duration(seconds: float) -> str:
     first = next(i for i, (size, _) in enumerate(units) if whole >= size)
     (size, name), (next_size, next_name) = units[first], units[first + 1]
     return f"{whole // size} {name} {whole % size // next_size} {next_name}"
-
-
-class _WorkProgress:
-    """Watches work: a bar on a terminal, a line every few seconds otherwise."""
-
-    def __init__(self, count: ProgressColumn, *speed: ProgressColumn) -> None:
-        self._progress: Progress | None = None
-        self._task: Any = None
-        self._last_line = time.monotonic()
-        if sys.stderr.isatty() and not err.is_dumb_terminal:
-            columns = (count, BarColumn(bar_width=24), *speed)
-            ending = (TimeRemainingColumn(compact=True), TextColumn("left"))
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                *columns,
-                *ending,
-                console=err,
-                transient=True,
-                speed_estimate_period=_ALL,
-            )
-
-    def __enter__(self: _Watching) -> _Watching:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-    def _tell(self, what: str, done: int, total: int, line: str) -> None:
-        if self._progress is not None:
-            if self._task is None:
-                working(None)
-                self._progress.start()  # not before: another bar may be shown till then
-                self._task = self._progress.add_task(what, total=total or None)
-            self._progress.update(self._task, description=what, completed=done, total=total or None)
-            return
-        now = time.monotonic()
-        if now - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            note(line)
-
-
-class ByteProgress(_WorkProgress):
-    """Watches work on bytes."""
-
-    def __init__(self) -> None:
-        super().__init__(DownloadColumn(binary_units=True), TransferSpeedColumn())
-
-    def tell(self, what: str, done: int, total: int) -> None:
-        """`what` is being done, so many bytes of all are done; 0 in all: nobody knows how many."""
-        of_all = f" of {size_text(total)}" if total else ""
-        self._tell(what, done, total, f"{what}: {size_text(done)}{of_all}")
-
-
-class EncodingProgress(_WorkProgress):
-    """Watches the encoding of data files, of which it is not known how many items they have."""
-
-    def __init__(self) -> None:
-        super().__init__(TaskProgressColumn())
-
-    def tell(self, file: str, items: int, fraction: float) -> None:
-        """So many items of a file are encoded, which are about this part of it."""
-        self._tell(f"encoding {file}", round(100 * fraction), 100, encoding_line(file, items, fraction))
-
-
-def encoding_line(file: str, items: int, fraction: float) -> str:
-    """How far the encoding of a file is."""
-    return f"encoding {file}: {count_text(items, 'item')}, {fraction:.0%}"
-
-
-class CountProgress(_WorkProgress):
-    """Watches work on things of one kind."""
-
-    def __init__(self, done: str, thing: str) -> None:
-        """Args:
-        done: what is done to them, such as "answered".
-        thing: such as "question".
-        """
-        super().__init__(MofNCompleteColumn())
-        self._done, self._thing = done, thing
-
-    def tell(self, done: int, total: int) -> None:
-        """So many of all are done."""
-        self._tell(self._done, done, total, f"{self._done} {done:,} of {count_text(total, self._thing)}")
 
 
 def is_terminal() -> bool:

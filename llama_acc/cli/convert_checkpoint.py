@@ -1,19 +1,18 @@
 """`llama-acc convert-checkpoint`: a checkpoint in another layout, or split over another number of ranks."""
 
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
 from llama_acc.cli import console, options
-from llama_acc.core.units import count_text, size_text
+from llama_acc.core.text import count_text, size_text
 
 if TYPE_CHECKING:
     from llama_acc.core.checkpoint.convert import Converted
 
 HELP = """Convert a checkpoint between Meta's layout, LLaMA2-Accessory's (consolidated) and Hugging Face's; merge what
-was tuned, write it for PEFT, or quantise a base.
+was tuned, write it for PEFT, or quantize a base.
 
 What SRC is, is found out. The result is read back and compared to the bit before it appears as DST.
 
@@ -37,107 +36,64 @@ Examples:
 """
 
 
-class To(str, Enum):
-    """Layouts that can be made."""
-
-    meta = "meta"
-    consolidated = "consolidated"
-    hf = "hf"
-    peft = "peft"
-
-
-class Dtype(str, Enum):
-    """Types of saved weights."""
-
-    bf16 = "bf16"
-    fp16 = "fp16"
-    fp32 = "fp32"
-
-
-class MergeInto(str, Enum):
-    """Which base a LoRA pair is merged into, where it was trained on a quantised one."""
-
-    trained = "trained"
-    original = "original"
-
-
-class Quantize(str, Enum):
-    """Ways to quantise."""
-
-    nf4 = "nf4"
-
-
 def convert_checkpoint(
-    source: Annotated[
-        str, typer.Argument(metavar="SRC", help="Checkpoint or run folder.", callback=options.given, show_default=False)
-    ],
-    target: Annotated[
-        str, typer.Argument(metavar="DST", help="The folder to make.", callback=options.given, show_default=False)
-    ],
+    source: Annotated[str, Argument(metavar="SRC", help="Checkpoint or run folder.", show_default=False)],
+    target: Annotated[str, Argument(metavar="DST", help="The folder to make.", show_default=False)],
     to: Annotated[
-        To,
-        typer.Option(
-            "--to",
-            help="The layout of DST. (For GGUF: hf, and then llama.cpp's convert_hf_to_gguf.py.)",
-            show_default=False,
+        Literal["meta", "consolidated", "hf", "peft"],
+        Option(
+            help="The layout of DST. (For GGUF: hf, and then llama.cpp's convert_hf_to_gguf.py.)", show_default=False
         ),
     ],
     model_parallel_size: Annotated[
-        int | None,
-        typer.Option(
-            "--model-parallel-size",
-            metavar="N",
-            help="Number of shards: 1, 2, 4 or 8. Without it: as many as SRC has.",
-        ),
+        int | None, Option(metavar="N", help="Number of shards: 1, 2, 4 or 8. Without it: as many as SRC has.")
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option("--dtype", help="Type of the weights in DST. Without it: that of SRC.")
+        Literal["bf16", "fp16", "fp32"] | None, Option(help="Type of the weights in DST. Without it: that of SRC.")
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(
-            "--base",
+        Option(
             metavar="DIR",
             help="What SRC goes on top of (a diff, or only some tensors); with --diff: what is subtracted.",
-            callback=options.given,
         ),
     ] = None,
-    diff: Annotated[bool, typer.Option("--diff", help="Write SRC minus the --base instead.")] = False,
+    diff: Annotated[bool, Option("--diff", help="Write SRC minus the --base instead.")] = False,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Merge LoRA pairs into their matrices, and compare the logits.")
+        bool, Option("--merge", help="Merge LoRA pairs into their matrices, and compare the logits.")
     ] = False,
     merge_into: Annotated[
-        MergeInto,
-        typer.Option("--merge-into", help="If SRC was trained on a quantised base: that base, or the original one."),
-    ] = MergeInto.trained,
+        Literal["trained", "original"],
+        Option(help="If SRC was trained on a quantized base: that base, or the original one."),
+    ] = "trained",
     context: options.Context = None,
     quantize: Annotated[
-        Quantize | None, typer.Option("--quantize", help="Write the matrices in four bits: a base to train on.")
+        Literal["nf4"] | None, Option(help="Write the matrices in four bits: a base to train on.")
     ] = None,
     quantize_skip: Annotated[
         list[str] | None,
-        typer.Option(
-            "--quantize-skip",
+        Option(
             metavar="NAME",
             help="With --quantize: matrices to leave as they are: output, wv, layers.31, ...; may repeat.",
         ),
     ] = None,
 ) -> None:
     """Convert a checkpoint."""
+    console.working("loading PyTorch")
     from llama_acc.core.checkpoint.convert import Request, convert
 
     request = Request(
         source=source,
         target=Path(target).expanduser(),
-        to=to.value,
+        to=to,
         model_parallel_size=model_parallel_size,
-        dtype=None if dtype is None else dtype.value,
+        dtype=dtype,
         base=base,
         diff=diff,
         merge=merge,
-        merge_into=merge_into.value,
+        merge_into=merge_into,
         context=context,
-        quantize=None if quantize is None else quantize.value,
+        quantize=quantize,
         quantize_skip=quantize_skip or (),
     )
     with console.ByteProgress() as progress:
@@ -147,15 +103,14 @@ def convert_checkpoint(
     console.out.print(_summary(converted), markup=False)
 
 
-def _summary(converted: "Converted") -> str:
-    files = count_text(converted.files, "file")
-    text = f"{converted.folder}: {count_text(converted.tensors, 'tensor')}, {size_text(converted.bytes)} in {files}"
-    text += ", read back and equal"
-    if converted.merge_error is not None:
-        _, exact, saved = converted.merge_error
+def _summary(made: "Converted") -> str:
+    text = f"{made.folder}: {count_text(made.tensors, 'tensor')}, {size_text(made.bytes)} in "
+    text += f"{count_text(made.files, 'file')}, read back and equal"
+    if made.merge_error is not None:
+        _, exact, saved = made.merge_error
         return f"{text}; logits are off those before merging by {exact:.1e} of the largest, as saved by {saved:.1e}"
-    if converted.largest_error is None:
+    if made.largest_error is None:
         return text
-    if converted.largest_error == 0:
+    if made.largest_error == 0:
         return f"{text}; base + diff is the source, to the bit"
-    return f"{text}; base + diff differs from the source by at most {converted.largest_error:.3g}"
+    return f"{text}; base + diff differs from the source by at most {made.largest_error:.3g}"

@@ -12,7 +12,7 @@ import typer
 
 from llama_acc.cli import console, options
 from llama_acc.core.errors import RunError, UserError, did_you_mean, listed
-from llama_acc.core.units import count_text, size_text
+from llama_acc.core.text import count_text, size_text
 
 if TYPE_CHECKING:
     from llama_acc.core.data.convert.run import Conversion

@@ -15,8 +15,7 @@ import typer
 
 from llama_acc.cli import console, options
 from llama_acc.core.errors import LlamaAccError, UserError
-from llama_acc.core.units import count_text, size_text
-from llama_acc.core.visible import visible
+from llama_acc.core.text import count_text, escape_control_chars, size_text
 
 if TYPE_CHECKING:
     from llama_acc.core.catalogue import Entry
@@ -338,7 +337,7 @@ def progress_shown() -> "Iterator[Progress]":
                 if label not in tasks:
                     console.working(None)
                     bars.start()
-                    tasks[label] = bars.add_task(visible(label), total=total)
+                    tasks[label] = bars.add_task(escape_control_chars(label), total=total)
                 bars.update(tasks[label], completed=done, total=total, visible=done != total)
             elif time.monotonic() - last_line >= _SECONDS_BETWEEN_LINES:
                 last_line = time.monotonic()

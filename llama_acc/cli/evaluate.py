@@ -2,19 +2,16 @@
 
 import dataclasses
 import json
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
 import typer
+from typer import Option
 
 from llama_acc.cli import console, options
+from llama_acc.cli.loading import ModelOptions, load_distributed
 from llama_acc.core.errors import UserError
-from llama_acc.core.units import count_text
-
-if TYPE_CHECKING:
-    from llama_acc.core.evaluate.gorilla import Score
-    from llama_acc.core.generate.load import LoadedModel
+from llama_acc.core.text import count_text
 
 HELP = """Measure a checkpoint: Gorilla's benchmark of API calls, or perplexity on data of yours.
 
@@ -25,9 +22,9 @@ Examples:
   llama-acc evaluate perplexity --ckpt runs/alpaca --data held-out.json
 """
 
-GORILLA_HELP = """Score answers on APIBench: how many call the right API, how many one that is not there.
+GORILLA_HELP = """Score answers on APIBench: how many call the right API, how many one that does not exist.
 
-With --ckpt a checkpoint answers first, greedily, into the --output; run again, it goes on where it was stopped.
+With --ckpt a checkpoint answers first, greedily, into the --output; run again, it resumes where it was stopped.
 
 Examples:
 
@@ -46,102 +43,89 @@ Examples:
 """
 
 
-class Hub(str, Enum):
-    """Whose APIs a benchmark is of."""
-
-    tensorflowhub = "tensorflowhub"
-    torchhub = "torchhub"
-    huggingface = "huggingface"
-
-
 app = typer.Typer(no_args_is_help=True)
 
-# What only matters where a checkpoint answers, and what the user calls it.
-_OF_CHECKPOINTS = {
-    "output": "--output",
-    "prompts": "--prompts",
-    "template": "--template",
-    "max_new_tokens": "--max-new-tokens",
-    "batch_size": "--batch-size",
-    "tokenizer": "--tokenizer",
-    "quant": "--quantize",
-    "device": "--device",
-    "verify": "--verify",
-}
+# What matters without a checkpoint that answers, too.
+_OF_BOTH = {"hub", "api", "questions", "responses", "as_json"}
 
 
 def gorilla(
     context: typer.Context,
-    hub: Annotated[Hub, typer.Option("--hub", help="Whose APIs they are.", show_default=False)],
-    api: Annotated[
-        Path,
-        typer.Option("--api", metavar="FILE", help="The API database, such as torchhub_api.jsonl.", show_default=False),
-    ],
+    hub: Annotated[Literal["tensorflowhub", "torchhub", "huggingface"], Option(help="Whose APIs they are.")],
+    api: Annotated[Path, Option(metavar="FILE", help="The API database, such as torchhub_api.jsonl.")],
     questions: Annotated[
         Path,
-        typer.Option(
-            "--questions",
-            metavar="FILE",
-            help="The evaluation file, such as torchhub_eval.json: questions and right answers.",
-            show_default=False,
-        ),
+        Option(metavar="FILE", help="The evaluation file, such as torchhub_eval.json: questions and right answers."),
     ],
     ckpt: Annotated[
         list[str] | None,
-        typer.Option(
-            "--ckpt",
-            metavar="DIR",
-            help="Checkpoint or run folder that answers; may repeat: a later one overrides.",
-            callback=options.given,
-        ),
+        Option(metavar="DIR", help="Checkpoint or run folder that answers; may repeat: a later one overrides."),
     ] = None,
-    responses: Annotated[
-        Path | None, typer.Option("--responses", metavar="FILE", help="Score these responses instead.")
-    ] = None,
+    responses: Annotated[Path | None, Option(metavar="FILE", help="Score these responses instead.")] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
+        Option(
             metavar="FILE",
             help="Where the checkpoint's answers are kept. Without it: responses_HUB.jsonl, in the current folder.",
         ),
     ] = None,
     prompts: Annotated[
-        Path | None,
-        typer.Option("--prompts", metavar="FILE", help="Ask these, such as questions_torchhub_0_shot.jsonl."),
+        Path | None, Option(metavar="FILE", help="Ask these, such as questions_torchhub_0_shot.jsonl.")
     ] = None,
     template: options.Template = "auto",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")] = 512,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Questions that are answered at a time; memory grows with it.")
-    ] = 16,
+    max_new_tokens: Annotated[int, Option(min=1, help="Most tokens of an answer.")] = 512,
+    batch_size: Annotated[int, Option(min=1, help="Questions that are answered at a time; memory grows with it.")] = 16,
     tokenizer: options.TokenizerFile = None,
-    quant: options.Quantize = None,
+    quantize: options.Quantize = None,
     device: options.Device = None,
     verify: options.Verify = False,
     as_json: options.Json = False,
 ) -> None:
     """Score answers on APIBench."""
-    from llama_acc.core.evaluate.gorilla import read_database, read_domains, read_responses, score
-    from llama_acc.core.evaluate.json_lines import read_objects
+    console.working("loading the benchmark")
+    from llama_acc.core.evaluate.gorilla import (
+        answer_questions,
+        read_database,
+        read_domains,
+        read_objects,
+        read_questions,
+        read_responses,
+        score,
+    )
 
     _check_who_answers(context, ckpt, responses)
-    database = read_database(api, hub.value)
+    database = read_database(api, hub)
     evaluation = read_objects(questions)
     domains = read_domains(questions, evaluation)
     if ckpt:
-        from llama_acc.core.evaluate.questions import questions_of, read_prompts
-
-        asked = questions_of(questions, evaluation) if prompts is None else read_prompts(prompts, evaluation)
+        asked = read_questions(questions, evaluation, prompts)
         if prompts is None and len(asked) < len(evaluation):
             left_out = count_text(len(evaluation) - len(asked), "line")
             console.note(f"left out of {questions}: {left_out} without a question, of {len(evaluation):,}")
-        responses = Path(f"responses_{hub.value}.jsonl") if output is None else output
-        _check_folder(responses)
-        loaded = _load(ckpt, device, tokenizer, template, quant, verify)
-        _answer(loaded, ckpt, asked, responses, max_new_tokens, batch_size)
+        responses = Path(f"responses_{hub}.jsonl") if output is None else output
+        if not responses.parent.is_dir():
+            folder = responses.parent
+            raise UserError(f"cannot write {responses}: there is no folder {folder}", f"mkdir -p {folder}")
+        model = ModelOptions(ckpt, device, tokenizer, template, verify, quantize)
+        with load_distributed(model) as loaded, console.CountProgress("answered", "question") as progress:
+            answer_questions(
+                loaded,
+                ckpt,
+                asked,
+                responses,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                progress=progress.count,
+            )
+        console.note(f"the answers are in {responses}")
     assert responses is not None
-    _show(hub, score(hub.value, database, domains, read_responses(responses, domains)), as_json)
+    found = score(hub, database, domains, read_responses(responses, domains))
+    shares = {"overall": found.overall, "hallucination": found.hallucination}
+    if as_json:
+        typer.echo(json.dumps({"hub": hub, **shares, **dataclasses.asdict(found)}, indent=1))
+    else:
+        figures = [*(f"{share:.2f}" for share in shares.values()), f"{found.responses:,}"]
+        console.table([["hub", *shares, "responses"], [hub, *figures]])
 
 
 def _check_who_answers(context: typer.Context, ckpt: list[str] | None, responses: Path | None) -> None:
@@ -150,97 +134,42 @@ def _check_who_answers(context: typer.Context, ckpt: list[str] | None, responses
             "give both --ckpt and --responses: which is to be scored?" if ckpt else "there is nothing to score",
             "give --ckpt DIR to have a checkpoint answer, or --responses FILE to score answers there are",
         )
-    if ckpt:
-        return
-    typed = [
-        flag
-        for parameter, flag in _OF_CHECKPOINTS.items()
-        if (source := context.get_parameter_source(parameter)) is not None and source.name == "COMMANDLINE"
-    ]
-    if typed:
-        raise UserError(f"{', '.join(typed)} only matter where a checkpoint answers (--ckpt)", "leave them out")
-
-
-def _check_folder(output: Path) -> None:
-    if not output.parent.is_dir():
-        raise UserError(f"cannot write {output}: there is no folder {output.parent}", f"mkdir -p {output.parent}")
-
-
-def _load(
-    ckpt: list[str],
-    device: str | None,
-    tokenizer: str | None,
-    template: str,
-    quant: options.Quant | None,
-    verify: bool,
-) -> "LoadedModel":
-    from llama_acc.core.generate.load import load_model
-
-    loaded = load_model(
-        *ckpt,
-        device=device,
-        tokenizer=tokenizer,
-        template=template,
-        verify=verify,
-        quantize=None if quant is None else quant.value,
-    )
-    for note in loaded.notes:
-        console.note(note)
-    if loaded.template.name == "none" and template == "auto":
-        console.note("the checkpoint keeps no prompt format: template none, the text is continued as it stands")
-    return loaded
-
-
-def _answer(
-    loaded: "LoadedModel",
-    ckpt: list[str],
-    asked: dict[int, str],
-    output: Path,
-    max_new_tokens: int,
-    batch_size: int,
-) -> None:
-    from llama_acc.core.evaluate.answers import Answering, answer_questions
-
-    with console.CountProgress("answered", "question") as progress:
-        answer_questions(loaded, Answering(ckpt, max_new_tokens, batch_size), asked, output, progress.tell)
-    console.note(f"the answers are in {output}")
-
-
-def _show(hub: Hub, score: "Score", as_json: bool) -> None:
-    shares = {"overall": score.overall, "hallucination": score.hallucination}
-    if as_json:
-        typer.echo(json.dumps({"hub": hub.value, **shares, **dataclasses.asdict(score)}, indent=1))
-        return
-    header = ["hub", *shares, "responses"]
-    console.table([header, [hub.value, *(f"{share:.2f}" for share in shares.values()), f"{score.responses:,}"]])
+    sources = {name: context.get_parameter_source(name) for name in context.params if name not in _OF_BOTH}
+    typed = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if typed and not ckpt:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in typed)
+        raise UserError(f"{flags} only matter where a checkpoint answers (--ckpt)", "leave them out")
 
 
 def perplexity(
     ckpt: options.Checkpoints,
-    data: options.DataFiles,
+    data: Annotated[
+        list[str],
+        Option(metavar="FILE", help="Data file, folder, glob, downloaded name or hf:... address; may repeat."),
+    ],
     template: options.Template = "auto",
     max_tokens: Annotated[
-        int | None,
-        typer.Option("--max-tokens", min=2, help="Longer items are cut, and counted. Without it: the model's context."),
+        int | None, Option(min=2, help="Longer items are cut, and counted. Without it: the model's context.")
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Most items in a forward pass; memory grows with it.")
-    ] = 8,
+    batch_size: Annotated[int, Option(min=1, help="Most items in a forward pass; memory grows with it.")] = 8,
     tokenizer: options.TokenizerFile = None,
-    quant: options.Quantize = None,
+    quantize: options.Quantize = None,
     device: options.Device = None,
     verify: options.Verify = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure the loss per predicted token on data."""
+    console.working("loading PyTorch")
     from llama_acc.cli.download import fetch_shown
     from llama_acc.core.evaluate.perplexity import measure, read_data
 
-    loaded = _load(ckpt, device, tokenizer, template, quant, verify)
-    with console.EncodingProgress() as encoding:
-        items = read_data(loaded, data, max_tokens, encoding.tell, fetch_shown)
-    with console.CountProgress("measured", "item") as measuring:
-        measured = measure(loaded, items, batch_size, measuring.tell)
+    def encoding(file: str, items: int, fraction: float) -> None:
+        console.working(f"encoding {file}: {count_text(items, 'item')}, {fraction:.0%}", key=file)
+
+    with load_distributed(ModelOptions(ckpt, device, tokenizer, template, verify, quantize)) as loaded:
+        items = read_data(loaded, data, max_tokens, encoding, fetch_shown)
+        with console.CountProgress("measured", "item") as measuring:
+            measured = measure(loaded, items, batch_size, measuring.count)
     facts = {"perplexity": measured.perplexity, **dataclasses.asdict(measured)}
     if as_json:
         typer.echo(json.dumps(facts, indent=1))

@@ -2,18 +2,20 @@
 
 import glob
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from llama_acc.cli import console, options
 from llama_acc.cli.loading import launch_ranks
 from llama_acc.cli.preview import show_items
 from llama_acc.core.distributed import Launch, environment
 from llama_acc.core.errors import LlamaAccError, RunError, UserError
-from llama_acc.core.units import count_text, size_text
+from llama_acc.core.text import count_text, size_text
 
 if TYPE_CHECKING:
     from llama_acc.core.data.preview import Shown
@@ -42,7 +44,7 @@ Examples:
 def finetune(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             metavar="KEY=VALUE",
             help="Change any key of the recipe: train.epochs=1 optimizer.lr=1e-5",
             show_default=False,
@@ -50,65 +52,43 @@ def finetune(
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(
-            "--recipe",
-            "-r",
-            metavar="NAME|FILE",
-            help="A shipped recipe (llama-acc recipes) or a YAML file.",
-            callback=options.given,
-        ),
+        Option("--recipe", "-r", metavar="NAME|FILE", help="A shipped recipe (llama-acc recipes) or a YAML file."),
     ] = None,
     pretrained: Annotated[
         list[str] | None,
-        typer.Option(
-            "--pretrained",
-            metavar="DIR",
-            help="Checkpoint to start from, or a downloaded name; may repeat: a later one overrides.",
-            callback=options.given,
+        Option(
+            metavar="DIR", help="Checkpoint to start from, or a downloaded name; may repeat: a later one overrides."
         ),
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(
-            "--data",
+        Option(
             metavar="FILE",
             help="Data in place of the recipe's: file, folder, glob, downloaded name or hf:... address; may repeat.",
-            callback=options.given,
         ),
     ] = None,
     tokenizer: options.TokenizerFile = None,
     output: Annotated[
-        str | None,
-        typer.Option(
-            "--output", "-o", metavar="DIR", help="The run's folder; without it, runs/RECIPE.", callback=options.given
-        ),
+        str | None, Option("--output", "-o", metavar="DIR", help="The run's folder; without it, runs/RECIPE.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest checkpoint in --output.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Resume from the newest checkpoint in --output.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, show what would be trained, do not train.")
+        bool, Option("--dry-run", help="Check everything, show what would be trained, do not train.")
     ] = False,
     timing: Annotated[
-        bool,
-        typer.Option("--timing/--no-timing", help="With --dry-run: time a micro-batch to estimate the run's time."),
+        bool, Option("--timing/--no-timing", help="With --dry-run: time a micro-batch to estimate the run's time.")
     ] = True,
-    force: Annotated[bool, typer.Option("--force", help="Start even if it does not fit into memory.")] = False,
+    force: Annotated[bool, Option("--force", help="Start even if it does not fit into memory.")] = False,
     device: options.Device = None,
     verify: options.Verify = False,
     nproc: options.Nproc = None,
     nnodes: Annotated[
         int,
-        typer.Option(
-            "--nnodes",
-            metavar="N",
-            min=1,
-            help="Machines; the command is typed on each.",
-            rich_help_panel=options.PROCESSES,
-        ),
+        Option(metavar="N", min=1, help="Machines; the command is typed on each.", rich_help_panel=options.PROCESSES),
     ] = 1,
     rdzv_endpoint: Annotated[
         str | None,
-        typer.Option(
-            "--rdzv-endpoint",
+        Option(
             metavar="HOST:PORT",
             help="Rendezvous endpoint: the first node's name and a free port of it.",
             callback=options.endpoint,
@@ -117,8 +97,7 @@ def finetune(
     ] = None,
     max_restarts: Annotated[
         int,
-        typer.Option(
-            "--max-restarts",
+        Option(
             metavar="N",
             min=0,
             help="Resume from the last whole checkpoint, up to N times, when a process dies.",
@@ -126,14 +105,7 @@ def finetune(
         ),
     ] = 0,
     log_ranks: Annotated[
-        str | None,
-        typer.Option(
-            "--log-ranks",
-            metavar="DIR",
-            help="Keep every process's output here.",
-            callback=options.given,
-            rich_help_panel=options.PROCESSES,
-        ),
+        str | None, Option(metavar="DIR", help="Keep every process's output here.", rich_help_panel=options.PROCESSES)
     ] = None,
 ) -> None:
     """Fine-tune a model as a recipe says."""
@@ -146,37 +118,44 @@ def finetune(
     wanted = Launch(nproc, nnodes, rdzv_endpoint, max_restarts, log_ranks)
     resume = resume or environment.start_number() > 1
     run = None if output is None else Path(output).expanduser()
-    loaded, folder = _load_recipe(recipe, run, resume, overrides or [], pretrained, data, tokenizer)
+    loaded, folder = _load_recipe(recipe, run if resume else None, overrides or [], pretrained, data, tokenizer)
     for base in loaded.model.pretrained_list() if not (dry_run or resume) else []:
         locate(base)
     expand([Source(**source.model_dump()) for source in loaded.data.sources], folder, fetch=None)
     if dry_run:
         _dry_run(loaded, run, folder, device, verify, wanted.world_size(), timing)
         return
-    output_folder = run or _named_after(loaded)
-    again = f"resume with: {_again(output_folder, wanted)}"
+    if run is None:
+        if Path(loaded.name).name != loaded.name or loaded.name in ("", ".."):
+            raise UserError(f"the recipe's name {loaded.name!r} is no name for a folder", "give --output DIR")
+        run = Path("runs") / loaded.name
+    again = partial(_how_to_go_on, run, wanted, device, force)
+    saved = run if resume and output is not None else None
     try:
-        launch_ranks(wanted, device, lambda count: _check(loaded, folder, run if resume else None, count))
-        _train(loaded, output_folder, folder, resume, device, verify, force, again)
+        launch_ranks(wanted, device, lambda count: _check(loaded, folder, saved, count))
+        _train(loaded, run, folder, resume, device, verify, force, again)
     except LlamaAccError as error:
         if error.exit_code == RunError.exit_code and error.hint is None:
-            error.hint = again
+            error.hint = again()
         raise
 
 
-def _again(output: Path, wanted: Launch) -> str:
-    """The command that resumes a run, on as many processes."""
+def _how_to_go_on(output: Path, wanted: Launch, device: str | None, force: bool) -> str:
+    """The command that resumes a run, on as many processes; of one that left nothing, to begin it again."""
+    if not (output / "recipe.yaml").exists():
+        return "nothing was written: type the same command again"
     words = ["llama-acc", "finetune", "--output", str(output), "--resume"]
     words += [] if wanted.nproc is None else ["--nproc", wanted.nproc]
     words += ["--nnodes", str(wanted.nnodes)] if wanted.nnodes > 1 else []
     words += [] if wanted.rdzv_endpoint is None else ["--rdzv-endpoint", wanted.rdzv_endpoint]
-    return shlex.join(words)
+    words += [] if device is None else ["--device", device]
+    words += ["--force"] * force
+    return f"resume with: {shlex.join(words)}"
 
 
 def _load_recipe(
     name: str | None,
-    output: Path | None,
-    resume: bool,
+    resumed: Path | None,
     overrides: list[str],
     pretrained: list[str] | None,
     data: list[str] | None,
@@ -185,14 +164,15 @@ def _load_recipe(
     """The recipe with what the command line changes, and the folder its relative paths are looked for in first."""
     from llama_acc.core.recipe import RECIPES_FOLDER, Recipe, find_recipe
 
-    if name is None and resume and output is not None and (output / "recipe.yaml").is_file():
-        name = str(output / "recipe.yaml")
+    if name is None and resumed is not None and (resumed / "recipe.yaml").is_file():
+        name = str(resumed / "recipe.yaml")
     if name is None:
         raise UserError(
             "which recipe? --recipe is missing", "`llama-acc recipes` lists them; begin with --recipe quickstart"
         )
     path = find_recipe(name)
-    loaded = Recipe.load(path if path.parent != RECIPES_FOLDER else name, overrides)
+    is_shipped = path.parent == RECIPES_FOLDER
+    loaded = Recipe.load(name if is_shipped else path, overrides)
     if pretrained:
         loaded.model.pretrained = pretrained[0] if len(pretrained) == 1 else pretrained
         if not any(override.startswith("model.tokenizer=") for override in overrides):
@@ -201,14 +181,21 @@ def _load_recipe(
         loaded.model.pretrained = None
     if data:
         sources = loaded.data.sources
-        if not (resume and len(data) == len(sources)):  # else it says where the run's own lie now
+        if resumed is None or len(data) != len(sources):  # else it says where the run's own are now
             sources = [sources[0].model_copy(update={"ratio": 1.0})] * len(data)
         loaded.data.sources = [
             source.model_copy(update={"path": _typed(file)}) for source, file in zip(sources, data, strict=True)
         ]
     if tokenizer is not None:
         loaded.model.tokenizer = _typed(tokenizer)
-    return loaded, None if path.parent == RECIPES_FOLDER else path.parent.absolute()
+    return loaded, None if is_shipped else path.parent.absolute()
+
+
+def _typed(path: str) -> str:
+    """A path on the command line means the current folder, not the recipe's; what is not found may be a name."""
+    here = Path(path).expanduser()
+    there = here.exists() or glob.glob(str(here), recursive=True)
+    return str(here.absolute()) if there else path
 
 
 def _check(recipe: "Recipe", folder: Path | None, resumed: Path | None, processes: int) -> None:
@@ -221,19 +208,6 @@ def _check(recipe: "Recipe", folder: Path | None, resumed: Path | None, processe
     find_model(recipe, folder, saved=None if resumed is None else latest_checkpoint(resumed))
 
 
-def _named_after(recipe: "Recipe") -> Path:
-    if recipe.name in ("", "..") or Path(recipe.name).name != recipe.name:
-        raise UserError(f"the recipe's name {recipe.name!r} is no name for a folder", "give --output DIR")
-    return Path("runs") / recipe.name
-
-
-def _typed(path: str) -> str:
-    """A path on the command line means the current folder, not the recipe's; what is not there may be a name."""
-    here = Path(path).expanduser()
-    there = here.exists() or glob.glob(str(here), recursive=True)
-    return str(here.absolute()) if there else path
-
-
 def _train(
     recipe: "Recipe",
     output: Path,
@@ -242,7 +216,7 @@ def _train(
     device: str | None,
     verify: bool,
     force: bool,
-    again: str,
+    again: Callable[[], str],
 ) -> None:
     from llama_acc.cli.run_console import RunConsole
     from llama_acc.core.finetune import finetune as run
@@ -263,7 +237,7 @@ def _train(
             )
         except Interrupted as interrupted:
             if environment.is_main():
-                console.note(f"stopped; {again}")
+                console.note(f"stopped; {again()}")
             raise typer.Exit(interrupted.exit_code) from None
     if not environment.is_main():
         return

@@ -1,4 +1,4 @@
-"""A model for the commands that let it talk, shared by several processes where that is wanted."""
+"""A model for the commands that let it generate, shared by several processes where that is wanted."""
 
 import contextlib
 import signal
@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
-from llama_acc.cli import console, options
+from llama_acc.cli import console
 from llama_acc.core.distributed import Launch, environment, launch_if_asked
 from llama_acc.core.errors import LlamaAccError
 
@@ -22,7 +22,7 @@ _PATIENCE = timedelta(days=365)  # people think
 
 
 @dataclass(frozen=True)
-class Which:
+class ModelOptions:
     """The flags that say which model, and how it is loaded."""
 
     ckpt: list[str]
@@ -30,18 +30,8 @@ class Which:
     tokenizer: str | None
     template: str
     verify: bool
-    quant: options.Quant | None
+    quantize: Literal["nf4", "none"] | None
     context: int | None = None
-
-
-def check_split(ckpt: list[str], processes: int) -> None:
-    """Refuses what would end every process, before any is started."""
-    from llama_acc.core.checkpoint.layout import inspect, locate, read_config
-    from llama_acc.core.model.config import check_divides
-
-    config = read_config([inspect(locate(folder)) for folder in ckpt])
-    if config is not None and config.vocab_size > 0:
-        check_divides(config, processes)
 
 
 def launch_ranks(how: Launch, device: str | None, check: Callable[[int], None]) -> None:
@@ -59,8 +49,22 @@ def launch_ranks(how: Launch, device: str | None, check: Callable[[int], None]) 
         raise typer.Exit(code)
 
 
+def launch_model(nproc: str | None, device: str | None, ckpt: list[str]) -> None:
+    """Runs this command in as many processes as share one model; see `launch_ranks`."""
+
+    def check(processes: int) -> None:
+        from llama_acc.core.checkpoint.layout import inspect, locate, read_config
+        from llama_acc.core.model.config import check_divides
+
+        config = read_config([inspect(locate(folder)) for folder in ckpt])
+        if config is not None and config.vocab_size > 0:
+            check_divides(config, processes)
+
+    launch_ranks(Launch(nproc), device, check)
+
+
 @contextlib.contextmanager
-def shared_model(which: Which) -> "Iterator[LoadedModel]":
+def load_distributed(model: ModelOptions) -> "Iterator[LoadedModel]":
     """The model, shared by all processes; those other than rank 0 compute in here what that asks for."""
     console.working("loading the model", after=_QUIET)
     from llama_acc.core.device import pick_device
@@ -71,17 +75,17 @@ def shared_model(which: Which) -> "Iterator[LoadedModel]":
     if not environment.is_main():
         # While it waits for rank 0, Python would not look at a signal.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    target = pick_device(which.device)
-    with init_distributed(target, environment.world_size(), console.note, timeout=_PATIENCE) as parallel:
+    device = pick_device(model.device)
+    with init_distributed(device, environment.world_size(), console.note, timeout=_PATIENCE) as parallel:
         loaded = parallel.raise_together(
             lambda: load_model(
-                *which.ckpt,
-                device=str(target),
-                tokenizer=which.tokenizer,
-                template=which.template,
-                verify=which.verify,
-                quantize=None if which.quant is None else which.quant.value,
-                context=which.context,
+                *model.ckpt,
+                device=str(device),
+                tokenizer=model.tokenizer,
+                template=model.template,
+                verify=model.verify,
+                quantize=model.quantize,
+                context=model.context,
                 parallel=parallel,
             )
         )
@@ -89,6 +93,8 @@ def shared_model(which: Which) -> "Iterator[LoadedModel]":
             Engine(loaded).follow()
         for note in loaded.notes:
             console.note(note)
+        if loaded.template_from.startswith("none, as"):
+            console.note("the checkpoint keeps no prompt format: template none, the text is continued as it is")
         console.working(None)
         try:
             yield loaded

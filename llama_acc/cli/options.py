@@ -1,10 +1,10 @@
-"""Flags that several commands share, and their checks. A wrong one is told as Typer tells of any other wrong flag."""
+"""Flags that several commands share, and their checks. A wrong one is reported as Typer reports any other."""
 
 import re
-from enum import Enum
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
+from typer import Option
 
 from llama_acc.core.errors import UserError
 
@@ -40,61 +40,6 @@ def endpoint(value: str | None) -> str | None:
     return value
 
 
-class Quant(str, Enum):
-    """Ways to quantize."""
-
-    nf4 = "nf4"
-    none = "none"
-
-
-Checkpoints = Annotated[
-    list[str],
-    typer.Option(
-        "--ckpt",
-        metavar="DIR",
-        help="Checkpoint or run folder; may repeat: a later one overrides.",
-        callback=given,
-        show_default=False,
-    ),
-]
-DataFiles = Annotated[
-    list[str],
-    typer.Option(
-        "--data",
-        metavar="FILE",
-        help="Data file, folder, glob, downloaded name or hf:... address; may repeat.",
-        callback=given,
-        show_default=False,
-    ),
-]
-Nproc = Annotated[
-    str | None,
-    typer.Option(
-        "--nproc",
-        metavar="N|auto",
-        help="Processes on this machine; auto: one for each GPU.",
-        callback=nproc,
-        rich_help_panel=PROCESSES,
-    ),
-]
-TokenizerFile = Annotated[
-    str | None,
-    typer.Option("--tokenizer", metavar="FILE", help="In place of the one beside the checkpoint.", callback=given),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        "--device",
-        metavar="NAME",
-        help="cuda, cuda:1, mps or cpu; without it, the first there is.",
-        callback=device,
-    ),
-]
-Verify = Annotated[
-    bool, typer.Option("--verify", help="Compare the SHA-256 of the checkpoint's files with its manifest.")
-]
-
-
 def known_template(name: str) -> str:
     """Refuses an unknown prompt format before a model is loaded."""
     from llama_acc.core.data.templates import ChatTemplate, get_template
@@ -107,9 +52,32 @@ def known_template(name: str) -> str:
     return name
 
 
+Checkpoints = Annotated[
+    list[str], Option("--ckpt", metavar="DIR", help="Checkpoint or run folder; may repeat: a later one overrides.")
+]
+Nproc = Annotated[
+    str | None,
+    Option(
+        "--nproc",
+        metavar="N|auto",
+        help="Processes on this machine; auto: one for each GPU.",
+        callback=nproc,
+        rich_help_panel=PROCESSES,
+    ),
+]
+TokenizerFile = Annotated[
+    str | None, Option("--tokenizer", metavar="FILE", help="In place of the one beside the checkpoint.")
+]
+Device = Annotated[
+    str | None,
+    Option(
+        "--device", metavar="NAME", help="cuda, cuda:1, mps or cpu; without it, the first there is.", callback=device
+    ),
+]
+Verify = Annotated[bool, Option("--verify", help="Compare the SHA-256 of the checkpoint's files with its manifest.")]
 Template = Annotated[
     str,
-    typer.Option(
+    Option(
         "--template",
         metavar="NAME",
         help="auto, alpaca, dialogue, none, ...: the prompt format.",
@@ -117,8 +85,8 @@ Template = Annotated[
     ),
 ]
 Quantize = Annotated[
-    Quant | None,
-    typer.Option(
+    Literal["nf4", "none"] | None,
+    Option(
         "--quantize",
         "--quant",
         help="nf4: keep the matrices in four bits, a quarter of the memory of bf16. Without it: as in training.",
@@ -126,6 +94,6 @@ Quantize = Annotated[
 ]
 Context = Annotated[
     int | None,
-    typer.Option("--context", metavar="N", min=2, max=2**27, help="Longest sequence. Without it: the checkpoint's."),
+    Option("--context", metavar="N", min=2, max=2**27, help="Longest sequence. Without it: the checkpoint's."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Json = Annotated[bool, Option("--json", help="Print JSON.")]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from llama_acc.cli import console
-from llama_acc.core.units import count_text
+from llama_acc.core.text import count_text
 
 if TYPE_CHECKING:
     from llama_acc.core.data.preview import Piece, Shown

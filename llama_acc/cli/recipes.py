@@ -1,10 +1,12 @@
 """`llama-acc recipes`: list, show, copy."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument
 
 from llama_acc.cli import console, options
 from llama_acc.core.errors import UserError
@@ -17,7 +19,7 @@ Examples:
 
   llama-acc recipes show lima
 
-  llama-acc recipes copy lima my.yaml    (then: llama-acc finetune --recipe my.yaml ...)
+  llama-acc recipes copy lima my.yaml    (then: llama-acc finetune --recipe my.yaml)
 """
 
 LIST_HELP = """List the shipped recipes.
@@ -42,7 +44,7 @@ Examples:
 
   llama-acc recipes copy lima my.yaml
 
-  llama-acc finetune --recipe my.yaml ...
+  llama-acc finetune --recipe my.yaml
 """
 
 app = typer.Typer()
@@ -65,25 +67,17 @@ def list_recipes(as_json: options.Json = False) -> None:
         console.pairs([(recipe.name, recipe.description) for recipe in found], console.out)
 
 
-def show(name: Annotated[str, typer.Argument(help="A shipped recipe, or a file.")]) -> None:
+def show(name: Annotated[str, Argument(help="A shipped recipe, or a file.")]) -> None:
     """Print a recipe as it is written; every other key has its default (see docs/recipes.md)."""
-    from llama_acc.core.input_files import read_text
-    from llama_acc.core.recipe import Recipe, find_recipe
-
-    path = find_recipe(name)
-    Recipe.load(path)
-    typer.echo(read_text(path), nl=False)
+    typer.echo(_text_of(name), nl=False)
 
 
 def copy(
-    name: Annotated[str, typer.Argument(help="A shipped recipe, or a file.")],
-    file: Annotated[Path, typer.Argument(help="Where to write it; it must not exist yet.")],
+    name: Annotated[str, Argument(help="A shipped recipe, or a file.")],
+    file: Annotated[Path, Argument(help="Where to write it; it must not exist yet.")],
 ) -> None:
     """Copy a recipe to a file, to change it."""
-    from llama_acc.core.input_files import read_text
-    from llama_acc.core.recipe import find_recipe
-
-    text = read_text(find_recipe(name))
+    text = _text_of(name)
     try:
         with file.open("x", encoding="utf-8") as target:
             target.write(text)
@@ -91,4 +85,13 @@ def copy(
         raise UserError(f"{file} exists already", "choose another name, or remove it") from None
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}") from None
-    console.note(f"wrote {file}; use it with: llama-acc finetune --recipe {file} ...")
+    console.note(f"wrote {file}; use it with: llama-acc finetune --recipe {shlex.quote(str(file))}")
+
+
+def _text_of(name: str) -> str:
+    from llama_acc.core.input_files import read_text
+    from llama_acc.core.recipe import Recipe, find_recipe
+
+    path = find_recipe(name)
+    Recipe.load(path)
+    return read_text(path)

@@ -1,6 +1,5 @@
 """A run as it shows on a console."""
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,18 +14,11 @@ if TYPE_CHECKING:
     from llama_acc.core.train.plan import Plan
 
 
-class _Facts(ProgressColumn):
-    """Loss, learning rate, speed and memory of the newest step."""
-
-    def render(self, task: Task) -> Text:
-        return Text(task.fields.get("facts", ""))
-
-
 class _TimeLeft(ProgressColumn):
-    """The time until `ends`, which goes down between two steps."""
+    """The time until a task's `ends`, which goes down between two steps."""
 
     def render(self, task: Task) -> Text:
-        ends = task.fields.get("ends")
+        ends = task.fields["ends"]
         return Text("" if ends is None else f"{console.duration(max(0.0, ends - time.monotonic()))} left")
 
 
@@ -72,16 +64,11 @@ class RunConsole(Callback):
         console.working(None)
         console.pairs(describe_plan(plan))
         self._last_line = 0.0
-        if sys.stderr.isatty() and not console.err.is_dumb_terminal:
-            self._progress = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=24),
-                _Facts(),
-                _TimeLeft(),
-                console=console.err,
-            )
-            self._task = self._progress.add_task("train", total=plan.total_steps)
+        if console.shows_bars():
+            facts = TextColumn("{task.fields[facts]}", markup=False)
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), facts, _TimeLeft())
+            self._progress = Progress(*columns, console=console.err)
+            self._task = self._progress.add_task("train", total=plan.total_steps, facts="", ends=None)
             self._progress.start()
 
     def step(self, metrics: dict[str, Any], plan: "Plan") -> None:
@@ -91,16 +78,14 @@ class RunConsole(Callback):
             f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  {metrics['tokens_per_second']:,.0f} tokens/s  "
             f"{metrics['peak_memory_gib']:.2f} GiB"
         )
-        now, left = time.monotonic(), self._left(metrics, plan)
+        now, left, is_last = time.monotonic(), self._left(metrics, plan), metrics["step"] == plan.total_steps
         if self._progress is not None:
             ends = None if left is None else now + left
             self._progress.update(self._task, completed=metrics["step"], facts=facts, ends=ends)
-            return
-        if now - self._last_line < console.SECONDS_BETWEEN_LINES and metrics["step"] != plan.total_steps:
-            return
-        self._last_line = now
-        ending = "" if left is None or metrics["step"] == plan.total_steps else f"  {console.duration(left)} left"
-        console.err.print(f"step {metrics['step']}/{plan.total_steps}  {facts}{ending}", markup=False)
+        elif is_last or now - self._last_line >= console.SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            ending = "" if left is None or is_last else f"  {console.duration(left)} left"
+            console.err.print(f"step {metrics['step']}/{plan.total_steps}  {facts}{ending}", markup=False)
 
     def _left(self, metrics: dict[str, Any], plan: "Plan") -> float | None:
         """Seconds to the end, from the second step on.

@@ -7,7 +7,7 @@ between any two lines of anybody's code, so:
 - within an import it waits a second for its end: it would come out as an ImportError, or of half a C extension;
 - where a bare `except`, or a callback whose errors are dropped, has swallowed it, it is raised again;
 - whatever a command that got a signal ends with, such as a file that "is damaged" as its reading was broken off, is
-  not told.
+  not reported.
 
 A second signal ends the process at once. Training has its own handlers (`core.interrupt`), which save.
 """

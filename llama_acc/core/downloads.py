@@ -29,7 +29,7 @@ from llama_acc.core.catalogue import (
     without_secrets,
 )
 from llama_acc.core.errors import UserError, did_you_mean, listed
-from llama_acc.core.home import home
+from llama_acc.core.input_files import home
 
 RAW = "raw"
 INCOMING = ".incoming"

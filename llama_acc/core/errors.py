@@ -1,19 +1,50 @@
-"""What can go wrong, as the user is told it. Imports nothing, so every module may use it."""
+"""What can go wrong, as the user reads it. Imports nothing, so every module may use it."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+
+# By pydantic's type of error: what a value should be. The names in braces are of its context.
+_WANTED = {
+    "string_type": "text",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "finite_number": "a finite number",
+    "literal_error": "{expected}",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "below {lt}",
+    "less_than_equal": "at most {le}",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+}
+# A union's branch is no part of the key the user typed.
+_BRANCH = re.compile(r"\.(str|int|float|list\[str\]|dict\[.*?\])(?=\.|$)")
 
 
 class LlamaAccError(Exception):
-    """A failure with one clear message. `exit_code` is what the command returns."""
+    """A failure with one clear message: what is wrong and where, and a hint of what to type or try next.
+
+    `exit_code` is what the command returns.
+    """
 
     exit_code = 1
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        """Args:
-        message: what is wrong and where.
-        hint: what to type or try next.
-        """
         super().__init__(message)
         self.message = message
         self.hint = hint
@@ -40,8 +71,6 @@ class DataError(UserError):
 class RunError(LlamaAccError):
     """It failed while running: a non-finite loss, no memory, a full disk."""
 
-    exit_code = 1
-
 
 def raise_together(errors: Sequence[UserError]) -> None:
     """Raise one error for all of `errors`, if there are any."""
@@ -55,12 +84,51 @@ def raise_together(errors: Sequence[UserError]) -> None:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A question naming the closest of `known` ("did you mean 'lima'?"), or an empty string if none is close."""
     close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
-    return f"did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def listed(problems: Sequence[str], most: int = 20) -> str:
     """Problems one to a line, at most `most` of them, then the count of the rest."""
-    lines = [f"  {problem}" for problem in problems[:most]]
-    if len(problems) > most:
-        lines.append(f"  ... and {len(problems) - most} more")
-    return "\n".join(lines)
+    more = [f"  ... and {len(problems) - most} more"] if len(problems) > most else []
+    return "\n".join([*(f"  {problem}" for problem in problems[:most]), *more])
+
+
+def schema_problems(error: "ValidationError", suggest: Callable[[str], str] = lambda key: "") -> list[str]:
+    """What pydantic finds wrong with a file's values, one problem a line, with the dotted key it is at.
+
+    Args:
+        error: what pydantic found.
+        suggest: what an unknown key may have been meant to be, as a question; empty where nobody knows.
+    """
+    problems: list[str] = []
+    wanted: dict[tuple[str, str], list[str]] = {}  # by key and value: what it should be; a union names more than one
+    for item in error.errors():
+        key = _BRANCH.sub("", ".".join(map(str, item["loc"])))
+        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            hint = suggest(key)
+            problems.append(f"unknown key '{key}'" + (f": {hint}" if hint else ""))
+        elif item["type"] == "missing":
+            # Of a list that is too short, or of a mapping.
+            problems.append(f"missing {'value' if isinstance(item['loc'][-1], int) else 'key'} '{key}'")
+        elif item["type"] in _WANTED:
+            context = {name: f"{v:g}" if isinstance(v, float) else v for name, v in item.get("ctx", {}).items()}
+            wanted.setdefault((key, _as_yaml(item["input"])), []).append(_WANTED[item["type"]].format(**context))
+        else:
+            problems.append(f"{key}: {item['msg'].removeprefix('Value error, ')}".removeprefix(": "))
+    values = [
+        f"{key}: should be {_alternatives(kinds)}, not {value}".removeprefix(": ")
+        for (key, value), kinds in wanted.items()
+        # What stands in a list is reported, not that a union takes something else in the place of the list.
+        if not any(inner.startswith(f"{key}.") for inner, _ in wanted)
+    ]
+    return list(dict.fromkeys([*values, *problems]))
+
+
+def _alternatives(kinds: list[str]) -> str:
+    return " or ".join(kind for kind in dict.fromkeys(kinds) if kind != "a whole number" or "a number" not in kinds)
+
+
+def _as_yaml(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(value)

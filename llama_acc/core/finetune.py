@@ -260,6 +260,4 @@ def _explain_failures(run: Callable[[], _Result]) -> _Result:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise RunError(
-            "the disk is full: the last checkpoint before this is whole", "free some space, then continue with --resume"
-        ) from error
+        raise RunError("the disk is full: free some space; the last checkpoint before this is whole") from error

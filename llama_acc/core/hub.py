@@ -40,8 +40,8 @@ from llama_acc.core.downloads import (
     resolve,
 )
 from llama_acc.core.errors import LlamaAccError, RunError, UserError, did_you_mean, listed
-from llama_acc.core.home import home
-from llama_acc.core.units import size_text
+from llama_acc.core.input_files import home
+from llama_acc.core.text import size_text
 
 if TYPE_CHECKING:
     import httpx2

@@ -10,9 +10,10 @@ import logging
 import os
 import select
 import stat
+from collections.abc import Callable
 from errno import EISDIR, ENXIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from llama_acc.core.errors import UserError
 
@@ -32,13 +33,23 @@ MAX_INTEGER = 10**40
 PIPE_NOTE_SECONDS, PIPE_LIMIT_SECONDS = 10.0, 60.0
 """When a pipe that gives nothing is reported, and when it is given up."""
 
-_KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
+_NO_FILES = {
+    stat.S_IFDIR: (EISDIR, "a folder"),
+    stat.S_IFSOCK: (ENXIO, "a socket"),
+    stat.S_IFCHR: (ENXIO, "a device"),
+    stat.S_IFBLK: (ENXIO, "a device"),
+}
 _logger = logging.getLogger("llama_acc")
+
+
+def home() -> Path:
+    """The folder of downloads and caches: `LLAMA_ACC_HOME`, else `llama-acc` in the XDG data folder."""
+    chosen = os.environ.get("LLAMA_ACC_HOME")
+    if chosen:
+        return Path(chosen).expanduser()
+    data = Path(os.environ.get("XDG_DATA_HOME", ""))
+    # The XDG specification says a relative path there is to be ignored.
+    return (data if data.is_absolute() else Path.home() / ".local" / "share") / "llama-acc"
 
 
 def open_input(path: Path, *, pipes: bool = True, buffered: bool = False) -> io.FileIO | io.BufferedReader:
@@ -52,11 +63,11 @@ def open_input(path: Path, *, pipes: bool = True, buffered: bool = False) -> io.
     Raises:
         OSError: it is missing, cannot be read, or is a folder, socket or device; TimeoutError from a silent pipe.
     """
-    mode = os.stat(path).st_mode  # a device may act on being opened
-    for is_kind, name in _KINDS:
-        if is_kind(mode):
-            raise OSError(EISDIR if name == "a folder" else ENXIO, f"it is {name}, not a file", str(path))
-    if stat.S_ISFIFO(mode) and not pipes:
+    kind = stat.S_IFMT(os.stat(path).st_mode)  # a device may act on being opened
+    if kind in _NO_FILES:
+        code, name = _NO_FILES[kind]
+        raise OSError(code, f"it is {name}, not a file", str(path))
+    if kind == stat.S_IFIFO and not pipes:
         raise OSError(ENXIO, "it is a pipe, and has to be a file: save what comes out of it first", str(path))
     # Otherwise a pipe without a writer is not even opened.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -98,14 +109,16 @@ def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
     Raises:
         UserError: it is missing, unreadable, or longer than `most` bytes.
     """
+    data = bytearray()
     try:
         with open_input(path) as file:
-            data = _at_most(file, most + 1)
+            while len(data) <= most and (piece := file.read(most + 1 - len(data))):
+                data += piece
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     if len(data) > most:
         raise UserError(f"cannot read {path}: it is longer than {most >> 20} MiB, so it is a file of another kind")
-    return data
+    return bytes(data)
 
 
 def read_text(path: Path, most: int = MAX_BYTES) -> str:
@@ -143,19 +156,6 @@ def parse_object(data: bytes, name: str) -> dict[str, Any]:
     return value
 
 
-def _parse_json(text: str, name: str) -> Any:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"cannot read {name}: it is not JSON: {place}: {error.msg}") from error
-    except RecursionError as error:
-        raise _too_deep(name) from error
-    except ValueError as error:  # more digits than Python takes
-        raise UserError(f"cannot read {name}: {error}") from error
-    return _within_bounds(value, name)
-
-
 def read_yaml(path: Path, loader: "type[SafeLoader] | None" = None) -> Any:
     """The value in a small YAML file.
 
@@ -170,23 +170,17 @@ def parse_yaml(text: str, name: str, loader: "type[SafeLoader] | None" = None) -
     import yaml  # takes a while
 
     try:
-        value = yaml.load(text, loader or yaml.SafeLoader)
+        return _bounded(lambda: yaml.load(text, loader or yaml.SafeLoader), name)
     except yaml.YAMLError as error:
         raise UserError(f"cannot read {name}: it is not YAML: {error}") from error
-    except RecursionError as error:
-        raise _too_deep(name) from error
-    # Of dates and numbers that there are not.
-    except (ValueError, OverflowError) as error:
-        raise UserError(f"cannot read {name}: {error}") from error
-    return _within_bounds(value, name)
 
 
-def _at_most(file: IO[bytes], count: int) -> bytes:
-    pieces = []
-    while count and (piece := file.read(count)):
-        pieces.append(piece)
-        count -= len(piece)
-    return b"".join(pieces)
+def _parse_json(text: str, name: str) -> Any:
+    try:
+        return _bounded(lambda: json.loads(text), name)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"cannot read {name}: it is not JSON: {place}: {error.msg}") from error
 
 
 def _decoded(data: bytes, name: str) -> str:
@@ -196,12 +190,17 @@ def _decoded(data: bytes, name: str) -> str:
         raise UserError(f"cannot read {name}: it is not UTF-8 at byte {error.start}") from error
 
 
-def _too_deep(name: str) -> UserError:
-    return UserError(f"cannot read {name}: lists or mappings are nested more than {MAX_DEPTH} deep")
-
-
-def _within_bounds(value: Any, name: str) -> Any:
-    """The value, level by level within the limits; what an alias stands for counts each time."""
+def _bounded(parse: Callable[[], Any], name: str) -> Any:
+    """What a parser makes, level by level within the limits; what an alias stands for counts each time."""
+    too_deep = UserError(f"cannot read {name}: lists or mappings are nested more than {MAX_DEPTH} deep")
+    try:
+        value = parse()
+    except RecursionError as error:
+        raise too_deep from error
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, OverflowError) as error:  # more digits than Python takes, dates that there are not
+        raise UserError(f"cannot read {name}: {error}") from error
     level, depth, count = [value], 0, 1
     while level:
         inner: list[Any] = []
@@ -210,7 +209,7 @@ def _within_bounds(value: Any, name: str) -> Any:
                 raise UserError(f"cannot read {name}: it holds a whole number of more than 40 digits")
             if isinstance(item, (dict, list, tuple, set)):
                 if depth == MAX_DEPTH:
-                    raise _too_deep(name)
+                    raise too_deep
                 count += len(item)
                 if count > MAX_VALUES:
                     raise UserError(f"cannot read {name}: it holds more than {MAX_VALUES:,} values")

@@ -34,37 +34,33 @@ class Interrupted(BaseException):
 class StopRequest:
     """Set when a signal came in."""
 
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+    received: signal.Signals | None = None
 
 
 @contextlib.contextmanager
-def stop_on_signal(tell: Callable[[str], None]) -> Iterator[StopRequest]:
+def stop_on_signal(note: Callable[[str], None]) -> Iterator[StopRequest]:
     """Collects SIGINT and SIGTERM while the block runs; a second signal ends the process at once.
 
     Args:
-        tell: is given a line for the user when the first one comes in.
+        note: shows a line to the user when the first one comes in.
     """
     request = StopRequest()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        received = signal.Signals(number)
-        if request.received is not None:
-            if not environment.is_launched():  # a launcher ends this process itself
-                os._exit(EXIT_CODES[received])
-            return
-        request.received = received
-        if not environment.is_stopped_by_user():
-            return
-        # Where standard error is broken, or just being written to, saving still comes first.
-        with contextlib.suppress(Exception):
-            tell(f"{received.name}: saving after this step, then stopping; again to stop at once without saving")
+        again = request.received is not None
+        request.received = request.received or signal.Signals(number)
+        if again and not environment.is_launched():  # a launcher ends this process itself
+            os._exit(EXIT_CODES[signal.Signals(number)])
+        if not again and environment.is_stopped_by_user():
+            # Where standard error is broken, or just being written to, saving still comes first.
+            with contextlib.suppress(Exception):
+                name = request.received.name
+                note(f"{name}: saving after this step, then stopping; again to stop at once without saving")
 
     try:
         previous = {number: signal.signal(number, handle) for number in EXIT_CODES}
     except ValueError:  # not the main thread: the caller handles signals
-        yield request
-        return
+        previous = {}
     try:
         yield request
     finally:

@@ -1,30 +1,32 @@
 """What a run is: a strict schema, shipped recipes, `key=value` overrides. Imports no torch.
 
-A recipe is a YAML file. Every key is known and typed; an unknown key is an error with the nearest known one, and all
-problems of a recipe are told together.
+A recipe is a YAML file. Every key is known and typed; all problems of a recipe come together, an unknown key with the
+nearest known one. What the keys mean is in docs/recipes.md.
 """
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from llama_acc.core.errors import UserError, did_you_mean, listed
+from llama_acc.core.errors import UserError, did_you_mean, listed, schema_problems
+from llama_acc.core.input_files import parse_yaml, read_yaml
 from llama_acc.core.model.config import Vision as ModelVision
 from llama_acc.core.model.config import VisionTraining, vision_of
 from llama_acc.core.model.tuning import METHODS
 from llama_acc.core.model.tuning import Tuning as ModelTuning
-from llama_acc.core.recipe_yaml import apply_overrides, read_recipe, to_yaml
-from llama_acc.core.schema_problems import problems_of
 
 RECIPES_FOLDER = Path(str(files("llama_acc"))) / "recipes"
 # Beyond these a number is a slip of the hand, and would fail only where something is computed with it.
 _LENGTH, _STEPS = 2**24, 10**9
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -34,15 +36,7 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """Which model, and where its weights come from.
-
-    Attributes:
-        pretrained: a checkpoint folder or a downloaded name, or several (left to right); null = random weights.
-        size: a size known by name, used where no weights are at hand.
-        params: a mapping as in params.json, a path, or several paths (union, the last wins).
-        max_seq_len: longest sequence the model is meant for; null = what the checkpoint says.
-        tokenizer: a tokenizer file; null = the one beside the checkpoint.
-    """
+    """Which model, and where its weights come from: folders or downloaded names, left to right; null = random."""
 
     pretrained: str | list[str] | None
     size: str | None = None
@@ -58,16 +52,8 @@ class Model(Section):
 
 
 class Tuning(Section):
-    """What trains, and what is added for it. A method's own settings, such as `lora_rank`, are keys besides: those of
-    its class, see `core.model.tuning`; null = the method's own.
-
-    Attributes:
-        method: `full` trains every parameter; `bias_norm` biases and norms; `lora` LoRA pairs; `lora_bias_norm` both;
-            `adapter` zero-init attention, biases and norms, and LoRA pairs if they have a rank; `frozen` nothing of the
-            LLaMA, only what vision adds.
-        quantize: `nf4`: the matrices of the blocks are kept in four bits (they do not train); none.
-        quantize_skip: with `nf4`, matrices to leave as they are; see `transformer.quantizable`.
-    """
+    """What trains, and what is added for it. A method's own settings, such as `lora_rank`, are keys besides, which
+    `_add_settings` takes from its class in `core.model.tuning`; null = the method's own default."""
 
     method: str = "full"
     quantize: Literal["none", "nf4"] = "none"
@@ -88,9 +74,8 @@ class Tuning(Section):
         if wrong := [key for key in type(self).model_fields if key in _SETTINGS - own and getattr(self, key)]:
             raise ValueError(f"method {self.method} has no {' and no '.join(wrong)}")
         if method.trains_all and self.quantize != "none":
-            raise ValueError(
-                f"quantize {self.quantize} is for what does not train, and method {self.method} trains all"
-            )
+            problem = f"quantize {self.quantize} is for what does not train, and method {self.method} trains all"
+            raise ValueError(problem)
         return self
 
     def resolved(self) -> ModelTuning:
@@ -116,16 +101,7 @@ _SETTINGS = _add_settings()
 
 
 class Vision(Section):
-    """What lets the model see; see `core.model.config`.
-
-    Attributes:
-        encoder: `qformer` (BLIP-2's, frozen), `clip` (with method `adapter`; frozen), `tiny` (trains from nothing), or
-            None: the model sees nothing, or with what its checkpoint has.
-        params: sizes of the encoder other than the usual ones; a checkpoint's own win.
-        stage: of training: 1 brings vision and language together, 2 teaches to follow instructions.
-        cache_features: keep what a frozen encoder makes of the images on disk, and make it once only.
-        reference_trainables: train only what LLaMA2-Accessory trains of what vision adds.
-    """
+    """The encoder of images, if any, and how it is trained; see `core.model.config`."""
 
     encoder: str | None = None
     params: dict[str, int | float] | None = None
@@ -155,15 +131,7 @@ class Vision(Section):
 
 
 class Source(Section):
-    """One source of data.
-
-    Attributes:
-        path: a file, glob, folder, downloaded name or address of the Hub.
-        format: kind of its items.
-        template: prompt format.
-        ratio: a fixed random part of it is kept.
-        root: the folder that relative paths of images begin at; null = that of the data file.
-    """
+    """A file, glob, folder, downloaded name or address; a fixed random `ratio` of its items is kept."""
 
     path: str
     format: Literal["auto", "single_turn", "dialogue", "single_turn_llava"] = "auto"
@@ -173,8 +141,7 @@ class Source(Section):
 
 
 class Validation(Section):
-    """Held-out data: a fraction of the training items or a file; evaluated every N steps (0 = each epoch) and at the
-    end."""
+    """Held-out data: a fraction of the items or a file; evaluated every N steps (0 = each epoch) and at the end."""
 
     fraction: float = Field(default=0.0, ge=0, lt=1)
     path: str | None = None
@@ -188,14 +155,7 @@ class Validation(Section):
 
 
 class Images(Section):
-    """How pictures become squares of pixels.
-
-    Attributes:
-        transform: `random_resized_crop` (0.9 to 1 of the area, anew in each epoch), `centre_crop`, or `pad_to_square`.
-            Held-out data is always padded, as for generation.
-        max_pixels: larger pictures are refused.
-        workers: processes that decode; null = one for each core but one, at most 8.
-    """
+    """How pictures become squares of pixels, for training; held-out ones are padded, as for generation."""
 
     transform: Literal["random_resized_crop", "centre_crop", "pad_to_square"] = "random_resized_crop"
     max_pixels: int = Field(default=100_000_000, ge=1, le=2**32)
@@ -203,11 +163,7 @@ class Images(Section):
 
 
 class Data(Section):
-    """What is learned.
-
-    Examples longer than `max_tokens` are cut, and counted. Of items that cannot be trained on, `on_error` says whether
-    they stop the run before it begins, or are skipped, and told in data.json.
-    """
+    """What is learned. Longer examples are cut, and counted; items with errors stop the run, or are skipped."""
 
     sources: list[Source] = Field(min_length=1)
     max_tokens: int = Field(default=2048, ge=2, le=_LENGTH)
@@ -222,16 +178,9 @@ class Optimizer(Section):
     lr: float = Field(ge=0)
     min_lr: float = Field(default=0.0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0, le=1)
     clip_grad_norm: float = Field(default=2.0, gt=0)
-
-    @field_validator("betas")
-    @classmethod
-    def _betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError("each beta must be at least 0 and below 1")
-        return betas
 
     @model_validator(mode="after")
     def _falling(self) -> "Optimizer":
@@ -241,22 +190,8 @@ class Optimizer(Section):
 
 
 class Train(Section):
-    """How it is learned.
-
-    Attributes:
-        epochs: passes over the data; may be a fraction.
-        warmup_epochs: length of the linear warm-up, in epochs.
-        global_batch_size: examples per optimizer step, whatever the number of processes.
-        batch_size: most examples per micro-batch; the memory knob.
-        micro_batch_tokens: most tokens per micro-batch, or null. One longer example still goes alone.
-        precision: bf16 (activations and matrix products; what trains is kept in float32) or fp32.
-        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
-        compile: run each block through torch.compile.
-        shuffle: a new order of the examples each epoch.
-        seed: decides the order of data, splits and random weights.
-        max_steps: end after so many optimizer steps (the schedule keeps its horizon), or null.
-        deterministic: use only deterministic kernels (CUDA; a CPU run always is).
-    """
+    """How it is learned. `global_batch_size` examples make an optimizer step, whatever the number of processes;
+    `batch_size` and `micro_batch_tokens` bound a micro-batch, and with it the memory."""
 
     epochs: float = Field(default=3, gt=0, le=1_000_000)
     warmup_epochs: float = Field(default=0.0, ge=0)
@@ -279,15 +214,8 @@ class Train(Section):
 
 
 class Parallel(Section):
-    """How the work is split over processes.
-
-    Attributes:
-        model_parallel_size: processes that share one copy of the model: 1, 2, 4 or 8.
-        data_parallel: what the others do with theirs. ddp: all keep all of it; sdp: gradients and optimizer state are
-            sharded; fsdp: parameters too.
-        accumulate_unsharded: with fsdp, sum a step's gradients over the processes once instead of after each
-            micro-batch: less communication, more memory.
-    """
+    """How the work is split over processes: ddp keeps all of it, sdp shards gradients and optimizer state, fsdp
+    parameters too."""
 
     model_parallel_size: int = Field(default=1, ge=1, le=1024)
     data_parallel: Literal["ddp", "sdp", "fsdp"] = "sdp"
@@ -295,16 +223,7 @@ class Parallel(Section):
 
 
 class Checkpoint(Section):
-    """When to save, and how many to keep. The end of a run always saves.
-
-    Attributes:
-        every_epochs: save after so many epochs; 0 = only at the end.
-        every_steps: also save after so many optimizer steps of an epoch; 0 = never.
-        keep: how many checkpoint folders stay, the newest; 0 = all.
-        dtype: type of the saved weights; auto = the training precision.
-        asynchronous: write while training goes on, from a copy in the host's memory, where that has room for it.
-        trainable_only: save only what trains; it is loaded on top of its base.
-    """
+    """When to save, in what type, and how many folders to keep (0 = all). The end of a run always saves."""
 
     every_epochs: int = Field(default=1, ge=0, le=_STEPS)
     every_steps: int = Field(default=0, ge=0, le=_STEPS)
@@ -329,16 +248,10 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
 
     @model_validator(mode="after")
-    def _quantised_weights_are_not_saved(self) -> "Recipe":
-        if self.tuning.quantize != "none" and not self.checkpoint.trainable_only:
-            raise ValueError(
-                f"tuning.quantize={self.tuning.quantize} saves only what trains: set checkpoint.trainable_only=true"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _vision_and_method_go_together(self) -> "Recipe":
-        method, encoder = self.tuning.method, self.vision.encoder
+    def _sections_go_together(self) -> "Recipe":
+        method, encoder, quantize = self.tuning.method, self.vision.encoder, self.tuning.quantize
+        if quantize != "none" and not self.checkpoint.trainable_only:
+            raise ValueError(f"tuning.quantize={quantize} saves only what trains: set checkpoint.trainable_only=true")
         if method == "frozen" and encoder is None:
             raise ValueError("method frozen trains only what vision adds: set vision.encoder")
         if method == "frozen" and self.vision.reference_trainables:
@@ -359,7 +272,11 @@ class Recipe(Section):
         Raises:
             UserError: an unknown recipe or key, a value of the wrong kind; all of them listed.
         """
-        return cls.from_mapping(read_recipe(find_recipe(source)), overrides, where=str(source))
+        path = find_recipe(source)
+        values = read_yaml(path, _Loader)
+        if not isinstance(values, dict):
+            raise UserError(f"recipe {path} must be a mapping with keys such as model, data and train")
+        return cls.from_mapping(values, overrides, where=str(source))
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> "Recipe":
@@ -368,16 +285,15 @@ class Recipe(Section):
         Raises:
             UserError: as `load`.
         """
-        values = apply_overrides(values, overrides)
         try:
-            return cls.model_validate(values)
+            return cls.model_validate(_overridden(values, overrides))
         except ValidationError as error:
-            found = problems_of(error, _suggestion)
-            raise UserError(f"recipe {where} is not valid:\n{listed(found)}") from None
+            raise UserError(f"recipe {where} is not valid:\n{listed(schema_problems(error, _suggestion))}") from None
 
     def to_yaml(self) -> str:
         """The recipe with every key resolved."""
-        return to_yaml(self.model_dump(mode="json"))
+        values = self.model_dump(mode="json")
+        return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
 
 
 def recipe_names() -> list[str]:
@@ -423,3 +339,47 @@ def _suggestion(key: str) -> str:
         return f"did you mean {' or '.join(repr(name) for name in homes)}?"
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
     return did_you_mean(key, siblings) or did_you_mean(key, known)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-5 as a number, as YAML 1.2 and everybody does; PyYAML alone wants 1.0e-5."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around a text that `_Loader` would read as a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+
+
+def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `values` with each `a.b.c=VALUE` set; VALUE is read as YAML, list items are addressed by number."""
+    values = copy.deepcopy(values)
+    problems = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            problems.append(f"'{override}': an override is written key=value, such as train.epochs=1")
+            continue
+        try:
+            _assign(values, key.split("."), parse_yaml(text, "the value", _Loader))
+        except UserError as error:
+            problems.append(f"'{override[:60]}': {error.message.splitlines()[0]}")
+        except (LookupError, ValueError, TypeError):
+            problems.append(f"'{override}': there is no key '{key}'")
+    if problems:
+        raise UserError(f"these overrides cannot be applied:\n{listed(problems)}")
+    return values
+
+
+def _assign(values: Any, keys: list[str], value: Any) -> None:
+    key: Any = int(keys[0]) if isinstance(values, list) else keys[0]
+    if len(keys) == 1:
+        values[key] = value
+        return
+    if isinstance(values, dict) and values.get(key) is None:
+        values[key] = {}  # a section the file leaves out; a wrong name is found by the schema
+    _assign(values[key], keys[1:], value)

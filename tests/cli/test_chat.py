@@ -1,7 +1,6 @@
 """`llama-acc chat` for scripts: one answer, piped conversations, prompt formats."""
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -10,26 +9,25 @@ from pathlib import Path
 import pytest
 
 from tests.cli.chains import write_chain
-from tests.cli.commands import COMMAND, PATIENCE, QUICKSTART, environment, invoke, refused, run, start
+from tests.cli.commands import COMMAND, PATIENCE, QUICKSTART, Result, environment, invoke, refused, run, start
 from tests.cli.conftest import ANSWER
 
 # Of the model `talker`: after ":" it answers, after "?" it never ends.
 
 
+def chat(talker: Path, *flags: object, template: str = "alpaca", **options: str) -> Result:
+    """Greedy answers."""
+    return invoke("chat", "--ckpt", talker, "--template", template, "--temperature", "0", *flags, **options)
+
+
 def test_the_answer_stands_alone_on_standard_output(talker: Path) -> None:
     done = run("chat", "--ckpt", talker, "--template", "alpaca", "--temperature", "0", "--prompt", "hello")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{ANSWER}\n", "")
-
-
-def test_a_checkpoint_without_a_prompt_format_says_so_beside_the_answer(talker: Path) -> None:
-    result = invoke("chat", "--ckpt", talker, "--temperature", "0", "--prompt", "say:")
-    assert (result.exit_code, result.stdout) == (0, f"{ANSWER}\n")
-    assert "the checkpoint keeps no prompt format: template none" in result.stderr
-
-
-def test_the_prompt_can_come_from_standard_input(talker: Path) -> None:
-    result = invoke("chat", "--ckpt", talker, "--template", "none", "--temperature", "0", "--prompt", "-", input="say:")
-    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{ANSWER}\n", "")
+    by_pipe = chat(talker, "--prompt", "-", template="none", input="say:")
+    assert (by_pipe.exit_code, by_pipe.stdout, by_pipe.stderr) == (0, f"{ANSWER}\n", "")
+    without_format = chat(talker, "--prompt", "say:", template="auto")
+    assert (without_format.exit_code, without_format.stdout) == (0, f"{ANSWER}\n")
+    assert "the checkpoint keeps no prompt format: template none" in without_format.stderr
 
 
 def test_bytes_that_are_no_text_are_refused(talker: Path) -> None:
@@ -47,43 +45,31 @@ def test_bytes_that_are_no_text_are_refused(talker: Path) -> None:
 
 @pytest.mark.parametrize("prompt", ["", " ", "\x00", "🦙\u202e\u2028"])
 def test_any_text_is_a_prompt(talker: Path, prompt: str) -> None:
-    result = invoke("chat", "--ckpt", talker, "--template", "alpaca", "--temperature", "0", "--prompt", prompt)
+    result = chat(talker, "--prompt", prompt)
     assert (result.exit_code, result.stdout) == (0, f"{ANSWER}\n")
 
 
-def test_max_new_tokens_ends_an_answer(talker: Path) -> None:
-    flags = ["--template", "none", "--temperature", "0", "--max-new-tokens", "3"]
-    assert invoke("chat", "--ckpt", talker, "--prompt", "who?", *flags).stdout == "the the the\n"
+def test_options_shape_the_answer(talker: Path, trained_once: Path) -> None:
+    assert chat(talker, "--prompt", "who?", "--max-new-tokens", "3", template="none").stdout == "the the the\n"
+    for temperature in ("1e-300", "0.01"):
+        flags = ["--template", "alpaca", "--temperature", temperature, "--seed", "1"]
+        assert invoke("chat", "--ckpt", talker, "--prompt", "hello", *flags).stdout == f"{ANSWER}\n"
 
-
-@pytest.mark.parametrize("temperature", ["1e-300", "0.01"])
-def test_a_low_temperature_is_greedy(talker: Path, temperature: str) -> None:
-    flags = ["--template", "alpaca", "--temperature", temperature, "--seed", "1"]
-    assert invoke("chat", "--ckpt", talker, "--prompt", "hello", *flags).stdout == f"{ANSWER}\n"
-
-
-def test_the_same_seed_gives_the_same_answer(trained_once: Path) -> None:
-    def answer(seed: int) -> str:
+    def drawn(seed: int) -> str:
         flags = ["--seed", seed, "--temperature", "1.5", "--max-new-tokens", "20"]
         return invoke("chat", "--ckpt", trained_once, "--prompt", "What is LLaMA?", *flags).stdout
 
-    assert answer(1) == answer(1) != answer(2)
+    assert drawn(1) == drawn(1) != drawn(2)
 
 
-def test_a_run_means_its_latest_checkpoint(trained_once: Path) -> None:
+def test_a_run_means_its_latest_checkpoint_and_later_ones_override(trained_once: Path, talker: Path) -> None:
     flags = ["--prompt", "What is LLaMA?", "--temperature", "0", "--max-new-tokens", "20"]
-    by_run = invoke("chat", "--ckpt", trained_once, *flags)
-    by_checkpoint = invoke("chat", "--ckpt", trained_once / "epoch0", *flags)
-    assert by_run.exit_code == 0
-    assert by_run.stdout == by_checkpoint.stdout
-    assert by_run.stderr == ""
-
-
-def test_later_checkpoints_override_earlier_ones(trained_once: Path, talker: Path) -> None:
-    flags = ["--prompt", "What is LLaMA?", "--temperature", "0", "--max-new-tokens", "20"]
-    both = invoke("chat", "--ckpt", talker, "--ckpt", trained_once, *flags)
-    assert both.exit_code == 0, both.stderr
-    assert both.stdout == invoke("chat", "--ckpt", trained_once, *flags).stdout
+    answers = []
+    for ckpt in ([trained_once], [trained_once / "epoch0"], [talker, trained_once]):
+        result = invoke("chat", *(word for folder in ckpt for word in ("--ckpt", folder)), *flags)
+        assert (result.exit_code, result.stderr) == (0, "")
+        answers.append(result.stdout)
+    assert answers == [answers[0]] * 3
 
 
 # Conversations through a pipe
@@ -144,22 +130,14 @@ def test_a_saved_conversation_is_data_to_train_on(talker: Path, tmp_path: Path) 
     assert f"{ANSWER}\n###" in trained.stdout
 
 
-def test_the_end_of_the_input_ends_the_conversation(talker: Path) -> None:
-    result = invoke("chat", "--ckpt", talker, "--template", "alpaca", "--temperature", "0", input="hello")
-    assert (result.exit_code, result.stdout) == (0, f"{ANSWER}\n")
-
-
-def test_a_question_too_long_is_told_and_the_conversation_goes_on(talker: Path) -> None:
-    result = invoke(
-        "chat", "--ckpt", talker, "--template", "alpaca", "--temperature", "0", input="x" * 9000 + "\nhello\n"
-    )
+def test_a_question_too_long_is_reported_and_the_conversation_goes_on_to_the_end_of_the_input(talker: Path) -> None:
+    result = chat(talker, input="x" * 9000 + "\nhello")
     assert (result.exit_code, result.stdout) == (0, f"{ANSWER}\n")
     assert "the model's context is 4096" in result.stderr
 
 
 def test_a_long_conversation_forgets_its_oldest_turns_and_says_so(talker: Path) -> None:
-    flags = ["--template", "dialogue", "--temperature", "0"]
-    result = invoke("chat", "--ckpt", talker, *flags, input=("q" * 1500 + "\n") * 4)
+    result = chat(talker, template="dialogue", input=("q" * 1500 + "\n") * 4)
     assert (result.exit_code, result.stdout) == (0, f"{ANSWER}\n" * 4)
     assert "the conversation is long: forgot its 2 oldest turns" in result.stderr
 
@@ -243,14 +221,7 @@ def test_the_chat_template_of_a_hugging_face_folder_is_used_and_said(instruct_fo
     assert spoken.stderr == "system: be brief\n"
 
 
-@pytest.mark.parametrize(
-    ("eos", "end"),
-    [
-        ("<|im_end|>", "<|im_end|>"),
-        ("<|endoftext|>", "<|im_end|>"),
-        ("<|im_end|>", "<|endoftext|>"),
-    ],
-)
+@pytest.mark.parametrize(("eos", "end"), [("<|endoftext|>", "<|im_end|>"), ("<|im_end|>", "<|endoftext|>")])
 def test_special_tokens_never_leak_into_an_answer(instruct_folder: Path, tmp_path: Path, eos: str, end: str) -> None:
     from tokenizers import Tokenizer
 
@@ -270,11 +241,3 @@ def test_a_chat_template_that_fails_is_told_with_its_file(instruct_folder: Path,
     refused(invoke("chat", "--ckpt", folder, "--prompt", "x"), str(folder / "chat_template.jinja"), "only cats may ask")
     (folder / "chat_template.jinja").write_text("{% for %}")
     refused(invoke("chat", "--ckpt", folder, "--prompt", "x"), "chat_template.jinja is not a chat template")
-
-
-def test_a_real_instruct_model_answers() -> None:
-    folder = os.environ.get("LLAMA_ACC_SMOLLM2")
-    if not folder:
-        pytest.skip("LLAMA_ACC_SMOLLM2 does not name a folder with SmolLM2-135M-Instruct in Meta's layout")
-    done = run("chat", "--ckpt", folder, "--temperature", "0", "--prompt", "What is the capital of France?")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "The capital of France is Paris.\n", "")

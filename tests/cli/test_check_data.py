@@ -203,7 +203,7 @@ def test_a_run_finds_the_same_before_the_model_is_touched(tmp_path: Path) -> Non
 def test_dialogues_for_a_single_turn_recipe_get_a_hint(dialogues: Path, tmp_path: Path) -> None:
     wrong = invoke(*CHECK, dialogues, "--format", "single_turn")
     assert wrong.exit_code == 2
-    assert "hint: they are dialogues: use format: dialogue and template: dialogue, or format: single" in wrong.stderr
+    assert "hint: they are dialogues: data.sources.0.format=dialogue data.sources.0.template=dialogue" in wrong.stderr
     assert f"llama-acc convert-data llava {dialogues}" in wrong.stderr
     assert "10 dialogues" in invoke(*CHECK, dialogues, "--format", "dialogue", "--template", "dialogue").stdout
     assert "10 single-turn items" in invoke(*CHECK, dialogues, "--format", "single_turn_llava").stdout

@@ -14,9 +14,9 @@ from llama_acc.core.memory.guard import setup_of_run
 from llama_acc.core.memory.predict import predict
 from llama_acc.core.model.transformer import parameter_count
 from llama_acc.core.recipe import Recipe, recipe_names
+from llama_acc.core.text import size_text
 from llama_acc.core.train.callback import Callback
 from llama_acc.core.train.plan import Plan, make_plan
-from llama_acc.core.units import size_text
 from tests.cli.commands import QUICKSTART, invoke
 
 # With room for every recipe's data.max_tokens, and heads for every recipe's model-parallel size.
@@ -50,7 +50,7 @@ def test_every_shipped_recipe_dry_runs_on_a_tiny_model(
     tiny = [TINY_LONG, "model.max_seq_len=4096", "train.warmup_epochs=0"]
     if recipe.tuning.prefix_layers:
         tiny.append("tuning.prefix_layers=1")
-    result = invoke("finetune", "--recipe", name, "--dry-run", *flags, *tiny)
+    result = invoke("finetune", "--recipe", name, "--dry-run", "--no-timing", *flags, *tiny)
     assert result.exit_code == 0, result.stderr
     assert shown(result.stdout)["recipe"] == name
     assert shown(result.stdout)["data"].startswith("10 items, ")
@@ -88,17 +88,6 @@ def test_it_shows_plan_data_time_disk_and_two_examples(tmp_path: Path) -> None:
     found = [result.stdout.index(f"\n{first}") for first in ("disk", "example 1", "example 2", "memory", "time")]
     assert found == sorted(found), "what takes longest comes last"
     assert "\ntime" not in invoke(*QUICKSTART, "--dry-run", "--no-timing").stdout
-
-
-def test_one_of_a_kind_is_not_told_as_several(tmp_path: Path) -> None:
-    (tmp_path / "one.json").write_text('[{"instruction": "Say it.", "output": "It."}]', encoding="utf-8")
-    settings = ["train.epochs=1", "train.global_batch_size=1", "train.batch_size=1", "train.warmup_epochs=0"]
-    result = invoke(*QUICKSTART, "--dry-run", "--data", tmp_path / "one.json", *settings)
-    assert result.exit_code == 0, result.stderr
-    lines = shown(result.stdout)
-    assert lines["data"].startswith("1 item, ")
-    assert lines["steps"] == "1 of 1 example; 1 in an epoch, 1 epoch, fp32"
-    assert "example 1: one.json item 1" in result.stdout
 
 
 def test_work_is_counted_in_the_programs_own_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,12 +153,6 @@ def words_tokenizer(pieces: int) -> dict[str, object]:
     }
 
 
-def test_without_an_output_it_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert invoke(*QUICKSTART, "--dry-run").exit_code == 0
-    assert files(tmp_path) == set()
-
-
 def test_it_may_be_repeated_and_the_real_run_follows_into_its_folder(tmp_path: Path) -> None:
     output = tmp_path / "run"
     for _ in range(2):
@@ -182,32 +165,23 @@ def test_it_may_be_repeated_and_the_real_run_follows_into_its_folder(tmp_path: P
     assert [(output / name).read_bytes() for name in ("recipe.yaml", "data.json")] == planned
 
 
-def test_the_recipe_it_writes_runs_from_any_folder(
-    tmp_path: Path, single_turn: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for folder in ("here", "there"):
-        (tmp_path / folder).mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    shutil.copy(single_turn, "towns.json")
-    written = invoke(*QUICKSTART, "--dry-run", "--data", "towns.json", "--output", "run")
-    monkeypatch.chdir(tmp_path / "there")
-    again = invoke("finetune", "--recipe", "../here/run/recipe.yaml", "--device", "cpu", "--dry-run")
-    assert (written.exit_code, again.exit_code) == (0, 0), written.stderr + again.stderr
-    assert shown(again.stdout)["data"] == shown(written.stdout)["data"]
-
-
-def test_data_on_the_command_line_is_that_of_the_current_folder_not_the_recipes(
-    tmp_path: Path, single_turn: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for folder in ("recipes", "here"):
+def test_data_is_found_from_any_folder(tmp_path: Path, single_turn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the command line it is that of the current folder, not the recipe's; the recipe that is written knows it."""
+    for folder in ("recipes", "here", "there"):
         (tmp_path / folder).mkdir()
     assert invoke("recipes", "copy", "quickstart", tmp_path / "recipes" / "my.yaml").exit_code == 0
     (tmp_path / "recipes" / "data.json").write_text('[{"instruction": "a", "output": "b"}]')
     shutil.copy(single_turn, tmp_path / "here" / "data.json")
+    dry = ("finetune", "--device", "cpu", "--dry-run", "--no-timing", "--recipe")
     monkeypatch.chdir(tmp_path / "here")
-    result = invoke("finetune", "--recipe", "../recipes/my.yaml", "--device", "cpu", "--data", "data.json", "--dry-run")
-    assert result.exit_code == 0, result.stderr
-    assert shown(result.stdout)["data"].startswith("10 items")
+    written = invoke(*dry, "../recipes/my.yaml", "--data", "data.json", "--output", "run")
+    assert written.exit_code == 0, written.stderr
+    monkeypatch.chdir(tmp_path / "there")
+    again = invoke(*dry, "../here/run/recipe.yaml")
+    assert again.exit_code == 0, again.stderr
+    assert shown(again.stdout)["data"] == shown(written.stdout)["data"]
+    assert shown(again.stdout)["data"].startswith("10 items")
+    assert files(tmp_path / "there") == set()
 
 
 def test_only_the_shape_of_a_model_that_is_not_there_is_needed(
@@ -246,38 +220,28 @@ def test_the_tokenizer_beside_the_checkpoint_is_taken_not_the_recipes(talker: Pa
     assert yaml.safe_load((output / "recipe.yaml").read_text())["model"]["tokenizer"] == str(talker / "tokenizer.model")
 
 
-def test_what_is_cut_is_counted_in_the_plan_and_in_the_report(tmp_path: Path) -> None:
-    result = invoke(*QUICKSTART, "--dry-run", "data.max_tokens=30", "--output", tmp_path / "run")
-    report = json.loads((tmp_path / "run" / "data.json").read_text())
-    assert report["truncated"] > 0
-    assert shown(result.stdout)["truncated"] == f"{report['truncated']} items longer than 30 tokens"
-    assert f", {report['truncated']} cut" in shown(result.stdout)["data"]
-    assert {"items", "tokens", "label_tokens", "truncated", "dropped", "lengths", "files"} <= report.keys()
-    assert report["files"][0]["tokens"] == report["tokens"]
-
-
-def test_keys_that_are_not_used_stand_in_the_plan(tmp_path: Path) -> None:
-    rows = [{"instruction": f"go {i}", "output": "ok", "source": "x", "id": i} for i in range(9)]
+def test_what_is_cut_or_not_used_is_counted_in_the_plan_and_in_the_report(tmp_path: Path) -> None:
+    rows = [{"instruction": f"go {i}", "output": "ok " * 9, "source": "x", "id": i} for i in range(9)]
     rows[0].pop("id")
+    data: list[object] = []
     for name in ("a.json", "b.json"):
         (tmp_path / name).write_text(json.dumps(rows), encoding="utf-8")
-    result = invoke(
-        *QUICKSTART,
-        "--dry-run",
-        "--data",
-        tmp_path / "a.json",
-        "--data",
-        tmp_path / "b.json",
-        "--output",
-        tmp_path / "run",
-    )
+        data += ["--data", tmp_path / name]
+    result = invoke(*QUICKSTART, "--dry-run", "--no-timing", "data.max_tokens=30", "--output", tmp_path / "run", *data)
     assert result.exit_code == 0, result.stderr
-    assert shown(result.stdout)["not used"] == "source (18 items), id (16 items)"
-    report = json.loads((tmp_path / "run" / "data.json").read_text())
+    report, lines = json.loads((tmp_path / "run" / "data.json").read_text()), shown(result.stdout)
+    assert report["truncated"] > 0
+    assert lines["truncated"] == f"{report['truncated']} items longer than 30 tokens"
+    assert f", {report['truncated']} cut" in lines["data"]
+    assert {"items", "tokens", "label_tokens", "truncated", "dropped", "lengths", "files"} <= report.keys()
+    assert report["files"][0]["tokens"] * 2 == report["tokens"]
+    assert lines["not used"] == "source (18 items), id (16 items)"
     assert [file["unused_keys"] for file in report["files"]] == [{"source": 9, "id": 8}] * 2
 
 
 def test_a_plan_of_very_many_steps_is_made_at_once() -> None:
-    result = invoke(*QUICKSTART, "--dry-run", "train.epochs=1e6", "checkpoint.every_epochs=7", "checkpoint.keep=2")
+    result = invoke(
+        *QUICKSTART, "--dry-run", "--no-timing", "train.epochs=1e6", "checkpoint.every_epochs=7", "checkpoint.keep=2"
+    )
     assert result.exit_code == 0
     assert shown(result.stdout)["checkpoints"] == "142858 of 832.8 KiB, the newest 2 kept"

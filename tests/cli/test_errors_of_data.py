@@ -9,25 +9,19 @@ import pytest
 from tests.cli.commands import DRY, QUICKSTART, TINY, invoke, refused, run
 
 
-def test_missing_data_is_named_with_the_nearest_file(tmp_path: Path, single_turn: Path) -> None:
+def test_missing_data_is_named_with_the_nearest_file_and_how_to_give_it(
+    tmp_path: Path, single_turn: Path, tokenizer_path: Path
+) -> None:
     shutil.copy(single_turn, tmp_path / "towns.json")
-    wanted = tmp_path / "town.json"
-    refused(
-        invoke(*QUICKSTART, "--data", wanted, "--output", tmp_path / "run"),
-        f"there is no data '{wanted}'",
-        "did you mean 'towns.json'?",
-        output=tmp_path / "run",
-    )
-
-
-def test_data_named_in_a_recipe_says_how_to_give_it(tokenizer_path: Path) -> None:
-    refused(
-        invoke(
-            "finetune", "--recipe", "lima", TINY, "--tokenizer", tokenizer_path, "model.max_seq_len=4096", "--dry-run"
-        ),
-        "there is no data 'lima'; looked for:",
-        "--data FILE",
-    )
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "notes.txt").write_text("hello")
+    for data, *said in (
+        (tmp_path / "town.json", f"there is no data '{tmp_path / 'town.json'}'", "did you mean 'towns.json'?"),
+        (tmp_path / "none", f"no data files in {tmp_path / 'none'}", ".json, .jsonl, .csv"),
+    ):
+        refused(invoke(*QUICKSTART, "--data", data, "--output", tmp_path / "run"), *said, output=tmp_path / "run")
+    lima = ("finetune", "--recipe", "lima", TINY, "--tokenizer", tokenizer_path, "model.max_seq_len=4096", "--dry-run")
+    refused(invoke(*lima), "there is no data 'lima'; looked for:", "--data FILE")
 
 
 @pytest.mark.parametrize(
@@ -75,11 +69,6 @@ def test_data_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     refused(invoke(*DRY, "--data", path), f"cannot read {path}: Input/output error")
 
 
-def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("hello")
-    refused(invoke(*DRY, "--data", tmp_path), f"no data files in {tmp_path}", ".json, .jsonl, .csv")
-
-
 def test_every_wrong_item_of_every_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(
         json.dumps([{"instruction": "a", "output": "b"}, {"instruction": "a"}, {"instruction": 3, "output": None}, "x"])
@@ -109,13 +98,9 @@ def test_every_wrong_turn_of_a_dialogue_is_named(tmp_path: Path) -> None:
     )
 
 
-def test_nothing_to_train_on_is_refused(single_turn: Path) -> None:
-    refused(
-        invoke(*DRY, "--data", single_turn, "data.max_tokens=3"), "nothing to train on: of 10 items", "raise data.max_"
-    )
-
-
-def test_examples_longer_than_the_context_are_refused() -> None:
+def test_lengths_that_leave_nothing_or_do_not_fit_are_refused(single_turn: Path) -> None:
+    cut = invoke(*DRY, "--data", single_turn, "data.max_tokens=3")
+    refused(cut, "nothing to train on: of 10 items", "raise data.max_")
     refused(invoke(*DRY, "data.max_tokens=1000"), "data.max_tokens (1000) is more than the model's max_seq_len (256)")
 
 

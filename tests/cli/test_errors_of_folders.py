@@ -1,8 +1,10 @@
 """A run's folder is refused where it is another's, and resumed only as the run that it holds."""
 
+import errno
 import fcntl
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -16,31 +18,22 @@ def test_a_folder_in_use_by_another_run_is_refused(tmp_path: Path) -> None:
     descriptor = os.open(tmp_path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        refused(
-            invoke(*QUICKSTART, "--output", tmp_path),
-            f"{tmp_path} is in use by another run",
-            "choose another --output",
-            output=tmp_path,
-        )
+        result = invoke(*QUICKSTART, "--output", tmp_path)
+        refused(result, f"{tmp_path} is in use by another run", "choose another --output", output=tmp_path)
     finally:
         os.close(descriptor)
 
 
-def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
+def test_what_is_no_empty_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
+    thesis = tmp_path / "thesis.tex"
+    thesis.write_text("years of work")
+    holds = f"{tmp_path} is not empty: it holds thesis.tex"
     for dry_run in ([], ["--dry-run"]):
-        refused(
-            invoke(*QUICKSTART, "--output", tmp_path, *dry_run),
-            f"{tmp_path} is not empty: it holds thesis.tex",
-            "choose another --output, or continue the run in it with --resume",
-        )
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_a_file_as_output_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        again = "choose another --output, or continue the run in it with --resume"
+        refused(invoke(*QUICKSTART, "--output", tmp_path, *dry_run), holds, again)
+    for output in (thesis, thesis / "run"):
         refused(invoke(*QUICKSTART, "--output", output), f"cannot use {output} as output folder", "another --output")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "..", '""'])
@@ -85,7 +78,7 @@ def test_resume_without_a_checkpoint_starts_at_step_0_and_says_so(tmp_path: Path
     assert (tmp_path / "run" / "latest").read_text() == "epoch0\n"
 
 
-def test_resume_lists_every_key_that_was_changed(trained: Path) -> None:
+def test_resume_lists_every_key_that_was_changed_and_a_run_can_be_made_longer(trained: Path) -> None:
     before = (trained / "metrics.jsonl").read_bytes()
     changed = ["optimizer.lr=0.1", "train.global_batch_size=4", "data.sources.0.ratio=0.5", "train.seed=1"]
     result = invoke(*QUICKSTART, "--output", trained, "--resume", "train.epochs=9", *changed)
@@ -99,13 +92,10 @@ def test_resume_lists_every_key_that_was_changed(trained: Path) -> None:
         "leave out --recipe",
     )
     assert "epochs" not in result.stderr.partition("hint:")[0]
+    refused(invoke(*DRY, "--resume"), "--dry-run and --resume cannot be combined")
     assert (trained / "metrics.jsonl").read_bytes() == before
-
-
-def test_a_run_can_be_made_longer(trained: Path) -> None:
-    result = invoke(
-        "finetune", "--output", trained, "--resume", "--device", "cpu", "train.epochs=2", "checkpoint.keep=5"
-    )
+    longer = ("train.epochs=2", "checkpoint.keep=5")
+    result = invoke("finetune", "--output", trained, "--resume", "--device", "cpu", *longer)
     assert result.exit_code == 0, result.stderr
     assert "4 of 8 steps done" in result.stderr
     assert (trained / "latest").read_text() == "epoch1\n"
@@ -120,5 +110,26 @@ def test_resume_finds_data_that_changed(tmp_path: Path, single_turn: Path) -> No
     refused(invoke(*one, "--resume", "train.epochs=2"), "the data is not what", "resume with the same files")
 
 
-def test_dry_run_and_resume_exclude_each_other() -> None:
-    refused(invoke(*DRY, "--resume"), "--dry-run and --resume cannot be combined")
+@pytest.mark.parametrize(
+    ("at", "hint"),
+    [
+        ("llama_acc.core.train.loop.Loop.run", "hint: resume with: {again}"),
+        ("llama_acc.core.train.trainer.Trainer.probe_peak_memory", "hint: nothing was written: type the same command"),
+    ],
+)
+def test_a_run_that_finds_no_room_names_the_command_that_goes_on(
+    at: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    output = tmp_path / "a run"
+    with monkeypatch.context() as patch:
+        patch.setattr(at, full)
+        result = invoke(*QUICKSTART, "--output", output, "--force", "train.max_steps=1", "train.warmup_epochs=0")
+    assert result.exit_code == 1
+    assert "error: the disk is full: free some space; the last checkpoint before this is whole" in result.stderr
+    again = ("finetune", "--output", output, "--resume", "--device", "cpu", "--force")
+    assert hint.format(again="llama-acc " + shlex.join(map(str, again))) in result.stderr
+    if output.exists():
+        assert invoke(*again).exit_code == 0

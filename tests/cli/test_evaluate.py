@@ -28,12 +28,6 @@ def benchmark(tmp_path: Path) -> list[object]:
     return ["--hub", "torchhub", "--api", api, "--questions", questions]
 
 
-@pytest.fixture
-def responses(tmp_path: Path) -> Path:
-    right, wrong = f"<<<api_call>>>: {TOWNS}", "<<<api_call>>>: torch.hub.load('maps/rivers')"
-    return write_responses(tmp_path / "responses.jsonl", [(1, right), (2, right), (3, wrong)])
-
-
 def gorilla(benchmark: list[object], *flags: object) -> Result:
     return invoke("evaluate", "gorilla", *benchmark, *flags)
 
@@ -43,16 +37,15 @@ def texts(path: Path) -> dict[int, str]:
     return {line["question_id"]: line["text"] for line in lines}
 
 
-def test_stored_responses_are_scored_in_a_table(benchmark: list[object], responses: Path) -> None:
+def test_stored_responses_are_scored_as_a_table_or_as_json(benchmark: list[object], tmp_path: Path) -> None:
+    right, wrong = f"<<<api_call>>>: {TOWNS}", "<<<api_call>>>: torch.hub.load('maps/rivers')"
+    responses = write_responses(tmp_path / "responses.jsonl", [(1, right), (2, right), (3, wrong)])
     result = gorilla(benchmark, "--responses", responses)
     assert (result.exit_code, result.stderr) == (0, "")
     assert [line.split() for line in result.stdout.splitlines()] == [
         ["hub", "overall", "hallucination", "responses"],
         ["torchhub", "33.33", "33.33", "3"],
     ]
-
-
-def test_as_json_the_counts_come_too(benchmark: list[object], responses: Path) -> None:
     assert json.loads(gorilla(benchmark, "--responses", responses, "--json").stdout) == {
         "hub": "torchhub",
         "overall": pytest.approx(100 / 3),
@@ -65,27 +58,29 @@ def test_as_json_the_counts_come_too(benchmark: list[object], responses: Path) -
     }
 
 
-def test_a_checkpoint_answers_and_is_scored(benchmark: list[object], talker: Path, tmp_path: Path) -> None:
-    output = tmp_path / "answers.jsonl"
-    flags = ["--ckpt", talker, "--template", "none", "--output", output, "--max-new-tokens", "8", "--json"]
-    result = gorilla(benchmark, *flags)
+def test_a_checkpoint_answers_what_has_a_question_and_is_scored(
+    benchmark: list[object], talker: Path, trained_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "eval.json").open("a") as file:
+        file.write(json.dumps({"code": "###Instruction: no answer", "api_data": {"domain": "Towns"}}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    output = tmp_path / "responses_torchhub.jsonl"  # unless --output says otherwise
+    flags = ["--max-new-tokens", "8", "--json"]
+    result = gorilla(benchmark, "--ckpt", talker, *flags)
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["without_call"] == 3
     assert texts(output) == {1: "a town", 2: " ".join(["the"] * 8), 3: "a town"}
-    assert f"the answers are in {output}" in result.stderr
-    again = gorilla(benchmark, *flags)
+    for said in (
+        "the checkpoint keeps no prompt format: template none",
+        "1 line without a question, of 4",
+        "the answers are in responses_torchhub.jsonl",
+    ):
+        assert said in result.stderr
+    again = gorilla(benchmark, "--ckpt", talker, *flags)
     assert (again.exit_code, again.stdout) == (0, result.stdout)
     assert gorilla(benchmark, "--responses", output, "--json").stdout == result.stdout
-
-
-def test_answers_are_kept_in_the_current_folder_unless_told(
-    benchmark: list[object], talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    result = gorilla(benchmark, "--ckpt", talker, "--max-new-tokens", "3")
-    assert result.exit_code == 0, result.stderr
-    assert texts(tmp_path / "responses_torchhub.jsonl").keys() == {1, 2, 3}
-    assert "the checkpoint keeps no prompt format: template none" in result.stderr
+    other = gorilla(benchmark, "--ckpt", trained_once, *flags)
+    refused(other, "responses_torchhub.jsonl line 1: another checkpoint answered")
 
 
 def test_prompts_are_asked_in_place_of_the_evaluation_files(
@@ -97,15 +92,6 @@ def test_prompts_are_asked_in_place_of_the_evaluation_files(
     assert result.exit_code == 0, result.stderr
     assert texts(output) == {2: "a town"}
     assert result.stdout.split()[-1] == "1"
-
-
-def test_lines_without_a_question_are_left_out_and_said(benchmark: list[object], talker: Path, tmp_path: Path) -> None:
-    with (tmp_path / "eval.json").open("a") as file:
-        file.write(json.dumps({"code": "###Instruction: no answer", "api_data": {"domain": "Towns"}}) + "\n")
-    output = tmp_path / "answers.jsonl"
-    result = gorilla(benchmark, "--ckpt", talker, "--output", output, "--max-new-tokens", "3")
-    assert "1 line without a question, of 4" in result.stderr
-    assert texts(output).keys() == {1, 2, 3}
 
 
 def test_ctrl_c_keeps_the_answers_and_the_same_command_goes_on(
@@ -130,83 +116,57 @@ def test_ctrl_c_keeps_the_answers_and_the_same_command_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("flags", "parts"),
+    ("flags", "said"),
     [
-        ([], ["there is nothing to score", "--ckpt DIR", "--responses FILE"]),
-        (["--ckpt", "x", "--responses", "y"], ["give both --ckpt and --responses"]),
-        (["--responses", "x", "--output", "y", "--batch-size", "16"], ["--output, --batch-size only matter"]),
-        (["--ckpt", ""], ["it is empty"]),
-        (["--ckpt", "nowhere"], ["there is no checkpoint folder nowhere"]),
-        (["--ckpt", "nowhere", "--output", "no/such/folder.jsonl"], ["there is no folder no/such"]),
-        (["--ckpt", "x", "--batch-size", "0"], ["--batch-size"]),
-        (["--responses", "nowhere.jsonl"], ["there is no data file nowhere.jsonl"]),
-        (["--responses", "x", "--hub", "huggingfase"], ["huggingfase"]),
+        ([], "there is nothing to score"),
+        (["--ckpt", "x", "--responses", "y"], "give both --ckpt and --responses"),
+        (["--responses", "x", "--output", "y", "--batch-size", "16"], "--output, --batch-size only matter"),
+        (["--ckpt", ""], "it is empty"),
+        (["--ckpt", "nowhere"], "there is no checkpoint folder nowhere"),
+        (["--ckpt", "nowhere", "--output", "no/such/folder.jsonl"], "there is no folder no/such"),
+        (["--ckpt", "x", "--batch-size", "0"], "--batch-size"),
+        (["--responses", "nowhere.jsonl"], "there is no data file nowhere.jsonl"),
+        (["--responses", "x", "--hub", "huggingfase"], "huggingfase"),
+        (["--responses", "wrong.jsonl"], "wrong.jsonl line 2: the evaluation file has no line 4"),
+        (["--responses", "x", "--questions", "list.json"], "list.json line 1: it should hold an object"),
     ],
 )
-def test_flags_that_do_not_go_together_are_refused(
-    benchmark: list[object],
-    flags: list[str],
-    parts: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_what_does_not_go_together_is_refused(
+    benchmark: list[object], flags: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    refused(gorilla(benchmark, *flags), *parts)
-
-
-def test_wrong_lines_are_told_with_file_and_line(benchmark: list[object], tmp_path: Path) -> None:
-    wrong = write_responses(tmp_path / "wrong.jsonl", [(1, "x"), (4, "x")])
-    refused(gorilla(benchmark, "--responses", wrong), f"{wrong} line 2: the evaluation file has no line 4")
-    (tmp_path / "eval.json").write_text("[1]\n")
-    refused(gorilla(benchmark, "--responses", wrong), f"{tmp_path / 'eval.json'} line 1: it should hold an object")
-
-
-def test_answers_of_another_checkpoint_are_not_gone_on_with(
-    benchmark: list[object], talker: Path, trained_once: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "answers.jsonl"
-    flags = ["--output", output, "--max-new-tokens", "3"]
-    assert gorilla(benchmark, "--ckpt", talker, *flags).exit_code == 0
-    refused(gorilla(benchmark, "--ckpt", trained_once, *flags), f"{output} line 1: another checkpoint answered")
-
-
-# Perplexity
+    write_responses(Path("wrong.jsonl"), [(1, "x"), (4, "x")])
+    Path("list.json").write_text("[1]\n")
+    refused(gorilla(benchmark, *flags), said)
 
 
 def test_perplexity_is_printed_with_what_it_was_measured_on(trained_once: Path, single_turn: Path) -> None:
+    def facts(*flags: object) -> dict[str, float]:
+        result = invoke("evaluate", "perplexity", "--ckpt", trained_once, "--data", single_turn, *flags, "--json")
+        assert result.exit_code == 0, result.stderr
+        found: dict[str, float] = json.loads(result.stdout)
+        return found
+
     result = invoke("evaluate", "perplexity", "--ckpt", trained_once, "--data", single_turn)
     assert (result.exit_code, result.stderr) == (0, "")
     shown = dict(line.split() for line in result.stdout.splitlines())
-    assert shown.keys() == {
-        *("perplexity", "loss", "items", "tokens", "label_tokens", "truncated", "dropped", "template")
-    }
-    assert (shown["items"], shown["template"]) == ("10", "alpaca")
-    cut = invoke("evaluate", "perplexity", "--ckpt", trained_once, "--data", single_turn, "--max-tokens", 30, "--json")
-    facts = json.loads(cut.stdout)
-    assert facts["truncated"] + facts["dropped"] > 0
-    assert facts["label_tokens"] < int(shown["label_tokens"])
-
-
-def test_perplexity_takes_several_checkpoints_and_files(trained_once: Path, talker: Path, single_turn: Path) -> None:
-    def measure(*flags: object) -> dict[str, float]:
-        result = invoke("evaluate", "perplexity", "--ckpt", trained_once, "--data", single_turn, *flags, "--json")
-        assert result.exit_code == 0, result.stderr
-        facts: dict[str, float] = json.loads(result.stdout)
-        return facts
-
-    once, twice = measure(), measure("--data", single_turn, "--batch-size", 3)
-    assert twice["items"] == 2 * once["items"]
-    assert twice["loss"] == pytest.approx(once["loss"], abs=1e-5)
+    assert (shown.pop("items"), shown.pop("template")) == ("10", "alpaca")
+    assert shown.keys() == {"perplexity", "loss", "tokens", "label_tokens", "truncated", "dropped"}
+    cut, twice = facts("--max-tokens", 30), facts("--data", single_turn, "--batch-size", 3)
+    assert cut["truncated"] + cut["dropped"] > 0
+    assert cut["label_tokens"] < int(shown["label_tokens"])
+    assert twice["items"] == 20
+    assert twice["loss"] == pytest.approx(float(shown["loss"]), abs=1e-4)
 
 
 def test_what_perplexity_cannot_be_measured_on_is_refused(
     trained_once: Path, dialogues: Path, single_turn: Path
 ) -> None:
-    def measure(*flags: object) -> Result:
-        return invoke("evaluate", "perplexity", "--ckpt", trained_once, *flags)
-
-    refused(measure("--data", dialogues), "these are dialogues", str(dialogues))
-    refused(measure("--data", "nowhere.json"), "there is no data 'nowhere.json'")
-    refused(measure("--data", single_turn, "--max-tokens", 5000), "more than the model's context (256)")
-    refused(measure("--data", single_turn, "--max-tokens", 3), "within 3 tokens")
-    refused(measure(), "Missing option '--data'")
+    for flags, said in (
+        (["--data", dialogues], "these are dialogues"),
+        (["--data", "nowhere.json"], "there is no data 'nowhere.json'"),
+        (["--data", single_turn, "--max-tokens", 5000], "more than the model's context (256)"),
+        (["--data", single_turn, "--max-tokens", 3], "within 3 tokens"),
+        ([], "Missing option '--data'"),
+    ):
+        refused(invoke("evaluate", "perplexity", "--ckpt", trained_once, *flags), said)

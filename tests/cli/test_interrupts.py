@@ -121,7 +121,7 @@ def test_ctrl_c_before_the_first_step_leaves_nothing_and_no_traceback(tmp_path: 
     assert not output.exists()
 
 
-@pytest.mark.parametrize("keep", [1, 2, 3, 5, 0])
+@pytest.mark.parametrize("keep", [1, 3, 0])
 def test_keep_counts_the_newest_checkpoints(tmp_path: Path, keep: int) -> None:
     output = tmp_path / "run"
     result = invoke(

@@ -84,7 +84,7 @@ def test_a_killed_rank_ends_the_job_with_its_name_and_nothing_stays(tmp_path: Pa
     told = [line for line in job.err.splitlines() if not line.startswith(("step", "saved"))]
     assert told[-2:] == [
         "error: rank 1 was killed by SIGKILL (out of memory?)",
-        f"hint: resume with: llama-acc finetune --output {job.output} --resume --nproc 2",
+        f"hint: resume with: llama-acc finetune --output {job.output} --resume --nproc 2 --device cpu",
     ]
     assert not any("error" in line.lower() for line in told[:-2]), "the others' errors are not shown"
     assert gone(list(workers.values()))
@@ -136,9 +136,8 @@ def test_ctrl_c_saves_on_all_ranks_and_a_killed_launcher_leaves_nothing(tmp_path
     job.wait_for_checkpoint()
     job.process.send_signal(signal.SIGINT)
     assert job.wait() == 130
-    assert (
-        job.err.splitlines()[-1] == f"stopped; resume with: llama-acc finetune --output {job.output} --resume --nproc 2"
-    )
+    again = f"llama-acc finetune --output {job.output} --resume --nproc 2 --device cpu"
+    assert job.err.splitlines()[-1] == f"stopped; resume with: {again}"
     assert job.err.count("SIGINT: saving after this step") == 1
 
     again = Job(tmp_path / "run", "--resume", "--nproc", 2)

@@ -64,12 +64,16 @@ def test_validation_is_told_and_logged(tmp_path: Path) -> None:
         assert f"step {line['step']}: validation loss {line['validation_loss']:.4f}" in result.stderr
 
 
-def test_a_pipe_gets_plain_lines_and_no_bar_even_where_colour_is_forced(tmp_path: Path) -> None:
+def test_a_pipe_or_a_dumb_terminal_gets_plain_lines_and_no_bar(tmp_path: Path) -> None:
     done = run(*SHORT, "--output", tmp_path / "run", FORCE_COLOR="1")
     assert done.returncode == 0
     assert "━" not in done.stderr
     assert "\r" not in done.stderr
     assert "step 12/12  loss " in done.stderr
+    with Terminal(*SHORT, "--output", tmp_path / "dumb", term="dumb") as terminal:
+        assert terminal.end() == 0
+        assert "━" not in terminal.seen
+        assert "step 12/12  loss " in terminal.seen
 
 
 def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
@@ -82,19 +86,6 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
         assert f"llama-acc chat --ckpt {tmp_path / 'run'}" in shown
 
 
-def test_a_terminal_that_cannot_draw_gets_plain_lines(tmp_path: Path) -> None:
-    with Terminal(*SHORT, "--output", tmp_path / "run", term="dumb") as terminal:
-        assert terminal.end() == 0
-        assert "━" not in terminal.seen
-        assert "step 12/12  loss " in terminal.seen
-
-
-def test_the_default_output_is_named_after_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    result = invoke(*SHORT)
-    assert (result.exit_code, result.stdout) == (0, "llama-acc chat --ckpt runs/quickstart\n")
-
-
 def test_a_run_whose_reader_leaves_goes_on_to_its_end(tmp_path: Path) -> None:
     """`llama-acc finetune ... 2>&1 | head` loses its remarks, not its work."""
     with start(*QUICKSTART, "train.epochs=20", "--output", tmp_path / "run") as process:
@@ -105,7 +96,12 @@ def test_a_run_whose_reader_leaves_goes_on_to_its_end(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "latest").read_text() == "epoch19\n"
 
 
-def test_a_name_with_spaces_is_quoted_where_it_is_to_be_typed(tmp_path: Path, trained_once: Path) -> None:
+def test_a_name_with_spaces_is_quoted_where_it_is_to_be_typed(
+    tmp_path: Path, trained_once: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = Path(shutil.copytree(trained_once, tmp_path / "my run"))
     result = invoke("finetune", "--device", "cpu", "--output", output, "--resume", "train.epochs=2")
     assert result.stdout == f"llama-acc chat --ckpt '{output}'\n"
+    # Without --output the folder is named after the recipe.
+    monkeypatch.chdir(tmp_path)
+    assert invoke(*QUICKSTART, "train.epochs=1").stdout == "llama-acc chat --ckpt runs/quickstart\n"

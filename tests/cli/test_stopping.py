@@ -53,14 +53,13 @@ main()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    ("place", "module"),
+    ("place", "module", "number"),
     [
-        ("importing", "typer"),  # the command has not begun
-        ("importing", "llama_acc.core.data.convert.run"),  # it has, and imports what it needs
-        ("swallowed", ""),
-        ("damaged", ""),
+        ("importing", "typer", signal.SIGINT),  # the command has not begun
+        ("importing", "llama_acc.core.data.convert.run", signal.SIGTERM),  # it has, and imports what it needs
+        ("swallowed", "", signal.SIGINT),
+        ("damaged", "", signal.SIGTERM),
     ],
 )
 def test_a_signal_ends_a_command_wherever_it_falls(

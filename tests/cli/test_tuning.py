@@ -64,7 +64,7 @@ def test_a_part_on_no_base_on_another_one_or_for_another_method_is_one_clear_lin
     alone = f"{checkpoint} holds only what was trained on top of {base} (method lora_bias_norm)"
     for flag, command in ways.items():
         result = invoke(*command, flag, part)
-        refused(result, alone, "give that first: the same option once more, before this one")
+        refused(result, alone, f"give its base first: --ckpt {base} --ckpt {checkpoint} (finetune: --pretrained)")
         assert "missing:" not in result.stderr
         said = f"{checkpoint} was trained on {base}, and {talker} holds other weights"
         refused(invoke(*command, flag, talker, flag, part), said, "give the base it was trained on")
@@ -137,5 +137,5 @@ def test_the_part_is_merged_into_what_it_was_trained_on(base: Path, part: Path, 
     refused(
         invoke("convert-checkpoint", part, tmp_path / "none", *merge),
         "holds only what was trained on top of",
-        f"give that: --base {base}",
+        f"give its base: --base {base}",
     )

@@ -6,6 +6,7 @@ LLaMA2-Accessory have none: they are known by what is in them.
 
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,10 +93,11 @@ def missing_base_error(layout: Layout, option: str | None = None) -> UserError:
     """
     meant, config = read_base(layout.folder), read_config([layout])
     method = "" if config is None or config.tuning == FULL else f" (method {config.tuning.method})"
-    which = "that" if meant else "the base it was trained on"
-    hint = f"give {which} first: the same option once more, before this one"
+    bases = (meant.pretrained if meant else ()) or ("DIR",)
+    words = [word for folder in (*bases, str(layout.folder)) for word in ("--ckpt", folder)]
+    hint = f"give its base first: {shlex.join(words)} (finetune: --pretrained)"
     if option is not None:
-        hint = f"give {which}: {option} {meant.names if meant else 'DIR'}"
+        hint = f"give its base: {shlex.join([option, *bases])}"
     if meant is None:
         return UserError(f"{layout.folder} holds only what was trained{method}, and not on top of which base", hint)
     return UserError(f"{layout.folder} holds only what was trained on top of {meant.names}{method}", hint)

@@ -50,7 +50,7 @@ from llama_acc.core.model.config import VISION_FILE, ModelConfig, check_divides
 from llama_acc.core.model.transformer import describe, quantizable, shapes_of
 from llama_acc.core.model.tuning import FULL
 from llama_acc.core.model.tuning.bias_norm import BiasNorm
-from llama_acc.core.units import size_text
+from llama_acc.core.text import size_text
 
 Target = Literal["meta", "consolidated", "hf", "peft"]
 Progress = Callable[[str, int, int], None]

@@ -10,8 +10,7 @@ from llama_acc.core.checkpoint.huggingface import read_huggingface
 from llama_acc.core.checkpoint.towers import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, open_clip_tower, tower_of
 from llama_acc.core.downloads import how_to_get, named_model
 from llama_acc.core.errors import UserError, listed
-from llama_acc.core.home import home
-from llama_acc.core.input_files import read_json, read_text
+from llama_acc.core.input_files import home, read_json, read_text
 from llama_acc.core.model.config import (
     VISION_FILE,
     ClipVision,

@@ -383,7 +383,7 @@ def main_dtype(
     few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return main, [
         f"most weights are {_type_name(main)}; {len(names)} of {types} are rounded to it ({few}): "
-        "convert-checkpoint --dtype fp32 makes a checkpoint that rounds none"
+        "llama-acc convert-checkpoint DIR NEW --to consolidated --dtype fp32 makes one that rounds none"
     ]
 
 

@@ -26,7 +26,10 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / "state" / "progress.json"
     if not path.is_file():
-        raise UserError(f"{checkpoint} holds no training state to resume from", "start anew with --pretrained")
+        raise UserError(
+            f"{checkpoint} holds no training state to resume from",
+            f"start a new run from it: --pretrained {checkpoint}",
+        )
     check_manifest(checkpoint)
     check_manifest(checkpoint, contents=True, under="state/")
     progress = read_object(path)

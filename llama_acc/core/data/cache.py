@@ -39,8 +39,7 @@ from llama_acc.core.data.read import unreadable
 from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_digest
 from llama_acc.core.data.templates import PromptFormat
 from llama_acc.core.errors import UserError
-from llama_acc.core.home import home
-from llama_acc.core.input_files import open_input
+from llama_acc.core.input_files import home, open_input
 from llama_acc.core.tokenizer import Tokenizer
 
 FORMAT_VERSION = 5

@@ -21,8 +21,8 @@ from llama_acc.core.data.read import Checked, stream_items
 from llama_acc.core.data.sources import FileSpec
 from llama_acc.core.data.templates import PromptFormat, format_for
 from llama_acc.core.errors import UserError
+from llama_acc.core.text import count_text
 from llama_acc.core.tokenizer import Tokenizer
-from llama_acc.core.units import count_text
 
 _CHUNK = 500
 _BARS, _MOST_PLOTTED = 16, 8

@@ -30,8 +30,8 @@ from llama_acc.core.data.sources import MISSING_HINT, Fetch, FileSpec, Source, e
 from llama_acc.core.data.templates import KINDS, ChatTemplate, PromptFormat, Template, format_for
 from llama_acc.core.errors import DataError, UserError, raise_together
 from llama_acc.core.hub import fetch_data
+from llama_acc.core.text import count_text
 from llama_acc.core.tokenizer import Tokenizer
-from llama_acc.core.units import count_text
 from llama_acc.core.workers import cores
 
 FORMAT_VERSION = 1

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from llama_acc.core.errors import UserError
-from llama_acc.core.home import home
+from llama_acc.core.input_files import home
 
 SIZE = 64
 """Pixels of a drawing's side."""

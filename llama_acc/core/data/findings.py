@@ -119,14 +119,15 @@ def other_form(kinds: Collection[str], file: str) -> str:
         file: its name, as it is typed.
     """
     if set(kinds) == {"mixed_kinds"}:
-        whole = "use format: dialogue and template: dialogue"
-        first = "format: single_turn_llava for the first question and answer of each"
-        return f"they are dialogues: {whole}, or {first}, or for all of them llama-acc convert-data llava {file}"
+        whole = "data.sources.0.format=dialogue data.sources.0.template=dialogue"
+        first = "data.sources.0.format=single_turn_llava takes the first question and answer of each"
+        every = f"llama-acc convert-data llava {file} --output NEW.jsonl makes an item of each"
+        return f"they are dialogues: {whole} trains on them; {first}; {every}"
     if set(kinds) == {"preference"}:
-        return f"llama-acc convert-data auto {file} says how to take the preferred reply of each"
+        return f"llama-acc convert-data auto {file} --preview 1 says how to take the preferred reply of each"
     if set(kinds) == {"unsupported"}:
-        return "such items can only be left out: data.on_error=skip"
-    return f"if it is in a form of its own: llama-acc convert-data auto {file}"
+        return "leave such items out: data.on_error=skip"
+    return f"if it is in a form of its own: llama-acc convert-data auto {file} --output NEW.jsonl"
 
 
 def beginning(value: Any) -> str:

@@ -20,8 +20,7 @@ import msgspec
 
 from llama_acc.core.data.findings import Finding, beginning
 from llama_acc.core.data.templates import Turn, as_dialogue
-from llama_acc.core.units import count_text
-from llama_acc.core.visible import visible
+from llama_acc.core.text import count_text, escape_control_chars
 
 SYSTEM = ("system", "system_prompt")
 INPUT = ("input", "context")
@@ -338,7 +337,7 @@ def _split_system(system: str | None, turns: list[Turn], problems: _Problems) ->
     late = next((place for place, turn in enumerate(turns) if place > begin and turn.role == "system"), None)
     if late is not None:
         place = f"turn {late + 1}"
-        message = f"{place} is a system text behind the first turn (llama-acc convert-data sharegpt moves it)"
+        message = f"{place} is a system text behind the first turn (`llama-acc convert-data sharegpt` moves it)"
         problems.add("unsupported", place, message, turns[late].text)
     texts = [system, *(turn.text for turn in turns[:begin])]
     return "\n\n".join(text for text in texts if text and not text.isspace()) or None, turns[begin:]
@@ -479,5 +478,5 @@ def unused_text(unused: Mapping[str, int]) -> str:
     """Keys that are not used, most frequent first: "source (1,000 items), id (12 items)"."""
     ordered = sorted(unused.items(), key=lambda pair: (-pair[1], pair[0]))
     # A lone surrogate cannot be written anywhere.
-    names = [visible(key[:60].encode("utf-8", "backslashreplace").decode("utf-8")) for key, _ in ordered]
+    names = [escape_control_chars(key[:60].encode("utf-8", "backslashreplace").decode("utf-8")) for key, _ in ordered]
     return ", ".join(f"{name} ({count_text(count, 'item')})" for name, (_, count) in zip(names, ordered, strict=True))

@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import re
+import shlex
 import sys
 import zipfile
 import zlib
@@ -41,7 +42,7 @@ from llama_acc.core.data.parquet import PARQUET_SUFFIX, parquet_rows
 from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_rows
 from llama_acc.core.errors import DataError, UserError, did_you_mean
 from llama_acc.core.input_files import open_input
-from llama_acc.core.units import count_text
+from llama_acc.core.text import count_text
 
 if sys.version_info >= (3, 14):
     from compression.zstd import ZstdError, ZstdFile
@@ -615,5 +616,6 @@ def _check_header(name: str, names: list[str], required: Sequence[str]) -> None:
         if required:
             hint = f"it should have {', '.join(required)}; {hint}"
             if mapping := mapping_of(dict.fromkeys(names, "text")):
-                hint += f"; others have to be mapped: llama-acc convert-data csv FILE {mapping_words(mapping)}"
+                command = f"llama-acc convert-data csv {shlex.quote(name)} {mapping_words(mapping)} --output NEW.jsonl"
+                hint += f"; others have to be mapped: {command}"
         raise DataError(problems, hint)

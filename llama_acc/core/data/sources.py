@@ -13,11 +13,9 @@ from llama_acc.core.data.read import FORMATS, SUFFIXES, data_suffix, nearest_nam
 from llama_acc.core.data.tar_shards import TAR_SUFFIX
 from llama_acc.core.data.templates import TEMPLATES, ChatTemplate, get_template
 from llama_acc.core.downloads import how_to_get, named_data
-from llama_acc.core.errors import DataError, UserError, did_you_mean, raise_together
-from llama_acc.core.home import home
+from llama_acc.core.errors import DataError, UserError, did_you_mean, raise_together, schema_problems
 from llama_acc.core.hub import fetch_data
-from llama_acc.core.input_files import read_yaml
-from llama_acc.core.schema_problems import problems_of
+from llama_acc.core.input_files import home, read_yaml
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
 MISSING_HINT = "give it with --data FILE"
@@ -246,7 +244,7 @@ def _accessory_sources(path: Path, outer: Source) -> list[Source]:
         try:
             entry = _MetaEntry.model_validate(values)
         except ValidationError as error:
-            found = problems_of(error, lambda key: did_you_mean(key, _MetaEntry.model_fields))
+            found = schema_problems(error, lambda key: did_you_mean(key, _MetaEntry.model_fields))
             problems += [f"{path}: META entry {number}: {problem}" for problem in found]
             continue
         inner = replace(outer, path=entry.path, ratio=entry.ratio * outer.ratio, root=entry.root or outer.root)

@@ -20,8 +20,7 @@ from typing import Any
 from llama_acc.core.atomic import write_text_whole
 from llama_acc.core.data.images import IMAGE_SUFFIXES, member_reference
 from llama_acc.core.errors import UserError
-from llama_acc.core.home import home
-from llama_acc.core.input_files import open_input
+from llama_acc.core.input_files import home, open_input
 
 TAR_SUFFIX = ".tar"
 VERSION = 1

@@ -16,9 +16,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llama_acc.core.data.chat_rendering import Limits, RenderedChat, render
-from llama_acc.core.errors import UserError, did_you_mean, listed
+from llama_acc.core.errors import UserError, did_you_mean, listed, schema_problems
 from llama_acc.core.input_files import read_json, read_text
-from llama_acc.core.schema_problems import problems_of
 from llama_acc.core.tokenizer import Tokenizer
 from llama_acc.core.tokenizer_folder import CHAT_TEMPLATE_FILE, CONFIG_FILE, TOKEN_NAMES, token_text
 
@@ -238,12 +237,12 @@ class Template(BaseModel):
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise UserError(
                 f"{path} has format_version {version}; this llama-acc reads up to {FORMAT_VERSION}",
-                "update it: pip install --upgrade llama-acc",
+                "update llama-acc",
             )
         try:
             return cls.model_validate(settings)
         except ValidationError as error:
-            raise UserError(f"{path} is not a prompt template:\n{listed(problems_of(error))}") from error
+            raise UserError(f"{path} is not a prompt template:\n{listed(schema_problems(error))}") from error
 
     def _question(self, history: Sequence[Turn], system: str | None = None) -> Rendered:
         """The whole prompt of a single-turn format."""

@@ -9,15 +9,11 @@ import torch
 from llama_acc.core.data.batches import build, micro_batches
 from llama_acc.core.data.dataset import Dataset, FileProgress, load_dataset
 from llama_acc.core.data.sources import Fetch, Source
-from llama_acc.core.data.templates import TEMPLATES, ChatTemplate, PromptFormat, get_template
+from llama_acc.core.data.templates import TEMPLATES, ChatTemplate, get_template
 from llama_acc.core.errors import RunError, UserError
 from llama_acc.core.generate.load import LoadedModel
 from llama_acc.core.hub import fetch_data
-from llama_acc.core.tokenizer import Tokenizer
 from llama_acc.core.train.step import forward
-
-Progress = Callable[[int, int], None]
-"""Called with (items measured, items in all)."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +49,9 @@ def read_data(
     progress: FileProgress,
     fetch: Fetch = fetch_data,
 ) -> Dataset:
-    """Data files, encoded in the model's prompt format.
+    """Files, folders, globs, downloaded names or addresses, encoded in the model's prompt format.
 
-    Args:
-        loaded: the model.
-        paths: files, folders, globs, downloaded names or addresses.
-        max_tokens: longer items are cut, and counted; None = the model's context.
-        progress: told how far the encoding of a file is.
-        fetch: gets data that has an address.
+    Longer items than `max_tokens` (None: the model's context) are cut, and counted.
 
     Raises:
         UserError: data is missing or wrong, or the format cannot say what is to be predicted.
@@ -69,33 +60,21 @@ def read_data(
     context = loaded.model.config.max_seq_len
     if max_tokens is not None and max_tokens > context:
         raise UserError(f"max-tokens ({max_tokens}) is more than the model's context ({context})")
-    template = _name_of(loaded.template, loaded.tokenizer)
-    sources = [Source(path, template=template) for path in paths]
+    template = loaded.template
+    if not isinstance(template, ChatTemplate):  # data is written in formats by name: those that are shipped
+        shipped = [get_template(template.name, loaded.tokenizer)] if template.name in TEMPLATES else []
+        if template not in [*shipped, *(form.told_apart() for form in shipped)]:
+            raise UserError(
+                f"the checkpoint's prompt format {template.name!r} is not one that comes with llama-acc",
+                f"give --template: {', '.join(TEMPLATES)}",
+            )
+    sources = [Source(path, template=template.name) for path in paths]
     return load_dataset(sources, loaded.tokenizer, max_tokens or context, seed=0, progress=progress, fetch=fetch)
 
 
-def _name_of(template: PromptFormat, tokenizer: Tokenizer) -> str:
-    """Data is written in formats by name: those that come with the program, and a folder's chat template."""
-    if isinstance(template, ChatTemplate):
-        return template.name
-    shipped = [get_template(template.name, tokenizer)] if template.name in TEMPLATES else []
-    if template not in [*shipped, *(form.told_apart() for form in shipped)]:
-        raise UserError(
-            f"the checkpoint's prompt format {template.name!r} is not one that comes with llama-acc",
-            f"give --template: {', '.join(TEMPLATES)}",
-        )
-    return template.name
-
-
 @torch.inference_mode()
-def measure(loaded: LoadedModel, data: Dataset, batch_size: int, progress: Progress) -> Perplexity:
-    """The perplexity of data.
-
-    Args:
-        loaded: the model, on one process.
-        data: from `read_data`.
-        batch_size: most items in a forward pass.
-        progress: told after each of these.
+def measure(loaded: LoadedModel, data: Dataset, batch_size: int, progress: Callable[[int, int], None]) -> Perplexity:
+    """The perplexity of data, on one process; `progress` gets (items measured, items in all) after each batch.
 
     Raises:
         RunError: the loss is not a finite number.

@@ -16,7 +16,7 @@ from llama_acc.core.errors import UserError
 from llama_acc.core.generate.chat import check_length, checked_text, encode_question, insert_images
 from llama_acc.core.generate.engine import Engine, Prompt, Sampler, Sampling
 from llama_acc.core.generate.load import LoadedModel
-from llama_acc.core.visible import visible
+from llama_acc.core.text import escape_control_chars
 
 # Images are loaded so many batches ahead, while the model is at work.
 _BATCHES_AHEAD = 4
@@ -152,6 +152,9 @@ def caption_page(title: str, note: str, shown: Iterable[tuple[Captioned, bytes]]
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, keep_trailing_newline=True)
-    environment.filters |= {"visible": visible, "base64": lambda data: base64.b64encode(data).decode("ascii")}
+    environment.filters |= {
+        "visible": escape_control_chars,
+        "base64": lambda data: base64.b64encode(data).decode("ascii"),
+    }
     source = files(__package__).joinpath("caption.html").read_text(encoding="utf-8")
     yield from environment.from_string(source).generate(title=title, note=note, shown=shown)

@@ -19,9 +19,9 @@ from llama_acc.core.memory.fit import Change, best_changes
 from llama_acc.core.memory.predict import Prediction, Usage, predict
 from llama_acc.core.memory.simulate import Setup
 from llama_acc.core.model.transformer import parameter_count
+from llama_acc.core.text import size_text
 from llama_acc.core.train.plan import Plan
 from llama_acc.core.train.trainer import Trainer, largest_micro_batch
-from llama_acc.core.units import size_text
 
 _Result = TypeVar("_Result")
 _FAR_BELOW = 8

@@ -95,7 +95,7 @@ def read_texts(path: Path) -> Texts:
     except (UserError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path} is not the data.json of a run: {error}",
-            "`llama-acc finetune --dry-run --output DIR` writes one",
+            "`llama-acc finetune --recipe NAME --dry-run --output DIR` writes one",
         ) from None
 
 

@@ -22,10 +22,9 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from llama_acc.core.errors import UserError, did_you_mean, listed
+from llama_acc.core.errors import UserError, did_you_mean, listed, schema_problems
 from llama_acc.core.input_files import read_object
 from llama_acc.core.model.tuning import FULL, Tuning
-from llama_acc.core.schema_problems import problems_of
 
 VISION_FILE = "vision.json"
 FORMAT_VERSION = 1
@@ -61,7 +60,7 @@ def _checked(kind: type[_Kind], values: Mapping[str, Any], what: str) -> _Kind:
     try:
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:
-        problems = problems_of(error, lambda key: did_you_mean(key, names) or f"known are {', '.join(names)}")
+        problems = schema_problems(error, lambda key: did_you_mean(key, names) or f"known are {', '.join(names)}")
         raise UserError(f"{what} is not usable:\n{listed(problems)}") from None
 
 

@@ -313,7 +313,7 @@ def tower_on_meta(vision: Vision, dtype: torch.dtype) -> Tower:
         # transformers refuses to be imported beside packages of another age.
         raise UserError(
             f"images need the package transformers, which cannot be imported: {str(error).splitlines()[0]}",
-            "pip install --upgrade 'llama-acc[vision]' brings one that goes with the other packages",
+            "pip install --upgrade transformers brings one that goes with the other packages",
         ) from error
     tower.to(dtype).requires_grad_(False).eval()
     for name, buffer in list(tower.named_buffers()):

@@ -13,7 +13,7 @@ from llama_acc.core.checkpoint.towers import check_tower
 from llama_acc.core.data.sources import resolve_data_path, resolve_image_root
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
-from llama_acc.core.home import home
+from llama_acc.core.input_files import home
 from llama_acc.core.model.config import ModelConfig, check_divides, config_from_params, named_size, read_params
 from llama_acc.core.model.nf4 import packed_shape
 from llama_acc.core.model.transformer import quantizable, shapes_of

@@ -28,8 +28,8 @@ from llama_acc.core.data.images import Crop, ImageJob, Transform, digest, pixels
 from llama_acc.core.distributed.groups import local_world_size
 from llama_acc.core.errors import RunError
 from llama_acc.core.generate.vision_encoder import VisionEncoder
-from llama_acc.core.home import home
-from llama_acc.core.units import size_text
+from llama_acc.core.input_files import home
+from llama_acc.core.text import size_text
 
 _AHEAD = 4  # micro-batches whose images are being decoded while one is computed
 
@@ -162,7 +162,7 @@ class ImageLoader:
             for job, result in zip(of_batch, results, strict=True):
                 if isinstance(result, str):
                     message = f"the image {shown_reference(job.reference)} {result}, though it could be opened before"
-                    raise RunError(message, "mend it, then continue with --resume")
+                    raise RunError(f"{message}: mend it, then go on from the last checkpoint")
             pixels = torch.from_numpy(np.stack(results)) if results else torch.zeros((0, 3, 0, 0), dtype=torch.uint8)
             references = [image.reference for image in batch.images]
             encode = partial(self._encode, references, missing, pixels, cache)

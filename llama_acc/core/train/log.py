@@ -19,12 +19,12 @@ from llama_acc.core.atomic import remove, write_text_whole, write_whole
 from llama_acc.core.checkpoint.save import free_bytes
 from llama_acc.core.data.findings import KINDS as FINDINGS
 from llama_acc.core.data.items import unused_text
-from llama_acc.core.home import home
+from llama_acc.core.input_files import home
 from llama_acc.core.model.transformer import parameter_count
 from llama_acc.core.model.vision import tower_shapes
+from llama_acc.core.text import count_text, size_text
 from llama_acc.core.tokenizer import tokenizer_notes
 from llama_acc.core.train.plan import Plan
-from llama_acc.core.units import count_text, size_text
 
 Metrics = dict[str, Any]
 _MOST_IDLE = 0.05  # part of a run's steps that may have rate 0 without a warning
@@ -310,7 +310,7 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
     if unused:
         lines.append(("not used", unused_text(unused)))
     if warnings := [f"{FINDINGS[kind].title}: {number:,}" for kind, number in report["warnings"].items()]:
-        lines.append(("warnings", f"{', '.join(warnings)}; see data.json, or llama-acc convert-data check"))
+        lines.append(("warnings", f"{', '.join(warnings)}; see data.json, or `llama-acc convert-data check FILE`"))
     if plan.validation is not None:
         lines.append(("validation", count_text(len(plan.validation), "item")))
     lines.append(

@@ -35,11 +35,11 @@ from llama_acc.core.model.transformer import (
     shapes_of,
 )
 from llama_acc.core.recipe import Recipe
+from llama_acc.core.text import count_text
 from llama_acc.core.tokenizer import Tokenizer
 from llama_acc.core.train.base import find_model, has_frozen, read_base, with_absolute_paths
 from llama_acc.core.train.callback import Callback
 from llama_acc.core.train.data_parallel import Mode
-from llama_acc.core.units import count_text
 
 
 @dataclass(frozen=True)

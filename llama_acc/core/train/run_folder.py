@@ -17,9 +17,9 @@ from llama_acc.core.checkpoint.save import checkpoints, free_bytes, saved_step
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.input_files import read_object
 from llama_acc.core.recipe import Recipe
+from llama_acc.core.text import count_text, size_text
 from llama_acc.core.tokenizer import find_tokenizer, load_tokenizer
 from llama_acc.core.train.plan import Plan
-from llama_acc.core.units import count_text, size_text
 
 _DRY_RUN_FILES = {"recipe.yaml", "data.json"}
 # A resumed run may be prolonged, logged, saved or spread over processes otherwise; it must not be another run.

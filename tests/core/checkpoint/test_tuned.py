@@ -222,13 +222,11 @@ def test_what_was_trained_alone_is_known_without_being_told(tuning: Tuning, tmp_
     said = f"{part} holds only what was trained (method {tuning.method}), and not on top of which base\n"
     with pytest.raises(UserError) as error:
         load_model(part, device="cpu")
-    assert (
-        str(error.value) == said + "give the base it was trained on first: the same option once more, before this one"
-    )
+    assert str(error.value) == f"{said}give its base first: --ckpt DIR --ckpt {part} (finetune: --pretrained)"
     if not isinstance(tuning, Adapter):
         with pytest.raises(UserError) as error:
             made(part, tmp_path / "target", "hf", merge=True)
-        assert str(error.value) == said + "give the base it was trained on: --base DIR"
+        assert str(error.value) == said + "give its base: --base DIR"
     # As it is it can be split, and laid on its base.
     two = made(part, tmp_path / "two", "consolidated", model_parallel_size=2).folder
     expected = tensors_of(part)

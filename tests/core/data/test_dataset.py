@@ -124,7 +124,7 @@ def test_dialogues_in_the_place_of_single_turn_items_are_told_what_they_may_be(
     path = str(write(tmp_path / "b.json", talks(4)))
     error = refused(tokenizer, Source(path, format="single_turn"), on_error=on_error)
     assert "among single-turn items" in error.message
-    assert "they are dialogues: use format: dialogue and template: dialogue, or format: single_turn_llava" in str(error)
+    assert "they are dialogues: data.sources.0.format=dialogue data.sources.0.template=dialogue" in str(error)
     error = refused(tokenizer, Source(path, template="alpaca"), on_error=on_error)
     assert "b.json: template 'alpaca' is for single-turn items, but these are dialogues" in error.message
     assert "or format: single_turn_llava" in str(error.hint)
@@ -250,7 +250,7 @@ def test_the_same_problems_stop_a_run_whether_they_were_cached_or_not(
     both = refused(tokenizer, path, other)
     assert isinstance(both, DataError)
     assert {problem.split(": item")[0] for problem in both.problems} == {str(path), str(other)}
-    hint = f"if it is in a form of its own: llama-acc convert-data auto {other}"
+    hint = f"if it is in a form of its own: llama-acc convert-data auto {other} --output NEW.jsonl"
     assert refused(tokenizer, other).hint == hint
     first = plain(tokenizer, path)
     monkeypatch.setattr(module, "encode_batches", None)  # from now on, all comes from the cache

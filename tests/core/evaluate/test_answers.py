@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from llama_acc.core.errors import DataError, UserError
-from llama_acc.core.evaluate.answers import Answering, answer_questions
+from llama_acc.core.evaluate.gorilla import answer_questions
 from llama_acc.core.generate.chat import generate
 from llama_acc.core.generate.load import LoadedModel, load_model
 from tests.core.tiny import random_model, save_model
 
 QUESTIONS = {1: "once upon", 2: "who", 4: "what is the name of the town?" * 4, 7: "a", 9: "the answer"}
 NEW_TOKENS = 12
+TORN = b'{"question_id": 9, "te'
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,11 @@ def answer(folders: list[Path], loaded: LoadedModel) -> Callable[..., None]:
         questions: dict[int, str] = QUESTIONS,
         progress: Callable[[int, int], None] = quiet,
         max_new_tokens: int = NEW_TOKENS,
+        ckpt: int = 0,
     ) -> None:
-        answer_questions(loaded, Answering([str(folders[0])], max_new_tokens, 2), questions, output, progress)
+        model = load_model(folders[1], device="cpu") if ckpt else loaded
+        settings = {"max_new_tokens": max_new_tokens, "batch_size": 2}
+        answer_questions(model, [str(folders[ckpt])], questions, output, progress=progress, **settings)
 
     return run
 
@@ -83,8 +87,9 @@ def test_every_question_is_answered_as_it_would_be_alone(
     assert json.loads((tmp_path / "r.jsonl").read_text().splitlines()[0])["model_id"] == folders[0].name
 
 
-@pytest.mark.parametrize("stopped_at", [0, 1, 3, 5])
-@pytest.mark.parametrize("torn", [b"", b'{"question_id": 9, "te'])
+@pytest.mark.parametrize(
+    ("stopped_at", "torn"), [(0, b""), (1, b'{"question_id": 9, "te'), (3, b""), (5, b'{"question_id": 9')]
+)
 def test_answers_go_on_where_they_were_stopped(
     stopped_at: int, torn: bytes, answer: Callable[..., None], tmp_path: Path
 ) -> None:
@@ -112,7 +117,7 @@ def test_a_file_that_lacks_its_last_line_end_is_gone_on_with(answer: Callable[..
 
 
 def test_answers_of_something_else_are_refused_and_left_as_they_are(
-    answer: Callable[..., None], loaded: LoadedModel, folders: list[Path], tmp_path: Path
+    answer: Callable[..., None], tmp_path: Path
 ) -> None:
     output = tmp_path / "r.jsonl"
     answer(output)
@@ -124,9 +129,7 @@ def test_answers_of_something_else_are_refused_and_left_as_they_are(
         assert str(output) in error.value.message
         assert output.read_bytes() == before
 
-    other = load_model(folders[1], device="cpu")
-    by_other = Answering([str(folders[1])], NEW_TOKENS, 2)
-    refused("line 1: another checkpoint", lambda: answer_questions(other, by_other, QUESTIONS, output, quiet))
+    refused("line 1: another checkpoint", lambda: answer(output, ckpt=1))
     refused("max_new_tokens was 12, and is 13", lambda: answer(output, max_new_tokens=13))
     refused("question 4 was another one", lambda: answer(output, {**QUESTIONS, 4: "where?"}))
     refused("question 4 is not among", lambda: answer(output, {n: q for n, q in QUESTIONS.items() if n != 4}))

@@ -1,5 +1,6 @@
 """APIBench's rules, each on a made case, and its published figures on the responses stored with it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,35 +9,25 @@ from llama_acc.core.errors import DataError, UserError
 from llama_acc.core.evaluate.gorilla import (
     Api,
     Hub,
-    Response,
     Score,
     find_call,
     match_domain,
     read_database,
     read_domains,
+    read_objects,
+    read_questions,
     read_responses,
     score,
 )
-from llama_acc.core.evaluate.json_lines import read_objects
-from tests.core.evaluate.apibench import (
-    BIRDS,
-    ROADS,
-    TORCH_HUB,
-    TOWNS,
-    write_database,
-    write_evaluation,
-    write_lines,
-    write_responses,
-)
+from tests.core.evaluate.apibench import BIRDS, ROADS, TORCH_HUB, TOWNS, write_database, write_evaluation, write_lines
+
+NET, ROAD = "Net.load('town')", "Net.load('road')"
 
 
 def database(tmp_path: Path, hub: Hub, *calls: str) -> list[Api]:
     """Each call is of a domain of its own, its number from 0."""
     path = write_database(tmp_path / "api.jsonl", [(call, str(number)) for number, call in enumerate(calls)])
     return read_database(path, hub)
-
-
-# 1. Where the call is looked for
 
 
 @pytest.mark.parametrize(
@@ -54,88 +45,74 @@ def database(tmp_path: Path, hub: Hub, *calls: str) -> list[Api]:
 def test_the_call_stands_between_its_mark_and_the_provider(text: str, call: str) -> None:
     hubs: tuple[Hub, ...] = ("tensorflowhub", "torchhub", "huggingface")
     assert [find_call(text, hub) for hub in hubs] == [call] * 3
+    # Without the mark the call is the whole text, but for TorchHub.
+    assert [find_call("use f(1)", hub) for hub in hubs] == ["use f(1)", None, "use f(1)"]
 
 
-def test_without_its_mark_the_call_is_the_whole_text_but_for_torch_hub() -> None:
-    assert find_call("use f(1)", "tensorflowhub") == find_call("use f(1)", "huggingface") == "use f(1)"
-    assert find_call("use f(1)", "torchhub") is None
+@pytest.mark.parametrize(
+    ("hub", "calls", "found"),
+    [
+        ("torchhub", [TOWNS], [Api(b"torch.hub.load", [b"maps/towns", b"town_net"], "0")]),
+        ("torchhub", ["torch.hub.load('maps/towns')"], []),
+        (
+            "tensorflowhub",
+            ["hub.load('https://towns/1')", "hub.load(model='a/b', trainable=True)", "hub.load(model = 'c')"],
+            [
+                Api(b"hub.load", [b"https://towns/1"], "0"),
+                Api(b"hub.load", [b"a/b", b"trainable=True"], "1"),
+                Api(b"hub.load", [b"c"], "2"),
+            ],
+        ),
+        (
+            "huggingface",
+            ["./run.sh", "load()", "load", "pass", "load('x')", "pipeline('towns', model='maps/town-net', top_k=3)"],
+            [Api(b"load", [b"x"], "4"), Api(b"pipeline", [b"towns", b"maps/town-net", b"3"], "5")],
+        ),
+    ],
+    ids=["repository and model", "arguments by name", "value of model, text of others", "values of all"],
+)
+def test_what_an_entry_of_the_database_asks_for(hub: Hub, calls: list[str], found: list[Api], tmp_path: Path) -> None:
+    assert database(tmp_path, hub, *calls) == found
 
 
-# 3. What an entry of the database asks for
-
-
-def test_torch_hub_asks_for_repository_and_model_only(tmp_path: Path) -> None:
-    assert database(tmp_path, "torchhub", TOWNS) == [Api(b"torch.hub.load", [b"maps/towns", b"town_net"], "0")]
-
-
-def test_tensorflow_hub_asks_for_the_value_of_model_and_for_the_text_of_other_arguments(tmp_path: Path) -> None:
-    calls = ("hub.load('https://towns/1')", "hub.KerasLayer(model='a/b', trainable=True)", "hub.load(model = 'c')")
-    assert [api.arguments for api in database(tmp_path, "tensorflowhub", *calls)] == [
-        [b"https://towns/1"],
-        [b"a/b", b"trainable=True"],
-        [b"c"],
-    ]
-
-
-def test_hugging_face_asks_for_the_values_of_all_arguments(tmp_path: Path) -> None:
-    (api,) = database(tmp_path, "huggingface", "pipeline('towns', model='maps/town-net', top_k=3)")
-    assert api == Api(b"pipeline", [b"towns", b"maps/town-net", b"3"], "0")
-
-
-def test_entries_without_a_call_or_without_arguments_are_skipped(tmp_path: Path) -> None:
-    calls = ("./run.sh", "load()", "load", "pass", "load('x')")
-    assert database(tmp_path, "huggingface", *calls) == [Api(b"load", [b"x"], "4")]
-    assert database(tmp_path, "torchhub", "torch.hub.load('maps/towns')") == []
-
-
-# 2. and 3. Which subtree of an answer is compared
-
-
-def test_the_candidate_is_a_subtree_that_begins_with_the_name(tmp_path: Path) -> None:
-    apis = database(tmp_path, "huggingface", "Net.load('town')")
-    assert match_domain("import x\nnet = Net.load('town', fast=True)", apis) == "0"
-    assert match_domain("show('town')\nnet = Net.load('road')", apis) is None, "elsewhere in the answer does not count"
-
-
-def test_of_several_candidates_the_one_of_the_later_statement_comes_first(tmp_path: Path) -> None:
-    apis = database(tmp_path, "huggingface", "Net.load('town')", "Net.load('road')")
-    assert match_domain("Net.load('town')\nNet.load('road')", apis) == "1"
-
-
-def test_without_the_name_the_last_subtree_is_the_candidate(tmp_path: Path) -> None:
-    apis = database(tmp_path, "huggingface", "Net.load('town')")
-    # Later siblings come first: the last subtree is within the first statement.
-    assert match_domain("fetch('town')\nfetch('road')", apis) == "0"
-    assert match_domain("fetch('road')\nfetch('town')", apis) is None
-
-
-def test_every_argument_must_be_in_the_candidate_and_the_first_match_wins(tmp_path: Path) -> None:
-    apis = database(tmp_path, "torchhub", TOWNS, ROADS, TOWNS, BIRDS)
-    assert match_domain("torch.hub.load('maps/towns', 'road_net')", apis) == "1"
-    assert match_domain("torch.hub.load('maps/towns', 'town_net', force=True)", apis) == "0"
-    assert match_domain("torch.hub.load('birds/songs', 'town_net')", apis) is None
-    assert match_domain("torch.hub.load('maps/towns_of_old', 'town_network')", apis) == "0", "as a part, too"
-
-
-@pytest.mark.parametrize("answer", ["", ")(", "api_call", "'" * 7, "\x00", "\ud800", "(" * 5000, "día.load('ö')"])
-def test_any_answer_is_parsed(answer: str, tmp_path: Path) -> None:
-    assert match_domain(answer, database(tmp_path, "huggingface", "Net.load('town')")) is None
-
-
-# 4. and 5. Figures
+@pytest.mark.parametrize(
+    ("answer", "calls", "domain"),
+    [
+        # The candidate is a subtree that begins with the name; elsewhere in the answer does not count.
+        ("import x\nnet = Net.load('town', fast=True)", [NET], "0"),
+        ("show('town')\nnet = Net.load('road')", [NET], None),
+        # Of several, the one of the later statement comes first.
+        ("Net.load('town')\nNet.load('road')", [NET, ROAD], "1"),
+        # Without the name it is the last subtree; later siblings come first, so that is within the first statement.
+        ("fetch('town')\nfetch('road')", [NET], "0"),
+        ("fetch('road')\nfetch('town')", [NET], None),
+        # Every argument must be in it, as a part too; the first match wins.
+        ("torch.hub.load('maps/towns', 'road_net')", [TOWNS, ROADS, TOWNS, BIRDS], "1"),
+        ("torch.hub.load('maps/towns', 'town_net', force=True)", [TOWNS, ROADS, TOWNS, BIRDS], "0"),
+        ("torch.hub.load('birds/songs', 'town_net')", [TOWNS, ROADS, TOWNS, BIRDS], None),
+        ("torch.hub.load('maps/towns_of_old', 'town_network')", [TOWNS, ROADS, TOWNS, BIRDS], "0"),
+        # Any text is parsed.
+        *((answer, [NET], None) for answer in ("", ")(", "'" * 7, "\x00", "\ud800", "(" * 5000, "día.load('ö')")),
+    ],
+)
+def test_which_subtree_of_an_answer_is_compared(
+    answer: str, calls: list[str], domain: str | None, tmp_path: Path
+) -> None:
+    hub: Hub = "torchhub" if calls[0] == TOWNS else "huggingface"
+    assert match_domain(answer, database(tmp_path, hub, *calls)) == domain
 
 
 def test_each_response_is_counted_once(tmp_path: Path) -> None:
-    answers = {
-        1: f"<<<api_call>>>: {TOWNS}",
-        2: f"<<<api_call>>>: {TOWNS}",
-        3: "<<<api_call>>>: torch.hub.load('maps/rivers', 'river_net')",
-        4: "I do not know.",
-        5: f"<<<api_call>>>: {ROADS}\n<<<api_provider>>>: PyTorch",
-    }
+    answers = [
+        (1, f"<<<api_call>>>: {TOWNS}"),
+        (2, f"<<<api_call>>>: {TOWNS}"),
+        (3, "<<<api_call>>>: torch.hub.load('maps/rivers', 'river_net')"),
+        (4, "I do not know."),
+        (5, f"<<<api_call>>>: {ROADS}\n<<<api_provider>>>: PyTorch"),
+    ]
     apis = read_database(write_database(tmp_path / "api.jsonl", TORCH_HUB), "torchhub")
     domains = {1: "Towns", 2: "Birds", 3: "Towns", 4: "Towns", 5: "Roads", 6: "Birds"}
-    found = score("torchhub", apis, domains, [Response(*answer) for answer in answers.items()])
+    found = score("torchhub", apis, domains, answers)
     assert found == Score(responses=5, correct=2, wrong=1, hallucinated=1, without_call=1)
     assert (found.overall, found.hallucination) == (40.0, 20.0), "of the responses, not of the questions"
 
@@ -155,41 +132,83 @@ def test_the_published_figures_are_those_of_the_stored_responses(
     assert found.hallucination == pytest.approx(hallucination, abs=0.005)
 
 
-# Files that are wrong
+@pytest.mark.parametrize(
+    ("code", "question"),
+    [
+        ("###Instruction: Find a town.\n###Output: {'domain': 'x'}", "Find a town."),
+        ("### Instruction: Find a town.\n###Output:\n<<<domain>>>: x", "Find a town."),
+        ("###Instruction. Find a town.\n### Output: x", "Find a town."),
+        ('###Instruction: Which town?\n\n###Input: {"a": 1}\n###Output: x', 'Which town?\n\n###Input: {"a": 1}'),
+        ("###Instruction: One.\n###Output: x\n###Instruction: Two.\n###Output: y", "One."),
+    ],
+)
+def test_a_question_is_what_stands_before_the_output(code: str, question: str) -> None:
+    path = Path("eval.json")
+    others = {5: {"code": "###Instruction: no answer"}, 6: {}}
+    assert read_questions(path, {3: {"code": code}, **others}) == {3: question}
+    with pytest.raises(UserError, match=r"eval\.json holds no questions"):
+        read_questions(path, others)
 
 
-def test_every_wrong_line_is_named(tmp_path: Path) -> None:
-    path = write_lines(
-        tmp_path / "api.jsonl",
-        [{"api_call": TOWNS, "domain": "Towns"}, {"domain": "x"}, {"api_call": 3, "domain": "x"}, {"api_call": "f(1)"}],
-    )
+def test_prompts_are_asked_without_the_escapes_of_gorillas_files(tmp_path: Path) -> None:
+    texts = [" Which town?\\n", ' Find \\"Rome\\".\\n###Input: {\\"a\\": 1}\\n', 'Say "Rome"', "a path: C:\\maps"]
+    path = write_lines(tmp_path / "prompts.jsonl", ({"question_id": i, "text": t} for i, t in enumerate(texts, 1)))
+    asked = read_questions(path, {number: {} for number in range(1, 5)}, path)
+    assert list(asked.values()) == ["Which town?", 'Find "Rome".\n###Input: {"a": 1}', 'Say "Rome"', "a path: C:\\maps"]
+    path.write_text('{"question_id": 1, "text": "a"}\n' * 2)
+    with pytest.raises(DataError, match="question_id 1 comes more than once"):
+        read_questions(path, {1: {}}, path)
+
+
+def test_gorillas_own_files_give_the_questions_they_were_asked(shared: Path) -> None:
+    folder = shared / "assets" / "gorilla"
+    evaluation = read_objects(folder / "torchhub_eval.json")
+    questions = read_questions(folder / "torchhub_eval.json", evaluation)
+    prompts = read_questions(folder / "torchhub_eval.json", evaluation, folder / "questions_torchhub_0_shot.jsonl")
+    # One has a blank line less.
+    assert prompts == {number: question.replace("\n\n", "\n") for number, question in questions.items()}
+    assert len(prompts) == 186
+    few = read_objects(folder / "huggingface_eval.json")
+    assert (len(few), len(read_questions(folder / "huggingface_eval.json", few))) == (911, 907)
+
+
+@pytest.mark.parametrize(
+    ("read", "lines", "wrong", "said"),
+    [
+        (
+            lambda path: read_database(path, "torchhub"),
+            [{"api_call": TOWNS, "domain": "Towns"}, {"domain": "x"}, {"api_call": 3, "domain": "x"}],
+            [2, 3],
+            "should be texts",
+        ),
+        (
+            lambda path: read_database(path, "torchhub"),
+            [{"api_call": "", "domain": "x"}, {"api_call": "# a note", "domain": "x"}],
+            [1, 2],
+            "'# a note' is not a call",
+        ),
+        (
+            lambda path: read_domains(path, read_objects(path)),
+            [{"api_data": {"domain": "x"}}, {}, {"api_data": "x"}, {"api_data": {}}],
+            [2, 3, 4],
+            "there is no text at api_data.domain",
+        ),
+        (
+            lambda path: read_responses(path, {1}),
+            [{"question_id": number, "text": "x"} for number in (1, "1", True, None, 7)],
+            [2, 3, 4, 5],
+            "the evaluation file has no line 7",
+        ),
+    ],
+)
+def test_every_wrong_line_is_named(
+    read: Callable[[Path], object], lines: list[dict[str, object]], wrong: list[int], said: str, tmp_path: Path
+) -> None:
+    path = write_lines(tmp_path / "lines.jsonl", lines)
     with pytest.raises(DataError) as error:
-        read_database(path, "torchhub")
-    assert error.value.problems == [f"{path} line {n}: api_call and domain should be texts" for n in (2, 3, 4)]
-    path = write_database(tmp_path / "api.jsonl", [("", "x"), ("# a note", "x")])
-    with pytest.raises(DataError, match="'# a note' is not a call") as error:
-        read_database(path, "torchhub")
-    assert len(error.value.problems) == 2
-
-    path = write_lines(tmp_path / "eval.json", [{"api_data": {"domain": "x"}}, {}, {"api_data": "x"}, {"api_data": {}}])
-    with pytest.raises(DataError) as error:
-        read_domains(path, read_objects(path))
-    assert error.value.problems == [f"{path} line {n}: there is no text at api_data.domain" for n in (2, 3, 4)]
-
-    path = write_lines(
-        tmp_path / "responses.jsonl",
-        [
-            {"question_id": 1, "text": "x"},
-            {"question_id": "1", "text": "x"},
-            {"question_id": True, "text": "x"},
-            {"question_id": 1},
-            {"question_id": 7, "text": "x"},
-        ],
-    )
-    with pytest.raises(DataError) as error:
-        read_responses(path, {1: "x"})
-    assert [problem.split(": ")[0] for problem in error.value.problems] == [f"{path} line {n}" for n in (2, 3, 4, 5)]
-    assert "the evaluation file has no line 7" in error.value.problems[-1]
+        read(path)
+    assert [problem.split(": ")[0] for problem in error.value.problems] == [f"{path} line {n}" for n in wrong]
+    assert said in error.value.problems[-1]
 
 
 def test_lines_are_counted_as_they_stand_in_the_file(tmp_path: Path) -> None:
@@ -215,8 +234,3 @@ def test_what_is_no_file_of_json_lines_is_refused(content: bytes, message: str, 
         read_objects(path)
     with pytest.raises(UserError, match=r"did you mean 'lines\.jsonl'"):
         read_objects(tmp_path / "line.jsonl")
-
-
-def test_stored_responses_are_read_by_question(tmp_path: Path) -> None:
-    path = write_responses(tmp_path / "responses.jsonl", [(2, "b"), (1, "a"), (2, "c")])
-    assert read_responses(path, {1: "x", 2: "x"}) == [Response(2, "b"), Response(1, "a"), Response(2, "c")]

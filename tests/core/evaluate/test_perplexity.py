@@ -86,23 +86,13 @@ def test_what_is_cut_and_dropped_is_counted(loaded: LoadedModel, data: Path) -> 
     assert measured(loaded, data, 24).dropped > 0
 
 
-def test_several_files_are_measured_together(loaded: LoadedModel, data: Path) -> None:
-    both = measure(loaded, read_data(loaded, [str(data)] * 2, None, quiet), 8, quiet)
-    once = measured(loaded, data)
-    assert both.label_tokens == 2 * once.label_tokens
-    assert both.loss == pytest.approx(once.loss, abs=1e-5)
-
-
-def test_progress_counts_the_items(loaded: LoadedModel, data: Path) -> None:
-    told = []
-    measure(loaded, read_data(loaded, [str(data)], None, quiet), 3, lambda *counts: told.append(counts))
-    assert told[-1] == (7, 7)
-    assert len(told) == 3
-
-
-def test_more_tokens_than_the_context_are_refused(loaded: LoadedModel, data: Path) -> None:
-    with pytest.raises(UserError, match=r"max-tokens \(257\) is more than the model's context \(256\)"):
-        read_data(loaded, [str(data)], 257, quiet)
+def test_several_files_are_measured_together_and_progress_counts_the_items(loaded: LoadedModel, data: Path) -> None:
+    counts: list[tuple[int, int]] = []
+    both = read_data(loaded, [str(data)] * 2, None, quiet)
+    found, once = measure(loaded, both, 5, lambda *done: counts.append(done)), measured(loaded, data)
+    assert found.label_tokens == 2 * once.label_tokens
+    assert found.loss == pytest.approx(once.loss, abs=1e-5)
+    assert (len(counts), counts[-1]) == (3, (14, 14))
 
 
 def test_a_format_that_cannot_say_what_is_predicted_is_refused(trained: Path, data: Path, tmp_path: Path) -> None:
@@ -111,6 +101,8 @@ def test_a_format_that_cannot_say_what_is_predicted_is_refused(trained: Path, da
     (folder / "manifest.json").unlink()
     settings = json.loads((folder / "template.json").read_text())
     (folder / "template.json").write_text(json.dumps({**settings, "prompt": "Q: {instruction}\nA:"}))
+    with pytest.raises(UserError, match=r"max-tokens \(257\) is more than the model's context \(256\)"):
+        read_data(load_model(folder, device="cpu", template="alpaca"), [str(data)], 257, quiet)
     with pytest.raises(UserError, match="'alpaca' is not one that comes with llama-acc"):
         read_data(load_model(folder, device="cpu"), [str(data)], None, quiet)
     (folder / "template.json").unlink()

@@ -1,5 +1,6 @@
 """Rows in, items out: streamed, counted, and every row that gives no item reported with its place."""
 
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +51,7 @@ from llama_acc.core.data.sources import data_files
 from llama_acc.core.downloads import converted_file, is_here, raw_files
 from llama_acc.core.errors import DataError, UserError, listed
 from llama_acc.core.input_files import open_input
-from llama_acc.core.units import count_text
+from llama_acc.core.text import count_text
 
 STDIN = Path("-")
 _LOOKED_AT = 100
@@ -264,8 +265,11 @@ class Conversion:
             reasons.append(f"{self.wrong:,}: wrong; the first is {self.problems[0]}")
         none = f"nothing to train on: no item in {count_text(self.rows, 'row')} of {names}"
         mapping = _preferred(self._first_unusable)
-        say = f"say what is to be trained on: llama-acc convert-data jsonl {names} {mapping_words(mapping)}"
-        raise UserError(f"{none}\n{listed(reasons)}", say if mapping else None)
+        command = f"{self._command('jsonl')} {mapping_words(mapping)} --output NEW.jsonl"
+        raise UserError(f"{none}\n{listed(reasons)}", f"say what is to be trained on: {command}" if mapping else None)
+
+    def _command(self, format: str) -> str:
+        return f"llama-acc convert-data {format} {shlex.join(map(str, self.inputs))}"
 
     def _hint(self) -> str:
         """What to do about rows that are wrong."""
@@ -274,7 +278,8 @@ class Conversion:
             mapping = mapping_of(self._first_wrong)
             return f"say which is which: {mapping_words(mapping)}" if mapping else "none of its columns holds text"
         if looks_like is not None and looks_like.format != format and not self.items and format != AUTO:
-            return f"this looks like {looks_like.format}, as {looks_like.why}: convert-data {looks_like.format}"
+            command = f"{self._command(looks_like.format)} --output NEW.jsonl"
+            return f"this looks like {looks_like.format}, as {looks_like.why}: {command}"
         hint = "mend them, or leave these rows out with --on-error skip"
         return hint if self.wrong < MOST_PROBLEMS else f"reading ended after {MOST_PROBLEMS:,} problems; {hint}"
 

@@ -1,0 +1,71 @@
+"""What a message says to type next exists: commands, their flags and the recipe's keys."""
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import typer
+
+from llama_acc.cli.app import app
+from llama_acc.core.recipe import known_keys
+from tests.test_docs import PACKAGE
+
+_OF_PIP = {"--upgrade"}
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    """Every text in the package that is no docstring, with its place; what is filled in stands as X."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        nodes = list(ast.walk(tree))
+        inner = {part for node in nodes if isinstance(node, ast.JoinedStr) for part in ast.walk(node) if part != node}
+        inner |= {node.value for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "X" for part in node.values]
+                yield f"{path.name}:{node.lineno}", "".join(map(str, parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in inner:
+                yield f"{path.name}:{node.lineno}", node.value
+
+
+MESSAGES = list(messages())
+COMMAND: Any = typer.main.get_command(app)
+
+
+def commands(command: Any) -> Iterator[Any]:
+    yield command
+    for inner in getattr(command, "commands", {}).values():
+        yield from commands(inner)
+
+
+def found(pattern: str) -> list[tuple[str, str]]:
+    return [(place, match) for place, text in MESSAGES for match in re.findall(pattern, text)]
+
+
+@pytest.mark.parametrize(("place", "line"), found(r"(?<!this )llama-acc ([^`;,()\n]+)"))
+def test_every_command_that_a_message_names_parses(place: str, line: str) -> None:
+    command, words = COMMAND, shlex.split(line.replace("'", ""), comments=True)
+    context = command.context_class(command, info_name="llama-acc")
+    while words and hasattr(command, "commands") and "X" not in words[0] and words[0].islower():
+        assert words[0] in command.commands, f"{place}: there is no command {words[0]}"
+        command, words = command.commands[words[0]], words[1:]
+        context = command.context_class(command, info_name=command.name, parent=context)
+    command.make_parser(context).parse_args(words)
+
+
+def test_every_flag_that_a_message_names_exists() -> None:
+    options = [parameter for command in commands(COMMAND) for parameter in command.params]
+    known = {name for option in options for name in (*option.opts, *option.secondary_opts)} | {"--help"}
+    named = found(r"(?<![\w-])--[a-z][\w-]*")
+    assert len(named) > 100
+    assert [(place, flag) for place, flag in named if flag not in known | _OF_PIP] == []
+
+
+def test_every_recipe_key_that_a_message_names_exists() -> None:
+    keys = {re.sub(r"\.\d+\.", ".", key) for key in known_keys()}
+    named = found(r"\b(?!tuning\.X)((?:model|tuning|vision|data|optimizer|train|parallel|checkpoint)\.[\w.]+)=")
+    assert len(named) > 20
+    assert [(place, key) for place, key in named if re.sub(r"\.\d+\.", ".", key) not in keys] == []
