@@ -27,8 +27,8 @@ def photos(tmp_path: Path) -> Path:
 
 
 def test_the_caption_of_one_image_stands_alone_on_standard_output(seer: Path, photos: Path) -> None:
-    done = run("caption", "--ckpt", seer, photos / "0000.png")
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{ANSWER}\n", "")
+    result = invoke("caption", "--ckpt", seer, photos / "0000.png")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{ANSWER}\n", "")
 
 
 def test_many_images_are_a_table_in_their_order(seer: Path, photos: Path) -> None:
