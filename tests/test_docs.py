@@ -1,5 +1,6 @@
 """The documentation says what the code does: its example runs, its commands parse, its links and tables are right."""
 
+import ast
 import json
 import os
 import re
@@ -307,3 +308,18 @@ def test_the_guide_names_every_key_that_changes_an_item() -> None:
     named = {word for row in table_rows(table)[1:] for word in re.findall(r"`(\w+)`", row[0])}
     used = {*items.SYSTEM, *items.TRAINED, *items.INPUT[1:], *items.IMAGES[1:], "history"}
     assert named == {*used, *items.UNUSABLE, *items.UNDESIRABLE, "completion"}
+
+
+# The walks of docs/architecture.md
+
+
+@pytest.mark.parametrize(
+    "stop", [row[1:3] for row in table_rows(read("docs/architecture.md")) if row[0].isdigit()], ids=str
+)
+def test_a_walk_names_what_is_there(stop: list[str]) -> None:
+    file, name = map(code, stop)
+    scope: Any = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
+    for part in name.split("."):
+        defined = [n for n in scope.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == part]
+        assert defined, f"{file} has no {name}"
+        scope = defined[0]
