@@ -30,10 +30,7 @@ class Fault:
         cut: the connection is cut after so many bytes.
         stall: nothing more comes after so many bytes.
         delay: seconds before each piece of 64 KiB.
-        length: Content-Length says so, whatever comes.
         content: is sent in place of the right bytes.
-        no_ranges: the whole file is sent, whatever was asked for.
-        from_byte: bytes are sent from there, whatever was asked for.
     """
 
     status: int | None = None
@@ -41,10 +38,7 @@ class Fault:
     cut: int | None = None
     stall: int | None = None
     delay: float = 0.0
-    length: int | None = None
     content: bytes | None = None
-    no_ranges: bool = False
-    from_byte: int | None = None
 
 
 @dataclass
@@ -55,7 +49,6 @@ class Repo:
     gated: bool = False
     private: bool = False
     large: int = 1000
-    granted: frozenset[str] = frozenset({TOKEN})
     xet: dict[str, str] = field(default_factory=dict)
 
 
@@ -80,11 +73,9 @@ class Servers:
         self.plain_headers: dict[str, dict[str, str]] = {}
         self.redirects: dict[str, str] = {}
         self.faults: dict[str, deque[Fault]] = defaultdict(deque)
-        self.api_faults: deque[Fault] = deque()
         self.requests: list[Request] = []
         self.sent: dict[str, int] = defaultdict(int)
         self.xet_storage = ""
-        self.no_such_api = False
         self._released = threading.Event()
         self._hub = _serve(self, "hub")
         self._storage = _serve(self, "storage")
@@ -182,13 +173,9 @@ class _Handler(BaseHTTPRequestHandler):
     # The hub's questions and answers
 
     def _api(self, path: str, query: dict[str, list[str]]) -> None:
-        if self.servers.api_faults:
-            fault = self.servers.api_faults.popleft()
-            self._empty(fault.status or 500, dict(fault.headers))
-            return
         kinds = {"models": "model", "datasets": "dataset"}
         words = path.split("/")[2:]
-        if words[0] not in kinds or self.servers.no_such_api:
+        if words[0] not in kinds:
             self._empty(404)
             return
         kind = kinds[words[0]]
@@ -218,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
         if token and not token.startswith("hf_"):
             self._empty(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
             return None
-        if repo is None or (repo.private and token not in repo.granted):
+        if repo is None or (repo.private and token != TOKEN):
             status = 404 if token else 401
             self._empty(status, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
             return None
@@ -262,7 +249,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repo is None:
             return
         token = self.headers.get("authorization", "").removeprefix("Bearer ")
-        if repo.gated and token not in repo.granted:
+        if repo.gated and token != TOKEN:
             said = "you are not in the authorized list" if token else "you must be authenticated"
             self._empty(403 if token else 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": said})
             return
@@ -303,7 +290,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._empty(fault.status, dict(fault.headers))
             return
         content = content if fault.content is None else fault.content
-        begin = self._first_byte(headers, fault)
+        begin = self._first_byte(headers)
         if begin is not None and begin >= len(content):
             self._empty(416, {"Content-Range": f"bytes */{len(content)}"})
             return
@@ -313,18 +300,16 @@ class _Handler(BaseHTTPRequestHandler):
         if begin is not None:
             self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
         body = content[begin or 0 :]
-        self.send_header("Content-Length", str(len(body) if fault.length is None else fault.length))
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "GET":
             self.servers.before_bytes()
             self._send(name, body, fault)
 
-    def _first_byte(self, headers: dict[str, str], fault: Fault) -> int | None:
+    def _first_byte(self, headers: dict[str, str]) -> int | None:
         asked = self.headers.get("range", "")
-        if not asked.startswith("bytes=") or fault.no_ranges:
+        if not asked.startswith("bytes="):
             return None
-        if fault.from_byte is not None:
-            return fault.from_byte
         if "if-range" in self.headers and self.headers["if-range"] not in headers.values():
             return None
         return int(asked.removeprefix("bytes=").partition("-")[0])
@@ -339,7 +324,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         if fault.stall is not None and fault.stall <= end:
             self.servers.wait_released()
-        if end < len(body) or fault.length is not None:
+        if end < len(body):
             self.close_connection = True
             self.connection.close()
 

@@ -49,7 +49,7 @@ def heavy_after(code: str) -> list[str]:
     "code",
     [
         "import llama_acc; look()",
-        "import llama_acc.core.hub, llama_acc.core.downloads; look()",
+        "import llama_acc.core.hub, llama_acc.core.catalogue; look()",
         "import llama_acc; llama_acc.Recipe.load('lima'); look()",
     ],
 )

@@ -127,7 +127,7 @@ def check(
 
 
 def _tokenizer(name: str) -> "Tokenizer":
-    from llama_acc.core.downloads import named_model
+    from llama_acc.core.catalogue import named_model
     from llama_acc.core.tokenizer import find_tokenizer, load_tokenizer
 
     path = Path(name).expanduser()

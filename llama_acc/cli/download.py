@@ -7,7 +7,6 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +17,6 @@ from llama_acc.core.errors import LlamaAccError, UserError
 from llama_acc.core.text import count_text, escape_control_chars, size_text
 
 if TYPE_CHECKING:
-    from llama_acc.core.catalogue import Entry
     from llama_acc.core.hub import Downloaded, Progress
 
 HELP = """Download models and data: by a name of the catalogue, or by an address.
@@ -68,56 +66,29 @@ def download(
     as_json: options.Json = False,
 ) -> None:
     """Download models and data."""
+    from llama_acc.core.catalogue import HubAddress, parse_address, resolve
+    from llama_acc.core.hub import RESUME_HINT, Downloader
+
+    if list_all and names:
+        raise UserError("--list shows the whole catalogue: leave the names out")
     if list_all:
-        if names:
-            raise UserError("--list shows the whole catalogue: leave the names out")
         _list(as_json)
         return
     if not names:
         raise UserError("download what? Give a name or an address", "`llama-acc download --list` shows the names")
-    _fetch(names, None if to is None else Path(to).expanduser(), token, as_json)
-
-
-def _list(as_json: bool) -> None:
-    from llama_acc.core.catalogue import catalogue
-    from llama_acc.core.downloads import folder_of, is_here
-
-    entries = list(catalogue().values())
-    if as_json:
-        known = [
-            {**entry.model_dump(exclude_none=True), "here": is_here(entry), "folder": str(folder_of(entry))}
-            for entry in entries
-        ]
-        typer.echo(json.dumps(known, indent=1))
-        return
-    here = ["yes" if is_here(entry) else "gated" if entry.gated else "" for entry in entries]
-    rows = [(e.name, e.size or "", state, e.license, e.what) for e, state in zip(entries, here, strict=True)]
-    header = ("name", "size", "here", "license", "what")
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for number, (name, size, *others, what) in enumerate([header, *rows]):
-        cells = [name.ljust(widths[0]), size.rjust(widths[1])]
-        cells += [cell.ljust(width) for cell, width in zip(others, widths[2:-1], strict=True)]
-        console.out.print("  ".join([*cells, what]), style="" if number else "bold", markup=False)
-
-
-def _fetch(names: list[str], to: Path | None, token: str | None, as_json: bool) -> None:
-    from llama_acc.core.downloads import resolve
-    from llama_acc.core.hub import RESUME_HINT, Downloader
-
     done: list[tuple[Downloaded, Path | None]] = []
     codes: list[int] = []
-    requests = resolve(names, to)
-    if token is not None and not any(request.asks_the_hub for request in requests):
+    requests = resolve(names, None if to is None else Path(to).expanduser())
+    addresses = [parse_address(file.get) for request in requests for file in request.files]
+    if token is not None and not any(isinstance(address, HubAddress) for address in addresses):
         console.note("--token is not used: it is for Hugging Face, and nothing here is fetched from there")
     with progress_shown() as progress:
         downloader = Downloader(progress, console.note, token)
         for request in requests:
-            is_converted = request.entry is not None and request.entry.convert is not None
+            convert = request.entry is not None and request.entry.convert is not None
+            most = CONVERTED_AT_ONCE if convert else 0
             try:
-                one = downloader.download(
-                    request,
-                    lambda size, also=is_converted: size if also and size <= CONVERTED_AT_ONCE else 0,  # type: ignore[misc]
-                )
+                one = downloader.download(request, lambda size, most=most: size if size <= most else 0)  # type: ignore[misc]
                 done.append((one, _finish(one, progress)))
             except LlamaAccError as error:
                 if len(requests) == 1:
@@ -133,37 +104,53 @@ def _fetch(names: list[str], to: Path | None, token: str | None, as_json: bool) 
         raise typer.Exit(max(codes))  # a failure that may pass does not hide one that will not
 
 
-def _finish(done: "Downloaded", progress: "Progress") -> Path | None:
-    """Add a checkpoint's meta.json, and convert data that `finetune` cannot read as it is; the converted file."""
-    from llama_acc.core.atomic import write_text_whole
-    from llama_acc.core.downloads import converted_file
+def _list(as_json: bool) -> None:
+    from llama_acc.core.catalogue import catalogue
 
-    entry = done.request.entry
+    entries = list(catalogue().values())
+    if as_json:
+        known = [
+            {**entry.model_dump(exclude_none=True), "here": entry.is_here, "folder": str(entry.folder)}
+            for entry in entries
+        ]
+        typer.echo(json.dumps(known, indent=1))
+        return
+    rows = [("name", "size", "here", "license", "what")]
+    rows += [(e.name, e.size or "", "yes" if e.is_here else "gated" * e.gated, e.license, e.what) for e in entries]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for number, (name, size, here, license, what) in enumerate(rows):
+        cells = [name.ljust(widths[0]), size.rjust(widths[1]), here.ljust(widths[2]), license.ljust(widths[3]), what]
+        console.out.print("  ".join(cells), style="" if number else "bold", markup=False)
+
+
+def _finish(done: "Downloaded", progress: "Progress") -> Path | None:
+    """Add a checkpoint's meta.json, and convert data that `finetune` cannot read as it is; the converted file.
+
+    What cannot be converted is reported, and is no failure of the download.
+    """
+    from llama_acc.core.atomic import write_text_whole
+    from llama_acc.core.catalogue import converted_file
+    from llama_acc.core.hub import locked
+
+    entry, to = done.request.entry, done.request.to
     if entry is not None and entry.llama_type is not None and not (done.folder / "meta.json").exists():
         write_text_whole(done.folder / "meta.json", json.dumps({"llama_type": entry.llama_type}))
     if entry is None or entry.convert is None:
         return None
-    target = converted_file(entry.name) if done.request.to is None else done.request.to / f"{entry.name}.jsonl"
-    size = sum(path.stat().st_size for path in done.files)
-    if target.exists() or size > CONVERTED_AT_ONCE:
-        return target if target.exists() else None
-    if size > (free := shutil.disk_usage(done.folder).free):
-        needed = f"that takes about {size_text(size)}, and {size_text(free)} are free"
-        console.note(f"{entry.name} was not converted: {needed}")
-        return None
-    return _convert(entry, done, target, progress)
-
-
-def _convert(entry: "Entry", done: "Downloaded", target: Path, progress: "Progress") -> Path | None:
-    """Convert it; what cannot be is reported, and is no failure of the download."""
     from llama_acc.core.data.convert.formats import Options
     from llama_acc.core.data.convert.run import Conversion, convert
-    from llama_acc.core.hub import locked
 
-    assert entry.convert is not None
+    target = converted_file(entry.name) if to is None else to / f"{entry.name}.jsonl"
+    size, free = sum(path.stat().st_size for path in done.files), shutil.disk_usage(done.folder).free
     with locked(done.folder, console.note):  # of two downloads of the same, one converts it
         if target.exists():
             return target
+        if size > CONVERTED_AT_ONCE:
+            return None
+        if size > free:
+            needed = f"that takes about {size_text(size)}, and {size_text(free)} are free"
+            console.note(f"{entry.name} was not converted: {needed}")
+            return None
         try:
             made = Conversion(
                 entry.convert,
@@ -181,6 +168,7 @@ def _convert(entry: "Entry", done: "Downloaded", target: Path, progress: "Progre
 
 
 def _report(done: "list[tuple[Downloaded, Path | None]]", as_json: bool) -> None:
+    commands = [_next_command(one, converted) for one, converted in done]
     if as_json:
         found = [
             {
@@ -189,81 +177,70 @@ def _report(done: "list[tuple[Downloaded, Path | None]]", as_json: bool) -> None
                 "files": [str(path) for path in one.files],
                 "fetched": [str(path) for path in one.fetched],
                 "converted": None if converted is None else str(converted),
-                "next": _next_command(one, converted),
+                "next": command,
             }
-            for one, converted in done
+            for (one, converted), command in zip(done, commands, strict=True)
         ]
         typer.echo(json.dumps(found, indent=1))
-    for one, converted in done:
+    for (one, _), command in zip(done, commands, strict=True):
         count = len(one.files)
         where = str(one.files[0]) if count == 1 else f"{one.folder} ({count} files)"
         console.note(f"{one.request.name} {'is in' if one.fetched else 'was there already:'} {where}")
         for remark in _remarks(one):
             console.note(remark)
-        command = _next_command(one, converted)
         if command is not None and not as_json:
             console.note("now type:")
             console.command(command)
 
 
-def _remarks(done: "Downloaded") -> list[str]:
+def _remarks(done: "Downloaded") -> Iterator[str]:
     """What else there is to know, and what the next command still lacks."""
     from llama_acc.core.catalogue import catalogue
-    from llama_acc.core.data.parquet import PARQUET_SUFFIX
-    from llama_acc.core.data.read import data_suffix
-    from llama_acc.core.downloads import is_here
 
     entry = done.request.entry
-    found = [entry.note] if entry is not None and entry.note else []
+    if entry is not None and entry.note:
+        yield entry.note
     if entry is not None and entry.kind == "vision":
-        place = _model_place(done)
-        found.append(f"give it beside a language model: --pretrained llama2-13b --pretrained {place}")
-    is_data = entry is None or entry.kind == "data"
-    if is_data and any(data_suffix(path) == PARQUET_SUFFIX for path in done.files) and find_spec("pyarrow") is None:
-        found.append("its files are Parquet, which pyarrow reads; it is not installed: pip install pyarrow")
-    if not done.is_model and entry is not None and entry.recipe is not None:
-        base = catalogue().get(_base(entry.recipe) or "")
-        if base is not None and not is_here(base):
-            found.append(f"the recipe starts from {base.name}, which is not here yet: llama-acc download {base.name}")
-    return found
+        yield f"give it beside a language model: --pretrained llama2-13b --pretrained {_model_place(done)}"
+    if entry is not None and not done.is_model and entry.recipe is not None:
+        base = catalogue().get(_base_and_data(entry.recipe)[0] or "")
+        if base is not None and not base.is_here:
+            yield f"the recipe starts from {base.name}, which is not here yet: llama-acc download {base.name}"
 
 
 def _next_command(done: "Downloaded", converted: Path | None) -> str | None:
     """The command that uses what was downloaded; None where there is no one such command."""
-    entry, to = done.request.entry, done.request.to
-    words: list[str] | None = None
+    from llama_acc.core.checkpoint.layout import inspect
+    from llama_acc.core.data.read import SUFFIXES, data_suffix
+
+    entry, to, place = done.request.entry, done.request.to, _model_place(done)
+    words: list[str] = []
     if done.is_model:
-        words = _use_model(done)
+        with contextlib.suppress(UserError):  # no checkpoint, or a part of one
+            inspect(done.folder)
+            words = ["chat", "--ckpt", place]
+        if words and entry is not None and entry.template is not None:
+            is_caption = entry.template == "caption"
+            words = ["caption", "--ckpt", place, "IMAGE"] if is_caption else [*words, "--template", entry.template]
+        elif words and entry is not None and entry.recipe is not None:
+            words = ["finetune", "--recipe", entry.recipe, "--pretrained", place]
+        words = [] if entry is not None and entry.kind == "vision" else words
     elif entry is None:
-        words = _check(done)
+        readable = [path for path in done.files if data_suffix(path) in SUFFIXES]
+        folders = {path.parent for path in readable}
+        places = readable if len(readable) == 1 or len(folders) > 1 else folders
+        words = ["convert-data", "check", *map(str, places)] if readable else []
     elif entry.kind != "images" and entry.convert and not converted:
         output = ["--output", str(done.folder / f"{entry.name}.jsonl")]
         raw = [entry.name] if to is None else [*map(str, done.files), *output]
         words = ["convert-data", entry.convert, *raw, *["--all-forms"] * entry.all_forms]
     elif entry.kind != "images" and entry.recipe is not None:
-        base = _base(entry.recipe)
-        words = ["finetune", "--recipe", entry.recipe, *(["--pretrained", base] if base else [])]
-        words += ["--data", str(converted or done.folder)] if to is not None else _data_named(entry)
-    return None if words is None else shlex.join(["llama-acc", *words])
-
-
-def _use_model(done: "Downloaded") -> list[str] | None:
-    from llama_acc.core.checkpoint.layout import inspect
-
-    entry, place = done.request.entry, _model_place(done)
-    try:
-        inspect(done.folder)
-    except UserError:
-        return None
-    if entry is not None and entry.kind == "vision":
-        return None
-    if entry is not None and entry.template == "caption":
-        return ["caption", "--ckpt", place, "IMAGE"]
-    if entry is not None and entry.template is not None:
-        return ["chat", "--ckpt", place, "--template", entry.template]
-    if entry is None or entry.recipe is None:
-        return ["chat", "--ckpt", place]
-    return ["finetune", "--recipe", entry.recipe, "--pretrained", place]
+        base, sources = _base_and_data(entry.recipe)
+        # One part of the recipe's data is found by its name.
+        is_part = to is None and len(sources) > 1 and entry.name in sources
+        data = [] if is_part else ["--data", entry.name if to is None else str(converted or done.folder)]
+        words = ["finetune", "--recipe", entry.recipe, *(["--pretrained", base] if base else []), *data]
+    return shlex.join(["llama-acc", *words]) if words else None
 
 
 def _model_place(done: "Downloaded") -> str:
@@ -271,29 +248,12 @@ def _model_place(done: "Downloaded") -> str:
     return str(done.folder) if done.request.to is not None or entry is None else entry.name
 
 
-def _check(done: "Downloaded") -> list[str] | None:
-    """What shows whether data of which nothing is known can be trained on."""
-    from llama_acc.core.data.read import SUFFIXES, data_suffix
-
-    readable = [path for path in done.files if data_suffix(path) in SUFFIXES]
-    folders = {path.parent for path in readable}
-    places = readable if len(readable) == 1 or len(folders) > 1 else list(folders)
-    return ["convert-data", "check", *map(str, places)] if readable else None
-
-
-def _base(recipe: str) -> str | None:
+def _base_and_data(name: str) -> tuple[str | None, list[str]]:
+    """What a recipe starts from, and its data."""
     from llama_acc.core.recipe import Recipe
 
-    return next(iter(Recipe.load(recipe).model.pretrained_list()), None)
-
-
-def _data_named(entry: "Entry") -> list[str]:
-    """What stands for the recipe's data; nothing where it is only one part of that, and found by its name."""
-    from llama_acc.core.recipe import Recipe
-
-    assert entry.recipe is not None
-    sources = [source.path for source in Recipe.load(entry.recipe).data.sources]
-    return [] if len(sources) > 1 and entry.name in sources else ["--data", entry.name]
+    recipe = Recipe.load(name)
+    return next(iter(recipe.model.pretrained_list()), None), [source.path for source in recipe.data.sources]
 
 
 def fetch_shown(address: str) -> list[Path]:
@@ -307,27 +267,19 @@ def fetch_shown(address: str) -> list[Path]:
 @contextlib.contextmanager
 def progress_shown() -> "Iterator[Progress]":
     """Bytes, rate and time left of each file: bars on a terminal, a line every few seconds otherwise."""
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich import progress as rich
 
-    bars = Progress(
-        TextColumn("{task.description}"),
-        DownloadColumn(binary_units=True),
-        BarColumn(bar_width=24),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("left"),
+    bars = rich.Progress(
+        rich.TextColumn("{task.description}"),
+        rich.DownloadColumn(binary_units=True),
+        rich.BarColumn(bar_width=24),
+        rich.TransferSpeedColumn(),
+        rich.TimeRemainingColumn(compact=True),
+        rich.TextColumn("left"),
         console=console.err,
         transient=True,
     )
-    tasks: dict[str, TaskID] = {}
+    tasks: dict[str, rich.TaskID] = {}
     lock, last_line = threading.Lock(), time.monotonic()
 
     def show(label: str, done: int, total: int | None) -> None:

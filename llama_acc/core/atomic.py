@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all: written aside, synced, described by a manifest, renamed.
+"""Files and folders that appear whole or not at all: written aside, synced, described by a manifest, renamed.
 
 A link that lies where something is to be written is replaced: what it points to is never written, nor removed.
 
@@ -10,16 +10,36 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.input_files import read_object
 
 FORMAT_VERSION = 1
 _ASIDE = ".writing-"
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old text or the new, never a part."""
+    write_whole(path, text.encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader sees the old content or the new, never a part."""
+    aside = aside_of(path)
+    remove(aside)
+    try:
+        with aside.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        remove(aside)
+        raise
+    sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -29,22 +49,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     After an exception, or a kill, `folder` is what it was. One that is already there is replaced, in two renames: do
     not replace what must survive a kill between them.
     """
-    aside = begin_folder(folder)
     try:
-        yield aside
+        yield begin_folder(folder)
         finish_folder(folder, {})
     except BaseException:
         abandon_folder(folder)
         raise
 
 
-def aside_of(folder: Path) -> Path:
-    """The temporary folder in which `folder` is written."""
-    return folder.with_name(_ASIDE + folder.name)
-
-
-def _old_of(folder: Path) -> Path:
-    return folder.with_name(f"{_ASIDE}{folder.name}-old")
+def aside_of(path: Path) -> Path:
+    """Where a file or folder is written before it takes its name."""
+    return path.with_name(_ASIDE + path.name)
 
 
 def begin_folder(folder: Path) -> Path:
@@ -56,17 +71,11 @@ def begin_folder(folder: Path) -> Path:
 
 
 def finish_folder(folder: Path, digests: Mapping[str, str]) -> None:
-    """Syncs the temporary folder, describes it and gives it its name.
-
-    Args:
-        folder: see `whole_folder`.
-        digests: SHA-256 of files that need not be read again.
-    """
+    """Syncs the temporary folder, describes it and gives it its name. `digests`: SHA-256 that are known already."""
     aside, old = aside_of(folder), _old_of(folder)
     write_manifest(aside, digests)
-    for path in aside.rglob("*"):
+    for path in (*aside.rglob("*"), aside):
         sync(path)
-    sync(aside)
     if os.path.lexists(folder):
         remove(old)
         folder.rename(old)
@@ -81,6 +90,17 @@ def abandon_folder(folder: Path) -> None:
     if os.path.lexists(old) and not os.path.lexists(folder):
         old.rename(folder)
     remove(aside_of(folder))
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder; it first loses its name, so that a kill leaves no half of it under that name."""
+    remove(_old_of(folder))
+    folder.rename(_old_of(folder))
+    remove(_old_of(folder))
+
+
+def _old_of(folder: Path) -> Path:
+    return folder.with_name(f"{_ASIDE}{folder.name}-old")
 
 
 def remove_unfinished(parent: Path) -> None:
@@ -98,25 +118,25 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-def write_text_whole(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old text or the new, never a part."""
-    write_whole(path, text.encode())
+@contextlib.contextmanager
+def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Keeps other processes out by a lock file, which is released however this one ends; calls `on_wait` once if held.
 
+    Some network file systems have no locks: there it keeps nobody out.
+    """
+    from filelock import FileLock, Timeout
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader sees the old content or the new, never a part."""
-    aside = path.with_name(_ASIDE + path.name)
-    remove(aside)
+    lock = FileLock(path)
+    with contextlib.suppress(NotImplementedError):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            on_wait()
+            lock.acquire()
     try:
-        with aside.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except BaseException:
-        remove(aside)
-        raise
-    sync(path.parent)
+        yield
+    finally:
+        lock.release()
 
 
 def sync(path: Path) -> None:
@@ -130,14 +150,10 @@ def sync(path: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:  # Python 3.10
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -181,11 +197,9 @@ def check_manifest(folder: Path, contents: bool = False, under: str = "") -> Non
     try:
         manifest = read_object(path)
         version = int(manifest["format_version"])
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise UserError(f"cannot read {path}: {error!r}") from None
-    if version > FORMAT_VERSION:
-        raise UserError(f"{path} has format_version {version}, this program knows up to {FORMAT_VERSION}", "update it")
-    try:
+        if version > FORMAT_VERSION:
+            message = f"{path} has format_version {version}, this program knows up to {FORMAT_VERSION}"
+            raise UserError(message, "update it")
         files = {name: (int(file["bytes"]), str(file["sha256"])) for name, file in manifest["files"].items()}
     except (AttributeError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"cannot read {path}: {error!r}") from None

@@ -1,22 +1,33 @@
-"""What can be downloaded: the names of recipes/downloads/catalogue.yaml, and addresses as users write them.
+"""What can be downloaded and where it lies: names of the catalogue, addresses, folders. Opens no connection.
 
+    LLAMA_ACC_HOME/data/NAME/        what `--data NAME` reads; NAME/raw/ holds what is to be converted first
+    LLAMA_ACC_HOME/models/NAME/      what `--pretrained NAME` and `--ckpt NAME` load
+
+A folder's `.llama-acc-download` records which files are complete; those on their way are below `.incoming/`.
 Addresses: `hf:owner/name/file`, a page of Hugging Face or GitHub, or any https://.
 """
 
+import contextlib
 import functools
 import hashlib
+import json
 import re
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from llama_acc.core.errors import UserError, did_you_mean
+from llama_acc.core.atomic import write_text_whole
+from llama_acc.core.errors import UserError, did_you_mean, listed
+from llama_acc.core.input_files import home
 
 CATALOGUE = Path(__file__).parents[1] / "recipes" / "downloads" / "catalogue.yaml"
+INCOMING, RECORD = ".incoming", ".llama-acc-download"
 
 Kind = Literal["model", "dataset"]
 _MAGIC = re.compile(r"[*?[]")
@@ -30,21 +41,14 @@ _HUB_PAGE = re.compile(
     rf"(?:/(?:blob|resolve|raw|tree)/(?P<revision>{_REVISION})(?:/(?P<path>.*))?)?/?"
 )
 _GITHUB_PAGE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/(?:blob|raw)/(?P<rest>[^/]+/.+)")
-
 _LONGEST_NAME = 200  # bytes; file systems take 255, and a part's name has some of ours around it
 _Hex = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]+$")]
+_FORMAT_VERSION = 1
+_recording = threading.Lock()
 
 
 class File(BaseModel):
-    """One address of an entry.
-
-    Attributes:
-        get: `hf:...` or `https://...`; a Hugging Face address may be a folder or a glob.
-        name: what the file is called here, if not as there; may hold folders.
-        bytes: its exact size.
-        sha256: of its content.
-        git_blob: git's identity of its content, as GitHub's listings give it.
-    """
+    """One address of an entry; the head of catalogue.yaml says what its fields mean."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -56,24 +60,7 @@ class File(BaseModel):
 
 
 class Entry(BaseModel):
-    """What is known of a name.
-
-    Attributes:
-        name: what to type.
-        kind: data to train on, captions whose images have to be fetched, a language model, or a vision tower.
-        what: one line.
-        page: where it is described.
-        license: as its page states it.
-        size: as its page states it.
-        gated: access has to be asked for on `page`.
-        recipe: a shipped recipe that uses it.
-        convert: the FORMAT of `llama-acc convert-data` that makes of it what `finetune` takes.
-        all_forms: it is converted with --all-forms.
-        template: the prompt format of a checkpoint that does not say it itself.
-        llama_type: LLaMA2-Accessory's name of the architecture, for a checkpoint without meta.json.
-        note: what else to know.
-        files: what is fetched.
-    """
+    """A name of the catalogue; the head of catalogue.yaml says what its fields mean."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -93,14 +80,24 @@ class Entry(BaseModel):
     files: tuple[File, ...] = Field(min_length=1)
 
     @property
-    def conversion(self) -> str:
-        """The command that converts it."""
-        return f"llama-acc convert-data {self.convert} {self.name}" + " --all-forms" * self.all_forms
-
-    @property
     def is_model(self) -> bool:
         """Whether it is found by `--pretrained` and `--ckpt`, not by `--data`."""
         return self.kind in ("model", "vision")
+
+    @property
+    def folder(self) -> Path:
+        """Where its name is looked for."""
+        return home() / ("models" if self.is_model else "data") / self.name
+
+    @property
+    def raw_folder(self) -> Path:
+        """Where it is downloaded to: aside, if it is to be converted."""
+        return self.folder / "raw" if self.convert else self.folder
+
+    @property
+    def is_here(self) -> bool:
+        """Whether all of it was downloaded."""
+        return files_here(self.raw_folder, self.files) is not None
 
 
 @functools.cache
@@ -128,9 +125,7 @@ def find_entry(name: str) -> Entry:
     return found
 
 
-def names_of_repository(repository: str) -> list[str]:
-    """The entries that are a repository of Hugging Face ("owner/name") as a whole."""
-    return [name for name, entry in catalogue().items() if entry.page == f"https://huggingface.co/{repository}"]
+# Addresses
 
 
 @dataclass(frozen=True)
@@ -138,8 +133,8 @@ class HubAddress:
     """Something on Hugging Face: a repository, a folder or a file of it, or a glob of files.
 
     Attributes:
-        kind: model or data set; None = found out.
         repo: "owner/name".
+        kind: model or data set; None = found out.
         revision: branch, tag or commit; None = the main branch.
         path: file, folder or glob; "" = all of it.
     """
@@ -168,7 +163,7 @@ class HubAddress:
 
     @property
     def identity(self) -> str:
-        """By which it can be told from others."""
+        """What tells it from others."""
         return str(self)
 
     def __str__(self) -> str:
@@ -178,7 +173,7 @@ class HubAddress:
 
 @dataclass(frozen=True)
 class WebAddress:
-    """A file at a plain address; `url` may hold a name and password, which `__str__` does not show."""
+    """A file at a plain address; `url` may hold a user, password and query, which `str()` does not show."""
 
     url: str
 
@@ -189,17 +184,16 @@ class WebAddress:
 
     @property
     def host(self) -> str:
-        """Whom it is asked from."""
+        """The host it is asked from."""
         return urlsplit(self.url).hostname or ""
 
     @property
     def identity(self) -> str:
-        """By which it can be told from others, and which may be written down."""
+        """What tells it from others, without its secrets."""
         shown = str(self)
         return shown if shown == self.url else f"{shown} {hashlib.sha256(self.url.encode()).hexdigest()[:16]}"
 
     def __str__(self) -> str:
-        """Without what may be secret: user, password, query."""
         return without_secrets(self.url)
 
 
@@ -226,23 +220,28 @@ def parse_address(text: str) -> Address:
     Raises:
         UserError: it cannot be one, or its file name is longer than file systems take.
     """
-    if text.startswith(("hf:", "hf://")):
-        return _hub(text)
     shown = without_secrets(text)
+    if text.startswith("hf:"):
+        match = _HUB.fullmatch(text.rstrip("/"))
+        if match is None:
+            hint = "write hf:OWNER/NAME, hf:OWNER/NAME/FILE or hf:datasets/OWNER/NAME/FOLDER/*.jsonl"
+            raise UserError(f"{shown!r} is not an address on Hugging Face", hint)
+        kinds: dict[str | None, Kind | None] = {"datasets/": "dataset", "models/": "model", None: None}
+        path = (match["path"] or "").strip("/")
+        return _checked(HubAddress(match["repo"], kinds[match["kind"]], match["revision"], path))
     if not text.startswith(("https://", "http://")):
         raise UserError(f"{shown!r} is not an address that can be fetched", "it begins with hf:, https:// or http://")
     try:
         parts = urlsplit(text)
-        host, _ = parts.hostname, parts.port
-        (host or "").encode("idna")
+        host, _ = parts.hostname or "", parts.port
+        host.encode("idna")
     except ValueError as error:  # of brackets, the port, or a label over 63 characters
         raise UserError(f"{shown!r} is not an address: {error}") from None
     if not host or re.search(r"\s", host):
         raise UserError(f"{shown!r} names no host")
     if host in ("huggingface.co", "hf.co") and (page := _HUB_PAGE.fullmatch(unquote(parts.path))):
-        kind: Kind = "dataset" if page["kind"] else "model"
         revision = None if page["revision"] in (None, "main") else page["revision"]
-        return _checked(HubAddress(page["repo"], kind, revision, page["path"] or ""))
+        return _checked(HubAddress(page["repo"], "dataset" if page["kind"] else "model", revision, page["path"] or ""))
     if host == "github.com" and (page := _GITHUB_PAGE.fullmatch(parts.path)):
         return WebAddress(f"https://raw.githubusercontent.com/{page['repo']}/{page['rest']}")
     address = WebAddress(text)
@@ -253,25 +252,181 @@ def parse_address(text: str) -> Address:
     return address
 
 
-def _hub(text: str) -> HubAddress:
-    match = _HUB.fullmatch(text.rstrip("/"))
-    if match is None:
-        raise UserError(
-            f"{without_secrets(text)!r} is not an address on Hugging Face",
-            "write hf:OWNER/NAME, hf:OWNER/NAME/FILE or hf:datasets/OWNER/NAME/FOLDER/*.jsonl",
-        )
-    kinds: dict[str | None, Kind | None] = {"datasets/": "dataset", "models/": "model", None: None}
-    return _checked(
-        HubAddress(match["repo"], kinds[match["kind"]], match["revision"], (match["path"] or "").strip("/"))
-    )
-
-
 def _checked(address: HubAddress) -> HubAddress:
     if ".." in PurePosixPath(address.path).parts:
         raise UserError(f"{address} leads out of its repository")
-    if any(len(part.encode()) > _LONGEST_NAME for part in (*address.repo.split("/"), *address.path.split("/"))):
+    if any(len(part.encode()) > _LONGEST_NAME for part in f"{address.repo}/{address.path}".split("/")):
         raise UserError(f"a name in {str(address)[:60]}... is longer than {_LONGEST_NAME} bytes")
     # As huggingface_hub's validate_repo_id has it, which is slow to import.
     if len(address.repo) > 96 or "--" in address.repo or ".." in address.repo or address.repo.endswith(("-", ".")):
         raise UserError(f"{address.repo!r} cannot be a repository's name on Hugging Face")
     return address
+
+
+# What is to be downloaded
+
+
+@dataclass(frozen=True)
+class DownloadRequest:
+    """One thing to download.
+
+    Attributes:
+        name: as it was typed, without what may be secret.
+        entry: of the catalogue; None for an address.
+        files: what to fetch.
+        to: the folder the user wants it in.
+    """
+
+    name: str
+    entry: Entry | None
+    files: tuple[File, ...]
+    to: Path | None
+
+
+def resolve(names: Sequence[str], to: Path | None) -> list[DownloadRequest]:
+    """What names and addresses mean. Of several, each goes into a folder of its own below `to`.
+
+    Raises:
+        UserError: those that mean nothing, together.
+    """
+    requests: list[DownloadRequest] = []
+    errors: list[UserError] = []
+    for name in dict.fromkeys(names):
+        try:
+            entry = None if is_address(name) else find_entry(name)
+            files = (File(get=name),) if entry is None else entry.files
+            folder = to if to is None or len(set(names)) == 1 else to / _own_folder(name)
+            requests.append(DownloadRequest(without_secrets(name), entry, files, folder))
+        except UserError as error:
+            errors.append(error)
+    if len(errors) > 1:
+        raise UserError(f"{len(errors)} names are not known:\n{listed([e.message for e in errors])}", errors[0].hint)
+    if errors:
+        raise errors[0]
+    return requests
+
+
+def _own_folder(name: str) -> str:
+    """A folder's name that differs for things that differ; files of one repository share theirs."""
+    if not is_address(name):
+        return name
+    address = parse_address(name)
+    if isinstance(address, WebAddress):
+        path = PurePosixPath(unquote(urlsplit(address.url).path))
+        return "--".join((address.host, *path.parent.parts[1:], path.stem))
+    return "--".join((f"{address.kind or 'model'}s", *address.folder.split("/")))
+
+
+# What was downloaded
+
+
+def named_model(name: str) -> Path | None:
+    """The folder of a downloaded model, by its name or its `hf:` address; None if it is not there.
+
+    Raises:
+        UserError: its download is incomplete.
+    """
+    return _complete(home() / "models" / _local_name(name), name)
+
+
+def named_data(name: str) -> Path | None:
+    """The folder or file of downloaded data, by its name or address; None if it is not there.
+
+    Raises:
+        UserError: its download is incomplete, or it is still to be converted.
+    """
+    place, entry = home() / "data" / _local_name(name), catalogue().get(name)
+    is_raw = entry is not None and entry.convert and place.is_dir()
+    if is_raw and not any(path.is_file() for path in place.iterdir() if path.name[0] != "."):
+        assert entry is not None
+        raw_files(name)
+        convert = f"type: llama-acc convert-data {entry.convert} {name}" + " --all-forms" * entry.all_forms
+        raise UserError(f"{name} is downloaded to {entry.raw_folder}, but not converted yet", convert)
+    return _complete(place, name)
+
+
+def raw_files(name: str) -> list[Path]:
+    """The downloaded files of an entry that is to be converted.
+
+    Raises:
+        UserError: no such entry, or it is not downloaded yet.
+    """
+    folder = find_entry(name).raw_folder
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    if not found or (folder / INCOMING).is_dir():
+        state = f"{folder} is incomplete" if found else f"there is nothing in {folder}"
+        raise UserError(f"{name} is not downloaded: {state}", f"type: llama-acc download {name}")
+    return found
+
+
+def converted_file(name: str) -> Path:
+    """The file of an entry's converted data, which `--data NAME` finds."""
+    return home() / "data" / name / f"{name}.jsonl"
+
+
+def how_to_get(name: str, model: bool) -> str | None:
+    """What to type for a name that is not there, if it is one that can be downloaded."""
+    if is_address(name):
+        return f"type: llama-acc download {without_secrets(name)}"
+    known = {key: entry for key, entry in catalogue().items() if entry.is_model == model}
+    if name in known:
+        return f"type: llama-acc download {name}"
+    if same := [key for key, entry in known.items() if entry.page == f"https://huggingface.co/{name}"]:
+        return f"type: llama-acc download {same[0]}, and give that name"
+    question = did_you_mean(name, known)
+    return f"{question} (`llama-acc download --list` shows what can be downloaded)" if question else None
+
+
+def _complete(place: Path, name: str) -> Path | None:
+    if (place / INCOMING).is_dir():
+        shown = without_secrets(name)
+        raise UserError(f"the download of {shown} is incomplete", f"go on with: llama-acc download {shown}")
+    return place if place.exists() else None
+
+
+def _local_name(name: str) -> str:
+    if not is_address(name):
+        return name
+    address = parse_address(name)
+    return address.folder if isinstance(address, HubAddress) else address.file_name
+
+
+# The record: {"format_version": 1, "files": {name: {"bytes", "identity", "source"}}, "done": {address: [names]}}
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of a folder. One that cannot be read counts as none: files are then compared with what they should be.
+
+    Raises:
+        UserError: a newer program wrote it.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        known = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if known["format_version"] > _FORMAT_VERSION:
+            raise UserError(f"{folder / RECORD} was written by a newer version of llama-acc", "update it")
+        return {"files": dict(known["files"]), "done": dict(known["done"])}
+    return {"files": {}, "done": {}}
+
+
+def add_to_record(folder: Path, files: Mapping[str, Mapping[str, str]], done: Mapping[str, Sequence[str]]) -> None:
+    """Note files that are complete, and addresses of which all files are."""
+    with _recording:
+        known = read_record(folder)
+        sized = {name: {"bytes": (folder / name).stat().st_size, **facts} for name, facts in files.items()}
+        record = {"format_version": _FORMAT_VERSION, "files": known["files"] | sized, "done": known["done"] | done}
+        write_text_whole(folder / RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def is_untouched(folder: Path, name: str, record: Mapping[str, Any]) -> bool:
+    """Whether a file is here as it came, going by its size."""
+    path = folder / name
+    return name in record["files"] and path.is_file() and path.stat().st_size == record["files"][name]["bytes"]
+
+
+def files_here(folder: Path, files: Sequence[File]) -> list[Path] | None:
+    """The files of addresses that are complete and still here; None if one of them is not."""
+    record = read_record(folder)
+    groups = [record["done"].get(parse_address(file.get).identity) for file in files]
+    names = [name for group in groups for name in group or ()]
+    is_complete = None not in groups and all(is_untouched(folder, name, record) for name in names)
+    return [folder / name for name in names] if is_complete else None

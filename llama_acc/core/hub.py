@@ -6,39 +6,42 @@ plain address is resumed. Both clients are imported when they are needed.
 """
 
 import contextlib
-import email.utils
 import errno
 import fnmatch
 import functools
 import hashlib
 import ipaddress
 import os
-import queue
 import re
 import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import as_completed, wait
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from llama_acc import __version__
-from llama_acc.core.atomic import sync
-from llama_acc.core.catalogue import File, HubAddress, Kind, WebAddress, catalogue, parse_address
-from llama_acc.core.downloads import (
+from llama_acc.core import atomic
+from llama_acc.core.catalogue import (
     INCOMING,
     RECORD,
     DownloadRequest,
+    File,
+    HubAddress,
+    Kind,
+    WebAddress,
     add_to_record,
+    catalogue,
     files_here,
     is_untouched,
-    raw_folder_of,
+    parse_address,
     read_record,
     resolve,
 )
+from llama_acc.core.distributed.environment import in_background
 from llama_acc.core.errors import LlamaAccError, RunError, UserError, did_you_mean, listed
 from llama_acc.core.input_files import home
 from llama_acc.core.text import size_text
@@ -60,23 +63,17 @@ _LONGEST_ASKED_WAIT = 300.0
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 _PARALLEL = 4
 _LOCK = f"{RECORD}.lock"
-_PAGES = (".html", ".htm", "")
 # Of a whole model that has its weights as safetensors, what holds the same weights again.
 _SAME_WEIGHTS = re.compile(
     r".*(\.bin|\.bin\.index\.json|\.h5|\.msgpack|\.ot|\.gguf|\.onnx|\.tflite|\.mlmodel)|original/.*|(onnx|openvino|coreml)/.*"
 )
+_TOKEN_HINT = "give it in HF_TOKEN, once with `hf auth login`, or to `llama-acc download` with --token"
 
 
-@dataclass(frozen=True)
-class Downloaded:
-    """A finished download.
+class Downloaded(NamedTuple):
+    """A finished download: where it is, all its files, and those of them that were not there before.
 
-    Attributes:
-        request: what was asked for.
-        is_model: `--pretrained` takes it, not `--data`.
-        folder: where it is.
-        files: all of it.
-        fetched: those of them that were not there before.
+    A model is taken by `--pretrained`, anything else by `--data`.
     """
 
     request: DownloadRequest
@@ -87,15 +84,17 @@ class Downloaded:
 
 
 class _RemoteFile(NamedTuple):
-    """A file to fetch: its path below the folder, where from (nothing secret in it), and what is known of it."""
+    """A file to fetch: its path below the folder, where from (nothing secret in it), and what is known of it.
+
+    `fetch` gets all of it into a file, with progress; True: without using what is there of it already.
+    """
 
     name: str
     source: str
     identity: str
     size: int | None
-    digests: tuple[str, ...]
+    digests: Sequence[str]
     fetch: Callable[[Path, Progress, bool], None]
-    """Fetch all of it into a file; True: without using what is there of it already."""
 
 
 def fetch_data(
@@ -118,8 +117,8 @@ class Downloader:
 
     def __init__(self, progress: Progress, note: Note, token: str | None = None) -> None:
         """Args:
-        progress: is told of bytes that arrive or are checked.
-        note: is told what happens on the side.
+        progress: is called as bytes arrive or are checked.
+        note: is given lines for the user.
         token: for Hugging Face, from the command line.
         """
         self._progress, self._note, self._token = progress, note, token
@@ -143,28 +142,38 @@ class Downloader:
             UserError: it is unknown, gated or absent, a file is in the way, or the disk is too small.
             RunError: the network or the disk failed.
         """
-        for is_model in _possible_kinds(request):
+        addresses = [parse_address(file.get) for file in request.files]
+        kind = addresses[0].kind if isinstance(addresses[0], HubAddress) else "dataset"
+        if request.entry is not None:
+            kind = "model" if request.entry.is_model else "dataset"
+        for is_model in [True, False] if kind is None else [kind == "model"]:
             folder = _folder(request, is_model)
             if (files := files_here(folder, request.files)) is not None:
                 return Downloaded(request, is_model, folder, tuple(files), ())
         groups = [self._remote_files(request, file) for file in request.files]
         is_model = request.entry.is_model if request.entry else any(kind == "model" for kind, _ in groups)
-        folder = _folder(request, is_model)
-        remote = [file for _, group in groups for file in group]
+        folder, remote = _folder(request, is_model), [file for _, group in groups for file in group]
         for file in remote:
             parts = PurePosixPath(file.name).parts
             if file.name.startswith("/") or ".." in parts or not parts or parts[0] in (RECORD, _LOCK, INCOMING):
                 raise UserError(f"{file.source} would be called {file.name!r} here, which is not a name for a download")
         with _incoming(folder), locked(folder, self._note):
             missing = self._missing(remote, folder)
-            _check_disk(missing, folder, extra_bytes(sum(file.size or 0 for file in remote)))
+            extra = extra_bytes(sum(file.size or 0 for file in remote))
+            needed, free = extra + sum(file.size or 0 for file in missing), shutil.disk_usage(folder).free
+            if needed > free:
+                converted = f", {size_text(extra)} of them when it is converted" if extra else ""
+                raise UserError(
+                    f"too little disk for {folder}: {size_text(needed)} are to come{converted}; "
+                    f"{size_text(free)} are free",
+                    "make room, or give a folder on another disk with --to DIR or LLAMA_ACC_HOME",
+                )
             self._fetch_all(missing, folder)
-            addresses = [parse_address(file.get).identity for file in request.files]
             names = [[file.name for file in group] for _, group in groups]
-            add_to_record(folder, {}, dict(zip(addresses, names, strict=True)))
+            add_to_record(folder, {}, {one.identity: own for one, own in zip(addresses, names, strict=True)})
             shutil.rmtree(folder / INCOMING, ignore_errors=True)
-        fetched = tuple(folder / file.name for file in missing)
-        return Downloaded(request, is_model, folder, tuple(folder / file.name for file in remote), fetched)
+        paths, fetched = (tuple(folder / file.name for file in files) for files in (remote, missing))
+        return Downloaded(request, is_model, folder, paths, fetched)
 
     def _remote_files(self, request: DownloadRequest, file: File) -> tuple[Kind | None, list[_RemoteFile]]:
         known = [f"sha256:{file.sha256}"] if file.sha256 else [f"git:{file.git_blob}"] if file.git_blob else []
@@ -179,7 +188,7 @@ class Downloader:
         size = file.bytes or _within(REACH_SECONDS, address.host, lambda: _ask_size(self._client, address))
         fetch = functools.partial(_fetch_web, self._client, address, self._note)
         identity = known[0] if known else address.identity
-        return None, [_RemoteFile(file.name or address.file_name, str(address), identity, size, tuple(known), fetch)]
+        return None, [_RemoteFile(file.name or address.file_name, str(address), identity, size, known, fetch)]
 
     def _missing(self, remote: Sequence[_RemoteFile], folder: Path) -> list[_RemoteFile]:
         """The files that are not here; one of the user's that is the right one is taken as it is.
@@ -190,20 +199,20 @@ class Downloader:
         record = read_record(folder)
         missing, in_the_way = [], []
         for file in remote:
-            path, known = folder / file.name, record["files"].get(file.name)
-            if known and known["identity"] == file.identity and is_untouched(folder, file.name, record):
+            path, known = folder / file.name, record["files"].get(file.name, {})
+            if known.get("identity") == file.identity and is_untouched(folder, file.name, record):
                 continue
             if not os.path.lexists(path):
                 missing.append(file)
-            elif not path.is_file():
-                in_the_way.append(f"{path}: it is not a file")
-            elif not file.digests and (known or file.size is None):
-                in_the_way.append(f"{path}: whether it is {file.source} cannot be known")
-            elif problem := self._mismatch(file, path):
+                continue
+            problem = self._mismatch(file, path) if path.is_file() else "it is not a file"
+            if problem is None and not file.digests and (known or file.size is None):
+                problem = f"whether it is {file.source} cannot be known"
+            if problem is not None:
                 in_the_way.append(f"{path}: {problem}")
-            else:
-                add_to_record(folder, {file.name: {"identity": file.identity, "source": file.source}}, {})
-                self._note(f"{path} was here already, and is what would be fetched")
+                continue
+            add_to_record(folder, {file.name: {"identity": file.identity, "source": file.source}}, {})
+            self._note(f"{path} was here already, and is what would be fetched")
         if in_the_way:
             raise UserError(
                 f"these files are here, and are not what would be fetched:\n{listed(in_the_way)}",
@@ -225,10 +234,7 @@ class Downloader:
 
     def _fetch_all(self, files: Sequence[_RemoteFile], folder: Path) -> None:
         """Fetch several side by side. A refusal ends it; a failure that may pass lets the others come to their end."""
-        waiting, outcomes = queue.SimpleQueue[_RemoteFile](), queue.SimpleQueue[Exception | None]()
-        stopped = threading.Event()
-        for file in files:
-            waiting.put(file)
+        waiting, stopped, failed = iter(files), threading.Event(), list[RunError]()
 
         def progress(label: str, done: int, total: int | None) -> None:
             if stopped.is_set():
@@ -236,26 +242,17 @@ class Downloader:
             self._progress(label, done, total)
 
         def work() -> None:
-            with contextlib.suppress(queue.Empty):
-                while not stopped.is_set():
-                    file = waiting.get_nowait()
-                    try:
-                        self._fetch(file, folder, progress)
-                        outcomes.put(None)
-                    except Exception as error:  # whatever it is, the thread that waits raises it
-                        outcomes.put(error)
+            for file in waiting:
+                if stopped.is_set():
+                    return
+                try:
+                    self._fetch(file, folder, progress)
+                except RunError as error:
+                    failed.append(error)
 
-        # Daemons: after a Ctrl-C the program ends, even while one of them waits for a silent server.
-        for _ in range(min(_PARALLEL, len(files))):
-            threading.Thread(target=work, daemon=True).start()
-        failed: list[RunError] = []
         try:
-            for _ in files:
-                outcome = outcomes.get()
-                if isinstance(outcome, RunError):
-                    failed.append(outcome)
-                elif outcome is not None:
-                    raise outcome
+            for worker in as_completed([in_background(work) for _ in range(min(_PARALLEL, len(files)))]):
+                worker.result()
         finally:
             stopped.set()
         if len(failed) > 1:
@@ -277,10 +274,10 @@ class Downloader:
             if problem and (problem := self._mismatch(file, part)):
                 part.unlink()
                 raise RunError(f"{file.name}: {problem}", "what arrived was thrown away; nothing of yours was touched")
-            sync(part)
+            atomic.sync(part)
             target.parent.mkdir(parents=True, exist_ok=True)
             part.rename(target)
-            sync(target.parent)
+            atomic.sync(target.parent)
             add_to_record(folder, {file.name: {"identity": file.identity, "source": file.source}}, {})
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -292,22 +289,12 @@ class _Stopped(Exception):
     """Another file was refused, or the user stopped."""
 
 
-def _possible_kinds(request: DownloadRequest) -> list[bool]:
-    """Whether it may be a model, as far as is known without asking."""
-    if request.entry is not None:
-        return [request.entry.is_model]
-    address = parse_address(request.files[0].get)
-    kind = address.kind if isinstance(address, HubAddress) else "dataset"
-    return [True, False] if kind is None else [kind == "model"]
-
-
 def _folder(request: DownloadRequest, is_model: bool) -> Path:
     if request.to is not None:
         return request.to
     if request.entry is not None:
-        return raw_folder_of(request.entry)
-    place = home() / ("models" if is_model else "data")
-    address = parse_address(request.files[0].get)
+        return request.entry.raw_folder
+    place, address = home() / ("models" if is_model else "data"), parse_address(request.files[0].get)
     return place / address.folder if isinstance(address, HubAddress) else place
 
 
@@ -337,35 +324,9 @@ def _incoming(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-@contextlib.contextmanager
-def locked(folder: Path, note: Note) -> Iterator[None]:
+def locked(folder: Path, note: Note) -> contextlib.AbstractContextManager[None]:
     """Keep a second download out of the same folder: it waits, then finds the files there."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / _LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        note(f"waiting for another download into {folder}")
-        lock.acquire()
-    except NotImplementedError:
-        pass  # some network file systems have no locks: two downloads into one folder are then the user's affair
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _check_disk(files: Sequence[_RemoteFile], folder: Path, extra: int) -> None:
-    needed = extra + sum(file.size or 0 for file in files)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"too little disk for {folder}: {size_text(needed)} are to come"
-            + (f", {size_text(extra)} of them when it is converted" if extra else "")
-            + f"; {size_text(free)} are free",
-            "make room, or give a folder on another disk with --to DIR or LLAMA_ACC_HOME",
-        )
+    return atomic.locked(folder / _LOCK, lambda: note(f"waiting for another download into {folder}"))
 
 
 def digest_of(path: Path, kind: str, progress: Callable[[int], None] = lambda done: None) -> str:
@@ -390,35 +351,18 @@ def _within(seconds: float, host: str, ask: Callable[[], _T]) -> _T:
 
     Raises:
         RunError: no answer: we are off-line, or it is.
-        Exception: whatever `ask` raises.
     """
-    outcome: queue.SimpleQueue[Callable[[], _T]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            answer = ask()
-            outcome.put(lambda: answer)
-        except Exception as error:  # whatever it is, the thread that waits raises it
-            outcome.put(functools.partial(_raise, error))
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        return outcome.get(timeout=seconds)()
-    except queue.Empty:
-        raise _unreachable(host, f"no answer within {seconds:g} s") from None
-
-
-def _raise(error: Exception) -> Any:
-    raise error
+    answer = in_background(ask)
+    if not wait([answer], seconds).done:
+        raise _unreachable(host, f"no answer within {seconds:g} s")
+    return answer.result()
 
 
 def _unreachable(host: str, why: object) -> RunError:
     """A host that did not answer the first question: we are off-line, or it is, or someone stands in between."""
     if "CERTIFICATE_VERIFY_FAILED" in str(why):
-        return RunError(
-            f"{host} does not prove to be {host}: {why}",
-            "does a firewall look into connections here? Name its certificate in SSL_CERT_FILE",
-        )
+        hint = "does a firewall look into connections here? Name its certificate in SSL_CERT_FILE"
+        return RunError(f"{host} does not prove to be {host}: {why}", hint)
     # Python puts the number of a system's error in front of its words.
     said = re.sub(r"^\[Errno -?\d+\] ", "", str(why)) or "no answer"
     hint = "is this machine on-line? A proxy is taken from HTTPS_PROXY, a mirror of Hugging Face from HF_ENDPOINT"
@@ -454,18 +398,20 @@ def _is_internal(host: str) -> bool:
 # Plain addresses
 
 
-def make_client(**options: Any) -> "httpx2.Client":
-    """A client for files at plain addresses: redirects, proxies from the environment, time limits.
+class _Transient(Exception):
+    """A failure that may pass; its second argument: seconds the server asks to wait."""
 
-    A redirect to another host goes there without the Authorization header: httpx sees to that.
+
+def make_client(**options: Any) -> "httpx2.Client":
+    """A client for plain addresses: redirects (to other hosts without the Authorization header), proxies, time limits.
+
+    What it asks for is not compressed: sizes and ranges are those of the file itself.
     """
     import httpx2
 
-    read = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or 30.0)
     return httpx2.Client(
         follow_redirects=True,
-        timeout=httpx2.Timeout(read, connect=REACH_SECONDS - 1),
-        # Sizes and ranges are those of the file itself only if nothing compresses it on the way.
+        timeout=httpx2.Timeout(float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or 30.0), connect=REACH_SECONDS - 1),
         headers={"user-agent": f"llama-acc/{__version__}", "accept-encoding": "identity"},
         event_hooks={"response": [refuse_redirect_inwards]},
         **options,
@@ -480,24 +426,15 @@ def _ask_size(client: "httpx2.Client", address: WebAddress) -> int | None:
         response = client.head(address.url)
     except httpx2.HTTPError as error:
         raise _unreachable(address.host, error) from error
-    if not response.is_success:
-        return None
     is_page = response.headers.get("content-type", "").startswith("text/html")
-    if is_page and PurePosixPath(address.file_name).suffix.lower() not in _PAGES:
-        raise UserError(
-            f"{address} is a web page, not the file it shows",
-            "give the address of the file itself: that of its button 'raw' or 'download'",
-        )
-    length = response.headers.get("content-length", "")
-    return int(length) if length.isdecimal() and int(length) else None
+    if response.is_success and is_page and PurePosixPath(address.file_name).suffix not in (".html", ".htm", ""):
+        hint = "give the address of the file itself: that of its button 'raw' or 'download'"
+        raise UserError(f"{address} is a web page, not the file it shows", hint)
+    return _number(response.headers.get("content-length")) if response.is_success else None
 
 
-class _Transient(Exception):
-    """A failure that may pass. `wait`: seconds the server asks for."""
-
-    def __init__(self, message: str, wait: float | None = None) -> None:
-        super().__init__(message)
-        self.wait = wait
+def _number(header: str | None) -> int | None:
+    return int(header) if header and header.isdecimal() and int(header) else None
 
 
 def _fetch_web(
@@ -515,18 +452,17 @@ def _fetch_web(
     while True:
         before = part.stat().st_size if part.is_file() else 0
         try:
-            _receive(client, address, part, progress)
-            return
+            return _receive(client, address, part, progress)
         except _Transient as error:
-            grew = part.is_file() and part.stat().st_size > before
-            tries = 1 if grew else tries + 1
+            message, asked = error.args
+            tries = 1 if part.is_file() and part.stat().st_size > before else tries + 1
             if tries > len(RETRY_WAITS):
-                raise RunError(f"{part.name}: {error}; tried {tries} times", RESUME_HINT) from error
-            wait = RETRY_WAITS[tries - 1] if error.wait is None else error.wait
-            if wait > _LONGEST_ASKED_WAIT:
-                raise RunError(f"{part.name}: {error}, and asks to wait {wait:.0f} s", RESUME_HINT) from error
-            note(f"{part.name}: {error}; trying again in {wait:.3g} s")
-            time.sleep(wait)
+                raise RunError(f"{part.name}: {message}; tried {tries} times", RESUME_HINT) from error
+            seconds = RETRY_WAITS[tries - 1] if asked is None else asked
+            if seconds > _LONGEST_ASKED_WAIT:
+                raise RunError(f"{part.name}: {message}, and asks to wait {seconds:.0f} s", RESUME_HINT) from error
+            note(f"{part.name}: {message}; trying again in {seconds:.3g} s")
+            time.sleep(seconds)
 
 
 def _receive(client: "httpx2.Client", address: WebAddress, part: Path, progress: Progress) -> None:
@@ -536,16 +472,23 @@ def _receive(client: "httpx2.Client", address: WebAddress, part: Path, progress:
     """
     import httpx2
 
-    origin = part.with_name(f".{part.name}.from")
+    origin, host = part.with_name(f".{part.name}.from"), address.host
     known, _, mark = origin.read_text(encoding="utf-8").partition("\n") if origin.is_file() else ("", "", "")
-    offset = part.stat().st_size if part.is_file() and mark and known == address.identity else 0
-    headers = {"range": f"bytes={offset}-", "if-range": mark} if offset else {}
+    done = part.stat().st_size if part.is_file() and mark and known == address.identity else 0
+    headers = {"range": f"bytes={done}-", "if-range": mark} if done else {}
     try:
         with client.stream("GET", address.url, headers=headers) as response:
-            done, total = _begin(response, offset, address)
+            begin, _, whole = response.headers.get("content-range", "").removeprefix("bytes ").partition("/")
+            if response.status_code in (206, 416) and begin.partition("-")[0] != str(done):
+                origin.unlink(missing_ok=True)  # it is begun anew
+                raise _Transient(f"{host} was asked for byte {done} and sends bytes {begin}", None)
+            _check_status(response, address)
+            done = done if response.status_code == 206 else 0
+            total = _number(whole if done else response.headers.get("content-length"))
+            total = None if "content-encoding" in response.headers else total
             etag = response.headers.get("etag", "")
-            strong = etag if not etag.startswith("W/") else ""
-            origin.write_text(f"{address.identity}\n{strong or response.headers.get('last-modified', '')}", "utf-8")
+            mark = response.headers.get("last-modified", "") if etag.startswith("W/") or not etag else etag
+            origin.write_text(f"{address.identity}\n{mark}", "utf-8")
             with part.open("ab") as file:
                 file.truncate(done)
                 for chunk in response.iter_bytes():
@@ -553,54 +496,30 @@ def _receive(client: "httpx2.Client", address: WebAddress, part: Path, progress:
                     done += len(chunk)
                     progress(part.name, done, total)
     except httpx2.UnsupportedProtocol as error:
-        raise UserError(f"{address.host} sends on to an address that cannot be fetched: {error}") from error
-    except httpx2.TimeoutException as error:
-        raise _Transient(f"{address.host} sends nothing any more") from error
+        raise UserError(f"{host} sends on to an address that cannot be fetched: {error}") from error
     except httpx2.HTTPError as error:
-        raise _Transient(f"the connection to {address.host} broke: {error or type(error).__name__}") from error
+        raise _Transient(f"the connection to {host} broke: {error or type(error).__name__}", None) from error
     if total is not None and done < total:
-        raise _Transient("the connection ended too early")
+        raise _Transient("the connection ended too early", None)
     origin.unlink()
 
 
-def _begin(response: "httpx2.Response", offset: int, address: WebAddress) -> tuple[int, int | None]:
-    """The byte an answer begins with, and the size of the whole file if it is said.
-
-    Raises:
-        _Transient: it may work later.
-        LlamaAccError: the server refuses.
+def _check_status(response: "httpx2.Response", address: WebAddress) -> None:
+    """Raises:
+    _Transient: it may work later.
+    LlamaAccError: the server refuses.
     """
     code, host = response.status_code, response.url.host
     if code in _TRANSIENT:
-        wait = _retry_after(response.headers.get("retry-after", ""))
-        raise _Transient(f"{host} answers {code} {response.reason_phrase}", wait)
+        asked = _number(response.headers.get("retry-after"))
+        raise _Transient(f"{host} answers {code} {response.reason_phrase}", asked)
     if code in (404, 410):
         raise UserError(f"there is nothing at {address} ({code})", "check the address; does it open in a browser?")
     if code in (401, 403):
         hint = "it may want a login: fetch it with a browser, and give finetune the file"
         raise UserError(f"{host} does not give out {address} ({code})", hint)
-    if code >= 400 and code != 416:
+    if code >= 400:
         raise RunError(f"{host} refuses {address}: {code} {response.reason_phrase}")
-    begin, _, total = response.headers.get("content-range", "").removeprefix("bytes ").partition("/")
-    if code == 416:  # nothing is behind the offset: the part is the whole file, or one of another
-        if total != str(offset):
-            raise RunError(f"{host} has {total} bytes of {address}, and {offset} are here", RESUME_HINT)
-        return offset, offset
-    if code == 206:
-        if begin.partition("-")[0] != str(offset):
-            raise _Transient(f"{host} was asked for byte {offset} and sends bytes {begin}")
-        return offset, int(total) if total.isdecimal() else None
-    length = response.headers.get("content-length", "")
-    return 0, int(length) if length.isdecimal() and "content-encoding" not in response.headers else None
-
-
-def _retry_after(value: str) -> float | None:
-    """Seconds a Retry-After header asks to wait: it holds seconds or a date."""
-    if value.strip().isdecimal():
-        return float(value)
-    with contextlib.suppress(ValueError, TypeError):
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    return None
 
 
 # Hugging Face
@@ -608,19 +527,6 @@ def _retry_after(value: str) -> float | None:
 
 class _NoRepository(UserError):
     """There is none of this name and kind, or it is private."""
-
-
-def check_token(token: str | None) -> None:
-    """Refuse what cannot be a token, without showing it.
-
-    Raises:
-        UserError: it has characters that a header cannot carry.
-    """
-    if token is not None and not re.fullmatch(r"[!-~]+", token):
-        raise UserError(
-            "the token holds white space or characters that no token has",
-            "is a shell variable not set, or a line break copied? It looks like hf_...",
-        )
 
 
 class _Hub:
@@ -639,7 +545,11 @@ class _Hub:
         self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         self.host = urlsplit(self.endpoint).hostname or self.endpoint
         self.token = given_token if given_token is not None else get_token() if implicit else None
-        check_token(self.token)
+        if self.token is not None and not re.fullmatch(r"[!-~]+", self.token):
+            raise UserError(
+                "the token holds white space or characters that no token has",  # nor can a header
+                "is a shell variable not set, or a line break copied? It looks like hf_...",
+            )
         self._note = note
         self._api: HfApi = HfApi(endpoint=self.endpoint, token=self.token or False, library_name="llama-acc")
         self._known: dict[tuple[str, str | None, str | None], tuple[Kind, str]] = {}
@@ -653,9 +563,19 @@ class _Hub:
         """
         kind, commit = self._commit(address)
         with self._explained(address):
-            files = self._matching(address, kind, commit)
+            files = [
+                file
+                for file in self._tree(address, kind, commit, address.fixed_folder)
+                if not address.path
+                or file[0].startswith(f"{address.path}/")
+                or fnmatch.fnmatchcase(file[0], address.path)
+            ]
             if not files:
-                raise self._no_such_file(address, kind, commit)
+                paths = [path for path, *_ in self._tree(address, kind, commit, "")]
+                deeper = [path for path in paths if PurePosixPath(path).name == PurePosixPath(address.path).name]
+                near = f"did you mean {deeper[0]!r}?" if deeper else did_you_mean(address.path, paths)
+                message = f"{address.repo} holds nothing named {address.path} (404)"
+                raise UserError(message, near or f"it holds:\n{listed(paths, most=8)}")
         has_safetensors = any(re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", path) for path, *_ in files)
         left_out = [path for path, *_ in files if _SAME_WEIGHTS.fullmatch(path)]
         if kind == "model" and not address.path and has_safetensors and left_out:
@@ -663,6 +583,35 @@ class _Hub:
             some = ", ".join(left_out[:4]) + ", ..." * (len(left_out) > 4)
             self._note(f"left out, as the same weights are there as safetensors: {some}")
         return kind, commit, files
+
+    def _commit(self, address: HubAddress) -> tuple[Kind, str]:
+        """What kind of repository it is, and its commit. A model, if both exist."""
+        key = (address.repo, address.kind, address.revision)
+        kinds: list[Kind] = [address.kind] if address.kind else ["model", "dataset"]
+        for kind in kinds if key not in self._known else ():
+            ask = functools.partial(self._api.repo_info, address.repo, repo_type=kind, revision=address.revision)
+            with contextlib.suppress(_NoRepository), self._explained(address, first=True):
+                info = _within(REACH_SECONDS, self.host, functools.partial(ask, timeout=REACH_SECONDS - 1))
+                self._known[key] = (kind, str(info.sha))
+                break
+        if key not in self._known:
+            raise self._no_such_repository(address)
+        return self._known[key]
+
+    def _tree(self, address: HubAddress, kind: Kind, commit: str, folder: str) -> list[tuple[str, int, str]]:
+        """All files in a folder, sorted; none, if there is no such folder."""
+        from huggingface_hub.errors import RemoteEntryNotFoundError
+        from huggingface_hub.hf_api import RepoFile
+
+        ask = functools.partial(self._api.list_repo_tree, address.repo, folder or None, revision=commit)
+        try:
+            return sorted(
+                (entry.path, entry.size, f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git:{entry.blob_id}")
+                for entry in ask(recursive=True, repo_type=kind)
+                if isinstance(entry, RepoFile)
+            )
+        except RemoteEntryNotFoundError:
+            return []
 
     def remote_file(self, source: HubAddress, name: str, size: int, digests: Sequence[str]) -> _RemoteFile:
         """A file of a repository, to be fetched as `name`."""
@@ -675,20 +624,18 @@ class _Hub:
 
         folder = part.with_name(f".{part.name}.hub")
         shutil.rmtree(folder, ignore_errors=True)
-
-        def fetch() -> str:
-            return hf_hub_download(
-                source.repo,
-                source.path,
-                repo_type=source.kind,
-                revision=source.revision,
-                local_dir=folder,
-                endpoint=self.endpoint,
-                token=self.token or False,
-                force_download=anew,
-                tqdm_class=_progress_bar(name, size, progress),
-            )
-
+        fetch = functools.partial(
+            hf_hub_download,
+            source.repo,
+            source.path,
+            repo_type=source.kind,
+            revision=source.revision,
+            local_dir=folder,
+            endpoint=self.endpoint,
+            token=self.token or False,
+            force_download=anew,
+            tqdm_class=_progress_bar(name, size, progress),
+        )
         try:
             with self._explained(source):
                 try:
@@ -703,65 +650,6 @@ class _Hub:
             Path(came).rename(part)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-    def _commit(self, address: HubAddress) -> tuple[Kind, str]:
-        """What kind of repository it is, and its commit. A model, if both exist."""
-        key = (address.repo, address.kind, address.revision)
-        kinds: list[Kind] = [address.kind] if address.kind else ["model", "dataset"]
-        for kind in kinds if key not in self._known else ():
-            ask = functools.partial(self._api.repo_info, address.repo, repo_type=kind, revision=address.revision)
-            with contextlib.suppress(_NoRepository), self._explained(address, first=True):
-                info = _within(REACH_SECONDS, self.host, lambda ask=ask: ask(timeout=REACH_SECONDS - 1))  # type: ignore[misc]
-                self._known[key] = (kind, str(info.sha))
-                break
-        if key not in self._known:
-            raise self._no_such_repository(address)
-        return self._known[key]
-
-    def _matching(self, address: HubAddress, kind: Kind, commit: str) -> list[tuple[str, int, str]]:
-        if not address.path:
-            return self._tree(address.repo, kind, commit, "", recursive=True)
-        if address.is_glob:
-            inside = self._tree(address.repo, kind, commit, address.fixed_folder, recursive=True)
-            return [file for file in inside if fnmatch.fnmatchcase(file[0], address.path)]
-        beside = self._tree(address.repo, kind, commit, address.fixed_folder, recursive=False)
-        exact = [file for file in beside if file[0] == address.path]
-        return exact or self._tree(address.repo, kind, commit, address.path, recursive=True)
-
-    def _tree(self, repo: str, kind: Kind, commit: str, folder: str, recursive: bool) -> list[tuple[str, int, str]]:
-        """The files in a folder, sorted; none, if there is no such folder."""
-        from huggingface_hub.errors import RemoteEntryNotFoundError
-        from huggingface_hub.hf_api import RepoFile
-
-        entries = self._api.list_repo_tree(repo, folder or None, recursive=recursive, revision=commit, repo_type=kind)
-        try:
-            return sorted(
-                (entry.path, entry.size, f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git:{entry.blob_id}")
-                for entry in entries
-                if isinstance(entry, RepoFile)
-            )
-        except RemoteEntryNotFoundError:
-            return []
-
-    def _no_such_file(self, address: HubAddress, kind: Kind, commit: str) -> UserError:
-        paths = [path for path, *_ in self._tree(address.repo, kind, commit, "", recursive=True)]
-        deeper = [path for path in paths if PurePosixPath(path).name == PurePosixPath(address.path).name]
-        near = f"did you mean {deeper[0]!r}?" if deeper else did_you_mean(address.path, paths)
-        hint = near or f"it holds:\n{listed(paths, most=8)}"
-        return UserError(f"{address.repo} holds nothing named {address.path} (404)", hint)
-
-    def _no_such_repository(self, address: HubAddress) -> UserError:
-        import httpx2
-
-        known = [file.get for entry in catalogue().values() for file in entry.files]
-        repos = {match[1] for get in known if (match := re.match(r"hf:(?:datasets/)?([^/]+/[^/]+)", get))}
-        with contextlib.suppress(httpx2.HTTPError):
-            owner = address.repo.partition("/")[0]
-            for listing in (self._api.list_models, self._api.list_datasets):
-                repos |= {str(found.id) for found in listing(author=owner, limit=200)}
-        near = did_you_mean(address.repo, repos)
-        private = "private one is seen with a token of its owner only: --token, HF_TOKEN or `hf auth login`"
-        return UserError(f"{self.host} has no {address.repo} (404)", f"{near} A {private}" if near else f"a {private}")
 
     @contextlib.contextmanager
     def _explained(self, address: HubAddress, first: bool = False) -> Iterator[None]:
@@ -784,45 +672,46 @@ class _Hub:
             unreached = httpx2.HTTPError if first else httpx2.ConnectError | httpx2.ConnectTimeout
             if isinstance(reason, unreached | ConnectionError):
                 raise _unreachable(self.host, reason) from error
-            if isinstance(reason, httpx2.TimeoutException) and not first:
-                raise RunError(f"{address}: {self.host} sends nothing any more", RESUME_HINT) from error
             raise RunError(f"{address}: {str(reason).partition(chr(10))[0]}", RESUME_HINT) from error
+
+    def _no_such_repository(self, address: HubAddress) -> UserError:
+        import httpx2
+
+        known = [file.get for entry in catalogue().values() for file in entry.files]
+        repos = {match[1] for get in known if (match := re.match(r"hf:(?:datasets/)?([^/]+/[^/]+)", get))}
+        with contextlib.suppress(httpx2.HTTPError):
+            for listing in (self._api.list_models, self._api.list_datasets):
+                repos |= {str(found.id) for found in listing(author=address.repo.partition("/")[0], limit=200)}
+        near = did_you_mean(address.repo, repos)
+        private = "private one is seen with a token of its owner only: --token, HF_TOKEN or `hf auth login`"
+        return UserError(f"{self.host} has no {address.repo} (404)", f"{near} A {private}" if near else f"a {private}")
 
     def _refusal(self, address: HubAddress, error: Any) -> LlamaAccError:
         """What an answer of 4xx or 5xx means."""
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-        code, host = error.response.status_code, error.response.url.host
+        code, host, settings = error.response.status_code, error.response.url.host, f"{self.endpoint}/settings/tokens"
         if isinstance(error, GatedRepoError):
-            return self._gated(address)
+            ask = f"ask on {self.endpoint}/{'datasets/' * (address.kind == 'dataset')}{address.repo}"
+            if self.token is None:
+                return UserError(
+                    f"{address.repo} is gated: its owner wants to be asked first, and no token was sent",
+                    f"{ask}, make a token on {settings}, and {_TOKEN_HINT}",
+                )
+            return UserError(
+                f"{address.repo} is gated, and the token's owner has no access to it (yet)",
+                f"{ask} with the token's account; an answer may take days. The token needs read access to gated "
+                "repositories",
+            )
         if code == 401 and self.token is not None and not isinstance(error, RepositoryNotFoundError):
-            page = f"{self.endpoint}/settings/tokens"
-            return UserError(f"{self.host} does not know the token (401)", f"make a new one: {page}")
+            return UserError(f"{self.host} does not know the token (401)", f"make a new one: {settings}")
         if isinstance(error, RepositoryNotFoundError):
             return _NoRepository(f"{self.host} has no {address.repo} ({code})")
         if isinstance(error, RevisionNotFoundError):
             return UserError(f"{address.repo} has no revision {address.revision} ({code})", "leave @REVISION out")
-        if host == self.host and code in (401, 403):
-            return UserError(f"{host} does not give out {address} ({code})", _HOW_TO_GIVE_A_TOKEN)
-        if host == self.host and code in (404, 410):
-            return UserError(f"{host} has no {address} ({code})")
+        if host == self.host and code in (401, 403, 404, 410):
+            return UserError(f"{host} does not give out {address} ({code})", _TOKEN_HINT if code < 404 else None)
         return RunError(f"{host} answers {code} for {address}", f"try again later; {RESUME_HINT}")
-
-    def _gated(self, address: HubAddress) -> UserError:
-        page = f"{self.endpoint}/{'datasets/' * (address.kind == 'dataset')}{address.repo}"
-        if self.token is None:
-            return UserError(
-                f"{address.repo} is gated: its owner wants to be asked first, and no token was sent",
-                f"ask on {page}, make a token on {self.endpoint}/settings/tokens, and {_HOW_TO_GIVE_A_TOKEN}",
-            )
-        return UserError(
-            f"{address.repo} is gated, and the token's owner has no access to it (yet)",
-            f"ask on {page} with the token's account; an answer may take days. The token needs read access to gated "
-            "repositories",
-        )
-
-
-_HOW_TO_GIVE_A_TOKEN = "give it in HF_TOKEN, once with `hf auth login`, or to `llama-acc download` with --token"
 
 
 def _progress_bar(name: str, size: int, progress: Progress) -> Any:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from llama_acc.core.catalogue import converted_file, raw_files
 from llama_acc.core.data.sources import resolve_data_path
-from llama_acc.core.downloads import converted_file, raw_files
 from llama_acc.core.errors import UserError
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.base import find_model
-from tests.cli.commands import invoke, refused, run, start
+from tests.cli.commands import invoke, refused
 from tests.cli.conftest import DIALOGUE
 from tests.hub import TOKEN, Servers
 
@@ -119,19 +119,6 @@ def test_data_that_finetune_cannot_read_as_it_is_is_converted_at_once(servers: S
     converted.write_text("edited")
     assert invoke("download", "wizardlm").exit_code == 0
     assert converted.read_text() == "edited"
-
-
-def test_of_two_downloads_of_the_same_one_converts_it(servers: Servers, llama_acc_home: Path) -> None:
-    servers.dataset(WIZARDLM, {"WizardLM_evol_instruct_V2_143k.json": json.dumps([EVOLVED] * 20_000).encode()})
-    with start("download", "wizardlm") as first:
-        second = run("download", "wizardlm")
-        assert first.wait(60) == 0
-    assert second.returncode == 0, second.stderr
-    lines = (llama_acc_home / "data/wizardlm/wizardlm.jsonl").read_text().splitlines()
-    assert len(lines) == 20_000
-    assert set(map(len, lines)) == {len(lines[0])}
-    # Each notes what is there without taking the other's note away.
-    assert "was there already" in invoke("download", "wizardlm").stderr
 
 
 def test_large_data_is_converted_by_a_command_of_its_own(

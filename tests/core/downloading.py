@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llama_acc.core.downloads import resolve
+from llama_acc.core.catalogue import resolve
 from llama_acc.core.hub import Downloaded, Downloader
 
 

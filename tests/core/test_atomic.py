@@ -1,27 +1,34 @@
+"""Files and folders appear whole or not at all, and a manifest says whether they still are."""
+
 import hashlib
 import json
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llama_acc.core.atomic import (
     check_manifest,
+    locked,
+    remove_folder,
     remove_unfinished,
-    sha256_of,
     whole_folder,
-    write_manifest,
     write_text_whole,
 )
 from llama_acc.core.errors import UserError
 
 
-def written(folder: Path, text: str = "text") -> Path:
+def written(folder: Path, text: str = "text", error: type[BaseException] | None = None) -> Path:
     with whole_folder(folder) as aside:
         (aside / "state").mkdir()
         (aside / "a.txt").write_text(text)
         (aside / "state" / "b.bin").write_bytes(b"12345")
+        if error is not None:
+            raise error("late")
     return folder
 
 
@@ -30,79 +37,51 @@ def names(folder: Path) -> set[str]:
 
 
 def test_a_folder_appears_whole_with_a_manifest_of_every_file(tmp_path: Path) -> None:
-    folder = tmp_path / "epoch0"
-    with whole_folder(folder) as aside:
+    (tmp_path / ".writing-epoch0").mkdir()
+    (tmp_path / ".writing-epoch0" / "stale").write_text("of a killed writer")
+    with whole_folder(tmp_path / "epoch0") as aside:
         (aside / "a.txt").write_text("text")
-        assert not folder.exists()
+        assert not (tmp_path / "epoch0").exists()
     assert names(tmp_path) == {"epoch0"}
-    assert names(folder) == {"a.txt", "manifest.json"}
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["format_version"] == 1
-    assert manifest["files"] == {"a.txt": {"bytes": 4, "sha256": hashlib.sha256(b"text").hexdigest()}}
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_an_exception_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
-
-    def write_half() -> None:
-        with whole_folder(tmp_path / "epoch0") as aside:
-            (aside / "a.txt").write_text("half")
-            raise error
-
-    with pytest.raises(error):
-        write_half()
-    assert names(tmp_path) == set()
-
-
-def test_an_exception_leaves_the_folder_that_was_there(tmp_path: Path) -> None:
-    folder = written(tmp_path / "epoch0", "old")
-
-    def write_half() -> None:
-        with whole_folder(folder) as aside:
-            (aside / "a.txt").write_text("new")
-            raise ValueError("late")
-
-    with pytest.raises(ValueError, match="late"):
-        write_half()
-    assert (folder / "a.txt").read_text() == "old"
-    check_manifest(folder, contents=True)
+    assert names(tmp_path / "epoch0") == {"a.txt", "manifest.json"}
+    manifest = json.loads((tmp_path / "epoch0" / "manifest.json").read_text())
+    digest = hashlib.sha256(b"text").hexdigest()
+    assert manifest == {"format_version": 1, "files": {"a.txt": {"bytes": 4, "sha256": digest}}}
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "replaced"])
-@pytest.mark.parametrize("failing", ["fsync", "rename"])
-def test_a_failure_while_the_folder_takes_its_name_leaves_what_was(
-    failing: str, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("failing", [ValueError, KeyboardInterrupt, SystemExit, "fsync", "rename"])
+def test_a_failure_at_any_moment_leaves_what_was(
+    failing: Any, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "epoch0"
     if there:
         written(folder, "old")
 
     def fail(*arguments: object) -> None:
-        raise OSError("failed")
+        raise OSError("late")
 
     rename = Path.rename
 
-    def fail_for_the_new(path: Path, target: Path) -> Path:
-        return rename(path, target) if target != folder or path.name.endswith("-old") else fail()  # type: ignore[return-value]
+    def fail_for_the_new(path: Path, target: Path) -> Any:
+        return rename(path, target) if target != folder or path.name.endswith("-old") else fail()
 
     if failing == "fsync":
         monkeypatch.setattr(os, "fsync", fail)
-    else:
+    if failing == "rename":
         monkeypatch.setattr(Path, "rename", fail_for_the_new)
-    with pytest.raises(OSError, match="failed"):
-        written(folder, "new")
+    with pytest.raises(OSError if isinstance(failing, str) else failing, match="late"):
+        written(folder, "new", None if isinstance(failing, str) else failing)
     assert names(tmp_path) == ({"epoch0"} if there else set())
     if there:
         assert (folder / "a.txt").read_text() == "old"
+        check_manifest(folder, contents=True)
 
 
 def test_a_folder_of_the_same_name_is_replaced_whole(tmp_path: Path) -> None:
-    folder = written(tmp_path / "epoch0", "old")
-    (folder / "extra").write_text("")
-    written(folder, "new")
-    assert (folder / "a.txt").read_text() == "new"
+    (written(tmp_path / "epoch0", "old") / "extra").write_text("")
+    assert names(written(tmp_path / "epoch0", "new")) == {"a.txt", "state", "manifest.json"}
     assert names(tmp_path) == {"epoch0"}
-    assert names(folder) == {"a.txt", "state", "manifest.json"}
 
 
 def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
@@ -113,100 +92,90 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -
     assert names(tmp_path) == {"epoch0", ".hidden"}
 
 
-def test_leftovers_do_not_disturb_the_next_writer(tmp_path: Path) -> None:
-    (tmp_path / ".writing-epoch0").mkdir()
-    (tmp_path / ".writing-epoch0" / "stale").write_text("")
-    assert names(written(tmp_path / "epoch0")) == {"a.txt", "state", "manifest.json"}
+def test_a_folder_loses_its_name_before_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = written(tmp_path / "epoch0")
+
+    def killed(path: Path, ignore_errors: bool) -> None:
+        assert not folder.exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove_folder(folder)
 
 
 def test_a_text_is_the_old_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "latest"
     write_text_whole(path, "old")
-
-    def fail(self: Path, target: Path) -> Path:
-        assert path.read_text() == "old"
-        raise OSError("killed here")
-
-    monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="killed here"):
-        write_text_whole(path, "new")
-    assert path.read_text() == "old"
-    assert names(tmp_path) == {"latest"}
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write_text_whole(path, "new")
+    assert (path.read_text(), names(tmp_path)) == ("old", {"latest"})
     write_text_whole(path, "new")
-    assert path.read_text() == "new"
-    assert names(tmp_path) == {"latest"}
+    assert (path.read_text(), names(tmp_path)) == ("new", {"latest"})
 
 
-def test_whatever_was_done_to_a_folder_its_manifest_tells_all_of_it(tmp_path: Path) -> None:
+def test_a_link_in_the_way_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".writing-latest").symlink_to(tmp_path / "mine")
+    (tmp_path / "latest").symlink_to(tmp_path / "mine")
+    write_text_whole(tmp_path / "latest", "new")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (tmp_path / "latest").is_symlink()
+
+
+def test_who_finds_a_lock_held_is_asked_once_and_waits(tmp_path: Path) -> None:
+    events: list[str] = []
+    release = threading.Event()
+
+    def hold() -> None:
+        with locked(tmp_path / "lock", lambda: None):
+            events.append("held")
+            release.wait(10)
+            events.append("released")
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    while not events:
+        time.sleep(0.01)
+    with locked(tmp_path / "lock", release.set):
+        events.append("mine")
+    thread.join()
+    assert events == ["held", "released", "mine"]
+
+
+def test_whatever_was_done_to_a_folder_its_manifest_says_all_of_it(tmp_path: Path) -> None:
     folder = written(tmp_path / "epoch0")
+    (folder / "notes.txt").write_text("what lies beside does not matter")
     check_manifest(folder, contents=True)
+    (folder / "state" / "b.bin").write_bytes(b"12346")
+    check_manifest(folder)
+    check_manifest(folder, contents=True, under="a")
+    with pytest.raises(UserError, match=r"state/b\.bin was changed: its SHA-256 is not the one written"):
+        check_manifest(folder, contents=True, under="state/")
     (folder / "a.txt").unlink()
     (folder / "state" / "b.bin").write_bytes(b"1234")
     with pytest.raises(UserError) as refused:
         check_manifest(folder)
-    assert refused.value.message.splitlines() == [
-        f"{folder} is damaged:",
-        "  a.txt is missing",
-        "  state/b.bin has 4 bytes, 5 were written",
-    ]
-
-
-def test_a_change_of_the_same_length_is_found_where_contents_are_read(tmp_path: Path) -> None:
-    folder = written(tmp_path / "epoch0")
-    (folder / "state" / "b.bin").write_bytes(b"12346")
-    check_manifest(folder)
-    check_manifest(folder, contents=True, under="a")
-    for under in ("", "state/"):
-        with pytest.raises(UserError, match=r"state/b\.bin was changed: its SHA-256 is not the one written"):
-            check_manifest(folder, contents=True, under=under)
-
-
-def test_files_beside_what_was_written_do_not_matter(tmp_path: Path) -> None:
-    folder = written(tmp_path / "epoch0")
-    (folder / "notes.txt").write_text("mine")
-    check_manifest(folder, contents=True)
-
-
-def test_a_folder_without_a_manifest_is_taken_as_it_is(tmp_path: Path) -> None:
-    check_manifest(tmp_path, contents=True)
-
-
-def test_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
-    folder = written(tmp_path / "epoch0")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "format_version": 2}))
-    with pytest.raises(UserError, match=r"manifest\.json has format_version 2, this program knows up to 1"):
-        check_manifest(folder)
+    lines = [f"{folder} is damaged:", "  a.txt is missing", "  state/b.bin has 4 bytes, 5 were written"]
+    assert refused.value.message.splitlines() == lines
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"format_version": 1}', '{"format_version": 1, "files": 3}'], ids=str
-)
-def test_an_unreadable_manifest_is_refused(text: str, tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(UserError, match=r"cannot read .*manifest\.json"):
-        check_manifest(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "text",
+    ("text", "said"),
     [
-        '{"format_version": "x", "files": {}}',
-        '{"format_version": 1, "files": {"a": 3}}',
-        '{"format_version": 1, "files": {"a": {}}}',
+        ("{", "cannot read"),
+        ("[]", "cannot read"),
+        ("{}", "cannot read"),
+        ('{"format_version": 1, "files": 3}', "cannot read"),
+        ('{"format_version": "x", "files": {}}', "cannot read"),
+        ('{"format_version": 1, "files": {"a": {}}}', "cannot read"),
+        ('{"format_version": 2, "files": {}}', r"manifest\.json has format_version 2, this program knows up to 1"),
     ],
-    ids=str,
 )
-def test_a_manifest_of_another_form_is_refused(text: str, tmp_path: Path) -> None:
+def test_a_manifest_of_another_form_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    check_manifest(tmp_path, contents=True)  # without one, a folder is taken as it is
     (tmp_path / "manifest.json").write_text(text)
-    (tmp_path / "a").write_text("")
-    with pytest.raises(UserError, match=r"cannot read .*manifest\.json"):
+    with pytest.raises(UserError, match=said):
         check_manifest(tmp_path)
-
-
-def test_a_checksum_is_sha256(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"x" * 3_000_000)
-    assert sha256_of(tmp_path / "file") == hashlib.sha256(b"x" * 3_000_000).hexdigest()
-    write_manifest(tmp_path)
-    check_manifest(tmp_path, contents=True)

@@ -1,4 +1,4 @@
-"""Checkpoints of only what was trained, and the base each belongs to.
+"""Adapter checkpoints, which hold only what was trained, and the base each belongs to.
 
 base.json in such a checkpoint: `{"fingerprint": hex, "pretrained": [name, ...], "quantised": null or {...}}`. Those of
 LLaMA2-Accessory have none: they are known by what is in them.
@@ -10,14 +10,16 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
 from llama_acc.core.checkpoint.layout import Layout, read_config
 from llama_acc.core.checkpoint.lazy import LazyTensor
 from llama_acc.core.checkpoint.load import Weights, open_checkpoint, read_weights
-from llama_acc.core.checkpoint.quantized import read_note, read_quantization
+from llama_acc.core.checkpoint.quantized import read_dataclass, read_quantization
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import describe, is_matrix, shapes_of
@@ -28,13 +30,8 @@ _SAMPLES, _RUN = 1024, 64  # values of a tensor, and how many of them lie next t
 
 
 @dataclass(frozen=True)
-class TrainedQuantised:
-    """How a base was quantized while a checkpoint was trained on it.
-
-    Attributes:
-        type: nf4.
-        skip: matrices that were not; see `transformer.quantizable`.
-    """
+class TrainedQuantized:
+    """How a base was quantized while a checkpoint was trained on it: `type` is nf4, `skip` as in quantization.json."""
 
     type: str
     skip: tuple[str, ...] = ()
@@ -42,7 +39,7 @@ class TrainedQuantised:
 
 @dataclass(frozen=True)
 class Base:
-    """What a checkpoint of only what was trained says of its base.
+    """What an adapter checkpoint says of its base.
 
     Attributes:
         fingerprint: of its weights, as they were before quantizing.
@@ -52,7 +49,8 @@ class Base:
 
     fingerprint: str
     pretrained: tuple[str, ...]
-    quantised: TrainedQuantised | None = None
+    quantised: TrainedQuantized | None = None
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     @property
     def names(self) -> str:
@@ -71,7 +69,7 @@ def read_base(folder: Path) -> Base | None:
         UserError: an unreadable file.
     """
     path = folder / BASE_FILE
-    return read_note(path, Base) if path.is_file() else None
+    return read_dataclass(path, Base) if path.is_file() else None
 
 
 def is_adapter_only(layout: Layout) -> bool:
@@ -85,26 +83,21 @@ def is_adapter_only(layout: Layout) -> bool:
 
 
 def missing_base_error(layout: Layout, option: str | None = None) -> UserError:
-    """What to tell who gives only what was trained.
-
-    Args:
-        layout: it.
-        option: how its base is given; None = as it was itself.
-    """
-    meant, config = read_base(layout.folder), read_config([layout])
+    """An adapter checkpoint was given without its base; `option` gives that, None = the one the checkpoint was."""
+    base, config = read_base(layout.folder), read_config([layout])
     method = "" if config is None or config.tuning == FULL else f" (method {config.tuning.method})"
-    bases = (meant.pretrained if meant else ()) or ("DIR",)
+    bases = (base.pretrained if base else ()) or ("DIR",)
     words = [word for folder in (*bases, str(layout.folder)) for word in ("--ckpt", folder)]
     hint = f"give its base first: {shlex.join(words)} (finetune: --pretrained)"
     if option is not None:
         hint = f"give its base: {shlex.join([option, *bases])}"
-    if meant is None:
+    if base is None:
         return UserError(f"{layout.folder} holds only what was trained{method}, and not on top of which base", hint)
-    return UserError(f"{layout.folder} holds only what was trained on top of {meant.names}{method}", hint)
+    return UserError(f"{layout.folder} holds only what was trained on top of {base.names}{method}", hint)
 
 
 def check_base(layouts: Sequence[Layout], config: ModelConfig) -> None:
-    """Refuses what was trained alone on another base than it was trained on, or on none.
+    """Refuses an adapter checkpoint on another base than it was trained on, or on none.
 
     Raises:
         UserError: naming both.
@@ -112,14 +105,11 @@ def check_base(layouts: Sequence[Layout], config: ModelConfig) -> None:
     if layouts and is_adapter_only(layouts[0]):
         raise missing_base_error(layouts[0])
     for place, layout in enumerate(layouts):
-        meant = read_base(layout.folder)
-        if meant is None or base_fingerprint(layouts[:place], config) == meant.fingerprint:
-            continue
-        given = " and ".join(str(before.folder) for before in layouts[:place])
-        raise UserError(
-            f"{layout.folder} was trained on {meant.names}, and {given} holds other weights",
-            "give the base it was trained on",
-        )
+        base = read_base(layout.folder)
+        if base is not None and base_fingerprint(layouts[:place], config) != base.fingerprint:
+            given = " and ".join(str(before.folder) for before in layouts[:place])
+            message = f"{layout.folder} was trained on {base.names}, and {given} holds other weights"
+            raise UserError(message, "give the base it was trained on")
 
 
 def check_same_base(layout: Layout, weights: Weights, base: Layout, config: ModelConfig) -> None:
@@ -165,12 +155,11 @@ def _samples(tensor: LazyTensor) -> list[Tensor]:
         return [tensor.rows(start, start + _RUN).to(torch.float32) for start in starts]
     rows, columns = tensor.shape
     run = min(_RUN, columns)
-    count = _SAMPLES // run
     # Fractions of the golden ratio spread places evenly, whatever their number.
-    places = [(k * 0.6180339887498949) % 1.0 for k in range(count)]
+    places = [(k * 0.6180339887498949) % 1.0 for k in range(_SAMPLES // run)]
+    corners = [(int(place * rows), int((place * 7.0) % 1.0 * (columns - run))) for place in places]
     return [
-        tensor.rows(row, row + 1).narrow(1, column, column + run).to(torch.float32).flatten()
-        for row, column in ((int(p * rows), int((p * 7.0) % 1.0 * (columns - run))) for p in places)
+        tensor.rows(row, row + 1).narrow(1, column, column + run).to(torch.float32).flatten() for row, column in corners
     ]
 
 

@@ -1,6 +1,6 @@
 """Hugging Face's LLaMA: its config.json and its names, there and back. Imports no torch.
 
-Its q_proj and k_proj have their rows in another order (see `parts.Part.interleave`): it rotates halves, Meta pairs.
+Its q_proj and k_proj have their rows in another order (see `lazy.reorder_heads`): it rotates halves, Meta pairs.
 """
 
 import json
@@ -17,11 +17,7 @@ from llama_acc.core.model.tuning import FULL
 from llama_acc.core.model.tuning.bias_norm import BiasNorm
 
 INDEX_FILE = "model.safetensors.index.json"
-_NAMES = {
-    "model.embed_tokens": "tok_embeddings",
-    "model.norm": "norm",
-    "lm_head": "output",
-}
+_NAMES = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}
 _BLOCK_NAMES = {
     "input_layernorm": "attention_norm",
     "self_attn.q_proj": "attention.wq",
@@ -41,11 +37,7 @@ _NEEDED = {
     "vocab_size": "vocab_size",
 }
 # Read only by what this toolkit does not compute; any other value is refused.
-_ONLY = {
-    "model_type": ("llama",),
-    "hidden_act": ("silu", "swish"),
-    "quantization_config": (None,),
-}
+_ONLY = {"model_type": ("llama",), "hidden_act": ("silu", "swish"), "quantization_config": (None,)}
 
 
 def meta_name(name: str) -> str | None:
@@ -72,9 +64,8 @@ def huggingface_name(name: str) -> str:
 
 def rotated_heads(name: str, config: ModelConfig) -> int | None:
     """How many heads have their rows reordered in a tensor (Meta's name); None = its rows are no queries or keys."""
-    if re.search(r"attention\.wq\.(weight|bias|lora_b\.weight)$", name):
-        return config.n_heads
-    return config.kv_heads if re.search(r"attention\.wk\.(weight|bias|lora_b\.weight)$", name) else None
+    match = re.search(r"attention\.w([qk])\.(weight|bias|lora_b\.weight)$", name)
+    return None if match is None else config.n_heads if match[1] == "q" else config.kv_heads
 
 
 def read_huggingface(path: Path) -> tuple[ModelConfig, Mapping[str, Any], list[str]]:

@@ -1,4 +1,4 @@
-"""What is in this folder? Finds a checkpoint's format, shards and tokenizer from file names alone. Imports no torch."""
+"""What is in this folder? Finds a checkpoint's format, shards and shape, mostly from file names. Imports no torch."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from llama_acc.core.catalogue import how_to_get, named_model
 from llama_acc.core.checkpoint.huggingface import read_huggingface
 from llama_acc.core.checkpoint.towers import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, open_clip_tower, tower_of
-from llama_acc.core.downloads import how_to_get, named_model
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.input_files import home, read_json, read_text
 from llama_acc.core.model.config import (
@@ -29,7 +29,6 @@ _NAMES: dict[Format, str] = {
     "consolidated": "consolidated.{part:02d}-of-{parts:02d}.model.pth",
     "consolidated_diff": "consolidated.{part:02d}-of-{parts:02d}.model-diff.pth",
 }
-_PATTERNS = {kind: re.sub(r"\{(\w+):02d\}", r"(?P<\1>\\d+)", name.replace(".", r"\.")) for kind, name in _NAMES.items()}
 # Hugging Face's files, by how they begin and end; those first in the list are read where there are both.
 _HUGGINGFACE = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 
@@ -66,6 +65,9 @@ class Layout:
     def is_diff(self) -> bool:
         """Whether its tensors are added to those of the checkpoint before it."""
         return self.format == "consolidated_diff"
+
+
+# Folders
 
 
 def locate(name: str) -> Path:
@@ -108,78 +110,92 @@ def inspect(folder: Path) -> Layout:
     Raises:
         UserError: no checkpoint, two formats, a missing shard, a format that cannot be read.
     """
-    found: dict[Format, dict[tuple[int, int], Path]] = {}
-    for path in sorted(folder.iterdir()):
-        for name, pattern in _PATTERNS.items():
-            if match := re.fullmatch(pattern, path.name):
-                groups = {"parts": None, **match.groupdict()}
-                found.setdefault(name, {})[int(groups["parts"] or 0), int(groups["part"] or 0)] = path
-    huggingface = _inspect_huggingface(folder)
-    files = {kind: list(parts.values()) for kind, parts in found.items()}
-    files |= {"huggingface": list(huggingface.shards)} if huggingface else {}
-    if len(files) > 1:
-        lines = [f"{name}: {', '.join(path.name for path in parts)}" for name, parts in files.items()]
+    names = sorted(path.name for path in folder.iterdir())
+    found: dict[Format, Layout] = {}
+    for kind, name in _NAMES.items():
+        if files := _numbered(folder, names, name):
+            own, other = ("params.json", "config.json") if kind == "meta_ori" else ("config.json", "params.json")
+            params = [folder / file for file in (own, other) if (folder / file).is_file()]
+            found[kind] = Layout(folder, kind, files, params[0] if params else None)
+    if huggingface := _inspect_huggingface(folder, names):
+        found["huggingface"] = huggingface
+    if len(found) > 1:
+        lines = [f"{kind}: {', '.join(path.name for path in one.shards)}" for kind, one in sorted(found.items())]
         raise UserError(f"{folder} mixes checkpoint formats:\n{listed(lines)}", "keep one format per folder")
-    if huggingface is not None:
-        return huggingface
-    if not found and (folder / OPEN_CLIP_WEIGHTS).is_file() and (folder / OPEN_CLIP_CONFIG).is_file():
+    if not found and {OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG} <= set(names):
         config = folder / OPEN_CLIP_CONFIG
         return Layout(folder, "huggingface", (folder / OPEN_CLIP_WEIGHTS,), config, open_clip_tower(config))
     if not found:
-        raise UserError(f"{folder} holds no LLaMA checkpoint", _what_is_there(folder))
-    ((kind, files_found),) = found.items()
-    shards = _shards(folder, _NAMES[kind], files_found, first=0)
-    own, other = ("params.json", "config.json") if kind == "meta_ori" else ("config.json", "params.json")
-    params = [folder / file for file in (own, other) if (folder / file).is_file()]
-    return Layout(folder, kind, shards, params[0] if params else None)
+        raise UserError(f"{folder} holds no LLaMA checkpoint", _what_is_there(folder, names))
+    return next(iter(found.values()))
 
 
-def _inspect_huggingface(folder: Path) -> Layout | None:
+def _numbered(folder: Path, names: Sequence[str], form: str, first: int = 0) -> tuple[Path, ...]:
+    """The files of a form such as `model-{part:05d}-of-{parts:05d}.safetensors`, in order, all of them.
+
+    A single file may be without its numbers. `first` is the number of the first file.
+    """
+    pattern = re.sub(r"\\\{(\w+):0(\d)d\\\}", r"(?P<\1>\\d{\2,})", re.escape(form))
+    matches = [match.groupdict() | {"name": name} for name in names if (match := re.fullmatch(pattern, name))]
+    single = re.sub(r"-\{part:\d+d\}-of-\{parts:\d+d\}", "", form)
+    if single != form and single in names:
+        matches.append({"part": str(first), "parts": None, "name": single})
+    if not matches:
+        return ()
+    sizes = {match.get("parts") for match in matches}
+    if len(sizes) > 1:
+        savings = ", ".join(match["name"] for match in matches)
+        raise UserError(f"{folder} holds model files of two savings: {savings}", "keep those that belong together")
+    found = {int(match["part"]): folder / match["name"] for match in matches}
+    size = int(sizes.pop() or max(found) + 1 - first)
+    if missing := [part for part in range(first, first + size) if part not in found]:
+        missed = ", ".join(form.format(part=part, parts=size) for part in missing)
+        raise UserError(f"shards are missing in {folder}: {missed}", "download or copy the checkpoint again")
+    return tuple(found[part] for part in range(first, first + size))
+
+
+def _inspect_huggingface(folder: Path, names: Sequence[str]) -> Layout | None:
     """Hugging Face's files in a folder; None = there are none. An index decides which they are.
 
     Raises:
         UserError: see `inspect`.
     """
-    names = sorted(path.name for path in folder.iterdir())
     for stem, suffix in _HUGGINGFACE:
         index = folder / f"{stem}{suffix}.index.json"
-        weight_map = _weight_map(index)
+        weight_map = _weight_map(index) if index.is_file() else None
         if weight_map is not None:
             shards = tuple(folder / name for name in sorted(set(weight_map.values())))
             if missing := [shard.name for shard in shards if not shard.is_file()]:
-                raise UserError(
-                    f"{index} names files that are missing: {', '.join(missing)}",
-                    "download or copy the checkpoint again",
-                )
+                message = f"{index} names files that are missing: {', '.join(missing)}"
+                raise UserError(message, "download or copy the checkpoint again")
         else:
-            pattern = rf"{stem}(-(?P<part>\d{{5}})-of-(?P<parts>\d{{5}}))?{re.escape(suffix)}"
-            matches = [match for name in names if (match := re.fullmatch(pattern, name))]
-            if not matches:
-                continue
-            found = {(int(one["parts"] or 0), int(one["part"] or 0)): folder / one[0] for one in matches}
-            # They are counted from 1, except for a single file, which has no number.
-            one_file = found.keys() == {(0, 0)}
-            shards = _shards(folder, f"{stem}-{{part:05d}}-of-{{parts:05d}}{suffix}", found, first=int(not one_file))
+            shards = _numbered(folder, names, f"{stem}-{{part:05d}}-of-{{parts:05d}}{suffix}", first=1)
+        if not shards:
+            continue
         config = folder / "config.json"
         if not config.is_file():
             raise UserError(
                 f"{folder} holds {shards[0].name} but no config.json, which says how to read it",
                 "copy config.json from where the weights came from",
             )
-        return Layout(
-            folder, "huggingface", shards, config, tower_of(config), weight_map, _unread(names, shards, weight_map)
-        )
+        read = {shard.name for shard in shards}
+        others = [name for name in names if re.fullmatch(r".*\.safetensors|pytorch_model.*\.bin", name)]
+        notes: tuple[str, ...] = ()
+        if others := [name for name in others if name not in read]:
+            why = "which its index does not name" if weight_map is not None else f"beside {shards[0].name}"
+            is_alone = weight_map is not None and "model.safetensors" in others
+            single = " (transformers would read it alone)" if is_alone else ""
+            notes = (f"{folder}: not read, {why}: {', '.join(others)}{single}",)
+        return Layout(folder, "huggingface", shards, config, tower_of(config), weight_map, notes)
     return None
 
 
-def _weight_map(index: Path) -> dict[str, str] | None:
-    """The file of each tensor that Hugging Face's index names; None = there is no index.
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor that Hugging Face's index names.
 
     Raises:
         UserError: it is not what an index is, or names a file of another folder.
     """
-    if not index.is_file():
-        return None
     places = _read_json(index).get("weight_map")
     if not isinstance(places, Mapping) or not places or not all(isinstance(name, str) for name in places.values()):
         raise UserError(f'{index} must hold {{"weight_map": {{TENSOR: FILE, ...}}}}', "copy it again, or remove it")
@@ -188,43 +204,7 @@ def _weight_map(index: Path) -> dict[str, str] | None:
     return dict(places)
 
 
-def _unread(names: Sequence[str], shards: Sequence[Path], weight_map: Mapping[str, str] | None) -> tuple[str, ...]:
-    """A note on files that look like weights and are not read."""
-    read = {shard.name for shard in shards}
-    others = [
-        name for name in names if re.fullmatch(r".*\.safetensors|pytorch_model.*\.bin", name) and name not in read
-    ]
-    why = "which its index does not name" if weight_map is not None else f"beside {shards[0].name}"
-    single = " (transformers would read it alone)" if weight_map is not None and "model.safetensors" in others else ""
-    return (f"{shards[0].parent}: not read, {why}: {', '.join(others)}{single}",) if others else ()
-
-
-def _shards(folder: Path, name: str, found: dict[tuple[int, int], Path], first: int) -> tuple[Path, ...]:
-    """The files in order.
-
-    Args:
-        folder: where they are.
-        name: how such a file is called.
-        found: by (number of files, or 0 where the name does not say; which of them).
-        first: number of the first file.
-    """
-    sizes = sorted({size for size, _ in found})
-    if len(sizes) > 1:
-        raise UserError(
-            f"{folder} holds model files of two savings: {', '.join(path.name for path in found.values())}",
-            "keep those that belong together",
-        )
-    size = sizes[0] or max(part for _, part in found) + 1
-    wanted = range(first, first + size)
-    missing = [part for part in wanted if (sizes[0], part) not in found]
-    if missing:
-        names = ", ".join(name.format(part=part, parts=size) for part in missing)
-        raise UserError(f"shards are missing in {folder}: {names}", "download or copy the checkpoint again")
-    return tuple(found[sizes[0], part] for part in wanted)
-
-
-def _what_is_there(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
+def _what_is_there(folder: Path, names: Sequence[str]) -> str:
     if "adapter_config.json" in names:
         return (
             "it is an adapter of PEFT; merge it into its base: "
@@ -233,8 +213,28 @@ def _what_is_there(folder: Path) -> str:
     inside = [name for name in names if (folder / name).is_dir() and any((folder / name).glob("consolidated.*"))]
     if inside:
         return f"did you mean {' or '.join(str(folder / name) for name in inside[:3])}?"
-    shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
-    return f"it holds {shown}" if names else "it is empty"
+    return f"it holds {', '.join(names[:8])}{' ...' * (len(names) > 8)}" if names else "it is empty"
+
+
+def without_towers(layouts: Sequence[Layout]) -> list[Layout]:
+    """The LLaMA's checkpoints: beside a tower lie a tokenizer and settings that are not its."""
+    return [layout for layout in layouts if layout.tower is None]
+
+
+def check_order(layouts: Sequence[Layout]) -> None:
+    """Refuses a diff that has nothing before it.
+
+    Raises:
+        UserError: naming it.
+    """
+    if layouts and layouts[0].is_diff:
+        raise UserError(
+            f"{layouts[0].folder} is a diff checkpoint: it is added to the one before it, and there is none",
+            "give its base first: the same option once more, before this one",
+        )
+
+
+# Shapes
 
 
 def read_config(layouts: Sequence[Layout]) -> ModelConfig | None:
@@ -246,17 +246,18 @@ def read_config(layouts: Sequence[Layout]) -> ModelConfig | None:
     check_order(layouts)
     union: dict[str, Any] = {}
     tuning, vision, implied = FULL, None, None
-    paths = []
     for layout in layouts:
-        vision = _vision(layout) or vision
         if layout.tower is not None:
+            vision = layout.tower
             continue
-        paths += [] if layout.params_path is None else [layout.params_path]
+        if (layout.folder / VISION_FILE).is_file():
+            vision = read_vision(layout.folder / VISION_FILE)
         own, shape, seeing = _own_shape(layout)
         union |= shape
         implied = seeing or implied
         # What lies over a tuned checkpoint, a diff say, does not undo its method.
         tuning = own if own != FULL else tuning
+    paths = [layout.params_path for layout in without_towers(layouts) if layout.params_path is not None]
     if not paths:
         return None
     config = config_from_params(union, " and ".join(map(str, paths)))
@@ -276,19 +277,30 @@ def _own_shape(layout: Layout) -> tuple[Tuning, dict[str, Any], Vision | None]:
         config = read_huggingface(path)[0]
         return config.tuning, config.base().to_params(), None
     arguments = {} if path is None else read_params([path])
-    for name in ("params.json", "config.json"):
-        other = layout.folder / name
-        if path is None or other == path or not other.is_file():
-            continue
-        values = _read_json(other)
+    for other in (layout.folder / "params.json", layout.folder / "config.json"):
+        values = _read_json(other) if path is not None and other != path else {}
         keys = [key for key in arguments if key in values and values[key] != arguments[key]]
         if keys and "model_type" not in values:
             what = ", ".join(f"{key} {arguments[key]!r:.40} and {values[key]!r:.40}" for key in keys)
             raise UserError(f"{path} and {other} disagree: {what}", "remove the one that is not of these weights")
     try:
-        return *tuning_of(kind, arguments), _implied_vision(kind, arguments)
+        tuning, shape = tuning_of(kind, arguments)
     except UserError as error:
         raise UserError(f"{layout.folder}: {error.message}", error.hint) from None
+    if kind == "llama_adapter" and str(arguments.get("trainable_mode")).startswith("mm_"):
+        return tuning, shape, ClipVision()
+    return tuning, shape, QFormerVision() if kind.startswith("llama_qformerv2") else None
+
+
+def _has_tensors_of(vision: Vision, layouts: Sequence[Layout]) -> bool:
+    """Whether the checkpoints hold what a vision encoder adds.
+
+    LLaMA2-Accessory writes `trainable_mode` also where it built no encoder (with_visual=False).
+    """
+    from llama_acc.core.checkpoint.load import open_checkpoint  # needs torch
+
+    names = [name for layout in layouts for name in open_checkpoint(layout).tensors]
+    return any(name.startswith((vision.tower_prefix, *vision.part_names)) for name in names)
 
 
 def says_context(layouts: Sequence[Layout]) -> bool:
@@ -301,61 +313,15 @@ def shape_notes(layouts: Sequence[Layout]) -> list[str]:
     said: dict[str, tuple[Any, Path]] = {}
     notes = []
     for layout in without_towers(layouts):
-        if layout.params_path is None:
-            continue
-        shape = _own_shape(layout)[1]
+        shape = {} if layout.params_path is None else _own_shape(layout)[1]
         for key in ("norm_eps", "rope_theta", "rope_scaling"):
             value, before = shape.get(key), said.get(key)
-            if value is not None and before is not None and before[0] != value:
+            if value is None or layout.params_path is None:
+                continue
+            if before is not None and before[0] != value:
                 notes.append(f"{key} is {before[0]} in {before[1]}, and {value} in {layout.params_path}, which counts")
-            if value is not None:
-                said[key] = value, layout.params_path
+            said[key] = value, layout.params_path
     return notes
-
-
-def _implied_vision(kind: str, arguments: Mapping[str, Any]) -> Vision | None:
-    """What LLaMA2-Accessory's checkpoints see with, which say no more than their kind."""
-    if kind == "llama_adapter" and str(arguments.get("trainable_mode")).startswith("mm_"):
-        return ClipVision()
-    return QFormerVision() if kind.startswith("llama_qformerv2") else None
-
-
-def _has_tensors_of(vision: Vision, layouts: Sequence[Layout]) -> bool:
-    """Whether the checkpoints hold what a kind of vision adds: those of text alone may have been named as seeing ones.
-
-    LLaMA2-Accessory writes `trainable_mode` also where it built no encoder (with_visual=False).
-    """
-    from llama_acc.core.checkpoint.load import open_checkpoint  # needs torch
-
-    names = [name for layout in layouts for name in open_checkpoint(layout).tensors]
-    return any(name.startswith((vision.tower_prefix, *vision.part_names)) for name in names)
-
-
-def _vision(layout: Layout) -> Vision | None:
-    """What a checkpoint says that it sees with."""
-    if layout.tower is not None:
-        return layout.tower
-    if (layout.folder / VISION_FILE).is_file():
-        return read_vision(layout.folder / VISION_FILE)
-    return None
-
-
-def without_towers(layouts: Sequence[Layout]) -> list[Layout]:
-    """The LLaMA's checkpoints: beside a tower lie a tokenizer and settings that are not its."""
-    return [layout for layout in layouts if layout.tower is None]
-
-
-def check_order(layouts: Sequence[Layout]) -> None:
-    """Refuses a diff that has nothing before it.
-
-    Raises:
-        UserError: naming it.
-    """
-    if layouts and layouts[0].is_diff:
-        raise UserError(
-            f"{layouts[0].folder} is a diff checkpoint: it is added to the one before it, and there is none",
-            "give its base first: the same option once more, before this one",
-        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -7,19 +7,16 @@ at a time and releases the mapped pages at once, so that reading takes no memory
 
 import ctypes
 import mmap
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama_acc.core.model.tuning import Tuning
-
 _BLOCK_BYTES = 4 << 20
 _HUGE_FROM_BYTES = 4 << 20
-_MADV_POPULATE_READ = 22  # Linux 5.14; older ones refuse it, and the pages come one by one
-_MADV_HUGEPAGE = 14
+_MADV_POPULATE_READ, _MADV_HUGEPAGE = 22, 14  # Linux 5.14; older ones refuse it, and the pages come one by one
 Read = Callable[[slice, slice], Tensor]
 
 
@@ -30,22 +27,20 @@ class LazyTensor:
     Attributes:
         shape: its shape.
         dtype: its type in the file; that of the base where a diff is added.
-        read: gives rows and columns of the whole, which may be a view of a file; columns count for matrices only.
-        row: its first row in the whole.
-        column: its first column in the whole.
+        read: gives rows and columns of it, which may be a view of a file; columns count for matrices only.
         mapped: the memory-mapped tensors it is read from. (Releasing the pages of anything else would destroy it.)
-        source: the whole where it lies in one place: a tensor, or an `NF4Matrix`.
-        shards: what it is put together of, and in which dimension, where that is the whole.
+        source: the tensor it is, or the `NF4Matrix` it is a part of.
+        offset: its first row and column in that matrix.
+        cut: gives what lies from a start to a stop in a dimension in a better way than by reading from the whole.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Read
-    row: int = 0
-    column: int = 0
     mapped: tuple[Tensor, ...] = ()
     source: Any = None
-    shards: "tuple[int, tuple[LazyTensor, ...]] | None" = None
+    offset: tuple[int, int] = (0, 0)
+    cut: "Callable[[int, int, int], LazyTensor | None] | None" = None
 
     @staticmethod
     def of(tensor: Tensor, mapped: bool = False) -> "LazyTensor":
@@ -53,18 +48,21 @@ class LazyTensor:
 
         def read(rows: slice, columns: slice) -> Tensor:
             block = tensor[rows, columns] if tensor.dim() == 2 else tensor[rows]
-            if mapped:
-                _bring_pages(block)
+            if mapped and _span_bytes(block) <= 2 * block.nbytes:  # else most of the pages are not needed
+                _advise(block, _MADV_POPULATE_READ)
             return block
 
-        return LazyTensor(tuple(tensor.shape), tensor.dtype, read, mapped=(tensor,) if mapped else (), source=tensor)
+        def cut(dimension: int, start: int, stop: int) -> LazyTensor:
+            return LazyTensor.of(tensor.narrow(dimension, start, stop - start), mapped)
+
+        return LazyTensor(tuple(tensor.shape), tensor.dtype, read, (tensor,) if mapped else (), tensor, cut=cut)
 
     @staticmethod
     def computed(
         sources: "Sequence[LazyTensor]", read: Read, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
     ) -> "LazyTensor":
         """What `read` computes from others."""
-        return LazyTensor(shape, dtype, read, mapped=tuple(tensor for source in sources for tensor in source.mapped))
+        return LazyTensor(shape, dtype, read, tuple(tensor for source in sources for tensor in source.mapped))
 
     @property
     def nbytes(self) -> int:
@@ -77,24 +75,23 @@ class LazyTensor:
 
     def block(self, rows: slice, columns: slice | None = None) -> Tensor:
         """Some rows (and columns) for computing on: of any float type, and perhaps a view of the file."""
-        columns = columns or slice(0, self.shape[1] if len(self.shape) == 2 else 0)
-        return self.read(
-            slice(self.row + rows.start, self.row + rows.stop),
-            slice(self.column + columns.start, self.column + columns.stop),
-        )
+        return self.read(rows, columns or slice(0, self.shape[1] if len(self.shape) == 2 else 0))
 
     def narrow(self, dimension: int, start: int, stop: int) -> "LazyTensor":
         """What lies from start to stop in a dimension (0 rows, 1 a matrix's columns); beyond the end is nothing."""
         start, stop = min(start, self.shape[dimension]), min(stop, self.shape[dimension])
-        if self.shards is not None and self.shards[0] == dimension:
-            first = 0
-            for shard in self.shards[1]:  # what lies in one of them can stay there
-                if first <= start and stop <= first + shard.shape[dimension]:
-                    return shard.narrow(dimension, start - first, stop - first)
-                first += shard.shape[dimension]
+        if self.cut is not None and (part := self.cut(dimension, start, stop)) is not None:
+            return part
+
+        def read(rows: slice, columns: slice) -> Tensor:
+            if dimension == 0:
+                return self.read(slice(start + rows.start, start + rows.stop), columns)
+            return self.read(rows, slice(start + columns.start, start + columns.stop))
+
         shape = (*self.shape[:dimension], stop - start, *self.shape[dimension + 1 :])
-        row, column = (self.row + start, self.column) if dimension == 0 else (self.row, self.column + start)
-        return replace(self, shape=shape, row=row, column=column, shards=None)
+        row, column = self.offset
+        offset = (row + start, column) if dimension == 0 else (row, column + start)
+        return LazyTensor(shape, self.dtype, read, self.mapped, self.source, offset)
 
     def rows(self, start: int, stop: int) -> "LazyTensor":
         """Its rows start to stop, as many as there are."""
@@ -120,26 +117,34 @@ class LazyTensor:
         """The tensor in the file itself where nothing has to be copied: contiguous, of this type, on a CPU."""
         if not isinstance(self.source, Tensor) or dtype != self.dtype or device.type != "cpu":
             return None
-        view = self.source[self.row : self.row + self.shape[0]]
-        view = view[:, self.column : self.column + self.shape[1]] if len(self.shape) == 2 else view
-        return view if view.is_contiguous() else None
+        return self.source if self.source.is_contiguous() else None
 
 
 def concatenate(tensors: Sequence[LazyTensor], dimension: int) -> LazyTensor:
-    """Tensors side by side in a dimension, 0 or 1."""
+    """Tensors side by side in a dimension, 0 or 1. A part that lies in one of them stays there."""
     ends = [sum(tensor.shape[dimension] for tensor in tensors[:count]) for count in range(len(tensors) + 1)]
+    places = list(zip(tensors, ends, ends[1:], strict=False))
 
     def read(rows: slice, columns: slice) -> Tensor:
         wanted, pieces = (rows, columns)[dimension], []
-        for tensor, first, end in zip(tensors, ends, ends[1:], strict=False):
+        for tensor, first, end in places:
             own = slice(max(wanted.start, first) - first, min(wanted.stop, end) - first)
             if own.start < own.stop:
                 pieces.append(tensor.block(own, columns) if dimension == 0 else tensor.block(rows, own))
         return torch.cat(pieces, dimension) if len(pieces) > 1 else pieces[0]
 
+    def cut(other: int, start: int, stop: int) -> LazyTensor | None:
+        inside = (
+            tensor.narrow(other, start - first, stop - first)
+            for tensor, first, end in places
+            if other == dimension and first <= start and stop <= end
+        )
+        return next(inside, None)
+
     first = tensors[0]
     shape = (*first.shape[:dimension], ends[-1], *first.shape[dimension + 1 :])
-    return replace(LazyTensor.computed(tensors, read, shape, first.dtype), shards=(dimension, tuple(tensors)))
+    mapped = tuple(part for tensor in tensors for part in tensor.mapped)
+    return LazyTensor(shape, first.dtype, read, mapped, cut=cut)
 
 
 def add(base: LazyTensor, diff: LazyTensor) -> LazyTensor:
@@ -160,22 +165,10 @@ def subtract(minuend: LazyTensor, subtrahend: LazyTensor) -> LazyTensor:
     return LazyTensor.computed((minuend, subtrahend), read, minuend.shape)
 
 
-def merge_added(matrix: LazyTensor, added: Mapping[str, LazyTensor], tuning: Tuning) -> LazyTensor:
-    """A matrix [out, in] with what a tuning method has beside it merged into it, in float32."""
-
-    def read(rows: slice, columns: slice) -> Tensor:
-        # All columns, so that a shard's values are those of the whole to the bit.
-        beside = {name: tensor.rows(0, tensor.shape[0]).to(torch.float32) for name, tensor in added.items()}
-        return tuning.merge(matrix.block(rows).to(torch.float32, copy=True), rows.start, beside)[:, columns]
-
-    return LazyTensor.computed((matrix, *added.values()), read, matrix.shape)
-
-
 def rounded(source: LazyTensor, dtype: torch.dtype) -> LazyTensor:
     """The values after rounding to a type."""
-    return LazyTensor.computed(
-        (source,), lambda rows, columns: source.block(rows, columns).to(dtype), source.shape, dtype
-    )
+    read = source.block
+    return LazyTensor.computed((source,), lambda rows, columns: read(rows, columns).to(dtype), source.shape, dtype)
 
 
 def reorder_heads(source: LazyTensor, heads: int, to_meta: bool) -> LazyTensor:
@@ -197,7 +190,7 @@ def reorder_heads(source: LazyTensor, heads: int, to_meta: bool) -> LazyTensor:
 def same_values(one: LazyTensor, other: LazyTensor, dtype: torch.dtype) -> bool:
     """Whether two tensors are the same in a type, compared as whole numbers: so NaN is NaN, and 0 is not -0."""
     whole = torch.int32 if dtype.itemsize == 4 else torch.int16
-    return all(
+    return one.shape == other.shape and all(
         torch.equal(one.rows(*rows).to(dtype).view(whole), other.rows(*rows).to(dtype).view(whole))
         for rows in blocks_of(one.shape)
     )
@@ -210,18 +203,6 @@ def blocks_of(shape: tuple[int, ...], most_bytes: int = _BLOCK_BYTES) -> list[tu
     return [(start, min(start + count, shape[0])) for start in range(0, shape[0], count)]
 
 
-def _span_bytes(tensor: Tensor) -> int:
-    """Bytes from a tensor's first value to behind its last."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
-
-
-def _bring_pages(block: Tensor) -> None:
-    """Maps the pages of a block at once, unless most of them hold what is not needed."""
-    if _span_bytes(block) <= 2 * block.nbytes:
-        _advise(block, _MADV_POPULATE_READ)
-
-
 def release_pages(tensor: Tensor) -> None:
     """Releases a mapped tensor's pages: read once, they would count as this process's memory until it ends.
 
@@ -230,6 +211,12 @@ def release_pages(tensor: Tensor) -> None:
     """
     if hasattr(mmap, "MADV_DONTNEED"):
         _advise(tensor, mmap.MADV_DONTNEED)
+
+
+def _span_bytes(tensor: Tensor) -> int:
+    """Bytes from a tensor's first value to behind its last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def _advise(tensor: Tensor, advice: int) -> None:

@@ -12,25 +12,16 @@ from torch import Tensor, nn
 from llama_acc.core.checkpoint.huggingface import meta_name, read_huggingface, rotated_heads
 from llama_acc.core.checkpoint.layout import Layout, check_order, shape_notes
 from llama_acc.core.checkpoint.lazy import LazyTensor, add, concatenate, reorder_heads, same_values
-from llama_acc.core.checkpoint.quantized import (
-    QUANTIZATION_FILE,
-    NF4Matrix,
-    read_quantization,
-    take_quantized,
-    to_nf4,
-)
-from llama_acc.core.checkpoint.towers import from_open_clip, names_of_open_clip, tower_name
+from llama_acc.core.checkpoint.quantized import NF4Matrix, read_quantization, take_quantized, to_nf4
+from llama_acc.core.checkpoint.towers import from_open_clip, tower_name
 from llama_acc.core.distributed.groups import local_part
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.model.config import ClipVision, ModelConfig
 from llama_acc.core.model.layers import Linear
-from llama_acc.core.model.transformer import Transformer, is_matrix, is_within, split_dimension, store_quantized
+from llama_acc.core.model.transformer import Transformer, split_dimension, store_quantized
 
-_PREFIX = "llma."
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _BUFFERS = ("rope.freqs", ".position_ids")  # in others' files; they follow from the shape
-
-
 Shard = dict[str, LazyTensor]
 """The tensors of one file by name."""
 
@@ -46,14 +37,14 @@ class Weights:
         notes: where the files disagree and which of them counts, for the user.
     """
 
-    tensors: dict[str, LazyTensor] = field(default_factory=dict)
+    tensors: Shard = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor]) -> "Weights":
-        """Tensors that are at hand."""
+        """Tensors in memory."""
         lazy = {name: LazyTensor.of(tensor) for name, tensor in tensors.items()}
         return Weights(lazy, {name: tensor.shape for name, tensor in lazy.items()})
 
@@ -73,6 +64,9 @@ class Weights:
         )
 
 
+# Files
+
+
 def open_shard(path: object) -> Shard:
     """The tensors of a .pth file by Meta's names, memory-mapped: nothing is read until it is used.
 
@@ -87,31 +81,17 @@ def open_shard(path: object) -> Shard:
             content, is_mapped = _load(str(path))
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise UserError(
-                f"{path} is refused: it holds Python code besides tensors ({code[1]})", "none of it was run"
-            ) from None
-        # torch's own words on an unreadable pickle advise to run whatever is in it.
-        reason = "it is no file of tensors" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
-        raise _unreadable(path, reason) from None
+            message = f"{path} is refused: it holds Python code besides tensors ({code[1]})"
+            raise UserError(message, "none of it was run") from None
+        raise _unreadable(path, error) from None
     tensors = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path} is not a checkpoint: a mapping from names to tensors is expected")
-    named = {str(name).removeprefix(_PREFIX): tensor.detach() for name, tensor in tensors.items()}
+    named = {str(name).removeprefix("llma."): tensor.detach() for name, tensor in tensors.items()}
     if strange := [f"{name} is {kind}" for name, tensor in named.items() if (kind := _strange(tensor))]:
         raise UserError(f"{path} holds tensors that are no weights:\n{listed(strange)}", "save them as dense tensors")
     shard = {name: LazyTensor.of(tensor, is_mapped) for name, tensor in named.items() if not name.endswith(_BUFFERS)}
-    # Beside a LLaMA, CLIP may have open_clip's names.
-    prefix = ClipVision.tower_prefix
-    return from_open_clip(shard, prefix) if names_of_open_clip(shard, prefix) else shard
-
-
-def _strange(tensor: Tensor) -> str | None:
-    """What a tensor is that has no memory of numbers to read; None = it has."""
-    if tensor.is_meta:
-        return "on the meta device, without values"
-    if tensor.is_nested or tensor.layout != torch.strided:
-        return "nested" if tensor.is_nested else f"sparse ({str(tensor.layout).removeprefix('torch.')})"
-    return f"quantized ({str(tensor.dtype).removeprefix('torch.')})" if tensor.is_quantized else None
+    return from_open_clip(shard, ClipVision.tower_prefix)  # beside a LLaMA, CLIP may have open_clip's names
 
 
 def _load(path: str) -> tuple[object, bool]:
@@ -122,6 +102,15 @@ def _load(path: str) -> tuple[object, bool]:
             raise
         # Files older than torch 1.6 are no zip archives and cannot be mapped.
         return torch.load(path, map_location="cpu", weights_only=True), False
+
+
+def _strange(tensor: Tensor) -> str | None:
+    """What a tensor is that has no memory of numbers to read; None = it has."""
+    if tensor.is_meta:
+        return "on the meta device, without values"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return "nested" if tensor.is_nested else f"sparse ({_type_name(tensor.layout)})"
+    return f"quantized ({_type_name(tensor.dtype)})" if tensor.is_quantized else None
 
 
 def open_safetensors(path: object) -> Shard:
@@ -139,16 +128,18 @@ def open_safetensors(path: object) -> Shard:
             # Asked twice, a mapped file gives the same memory. Only what is mapped may have its pages let go.
             is_mapped = all(tensors[name].data_ptr() == file.get_tensor(name).data_ptr() for name in names[:1])
     except (SafetensorError, RuntimeError, ValueError, OSError) as error:
-        raise _unreadable(path, _first_line(error)) from None
+        raise _unreadable(path, error) from None
     return {name: LazyTensor.of(tensor, is_mapped) for name, tensor in tensors.items()}
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _unreadable(path: object, reason: str) -> UserError:
+def _unreadable(path: object, error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, pickle.UnpicklingError):  # torch's own words on it advise to run whatever is in it
+        reason = "it is no file of tensors"
     return UserError(f"cannot read {path}: {reason}", "the file may be cut short: copy it again")
+
+
+# Checkpoints
 
 
 def read_weights(layouts: Sequence[Layout], rank: int = 0, size: int = 1) -> Weights:
@@ -166,36 +157,36 @@ def read_weights(layouts: Sequence[Layout], rank: int = 0, size: int = 1) -> Wei
     """
     check_order(layouts)
     for layout in layouts:
-        _check_size(layout, size)
+        own = layout.model_parallel_size
+        if own % size and size % own:
+            raise UserError(
+                f"{layout.folder} has model-parallel size {own}, which cannot be read at size {size}: "
+                "one of the two must be a multiple of the other",
+                f"choose a size that divides {own} or is a multiple of it",
+            )
     weights = Weights(notes=shape_notes(layouts))
     for layout in layouts:
         whole = open_checkpoint(layout)
         weights.problems |= whole.problems
         weights.notes += whole.notes
-        if layout.is_diff:
-            weights.problems |= _misfits(whole, weights, layout)
         for name, tensor in whole.tensors.items():
+            shape, base = list(tensor.shape), weights.tensors.get(name)
+            if layout.is_diff and base is None:
+                text = f"unknown: {name} {shape} is in the diff {layout.folder}, in no checkpoint before it"
+                weights.problems[name] = text
+            elif layout.is_diff and weights.shapes[name] != tensor.shape:
+                before = list(weights.shapes[name])
+                weights.problems[name] = f"shape: {name} is {shape} in the diff {layout.folder}, {before} before it"
             dimension = split_dimension(name)
             if size > 1 and dimension is not None and any(n % size for n in tensor.shape[dimension : dimension + 1]):
-                text = f"shape: {name} {list(tensor.shape)} cannot be split in {size}"
-                weights.problems.setdefault(name, text)
-            share, base = share_of(name, tensor, rank, size), weights.tensors.get(name)
+                weights.problems.setdefault(name, f"shape: {name} {shape} cannot be split in {size}")
+            share = share_of(name, tensor, rank, size)
             if layout.is_diff and base is not None:
                 if isinstance(base.source, NF4Matrix):
                     raise UserError("a diff cannot be added to a quantized checkpoint", "give the base it was made of")
                 share = add(base, share)
             weights.tensors[name], weights.shapes[name] = share, tensor.shape
     return weights
-
-
-def _check_size(layout: Layout, size: int) -> None:
-    own = layout.model_parallel_size
-    if own % size and size % own:
-        raise UserError(
-            f"{layout.folder} has model-parallel size {own}, which cannot be read at size {size}: "
-            "one of the two must be a multiple of the other",
-            f"choose a size that divides {own} or is a multiple of it",
-        )
 
 
 def share_of(name: str, tensor: LazyTensor, rank: int, size: int) -> LazyTensor:
@@ -207,17 +198,6 @@ def share_of(name: str, tensor: LazyTensor, rank: int, size: int) -> LazyTensor:
     return tensor.narrow(dimension, rank * length, (rank + 1) * length)
 
 
-def _misfits(diff: Weights, base: Weights, layout: Layout) -> dict[str, str]:
-    problems = {}
-    for name, shape in diff.shapes.items():
-        if name not in base.tensors:
-            problems[name] = f"unknown: {name} {list(shape)} is in the diff {layout.folder}, in no checkpoint before it"
-        elif base.shapes[name] != shape:
-            before = list(base.shapes[name])
-            problems[name] = f"shape: {name} is {list(shape)} in the diff {layout.folder}, {before} before it"
-    return problems
-
-
 def open_checkpoint(layout: Layout) -> Weights:
     """The whole parameters of one checkpoint, whatever its format and model-parallel size; a diff's are differences.
 
@@ -225,51 +205,36 @@ def open_checkpoint(layout: Layout) -> Weights:
         UserError: an unreadable file.
     """
     if layout.format != "huggingface":
-        return _join(layout)
-    if layout.tower is None:
+        weights = _open_consolidated(layout)
+    elif layout.tower is None:
         weights = _open_huggingface(layout)
     else:
-        weights = Weights()
+        weights = Weights(notes=list(layout.notes))
         for _, shard in _huggingface_shards(layout, weights.notes):
-            named = from_open_clip(shard) if names_of_open_clip(shard) else shard
-            found = ((tower_name(layout.tower, theirs), tensor) for theirs, tensor in named.items())
-            weights.tensors |= {name: tensor for name, tensor in found if name is not None}
+            named = {tower_name(layout.tower, theirs): tensor for theirs, tensor in from_open_clip(shard).items()}
+            weights.tensors |= {name: tensor for name, tensor in named.items() if name is not None}
     weights.shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
-    weights.notes[:0] = layout.notes
     return weights
 
 
-def _join(layout: Layout) -> Weights:
-    shards = [open_shard(path) for path in layout.shards]
-    weights = Weights()
+def _open_consolidated(layout: Layout) -> Weights:
+    shards, weights = [open_shard(path) for path in layout.shards], Weights()
     quantization = read_quantization(layout.folder)
     if quantization is not None:
         if len(shards) > 1:
             raise UserError(f"{layout.folder} is quantized and split, which is not known", "quantize it in one part")
-        weights.tensors = take_quantized(shards[0])
-        for name in {*weights.tensors, *filter(is_matrix, shards[0])}:
-            is_skipped = any(is_within(part, name.removesuffix(".weight")) for part in quantization.skip)
-            if is_skipped == (name in weights.tensors):
-                is_it = "is" if is_skipped else "is not"
-                weights.problems[name] = f"type: {name} {is_it} in NF4, and {QUANTIZATION_FILE} says otherwise"
+        weights.tensors, weights.problems = take_quantized(shards[0], quantization)
     for name in dict.fromkeys(name for shard in shards for name in shard):
-        inconsistency = _inconsistency(name, shards, layout)
-        if inconsistency is not None:
-            weights.problems[name] = inconsistency
+        kinds: dict[str, list[str]] = {}
+        for shard, path in zip(shards, layout.shards, strict=True):
+            tensor = shard.get(name)
+            kind = "missing" if tensor is None else f"{list(tensor.shape)} {_type_name(tensor.dtype)}"
+            kinds.setdefault(kind, []).append(path.name)
+        if len(kinds) > 1:
+            differing = ", ".join(f"{kind} in {' and '.join(files)}" for kind, files in kinds.items())
+            weights.problems[name] = f"shards: {name} is {differing}"
         weights.tensors[name] = join_shards(name, shards)
-    weights.shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
     return weights
-
-
-def _inconsistency(name: str, shards: list[Shard], layout: Layout) -> str | None:
-    kinds: dict[str, list[str]] = {}
-    for shard, path in zip(shards, layout.shards, strict=True):
-        tensor = shard.get(name)
-        kind = "missing" if tensor is None else f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-        kinds.setdefault(kind, []).append(path.name)
-    if len(kinds) == 1:
-        return None
-    return f"shards: {name} is " + ", ".join(f"{kind} in {' and '.join(files)}" for kind, files in kinds.items())
 
 
 def join_shards(name: str, shards: Sequence[Shard]) -> LazyTensor:
@@ -284,7 +249,7 @@ def join_shards(name: str, shards: Sequence[Shard]) -> LazyTensor:
 def _open_huggingface(layout: Layout) -> Weights:
     assert layout.params_path is not None
     config, values, notes = read_huggingface(layout.params_path)
-    weights, found_in = Weights(notes=notes), dict[str, str]()
+    weights, found_in = Weights(notes=[*layout.notes, *notes]), dict[str, str]()
     for file, shard in _huggingface_shards(layout, weights.notes):
         for theirs, tensor in shard.items():
             name = meta_name(theirs)
@@ -320,31 +285,27 @@ def _huggingface_shards(layout: Layout, notes: list[str]) -> Iterator[tuple[str,
         passed_over += [f"{name} of {path.name}: that of {places[name]} counts" for name in sorted(elsewhere)]
         unnamed += [f"{name} of {path.name}" for name in shard if places and name not in places]
         yield path.name, {name: tensor for name, tensor in shard.items() if name not in elsewhere}
-    if passed_over:
-        notes.append(f"{layout.folder}: by its index, these tensors are not used:\n{listed(passed_over, most=5)}")
-    if unnamed:
-        notes.append(f"{layout.folder}: used, though its index does not name them:\n{listed(unnamed, most=5)}")
+    for said, tensors in (
+        ("by its index, these tensors are not used", passed_over),
+        ("used, though its index does not name them", unnamed),
+    ):
+        if tensors:
+            notes.append(f"{layout.folder}: {said}:\n{listed(tensors, most=5)}")
 
 
 def _tie(weights: Weights, layout: Layout) -> None:
     """Makes output matrix and embedding of each other, as transformers does: if they differ in the files, they stay."""
-    tensors, head, embedding = weights.tensors, "output.weight", "tok_embeddings.weight"
-    if (
-        head in tensors
-        and embedding in tensors
-        and not (
-            tensors[head].shape == tensors[embedding].shape
-            and same_values(tensors[head], tensors[embedding], torch.float32)
-        )
-    ):
+    head, embedding = (weights.tensors.get(name) for name in ("output.weight", "tok_embeddings.weight"))
+    if head is not None and embedding is not None and not same_values(head, embedding, torch.float32):
         weights.notes.append(
             f"{layout.params_path} says tie_word_embeddings, but lm_head.weight is not the embedding: "
             "lm_head.weight counts, as in transformers"
         )
-        return
-    for missing, there in ((head, embedding), (embedding, head)):
-        if there in tensors:
-            tensors[missing] = tensors[there]
+    elif (one := embedding or head) is not None:
+        weights.tensors |= {"output.weight": one, "tok_embeddings.weight": one}
+
+
+# What they are
 
 
 def with_rows(config: ModelConfig, weights: Weights) -> ModelConfig:
@@ -375,11 +336,10 @@ def main_dtype(
     for name, tensor in tensors.items():
         sizes[dtypes[name]] = sizes.get(dtypes[name], 0) + tensor.numel()
     main = max(sizes, key=lambda dtype: sizes[dtype])
-    rounded = {dtype for dtype in sizes if torch.promote_types(dtype, main) != main}
-    if not rounded:
+    names = [name for name in tensors if torch.promote_types(dtypes[name], main) != main]
+    if not names:
         return main, []
-    names = [name for name in tensors if dtypes[name] in rounded]
-    types = " and ".join(sorted(_type_name(dtype) for dtype in rounded))
+    types = " and ".join(sorted({_type_name(dtypes[name]) for name in names}))
     few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return main, [
         f"most weights are {_type_name(main)}; {len(names)} of {types} are rounded to it ({few}): "
@@ -387,8 +347,8 @@ def main_dtype(
     ]
 
 
-def _type_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _type_name(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")
 
 
 def check_tensors(weights: Weights, shapes: Mapping[str, tuple[int, ...]], where: object) -> None:
@@ -416,6 +376,9 @@ def check_tensors(weights: Weights, shapes: Mapping[str, tuple[int, ...]], where
         )
 
 
+# Into models
+
+
 def fill(
     model: nn.Module, weights: Weights, device: torch.device, dtype: torch.dtype, copy: bool, prefix: str = ""
 ) -> None:
@@ -438,8 +401,7 @@ def fill(
             owner.take(*to_nf4(share, device))
             continue
         value = None if copy else share.in_place(dtype, device)
-        if value is None:
-            value = share.to(dtype, device)
+        value = share.to(dtype, device) if value is None else value
         setattr(owner, leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
 
 

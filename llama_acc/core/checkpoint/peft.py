@@ -1,12 +1,31 @@
-"""The adapter files of the PEFT library (adapter_config.json, adapter_model.safetensors). Imports no torch."""
+"""What becomes of what was tuned: an adapter of the PEFT library, or LoRA pairs merged into their matrices.
 
-from typing import Any
+The adapter is adapter_config.json and adapter_model.safetensors. Of a merge there is proof that the model computes the
+same after it: each block is given the same input before and after, and the logits of a few fixed tokens are compared
+besides. Only one block is held at a time.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from llama_acc.core.checkpoint.huggingface import huggingface_name
+from llama_acc.core.checkpoint.lazy import LazyTensor, blocks_of
+from llama_acc.core.model.attention import DocumentAttention, rotary_table
+from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.layers import RMSNorm
+from llama_acc.core.model.transformer import TransformerBlock, build_on_meta, is_matrix
 from llama_acc.core.model.tuning import Tuning
 
 PEFT_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+MERGE_TOLERANCE = 1e-5
+"""How far what a block computes may be off, as a fraction of the largest."""
+_TOKENS = 32
+Model = tuple[ModelConfig, Mapping[str, LazyTensor]]
 
 
 def peft_name(name: str, tuning: Tuning) -> str:
@@ -31,3 +50,77 @@ def peft_config(tuning: Tuning, base: str | None) -> dict[str, Any]:
         "inference_mode": True,
         **tuning.peft_config(),
     }
+
+
+class MergeError(NamedTuple):
+    """The largest differences from before merging, over the largest magnitude.
+
+    Attributes:
+        block: of what a block adds, each given the same input; computed in float64 from matrices merged in float32.
+        exact: of the logits, computed in float32; rounding grows with depth.
+        saved: of the logits with the matrices as they are saved.
+    """
+
+    block: float
+    exact: float
+    saved: float
+
+
+def merged(name: str, sources: Mapping[str, LazyTensor], tuning: Tuning) -> LazyTensor:
+    """A parameter with what the tuning method has beside it merged into it, in float32, if it is a matrix."""
+    beside = name.removesuffix("weight")
+    added = {other.removeprefix(beside): tensor for other, tensor in sources.items() if other.startswith(beside)}
+    if not is_matrix(name) or len(added) == 1:
+        return sources[name]
+    matrix = added.pop("weight")
+
+    def read(rows: slice, columns: slice) -> Tensor:
+        # All columns, so that a shard's values are those of the whole to the bit.
+        whole = {name: tensor.to(torch.float32) for name, tensor in added.items()}
+        return tuning.merge(matrix.block(rows).to(torch.float32, copy=True), rows.start, whole)[:, columns]
+
+    return LazyTensor.computed((matrix, *added.values()), read, matrix.shape)
+
+
+@torch.no_grad()
+def merge_error(before: Model, merged_model: Model, saved: Model) -> MergeError:
+    """Compares models: before merging, after it, and as saved."""
+    config, models = before[0], (before, merged_model, saved)
+    tokens = torch.randint(config.vocab_size, (_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
+    states = [
+        torch.cat([sources["tok_embeddings.weight"].rows(token, token + 1).to(torch.float32) for token in tokens])
+        for _, sources in models
+    ]
+    table = rotary_table(config.head_dim, _TOKENS, config.rope_theta, config.rope_scaling, torch.device("cpu"))
+    attend, worst = DocumentAttention([_TOKENS], table), 0.0
+    for layer in range(config.n_layers):
+        given, added = states[0].double(), []
+        for place, model in enumerate(models):
+            block = _load_block(*model, layer)
+            states[place] = block(states[place], attend)
+            if place < 2:
+                added.append(block.double()(given, attend) - given)
+        worst = max(worst, _relative(added[1], added[0]))
+    expected, *others = (_logits(*model, state) for model, state in zip(models, states, strict=True))
+    return MergeError(worst, *(_relative(other, expected) for other in others))
+
+
+def _load_block(config: ModelConfig, sources: Mapping[str, LazyTensor], layer: int) -> TransformerBlock:
+    """A block with its weights, in float32: models that are larger than memory are computed block by block."""
+    block = build_on_meta(replace(config, n_layers=1), torch.float32).to_empty(device="cpu").layers[0]
+    assert isinstance(block, TransformerBlock)
+    for name, parameter in block.named_parameters():
+        sources[f"layers.{layer}.{name}"].copy_into(parameter)
+    return block
+
+
+def _logits(config: ModelConfig, sources: Mapping[str, LazyTensor], x: Tensor) -> Tensor:
+    """The logits [T, vocabulary] of the last block's output [T, dim]."""
+    norm, output = RMSNorm(config.dim, config.norm_eps), sources["output.weight"]
+    sources["norm.weight"].copy_into(norm.weight)
+    x = norm(x)
+    return torch.cat([x @ output.rows(*rows).to(torch.float32).T for rows in blocks_of(output.shape)], 1)
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()

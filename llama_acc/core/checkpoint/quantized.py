@@ -10,10 +10,10 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from llama_acc.core.checkpoint.lazy import LazyTensor, Read
@@ -21,15 +21,16 @@ from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import read_object
 from llama_acc.core.model import nf4
 from llama_acc.core.model.nf4 import BLOCK, Scales
+from llama_acc.core.model.transformer import is_matrix, is_within
 
 QUANTIZATION_FILE = "quantization.json"
 FORMAT_VERSION = 2
-_Note = TypeVar("_Note")
+_File = TypeVar("_File")
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """What quantization.json says.
+    """quantization.json.
 
     Attributes:
         skip: matrices that are not quantized; see `transformer.quantizable`.
@@ -44,6 +45,7 @@ class Quantization:
     format_version: int = FORMAT_VERSION
     type: str = "nf4"
     double: bool = True
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     def to_json(self) -> bytes:
         """The file."""
@@ -59,101 +61,101 @@ def read_quantization(folder: Path) -> Quantization | None:
     path = folder / QUANTIZATION_FILE
     if not path.is_file():
         return None
-    found = read_note(path, Quantization)
+    found = read_dataclass(path, Quantization)
     if found.format_version > FORMAT_VERSION or found.type != "nf4":
         raise UserError(f"{path} was written by a newer version", "update llama-acc")
     return found
 
 
-def read_note(path: Path, kind: type[_Note]) -> _Note:
-    """The dataclass of a `kind` that a JSON file beside weights holds: quantization.json or base.json.
+def read_dataclass(path: Path, kind: type[_File]) -> _File:
+    """The dataclass that quantization.json or base.json holds.
 
     Raises:
-        UserError: unreadable, or of a base quantized by an early version, which was not rounded to the nearest.
+        UserError: unreadable, or with keys that are not known, such as those of early versions.
     """
-    values = read_object(path)
-    quantized = values.get("quantised", values)
-    if isinstance(quantized, dict) and ("output" in quantized or quantized.get("values") is not None):
-        raise UserError(
-            f"{path} was written by an early version of llama-acc, whose quantized bases are not supported",
-            "quantize the original anew (llama-acc convert-checkpoint DIR NEW --to consolidated --quantize nf4), "
-            "and train on that",
-        )
     try:
-        return TypeAdapter(kind).validate_python(values)
+        return TypeAdapter(kind).validate_python(read_object(path))
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"cannot read {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UserError(
+            f"cannot read {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            "of an early version of llama-acc? Quantize the original anew (llama-acc convert-checkpoint DIR NEW "
+            "--to consolidated --quantize nf4), and train on that",
+        ) from None
 
 
 class NF4Matrix:
-    """A quantized matrix [rows, columns].
-
-    Attributes:
-        values: [rows, columns / 2] bytes.
-        scales: its scales.
-    """
+    """A quantized matrix [rows, columns]: `values`, [rows, columns / 2] bytes, and `scales`."""
 
     def __init__(self, values: Tensor, scales: Scales) -> None:
         self.values, self.scales = values, scales
 
     @cached_property
-    def magnitudes(self) -> Tensor:
+    def absmax(self) -> Tensor:
         """Of its blocks, in float32."""
         return nf4.read_absmax(self.scales)
 
-    def read(self, rows: slice, columns: slice) -> Tensor:
-        """Rows and columns, dequantized, in float32."""
-        found = nf4.dequantize_rows(self.values, self.magnitudes, rows.start, rows.stop, torch.float32)
-        return found[:, columns]
-
     def lazy(self) -> LazyTensor:
-        """All of it, as any other parameter is read; in bf16, which is what it is computed with."""
+        """The values it stands for, read as any other parameter is; in bf16, which is what it is computed with."""
+
+        def read(rows: slice, columns: slice) -> Tensor:
+            return nf4.dequantize_rows(self.values, self.absmax, rows.start, rows.stop, torch.float32)[:, columns]
+
         rows, half = self.values.shape
-        return LazyTensor((rows, 2 * half), torch.bfloat16, self.read, source=self)
+        return LazyTensor((rows, 2 * half), torch.bfloat16, read, source=self)
 
 
-def take_quantized(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+def take_quantized(
+    tensors: dict[str, LazyTensor], quantization: Quantization
+) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """Takes the quantized matrices, each of which is four tensors, out of a checkpoint's.
+
+    Returns:
+        The matrices, and what is wrong with some: they are in NF4, or are not, against what quantization.json says.
 
     Raises:
         UserError: scales without values, or the other way round.
     """
-    found = {}
+    found, problems = {}, {}
     for matrix in [name.removesuffix(".absmax") for name in tensors if name.endswith(".absmax")]:
         names = [f"{matrix}.{leaf}" for leaf in ("weight", *Scales._fields)]
         if missing := [name for name in names if name not in tensors]:
             raise UserError(f"the quantized matrix {matrix} is not whole: {', '.join(missing)} is missing")
         values, *scales = (tensors.pop(name).source for name in names)
         found[f"{matrix}.weight"] = NF4Matrix(values, Scales(*scales)).lazy()
-    return found
+    for name in {*found, *filter(is_matrix, tensors)}:
+        is_skipped = any(is_within(part, name.removesuffix(".weight")) for part in quantization.skip)
+        if is_skipped == (name in found):
+            is_it = "is" if is_skipped else "is not"
+            problems[name] = f"type: {name} {is_it} in NF4, and {QUANTIZATION_FILE} says otherwise"
+    return found, problems
 
 
 def to_nf4(tensor: LazyTensor, device: torch.device) -> tuple[Tensor, Scales]:
     """A matrix in NF4 on a device: as it is in its file, or quantized here.
 
+    A part of a quantized matrix has the same values, but for its scales: these are rounded together.
+
     Raises:
         UserError: a part of a quantized matrix whose edges lie within blocks.
     """
-    if isinstance(tensor.source, NF4Matrix):
-        matrix = tensor.source if tensor.shape == tensor.source.lazy().shape else _cut(tensor, tensor.source)
-        return matrix.values.to(device), Scales(*(scale.to(device) for scale in matrix.scales))
-    return nf4.quantize(lambda start, stop: tensor.rows(start, stop).to(torch.float32, device), tensor.shape, device)
-
-
-def _cut(part: LazyTensor, matrix: NF4Matrix) -> NF4Matrix:
-    """A part of a quantized matrix with the same values, but for its scales: these are rounded together."""
-    (rows, columns), row, column = part.shape, part.row, part.column
-    whole = 2 * matrix.values.shape[1]
-    if whole % BLOCK or columns % BLOCK or column % BLOCK:
-        raise UserError(
-            f"a quantized matrix of {whole} columns cannot be split into parts of {columns}: it has blocks of {BLOCK}",
-            "choose a smaller model-parallel size, or give the checkpoint before quantizing",
-        )
-    values = matrix.values[row : row + rows, column // 2 : (column + columns) // 2].contiguous()
-    magnitudes = matrix.magnitudes.view(len(matrix.values), -1)[row : row + rows]
-    magnitudes = magnitudes[:, column // BLOCK : (column + columns) // BLOCK]
-    return NF4Matrix(values, nf4.round_absmax(magnitudes.flatten().clone()))
+    if not isinstance(tensor.source, NF4Matrix):
+        read = lambda start, stop: tensor.rows(start, stop).to(torch.float32, device)  # noqa: E731
+        return nf4.quantize(read, tensor.shape, device)
+    matrix, (rows, columns), (row, column) = tensor.source, tensor.shape, tensor.offset
+    whole, values, scales = 2 * matrix.values.shape[1], matrix.values, matrix.scales
+    if tensor.shape != (len(values), whole):
+        if whole % BLOCK or columns % BLOCK or column % BLOCK:
+            raise UserError(
+                f"a quantized matrix of {whole} columns cannot be split into parts of {columns}: "
+                f"it has blocks of {BLOCK}",
+                "choose a smaller model-parallel size, or give the checkpoint before quantizing",
+            )
+        blocks = slice(column // BLOCK, (column + columns) // BLOCK)
+        absmax = matrix.absmax.view(len(values), -1)[row : row + rows, blocks]
+        values = values[row : row + rows, column // 2 : (column + columns) // 2].contiguous()
+        scales = nf4.round_absmax(absmax.flatten().clone())
+    return values.to(device), Scales(*(scale.to(device) for scale in scales))
 
 
 class Quantizer:
@@ -162,17 +164,16 @@ class Quantizer:
     def __init__(self) -> None:
         self._last: tuple[str, NF4Matrix] | None = None
 
-    def matrix(self, name: str, tensor: LazyTensor) -> NF4Matrix:
-        """The matrix of that name in NF4."""
+    def _matrix(self, name: str, tensor: LazyTensor) -> NF4Matrix:
         if self._last is None or self._last[0] != name:
             self._last = None  # not two at a time
             self._last = name, NF4Matrix(*to_nf4(tensor, torch.device("cpu")))
         return self._last[1]
 
     def rounded(self, name: str, tensor: LazyTensor) -> LazyTensor:
-        """The matrix after quantizing and dequantizing, in float32."""
+        """The matrix of that name after quantizing and dequantizing, in float32."""
         return LazyTensor.computed(
-            (), lambda rows, columns: self.matrix(name, tensor).read(rows, columns), tensor.shape
+            (), lambda rows, columns: self._matrix(name, tensor).lazy().read(rows, columns), tensor.shape
         )
 
     def tensors(self, name: str, tensor: LazyTensor) -> dict[str, LazyTensor]:
@@ -183,7 +184,7 @@ class Quantizer:
 
         def reader(leaf: str) -> Read:
             def read(rows: slice, columns: slice) -> Tensor:
-                matrix = self.matrix(name, tensor)
+                matrix = self._matrix(name, tensor)
                 values: Tensor = matrix.values if leaf == "weight" else getattr(matrix.scales, leaf)
                 return values[rows]
 

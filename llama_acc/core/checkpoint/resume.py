@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from llama_acc.core.atomic import check_manifest
 from llama_acc.core.checkpoint.layout import inspect
-from llama_acc.core.checkpoint.lazy import LazyTensor
 from llama_acc.core.checkpoint.load import Weights, join_shards, open_safetensors, read_weights, share_of
 from llama_acc.core.distributed.groups import Parallel, local_part
 from llama_acc.core.errors import UserError
@@ -16,6 +16,7 @@ from llama_acc.core.input_files import read_object
 
 FORMAT_VERSION = 2
 _PROGRESS = {"format_version": int, "step": int, "data": str}
+_MASTER = "master."
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
@@ -42,8 +43,7 @@ class SavedState:
     """A checkpoint's state/, memory-mapped; each rank takes its part of it."""
 
     def __init__(self, checkpoint: Path, parallel: Parallel) -> None:
-        self.folder = checkpoint / "state"
-        self.parallel = parallel
+        self.folder, self.parallel = checkpoint / "state", parallel
         self._shards = [open_safetensors(path) for path in sorted(self.folder.glob("training*.safetensors"))]
 
     def read(self, name: str, parameter: Tensor) -> Tensor | None:
@@ -53,32 +53,27 @@ class SavedState:
             name: such as `exp_avg.layers.0.attention.wq.weight`.
             parameter: the one it is kept for.
         """
-        value = self._shards[0].get(name)
+        value, local = self._shards[0].get(name), local_part(parameter)
         if value is None:
             return None
-        local = local_part(parameter)
         if not value.shape:
             return value.source.to(local.tensor.device, copy=True)
-        own = self._share(name, join_shards(name, self._shards))
+        whole = join_shards(name, self._shards)
+        own = share_of(name, whole, self.parallel.model_rank, self.parallel.model_size)
         return own.rows(local.rows.start, local.rows.stop).to(value.dtype, local.tensor.device)
-
-    def _share(self, name: str, tensor: LazyTensor) -> LazyTensor:
-        return share_of(name, tensor, self.parallel.model_rank, self.parallel.model_size)
 
     def masters(self) -> Weights:
         """This rank's share of the float32 parameters; none if the saved weights are as exact."""
-        prefix, masters = "master.", Weights()
+        masters = Weights()
         for name in self._shards[0]:
-            if name.startswith(prefix):
-                whole = join_shards(name, self._shards)
-                masters.shapes[name.removeprefix(prefix)] = whole.shape
-                masters.tensors[name.removeprefix(prefix)] = self._share(name, whole)
+            if name.startswith(_MASTER):
+                parameter, whole = name.removeprefix(_MASTER), join_shards(name, self._shards)
+                masters.shapes[parameter] = whole.shape
+                masters.tensors[parameter] = share_of(name, whole, self.parallel.model_rank, self.parallel.model_size)
         return masters
 
     def rng(self) -> dict[str, Tensor]:
         """The random number generators of this rank when it saved; none if there were other ranks then."""
-        from safetensors.torch import load_file
-
         name = f"rng-{self.parallel.rank:05d}-of-{self.parallel.world_size:05d}.safetensors"
         return load_file(self.folder / name) if (self.folder / name).exists() else {}
 

@@ -5,18 +5,26 @@
     state/rng-RRRRR-of-WWWWW.safetensors  the random number generators of every rank
     state/progress.json                 where the run stands
 
-All ranks write at once, each the rows it has, into files that were laid out before: nothing is gathered. The folder
-must lie on a disk that all of them see.
+All ranks write at once, each the rows it has, into files that were laid out before: nothing is gathered, and files may
+be larger than memory. The folder must lie on a disk that all ranks see. A .pth is a zip archive with one uncompressed
+record for each tensor's bytes; safetensors is 8 bytes of header length, a JSON header and raw bytes
+(https://github.com/huggingface/safetensors).
 """
 
 import contextlib
+import json
 import os
 import shutil
+import struct
 import threading
+import zipfile
+import zlib
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -27,16 +35,126 @@ from llama_acc.core.atomic import (
     aside_of,
     begin_folder,
     finish_folder,
-    remove,
+    remove_folder,
     sha256_of,
     write_text_whole,
 )
-from llama_acc.core.checkpoint.tensor_files import Spec, Specs, TensorFile, lay_out
+from llama_acc.core.distributed.environment import in_background
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import read_object
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_SAFETENSORS_TYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+    torch.int64: "I64",
+}
+_ALIGNMENT = 64
+_LOCAL_HEADER, _CENTRAL_HEADER = 30, 46  # bytes before the record's name (APPNOTE.TXT 4.3.7, 4.3.12)
+_BLOCK = 1 << 22
+
+
+# Files
+
+
+class Spec(NamedTuple):
+    """Shape and type of a tensor that is to be written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+Specs = Mapping[str, Spec]
+
+
+def lay_out(path: Path, specs: Specs, flat: bool = False) -> None:
+    """Writes a file of tensors with a hole in the place of each one's bytes.
+
+    Args:
+        path: the file to make; its ending says whether it is a .pth or safetensors.
+        specs: its tensors, in the order they will lie.
+        flat: a .pth is a mapping from names to tensors (Meta's); otherwise `{"model": mapping}`.
+    """
+    if path.suffix == ".pth":
+        # Memory that is never touched is never taken.
+        tensors = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+        with torch.serialization.skip_data():
+            torch.save(tensors if flat else {"model": tensors}, path)
+        return
+    # transformers reads whose tensors these are.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (shape, dtype) in specs.items():
+        begin, end = end, end + specs[name].nbytes
+        header[name] = {"dtype": _SAFETENSORS_TYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+class TensorFile:
+    """A file of `lay_out`, open for writing."""
+
+    def __init__(self, path: Path, specs: Specs) -> None:
+        """Opens it; `specs` are those it was laid out with."""
+        self._path, self._file = path, path.open("r+b", buffering=0)
+        self._records: list[tuple[zipfile.ZipInfo, int]] = []  # a .pth's, with where their bytes begin
+        if path.suffix == ".pth":
+            with zipfile.ZipFile(path) as archive:
+                self._central, records = archive.start_dir, archive.infolist()
+            for record in records:
+                sizes = struct.unpack("<HH", self._read(4, record.header_offset + 26))  # of name and extra field
+                self._records.append((record, record.header_offset + _LOCAL_HEADER + sum(sizes)))
+            # Tensors are numbered in their order: ARCHIVE/data/NUMBER.
+            begins = {record.filename.partition("/")[2]: begin for record, begin in self._records}
+            self._offsets = {name: begins[f"data/{number}"] for number, name in enumerate(specs)}
+        else:
+            begin = 8 + int.from_bytes(self._read(8, 0), "little")
+            ends = accumulate((spec.nbytes for spec in specs.values()), initial=begin)
+            self._offsets = dict(zip(specs, ends, strict=False))
+
+    def _read(self, size: int, offset: int) -> bytes:
+        return os.pread(self._file.fileno(), size, offset)
+
+    def write(self, name: str, rows: Tensor, first: int = 0) -> None:
+        """Writes some rows of a tensor, the first of which has number `first`."""
+        offset = self._offsets[name] + first * (rows.nbytes // max(1, len(rows)) if rows.dim() else 0)
+        data = rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        while len(data):
+            written = os.pwrite(self._file.fileno(), data, offset)
+            data, offset = data[written:], offset + written
+
+    def seal(self) -> None:
+        """Puts a .pth's checksums in, once all is written: torch ignores them, other readers of zip archives do not."""
+        central = self._central if self._records else 0
+        for record, begin in self._records:
+            end = begin + record.file_size
+            if "/data/" in record.filename and record.file_size:
+                checksum = 0
+                for offset in range(begin, end, _BLOCK):
+                    checksum = zlib.crc32(self._read(min(_BLOCK, end - offset), offset), checksum)
+                # A data descriptor follows the bytes: a signature, then the checksum.
+                for place in (end + 4, central + 16):
+                    os.pwrite(self._file.fileno(), struct.pack("<I", checksum), place)
+            central += _CENTRAL_HEADER + sum(struct.unpack("<HHH", self._read(6, central + 28)))
+
+    def close(self) -> None:
+        """Waits until all is on the disk."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+# Checkpoints
 
 
 class Rows(NamedTuple):
@@ -85,11 +203,8 @@ class Snapshot:
                 copies[pointer] = piece.tensor.detach().to("cpu", copy=True)
             return piece._replace(tensor=copies[pointer])
 
-        return replace(
-            self,
-            weights={name: copy(piece) for name, piece in self.weights.items()},
-            state={name: copy(piece) for name, piece in self.state.items()},
-        )
+        weights, state = ({name: copy(piece) for name, piece in kept.items()} for kept in (self.weights, self.state))
+        return replace(self, weights=weights, state=state)
 
     def nbytes(self) -> int:
         """Bytes of `copied`."""
@@ -178,7 +293,7 @@ def _publish(folder: Path, digests: Mapping[str, str], keep: int) -> None:
     # One with more steps can be there: a kill between the two lines above leaves it, and the run went on from before.
     others = [path for _, path in checkpoints(run) if path != folder]
     for old in others[: max(0, len(others) + 1 - keep)] if keep else []:
-        remove_checkpoint(old)
+        remove_folder(old)
 
 
 class Saver:
@@ -188,33 +303,27 @@ class Saver:
     """
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._folder: Path | None = None
         self._copied = threading.Event()
-        self._error: BaseException | None = None
+        self._saving: Future[Path] | None = None
 
     def start(self, snapshot: Snapshot, folder: Path, keep: int) -> None:
         """Begins to write; `wait_for_copy` before anything in `snapshot` changes. No other one may be under way."""
-        assert self._thread is None
+        assert self._saving is None
+        self._copied.clear()
 
-        def work() -> None:
+        def work() -> Path:
             try:
                 copy = snapshot.copied()
-                self._copied.set()
-                write_checkpoint(copy, folder, keep)
-            except BaseException as error:  # raised again where the loop asks for the result
-                self._error = error
             finally:
                 self._copied.set()
+            write_checkpoint(copy, folder, keep)
+            return folder
 
-        self._folder = folder
-        self._copied.clear()
-        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
-        self._thread.start()
+        self._saving = in_background(work)
 
     def wait_for_copy(self) -> None:
         """Returns once the tensors being saved may change."""
-        if self._thread is not None:
+        if self._saving is not None:
             self._copied.wait()
 
     def finished(self, wait: bool) -> Path | None:
@@ -223,14 +332,10 @@ class Saver:
         Args:
             wait: for the one under way.
         """
-        if self._thread is None or (self._thread.is_alive() and not wait):
+        if self._saving is None or not (wait or self._saving.done()):
             return None
-        self._thread.join()
-        self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-        return self._folder
+        saving, self._saving = self._saving, None
+        return saving.result()
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -246,14 +351,6 @@ def saved_step(checkpoint: Path) -> int | None:
     except UserError:
         return None
     return step if type(step) is int and step >= 0 else None
-
-
-def remove_checkpoint(folder: Path) -> None:
-    """Removes a checkpoint; it first loses its name, so that a kill leaves no half of it under that name."""
-    aside = folder.with_name(f".writing-{folder.name}-old")
-    remove(aside)
-    os.rename(folder, aside)
-    remove(aside)
 
 
 def free_bytes(folder: Path) -> int:

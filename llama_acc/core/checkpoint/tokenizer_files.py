@@ -6,9 +6,11 @@ the space in front of a text. Both take a `tokenizer.json` unchanged where `toke
 """
 
 import json
+import string
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from llama_acc.core.checkpoint.layout import Layout, without_towers
 from llama_acc.core.data.templates import TEMPLATE_FILE, Template, Turn
@@ -38,24 +40,64 @@ _OLDER = ("special_tokens_map.json", "added_tokens.json")
 _OF_OTHER_CLASSES = ("added_tokens_decoder", "legacy", "sp_model_kwargs", "use_default_system_prompt")
 
 
+# In jinja, by what a format has as jinja's literals. See `chat_template`.
+_DIALOGUE = string.Template("""\
+{%- set turns = messages %}
+{%- set system = $system %}
+{%- if messages and messages[0]['role'] == 'system' %}
+{%- set system = messages[0]['content'] %}
+{%- set turns = messages[1:] %}
+{%- endif %}
+{%- if system is not none %}
+{{- $system_begin + system + $system_end }}
+{%- endif %}
+{%- for message in turns %}
+{%- if message['role'] == 'user' %}
+{{- $human + (message['content']$cleaned) + $turn_end }}
+{%- elif message['role'] == 'assistant' %}
+{{- $assistant + (message['content']$cleaned) + $turn_end }}
+{%- else %}
+{{- raise_exception('this format has turns of user and assistant, not of ' + message['role']) }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- $prompt }}
+{%- else %}
+{{- $eos }}
+{%- endif %}""")
+# The last question, and what answers it: the format shows no more.
+_SINGLE_TURN = string.Template("""\
+{%- set ns = namespace(system='', question='', answer='') %}
+{%- for message in messages %}
+{%- if message['role'] == 'system' %}
+{%- set ns.system = message['content'] %}
+{%- elif message['role'] == 'user' %}
+{%- set ns.question = message['content'] %}
+{%- set ns.answer = '' %}
+{%- else %}
+{%- set ns.answer = message['content'] %}
+{%- endif %}
+{%- endfor %}
+{%- set prompt = ((ns.system + '\\n\\n') if ns.system.strip() else '') + $prompt %}
+{%- if add_generation_prompt %}
+{{- prompt$ending }}
+{%- else %}
+{{- prompt + (ns.answer$cleaned) + $eos }}
+{%- endif %}""")
+
+
 def extra_files(layouts: Sequence[Layout]) -> list[Path]:
     """The files that go with checkpoints laid over each other: tokenizer, prompt format, recipe; the last ones found.
 
     A tokenizer's files belong together, so they come from one folder; Meta's may lie one level up.
     """
-    layouts = without_towers(layouts)
-    found = {
-        name: layout.folder / name for layout in layouts for name in _OTHER_FILES if (layout.folder / name).is_file()
-    }
-    return [*_tokenizer_files([layout.folder for layout in layouts]), *found.values()]
-
-
-def _tokenizer_files(folders: Sequence[Path]) -> list[Path]:
+    folders = [layout.folder for layout in without_towers(layouts)]
+    found = {name: folder / name for folder in folders for name in _OTHER_FILES if (folder / name).is_file()}
     path = _main_file(folders)
     if path is None or path.parent not in folders:
-        return [] if path is None else [path]
-    folder = path.parent
-    return sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
+        return [*([] if path is None else [path]), *found.values()]
+    own = {file for pattern in _TOKENIZER_FILES for file in path.parent.glob(pattern) if file.is_file()}
+    return [*sorted(own), *found.values()]
 
 
 def _main_file(folders: Sequence[Path]) -> Path | None:
@@ -120,17 +162,29 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, ids: Mapping[str, Any]) 
     notes: list[str] = []
     generation = read_json(folder / GENERATION_FILE) | dict(ids)
     if (folder / TEMPLATE_FILE).is_file():
-        template = Template.load(folder / TEMPLATE_FILE)
+        template, ends = Template.load(folder / TEMPLATE_FILE), ids["eos_token_id"]
+        ends = ends if isinstance(ends, list) else [ends]
         stops = {token for stop in template.stop if (token := tokenizer.token_id(stop)) in tokenizer.end_ids}
-        if more := stops - set(_listed(ids["eos_token_id"])):
-            generation["eos_token_id"] = [*_listed(ids["eos_token_id"]), *sorted(more)]
-        notes = _write_chat_template(template, tokenizer, folder)
+        if more := stops - set(ends):
+            generation["eos_token_id"] = [*ends, *sorted(more)]
+        # In place of the base's, which the model was not trained on.
         config.pop("chat_template", None)
+        for name in (CHAT_TEMPLATE_FILE, "chat_template.json"):
+            (folder / name).unlink(missing_ok=True)
+        text = chat_template(template, tokenizer)
+        if text is not None:
+            (folder / CHAT_TEMPLATE_FILE).write_text(text, encoding="utf-8")
+        else:
+            why = f"transformers cannot write the format {template.name!r} as it was trained"
+            notes.append(f"no chat template is written: {why}")
     # Unless asked not to, the generic class gives token_type_ids too, which `generate` of transformers 4 refuses.
     usual = {"clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"]}
     config = usual | config | {role: text for role, text in roles.items() if tokenizer.token_id(text or "") is not None}
-    _write_json(folder / CONFIG_FILE, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
-    _write_json(folder / GENERATION_FILE, generation)
+    for name, content in (
+        (CONFIG_FILE, config | {"tokenizer_class": "PreTrainedTokenizerFast"}),
+        (GENERATION_FILE, generation),
+    ):
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     return notes
 
 
@@ -151,24 +205,12 @@ def _framing(tokenizer: Tokenizer, bos: bool, eos: bool) -> dict[str, Any]:
     }
 
 
-def _write_chat_template(template: Template, tokenizer: Tokenizer, folder: Path) -> list[str]:
-    """In place of the base's, which the model was not trained on."""
-    for name in (CHAT_TEMPLATE_FILE, "chat_template.json"):
-        (folder / name).unlink(missing_ok=True)
-    text = chat_template(template, tokenizer)
-    if text is None:
-        return [
-            f"no chat template is written: transformers cannot write the format {template.name!r} as it was trained"
-        ]
-    (folder / CHAT_TEMPLATE_FILE).write_text(text, encoding="utf-8")
-    return []
-
-
 def chat_template(template: Template, tokenizer: Tokenizer) -> str | None:
     """A format in jinja, for transformers' `apply_chat_template`; None: it cannot be said there.
 
     Rendered with `add_generation_prompt` it is the prompt of chat, else the text of the training.
     """
+    quoted = partial(json.dumps, ensure_ascii=False)  # all escapes of JSON are among jinja's
     if template.kind == "single_turn" and "{instruction}" not in template.prompt:
         return None
     begin = ""
@@ -176,9 +218,26 @@ def chat_template(template: Template, tokenizer: Tokenizer) -> str | None:
         gap = _gap(template, tokenizer)
         if gap is None:
             return None
-        begin = "{{- bos_token" + (f" + {_quoted(gap)}" if gap else "") + " }}\n"
-    lines = _dialogue(template) if template.kind == "dialogue" else _single_turn(template)
-    return begin + "\n".join(lines)
+        begin = "{{- bos_token" + (f" + {quoted(gap)}" if gap else "") + " }}\n"
+    cleaned = "".join(f" | replace({quoted(mark)}, '')" for mark in template.removed) + " | trim" * template.strip
+    eos = "eos_token" if template.eos else "''"
+    if template.kind != "dialogue":
+        prompt = " + ns.question + ".join(map(quoted, template.prompt.split("{instruction}")))
+        # Spaces at a prompt's end are the model's to write.
+        ending = ".rstrip(' ')" if template.prompt.endswith(("{instruction}", " ")) else ""
+        return begin + _SINGLE_TURN.substitute(prompt=prompt, ending=ending, cleaned=cleaned, eos=eos)
+    roles = template.roles
+    return begin + _DIALOGUE.substitute(
+        system="none" if template.system is None else quoted(template.system),
+        system_begin=quoted(template.system_begin),
+        system_end=quoted(template.system_end),
+        human=quoted(template.turn_begin + roles["human"] + template.turn_separator),
+        assistant=quoted(template.turn_begin + roles["assistant"] + template.turn_separator),
+        cleaned=cleaned,
+        turn_end=quoted(template.turn_end),
+        prompt=quoted(template.turn_begin + roles["assistant"] + template.prompt_end),
+        eos=eos,
+    )
 
 
 def _gap(template: Template, tokenizer: Tokenizer) -> str | None:
@@ -190,79 +249,3 @@ def _gap(template: Template, tokenizer: Tokenizer) -> str | None:
     probes = [template.prompt_text([Turn("human", word)]) for word in words]
     wanted = [tokenizer.encode(text, bos=True) for text in probes]
     return next((gap for gap in ("", " ") if [tokenizer.encode(bos + gap + text) for text in probes] == wanted), None)
-
-
-def _dialogue(template: Template) -> list[str]:
-    def turn(role: Literal["human", "assistant"]) -> str:
-        head = template.turn_begin + template.roles[role] + template.turn_separator
-        text = "message['content']" + "".join(f" | replace({_quoted(mark)}, '')" for mark in template.removed)
-        text += " | trim" if template.strip else ""
-        return "{{- " + f"{_quoted(head)} + ({text}) + {_quoted(template.turn_end)}" + " }}"
-
-    prompt = template.turn_begin + template.roles["assistant"] + template.prompt_end
-    return [
-        "{%- set turns = messages %}",
-        "{%- set system = " + ("none" if template.system is None else _quoted(template.system)) + " %}",
-        "{%- if messages and messages[0]['role'] == 'system' %}",
-        "{%- set system = messages[0]['content'] %}",
-        "{%- set turns = messages[1:] %}",
-        "{%- endif %}",
-        "{%- if system is not none %}",
-        "{{- " + f"{_quoted(template.system_begin)} + system + {_quoted(template.system_end)}" + " }}",
-        "{%- endif %}",
-        "{%- for message in turns %}",
-        "{%- if message['role'] == 'user' %}",
-        turn("human"),
-        "{%- elif message['role'] == 'assistant' %}",
-        turn("assistant"),
-        "{%- else %}",
-        "{{- raise_exception('this format has turns of user and assistant, not of ' + message['role']) }}",
-        "{%- endif %}",
-        "{%- endfor %}",
-        "{%- if add_generation_prompt %}",
-        "{{- " + _quoted(prompt) + " }}",
-        *(["{%- else %}", "{{- eos_token }}"] if template.eos else []),
-        "{%- endif %}",
-    ]
-
-
-def _single_turn(template: Template) -> list[str]:
-    """The last question, and what answers it: the format shows no more."""
-    literals = map(_quoted, template.prompt.split("{instruction}"))
-    prompt = "((ns.system + '\\n\\n') if ns.system.strip() else '') + " + " + ns.question + ".join(literals)
-    # Spaces at a prompt's end are the model's to write.
-    ends = ".rstrip(' ')" if template.prompt.endswith(("{instruction}", " ")) else ""
-    output = "".join(f" | replace({_quoted(mark)}, '')" for mark in template.removed)
-    output += " | trim" if template.strip else ""
-    return [
-        "{%- set ns = namespace(system='', question='', answer='') %}",
-        "{%- for message in messages %}",
-        "{%- if message['role'] == 'system' %}",
-        "{%- set ns.system = message['content'] %}",
-        "{%- elif message['role'] == 'user' %}",
-        "{%- set ns.question = message['content'] %}",
-        "{%- set ns.answer = '' %}",
-        "{%- else %}",
-        "{%- set ns.answer = message['content'] %}",
-        "{%- endif %}",
-        "{%- endfor %}",
-        "{%- set prompt = " + prompt + " %}",
-        "{%- if add_generation_prompt %}",
-        "{{- prompt" + ends + " }}",
-        "{%- else %}",
-        "{{- prompt + (ns.answer" + output + ")" + (" + eos_token" if template.eos else "") + " }}",
-        "{%- endif %}",
-    ]
-
-
-def _quoted(text: str) -> str:
-    """A text as jinja writes it; all escapes of JSON are among jinja's."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _listed(value: Any) -> list[int]:
-    return value if isinstance(value, list) else [value]
-
-
-def _write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -8,11 +8,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from llama_acc.core.catalogue import is_address
+from llama_acc.core.catalogue import how_to_get, is_address, named_data
 from llama_acc.core.data.read import FORMATS, SUFFIXES, data_suffix, nearest_names, unknown_format
 from llama_acc.core.data.tar_shards import TAR_SUFFIX
 from llama_acc.core.data.templates import TEMPLATES, ChatTemplate, get_template
-from llama_acc.core.downloads import how_to_get, named_data
 from llama_acc.core.errors import DataError, UserError, did_you_mean, raise_together, schema_problems
 from llama_acc.core.hub import fetch_data
 from llama_acc.core.input_files import home, read_yaml

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llama_acc.core.checkpoint.adapter import BASE_FILE, Base, TrainedQuantised, base_fingerprint
+from llama_acc.core.checkpoint.adapter import BASE_FILE, Base, TrainedQuantized, base_fingerprint
 from llama_acc.core.checkpoint.load import Weights, load_parameters
 from llama_acc.core.checkpoint.resume import FORMAT_VERSION, SavedState, read_progress, restore_rng, rng_state
 from llama_acc.core.checkpoint.save import Rows, Snapshot
@@ -152,7 +152,7 @@ class Trainer:
         self._base: Base | None = None
         if plan.layouts and parallel.is_main:
             skip = plan.settings.quantize_skip
-            quantized = None if skip is None else TrainedQuantised("nf4", skip)
+            quantized = None if skip is None else TrainedQuantized("nf4", skip)
             pretrained = tuple(recipe.model.pretrained_list())
             self._base = Base(base_fingerprint(plan.layouts, plan.config), pretrained, quantized)
         # For a resume.

@@ -1,6 +1,4 @@
-import copy
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +35,12 @@ def refused(path: Path, content: Any) -> str:
 @pytest.mark.parametrize("wrapped", [False, True], ids=["flat", "under model"])
 @pytest.mark.parametrize("prefix", ["", "llma."])
 def test_every_way_of_writing_the_names_is_read(prefix: str, wrapped: bool, tmp_path: Path) -> None:
-    named = {prefix + name: tensor for name, tensor in state().items()}
+    named = {prefix + name: tensor for name, tensor in state().items()} | {f"{prefix}rope.freqs": torch.ones(4)}
     torch.save({"model": named} if wrapped else named, tmp_path / NAME)
     shard = open_shard(tmp_path / NAME)
     assert shard.keys() == state().keys()
     assert all(tensor.mapped and torch.equal(tensor.source, state()[name]) for name, tensor in shard.items())
     check_tensors(read_weights([inspect(tmp_path)]), shapes_of(SMALL), tmp_path)
-
-
-@pytest.mark.parametrize("name", ["rope.freqs", "llma.rope.freqs"])
-def test_the_rotary_buffer_is_ignored(name: str, tmp_path: Path) -> None:
-    torch.save({**state(), name: torch.ones(4)}, tmp_path / NAME)
-    assert open_shard(tmp_path / NAME).keys() == state().keys()
 
 
 def test_all_that_does_not_fit_is_listed(tmp_path: Path) -> None:
@@ -73,18 +65,12 @@ def test_all_that_does_not_fit_is_listed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.999])
 def test_a_file_cut_short_is_refused(share: float, tmp_path: Path) -> None:
     path = tmp_path / NAME
+    with pytest.raises(UserError, match=f"cannot read {path}"):
+        open_shard(path)  # not there
     torch.save(state(), path)
     os.truncate(path, int(path.stat().st_size * share))
     with pytest.raises(UserError, match=f"cannot read {path}"):
         open_shard(path)
-
-
-def test_a_missing_or_unreadable_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"cannot read {tmp_path / NAME}"):
-        open_shard(tmp_path / NAME)
-    (tmp_path / NAME).write_text("<html>404</html>")
-    with pytest.raises(UserError, match=f"cannot read {tmp_path / NAME}"):
-        open_shard(tmp_path / NAME)
 
 
 class Hostile:
@@ -109,13 +95,6 @@ def test_a_file_with_code_is_refused_and_the_code_never_runs(inside: bool, zippe
     assert not proof.exists()
     torch.load(path, weights_only=False)
     assert proof.exists(), "the file was not hostile at all"
-
-
-def test_a_bare_pickle_is_refused_and_never_runs(tmp_path: Path) -> None:
-    (tmp_path / NAME).write_bytes(pickle.dumps(Hostile(tmp_path / "proof")))
-    with pytest.raises(UserError):
-        open_shard(tmp_path / NAME)
-    assert not (tmp_path / "proof").exists()
 
 
 @pytest.mark.parametrize(
@@ -178,18 +157,3 @@ def test_what_trains_never_lies_in_the_file_nor_changes_it(tmp_path: Path) -> No
             parameter.fill_(9.0)
     assert path.read_bytes() == before
     assert torch.equal(open_shard(path)["norm.weight"].source, state()["norm.weight"])
-
-
-def test_what_is_only_read_stays_in_the_file_where_the_type_fits(tmp_path: Path) -> None:
-    torch.save(state(), tmp_path / NAME)
-    model, mapped = filled(tmp_path / NAME, torch.float32, copy=False)
-    assert all(parameter.data_ptr() == mapped[name] for name, parameter in model.named_parameters())
-
-
-def test_a_mapped_tensor_can_be_read_again_after_its_pages_were_let_go(tmp_path: Path) -> None:
-    config = ModelConfig(dim=128, n_layers=1, n_heads=2, vocab_size=500, multiple_of=32)
-    torch.save(state(config), tmp_path / NAME)
-    weights = read_weights([inspect(tmp_path)])
-    kept = copy.copy(weights.tensors)
-    fill(build_on_meta(config, torch.float32), weights, CPU, torch.float32, copy=True)
-    assert all(torch.equal(part.to(part.dtype), state(config)[name]) for name, part in kept.items())

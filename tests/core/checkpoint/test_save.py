@@ -13,13 +13,11 @@ from llama_acc.core.checkpoint.save import (
     Rows,
     Saver,
     Snapshot,
+    TensorFile,
     checkpoints,
-    free_bytes,
     needed_bytes,
-    remove_checkpoint,
     write_checkpoint,
 )
-from llama_acc.core.checkpoint.tensor_files import TensorFile
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
 from tests.core.tiny import CPU
@@ -95,23 +93,13 @@ def test_an_error_of_the_writing_thread_is_raised_where_the_result_is_asked_for(
         saver.finished(wait=True)
 
 
-def test_a_folder_without_state_has_no_progress(tmp_path: Path) -> None:
+def test_checkpoints_are_in_the_order_of_their_steps_not_of_their_names(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no training state to resume from"):
         read_progress(tmp_path)
-
-
-def test_a_published_checkpoint_is_whole_and_the_latest(tmp_path: Path) -> None:
-    publish(tmp_path / "epoch0", 4, keep=0)
-    check_manifest(tmp_path / "epoch0", contents=True)
-    assert latest_checkpoint(tmp_path) == tmp_path / "epoch0"
-    publish(tmp_path / "epoch1", 8, keep=0)
-    assert latest_checkpoint(tmp_path) == tmp_path / "epoch1"
-    assert checkpoints(tmp_path) == [(4, tmp_path / "epoch0"), (8, tmp_path / "epoch1")]
-
-
-def test_checkpoints_are_in_the_order_of_their_steps_not_of_their_names(tmp_path: Path) -> None:
     for name, step in (("epoch10", 44), ("epoch2", 12), ("epoch9-iter3", 43)):
         publish(tmp_path / name, step, keep=0)
+        check_manifest(tmp_path / name, contents=True)
+        assert latest_checkpoint(tmp_path) == tmp_path / name
     assert [path.name for _, path in checkpoints(tmp_path)] == ["epoch2", "epoch9-iter3", "epoch10"]
 
 
@@ -135,27 +123,8 @@ def test_a_write_that_fails_removes_nothing(tmp_path: Path, monkeypatch: pytest.
     assert latest_checkpoint(tmp_path) == tmp_path / "epoch0"
 
 
-def test_a_checkpoint_loses_its_name_before_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-
-    publish(tmp_path / "epoch0", 1, keep=0)
-
-    def killed(path: Path, ignore_errors: bool) -> None:
-        assert not (tmp_path / "epoch0").exists()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(shutil, "rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        remove_checkpoint(tmp_path / "epoch0")
-    assert checkpoints(tmp_path) == []
-
-
 def test_the_space_a_checkpoint_needs_is_its_weights_moments_and_masters() -> None:
     million = 1_000_000
     names = 3 * (1 << 10) + (1 << 15)
     assert needed_bytes(million, million, 3, torch.float32) == 12 * million + names
     assert needed_bytes(million, million, 3, torch.bfloat16) == 14 * million + names
-
-
-def test_free_space_is_that_of_the_disk_a_folder_will_be_on(tmp_path: Path) -> None:
-    assert free_bytes(tmp_path / "not" / "yet" / "there") == pytest.approx(free_bytes(tmp_path), rel=0.05)

@@ -11,8 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llama_acc.core.checkpoint.lazy import blocks_of
-from llama_acc.core.checkpoint.tensor_files import Spec, TensorFile, lay_out
+from llama_acc.core.checkpoint.save import Spec, TensorFile, lay_out
 
 TENSORS = {
     "matrix": torch.randn(37, 11),
@@ -83,9 +82,3 @@ def test_a_safetensors_file_is_what_the_library_reads_bit_for_bit(tmp_path: Path
     check_bits(load_file(path))
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
-
-
-def test_blocks_cover_all_rows_once() -> None:
-    assert blocks_of((10, 4), 3 * 16) == [(0, 3), (3, 6), (6, 9), (9, 10)]
-    assert blocks_of((3, 1000), 1) == [(0, 1), (1, 2), (2, 3)]
-    assert blocks_of((5,), 8) == [(0, 2), (2, 4), (4, 5)]

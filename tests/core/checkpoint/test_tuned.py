@@ -22,7 +22,7 @@ from llama_acc.core.model.tuning import FULL, Tuning
 from llama_acc.core.model.tuning.adapter import Adapter
 from llama_acc.core.model.tuning.bias_norm import BiasNorm
 from llama_acc.core.model.tuning.lora import LoRA, LoRABiasNorm
-from tests.core.checkpoint.folders import GROUPED, huggingface_logits, shard, state, write_consolidated
+from tests.core.checkpoint.folders import GROUPED, huggingface_logits, state, write_consolidated
 from tests.core.model.test_tuning import tuned_model
 from tests.core.tiny import difference, document_logits, loaded_model
 
@@ -108,14 +108,6 @@ def test_the_difference_that_rounding_makes_is_told(tmp_path: Path) -> None:
     assert 0.1 < result.merge_error.saved / found < 10
 
 
-def test_a_deep_model_is_merged_though_its_logits_round_differently(tmp_path: Path) -> None:
-    deep = replace(GROUPED, dim=32, n_heads=8, n_layers=40)
-    source = write_tuned(tmp_path / "source", LORA, config=deep)
-    result = made(source, tmp_path / "merged", "meta", merge=True)
-    assert result.merge_error is not None
-    assert result.merge_error.block < 1e-5
-
-
 def test_a_merge_that_computes_something_else_is_an_error_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,17 +161,6 @@ def test_peft_loads_the_adapter_and_computes_the_same(tuning: Tuning, tmp_path: 
         hints = [note for note in converted.notes if f"convert-checkpoint {base} NEW --to hf" in note]
         assert bool(hints) == (named is None)
     assert difference(peft_logits(hf, adapter), logits(source)) < 1e-5
-
-
-def test_an_adapter_is_one_file_whatever_its_size(tmp_path: Path) -> None:
-    source = write_tuned(tmp_path / "source", LORA)
-    base = base_under(source, tmp_path / "base")
-    adapter = made(source, tmp_path / "adapter", "peft", base=base, file_bytes=1000).folder
-    assert sorted(path.name for path in adapter.iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "manifest.json",
-    ]
 
 
 def test_an_adapter_is_written_for_the_base_it_was_trained_on_only(tmp_path: Path) -> None:
@@ -244,14 +225,6 @@ def test_a_base_of_fewer_layers_is_another_base(tmp_path: Path) -> None:
         made(part, tmp_path / "target", "hf", merge=True, base=base)
 
 
-def test_a_damaged_base_file_is_told(tmp_path: Path) -> None:
-    part = only_trained(write_tuned(tmp_path / "part", LORA), LORA)
-    for text in ("{", "[]", '{"fingerprint": "0"}', '{"fingerprint": "0", "pretrained": [], "quantised": {"kind": 1}}'):
-        (part / "base.json").write_text(text)
-        with pytest.raises(UserError, match=r"cannot read .*base\.json"):
-            made(part, tmp_path / "target", "hf", merge=True)
-
-
 @pytest.mark.parametrize(
     ("tuning", "to", "options", "said"),
     [
@@ -301,17 +274,6 @@ def test_a_quantized_base_is_saved_and_read(skip: tuple[str, ...], tmp_path: Pat
             assert 0.01 < difference(tensor, expected[name]) < 0.2
         else:
             assert torch.equal(tensor, expected[name])
-
-
-def test_a_quantized_base_of_two_ranks_is_read_at_any_size(tmp_path: Path) -> None:
-    config = replace(GROUPED, dim=128)
-    source = write_consolidated(tmp_path / "source", state(config), 2, config)
-    small = made(source, tmp_path / "small", "consolidated", quantize="nf4").folder
-    whole = read_weights([inspect(small)]).tensors
-    for rank in range(2):
-        parts = read_weights([inspect(small)], rank, 2).tensors
-        expected = shard({name: part.to(torch.float32) for name, part in whole.items()}, rank, 2)
-        assert all(torch.equal(part.to(torch.float32), expected[name]) for name, part in parts.items())
 
 
 def test_a_quantized_checkpoint_answers_as_one_quantized_while_it_is_loaded(tmp_path: Path) -> None:

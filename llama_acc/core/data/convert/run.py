@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from llama_acc.core.catalogue import catalogue
+from llama_acc.core.catalogue import catalogue, converted_file, raw_files
 from llama_acc.core.data.convert.formats import (
     AUTO,
     Format,
@@ -48,7 +48,6 @@ from llama_acc.core.data.read import (
     stream_rows_from,
 )
 from llama_acc.core.data.sources import data_files
-from llama_acc.core.downloads import converted_file, is_here, raw_files
 from llama_acc.core.errors import DataError, UserError, listed
 from llama_acc.core.input_files import open_input
 from llama_acc.core.text import count_text
@@ -99,7 +98,7 @@ def _download_for(format: str) -> str:
     if format in entries:
         return format
     names = [name for name, entry in entries.items() if entry.convert == format and format != AUTO]
-    here = [name for name in names if is_here(entries[name])]
+    here = [name for name in names if entries[name].is_here]
     if len(here) == 1:
         return here[0]
     if here:
