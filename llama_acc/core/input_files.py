@@ -122,29 +122,17 @@ def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
 
 
 def read_text(path: Path, most: int = MAX_BYTES) -> str:
-    """The UTF-8 text of a small file, without a byte order mark.
-
-    Raises:
-        UserError: as `read_bytes`, or it is not UTF-8.
-    """
+    """The UTF-8 text of a small file, without a byte order mark; UserErrors as `read_bytes`, or for another text."""
     return _decoded(read_bytes(path, most), str(path))
 
 
 def read_json(path: Path) -> Any:
-    """The value in a small JSON file.
-
-    Raises:
-        UserError: as `read_text`, or it is not JSON, nested too deep, or holds a number beyond any use.
-    """
+    """The value in a small JSON file; UserErrors as `read_text`, or if it is not JSON within the bounds above."""
     return _parse_json(read_text(path), str(path))
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The mapping in a small JSON file.
-
-    Raises:
-        UserError: as `read_json`, or it holds something else.
-    """
+    """The mapping in a small JSON file; UserErrors as `read_json`, or if it holds something else."""
     return parse_object(read_bytes(path), str(path))
 
 
@@ -157,11 +145,7 @@ def parse_object(data: bytes, name: str) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, loader: "type[SafeLoader] | None" = None) -> Any:
-    """The value in a small YAML file.
-
-    Raises:
-        UserError: as `read_json`, for YAML.
-    """
+    """The value in a small YAML file; UserErrors as `read_json`, for YAML."""
     return parse_yaml(read_text(path, MAX_YAML_BYTES), str(path), loader)
 
 
