@@ -126,6 +126,15 @@ class Tokenizer(ABC):
         """Whether a text is that of a special token."""
         return self._special.fullmatch(text) is not None
 
+    def _with_special_tokens(self, texts: list[str], own: Sequence[Own] | None, in_own: bool) -> list[int]:
+        """Which texts hold a special token that overlaps `own`, or one that does not."""
+        return [
+            i
+            for i, (text, spans) in enumerate(zip(texts, own or [()] * len(texts), strict=True))
+            if (spans or not in_own)
+            and any(_overlaps(match.span(), spans) is in_own for match in self._special.finditer(text))
+        ]
+
     def unnamed(self, rows: int) -> list[int]:
         """Which of a model's rows stand for no token."""
         return [row for row in range(rows) if row not in self._named]
@@ -165,24 +174,16 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: list[str], own: Sequence[Own] | None = None) -> list[list[int]]:
         encoded: list[list[int]] = self._processor.encode(texts, num_threads=self._threads)
-        for i in self._with_special_tokens(texts, own):
+        for i in self._with_special_tokens(texts, own, in_own=False):  # SentencePiece knows none in a text
             encoded[i] = self._in_json.encode_batch([texts[i]], own and [own[i]])[0]
         return encoded
 
     def encode_batch_with_spans(self, texts: list[str], own: Sequence[Own] | None = None) -> list[Spans]:
         mappings = self._processor.encode(texts, return_type="offset_mapping", num_threads=self._threads)
         encoded = [_character_spans(m["ids"], m["offsets"], self._processor.IsByte) for m in mappings]
-        for i in self._with_special_tokens(texts, own):
+        for i in self._with_special_tokens(texts, own, in_own=False):
             encoded[i] = self._in_json.encode_batch_with_spans([texts[i]], own and [own[i]])[0]
         return encoded
-
-    def _with_special_tokens(self, texts: list[str], own: Sequence[Own] | None) -> list[int]:
-        """Which texts hold special tokens: SentencePiece knows none in a text."""
-        return [
-            i
-            for i, text in enumerate(texts)
-            if any(not _overlaps(match.span(), own[i] if own else ()) for match in self._special.finditer(text))
-        ]
 
     @functools.cached_property
     def _in_json(self) -> "HuggingFaceTokenizer":
@@ -264,22 +265,15 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: list[str], own: Sequence[Own] | None = None) -> list[list[int]]:
         encoded = [e.ids for e in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
-        for i, spans in self._with_special_tokens_in_own(texts, own):
-            encoded[i] = self._encode_own(texts[i], spans).ids
+        for i in self._with_special_tokens(texts, own, in_own=True):
+            encoded[i] = self._encode_own(texts[i], own[i] if own else ()).ids
         return encoded
 
     def encode_batch_with_spans(self, texts: list[str], own: Sequence[Own] | None = None) -> list[Spans]:
         encoded = [self._spans(e) for e in self._fast.encode_batch(texts, add_special_tokens=False)]
-        for i, spans in self._with_special_tokens_in_own(texts, own):
-            encoded[i] = self._encode_own(texts[i], spans)
+        for i in self._with_special_tokens(texts, own, in_own=True):
+            encoded[i] = self._encode_own(texts[i], own[i] if own else ())
         return encoded
-
-    def _with_special_tokens_in_own(self, texts: list[str], own: Sequence[Own] | None) -> list[tuple[int, Own]]:
-        return [
-            (i, spans)
-            for i, spans in enumerate(own or ())
-            if spans and any(_overlaps(match.span(), spans) for match in self._special.finditer(texts[i]))
-        ]
 
     def _encode_own(self, text: str, own: Own) -> Spans:
         """Encodes special tokens of `text` that overlap `own` as text.

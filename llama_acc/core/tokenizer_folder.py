@@ -37,33 +37,19 @@ _UNIGRAM, _BPE = 1, 2
 
 @dataclass(frozen=True)
 class Said:
-    """What stands beside a tokenizer's main file.
+    """What stands beside a tokenizer's main file; None: nothing says it."""
 
-    Attributes:
-        tokens: added tokens by id, each as in a tokenizer.json's `added_tokens`.
-        bos: BOS's text; None: nothing says it.
-        eos: EOS's text; None: nothing says it.
-        roles: the texts of all special tokens by their name in a chat template, such as "pad_token".
-        end_ids: what ends an answer, as the model's files say it.
-        first_only: the space in front of a text is not put behind special tokens too; None: nothing says it.
-        add_bos: whether a text begins with BOS; None: nothing says it.
-        add_eos: whether a text ends with EOS; None: nothing says it.
-        files: the files beside the main one that are needed to load it the same.
-        rows: how many tokens the model beside has room for; None: there is none, or it does not say.
-        left_out: added tokens that are named and that it has no room for, such as a `<pad>` that no model uses.
-    """
-
-    tokens: Mapping[int, dict[str, Any]] = field(default_factory=dict)
-    bos: str | None = None
-    eos: str | None = None
-    roles: Mapping[str, str] = field(default_factory=dict)
-    end_ids: frozenset[int] = frozenset()
-    first_only: bool | None = None
-    add_bos: bool | None = None
-    add_eos: bool | None = None
-    files: tuple[Path, ...] = ()
-    rows: int | None = None
-    left_out: tuple[str, ...] = ()
+    tokens: Mapping[int, dict[str, Any]] = field(default_factory=dict)  # by id, as in a tokenizer.json's added_tokens
+    bos: str | None = None  # its text
+    eos: str | None = None  # its text
+    roles: Mapping[str, str] = field(default_factory=dict)  # texts by their names in a chat template: "pad_token"
+    end_ids: frozenset[int] = frozenset()  # what ends an answer, as the model's files say it
+    first_only: bool | None = None  # the space in front of a text is not put behind special tokens too
+    add_bos: bool | None = None  # a text begins with BOS
+    add_eos: bool | None = None  # a text ends with EOS
+    files: tuple[Path, ...] = ()  # those that are needed to load it the same
+    rows: int | None = None  # how many tokens the model beside has room for
+    left_out: tuple[str, ...] = ()  # added tokens that it has no room for, such as a `<pad>` that no model uses
 
     def key(self) -> str:
         """Differs where a text may be encoded differently; empty where nothing is said."""

@@ -28,35 +28,11 @@ _JINJA = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 _FORMATS = ("alpaca", "none", "dialogue", "chatml", "chat_template")
 _WORDS = (
-    *(
-        "the answer",
-        "is",
-        "10 + 32",
-        "Review:",
-        "- one\n- two",
-        '"Be',
-        "  ",
-        " ",
-        "\n",
-        "\n\n",
-        "\t",
-        "é",
-        "日本",
-        "👩‍👩‍👧",
-    ),
-    *(
-        "### Step 1",
-        "\n### Step 2\n",
-        "\n###",
-        "<|im_end|>",
-        "<|im_start|>user\n",
-        "<|endoftext|>",
-        "<s>",
-        "</s>",
-        "<unk>",
-    ),
-    *("<|eot_id|>", "<|begin_of_text|>", "def f(x):\n    return x", ":", "(", "//", "{instruction}", "{{ x }}"),
-)
+    "the answer", "is", "10 + 32", "Review:", "- one\n- two", '"Be', "  ", " ", "\n", "\n\n", "\t", "é", "日本",
+    "👩‍👩‍👧", "### Step 1", "\n### Step 2\n", "\n###", "<|im_end|>", "<|im_start|>user\n", "<|endoftext|>", "<s>",
+    "</s>", "<unk>", "<|eot_id|>", "<|begin_of_text|>", "def f(x):\n    return x", ":", "(", "//", "{instruction}",
+    "{{ x }}",
+)  # fmt: skip
 
 
 def _llama(folder: Path, sentencepiece: Path) -> Path:

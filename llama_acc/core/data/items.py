@@ -58,6 +58,7 @@ ROLES = {
 }
 _DIALOGUE_KEYS = frozenset(("conversations", *IMAGES, *SYSTEM))
 _SINGLE_TURN_KEYS = frozenset(("instruction", "output", "history", *INPUT, *IMAGES, *SYSTEM))
+_IMAGE_KEYS = frozenset((*IMAGES, "url"))
 _CAPTION_KEYS = frozenset(("caption", "url", *IMAGES, *SYSTEM))
 _TRAINED = frozenset(TRAINED)
 _TURN_KEYS = _TRAINED | {"from", "value"}
@@ -295,6 +296,8 @@ def _caption(value: dict[str, Any], problems: _Problems) -> str:
 
 def _images(value: dict[str, Any], problems: _Problems) -> tuple[str, ...]:
     """The references of an item's images, in order. LLaMA2-Accessory's captions call the path `url`."""
+    if _IMAGE_KEYS.isdisjoint(value):
+        return ()
     names = (*IMAGES, "url") if "caption" in value else IMAGES
     field = next((name for name in names if value.get(name)), None)
     if field is None:

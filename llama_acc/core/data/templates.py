@@ -87,19 +87,15 @@ class Template(BaseModel):
     bos: bool = True
     eos: bool = True
     eos_trained: bool = False
-    strip: bool = False
-    """Values lose `removed` and the white space at both ends."""
-    removed: tuple[str, ...] = ()
+    strip: bool = False  # values lose the white space at both ends, and
+    removed: tuple[str, ...] = ()  # these
     prefix_labels: bool = False
     """LLaMA2-Accessory's rule: as many tokens have no label as the prompt has by itself. Else every token with a
     character of the output has one, also where it begins in the prompt."""
-    stop: tuple[str, ...] = ()
-    """Generation ends before any of these, besides at EOS. See `told_apart`."""
+    stop: tuple[str, ...] = ()  # generation ends before any of these, besides at EOS; see `told_apart`
 
-    prompt: str = ""
-    """`{instruction}` stands for the instruction."""
-    prompt_with_input: str | None = None
-    """Where the item has an input that is not blank; None: this format does not show it."""
+    prompt: str = ""  # `{instruction}` stands for the instruction
+    prompt_with_input: str | None = None  # where the item has one that is not blank; None: the format does not show it
 
     roles: dict[Literal["human", "assistant"], str] = {}
     system: str | None = None
@@ -108,10 +104,8 @@ class Template(BaseModel):
     turn_begin: str = ""
     turn_separator: str = ""
     turn_end: str = ""
-    prompt_end: str = ""
-    """The beginning of `turn_separator` that a prompt ends with; the rest is the model's to write."""
-    trained_end: str = ""
-    """The beginning of `turn_end` that is trained."""
+    prompt_end: str = ""  # the beginning of `turn_separator` that a prompt ends with; the rest is the model's to write
+    trained_end: str = ""  # the beginning of `turn_end` that is trained
 
     def single_turn_text(self, instruction: str, input: str | None, output: str, system: str | None = None) -> Rendered:
         """Render a whole single-turn item; what is trained begins where `render_prompt` ends.
@@ -571,7 +565,6 @@ def _chat_template_of(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None
     settings = read_json(config) if config.is_file() else None
     source = settings.get("chat_template") if isinstance(settings, dict) else None
     if isinstance(source, list):
-        source = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}.get(
-            "default"
-        )
+        named = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
+        source = named[-1].get("template") if named else None
     return ChatTemplate(source, tokenizer, config) if isinstance(source, str) else None

@@ -45,16 +45,9 @@ def test_how_values_begin(value: Any, shown: str) -> None:
 
 def test_images_are_a_path_or_several() -> None:
     item = {"instruction": "a", "output": "b"}
-    for given, images in [
-        ("x.png", ("x.png",)),
-        (["x.png", "y z.jpg"], ("x.png", "y z.jpg")),
-        ("", ()),
-        (None, ()),
-        ([], ()),
-    ]:
+    for given, images in [("x.png", ("x.png",)), (["x.png", "y z.jpg"], ("x.png", "y z.jpg")), ("", ()), (None, ())]:
         assert item_of({**item, "image": given}, "single_turn") == (SingleTurn("a", None, "b", images), [])
-    talk = {"conversations": [{"from": "human", "value": "a"}], "image": "x.png"}
-    assert item_of(talk, "dialogue") == (Dialogue([Turn("human", "a")], ("x.png",)), [])
+    assert item_of(said("a", image="x.png"), "dialogue") == (Dialogue([Turn("human", "a")], ("x.png",)), [])
 
 
 @pytest.mark.parametrize(
@@ -86,12 +79,10 @@ def test_a_caption_is_an_output_without_an_instruction() -> None:
 
 def test_of_several_captions_one_is_taken_that_follows_from_them() -> None:
     captions = [[f"one {i}", f"two {i}"] for i in range(60)]
-    taken = [item_of({"image": "x.png", "caption": some}, "single_turn")[0] for some in captions]
-    assert taken == [
-        item_of({"image": "y.png", "caption": some}, "single_turn")[0]._replace(images=("x.png",)) for some in captions
-    ]
-    firsts = sum(item.output.startswith("one") for item in taken if isinstance(item, SingleTurn))
-    assert 15 < firsts < 45
+    taken = [[item_of({"image": name, "caption": some}, "single_turn")[0] for some in captions] for name in "xy"]
+    outputs = [[item.output for item in items if isinstance(item, SingleTurn)] for items in taken]
+    assert outputs[0] == outputs[1]
+    assert 15 < sum(output.startswith("one") for output in outputs[0]) < 45
 
 
 def test_the_first_exchange_of_a_dialogue_as_it_stands() -> None:
@@ -205,31 +196,25 @@ def test_all_other_keys_are_counted_with_those_of_turns() -> None:
     assert unused.total() == 1004
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        {"instruction": "", "output": ""},
-        {"instruction": " \n", "input": "\t", "output": "", "id": 7, "system": "S"},
-        {"instruction": None, "input": None, "output": None},
-        {"image": "", "caption": " "},
-        said("", " "),
-        said(),
-    ],
-)
+BLANK = [
+    {"instruction": "", "output": ""},
+    {"instruction": " \n", "input": "\t", "output": "", "id": 7, "system": "S"},
+    {"instruction": None, "input": None, "output": None},
+    {"image": "", "caption": " "},
+    said("", " "),
+    said(),
+]
+SAYING = [
+    {"instruction": "Name it.", "output": ""},
+    {"instruction": "", "output": "a"},
+    {"instruction": "", "input": "a", "output": ""},
+    {"image": "x.png", "instruction": "", "output": ""},
+    said("a", ""),
+]
+
+
+@pytest.mark.parametrize("value", [*BLANK, *SAYING])
 def test_a_blank_row_is_no_item_and_no_error(value: Any) -> None:
-    item, [finding] = item_of(value, kind_of(value) or "", "item 3")
-    assert (item, finding.kind, finding.fatal) == (None, "blank", False)
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        {"instruction": "Name it.", "output": ""},
-        {"instruction": "", "output": "a"},
-        {"instruction": "", "input": "a", "output": ""},
-        {"image": "x.png", "instruction": "", "output": ""},
-        said("a", ""),
-    ],
-)
-def test_a_row_that_says_anything_is_not_blank(value: Any) -> None:
-    assert item_of(value, kind_of(value) or "")[1] == []
+    item, found = item_of(value, kind_of(value) or "", "item 3")
+    assert [(finding.kind, finding.fatal) for finding in found] == [("blank", False)] * (value in BLANK)
+    assert (item is None) == (value in BLANK)

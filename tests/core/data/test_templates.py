@@ -30,49 +30,33 @@ def test_values_are_no_placeholders_and_a_blank_input_counts_as_none(blank: str 
     assert get_template("none").single_turn_text("Who?", "unused", "O").text == "Who?O"
 
 
-def test_dialogue_text_and_what_of_it_is_trained() -> None:
-    text, _, trained, *_ = get_template("dialogue").dialogue_text(
-        [Turn("human", " Hi <image>\n"), Turn("assistant", "Hello! ")]
-    )
-    assert text == SYSTEM + "\n\n### Human: Hi\n### Assistant: Hello!\n###"
-    assert [text[begin:end] for begin, end in trained] == [" Hello!\n###"]
+@pytest.mark.parametrize(
+    ("name", "turns", "system", "text", "trained"),
+    [
+        ("dialogue", [("human", " Hi <image>\n"), ("assistant", "Hello! ")], None,
+         SYSTEM + "\n\n### Human: Hi\n### Assistant: Hello!\n###", [" Hello!\n###"]),
+        ("dialogue", [("assistant", "a"), ("assistant", "b"), ("human", "c"), ("human", "d")], "S",
+         "S\n\n### Assistant: a\n### Assistant: b\n### Human: c\n### Human: d\n###", [" a\n###", " b\n###"]),
+        ("chatml", [("human", " Hi"), ("assistant", "Hello!")], "Be kind.",
+         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n Hi<|im_end|>\n"
+         "<|im_start|>assistant\nHello!<|im_end|>\n", ["Hello!<|im_end|>"]),
+    ],
+)  # fmt: skip
+def test_the_text_of_a_dialogue_and_what_of_it_is_trained(
+    name: str, turns: list[tuple[str, str]], system: str | None, text: str, trained: list[str]
+) -> None:
+    rendered = get_template(name).dialogue_text([Turn(*turn) for turn in turns], system)
+    assert rendered.text == text
+    assert [text[begin:end] for begin, end in rendered.trained] == trained
 
 
-def test_dialogue_keeps_any_order_of_roles() -> None:
-    turns = [Turn("assistant", "a"), Turn("assistant", "b"), Turn("human", "c"), Turn("human", "d")]
-    text, _, trained, *_ = get_template("dialogue").dialogue_text(turns, system="S")
-    assert text == "S\n\n### Assistant: a\n### Assistant: b\n### Human: c\n### Human: d\n###"
-    assert [text[begin:end] for begin, end in trained] == [" a\n###", " b\n###"]
-
-
-def test_chatml_keeps_white_space_and_writes_a_system_text() -> None:
-    chatml = get_template("chatml")
-    text, _, trained, *_ = chatml.dialogue_text([Turn("human", " Hi"), Turn("assistant", "Hello!")], "Be kind.")
-    system = "<|im_start|>system\nBe kind.<|im_end|>\n"
-    assert text == f"{system}<|im_start|>user\n Hi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
-    assert [text[begin:end] for begin, end in trained] == ["Hello!<|im_end|>"]
-
-
-@pytest.mark.parametrize("name", ["dialogue", "chatml"])
-def test_a_prompt_is_the_beginning_of_the_training_text(name: str) -> None:
-    template = get_template(name)
-    prompt = template.prompt_text(EXCHANGE)
-    text, _, trained, *_ = template.dialogue_text([*EXCHANGE, Turn("assistant", "See you.")])
-    assert text[: trained[-1][0]] == prompt
-    assert text[trained[-1][0] : trained[-1][1]].lstrip(" ") == "See you." + template.trained_end
-
-
-def test_a_single_turn_prompt_sees_the_last_human_turn() -> None:
-    alpaca = get_template("alpaca")
+def test_a_prompt_ends_where_the_model_answers() -> None:
+    """That its tokens are those of the training: tests/equivalence/test_tokens.py."""
+    alpaca, dialogue = get_template("alpaca"), get_template("dialogue")
     assert alpaca.prompt_text(EXCHANGE) == alpaca.single_turn_text("Bye", None, "").text
-
-
-def test_prompt_tokens_have_bos_where_the_format_has_it(tokenizer_path: Path) -> None:
-    tokenizer = load_tokenizer(tokenizer_path)
-    for name in ("alpaca", "dialogue", "chatml"):
-        template = get_template(name)
-        ids = template.prompt_ids(tokenizer, EXCHANGE)
-        assert ids == tokenizer.encode(template.prompt_text(EXCHANGE), bos=name != "chatml")
+    assert dialogue.prompt_text(EXCHANGE[:1]) == SYSTEM + "\n\n### Human: Hi\n### Assistant:"
+    several = dialogue.dialogue_text(EXCHANGE, "S")
+    assert [several.text[begin:end] for begin, end in several.own] == ["S", "Hi", "Hello!", "Bye"]
 
 
 def test_an_unknown_template_names_the_nearest() -> None:
@@ -109,25 +93,22 @@ def test_a_template_that_cannot_be_used_is_an_error(content: str, words: str, tm
 
 def test_a_folders_template_comes_from_the_best_place(tmp_path: Path, tokenizer_path: Path) -> None:
     tokenizer = load_tokenizer(tokenizer_path)
-    template, where = template_of_folder(tmp_path, tokenizer)
-    assert template == get_template("none")
-    assert "no chat template" in where
     named = [{"name": "tool", "template": "t"}, {"name": "default", "template": "{{ bos_token }}d"}]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    template, where = template_of_folder(tmp_path, tokenizer)
-    assert (template.prompt_text([Turn("human", "x")]), where) == (
-        "<s>d",
-        "the chat template, from tokenizer_config.json",
-    )
-    (tmp_path / "chat_template.jinja").write_text("j{{ eos_token }}")
-    template, where = template_of_folder(tmp_path, tokenizer)
-    assert (template.prompt_text([Turn("human", "x")]), where) == (
-        "j</s>",
-        "the chat template, from chat_template.jinja",
-    )
-    get_template("dialogue").save(tmp_path / "template.json")
-    template, where = template_of_folder(tmp_path, tokenizer)
-    assert (template, where) == (get_template("dialogue"), "dialogue, from template.json")
+    for file, content, prompt, origin in (
+        ("", "", "x", "none, as the folder has no template.json and no chat template"),
+        (
+            "tokenizer_config.json",
+            json.dumps({"chat_template": named}),
+            "<s>d",
+            "the chat template, from tokenizer_conf",
+        ),
+        ("chat_template.jinja", "j{{ eos_token }}", "j</s>", "the chat template, from chat_template.jinja"),
+        ("template.json", get_template("caption").to_json(), "", "caption, from template.json"),
+    ):
+        if file:
+            (tmp_path / file).write_text(content)
+        template, where = template_of_folder(tmp_path, tokenizer)
+        assert (template.prompt_text([Turn("human", "x")]), where.startswith(origin)) == (prompt, True)
 
 
 CHATML_JINJA = """\
@@ -144,13 +125,10 @@ def chat_template(source: str, tokenizer_path: Path) -> ChatTemplate:
     return ChatTemplate(source, load_tokenizer(tokenizer_path), Path("chat_template.jinja"))
 
 
-def test_a_chat_template_asks_like_our_own(tokenizer_path: Path) -> None:
+def test_a_chat_template_asks_like_our_own_and_its_bos_and_eos_become_tokens(tokenizer_path: Path) -> None:
     template = chat_template(CHATML_JINJA, tokenizer_path)
     assert template.prompt_text(EXCHANGE, "Be kind.") == get_template("chatml").prompt_text(EXCHANGE, "Be kind.")
     assert template.stop == ("<|im_end|>",)
-
-
-def test_a_chat_templates_bos_and_eos_become_tokens(tokenizer_path: Path) -> None:
     tokenizer = load_tokenizer(tokenizer_path)
     source = "{% for m in messages %}{{ bos_token }}[{{ m.content }}]{{ eos_token }}{% endfor %}"
     ids = chat_template(source, tokenizer_path).prompt_ids(tokenizer, [Turn("human", "a"), Turn("assistant", "b")])
@@ -158,35 +136,23 @@ def test_a_chat_templates_bos_and_eos_become_tokens(tokenizer_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("source", "words"),
-    [
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ messages[7].content + 1 }}", "fails on these turns"),
-        ("{{ ''.__class__.__mro__ }}", "fails on these turns"),
-        ("{{ messages.append(1) }}", "fails on these turns"),
-        ("{% for x in range(999999999) %}{% endfor %}", "fails on these turns"),
-    ],
-)
-def test_a_chat_template_can_refuse_but_not_escape(source: str, words: str, tokenizer_path: Path) -> None:
-    with pytest.raises(UserError, match=words):
-        chat_template(source, tokenizer_path).prompt_text(EXCHANGE)
-
-
-def test_a_broken_chat_template_is_an_error(tokenizer_path: Path) -> None:
-    with pytest.raises(UserError, match="is not a chat template"):
-        chat_template("{% if %}", tokenizer_path)
-
-
-@pytest.mark.parametrize(
     ("source", "limits", "words"),
     [
+        ("{% if %}", None, "is not a chat template"),
+        ("{{ raise_exception('roles must alternate') }}", None, "roles must alternate"),
+        ("{{ messages[7].content + 1 }}", None, "fails on these turns"),
+        ("{{ ''.__class__.__mro__ }}", None, "fails on these turns"),
+        ("{{ messages.append(1) }}", None, "fails on these turns"),
+        ("{% for x in range(999999999) %}{% endfor %}", None, "fails on these turns"),
         ("{% for _ in range(9) %}0123456789{% endfor %}", Limits(characters=50), "more than 50 characters"),
         ("{% for _ in range(900) %}{% for _ in range(99999) %}{% endfor %}{% endfor %}", Limits(1), "more than 1 s"),
         ("{{ 'x' * 300000000 }}", Limits(memory=256 << 20), "more than 256 MiB"),
         ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", None, "fails on these turns.*recursion"),
     ],
 )
-def test_a_chat_template_has_limits(source: str, limits: Limits | None, words: str, tokenizer_path: Path) -> None:
+def test_a_chat_template_can_refuse_but_not_escape_and_has_limits(
+    source: str, limits: Limits | None, words: str, tokenizer_path: Path
+) -> None:
     with pytest.raises(UserError, match=words):
         ChatTemplate(source, load_tokenizer(tokenizer_path), Path("chat_template.jinja"), limits).prompt_text(EXCHANGE)
 
@@ -285,14 +251,6 @@ def test_a_reply_that_holds_its_own_end_is_told_from_it(
     assert [rendered.text[begin:end] for begin, end in rendered.trained] == trained
     assert rendered.eos_trained == eos
     assert (template.told_apart() if eos or len(stops[0]) > len(template.stop[0]) else template).stop == stops
-
-
-def test_an_items_own_text_is_known(tokenizer_path: Path) -> None:
-    dialogue = get_template("dialogue")
-    several = dialogue.dialogue_text(EXCHANGE, "S")
-    assert [several.text[begin:end] for begin, end in several.own] == ["S", "Hi", "Hello!", "Bye"]
-    tokenizer = load_tokenizer(tokenizer_path)
-    assert tokenizer.eos_id not in dialogue.prompt_ids(tokenizer, [Turn("human", "</s>")])
 
 
 def test_data_is_written_in_the_chat_template_beside_the_tokenizer(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -42,21 +42,14 @@ class Skipped(Exception):
 class Options:
     """What can be asked of the formats; each looks at its own."""
 
-    all_forms: bool = False
-    """gorilla: also rows in the form of a Python dictionary."""
-    dialogues: bool = False
-    """llava: whole dialogues, not one item for each question and answer."""
-    reference: bool = False
-    """llava: exactly what LLaMA2-Accessory's tool gives."""
-    keep_html: bool = False
-    """sharegpt: leave HTML unchanged."""
+    all_forms: bool = False  # gorilla: also rows in the form of a Python dictionary
+    dialogues: bool = False  # llava: whole dialogues, not one item for each question and answer
+    reference: bool = False  # llava: exactly what LLaMA2-Accessory's tool gives
+    keep_html: bool = False  # sharegpt: leave HTML unchanged
     tokenizer: Tokenizer | None = None
-    max_tokens: int | None = None
-    """sharegpt: dialogues are split so that each has at most so many tokens."""
-    languages: tuple[str, ...] = ()
-    """sharegpt: only dialogues in these languages, by their ISO 639-1 codes."""
-    mapping: dict[str, str] = field(default_factory=dict)
-    """csv, jsonl: our field to the row's."""
+    max_tokens: int | None = None  # sharegpt: dialogues are split so that each has at most so many tokens
+    languages: tuple[str, ...] = ()  # sharegpt: only dialogues in these languages, by their ISO 639-1 codes
+    mapping: dict[str, str] = field(default_factory=dict)  # csv, jsonl: our field to the row's
 
 
 class Format(NamedTuple):
@@ -66,12 +59,9 @@ class Format(NamedTuple):
     """The items of a row; counts what it changes on the way. Raises Skipped: it gives none; Malformed: it is wrong."""
     keys: tuple[str, ...] = _SINGLE_TURN
     turn_keys: tuple[str, ...] = ("from", "value")
-    turns_in: tuple[str, ...] = ("conversations",)
-    """Where a row has its turns."""
-    is_choice: bool = False
-    """Which of a preferred and a rejected reply is trained on was said."""
-    may_be_empty: bool = False
-    """No item at all is a result, of which LLaMA2-Accessory makes an empty array."""
+    turns_in: tuple[str, ...] = ("conversations",)  # where a row has its turns
+    is_choice: bool = False  # which of a preferred and a rejected reply is trained on was said
+    may_be_empty: bool = False  # no item at all is a result, of which LLaMA2-Accessory makes an empty array
 
 
 # Fields of a row
@@ -103,9 +93,10 @@ def _object(value: Any) -> Row:
     return value
 
 
-def _optional(row: Row, field: str, names: Iterable[str], mapping: Mapping[str, str]) -> str:
+def _optional(row: Row, field: str, names: Sequence[str], mapping: Mapping[str, str]) -> str:
     """The text of a field that may be null, under the name that was mapped, or missing, under its usual ones."""
-    key = mapping.get(field) or key_of(row, [name for name in names if name not in mapping.values()])
+    unmapped = [name for name in names if name not in mapping.values()] if mapping else names
+    key = mapping.get(field) or key_of(row, unmapped)
     return "" if key is None or (key in row and row[key] is None) else _text(row, key)
 
 
@@ -123,8 +114,8 @@ def _single_turn(row: Row, mapping: Mapping[str, str] = {}) -> Record:
     """A row with an instruction and an output as a single-turn item."""
     instruction, output = mapping.get("instruction", "instruction"), mapping.get("output", "output")
     context, system = _optional(row, "input", INPUT, mapping), _optional(row, "system", SYSTEM, mapping)
-    pair = {instruction, output}
-    if pair <= row.keys() and all(is_empty(row[key]) for key in pair) and not context.strip():
+    is_blank = is_empty(row.get(output)) and is_empty(row.get(instruction)) and not context.strip()
+    if is_blank and {instruction, output} <= row.keys():
         raise Skipped("blank: no question and no answer")
     record = {"instruction": _text(row, instruction), "input": context, "output": _text(row, output)}
     history = {} if is_empty(as_list(row.get("history"))) else {"history": _list(row, "history")}
@@ -471,20 +462,11 @@ def required_columns(mapping: Mapping[str, str]) -> list[str]:
     return list({**({} if is_plain else {"instruction": "instruction"}), "output": "output", **mapping}.values())
 
 
-class Recognized(NamedTuple):
-    """A format, and how it was known."""
-
-    format: str
-    why: str
-    mapping: dict[str, str]
-    """For columns by other names: our field to the row's."""
-
-
-def recognize(row: Row) -> Recognized | None:
-    """The format of a file by one of its rows; None if it is none of those known."""
+def recognize(row: Row) -> tuple[str, str, dict[str, str]] | None:
+    """The format of a file by one of its rows, how it is known, and a mapping for other names; None: it is unknown."""
     for name in ("conversations", "items", "messages"):
         if isinstance(turns := as_list(row.get(name)), list):
-            return Recognized(*_kind_of_dialogue(row, name, turns), {})
+            return *_kind_of_dialogue(row, name, turns), {}
     chat, code = row.get("chat"), row.get("code")
     for format, why, is_it in (
         ("moss", "its 'chat' has 'turn_1'", isinstance(chat, dict) and "turn_1" in chat),
@@ -497,11 +479,10 @@ def recognize(row: Row) -> Recognized | None:
         ("alpaca", "it has 'instruction' and 'output'", {"instruction", "output"} <= row.keys()),
     ):
         if is_it:
-            return Recognized(format, why, {})
+            return format, why, {}
     for question, answer in PAIRS:
         if question in row and answer in row:
-            mapping = {"instruction": question, "output": answer}
-            return Recognized("jsonl", f"it has {question!r} and {answer!r}", mapping)
+            return "jsonl", f"it has {question!r} and {answer!r}", {"instruction": question, "output": answer}
     return None
 
 

@@ -15,7 +15,6 @@ from llama_acc.core.data.convert.formats import (
     AUTO,
     Format,
     Options,
-    Recognized,
     Record,
     Skipped,
     format_of,
@@ -123,40 +122,28 @@ class Converted(NamedTuple):
 class Conversion:
     """What is converted, and how; it reads all inputs once, and knows afterwards what became of their rows."""
 
-    format: str
-    """A key of `FORMATS`, or "auto"."""
+    format: str  # a key of `FORMATS`, or "auto"
     inputs: Sequence[Path]
     options: Options = field(default_factory=Options)
-    skip_problems: bool = False
-    """Leave rows that are wrong out, and count them; else they are an error."""
+    skip_problems: bool = False  # leave rows that are wrong out, and count them; else they are an error
     layout: Layout = LINES
     progress: Progress | None = None
-    note: Callable[[str], None] | None = None
-    """Called with which format a file is in, where that is recognized."""
-
-    rows: int = field(default=0, init=False)
-    items: int = field(default=0, init=False)
-    wrong: int = field(default=0, init=False)
-    """Rows that were not what the format says."""
-    problems: list[str] = field(default_factory=list, init=False)
-    """What is wrong with them, each with its place: the first of them."""
-    skipped: Counter[str] = field(default_factory=Counter, init=False)
-    """Rows that the format has no item for, by reason."""
-    notes: Counter[str] = field(default_factory=Counter, init=False)
-    """What was changed without losing an item."""
-    unused: Counter[str] = field(default_factory=Counter, init=False)
-    """Keys that were not used, and in how many rows that gave items."""
-    _first_wrong: Record = field(default_factory=dict, init=False)
-    _first_unusable: Record = field(default_factory=dict, init=False)
-    _kind: str | None = field(default=None, init=False)
-    _may_be_empty: bool = field(default=False, init=False)
-    _total: int = field(default=0, init=False)
-    _before: int = field(default=0, init=False)
-    """Bytes of the files before this one."""
+    note: Callable[[str], None] | None = None  # called with which format a file is in, where that is recognized
 
     def __post_init__(self) -> None:
         """Raises UserError where an input is not found."""
+        self.rows = self.items = 0
+        self.wrong = 0  # rows that were not what the format says
+        self.problems: list[str] = []  # what is wrong with them, each with its place: the first of them
+        self.skipped: Counter[str] = Counter()  # rows that the format has no item for, by reason
+        self.notes: Counter[str] = Counter()  # what was changed without losing an item
+        self.unused: Counter[str] = Counter()  # keys that were not used, and in how many rows that gave items
+        self._first_wrong: Record = {}
+        self._first_unusable: Record = {}
+        self._dialogues: bool | None = None
+        self._may_be_empty = False
         self._total = sum(map(_size, self.inputs))
+        self._before = 0  # bytes of the files before this one
 
     def __iter__(self) -> Iterator[Converted]:
         """The items in order.
@@ -202,7 +189,7 @@ class Conversion:
             unused = set() if options.reference else self._unused_keys(row.value, format, *used)
             records = list(format.items(row.value, options, self.notes))
             for record in records:
-                self._check_kind(record)
+                self._check_kind("conversations" in record)
             count_unused(self.unused, unused)
             return [(record, encoded(record, self.layout)) for record in records]
         except Skipped as reason:
@@ -241,11 +228,11 @@ class Conversion:
             self._first_unusable = self._first_unusable or row
             raise Skipped(reason)
 
-    def _check_kind(self, record: Record) -> None:
-        kinds = ("a dialogue", "single-turn items"), ("a single-turn item", "dialogues")
-        one, others = kinds["conversations" not in record]
-        self._kind = self._kind or one
-        if one != self._kind:
+    def _check_kind(self, is_dialogue: bool) -> None:
+        if self._dialogues is None:
+            self._dialogues = is_dialogue
+        if is_dialogue is not self._dialogues:
+            one, others = ("a dialogue", "single-turn items") if is_dialogue else ("a single-turn item", "dialogues")
             raise Malformed(f"is {one} among {others}, which are read from one file each")
 
     def require_items(self) -> None:
@@ -272,13 +259,12 @@ class Conversion:
 
     def _hint(self) -> str:
         """What to do about rows that are wrong."""
-        format, looks_like = self.format, recognize(self._first_wrong)
-        if format in ("csv", "jsonl") and not self.items:
+        found = recognize(self._first_wrong)
+        if self.format in ("csv", "jsonl") and not self.items:
             mapping = mapping_of(self._first_wrong)
             return f"say which is which: {mapping_words(mapping)}" if mapping else "none of its columns holds text"
-        if looks_like is not None and looks_like.format != format and not self.items and format != AUTO:
-            command = f"{self._command(looks_like.format)} --output NEW.jsonl"
-            return f"this looks like {looks_like.format}, as {looks_like.why}: {command}"
+        if found is not None and found[0] != self.format and not self.items and self.format != AUTO:
+            return f"this looks like {found[0]}, as {found[1]}: {self._command(found[0])} --output NEW.jsonl"
         hint = "mend them, or leave these rows out with --on-error skip"
         return hint if self.wrong < MOST_PROBLEMS else f"reading ended after {MOST_PROBLEMS:,} problems; {hint}"
 
@@ -290,14 +276,15 @@ class Conversion:
             objects = [row.value for row in first if isinstance(row.value, dict)]
             found = next(filter(None, map(recognize, objects)), None)
             if options.mapping:
-                found = Recognized("jsonl", "of --map", options.mapping)
+                found = "jsonl", "of --map", options.mapping
             if found is None:
                 raise _unknown(name, objects)
-            is_table = found.format == "jsonl" and data_suffix(Path(name)) in (".csv", ".tsv")
-            format = "csv" if is_table else found.format  # the same by the name that the user knows
-            options = replace(options, mapping=found.mapping)
+            format, why, mapping = found
+            if format == "jsonl" and data_suffix(Path(name)) in (".csv", ".tsv"):
+                format = "csv"  # the same by the name that the user knows
+            options = replace(options, mapping=mapping)
             if self.note is not None:
-                self.note(f"{name}: {format}, as {found.why}")
+                self.note(f"{name}: {format}, as {why}")
         return format_of(format, options.mapping), options, rows
 
     def _opened(self, path: Path, name: str) -> Iterator[Row]:

@@ -253,9 +253,10 @@ def test_each_format_is_recognized_and_converts(tmp_path: Path, format: str, row
     assert set(RECOGNIZED) == set(FORMATS) - {"csv"}
     recognized = recognize(row)
     assert recognized is not None
-    assert recognized.format == format
-    assert any(repr(key) in recognized.why for key in row), recognized.why
-    named = convert_rows(format, [row], tmp_path, mapping=recognized.mapping, all_forms=True)[0]
+    name, why, mapping = recognized
+    assert name == format
+    assert any(repr(key) in why for key in row), why
+    named = convert_rows(format, [row], tmp_path, mapping=mapping, all_forms=True)[0]
     assert convert_rows("auto", [row], tmp_path, all_forms=True)[0] == named
 
 
