@@ -11,17 +11,19 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.tensor import DTensor
 
 from llama_acc.core.distributed import environment
 from llama_acc.core.errors import LlamaAccError, RunError, UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _Result = TypeVar("_Result")
 Group = dist.ProcessGroup
@@ -302,15 +304,23 @@ class LocalPart(NamedTuple):
     rows: slice
 
 
+def as_dtensor(tensor: Tensor) -> "DTensor | None":
+    """A tensor that is dealt to ranks; None: it is not. The type takes half a second to import: where there is such a
+    tensor, that was done."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return tensor if module is not None and isinstance(tensor, module.DTensor) else None
+
+
 def local_part(parameter: Tensor) -> LocalPart:
     """The stored part of a parameter; writing to it changes the parameter."""
-    if not isinstance(parameter, DTensor):
+    dealt = as_dtensor(parameter)
+    if dealt is None:
         return LocalPart(parameter.detach(), slice(0, parameter.shape[0]))
-    local = parameter.to_local().detach()
-    if parameter.placements[0].is_replicate():
+    local = dealt.to_local().detach()
+    if dealt.placements[0].is_replicate():
         return LocalPart(local, slice(0, parameter.shape[0]))
     # fully_shard deals rows as torch.chunk does: the last ranks may have fewer, or none.
-    mesh = parameter.device_mesh
+    mesh = dealt.device_mesh
     share = -(-parameter.shape[0] // mesh.size())
     start = min(mesh.get_local_rank() * share, parameter.shape[0])
     return LocalPart(local, slice(start, start + local.shape[0]))
@@ -318,4 +328,5 @@ def local_part(parameter: Tensor) -> LocalPart:
 
 def is_sharded(parameter: Tensor) -> bool:
     """Whether the data-parallel ranks have different rows of a parameter."""
-    return isinstance(parameter, DTensor) and parameter.placements[0].is_shard()
+    dealt = as_dtensor(parameter)
+    return dealt is not None and dealt.placements[0].is_shard()

@@ -113,8 +113,6 @@ class DocumentAttention:
         self.lengths: Sequence[int] = list(lengths)
         self.rotations = rotations
 
-    # Document lengths differ in every batch: torch.compile would make a new graph for each.
-    @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if device_type(q) == "cpu" and torch.is_grad_enabled():
             return _DocumentsOnCPU.apply(q, k, v, self.rotations, self.lengths)
@@ -227,7 +225,6 @@ class CachedAttention:
         self.lengths = lengths
         self.rotations = rotations
 
-    @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = (-1, 2 * self.rotations.shape[-1])
         # Queries and keys are rotated together: for a single token the calls cost more than their work.
@@ -248,6 +245,17 @@ class CachedAttention:
                 layer.prefix = layer.prefix or made[0 if common else document]
         heads = [layer.prefix for layer in self.layers if layer.prefix is not None]
         return heads[:1] if all(other is heads[0] for other in heads) else heads
+
+
+def keep_out_of_graphs() -> None:
+    """Leaves to Python how documents attend; to be called before blocks are compiled.
+
+    Their lengths differ in every batch, and torch.compile would make a new graph for each. As a decorator,
+    `torch.compiler.disable` would import the compiler, which takes a second, where nothing is compiled.
+    """
+    kinds: tuple[Any, ...] = (DocumentAttention, CachedAttention)
+    for kind in kinds:
+        kind.__call__ = torch.compiler.disable(kind.__call__)
 
 
 class AttentionExtra(Protocol):

@@ -8,14 +8,15 @@ fsdp   parameters are gathered for each block's forward and backward pass and gi
 """
 
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 Mode = Literal["ddp", "sdp", "fsdp"]
 
@@ -41,14 +42,18 @@ class DataParallel:
         if parallel.data_size == 1:
             return
         assert parallel.data_group is not None
+        # They take a second to import, which a process on its own is spared.
+        from torch.distributed import fsdp
+        from torch.distributed.device_mesh import DeviceMesh
+
         mesh = DeviceMesh.from_group(parallel.data_group, device_type)
         # What trains is float32, and so is the sum of its gradients; it is gathered in the type it is computed in.
         compute = None if model.dtype == torch.float32 else model.dtype
-        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = fsdp.MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
         apply = _applied(mode)
         for module in (*model.layers, model):
             apply(module, mesh=mesh, mp_policy=policy)
-            assert isinstance(module, FSDPModule)
+            assert isinstance(module, fsdp.FSDPModule)
             # The loss is already divided by the step's label tokens: gradients are summed, not averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
@@ -78,4 +83,6 @@ def _applied(mode: Mode) -> Any:
         from torch.distributed._composable.replicate_with_fsdp import replicate
 
         return replicate
+    from torch.distributed.fsdp import fully_shard
+
     return partial(fully_shard, reshard_after_forward=mode == "fsdp")

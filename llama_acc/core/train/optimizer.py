@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from llama_acc.core.distributed.groups import Parallel, is_sharded, local_part
+from llama_acc.core.distributed.groups import Parallel, as_dtensor, is_sharded, local_part
 from llama_acc.core.model.layers import Spec
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -49,8 +48,7 @@ class ClippedAdamW:
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # The fused kernel takes plain tensors: what is stored here of a parameter, as a parameter of its own.
         self._stored = {
-            name: p if not isinstance(p, DTensor) else nn.Parameter(local_part(p).tensor)
-            for name, p in self.named.items()
+            name: p if as_dtensor(p) is None else nn.Parameter(local_part(p).tensor) for name, p in self.named.items()
         }
         groups = [
             {"params": [p for name, p in self._stored.items() if decays(name)], "weight_decay": weight_decay},
@@ -117,7 +115,8 @@ class ClippedAdamW:
 
 
 def _stored(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    dealt = as_dtensor(gradient)
+    return gradient if dealt is None else dealt.to_local()
 
 
 def _share(parameter: Tensor, is_whole: bool, parallel: Parallel) -> bool:

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llama_acc.core.data.batches import MicroBatch
 from llama_acc.core.distributed.groups import Parallel
+from llama_acc.core.model.attention import keep_out_of_graphs
 from llama_acc.core.model.transformer import Transformer
 from llama_acc.core.model.vision import Images
 from llama_acc.core.train.data_parallel import DataParallel
@@ -123,5 +124,6 @@ def apply_activation_checkpointing(model: Transformer) -> None:
 
 def apply_compile(model: Transformer) -> None:
     """Compiles each block, for streams of any length."""
+    keep_out_of_graphs()
     for block in model.layers:
         block.compile(dynamic=True)
