@@ -16,8 +16,7 @@ from published import published_runs
 
 from llama_acc.core.device import free_memory
 from llama_acc.core.memory.measure import Measured, measure, measure_generation
-from llama_acc.core.memory.predict import Usage, predict, predict_generation
-from llama_acc.core.memory.request import Request, setup_of
+from llama_acc.core.memory.predict import Request, Usage, predict, predict_generation, setup_of
 from llama_acc.core.memory.simulate import Setup
 
 GIB = 2**30

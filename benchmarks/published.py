@@ -16,10 +16,16 @@ from typing import Any
 import yaml
 
 from llama_acc.cli import console
-from llama_acc.core.memory.gpus import kind, overhead
-from llama_acc.core.memory.hours import EFFICIENCY, Texts, gpu_hours, work_of
-from llama_acc.core.memory.predict import PARTS, predict, predict_generation
-from llama_acc.core.memory.request import Request, setup_of
+from llama_acc.core.memory.measure import EFFICIENCY, Texts, gpu_hours, work_of
+from llama_acc.core.memory.predict import (
+    PARTS,
+    Request,
+    context_bytes,
+    gpu_table,
+    predict,
+    predict_generation,
+    setup_of,
+)
 from llama_acc.core.memory.simulate import Setup
 
 GB = 10**9
@@ -120,8 +126,7 @@ def _compared(row: dict[str, Any], tell: Callable[[str], None]) -> Compared:
     ranks = setup.world_size
     theirs = {part: round(ranks * size * GB) for part, size in row["theirs"].items()}
     if counts == "device":
-        besides = overhead()
-        theirs["CUDA context"] = ranks * (besides.context + (besides.nccl if ranks > 1 else 0))
+        theirs["CUDA context"] = ranks * context_bytes(ranks)
     here = _on_all_ranks(setup, row["what"].endswith("inference"))
     kept = {part: size for part, size in here.items() if part not in COUNTS[counts]}
     return Compared(row["who"], row["what"], row["published"], counts, kept, theirs, row["why"])
@@ -149,7 +154,8 @@ def compare_hours(tell: Callable[[str], None] = lambda _: None) -> list[Compared
         tell(f"counting the work of {row['who']}'s {row['what']}")
         items, means = row["texts"]["items"], row["texts"]
         texts = Texts(items, items * means["tokens"], items * means["labels"], items * means["squares"])
-        hours = gpu_hours(work_of(setup_of(_request(row["run"]))), texts, row["epochs"], kind(row["kind"]), 1.0)
+        rate = gpu_table()["kinds"][row["kind"]]["bf16"] * 1e12
+        hours = gpu_hours(work_of(setup_of(_request(row["run"]))), texts, row["epochs"], rate)
         found.append(ComparedHours(row["who"], row["what"], row["hours"], hours))
     return found
 

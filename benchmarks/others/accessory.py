@@ -29,8 +29,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 from llama_acc.core.distributed.groups import simulated
 from llama_acc.core.memory.simulate import gpu_attention
-from llama_acc.core.memory.trace import Phase
-from llama_acc.core.memory.tracker import MemoryTracker
+from llama_acc.core.memory.tracker import MemoryTracker, Phase
 
 SHAPES: dict[str, dict[str, Any]] = {
     "13b": {"dim": 5120, "multiple_of": 256, "n_heads": 40, "n_layers": 40},

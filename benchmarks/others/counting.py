@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from llama_acc.core.memory.allocator import ROUNDING, reserved
 from llama_acc.core.memory.simulate import watched
-from llama_acc.core.memory.trace import Allocation, Phase, Trace
-from llama_acc.core.memory.tracker import MemoryTracker
+from llama_acc.core.memory.tracker import Allocation, MemoryTracker, Phase, Trace
 
 _BLOCK = 64
 _BLOCK_OF_SCALES = 256
@@ -195,14 +194,14 @@ def phases(tracker: MemoryTracker, blocks: Iterable[nn.Module], head: nn.Module)
 
     def enter(number: int) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            again = tracker.moment.name in ("backward", "recompute")
+            again = tracker.phase.name in ("backward", "recompute")
             tracker.at(Phase("recompute" if again else "forward", number))
 
         return hook
 
     def leave(number: int) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            if tracker.moment.name == "recompute":
+            if tracker.phase.name == "recompute":
                 tracker.at(Phase("backward", number))
 
         return hook
@@ -250,12 +249,12 @@ def _show(row: Row, tracker: LineTracker, as_json: bool) -> None:
         parts["allocator slack"] = taken - peak.total
     if as_json:
         found = {"what": row.what, "published": row.published, "allocated": peak.total, "reserved": taken}
-        print(json.dumps(found | {"moment": str(peak.moment), "parts": parts, "lines": lines}), flush=True)
+        print(json.dumps(found | {"moment": str(peak.phase), "parts": parts, "lines": lines}), flush=True)
         return
     counted = sum(parts.values()) / 1e9
     print(f"{row.what}: published {row.published:.2f} GB, counted {counted:.2f} ({counted / row.published - 1:+.1%})")
     print(
-        f"    {peak.total / 1e9:.3f} allocated, {taken / 1e9:.3f} reserved; the first at its fullest, in {peak.moment}:"
+        f"    {peak.total / 1e9:.3f} allocated, {taken / 1e9:.3f} reserved; the first at its fullest, in {peak.phase}:"
     )
     print(f"    theirs: {{{', '.join(f'{part}: {size / 1e9:.3f}' for part, size in parts.items())}}}")
     print("    of what does not last:")

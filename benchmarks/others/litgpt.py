@@ -27,7 +27,7 @@ import torch
 from counting import Linear4bit, LineTracker, Row, backward, counted, label_lasting, main_of, phases
 from torch import Tensor, nn
 
-from llama_acc.core.memory.trace import Phase
+from llama_acc.core.memory.tracker import Phase
 
 LONGEST = 1304
 """Tokens of Alpaca's longest example with LLaMA's tokenizer, as published."""

@@ -26,7 +26,7 @@ import torch
 from counting import LineTracker, Row, backward, counted, label_lasting, made_of, main_of, phases
 from torch import nn
 
-from llama_acc.core.memory.trace import Phase
+from llama_acc.core.memory.tracker import Phase
 
 LENGTH = 512
 """Tokens of an example at most (`alpaca_cleaned_dataset`)."""

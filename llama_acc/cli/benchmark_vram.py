@@ -2,19 +2,19 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llama_acc.cli import console, options
-from llama_acc.core.errors import RunError, UserError
+from llama_acc.core.errors import RunError, UserError, did_you_mean
 from llama_acc.core.text import count_text
 
 if TYPE_CHECKING:
     from llama_acc.core.memory.fit import Fit
-    from llama_acc.core.memory.predict import Prediction, Usage
-    from llama_acc.core.memory.request import Request
+    from llama_acc.core.memory.predict import Request, Usage
     from llama_acc.core.memory.simulate import Setup
 
 HELP = """Predict the memory of a run, part by part, without a GPU; measure it; find what fits.
@@ -111,34 +111,29 @@ def benchmark_vram(
     chosen = [flag for flag, value in modes.items() if value]
     if len(chosen) > 1:
         raise UserError(f"{' and '.join(chosen)} cannot be combined", "one at a time")
-    if plot is not None and chosen and chosen != ["--sweep"]:
-        raise UserError(f"--plot does not go with {chosen[0]}", "it goes with a prediction, or with --sweep")
     if plot is not None:
-        _check_picture(plot)
+        if chosen and chosen != ["--sweep"]:
+            raise UserError(f"--plot does not go with {chosen[0]}", "it goes with a prediction, or with --sweep")
+        if plot.suffix.lower() != ".png":
+            raise UserError(f"--plot {plot} is no PNG", "name it like memory.png")
+        if not plot.absolute().parent.is_dir():
+            raise UserError(f"--plot {plot}: there is no folder {plot.parent}", "make it first")
+    memory = _bytes(fit) if fit is not None else 0
+    swept = _swept(sweep) if sweep is not None else None
     console.working("loading PyTorch")
-    from llama_acc.core.memory.request import Request
+    from llama_acc.core.memory.predict import Request
 
+    size, where = model_parallel_size, "cpu" if device == "cpu" else "cuda"
     request = Request(
-        recipe,
-        model,
-        tuning,
-        quantize,
-        batch_size,
-        max_tokens,
-        gpus,
-        model_parallel_size,
-        tuple(overrides or ()),
-        "cpu" if device == "cpu" else "cuda",
+        recipe, model, tuning, quantize, batch_size, max_tokens, gpus, size, tuple(overrides or ()), where
     )
     if fit is not None:
-        return _fit(request, _bytes(fit), as_json)
-    if sweep is not None:
-        return _sweep(request, sweep, plot, as_json)
+        return _fit(request, memory, as_json)
     if measure:
         return _measure(request, device, tolerance, as_json)
-    if data is not None or kind is not None:
+    if data is not None or (kind is not None and swept is None):
         return _hours(request, data, kind or "a100-80gb", efficiency, as_json)
-    return _predict(request, plot, as_json)
+    return _predict(request, swept, plot, as_json)
 
 
 def _bytes(text: str) -> int:
@@ -147,54 +142,6 @@ def _bytes(text: str) -> int:
     if found is None or not float(found[1]):
         raise UserError(f"--fit {text} is no size", "write it like --fit 24GB")
     return int(float(found[1]) * (2**20 if (found[2] or "G").upper() == "M" else _GIB))
-
-
-def _predict(request: "Request", plot: Path | None, as_json: bool) -> None:
-    from llama_acc.core.memory.predict import predict, predict_generation
-    from llama_acc.core.memory.request import setup_of
-
-    setup = setup_of(request)
-    console.working("predicting the memory")
-    prediction, generation = predict(setup), predict_generation(setup, max(setup.lengths))
-    if plot is not None:
-        _draw([prediction.training, generation], ["training", "inference"], plot, _title(setup), "")
-    if as_json:
-        return _print_json({**_setup_json(setup), **_prediction_json(prediction), "inference": generation.to_json()})
-    _say(setup)
-    _parts_table({"training": prediction.training, "inference": generation})
-    console.out.print()
-    console.pairs(
-        [
-            ("training peak", f"{_gib(prediction.training.total)} GiB, {prediction.training.moment}"),
-            ("inference peak", f"{_gib(generation.total)} GiB, {generation.moment}, of {max(setup.lengths)} tokens"),
-            ("work", f"{prediction.flops:.3g} floating-point operations for a micro-batch on a rank"),
-        ],
-        console.out,
-    )
-    return None
-
-
-def _sweep(request: "Request", text: str, plot: Path | None, as_json: bool) -> None:
-    from dataclasses import replace
-
-    from llama_acc.core.memory.predict import predict
-    from llama_acc.core.memory.request import setup_of
-
-    key, values = _swept(text)
-    usages = []
-    changes: list[dict[str, Any]] = [{key: value} for value in values]
-    setups = [setup_of(replace(request, **change)) for change in changes]
-    for value, setup in zip(values, setups, strict=True):
-        console.working(f"predicting {key} {value}")
-        usages.append(predict(setup).training)
-    if plot is not None:
-        _draw(usages, [f"{value:,}" for value in values], plot, _title(setups[0], key), key.replace("_", " "))
-    if as_json:
-        found = [{key: value, "training": usage.to_json()} for value, usage in zip(values, usages, strict=True)]
-        return _print_json({**_setup_json(setups[0]), "sweep": found})
-    _say(setups[0], key)
-    _parts_table({f"{value:,}": usage for value, usage in zip(values, usages, strict=True)}, key)
-    return None
 
 
 def _swept(text: str) -> tuple[str, list[int]]:
@@ -208,6 +155,45 @@ def _swept(text: str) -> tuple[str, list[int]]:
     return key, [int(number) for number in numbers]
 
 
+def _predict(request: "Request", swept: tuple[str, list[int]] | None, plot: Path | None, as_json: bool) -> None:
+    """Training and generation; or training for each value of a key."""
+    from llama_acc.core.memory.predict import predict, predict_generation, setup_of
+
+    if swept is None:
+        key, setup = "", setup_of(request)
+        console.working("predicting the memory")
+        prediction = predict(setup)
+        usages = {"training": prediction.training, "inference": predict_generation(setup, max(setup.lengths))}
+        found: dict[str, Any] = {"training": usages["training"].to_json(), "flops": prediction.flops}
+        found["inference"] = usages["inference"].to_json()
+    else:
+        key, values = swept
+        changes: list[dict[str, Any]] = [{key: value} for value in values]
+        setups = [setup_of(replace(request, **change)) for change in changes]
+        setup, usages = setups[0], {}
+        for value, one in zip(values, setups, strict=True):
+            console.working(f"predicting {key} {value}")
+            usages[f"{value:,}"] = predict(one).training
+        parts = zip(values, usages.values(), strict=True)
+        found = {"sweep": [{key: value, "training": usage.to_json()} for value, usage in parts]}
+    if plot is not None:
+        _draw(usages, plot, _title(setup, key), key.replace("_", " "))
+    if as_json:
+        return _print_json({**_setup_json(setup), **found})
+    _say(setup, key)
+    _parts_table(usages, key)
+    if swept is None:
+        console.out.print()
+        training, generation = (f"{_gib(usage.total)} GiB, {usage.moment}" for usage in usages.values())
+        lines = [
+            ("training peak", training),
+            ("inference peak", f"{generation}, of {max(setup.lengths)} tokens"),
+            ("work", f"{found['flops']:.3g} floating-point operations for a micro-batch on a rank"),
+        ]
+        console.pairs(lines, console.out)
+    return None
+
+
 def _fit(request: "Request", memory: int, as_json: bool) -> None:
     """Shows each method when it is known; as JSON all of them, those that fit first."""
     from llama_acc.core.memory.fit import LARGEST_BATCH, WAYS, fitting
@@ -217,9 +203,8 @@ def _fit(request: "Request", memory: int, as_json: bool) -> None:
     widths = [max(len(method) for method, _ in WAYS), 8, 14, 14, 13]
     for fit in fitting(request, memory):
         if not fits and not as_json:
-            console.row(
-                ["method", "base", f"1 x {fit.length}", f"batch of {fit.length}", "longest alone"], widths, "bold"
-            )
+            header = ["method", "base", f"1 x {fit.length}", f"batch of {fit.length}", "longest alone"]
+            console.row(header, widths, "bold")
         fits.append(fit)
         if not as_json:
             base = "NF4" if fit.quantize == "nf4" else "as it is"
@@ -239,12 +224,10 @@ def _fit(request: "Request", memory: int, as_json: bool) -> None:
 
 
 def _measure(request: "Request", device: str | None, tolerance: float, as_json: bool) -> None:
-    from dataclasses import replace
-
-    from llama_acc.core.device import pick_device
+    from llama_acc.core.device import free_memory, pick_device
     from llama_acc.core.memory.measure import measure
-    from llama_acc.core.memory.predict import predict
-    from llama_acc.core.memory.request import setup_of
+    from llama_acc.core.memory.predict import predict, setup_of
+    from llama_acc.core.train.log import device_name
 
     target = pick_device(device)
     if target.type == "mps":
@@ -252,71 +235,64 @@ def _measure(request: "Request", device: str | None, tolerance: float, as_json: 
     setup = setup_of(replace(request, device_type=target.type))
     if setup.world_size > 1:
         raise UserError(f"--measure runs one process, and the run has {setup.world_size}", "leave out --gpus")
-    usage = predict(setup).training
-    _refuse_too_large(usage, target)
+    usage, free = predict(setup).training, free_memory(target)
+    if usage.allocated > free:
+        raise UserError(
+            f"it takes {_gib(usage.allocated)} GiB, and {_gib(free)} GiB are free on {target}",
+            "measure a smaller model, fewer or shorter examples",
+        )
     measured = measure(setup, target)
     error = usage.allocated / measured.allocated - 1
     if as_json:
-        found = {"allocated": measured.allocated, "reserved": measured.reserved, "device": _device_name(target)}
+        found = {"allocated": measured.allocated, "reserved": measured.reserved, "device": device_name(target)}
         _print_json({**_setup_json(setup), "training": usage.to_json(), "measured": found, "error": error})
     else:
         _say(setup)
         rows = [["training peak", "predicted MiB", "measured MiB", "error"]]
-        rows.append(["allocated", _mib(usage.allocated), _mib(measured.allocated), f"{error:+.1%}"])
-        if measured.reserved is not None:
-            off = usage.reserved / measured.reserved - 1
-            rows.append(["reserved", _mib(usage.reserved), _mib(measured.reserved), f"{off:+.1%}"])
+        kinds = {"allocated": (usage.allocated, measured.allocated), "reserved": (usage.reserved, measured.reserved)}
+        for name, (predicted, taken) in kinds.items():
+            if taken is not None:
+                sizes = [f"{size / 2**20:,.1f}" for size in (predicted, taken)]
+                rows.append([name, *sizes, f"{predicted / taken - 1:+.1%}"])
         console.table(rows)
-        console.note(f"on {_device_name(target)}")
+        console.note(f"on {device_name(target)}")
     if abs(error) > tolerance:
         raise RunError(
             f"the prediction is off by {100 * error:+.3g}%, more than {100 * tolerance:g}%", "see --tolerance"
         )
 
 
-def _refuse_too_large(usage: "Usage", device: Any) -> None:
-    from llama_acc.core.device import free_memory
-
-    free = free_memory(device)
-    if usage.allocated > free:
-        raise UserError(
-            f"it takes {_gib(usage.allocated)} GiB, and {_gib(free)} GiB are free on {device}",
-            "measure a smaller model, fewer or shorter examples",
-        )
-
-
-def _device_name(device: Any) -> str:
-    from llama_acc.core.train.log import device_name
-
-    return device_name(device)
-
-
 def _hours(request: "Request", data: Path | None, kind: str, efficiency: float, as_json: bool) -> None:
     """Whether a run fits on a kind of GPU, and how long it takes there."""
-    from llama_acc.core.memory import gpus
-    from llama_acc.core.memory.hours import assumed_texts, gpu_hours, read_texts, work_of
-    from llama_acc.core.memory.predict import predict
-    from llama_acc.core.memory.request import setup_of
+    from llama_acc.core.memory.measure import Texts, gpu_hours, read_texts, work_of
+    from llama_acc.core.memory.predict import gpu_table, predict, setup_of
 
-    chosen, setup = gpus.kind(kind), setup_of(request)
-    texts = assumed_texts(max(setup.lengths)) if data is None else read_texts(data)
+    table = gpu_table()
+    if kind not in table["kinds"]:
+        hint = did_you_mean(kind, table["kinds"]) or f"known kinds: {', '.join(table['kinds'])}"
+        raise UserError(f"unknown kind of GPU '{kind}'", hint)
+    gpu, setup = table["kinds"][kind], setup_of(request)
+    if data is not None:
+        texts = read_texts(data)
+    else:
+        items, length = 1000, max(setup.lengths)
+        origin = (
+            f"assumed: {items:,} items of {length:,} tokens, all trained; --data-json FILE takes those of your data"
+        )
+        texts = Texts(items, items * length, items * length, float(items * length**2), origin)
     console.working("predicting the memory")
     usage = predict(setup).training
-    fits = usage.total <= chosen.memory
+    fits = usage.total <= gpu["memory"] * _GIB
     if not as_json:
         verdict = "it fits" if fits else "it does not fit; try --tuning, --quantize nf4, or --gpus N with fsdp"
-        console.pairs(
-            [("memory", f"{_gib(usage.total)} GiB of {_gib(chosen.memory)} on each {kind}: {verdict}")],
-            console.out,
-            len("GPU-hours"),
-        )
+        line = f"{_gib(usage.total)} GiB of {gpu['memory']:.2f} on each {kind}: {verdict}"
+        console.pairs([("memory", line)], console.out, len("GPU-hours"))
     console.working("counting the work")
     epochs = setup.recipe.train.epochs
-    hours = gpu_hours(work_of(setup), texts, epochs, chosen, efficiency)
-    published = gpus.published_hours()
+    hours = gpu_hours(work_of(setup), texts, epochs, gpu["bf16"] * 1e12 * efficiency)
     if as_json:
         found = {
-            "published": published,
+            "published": table["published"],
             "memory": usage.total,
             "fits": fits,
             "gpu_hours": hours,
@@ -327,39 +303,38 @@ def _hours(request: "Request", data: Path | None, kind: str, efficiency: float, 
             "lengths_from": texts.origin,
         }
         return _print_json({**_setup_json(setup), **found})
-    anywhere = "" if fits else ", where it fits"
-    console.pairs(
-        [
-            (
-                "data",
-                f"{count_text(texts.items, 'item')}, {texts.tokens:,.0f} tokens, {count_text(float(epochs), 'epoch')}",
-            ),
-            ("lengths", texts.origin),
-            (
-                "GPU-hours",
-                f"{hours:.3g} at {efficiency:.0%} of {chosen.bf16 / 1e12:g} TFLOP/s ({kind}; bf16, dense){anywhere}",
-            ),
-            ("time", f"{console.duration(3600 * hours / setup.world_size)} on {setup.world_size} of them"),
-        ],
-        console.out,
-    )
+    rate = f"{efficiency:.0%} of {gpu['bf16']:g} TFLOP/s ({kind}; bf16, dense){'' if fits else ', where it fits'}"
+    said = f"{count_text(texts.items, 'item')}, {texts.tokens:,.0f} tokens, {count_text(float(epochs), 'epoch')}"
+    lines = [
+        ("data", said),
+        ("lengths", texts.origin),
+        ("GPU-hours", f"{hours:.3g} at {rate}"),
+        ("time", f"{console.duration(3600 * hours / setup.world_size)} on {setup.world_size} of them"),
+    ]
+    console.pairs(lines, console.out)
     console.out.print()
     rows = [["published by", "run", "kind", "GPU-hours"]]
-    rows += [[row["who"], row["what"].removesuffix(", at most"), row["kind"], f"{row['hours']:g}"] for row in published]
+    for row in table["published"]:
+        rows.append([row["who"], row["what"].removesuffix(", at most"), row["kind"], f"{row['hours']:g}"])
     console.table(rows)
     return None
 
 
 def _list_kinds(as_json: bool) -> None:
-    from llama_acc.core.memory.gpus import kinds
+    from llama_acc.core.memory.predict import gpu_table
 
+    kinds = gpu_table()["kinds"]
     if as_json:
-        return _print_json([vars(kind) for kind in kinds().values()])
+        units = {"memory": _GIB, "bf16": 1e12, "bandwidth": 1e9}
+        return _print_json(
+            [
+                {"name": name} | {key: value * units.get(key, 1) for key, value in row.items()}
+                for name, row in kinds.items()
+            ]
+        )
     rows = [["kind", "GiB", "TFLOP/s in bf16", "GB/s", "source"]]
-    rows += [
-        [kind.name, f"{kind.memory / _GIB:g}", f"{kind.bf16 / 1e12:g}", f"{kind.bandwidth / 1e9:g}", kind.source]
-        for kind in kinds().values()
-    ]
+    for name, row in kinds.items():
+        rows.append([name, *(f"{row[key]:g}" for key in ("memory", "bf16", "bandwidth")), row["source"]])
     console.table(rows)
     return None
 
@@ -387,20 +362,16 @@ def _say(setup: "Setup", swept: str = "") -> None:
         )
 
 
-def _title(setup: "Setup", swept: str = "") -> str:
+def _title(setup: "Setup", swept: str) -> str:
     recipe = setup.recipe
     count, longest = len(setup.lengths), max(setup.lengths)
+    batch = {"max_tokens": f"batch {count}", "batch_size": f"{longest} tokens each"}
     facts = [
         _model_name(setup),
         recipe.tuning.method + (", base in NF4" if recipe.tuning.quantize == "nf4" else ""),
         recipe.train.precision,
+        batch.get(swept, f"{count} x {longest} tokens"),
     ]
-    if swept not in ("max_tokens", "batch_size"):
-        facts.append(f"{count} x {longest} tokens")
-    elif swept == "max_tokens":
-        facts.append(f"batch {count}")
-    else:
-        facts.append(f"{longest} tokens each")
     if not recipe.train.activation_checkpointing:
         facts.append("no activation checkpointing")
     if setup.world_size > 1 and swept != "gpus":
@@ -413,10 +384,9 @@ def _model_name(setup: "Setup") -> str:
     from llama_acc.core.model.config import NAMED_SIZES
     from llama_acc.core.model.transformer import shapes_of
 
-    model, config = setup.recipe.model, setup.config
-    named = NAMED_SIZES.get(model.size or "")
-    is_it = named is not None and shapes_of(named) == shapes_of(config.base())
-    return str(model.size) if is_it else f"{config.n_layers} layers of {config.dim}"
+    size, config = setup.recipe.model.size or "", setup.config
+    is_it = size in NAMED_SIZES and shapes_of(NAMED_SIZES[size]) == shapes_of(config.base())
+    return size if is_it else f"{config.n_layers} layers of {config.dim}"
 
 
 def _setup_json(setup: "Setup") -> dict[str, Any]:
@@ -438,31 +408,37 @@ def _setup_json(setup: "Setup") -> dict[str, Any]:
     }
 
 
-def _prediction_json(prediction: "Prediction") -> dict[str, Any]:
-    return {"training": prediction.training.to_json(), "flops": prediction.flops}
-
-
 def _print_json(values: Any) -> None:
     console.working(None)
     typer.echo(json.dumps(values, indent=1))
 
 
-def _check_picture(path: Path) -> None:
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--plot {path} is no PNG", "name it like memory.png")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--plot {path}: there is no folder {path.parent}", "make it first")
+def _draw(usages: "dict[str, Usage]", path: Path, title: str, along: str) -> None:
+    """A bar for each usage, in GiB by part, as a PNG; `along` says what their names are."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-
-def _draw(usages: "list[Usage]", names: list[str], path: Path, title: str, along: str) -> None:
-    from llama_acc.core.memory.plot import draw
-
-    draw(usages, names, path, title, along)
+    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    totals = [usage.total / _GIB for usage in usages.values()]
+    bottoms = [0.0] * len(usages)
+    for place, part in enumerate(next(iter(usages.values())).parts):
+        heights = [usage.parts[part] / _GIB for usage in usages.values()]
+        if max(heights) >= 0.001 * max(totals):
+            axes.bar(range(len(usages)), heights, 0.62, bottoms, label=part, color=colormaps["tab20"](place))
+            bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    for place, total in enumerate(totals):
+        axes.annotate(f"{total:.1f}", (place, total), ha="center", va="bottom", fontsize=9)
+    axes.set_xticks(range(len(usages)), list(usages))
+    axes.set(title=title, xlabel=along, ylabel="GiB on one rank")
+    axes.margins(y=0.08)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right upper", fontsize=8, frameon=False)
+    FigureCanvasAgg(figure).print_png(str(path))
     console.note(f"drawn into {path}")
-
-
-def _mib(size: float) -> str:
-    return f"{size / 2**20:,.1f}"
 
 
 def _gib(size: float) -> str:

@@ -19,7 +19,7 @@ from llama_acc.core.text import count_text, size_text
 
 if TYPE_CHECKING:
     from llama_acc.core.data.preview import Shown
-    from llama_acc.core.memory.estimate import RankShare
+    from llama_acc.core.memory.predict import RankShare
     from llama_acc.core.recipe import Recipe
     from llama_acc.core.train.plan import Plan
 
@@ -265,27 +265,29 @@ def _dry_run(
     from llama_acc.core.device import pick_device
     from llama_acc.core.distributed.groups import check_world
     from llama_acc.core.finetune import dry_run
-    from llama_acc.core.memory.estimate import estimate_time, predict_memory, rank_share
+    from llama_acc.core.memory.guard import setup_of_run
+    from llama_acc.core.memory.measure import estimate_time
+    from llama_acc.core.memory.predict import predict, rank_share
 
     count = processes or recipe.parallel.model_parallel_size
     check_world(recipe.parallel.model_parallel_size, count)
     target = pick_device(device)
     with RunConsole() as watcher:
         plan = dry_run(recipe, output, recipe_folder=folder, callback=watcher, verify=verify)
-        lines = _dry_run_lines(plan, rank_share(plan, count), count)
+        lines = _dry_run_lines(plan, rank_share(plan.recipe, plan.config, count), count)
         width = max(len(subject) for subject, _ in lines)
         console.pairs(lines, console.out)
         console.out.print()
         show_items(_examples(plan))
         watcher.working("predicting the memory")
-        memory = predict_memory(plan, count, target)
+        memory = predict(setup_of_run(plan, count, target.type)).training
         console.out.print()
         text = f"{size_text(memory.allocated)} on {target.type} at its fullest, predicted: {memory.moment}, with the "
         console.pairs([("memory", f"{text}largest micro-batch of the data")], console.out, width)
         if timing:
             watcher.working("timing a micro-batch of this model (--no-timing leaves it out)")
-            estimate = estimate_time(plan, count, target, memory)
-            text = f"about {console.duration(estimate.seconds)} for the steps ({estimate.how})"
+            seconds, how = estimate_time(plan, count, target, memory)
+            text = f"about {console.duration(seconds)} for the steps ({how})"
             console.pairs([("time", text)], console.out, width)
 
 
@@ -295,7 +297,8 @@ def _dry_run_lines(plan: "Plan", share: "RankShare", processes: int) -> list[tup
     report, parallel, saves = plan.report, plan.recipe.parallel, plan.save_count()
     truncated, size = count_text(report["truncated"], "item"), parallel.model_parallel_size
     layout = f"{processes // size} data parallel ({parallel.data_parallel}) x {size} model parallel"
-    kept = {"weights": share.weights, "gradients": share.gradients, "moments": share.moments, "in all": share.total}
+    kept = {"weights": share.weights, "gradients": share.gradients, "moments": share.moments}
+    kept["in all"] = sum(kept.values())
     parts = ", ".join(f"{name} {size_text(count)}" for name, count in kept.items())
     disk = min(saves, plan.recipe.checkpoint.keep or saves) * plan.checkpoint_bytes()
     return [

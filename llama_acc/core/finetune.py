@@ -23,7 +23,7 @@ from llama_acc.core.device import pick_device
 from llama_acc.core.distributed.groups import Parallel, init_distributed
 from llama_acc.core.errors import RunError
 from llama_acc.core.interrupt import Interrupted, StopRequest, stop_on_signal
-from llama_acc.core.memory.guard import OutOfMemoryReport, check_fits
+from llama_acc.core.memory.guard import check_fits, out_of_memory_error
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.base import read_base
 from llama_acc.core.train.callback import Callback
@@ -236,7 +236,7 @@ def _compute(trainer: Trainer, work: Callable[[], _Result]) -> _Result:
         cause = _shortage(error)
         if cause is None:
             raise
-        raise OutOfMemoryReport(trainer, cause).error() from error
+        raise out_of_memory_error(trainer, cause) from error
 
 
 def _shortage(error: MemoryError | RuntimeError) -> str | None:

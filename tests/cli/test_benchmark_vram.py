@@ -62,19 +62,16 @@ def test_a_sweep_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_fits_is_listed_best_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "LARGEST_BATCH", 4)
-    result = invoke(*RUN, "--fit", "513MB", "--tuning", "bias_norm", "--json")
-    assert result.exit_code == 0, result.stderr
-    plain, nf4 = json.loads(result.stdout)["methods"]
+def test_what_fits_is_listed_best_first_and_a_batch_above_the_largest_one_tried_as_such(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fit, "LARGEST_BATCH", 3)
+    flags = (*RUN, "--tuning", "bias_norm", "--fit")
+    plain, nf4 = json.loads(invoke(*flags, "513MB", "--json").stdout)["methods"]
     assert (plain["quantize"], nf4["quantize"]) == ("none", "nf4")
     assert nf4["batch_size"] >= plain["batch_size"] > 0
     assert 64 <= plain["longest"] <= 512
-
-
-def test_a_batch_above_the_largest_one_tried_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "LARGEST_BATCH", 3)
-    result = invoke(*RUN, "--fit", "900GB", "--tuning", "bias_norm", "--quantize", "none")
+    result = invoke(*flags, "900GB", "--quantize", "none")
     assert result.exit_code == 0, result.stderr
     assert "3 or more" in result.stdout
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from llama_acc.core.memory import estimate
+from llama_acc.core.memory import measure
 from llama_acc.core.memory.guard import setup_of_run
 from llama_acc.core.memory.predict import predict
 from llama_acc.core.model.transformer import parameter_count
@@ -91,7 +91,7 @@ def test_it_shows_plan_data_time_disk_and_two_examples(tmp_path: Path) -> None:
 
 
 def test_work_is_counted_in_the_programs_own_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "free_memory", lambda device: 0)
+    monkeypatch.setattr(measure, "free_memory", lambda device: 0)
     told = shown(invoke(*QUICKSTART, "--dry-run").stdout)["time"]
     operations = float(told.partition("(from ")[2].partition(" floating")[0])
     plan = plan_of_quickstart()

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_acc.core.memory.gpus import overhead
-from llama_acc.core.memory.predict import PARTS
-from llama_acc.core.memory.request import setup_of
+from llama_acc.core.memory.predict import PARTS, context_bytes, setup_of
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 published = importlib.import_module("published")
@@ -19,7 +17,7 @@ def test_what_their_programs_were_counted_at_is_what_is_published_within_a_tenth
     for row in table["memory"]:
         ranks = row["run"].get("model_parallel_size", 1)
         counts = table["counts"][row["who"]]
-        besides = overhead().context + (overhead().nccl if ranks > 1 else 0) if counts == "device" else 0
+        besides = context_bytes(ranks) if counts == "device" else 0
         counted = ranks * (sum(row["theirs"].values()) + besides / published.GB)
         # One row is further off, and agrees with what is predicted here.
         allowed = 0.11 if row["what"] == "70B bias-norm NF4, inference" else 0.1

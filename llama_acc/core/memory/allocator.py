@@ -1,25 +1,20 @@
-"""What PyTorch takes of a GPU from the driver for a sequence of allocations: its caching allocator, replayed.
+"""What PyTorch reserves on a GPU for a sequence of allocations: its caching allocator, replayed.
 
-What is freed stays in segments and is cut up for what comes next. What is reserved and not in use did not fit. The
-rules are those of PyTorch's CUDACachingAllocator.cpp with its default settings, for one stream and memory without end.
+What is freed stays in segments and is cut up for what comes next; what is reserved and not in use did not fit. The
+rules are those of CUDACachingAllocator.cpp with its default settings, for one stream and unlimited memory.
 """
 
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+
+from llama_acc.core.memory.tracker import Allocation
 
 MIB = 2**20
 ROUNDING = 512
 """An allocation takes a multiple of so many bytes."""
-_SMALL = MIB
-"""Up to here an allocation is cut from a segment of the small ones."""
-_SMALL_SEGMENT = 2 * MIB
-_MIDDLE = 10 * MIB
-"""Below this, and above what is small, a new segment is of one size."""
-_MIDDLE_SEGMENT = 20 * MIB
-_SEGMENT_ROUNDING = 2 * MIB
+_SMALL = MIB  # up to here it is cut from a segment for small ones
 
 
 @dataclass(eq=False, slots=True)
@@ -44,9 +39,10 @@ class CachingAllocator:
 
     def __init__(self) -> None:
         self.reserved = self.allocated = 0
-        self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # sizes and addresses, smallest first
-        self._blocks: dict[int, Block] = {}  # what is free, by address
-        self._end = 0
+        self._free: dict[bool, list[tuple[int, int, Block]]] = {
+            True: [],
+            False: [],
+        }  # small or not, by size and address
 
     def allocate(self, nbytes: int) -> Block:
         """The smallest free block that holds `nbytes`, cut to size, or a part of a new segment."""
@@ -54,7 +50,8 @@ class CachingAllocator:
         small = size <= _SMALL
         free = self._free[small]
         at = bisect_left(free, (size, 0))
-        block = self._taken(free[at]) if at < len(free) else self._segment(size, small)
+        block = free.pop(at)[2] if at < len(free) else self._segment(size, small)
+        block.free = False
         rest = block.size - size
         if rest >= ROUNDING if small else rest > _SMALL:
             after = Block(block.address + size, rest, small, block, block.after)
@@ -69,28 +66,24 @@ class CachingAllocator:
         """Takes a block back and joins it to what is free beside it."""
         self.allocated -= block.size
         if block.before and block.before.free:
-            block = self._joined(self._taken((block.before.size, block.before.address)), block)
+            block = self._joined(self._taken(block.before), block)
         if block.after and block.after.free:
-            block = self._joined(block, self._taken((block.after.size, block.after.address)))
+            block = self._joined(block, self._taken(block.after))
         self._keep(block)
 
     def _segment(self, size: int, small: bool) -> Block:
-        rounded = -(-size // _SEGMENT_ROUNDING) * _SEGMENT_ROUNDING
-        segment = Block(self._end, _SMALL_SEGMENT if small else rounded if size >= _MIDDLE else _MIDDLE_SEGMENT, small)
-        self._end += segment.size
+        large = -(-size // (2 * MIB)) * 2 * MIB if size >= 10 * MIB else 20 * MIB
+        segment = Block(self.reserved, 2 * MIB if small else large, small)
         self.reserved += segment.size
         return segment
 
     def _keep(self, block: Block) -> None:
         block.free = True
-        self._blocks[block.address] = block
-        insort(self._free[block.small], (block.size, block.address))
+        insort(self._free[block.small], (block.size, block.address, block))
 
-    def _taken(self, key: tuple[int, int]) -> Block:
-        block = self._blocks.pop(key[1])
+    def _taken(self, block: Block) -> Block:
         free = self._free[block.small]
-        del free[bisect_left(free, key)]
-        block.free = False
+        del free[bisect_left(free, (block.size, block.address))]
         return block
 
     def _joined(self, first: Block, second: Block) -> Block:
@@ -101,15 +94,7 @@ class CachingAllocator:
         return first
 
 
-class Lived(Protocol):
-    """An allocation's size, and when it was made and freed; a time counts the allocations before it."""
-
-    nbytes: int
-    time: int
-    died: int
-
-
-def reserved(allocations: Sequence[Lived], since: int = 0, step: int | None = None) -> int:
+def reserved(allocations: Sequence[Allocation], since: int = 0, step: int | None = None) -> int:
     """Bytes that are reserved in the end for allocations, of which number n is made at time n.
 
     Args:
@@ -128,13 +113,15 @@ def reserved(allocations: Sequence[Lived], since: int = 0, step: int | None = No
     return allocator.reserved
 
 
-def _replay(allocator: CachingAllocator, blocks: dict[int, Block], allocations: Sequence[Lived], since: int) -> None:
-    made = [lived for lived in allocations[since:] if lived.nbytes]
-    deaths = deque(sorted((lived.died, lived.time) for lived in made))
-    for lived in made:
-        while deaths and deaths[0][0] <= lived.time:
+def _replay(
+    allocator: CachingAllocator, blocks: dict[int, Block], allocations: Sequence[Allocation], since: int
+) -> None:
+    made = [allocation for allocation in allocations[since:] if allocation.nbytes]
+    deaths = deque(sorted((allocation.died, allocation.time) for allocation in made))
+    for allocation in made:
+        while deaths and deaths[0][0] <= allocation.time:
             allocator.free(blocks.pop(deaths.popleft()[1]))
-        blocks[lived.time] = allocator.allocate(lived.nbytes)
+        blocks[allocation.time] = allocator.allocate(allocation.nbytes)
     for died, time in deaths:
         if died <= len(allocations):
             allocator.free(blocks.pop(time))

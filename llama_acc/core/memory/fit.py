@@ -7,14 +7,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
-from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
-from llama_acc.core.memory.gpus import overhead
-from llama_acc.core.memory.predict import Usage, predict
-from llama_acc.core.memory.request import Request, setup_of
+from llama_acc.core.memory.predict import Request, Usage, context_bytes, predict, rank_share, setup_of
 from llama_acc.core.memory.simulate import Setup
 from llama_acc.core.model.transformer import parameter_count
-from llama_acc.core.train.plan import StepSettings, model_on_meta
 
 # From what reaches most to what needs least: see docs/peft.md.
 _METHODS = ("full", "lora_bias_norm", "lora", "adapter", "bias_norm")
@@ -24,52 +20,32 @@ LARGEST_BATCH = 256
 """Larger ones are not tried."""
 _PROCESSES = 2
 _LARGE = 10**10  # parameters: of a smaller model, a process starts for longer than it works
-
-_LEAST = 0.001
-"""A change that saves no more than this share of the run helps nobody."""
+_LEAST = 0.001  # a change that saves no more than this share of the run helps nobody
 _NF4 = ("tuning.quantize=nf4", "checkpoint.trainable_only=true")
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A method in some memory.
-
-    Attributes:
-        method: its name.
-        quantize: "none" or "nf4".
-        least: bytes that one example of `length` tokens takes; where `is_bound`, it takes more.
-        batch_size: most examples of that length at a time, up to `LARGEST_BATCH`; 0 = none fits.
-        longest: most tokens of a single example, not above the model's context; 0 = not even one of `length`.
-        length: see there.
-        is_bound: whether what lasts from step to step does not fit, and no step was simulated.
-    """
+    """A method in some memory."""
 
     method: str
-    quantize: str
-    least: int
-    batch_size: int
-    longest: int
+    quantize: str  # "none" or "nf4"
+    least: int  # bytes that one example of `length` tokens takes; where `is_bound`, it takes more
+    batch_size: int  # most examples of that length at a time, up to `LARGEST_BATCH`; 0 = none fits
+    longest: int  # most tokens of a single example, not above the model's context
     length: int
-    is_bound: bool = False
+    is_bound: bool = False  # what lasts from step to step does not fit, and no step was simulated
 
 
 def fitting(request: Request, memory: int) -> Iterator[Fit]:
-    """Every method in `memory` bytes of each GPU, as soon as it is known. A method asked for stands alone.
-
-    Args:
-        request: the model and the length; of a batch size, nothing.
-        memory: bytes of one GPU.
-    """
+    """Every method in `memory` bytes of each GPU, as soon as it is known; its batch size is not the request's. A method
+    asked for stands alone."""
     ways = [way for way in WAYS if request.tuning in (None, way[0]) and request.quantize in (None, way[1])]
     if not ways:
         raise UserError(f"method {request.tuning} has no base in {request.quantize}", "see docs/peft.md")
-    overrides = request.overrides
     if (request.gpus or 1) > (request.model_parallel_size or 1):
-        overrides = ("parallel.data_parallel=fsdp", *overrides)
-    setups = [
-        setup_of(replace(request, tuning=method, quantize=quantize, batch_size=1, overrides=overrides))
-        for method, quantize in ways
-    ]
+        request = replace(request, overrides=("parallel.data_parallel=fsdp", *request.overrides))
+    setups = [setup_of(replace(request, tuning=method, quantize=quantize, batch_size=1)) for method, quantize in ways]
     fit = partial(_fit, memory=memory)
     if len(setups) == 1 or parameter_count(setups[0].config) < _LARGE:
         yield from map(fit, setups)
@@ -80,14 +56,12 @@ def fitting(request: Request, memory: int) -> Iterator[Fit]:
 
 def _fit(setup: Setup, memory: int) -> Fit:
     length, tuning = max(setup.lengths), setup.recipe.tuning
-    lasting = _lasting(setup)
+    share = rank_share(setup.recipe, setup.config, setup.world_size)  # found in a moment
+    lasting = share.weights + share.moments + (context_bytes(setup.world_size) if setup.device_type == "cuda" else 0)
     if lasting > memory:
         return Fit(tuning.method, tuning.quantize, lasting, 0, 0, length, is_bound=True)
-    taken = partial(_taken, setup)
-    least = taken(1)
-    if least.total > memory:
-        return Fit(tuning.method, tuning.quantize, least.total, 0, 0, length)
-    count = _largest(least, taken, memory, LARGEST_BATCH)
+    least = _taken(setup, 1)
+    count = 0 if least.total > memory else _largest(least, partial(_taken, setup), memory, LARGEST_BATCH)
     # As many tokens in one example take no more than in several: attention keeps nothing for pairs of tokens.
     longest = min(count * length, setup.config.max_seq_len)
     return Fit(tuning.method, tuning.quantize, least.total, count, longest, length)
@@ -95,16 +69,6 @@ def _fit(setup: Setup, memory: int) -> Fit:
 
 def _taken(setup: Setup, count: int) -> Usage:
     return predict(replace(setup, lengths=setup.lengths[:1] * count)).training
-
-
-def _lasting(setup: Setup) -> int:
-    """Bytes that one process has from step to step: weights, moments, and the context. It takes a moment to find."""
-    if setup.world_size > 1 or setup.config.vision is not None:
-        return 0
-    model = model_on_meta(setup.config, StepSettings.of(setup.recipe), Parallel())
-    moments = sum(2 * parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return weights + moments + (overhead().context if setup.device_type == "cuda" else 0)
 
 
 def _largest(least: Usage, taken: Callable[[int], Usage], memory: int, limit: int) -> int:
@@ -136,19 +100,12 @@ def _largest(least: Usage, taken: Callable[[int], Usage], memory: int, limit: in
 
 @dataclass(frozen=True)
 class Change:
-    """A change of a run.
+    """A change of a run."""
 
-    Attributes:
-        keys: what to add to the command.
-        keeps_the_run: it stays the same run, in less memory.
-        fits: it is enough alone.
-        saves: bytes allocated less than without it.
-    """
-
-    keys: str
-    keeps_the_run: bool
-    fits: bool
-    saves: int
+    keys: str  # what to add to the command
+    keeps_the_run: bool  # it stays the same run, in less memory
+    fits: bool  # it is enough alone
+    saves: int  # bytes allocated less than without it
 
 
 def best_changes(setup: Setup, free: int, with_slack: bool = False, most: int = 3) -> list[Change]:
@@ -167,12 +124,12 @@ def best_changes(setup: Setup, free: int, with_slack: bool = False, most: int = 
         return usage.total if with_slack else usage.allocated
 
     now = predict(setup).training
-    found = []
+    found: list[Change] = []
     for keys, keeps, changed in _possible(setup):
         after = predict(changed).training
         saves = now.allocated - after.allocated
         if saves > _LEAST * now.allocated and taken(after) < taken(now):
-            found.append(Change(" ".join(keys), keeps, taken(after) <= free, saves))
+            found.append(Change(keys, keeps, taken(after) <= free, saves))
         # Those to be preferred come first, and a prediction of a large model takes seconds.
         if sum(change.fits for change in found) == most:
             break
@@ -180,7 +137,8 @@ def best_changes(setup: Setup, free: int, with_slack: bool = False, most: int = 
     return found[:most]
 
 
-def _possible(setup: Setup) -> Iterator[tuple[tuple[str, ...], bool, Setup]]:
+def _possible(setup: Setup) -> Iterator[tuple[str, bool, Setup]]:
+    """Changes, whether the run stays the same, and with them."""
     recipe, longest, count = setup.recipe, max(setup.lengths), len(setup.lengths)
     train, tuning = recipe.train, recipe.tuning
     if not train.activation_checkpointing:
@@ -190,7 +148,7 @@ def _possible(setup: Setup) -> Iterator[tuple[tuple[str, ...], bool, Setup]]:
     for fewer in sorted({count // 2, 1} - {0, count}, reverse=True):
         lengths = tuple(sorted(setup.lengths, reverse=True)[:fewer])
         # Smaller micro-batches are more of them.
-        yield (f"train.batch_size={fewer}",), True, _shorter(setup, lengths, max(setup.micro_batches, 2))
+        yield f"train.batch_size={fewer}", True, _shorter(setup, lengths, max(setup.micro_batches, 2))
     if train.precision == "fp32":
         yield _changed(setup, False, "train.precision=bf16")
     if tuning.method == "full":
@@ -200,13 +158,13 @@ def _possible(setup: Setup) -> Iterator[tuple[tuple[str, ...], bool, Setup]]:
         yield _changed(setup, False, *_NF4)
     if longest > 256:
         shorter = tuple(min(length, longest // 2) for length in setup.lengths)
-        yield (f"data.max_tokens={longest // 2}",), False, _shorter(setup, shorter, setup.micro_batches)
+        yield f"data.max_tokens={longest // 2}", False, _shorter(setup, shorter, setup.micro_batches)
 
 
-def _changed(setup: Setup, keeps: bool, *overrides: str) -> tuple[tuple[str, ...], bool, Setup]:
+def _changed(setup: Setup, keeps: bool, *overrides: str) -> tuple[str, bool, Setup]:
     recipe = type(setup.recipe).from_mapping(setup.recipe.model_dump(), overrides)
     tuning = recipe.tuning.resolved().with_num_layers(setup.config.n_layers)
-    return overrides, keeps, replace(setup, recipe=recipe, config=replace(setup.config, tuning=tuning))
+    return " ".join(overrides), keeps, replace(setup, recipe=recipe, config=replace(setup.config, tuning=tuning))
 
 
 def _shorter(setup: Setup, lengths: tuple[int, ...], micro_batches: int) -> Setup:

@@ -1,11 +1,11 @@
 """Whether a run fits, asked before it loads anything; and what to say when memory runs out all the same."""
 
+import contextlib
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +16,7 @@ from llama_acc.core.distributed.environment import VARIABLES
 from llama_acc.core.distributed.groups import Parallel, local_part, local_world_size
 from llama_acc.core.errors import RunError, UserError, listed
 from llama_acc.core.memory.fit import Change, best_changes
-from llama_acc.core.memory.predict import Prediction, Usage, predict
+from llama_acc.core.memory.predict import predict
 from llama_acc.core.memory.simulate import Setup
 from llama_acc.core.model.transformer import parameter_count
 from llama_acc.core.text import size_text
@@ -30,8 +30,7 @@ _FAR_BELOW = 8
 
 def setup_of_run(plan: Plan, world_size: int, device_type: str, items: Sequence[int] | None = None) -> Setup:
     """What is predicted of a run: its largest micro-batch, or that of these items."""
-    size = plan.recipe.parallel.model_parallel_size
-    data_size = world_size // size
+    data_size = world_size // plan.recipe.parallel.model_parallel_size
     if items is None:
         items = largest_micro_batch(plan, data_size)
     lengths = tuple(int(length) for length in plan.train.lengths[list(items)])
@@ -60,7 +59,7 @@ def check_fits(plan: Plan, parallel: Parallel, device: torch.device) -> None:
     raise UserError(
         f"the run does not fit: it takes {size_text(usage.allocated)} on {device.type}, {size_text(free)} are free "
         f"(its largest micro-batch has {_batch(setup.lengths)}, at its fullest in {usage.moment})\n"
-        f"{listed(_lines(usage))}",
+        f"{_lines(usage.parts)}",
         f"{_advice(changes)}; --force tries it all the same",
     )
 
@@ -79,70 +78,47 @@ def _batch(lengths: Sequence[int]) -> str:
     return f"documents of {shown}{more} tokens"
 
 
-def _lines(usage: Usage) -> list[str]:
-    return [f"{part}: {size_text(size)}" for part, size in usage.parts.items() if size and part != "CUDA context"]
+def _lines(parts: Mapping[str, int]) -> str:
+    shown = {part: size for part, size in parts.items() if size and part != "CUDA context"}
+    return listed([f"{part}: {size_text(size)}" for part, size in shown.items()])
 
 
 def _advice(changes: Sequence[Change]) -> str:
     if not changes:
         return "use a smaller model, or more memory"
-    told = [
-        f"{change.keys} (saves {size_text(change.saves)}" + (")" if change.fits else ", not enough alone)")
+    shown = [
+        f"{change.keys} (saves {size_text(change.saves)}{'' if change.fits else ', not enough alone'})"
         for change in changes
     ]
-    return "what would help most: " + "; ".join(told)
+    return "what would help most: " + "; ".join(shown)
 
 
-@dataclass(frozen=True)
-class OutOfMemoryReport:
-    """Memory that ran out while a trainer computed.
-
-    Attributes:
-        trainer: whose micro-batch it was.
-        cause: the device's own words.
-    """
-
-    trainer: Trainer
-    cause: str
-
-    def error(self) -> RunError:
-        """What to tell the user: the batch, what was predicted for it and what there is, and what to change."""
-        trainer = self.trainer
-        kind = "GPU memory" if trainer.device.type == "cuda" else "memory"
-        where = f"at step {trainer.step + 1}" if trainer.has_started else "while the largest micro-batch was tried"
-        setup = setup_of_run(trainer.plan, trainer.parallel.world_size, trainer.device.type, trainer.current_items)
-        predicted, changes = self._predicted(setup)
-        lines = [f"{part}: {size_text(size)}" for part, size in self._actual().items()]
-        message = f"out of {kind} {where}: {self.cause}\n"
-        message += f"The micro-batch has {_batch(setup.lengths)}. In use:\n{listed(lines)}"
-        if predicted is not None:
-            usage = predicted.training
-            message += f"\nPredicted at most {size_text(usage.total)}, in {usage.moment}:\n{listed(_lines(usage))}"
-        return RunError(f"{message}\nEvery checkpoint that was saved is whole", _advice(changes))
-
-    def _predicted(self, setup: Setup) -> tuple[Prediction | None, list[Change]]:
-        try:
-            # What is allocated was found to fit, so slack may be what did not.
-            return run_in_subprocess(predict, setup), run_in_subprocess(best_changes, setup, int(self._limit()), True)
-        except MemoryError:
-            return None, []
-
-    def _limit(self) -> float:
-        device = self.trainer.device
-        if device.type == "cuda":
-            return torch.cuda.get_device_properties(device).total_memory
-        return free_memory(device) + peak_memory_gib(device) * 2**30
-
-    def _actual(self) -> dict[str, int]:
-        trainer = self.trainer
-        parameters = list(trainer.model.parameters())
-        stored = {
-            "weights": sum(local_part(parameter).tensor.nbytes for parameter in parameters),
-            "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
-            "optimizer": sum(value.nbytes for _, _, value in trainer.optimizer.state_tensors()),
-        }
-        stored["everything else"] = max(int(peak_memory_gib(trainer.device) * 2**30) - sum(stored.values()), 0)
-        return {part: size for part, size in stored.items() if size}
+def out_of_memory_error(trainer: Trainer, cause: str) -> RunError:
+    """What to tell the user of memory that ran out while a trainer computed: the batch, what was predicted for it and
+    what there is, and what to change. `cause` is the device's own words."""
+    device = trainer.device
+    where = f"at step {trainer.step + 1}" if trainer.has_started else "while the largest micro-batch was tried"
+    setup = setup_of_run(trainer.plan, trainer.parallel.world_size, device.type, trainer.current_items)
+    kind, peak = "memory", int(peak_memory_gib(device) * 2**30)
+    limit = free_memory(device) + peak
+    if device.type == "cuda":
+        kind, limit = "GPU memory", torch.cuda.get_device_properties(device).total_memory
+    parameters = list(trainer.model.parameters())
+    used = {
+        "weights": sum(local_part(parameter).tensor.nbytes for parameter in parameters),
+        "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
+        "optimizer": sum(value.nbytes for _, _, value in trainer.optimizer.state_tensors()),
+    }
+    used["everything else"] = max(peak - sum(used.values()), 0)
+    message = f"out of {kind} {where}: {cause}\nThe micro-batch has {_batch(setup.lengths)}. In use:\n{_lines(used)}"
+    changes: list[Change] = []
+    with contextlib.suppress(MemoryError):  # there may be none left to predict with
+        usage = run_in_subprocess(predict, setup).training
+        # What is allocated was found to fit, so slack may be what did not.
+        changes = run_in_subprocess(best_changes, setup, limit, True)
+        predicted = f"Predicted at most {size_text(usage.total)}, in {usage.moment}:"
+        message += f"\n{predicted}\n{_lines(usage.parts)}"
+    return RunError(f"{message}\nEvery checkpoint that was saved is whole", _advice(changes))
 
 
 def run_in_subprocess(function: Callable[..., _Result], *arguments: Any) -> _Result:

@@ -1,12 +1,26 @@
-"""How much memory a rank takes, in parts: the simulation's figures, and what a GPU takes besides."""
+"""How much memory a rank takes, in parts: the run that is meant, what is simulated of it, what a GPU takes besides."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from llama_acc.core.memory.allocator import reserved
-from llama_acc.core.memory.gpus import overhead
+import yaml
+
+from llama_acc.core.distributed.groups import check_world, local_part, simulated
+from llama_acc.core.errors import UserError, did_you_mean
+from llama_acc.core.memory.allocator import MIB, reserved
 from llama_acc.core.memory.simulate import Setup, simulate_generation, simulate_training
-from llama_acc.core.memory.trace import Trace
+from llama_acc.core.memory.tracker import Trace
+from llama_acc.core.model.config import NAMED_SIZES, ModelConfig, check_divides
+from llama_acc.core.model.vision import tower_shapes
+from llama_acc.core.recipe import RECIPES_FOLDER, Recipe, find_recipe
+from llama_acc.core.tokenizer import find_tokenizer, load_tokenizer
+from llama_acc.core.train.base import find_shape
+from llama_acc.core.train.data_parallel import DataParallel
+from llama_acc.core.train.optimizer import MOMENTS
+from llama_acc.core.train.plan import StepSettings, model_on_meta
 
 PARTS = (
     "weights",
@@ -25,19 +39,103 @@ PARTS = (
     "CUDA context",
 )
 """The parts of a prediction, in the order they are shown."""
+_PLAIN = "alpaca"  # the recipe that stands for what is not said: bf16, activation checkpointing, sdp
+_LLAMA_VOCABULARY = 32000
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks about; None = what the recipe says."""
+
+    recipe: str | None = None  # a shipped name or a file; None = a plain one, with one micro-batch to a step
+    model: str | None = None  # a size known by name, or a checkpoint's folder
+    tuning: str | None = None
+    quantize: str | None = None
+    batch_size: int | None = None
+    max_tokens: int | None = None
+    gpus: int | None = None  # number of processes
+    model_parallel_size: int | None = None
+    overrides: tuple[str, ...] = ()  # `key=value` of the recipe
+    device_type: str = "cuda"  # or "cpu"
+
+
+def setup_of(request: Request) -> Setup:
+    """The run a request means, on examples that are all as long as they may be.
+
+    Raises:
+        UserError: there is no such recipe or model, or the values do not go together.
+    """
+    recipe, config = _recipe_and_config(request)
+    size, gpus = recipe.parallel.model_parallel_size, request.gpus or recipe.parallel.model_parallel_size
+    check_divides(config, size)
+    check_world(size, gpus)
+    longest, train = recipe.data.max_tokens, recipe.train
+    if longest > config.max_seq_len:
+        raise UserError(
+            f"{longest} tokens are more than the model's max_seq_len ({config.max_seq_len})",
+            f"lower --max-tokens, or say model.max_seq_len={longest}",
+        )
+    count = train.batch_size
+    if train.micro_batch_tokens is not None:
+        count = max(1, min(count, train.micro_batch_tokens // longest))
+    micro_batches = 1 if request.recipe is None else -(-train.global_batch_size // (count * (gpus // size)))
+    return Setup(recipe, config, (longest,) * count, None, micro_batches, gpus, 0, request.device_type)
+
+
+def _recipe_and_config(request: Request) -> tuple[Recipe, ModelConfig]:
+    values = {
+        "tuning.method": request.tuning,
+        "tuning.quantize": request.quantize,
+        "checkpoint.trainable_only": True if request.quantize == "nf4" else None,
+        "train.batch_size": request.batch_size,
+        "data.max_tokens": request.max_tokens,
+        "parallel.model_parallel_size": request.model_parallel_size,
+    }
+    changes = [f"{key}={value}" for key, value in values.items() if value is not None]
+    name = request.recipe or _PLAIN
+    recipe, folder = Recipe.load(name, [*changes, *request.overrides]), find_recipe(name).parent.absolute()
+    known = f"known sizes: {', '.join(NAMED_SIZES)}; or "
+    if request.model is not None:
+        recipe.model.params = recipe.model.pretrained = recipe.model.tokenizer = None
+        if request.model in NAMED_SIZES:
+            recipe.model.size = request.model
+        elif Path(request.model).expanduser().is_dir():
+            recipe.model.pretrained = request.model
+        else:
+            hint = did_you_mean(request.model, NAMED_SIZES) or f"{known}a checkpoint's folder"
+            raise UserError(f"there is no model '{request.model}'", hint)
+    elif request.recipe is None:
+        raise UserError("which model? --model and --recipe are missing", f"{known}--recipe NAME")
+    layouts, config = find_shape(
+        recipe, None if folder == RECIPES_FOLDER.absolute() else folder, weights_may_be_absent=True
+    )
+    if config.vocab_size < 0:
+        found = [path for layout in layouts if (path := find_tokenizer(layout.folder)) is not None]
+        config = replace(config, vocab_size=load_tokenizer(found[-1]).vocab_size if found else _LLAMA_VOCABULARY)
+    return recipe, config
+
+
+@cache
+def gpu_table() -> Any:
+    """`gpus.yaml`: kinds of GPU, what they take besides the program's tensors, and published GPU-hours."""
+    return yaml.safe_load(Path(__file__).with_name("gpus.yaml").read_text(encoding="utf-8"))
+
+
+def context_bytes(world_size: int) -> int:
+    """Bytes that a process takes of a GPU outside of PyTorch's allocator."""
+    return _overhead("context") + (_overhead("nccl") if world_size > 1 else 0)
+
+
+def _overhead(name: str) -> int:
+    return round(gpu_table()["overhead"][name]["mib"] * MIB)
 
 
 @dataclass(frozen=True)
 class Usage:
-    """The fullest moment of some work on one rank.
+    """The fullest moment of some work on one rank."""
 
-    Attributes:
-        parts: bytes by what they are for, all of `PARTS`.
-        moment: what is being done then, in words.
-    """
-
-    parts: dict[str, int]
-    moment: str
+    parts: dict[str, int]  # bytes by what they are for, all of `PARTS`
+    moment: str  # what is being done then, in words
 
     @property
     def allocated(self) -> int:
@@ -56,26 +154,15 @@ class Usage:
 
     def to_json(self) -> dict[str, Any]:
         """Bytes, and the moment."""
-        return {
-            "total": self.total,
-            "reserved": self.reserved,
-            "allocated": self.allocated,
-            "moment": self.moment,
-            "parts": self.parts,
-        }
+        sizes = {"total": self.total, "reserved": self.reserved, "allocated": self.allocated}
+        return {**sizes, "moment": self.moment, "parts": self.parts}
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a step of a run takes.
+    """The fullest moment of an optimizer step, and the floating-point operations of one micro-batch, forward,
+    recomputed and backward, on one rank."""
 
-    Attributes:
-        setup: the run.
-        training: the fullest moment of an optimizer step.
-        flops: floating-point operations of one micro-batch, forward, recomputed and backward, on one rank.
-    """
-
-    setup: Setup
     training: Usage
     flops: int
 
@@ -83,7 +170,7 @@ class Prediction:
 def predict(setup: Setup) -> Prediction:
     """Predicts an optimizer step."""
     trace = simulate_training(setup)
-    return Prediction(setup, _usage(setup, trace), _flops(setup, trace))
+    return Prediction(_usage(setup, trace), sum(trace.flops.values()) // min(setup.micro_batches, 2))
 
 
 def predict_generation(setup: Setup, length: int) -> Usage:
@@ -91,8 +178,42 @@ def predict_generation(setup: Setup, length: int) -> Usage:
     return _usage(setup, simulate_generation(setup, length))
 
 
-def _flops(setup: Setup, trace: Trace) -> int:
-    return sum(trace.flops.values()) // min(setup.micro_batches, 2)
+@dataclass(frozen=True)
+class RankShare:
+    """What lasts from step to step on one rank: the numbers it stores of the model, and bytes of these, of gradients
+    that stay from one micro-batch to the next, and of the optimizer's moments."""
+
+    parameters: int
+    weights: int
+    gradients: int
+    moments: int
+
+
+def rank_share(recipe: Recipe, config: ModelConfig, world_size: int) -> RankShare:
+    """Builds rank 0 of `world_size` on the meta device. It has most: it is the first to get an odd row.
+
+    Raises:
+        UserError: the processes cannot be shared out in model-parallel groups.
+    """
+    settings = StepSettings.of(recipe)
+    with simulated(0, world_size, recipe.parallel.model_parallel_size) as parallel:
+        model = model_on_meta(config, settings, parallel)
+        DataParallel(model, parallel, settings.data_parallel, settings.accumulate_unsharded, "cpu")
+        stored = [local_part(parameter).tensor for parameter in model.parameters()]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained_bytes = sum(local_part(parameter).tensor.nbytes for parameter in trained)
+        # The vision tower is on the first rank of each model-parallel group, whole.
+        tower = 0 if config.vision is None else sum(map(math.prod, tower_shapes(config.vision).values()))
+        # Gradients that are summed over the ranks only once a step are whole, not sharded.
+        whole = settings.data_parallel == "sdp" or (settings.data_parallel == "fsdp" and settings.accumulate_unsharded)
+        whole = whole and parallel.data_size > 1
+        return RankShare(
+            # A byte of a quantized matrix holds two.
+            parameters=sum(tensor.numel() * (1 if tensor.is_floating_point() else 2) for tensor in stored) + tower,
+            weights=sum(tensor.nbytes for tensor in (*stored, *model.buffers())) + tower * settings.dtype.itemsize,
+            gradients=sum(p.numel() * p.element_size() for p in trained) if whole else trained_bytes,
+            moments=len(MOMENTS) * trained_bytes,
+        )
 
 
 def _usage(setup: Setup, trace: Trace) -> Usage:
@@ -100,8 +221,7 @@ def _usage(setup: Setup, trace: Trace) -> Usage:
     parts = {part: peak.parts.get(part, 0) for part in PARTS}
     assert sum(parts.values()) == peak.total
     if setup.device_type == "cuda":
-        besides = overhead()
-        parts["working memory"] += besides.cublas
+        parts["working memory"] += _overhead("cublas_workspace")
         parts["allocator slack"] = reserved(trace.allocations, step=trace.since) - peak.total
-        parts["CUDA context"] = besides.context + (besides.nccl if setup.world_size > 1 else 0)
-    return Usage(parts, str(peak.moment))
+        parts["CUDA context"] = context_bytes(setup.world_size)
+    return Usage(parts, str(peak.phase))

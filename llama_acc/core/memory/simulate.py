@@ -1,15 +1,16 @@
 """A training step and a generation as the program does them, on tensors without values: nothing is computed.
 
-Model, optimizer, step and cache are those of `train` and `inference`, run under torch's FakeTensorMode while the
-tracker watches; the other ranks are torch's fake process group. A CPU stands for a GPU, too: the program is told so
-(see `device.simulating`), and attention is the GPU's.
+Model, optimizer, step and cache are the program's own, run under torch's FakeTensorMode while the tracker watches; the
+other ranks are torch's fake process group. A CPU stands for a GPU, too: the program is told so (see
+`device.simulating`), and attention is the GPU's.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -21,8 +22,7 @@ from llama_acc.core.device import simulating
 from llama_acc.core.distributed.groups import Parallel, simulated
 from llama_acc.core.generate.load import model_on_meta
 from llama_acc.core.memory.allocator import ROUNDING
-from llama_acc.core.memory.trace import Phase, Trace, deepened
-from llama_acc.core.memory.tracker import MemoryTracker
+from llama_acc.core.memory.tracker import MemoryTracker, Phase, Trace, deepened
 from llama_acc.core.memory.workspaces import garbage_kept
 from llama_acc.core.model import nf4
 from llama_acc.core.model.attention import KVCache
@@ -33,37 +33,25 @@ from llama_acc.core.model.vision import tower_shapes
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.plan import StepSettings
 from llama_acc.core.train.step import train_step
-from llama_acc.core.train.trainer import Assembled, assemble
+from llama_acc.core.train.trainer import assemble
 
 CPU = torch.device("cpu")
 _aten = torch.ops.aten
-_HALF = (torch.bfloat16, torch.float16)
 _SHALLOW = 5  # equal blocks of the model that stands in for a deep one
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is to be predicted: one rank of a run.
+    """What is to be predicted: one rank of a run."""
 
-    Attributes:
-        recipe: how it trains. Compilation is left out of account: compiled blocks take no more.
-        config: the model's shape, with what the tuning method adds.
-        lengths: tokens of each document of the largest micro-batch.
-        labels: how many of its tokens are trained; None = all.
-        micro_batches: of a rank in an optimizer step; from 2 on the step is the same.
-        world_size: number of processes.
-        rank: which of them. Rank 0 has most: it is the first to get an odd row.
-        device_type: "cuda" or "cpu".
-    """
-
-    recipe: Recipe
-    config: ModelConfig
-    lengths: tuple[int, ...]
-    labels: int | None = None
-    micro_batches: int = 1
+    recipe: Recipe  # compilation is left out of account: compiled blocks take no more
+    config: ModelConfig  # with what the tuning method adds
+    lengths: tuple[int, ...]  # tokens of each document of the largest micro-batch
+    labels: int | None = None  # how many of its tokens are trained; None = all
+    micro_batches: int = 1  # of a rank in an optimizer step; from 2 on the step is the same
     world_size: int = 1
-    rank: int = 0
-    device_type: str = "cuda"
+    rank: int = 0  # 0 has most: it is the first to get an odd row
+    device_type: str = "cuda"  # or "cpu"
 
     @property
     def tokens(self) -> int:
@@ -130,7 +118,6 @@ def empty_batch(lengths: Sequence[int], labels: int | None = None) -> MicroBatch
 
 
 def _train(setup: Setup) -> Trace:
-    """One optimizer step of a run that has done some already."""
     tracker = _tracker(setup)
     with _rank(setup) as parallel, ExitStack() as stack:
 
@@ -141,16 +128,24 @@ def _train(setup: Setup) -> Trace:
         # On a GPU's place, FSDP's streams would be CUDA's.
         parts = assemble(setup.config, StepSettings.of(setup.recipe), parallel, "cpu", materialize)
         parts.optimizer.make_state()
-        _label_lasting(tracker, parts)
+        _label_weights(tracker, parts.model)
+        for _, name, value in parts.optimizer.state_tensors():
+            tracker.label([value], "optimizer", _block(name))
         _follow_blocks(tracker, parts.model)
         stack.enter_context(vision_tower(parts.model, tracker))
         batch = add_fake_images(empty_batch(setup.lengths, setup.labels), parts.model)
-        _simulate_step(tracker, parts, [batch] * min(setup.micro_batches, 2))
+        batches = [batch] * min(setup.micro_batches, 2)
+        stack.enter_context(_follow_backward(tracker))
+        tracker.at(Phase("forward"))
+        tracker.reset_peak()
+        tokens = sum(len(batch.tokens) for batch in batches)
+        update = partial(tracker.at, Phase("update"))
+        train_step(parts.model, parts.optimizer, parts.data_parallel, batches, tokens, 0.0, CPU, before_update=update)
+        tracker.ended("update")
     return tracker.trace()
 
 
 def _generate(setup: Setup, length: int) -> Trace:
-    """A conversation of `length` tokens: half of them as a prompt, the others one by one."""
     tracker = _tracker(setup)
     with _rank(setup) as parallel, torch.inference_mode(), ExitStack() as stack:
         model = generating_model(setup, parallel)
@@ -163,7 +158,7 @@ def _generate(setup: Setup, length: int) -> Trace:
             _follow_blocks(tracker, model)
             cache = KVCache(setup.config.n_layers)
             for span in _feeds(length):
-                tracker.moment = Phase("prompt" if len(span) > 1 else "generation")
+                tracker.at(Phase("prompt" if len(span) > 1 else "generation"))
                 feed(model, cache, span, CPU)
                 kept = [(layer.keys, layer.values) for layer in cache.layers]
                 tracker.label((tensor for pair in kept for tensor in pair if tensor is not None), "KV cache")
@@ -171,7 +166,7 @@ def _generate(setup: Setup, length: int) -> Trace:
 
 
 def feed(model: Transformer, cache: KVCache, span: range, device: torch.device) -> None:
-    """Computes what follows the tokens at some positions of a conversation, as `inference` does."""
+    """Computes what follows the tokens at some positions of a conversation, as generation does."""
     cache.length = span.start
     positions = torch.arange(span.start, span.stop, device=device)
     hidden = model(torch.zeros_like(positions), positions, [len(span)], caches=[cache])
@@ -179,7 +174,7 @@ def feed(model: Transformer, cache: KVCache, span: range, device: torch.device) 
 
 
 def generating_model(setup: Setup, parallel: Parallel) -> Transformer:
-    """The model of a run as `inference` makes it, on the meta device."""
+    """The model of a run as generation makes it, on the meta device."""
     tuning = setup.recipe.tuning
     skip = tuning.quantize_skip if tuning.quantize == "nf4" else None
     dtype = torch.bfloat16 if setup.recipe.train.precision == "bf16" else torch.float32
@@ -196,38 +191,28 @@ def _feeds(length: int) -> Iterator[range]:
 
 
 def _tracker(setup: Setup) -> MemoryTracker:
-    labels = setup.tokens if setup.labels is None else setup.labels
     tower_shapes(setup.config.vision)  # made now, not where its tensors would be followed
-    return MemoryTracker(labels)
+    return MemoryTracker(setup.tokens if setup.labels is None else setup.labels)
 
 
-@contextmanager
-def _rank(setup: Setup) -> Iterator[Parallel]:
-    alone = setup.world_size == 1
-    model_size = setup.recipe.parallel.model_parallel_size
-    with nullcontext(Parallel()) if alone else simulated(setup.rank, setup.world_size, model_size) as parallel:
-        yield parallel
+def _rank(setup: Setup) -> AbstractContextManager[Parallel]:
+    if setup.world_size == 1:
+        return nullcontext(Parallel())
+    return simulated(setup.rank, setup.world_size, setup.recipe.parallel.model_parallel_size)
 
 
 @contextmanager
 def watched(tracker: MemoryTracker, device_type: str) -> Iterator[None]:
     """Lets operations make tensors that have a shape and no values, watched, as on `device_type`."""
     nf4.prepare(CPU)  # it keeps its tables: they have to have values
-    functions: Any = torch.nn.functional
-    attention = functions.scaled_dot_product_attention
-    with simulating(device_type), FakeTensorMode(allow_non_fake_inputs=True), tracker:
-        if device_type != "cpu":
-            functions.scaled_dot_product_attention = gpu_attention
-        try:
-            yield
-        finally:
-            functions.scaled_dot_product_attention = attention
-
-
-def _label_lasting(tracker: MemoryTracker, parts: Assembled) -> None:
-    _label_weights(tracker, parts.model)
-    for _, name, value in parts.optimizer.state_tensors():
-        tracker.label([value], "optimizer", _block(name))
+    attention = nn.functional.scaled_dot_product_attention if device_type == "cpu" else gpu_attention
+    with (
+        patch.object(nn.functional, "scaled_dot_product_attention", attention),
+        simulating(device_type),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        tracker,
+    ):
+        yield
 
 
 def _label_weights(tracker: MemoryTracker, model: Transformer) -> None:
@@ -243,26 +228,8 @@ def _block(name: str) -> int:
     return int(rest.partition(".")[0]) if first == "layers" else -1
 
 
-def _simulate_step(tracker: MemoryTracker, parts: Assembled, batches: Sequence[MicroBatch]) -> None:
-    tracker.moment = Phase("forward")
-    tracker.reset_peak()
-    with _follow_backward(tracker):
-        train_step(
-            parts.model,
-            parts.optimizer,
-            parts.data_parallel,
-            batches,
-            sum(len(batch.tokens) for batch in batches),
-            0.0,
-            CPU,
-            before_update=lambda: tracker.at(Phase("update")),
-        )
-    tracker.ended("update")
-
-
-@contextmanager
-def _follow_backward(tracker: MemoryTracker) -> Iterator[None]:
-    backward: Callable[[Tensor], None] = Tensor.backward
+def _follow_backward(tracker: MemoryTracker) -> AbstractContextManager[Any]:
+    backward = Tensor.backward
 
     def followed(loss: Tensor) -> None:
         tracker.ended("forward")
@@ -271,20 +238,16 @@ def _follow_backward(tracker: MemoryTracker) -> Iterator[None]:
         tracker.ended("backward")
         tracker.at(Phase("forward"))
 
-    Tensor.backward = followed  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        Tensor.backward = backward  # type: ignore[assignment,method-assign]
+    return patch.object(Tensor, "backward", followed)
 
 
 def _follow_blocks(tracker: MemoryTracker, model: Transformer) -> None:
-    """Keeps the tracker's moment where the model is: in which block, forward, backward or computing again."""
+    """Keeps the tracker's phase where the model is: in which block, forward, backward or computing again."""
     run_block, last = model.run_block, len(model.layers) - 1
     numbers = {block: number for number, block in enumerate(model.layers)}
 
     def run(block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
-        number, around = numbers[block], tracker.moment
+        number, around = numbers[block], tracker.phase
         if x.requires_grad:
             x.register_hook(lambda _: tracker.at(Phase("backward", number - 1)))
         tracker.at(Phase(around.name, number))
@@ -296,7 +259,7 @@ def _follow_blocks(tracker: MemoryTracker, model: Transformer) -> None:
 
     def followed(forward: Callable[..., Tensor], number: int) -> Callable[..., Tensor]:
         def call(*args: Any, **kwargs: Any) -> Tensor:
-            before = tracker.moment
+            before = tracker.phase
             if before.name == "backward":
                 tracker.at(Phase("recompute", number))
             try:
@@ -315,12 +278,12 @@ def _follow_blocks(tracker: MemoryTracker, model: Transformer) -> None:
 def vision_tower(model: Transformer, tracker: MemoryTracker) -> Iterator[None]:
     """Has the frozen vision tower of a multimodal model in memory, on the ranks that compute with it."""
     vision = model.config.vision
-    if vision is None or vision.trains_encoder or model.parallel.model_rank:
-        yield
-        return
-    parameters = [torch.empty(shape, dtype=model.dtype) for shape in tower_shapes(vision).values()]
-    tracker.label(parameters, "vision tower")
+    tower = []
+    if vision is not None and not vision.trains_encoder and not model.parallel.model_rank:
+        tower = [torch.empty(shape, dtype=model.dtype) for shape in tower_shapes(vision).values()]
+        tracker.label(tower, "vision tower")
     yield
+    del tower
 
 
 def add_fake_images(batch: MicroBatch, model: Transformer) -> MicroBatch:
@@ -350,7 +313,7 @@ def gpu_attention(
     FlashAttention for half precision without a mask, the memory-efficient kernel where every head has its own keys,
     otherwise single operations.
     """
-    if q.dtype in _HALF and attn_mask is None:
+    if q.dtype in (torch.bfloat16, torch.float16) and attn_mask is None:
         return _aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
     if q.shape[1] == k.shape[1]:
         keeps = torch.is_grad_enabled() and q.requires_grad

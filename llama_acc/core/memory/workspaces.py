@@ -1,13 +1,11 @@
 """What kernels take for themselves within an operation and give back: no tensor of the program shows it.
 
-A CPU's libraries are asked for it, by doing the operation once. For a bf16 product, oneDNN copies blocks of the
-operands for every thread where the CPU multiplies bf16, and sums the whole result in float32 where it does not; torch's
-attention has buffers for every thread and every head. How much that is depends on shapes, strides, the number of
-threads and the CPU. Of a large operation a part is done.
+A CPU's libraries are asked for it by doing the operation once, or a part of a large one: for a bf16 product, oneDNN
+copies blocks of the operands for every thread where the CPU multiplies bf16, and sums the whole result in float32 where
+it does not; torch's attention has buffers for every thread and every head.
 
-Torch's CPU allocator reports every allocation and every free to the profiler, which hears only of its own thread and of
-those that work for it. A buffer that a thread of gloo is the last to let go of would never be given back, so the
-allocator is told to count in all threads, and its own sum is taken.
+Torch's CPU allocator reports to the profiler, which hears only of its own thread and of those that work for it. What a
+thread of gloo is the last to let go of would never be given back, so the allocator is told to count in all threads.
 """
 
 import contextlib
@@ -16,10 +14,9 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,30 +29,21 @@ from llama_acc.core.model import nf4
 
 _aten = torch.ops.aten
 _FLASH_BACKWARD = _aten._scaled_dot_product_flash_attention_backward
-_PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.addmm_: 1}
-"""Products of two matrices, and at which argument the first one is."""
-_ATTENTION = {
+_PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.addmm_: 1}  # at which argument the first matrix is
+_ATTENTION = {  # at which argument the queries are
     _aten._scaled_dot_product_flash_attention_for_cpu: 0,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: 1,
 }
-"""Attention, and at which argument the queries are."""
-_WORK = 1 << 30
-"""Multiplications that are done to find out."""
-_BLOCKS = 1024
-"""Rows and columns of a result from which a product takes no more for its blocks (oneDNN 3.x)."""
-_SUM = torch.float32.itemsize
+_WORK = 1 << 30  # multiplications that are done to find out
+_BLOCKS = 1024  # rows and columns of a result from which a product takes no more for its blocks (oneDNN 3.x)
 
 
-@dataclass(frozen=True)
-class _Like:
+class _Like(NamedTuple):
     """A tensor but for its values."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
-
-    def made(self) -> Tensor:
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
 
 
 def workspace(operation: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
@@ -67,7 +55,11 @@ def workspace(operation: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> in
         return 0
     # Compared by name: the library is imported only where something is quantized.
     if packet._qualified_op_name == "bitsandbytes::gemm_4bit":
-        return _written_out(*args[:3])
+        # On a CPU it writes the matrix out, and its blocks' magnitudes in float32, and multiplies.
+        x, _, (rows, columns) = args[:3]
+        weight = torch.empty((rows, columns), dtype=x.dtype, device="meta")
+        written = rows * columns * x.element_size() + 4 * (rows * columns // nf4.BLOCK)
+        return written + cpu_workspace(_aten.linear.default, (x, weight), {})
     return cpu_workspace(operation, args, kwargs)
 
 
@@ -82,40 +74,24 @@ def _flash_backward(q: Tensor, k: Tensor) -> int:
     return heads * rounded_rows * 4 * (rounded_width + 1) + shared
 
 
-def _written_out(x: Tensor, packed: Tensor, shape: Sequence[int]) -> int:
-    """On a CPU, bitsandbytes' product of a row and a quantized matrix writes the matrix out, and its blocks' magnitudes
-    in float32, and multiplies."""
-    numbers = shape[0] * shape[1]
-    return numbers * x.element_size() + 4 * (numbers // nf4.BLOCK) + product_workspace(x, shape[0])
-
-
 def cpu_workspace(operation: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     """Bytes that an operation on a CPU takes besides its results; its arguments may have no values."""
     packet = operation._overloadpacket
-    named = {name: _like(value) for name, value in sorted(kwargs.items())}
-    likes = [_like(argument) for argument in args]
     if packet is _aten.linear:  # in inference mode it is not taken apart before
-        return _of_linear(*args, **kwargs)
-    if packet in _PRODUCTS:
-        first = _PRODUCTS[packet]
-        if args[first].dtype != torch.bfloat16:  # other products are MKL's, whose memory is not torch's
-            return 0
+        x, weight, bias = (*args, None)[:3]
+        factors = (x.reshape(-1, x.shape[-1]), weight.t())
+        if bias is None:
+            return cpu_workspace(_aten.mm.default, factors, {})
+        return cpu_workspace(_aten.addmm.default, (bias, *factors), {})
+    likes = [_like(argument) for argument in args]
+    named = {name: _like(value) for name, value in sorted(kwargs.items())}
+    first = _PRODUCTS.get(packet)
+    # Other products are MKL's, whose memory is not torch's.
+    if first is not None and likes[first].dtype == torch.bfloat16:
         return _of_product(operation, likes, named, first)
     if packet in _ATTENTION:
         return _of_attention(operation, likes, named, _ATTENTION[packet])
     return 0
-
-
-def product_workspace(x: Tensor, rows: int) -> int:
-    """Bytes that the product of `x` [..., K] and a matrix [rows, K] takes besides its result."""
-    return _of_linear(x, torch.empty((rows, x.shape[-1]), dtype=x.dtype, device="meta"))
-
-
-def _of_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
-    flat = x.reshape(-1, x.shape[-1])
-    if bias is None:
-        return cpu_workspace(_aten.mm.default, (flat, weight.t()), {})
-    return cpu_workspace(_aten.addmm.default, (bias, flat, weight.t()), {})
 
 
 def _like(argument: Any) -> Any:
@@ -136,10 +112,10 @@ def _of_product(operation: Any, likes: list[Any], named: dict[str, Any], first: 
 
     part_rows, part_columns = min(rows, _BLOCKS), min(columns, _BLOCKS)
     taken = of_part(part_rows, part_columns)
-    # The sums of a whole result grow with it, number by number; blocks do not.
+    # The float32 sums of a whole result grow with it, number by number; blocks do not.
     half_rows, half_columns = (part_rows // 2, part_columns) if part_rows > 1 else (1, part_columns // 2)
-    if taken - of_part(half_rows, half_columns) == _SUM * (part_rows * part_columns - half_rows * half_columns):
-        taken += _SUM * (rows * columns - part_rows * part_columns)
+    if taken - of_part(half_rows, half_columns) == 4 * (part_rows * part_columns - half_rows * half_columns):
+        taken += 4 * (rows * columns - part_rows * part_columns)
     return taken
 
 
@@ -148,7 +124,7 @@ def _cut(like: Any, shape: tuple[int, int]) -> Any:
     if not isinstance(like, _Like):
         return like
     sizes = tuple(size if size == 1 else limit for size, limit in zip(like.shape[::-1], shape[::-1], strict=False))
-    return _Like(sizes[::-1], like.stride, like.dtype)
+    return like._replace(shape=sizes[::-1])
 
 
 def _of_attention(operation: Any, likes: list[Any], named: dict[str, Any], first: int) -> int:
@@ -159,7 +135,7 @@ def _of_attention(operation: Any, likes: list[Any], named: dict[str, Any], first
     def of_part(part: int, threads: int | None = None) -> int:
         limits = {heads: part * shared_by, groups: part}
         fewer = [
-            _Like((like.shape[0], limits[like.shape[1]], *like.shape[2:]), like.stride, like.dtype)
+            like._replace(shape=(like.shape[0], limits[like.shape[1]], *like.shape[2:]))
             if isinstance(like, _Like) and len(like.shape) > 2 and like.shape[1] in limits
             else like
             for like in likes
@@ -176,10 +152,9 @@ def _of_attention(operation: Any, likes: list[Any], named: dict[str, Any], first
 
 def _asked(operation: Any, likes: list[Any], named: dict[str, Any], threads: int | None = None) -> int:
     usual = torch.get_num_threads()
-    threads = threads or usual
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads or usual)
     try:
-        return _asked_once(operation, tuple(likes), tuple(named.items()), threads)
+        return _asked_once(operation, tuple(likes), tuple(named.items()), threads or usual)
     finally:
         torch.set_num_threads(usual)
 
@@ -188,7 +163,11 @@ def _asked(operation: Any, likes: list[Any], named: dict[str, Any], threads: int
 def _asked_once(operation: Any, likes: tuple[Any, ...], named: tuple[tuple[str, Any], ...], threads: int) -> int:
     results: list[Any] = []
     with _disable_current_modes(), torch.no_grad(), garbage_kept():
-        args, kwargs = tree_map(lambda a: a.made() if isinstance(a, _Like) else a, (list(likes), dict(named)))
+        args, kwargs = tree_map(
+            lambda a: torch.empty_strided(*a[:2], dtype=a.dtype) if isinstance(a, _Like) else a,
+            (list(likes), dict(named)),
+            is_leaf=lambda a: isinstance(a, _Like),
+        )
         peak = peak_cpu_bytes(lambda: results.append(operation(*args, **kwargs)))
         given = {argument.data_ptr() for argument in tree_leaves((args, kwargs)) if isinstance(argument, Tensor)}
         made = [tensor for tensor in tree_leaves(results) if isinstance(tensor, Tensor)]
@@ -224,7 +203,12 @@ def peak_cpu_bytes(work: Callable[[], None]) -> int:
         finally:
             with _silenced():
                 result: Any = autograd._disable_profiler()
-    events = [event for event in _all(result.experimental_event_tree()) if event.tag == _EventType.Allocation]
+    events, waiting = [], result.experimental_event_tree()
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == _EventType.Allocation:
+            events.append(event)
     if not events:
         return 0
     first = min(events, key=lambda event: event.start_time_ns).extra_fields
@@ -232,36 +216,20 @@ def peak_cpu_bytes(work: Callable[[], None]) -> int:
     return max(0, *(event.extra_fields.total_allocated - before for event in events))
 
 
-def _all(events: list[Any]) -> Iterator[Any]:
-    """Events, and those within them."""
-    waiting = list(events)
-    while waiting:
-        event = waiting.pop()
-        waiting += event.children
-        yield event
-
-
 @contextlib.contextmanager
 def _every_thread_counted() -> Iterator[None]:
-    """Has the allocator's sum follow what threads free that the profiler does not watch (c10's CPUAllocator.cpp)."""
-    flag = _flag()
-    if flag is None:
-        yield
-        return
-    flag.value = True
+    """Has the allocator's sum follow what threads free that the profiler does not watch (c10's CPUAllocator.cpp). Where
+    torch was built in a way that hides the switch, only what gloo's threads free is counted wrongly."""
+    flag = None
+    for library in (Path(torch.__file__).parent / "lib").glob("libc10.*"):
+        with contextlib.suppress(OSError, ValueError):
+            flag = ctypes.c_bool.in_dll(ctypes.CDLL(str(library)), "FLAGS_caffe2_report_cpu_memory_usage")
+            flag.value = True
     try:
         yield
     finally:
-        flag.value = False
-
-
-def _flag() -> ctypes.c_bool | None:
-    """The allocator's switch; None where torch was built in a way that hides it: then only buffers that gloo's threads
-    free are counted wrongly."""
-    for library in (Path(torch.__file__).parent / "lib").glob("libc10.*"):
-        with contextlib.suppress(OSError, ValueError):
-            return ctypes.c_bool.in_dll(ctypes.CDLL(str(library)), "FLAGS_caffe2_report_cpu_memory_usage")
-    return None
+        if flag is not None:
+            flag.value = False
 
 
 @contextlib.contextmanager

@@ -1,12 +1,24 @@
-"""The methods that fit, in order, and the largest batch, however what is reserved goes up."""
+"""What fits and what would; a run that cannot fit is refused before anything is loaded."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from llama_acc.core.memory.fit import WAYS, _largest, fitting
-from llama_acc.core.memory.predict import PARTS, Usage, predict
-from llama_acc.core.memory.request import Request, setup_of
+from llama_acc.core.distributed.groups import Parallel
+from llama_acc.core.errors import UserError
+from llama_acc.core.memory import fit, guard
+from llama_acc.core.memory.fit import WAYS, _largest, best_changes, fitting
+from llama_acc.core.memory.guard import _bound, check_fits, run_in_subprocess, setup_of_run
+from llama_acc.core.memory.predict import PARTS, Prediction, Request, Usage, predict, setup_of
+from llama_acc.core.memory.simulate import Setup
+from tests.core.memory.setups import NF4, setup
+from tests.core.tiny import CPU
+from tests.core.train.runs import plan_of, run
+
+GPU = torch.device("cuda")
 
 
 def usage(allocated: int, slack: int) -> Usage:
@@ -15,10 +27,7 @@ def usage(allocated: int, slack: int) -> Usage:
 
 @pytest.mark.parametrize("segment", [1, 20, 333])
 @pytest.mark.parametrize("each", [1, 7, 60])
-@pytest.mark.parametrize("limit", [1, 100, 256])
-def test_the_largest_count_below_the_memory_is_found_where_slack_goes_in_steps(
-    segment: int, each: int, limit: int
-) -> None:
+def test_the_largest_count_below_the_memory_is_found_where_slack_goes_in_steps(segment: int, each: int) -> None:
     tried = []
 
     def taken(count: int) -> Usage:
@@ -26,12 +35,13 @@ def test_the_largest_count_below_the_memory_is_found_where_slack_goes_in_steps(
         allocated = 1000 + each * count
         return usage(allocated, -allocated % segment)
 
-    for count_that_fits in (1, 2, 3, 17, 64, 99, 255):
-        memory = taken(count_that_fits).total
-        largest = max(count for count in range(1, limit + 1) if taken(count).total <= memory)
-        tried.clear()
-        assert _largest(taken(1), taken, memory, limit) == largest
-        assert len(tried) <= 24
+    for limit in (1, 100, 256):
+        for count_that_fits in (1, 2, 3, 17, 64, 99, 255):
+            memory = taken(count_that_fits).total
+            largest = max(count for count in range(1, limit + 1) if taken(count).total <= memory)
+            tried.clear()
+            assert _largest(taken(1), taken, memory, limit) == largest
+            assert len(tried) <= 24
 
 
 def test_methods_come_best_first_and_what_lasts_is_a_bound_of_those_that_it_alone_excludes() -> None:
@@ -42,3 +52,104 @@ def test_methods_come_best_first_and_what_lasts_is_a_bound_of_those_that_it_alon
     assert all(fit.is_bound and fit.batch_size == fit.longest == 0 for fit in fits)
     needed = predict(setup_of(replace(request, tuning="full", quantize="none"))).training.total
     assert 0.9 * needed < fits[0].least < needed
+
+
+def test_the_largest_micro_batch_of_the_data_is_what_is_predicted() -> None:
+    plan = plan_of("train.batch_size=2")
+    found = setup_of_run(plan, 1, "cpu")
+    assert (len(found.lengths), found.micro_batches) == (2, 4)
+    assert found.tokens >= max(plan.train.lengths)
+    assert found.labels is not None
+    assert 0 < found.labels < found.tokens
+
+
+def test_a_run_that_does_not_fit_is_refused_with_three_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of("train.batch_size=4", "train.activation_checkpointing=false")
+    needed = predict(setup_of_run(plan, 1, "cuda")).training.allocated
+    monkeypatch.setattr(guard, "free_memory", lambda device: needed)
+    check_fits(plan, Parallel(), GPU)
+    monkeypatch.setattr(guard, "free_memory", lambda device: needed - 1)
+    with pytest.raises(UserError) as refused:
+        check_fits(plan, Parallel(), GPU)
+    assert "the run does not fit: it takes" in refused.value.message
+    assert "activations kept: " in refused.value.message
+    assert refused.value.hint is not None
+    assert refused.value.hint.count("(saves ") == 3
+    assert "train.activation_checkpointing=true" in refused.value.hint
+    assert "--force" in refused.value.hint
+
+
+def test_nothing_is_loaded_or_written_and_force_starts_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "free_memory", lambda device: 1 << 20)
+    with pytest.raises(UserError, match="does not fit"):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run(tmp_path / "run", "train.max_steps=1", "train.warmup_epochs=0", force=True)
+    assert (tmp_path / "run" / "latest").exists()
+
+
+def test_a_small_run_is_not_simulated_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "run_in_subprocess", lambda *_: pytest.fail("it was"))
+    check_fits(plan_of(), Parallel(), CPU)
+
+
+@pytest.mark.parametrize("world_size", [1, 4])  # fsdp keeps less than ddp
+@pytest.mark.parametrize("method", ["full", "lora_bias_norm", "adapter", "nf4"])
+def test_what_is_not_simulated_is_never_more_than_what_is_free(method: str, world_size: int) -> None:
+    changes = (*(NF4 if method == "nf4" else ()),)
+    changes += (f"tuning.method={'lora' if method == 'nf4' else method}", "train.activation_checkpointing=false")
+    plan = plan_of(*changes, "train.precision=fp32", "parallel.data_parallel=ddp")
+    for device_type in ("cpu", "cuda"):
+        predicted = predict(setup_of_run(plan, world_size, device_type)).training.allocated
+        if device_type == "cuda":
+            predicted -= 9 << 20  # cuBLAS's workspace: a share of it for so small a model
+        assert predicted <= _bound(plan)
+
+
+def test_changes_that_leave_the_run_what_it_is_come_first_and_save_what_they_say() -> None:
+    run = setup("train.activation_checkpointing=false", lengths=(256, 256), micro_batches=2)
+    allocated = predict(run).training.allocated
+    found = best_changes(run, allocated - 1)
+    assert found[0].keeps_the_run
+    assert all(change.fits for change in found)
+    (checkpointing,) = (change for change in found if change.keys == "train.activation_checkpointing=true")
+    again = setup("train.activation_checkpointing=true", lengths=(256, 256), micro_batches=2)
+    assert checkpointing.saves == allocated - predict(again).training.allocated
+    assert best_changes(setup("tuning.method=lora", *NF4, lengths=(100,)), 0) == []
+
+
+def test_slack_alone_is_no_reason_for_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    def predicted(run: Setup) -> Prediction:
+        allocated, slack = 100_000, 20_000
+        if run.recipe.train.activation_checkpointing:
+            slack = 0
+        elif len(run.lengths) == 1:
+            assert run.micro_batches == 2, "smaller micro-batches are more of them"
+            allocated, slack = 99_950, 0
+        elif max(run.lengths) < 512:
+            assert run.micro_batches == 1
+            allocated, slack = 90_000, 40_000
+        elif run.recipe.tuning.quantize == "nf4":
+            allocated = 60_000
+        elif run.recipe.tuning.method == "lora":
+            allocated, slack = 80_000, 30_000
+        return Prediction(usage(allocated, slack), 0)
+
+    monkeypatch.setattr(fit, "predict", predicted)
+    run = setup("train.activation_checkpointing=false", lengths=(512, 512))
+    quantized, lora, shorter = "checkpoint.trainable_only=true", "tuning.method=lora", "data.max_tokens=256"
+    found = [(change.keys.split()[-1], change.saves, change.fits) for change in best_changes(run, 80_000)]
+    assert found == [(quantized, 40_000, True), (lora, 20_000, True), (shorter, 10_000, False)]
+    found = [(change.keys.split()[-1], change.saves, change.fits) for change in best_changes(run, 80_000, True)]
+    assert found == [(quantized, 40_000, True), (lora, 20_000, False)]  # shorter ones take as much more of slack
+
+
+def test_the_answer_of_another_process_is_the_same_and_so_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = setup("parallel.data_parallel=fsdp", world_size=2)
+    here = run_in_subprocess(predict, run)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    assert run_in_subprocess(predict, run) == here
+    with pytest.raises(UserError, match="there is no model 'llama2-7'"):
+        run_in_subprocess(setup_of, Request(model="llama2-7"))

@@ -231,15 +231,17 @@ def test_a_checkpoints_own_shape_wins_over_the_recipes(tmp_path: Path) -> None:
 
 def test_a_dry_run_writes_two_files_and_the_real_run_may_follow(tmp_path: Path) -> None:
     from llama_acc.core.finetune import dry_run
-    from llama_acc.core.memory.estimate import estimate_time, predict_memory, rank_share
+    from llama_acc.core.memory.guard import setup_of_run
+    from llama_acc.core.memory.measure import estimate_time
+    from llama_acc.core.memory.predict import predict, rank_share
 
     plan = dry_run(quickstart(), tmp_path, callback=Callback())
     assert names(tmp_path) == {"recipe.yaml", "data.json"}
     assert plan.total_steps == 8
-    assert rank_share(plan, 1).parameters == parameter_count(plan.config)
-    estimate = estimate_time(plan, 1, CPU, predict_memory(plan, 1, CPU))
-    assert estimate.seconds > 0
-    assert "timed step" in estimate.how
+    assert rank_share(plan.recipe, plan.config, 1).parameters == parameter_count(plan.config)
+    seconds, how = estimate_time(plan, 1, CPU, predict(setup_of_run(plan, 1, "cpu")).training)
+    assert seconds > 0
+    assert "timed step" in how
     planned = (tmp_path / "recipe.yaml").read_text(), (tmp_path / "data.json").read_text()
     run(tmp_path)
     assert ((tmp_path / "recipe.yaml").read_text(), (tmp_path / "data.json").read_text()) == planned

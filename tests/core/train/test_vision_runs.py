@@ -23,7 +23,7 @@ from llama_acc.core.errors import UserError
 from llama_acc.core.finetune import dry_run
 from llama_acc.core.generate.chat import generate
 from llama_acc.core.generate.load import load_model
-from llama_acc.core.memory.estimate import rank_share
+from llama_acc.core.memory.predict import rank_share
 from llama_acc.core.model.transformer import parameter_count, shapes_of
 from llama_acc.core.model.vision import Tower, tower_shapes
 from llama_acc.core.train.callback import Callback
@@ -400,7 +400,7 @@ def test_all_of_a_llama_trains_beside_a_frozen_tower_and_goes_on_bitwise(tmp_pat
 def test_a_dry_run_counts_the_tower_and_the_images(alone: Path, tmp_path: Path) -> None:
     recipe = quickstart(*overrides_of("qformer", alone))
     plan = dry_run(recipe, None, callback=Callback())
-    share = rank_share(plan, 1)
+    share = rank_share(plan.recipe, plan.config, 1)
     tower = sum(torch.Size(shape).numel() for shape in tower_shapes(QFORMER).values())
     text = dict(describe_plan(plan))["vision"]
     assert f"encoder qformer, stage 1; {tower:,} of the parameters are its tower, which is frozen" in text
