@@ -44,7 +44,7 @@ def benchmark_vram(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="NAME|DIR", help="A size, or a checkpoint's folder.", callback=options.given),
+        typer.Option("--model", metavar="NAME|DIR", help="A size, or a checkpoint's folder."),
     ] = None,
     recipe: Annotated[
         str | None,
@@ -53,7 +53,6 @@ def benchmark_vram(
             "-r",
             metavar="NAME|FILE",
             help="Take everything from a recipe. Without it: bf16, activation checkpointing, one micro-batch a step.",
-            callback=options.given,
         ),
     ] = None,
     tuning: Annotated[

@@ -37,23 +37,21 @@ _BAR = 40
 
 Files = Annotated[
     list[str],
-    typer.Argument(metavar="FILE...", help="Data: files, folders, globs or downloaded names.", callback=options.given),
+    typer.Argument(metavar="FILE...", help="Data: files, folders, globs or downloaded names."),
 ]
 TokenizerName = Annotated[
     str | None,
-    typer.Option(metavar="FILE|DIR", help="The model's: lengths in tokens, what is cut.", callback=options.given),
+    typer.Option(metavar="FILE|DIR", help="The model's: lengths in tokens, what is cut."),
 ]
 MaxTokens = Annotated[
     int | None, typer.Option(metavar="N", min=2, help="What data.max_tokens would be: longer items are cut.")
 ]
 Format = Annotated[str, typer.Option(metavar="KIND", help="auto, single_turn, dialogue, single_turn_llava.")]
 Preview = Annotated[int, typer.Option(metavar="N", min=0, help="Show the first N items as the model will see them.")]
-Plot = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the lengths.", callback=options.given)]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the lengths.")]
 ImageRoot = Annotated[
     str | None,
-    typer.Option(
-        metavar="DIR", help="Where the images' relative paths begin; else beside the data.", callback=options.given
-    ),
+    typer.Option(metavar="DIR", help="Where the images' relative paths begin; else beside the data."),
 ]
 ImagePositions = Annotated[
     int, typer.Option(metavar="N", min=0, help="Positions that an image takes in the model: 34 with a Q-Former.")

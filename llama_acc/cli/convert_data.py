@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llama_acc.cli import console, options
+from llama_acc.cli import console
 from llama_acc.core.errors import RunError, UserError, did_you_mean, listed
 from llama_acc.core.text import count_text, size_text
 
@@ -81,7 +81,7 @@ def _flag(name: str, help: str) -> Any:
 
 
 def _text(name: str, metavar: str, help: str) -> Any:
-    return Annotated[str | None, typer.Option(*name.split(), metavar=metavar, help=help, callback=options.given)], None
+    return Annotated[str | None, typer.Option(*name.split(), metavar=metavar, help=help)], None
 
 
 def _several(name: str, metavar: str, help: str, check: Callable[[list[str]], list[str]]) -> Any:
@@ -91,7 +91,7 @@ def _several(name: str, metavar: str, help: str, check: Callable[[list[str]], li
 _INPUTS = typer.Argument(
     metavar="INPUT",
     help="Files, folders, globs, names of downloads, or - for standard input.",
-    callback=lambda values: options.given(values or []),
+    callback=lambda values: values or [],
     show_default=False,
 )
 _PREVIEW = typer.Option("--preview", metavar="N", min=0, help="Show N items as the model will see them; write nothing.")

@@ -51,7 +51,7 @@ def download(
     ] = None,
     to: Annotated[
         str | None,
-        typer.Option("--to", metavar="DIR", help="Where to, in place of LLAMA_ACC_HOME.", callback=options.given),
+        typer.Option("--to", metavar="DIR", help="Where to, in place of LLAMA_ACC_HOME."),
     ] = None,
     token: Annotated[
         str | None,
@@ -59,7 +59,6 @@ def download(
             "--token",
             metavar="T",
             help="For gated and private repositories of Hugging Face; HF_TOKEN does not show in the process list.",
-            callback=options.given,
         ),
     ] = None,
     list_all: Annotated[bool, typer.Option("--list", help="Show the catalogue.")] = False,

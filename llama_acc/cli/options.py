@@ -1,7 +1,7 @@
 """Flags that several commands share, and their checks. A wrong one is reported as Typer reports any other."""
 
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 import typer
 from typer import Option
@@ -9,14 +9,6 @@ from typer import Option
 from llama_acc.core.errors import UserError
 
 PROCESSES = "Several processes"
-_Value = TypeVar("_Value", bound=Any)
-
-
-def given(value: _Value) -> _Value:
-    """Refuses an empty text, which an unset shell variable leaves: as a path it would mean the current folder."""
-    if "" in (value if isinstance(value, list) else [value]):
-        raise typer.BadParameter("it is empty. Is a shell variable not set?")
-    return value
 
 
 def device(value: str | None) -> str | None:
