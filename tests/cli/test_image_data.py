@@ -53,7 +53,7 @@ def test_a_picture_that_breaks_off_ends_the_run_by_name_when_its_turn_comes(tmp_
     assert result.exit_code == 1
     assert f"the image {picture} is broken: " in words(result.stderr)
     assert "though it could be opened before" in words(result.stderr)
-    assert "mend it, then continue with --resume" in words(result.stderr)
+    assert "mend it, then go on from the last checkpoint" in words(result.stderr)
 
 
 def test_items_of_bad_images_are_skipped_where_the_recipe_says_so(tmp_path: Path) -> None:

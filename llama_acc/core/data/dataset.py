@@ -9,7 +9,7 @@ import threading
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,7 +23,7 @@ from llama_acc.core.data.cache import About, Encoded, EntryStore, cache_key, con
 from llama_acc.core.data.checks import DatasetStats, cross_file_duplicates
 from llama_acc.core.data.encode import KEPT_PLACES, Batch, Chunk, Encoding, encode_batches
 from llama_acc.core.data.findings import KINDS as FINDINGS
-from llama_acc.core.data.findings import MOST_PROBLEMS, Finding, other_form
+from llama_acc.core.data.findings import MOST_PROBLEMS, Finding, Findings, other_form
 from llama_acc.core.data.images import resolved
 from llama_acc.core.data.read import Checked, data_suffix, stream_items
 from llama_acc.core.data.sources import MISSING_HINT, Fetch, FileSpec, Source, expand
@@ -61,12 +61,10 @@ class DataFile:
     dropped: int
     image_root: Path
     """Where relative references to images begin."""
-    skipped: tuple[Finding, ...] = ()
-    """What is wrong with items that were left out after they had been encoded: the first `MOST_PROBLEMS`."""
-    skipped_items: int = 0
-    """How many these items are."""
-    skipped_kinds: Mapping[str, int] = field(default_factory=dict)
-    """How much of each kind is wrong with them."""
+    left_out: int = 0
+    """Items that were left out after they had been encoded."""
+    problems: Findings = field(default_factory=Findings)
+    """What is wrong with them: the first `MOST_PROBLEMS` of a kind."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,24 +185,16 @@ class Dataset:
         Args:
             found: documents and what is wrong with them, in the order of the documents. It is not kept.
         """
-        bad, first = array("q"), [list(file.skipped) for file in self.files]
-        items, kinds = [0] * len(self.files), [Counter(file.skipped_kinds) for file in self.files]
+        bad, left_out = array("q"), [0] * len(self.files)
+        problems = [Findings(MOST_PROBLEMS) for _ in self.files]
         for document, finding in found:
             number = self._place(document)[0]
+            problems[number].add(finding)
             if not bad or bad[-1] != document:
                 bad.append(document)
-                items[number] += 1
-            kinds[number][finding.kind] += 1
-            if len(first[number]) < MOST_PROBLEMS:
-                first[number].append(finding)
+                left_out[number] += 1
         files = tuple(
-            replace(
-                file,
-                items=file.items - items[i],
-                skipped=tuple(first[i]),
-                skipped_items=file.skipped_items + items[i],
-                skipped_kinds=kinds[i],
-            )
+            replace(file, items=file.items - left_out[i], left_out=left_out[i], problems=problems[i])
             for i, file in enumerate(self.files)
         )
         rows = np.delete(np.arange(len(self)) if self.rows is None else self.rows, bad)
@@ -277,16 +267,17 @@ def _findings(file: DataFile, part: Encoded, repeated: int, places_repeated: lis
         places_repeated: the first of those.
     """
     notes = part.about.notes
+    later = (finding._asdict() for places in file.problems.places.values() for finding in places)
     found = {kind: (of_kind["count"], of_kind["places"]) for kind, of_kind in notes["warnings"].items()}
     if repeated:
         count, places = found.get("duplicate", (0, []))
         more = [finding._asdict() for finding in places_repeated]
         found["duplicate"] = count + repeated, [*places, *more][:KEPT_PLACES]
     return {
-        "skipped": len(part.about.skipped_rows) + file.skipped_items,
+        "skipped": len(part.about.skipped_rows) + file.left_out,
         "warnings": {kind: count for kind, (count, _) in found.items()},
-        "skipped_kinds": dict(Counter(notes["skipped_kinds"]) + Counter(file.skipped_kinds)),
-        "skipped_items": [*notes["skipped"], *(finding._asdict() for finding in file.skipped)][:MOST_PROBLEMS],
+        "skipped_kinds": dict(Counter(notes["skipped_kinds"]) + file.problems.counts),
+        "skipped_items": [*notes["skipped"], *later][:MOST_PROBLEMS],
         "warning_places": {kind: places for kind, (_, places) in found.items()},
         "unused_keys": notes["unused_keys"],
         "template": file.template.name,
@@ -503,31 +494,24 @@ def publish(dataset: Dataset, folder: Path) -> None:
         if (values := getattr(dataset, name)) is not None:
             np.save(folder / name, values)
     files = [
-        {
-            "entry": str(part.path),
-            "path": str(file.path),
-            "template": file.template.to_json() if isinstance(file.template, Template) else None,
-            "items": file.items,
-            "dropped": file.dropped,
-            "image_root": str(file.image_root),
-        }
+        (
+            *(str(part.path), str(file.path), str(file.image_root), file.items, file.dropped),
+            file.template.to_json() if isinstance(file.template, Template) else None,
+        )
         for file, part in zip(dataset.files, dataset.parts, strict=True)
     ]
-    content = {"fingerprint": dataset.fingerprint(), "files": files}
-    (folder / "files.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder / "files.json").write_text(json.dumps([dataset.fingerprint(), files]), encoding="utf-8")
 
 
 def load_published(folder: Path, tokenizer: Tokenizer) -> Dataset:
     """What was left there, but for what is only reported. It stays whole when the folder is deleted."""
-    content = json.loads((folder / "files.json").read_text(encoding="utf-8"))
+    fingerprint, published = json.loads((folder / "files.json").read_text(encoding="utf-8"))
     arrays = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
     files, parts = [], []
-    for file in content["files"]:
-        parts.append(map_entry(Path(file["entry"])))
-        json_text = file["template"]
-        chat = format_for(ChatTemplate.name, KINDS[0], tokenizer) if json_text is None else None
-        template = chat or Template.model_validate_json(json_text)
-        files.append(DataFile(Path(file["path"]), template, file["items"], file["dropped"], Path(file["image_root"])))
+    for entry, path, root, items, dropped, template in published:
+        chat = format_for(ChatTemplate.name, KINDS[0], tokenizer) if template is None else None
+        parts.append(map_entry(Path(entry)))
+        files.append(DataFile(Path(path), chat or Template.model_validate_json(template), items, dropped, Path(root)))
     dataset = Dataset(tuple(files), tuple(parts), arrays.pop("rows", None))
-    vars(dataset).update(arrays, _fingerprint=content["fingerprint"])  # the cached properties
+    vars(dataset).update(arrays, _fingerprint=fingerprint)  # the cached properties
     return dataset

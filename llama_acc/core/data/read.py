@@ -98,8 +98,8 @@ class Checked(NamedTuple):
 class ItemStream:
     """The checked items of a file, in order; to be iterated once."""
 
-    def __init__(self, path: Path, kind: str, rows: Iterator[Row]) -> None:
-        self.path, self.kind, self._rows = path, kind, rows
+    def __init__(self, kind: str, rows: Iterator[Row]) -> None:
+        self.kind, self._rows = kind, rows
         self.unused: Counter[str] = Counter()
         """Keys that are not used, and in how many of the items so far."""
 
@@ -124,8 +124,7 @@ def stream_items(path: Path, format: str = "auto", *, progress: BytesRead | None
     Raises:
         UserError: it cannot be read, or holds no items.
     """
-    if format not in FORMATS:
-        raise unknown_format(format)
+    assert format in FORMATS
     rows = stream_rows(path, required=("instruction", "output"), progress=progress, pipes=False)
     # Up to one that tells the kind of items: a broken first row does not make all others wrong, and single-turn items
     # with a `history` are dialogues if any of them has something in it.
@@ -133,16 +132,9 @@ def stream_items(path: Path, format: str = "auto", *, progress: BytesRead | None
     if not first:
         raise UserError(f"{path} holds no items")
     if format == "single_turn_llava":
-        return ItemStream(path, "single_turn", (row._replace(value=first_exchange(row.value)) for row in rows))
+        return ItemStream("single_turn", (row._replace(value=first_exchange(row.value)) for row in rows))
     kinds = (kind_of(row.value) for row in reversed(first))
-    return ItemStream(path, format if format != "auto" else next(filter(None, kinds), "single_turn"), rows)
-
-
-def unknown_format(format: str) -> UserError:
-    """Says which formats there are."""
-    return UserError(
-        f"unknown data format {format!r}", did_you_mean(format, FORMATS) or f"it is one of: {', '.join(FORMATS)}"
-    )
+    return ItemStream(format if format != "auto" else next(filter(None, kinds), "single_turn"), rows)
 
 
 def _tells_kind(row: Row) -> bool:

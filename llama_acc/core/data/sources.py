@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from llama_acc.core.catalogue import how_to_get, is_address, named_data
-from llama_acc.core.data.read import FORMATS, SUFFIXES, data_suffix, nearest_names, unknown_format
+from llama_acc.core.data.read import FORMATS, SUFFIXES, data_suffix, nearest_names
 from llama_acc.core.data.tar_shards import TAR_SUFFIX
 from llama_acc.core.data.templates import TEMPLATES, ChatTemplate, get_template
 from llama_acc.core.errors import DataError, UserError, did_you_mean, raise_together, schema_problems
@@ -201,8 +201,8 @@ def _expand_one(
 
 def _check(source: Source) -> None:
     if source.format not in FORMATS:
-        error = unknown_format(source.format)
-        raise UserError(f"{source.path}: {error.message}", error.hint)
+        hint = did_you_mean(source.format, FORMATS) or f"it is one of: {', '.join(FORMATS)}"
+        raise UserError(f"{source.path}: unknown format {source.format!r}", hint)
     if source.template not in ("auto", ChatTemplate.name):
         get_template(source.template)
     if not 0 < source.ratio <= 1:

@@ -620,7 +620,8 @@ def test_encoding_takes_as_much_memory_for_large_files_as_for_small_ones(tmp_pat
         path = tmp_path / f"{count}.jsonl"
         with path.open("w") as file:
             for number in range(count):
-                file.write(json.dumps({"instruction": f"question {number}", "output": "it is so " * 104}) + "\n")
+                row = {"instruction": f"question {number}", "output": "it is so", "unused": "it is so " * 104}
+                file.write(json.dumps(row) + "\n")
         documents, _, peak, _ = load_alone(path, tokenizer_path)
         assert int(documents) == count
         peaks.append(int(peak) / 2**10)
