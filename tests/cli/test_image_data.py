@@ -84,8 +84,8 @@ def test_images_may_lie_elsewhere(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     moved = (tmp_path / "moved").mkdir() or data.rename(tmp_path / "moved" / data.name)
     refused(invoke(*finetune(moved, tmp_path / "run")), f"{tmp_path / 'moved/images/1-0.png'} was not found")
-    result = invoke(*finetune(moved, tmp_path / "run", f"data.sources.0.root={tmp_path / 'data'}"))
-    assert result.exit_code == 0, result.stderr
+    found = invoke(*finetune(moved, tmp_path / "run", f"data.sources.0.root={tmp_path / 'data'}"), "--dry-run")
+    assert found.exit_code == 0, found.stderr
 
 
 def test_a_run_on_a_shard_resumes_at_the_sample_and_deals_it_to_ranks(shard: Path, tmp_path: Path) -> None:

@@ -56,8 +56,7 @@ class FeatureCache:
         """Args:
         encoder: its fingerprint.
         transform: what was done to the images; not a random one.
-        shape: of an image's features.
-        dtype: their type.
+        shape: of an image's features, of type `dtype`.
         reserve: bytes of the disk that are not taken: the run's checkpoints may need them.
         """
         assert transform.crop != "random_resized_crop"
@@ -120,8 +119,7 @@ class ImageLoader:
         seed: of random crops, with the epoch and the image's place in the data.
         max_pixels: larger images are refused.
         workers: processes that decode; None = as many as suit this machine.
-        cache_features: keep the features on disk; no transform is random then.
-        reserve: bytes of the disk that are not for kept features.
+        cache_features: keep the features on disk, but for `reserve` bytes of it; no transform is random then.
         """
         self._encoder, self._seed, self._max_pixels = encoder, seed, max_pixels
         self._cache_features, self._reserve = cache_features, reserve
