@@ -157,5 +157,5 @@ def test_memory_does_not_grow_with_the_items(tmp_path: Path) -> None:
         return most
 
     peak(10)  # imports
-    few, many = peak(500), peak(1500)
-    assert many - few < 1000 * 350, "texts of 500 characters are not kept"
+    few, many = peak(1000), peak(3000)
+    assert many - few < 2000 * 350, "texts of 500 characters are not kept"
