@@ -19,7 +19,7 @@ import torch
 
 from llama_acc.core.data.batches import MicroBatch
 from llama_acc.core.distributed.groups import Parallel
-from llama_acc.core.generate.vision_encoder import load_vision_encoder
+from llama_acc.core.generate.load import load_vision_encoder
 from llama_acc.core.memory.predict import predict, predict_generation
 from llama_acc.core.memory.simulate import Setup, add_fake_images, empty_batch
 from llama_acc.core.model.attention import KVCache

@@ -279,20 +279,20 @@ def _dry_run(
         console.pairs(lines, console.out)
         console.out.print()
         show_items(_examples(plan))
-        watcher.working("predicting the memory")
+        watcher.progress("predicting the memory")
         memory = predict(setup_of_run(plan, count, target.type)).training
         console.out.print()
         text = f"{size_text(memory.allocated)} on {target.type} at its fullest, predicted: {memory.moment}, with the "
         console.pairs([("memory", f"{text}largest micro-batch of the data")], console.out, width)
         if timing:
-            watcher.working("timing a micro-batch of this model (--no-timing leaves it out)")
+            watcher.progress("timing a micro-batch of this model (--no-timing leaves it out)")
             seconds, how = estimate_time(plan, count, target, memory)
             text = f"about {console.duration(seconds)} for the steps ({how})"
             console.pairs([("time", text)], console.out, width)
 
 
 def _dry_run_lines(plan: "Plan", share: "RankShare", processes: int) -> list[tuple[str, str]]:
-    from llama_acc.core.train.log import describe_plan
+    from llama_acc.cli.plan_text import describe_plan
 
     report, parallel, saves = plan.report, plan.recipe.parallel, plan.save_count()
     truncated, size = count_text(report["truncated"], "item"), parallel.model_parallel_size

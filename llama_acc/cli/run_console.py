@@ -50,19 +50,21 @@ class RunConsole(Callback):
 
         return fetch_shown(address)
 
-    def working(self, text: str, key: str | None = None) -> None:
+    def progress(self, label: str, done: int = 0, total: int = 0) -> None:
         """What is being done."""
+        text = f"{label}: {done:,} done, {done / total:.0%}" if total else label
         if self._progress is not None:
             self._progress.update(self._task, facts=text)
         else:
-            console.working(text, key)
+            console.working(text, label)
 
-    def plan(self, plan: "Plan") -> None:
+    def plan(self, plan: "Plan") -> list[tuple[str, str]]:
         """What will be done."""
-        from llama_acc.core.train.log import describe_plan
+        from llama_acc.cli.plan_text import describe_plan
 
         console.working(None)
-        console.pairs(describe_plan(plan))
+        lines = describe_plan(plan)
+        console.pairs(lines)
         self._last_line = 0.0
         if console.shows_bars():
             facts = TextColumn("{task.fields[facts]}", markup=False)
@@ -70,6 +72,7 @@ class RunConsole(Callback):
             self._progress = Progress(*columns, console=console.err)
             self._task = self._progress.add_task("train", total=plan.total_steps, facts="", ends=None)
             self._progress.start()
+        return lines
 
     def step(self, metrics: dict[str, Any], plan: "Plan") -> None:
         """Moves the bar, or prints a line now and then; always at the last step."""

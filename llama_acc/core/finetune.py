@@ -5,12 +5,9 @@ Here training and the prediction of its memory meet; neither knows of the other.
 
 import errno
 import time
-from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -33,9 +30,6 @@ from llama_acc.core.train.plan import Plan, make_plan, make_plan_together
 from llama_acc.core.train.run_folder import RunFolder, check_disk, check_same_run, refuse_non_empty
 from llama_acc.core.train.trainer import Trainer
 
-_Result = TypeVar("_Result")
-_SMALLER = "use a smaller model, tuning.quantize=nf4, or more processes with parallel.data_parallel=fsdp"
-
 
 @dataclass(frozen=True)
 class Finished:
@@ -46,7 +40,7 @@ class Finished:
         checkpoint: its last checkpoint.
         loss: per label token, of its last step; None where metrics.jsonl was taken away.
         bases: the checkpoints that go below the last one, an adapter checkpoint; else empty.
-        captions: whether it was trained to say what is on images, without being asked.
+        captions: whether it was trained to caption images without being asked.
     """
 
     output: Path
@@ -89,6 +83,8 @@ def finetune(
     started = time.perf_counter()
     callback = callback or Callback()
     target = pick_device(device)
+    if recipe.train.deterministic:
+        torch.use_deterministic_algorithms(True)
     with init_distributed(target, recipe.parallel.model_parallel_size, callback.note) as parallel:
         if not parallel.is_main:
             callback = Callback()
@@ -96,10 +92,14 @@ def finetune(
         try:
             parallel.run_rank_zero_first(lambda: folder.open(resume=resume, claim=parallel.is_main, note=callback.note))
             plan = make_plan_together(recipe, callback, parallel, recipe_folder=recipe_folder, saved=folder.checkpoint)
-            callback.working("checking the weights, the disk and the memory")
+            callback.progress("checking the weights, the disk and the memory")
 
             def check() -> int:
-                done = _check_input(plan, folder, verify)
+                """Before anything is written. Returns how many steps are done."""
+                done = 0 if folder.checkpoint is None else check_same_run(plan, folder.checkpoint)
+                for layout in plan.layouts if folder.checkpoint is None else ():
+                    check_checkpoint(layout.folder, verify)
+                check_disk(plan, folder.path, done)
                 if not force:
                     check_fits(plan, parallel, target)
                 return done
@@ -110,13 +110,18 @@ def finetune(
             weights = parallel.raise_together(lambda: _weights(plan, folder, parallel))
             for note in weights.notes if weights else ():
                 callback.note(note)
-            callback.plan(plan)
+            described = callback.plan(plan)
             with stop_on_signal(callback.note) if handle_signals else nullcontext(StopRequest()) as stop:
-                return _explain_failures(
-                    partial(_train, plan, folder, weights, done, target, parallel, callback, stop, started)
-                )
+                _train(plan, folder, weights, done, target, parallel, callback, stop, started, described)
+            parallel.barrier()
         finally:
             folder.close()
+    losses = [line["loss"] for line in read_metrics(folder.path / "metrics.jsonl")[0] if "loss" in line]
+    checkpoint = latest_checkpoint(folder.path)
+    assert checkpoint is not None
+    bases = tuple(plan.recipe.model.pretrained_list()) if (checkpoint / BASE_FILE).exists() else ()
+    captions = plan.config.vision is not None and plan.train.template.name == "caption"
+    return Finished(folder.path, checkpoint, losses[-1] if losses else None, bases, captions)
 
 
 def dry_run(
@@ -136,7 +141,7 @@ def dry_run(
         refuse_non_empty(output)
     plan = make_plan(recipe, callback, recipe_folder=recipe_folder, dry_run=True)
     if plan.layouts:
-        callback.working("checking the weights")
+        callback.progress("checking the weights")
     for layout in plan.layouts:
         check_checkpoint(layout.folder, verify)
     weights = read_base(plan.layouts, plan.config, Parallel())
@@ -151,19 +156,8 @@ def dry_run(
     return plan
 
 
-def _check_input(plan: Plan, folder: RunFolder, verify: bool) -> int:
-    """What only one process need look at, before anything is written. Returns how many steps are done."""
-    done = 0
-    if folder.checkpoint is not None:
-        done = check_same_run(plan, folder.checkpoint)
-    else:
-        for layout in plan.layouts:
-            check_checkpoint(layout.folder, verify)
-    check_disk(plan, folder.path, done)
-    return done
-
-
 def _weights(plan: Plan, folder: RunFolder, parallel: Parallel) -> Weights | None:
+    """What a rank starts from: the base, or what was trained of it so far over what does not train."""
     if folder.checkpoint is None:
         return read_base(plan.layouts, plan.config, parallel)
     trained = saved_masters(folder.checkpoint, parallel)
@@ -183,81 +177,62 @@ def _train(
     callback: Callback,
     stop: StopRequest,
     started: float,
-) -> Finished:
-    callback.working("loading the model")
-    with closing(Trainer(plan, device, weights, parallel)) as trainer:
-        if folder.checkpoint is not None:
-            trainer.load(SavedState(folder.checkpoint, parallel), done)
-            callback.note(f"resuming from {folder.checkpoint}, {trainer.step} of {plan.total_steps} steps done")
-        if trainer.step < plan.total_steps:
-            callback.working("trying the largest micro-batch")
-            _compute(trainer, trainer.probe_peak_memory)
-            callback.working("computing the first step")
-        if parallel.is_main:
-            _compute(trainer, partial(_train_and_report, trainer, folder, callback, stop, started))
-        else:
-            _compute(trainer, Loop(trainer, folder, None, callback, stop).run)
-    parallel.barrier()
-    losses = [line["loss"] for line in read_metrics(folder.path / "metrics.jsonl").lines if "loss" in line]
-    checkpoint = latest_checkpoint(folder.path)
-    assert checkpoint is not None
-    bases = tuple(plan.recipe.model.pretrained_list()) if (checkpoint / BASE_FILE).exists() else ()
-    captions = plan.config.vision is not None and plan.train.template.name == "caption"
-    return Finished(folder.path, checkpoint, losses[-1] if losses else None, bases, captions)
-
-
-def _train_and_report(
-    trainer: Trainer, folder: RunFolder, callback: Callback, stop: StopRequest, started: float
+    described: list[tuple[str, str]],
 ) -> None:
+    """Loads the model and runs the loop. What the machine runs out of becomes an error that says what to try."""
+
     def report(state: str) -> None:
-        write_report(folder.path, trainer.plan, trainer.device, time.perf_counter() - started, state)
+        write_report(folder.path, plan, device, time.perf_counter() - started, state, described)
 
-    folder.write_plan(trainer.plan)  # not before memory was found to suffice: a run that is refused leaves nothing
-    with MetricsLog(folder.path, trainer.step, callback.note) as log:
-        try:
-            Loop(trainer, folder, log, callback, stop).run()
-        except BaseException as failure:
-            state = "The run did not finish."
-            if isinstance(failure, Interrupted):
-                state = f"The run was stopped by {failure.received.name}; continue it with --resume."
-            try:
-                report(state)
-            except (OSError, MemoryError, RuntimeError) as unwritten:  # what ended the run is to be reported
-                callback.note(f"report.md could not be written: {unwritten or type(unwritten).__name__}")
-            raise
-        report("The run is complete.")
-
-
-def _compute(trainer: Trainer, work: Callable[[], _Result]) -> _Result:
-    """Computes; where memory runs out, reports for which documents, and what to change."""
+    callback.progress("loading the model")
+    loaded: Trainer | None = None
     try:
-        return work()
+        with closing(Trainer(plan, device, weights, parallel)) as trainer:
+            if folder.checkpoint is not None:
+                trainer.load(SavedState(folder.checkpoint, parallel), done)
+                callback.note(f"resuming from {folder.checkpoint}, {trainer.step} of {plan.total_steps} steps done")
+            loaded = trainer
+            if trainer.step < plan.total_steps:
+                callback.progress("trying the largest micro-batch")
+                trainer.probe_peak_memory()
+                callback.progress("computing the first step")
+            if not parallel.is_main:
+                Loop(trainer, folder, None, callback, stop).run()
+                return
+            folder.write_plan(plan)  # not before memory was found to suffice: a run that is refused leaves nothing
+            with MetricsLog(folder.path, trainer.step, callback.note) as log:
+                try:
+                    Loop(trainer, folder, log, callback, stop).run()
+                except BaseException as failure:
+                    state = "The run did not finish."
+                    if isinstance(failure, Interrupted):
+                        state = f"The run was stopped by {failure.received.name}; continue it with --resume."
+                    try:
+                        report(state)
+                    except (OSError, MemoryError, RuntimeError) as unwritten:  # what ended the run is to be reported
+                        callback.note(f"report.md could not be written: {unwritten or type(unwritten).__name__}")
+                    raise
+                report("The run is complete.")
     except (MemoryError, RuntimeError) as error:
-        cause = _shortage(error)
+        cause = _out_of_memory(error)
         if cause is None:
             raise
-        raise out_of_memory_error(trainer, cause) from error
+        if loaded is not None:
+            raise out_of_memory_error(loaded, cause) from error
+        raise RunError(
+            f"out of memory while the model was loaded: {cause}",
+            "use a smaller model, tuning.quantize=nf4, or more processes with parallel.data_parallel=fsdp",
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError("the disk is full: free some space; the last checkpoint before this is whole") from error
 
 
-def _shortage(error: MemoryError | RuntimeError) -> str | None:
+def _out_of_memory(error: MemoryError | RuntimeError) -> str | None:
     """What a device says of memory that ran out; None if it is another failure."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return str(error).splitlines()[0]
     if isinstance(error, MemoryError):
         return "no more could be had"
     return str(error).splitlines()[-1] if "DefaultCPUAllocator" in str(error) else None
-
-
-def _explain_failures(run: Callable[[], _Result]) -> _Result:
-    """Turns what a machine runs out of into an error that says what to try."""
-    try:
-        return run()
-    except (MemoryError, RuntimeError) as error:
-        cause = _shortage(error)
-        if cause is None:
-            raise
-        raise RunError(f"out of memory while the model was loaded: {cause}", _SMALLER) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise RunError("the disk is full: free some space; the last checkpoint before this is whole") from error

@@ -10,7 +10,7 @@ from torch import Tensor
 from llama_acc.core.checkpoint.layout import inspect, read_config
 from llama_acc.core.checkpoint.load import check_tensors, fill, read_weights
 from llama_acc.core.distributed.groups import Parallel, init_distributed
-from llama_acc.core.generate.vision_encoder import VisionEncoder, load_vision_encoder
+from llama_acc.core.generate.load import VisionEncoder, load_vision_encoder
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.config import VISION_FILE
 from llama_acc.core.model.transformer import Transformer, build_on_meta, shapes_of

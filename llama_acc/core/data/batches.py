@@ -158,7 +158,7 @@ class MicroBatch:
     image_places: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """[I * positions]: where they stand in the stream; what `tokens` has there does not matter."""
     inputs: "Tensor | None" = None
-    """[I, ...]: what a model takes of them; see `generate.vision_encoder`."""
+    """[I, ...]: what a model takes of them; see `generate.load`."""
 
 
 def build(dataset: TextDataset, items: Sequence[int]) -> MicroBatch:

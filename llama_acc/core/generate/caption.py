@@ -23,13 +23,7 @@ _BATCHES_AHEAD = 4
 
 
 class Captioned(NamedTuple):
-    """A caption, or why there is none.
-
-    Attributes:
-        image: of what.
-        text: what the model says.
-        problem: why it says nothing.
-    """
+    """An image with its caption, or the problem why there is none."""
 
     image: Named
     text: str = ""
@@ -66,16 +60,12 @@ def instruction_prompt(loaded: LoadedModel, instruction: str) -> Prompt:
 
 
 def follows_instructions(loaded: LoadedModel) -> bool:
-    """Whether its prompt format is one that it was given instructions in."""
+    """Whether a model was given instructions in its prompt format."""
     return loaded.template.name not in ("caption", "none")
 
 
 def evaluation_transform(loaded: LoadedModel) -> Transform:
-    """What makes of a picture the model's input.
-
-    Raises:
-        UserError: it takes none.
-    """
+    """What makes of a picture the model's input; a UserError if it takes none."""
     insert_images(loaded, [], 1)
     assert loaded.vision is not None
     return Transform("pad_to_square", loaded.vision.image_size)
@@ -93,18 +83,12 @@ def captions(
 ) -> Iterator[Captioned]:
     """The greedy caption of each image, in their order; a bad image has a problem in its place.
 
-    Args:
-        loaded: a model that takes images.
-        images: of what.
-        prompt: what comes with each image.
-        max_new_tokens: most tokens of a caption.
-        batch_size: most captions under way at a time.
-        max_pixels: larger images are refused.
-        workers: they decode.
+    Each comes with the same prompt, at most `batch_size` of them are under way at a time, those of more than
+    `max_pixels` are refused.
     """
     transform = evaluation_transform(loaded)
     done: dict[int, Captioned] = {}
-    places: list[int] = []
+    places: list[int] = []  # of the images that the model is asked about
 
     def prompts() -> Iterator[Prompt]:
         jobs = (
@@ -136,19 +120,13 @@ def stream_caption(
 ) -> Iterator[str]:
     """The greedy caption of one image, piece by piece, with the beginning it was given."""
     sampler = Sampler(Sampling(temperature=0, max_new_tokens=max_new_tokens))
-    for _, text in Engine(loaded).generate([prompt._replace(images=[pixels])], sampler):
-        if text:
-            yield text
+    replies = Engine(loaded).generate([prompt._replace(images=[pixels])], sampler)
+    return (text for _, text in replies if text)
 
 
 def caption_page(title: str, note: str, shown: Iterable[tuple[Captioned, bytes]]) -> Iterator[str]:
-    """A contact sheet, in parts to be written one after the other, as the captions come.
-
-    Args:
-        title: its heading.
-        note: a line below the heading.
-        shown: captions, each with its image as a JPEG; empty: there is none to show.
-    """
+    """A contact sheet with a heading, a line below it and captions, each with its image as a JPEG (empty: none to
+    show); in parts to be written one after the other, as the captions come."""
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, keep_trailing_newline=True)

@@ -16,11 +16,7 @@ from llama_acc.core.generate.load import LoadedModel
 
 
 def checked_text(text: str) -> str:
-    """The text, if it can be encoded.
-
-    Raises:
-        UserError: it holds half of a surrogate pair.
-    """
+    """The text, if it can be encoded; a UserError where it holds half of a surrogate pair."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -29,11 +25,7 @@ def checked_text(text: str) -> str:
 
 
 def check_length(loaded: LoadedModel, tokens: Sequence[int]) -> None:
-    """Refuses a prompt that leaves no room for an answer.
-
-    Raises:
-        UserError: it is as long as the model's context.
-    """
+    """Refuses a prompt that leaves no room for an answer in the model's context, with a UserError."""
     context = loaded.model.config.max_seq_len
     if len(tokens) >= context:
         raise UserError(
@@ -43,7 +35,7 @@ def check_length(loaded: LoadedModel, tokens: Sequence[int]) -> None:
 
 
 def insert_images(loaded: LoadedModel, tokens: list[int], count: int) -> list[int]:
-    """A prompt with images right behind its BOS; each of their places is a -1.
+    """A prompt with images right behind its BOS; each of their positions is a -1.
 
     Raises:
         UserError: the model takes none, or not so many.
@@ -61,11 +53,7 @@ def insert_images(loaded: LoadedModel, tokens: list[int], count: int) -> list[in
 def encode_prompt(loaded: LoadedModel, turns: Sequence[Turn], images: int = 0, system: str | None = None) -> Prompt:
     """A conversation up to where the model is to answer, in its prompt format.
 
-    Args:
-        loaded: the model.
-        turns: of the conversation; the last is a question.
-        images: how many there are; all of a conversation stand at its beginning, as in training.
-        system: the system text; None = the template's own.
+    All images stand at its beginning, as in training. `system` None is the template's own.
 
     Raises:
         UserError: images a model does not take.
@@ -83,8 +71,7 @@ def encode_question(loaded: LoadedModel, question: str, images: int = 0) -> Prom
     """A single question in the model's prompt format, about so many images that are still to come.
 
     Raises:
-        UserError: it leaves no room for an answer in the model's context, or is not text; images a model does not
-            take.
+        UserError: it leaves no room for an answer, or is not text; images a model does not take.
     """
     prompt = encode_prompt(loaded, [Turn("human", checked_text(question))], images)
     check_length(loaded, prompt.tokens)
@@ -116,18 +103,24 @@ class Conversation:
     def ask(self, question: str, images: Pixels = ()) -> Iterator[str]:
         """The answer, piece by piece. The turns are kept, also of an answer that is not listened to till its end.
 
-        Args:
-            question: what is asked.
-            images: more of them.
-
         Raises:
             UserError: the question alone is longer than the model's context, or is not text; images a model does not
                 take.
         """
         turns = [*self.turns, Turn("human", checked_text(question))]
-        prompt, self.dropped_turns = self._fitting_prompt(turns, [*self.images, *images])
-        self.turns, self.images = turns[self.dropped_turns :], list(prompt.images)
+        images = [*self.images, *images]
+        context = self.loaded.model.config.max_seq_len
+        room = context - min(self._sampler.sampling.max_new_tokens, context // 4)
+        dropped = 0  # of the oldest turns, until an answer has room
+        while len((prompt := self._prompt(turns[dropped:], images)).tokens) > room and dropped < len(turns) - 1:
+            # A question goes with its answer.
+            dropped += 2 if turns[dropped + 1].role == "assistant" else 1
+        check_length(self.loaded, prompt.tokens)
+        self.turns, self.images, self.dropped_turns = turns[dropped:], images, dropped
         return self._answer(prompt)
+
+    def _prompt(self, turns: Sequence[Turn], images: Pixels) -> Prompt:
+        return encode_prompt(self.loaded, turns, len(images), self.system)._replace(images=images)
 
     def _answer(self, prompt: Prompt) -> Iterator[str]:
         answer = ""
@@ -138,19 +131,6 @@ class Conversation:
                     yield text
         finally:
             self.turns.append(Turn("assistant", answer.rstrip() if prompt.strip else answer))
-
-    def _fitting_prompt(self, turns: list[Turn], images: Pixels) -> tuple[Prompt, int]:
-        """The prompt, and how many of the oldest turns had to go for it to leave room for an answer."""
-        context = self.loaded.model.config.max_seq_len
-        room = context - min(self._sampler.sampling.max_new_tokens, context // 4)
-        dropped = 0
-        while True:
-            prompt = encode_prompt(self.loaded, turns[dropped:], len(images), self.system)._replace(images=images)
-            if len(prompt.tokens) <= room or dropped >= len(turns) - 1:
-                check_length(self.loaded, prompt.tokens)
-                return prompt, dropped
-            # A question goes with its answer.
-            dropped += 2 if dropped + 1 < len(turns) and turns[dropped + 1].role == "assistant" else 1
 
 
 def generate(

@@ -10,7 +10,7 @@ Shapes: B replies under way, T tokens of a pass, V vocabulary, S width of an ima
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, takewhile
 from typing import NamedTuple
@@ -32,8 +32,17 @@ from llama_acc.core.tokenizer import StreamDecoder, Tokenizer
 _GREEDY_BELOW = 1e-6
 _NO_PIXELS = torch.empty(0, dtype=torch.uint8)
 
-_Fed = tuple[int, int, int, int]
-"""What a pass is fed of a sequence: its slot, how many positions of its past stay, new tokens, images among these."""
+
+class _Fed(NamedTuple):
+    """What a pass is fed of a sequence: its slot, how many positions of its past stay, new tokens, images in these."""
+
+    slot: int
+    keep: int
+    length: int
+    images: int
+
+
+_Message = tuple[Sequence[_Fed], list[int], Tensor]
 
 Pixels = Sequence[NDArray[np.uint8]]
 """Images, each [3, S, S] of 0 to 255, S the size that the model's encoder takes."""
@@ -41,13 +50,12 @@ Pixels = Sequence[NDArray[np.uint8]]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """How the next token is chosen, and how many at most.
 
     Attributes:
         temperature: 0 takes the likeliest token; above, probabilities are softmax(logits / temperature).
         top_p: only the likeliest tokens that together reach this probability are drawn from.
         seed: of the generator; None = a new one each time.
-        max_new_tokens: most tokens of an answer.
     """
 
     temperature: float = 0.7
@@ -72,10 +80,7 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self._random = torch.Generator(device="cpu")
-        if sampling.seed is None:
-            self._random.seed()
-        else:
-            self._random.manual_seed(sampling.seed)
+        self._random.manual_seed(self._random.seed() if sampling.seed is None else sampling.seed)
 
     def __call__(self, logits: Tensor) -> int:
         """A token out of [V] logits."""
@@ -93,8 +98,7 @@ class Prompt(NamedTuple):
     """A sequence to continue.
 
     Attributes:
-        tokens: fewer than the model's context; -1 where an image stands.
-        images: those that stand in it.
+        tokens: fewer than the model's context; -1 where one of the images stands.
         prefill: tokens at its end that the reply's text begins with.
         spaces: so many at the beginning of the reply's text belong to the prompt (`Template.spaces_left`).
         strip: the reply's text has no white space at its ends.
@@ -108,13 +112,11 @@ class Prompt(NamedTuple):
 
 
 class Reply:
-    """A reply as it is generated.
+    """A reply as it is generated, to the prompt of this index.
 
     Attributes:
-        index: of its prompt.
         tokens: so far, without the one that ends it.
-        text: what there is to show so far. It ends at the prompt format's first stop string, and text that could be
-            the beginning of one is held back.
+        text: so far. It ends at the prompt format's first stop string, and the beginning of one is held back.
         ended: nothing more is to be generated.
     """
 
@@ -162,26 +164,21 @@ class Reply:
             return self._held[: min(found)]
         if self.ended:
             return self._held.removesuffix(self._end)
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        at = len(self._held) - keep
+        begun = [n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])]
+        at = len(self._held) - max(begun, default=0)
         released, self._held = self._held[:at], self._held[at:]
         return released
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
-
-
+@dataclass
 class _Slot:
     """The place of one sequence in the batch: what the model has seen of it, and what it is to see next."""
 
-    def __init__(self, n_layers: int) -> None:
-        self.cache = KVCache(n_layers)
-        self.seen: list[int] = []
-        self.feed: list[int] = []
-        self.new_images: Pixels = ()
-        self._images: Pixels = ()
+    cache: KVCache
+    seen: list[int] = field(default_factory=list)
+    feed: list[int] = field(default_factory=list)
+    new_images: Pixels = ()
+    images: Pixels = ()
 
     def take(self, prompt: Prompt) -> None:
         """Keeps of the past what the prompt begins with; the rest of the prompt is to be fed."""
@@ -189,11 +186,10 @@ class _Slot:
         # The last token of the prompt is always fed: its output is needed.
         alike = takewhile(lambda pair: pair[0] == pair[1], zip(self.seen, tokens[:-1], strict=False))
         shared = sum(1 for _ in alike)
-        same_images = [id(image) for image in prompt.images] == [id(image) for image in self._images]
-        if not same_images or -1 in tokens[shared:]:
+        if [*map(id, prompt.images)] != [*map(id, self.images)] or -1 in tokens[shared:]:
             shared = 0
         self.seen, self.feed = tokens[:shared], tokens[shared:]
-        self.new_images, self._images = () if shared else prompt.images, prompt.images
+        self.new_images, self.images = () if shared else prompt.images, prompt.images
 
     def fed(self, token: int) -> None:
         """Notes that the model has seen the feed, and what it is to see next."""
@@ -210,17 +206,13 @@ class Engine:
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
-        self._slots: defaultdict[int, _Slot] = defaultdict(lambda: _Slot(loaded.model.config.n_layers))
+        self._slots = defaultdict[int, _Slot](lambda: _Slot(KVCache(loaded.model.config.n_layers)))
 
     def generate(self, prompts: Iterable[Prompt], sampler: Sampler, batch_size: int = 1) -> Iterator[tuple[Reply, str]]:
         """Replies token by token: a pair of the reply and what came to its text; its last pair has it `ended`.
 
-        Greedy ones are those of one prompt at a time, up to the rounding of a product of more rows.
-
-        Args:
-            prompts: they are asked for when their turn comes.
-            sampler: chooses the tokens.
-            batch_size: most replies under way at a time.
+        Greedy ones are those of one prompt at a time, up to the rounding of a product of more rows. Prompts are asked
+        for when their turn comes; at most `batch_size` replies are under way at a time.
         """
         template, tokenizer = self.loaded.template, self.loaded.tokenizer
         waiting = enumerate(prompts)
@@ -245,7 +237,7 @@ class Engine:
         """[B, V] of what follows the sequences in these slots."""
         slots, vision = [self._slots[number] for number in numbers], self.loaded.vision
         fed = [
-            (number, len(slot.seen), len(slot.feed), len(slot.new_images))
+            _Fed(number, len(slot.seen), len(slot.feed), len(slot.new_images))
             for number, slot in zip(numbers, slots, strict=True)
         ]
         tokens = [token for slot in slots for token in slot.feed]
@@ -263,22 +255,14 @@ class Engine:
 
     @torch.inference_mode()
     def _forward(self, fed: Sequence[_Fed], tokens: list[int], pixels: Tensor) -> Tensor:
-        """[B, V] logits of what follows each sequence.
-
-        Args:
-            fed: of each sequence.
-            tokens: [T] of all, end to end; -1 where an image stands.
-            pixels: [images, 3, S, S] of 0 to 255; empty on ranks that encode none.
-        """
+        """[B, V] logits of what follows each sequence. `tokens` [T] are those of all, end to end, -1 where an image
+        stands; `pixels` [images, 3, S, S] of 0 to 255, empty on ranks that encode none."""
         model, device = self.loaded.model, self.loaded.device
-        caches: list[KVCache] = []
-        positions: list[int] = []
-        owners: list[int] = []
-        for document, (slot, keep, length, images) in enumerate(fed):
-            caches.append(self._slots[slot].cache)
-            caches[-1].truncate(keep)
-            positions += range(keep, keep + length)
-            owners += [document] * images
+        caches = [self._slots[one.slot].cache for one in fed]
+        for cache, one in zip(caches, fed, strict=True):
+            cache.truncate(one.keep)
+        positions = [position for one in fed for position in range(one.keep, one.keep + one.length)]
+        owners = [document for document, one in enumerate(fed) for _ in range(one.images)]
         stream, seen = torch.tensor(tokens, device=device), None
         if owners:
             encoder = self.loaded.vision_encoder
@@ -286,14 +270,11 @@ class Engine:
             inputs = encoder.inputs(len(owners), partial(encoder.encode, pixels))
             seen = Images(inputs, (stream < 0).nonzero().flatten(), owners)
             stream = stream.clamp(min=0)
-        lengths = [length for _, _, length, _ in fed]
+        lengths = [one.length for one in fed]
         hidden = model(stream, torch.tensor(positions, device=device), lengths, caches=caches, images=seen)
         if len(tokens) > len(fed):
             hidden = hidden[[end - 1 for end in accumulate(lengths)]]
         return model.logits(hidden)
-
-
-_Message = tuple[Sequence[_Fed], list[int], Tensor]
 
 
 def _broadcast(loaded: LoadedModel, message: _Message | None) -> _Message | None:

@@ -1,28 +1,105 @@
-"""Loading a trained model for generation, or a rank's share of it."""
+"""Loading a trained model for generation, or a rank's share of it, with the encoder of its images.
 
-from collections.abc import Sequence
+Shapes: I images, S their width and height; input_shape is that of `Vision`.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from llama_acc.core.atomic import check_checkpoint
-from llama_acc.core.checkpoint.adapter import check_base, read_base
+from llama_acc.core.checkpoint.adapter import check_base, fingerprint, read_base
 from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config, without_towers
-from llama_acc.core.checkpoint.load import check_tensors, fill, main_dtype, read_weights, with_rows
+from llama_acc.core.checkpoint.load import Weights, check_tensors, fill, main_dtype, read_weights, with_rows
 from llama_acc.core.checkpoint.quantized import read_quantization
 from llama_acc.core.checkpoint.towers import check_tower
+from llama_acc.core.data.images import normalize
 from llama_acc.core.data.templates import KINDS, PromptFormat, format_for, template_of_folder
 from llama_acc.core.device import pick_device
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
-from llama_acc.core.generate.vision_encoder import VisionEncoder, load_vision_encoder
 from llama_acc.core.model.config import ModelConfig, Vision, check_divides
 from llama_acc.core.model.transformer import Transformer, build_on_meta, pack_small, quantize_on_meta, shapes_of
+from llama_acc.core.model.vision import Tower, initialize_tower, tower_on_meta
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
 _ALONE = Parallel()
+
+
+class VisionEncoder:
+    """From pixels to a multimodal model's inputs. A frozen tower runs once, on the first rank of a model-parallel
+    group; the others get its features from there.
+
+    Attributes:
+        vision: the kind.
+        tower: its frozen tower, on the ranks that have it; else None.
+        is_leader: whether this rank needs images' pixels: where the encoder trains, every rank does.
+    """
+
+    def __init__(
+        self, vision: Vision, tower: Tower | None, dtype: torch.dtype, device: torch.device, parallel: Parallel
+    ) -> None:
+        self.vision, self.tower = vision, tower
+        self.dtype, self.device, self.parallel = dtype, device, parallel
+        self.is_leader = vision.trains_encoder or parallel.model_rank == 0
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what decides the features of given pixels: the tower's weights, sampled, and the type."""
+        assert self.tower is not None
+        weights = Weights.of({name: parameter.detach() for name, parameter in self.tower.named_parameters()})
+        values = fingerprint(weights, list(weights.tensors))
+        return hashlib.sha256(f"{self.vision} {self.dtype} {values}".encode()).hexdigest()
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [I, 3, S, S] of 0 to 255 to [I, *input_shape], on the device; for a rank that `is_leader`."""
+        normalized = normalize(pixels.to(self.device, non_blocking=True), self.dtype)
+        if self.vision.trains_encoder:
+            return normalized
+        assert self.tower is not None
+        return self.tower(normalized)
+
+    def inputs(self, count: int, make: Callable[[], Tensor]) -> Tensor:
+        """The model's inputs for `count` images, [I, *input_shape]: `make` is called on ranks that are leaders."""
+        if count and (self.vision.trains_encoder or self.parallel.model_size == 1):
+            return make()
+        if count and self.is_leader:
+            shared = make().contiguous()
+        else:
+            shared = torch.empty((count, *self.vision.input_shape), dtype=self.dtype, device=self.device)
+        if count:
+            dist.broadcast(shared, self.parallel.rank - self.parallel.model_rank, group=self.parallel.model_group)
+        return shared
+
+
+def load_vision_encoder(
+    model: Transformer, weights: Weights | None, device: torch.device, seed: int = 0, keep_all: bool = False
+) -> VisionEncoder | None:
+    """The encoder of a model, or None if it is not multimodal.
+
+    The tower's weights are used up; where none of them are given, they are random. With `keep_all`, ranks that do not
+    compute with the tower keep it, too, in the host's memory or its file: to save it.
+    """
+    vision, parallel = model.config.vision, model.parallel
+    if vision is None:
+        return None
+    tower, computes = None, parallel.model_rank == 0
+    if not vision.trains_encoder and (computes or keep_all):
+        tower = tower_on_meta(vision, model.dtype).requires_grad_(False)
+        place = device if computes else torch.device("cpu")
+        if weights is None or not any(name.startswith(vision.tower_prefix) for name in weights.tensors):
+            values = {name: torch.empty(parameter.shape) for name, parameter in tower.named_parameters()}
+            initialize_tower(values, seed)
+            weights = Weights.of({vision.tower_prefix + name: value for name, value in values.items()})
+        fill(tower, weights, place, model.dtype, copy=False, prefix=vision.tower_prefix)
+        tower.to(place)
+    return VisionEncoder(vision, tower, model.dtype, device, parallel)
 
 
 @dataclass(frozen=True)
@@ -31,10 +108,7 @@ class LoadedModel:
 
     Attributes:
         model: its parameters may lie in the checkpoint's file; they must not be trained.
-        tokenizer: its tokenizer.
-        template: its prompt format.
-        template_from: where that came from, for the user.
-        device: where it computes.
+        template_from: where the prompt format came from, for the user.
         vision_encoder: encodes images; None = the model takes none.
         notes: where the checkpoint's files disagree and which of them counts, for the user.
     """
@@ -49,7 +123,7 @@ class LoadedModel:
 
     @property
     def vision(self) -> Vision | None:
-        """What it sees with."""
+        """The kind of vision it has."""
         return self.model.config.vision
 
 
@@ -73,8 +147,8 @@ def load_model(
         tokenizer: its file; None = the one beside the checkpoint.
         template: a prompt format's name; "auto" = the one kept in the checkpoint, else its chat template, else none.
         verify: compare the SHA-256 of every file with the manifest.
-        quantize: keep the matrices in four bits, or "none" of them; None = as the checkpoint was trained. Those of a
-            quantised checkpoint are in any case.
+        quantize: keep the matrices in NF4, or "none" of them; None = as the checkpoint was trained. Those of a
+            quantized checkpoint are in any case.
         context: most tokens of prompt and answer; None = the checkpoint's.
         parallel: the ranks that share the model, whatever the size it was saved at.
 
@@ -89,7 +163,6 @@ def load_model(
     for layout in layouts:
         check_checkpoint(layout.folder, verify and parallel.is_main)
     check_base(layouts, config)
-    skip = _quantize_skip(layouts, quantize)
     path = find_tokenizer(last) if tokenizer is None else Path(tokenizer)
     if path is None:
         raise UserError(f"there is no tokenizer in {last}", "put tokenizer.model or tokenizer.json beside the weights")
@@ -99,9 +172,13 @@ def load_model(
     if context is not None:
         config = replace(config, max_seq_len=context)
     config.check_tokenizer(words.vocab_size, path)
-    chosen: tuple[PromptFormat, str]
-    chosen = (
-        template_of_folder(last, words) if template == "auto" else (format_for(template, KINDS[0], words), "asked for")
+    chosen: tuple[PromptFormat, str] = (
+        template_of_folder(last, words)
+        if template == "auto"
+        else (
+            format_for(template, KINDS[0], words),
+            "asked for",
+        )
     )
     check_divides(config, parallel.model_size)
     check_tower(config.vision, weights.tensors, last)
@@ -110,12 +187,9 @@ def load_model(
     if dtype is None:
         tower = shapes_of(config, "tower")
         dtype, rounded = main_dtype({name: part for name, part in weights.tensors.items() if name not in tower})
-        if dtype == torch.bfloat16:
-            notes = notes + rounded
-        else:
-            dtype = torch.float32
+        dtype, notes = (dtype, notes + rounded) if dtype == torch.bfloat16 else (torch.float32, notes)
     target = pick_device(device)
-    model = model_on_meta(config, dtype, parallel, skip)
+    model = model_on_meta(config, dtype, parallel, _quantize_skip(layouts, quantize))
     fill(model, weights, target, dtype, copy=False)
     pack_small(model)
     return LoadedModel(model, words, *chosen, target, load_vision_encoder(model, weights, target), tuple(notes))
@@ -124,14 +198,7 @@ def load_model(
 def model_on_meta(
     config: ModelConfig, dtype: torch.dtype, parallel: Parallel, quantize_skip: Sequence[str] | None
 ) -> Transformer:
-    """A rank's part of a model for generation, without storage.
-
-    Args:
-        config: its shape.
-        dtype: type of weights and activations.
-        parallel: the ranks that share it.
-        quantize_skip: its matrices are kept in four bits, but for these; None = all are kept as they are.
-    """
+    """A rank's part of a model for generation, without storage, its matrices but these in NF4; None = none is."""
     model = build_on_meta(config, dtype, parallel).requires_grad_(False)
     if quantize_skip is not None:
         quantize_on_meta(model, quantize_skip)
@@ -142,7 +209,7 @@ def model_on_meta(
 
 
 def _quantize_skip(layouts: Sequence[Layout], quantize: str | None) -> Sequence[str] | None:
-    """The matrices that are not in four bits, as in the base or as it was trained on; None = none is in four bits."""
+    """The matrices that are not in NF4, as in the base or as it was trained on; None = none is in NF4."""
     if (quantization := read_quantization(layouts[0].folder)) is not None:
         return quantization.skip
     bases = [read_base(layout.folder) for layout in reversed(layouts)]

@@ -21,7 +21,7 @@ from llama_acc.core.memory.simulate import Setup
 from llama_acc.core.model.transformer import parameter_count
 from llama_acc.core.text import size_text
 from llama_acc.core.train.plan import Plan
-from llama_acc.core.train.trainer import Trainer, largest_micro_batch
+from llama_acc.core.train.trainer import Trainer
 
 _Result = TypeVar("_Result")
 _FAR_BELOW = 8
@@ -32,7 +32,7 @@ def setup_of_run(plan: Plan, world_size: int, device_type: str, items: Sequence[
     """What is predicted of a run: its largest micro-batch, or that of these items."""
     data_size = world_size // plan.recipe.parallel.model_parallel_size
     if items is None:
-        items = largest_micro_batch(plan, data_size)
+        items = plan.largest_micro_batch(data_size)
     lengths = tuple(int(length) for length in plan.train.lengths[list(items)])
     labels = int(plan.train.label_counts[list(items)].sum())
     per_step = min(plan.recipe.train.global_batch_size, len(plan.train))

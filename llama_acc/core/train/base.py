@@ -34,11 +34,8 @@ def find_model(
 ) -> tuple[list[Layout], ModelConfig, Tokenizer]:
     """The checkpoints a run starts from, the model's shape, and its tokenizer.
 
-    Args:
-        recipe: what the user wants.
-        recipe_folder: where relative paths are looked for first.
-        weights_may_be_absent: the shape is enough.
-        saved: the run's own checkpoint, to resume from. It has a shape and a tokenizer, and weights of all that trains.
+    Relative paths are looked for in `recipe_folder` first. `saved` is the run's own checkpoint, to resume from: it has
+    a shape and a tokenizer, and weights of all that trains.
 
     Raises:
         UserError: one of them is missing or damaged, or they do not go together.
@@ -56,12 +53,20 @@ def find_model(
 def find_shape(
     recipe: Recipe, recipe_folder: Path | None, *, weights_may_be_absent: bool, saved: Path | None = None
 ) -> tuple[list[Layout], ModelConfig]:
-    """The checkpoints a run starts from, and the model's shape with what is tuned. The vocabulary may be open (-1).
-
-    See `find_model`.
-    """
-    layouts = _layouts(recipe, weights_may_be_absent, saved)
-    config = _with_tuning(recipe, _with_vision(recipe, _config(recipe, layouts, recipe_folder, saved)))
+    """The checkpoints and the model's shape with what is tuned; its vocabulary may be open (-1). See `find_model`."""
+    # A resumed run has weights of its own; of what does not train it may have none.
+    may_be_absent = weights_may_be_absent or (saved is not None and not has_frozen(recipe))
+    layouts = []
+    for name in recipe.model.pretrained_list():
+        try:
+            layouts.append(inspect(locate(name)))
+        except UserError as error:
+            if Path(name).expanduser().exists():
+                raise
+            if not may_be_absent:
+                moved = "say where it is now: --resume --pretrained DIR"
+                raise UserError(error.message, moved if saved is not None else error.hint) from None
+    config = _with_tuning(recipe, _with_vision(recipe, _read_config(recipe, layouts, recipe_folder, saved)))
     check_towers_can_be_made(config.vision)
     check_base(layouts, config)
     for layout in layouts:
@@ -87,23 +92,8 @@ def _check_quantized(recipe: Recipe, config: ModelConfig, layout: Layout) -> Non
         )
 
 
-def _layouts(recipe: Recipe, may_be_absent: bool, saved: Path | None) -> list[Layout]:
-    # A resumed run has weights of its own; of what does not train it may have none.
-    may_be_absent = may_be_absent or (saved is not None and not has_frozen(recipe))
-    layouts = []
-    for name in recipe.model.pretrained_list():
-        try:
-            layouts.append(inspect(locate(name)))
-        except UserError as error:
-            if Path(name).expanduser().exists():
-                raise
-            if not may_be_absent:
-                moved = "say where it is now: --resume --pretrained DIR"
-                raise UserError(error.message, moved if saved is not None else error.hint) from None
-    return layouts
-
-
-def _config(recipe: Recipe, layouts: list[Layout], recipe_folder: Path | None, saved: Path | None) -> ModelConfig:
+def _read_config(recipe: Recipe, layouts: list[Layout], recipe_folder: Path | None, saved: Path | None) -> ModelConfig:
+    """The shape: that of the checkpoints, else the recipe's."""
     model = recipe.model
     moved = saved is not None and not layouts and model.pretrained_list()
     config = read_config([inspect(saved)] if saved is not None and moved else layouts)
@@ -111,8 +101,7 @@ def _config(recipe: Recipe, layouts: list[Layout], recipe_folder: Path | None, s
         config = config_from_params(model.params)
     elif config is None and model.params is not None:
         names = [model.params] if isinstance(model.params, str) else model.params
-        paths = [_beside(name, recipe_folder) for name in names]
-        config = config_from_params(read_params(paths), " and ".join(names))
+        config = config_from_params(read_params([_beside(name, recipe_folder) for name in names]), " and ".join(names))
     elif config is None and model.size is not None:
         config = named_size(model.size)
     if config is None:
@@ -144,7 +133,7 @@ def _with_vision(recipe: Recipe, config: ModelConfig) -> ModelConfig:
         return config
     if config.vision is not None and config.vision.encoder != wanted.encoder:
         raise UserError(
-            f"the checkpoint sees with encoder '{config.vision.encoder}', the recipe says '{wanted.encoder}'",
+            f"the checkpoint has vision encoder '{config.vision.encoder}', the recipe says '{wanted.encoder}'",
             f"set vision.encoder={config.vision.encoder}",
         )
     return replace(config, vision=config.vision or wanted, vision_training=recipe.vision.training())
@@ -154,20 +143,18 @@ def _beside(name: str, recipe_folder: Path | None) -> Path:
     if name.startswith("shipped:"):
         return RECIPES_FOLDER / name.removeprefix("shipped:")
     path = Path(name).expanduser()
-    if recipe_folder is not None and (recipe_folder / path).exists():
-        return recipe_folder / path
-    return path
+    return recipe_folder / path if recipe_folder is not None and (recipe_folder / path).exists() else path
 
 
 def _tokenizer_path(recipe: Recipe, layouts: list[Layout], recipe_folder: Path | None, saved: Path | None) -> Path:
     named = recipe.model.tokenizer
+    folders = [layout.folder for layout in without_towers(layouts)]
     if named is not None:
         path = _beside(named, recipe_folder)
-        moved = saved is not None and not path.exists() and Recipe.load(saved / "recipe.yaml").model.tokenizer == named
-        if not moved:
+        if saved is None or path.exists() or Recipe.load(saved / "recipe.yaml").model.tokenizer != named:
             return path
-    folders = [layout.folder for layout in without_towers(layouts)]
-    for folder in reversed(folders if saved is None else [saved] if named is not None else [saved, *folders]):
+        folders = []  # what the run began with was moved: its checkpoint has a copy
+    for folder in [*reversed(folders), *([] if saved is None else [saved])]:
         if (found := find_tokenizer(folder)) is not None:
             return found
     where = f" in {' or '.join(str(layout.folder) for layout in layouts)}" if layouts else ""
@@ -191,9 +178,7 @@ def read_base(layouts: Sequence[Layout], config: ModelConfig, parallel: Parallel
 
 
 def _needed(config: ModelConfig, weights: Weights, where: str) -> Mapping[str, tuple[int, ...]]:
-    """What a run's base must hold.
-
-    A base has nothing of what the method adds, a checkpoint of a tuned model all of it; so it is with vision.
+    """What a run's base must hold: nothing or all of what the method adds, and so with vision.
 
     Raises:
         UserError: it has no vision tower, or in stage two nothing of what stage one trains.
@@ -220,8 +205,8 @@ def with_absolute_paths(
     recipe = recipe.model_copy(deep=True)
     model, data = recipe.model, recipe.data
     if isinstance(model.params, (str, list)):
-        paths = [model.params] if isinstance(model.params, str) else model.params
-        model.params = [_absolute(path, _beside(path, recipe_folder)) for path in paths]
+        names = [model.params] if isinstance(model.params, str) else model.params
+        model.params = [_absolute(name, _beside(name, recipe_folder)) for name in names]
     for source in data.sources:
         source.path = _absolute_data(source.path, recipe_folder)
         if source.root is not None:

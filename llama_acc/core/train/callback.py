@@ -19,16 +19,12 @@ class Callback:
         """The files that an address of data means; missing ones are downloaded, and that may be shown."""
         return fetch_data(address)
 
-    def working(self, text: str, key: str | None = None) -> None:
-        """What is being done from now on, such as "loading the weights".
+    def progress(self, label: str, done: int = 0, total: int = 0) -> None:
+        """What is being done, such as "loading the model", and how far it is; `total` 0: that is not known."""
 
-        Args:
-            text: said to the user.
-            key: the stage, where its text changes as it goes on.
-        """
-
-    def plan(self, plan: "Plan") -> None:
-        """What will be done, before it starts."""
+    def plan(self, plan: "Plan") -> list[tuple[str, str]]:
+        """What will be done, before it starts. Returns what report.md says of it: subjects and texts."""
+        return []
 
     def step(self, metrics: dict[str, Any], plan: "Plan") -> None:
         """An optimizer step, as in metrics.jsonl."""

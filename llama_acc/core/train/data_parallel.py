@@ -27,15 +27,8 @@ class DataParallel:
     def __init__(
         self, model: Transformer, parallel: Parallel, mode: Mode, accumulate_unsharded: bool, device_type: str
     ) -> None:
-        """Applies it; parameters become `DTensor`s, and may still be on the meta device.
-
-        Args:
-            model: with activation checkpointing and compilation already applied.
-            parallel: who takes part.
-            mode: see the module.
-            accumulate_unsharded: see `fsdp`.
-            device_type: such as "cpu", where it will compute.
-        """
+        """Makes `DTensor`s of the parameters, which may be on the meta device. Activation checkpointing and compilation
+        are applied before."""
         self.mode = mode
         self._each_reduces = mode == "fsdp" and not accumulate_unsharded
         self._modules: list[FSDPModule] = []
@@ -50,7 +43,9 @@ class DataParallel:
         # What trains is float32, and so is the sum of its gradients; it is gathered in the type it is computed in.
         compute = None if model.dtype == torch.float32 else model.dtype
         policy = fsdp.MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        apply = _applied(mode)
+        apply: Any = partial(fsdp.fully_shard, reshard_after_forward=mode == "fsdp")
+        if mode == "ddp":
+            from torch.distributed._composable.replicate_with_fsdp import replicate as apply
         for module in (*model.layers, model):
             apply(module, mesh=mesh, mp_policy=policy)
             assert isinstance(module, fsdp.FSDPModule)
@@ -60,11 +55,7 @@ class DataParallel:
             self._modules.append(module)
 
     def before_backward(self, last: bool) -> None:
-        """To be called before each micro-batch of a step.
-
-        Args:
-            last: whether it is the step's last one.
-        """
+        """To be called before each micro-batch of a step; `last`: it is the step's last one."""
         if not self._modules:
             return
         root = self._modules[-1]
@@ -76,13 +67,3 @@ class DataParallel:
         """To be called after forward passes without a backward pass: the next step changes what they gathered."""
         for module in self._modules:
             module.reshard()
-
-
-def _applied(mode: Mode) -> Any:
-    if mode == "ddp":
-        from torch.distributed._composable.replicate_with_fsdp import replicate
-
-        return replicate
-    from torch.distributed.fsdp import fully_shard
-
-    return partial(fully_shard, reshard_after_forward=mode == "fsdp")

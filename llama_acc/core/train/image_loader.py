@@ -27,7 +27,7 @@ from llama_acc.core.data.image_workers import ImageWorkers, default_workers
 from llama_acc.core.data.images import Crop, ImageJob, Transform, digest, pixels_or_problem, shown_reference
 from llama_acc.core.distributed.groups import local_world_size
 from llama_acc.core.errors import RunError
-from llama_acc.core.generate.vision_encoder import VisionEncoder
+from llama_acc.core.generate.load import VisionEncoder
 from llama_acc.core.input_files import home
 from llama_acc.core.text import size_text
 

@@ -21,7 +21,7 @@ from llama_acc.core.train.trainer import Trainer
 
 
 class Loop:
-    """Runs a trainer to the plan's end; on rank 0 it also logs and reports."""
+    """Runs a trainer to the plan's end; on rank 0, which has a log, it also logs and reports."""
 
     def __init__(
         self, trainer: Trainer, folder: RunFolder, log: MetricsLog | None, callback: Callback, stop: StopRequest
@@ -30,7 +30,7 @@ class Loop:
         self._saver = Saver()
         self._pending: tuple[StepResult, dict[str, Any]] | None = None
         self._stop_of_any_rank: signal.Signals | None = None
-        self._since = time.perf_counter()
+        self._since = 0.0  # when the step before the pending one was done
 
     def run(self) -> None:
         """Trains until the plan is done.
@@ -53,17 +53,18 @@ class Loop:
         while trainer.step < plan.total_steps:
             current = trainer.advance(self._saver.wait_for_copy, self._rank_stats())
             # A device works on this step while the host looks at the one before; a CPU has finished it by now.
-            self._log_previous_step()
+            self._log_pending_step()
             self._pending = current
             if trainer.device.type == "cpu":
-                self._log_previous_step()
+                self._log_pending_step()
             self._report_saved(wait=False)
-            stop = self._stop()
+            # Ranks stop after the same step: the one whose result told all of them.
+            stop = self.stop.received if trainer.parallel.world_size == 1 else self._stop_of_any_rank
             due_save = plan.saves_at(trainer.step) or stop is not None
             due_validation = plan.validates_at(trainer.step)
             if not (due_save or due_validation):
                 continue
-            self._log_previous_step()
+            self._log_pending_step()
             if due_validation:
                 self._validate()
             if due_save:
@@ -79,22 +80,24 @@ class Loop:
         peaks[parallel.rank] = peak_memory_gib(self.trainer.device)
         return [float(stop == signal.SIGINT), float(stop == signal.SIGTERM), *peaks]
 
-    def _stop(self) -> signal.Signals | None:
-        """The signal to stop for. Ranks stop after the same step: the one whose result told all of them."""
-        return self.stop.received if self.trainer.parallel.world_size == 1 else self._stop_of_any_rank
-
-    def _log_previous_step(self) -> None:
+    def _log_pending_step(self) -> None:
         """Reads the pending step's results, logs them, and refuses to continue from a step that is not finite."""
         if self._pending is None:
             return
-        result, known = self._pending
-        self._pending = None
+        (result, known), self._pending = self._pending, None
         loss, grad_norm, interrupted, terminated, *peaks = torch.cat(
             (result.loss.view(1), result.grad_norm.view(1), result.extra_sums)
         ).tolist()
         now = time.perf_counter()
         if not (np.isfinite(loss) and np.isfinite(grad_norm)):
-            raise self._not_finite(known["step"], loss, grad_norm)
+            plan, step = self.trainer.plan, known["step"]
+            items = [plan.train.origin(int(item)) for item in plan.items(step - 1)]
+            raise RunError(
+                f"the loss of step {step} is {loss}, its gradient norm {grad_norm}: "
+                f"the weights did not take this step, the newest checkpoint in {self.folder.path} is unharmed. "
+                f"The step's items:\n{listed(items, most=16)}",
+                "look at these items; try a lower optimizer.lr, a longer train.warmup_epochs, or train.precision=fp32",
+            )
         if interrupted or terminated:
             self._stop_of_any_rank = signal.SIGTERM if terminated else signal.SIGINT
         metrics = {
@@ -107,47 +110,35 @@ class Loop:
             "peak_memory_gib": max(peaks),
         }
         self._since = now
-        self._write(metrics)
-        self.callback.step(metrics, self.trainer.plan)
-
-    def _write(self, metrics: dict[str, Any]) -> None:
         if self.log is not None:
             self.log.write(metrics)
-
-    def _not_finite(self, step: int, loss: float, grad_norm: float) -> RunError:
-        trainer = self.trainer
-        items = [trainer.plan.train.origin(int(item)) for item in trainer.items(step - 1)]
-        return RunError(
-            f"the loss of step {step} is {loss}, its gradient norm {grad_norm}: the weights did not take this step, "
-            f"the newest checkpoint in {self.folder.path} is unharmed. The step's items:\n{listed(items, most=16)}",
-            "look at these items; try a lower optimizer.lr, a longer train.warmup_epochs, or train.precision=fp32",
-        )
+        self.callback.step(metrics, self.trainer.plan)
 
     def _validate(self) -> None:
         metrics = {"step": self.trainer.step, "validation_loss": self.trainer.validate()}
-        self._write(metrics)
+        if self.log is not None:
+            self.log.write(metrics)
         self.callback.validation(metrics)
 
     def _save(self, at_once: bool) -> None:
         """Saves while training goes on; `at_once`, or where memory for a copy is short, before it does."""
         self._report_saved(wait=True)
         plan, snapshot = self.trainer.plan, self.trainer.snapshot()
-        folder, keep = self.folder.path / plan.checkpoint_name(self.trainer.step), plan.recipe.checkpoint.keep
-        if at_once or not self._copy_fits(snapshot):
-            write_checkpoint(snapshot, folder, keep)
+        folder = self.folder.path / plan.checkpoint_name(self.trainer.step)
+        if at_once or not (plan.saving.asynchronous and _copy_fits(snapshot)):
+            write_checkpoint(snapshot, folder, plan.saving.keep)
             self.callback.saved(folder)
         else:
             background = replace(snapshot.parallel, control=snapshot.parallel.background)
-            self._saver.start(replace(snapshot, parallel=background), folder, keep)
-
-    def _copy_fits(self, snapshot: Snapshot) -> bool:
-        """Whether the copies of a machine's ranks take less than half of its free memory, on every machine."""
-        if not self.trainer.plan.recipe.checkpoint.asynchronous:
-            return False
-        wanted = snapshot.nbytes() * local_world_size()
-        return all(snapshot.parallel.gather(wanted < free_memory(torch.device("cpu")) / 2))
+            self._saver.start(replace(snapshot, parallel=background), folder, plan.saving.keep)
 
     def _report_saved(self, wait: bool) -> None:
         folder = self._saver.finished(wait)
         if folder is not None:
             self.callback.saved(folder)
+
+
+def _copy_fits(snapshot: Snapshot) -> bool:
+    """Whether the copies of a machine's ranks take less than half of its free memory, on every machine."""
+    wanted = snapshot.nbytes() * local_world_size()
+    return all(snapshot.parallel.gather(wanted < free_memory(torch.device("cpu")) / 2))

@@ -1,7 +1,7 @@
 """AdamW, with clipping and the guard against non-finite steps inside the update itself; and its learning rate."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -37,34 +37,35 @@ class ClippedAdamW:
         weight_decay: float,
         clip_grad_norm: float,
     ) -> None:
-        """Args:
-        model: its parameters that require gradients are trained. They have storage, and keep it.
-        parallel: the ranks it is split over.
-        betas: AdamW's.
-        eps: AdamW's.
-        weight_decay: AdamW's, on what `decays`.
-        clip_grad_norm: the largest norm of a step's gradients.
-        """
+        """Trains the model's parameters that require gradients; they have storage, and keep it."""
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # The fused kernel takes plain tensors: what is stored here of a parameter, as a parameter of its own.
         self._stored = {
             name: p if as_dtensor(p) is None else nn.Parameter(local_part(p).tensor) for name, p in self.named.items()
         }
+        # In the norm, this rank counts its own part of a parameter, and a copy only where it is the first to have it.
+        specs: Mapping[str, Spec] = getattr(model, "specs", {})
+        self._counted = [
+            name
+            for name, p in self.named.items()
+            if (parallel.model_rank == 0 or (name in specs and specs[name].split is not None))
+            and (parallel.data_rank == 0 or is_sharded(p))
+        ]
         groups = [
-            {"params": [p for name, p in self._stored.items() if decays(name)], "weight_decay": weight_decay},
-            {"params": [p for name, p in self._stored.items() if not decays(name)], "weight_decay": 0.0},
+            {
+                "params": [p for name, p in self._stored.items() if decays(name) == with_decay],
+                "weight_decay": weight_decay if with_decay else 0.0,
+            }
+            for with_decay in (True, False)
         ]
         groups = [group for group in groups if group["params"]]
         self.clip = clip_grad_norm
-        specs: Mapping[str, Spec] = getattr(model, "specs", {})
-        whole = {name for name in self.named if name not in specs or specs[name].split is None}
-        self._shares = {name: _share(p, name in whole, parallel) for name, p in self.named.items()}
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
     def squared_norm(self) -> Tensor:
         """This rank's share of the squared L2 norm of all gradients, a float32 scalar: to be summed over all ranks."""
-        mine = [_stored(p.grad) for name, p in self.named.items() if self._shares[name] and p.grad is not None]
-        return total_norm(mine).square()
+        gradients = [_local(gradient) for name in self._counted if (gradient := self.named[name].grad) is not None]
+        return torch.nn.utils.get_total_norm(gradients, norm_type=2.0, foreach=True).square()
 
     def step(self, lr: float, norm: Tensor, loss: Tensor) -> None:
         """One update from the parameters' gradients, which are then dropped.
@@ -76,7 +77,7 @@ class ClippedAdamW:
         """
         for name, parameter in self.named.items():
             if parameter is not self._stored[name] and parameter.grad is not None:
-                self._stored[name].grad = _stored(parameter.grad)
+                self._stored[name].grad = _local(parameter.grad)
                 parameter.grad = None
         for group in self.adamw.param_groups:
             group["lr"] = lr
@@ -104,41 +105,22 @@ class ClippedAdamW:
         ]
 
     def load_state(self, read: Callable[[str, Tensor], Tensor | None]) -> None:
-        """Restores what `state_tensors` gave.
-
-        Args:
-            read: given `KEY.NAME` and the parameter, the rows to be stored here, or None if there are none.
-        """
+        """Restores what `state_tensors` gave; `read` gets `KEY.NAME` and the parameter, and returns None if there is
+        nothing, else the rows to be stored here."""
         for name, parameter in self.named.items():
             found = {key: read(f"{key}.{name}", parameter) for key in ("step", *MOMENTS)}
             self.adamw.state[self._stored[name]] = {key: value for key, value in found.items() if value is not None}
 
 
-def _stored(gradient: Tensor) -> Tensor:
+def _local(gradient: Tensor) -> Tensor:
     dealt = as_dtensor(gradient)
     return gradient if dealt is None else dealt.to_local()
-
-
-def _share(parameter: Tensor, is_whole: bool, parallel: Parallel) -> bool:
-    """Whether this rank's part of a parameter counts in the norm, or is a copy of one that another rank counts."""
-    copied_in_model = is_whole and parallel.model_rank > 0
-    return not copied_in_model and (is_sharded(parameter) or parallel.data_rank == 0)
-
-
-def total_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The L2 norm of all gradients together, a float32 scalar."""
-    return torch.nn.utils.get_total_norm(list(gradients), norm_type=2.0, foreach=True)
 
 
 def learning_rate(epoch: float, *, epochs: float, warmup_epochs: float, lr: float, min_lr: float) -> float:
     """Linear warm-up from 0 to `lr`, then half a cosine down to `min_lr` (LLaMA2-Accessory's schedule).
 
-    Args:
-        epoch: passes over the data completed before this step, a fraction; so a warm-up's first step has rate 0.
-        epochs: length of the schedule.
-        warmup_epochs: length of the warm-up.
-        lr: the highest rate.
-        min_lr: the last rate.
+    `epoch` is passes over the data completed before this step, a fraction; so a warm-up's first step has rate 0.
     """
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs

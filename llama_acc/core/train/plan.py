@@ -5,17 +5,19 @@
 
 import json
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from llama_acc.core.checkpoint.layout import Layout
 from llama_acc.core.checkpoint.save import DTYPES, needed_bytes
+from llama_acc.core.data.batches import assign_to_ranks, epoch_order, micro_batches, step_items
 from llama_acc.core.data.cache import EntryStore
 from llama_acc.core.data.dataset import Dataset, load_dataset, load_published, publish
 from llama_acc.core.data.image_workers import with_usable_images
@@ -23,40 +25,34 @@ from llama_acc.core.data.sources import MISSING_HINT, Source
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError, raise_together
 from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.nf4 import nbytes
 from llama_acc.core.model.transformer import (
     Transformer,
     build_on_meta,
     describe,
     freeze_untrained,
     parameter_count,
-    quantizable,
     quantize_on_meta,
     shapes_of,
 )
-from llama_acc.core.recipe import Recipe
-from llama_acc.core.text import count_text
+from llama_acc.core.recipe import Checkpoint, Images, Recipe
 from llama_acc.core.tokenizer import Tokenizer
 from llama_acc.core.train.base import find_model, has_frozen, read_base, with_absolute_paths
 from llama_acc.core.train.callback import Callback
 from llama_acc.core.train.data_parallel import Mode
+from llama_acc.core.train.optimizer import learning_rate
+
+# The largest micro-batch is looked for in so many steps, of so many epochs and documents.
+_STEPS, _EPOCHS, _DOCUMENTS = 32, 1000, 1 << 24
+
+_epoch_order = lru_cache(maxsize=2)(epoch_order)
 
 
 @dataclass(frozen=True)
 class StepSettings:
     """How a step is computed: all that its memory depends on besides the model's shape and the batch.
 
-    Attributes:
-        dtype: type of activations and matrix products.
-        quantize_skip: matrices not quantized to NF4; None = nothing is.
-        compile: run each block through torch.compile.
-        activation_checkpointing: recompute each block in the backward pass.
-        data_parallel: see `DataParallel`.
-        accumulate_unsharded: see `DataParallel`.
-        betas: AdamW's.
-        eps: AdamW's.
-        weight_decay: AdamW's.
-        clip_grad_norm: the largest norm of a step's gradients.
+    `dtype` is that of activations and matrix products, `quantize_skip` the matrices not quantized to NF4 (None: nothing
+    is), `adamw` the settings of `ClippedAdamW`; see `DataParallel` for its two.
     """
 
     dtype: torch.dtype
@@ -65,15 +61,12 @@ class StepSettings:
     activation_checkpointing: bool
     data_parallel: Mode
     accumulate_unsharded: bool
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    clip_grad_norm: float
+    adamw: dict[str, Any]
 
     @classmethod
     def of(cls, recipe: Recipe) -> "StepSettings":
         """The recipe's."""
-        train, parallel, optimizer = recipe.train, recipe.parallel, recipe.optimizer
+        train, parallel = recipe.train, recipe.parallel
         return cls(
             DTYPES[train.precision],
             tuple(recipe.tuning.quantize_skip) if recipe.tuning.quantize == "nf4" else None,
@@ -81,10 +74,7 @@ class StepSettings:
             train.activation_checkpointing,
             parallel.data_parallel,
             parallel.accumulate_unsharded,
-            optimizer.betas,
-            optimizer.eps,
-            optimizer.weight_decay,
-            optimizer.clip_grad_norm,
+            recipe.optimizer.model_dump(include={"betas", "eps", "weight_decay", "clip_grad_norm"}),
         )
 
 
@@ -97,25 +87,32 @@ def model_on_meta(config: ModelConfig, settings: StepSettings, parallel: Paralle
     return model
 
 
+class PlannedData(NamedTuple):
+    """What a run learns from: what is trained on, what is held out, and what data.json says of both."""
+
+    train: Dataset
+    validation: Dataset | None
+    report: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Plan:
-    """A run that was checked.
+    """A run that was checked: all that it does.
 
     Attributes:
-        recipe: with every path absolute.
-        config: the model's shape.
-        tokenizer: the model's.
+        recipe: with every path absolute, to be kept, compared and shown.
         layouts: checkpoints the weights come from, left to right; empty = random weights.
-        train: what is learned.
-        validation: what is held out, or None.
         report: what data.json holds, held-out items included.
         steps_per_epoch: optimizer steps in a whole epoch; the last one may be smaller.
         total_steps: optimizer steps in the run.
         has_frozen: whether there are weights that do not train.
+        saving: when and what to save, and how many checkpoints to keep.
+        save_dtype: type of the saved weights.
     """
 
     recipe: Recipe
     config: ModelConfig
+    settings: StepSettings
     tokenizer: Tokenizer
     layouts: list[Layout]
     train: Dataset
@@ -124,17 +121,12 @@ class Plan:
     steps_per_epoch: int
     total_steps: int
     has_frozen: bool
-
-    @property
-    def settings(self) -> StepSettings:
-        """How a step is computed."""
-        return StepSettings.of(self.recipe)
-
-    @property
-    def save_dtype(self) -> torch.dtype:
-        """Type of the saved weights."""
-        name = self.recipe.checkpoint.dtype
-        return DTYPES[self.recipe.train.precision if name == "auto" else name]
+    name: str
+    seed: int
+    images: Images
+    cache_features: bool
+    saving: Checkpoint
+    save_dtype: torch.dtype
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and full shapes of the parameters that train."""
@@ -142,81 +134,61 @@ class Plan:
 
     def trained_count(self) -> int:
         """Number of parameters that train."""
-        return sum(math.prod(shape) for shape in self.trained_shapes().values())
+        return sum(map(math.prod, self.trained_shapes().values()))
 
-    def quantized(self) -> tuple[int, int]:
-        """Number of parameters that are quantized, and the bytes they take."""
-        skip, shapes = self.settings.quantize_skip, shapes_of(self.config)
-        quantized = [shapes[name] for name in ([] if skip is None else quantizable(self.config, skip))]
-        return sum(map(math.prod, quantized)), sum(nbytes(*shape) for shape in quantized)
+    def items(self, step: int) -> NDArray[np.int64]:
+        """The training items of optimizer step `step`, counted from 0: a function of data, seed and batch size."""
+        train = self.recipe.train
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = _epoch_order(len(self.train), train.seed, epoch, train.shuffle)
+        return step_items(order, within, train.global_batch_size)
 
-    def saves(self, name: str) -> bool:
-        """Whether a parameter's weights are saved."""
-        return not self.recipe.checkpoint.trainable_only or describe(self.config)[name].trains
+    def micro_batches(self, dataset: Dataset, items: NDArray[np.int64], ranks: int) -> list[list[list[int]]]:
+        """Splits items into micro-batches, equally many for each of so many data-parallel ranks."""
+        train, lengths = self.recipe.train, dataset.lengths
+        groups = micro_batches(items, lengths, train.batch_size, train.micro_batch_tokens, ranks)
+        return [[groups[place] for place in own] for own in assign_to_ranks(groups, lengths, ranks)]
 
-    def checkpoint_bytes(self) -> int:
-        """Size of one checkpoint on disk."""
-        trained = self.trained_count()
-        saved = trained if self.recipe.checkpoint.trainable_only else parameter_count(self.config)
-        copied = sum(map(len, self.tokenizer.files().values()))
-        return needed_bytes(saved, trained, len(shapes_of(self.config)), self.save_dtype) + copied
+    def accumulates(self, ranks: int) -> bool:
+        """Whether a full step takes more than one micro-batch on each of so many data-parallel ranks."""
+        return min(self.recipe.train.global_batch_size, len(self.train)) > self.recipe.train.batch_size * ranks
 
-    def disk_bytes(self, existing: Sequence[int] = (), done: int = 0) -> int:
-        """What the run's checkpoints take of the disk at most, beside those that exist.
+    def largest_micro_batch(self, ranks: int) -> list[int]:
+        """The items of the run's micro-batch that has most tokens, on so many data-parallel ranks.
 
-        Args:
-            existing: the sizes of those checkpoints, oldest first; the next one will be as large as the last.
-            done: steps that are done.
+        Steps that have most tokens are split to find it, and those whose longest items have most; of a run of more
+        than 1,000 epochs or 16 million items, in its first epochs.
         """
-        keep, new = self.recipe.checkpoint.keep, existing[-1] if existing else self.checkpoint_bytes()
-        saves = self.save_count(done)
-        if not keep:
-            return saves * new
-        on_disk, taken, most = deque(existing), 0, 0
-        # Once none of the old ones is left, nothing changes any more.
-        for _ in range(min(saves, keep + 1)):
-            on_disk.append(new)  # whole before an old one goes
-            taken += new
-            most = max(most, taken)
-            while len(on_disk) > keep:
-                taken -= on_disk.popleft()
-        return most
+        train, lengths = self.recipe.train, self.train.lengths
+        size, totals, longest = train.global_batch_size, [], []
+        epochs = min(-(-self.total_steps // self.steps_per_epoch), _EPOCHS, max(1, _DOCUMENTS // len(self.train)))
+        for epoch in range(epochs):
+            count = min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
+            order = _epoch_order(len(self.train), train.seed, epoch, train.shuffle)[: count * size]
+            by_step = np.zeros(count * size, dtype=np.int64)
+            by_step[: len(order)] = lengths[order]
+            by_step = np.sort(by_step.reshape(count, size), axis=1)
+            totals.append(by_step.sum(1))
+            longest.append(by_step[:, -train.batch_size :].sum(1))
+        fullest = [np.argsort(-np.concatenate(tokens), kind="stable")[:_STEPS] for tokens in (totals, longest)]
+        groups = [
+            group
+            for step in sorted({int(step) for steps in fullest for step in steps})
+            for own in self.micro_batches(self.train, self.items(step), ranks)
+            for group in own
+        ]
+        return max(groups, key=lambda group: int(lengths[group].sum()))
 
-    def saves_at(self, step: int) -> bool:
-        """Whether a checkpoint is due once `step` optimizer steps are done."""
-        checkpoint = self.recipe.checkpoint
-        epoch, within = divmod(step, self.steps_per_epoch)
-        if step >= self.total_steps:
-            return True
-        if within == 0:
-            return bool(checkpoint.every_epochs) and epoch % checkpoint.every_epochs == 0
-        return bool(checkpoint.every_steps) and within % checkpoint.every_steps == 0
-
-    def validates_at(self, step: int) -> bool:
-        """Whether validation is due once `step` optimizer steps are done."""
-        if self.validation is None:
-            return False
-        every = self.recipe.data.validation.every_steps or self.steps_per_epoch
-        return step >= self.total_steps or step % every == 0
-
-    def checkpoint_name(self, step: int) -> str:
-        """`epoch0` when epoch 0 is done, `epoch0-iter500` after 500 steps of epoch 0 (LLaMA2-Accessory's names)."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        return f"epoch{epoch}-iter{within}" if within else f"epoch{epoch - 1}"
-
-    def save_count(self, done: int = 0) -> int:
-        """How many checkpoints the run writes once `done` steps are done."""
-        checkpoint = self.recipe.checkpoint
-
-        def saves_up_to(step: int) -> int:  # for a step before the last one
-            epochs, rest = divmod(step, self.steps_per_epoch)
-            count = epochs // checkpoint.every_epochs if checkpoint.every_epochs else 0
-            if checkpoint.every_steps:
-                in_epoch = (self.steps_per_epoch - 1) // checkpoint.every_steps
-                count += epochs * in_epoch + rest // checkpoint.every_steps
-            return count
-
-        return 0 if done >= self.total_steps else saves_up_to(self.total_steps - 1) - saves_up_to(done) + 1
+    def learning_rate(self, step: int) -> float:
+        """The rate of optimizer step `step`, counted from 0."""
+        train, optimizer = self.recipe.train, self.recipe.optimizer
+        return learning_rate(
+            step / self.steps_per_epoch,
+            epochs=train.epochs,
+            warmup_epochs=train.warmup_epochs,
+            lr=optimizer.lr,
+            min_lr=optimizer.min_lr,
+        )
 
     def idle_steps(self) -> int:
         """How many steps have rate 0, and change nothing. A warm-up begins with one; see `learning_rate`."""
@@ -224,13 +196,45 @@ class Plan:
             return self.total_steps
         return 1 if self.recipe.train.warmup_epochs else 0
 
+    def validates_at(self, step: int) -> bool:
+        """Whether validation is due once `step` optimizer steps are done."""
+        every = self.recipe.data.validation.every_steps or self.steps_per_epoch
+        return self.validation is not None and (step >= self.total_steps or step % every == 0)
 
-class PlannedData(NamedTuple):
-    """What a run learns from; the fields are those of `Plan`."""
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint is due once `step` optimizer steps are done."""
+        return self._saves_up_to(step) > self._saves_up_to(step - 1)
 
-    train: Dataset
-    validation: Dataset | None
-    report: dict[str, Any]
+    def save_count(self, done: int = 0) -> int:
+        """How many checkpoints the run writes once `done` steps are done."""
+        return self._saves_up_to(self.total_steps) - self._saves_up_to(done)
+
+    def _saves_up_to(self, step: int) -> int:
+        saving = self.saving
+        step, is_end = min(step, self.total_steps - 1), step >= self.total_steps
+        epochs, rest = divmod(step, self.steps_per_epoch)
+        count = epochs // saving.every_epochs if saving.every_epochs else 0
+        if saving.every_steps:
+            count += epochs * ((self.steps_per_epoch - 1) // saving.every_steps) + rest // saving.every_steps
+        return count + is_end
+
+    def checkpoint_name(self, step: int) -> str:
+        """`epoch0` when epoch 0 is done, `epoch0-iter500` after 500 steps of epoch 0 (LLaMA2-Accessory's names)."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return f"epoch{epoch}-iter{within}" if within else f"epoch{epoch - 1}"
+
+    def checkpoint_bytes(self) -> int:
+        """Size of one checkpoint on disk."""
+        trained = self.trained_count()
+        saved = trained if self.saving.trainable_only else parameter_count(self.config)
+        copied = sum(map(len, self.tokenizer.files().values()))
+        return needed_bytes(saved, trained, len(shapes_of(self.config)), self.save_dtype) + copied
+
+    def disk_bytes(self, existing: int = 0, done: int = 0) -> int:
+        """What the run's checkpoints take of the disk at most once `done` steps are done, beside so many that exist; a
+        new one is whole before the oldest goes."""
+        count, keep = self.save_count(done), self.saving.keep
+        return self.checkpoint_bytes() * (min(count, max(1, keep + 1 - existing)) if keep else count)
 
 
 def make_plan(
@@ -246,9 +250,8 @@ def make_plan(
     """Finds and checks everything a run needs, except its output folder and its weights.
 
     Args:
-        recipe: what the user wants.
+        recipe: what the user wants; its relative paths are looked for in `recipe_folder` first.
         callback: receives notes and progress.
-        recipe_folder: where the recipe file lies; relative paths are looked for there first.
         dry_run: weights may be absent.
         saved: the run's own checkpoint, to resume from.
         store: where encoded data is kept; None: in the cache.
@@ -257,7 +260,7 @@ def make_plan(
     Raises:
         UserError: the first group of problems found.
     """
-    callback.working("reading the model's shape and tokenizer")
+    callback.progress("reading the model's shape and tokenizer")
     layouts, config, tokenizer = find_model(recipe, recipe_folder, weights_may_be_absent=dry_run, saved=saved)
     if recipe.data.max_tokens > config.max_seq_len:
         raise UserError(
@@ -266,24 +269,32 @@ def make_plan(
         )
     if published is None and (saved is None or has_frozen(recipe)):
         read_base(layouts, config, Parallel())  # what does not fit is reported before hours of encoding
-    callback.working("reading the data")
+    callback.progress("reading the data")
     if published is None:
         train, validation, report = _read_data(recipe, config, tokenizer, recipe_folder, callback, store)
     else:
         train, validation, report = _load_published(published, tokenizer)
     steps_per_epoch = math.ceil(len(train) / recipe.train.global_batch_size)
     total = math.ceil(recipe.train.epochs * steps_per_epoch - 1e-9)
+    checkpoint = recipe.checkpoint
     plan = Plan(
-        with_absolute_paths(recipe, layouts, tokenizer, recipe_folder, saved),
-        config,
-        tokenizer,
-        layouts,
-        train,
-        validation,
-        report,
-        steps_per_epoch,
-        min(total, recipe.train.max_steps or total),
-        has_frozen(recipe),
+        recipe=with_absolute_paths(recipe, layouts, tokenizer, recipe_folder, saved),
+        config=config,
+        settings=StepSettings.of(recipe),
+        tokenizer=tokenizer,
+        layouts=layouts,
+        train=train,
+        validation=validation,
+        report=report,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=min(total, recipe.train.max_steps or total),
+        has_frozen=has_frozen(recipe),
+        name=recipe.name,
+        seed=recipe.train.seed,
+        images=recipe.data.images,
+        cache_features=recipe.vision.cache_features,
+        saving=checkpoint,
+        save_dtype=DTYPES[recipe.train.precision if checkpoint.dtype == "auto" else checkpoint.dtype],
     )
     _check_learns(plan)
     return plan
@@ -322,11 +333,7 @@ def _load_published(folder: Path, tokenizer: Tokenizer) -> PlannedData:
 
 
 def _check_learns(plan: Plan) -> None:
-    """Refuses a run in which no step can change a weight.
-
-    Raises:
-        UserError: why none can.
-    """
+    """Refuses a run in which no step can change a weight, naming why."""
     if not plan.trained_count():
         raise UserError(
             f"nothing would train: all {parameter_count(plan.config):,} parameters are frozen",
@@ -356,48 +363,46 @@ def _read_data(
         UserError: what is wrong with the data, all of it together; images after the rest.
     """
     data, seed = recipe.data, recipe.train.seed
+
+    def load(sources: Sequence[Source], missing_hint: str) -> Dataset:
+        return load_dataset(
+            sources,
+            tokenizer,
+            data.max_tokens,
+            seed,
+            on_error=data.on_error,
+            image_positions=None if config.vision is None else config.vision.positions,
+            recipe_folder=recipe_folder,
+            progress=lambda file, items, part: callback.progress(f"encoding {file}", items, round(items / (part or 1))),
+            store=store,
+            fetch=callback.fetch,
+            missing_hint=missing_hint,
+        )
+
     wanted = [([Source(**source.model_dump()) for source in data.sources], MISSING_HINT)]
     if data.validation.path is not None:
         held_out = Source(data.validation.path, template=data.sources[0].template)
         wanted.append(([held_out], "give it with data.validation.path=FILE"))
-
-    def encoding(file: str, items: int, fraction: float) -> None:
-        callback.working(f"encoding {file}: {count_text(items, 'item')}, {fraction:.0%}", key=file)
-
-    def opening(done: int, total: int) -> None:
-        callback.working(f"opened {done:,} of {count_text(total, 'image')}", key="images")
-
     loaded, errors = [], []
     for sources, missing_hint in wanted:
         try:
-            loaded.append(
-                load_dataset(
-                    sources,
-                    tokenizer,
-                    data.max_tokens,
-                    seed,
-                    on_error=data.on_error,
-                    image_positions=None if config.vision is None else config.vision.positions,
-                    recipe_folder=recipe_folder,
-                    progress=encoding,
-                    store=store,
-                    fetch=callback.fetch,
-                    missing_hint=missing_hint,
-                )
-            )
+            loaded.append(load(sources, missing_hint))
         except UserError as error:
             errors.append(error)
     raise_together(errors)
     if config.vision is not None:
-        images = data.images
-        one_each = config.vision.encoder == "clip"
         loaded = with_usable_images(
-            loaded, images.max_pixels, images.workers, one_each=one_each, on_error=data.on_error, progress=opening
+            loaded,
+            data.images.max_pixels,
+            data.images.workers,
+            one_each=config.vision.encoder == "clip",
+            on_error=data.on_error,
+            progress=partial(callback.progress, "opening images"),
         )
-    train, *held_out_items = loaded
+    train, *others = loaded
     report = train.report()
-    if held_out_items:
-        return PlannedData(train, held_out_items[0], {**report, "validation": held_out_items[0].report()})
+    if others:
+        return PlannedData(train, others[0], {**report, "validation": others[0].report()})
     if data.validation.fraction:
         return PlannedData(*train.split(data.validation.fraction, seed), report)
     return PlannedData(train, None, report)

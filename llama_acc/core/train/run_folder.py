@@ -47,14 +47,12 @@ _OTHER_RUN = "or start a new run in another --output"
 
 
 class RunFolder:
-    """The `--output` of a run, locked while it lives. The lock goes with the process, however that ends."""
+    """The `--output` of a run, locked while it lives. The lock goes with the process, however that ends.
+
+    Nothing is done before `open`, so that `close` can undo it wherever that was interrupted.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Nothing is done before `open`, so that `close` can undo it wherever that was interrupted.
-
-        Args:
-            path: where it is.
-        """
         self.path = path
         self.checkpoint: Path | None = None
         self._made: list[Path] = []
@@ -80,16 +78,13 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             # The folder itself is locked, so no lock file can be left behind.
             self._lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            raise UserError(
-                f"cannot use {path} as output folder: {error.strerror}", "choose another --output"
-            ) from None
-        try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{path} is in use by another run", "wait for it, or choose another --output") from None
         except OSError as error:
-            raise UserError(f"cannot lock {path}: {error.strerror}", "choose another --output") from None
+            raise UserError(
+                f"cannot use {path} as output folder: {error.strerror}", "choose another --output"
+            ) from None
         if not os.access(path, os.W_OK):
             raise UserError(f"cannot write into {path}", "choose another --output")
         if not resume:
@@ -103,18 +98,20 @@ class RunFolder:
 
     def _newest(self, note: Callable[[str], None]) -> Path | None:
         """The checkpoint that `latest` names; where that names none, the newest one that is there."""
-        found = checkpoints(self.path)
+        found = [path for _, path in checkpoints(self.path)]
+        named = None
         try:
             named = latest_checkpoint(self.path)
         except UserError as error:
-            named = None
-            note(f"{error.message}; taken instead: {found[-1][1] if found else 'none'}")
-        if named is None and found:
-            # A kill can come between a first checkpoint and its name.
-            write_text_whole(self.path / "latest", found[-1][1].name + "\n")
-        elif named is None:
+            note(f"{error.message}; taken instead: {found[-1] if found else 'none'}")
+        if named is not None:
+            return named
+        if not found:
             remove(self.path / "latest")
-        return named or (found[-1][1] if found else None)
+            return None
+        # A kill can come between a first checkpoint and its name.
+        write_text_whole(self.path / "latest", found[-1].name + "\n")
+        return found[-1]
 
     def close(self) -> None:
         """Gives the folder free for another run; what was made for nothing goes."""
@@ -131,14 +128,8 @@ class RunFolder:
 
 
 def refuse_non_empty(path: Path) -> None:
-    """A folder may hold what a dry run wrote, and nothing else.
-
-    Raises:
-        UserError: it holds something.
-    """
-    if not path.is_dir():
-        return
-    there = {entry.name for entry in path.iterdir()} - _DRY_RUN_FILES
+    """A folder may hold what a dry run wrote, and nothing else: else a UserError."""
+    there = {entry.name for entry in path.iterdir()} - _DRY_RUN_FILES if path.is_dir() else set()
     if there:
         raise UserError(
             f"{path} is not empty: it holds {', '.join(sorted(there)[:5])}{' ...' if len(there) > 5 else ''}",
@@ -147,38 +138,26 @@ def refuse_non_empty(path: Path) -> None:
 
 
 def check_disk(plan: Plan, output: Path, done: int = 0) -> None:
-    """Compares the space that is still to be taken by the run's checkpoints with what is free.
-
-    Args:
-        plan: the run.
-        output: its folder; what it holds already takes no more, and goes when it is old enough.
-        done: steps it has done.
+    """Compares the space that checkpoints will take, besides those in `output`, with what is free.
 
     Raises:
         UserError: too little, naming both.
     """
-    existing = [
-        sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for _, path in checkpoints(output)
-    ]
-    needed, free = plan.disk_bytes(existing, done), free_bytes(output)
+    existing = len(checkpoints(output))
+    needed, free, one = plan.disk_bytes(existing, done), free_bytes(output), plan.checkpoint_bytes()
     if needed > free:
-        one = existing[-1] if existing else plan.checkpoint_bytes()
-        beside = f" beside the {len(existing)} there" if existing else ""
+        beside = f" beside the {existing} there" if existing else ""
         raise UserError(
-            f"too little disk for the checkpoints: {-(-needed // one)} of {size_text(one)}{beside} need "
+            f"too little disk for the checkpoints: {needed // one} of {size_text(one)}{beside} need "
             f"{size_text(needed)}, {size_text(free)} are free at {output}",
-            "free some, choose another --output"
-            + (", or lower checkpoint.keep" if plan.recipe.checkpoint.keep != 1 else ""),
+            "free some, choose another --output" + (", or lower checkpoint.keep" if plan.saving.keep != 1 else ""),
         )
 
 
 def check_same_run(plan: Plan, checkpoint: Path) -> int:
-    """Compares a run with the checkpoint it is to resume from, whose state's bytes are checked.
+    """Compares a run with the checkpoint it is to resume from, whose state's bytes are checked; returns its steps.
 
     Data, base and tokenizer are compared by content, so they may lie elsewhere, and under other names.
-
-    Returns:
-        How many steps are done.
 
     Raises:
         UserError: a damaged state, or all that makes it another run.
@@ -186,17 +165,38 @@ def check_same_run(plan: Plan, checkpoint: Path) -> int:
     progress = read_progress(checkpoint)
     if progress["format_version"] > FORMAT_VERSION:
         raise UserError(f"{checkpoint}/state was written by a newer version", "update llama-acc")
-    _check_recipe(plan, checkpoint, progress)
-    if plan.train.fingerprint() != progress["data"]:
+    changed = _changed_keys(plan, checkpoint, progress)
+    if changed:
+        problems = [f"{key}: {text}" for key, text in changed.items()]
         raise UserError(
-            f"the data is not what {checkpoint} was trained on{_how_it_differs(plan, checkpoint)}",
+            f"the recipe is not the one {checkpoint} was trained with:\n{listed(problems)}",
+            "leave out --recipe and what you changed: --resume then takes the run's own recipe.yaml; " + _OTHER_RUN,
+        )
+    if plan.train.fingerprint() != progress["data"]:
+        before, now = _size(checkpoint.parent / "data.json"), _size(plan.report)
+        if before == now:
+            differs = f"it has {now} as before, but other text, in another order, or labeled otherwise"
+        else:
+            differs = f"{before} before, {now} now"
+        raise UserError(
+            f"the data is not what {checkpoint} was trained on: {differs}",
             f"resume with the same files; --data FILE says where they are now; {_OTHER_RUN}",
         )
     step: int = progress["step"]
     return step
 
 
-def _check_recipe(plan: Plan, checkpoint: Path, progress: dict[str, Any]) -> None:
+def _size(report: Path | dict[str, Any]) -> str:
+    """The size of the data that a report, or the file it was kept in, tells of."""
+    try:
+        found = read_object(report) if isinstance(report, Path) else report
+        return f"{count_text(found['items'], 'item')} and {count_text(found['tokens'], 'token')}"
+    except (UserError, KeyError, TypeError, ValueError):
+        return "unknown"
+
+
+def _changed_keys(plan: Plan, checkpoint: Path, progress: dict[str, Any]) -> dict[str, str]:
+    """The keys that make it another run, each with what it was and is."""
     before = _flat(Recipe.load(checkpoint / "recipe.yaml").model_dump(mode="json"))
     now = _flat(plan.recipe.model_dump(mode="json"))
     changed = {
@@ -204,22 +204,17 @@ def _check_recipe(plan: Plan, checkpoint: Path, progress: dict[str, Any]) -> Non
         for key in dict.fromkeys([*before, *now])
         if before.get(key) != now.get(key) and key not in _MAY_CHANGE and not _DATA.fullmatch(key)
     }
-    if "data.validation.path" in changed and plan.validation is not None:
-        if plan.validation.fingerprint() == progress.get("validation"):
-            del changed["data.validation.path"]
+
+    def compare(key: str, same: bool, shown: object, other: str) -> None:
+        """What is the same by its content may have another name; what is not may have the same."""
+        if same:
+            changed.pop(key, None)
         else:
-            changed["data.validation.path"] += ", with other items"
-    _compare_model(plan, checkpoint, progress, changed)
-    if changed:
-        problems = [f"{key}: {text}" for key, text in changed.items()]
-        raise UserError(
-            f"the recipe is not the one {checkpoint} was trained with:\n{listed(problems)}",
-            "leave out --recipe and what you changed: --resume then takes the run's own recipe.yaml; " + _OTHER_RUN,
-        )
+            changed[key] = f"{changed.get(key, shown)}, {other}"
 
-
-def _compare_model(plan: Plan, checkpoint: Path, progress: dict[str, Any], changed: dict[str, str]) -> None:
-    """Takes out of `changed` what is the same by its content, and puts in what is another one in the same place."""
+    if "data.validation.path" in changed and plan.validation is not None:
+        same = plan.validation.fingerprint() == progress.get("validation")
+        compare("data.validation.path", same, "", "with other items")
     shape = [key for key in changed if re.match(r"model\.(params|size)\b", key)]
     if shape and json.loads(json.dumps(plan.config.to_params())) == read_object(checkpoint / "config.json"):
         for key in shape:
@@ -228,39 +223,18 @@ def _compare_model(plan: Plan, checkpoint: Path, progress: dict[str, Any], chang
     if "model.tokenizer" in changed or moved:
         saved = find_tokenizer(checkpoint)
         same = saved is not None and load_tokenizer(saved).fingerprint() == plan.tokenizer.fingerprint()
-        if same:
-            changed.pop("model.tokenizer", None)
-        else:
-            was = changed.get("model.tokenizer", str(plan.tokenizer.path))
-            changed["model.tokenizer"] = f"{was}, another tokenizer"
-    base = progress.get("base")
+        compare("model.tokenizer", same, plan.tokenizer.path, "another tokenizer")
     # A base of which nothing is used any more may be any, where it was.
-    if base is None or not plan.layouts or not (moved or plan.has_frozen):
-        return
-    if base_fingerprint(plan.layouts, plan.config) == base:
-        changed.pop("model.pretrained", None)
-    else:
-        was = changed.get("model.pretrained", " and ".join(str(layout.folder) for layout in plan.layouts))
-        changed["model.pretrained"] = f"{was}, with other weights"
-
-
-def _how_it_differs(plan: Plan, checkpoint: Path) -> str:
-    """The sizes of the data before and now, as far as they are known."""
-
-    def size(report: dict[str, Any]) -> str:
-        return f"{count_text(report['items'], 'item')} and {count_text(report['tokens'], 'token')}"
-
-    now = size(plan.report)
-    try:
-        before = size(read_object(checkpoint.parent / "data.json"))
-    except (UserError, KeyError, TypeError, ValueError):
-        return f": it has {now}"
-    if before == now:
-        return f": it has {now} as before, but other text, in another order, or labeled otherwise"
-    return f": {before} before, {now} now"
+    if progress.get("base") is not None and plan.layouts and (moved or plan.has_frozen):
+        same = base_fingerprint(plan.layouts, plan.config) == progress["base"]
+        compare(
+            "model.pretrained", same, " and ".join(str(layout.folder) for layout in plan.layouts), "with other weights"
+        )
+    return changed
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted keys, such as `data.sources.0.path`."""
     if isinstance(values, dict) and values:
         pairs: list[tuple[str, Any]] = [(str(key), value) for key, value in values.items()]
     elif isinstance(values, list) and values and isinstance(values[0], dict):

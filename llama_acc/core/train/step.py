@@ -1,6 +1,6 @@
 """One optimizer step: micro-batches forward and backward, then the update. Everything a run does in its hot loop."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,11 +18,11 @@ from llama_acc.core.train.optimizer import ClippedAdamW
 
 
 class StepResult(NamedTuple):
-    """What a step came to, on the device: scalars of all ranks together.
+    """What a step came to, on the device, of all ranks together.
 
     Attributes:
-        loss: per label token.
-        grad_norm: the gradients' L2 norm before clipping.
+        loss: per label token, a scalar.
+        grad_norm: the gradients' L2 norm before clipping, a scalar.
         extra_sums: the sums over all ranks of the numbers they passed in.
     """
 
@@ -66,11 +66,15 @@ def train_step(
     gradient norm and `extras` are summed together. `before_update` is called when only the update is left.
     """
     total = torch.zeros((), device=device)
-    for batch, last in _with_last(batches):
-        data_parallel.before_backward(last)
+    remaining = iter(batches)
+    batch = next(remaining, None)
+    while batch is not None:
+        following = next(remaining, None)
+        data_parallel.before_backward(last=following is None)
         loss = forward(model, batch, 1.0 / label_tokens, device)
         loss.backward()
         total += loss.detach()
+        batch = following
     result = _summed(model.parallel, total, optimizer.squared_norm(), extras)
     before_update()
     optimizer.step(lr, result.grad_norm, result.loss)
@@ -86,16 +90,6 @@ def _summed(parallel: Parallel, loss: Tensor, squared_norm: Tensor, extras: Sequ
     sums = torch.cat((counted.view(1), squared_norm.view(1), own))
     dist.all_reduce(sums)
     return StepResult(sums[0], sums[1].sqrt(), sums[2:])
-
-
-def _with_last(batches: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, bool]]:
-    """Each micro-batch, and whether it is the last."""
-    iterator = iter(batches)
-    current = next(iterator)
-    for following in iterator:
-        yield current, False
-        current = following
-    yield current, True
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from tests.core.generate.decoding import GREEDY, decode, greedy, uncached_greedy
 from tests.core.tiny import CPU, SMALL, random_model
 
 # From nothing but BOS to nearly the whole context; some begin alike.
-PROMPTS = [[1], list(range(3, 230)), [1, 40, 41], list(range(3, 120)), [1, 7], list(range(20, 190)), [1, 40, 98, 97]]
+PROMPTS = [[1], list(range(3, 230)), [1, 40, 41], list(range(3, 120)), [1, 7], [1, 40, 98, 97]]
 LORA, ADAPTER = LoRABiasNorm(4), Adapter(0, 2, 5)
 
 
@@ -41,33 +41,32 @@ def test_greedy_replies_are_the_argmax_of_uncached_passes_at_every_batch_size(
     model = loaded(tokenizer_path, replace(SMALL, tuning=tuning))
     if tuning == ADAPTER:
         torch.nn.init.ones_(model.model.prefix_gate)
-    ends, most = model.tokenizer.end_ids, GREEDY.max_new_tokens
-    expected = [uncached_greedy(model.model, prompt, most, ends) for prompt in PROMPTS]
-    for batch_size in (1, 2, 3, 100):
+    expected = [
+        uncached_greedy(model.model, prompt, GREEDY.max_new_tokens, model.tokenizer.end_ids) for prompt in PROMPTS
+    ]
+    for batch_size in (1, 2, 100):
         replies = decode(Engine(model), [Prompt(prompt) for prompt in PROMPTS], GREEDY, batch_size)
         assert {reply.index: reply.tokens for reply in replies} == dict(enumerate(expected)), batch_size
         assert all(reply.text == model.tokenizer.decode(reply.tokens) for reply in replies)
 
 
-def test_an_engine_replies_from_its_past_as_from_scratch(tokenizer_path: Path) -> None:
+def test_an_engine_replies_from_its_past_as_from_scratch_and_computes_what_is_new(tokenizer_path: Path) -> None:
     model = loaded(tokenizer_path)
-    ends, most = model.tokenizer.end_ids, GREEDY.max_new_tokens
     engine, first = Engine(model), [1, 50, 60, 70]
+
+    def expected(prompt: list[int]) -> list[int]:
+        return uncached_greedy(model.model, prompt, GREEDY.max_new_tokens, model.tokenizer.end_ids)
+
     reply = greedy(engine, first)
     for prompt in (first, [*first, *reply, 80, 90], [1, 50, 61, 70], [1], [*first, *reply[:3], 99]):
-        assert greedy(engine, prompt) == uncached_greedy(model.model, prompt, most, ends)
+        assert greedy(engine, prompt) == expected(prompt)
     next(engine.generate([Prompt([1, 50])], Sampler(GREEDY)))
-    assert greedy(engine, [1, 50, 7]) == uncached_greedy(model.model, [1, 50, 7], most, ends), "one cut short before"
-
-
-def test_what_a_prompt_shares_with_the_past_is_not_computed_again(tokenizer_path: Path) -> None:
-    model = loaded(tokenizer_path)
+    assert greedy(engine, [1, 50, 7]) == expected([1, 50, 7]), "one cut short before"
     fed: list[int] = []
     model.model.register_forward_pre_hook(lambda _, arguments: fed.append(len(arguments[0])))
-    engine = Engine(model)
-    greedy(engine, [1, 50, 60, 70], replace(GREEDY, max_new_tokens=1))
-    greedy(engine, [1, 50, 60, 80, 90], replace(GREEDY, max_new_tokens=1))
-    assert fed == [4, 2]
+    for tokens in ([1, 60, 60, 70], [1, 60, 60, 80, 90]):
+        greedy(engine, tokens, replace(GREEDY, max_new_tokens=1))
+    assert fed == [3, 2]
 
 
 def test_replies_end_at_the_end_of_the_context(tokenizer_path: Path) -> None:
@@ -77,10 +76,10 @@ def test_replies_end_at_the_end_of_the_context(tokenizer_path: Path) -> None:
     assert {reply.index: len(reply.tokens) for reply in replies} == {0: 1, 1: 4, 2: 61}
 
 
-@pytest.mark.parametrize("kind", ["single_turn", "dialogue"])
-def test_replies_of_a_batch_end_before_a_stop_string_as_in_a_conversation(kind: str, tokenizer_path: Path) -> None:
+@pytest.mark.parametrize("name", ["none", "dialogue"])
+def test_replies_of_a_batch_end_before_a_stop_string_as_in_a_conversation(name: str, tokenizer_path: Path) -> None:
     questions = ["once upon", "what is the name of the town? " * 3, "a", "the answer is in the question", "who"]
-    template = get_template("dialogue" if kind == "dialogue" else "none")
+    template = get_template(name)
     whole = ["".join(Conversation(loaded(tokenizer_path, template=template), GREEDY).ask(q)) for q in questions]
     # Taken from the middle of what the model says, they begin and end within tokens.
     stops = tuple(answer[len(answer) // 2 :][1:3] for answer in whole[:3])
@@ -96,21 +95,14 @@ def test_replies_of_a_batch_end_before_a_stop_string_as_in_a_conversation(kind: 
     assert {reply.index: reply.text for reply in replies} == expected
 
 
-@pytest.fixture(scope="module")
-def talker(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    """After ":" it says "a town" and ends, after "?" it says "the the the ..." for ever."""
-    folder = tmp_path_factory.mktemp("talker")
-    shutil.copy(tokenizer_path, folder / "tokenizer.model")
-    write_chain(folder, answer=" a town", after=":", endless=" the", endless_after="?", max_seq_len=512)
-    return load_model(folder, device="cpu")
-
-
-def test_a_reply_that_has_ended_gives_its_place_to_the_next_prompt(talker: LoadedModel) -> None:
-    passes: list[list[int]] = []
-    handle = talker.model.register_forward_pre_hook(lambda _, arguments: passes.append(arguments[2]))
+def test_a_reply_that_has_ended_gives_its_place_to_the_next_prompt(tokenizer_path: Path, tmp_path: Path) -> None:
+    """After ":" the model says "a town" and ends, after "?" it says "the the the ..." for ever."""
+    shutil.copy(tokenizer_path, tmp_path / "tokenizer.model")
+    write_chain(tmp_path, answer=" a town", after=":", endless=" the", endless_after="?", max_seq_len=512)
+    talker, passes = load_model(tmp_path, device="cpu"), list[list[int]]()
+    talker.model.register_forward_pre_hook(lambda _, arguments: passes.append(arguments[2]))
     prompts = [encode_question(talker, question) for question in ("long?", "short:", "short:", "short:")]
     replies = decode(Engine(talker), prompts, Sampling(temperature=0, max_new_tokens=30), 2)
-    handle.remove()
     assert [reply.index for reply in replies] == [1, 2, 3, 0], "each is given as soon as it has ended"
     assert [reply.text for reply in replies] == ["a town"] * 3 + [" ".join(["the"] * 30)]
     assert len(passes) == 30, "one pass a token, for all together"
@@ -128,7 +120,7 @@ def tokenizer(tokenizer_path: Path) -> Tokenizer:
 
 
 @given(PIECES, STOPS)
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 def test_a_reply_shows_at_once_all_before_the_first_stop_string(
     tokenizer: Tokenizer, pieces: list[str], stops: list[str]
 ) -> None:
@@ -176,24 +168,19 @@ def test_the_beginning_a_reply_is_given_is_shown_with_it_and_spaces_of_the_promp
     ("top_p", "possible"), [(0.4, {0}), (0.5, {0}), (0.51, {0, 1}), (0.8, {0, 1}), (1.0, {0, 1, 2})]
 )
 def test_top_p_draws_from_the_likeliest_tokens_that_reach_it(top_p: float, possible: set[int]) -> None:
-    logits = torch.log(torch.tensor([0.5, 0.3, 0.2]))
     sampler = Sampler(Sampling(temperature=1.0, top_p=top_p, seed=0))
-    drawn = [sampler(logits) for _ in range(400)]
+    drawn = [sampler(torch.log(torch.tensor([0.5, 0.3, 0.2]))) for _ in range(400)]
     assert set(drawn) == possible
     if len(possible) == 3:
         assert drawn.count(0) / 400 == pytest.approx(0.5, abs=0.08)
 
 
-def test_a_higher_temperature_flattens_what_is_drawn() -> None:
-    logits = torch.log(torch.tensor([0.9, 0.1]))
-    share = {}
+def test_a_temperature_flattens_a_seed_repeats_and_a_tiny_top_p_or_temperature_is_greedy(tokenizer_path: Path) -> None:
+    share = []
     for temperature in (0.5, 1.0, 4.0):
         sampler = Sampler(Sampling(temperature=temperature, top_p=1.0, seed=0))
-        share[temperature] = sum(sampler(logits) for _ in range(500)) / 500
-    assert share[0.5] < share[1.0] < share[4.0]
-
-
-def test_a_seed_makes_a_reply_reproducible_and_a_tiny_top_p_or_temperature_is_greedy(tokenizer_path: Path) -> None:
+        share.append(sum(sampler(torch.log(torch.tensor([0.9, 0.1]))) for _ in range(500)))
+    assert share[0] < share[1] < share[2]
     engine = Engine(loaded(tokenizer_path))
 
     def reply(**settings_: float) -> list[int]:

@@ -17,6 +17,7 @@ from llama_acc.core.generate.chat import Conversation, encode_question, generate
 from llama_acc.core.generate.engine import Engine, Prompt
 from llama_acc.core.generate.load import LoadedModel, load_model
 from llama_acc.core.model.transformer import shapes_of
+from llama_acc.core.model.vision import Images
 from tests.core.generate.decoding import decode
 from tests.core.generate.images_work import GREEDY, pictures, seen_logits
 from tests.core.model.test_vision_parity import huggingface_llama, their_features, their_logits
@@ -26,6 +27,7 @@ from tests.core.tiny import difference
 
 pytest.importorskip("transformers")
 KINDS = ("qformer", "clip", "tiny")
+WORDS = [1, 20, 21, 22, 23]
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +50,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> d
     return made
 
 
-def load(folder: Path) -> LoadedModel:
-    return load_model(folder, device="cpu", template="none")
+def load(folder: Path, template: str = "none") -> LoadedModel:
+    return load_model(folder, device="cpu", template=template)
 
 
 def images_for(loaded: LoadedModel, count: int, seed: int = 0) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
@@ -57,25 +59,18 @@ def images_for(loaded: LoadedModel, count: int, seed: int = 0) -> list[np.ndarra
     return pictures(count, loaded.vision.image_size, seed)
 
 
-def whole_logits(loaded: LoadedModel, prompt: list[int], images: list[np.ndarray[Any, Any]]) -> Tensor:
-    """Of all of a prompt at once, without a cache."""
-    from llama_acc.core.model.vision import Images
-
-    assert loaded.vision_encoder is not None
-    ids = torch.tensor(prompt)
-    with torch.no_grad():
-        seen = None
-        if images:
-            inputs = loaded.vision_encoder.encode(torch.from_numpy(np.stack(images)))
-            seen = Images(inputs, (ids < 0).nonzero().flatten(), [0] * len(images))
-        hidden = loaded.model(ids.clamp(min=0), torch.arange(len(ids)), [len(ids)], images=seen)
-        return loaded.model.logits(hidden[-1:])[0]
-
-
 def uncached_greedy(loaded: LoadedModel, prompt: list[int], images: list[np.ndarray[Any, Any]]) -> list[int]:
+    """The likeliest token of a full forward pass, again and again."""
     tokens: list[int] = []
     while len(tokens) < GREEDY.max_new_tokens:
-        token = int(whole_logits(loaded, [*prompt, *tokens], images).argmax())
+        ids, seen = torch.tensor([*prompt, *tokens]), None
+        with torch.no_grad():
+            if images:
+                assert loaded.vision_encoder is not None
+                inputs = loaded.vision_encoder.encode(torch.from_numpy(np.stack(images)))
+                seen = Images(inputs, (ids < 0).nonzero().flatten(), [0] * len(images))
+            hidden = loaded.model(ids.clamp(min=0), torch.arange(len(ids)), [len(ids)], images=seen)
+            token = int(loaded.model.logits(hidden[-1:])[0].argmax())
         if token in loaded.tokenizer.end_ids:
             break
         tokens.append(token)
@@ -83,52 +78,34 @@ def uncached_greedy(loaded: LoadedModel, prompt: list[int], images: list[np.ndar
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_an_answer_about_images_is_that_of_the_whole_model(name: str, folders: dict[str, Path]) -> None:
+def test_answers_about_images_are_those_of_the_whole_model_one_at_a_time_and_in_batches(
+    name: str, folders: dict[str, Path]
+) -> None:
+    """Also of an image with no words before it, and the same again."""
     loaded = load(folders[name])
-    engine = Engine(loaded)
-    words = [1, 50, 60, 70]
-    answers = []
-    for count, seed in ((1, 0), (1, 1), (0, 0), (1, 0), *(((2, 0),) if name != "clip" else ())):
-        images = images_for(loaded, count, seed)
-        prompt = insert_images(loaded, words, count)
-        answers.append(decode(engine, [Prompt(prompt, images)], GREEDY)[0].tokens)
-        assert answers[-1] == uncached_greedy(loaded, prompt, images), (count, seed)
-    assert answers[0] == answers[3]
-
-
-def test_a_caption_with_no_words_before_it_can_be_asked_for_again(folders: dict[str, Path]) -> None:
-    loaded = load(folders["qformer"])
-    engine, images = Engine(loaded), images_for(loaded, 1)
-    prompt = insert_images(loaded, [1], 1)
-    expected = uncached_greedy(loaded, prompt, images)
-    assert [decode(engine, [Prompt(prompt, images)], GREEDY)[0].tokens for _ in range(2)] == [expected, expected]
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_answers_in_a_batch_are_those_of_one_at_a_time(name: str, folders: dict[str, Path]) -> None:
-    loaded = load(folders[name])
-    counts = [1, 0, 1, 0, 1] if name == "clip" else [1, 0, 2, 0, 1]
-    images = [images_for(loaded, count, seed) for seed, count in enumerate(counts)]
+    counts = [1, 1, 0, 1, 1 if name == "clip" else 2, 0]
+    images = [images_for(loaded, count, seed) for count, seed in zip(counts, (0, 1, 0, 0, 2, 0), strict=True)]
     prompts = [
-        encode_question(loaded, "the answer" + " is" * seed, len(given))._replace(images=given)
-        for seed, given in enumerate(images)
+        encode_question(loaded, "the answer" + " is" * (len(given) == 2), len(given))._replace(images=given)
+        for given in images
     ]
+    prompts += [Prompt(insert_images(loaded, [1], 1), images[0])] * 2
     expected = [uncached_greedy(loaded, list(prompt.tokens), list(prompt.images)) for prompt in prompts]
     for batch_size in (1, 3):
         replies = decode(Engine(loaded), prompts, GREEDY, batch_size)
-        assert {reply.index: reply.tokens for reply in replies} == dict(enumerate(expected))
+        assert {reply.index: reply.tokens for reply in replies} == dict(enumerate(expected)), batch_size
 
 
-def test_a_conversation_keeps_its_image_and_the_tower_sees_it_once(folders: dict[str, Path]) -> None:
-    loaded = load_model(folders["qformer"], device="cpu", template="dialogue")
+def test_a_conversation_keeps_its_image_and_the_tower_encodes_it_once(folders: dict[str, Path]) -> None:
+    loaded = load(folders["qformer"], "dialogue")
     assert loaded.vision_encoder is not None
-    seen: list[int] = []
-    loaded.vision_encoder.tower.register_forward_hook(lambda module, given, out: seen.append(len(given[0])))  # type: ignore[union-attr]
+    encoded: list[int] = []
+    loaded.vision_encoder.tower.register_forward_hook(lambda module, given, out: encoded.append(len(given[0])))  # type: ignore[union-attr]
     conversation = Conversation(loaded, GREEDY)
     image = images_for(loaded, 1)
     first = "".join(conversation.ask("what is it?", image))
     second = "".join(conversation.ask("what else?"))
-    assert seen == [1]
+    assert encoded == [1]
     ids = loaded.template.prompt_ids(loaded.tokenizer, conversation.turns[:-1])
     again = decode(Engine(loaded), [Prompt(insert_images(loaded, ids, 1), image)], GREEDY)[0]
     assert loaded.tokenizer.decode(again.tokens).strip().startswith(second.strip())
@@ -151,66 +128,38 @@ def test_images_a_model_does_not_take_are_refused(folders: dict[str, Path], tmp_
         generate(load(tmp_path), "what?", images=images_for(clip, 1))
 
 
-@pytest.fixture(scope="module")
-def theirs() -> Any:
-    model = blip2(QFORMER, 16)
-    model.load_state_dict(random_tower(QFORMER).state_dict(), strict=False)
-    return model
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_from_pixels_to_logits_everything_is_transformers_own(
-    count: int, theirs: Any, folders: dict[str, Path]
+def test_from_pixels_to_logits_everything_is_transformers_own_whole_or_split_over_two_processes(
+    folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    expected = expected_of(theirs, count)
-    found = seen_logits(load(folders["qformer"]), WORDS, count)
-    assert difference(torch.tensor(found["features"]), expected[0]) < 1e-5
-    assert difference(torch.tensor(found["logits"]), expected[1]) < 1e-5
-
-
-WORDS = [1, 20, 21, 22, 23]
-
-
-def expected_of(theirs: Any, count: int) -> tuple[Tensor, Tensor]:
-    pixels = torch.from_numpy(np.stack(pictures(count, QFORMER.image_size)))
+    """The trained encoder is split, too; of a frozen one, an image is encoded once."""
+    theirs = blip2(QFORMER, 16)
+    theirs.load_state_dict(random_tower(QFORMER).state_dict(), strict=False)
+    pixels = torch.from_numpy(np.stack(pictures(2, QFORMER.image_size)))
     features = their_features(theirs, normalize(pixels, torch.float32))
-    model = seeing_model("qformer")
-    return features, their_logits(huggingface_llama(model), model, torch.tensor(WORDS), features)
+    model, whole, tiny = seeing_model("qformer"), load(folders["qformer"]), load(folders["tiny"])
+    logits = their_logits(huggingface_llama(model), model, torch.tensor(WORDS), features)
 
+    def assert_is_theirs(found: dict[str, Any], expected: Tensor) -> None:
+        assert difference(torch.tensor(found["logits"]), expected) < 1e-5
 
-def test_split_over_two_processes_it_is_the_same_and_an_image_is_encoded_once(
-    theirs: Any, folders: dict[str, Path], tmp_path: Path
-) -> None:
     convert(Request(folders["qformer"], tmp_path / "two", "consolidated", model_parallel_size=2))
-    both = run_ranks(
-        2, "tests.core.generate.images_work:split_logits", folder=str(tmp_path / "two"), words=WORDS, images=2
-    )
-    features, logits = expected_of(theirs, 2)
-    for found in both:
+    todo = [(str(tmp_path / "two"), 2), (str(folders["tiny"]), 1)]
+    first, second = run_ranks(2, "tests.core.generate.images_work:split_logits", todo=todo, words=WORDS)
+    for found in (first[0], second[0], seen_logits(whole, WORDS, 2)):
         assert difference(torch.tensor(found["features"]), features) < 1e-5
-        assert difference(torch.tensor(found["logits"]), logits) < 1e-5
-    assert [found["encoded"] for found in both] == [2, 0]
-    loaded = load(folders["qformer"])
-    about_images = uncached_greedy(loaded, insert_images(loaded, WORDS, 2), images_for(loaded, 2))
-    assert both[0]["said"] == [about_images, uncached_greedy(loaded, WORDS, []), about_images]
+        assert_is_theirs(found, logits)
+    assert (first[0]["encoded"], second[0]["encoded"]) == (2, 0)
+    for found in (first[1], second[1]):
+        assert_is_theirs(found, torch.tensor(seen_logits(tiny, WORDS, 1)["logits"]))
+    for loaded, found in ((whole, first[0]), (tiny, first[1])):
+        count = 2 if loaded is whole else 1
+        about_images = uncached_greedy(loaded, insert_images(loaded, WORDS, count), images_for(loaded, count))
+        assert found["said"] == [about_images, uncached_greedy(loaded, WORDS, []), about_images]
 
 
-def test_the_trained_encoder_is_split_over_processes_too(folders: dict[str, Path]) -> None:
-    both = run_ranks(
-        2, "tests.core.generate.images_work:split_logits", folder=str(folders["tiny"]), words=WORDS, images=1
-    )
-    loaded = load(folders["tiny"])
-    expected = torch.tensor(seen_logits(loaded, WORDS, 1)["logits"])
-    assert all(difference(torch.tensor(found["logits"]), expected) < 1e-5 for found in both)
-    about_image = uncached_greedy(loaded, insert_images(loaded, WORDS, 1), images_for(loaded, 1))
-    assert both[0]["said"] == [about_image, uncached_greedy(loaded, WORDS, []), about_image]
-
-
-def test_the_matrices_in_four_bits_leave_the_tower_and_the_projection_alone(folders: dict[str, Path]) -> None:
+def test_nf4_leaves_the_tower_and_the_projection_alone(folders: dict[str, Path]) -> None:
     loaded = load_model(folders["qformer"], device="cpu", template="none", quantize="nf4")
     assert loaded.model.is_quantized
-    assert loaded.vision_encoder is not None
-    found = seen_logits(loaded, WORDS, 1)
-    whole = seen_logits(load(folders["qformer"]), WORDS, 1)
+    found, whole = seen_logits(loaded, WORDS, 1), seen_logits(load(folders["qformer"]), WORDS, 1)
     assert found["features"] == whole["features"]
     assert found["logits"] != whole["logits"]

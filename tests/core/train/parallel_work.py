@@ -1,23 +1,25 @@
-"""What the processes of tests/core/train/test_parallel.py do."""
+"""What the processes of test_parallel.py do."""
 
 import os
-import time
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llama_acc.core.distributed.groups import init_distributed
+from llama_acc.core.distributed.groups import Parallel, init_distributed, local_part
+from llama_acc.core.errors import UserError
 from llama_acc.core.model.transformer import build_on_meta
+from llama_acc.core.train.callback import Callback
 from llama_acc.core.train.data_parallel import DataParallel
+from llama_acc.core.train.plan import make_plan_together
 from llama_acc.core.train.trainer import Trainer
 from tests.core.ranks import next_port
 from tests.core.tiny import CPU, SMALL
-from tests.core.train.runs import plan_of, run
+from tests.core.train.runs import plan_of, quickstart, run
 
 
 def runs(todo: Sequence[dict[str, Any]]) -> None:
@@ -27,9 +29,17 @@ def runs(todo: Sequence[dict[str, Any]]) -> None:
         next_port()
 
 
-def of_two(modes: Sequence[Sequence[str]]) -> dict[str, Any]:
+def of_two(modes: Sequence[Sequence[str]], data: Sequence[str]) -> dict[str, Any]:
     """What two processes do one after the other."""
-    return {"collectives": collectives(modes), "frozen_rows": frozen_rows(), "agreement": agreement()}
+    with init_distributed(CPU, 1) as parallel:
+        agreement, planned = _agreement(parallel), []
+        for size in ("0", "10"):
+            os.environ["LLAMA_ACC_CACHE_GIB"] = size
+            planned.append(_planned(data, parallel))
+    next_port()
+    counted = [_collectives(overrides) for overrides in modes]
+    rows = {mode: _frozen_rows(mode) for mode in ("ddp", "sdp", "fsdp")}
+    return {"collectives": counted, "frozen_rows": rows, "planned": planned, "agreement": agreement}
 
 
 class Collectives(TorchDispatchMode):
@@ -45,69 +55,76 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def collectives(modes: Sequence[Sequence[str]]) -> list[list[dict[str, int]]]:
-    """For each list of overrides, how often a step of it used each collective; for two steps."""
-    counted = []
-    for overrides in modes:
-        plan = plan_of(*overrides)
-        with init_distributed(CPU, plan.recipe.parallel.model_parallel_size) as parallel:
-            trainer = Trainer(plan, CPU, None, parallel)
-            steps = []
-            for _ in range(2):
-                with Collectives() as mode:
-                    trainer.advance(extras=[0.0])
-                steps.append(dict(mode.counts))
-            counted.append(steps)
-        next_port()
-    return counted
+def _collectives(overrides: Sequence[str]) -> list[dict[str, int]]:
+    """How often each of two steps used each collective."""
+    steps = []
+    with init_distributed(CPU, 1) as parallel:
+        trainer = Trainer(plan_of(*overrides), CPU, None, parallel)
+        for _ in range(2):
+            with Collectives() as mode:
+                trainer.advance(extras=[0.0])
+            steps.append(dict(mode.counts))
+    next_port()
+    return steps
 
 
-def frozen_rows() -> dict[str, list[int]]:
-    """The rows stored of a frozen and of a trained matrix, under each mode."""
-    rows = {}
-    for mode in ("ddp", "sdp", "fsdp"):
-        with init_distributed(CPU, 1) as parallel:
-            model = build_on_meta(SMALL, torch.float32, parallel)
-            model.layers[0].attention.wq.weight.requires_grad_(False)  # type: ignore[union-attr]
-            DataParallel(model, parallel, mode, False, "cpu")  # type: ignore[arg-type]
-            named = dict(model.named_parameters())
-            both = [named[f"layers.0.attention.{name}.weight"] for name in ("wq", "wo")]
-            assert all(isinstance(parameter, DTensor) for parameter in both)
-            rows[mode] = [len(parameter.to_local()) for parameter in both]  # type: ignore[attr-defined]
-        next_port()
+def _frozen_rows(mode: Any) -> list[int]:
+    """The rows stored of a frozen and of a trained matrix."""
+    with init_distributed(CPU, 1) as parallel:
+        model = build_on_meta(SMALL, torch.float32, parallel)
+        model.layers[0].attention.wq.weight.requires_grad_(False)  # type: ignore[union-attr]
+        DataParallel(model, parallel, mode, False, "cpu")
+        named = dict(model.named_parameters())
+        rows = [len(local_part(named[f"layers.0.attention.{name}.weight"]).tensor) for name in ("wq", "wo")]
+    next_port()
     return rows
 
 
-def agreement() -> list[str]:
+class _Encoded(Callback):
+    def __init__(self) -> None:
+        self.files: list[str] = []
+
+    def progress(self, label: str, done: int = 0, total: int = 0) -> None:
+        if label.startswith("encoding "):
+            self.files.append(label.removeprefix("encoding "))
+
+
+def _planned(overrides: Sequence[str], parallel: Parallel) -> dict[str, Any]:
+    """Which files this rank encoded itself, which it has mapped, and what is in them."""
+    encoded = _Encoded()
+    plan = make_plan_together(quickstart(*overrides), encoded, parallel, recipe_folder=None)
+    maps = (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines())
+    mapped = {tuple(fields[3:5]) for fields in maps if re.search(r"\.tokens( \(deleted\))?$", fields[-1])}
+    parts = [part for part in (plan.train, plan.validation) if part is not None]
+    return {
+        "encoded": encoded.files,
+        "mapped": sorted(mapped),
+        "fingerprints": [part.fingerprint() for part in parts],
+        "documents": [part.document(i)[0].tolist() for part in parts for i in range(len(part))],
+        "report": plan.report,
+    }
+
+
+def _agreement(parallel: Parallel) -> list[Any]:
     """What each way of working together gives on this rank."""
-    from llama_acc.core.errors import UserError
+    calls: list[int] = []
+    parallel.run_rank_zero_first(lambda: calls.append(parallel.rank))
+    said = [calls, parallel.run_on_rank_zero(lambda: f"by {os.environ['RANK']}")]
 
-    said = []
-    with init_distributed(CPU, 1) as parallel:
-        times: list[float] = []
-        parallel.run_rank_zero_first(lambda: times.append(time.monotonic()))
-        begun = parallel.gather(times)
-        said.append(f"first {[len(each) for each in begun]} {begun[0] < begun[1]}")
-        said.append(f"once {parallel.run_on_rank_zero(lambda: 'told by ' + os.environ['RANK'])}")
+    def fails_on_one() -> None:
+        if parallel.rank == 1:
+            raise UserError("rank 1 has no file", "copy it")
 
-        def fails_on_one() -> None:
-            if parallel.rank == 1:
-                raise UserError("rank 1 has no file", "copy it")
+    def refuse() -> None:
+        raise UserError("refused by main")
 
-        for how in (parallel.raise_together, parallel.run_rank_zero_first):
-            try:
-                how(fails_on_one)
-                said.append("nothing")
-            except UserError as error:
-                said.append(f"{error.message}; {error.hint}")
+    for how, work in (
+        (parallel.raise_together, fails_on_one),
+        (parallel.run_rank_zero_first, fails_on_one),
+        (parallel.run_on_rank_zero, refuse),
+    ):
         try:
-            parallel.run_on_rank_zero(lambda: _refuse())
+            how(work)
         except UserError as error:
-            said.append(error.message)
+            said.append(str(error))
     return said
-
-
-def _refuse() -> None:
-    from llama_acc.core.errors import UserError
-
-    raise UserError("refused by main")

@@ -62,3 +62,13 @@ def assert_bitwise_equal(actual: dict[str, Tensor], expected: dict[str, Tensor])
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+class Notes(Callback):
+    """Keeps what a run notes."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)

@@ -7,23 +7,29 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama_acc.cli.plan_text import describe_plan
+from llama_acc.core.checkpoint.adapter import base_fingerprint
+from llama_acc.core.checkpoint.convert import Request, convert
+from llama_acc.core.checkpoint.layout import inspect
 from llama_acc.core.errors import UserError
 from llama_acc.core.generate.chat import generate
 from llama_acc.core.generate.load import load_model
 from llama_acc.core.model.tuning import METHODS
+from tests.core.tiny import SMALL
 from tests.core.train.runs import assert_bitwise_equal, losses, metrics, plan_of, run, saved_state, saved_weights
 
-# `frozen` trains nothing of a LLaMA: it is for models that see (test_vision_runs.py).
+# `frozen` trains nothing of a LLaMA: it is for multimodal models (test_vision_runs.py).
 TUNED = [name for name in METHODS if name not in ("full", "frozen")]
 # What can be learned with so few numbers in so few steps.
 PART = ("optimizer.lr=5e-3", "train.epochs=2")
+ONE_STEP = ("train.max_steps=1", "train.warmup_epochs=0")
+ALONE = "checkpoint.trainable_only=true"
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint to start from."""
-    folder = tmp_path_factory.mktemp("base")
-    return run(folder).checkpoint
+    return run(tmp_path_factory.mktemp("base")).checkpoint
 
 
 def on(base: Path, method: str, *more: str) -> list[str]:
@@ -37,119 +43,89 @@ def test_only_what_the_method_trains_changes(method: str, precision: str, base: 
     assert finished.bases == ()
     before, after = saved_weights(base), saved_weights(finished.checkpoint)
     assert losses(tmp_path)[-1] < losses(tmp_path)[0]
-    plan = plan_of(*on(base, method))
-    trained = {f"llma.{name}" for name in plan.trained_shapes()}
+    trained = {f"llma.{name}" for name in plan_of(*on(base, method)).trained_shapes()}
     kind = torch.float32 if precision == "fp32" else torch.bfloat16
-    for name, tensor in after.items():
-        assert tensor.dtype == kind
-        if name in before and name not in trained:
-            assert torch.equal(tensor, before[name].to(kind)), name
-    changed = {name for name in trained if name not in before or not torch.equal(after[name], before[name].to(kind))}
+    assert {tensor.dtype for tensor in after.values()} == {kind}
+    changed = {name for name in after if name not in before or not torch.equal(after[name], before[name].to(kind))}
+    assert changed <= trained
     # The bias of wk changes nothing: softmax does not see what is added to all keys alike. Its gradient is rounding.
     assert {name for name in trained if "wk.bias" not in name} <= changed | {n for n in trained if "lora_a" in n}
-    assert {name.partition(".")[2] for name in saved_state(finished.checkpoint) if name.startswith("exp_avg.")} == {
-        name.removeprefix("llma.") for name in trained
-    }
+    moments = {name for name in saved_state(finished.checkpoint) if name.startswith("exp_avg.")}
+    assert moments == {f"exp_avg.{name.removeprefix('llma.')}" for name in trained}
 
 
-@pytest.mark.parametrize("trainable_only", [False, True])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_resumed_run_is_the_uninterrupted_one(
-    precision: str, trainable_only: bool, base: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["train.precision=fp32", ALONE],
+        ["train.precision=bf16"],
+        ["train.precision=bf16", ALONE],
+        ["tuning.quantize=nf4", ALONE],
+    ],
+    ids=str,
+)
+def test_a_resumed_run_is_the_uninterrupted_one_and_its_part_goes_on_the_base(
+    more: list[str], base: Path, tmp_path: Path
 ) -> None:
-    more = [f"train.precision={precision}", f"checkpoint.trainable_only={str(trainable_only).lower()}"]
-    words = on(base, "lora_bias_norm", *more)
-    run(tmp_path / "whole", *words)
-    run(tmp_path / "stopped", *words, "train.max_steps=5")
-    run(tmp_path / "stopped", *words, resume=True)
-    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
-    for read in (saved_weights, saved_state):
-        assert_bitwise_equal(read(tmp_path / "stopped" / "epoch1"), read(tmp_path / "whole" / "epoch1"))
-
-
-def test_a_run_on_a_quantised_base_resumes_to_the_bit_and_its_part_is_put_on_the_base(
-    base: Path, tmp_path: Path
-) -> None:
-    words = on(base, "lora_bias_norm", "tuning.quantize=nf4", "checkpoint.trainable_only=true")
+    words, is_quantized = on(base, "lora_bias_norm", *more), "tuning.quantize=nf4" in more
     part = run(tmp_path / "whole", *words)
     run(tmp_path / "stopped", *words, "train.max_steps=5")
     run(tmp_path / "stopped", *words, resume=True)
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
     for read in (saved_weights, saved_state):
         assert_bitwise_equal(read(tmp_path / "stopped" / "epoch1"), read(tmp_path / "whole" / "epoch1"))
-    assert {tensor.dtype for tensor in saved_weights(part.checkpoint).values()} == {torch.float32}
+    if ALONE not in more:
+        return
+    assert part.bases == (str(base),)
     described = json.loads((part.checkpoint / "base.json").read_text())
-    assert described["quantised"] == {"type": "nf4", "skip": []}
-    report = (tmp_path / "whole" / "report.md").read_text()
-    assert "in NF4, " in report
-    assert "wq wk wv wo w1 w2 w3 of every block, output; nothing else" in report
-    model = load_model(base, part.checkpoint, device="cpu", quantize="nf4")
-    assert model.model.is_quantized
+    assert described["quantised"] == ({"type": "nf4", "skip": []} if is_quantized else None)
+    model = load_model(base, part.checkpoint, device="cpu")
+    assert model.model.is_quantized == is_quantized
     assert generate(model, "What is LLaMA?", temperature=0, max_new_tokens=5)
 
 
-def test_quantising_differs_with_the_output_matrix(base: Path, tmp_path: Path) -> None:
-    words = on(
-        base,
-        "bias_norm",
-        "tuning.quantize=nf4",
-        "checkpoint.trainable_only=true",
-        "train.max_steps=1",
-        "train.warmup_epochs=0",
-    )
-    first = {
-        skip: losses(run(tmp_path / skip, *words, f"tuning.quantize_skip=[{skip}]").output)[0]
+def test_quantizing_differs_with_what_is_left_out(base: Path, tmp_path: Path) -> None:
+    words = on(base, "bias_norm", *ONE_STEP)
+    plain = losses(run(tmp_path / "plain", *words).output)[0]
+    words += ["tuning.quantize=nf4", ALONE]
+    first = [
+        losses(run(tmp_path / f"-{skip}", *words, f"tuning.quantize_skip=[{skip}]").output)[0]
         for skip in ("", "output", "wv,layers.0")
-    }
-    plain = losses(
-        run(tmp_path / "plain", *on(base, "bias_norm", "train.max_steps=1", "train.warmup_epochs=0")).output
-    )[0]
-    assert len({*first.values(), plain}) == 4
-    assert all(loss == pytest.approx(plain, rel=0.1) for loss in first.values())
+    ]
+    assert len({*first, plain}) == 4
+    assert all(loss == pytest.approx(plain, rel=0.1) for loss in first)
+    quantized = dict(describe_plan(plan_of(*words)))["quantized"]
+    assert quantized.endswith(": wq wk wv wo w1 w2 w3 of every block, output; nothing else")
 
 
 def test_what_was_trained_alone_is_put_on_its_base_and_on_no_other(base: Path, tmp_path: Path) -> None:
     words = on(base, "lora_bias_norm", "train.precision=fp32")
     run(tmp_path / "whole", *words)
-    part = run(tmp_path / "part", *words, "checkpoint.trainable_only=true")
-    assert part.bases == (str(base),)
-    names = {name.removeprefix("llma.") for name in saved_weights(part.checkpoint)}
-    assert names == set(plan_of(*words).trained_shapes())
-    sizes = [
-        path.stat().st_size for path in (part.checkpoint, tmp_path / "whole" / "epoch1") for path in path.glob("*.pth")
-    ]
-    assert sizes[0] < sizes[1]
-    questions = ["What is LLaMA?", "Name three colours."]
-    together = load_model(base, part.checkpoint, device="cpu")
-    alone = load_model(tmp_path / "whole", device="cpu")
-    for question in questions:
-        wanted = generate(alone, question, temperature=0, max_new_tokens=20)
-        assert generate(together, question, temperature=0, max_new_tokens=20) == wanted
-
+    part = run(tmp_path / "part", *words, ALONE).checkpoint
+    saved = saved_weights(part)
+    assert {name.removeprefix("llma.") for name in saved} == set(plan_of(*words).trained_shapes())
+    assert len(saved) < len(saved_weights(tmp_path / "whole" / "epoch1"))
+    models = load_model(base, part, device="cpu"), load_model(tmp_path / "whole", device="cpu")
+    for question in ("What is LLaMA?", "Name three colours."):
+        together, whole = (generate(model, question, temperature=0, max_new_tokens=20) for model in models)
+        assert together == whole
     with pytest.raises(UserError, match="holds only what was trained on top of"):
-        load_model(part.checkpoint, device="cpu")
-    other = tmp_path / "other"
-    shutil.copytree(base, other)
+        load_model(part, device="cpu")
+    other = Path(shutil.copytree(base, tmp_path / "other"))
     weights = torch.load(other / "consolidated.00-of-01.model.pth", weights_only=True)
     weights["model"]["llma.layers.0.attention.wq.weight"].mul_(1.5)
     torch.save(weights, other / "consolidated.00-of-01.model.pth")
     (other / "manifest.json").unlink()
     with pytest.raises(UserError, match=f"was trained on .*epoch1, and {other} holds other weights"):
-        load_model(other, part.checkpoint, device="cpu")
+        load_model(other, part, device="cpu")
 
 
 def test_the_base_is_known_in_every_layout(base: Path, tmp_path: Path) -> None:
-    from llama_acc.core.checkpoint.adapter import base_fingerprint
-    from llama_acc.core.checkpoint.convert import Request, convert
-    from llama_acc.core.checkpoint.layout import inspect
-    from tests.core.tiny import SMALL
-
-    folders = {"hf": tmp_path / "hf", "meta": tmp_path / "meta"}
-    convert(Request(base, folders["hf"], "hf"))
-    convert(Request(base, folders["meta"], "meta", model_parallel_size=2))
+    convert(Request(base, tmp_path / "hf", "hf"))
+    convert(Request(base, tmp_path / "meta", "meta", model_parallel_size=2))
     convert(Request(base, tmp_path / "bf16", "consolidated", dtype="bf16"))
-    known = {base_fingerprint([inspect(folder)], SMALL) for folder in (base, *folders.values(), tmp_path / "bf16")}
-    assert len(known) == 1
+    folders = (base, *(tmp_path / name for name in ("hf", "meta", "bf16")))
+    assert len({base_fingerprint([inspect(folder)], SMALL) for folder in folders}) == 1
 
 
 def test_what_was_tuned_can_be_tuned_further_by_the_same_method_only(base: Path, tmp_path: Path) -> None:
