@@ -13,15 +13,20 @@ import pytest
 
 from llama_acc.core.atomic import check_manifest
 from llama_acc.core.checkpoint.layout import latest_checkpoint
+from llama_acc.core.distributed import Launch
 from llama_acc.core.distributed.environment import first_host, join_slurm, world_size
+from llama_acc.core.errors import RunError, UserError
 from tests.cli.commands import TINY, invoke, refused
 from tests.cli.jobs import PATIENCE, gone, start_job, workers_of
 from tests.core.ranks import free_port
 from tests.core.seeing import QFORMER
 from tests.core.train.image_runs import words_for, write_data
 
-SHORT = ("--recipe", "quickstart", "train.epochs=3", "checkpoint.every_epochs=1")
-LONG = ("--recipe", "quickstart", "train.epochs=100", "checkpoint.every_epochs=1", "checkpoint.keep=1")
+# 32 items, four optimizer steps an epoch.
+SHORT = ("--recipe", "quickstart", TINY, "train.epochs=4", "checkpoint.every_epochs=1", "checkpoint.keep=2")
+LONG = ("--recipe", "quickstart", TINY, "train.epochs=100", "checkpoint.every_epochs=1", "checkpoint.keep=1")
+ONE_STEP = ("--recipe", "quickstart", TINY, "train.max_steps=1", "train.warmup_epochs=0")
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Job:
@@ -61,50 +66,37 @@ def steps(output: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
-def test_output_comes_from_rank_0_and_every_rank_s_is_kept_where_it_is_asked_for(tmp_path: Path) -> None:
-    job = Job(tmp_path / "run", *SHORT, "--nproc", 2, "--log-ranks", tmp_path / "logs", "name=$RANK $$ {x}")
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A run of two ranks that nobody disturbs, and that keeps what they write."""
+    folder = tmp_path_factory.mktemp("alone")
+    job = Job(folder / "run", *SHORT, "--nproc", 2, "--log-ranks", folder / "logs", "name=$RANK $$ {x}")
     assert job.wait() == 0, job.err
-    assert job.out == f"llama-acc chat --ckpt {tmp_path / 'run'}\n"
-    assert job.err.count("the report is") == 1
-    assert [step for step, _ in steps(job.output)] == list(range(1, 13))
-    assert "name: $RANK $$ {x}" in (job.output / "recipe.yaml").read_text()
-    logs = {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()}
-    assert sorted(logs) == ["rank-0.err", "rank-0.out", "rank-1.err", "rank-1.out"]
-    assert logs["rank-0.out"] == job.out
-    assert "step 12/12" in logs["rank-0.err"]
-    assert logs["rank-1.out"] == ""
+    return job
 
 
-def test_a_killed_rank_ends_the_job_with_its_name_and_nothing_stays(tmp_path: Path) -> None:
-    job = Job(tmp_path / "run", *LONG, "--nproc", 2)
-    job.wait_for_checkpoint()
-    workers = job.workers()
-    os.kill(workers[1], signal.SIGKILL)
-    assert job.wait() == 1
-    told = [line for line in job.err.splitlines() if not line.startswith(("step", "saved"))]
-    assert told[-2:] == [
-        "error: rank 1 was killed by SIGKILL (out of memory?)",
-        f"hint: resume with: llama-acc finetune --output {job.output} --resume --nproc 2 --device cpu",
-    ]
-    assert not any("error" in line.lower() for line in told[:-2]), "the others' errors are not shown"
-    assert gone(list(workers.values()))
-    newest = latest_checkpoint(job.output)
-    assert newest is not None
-    check_manifest(newest, contents=True)
+def test_output_comes_from_rank_0_and_every_rank_s_is_kept_where_it_is_asked_for(alone: Job) -> None:
+    assert alone.out == f"llama-acc chat --ckpt {alone.output}\n"
+    assert alone.err.count("the report is") == 1
+    assert [step for step, _ in steps(alone.output)] == list(range(1, 17))
+    assert "name: $RANK $$ {x}" in (alone.output / "recipe.yaml").read_text()
+    logs = alone.output.parent / "logs"
+    kept = {tuple(path.parts[-2:]): path.read_text() for path in logs.rglob("*.log") if path.parent.name in "01"}
+    assert sorted(kept) == [(rank, f"{name}.log") for rank in "01" for name in ("stderr", "stdout")]
+    assert kept["0", "stdout.log"] == alone.out
+    assert "step 16/16" in kept["0", "stderr.log"]
+    assert kept["1", "stdout.log"] == ""
 
 
-SIX = ("--recipe", "quickstart", "train.epochs=6", "checkpoint.every_epochs=1", "checkpoint.keep=2")
-
-
-def kill_and_compare(folder: Path, choice: random.Random, kills: int, processes: int) -> None:
+def kill_and_compare(folder: Path, alone: Path, choice: random.Random, kills: int, processes: int) -> None:
     """Kills random ranks of a job that restarts by itself: it must end as one that was left alone, to the bit."""
     output = folder / "killed"
-    job = Job(output, *SIX, "--nproc", processes, "--max-restarts", kills)
+    job = Job(output, *SHORT, "--nproc", processes, "--max-restarts", kills)
     for _ in range(kills):
         known = len(steps(output)) if (output / "metrics.jsonl").exists() else 0
         wanted = known + choice.randrange(1, 6)
         deadline = time.monotonic() + PATIENCE
-        while not (output / "metrics.jsonl").exists() or len(steps(output)) < min(wanted, 20):
+        while not (output / "metrics.jsonl").exists() or len(steps(output)) < min(wanted, 12):
             job.check_time(deadline)
             time.sleep(0.02)
         workers = job.workers()
@@ -112,23 +104,21 @@ def kill_and_compare(folder: Path, choice: random.Random, kills: int, processes:
         assert gone(list(workers.values()))
     assert job.wait() == 0, job.err
     assert job.err.count("restarting from the last whole checkpoint") == kills, job.err
-
-    alone = Job(folder / "alone", *SIX, "--nproc", processes)
-    assert alone.wait() == 0, alone.err
-    assert steps(output) == steps(folder / "alone")
-    assert [step for step, _ in steps(output)] == list(range(1, 25))
-    weights = "epoch5/consolidated.00-of-01.model.pth"
-    assert (output / weights).read_bytes() == (folder / "alone" / weights).read_bytes()
+    assert steps(output) == steps(alone)
+    weights = "epoch3/consolidated.00-of-01.model.pth"
+    assert (output / weights).read_bytes() == (alone / weights).read_bytes()
 
 
-def test_a_job_goes_on_by_itself_after_a_rank_was_killed(tmp_path: Path) -> None:
-    kill_and_compare(tmp_path, random.Random(1), kills=1, processes=2)
+def test_a_job_goes_on_by_itself_after_a_rank_was_killed(alone: Job, tmp_path: Path) -> None:
+    kill_and_compare(tmp_path, alone.output, random.Random(1), kills=1, processes=2)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(4))
 def test_a_job_goes_on_after_many_kills(seed: int, tmp_path: Path) -> None:
-    kill_and_compare(tmp_path, random.Random(seed), kills=3, processes=2 + 2 * (seed % 2))
+    left = Job(tmp_path / "alone", *SHORT, "--nproc", 2 + 2 * (seed % 2))
+    assert left.wait() == 0, left.err
+    kill_and_compare(tmp_path, left.output, random.Random(seed), kills=3, processes=2 + 2 * (seed % 2))
 
 
 def test_ctrl_c_saves_on_all_ranks_and_a_killed_launcher_leaves_nothing(tmp_path: Path) -> None:
@@ -139,37 +129,61 @@ def test_ctrl_c_saves_on_all_ranks_and_a_killed_launcher_leaves_nothing(tmp_path
     again = f"llama-acc finetune --output {job.output} --resume --nproc 2 --device cpu"
     assert job.err.splitlines()[-1] == f"stopped; resume with: {again}"
     assert job.err.count("SIGINT: saving after this step") == 1
+    newest = latest_checkpoint(job.output)
+    assert newest is not None
+    check_manifest(newest, contents=True)
 
     again = Job(tmp_path / "run", "--resume", "--nproc", 2)
     deadline = time.monotonic() + PATIENCE
     while len(again.workers()) < 2:
-        assert time.monotonic() < deadline
+        again.check_time(deadline)
         time.sleep(0.05)
-    time.sleep(0.5)
     workers = list(again.workers().values())
     again.process.kill()
     assert gone(workers)
     again.wait()
 
 
-def test_an_error_on_one_rank_is_shown_with_its_number(tmp_path: Path) -> None:
-    fault = "import llama_acc.core.train.loop as loop\ndef fail(self): raise ValueError('the dog ate it')\n"
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os\nif os.environ.get('RANK') == '1':\n"
-        + "".join(f"    {line}\n" for line in (fault + "loop.Loop._rank_stats = fail").splitlines())
-    )
-    root = Path(__file__).parents[2]
-    job = Job(tmp_path / "run", *LONG, "--nproc", 2, PYTHONPATH=f"{tmp_path}:{root}")
-    assert job.wait() == 1
-    assert job.err.splitlines()[-2] == "error: rank 1 failed: ValueError: the dog ate it"
+def test_a_killed_rank_is_told_with_how_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(how: Launch, processes: int, *rest: object) -> int:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "recipe.yaml").touch()
+        raise RunError(f"rank 1 of {processes} was killed")
+
+    monkeypatch.setattr("llama_acc.core.distributed.launch.launch", launch)
+    result = invoke("finetune", *SHORT, "--output", tmp_path / "run", "--nproc", 2)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-2:] == [
+        "error: rank 1 of 2 was killed",
+        f"hint: resume with: llama-acc finetune --output {tmp_path / 'run'} --resume --nproc 2",
+    ]
 
 
-def test_what_every_rank_finds_is_told_once_and_never_retried(tmp_path: Path) -> None:
-    job = Job(tmp_path / "run", "--recipe", "quickstart", "--data", "nothing.json", "--nproc", 2, "--max-restarts", 3)
-    assert job.wait() == 2
-    assert job.err.count("there is no data 'nothing.json'") == 1
-    assert "error: there is no data" in job.err
-    assert "restarting" not in job.err
+@pytest.mark.parametrize(
+    ("error", "kind", "code"),
+    [
+        (UserError("no data", "so"), "error", 2),
+        (RunError("the disk is full"), "error", 1),
+        (RuntimeError("Connection closed by peer [127.0.0.1]:1"), "lost", 1),
+        (ValueError("the dog ate it"), "crash", 1),
+    ],
+)
+def test_a_rank_leaves_its_error_to_the_launcher(
+    error: Exception, kind: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: object) -> None:
+        raise error
+
+    place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    own = {"LLAMA_ACC_LAUNCHER": "1", "LLAMA_ACC_STOP_FILE": "/x", "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error")}
+    for name, value in {**place, **own}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("llama_acc.core.checkpoint.layout.locate", fail)
+    result = invoke("finetune", "--recipe", "quickstart", "--pretrained", "x", "--output", tmp_path / "run")
+    assert (result.exit_code, result.output) == (code, "")
+    left = json.loads((tmp_path / "error").read_text())
+    assert (left["kind"], left["exit_code"], left["rank"]) == (kind, code, 1)
+    assert str(error).splitlines()[0] in left["message"]["message"]
 
 
 def test_what_only_the_rank_with_the_vision_tower_finds_is_told_once_and_ends_all(tmp_path: Path) -> None:
@@ -187,7 +201,7 @@ def test_what_only_the_rank_with_the_vision_tower_finds_is_told_once_and_ends_al
 
 
 def test_two_machines_meet_at_an_endpoint(tmp_path: Path) -> None:
-    words = (*SHORT, "--nproc", 1, "--nnodes", 2, "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
+    words = (*ONE_STEP, "--nproc", 1, "--nnodes", 2, "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
     jobs = [Job(tmp_path / "run", *words) for _ in range(2)]
     assert [job.wait() for job in jobs] == [0, 0], [job.err for job in jobs]
     assert "".join(job.out for job in jobs) == f"llama-acc chat --ckpt {tmp_path / 'run'}\n"
@@ -195,10 +209,10 @@ def test_two_machines_meet_at_an_endpoint(tmp_path: Path) -> None:
 
 def test_torchrun_starts_the_ranks_as_well(tmp_path: Path) -> None:
     launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
-    job = Job(tmp_path / "run", *SHORT, "train.max_steps=4", launcher=launcher)
+    job = Job(tmp_path / "run", *ONE_STEP, launcher=launcher)
     assert job.wait() == 0, job.err
     assert job.out == f"llama-acc chat --ckpt {tmp_path / 'run'}\n"
-    assert [step for step, _ in steps(job.output)] == [1, 2, 3, 4]
+    assert [step for step, _ in steps(job.output)] == [1]
 
 
 def test_slurm_starts_the_ranks_as_well(tmp_path: Path) -> None:
@@ -210,7 +224,7 @@ def test_slurm_starts_the_ranks_as_well(tmp_path: Path) -> None:
         "MASTER_PORT": str(free_port()),
     }
     ranks = [{**shared, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
-    jobs = [Job(tmp_path / "run", *SHORT, "train.max_steps=4", **rank) for rank in ranks]
+    jobs = [Job(tmp_path / "run", *ONE_STEP, **rank) for rank in ranks]
     assert [job.wait() for job in jobs] == [0, 0], [job.err for job in jobs]
     assert [job.out for job in jobs] == [f"llama-acc chat --ckpt {tmp_path / 'run'}\n", ""]
 
@@ -250,16 +264,22 @@ def test_several_processes_do_not_start_several_each(tmp_path: Path, monkeypatch
     assert "started by torchrun or Slurm" in result.stderr
 
 
-def test_slurm_s_variables_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # so that it is restored
+@pytest.fixture
+def no_place(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment that says nothing of other processes, and is restored."""
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("LLAMA_ACC_SLURM", "")
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    monkeypatch.setenv("SLURM_NTASKS", "9")
+    return monkeypatch
+
+
+def test_slurm_s_variables_are_understood(no_place: pytest.MonkeyPatch) -> None:
+    no_place.setenv("SLURM_PROCID", "0")
+    no_place.setenv("SLURM_NTASKS", "9")
     join_slurm()
     assert "RANK" not in os.environ, "a batch script is not a step of several tasks"
-    told = {
+    step = {
         "SLURM_PROCID": "7",
         "SLURM_STEP_NUM_TASKS": "9",
         "SLURM_LOCALID": "3",
@@ -268,11 +288,10 @@ def test_slurm_s_variables_are_understood(monkeypatch: pytest.MonkeyPatch) -> No
         "SLURM_STEP_NODELIST": "gpu[07-09]",
         "SLURM_JOB_ID": "123456",
     }
-    for name, value in told.items():
-        monkeypatch.setenv(name, value)
+    for name, value in step.items():
+        no_place.setenv(name, value)
     join_slurm()
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    assert [os.environ[name] for name in names] == ["7", "9", "3", "4", "gpu07", "18456"]
+    assert [os.environ[name] for name in VARIABLES] == ["7", "9", "3", "4", "gpu07", "18456"]
 
 
 # What `srun --pty` leaves in the shell it opens; there SLURM_TASK_PID is the shell's.
@@ -280,7 +299,6 @@ _PTY_SHELL = {
     "SLURM_PROCID": "0",
     "SLURM_STEP_NUM_TASKS": "4",
     "SLURM_PTY_PORT": "40000",
-    "SLURM_PTY_WIN_COL": "80",
     "SLURM_TASK_PID": "1",
     "SLURM_STEP_NODELIST": "localhost",
 }
@@ -292,16 +310,12 @@ _PTY_SHELL = {
     ids=["typed in its shell", "the task itself", "another task"],
 )
 def test_only_what_is_typed_in_the_shell_of_a_slurm_step_runs_alone(
-    changed: dict[str, str], joins: bool, monkeypatch: pytest.MonkeyPatch
+    changed: dict[str, str], joins: bool, no_place: pytest.MonkeyPatch
 ) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # so that it is restored
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("LLAMA_ACC_SLURM", "")
     for name, value in {**_PTY_SHELL, **changed}.items():
-        monkeypatch.setenv(name, value)
-    told = join_slurm()
-    assert (told is None, world_size()) == ((True, 4) if joins else (False, 1))
+        no_place.setenv(name, value)
+    note = join_slurm()
+    assert (note is None, world_size()) == ((True, 4) if joins else (False, 1))
 
 
 _IMPATIENT = (

@@ -60,6 +60,11 @@ def local_rank() -> int:
     return _number("LOCAL_RANK") if world_size() > 1 else 0
 
 
+def is_main() -> bool:
+    """Whether this process speaks for all."""
+    return rank() == 0
+
+
 def _number(name: str, least: int = 0) -> int:
     text = os.environ.get(name, "0")
     if not text.isdecimal() or int(text) < least:
@@ -92,12 +97,9 @@ def check_place() -> tuple[str, int]:
     Raises:
         UserError: the environment does not say, or RANK is none of WORLD_SIZE.
     """
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
-        raise _misplaced(
-            f"RANK={rank()} and WORLD_SIZE={world_size()} say that this process is one of several; where they meet is "
-            f"not said: {' and '.join(missing)} not set"
-        )
+    place = f"RANK={rank()} and WORLD_SIZE={world_size()} say that this process is one of several"
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise _misplaced(f"{place}; where they meet is not said: {' and '.join(missing)} not set")
     if rank() >= world_size():
         raise _misplaced(f"RANK={rank()} is none of the {world_size()} processes that WORLD_SIZE counts")
     port = _number("MASTER_PORT", least=1)
@@ -106,22 +108,28 @@ def check_place() -> tuple[str, int]:
     return os.environ["MASTER_ADDR"], port
 
 
-def wait_until(happened: Callable[[], bool], describe: Callable[[], str], tell: Callable[[str], None]) -> bool:
+def wait_until(
+    happened: Callable[[], bool],
+    describe: Callable[[], str],
+    tell: Callable[[str], None],
+    timeout: float = JOIN_TIMEOUT,
+) -> bool:
     """Waits for other processes, and says so after five seconds and then every minute. Signals are seen at once.
 
     Args:
         happened: is asked whether they have come.
         describe: returns who is waited for, and where.
         tell: is given a line for the user.
+        timeout: in seconds.
 
     Returns:
-        Whether it happened within `JOIN_TIMEOUT`.
+        Whether it happened in time.
     """
     start = time.monotonic()
     next_line = _SAY_AFTER
     while not happened():
         waited = time.monotonic() - start
-        if waited >= JOIN_TIMEOUT:
+        if waited >= timeout:
             return False
         if waited >= next_line:
             tell(f"waiting for {describe()}, for {waited:.0f} s now")
@@ -131,10 +139,7 @@ def wait_until(happened: Callable[[], bool], describe: Callable[[], str], tell: 
 
 
 def in_background(work: Callable[[], _Result]) -> "Future[_Result]":
-    """Does some work in a thread that does not outlive the process.
-
-    For what is deaf to signals: a name that is looked up, and torch's stores while they connect.
-    """
+    """Does some work in a thread that does not outlive the process, for what is deaf to signals."""
     future = Future[_Result]()
 
     def run() -> None:
@@ -147,20 +152,13 @@ def in_background(work: Callable[[], _Result]) -> "Future[_Result]":
     return future
 
 
-def connect(host: str, port: int) -> None:
-    """Connects to a port, again and again until it answers."""
-    deadline = time.monotonic() + JOIN_TIMEOUT
-    while time.monotonic() < deadline:
-        try:
-            return socket.create_connection((host, port), timeout=5.0).close()
-        except (OSError, UnicodeError):  # the second: a name that is none
-            time.sleep(0.2)
-    raise TimeoutError(f"no answer in {JOIN_TIMEOUT / 60:.0f} minutes")
-
-
-def is_main() -> bool:
-    """Whether this process speaks for all."""
-    return rank() == 0
+def answers(host: str, port: int) -> bool:
+    """Whether somebody listens at a port."""
+    try:
+        socket.create_connection((host, port), timeout=1.0).close()
+    except (OSError, UnicodeError):  # the second: a name that is none
+        return False
+    return True
 
 
 def is_launched() -> bool:
@@ -187,23 +185,20 @@ def kill_on_parent_exit() -> None:
         os._exit(1)
 
 
-def lost_another_rank(error: BaseException) -> bool:
-    """Whether an error only says that another process went away."""
-    return world_size() > 1 and isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
-
-
 def record_exit(error: BaseException, message: str, hint: str | None, exit_code: int) -> bool:
     """Leaves word of this worker's end for the launcher. False if there is none of this toolkit.
 
     It is torch's error file (`torch.distributed.elastic.multiprocessing.errors`), with more keys: `kind` is "error" for
-    what was foreseen and a restart would not mend, "lost" where another rank went away, "crash" for anything else.
+    what was foreseen and a restart would not mend, "lost" where the error only says that another rank went away,
+    "crash" for anything else.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not is_launched() or not path:
         return False
-    kind = "error" if isinstance(error, LlamaAccError) else "lost" if lost_another_rank(error) else "crash"
+    is_lost = world_size() > 1 and isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+    kind = "error" if isinstance(error, LlamaAccError) else "lost" if is_lost else "crash"
     now = time.time()
-    record = {"hint": hint, "exit_code": exit_code, "kind": kind, "time": now}
+    record = {"rank": rank(), "hint": hint, "exit_code": exit_code, "kind": kind, "time": now}
     torch_part = {"message": message, "extraInfo": {"timestamp": str(int(now))}}
     Path(path).write_text(json.dumps({"message": torch_part, **record}), encoding="utf-8")
     return True
@@ -214,7 +209,8 @@ def join_slurm() -> str | None:
 
     The names are those of srun's manual, "OUTPUT ENVIRONMENT VARIABLES". SLURM_STEP_NUM_TASKS is only there inside a
     step, so a command in a batch script, outside srun, stays alone. So does one that is typed in the shell of
-    `srun --pty`: that is task 0, whatever runs in it inherits its variables, and the other tasks have ended.
+    `srun --pty`: that is task 0, whatever runs in it inherits its variables, and the other tasks have ended. Such a
+    step has SLURM_PTY_*; SLURM_TASK_PID is the process that srun itself has started.
 
     Returns:
         A line for the user where a step of several tasks is not joined.
@@ -223,35 +219,19 @@ def join_slurm() -> str | None:
     tasks, number = own.get("SLURM_STEP_NUM_TASKS", "1"), own.get("SLURM_PROCID", "")
     if "RANK" in own or not (tasks.isdecimal() and number.isdecimal()) or int(tasks) == 1:
         return None
-    if _is_in_terminal_of_step():
+    has_terminal = any(name.startswith("SLURM_PTY_") for name in own)
+    if has_terminal and number == "0" and own.get("SLURM_TASK_PID") != str(os.getpid()):
         return f"this is the shell of a Slurm step: running alone, not as one of its {tasks} tasks; srun starts all"
     own["RANK"], own["WORLD_SIZE"] = number, tasks
     own["LOCAL_RANK"] = own.get("SLURM_LOCALID", "0")
-    node = int(own.get("SLURM_NODEID", "0"))
-    counts = _repeated(own.get("SLURM_STEP_TASKS_PER_NODE", "1"))
-    own["LOCAL_WORLD_SIZE"] = str(counts[node] if node < len(counts) else 1)
+    # Tasks on each node in Slurm's short form: "4(x2),3" is 4, 4, 3.
+    short = re.findall(r"(\d+)(?:\(x(\d+)\))?", own.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    counts = [count for count, times in short for _ in range(int(times or 1))]
+    own["LOCAL_WORLD_SIZE"] = counts[min(int(own.get("SLURM_NODEID", "0")), len(counts) - 1)]
     own.setdefault("MASTER_ADDR", first_host(own.get("SLURM_STEP_NODELIST", "127.0.0.1")))
     own.setdefault("MASTER_PORT", str(_FIRST_PORT + int(own.get("SLURM_JOB_ID", "0")) % _PORTS))
     own[_SLURM_JOINED] = "1"
     return None
-
-
-def _is_in_terminal_of_step() -> bool:
-    """Whether this process was started from within the task that has the terminal of `srun --pty`.
-
-    SLURM_PTY_* are set in such a step, SLURM_TASK_PID is the process that srun itself has started.
-    """
-    own = os.environ
-    has_terminal = any(name.startswith("SLURM_PTY_") for name in own)
-    return has_terminal and own["SLURM_PROCID"] == "0" and own.get("SLURM_TASK_PID") != str(os.getpid())
-
-
-def _repeated(counts: str) -> list[int]:
-    """Slurm's short form: "4(x2),3" is 4, 4, 3."""
-    numbers = []
-    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
-        numbers += [int(count)] * int(times or 1)
-    return numbers
 
 
 def first_host(nodes: str) -> str:

@@ -33,27 +33,20 @@ _TIMEOUT = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Parallel:
-    """This process's place. `Parallel()` is that of a process on its own.
-
-    Attributes:
-        model_rank: place among those who share one copy of the model.
-        model_size: how many share it.
-        data_rank: place among those who hold the same part of the model and see other data.
-        data_size: how many they are.
-        model_group: the process group of the first; None if there is one process only.
-        data_group: that of the second.
-        control: a group of all ranks on gloo, for what the hosts tell each other.
-        background: another one, for a thread that saves while training goes on.
-    """
+    """This process's place. `Parallel()` is that of a process on its own."""
 
     model_rank: int = 0
+    """Place among those who share one copy of the model."""
     model_size: int = 1
     data_rank: int = 0
+    """Place among those who hold the same part of the model and see other data."""
     data_size: int = 1
     model_group: Group | None = None
     data_group: Group | None = None
     control: Group | None = None
+    """All ranks on gloo, for what the hosts tell each other."""
     background: Group | None = None
+    """The same, for a thread that saves while training goes on."""
 
     @property
     def rank(self) -> int:
@@ -93,7 +86,7 @@ class Parallel:
             result = work()
         except (LlamaAccError, OSError) as raised:
             error = raised
-        errors = {rank: told for rank, told in enumerate(self.gather(error)) if told is not None}
+        errors = {rank: other for rank, other in enumerate(self.gather(error)) if other is not None}
         if errors:
             first = min(errors)
             failure = error or errors[first]
@@ -109,8 +102,8 @@ class Parallel:
     def broadcast_in_node(self, value: _Result | None) -> _Result:
         """The value of the process that leads this one's machine. It is pickled: only between processes of one run."""
         machine = os.uname().nodename
-        told = self.gather((machine, value if self.is_local_rank_zero else None))
-        return next(value for name, value in told if name == machine and value is not None)
+        gathered = self.gather((machine, value if self.is_local_rank_zero else None))
+        return next(value for name, value in gathered if name == machine and value is not None)
 
     def run_rank_zero_first(self, work: Callable[[], None]) -> None:
         """Does the same work once on every rank, on rank 0 before the others: they find what it has made."""
@@ -183,7 +176,6 @@ def init_distributed(
         dist.destroy_process_group()
 
 
-_STORE_TIMEOUT = timedelta(seconds=60)  # for what answers there to be a store
 _joins = 0  # of this process so far
 
 
@@ -195,21 +187,17 @@ def _gather_processes(tell: Callable[[str], None]) -> Store:
     global _joins
     (host, port), rank, size = environment.check_place(), environment.rank(), environment.world_size()
     hint = None if environment.is_launched() else environment.run_alone()
-    place, advice = f"{host}:{port}", f"; {hint}" if hint else ""
+    place, own = f"{host}:{port}", f"(this is rank {rank}{f'; {hint}' if hint else ''})"
+    whom = f"{'the launcher' if rank == 0 else 'rank 0'} of {size} processes to answer at {place}"
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
-
-    def open_store() -> TCPStore:
+    try:
         if serves:
             # It reaches its own store in any case; where others look for it elsewhere, they are those who do not come.
-            return TCPStore("localhost", port, is_master=True, wait_for_workers=False, multi_tenant=True)
-        environment.connect(host, port)
-        return TCPStore(host, port, wait_for_workers=False, timeout=_STORE_TIMEOUT)
-
-    opening = environment.in_background(open_store)
-    whom = f"{'the launcher' if rank == 0 else 'rank 0'} of {size} processes to answer at {place}"
-    environment.wait_until(opening.done, lambda: f"{whom} (this is rank {rank}{advice})", tell)
-    try:
-        of_job = opening.result(timeout=0)
+            of_job = TCPStore("localhost", port, is_master=True, wait_for_workers=False, multi_tenant=True)
+        elif environment.wait_until(lambda: environment.answers(host, port), lambda: f"{whom} {own}", tell):
+            of_job = TCPStore(host, port, wait_for_workers=False, timeout=timedelta(seconds=60))
+        else:
+            raise TimeoutError(f"no answer in {environment.JOIN_TIMEOUT / 60:.0f} minutes")
     except (dist.DistError, TimeoutError) as error:
         raise RunError(f"rank {rank} waited for {whom}: {str(error).splitlines()[0]}", hint) from error
     _joins += 1
@@ -219,9 +207,9 @@ def _gather_processes(tell: Callable[[str], None]) -> Store:
     store.set(names[rank], "")
 
     def missing() -> str:
-        absent = [str(number) for number, name in enumerate(names) if not store.check([name])]
+        absent = [name for name in names if not store.check([name])]
         which = f"rank{'s' if len(absent) > 1 else ''} {', '.join(absent[:8])}{' ...' if len(absent) > 8 else ''}"
-        return f"{which} of {size} processes to come to {place} (this is rank {rank}{advice})"
+        return f"{which} of {size} processes to come to {place} {own}"
 
     # The first who is there speaks for all.
     def say(line: str) -> None:
@@ -239,6 +227,7 @@ def _groups(model_parallel_size: int, timeout: timedelta | None) -> Parallel:
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its sizes, and standard output carries results
         initialize.initialize_model_parallel(model_parallel_size)
+    hosts = [None, None] if timeout is None else [dist.new_group(backend="gloo", timeout=timeout) for _ in range(2)]
     return Parallel(
         initialize.get_model_parallel_rank(),
         initialize.get_model_parallel_world_size(),
@@ -246,8 +235,7 @@ def _groups(model_parallel_size: int, timeout: timedelta | None) -> Parallel:
         initialize.get_data_parallel_world_size(),
         initialize.get_model_parallel_group(),
         initialize.get_data_parallel_group(),
-        dist.new_group(backend="gloo", timeout=timeout) if timeout is not None else None,
-        dist.new_group(backend="gloo", timeout=timeout) if timeout is not None else None,
+        *hosts,
     )
 
 
@@ -272,29 +260,23 @@ def simulated(rank: int, processes: int, model_parallel_size: int) -> Iterator[P
 
 def summed(x: Tensor, group: Group | None) -> Tensor:
     """The sum over the model-parallel group, in place; its gradient is passed on as it is."""
-    if group is None:
-        return x
-    from fairscale.nn.model_parallel.mappings import reduce_from_model_parallel_region
-
-    return reduce_from_model_parallel_region(x)
+    return x if group is None else _mappings().reduce_from_model_parallel_region(x)
 
 
 def copied(x: Tensor, group: Group | None) -> Tensor:
     """The same on every rank of the model-parallel group; of the gradient, which is a part of a sum, the sum."""
-    if group is None:
-        return x
-    from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region
-
-    return copy_to_model_parallel_region(x)
+    return x if group is None else _mappings().copy_to_model_parallel_region(x)
 
 
 def gathered(x: Tensor, group: Group | None) -> Tensor:
     """The parts of the model-parallel group side by side in the last dimension; of the gradient each gets its part."""
-    if group is None:
-        return x
-    from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
+    return x if group is None else _mappings().gather_from_model_parallel_region(x)
 
-    return gather_from_model_parallel_region(x)
+
+def _mappings() -> Any:
+    from fairscale.nn.model_parallel import mappings
+
+    return mappings
 
 
 class LocalPart(NamedTuple):

@@ -1,11 +1,10 @@
 """Several processes from one command: torch's elastic launcher starts this same command once for each rank.
 
-What it leaves open is settled here, by its public interfaces: where ranks write, which rank's error is the cause, what
-is worth a restart, whom a machine waits for, and what Ctrl-C means.
+What it leaves open is settled here: which rank's error is the cause, what is worth a restart, whom a machine waits for,
+and what Ctrl-C means.
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import logging
 import os
@@ -17,46 +16,26 @@ import sys
 import tempfile
 import termios
 import threading
-import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest, SignalException
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.elastic.rendezvous import (
-    RendezvousClosedError,
-    RendezvousConnectionError,
-    RendezvousError,
-    RendezvousInfo,
-    RendezvousParameters,
-    rendezvous_handler_registry,
-)
-from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from llama_acc.core.distributed import Launch
-from llama_acc.core.distributed.environment import (
-    JOIN_TIMEOUT,
-    LAUNCHER,
-    START,
-    STOP_FILE,
-    connect,
-    in_background,
-    wait_until,
-)
+from llama_acc.core.distributed.environment import JOIN_TIMEOUT, LAUNCHER, START, STOP_FILE, answers, wait_until
 from llama_acc.core.errors import LlamaAccError, RunError, UserError
 from llama_acc.core.interrupt import EXIT_CODES, held_back
 
-_POLL, _ASK_OTHERS_EVERY = 0.1, 2.0  # seconds
 _SAVE_TIMEOUT = 120  # seconds for the ranks to save, once they were asked to stop
-_KILLED_AFTER = 25  # seconds: torch kills what outlives the rank that failed by 30
+_REJOIN_TIMEOUT = 180  # seconds for all machines to start their ranks anew, once one has
 _TAIL_LINES = 20
 _SIOCGIFADDR = 0x8915  # netdevice(7)
 _STOPPED = {*EXIT_CODES.values(), *(-number for number in EXIT_CODES)}
@@ -82,13 +61,13 @@ def processes_here(wanted: str, on_gpu: bool | None) -> int:
 
 
 def launch(how: Launch, processes: int, arguments: Sequence[str], tell: Callable[[str], None]) -> int:
-    """Runs `llama-acc ARGUMENTS` in every process, until all have ended.
+    """Runs `llama-acc ARGUMENTS` in so many processes on this machine, until all have ended.
 
     Args:
         how: the flags.
         processes: on this machine.
         arguments: the words after `llama-acc`.
-        tell: is given a line for the user where other machines are long in coming, and at a restart.
+        tell: is given a line for the user where other machines are waited for, and at a restart.
 
     Returns:
         0, or 130 or 143 if Ctrl-C or SIGTERM, which all processes were told of, ended it.
@@ -99,69 +78,97 @@ def launch(how: Launch, processes: int, arguments: Sequence[str], tell: Callable
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SAVE_TIMEOUT))
     logging.disable()
+    scratch = Path(tempfile.mkdtemp(prefix="llama-acc-"))
+    logs = scratch
     try:
-        with tempfile.TemporaryDirectory(prefix="llama-acc-", ignore_cleanup_errors=True) as scratch:
-            kept = None if how.log_ranks is None else Path(how.log_ranks).expanduser().absolute()
-            logs = _Logs(Path(scratch), kept)
-            os.environ.update({LAUNCHER: str(os.getpid()), STOP_FILE: str(Path(scratch) / "stop")})
-            with _signals_as_exceptions(Path(scratch)):
-                return _run(how, processes, arguments, logs, tell)
+        if how.log_ranks is not None:
+            kept = Path(how.log_ranks).expanduser()
+            kept.mkdir(parents=True, exist_ok=True)
+            logs = Path(tempfile.mkdtemp(prefix=f"{socket.gethostname()}-", dir=kept))
+        os.environ.update({LAUNCHER: str(os.getpid()), STOP_FILE: str(scratch / "stop")})
+        with _signals_as_exceptions(scratch):
+            return _run(how, processes, arguments, logs, tell)
+    except SignalException as received:
+        # What kept a rank from saving is worth more than the signal.
+        records = logs.glob(f"llama-acc-{os.environ.get(START)}_*/attempt_0/*/error.json")
+        found = [ProcessFailure(0, 0, 1, str(file)) for file in records]
+        ends = {end.error_file_data["rank"]: end for end in found if _kind(end) in ("error", "crash")}
+        if ends:
+            raise _error(*first_failure(ends), "", how.nnodes) from None
+        return 128 + received.sigval
     finally:
+        shutil.rmtree(scratch, ignore_errors=True)
         logging.disable(logging.NOTSET)
         for name in (LAUNCHER, STOP_FILE, START):
             os.environ.pop(name, None)
 
 
-def _run(how: Launch, processes: int, arguments: Sequence[str], logs: "_Logs", tell: Callable[[str], None]) -> int:
-    own = _own_address(how.rdzv_endpoint)
-    network = _network_of(own) if how.nnodes > 1 else None
-    if network is not None:
-        # Left alone, gloo takes the network that this machine's name stands for, which often is the loopback.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", network)
-    try:
-        with contextlib.closing(_create_rendezvous(how, own, tell)) as rendezvous:
-            config = LaunchConfig(
-                min_nodes=how.nnodes,
-                max_nodes=how.nnodes,
-                nproc_per_node=processes,
-                logs_specs=logs,
-                run_id=rendezvous.get_run_id(),
-                role="",
-                rdzv_backend=_BACKEND,
-                rdzv_configs={"rendezvous": rendezvous},
-                max_restarts=0,  # torch would also repeat what cannot succeed
-                monitor_interval=_POLL,
-                log_line_prefix_template="$role_name",  # none
-                local_addr=own,
-                signals_to_handle="SIGHUP,SIGQUIT",
-            )
-            # torch fills "$name" in.
-            words = ["-m", "llama_acc", *(word.replace("$", "$$") for word in arguments)]
-            return _start(config, words, how, logs, tell)
-    except SignalException as received:
-        # What kept a rank from saving is worth more than the signal.
-        told = {rank: end for rank, end in logs.failures().items() if _kind(end) in ("error", "crash")}
-        if told:
-            raise _error(*first_failure(told), logs, how.nnodes) from None
-        return 128 + received.sigval
-
-
-def _start(config: LaunchConfig, words: list[str], how: Launch, logs: "_Logs", tell: Callable[[str], None]) -> int:
+def _run(how: Launch, processes: int, arguments: Sequence[str], logs: Path, tell: Callable[[str], None]) -> int:
     """Starts the ranks, and again where one crashed."""
-    for restart in range(1, how.max_restarts + 2):
+    endpoint, own, store = "localhost:0", "127.0.0.1", None
+    if how.rdzv_endpoint is not None:
+        endpoint, own = how.rdzv_endpoint, _own_address(how.rdzv_endpoint)
+        store = _serve(endpoint, own)
+        if network := _network_of(own):
+            # Left alone, gloo takes the network that this machine's name stands for, which often is the loopback.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", network)
+    serves = how.rdzv_endpoint is None or store is not None
+    for start in range(1, how.max_restarts + 2):
+        os.environ[START] = str(start)
+        timeout = JOIN_TIMEOUT if start == 1 else _REJOIN_TIMEOUT
+        if how.nnodes > 1:
+            tell(f"waiting for all of {how.nnodes} machines to meet at {endpoint}")
+        if not serves:
+            there = partial(answers, *_parts(endpoint))
+            wait_until(there, lambda: f"the machine of {endpoint} to answer", tell, timeout)
+        config = LaunchConfig(
+            min_nodes=how.nnodes,
+            max_nodes=how.nnodes,
+            nproc_per_node=processes,
+            # Rank 0 writes to the terminal.
+            logs_specs=DefaultLogsSpecs(
+                str(logs),
+                redirects=dict.fromkeys(range(1, processes), Std.ALL),
+                tee={0: Std.ALL if how.log_ranks else Std.NONE},
+            ),
+            run_id=f"llama-acc-{start}",
+            role="",
+            rdzv_backend="c10d",
+            rdzv_endpoint=endpoint,
+            rdzv_configs={"is_host": serves, "join_timeout": int(timeout)},
+            max_restarts=0,  # torch would also repeat what cannot succeed
+            monitor_interval=0.1,
+            log_line_prefix_template="$role_name",  # none
+            local_addr=own,
+            signals_to_handle="SIGHUP,SIGQUIT",
+        )
+        # torch fills "$name" in.
+        words = ["-m", "llama_acc", *(word.replace("$", "$$") for word in arguments)]
         try:
             elastic_launch(config, sys.executable)(*words)
             return 0
         except ChildFailedError as failed:
             rank, failure = first_failure(failed.failures)
+        except RendezvousError as problem:
+            raise RunError(
+                f"{how.nnodes} machines did not meet at {endpoint}: {problem}",
+                "start the same command on every machine; the port must be free and reachable from all of them; if "
+                "the job ended on another machine, its error is in the output of that one",
+            ) from problem
         if _kind(failure) == "stopped":
             return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-        error = _error(rank, failure, logs, how.nnodes)
-        if restart > how.max_restarts or _kind(failure) == "error":
+        error = _error(rank, failure, _last_words(logs, start, failure), how.nnodes)
+        if start > how.max_restarts or _kind(failure) == "error":
             raise error
-        again = f"restarting from the last whole checkpoint ({restart} of {how.max_restarts})"
-        tell(f"{error.message}; {again}")
+        tell(f"{error.message}; restarting from the last whole checkpoint ({start} of {how.max_restarts})")
     raise AssertionError
+
+
+def _last_words(logs: Path, start: int, failure: ProcessFailure) -> str:
+    """The end of what a rank wrote to its standard error; nothing where the user has seen it."""
+    files = logs.glob(f"llama-acc-{start}_*/attempt_0/{failure.local_rank}/stderr.log") if failure.local_rank else ()
+    lines = [line for file in files for line in file.read_text("utf-8", "replace").splitlines()]
+    return "\n".join(lines[-_TAIL_LINES:])
 
 
 @contextlib.contextmanager
@@ -172,14 +179,11 @@ def _signals_as_exceptions(scratch: Path) -> Iterator[None]:
     The main thread holds both back, so that ranks begin with them held back too (a Python that just begins would end
     with a traceback); another thread, which does nothing, lets them in.
     """
-    try:
-        terminal = termios.tcgetattr(sys.stdin)
-    except (termios.error, OSError, ValueError):  # it is no terminal
-        terminal = None
+    terminal = termios.tcgetattr(0) if os.isatty(0) else None
 
     def restore_terminal() -> None:
         if terminal is not None:  # rank 0 may have been killed while a line was being typed
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, terminal)
+            termios.tcsetattr(0, termios.TCSANOW, terminal)
 
     def stop(number: int, frame: FrameType | None) -> None:
         if Path(os.environ[STOP_FILE]).exists():
@@ -202,48 +206,6 @@ def _signals_as_exceptions(scratch: Path) -> Iterator[None]:
         restore_terminal()
 
 
-class _Logs(DefaultLogsSpecs):
-    """Where ranks write: rank 0 to the terminal, the others to files."""
-
-    def __init__(self, scratch: Path, kept: Path | None) -> None:
-        super().__init__(log_dir=str(scratch))
-        self._kept = kept
-        self._stderrs: dict[int, Path] = {}
-        self._error_files: dict[int, str] = {}
-
-    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """By local rank, where output and errors go. Called by torch at every start."""
-        logs = super().reify(envs)
-        outs, errs, shown_outs, shown_errs = dict(logs.stdouts), dict(logs.stderrs), dict[int, str](), dict[int, str]()
-        restarts = int(os.environ[START]) - 1
-        for place, env in envs.items():
-            rank = int(env["RANK"])
-            self._error_files[rank] = logs.error_files[place]
-            if rank == 0 and self._kept is None:
-                continue
-            folder = self._kept or Path(logs.error_files[place]).parent
-            folder.mkdir(parents=True, exist_ok=True)
-            path = str(folder / (f"rank-{rank}" + (f".restart-{restarts}" if restarts else "")))
-            outs[place], errs[place] = f"{path}.out", f"{path}.err"
-            if rank == 0:
-                shown_outs[place], shown_errs[place] = outs[place], errs[place]
-            else:
-                self._stderrs[rank] = Path(errs[place])
-        return dataclasses.replace(logs, stdouts=outs, stderrs=errs, tee_stdouts=shown_outs, tee_stderrs=shown_errs)
-
-    def tail(self, rank: int) -> str:
-        """The last lines a rank wrote to its standard error, if the user has not seen them."""
-        path = self._stderrs.get(rank)
-        if path is None or not path.is_file():
-            return ""
-        return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:])
-
-    def failures(self) -> dict[int, ProcessFailure]:
-        """What ranks of this machine have recorded of their end, by rank."""
-        files = {rank: file for rank, file in self._error_files.items() if Path(file).is_file()}
-        return {rank: ProcessFailure(local_rank=0, pid=0, exitcode=1, error_file=file) for rank, file in files.items()}
-
-
 def _kind(failure: ProcessFailure) -> str:
     """How a rank ended: what it has recorded itself, else "stopped" (by SIGINT or SIGTERM) or "killed"."""
     kind: str | None = failure.error_file_data.get("kind")
@@ -254,24 +216,22 @@ def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessF
     """The rank whose end is the cause of the others'.
 
     A rank that was killed leaves no record, and the others notice at once: they come after it. So do those that torch
-    ended then, by SIGTERM and half a minute later by SIGKILL.
+    ended then.
     """
-    began = min(failure.timestamp for failure in failures.values())
 
-    def order(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, bool, float, int]:
+    def order(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, float, int]:
         rank, failure = item
         kind, when = _kind(failure), failure.error_file_data.get("time", failure.timestamp)
-        return kind == "stopped", kind == "killed" and when > began + _KILLED_AFTER, kind == "lost", when, rank
+        return kind == "stopped", kind == "lost", when, rank
 
     return min(failures.items(), key=order)
 
 
-def _error(rank: int, failure: ProcessFailure, logs: _Logs, nodes: int) -> LlamaAccError:
-    """What to tell of the failure of a rank."""
+def _error(rank: int, failure: ProcessFailure, tail: str, nodes: int) -> LlamaAccError:
+    """What to tell of the failure of a rank; `tail` is what it wrote last."""
     record, kind = failure.error_file_data, _kind(failure)
     if kind == "killed":
-        tail = "" if failure.exitcode == -signal.SIGKILL else logs.tail(rank)
-        last_words = f"; its last words:\n{tail}" if tail else ""
+        last_words = f"; its last words:\n{tail}" if tail and failure.exitcode != -signal.SIGKILL else ""
         return RunError(f"rank {rank} {how_it_ended(failure.exitcode)}{last_words}")
     message = record["message"]["message"]
     if kind == "lost":
@@ -290,97 +250,17 @@ def how_it_ended(code: int) -> str:
     return f"was killed by {name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
 
 
-class _Rendezvous(DynamicRendezvousHandler):
-    """Where the machines of a job meet before every start of the ranks. torch's, which also says who is waited for, and
-    lasts from the first start to the last.
+def _serve(endpoint: str, own: str) -> TCPStore | None:
+    """Serves the rendezvous as long as the result is kept, if the endpoint is an address of this machine.
+
+    torch would serve it anew at every start, and takes a machine for the host only if the endpoint is its name.
     """
-
-    how: Launch
-    tell: Callable[[str], None]
-    starts = 0
-    next_question = 0.0
-
-    def next_rendezvous(self) -> RendezvousInfo:
-        """Waits for all machines."""
-        met = threading.Event()
-        whom = f"all of {self.how.nnodes} machines to meet at {self.how.rdzv_endpoint}"
-        if self.how.nnodes > 1:
-            threading.Thread(target=wait_until, args=(met.is_set, lambda: whom, self.tell), daemon=True).start()
-        try:
-            info = super().next_rendezvous()
-        except RendezvousError as error:
-            raise _did_not_meet(self.how, error, self.starts > 0) from error
-        finally:
-            met.set()
-        self.starts += 1
-        os.environ[START] = str(self.starts)
-        return info
-
-    def num_nodes_waiting(self) -> int:
-        """How many machines want to begin anew. torch asks all the time; it learns here if the job ended elsewhere."""
-        try:
-            if self.how.nnodes > 1 and time.monotonic() >= self.next_question:
-                self.next_question = time.monotonic() + _ASK_OTHERS_EVERY
-                if self.is_closed():
-                    raise RendezvousClosedError
-            return super().num_nodes_waiting()
-        except RendezvousError as error:
-            raise _did_not_meet(self.how, error, True) from error
-
-    def get_backend(self) -> str:
-        """The name under which the launcher finds it."""
-        return _BACKEND
-
-    def shutdown(self) -> bool:
-        """Does nothing: torch calls it after every start."""
-        return True
-
-    def close(self) -> None:
-        """Ends the job for all machines."""
-        super().shutdown()
-
-
-# The launcher makes its rendezvous by name.
-_BACKEND = "llama-acc"
-rendezvous_handler_registry.register(_BACKEND, lambda parameters: parameters.get("rendezvous"))
-
-
-def _create_rendezvous(how: Launch, own: str, tell: Callable[[str], None]) -> _Rendezvous:
-    """Serves the rendezvous, or connects to it.
-
-    torch takes a machine for the host if the endpoint is its name; an address of one of its networks must do as well.
-    """
-    endpoint, run_id = how.rdzv_endpoint or "localhost:0", "llama-acc" if how.rdzv_endpoint else uuid.uuid4().hex
-
-    def connected(is_host: bool) -> _Rendezvous:
-        if not is_host:
-            connect(*_parts(endpoint))
-        parameters = RendezvousParameters("c10d", endpoint, run_id, how.nnodes, how.nnodes, own, is_host=is_host)
-        backend, store = create_backend(parameters)
-        timeout = RendezvousTimeout(join=timedelta(seconds=JOIN_TIMEOUT))
-        return _Rendezvous.from_backend(run_id, store, backend, how.nnodes, how.nnodes, own, timeout)
-
-    serves = how.rdzv_endpoint is None or own == _resolve(endpoint)[1][0]
-    for is_host in dict.fromkeys((serves, False)):
-        opening = in_background(partial(connected, is_host))
-        wait_until(opening.done, lambda: f"the machine of {endpoint} to answer", tell)
-        try:
-            rendezvous = opening.result(timeout=0)
-        except (RendezvousConnectionError, TimeoutError) as error:
-            failure = error  # the port may be taken by the same command: two on one machine
-        else:
-            rendezvous.how, rendezvous.tell = how, tell
-            return rendezvous
-    raise _did_not_meet(how, failure, False)
-
-
-def _did_not_meet(how: Launch, error: Exception, had_met: bool) -> RunError:
-    if had_met or isinstance(error, RendezvousClosedError):
-        return RunError("the job ended on another machine", "its error is in the output of that machine")
-    return RunError(
-        f"{how.nnodes} machines did not meet at {how.rdzv_endpoint}: {error}",
-        "start the same command on every machine; the port must be free and reachable from all of them",
-    )
+    if own != _resolve(endpoint)[1][0]:
+        return None
+    host, port = _parts(endpoint)
+    with contextlib.suppress(RuntimeError):  # the same command has the port: two on one machine
+        return TCPStore(host, port, is_master=True, wait_for_workers=False, multi_tenant=True)
+    return None
 
 
 def _resolve(endpoint: str) -> tuple[socket.AddressFamily, Any]:
@@ -397,10 +277,8 @@ def _parts(endpoint: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _own_address(endpoint: str | None) -> str:
+def _own_address(endpoint: str) -> str:
     """The address other machines reach this one at: the one it uses to reach the endpoint."""
-    if endpoint is None:
-        return "127.0.0.1"
     family, address = _resolve(endpoint)
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:

@@ -39,7 +39,8 @@ by_user = Path(os.environ["LLAMA_ACC_STOP_FILE"]).exists()
 Path(f"{start}-{rank}-got").write_text(json.dumps([got, by_user]))
 if "kind" in does:
     message = {"message": does["message"], "extraInfo": {"timestamp": str(int(time.time()))}}
-    record = {"message": message, "hint": "so", "exit_code": does["code"], "kind": does["kind"], "time": time.time()}
+    record = {"hint": "so", "exit_code": does["code"], "kind": does["kind"], "time": time.time(), "rank": int(rank)}
+    record["message"] = message
     Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(record))
 if does.get("code", 0) < 0:
     os.kill(os.getpid(), -does["code"])

@@ -9,42 +9,29 @@ from tests.core.tiny import SMALL
 CONFIG = replace(SMALL, dim=64, n_layers=8)
 
 
-def initialised(seed: int, layers: int = CONFIG.n_layers) -> Transformer:
-    model = build_on_meta(replace(CONFIG, n_layers=layers), torch.float32)
+def initialized(seed: int) -> Transformer:
+    model = build_on_meta(CONFIG, torch.float32)
+    assert all(parameter.is_meta for parameter in model.parameters()), "no storage"
     model.to_empty(device="cpu")
     initialize(model, seed)
     return model
 
 
-def test_a_model_on_the_meta_device_has_no_storage() -> None:
-    model = build_on_meta(CONFIG, torch.float32)
-    assert all(parameter.is_meta for parameter in model.parameters())
-
-
-def test_random_weights_are_a_function_of_the_seed_alone() -> None:
+def test_random_weights_are_a_function_of_the_seed_alone_and_all_different() -> None:
     torch.manual_seed(1)
-    first = initialised(3).state_dict()
+    first = initialized(3).state_dict()
     torch.manual_seed(2)
-    torch.randn(100)
-    second, other = initialised(3).state_dict(), initialised(4).state_dict()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not any(torch.equal(first[name], other[name]) for name in first if "norm" not in name)
-
-
-def test_initialising_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
-    initialised(0)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_no_two_parameters_share_their_values() -> None:
-    model = initialised(0)
-    matrices = [p.detach().flatten()[:32] for name, p in model.named_parameters() if "norm" not in name]
-    assert len({tuple(values.tolist()) for values in matrices}) == len(matrices)
+    second, other = initialized(3).state_dict(), initialized(4).state_dict()
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
+    matrices = [name for name in first if "norm" not in name]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in matrices)
+    assert len({tuple(first[name].flatten()[:32].tolist()) for name in matrices}) == len(matrices)
 
 
 def test_norms_start_at_one_and_matrices_at_their_standard_deviation() -> None:
-    for name, parameter in initialised(0).named_parameters():
+    for name, parameter in initialized(0).named_parameters():
         if name.endswith("norm.weight"):
             assert (parameter == 1).all()
             continue

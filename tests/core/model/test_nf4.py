@@ -1,4 +1,4 @@
-"""Quantised models: the numbers are those of the dequantised matrices, as bitsandbytes itself makes them."""
+"""Quantized models: the numbers are those of the dequantized matrices, as bitsandbytes itself makes them."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ LORA = LoRABiasNorm(4)
 
 
 def theirs(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix as bitsandbytes quantises and dequantises it, its rows one after the other."""
+    """A matrix as bitsandbytes quantizes and dequantizes it, its rows one after the other."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     row = matrix.reshape(1, -1)
@@ -44,7 +44,7 @@ def rounded(model: Transformer, skip: tuple[str, ...] = ()) -> Transformer:
     return model
 
 
-def quantised(model: Transformer, dtype: torch.dtype = torch.float32, skip: tuple[str, ...] = ()) -> Transformer:
+def quantized(model: Transformer, dtype: torch.dtype = torch.float32, skip: tuple[str, ...] = ()) -> Transformer:
     """As chat loads it."""
     empty = build_on_meta(model.config, dtype).requires_grad_(False)
     quantize_on_meta(empty, skip)
@@ -63,7 +63,7 @@ def for_training(model: Transformer, dtype: torch.dtype = torch.float32) -> Tran
 
 
 @pytest.mark.parametrize("shape", [(8, 64), (3, 128), (70, 4), (1, 2), (128, 352), (36_000, 128)])
-def test_quantising_in_pieces_is_bitsandbytes_quantising(shape: tuple[int, int]) -> None:
+def test_quantizing_in_pieces_is_bitsandbytes_quantizing(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     packed, scales = nf4.quantize(lambda start, stop: matrix[start:stop], shape, CPU)
     assert torch.equal(nf4.dequantize(packed, scales, torch.float32), theirs(matrix))
@@ -83,9 +83,9 @@ def test_an_odd_number_of_columns_is_refused() -> None:
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("skip", [(), ("output",), ("wv", "layers.0")])
-def test_logits_are_those_of_the_dequantised_matrices(config: ModelConfig, skip: tuple[str, ...]) -> None:
+def test_logits_are_those_of_the_dequantized_matrices(config: ModelConfig, skip: tuple[str, ...]) -> None:
     model, tokens = random_model(config), torch.arange(24)
-    small = quantised(model, skip=skip)
+    small = quantized(model, skip=skip)
     assert small.output.is_quantized == ("output" not in skip)
     expected = document_logits(rounded(model, skip), [tokens])[0]
     assert difference(document_logits(small, [tokens])[0], expected) < 1e-5
@@ -93,7 +93,7 @@ def test_logits_are_those_of_the_dequantised_matrices(config: ModelConfig, skip:
 
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
-def test_loss_and_gradients_are_those_of_the_dequantised_matrices(config: ModelConfig) -> None:
+def test_loss_and_gradients_are_those_of_the_dequantized_matrices(config: ModelConfig) -> None:
     model, tokens = random_model(replace(config, tuning=LORA)), torch.arange(24)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -115,7 +115,7 @@ def test_loss_and_gradients_are_those_of_the_dequantised_matrices(config: ModelC
         assert difference(ours, wanted) < 1e-4, name
 
 
-def test_norms_embedding_and_what_trains_are_never_quantised() -> None:
+def test_norms_embedding_and_what_trains_are_never_quantized() -> None:
     model = for_training(random_model(replace(SMALL, tuning=LORA)), torch.bfloat16)
     kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
     small = {name for name, kind in kinds.items() if kind == torch.uint8}
@@ -125,7 +125,7 @@ def test_norms_embedding_and_what_trains_are_never_quantised() -> None:
     assert all(kinds[name] == torch.float32 for name, one in describe(model.config).items() if one.trains)
 
 
-def test_random_weights_are_quantised_too() -> None:
+def test_random_weights_are_quantized_too() -> None:
     model = build_on_meta(SMALL, torch.float32).requires_grad_(False)
     quantize_on_meta(model)
     model.to_empty(device="cpu")

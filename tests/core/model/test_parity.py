@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.config import ModelConfig
 from tests.core.model.test_vision_parity import huggingface_llama
 from tests.core.tiny import GOLDEN, cached_logits, difference, document_logits, loaded_model, random_model
@@ -82,10 +83,11 @@ def test_bf16_logits_are_near_those_of_float32() -> None:
     assert difference(document_logits(rounded, document)[0], document_logits(exact, document)[0]) < 0.03
 
 
-def test_a_truncated_cache_goes_on_as_if_the_rest_had_never_been_fed() -> None:
-    from llama_acc.core.model.attention import KVCache
-
+def test_a_cache_grows_past_its_first_room_and_a_truncated_one_goes_on_as_if_the_rest_had_never_been_fed() -> None:
     model = random_model()
+    (document,) = random_documents(model.config, [300], 3)
+    (expected,) = document_logits(model, [document])
+    assert difference(cached_logits(model, document, [250] + [1] * 10 + [40]), expected) < TOLERANCE
     kept, forgotten, other = random_documents(model.config, [10, 20, 6], 2)
     cache = KVCache(model.config.n_layers)
     with torch.no_grad():
@@ -94,13 +96,6 @@ def test_a_truncated_cache_goes_on_as_if_the_rest_had_never_been_fed() -> None:
         assert cache.length == 10
         logits = model.logits(model(other, torch.arange(10, 16), [6], caches=[cache]))
     assert difference(logits, document_logits(model, [torch.cat([kept, other])])[0][10:]) < TOLERANCE
-
-
-def test_a_cache_grows_past_its_first_room_without_changing_the_past() -> None:
-    model = random_model()
-    (document,) = random_documents(model.config, [300], 3)
-    (expected,) = document_logits(model, [document])
-    assert difference(cached_logits(model, document, [250] + [1] * 10 + [40]), expected) < TOLERANCE
 
 
 def test_later_tokens_and_other_documents_never_change_a_prediction() -> None:
