@@ -146,10 +146,8 @@ def test_slack_alone_is_no_reason_for_a_change(monkeypatch: pytest.MonkeyPatch) 
     assert found == [(quantized, 40_000, True), (lora, 20_000, False)]  # shorter ones take as much more of slack
 
 
-def test_the_answer_of_another_process_is_the_same_and_so_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_answer_of_another_process_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     run = setup("parallel.data_parallel=fsdp", world_size=2)
     here = run_in_subprocess(predict, run)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     assert run_in_subprocess(predict, run) == here
-    with pytest.raises(UserError, match="there is no model 'llama2-7'"):
-        run_in_subprocess(setup_of, Request(model="llama2-7"))

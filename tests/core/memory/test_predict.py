@@ -71,7 +71,7 @@ DEEP = {
     "fsdp": (("parallel.data_parallel=fsdp",), {"micro_batches": 2, "world_size": 4}),
     "a prefix, without checkpointing": (("tuning.method=adapter", "train.activation_checkpointing=false"), {}),
     "a prefix of half the blocks": (
-        ("tuning.method=adapter", "tuning.prefix_layers=8", "parallel.data_parallel=fsdp"),
+        ("tuning.method=adapter", "tuning.prefix_layers=7", "parallel.data_parallel=fsdp"),
         {"world_size": 4},
     ),
 }
@@ -85,7 +85,7 @@ def test_a_deep_model_is_predicted_to_the_byte_from_a_few_of_its_blocks(
         run = setup_of(Request(model="llama2-13b", tuning="lora", quantize="nf4", batch_size=2))
     else:
         overrides, options = DEEP[case]
-        run = deep(setup(*overrides, lengths=(64, 16), device_type="cuda", **options), 16)
+        run = deep(setup(*overrides, lengths=(64, 16), device_type="cuda", **options), 14)
     depths = []
     train = simulate._train
     monkeypatch.setattr(simulate, "_train", lambda setup: depths.append(setup.config.n_layers) or train(setup))
