@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from llama_acc.core.distributed.groups import Parallel, as_dtensor, is_sharded, local_part
 from llama_acc.core.model.layers import Spec
@@ -39,10 +40,10 @@ class ClippedAdamW:
     ) -> None:
         """Trains the model's parameters that require gradients; they have storage, and keep it."""
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        # The fused kernel takes plain tensors: what is stored here of a parameter, as a parameter of its own.
-        self._stored = {
-            name: p if as_dtensor(p) is None else nn.Parameter(local_part(p).tensor) for name, p in self.named.items()
-        }
+        # The fused kernel takes plain tensors: what is stored here of each parameter.
+        self._stored = {name: local_part(p).tensor for name, p in self.named.items()}
+        self._moments: dict[str, dict[str, Tensor]] = {}
+        self._betas, self._eps, self._weight_decay, self._clip = betas, eps, weight_decay, clip_grad_norm
         # In the norm, this rank counts its own part of a parameter, and a copy only where it is the first to have it.
         specs: Mapping[str, Spec] = getattr(model, "specs", {})
         self._counted = [
@@ -51,22 +52,13 @@ class ClippedAdamW:
             if (parallel.model_rank == 0 or (name in specs and specs[name].split is not None))
             and (parallel.data_rank == 0 or is_sharded(p))
         ]
-        groups = [
-            {
-                "params": [p for name, p in self._stored.items() if decays(name) == with_decay],
-                "weight_decay": weight_decay if with_decay else 0.0,
-            }
-            for with_decay in (True, False)
-        ]
-        groups = [group for group in groups if group["params"]]
-        self.clip = clip_grad_norm
-        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
     def squared_norm(self) -> Tensor:
         """This rank's share of the squared L2 norm of all gradients, a float32 scalar: to be summed over all ranks."""
         gradients = [_local(gradient) for name in self._counted if (gradient := self.named[name].grad) is not None]
         return torch.nn.utils.get_total_norm(gradients, norm_type=2.0, foreach=True).square()
 
+    @torch.no_grad()
     def step(self, lr: float, norm: Tensor, loss: Tensor) -> None:
         """One update from the parameters' gradients, which are then dropped.
 
@@ -75,41 +67,56 @@ class ClippedAdamW:
             norm: scalar, the L2 norm of the gradients of all ranks together.
             loss: scalar; where it or the norm is not finite, nothing changes.
         """
-        for name, parameter in self.named.items():
-            if parameter is not self._stored[name] and parameter.grad is not None:
-                self._stored[name].grad = _local(parameter.grad)
-                parameter.grad = None
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        # clip_grad_norm_'s factor: clip / (norm + 1e-6), at most 1. The kernel divides by grad_scale.
-        self.adamw.grad_scale = ((norm + 1e-6) / self.clip).clamp_(min=1.0)  # type: ignore[attr-defined]
         finite = torch.isfinite(norm) & torch.isfinite(loss)
-        self.adamw.found_inf = (~finite).float()  # type: ignore[attr-defined]
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        gradients = {name: _local(p.grad) for name, p in self.named.items() if p.grad is not None}
+        for with_decay in (True, False):
+            names = [name for name in gradients if decays(name) is with_decay]
+            states = [self._state(name) for name in names]
+            # The function that torch.optim.AdamW calls; the class would import the compiler, which takes a second.
+            adamw(
+                [self._stored[name] for name in names],
+                [gradients[name] for name in names],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                # clip_grad_norm_'s factor: clip / (norm + 1e-6), at most 1. The kernel divides by it.
+                grad_scale=((norm + 1e-6) / self._clip).clamp_(min=1.0),
+                found_inf=(~finite).float(),
+                amsgrad=False,
+                beta1=self._betas[0],
+                beta2=self._betas[1],
+                lr=lr,
+                weight_decay=self._weight_decay if with_decay else 0.0,
+                eps=self._eps,
+                maximize=False,
+            )
+        for parameter in self.named.values():
+            parameter.grad = None
 
     def make_state(self) -> None:
         """Makes what the first step would make, where it is not there yet: the moments, all zero."""
-        for parameter in self._stored.values():
-            if not self.adamw.state[parameter]:
-                moments = {key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in MOMENTS}
-                step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                self.adamw.state[parameter] = {"step": step, **moments}
+        for name in self.named:
+            self._state(name)
+
+    def _state(self, name: str) -> dict[str, Tensor]:
+        if name not in self._moments:
+            stored = self._stored[name]
+            moments = {key: torch.zeros_like(stored, memory_format=torch.preserve_format) for key in MOMENTS}
+            self._moments[name] = {"step": torch.zeros((), dtype=torch.float32, device=stored.device), **moments}
+        return self._moments[name]
 
     def state_tensors(self) -> list[tuple[str, str, Tensor]]:
         """What is kept for each parameter: ("step" | "exp_avg" | "exp_avg_sq", its name, the rows stored here)."""
-        return [
-            (key, name, value)
-            for name, parameter in self._stored.items()
-            for key, value in self.adamw.state[parameter].items()
-        ]
+        return [(key, name, value) for name, state in self._moments.items() for key, value in state.items()]
 
     def load_state(self, read: Callable[[str, Tensor], Tensor | None]) -> None:
         """Restores what `state_tensors` gave; `read` gets `KEY.NAME` and the parameter, and returns None if there is
         nothing, else the rows to be stored here."""
         for name, parameter in self.named.items():
             found = {key: read(f"{key}.{name}", parameter) for key in ("step", *MOMENTS)}
-            self.adamw.state[self._stored[name]] = {key: value for key, value in found.items() if value is not None}
+            self._moments[name] = {key: value for key, value in found.items() if value is not None}
 
 
 def _local(gradient: Tensor) -> Tensor:
