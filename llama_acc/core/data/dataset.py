@@ -327,9 +327,9 @@ def load_dataset(
     stopped = threading.Event()
     with contextlib.nullcontext(store) if store else EntryStore() as kept, ThreadPoolExecutor(cores()) as threads:
         encoder = _Encoder(tokenizer, max_tokens, on_error == "skip", image_positions, kept, progress)
-        # The next files are read for their digests while one is encoded.
-        digests = [threads.submit(content_digest, spec.path, stopped.is_set) for spec in specs]
         try:
+            # The next files are read for their digests while one is encoded.
+            digests = [threads.submit(content_digest, spec.path, stopped.is_set) for spec in specs]
             for spec, digest in zip(specs, digests, strict=True):
                 try:
                     parts.append(encoder.load(spec, digest.result()))
