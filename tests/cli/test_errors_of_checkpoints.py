@@ -49,7 +49,12 @@ def _hugging_face(base: Path) -> None:
         (_hugging_face, ["describes a model that cannot be computed here", "model_type"]),
         (
             lambda base: (base / "config.json").write_text('{"dim": 32, "n_layer": 2, "n_heads": 3.5}'),
-            ["unknown key 'n_layer'", "did you mean 'n_layers'?", "missing key 'n_layers'", "n_heads: should be a whole"],
+            [
+                "unknown key 'n_layer'",
+                "did you mean 'n_layers'?",
+                "missing key 'n_layers'",
+                "n_heads: should be a whole",
+            ],
         ),
         (lambda base: (base / "tokenizer.model").unlink(), ["there is no tokenizer in", "--tokenizer FILE"]),
         (
