@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,16 @@ def question_reader() -> Callable[[], str]:
         reserve_space_for_menu=0,
         output=output,
     )
-    return session.prompt
+    settings = termios.tcgetattr(sys.stdin)
+
+    def ask() -> str:
+        try:
+            return session.prompt()
+        finally:
+            # A signal may end the prompt between any two of its own lines, also those that give the terminal back.
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
+
+    return ask
 
 
 def _keys() -> "KeyBindings":
