@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
-from uuid import uuid4
 
 import typer
 from rich.text import Text
@@ -212,15 +211,12 @@ def _cards(shown: "Iterator[Captioned]", max_pixels: int) -> "Iterator[tuple[Cap
 
 def _write_page(path: Path, title: str, note: str, cards: "Iterator[tuple[Captioned, bytes]]") -> None:
     """Writes the page, whole or not at all."""
+    from llama_acc.core.atomic import whole_file
     from llama_acc.core.generate.caption import caption_page
 
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(caption_page(title, note, cards))
-        temporary.replace(path)
+        with whole_file(path) as file:
+            file.writelines(part.encode(errors="backslashreplace") for part in caption_page(title, note, cards))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}", "choose another --html FILE") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     console.note(f"wrote {path}")

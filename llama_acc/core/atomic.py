@@ -9,10 +9,12 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import IO
 
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.input_files import read_object
@@ -28,18 +30,36 @@ def write_text_whole(path: Path, text: str) -> None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file so that a reader sees the old content or the new, never a part."""
-    aside = aside_of(path)
-    remove(aside)
+    with whole_file(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
+    """A file to write that takes the name `path` on a normal exit; until then, and after an exception, `path` is what
+    it was. Several processes may do so at once: one of them has the last word.
+
+    Args:
+        path: its name.
+        durable: wait until it is on the disk, so that it is also whole after a loss of power.
+    """
+    aside = path.with_name(f"{_ASIDE}{path.name}-{secrets.token_hex(4)}")
     try:
         with aside.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+            yield file
+        publish(aside, path, durable)
     except BaseException:
         remove(aside)
         raise
-    sync(path.parent)
+
+
+def publish(aside: Path, path: Path, durable: bool = True) -> None:
+    """Gives a file that was written aside its name, once it is on the disk."""
+    if durable:
+        sync(aside)
+    aside.replace(path)
+    if durable:
+        sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -148,12 +168,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
+def digest_of(path: Path, kind: str = "sha256", progress: Callable[[int], None] = lambda done: None) -> str:
+    """Hexadecimal SHA-256 of a file or, for the kind "git", git's identity of it as a blob; tells the bytes done."""
+    digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(usedforsecurity=False)
+    if kind == "git":
+        digest.update(b"blob %d\0" % path.stat().st_size)
+    done = 0
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            done += len(block)
+            progress(done)
     return digest.hexdigest()
 
 
@@ -161,7 +186,7 @@ def write_manifest(folder: Path, digests: Mapping[str, str] = MappingProxyType({
     """Describes every file in the folder in its manifest.json; `digests` are SHA-256 that are known already."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files = {
-        name: {"bytes": path.stat().st_size, "sha256": digests.get(name) or sha256_of(path)}
+        name: {"bytes": path.stat().st_size, "sha256": digests.get(name) or digest_of(path)}
         for name, path in paths.items()
         if name != "manifest.json"
     }
@@ -212,7 +237,7 @@ def check_manifest(folder: Path, contents: bool = False, under: str = "") -> Non
             problems.append(f"{name} is missing")
         elif file.stat().st_size != size:
             problems.append(f"{name} has {file.stat().st_size} bytes, {size} were written")
-        elif contents and sha256_of(file) != sha256:
+        elif contents and digest_of(file) != sha256:
             problems.append(f"{name} was changed: its SHA-256 is not the one written")
     if problems:
         raise UserError(f"{folder} is damaged:\n{listed(problems)}", "use another checkpoint of the run")

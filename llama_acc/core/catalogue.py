@@ -3,26 +3,23 @@
     LLAMA_ACC_HOME/data/NAME/        what `--data NAME` reads; NAME/raw/ holds what is to be converted first
     LLAMA_ACC_HOME/models/NAME/      what `--pretrained NAME` and `--ckpt NAME` load
 
-A folder's `.llama-acc-download` records which files are complete; those on their way are below `.incoming/`.
-Addresses: `hf:owner/name/file`, a page of Hugging Face or GitHub, or any https://.
+A folder's `.llama-acc-download` records which addresses are complete: {address: {name of a file: its bytes}}. Files on
+their way are below `.incoming/`. Addresses: `hf:owner/name/file`, a page of Hugging Face or GitHub, or any https://.
 """
 
 import contextlib
 import functools
 import hashlib
-import json
 import re
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from urllib.parse import unquote, urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
 
-from llama_acc.core.atomic import write_text_whole
 from llama_acc.core.errors import UserError, did_you_mean, listed
 from llama_acc.core.input_files import home
 
@@ -30,7 +27,6 @@ CATALOGUE = Path(__file__).parents[1] / "recipes" / "downloads" / "catalogue.yam
 INCOMING, RECORD = ".incoming", ".llama-acc-download"
 
 Kind = Literal["model", "dataset"]
-_MAGIC = re.compile(r"[*?[]")
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _REVISION = r"refs/(?:pr|convert)/[^/\s]+|[^/\s]+"
 _HUB = re.compile(
@@ -43,8 +39,7 @@ _HUB_PAGE = re.compile(
 _GITHUB_PAGE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/(?:blob|raw)/(?P<rest>[^/]+/.+)")
 _LONGEST_NAME = 200  # bytes; file systems take 255, and a part's name has some of ours around it
 _Hex = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]+$")]
-_FORMAT_VERSION = 1
-_recording = threading.Lock()
+_RECORD = TypeAdapter(dict[str, dict[str, int]])
 
 
 class File(BaseModel):
@@ -145,11 +140,6 @@ class HubAddress:
     path: str = ""
 
     @property
-    def is_glob(self) -> bool:
-        """Whether the path is a pattern."""
-        return bool(_MAGIC.search(self.path))
-
-    @property
     def folder(self) -> str:
         """Where it lands under data/ or models/."""
         return self.repo + (f"@{self.revision}" if self.revision else "")
@@ -157,9 +147,7 @@ class HubAddress:
     @property
     def fixed_folder(self) -> str:
         """The folder in the repository that everything meant lies in: a glob's part before its first pattern."""
-        parts = PurePosixPath(self.path).parts[:-1]
-        magic = next((i for i, part in enumerate(parts) if _MAGIC.search(part)), len(parts))
-        return "/".join(parts[:magic])
+        return re.split(r"[*?[]", self.path, maxsplit=1)[0].rpartition("/")[0]
 
     @property
     def identity(self) -> str:
@@ -295,8 +283,9 @@ def resolve(names: Sequence[str], to: Path | None) -> list[DownloadRequest]:
         try:
             entry = None if is_address(name) else find_entry(name)
             files = (File(get=name),) if entry is None else entry.files
-            folder = to if to is None or len(set(names)) == 1 else to / _own_folder(name)
-            requests.append(DownloadRequest(without_secrets(name), entry, files, folder))
+            shown = without_secrets(name)
+            own = re.sub(r"[^\w.@-]+", "--", shown.partition(":")[2] or name).strip("-")
+            requests.append(DownloadRequest(shown, entry, files, to and (to / own if len(set(names)) > 1 else to)))
         except UserError as error:
             errors.append(error)
     if len(errors) > 1:
@@ -304,17 +293,6 @@ def resolve(names: Sequence[str], to: Path | None) -> list[DownloadRequest]:
     if errors:
         raise errors[0]
     return requests
-
-
-def _own_folder(name: str) -> str:
-    """A folder's name that differs for things that differ; files of one repository share theirs."""
-    if not is_address(name):
-        return name
-    address = parse_address(name)
-    if isinstance(address, WebAddress):
-        path = PurePosixPath(unquote(urlsplit(address.url).path))
-        return "--".join((address.host, *path.parent.parts[1:], path.stem))
-    return "--".join((f"{address.kind or 'model'}s", *address.folder.split("/")))
 
 
 # What was downloaded
@@ -391,42 +369,20 @@ def _local_name(name: str) -> str:
     return address.folder if isinstance(address, HubAddress) else address.file_name
 
 
-# The record: {"format_version": 1, "files": {name: {"bytes", "identity", "source"}}, "done": {address: [names]}}
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """The record of a folder. One that cannot be read counts as none: files are then compared with what they should be.
-
-    Raises:
-        UserError: a newer program wrote it.
-    """
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        known = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        if known["format_version"] > _FORMAT_VERSION:
-            raise UserError(f"{folder / RECORD} was written by a newer version of llama-acc", "update it")
-        return {"files": dict(known["files"]), "done": dict(known["done"])}
-    return {"files": {}, "done": {}}
-
-
-def add_to_record(folder: Path, files: Mapping[str, Mapping[str, str]], done: Mapping[str, Sequence[str]]) -> None:
-    """Note files that are complete, and addresses of which all files are."""
-    with _recording:
-        known = read_record(folder)
-        sized = {name: {"bytes": (folder / name).stat().st_size, **facts} for name, facts in files.items()}
-        record = {"format_version": _FORMAT_VERSION, "files": known["files"] | sized, "done": known["done"] | done}
-        write_text_whole(folder / RECORD, json.dumps(record, indent=1) + "\n")
-
-
-def is_untouched(folder: Path, name: str, record: Mapping[str, Any]) -> bool:
-    """Whether a file is here as it came, going by its size."""
-    path = folder / name
-    return name in record["files"] and path.is_file() and path.stat().st_size == record["files"][name]["bytes"]
+def read_record(folder: Path) -> dict[str, dict[str, int]]:
+    """A folder's record. One that cannot be read counts as none: files are then compared with what they should be."""
+    with contextlib.suppress(OSError, ValueError):
+        return _RECORD.validate_json((folder / RECORD).read_bytes())
+    return {}
 
 
 def files_here(folder: Path, files: Sequence[File]) -> list[Path] | None:
-    """The files of addresses that are complete and still here; None if one of them is not."""
-    record = read_record(folder)
-    groups = [record["done"].get(parse_address(file.get).identity) for file in files]
-    names = [name for group in groups for name in group or ()]
-    is_complete = None not in groups and all(is_untouched(folder, name, record) for name in names)
-    return [folder / name for name in names] if is_complete else None
+    """The files of addresses that are complete and still here, going by their sizes; None if one of them is not."""
+    record, found = read_record(folder), dict[Path, int]()
+    for file in files:
+        known = record.get(parse_address(file.get).identity)
+        if known is None:
+            return None
+        found |= {folder / name: size for name, size in known.items()}
+    is_here = all(path.is_file() and path.stat().st_size == size for path, size in found.items())
+    return list(found) if is_here else None

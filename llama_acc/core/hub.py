@@ -9,8 +9,8 @@ import contextlib
 import errno
 import fnmatch
 import functools
-import hashlib
 import ipaddress
+import json
 import os
 import re
 import shutil
@@ -33,10 +33,8 @@ from llama_acc.core.catalogue import (
     HubAddress,
     Kind,
     WebAddress,
-    add_to_record,
     catalogue,
     files_here,
-    is_untouched,
     parse_address,
     read_record,
     resolve,
@@ -59,7 +57,6 @@ REACH_SECONDS = 7.0
 """Within this time a host has to be found and to answer for the first time; else we are off-line."""
 RETRY_WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before a plain address is asked again after a failure that may pass; a new byte starts the count anew."""
-_LONGEST_ASKED_WAIT = 300.0
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 _PARALLEL = 4
 _LOCK = f"{RECORD}.lock"
@@ -91,7 +88,6 @@ class _RemoteFile(NamedTuple):
 
     name: str
     source: str
-    identity: str
     size: int | None
     digests: Sequence[str]
     fetch: Callable[[Path, Progress, bool], None]
@@ -142,17 +138,13 @@ class Downloader:
             UserError: it is unknown, gated or absent, a file is in the way, or the disk is too small.
             RunError: the network or the disk failed.
         """
-        addresses = [parse_address(file.get) for file in request.files]
-        kind = addresses[0].kind if isinstance(addresses[0], HubAddress) else "dataset"
-        if request.entry is not None:
-            kind = "model" if request.entry.is_model else "dataset"
-        for is_model in [True, False] if kind is None else [kind == "model"]:
-            folder = _folder(request, is_model)
+        places = _places(request)
+        for is_model, folder in places.items():
             if (files := files_here(folder, request.files)) is not None:
                 return Downloaded(request, is_model, folder, tuple(files), ())
         groups = [self._remote_files(request, file) for file in request.files]
-        is_model = request.entry.is_model if request.entry else any(kind == "model" for kind, _ in groups)
-        folder, remote = _folder(request, is_model), [file for _, group in groups for file in group]
+        is_model = groups[0][0] if len(places) > 1 else next(iter(places))
+        folder, remote = places[is_model], [file for _, group in groups for file in group]
         for file in remote:
             parts = PurePosixPath(file.name).parts
             if file.name.startswith("/") or ".." in parts or not parts or parts[0] in (RECORD, _LOCK, INCOMING):
@@ -169,50 +161,53 @@ class Downloader:
                     "make room, or give a folder on another disk with --to DIR or LLAMA_ACC_HOME",
                 )
             self._fetch_all(missing, folder)
-            names = [[file.name for file in group] for _, group in groups]
-            add_to_record(folder, {}, {one.identity: own for one, own in zip(addresses, names, strict=True)})
+            record = read_record(folder)
+            for asked, (_, group) in zip(request.files, groups, strict=True):
+                sizes = {file.name: (folder / file.name).stat().st_size for file in group}
+                record[parse_address(asked.get).identity] = sizes
+            atomic.write_text_whole(folder / RECORD, json.dumps(record, indent=1) + "\n")
             shutil.rmtree(folder / INCOMING, ignore_errors=True)
         paths, fetched = (tuple(folder / file.name for file in files) for files in (remote, missing))
         return Downloaded(request, is_model, folder, paths, fetched)
 
-    def _remote_files(self, request: DownloadRequest, file: File) -> tuple[Kind | None, list[_RemoteFile]]:
-        known = [f"sha256:{file.sha256}"] if file.sha256 else [f"git:{file.git_blob}"] if file.git_blob else []
-        address = parse_address(file.get)
-        if isinstance(address, HubAddress):
-            kind, commit, found = self._hub.list_files(address)
-            names = _local_names(request, file, address, [path for path, *_ in found])
-            return kind, [
-                self._hub.remote_file(HubAddress(address.repo, kind, commit, path), names[path], size, [digest, *known])
-                for path, size, digest in found
-            ]
-        size = file.bytes or _within(REACH_SECONDS, address.host, lambda: _ask_size(self._client, address))
-        fetch = functools.partial(_fetch_web, self._client, address, self._note)
-        identity = known[0] if known else address.identity
-        return None, [_RemoteFile(file.name or address.file_name, str(address), identity, size, known, fetch)]
+    def _remote_files(self, request: DownloadRequest, asked: File) -> tuple[bool, list[_RemoteFile]]:
+        """Whether they are a model's, and the files that an address means."""
+        known = [f"sha256:{asked.sha256}"] if asked.sha256 else [f"git:{asked.git_blob}"] if asked.git_blob else []
+        address = parse_address(asked.get)
+        if isinstance(address, WebAddress):
+            size = asked.bytes or _within(REACH_SECONDS, address.host, lambda: _ask_size(self._client, address))
+            fetch = functools.partial(_fetch_web, self._client, address, self._note)
+            return False, [_RemoteFile(asked.name or address.file_name, str(address), size, known, fetch)]
+        kind, commit, found = self._hub.list_files(address)
+        # The catalogue's files lie flat; those of an address as in the repository, or below --to without the folder
+        # that all of them are in.
+        inside = f"{address.fixed_folder}/" if request.to is not None and address.fixed_folder else ""
+        files = []
+        for path, size, digest in found:
+            name = asked.name or (path.removeprefix(inside) if request.entry is None else PurePosixPath(path).name)
+            source = HubAddress(address.repo, kind, commit, path)
+            fetch = functools.partial(self._hub.fetch, source, name, size)
+            files.append(_RemoteFile(name, str(source), size, list(dict.fromkeys([digest, *known])), fetch))
+        return kind == "model", files
 
     def _missing(self, remote: Sequence[_RemoteFile], folder: Path) -> list[_RemoteFile]:
-        """The files that are not here; one of the user's that is the right one is taken as it is.
+        """The files that are not here; one that is the right one is taken as it is, whoever put it there.
 
         Raises:
             UserError: other files are in the way.
         """
-        record = read_record(folder)
+        recorded = {name for names in read_record(folder).values() for name in names}
         missing, in_the_way = [], []
         for file in remote:
-            path, known = folder / file.name, record["files"].get(file.name, {})
-            if known.get("identity") == file.identity and is_untouched(folder, file.name, record):
-                continue
+            path = folder / file.name
             if not os.path.lexists(path):
                 missing.append(file)
                 continue
             problem = self._mismatch(file, path) if path.is_file() else "it is not a file"
-            if problem is None and not file.digests and (known or file.size is None):
+            if problem is None and not file.digests and (file.name in recorded or file.size is None):
                 problem = f"whether it is {file.source} cannot be known"
             if problem is not None:
                 in_the_way.append(f"{path}: {problem}")
-                continue
-            add_to_record(folder, {file.name: {"identity": file.identity, "source": file.source}}, {})
-            self._note(f"{path} was here already, and is what would be fetched")
         if in_the_way:
             raise UserError(
                 f"these files are here, and are not what would be fetched:\n{listed(in_the_way)}",
@@ -227,9 +222,9 @@ class Downloader:
             return f"it has {size:,} bytes, and {file.source} has {file.size:,}"
         for expected in file.digests:
             kind = expected.partition(":")[0]
-            found = digest_of(path, kind, lambda done: self._progress(f"checking {file.name}", done, size))
-            if found != expected:
-                return f"it has {found}, and {file.source} has {expected}"
+            found = atomic.digest_of(path, kind, lambda done: self._progress(f"checking {file.name}", done, size))
+            if f"{kind}:{found}" != expected:
+                return f"it has {kind}:{found}, and {file.source} has {expected}"
         return None
 
     def _fetch_all(self, files: Sequence[_RemoteFile], folder: Path) -> None:
@@ -266,19 +261,18 @@ class Downloader:
         part, target = folder / INCOMING / file.name, folder / file.name
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
-            file.fetch(part, progress, False)
-            if problem := self._mismatch(file, part):
+            for anew in (False, True):
+                file.fetch(part, progress, anew)
+                problem = self._mismatch(file, part)
+                if problem is None:
+                    break
+                part.unlink()
+                if anew:
+                    raise RunError(f"{file.name}: {problem}", "it was thrown away; nothing of yours was touched")
                 # What an earlier try or huggingface_hub's cache had of it may be at fault.
                 self._note(f"{file.name}: {problem}; fetching it anew")
-                file.fetch(part, progress, True)
-            if problem and (problem := self._mismatch(file, part)):
-                part.unlink()
-                raise RunError(f"{file.name}: {problem}", "what arrived was thrown away; nothing of yours was touched")
-            atomic.sync(part)
             target.parent.mkdir(parents=True, exist_ok=True)
-            part.rename(target)
-            atomic.sync(target.parent)
-            add_to_record(folder, {file.name: {"identity": file.identity, "source": file.source}}, {})
+            atomic.publish(part, target)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise RunError(f"the disk is full: {folder}", f"make room; {RESUME_HINT}") from error
@@ -289,24 +283,17 @@ class _Stopped(Exception):
     """Another file was refused, or the user stopped."""
 
 
-def _folder(request: DownloadRequest, is_model: bool) -> Path:
-    if request.to is not None:
-        return request.to
+def _places(request: DownloadRequest) -> dict[bool, Path]:
+    """Where it may land, by whether it is a model; the likelier first."""
+    address = parse_address(request.files[0].get)
     if request.entry is not None:
-        return request.entry.raw_folder
-    place, address = home() / ("models" if is_model else "data"), parse_address(request.files[0].get)
-    return place / address.folder if isinstance(address, HubAddress) else place
-
-
-def _local_names(request: DownloadRequest, file: File, address: HubAddress, paths: Sequence[str]) -> dict[str, str]:
-    """What the files of a repository are called here: the catalogue's flat, an address's as there."""
-    if file.name is not None:
-        return {paths[0]: file.name}
-    if request.entry is not None:
-        return {path: PurePosixPath(path).name for path in paths}
-    is_folder = address.path and not address.is_glob and address.path not in paths
-    inside = "" if request.to is None else address.path if is_folder else address.fixed_folder
-    return {path: path.removeprefix(f"{inside}/") if inside else path for path in paths}
+        return {request.entry.is_model: request.to or request.entry.raw_folder}
+    if isinstance(address, WebAddress):
+        return {False: request.to or home() / "data"}
+    return {
+        is_model: request.to or home() / ("models" if is_model else "data") / address.folder
+        for is_model in ([True, False] if address.kind is None else [address.kind == "model"])
+    }
 
 
 @contextlib.contextmanager
@@ -327,20 +314,6 @@ def _incoming(folder: Path) -> Iterator[None]:
 def locked(folder: Path, note: Note) -> contextlib.AbstractContextManager[None]:
     """Keep a second download out of the same folder: it waits, then finds the files there."""
     return atomic.locked(folder / _LOCK, lambda: note(f"waiting for another download into {folder}"))
-
-
-def digest_of(path: Path, kind: str, progress: Callable[[int], None] = lambda done: None) -> str:
-    """A file's "sha256:..." or, for the kind "git", git's identity of it as a blob."""
-    digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(usedforsecurity=False)
-    if kind == "git":
-        digest.update(b"blob %d\0" % path.stat().st_size)
-    done = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            done += len(block)
-            progress(done)
-    return f"{kind}:{digest.hexdigest()}"
 
 
 # The network
@@ -399,7 +372,7 @@ def _is_internal(host: str) -> bool:
 
 
 class _Transient(Exception):
-    """A failure that may pass; its second argument: seconds the server asks to wait."""
+    """A failure that may pass."""
 
 
 def make_client(**options: Any) -> "httpx2.Client":
@@ -454,15 +427,11 @@ def _fetch_web(
         try:
             return _receive(client, address, part, progress)
         except _Transient as error:
-            message, asked = error.args
             tries = 1 if part.is_file() and part.stat().st_size > before else tries + 1
             if tries > len(RETRY_WAITS):
-                raise RunError(f"{part.name}: {message}; tried {tries} times", RESUME_HINT) from error
-            seconds = RETRY_WAITS[tries - 1] if asked is None else asked
-            if seconds > _LONGEST_ASKED_WAIT:
-                raise RunError(f"{part.name}: {message}, and asks to wait {seconds:.0f} s", RESUME_HINT) from error
-            note(f"{part.name}: {message}; trying again in {seconds:.3g} s")
-            time.sleep(seconds)
+                raise RunError(f"{part.name}: {error}; tried {tries} times", RESUME_HINT) from error
+            note(f"{part.name}: {error}; trying again in {RETRY_WAITS[tries - 1]:g} s")
+            time.sleep(RETRY_WAITS[tries - 1])
 
 
 def _receive(client: "httpx2.Client", address: WebAddress, part: Path, progress: Progress) -> None:
@@ -481,7 +450,7 @@ def _receive(client: "httpx2.Client", address: WebAddress, part: Path, progress:
             begin, _, whole = response.headers.get("content-range", "").removeprefix("bytes ").partition("/")
             if response.status_code in (206, 416) and begin.partition("-")[0] != str(done):
                 origin.unlink(missing_ok=True)  # it is begun anew
-                raise _Transient(f"{host} was asked for byte {done} and sends bytes {begin}", None)
+                raise _Transient(f"{host} was asked for byte {done} and sends bytes {begin}")
             _check_status(response, address)
             done = done if response.status_code == 206 else 0
             total = _number(whole if done else response.headers.get("content-length"))
@@ -498,9 +467,9 @@ def _receive(client: "httpx2.Client", address: WebAddress, part: Path, progress:
     except httpx2.UnsupportedProtocol as error:
         raise UserError(f"{host} sends on to an address that cannot be fetched: {error}") from error
     except httpx2.HTTPError as error:
-        raise _Transient(f"the connection to {host} broke: {error or type(error).__name__}", None) from error
+        raise _Transient(f"the connection to {host} broke: {error or type(error).__name__}") from error
     if total is not None and done < total:
-        raise _Transient("the connection ended too early", None)
+        raise _Transient("the connection ended too early")
     origin.unlink()
 
 
@@ -511,8 +480,7 @@ def _check_status(response: "httpx2.Response", address: WebAddress) -> None:
     """
     code, host = response.status_code, response.url.host
     if code in _TRANSIENT:
-        asked = _number(response.headers.get("retry-after"))
-        raise _Transient(f"{host} answers {code} {response.reason_phrase}", asked)
+        raise _Transient(f"{host} answers {code} {response.reason_phrase}")
     if code in (404, 410):
         raise UserError(f"there is nothing at {address} ({code})", "check the address; does it open in a browser?")
     if code in (401, 403):
@@ -562,20 +530,16 @@ class _Hub:
             RunError: the network.
         """
         kind, commit = self._commit(address)
-        with self._explained(address):
-            files = [
-                file
-                for file in self._tree(address, kind, commit, address.fixed_folder)
-                if not address.path
-                or file[0].startswith(f"{address.path}/")
-                or fnmatch.fnmatchcase(file[0], address.path)
-            ]
-            if not files:
-                paths = [path for path, *_ in self._tree(address, kind, commit, "")]
-                deeper = [path for path in paths if PurePosixPath(path).name == PurePosixPath(address.path).name]
-                near = f"did you mean {deeper[0]!r}?" if deeper else did_you_mean(address.path, paths)
-                message = f"{address.repo} holds nothing named {address.path} (404)"
-                raise UserError(message, near or f"it holds:\n{listed(paths, most=8)}")
+        files = self._tree(address, kind, commit, address.fixed_folder)
+        if address.path:
+            inside = f"{address.path}/"
+            files = [one for one in files if one[0].startswith(inside) or fnmatch.fnmatchcase(one[0], address.path)]
+        if not files:
+            paths = [path for path, *_ in self._tree(address, kind, commit, "")]
+            deeper = [path for path in paths if PurePosixPath(path).name == PurePosixPath(address.path).name]
+            near = f"did you mean {deeper[0]!r}?" if deeper else did_you_mean(address.path, paths)
+            message = f"{address.repo} holds nothing named {address.path} (404)"
+            raise UserError(message, near or f"it holds:\n{listed(paths, most=8)}")
         has_safetensors = any(re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", path) for path, *_ in files)
         left_out = [path for path, *_ in files if _SAME_WEIGHTS.fullmatch(path)]
         if kind == "model" and not address.path and has_safetensors and left_out:
@@ -590,7 +554,7 @@ class _Hub:
         kinds: list[Kind] = [address.kind] if address.kind else ["model", "dataset"]
         for kind in kinds if key not in self._known else ():
             ask = functools.partial(self._api.repo_info, address.repo, repo_type=kind, revision=address.revision)
-            with contextlib.suppress(_NoRepository), self._explained(address, first=True):
+            with contextlib.suppress(_NoRepository), self._explained(address):
                 info = _within(REACH_SECONDS, self.host, functools.partial(ask, timeout=REACH_SECONDS - 1))
                 self._known[key] = (kind, str(info.sha))
                 break
@@ -604,21 +568,16 @@ class _Hub:
         from huggingface_hub.hf_api import RepoFile
 
         ask = functools.partial(self._api.list_repo_tree, address.repo, folder or None, revision=commit)
-        try:
+        with self._explained(address), contextlib.suppress(RemoteEntryNotFoundError):
             return sorted(
                 (entry.path, entry.size, f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git:{entry.blob_id}")
                 for entry in ask(recursive=True, repo_type=kind)
                 if isinstance(entry, RepoFile)
             )
-        except RemoteEntryNotFoundError:
-            return []
+        return []
 
-    def remote_file(self, source: HubAddress, name: str, size: int, digests: Sequence[str]) -> _RemoteFile:
-        """A file of a repository, to be fetched as `name`."""
-        fetch = functools.partial(self._fetch, source, name, size)
-        return _RemoteFile(name, str(source), digests[0], size, tuple(dict.fromkeys(digests)), fetch)
-
-    def _fetch(self, source: HubAddress, name: str, size: int, part: Path, progress: Progress, anew: bool) -> None:
+    def fetch(self, source: HubAddress, name: str, size: int, part: Path, progress: Progress, anew: bool) -> None:
+        """Fetch a file of a repository, by its commit, into `part`; `name` is for progress."""
         from huggingface_hub import constants, hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError
 
@@ -652,8 +611,8 @@ class _Hub:
             shutil.rmtree(folder, ignore_errors=True)
 
     @contextlib.contextmanager
-    def _explained(self, address: HubAddress, first: bool = False) -> Iterator[None]:
-        """Turn huggingface_hub's errors into ours. After the first question, silence is not being off-line."""
+    def _explained(self, address: HubAddress) -> Iterator[None]:
+        """Turn huggingface_hub's errors into ours."""
         import httpx2
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -667,11 +626,11 @@ class _Hub:
                 raise UserError("HF_HUB_OFFLINE is set: nothing is asked of the network", "unset it") from error
             if isinstance(reason, HfHubHTTPError):
                 raise self._refusal(address, reason) from error
-            if isinstance(reason, OSError) and reason.errno is not None and not isinstance(reason, ConnectionError):
-                raise  # the disk
-            unreached = httpx2.HTTPError if first else httpx2.ConnectError | httpx2.ConnectTimeout
-            if isinstance(reason, unreached | ConnectionError):
+            unreached = httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError | ConnectionError
+            if isinstance(reason, unreached):
                 raise _unreachable(self.host, reason) from error
+            if isinstance(reason, OSError) and reason.errno is not None:
+                raise  # the disk
             raise RunError(f"{address}: {str(reason).partition(chr(10))[0]}", RESUME_HINT) from error
 
     def _no_such_repository(self, address: HubAddress) -> UserError:
@@ -692,23 +651,18 @@ class _Hub:
 
         code, host, settings = error.response.status_code, error.response.url.host, f"{self.endpoint}/settings/tokens"
         if isinstance(error, GatedRepoError):
-            ask = f"ask on {self.endpoint}/{'datasets/' * (address.kind == 'dataset')}{address.repo}"
-            if self.token is None:
-                return UserError(
-                    f"{address.repo} is gated: its owner wants to be asked first, and no token was sent",
-                    f"{ask}, make a token on {settings}, and {_TOKEN_HINT}",
-                )
+            page = f"{self.endpoint}/{'datasets/' * (address.kind == 'dataset')}{address.repo}"
+            why = "no token was sent" if self.token is None else "the token's account has no access to it (yet)"
             return UserError(
-                f"{address.repo} is gated, and the token's owner has no access to it (yet)",
-                f"{ask} with the token's account; an answer may take days. The token needs read access to gated "
-                "repositories",
+                f"{address.repo} is gated: its owner wants to be asked first, and {why}",
+                f"ask on {page}, make a token that may read gated repositories on {settings}, and {_TOKEN_HINT}",
             )
-        if code == 401 and self.token is not None and not isinstance(error, RepositoryNotFoundError):
-            return UserError(f"{self.host} does not know the token (401)", f"make a new one: {settings}")
         if isinstance(error, RepositoryNotFoundError):
             return _NoRepository(f"{self.host} has no {address.repo} ({code})")
         if isinstance(error, RevisionNotFoundError):
             return UserError(f"{address.repo} has no revision {address.revision} ({code})", "leave @REVISION out")
+        if code == 401 and self.token is not None:
+            return UserError(f"{self.host} does not know the token (401)", f"make a new one: {settings}")
         if host == self.host and code in (401, 403, 404, 410):
             return UserError(f"{host} does not give out {address} ({code})", _TOKEN_HINT if code < 404 else None)
         return RunError(f"{host} answers {code} for {address}", f"try again later; {RESUME_HINT}")

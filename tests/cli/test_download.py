@@ -147,15 +147,16 @@ def test_things_of_one_last_name_have_a_folder_each_too(lima: Servers, tmp_path:
     addresses += [f"{lima.url}/{owner}/plain.jsonl" for owner in ("one", "two")]
     result = invoke("download", *addresses, "hf:datasets/one/chats/b.jsonl", "lima", "--to", tmp_path)
     assert result.exit_code == 0, result.stderr
+    host = lima.url.partition("//")[2].replace(":", "--")
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/[!.]*")) == [
-        "127.0.0.1--one--plain/plain.jsonl",
-        "127.0.0.1--two--plain/plain.jsonl",
-        "datasets--one--chats/a.jsonl",
-        "datasets--one--chats/b.jsonl",
-        "datasets--two--chats/a.jsonl",
+        f"{host}--one--plain.jsonl/plain.jsonl",
+        f"{host}--two--plain.jsonl/plain.jsonl",
+        "datasets--one--chats--a.jsonl/a.jsonl",
+        "datasets--one--chats--b.jsonl/b.jsonl",
+        "datasets--two--chats--a.jsonl/a.jsonl",
         "lima/lima_vicuna_format.json",
     ]
-    assert (tmp_path / "datasets--two--chats/a.jsonl").read_bytes() == b"two"
+    assert (tmp_path / "datasets--two--chats--a.jsonl/a.jsonl").read_bytes() == b"two"
 
 
 def test_the_token_is_neither_shown_nor_written(servers: Servers, llama_acc_home: Path, tmp_path: Path) -> None:

@@ -43,16 +43,19 @@ def address(request: pytest.FixtureRequest, servers: Servers) -> str:
     return f"{REPO}/big.bin"
 
 
-def test_a_file_arrives_whole_and_under_its_name_only(address: str, tmp_path: Path) -> None:
+def test_a_file_arrives_whole_under_its_name_only_and_once(address: str, servers: Servers, tmp_path: Path) -> None:
     done = download(address, tmp_path)
     assert visible(tmp_path) == ["big.bin"]
     assert done.files == done.fetched == (tmp_path / "big.bin",)
     assert (tmp_path / "big.bin").read_bytes() == CONTENT
     assert not (tmp_path / ".incoming").exists()
+    asked = len(servers.requests)
+    again = download(address, tmp_path)
+    assert (again.files, again.fetched, len(servers.requests)) == (done.files, (), asked)
 
 
 def test_cut_connections_are_taken_up_where_they_were_cut(address: str, servers: Servers, tmp_path: Path) -> None:
-    servers.fail("big.bin", Fault(cut=300_000), Fault(cut=100_000), Fault(cut=0))
+    servers.fail("big.bin", Fault(cut=300_000), Fault(status=429), Fault(cut=100_000), Fault(cut=0))
     download(address, tmp_path)
     assert (tmp_path / "big.bin").read_bytes() == CONTENT
     assert servers.sent["big.bin"] == len(CONTENT) or "hf:" in address  # huggingface_hub resumes in steps of 10 MB
@@ -68,21 +71,6 @@ def test_a_silent_server_is_left_and_asked_again(
     assert (tmp_path / "big.bin").read_bytes() == CONTENT
 
 
-def test_after_a_429_the_server_is_left_alone_as_long_as_it_asks(
-    web: str, servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waited: list[float] = []
-    monkeypatch.setattr("llama_acc.core.hub.time.sleep", waited.append)
-    servers.fail("big.bin", Fault(status=429, headers=(("Retry-After", "17"),)))
-    watch = Watch()
-    download(web, tmp_path, watch)
-    assert sum(waited) == 17.0  # the server's own pauses are of no length
-    assert "trying again in 17 s" in watch.notes[0]
-    servers.fail("big.bin", Fault(status=429, headers=(("Retry-After", "3600"),)))
-    with pytest.raises(RunError, match="asks to wait 3600 s"):
-        download(web, tmp_path / "again")
-
-
 def test_when_it_does_not_work_what_arrived_is_kept_and_used(web: str, servers: Servers, tmp_path: Path) -> None:
     servers.fail("big.bin", Fault(cut=250_000), *[Fault(cut=0)] * 3)
     with pytest.raises(RunError, match="tried 4 times"):
@@ -93,17 +81,6 @@ def test_when_it_does_not_work_what_arrived_is_kept_and_used(web: str, servers: 
     assert (tmp_path / "big.bin").read_bytes() == CONTENT
     assert servers.sent["big.bin"] == len(CONTENT)
     assert watch.first["big.bin"] > 250_000
-
-
-def test_a_finished_file_is_not_fetched_again_nor_is_the_network_needed(
-    address: str, servers: Servers, tmp_path: Path
-) -> None:
-    download(address, tmp_path)
-    asked = len(servers.requests)
-    again = download(address, tmp_path)
-    assert again.files == (tmp_path / "big.bin",)
-    assert again.fetched == ()
-    assert len(servers.requests) == asked
 
 
 # What is not what it should be
@@ -191,10 +168,8 @@ def test_a_file_of_the_users_is_never_overwritten(address: str, was_downloaded: 
 def test_a_file_that_is_the_right_one_already_is_taken_as_it_is(servers: Servers, tmp_path: Path) -> None:
     servers.model("owner/name", {"big.bin": CONTENT})
     (tmp_path / "big.bin").write_bytes(CONTENT)
-    watch = Watch()
-    done = download(f"{REPO}/big.bin", tmp_path, watch)
-    assert done.fetched == ()
-    assert "was here already" in watch.notes[0]
+    done = download(f"{REPO}/big.bin", tmp_path)
+    assert (done.files, done.fetched) == ((tmp_path / "big.bin",), ())
     assert servers.asked_for_bytes("big.bin") == []
 
 
@@ -223,8 +198,7 @@ def test_files_come_side_by_side(servers: Servers, tmp_path: Path) -> None:
     servers.dataset("owner/shards", files, large=10**9)
     meeting = threading.Barrier(4, timeout=20)
     servers.before_bytes = meeting.wait
-    watch = Watch()
-    done = download("hf:datasets/owner/shards/*.jsonl", tmp_path, watch)
+    done = download("hf:datasets/owner/shards/*.jsonl", tmp_path)
     assert {path.name: path.read_bytes() for path in done.files} == files
 
 

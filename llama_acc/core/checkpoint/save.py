@@ -34,9 +34,9 @@ from llama_acc.core.atomic import (
     abandon_folder,
     aside_of,
     begin_folder,
+    digest_of,
     finish_folder,
     remove_folder,
-    sha256_of,
     write_text_whole,
 )
 from llama_acc.core.distributed.environment import in_background
@@ -283,7 +283,7 @@ def _seal(snapshot: Snapshot, aside: Path) -> dict[str, str]:
     for name, (specs, _) in files.items():
         with contextlib.closing(TensorFile(aside / name, specs)) as file:
             file.seal()
-    return {name: sha256_of(aside / name) for name in files}
+    return {name: digest_of(aside / name) for name in files}
 
 
 def _publish(folder: Path, digests: Mapping[str, str], keep: int) -> None:

@@ -12,11 +12,11 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
-from uuid import uuid4
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from llama_acc.core.atomic import whole_file
 from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import home
 
@@ -78,20 +78,16 @@ def drawn_shard(name: str) -> Path:
     path = home() / "data" / f"drawings-{VERSION}" / str(SPLITS[name]) / f"{name}.tar"
     if path.is_file():
         return path
-    temporary = path.with_name(f".{name}.{uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(temporary, "w") as shard:
+        with whole_file(path) as file, tarfile.open(fileobj=file, mode="w") as shard:
             for number, (png, caption) in enumerate(drawings(name, SPLITS[name])):
                 for suffix, data in (("png", png), ("txt", caption.encode())):
                     member = tarfile.TarInfo(f"{number:05}.{suffix}")
                     member.size = len(data)
                     shard.addfile(member, io.BytesIO(data))
-        temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write drawings to {path.parent}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -6,7 +6,6 @@ What a frozen encoder makes of images may be kept on disk: after the first epoch
 import errno
 import hashlib
 import logging
-import os
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,12 +14,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from uuid import uuid4
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from llama_acc.core.atomic import whole_file
 from llama_acc.core.data.batches import MicroBatch, build_multimodal_batch
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.data.image_workers import ImageWorkers, default_workers
@@ -85,20 +84,18 @@ class FeatureCache:
         if not self._keeps:
             return
         path = self.path(reference)
-        aside = path.with_name(f".{path.name}-{uuid4().hex}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(path.parent).free < self._bytes + self._reserve:
                 left = f"the disk has only the {size_text(self._reserve)} left that checkpoints need"
                 raise OSError(errno.ENOSPC, left)
-            aside.write_bytes(features.to("cpu", self._dtype).contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-            os.replace(aside, path)
+            # Not waiting for the disk: a file that a loss of power shortened is seen by its size.
+            with whole_file(path, durable=False) as file:
+                file.write(features.to("cpu", self._dtype).contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         except OSError as error:
             reason = error.strerror or error
             _logger.warning("cannot keep features in %s: %s; from here on they are made each time", self.folder, reason)
             self._keeps = False
-            with suppress(OSError):
-                aside.unlink()
 
 
 class ImageLoader:
