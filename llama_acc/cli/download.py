@@ -84,14 +84,8 @@ def download(
     with progress_shown() as progress:
         downloader = Downloader(progress, console.note, token)
         for request in requests:
-            convert = request.entry is not None and request.entry.convert is not None
-            most = CONVERTED_AT_ONCE if convert else 0
-
-            def converted_bytes(size: int, most: int = most) -> int:
-                return size if size <= most else 0
-
             try:
-                one = downloader.download(request, converted_bytes)
+                one = downloader.download(request)
                 done.append((one, _finish(one, progress)))
             except LlamaAccError as error:
                 if len(requests) == 1:

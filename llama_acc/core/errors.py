@@ -1,39 +1,18 @@
 """What can go wrong, as the user reads it. Imports nothing, so every module may use it."""
 
 import difflib
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-
-# By pydantic's type of error: what a value should be. The names in braces are of its context.
-_WANTED = {
-    "string_type": "text",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "int_type": "a whole number",
-    "int_parsing": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "finite_number": "a finite number",
-    "literal_error": "{expected}",
-    "greater_than": "above {gt}",
-    "greater_than_equal": "at least {ge}",
-    "less_than": "below {lt}",
-    "less_than_equal": "at most {le}",
-    "too_short": "a list of at least {min_length}",
-    "too_long": "a list of at most {max_length}",
-}
 # A union's branch is no part of the key the user typed.
 _BRANCH = re.compile(r"\.(str|int|float|list\[str\]|dict\[.*?\])(?=\.|$)")
+# What pydantic's messages say of Python and its parser.
+_PYTHONS = re.compile(r" or instance of .*|, (unable to|got) .*")
 
 
 class LlamaAccError(Exception):
@@ -101,34 +80,19 @@ def schema_problems(error: "ValidationError", suggest: Callable[[str], str] = la
         suggest: what an unknown key may have been meant to be, as a question; empty where nobody knows.
     """
     problems: list[str] = []
-    wanted: dict[tuple[str, str], list[str]] = {}  # by key and value: what it should be; a union names more than one
+    values: dict[tuple[str, str], list[str]] = {}  # by key and value: what it should be; a union names more than one
     for item in error.errors():
-        key = _BRANCH.sub("", ".".join(map(str, item["loc"])))
+        key, message = _BRANCH.sub("", ".".join(map(str, item["loc"]))), item["msg"]
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             hint = suggest(key)
             problems.append(f"unknown key '{key}'" + (f": {hint}" if hint else ""))
         elif item["type"] == "missing":
-            # Of a list that is too short, or of a mapping.
-            problems.append(f"missing {'value' if isinstance(item['loc'][-1], int) else 'key'} '{key}'")
-        elif item["type"] in _WANTED:
-            context = {name: f"{v:g}" if isinstance(v, float) else v for name, v in item.get("ctx", {}).items()}
-            wanted.setdefault((key, _as_yaml(item["input"])), []).append(_WANTED[item["type"]].format(**context))
+            problems.append(f"missing key '{key}'")
+        elif message.startswith("Input should be "):
+            given = item["input"]
+            shown = repr(given) if isinstance(given, str) else json.dumps(given, default=str, skipkeys=True)
+            values.setdefault((key, shown), []).append(_PYTHONS.sub("", message.removeprefix("Input should be ")))
         else:
-            problems.append(f"{key}: {item['msg'].removeprefix('Value error, ')}".removeprefix(": "))
-    values = [
-        f"{key}: should be {_alternatives(kinds)}, not {value}".removeprefix(": ")
-        for (key, value), kinds in wanted.items()
-        # What stands in a list is reported, not that a union takes something else in the place of the list.
-        if not any(inner.startswith(f"{key}.") for inner, _ in wanted)
-    ]
-    return list(dict.fromkeys([*values, *problems]))
-
-
-def _alternatives(kinds: list[str]) -> str:
-    return " or ".join(kind for kind in dict.fromkeys(kinds) if kind != "a whole number" or "a number" not in kinds)
-
-
-def _as_yaml(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return repr(value)
+            problems.append(f"{key}: {message.removeprefix('Value error, ')}".removeprefix(": "))
+    wrong = [f"{key}: should be {' or '.join(kinds)}, not {value}" for (key, value), kinds in values.items()]
+    return list(dict.fromkeys([*wrong, *problems]))

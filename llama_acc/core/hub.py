@@ -127,12 +127,8 @@ class Downloader:
     def _client(self) -> "httpx2.Client":
         return make_client()
 
-    def download(self, request: DownloadRequest, extra_bytes: Callable[[int], int] = lambda size: 0) -> Downloaded:
+    def download(self, request: DownloadRequest) -> Downloaded:
         """Fetch what is not there yet.
-
-        Args:
-            request: what to fetch.
-            extra_bytes: disk space that is needed besides a download of so many bytes.
 
         Raises:
             UserError: it is unknown, gated or absent, a file is in the way, or the disk is too small.
@@ -151,13 +147,10 @@ class Downloader:
                 raise UserError(f"{file.source} would be called {file.name!r} here, which is not a name for a download")
         with _incoming(folder), locked(folder, self._note):
             missing = self._missing(remote, folder)
-            extra = extra_bytes(sum(file.size or 0 for file in remote))
-            needed, free = extra + sum(file.size or 0 for file in missing), shutil.disk_usage(folder).free
+            needed, free = sum(file.size or 0 for file in missing), shutil.disk_usage(folder).free
             if needed > free:
-                converted = f", {size_text(extra)} of them when it is converted" if extra else ""
                 raise UserError(
-                    f"too little disk for {folder}: {size_text(needed)} are to come{converted}; "
-                    f"{size_text(free)} are free",
+                    f"too little disk for {folder}: {size_text(needed)} are to come, {size_text(free)} are free",
                     "make room, or give a folder on another disk with --to DIR or LLAMA_ACC_HOME",
                 )
             self._fetch_all(missing, folder)
@@ -578,34 +571,23 @@ class _Hub:
 
     def fetch(self, source: HubAddress, name: str, size: int, part: Path, progress: Progress, anew: bool) -> None:
         """Fetch a file of a repository, by its commit, into `part`; `name` is for progress."""
-        from huggingface_hub import constants, hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub import hf_hub_download
 
         folder = part.with_name(f".{part.name}.hub")
         shutil.rmtree(folder, ignore_errors=True)
-        fetch = functools.partial(
-            hf_hub_download,
-            source.repo,
-            source.path,
-            repo_type=source.kind,
-            revision=source.revision,
-            local_dir=folder,
-            endpoint=self.endpoint,
-            token=self.token or False,
-            force_download=anew,
-            tqdm_class=_progress_bar(name, size, progress),
-        )
         try:
             with self._explained(source):
-                try:
-                    came = fetch()
-                except (OSError, RuntimeError, ValueError) as error:
-                    if constants.HF_HUB_DISABLE_XET or isinstance(error, HfHubHTTPError):
-                        raise
-                    # Whatever keeps Hugging Face's chunk storage from working, a firewall perhaps, HTTP may do.
-                    self._note(f"{name}: {str(error).partition(chr(10))[0]}; fetching it over HTTP")
-                    constants.HF_HUB_DISABLE_XET = True
-                    came = fetch()
+                came = hf_hub_download(
+                    source.repo,
+                    source.path,
+                    repo_type=source.kind,
+                    revision=source.revision,
+                    local_dir=folder,
+                    endpoint=self.endpoint,
+                    token=self.token or False,
+                    force_download=anew,
+                    tqdm_class=_progress_bar(name, size, progress),
+                )
             Path(came).rename(part)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -631,7 +613,9 @@ class _Hub:
                 raise _unreachable(self.host, reason) from error
             if isinstance(reason, OSError) and reason.errno is not None:
                 raise  # the disk
-            raise RunError(f"{address}: {str(reason).partition(chr(10))[0]}", RESUME_HINT) from error
+            # hf_xet's errors, too, are bare ones.
+            hint = f"{RESUME_HINT}. If chunk storage (xet) is kept from you, set HF_HUB_DISABLE_XET=1"
+            raise RunError(f"{address}: {str(reason).partition(chr(10))[0]}", hint) from error
 
     def _no_such_repository(self, address: HubAddress) -> UserError:
         import httpx2

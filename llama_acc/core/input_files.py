@@ -33,12 +33,6 @@ MAX_INTEGER = 10**40
 PIPE_NOTE_SECONDS, PIPE_LIMIT_SECONDS = 10.0, 60.0
 """When a pipe that gives nothing is reported, and when it is given up."""
 
-_NO_FILES = {
-    stat.S_IFDIR: (EISDIR, "a folder"),
-    stat.S_IFSOCK: (ENXIO, "a socket"),
-    stat.S_IFCHR: (ENXIO, "a device"),
-    stat.S_IFBLK: (ENXIO, "a device"),
-}
 _logger = logging.getLogger("llama_acc")
 
 
@@ -63,11 +57,11 @@ def open_input(path: Path, *, pipes: bool = True, buffered: bool = False) -> io.
     Raises:
         OSError: it is missing, cannot be read, or is a folder, socket or device; TimeoutError from a silent pipe.
     """
-    kind = stat.S_IFMT(os.stat(path).st_mode)  # a device may act on being opened
-    if kind in _NO_FILES:
-        code, name = _NO_FILES[kind]
+    mode = os.stat(path).st_mode  # a device may act on being opened
+    if not stat.S_ISREG(mode) and not stat.S_ISFIFO(mode):
+        code, name = (EISDIR, "a folder") if stat.S_ISDIR(mode) else (ENXIO, "a socket or a device")
         raise OSError(code, f"it is {name}, not a file", str(path))
-    if kind == stat.S_IFIFO and not pipes:
+    if stat.S_ISFIFO(mode) and not pipes:
         raise OSError(ENXIO, "it is a pipe, and has to be a file: save what comes out of it first", str(path))
     # Otherwise a pipe without a writer is not even opened.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -123,24 +117,27 @@ def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
 
 def read_text(path: Path, most: int = MAX_BYTES) -> str:
     """The UTF-8 text of a small file, without a byte order mark; UserErrors as `read_bytes`, or for another text."""
-    return _decoded(read_bytes(path, most), str(path))
+    try:
+        return read_bytes(path, most).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: it is not UTF-8 at byte {error.start}") from error
 
 
 def read_json(path: Path) -> Any:
     """The value in a small JSON file; UserErrors as `read_text`, or if it is not JSON within the bounds above."""
-    return _parse_json(read_text(path), str(path))
+    text = read_text(path)
+    try:
+        return _bounded(lambda: json.loads(text), str(path))
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"cannot read {path}: it is not JSON: {place}: {error.msg}") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """The mapping in a small JSON file; UserErrors as `read_json`, or if it holds something else."""
-    return parse_object(read_bytes(path), str(path))
-
-
-def parse_object(data: bytes, name: str) -> dict[str, Any]:
-    """The mapping in the content of a small JSON file; see `read_object`. `name` is for messages."""
-    value = _parse_json(_decoded(data, name), name)
+    value = read_json(path)
     if not isinstance(value, dict):
-        raise UserError(f'cannot read {name}: it must hold a JSON object such as {{"key": value, ...}}')
+        raise UserError(f'cannot read {path}: it must hold a JSON object such as {{"key": value, ...}}')
     return value
 
 
@@ -150,28 +147,13 @@ def read_yaml(path: Path, loader: "type[SafeLoader] | None" = None) -> Any:
 
 
 def parse_yaml(text: str, name: str, loader: "type[SafeLoader] | None" = None) -> Any:
-    """The value of a YAML text; see `read_yaml`."""
+    """The value of a YAML text; see `read_yaml`. `name` is for messages."""
     import yaml  # takes a while
 
     try:
         return _bounded(lambda: yaml.load(text, loader or yaml.SafeLoader), name)
     except yaml.YAMLError as error:
         raise UserError(f"cannot read {name}: it is not YAML: {error}") from error
-
-
-def _parse_json(text: str, name: str) -> Any:
-    try:
-        return _bounded(lambda: json.loads(text), name)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"cannot read {name}: it is not JSON: {place}: {error.msg}") from error
-
-
-def _decoded(data: bytes, name: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {name}: it is not UTF-8 at byte {error.start}") from error
 
 
 def _bounded(parse: Callable[[], Any], name: str) -> Any:

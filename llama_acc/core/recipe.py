@@ -333,12 +333,9 @@ def _suggestion(key: str) -> str:
     """What an unknown key may have been meant to be, as a question."""
     source = re.match(r"data\.sources\.\d+\.", key)
     known = [name.replace("data.sources.", source[0] if source else "data.sources.") for name in known_keys()]
-    parent, _, own = key.rpartition(".")
-    homes = [name for name in known if name.rpartition(".")[2] == own]
-    if homes:  # the right name in the wrong section
-        return f"did you mean {' or '.join(repr(name) for name in homes)}?"
-    siblings = [name for name in known if name.rpartition(".")[0] == parent]
-    return did_you_mean(key, siblings) or did_you_mean(key, known)
+    homes = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    # The right name in the wrong section, or a wrong name.
+    return f"did you mean {' or '.join(map(repr, homes))}?" if homes else did_you_mean(key, known)
 
 
 class _Loader(yaml.SafeLoader):

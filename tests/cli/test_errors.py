@@ -117,7 +117,7 @@ def test_all_wrong_keys_and_values_are_listed(tmp_path: Path) -> None:
         "unknown key 'lr': did you mean 'optimizer.lr'?",
         "train.precision: should be 'bf16' or 'fp32', not 'fp16'",
         "optimizer.betas",
-        "train.batch_size: should be at least 1, not 0",
+        "train.batch_size: should be greater than or equal to 1, not 0",
         output=output,
     )
     assert not output.exists()
@@ -201,8 +201,8 @@ def test_chat_refuses_a_folder_without_a_model(tmp_path: Path, trained: Path) ->
             "'--preview': 99999999999999999999 is beyond",
         ),
         (["benchmark-vram", "--gpus", "9" * 20], "Invalid value for '--gpus'"),
-        ([*DRY, "train.epochs=1e300"], "train.epochs: should be at most 1e+06, not 1e+300"),
-        ([*DRY, "train.max_steps=" + "9" * 30], "train.max_steps: should be at most 1000000000"),
+        ([*DRY, "train.epochs=1e300"], "train.epochs: should be less than or equal to 1000000, not 1e+300"),
+        ([*DRY, "train.max_steps=" + "9" * 30], "train.max_steps: should be less than or equal to 1000000000"),
         ([*DRY, "train.seed=" + "9" * 5000], "cannot read the value: "),
         ([*DRY, "train.seed=" + "[" * 3000], "cannot read the value: "),
         (

@@ -53,7 +53,7 @@ def _hugging_face(base: Path) -> None:
                 "unknown key 'n_layer'",
                 "did you mean 'n_layers'?",
                 "missing key 'n_layers'",
-                "n_heads: should be a whole",
+                "n_heads: should be a valid integer",
             ],
         ),
         (lambda base: (base / "tokenizer.model").unlink(), ["there is no tokenizer in", "--tokenizer FILE"]),

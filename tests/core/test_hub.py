@@ -200,15 +200,11 @@ def test_chunk_storage_is_used(chunked: Servers, tmp_path: Path) -> None:
     assert not any(TOKEN.encode() in path.read_bytes() for path in written)
 
 
-def test_where_chunk_storage_does_not_work_the_file_comes_over_http(
-    chunked: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)  # and back again after it
+def test_where_chunk_storage_cannot_be_reached_what_to_set_is_said(chunked: Servers, tmp_path: Path) -> None:
     chunked.xet_storage = "local:///nowhere/at/all"
-    watch = Watch()
-    download("hf:owner/name", tmp_path / "to", watch, token=TOKEN)
-    assert (tmp_path / "to" / "big.bin").read_bytes() == CONTENT
-    assert chunked.sent["big.bin"] == len(CONTENT)
+    with pytest.raises(RunError) as failed:
+        download("hf:owner/name", tmp_path / "to", token=TOKEN)
+    assert "set HF_HUB_DISABLE_XET=1" in (failed.value.hint or "")
 
 
 def test_remote_data_is_fetched_once_and_found_off_line(servers: Servers, llama_acc_home: Path) -> None:

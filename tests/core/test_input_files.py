@@ -85,9 +85,9 @@ def test_only_files_and_pipes_that_deliver_are_read(
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket")
         for name, said in {
-            "socket": "a socket",
+            "socket": "a socket or a device",
             ".": "a folder",
-            "/dev/zero": "a device",
+            "/dev/zero": "a socket or a device",
             "none": "No such file",
             "a\0b": "null",
             "n" * 256: "too long",

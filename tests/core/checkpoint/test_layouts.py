@@ -181,7 +181,7 @@ def test_files_of_a_hugging_face_folder_are_read_together(tmp_path: Path) -> Non
         ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 8.0}}, 'rope_scaling: "yarn"'),
         ({"intermediate_size": None}, "missing key 'intermediate_size'"),
         ({"num_attention_heads": None}, "missing key 'num_attention_heads'"),
-        ({"num_hidden_layers": "two"}, "n_layers: should be a whole number"),
+        ({"num_hidden_layers": "two"}, "n_layers: should be a valid integer"),
     ],
     ids=str,
 )

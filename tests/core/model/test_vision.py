@@ -196,7 +196,7 @@ def test_kinds_have_the_reference_s_names() -> None:
 
 
 def test_an_impossible_encoder_is_refused_with_every_reason() -> None:
-    with pytest.raises(UserError, match=r"(?s)n_layers: should be a whole number.*unknown key 'widht'") as caught:
+    with pytest.raises(UserError, match=r"(?s)n_layers: should be a valid integer.*unknown key 'widht'") as caught:
         vision_of("tiny", {"widht": 4, "n_layers": 1.5})
     assert "did you mean 'width'" in str(caught.value)
     with pytest.raises(UserError, match=r"image_size \(30\) must be divisible by patch_size \(16\)"):
