@@ -20,7 +20,7 @@ from llama_acc.core.data.templates import PromptFormat
 if TYPE_CHECKING:
     from llama_acc.core.data.cache import Encoded
 
-CHECKS_VERSION = 6
+CHECKS_VERSION = 7
 """Part of the cache's key: raise it whenever the same item may lead to other findings."""
 
 Hashes = NDArray[np.uint64]
@@ -37,12 +37,16 @@ _NOT_ASCII = re.compile(rf"[^\x00-\x7f](?:[\x00-\x7f]{{0,{_AROUND}}}[^\x00-\x7f]
 _MAIN_LANGUAGE_SHARE, _MAIN_LANGUAGE_ITEMS = 0.75, 4
 _LANGUAGE_CHARACTERS, _LANGUAGE_BYTES, _LANGUAGE_PROBABILITY = 300, 40, 0.9
 """How much of a text is looked at; a shorter one (in UTF-8, white space aside) is no evidence; how sure it must be."""
+_MOST_NOT_ASCII = 0.02  # quotation marks and dashes of English, but hardly another language's letters
 _WORD = re.compile(r"[a-z']+")
-# The commonest words of English: where they are many, the slow look is spared.
-_ENGLISH = frozenset(
-    "the of and to in is you that it he was for on are as with his they at be this have from or had by but not what "  # noqa: SIM905
-    "all were we when your can said there use an each which she do how their if will up other about out many then them "
-    "these so some her would make like him into time has its".split()
+# Common words of English that are no common words of another language in Latin letters. Where they are, and what is not
+# ASCII is rare, the slow look is spared.
+_ENGLISH_ALONE = frozenset(
+    "the and that they this from but not what were when your can said there each which she how their other about many "  # noqa: SIM905
+    "then them these some would him into its been because should could through who than those only between does".split()
+)
+_ENGLISH = _ENGLISH_ALONE.union(
+    "a of to in is you it he was for on are as with his at be have or had by all we".split()  # noqa: SIM905
 )
 _AT_ONCE = 1 << 20  # documents that are compared
 _PLACE = np.dtype([("file", np.int64), ("row", np.int64), ("digest", np.uint64)])
@@ -267,10 +271,11 @@ def language_of(text: str) -> str | None:
     text = text[:_LANGUAGE_CHARACTERS]
     if len("".join(text.split()).encode("utf-8")) < _LANGUAGE_BYTES:
         return None
-    words = _WORD.findall(text.lower()) if text.isascii() else []
-    common = [word for word in words if word in _ENGLISH]
-    if len(set(common)) >= 5 and len(common) >= 0.25 * len(words):
-        return "en"
+    if len(text) - len(text.encode("ascii", "ignore")) <= _MOST_NOT_ASCII * len(text):
+        words = _WORD.findall(text.lower())
+        common = [word for word in words if word in _ENGLISH]
+        if len(_ENGLISH_ALONE.intersection(common)) >= 2 and len(common) >= 0.2 * len(words):
+            return "en"
     language, probability = _identifier().classify(text)
     # "zxx" is what is in no language: code, numbers, addresses.
     return str(language) if probability >= _LANGUAGE_PROBABILITY and language != "zxx" else None

@@ -11,8 +11,9 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
+from time import process_time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +31,6 @@ ENCODER_VERSION = 3
 """Part of the cache's key: raise it whenever the same item may give other tokens or labels."""
 KEPT_PLACES = 20
 """Of what is found in a file, for each kind."""
-_ALONE = 40  # batches that are encoded here before it is worth while to start workers
 _MOST_WORKERS = 32
 
 Batch = Sequence[tuple[int, Checked]]
@@ -114,7 +114,9 @@ def _token_type(vocab_size: int) -> "np.dtype[Any]":
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
 
 
-def encode_batches(batches: Iterable[Batch], encoding: Encoding, tokenizer: Tokenizer, workers: int) -> Iterator[Chunk]:
+def encode_batches(
+    batches: Iterable[Batch], encoding: Encoding, tokenizer: Tokenizer, workers: int, alone: float = 0.7
+) -> Iterator[Chunk]:
     """Encode batches of rows, in their order; here if they are few, else in worker processes.
 
     Threads would share one interpreter lock, which most of the work holds. Every worker is kept busy, with two batches
@@ -125,13 +127,18 @@ def encode_batches(batches: Iterable[Batch], encoding: Encoding, tokenizer: Toke
         encoding: what to make of items.
         tokenizer: the model's.
         workers: how many processes; with fewer than two, all is done here.
+        alone: CPU seconds of encoding here, after which workers are started: about what it takes to start them.
 
     Raises:
         RunError: a worker was killed.
     """
-    waiting = iter(batches)
-    for batch in islice(waiting, _ALONE if workers > 1 else None):
+    waiting, spent = iter(batches), 0.0
+    for batch in waiting:
+        begin = process_time()
         yield encode_batch(batch, encoding, tokenizer)
+        spent += process_time() - begin
+        if spent > alone and workers > 1:
+            break
     first = next(waiting, None)
     if first is None:
         return

@@ -90,6 +90,12 @@ def test_texts_are_called_wrongly_decoded_where_ftfy_would_change_them(text: str
         (ENGLISH, "en"),
         (GERMAN, "de"),
         ("あなたは私の人生の光です。いつもありがとうございます。", "ja"),
+        ("“She said that the answer’s in the book,” and they left.", "en"),  # the look at common words
+        ("De band The Beatles is in 1960 opgericht in Liverpool en was een van de bekendste groepen ter wereld.", "nl"),
+        (
+            "这句话的意思是“the cat and the dog”，在中文里很难直接翻译出来，因为中文没有冠词，也没有这样的连接方式。",
+            "zh",
+        ),
         ("Paris.", None),
         ("0.5 1.5 2.5 3.5 4.5 5.5 6.5 7.5 8.5 9.5 10.5 11.5 12.5 13.5", None),
     ],
