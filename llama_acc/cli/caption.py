@@ -30,7 +30,7 @@ Ends with 2 if an image failed; the others are captioned all the same.
 
 Examples:
 
-  llama-acc caption --ckpt runs/caption-quickstart drawn:held-out --html captions.html
+  llama-acc caption --ckpt runs/caption-quickstart shipped:caption-quickstart/held-out.tar --html captions.html
 
   llama-acc caption --ckpt runs/stage-one photo.jpg --prompt "The author"
 
@@ -50,7 +50,7 @@ def caption(
         list[str],
         Argument(
             metavar="IMAGE...",
-            help="Files, folders, globs, .tar shards, drawn:held-out; - reads a list from standard input.",
+            help="Files, folders, globs, .tar shards; - reads a list from standard input.",
             show_default=False,
         ),
     ],

@@ -118,12 +118,12 @@ def finetune(
     wanted = Launch(nproc, nnodes, rdzv_endpoint, max_restarts, log_ranks)
     resume = resume or environment.start_number() > 1
     run = None if output is None else Path(output).expanduser()
-    loaded, folder = _load_recipe(recipe, run if resume else None, overrides or [], pretrained, data, tokenizer)
+    loaded = _load_recipe(recipe, run if resume else None, overrides or [], pretrained, data, tokenizer)
     for base in loaded.model.pretrained_list() if not (dry_run or resume) else []:
         locate(base)
-    expand([Source(**source.model_dump()) for source in loaded.data.sources], folder, fetch=None)
+    expand([Source(**source.model_dump(), folder=loaded.folder) for source in loaded.data.sources], fetch=None)
     if dry_run:
-        _dry_run(loaded, run, folder, device, verify, wanted.world_size(), timing)
+        _dry_run(loaded, run, device, verify, wanted.world_size(), timing)
         return
     if run is None:
         if Path(loaded.name).name != loaded.name or loaded.name in ("", ".."):
@@ -132,8 +132,8 @@ def finetune(
     again = partial(_how_to_go_on, run, wanted, device, force)
     saved = run if resume and output is not None else None
     try:
-        launch_ranks(wanted, device, lambda count: _check(loaded, folder, saved, count))
-        _train(loaded, run, folder, resume, device, verify, force, again)
+        launch_ranks(wanted, device, lambda count: _check(loaded, saved, count))
+        _train(loaded, run, resume, device, verify, force, again)
     except LlamaAccError as error:
         if error.exit_code == RunError.exit_code and error.hint is None:
             error.hint = again()
@@ -160,9 +160,9 @@ def _load_recipe(
     pretrained: list[str] | None,
     data: list[str] | None,
     tokenizer: str | None,
-) -> "tuple[Recipe, Path | None]":
-    """The recipe with what the command line changes, and the folder its relative paths are looked for in first."""
-    from llama_acc.core.recipe import RECIPES_FOLDER, Recipe, find_recipe
+) -> "Recipe":
+    """The recipe with what the command line changes."""
+    from llama_acc.core.recipe import Recipe
 
     if name is None and resumed is not None and (resumed / "recipe.yaml").is_file():
         name = str(resumed / "recipe.yaml")
@@ -170,9 +170,7 @@ def _load_recipe(
         raise UserError(
             "which recipe? --recipe is missing", "`llama-acc recipes` lists them; begin with --recipe quickstart"
         )
-    path = find_recipe(name)
-    is_shipped = path.parent == RECIPES_FOLDER
-    loaded = Recipe.load(name if is_shipped else path, overrides)
+    loaded = Recipe.load(name, overrides)
     if pretrained:
         loaded.model.pretrained = pretrained[0] if len(pretrained) == 1 else pretrained
         if not any(override.startswith("model.tokenizer=") for override in overrides):
@@ -188,7 +186,7 @@ def _load_recipe(
         ]
     if tokenizer is not None:
         loaded.model.tokenizer = _typed(tokenizer)
-    return loaded, None if is_shipped else path.parent.absolute()
+    return loaded
 
 
 def _typed(path: str) -> str:
@@ -198,20 +196,19 @@ def _typed(path: str) -> str:
     return str(here.absolute()) if there else path
 
 
-def _check(recipe: "Recipe", folder: Path | None, resumed: Path | None, processes: int) -> None:
+def _check(recipe: "Recipe", resumed: Path | None, processes: int) -> None:
     """Finds what would end every process before any is started."""
     from llama_acc.core.checkpoint.layout import latest_checkpoint
     from llama_acc.core.distributed.groups import check_world
     from llama_acc.core.train.base import find_model
 
     check_world(recipe.parallel.model_parallel_size, processes)
-    find_model(recipe, folder, saved=None if resumed is None else latest_checkpoint(resumed))
+    find_model(recipe, saved=None if resumed is None else latest_checkpoint(resumed))
 
 
 def _train(
     recipe: "Recipe",
     output: Path,
-    folder: Path | None,
     resume: bool,
     device: str | None,
     verify: bool,
@@ -229,7 +226,6 @@ def _train(
                 output,
                 resume=resume,
                 device=device,
-                recipe_folder=folder,
                 callback=watcher,
                 handle_signals=True,
                 verify=verify,
@@ -254,7 +250,6 @@ def _train(
 def _dry_run(
     recipe: "Recipe",
     output: Path | None,
-    folder: Path | None,
     device: str | None,
     verify: bool,
     processes: int | None,
@@ -273,7 +268,7 @@ def _dry_run(
     check_world(recipe.parallel.model_parallel_size, count)
     target = pick_device(device)
     with RunConsole() as watcher:
-        plan = dry_run(recipe, output, recipe_folder=folder, callback=watcher, verify=verify)
+        plan = dry_run(recipe, output, callback=watcher, verify=verify)
         lines = _dry_run_lines(plan, rank_share(plan.recipe, plan.config, count), count)
         width = max(len(subject) for subject, _ in lines)
         console.pairs(lines, console.out)

@@ -56,7 +56,6 @@ def finetune(
     *,
     resume: bool = False,
     device: str | None = None,
-    recipe_folder: Path | None = None,
     callback: Callback | None = None,
     handle_signals: bool = False,
     verify: bool = False,
@@ -69,7 +68,6 @@ def finetune(
         output: the run's folder; it must be empty unless `resume`.
         resume: continue from the newest whole checkpoint in `output`.
         device: such as "cpu" or "cuda:0"; None picks CUDA, then MPS, then CPU.
-        recipe_folder: where relative paths of the recipe are looked for first.
         callback: receives what happens; None shows nothing.
         handle_signals: save on SIGINT and SIGTERM, then raise `Interrupted`.
         verify: also compare the SHA-256 of the checkpoint that is loaded with its manifest.
@@ -91,7 +89,7 @@ def finetune(
         folder = RunFolder(Path(output))
         try:
             parallel.run_rank_zero_first(lambda: folder.open(resume=resume, claim=parallel.is_main, note=callback.note))
-            plan = make_plan_together(recipe, callback, parallel, recipe_folder=recipe_folder, saved=folder.checkpoint)
+            plan = make_plan_together(recipe, callback, parallel, saved=folder.checkpoint)
             callback.progress("checking the weights, the disk and the memory")
 
             def check() -> int:
@@ -128,7 +126,6 @@ def dry_run(
     recipe: Recipe,
     output: Path | None,
     *,
-    recipe_folder: Path | None = None,
     callback: Callback,
     verify: bool = False,
 ) -> Plan:
@@ -139,7 +136,7 @@ def dry_run(
     """
     if output is not None:
         refuse_non_empty(output)
-    plan = make_plan(recipe, callback, recipe_folder=recipe_folder, dry_run=True)
+    plan = make_plan(recipe, callback, dry_run=True)
     if plan.layouts:
         callback.progress("checking the weights")
     for layout in plan.layouts:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from llama_acc.core.errors import UserError, did_you_mean, listed, schema_problems
@@ -246,6 +246,7 @@ class Recipe(Section):
     train: Train = Train()
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
+    _folder: Path | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _sections_go_together(self) -> "Recipe":
@@ -276,7 +277,14 @@ class Recipe(Section):
         values = read_yaml(path, _Loader)
         if not isinstance(values, dict):
             raise UserError(f"recipe {path} must be a mapping with keys such as model, data and train")
-        return cls.from_mapping(values, overrides, where=str(source))
+        recipe = cls.from_mapping(values, overrides, where=str(source))
+        recipe._folder = None if path.parent == RECIPES_FOLDER else path.parent.absolute()
+        return recipe
+
+    @property
+    def folder(self) -> Path | None:
+        """Where relative paths are looked for first: beside the recipe's file; None: it has none of its own."""
+        return self._folder
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> "Recipe":

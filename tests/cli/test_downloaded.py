@@ -29,9 +29,7 @@ def test_finetune_and_chat_find_what_was_downloaded(lima: Servers, talker: Path,
     dry = invoke(*first[1:], *small)
     assert dry.exit_code == 0, dry.stderr
     assert re.search(r"weights +from \S+/models/llama2-7b", dry.stdout)
-    layouts, _, _ = find_model(
-        Recipe.load("lima", ["parallel.model_parallel_size=1"]), None, weights_may_be_absent=False
-    )
+    layouts, _, _ = find_model(Recipe.load("lima", ["parallel.model_parallel_size=1"]))
     assert layouts[0].folder == llama_acc_home / "models/llama2-7b"
     answer = invoke(
         "chat", "--ckpt", "llama2-7b", "--device", "cpu", "--prompt", "the answer is:", "--temperature", "0"

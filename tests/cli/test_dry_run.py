@@ -26,7 +26,7 @@ TINY_LONG = f"model.params={{{SHAPE}}}"
 
 def plan_of_quickstart() -> Plan:
     recipe = Recipe.load("quickstart", QUICKSTART[5:])
-    return make_plan(recipe, Callback(), recipe_folder=None, dry_run=True)
+    return make_plan(recipe, Callback(), dry_run=True)
 
 
 def files(folder: Path) -> set[str]:

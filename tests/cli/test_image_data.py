@@ -1,12 +1,13 @@
 """`llama-acc finetune` on images: every one is looked at before the first step, shards are data like any other."""
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
-from llama_acc.core.data.drawings import drawings
 from tests.cli.commands import QUICKSTART, invoke, metrics, refused, run, words
+from tests.cli.test_caption_quickstart import members
 from tests.core.data.pictures import encoded, pattern, plain
 from tests.core.data.test_tar_shards import write_shard
 from tests.core.seeing import TINY
@@ -20,10 +21,7 @@ def finetune(data: Path, output: Path, *more: object) -> tuple[object, ...]:
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve drawings with their captions."""
-    members: dict[str, bytes | str] = {}
-    for number, (png, caption) in enumerate(drawings("train", 12)):
-        members |= {f"{number:04}.png": png, f"{number:04}.txt": caption}
-    return write_shard(tmp_path_factory.mktemp("shard") / "drawings.tar", members)
+    return write_shard(tmp_path_factory.mktemp("shard") / "drawings.tar", dict(islice(members("train"), 24)))
 
 
 def test_every_image_that_cannot_be_used_is_named_before_the_first_step(tmp_path: Path) -> None:

@@ -292,7 +292,6 @@ def load_dataset(
     *,
     on_error: OnError = "stop",
     image_positions: int | None = None,
-    recipe_folder: Path | None = None,
     progress: FileProgress | None = None,
     store: EntryStore | None = None,
     fetch: Fetch = fetch_data,
@@ -307,7 +306,6 @@ def load_dataset(
         seed: with `ratio`, decides which items are used.
         on_error: "skip": rows that cannot be trained on are left out, and reported.
         image_positions: how many places the model takes for an image; None: it takes none.
-        recipe_folder: where relative paths are looked for first.
         progress: called with how far the encoding of a file is.
         store: where encoded files are kept; None: one for this call.
         fetch: gets data that has an address.
@@ -319,7 +317,7 @@ def load_dataset(
     """
     if max_tokens < 2:
         raise UserError(f"data.max_tokens should be at least 2, but is {max_tokens}")
-    specs = expand(sources, recipe_folder, fetch, missing_hint)
+    specs = expand(sources, fetch, missing_hint)
     if not specs:
         raise UserError("no data: the recipe has no data.sources", "give some with --data FILE")
     parts: list[Encoded] = []

@@ -28,7 +28,7 @@ def find_images(names: Iterable[str]) -> Iterator[Named]:
     """The images that names stand for, in this order; a name that stands for none is given with its problem.
 
     Args:
-        names: files; folders (the images directly in them, sorted); globs; `.tar` shards; `drawn:held-out`.
+        names: files; folders (the images directly in them, sorted); globs; `.tar` shards; `shipped:NAME`.
     """
     for name in names:
         try:
@@ -38,7 +38,7 @@ def find_images(names: Iterable[str]) -> Iterator[Named]:
 
 
 def _images_of(name: str) -> Iterator[Named]:
-    path = resolve_data_path(name) if name.startswith("drawn:") else Path(name).expanduser()
+    path = resolve_data_path(name) if name.startswith("shipped:") else Path(name).expanduser()
     if is_address(name) and not path.exists():
         raise UserError("is an address: images are read from disk, download it first")
     if path.is_dir():

@@ -36,6 +36,8 @@ class Source:
     template: str = "auto"
     ratio: float = 1.0
     root: str | None = None
+    folder: Path | None = None
+    """Where relative paths are looked for first."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,6 @@ class FileSpec:
 
 def expand(
     sources: Sequence[Source],
-    recipe_folder: Path | None = None,
     fetch: Fetch | None = fetch_data,
     missing_hint: str = MISSING_HINT,
 ) -> list[FileSpec]:
@@ -69,8 +70,7 @@ def expand(
 
     Args:
         sources: a recipe's.
-        recipe_folder: where relative paths are looked for first.
-        fetch: gets what has an address; None: nothing is fetched or drawn, only what is wrong is found.
+        fetch: gets what has an address; None: nothing is fetched, only what is wrong is found.
         missing_hint: what to do about one that is not found.
 
     Raises:
@@ -81,14 +81,14 @@ def expand(
     errors: list[UserError] = []
     for number, source in enumerate(sources):
         try:
-            found = _expand_one(source, recipe_folder, fetch, missing_hint)
+            found = _expand_one(source, fetch, missing_hint)
         except UserError as error:
             errors.append(error)
             continue
-        for i, (path, s, folder) in enumerate(found):
+        for i, (path, s) in enumerate(found):
             # A shard's images are its own members.
             beside = s.root is None or path.suffix.lower() == TAR_SUFFIX
-            root = path.parent if beside else resolve_image_root(str(s.root), folder)
+            root = path.parent if beside else resolve_image_root(str(s.root), s.folder)
             specs.append(FileSpec(path, s.format, s.template, s.ratio, (number, i), root))
     raise_together(errors)
     return specs
@@ -124,11 +124,11 @@ def _is_data(file: Path) -> bool:
     return data_suffix(file) in SUFFIXES and not hidden and file.is_file()
 
 
-def resolve_data_path(path: str, recipe_folder: Path | None = None, missing_hint: str = MISSING_HINT) -> Path:
+def resolve_data_path(path: str, folder: Path | None = None, missing_hint: str = MISSING_HINT) -> Path:
     """Where a source's `path` is, if it is no address; a glob stays one.
 
-    `shipped:NAME` comes with the package, `drawn:NAME` is drawn where it is not there yet. Else it is looked for
-    beside the recipe, in the current folder and among the downloads.
+    `shipped:NAME` comes with the package. Else it is looked for in `folder`, beside the recipe; in the current one;
+    and among the downloads.
 
     Raises:
         UserError: it is not found, or a download that is not finished or still to be converted.
@@ -139,9 +139,7 @@ def resolve_data_path(path: str, recipe_folder: Path | None = None, missing_hint
         if not shipped.exists() or SHIPPED.resolve() not in shipped.resolve().parents:
             raise UserError(f"no data {name!r} comes with llama-acc", nearest_names(shipped))
         return shipped
-    if kind == "drawn":
-        return _drawn(name)
-    given, places = Path(path).expanduser(), _places(path, recipe_folder)
+    given, places = Path(path).expanduser(), _places(path, folder)
     for place in places:
         if place == home() / "data" / given and not given.is_absolute() and (named := named_data(path)) is not None:
             return named
@@ -162,41 +160,30 @@ def resolve_image_root(root: str, folder: Path | None) -> Path:
     return next((place for place in places if place.is_dir()), places[0])
 
 
-def _places(path: str, recipe_folder: Path | None) -> list[Path]:
+def _places(path: str, folder: Path | None) -> list[Path]:
     """Where a path may be: beside the recipe, here, among the downloads; an absolute one is the only one."""
-    folders = [*([] if recipe_folder is None else [recipe_folder]), Path.cwd(), home() / "data"]
+    folders = filter(None, (folder, Path.cwd(), home() / "data"))
     return list(dict.fromkeys(folder / Path(path).expanduser() for folder in folders))
 
 
-def _drawn(name: str) -> Path:
-    from llama_acc.core.data.drawings import SPLITS, drawn_shard
-
-    if name not in SPLITS:
-        hint = did_you_mean(name, SPLITS) or f"there are: {', '.join(f'drawn:{split}' for split in SPLITS)}"
-        raise UserError(f"no drawings are called {name!r}", hint)
-    return drawn_shard(name)
-
-
 def _expand_one(
-    source: Source, folder: Path | None, fetch: Fetch | None, missing_hint: str, *, is_entry: bool = False
-) -> list[tuple[Path, Source, Path | None]]:
-    """The files of a source, how to read each, and where its image root is looked for."""
+    source: Source, fetch: Fetch | None, missing_hint: str, *, is_entry: bool = False
+) -> list[tuple[Path, Source]]:
+    """The files of a source, and how to read each."""
     _check(source)
-    if fetch is None and (is_address(source.path) or source.path.startswith("drawn:")):
-        return []
-    if fetch is not None and is_address(source.path):
-        files = fetch(source.path)
+    if is_address(source.path):
+        files = [] if fetch is None else fetch(source.path)
         found = [file for file in files if _is_data(file)]
-        if not found:
+        if files and not found:
             names = ", ".join(file.name for file in files[:5])
             hint = f"it should hold {', '.join(SUFFIXES)} files"
             raise UserError(f"{source.path} holds no data files, but {names}", hint)
-        return [(file, source, folder) for file in found]
-    path = resolve_data_path(source.path, folder, missing_hint)
+        return [(file, source) for file in found]
+    path = resolve_data_path(source.path, source.folder, missing_hint)
     if is_entry or path.suffix.lower() not in _YAML_SUFFIXES:
-        return [(file, source, folder) for file in data_files(path)]
+        return [(file, source) for file in data_files(path)]
     entries = _accessory_sources(path, source)
-    return [file for one in entries for file in _expand_one(one, path.parent, fetch, missing_hint, is_entry=True)]
+    return [file for entry in entries for file in _expand_one(entry, fetch, missing_hint, is_entry=True)]
 
 
 def _check(source: Source) -> None:
@@ -246,7 +233,8 @@ def _accessory_sources(path: Path, outer: Source) -> list[Source]:
             found = schema_problems(error, lambda key: did_you_mean(key, _MetaEntry.model_fields))
             problems += [f"{path}: META entry {number}: {problem}" for problem in found]
             continue
-        inner = replace(outer, path=entry.path, ratio=entry.ratio * outer.ratio, root=entry.root or outer.root)
+        ratio, root = entry.ratio * outer.ratio, entry.root or outer.root
+        inner = replace(outer, path=entry.path, ratio=ratio, root=root, folder=path.parent)
         if entry.preprocess is not None:
             inner = replace(inner, format=_PREPROCESS[entry.preprocess])
         sources.append(inner if entry.prompt_type is None else replace(inner, template=entry.prompt_type))

@@ -15,7 +15,7 @@ from llama_acc.core.memory.simulate import Setup, simulate_generation, simulate_
 from llama_acc.core.memory.tracker import Trace
 from llama_acc.core.model.config import NAMED_SIZES, ModelConfig, check_divides
 from llama_acc.core.model.vision import tower_shapes
-from llama_acc.core.recipe import RECIPES_FOLDER, Recipe, find_recipe
+from llama_acc.core.recipe import Recipe
 from llama_acc.core.tokenizer import find_tokenizer, load_tokenizer
 from llama_acc.core.train.base import find_shape
 from llama_acc.core.train.data_parallel import DataParallel
@@ -93,7 +93,7 @@ def _recipe_and_config(request: Request) -> tuple[Recipe, ModelConfig]:
     }
     changes = [f"{key}={value}" for key, value in values.items() if value is not None]
     name = request.recipe or _PLAIN
-    recipe, folder = Recipe.load(name, [*changes, *request.overrides]), find_recipe(name).parent.absolute()
+    recipe = Recipe.load(name, [*changes, *request.overrides])
     known = f"known sizes: {', '.join(NAMED_SIZES)}; or "
     if request.model is not None:
         recipe.model.params = recipe.model.pretrained = recipe.model.tokenizer = None
@@ -106,9 +106,7 @@ def _recipe_and_config(request: Request) -> tuple[Recipe, ModelConfig]:
             raise UserError(f"there is no model '{request.model}'", hint)
     elif request.recipe is None:
         raise UserError("which model? --model and --recipe are missing", f"{known}--recipe NAME")
-    layouts, config = find_shape(
-        recipe, None if folder == RECIPES_FOLDER.absolute() else folder, weights_may_be_absent=True
-    )
+    layouts, config = find_shape(recipe, weights_may_be_absent=True)
     if config.vocab_size < 0:
         found = [path for layout in layouts if (path := find_tokenizer(layout.folder)) is not None]
         config = replace(config, vocab_size=load_tokenizer(found[-1]).vocab_size if found else _LLAMA_VOCABULARY)

@@ -30,18 +30,18 @@ def has_frozen(recipe: Recipe) -> bool:
 
 
 def find_model(
-    recipe: Recipe, recipe_folder: Path | None, *, weights_may_be_absent: bool = False, saved: Path | None = None
+    recipe: Recipe, *, weights_may_be_absent: bool = False, saved: Path | None = None
 ) -> tuple[list[Layout], ModelConfig, Tokenizer]:
     """The checkpoints a run starts from, the model's shape, and its tokenizer.
 
-    Relative paths are looked for in `recipe_folder` first. `saved` is the run's own checkpoint, to resume from: it has
+    `saved` is the run's own checkpoint, to resume from: it has
     a shape and a tokenizer, and weights of all that trains.
 
     Raises:
         UserError: one of them is missing or damaged, or they do not go together.
     """
-    layouts, config = find_shape(recipe, recipe_folder, weights_may_be_absent=weights_may_be_absent, saved=saved)
-    tokenizer = load_tokenizer(_tokenizer_path(recipe, layouts, recipe_folder, saved))
+    layouts, config = find_shape(recipe, weights_may_be_absent=weights_may_be_absent, saved=saved)
+    tokenizer = load_tokenizer(_tokenizer_path(recipe, layouts, saved))
     if config.vocab_size < 0 and layouts:
         config = with_rows(config, read_weights(layouts))
     config = config.with_vocabulary(tokenizer.vocab_size)
@@ -51,7 +51,7 @@ def find_model(
 
 
 def find_shape(
-    recipe: Recipe, recipe_folder: Path | None, *, weights_may_be_absent: bool, saved: Path | None = None
+    recipe: Recipe, *, weights_may_be_absent: bool, saved: Path | None = None
 ) -> tuple[list[Layout], ModelConfig]:
     """The checkpoints and the model's shape with what is tuned; its vocabulary may be open (-1). See `find_model`."""
     # A resumed run has weights of its own; of what does not train it may have none.
@@ -66,7 +66,7 @@ def find_shape(
             if not may_be_absent:
                 moved = "say where it is now: --resume --pretrained DIR"
                 raise UserError(error.message, moved if saved is not None else error.hint) from None
-    config = _with_tuning(recipe, _with_vision(recipe, _read_config(recipe, layouts, recipe_folder, saved)))
+    config = _with_tuning(recipe, _with_vision(recipe, _read_config(recipe, layouts, saved)))
     check_towers_can_be_made(config.vision)
     check_base(layouts, config)
     for layout in layouts:
@@ -92,7 +92,7 @@ def _check_quantized(recipe: Recipe, config: ModelConfig, layout: Layout) -> Non
         )
 
 
-def _read_config(recipe: Recipe, layouts: list[Layout], recipe_folder: Path | None, saved: Path | None) -> ModelConfig:
+def _read_config(recipe: Recipe, layouts: list[Layout], saved: Path | None) -> ModelConfig:
     """The shape: that of the checkpoints, else the recipe's."""
     model = recipe.model
     moved = saved is not None and not layouts and model.pretrained_list()
@@ -101,7 +101,7 @@ def _read_config(recipe: Recipe, layouts: list[Layout], recipe_folder: Path | No
         config = config_from_params(model.params)
     elif config is None and model.params is not None:
         names = [model.params] if isinstance(model.params, str) else model.params
-        config = config_from_params(read_params([_beside(name, recipe_folder) for name in names]), " and ".join(names))
+        config = config_from_params(read_params([_beside(name, recipe.folder) for name in names]), " and ".join(names))
     elif config is None and model.size is not None:
         config = named_size(model.size)
     if config is None:
@@ -139,18 +139,18 @@ def _with_vision(recipe: Recipe, config: ModelConfig) -> ModelConfig:
     return replace(config, vision=config.vision or wanted, vision_training=recipe.vision.training())
 
 
-def _beside(name: str, recipe_folder: Path | None) -> Path:
+def _beside(name: str, folder: Path | None) -> Path:
     if name.startswith("shipped:"):
         return RECIPES_FOLDER / name.removeprefix("shipped:")
     path = Path(name).expanduser()
-    return recipe_folder / path if recipe_folder is not None and (recipe_folder / path).exists() else path
+    return folder / path if folder is not None and (folder / path).exists() else path
 
 
-def _tokenizer_path(recipe: Recipe, layouts: list[Layout], recipe_folder: Path | None, saved: Path | None) -> Path:
+def _tokenizer_path(recipe: Recipe, layouts: list[Layout], saved: Path | None) -> Path:
     named = recipe.model.tokenizer
     folders = [layout.folder for layout in without_towers(layouts)]
     if named is not None:
-        path = _beside(named, recipe_folder)
+        path = _beside(named, recipe.folder)
         if saved is None or path.exists() or Recipe.load(saved / "recipe.yaml").model.tokenizer != named:
             return path
         folders = []  # what the run began with was moved: its checkpoint has a copy
@@ -198,7 +198,7 @@ def _needed(config: ModelConfig, weights: Weights, where: str) -> Mapping[str, t
 
 
 def with_absolute_paths(
-    recipe: Recipe, layouts: list[Layout], tokenizer: Tokenizer, recipe_folder: Path | None, saved: Path | None = None
+    recipe: Recipe, layouts: list[Layout], tokenizer: Tokenizer, saved: Path | None = None
 ) -> Recipe:
     """The recipe with absolute paths, so that it means the same from any folder. It does not name the run's own
     checkpoint `saved`, which will be removed."""
@@ -206,13 +206,13 @@ def with_absolute_paths(
     model, data = recipe.model, recipe.data
     if isinstance(model.params, (str, list)):
         names = [model.params] if isinstance(model.params, str) else model.params
-        model.params = [_absolute(name, _beside(name, recipe_folder)) for name in names]
+        model.params = [_absolute(name, _beside(name, recipe.folder)) for name in names]
     for source in data.sources:
-        source.path = _absolute_data(source.path, recipe_folder)
+        source.path = _absolute_data(source.path, recipe.folder)
         if source.root is not None:
-            source.root = str(resolve_image_root(source.root, recipe_folder).absolute())
+            source.root = str(resolve_image_root(source.root, recipe.folder).absolute())
     if data.validation.path is not None:
-        data.validation.path = _absolute_data(data.validation.path, recipe_folder)
+        data.validation.path = _absolute_data(data.validation.path, recipe.folder)
     if layouts:
         model.pretrained = [str(layout.folder.resolve()) for layout in layouts]
     if saved is None or tokenizer.path.parent.resolve() != saved.resolve():
@@ -220,12 +220,12 @@ def with_absolute_paths(
     return recipe
 
 
-def _absolute_data(path: str, recipe_folder: Path | None) -> str:
-    return path if is_address(path) else _absolute(path, resolve_data_path(path, recipe_folder))
+def _absolute_data(path: str, folder: Path | None) -> str:
+    return path if is_address(path) else _absolute(path, resolve_data_path(path, folder))
 
 
 def _absolute(name: str, found: Path) -> str:
     """Where `name` was found; what is shipped or downloaded keeps its name, which is found from everywhere."""
-    if name.startswith(("shipped:", "drawn:")) or found == home() / "data" / name:
+    if name.startswith("shipped:") or found == home() / "data" / name:
         return name
     return str(found.absolute())

@@ -241,7 +241,6 @@ def make_plan(
     recipe: Recipe,
     callback: Callback,
     *,
-    recipe_folder: Path | None,
     dry_run: bool = False,
     saved: Path | None = None,
     store: EntryStore | None = None,
@@ -250,7 +249,7 @@ def make_plan(
     """Finds and checks everything a run needs, except its output folder and its weights.
 
     Args:
-        recipe: what the user wants; its relative paths are looked for in `recipe_folder` first.
+        recipe: what the user wants.
         callback: receives notes and progress.
         dry_run: weights may be absent.
         saved: the run's own checkpoint, to resume from.
@@ -261,7 +260,7 @@ def make_plan(
         UserError: the first group of problems found.
     """
     callback.progress("reading the model's shape and tokenizer")
-    layouts, config, tokenizer = find_model(recipe, recipe_folder, weights_may_be_absent=dry_run, saved=saved)
+    layouts, config, tokenizer = find_model(recipe, weights_may_be_absent=dry_run, saved=saved)
     if recipe.data.max_tokens > config.max_seq_len:
         raise UserError(
             f"data.max_tokens ({recipe.data.max_tokens}) is more than the model's max_seq_len ({config.max_seq_len})",
@@ -271,14 +270,14 @@ def make_plan(
         read_base(layouts, config, Parallel())  # what does not fit is reported before hours of encoding
     callback.progress("reading the data")
     if published is None:
-        train, validation, report = _read_data(recipe, config, tokenizer, recipe_folder, callback, store)
+        train, validation, report = _read_data(recipe, config, tokenizer, callback, store)
     else:
         train, validation, report = _load_published(published, tokenizer)
     steps_per_epoch = math.ceil(len(train) / recipe.train.global_batch_size)
     total = math.ceil(recipe.train.epochs * steps_per_epoch - 1e-9)
     checkpoint = recipe.checkpoint
     plan = Plan(
-        recipe=with_absolute_paths(recipe, layouts, tokenizer, recipe_folder, saved),
+        recipe=with_absolute_paths(recipe, layouts, tokenizer, saved),
         config=config,
         settings=StepSettings.of(recipe),
         tokenizer=tokenizer,
@@ -300,11 +299,9 @@ def make_plan(
     return plan
 
 
-def make_plan_together(
-    recipe: Recipe, callback: Callback, parallel: Parallel, *, recipe_folder: Path | None, saved: Path | None = None
-) -> Plan:
+def make_plan_together(recipe: Recipe, callback: Callback, parallel: Parallel, *, saved: Path | None = None) -> Plan:
     """`make_plan` on every rank. One rank of each machine goes through the data; the others map what it encoded."""
-    make = partial(make_plan, recipe, callback, recipe_folder=recipe_folder, saved=saved)
+    make = partial(make_plan, recipe, callback, saved=saved)
 
     def lead() -> tuple[Plan, Path] | None:
         if not parallel.is_local_rank_zero:
@@ -353,7 +350,6 @@ def _read_data(
     recipe: Recipe,
     config: ModelConfig,
     tokenizer: Tokenizer,
-    recipe_folder: Path | None,
     callback: Callback,
     store: EntryStore | None,
 ) -> PlannedData:
@@ -372,16 +368,15 @@ def _read_data(
             seed,
             on_error=data.on_error,
             image_positions=None if config.vision is None else config.vision.positions,
-            recipe_folder=recipe_folder,
             progress=lambda file, items, part: callback.progress(f"encoding {file}", items, round(items / (part or 1))),
             store=store,
             fetch=callback.fetch,
             missing_hint=missing_hint,
         )
 
-    wanted = [([Source(**source.model_dump()) for source in data.sources], MISSING_HINT)]
+    wanted = [([Source(**source.model_dump(), folder=recipe.folder) for source in data.sources], MISSING_HINT)]
     if data.validation.path is not None:
-        held_out = Source(data.validation.path, template=data.sources[0].template)
+        held_out = Source(data.validation.path, template=data.sources[0].template, folder=recipe.folder)
         wanted.append(([held_out], "give it with data.validation.path=FILE"))
     loaded, errors = [], []
     for sources, missing_hint in wanted:

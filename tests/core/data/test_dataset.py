@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def test_a_ratio_takes_a_fixed_part_of_the_items(tmp_path: Path, tokenizer: Toke
 )
 def test_a_wrong_source_is_an_error(source: Source, words: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
     write(tmp_path / "a.json", singles(1))
-    assert words in str(refused(tokenizer, source, recipe_folder=tmp_path))
+    assert words in str(refused(tokenizer, replace(source, folder=tmp_path)))
 
 
 def test_nothing_to_train_on_says_why(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -92,7 +92,7 @@ class _Encoded(Callback):
 def _planned(overrides: Sequence[str], parallel: Parallel) -> dict[str, Any]:
     """Which files this rank encoded itself, which it has mapped, and what is in them."""
     encoded = _Encoded()
-    plan = make_plan_together(quickstart(*overrides), encoded, parallel, recipe_folder=None)
+    plan = make_plan_together(quickstart(*overrides), encoded, parallel)
     maps = (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines())
     mapped = {tuple(fields[3:5]) for fields in maps if re.search(r"\.tokens( \(deleted\))?$", fields[-1])}
     parts = [part for part in (plan.train, plan.validation) if part is not None]

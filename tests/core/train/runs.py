@@ -29,7 +29,7 @@ def run(output: Path, *overrides: str, resume: bool = False, **options: Any) -> 
 
 
 def plan_of(*overrides: str) -> Plan:
-    return make_plan(quickstart(*overrides), Callback(), recipe_folder=None)
+    return make_plan(quickstart(*overrides), Callback())
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,6 @@
-"""Colored shapes with captions, drawn by code: image-text data that needs no download.
+"""Draws the pictures that the recipe `caption-quickstart` learns from: colored shapes with captions, in two tar shards.
+
+    python benchmarks/drawings.py llama_acc/recipes/caption-quickstart
 
 A scene is two shapes, one left of the other or one above the other, and its caption says so: "a red circle above a
 blue star". A drawing of a scene varies in place, size, shade and background. The scenes are split at random: no scene,
@@ -8,6 +10,7 @@ and so no caption and no picture, of the held-out drawings is among those to lea
 import io
 import itertools
 import math
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +19,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from llama_acc.core.atomic import whole_file
-from llama_acc.core.errors import UserError
-from llama_acc.core.input_files import home
-
 SIZE = 64
 """Pixels of a drawing's side."""
-VERSION = 1
-"""Raise it whenever other drawings are made."""
+_SEED = 1
 COLORS = {
     "red": (214, 40, 40),
     "green": (46, 160, 67),
@@ -60,35 +58,28 @@ def scenes(split: str) -> list[Scene]:
     shapes = list(itertools.product(COLORS, SHAPES))
     pairs = itertools.product(shapes, ("left of", "above"), shapes)
     everything = [Scene(*pair) for pair in pairs if pair[0] != pair[2]]
-    order = np.random.default_rng([0, VERSION]).permutation(len(everything))
+    order = np.random.default_rng([0, _SEED]).permutation(len(everything))
     held_out = len(everything) // 10
     return [everything[i] for i in (order[:held_out] if split == "held-out" else order[held_out:])]
 
 
-def drawings(split: str, count: int) -> Iterator[tuple[bytes, str]]:
-    """The first `count` drawings of a split as PNG with their captions: its scenes in turn, each time drawn anew."""
-    for number, scene in enumerate(itertools.islice(itertools.cycle(scenes(split)), count)):
+def drawings(split: str) -> Iterator[tuple[bytes, str]]:
+    """The drawings of a split as WebP without loss, with their captions: its scenes in turn, each time drawn anew."""
+    for number, scene in enumerate(itertools.islice(itertools.cycle(scenes(split)), SPLITS[split])):
         file = io.BytesIO()
-        _draw(scene, np.random.default_rng([0, VERSION, list(SPLITS).index(split), number])).save(file, "PNG")
+        image = _draw(scene, np.random.default_rng([0, _SEED, list(SPLITS).index(split), number]))
+        image.save(file, "WEBP", lossless=True, method=6)
         yield file.getvalue(), scene.caption
 
 
-def drawn_shard(name: str) -> Path:
-    """The tar shard of a split's drawings, which is made where it is not there yet."""
-    path = home() / "data" / f"drawings-{VERSION}" / str(SPLITS[name]) / f"{name}.tar"
-    if path.is_file():
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file, tarfile.open(fileobj=file, mode="w") as shard:
-            for number, (png, caption) in enumerate(drawings(name, SPLITS[name])):
-                for suffix, data in (("png", png), ("txt", caption.encode())):
-                    member = tarfile.TarInfo(f"{number:05}.{suffix}")
-                    member.size = len(data)
-                    shard.addfile(member, io.BytesIO(data))
-    except OSError as error:
-        raise UserError(f"cannot write drawings to {path.parent}: {error.strerror or error}") from error
-    return path
+def write_shard(path: Path, split: str) -> None:
+    """A split's drawings as a tar, each with its caption beside it."""
+    with tarfile.open(path, "w") as shard:
+        for number, (picture, caption) in enumerate(drawings(split)):
+            for suffix, data in (("webp", picture), ("txt", caption.encode())):
+                member = tarfile.TarInfo(f"{number:05}.{suffix}")
+                member.size = len(data)
+                shard.addfile(member, io.BytesIO(data))
 
 
 def _draw(scene: Scene, random: np.random.Generator) -> Image.Image:
@@ -131,3 +122,8 @@ def _draw_shape(
         angles = (2 * math.pi * i / len(radii) for i in range(len(radii)))
         corners = [(x + d * math.sin(a), y - d * math.cos(a)) for d, a in zip(radii, angles, strict=True)]
         canvas.polygon(corners, fill=fill)
+
+
+if __name__ == "__main__":
+    for split in SPLITS:
+        write_shard(Path(sys.argv[1]) / f"{split}.tar", split)
