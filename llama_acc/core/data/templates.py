@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llama_acc.core.data.chat_rendering import Limits, RenderedChat, render
 from llama_acc.core.errors import UserError, did_you_mean, listed, schema_problems
-from llama_acc.core.input_files import read_json, read_text
+from llama_acc.core.input_files import read_json, read_object, read_text
 from llama_acc.core.tokenizer import Tokenizer
 from llama_acc.core.tokenizer_folder import CHAT_TEMPLATE_FILE, CONFIG_FILE, TOKEN_NAMES, token_text
 
@@ -226,8 +226,8 @@ class Template(BaseModel):
         Raises:
             UserError: it cannot be read, or a newer llama-acc wrote it.
         """
-        settings = read_json(path)
-        version = settings.get("format_version") if isinstance(settings, dict) else None
+        settings = read_object(path)
+        version = settings.get("format_version")
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise UserError(
                 f"{path} has format_version {version}; this llama-acc reads up to {FORMAT_VERSION}",

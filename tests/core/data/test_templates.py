@@ -81,7 +81,7 @@ def test_a_template_is_saved_whole(name: str, tmp_path: Path) -> None:
         ('{"format_version": 2, "name": "x", "new": 1}', "format_version 2"),
         ('{"name": "x"}', "kind"),
         ('{"name": "x", "kind": "dialogue", "sepp": 1}', "sepp"),
-        ("[]", r"not a prompt template:\n  should be a mapping, not \[\]"),
+        ("[]", "must hold a JSON object"),
         ("{", "not JSON"),
     ],
 )
