@@ -58,7 +58,7 @@ class Format(NamedTuple):
     items: Callable[[Row, Options, Counter[str]], Iterable[Record]]
     """The items of a row; counts what it changes on the way. Raises Skipped: it gives none; Malformed: it is wrong."""
     keys: tuple[str, ...] = _SINGLE_TURN
-    turn_keys: tuple[str, ...] = ("from", "value")
+    turn_keys: tuple[str, ...] = ("from", "value", "role", "content")
     turns_in: tuple[str, ...] = ("conversations",)  # where a row has its turns
     is_choice: bool = False  # which of a preferred and a rejected reply is trained on was said
     may_be_empty: bool = False  # no item at all is a result, of which LLaMA2-Accessory makes an empty array
@@ -144,27 +144,19 @@ def _each(values: Iterable[Any], made_of: Callable[[Any], _Value]) -> list[_Valu
     return made
 
 
-def _turn(value: Any, role: str = "from", text: str = "value") -> Turn:
+def _turn(value: Any) -> Turn:
+    """A turn of `from` and `value`, or of `role` and `content`, which may be in parts."""
     turn = _object(value)
+    role, text = ("role", "content") if turn.keys() & {"role", "content"} else ("from", "value")
     said = _text(turn, role)
     name = _ROLES.get(said) or _ROLES.get(said.strip().lower())
     if name is None and said.strip().lower() in _TOOLS:
         raise Skipped("has calls of tools")
     if name is None:
         raise Malformed(f"unknown role {said!r}: it is one of {', '.join(_ROLES)}")
-    return Turn(name, _text(turn, text), is_trained(turn, name == "assistant"))
-
-
-def _message(value: Any) -> Turn:
-    """A turn with `role` and `content`, which may be in parts."""
-    message = _object(value)
-    content = message.get("content")
-    joined = {"content": "\n\n".join(map(_part, content))} if isinstance(content, list) else {}
-    return _turn({**message, **joined}, "role", "content")
-
-
-def _any_turn(value: Any) -> Turn:
-    return _message(value) if "role" in _object(value) else _turn(value)
+    content = turn.get(text)
+    joined = "\n\n".join(map(_part, content)) if isinstance(content, list) else _text(turn, text)
+    return Turn(name, joined, is_trained(turn, name == "assistant"))
 
 
 def _part(value: Any) -> str:
@@ -365,20 +357,16 @@ def _lima(row: Row, options: Options, notes: Counter[str]) -> Iterable[Record]:
         raise Skipped("a question without a reply, to test with")
     if not values or not isinstance(values[0], str):
         return _dialogue(row, _each(values, _turn), notes)
-    return _dialogue(row, _each(enumerate(values), _alternating), notes)
-
-
-def _alternating(numbered: tuple[int, Any]) -> Turn:
-    number, text = numbered
-    if not isinstance(text, str):
-        raise Malformed(f"should be text, but is {type_name(text)}")
-    return Turn(("human", "assistant")[number % 2], text)
+    for number, text in enumerate(values, start=1):
+        if not isinstance(text, str):
+            raise Malformed(f"turn {number}: should be text, but is {type_name(text)}")
+    return _dialogue(row, [Turn(("human", "assistant")[i % 2], text) for i, text in enumerate(values)], notes)
 
 
 def _openai(row: Row, options: Options, notes: Counter[str]) -> Iterable[Record]:
     """OpenAI's messages, which some data sets call conversations."""
     field = "conversations" if "conversations" in row and "messages" not in row else "messages"
-    return _dialogue(row, _each(_list(row, field), _message), notes)
+    return _dialogue(row, _each(_list(row, field), _turn), notes)
 
 
 _MOSS_MARKS = re.compile(r"\A<\|[\w ]+\|>:[ ]?|<eo[a-z]>\s*\Z")
@@ -410,7 +398,7 @@ def _mapped(row: Row, options: Options, notes: Counter[str]) -> Iterable[Record]
     """Columns by our names, or by those of `--map`."""
     mapping = options.mapping
     if (field := mapping.get("conversations")) is not None:
-        return _dialogue(row, _each(_list(row, field), _any_turn), notes, mapping)
+        return _dialogue(row, _each(_list(row, field), _turn), notes, mapping)
     if "output" in mapping and "instruction" not in mapping and "instruction" not in row:
         if not is_empty(row.get(mapping["output"])):
             notes["rows without an instruction became plain text, to be trained with template: none"] += 1
@@ -425,9 +413,7 @@ FORMATS: dict[str, Format] = {
     "wizardlm": Format(_wizardlm, (*_SINGLE_TURN, "conversations")),
     "lima": Format(_lima, ("conversations",)),
     "alpaca": Format(lambda row, options, notes: [_single_turn(row)]),
-    "openai": Format(
-        _openai, ("messages", "conversations"), ("role", "content"), turns_in=("messages", "conversations")
-    ),
+    "openai": Format(_openai, ("messages", "conversations"), turns_in=("messages", "conversations")),
     "moss": Format(
         _moss,
         ("chat", "meta_instruction", "conversation_id"),
@@ -446,9 +432,7 @@ def format_of(name: str, mapping: Mapping[str, str]) -> Format:
         return format
     if "conversations" in mapping:
         field = (mapping["conversations"],)
-        return format._replace(
-            keys=field, turn_keys=("from", "value", "role", "content"), turns_in=field, is_choice=True
-        )
+        return format._replace(keys=field, turns_in=field, is_choice=True)
     unmapped = [key for key in ("instruction", "output", "history") if key not in mapping]
     keys = (*unmapped, *mapping.values(), *(() if "input" in mapping else INPUT))
     return format._replace(keys=keys, is_choice="output" in mapping)
@@ -467,19 +451,14 @@ def recognize(row: Row) -> tuple[str, str, dict[str, str]] | None:
     for name in ("conversations", "items", "messages"):
         if isinstance(turns := as_list(row.get(name)), list):
             return *_kind_of_dialogue(row, name, turns), {}
-    chat, code = row.get("chat"), row.get("code")
-    for format, why, is_it in (
-        ("moss", "its 'chat' has 'turn_1'", isinstance(chat, dict) and "turn_1" in chat),
-        ("gorilla", "it has 'code' with an 'Instruction' in it", isinstance(code, str) and "Instruction" in code),
-        (
-            "wizardlm",
-            "it has 'Instruction' and 'Skill', as WizardLM's test set",
-            {"Instruction", "Skill"} <= row.keys(),
-        ),
-        ("alpaca", "it has 'instruction' and 'output'", {"instruction", "output"} <= row.keys()),
-    ):
-        if is_it:
-            return format, why, {}
+    if isinstance(chat := row.get("chat"), dict) and "turn_1" in chat:
+        return "moss", "its 'chat' has 'turn_1'", {}
+    if isinstance(code := row.get("code"), str) and "Instruction" in code:
+        return "gorilla", "it has 'code' with an 'Instruction' in it", {}
+    if {"Instruction", "Skill"} <= row.keys():
+        return "wizardlm", "it has 'Instruction' and 'Skill', as WizardLM's test set", {}
+    if {"instruction", "output"} <= row.keys():
+        return "alpaca", "it has 'instruction' and 'output'", {}
     for question, answer in PAIRS:
         if question in row and answer in row:
             return "jsonl", f"it has {question!r} and {answer!r}", {"instruction": question, "output": answer}

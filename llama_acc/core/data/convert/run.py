@@ -1,5 +1,8 @@
 """Rows in, items out: streamed, counted, and every row that gives no item reported with its place."""
 
+import gzip
+import json
+import os
 import shlex
 import sys
 from collections import Counter
@@ -8,8 +11,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
+import msgspec
+
+from llama_acc.core.atomic import whole_file
 from llama_acc.core.catalogue import catalogue, converted_file, raw_files
 from llama_acc.core.data.convert.formats import (
     AUTO,
@@ -21,7 +27,6 @@ from llama_acc.core.data.convert.formats import (
     recognize,
     required_columns,
 )
-from llama_acc.core.data.convert.writing import LINES, Layout, encoded, layout_of, whole_file, write_lines
 from llama_acc.core.data.findings import MOST_PROBLEMS
 from llama_acc.core.data.items import (
     IMAGES,
@@ -37,26 +42,25 @@ from llama_acc.core.data.items import (
     type_name,
     unusable,
 )
-from llama_acc.core.data.read import (
-    SUFFIXES,
-    Row,
-    data_suffix,
-    looked_ahead,
-    nearest_names,
-    stream_rows,
-    stream_rows_from,
-)
+from llama_acc.core.data.read import SUFFIXES, Row, data_suffix, looked_ahead, stream_rows, stream_rows_from, unreadable
 from llama_acc.core.data.sources import data_files
-from llama_acc.core.errors import DataError, UserError, listed
+from llama_acc.core.errors import DataError, RunError, UserError, listed
 from llama_acc.core.input_files import open_input
 from llama_acc.core.text import count_text
+
+if sys.version_info >= (3, 14):
+    from compression.zstd import CompressionParameter, ZstdFile
+else:
+    from backports.zstd import CompressionParameter, ZstdFile
 
 STDIN = Path("-")
 _LOOKED_AT = 100
 """How many of the first rows may be unreadable before a file's format is found."""
+_GZIP_LEVEL = 5  # 6, the default, takes twice the time for 1 % less
+_encode = msgspec.json.Encoder().encode
 
 Progress = Callable[[str, int, int], None]
-"""Called with (the file's name, bytes read of all files, bytes of all files)."""
+"""Called with (a file's name, bytes read of it, its size; 0 if it is a pipe)."""
 
 
 def find_inputs(words: Sequence[str], format: str) -> tuple[list[Path], Path | None]:
@@ -104,14 +108,29 @@ def _download_for(format: str) -> str:
         raise UserError(f"several downloads are in the format {format}: {', '.join(here)}", "name one of them")
     if names:
         orders = " or ".join(f"llama-acc download {name}" for name in names)
-        raise UserError(
-            f"no data in the format {format} has been downloaded", f"name the files to convert, or: {orders}"
-        )
+        hint = f"name the files to convert, or: {orders}"
+        raise UserError(f"no data in the format {format} has been downloaded", hint)
     raise UserError("there is nothing to convert", "name files to convert, or - for standard input")
 
 
+class Layout(NamedTuple):
+    """What stands before, between, behind each and after all of the items; and what is written of none."""
+
+    begin: bytes = b""
+    between: bytes = b""
+    behind: bytes = b""
+    end: bytes = b""
+    empty: bytes = b""
+
+
+_LINES = Layout(behind=b"\n")  # who reads a pipe has whole lines, however it ends
+_ARRAY = Layout(b"[\n", b",\n", b"", b"\n]\n", b"[]\n")
+# As Python's json.dump writes a list, which is what LLaMA2-Accessory's tools do.
+_REFERENCE = Layout(b"[", b", ", b"", b"]", b"[]")
+
+
 class Converted(NamedTuple):
-    """An item, and where it came from."""
+    """An item, where it came from, and its JSON."""
 
     origin: str
     record: Record
@@ -126,12 +145,10 @@ class Conversion:
     inputs: Sequence[Path]
     options: Options = field(default_factory=Options)
     skip_problems: bool = False  # leave rows that are wrong out, and count them; else they are an error
-    layout: Layout = LINES
     progress: Progress | None = None
     note: Callable[[str], None] | None = None  # called with which format a file is in, where that is recognized
 
     def __post_init__(self) -> None:
-        """Raises UserError where an input is not found."""
         self.rows = self.items = 0
         self.wrong = 0  # rows that were not what the format says
         self.problems: list[str] = []  # what is wrong with them, each with its place: the first of them
@@ -142,8 +159,6 @@ class Conversion:
         self._first_unusable: Record = {}
         self._dialogues: bool | None = None
         self._may_be_empty = False
-        self._total = sum(map(_size, self.inputs))
-        self._before = 0  # bytes of the files before this one
 
     def __iter__(self) -> Iterator[Converted]:
         """The items in order.
@@ -155,8 +170,17 @@ class Conversion:
         stop = not self.skip_problems
         try:
             for path in self.inputs:
-                yield from self._of_file(path, stop)
-                self._before += _size(path)
+                name = _name(path)
+                format, options, rows = self._format(name, self._opened(path, name))
+                self._may_be_empty |= format.may_be_empty
+                used = frozenset(("id", *format.keys, *IMAGES, *SYSTEM)), frozenset((*format.turn_keys, *TRAINED))
+                for row in rows:
+                    if stop and self.wrong >= MOST_PROBLEMS:
+                        break
+                    self.rows += 1
+                    for record, line in self._of_row(row, name, format, options, used):
+                        self.items += 1
+                        yield Converted(f"{name}: {row.where}", record, line)
         except UserError as error:
             if not self.problems or not stop:
                 raise
@@ -164,19 +188,6 @@ class Conversion:
             raise DataError([*self.problems, *more], error.hint) from error
         if self.problems and stop:
             raise DataError(self.problems, self._hint())
-
-    def _of_file(self, path: Path, stop: bool) -> Iterator[Converted]:
-        name = _name(path)
-        format, options, rows = self._format(name, self._opened(path, name))
-        self._may_be_empty |= format.may_be_empty
-        used = frozenset(("id", *format.keys, *IMAGES, *SYSTEM)), frozenset((*format.turn_keys, *TRAINED))
-        for row in rows:
-            if stop and self.wrong >= MOST_PROBLEMS:
-                return
-            self.rows += 1
-            for record, line in self._of_row(row, name, format, options, used):
-                self.items += 1
-                yield Converted(f"{name}: {row.where}", record, line)
 
     def _of_row(
         self, row: Row, name: str, format: Format, options: Options, used: tuple[frozenset[str], frozenset[str]]
@@ -191,7 +202,7 @@ class Conversion:
             for record in records:
                 self._check_kind("conversations" in record)
             count_unused(self.unused, unused)
-            return [(record, encoded(record, self.layout)) for record in records]
+            return [(record, _encoded(record, options.reference)) for record in records]
         except Skipped as reason:
             self.skipped[str(reason)] += 1
         except Malformed as problem:
@@ -202,9 +213,7 @@ class Conversion:
                 self.problems.append(f"{name}: {row.where}: {problem}")
         return []
 
-    def _unused_keys(
-        self, row: Record, format: Format, used: frozenset[str], used_in_turns: frozenset[str]
-    ) -> set[str]:
+    def _unused_keys(self, row: Record, format: Format, used: frozenset[str], in_turns: frozenset[str]) -> set[str]:
         """The keys of a row and its turns that are not used, though something is in them.
 
         Raises:
@@ -217,8 +226,8 @@ class Conversion:
         for place in format.turns_in:
             turns = as_list(row.get(place))
             for turn in turns.values() if isinstance(turns, dict) else turns if isinstance(turns, list) else ():
-                if isinstance(turn, dict) and not used_in_turns.issuperset(turn):
-                    keys = {key for key in turn.keys() - used_in_turns if not is_empty(turn[key])}
+                if isinstance(turn, dict) and not in_turns.issuperset(turn):
+                    keys = {key for key in turn.keys() - in_turns if not is_empty(turn[key])}
                     self._refuse(row, turn, keys)
                     unused |= {f"{place}[].{key}" for key in keys}
         return unused
@@ -250,7 +259,7 @@ class Conversion:
         if self.wrong:
             reasons.append(f"{self.wrong:,}: wrong; the first is {self.problems[0]}")
         none = f"nothing to train on: no item in {count_text(self.rows, 'row')} of {names}"
-        mapping = _preferred(self._first_unusable)
+        mapping = mapping_of(self._first_unusable) if "chosen" in self._first_unusable else {}
         command = f"{self._command('jsonl')} {mapping_words(mapping)} --output NEW.jsonl"
         raise UserError(f"{none}\n{listed(reasons)}", f"say what is to be trained on: {command}" if mapping else None)
 
@@ -288,9 +297,11 @@ class Conversion:
         return format_of(format, options.mapping), options, rows
 
     def _opened(self, path: Path, name: str) -> Iterator[Row]:
+        size = path.stat().st_size if path != STDIN else 0
+
         def progress(read: int) -> None:
             if self.progress is not None:
-                self.progress(name, self._before + read, self._total)
+                self.progress(name, read, size)
 
         suffix = ".csv" if self.format == "csv" else None
         required = required_columns(self.options.mapping) if suffix else ()
@@ -300,9 +311,48 @@ class Conversion:
         try:
             file: IO[bytes] = sys.stdin.buffer if path == STDIN else open_input(path)
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
+            raise unreadable(path, error) from error
         with nullcontext() if path == STDIN else file:
             yield from stream_rows_from(file, name, suffix, required=required, progress=progress)
+
+
+def _name(path: Path) -> str:
+    return "standard input" if path == STDIN else str(path)
+
+
+def _unknown(name: str, objects: list[Record]) -> UserError:
+    if not objects:
+        return UserError(f"{name} holds no rows, or its first ones are no objects: its format cannot be told")
+    first = objects[0]
+    reason = unusable(first, first)
+    mapping = mapping_of(first) if reason is None or "chosen" in first else {}
+    keys = ", ".join(map(repr, list(first)[:8]))
+    return UserError(
+        f"{name}: {reason or 'it is in none of the known formats'}; its first item has the keys {keys}",
+        f"say what is to be trained on: {mapping_words(mapping)}" if mapping else None,
+    )
+
+
+def _encoded(record: Record, as_reference: bool) -> bytes:
+    try:
+        line = _encode(record)  # refuses lone surrogates, which json writes as escapes
+        return json.dumps(record).encode() if as_reference else line
+    except UnicodeEncodeError as error:
+        surrogate = ord(str(error.object)[error.start])
+        raise Malformed(f"{_unwritable(record)} has a lone surrogate (U+{surrogate:04X})") from error
+    except RecursionError as error:
+        raise Malformed("is nested too deep") from error
+
+
+def _unwritable(record: Record) -> str:
+    """The field, or the turn, that has the lone surrogate."""
+    for name, value in record.items():
+        for number, part in enumerate(value if isinstance(value, list) else [value], start=1):
+            try:
+                _encode(part)
+            except UnicodeEncodeError:
+                return f"turn {number}" if isinstance(value, list) else repr(name)
+    return "a field's name"
 
 
 def convert(conversion: Conversion, output: Path) -> None:
@@ -313,54 +363,42 @@ def convert(conversion: Conversion, output: Path) -> None:
         DataError: rows are wrong.
         RunError: the output cannot be written.
     """
-    conversion.layout = layout_of(output, conversion.options.reference)
+    suffix = data_suffix(output)
+    if suffix not in (".jsonl", ".json") or output.suffix.lower() not in (suffix, ".gz", ".zst"):
+        raise UserError(
+            f"{output}: {output.suffix or 'no suffix'} is not a kind of file that is written",
+            "--output takes a .jsonl or .json file, perhaps with .gz or .zst behind, or - for standard output",
+        )
     if any(path.exists() and output.exists() and path.samefile(output) for path in conversion.inputs):
         raise UserError(f"{output} is read from and cannot be written to", "give --output another name")
-    with whole_file(output) as file:
-        write_items(conversion, file)
-
-
-def write_items(conversion: Conversion, file: IO[bytes]) -> None:
-    """Convert everything into an open file; raises as `convert`."""
-
-    def lines() -> Iterator[bytes]:
-        yield from (converted.line for converted in conversion)
-        conversion.require_items()
-
-    write_lines(lines(), file, conversion.layout)
-
-
-def _name(path: Path) -> str:
-    return "standard input" if path == STDIN else str(path)
-
-
-def _size(path: Path) -> int:
-    """Bytes of an input; 0 of a pipe.
-
-    Raises:
-        UserError: it is not found.
-    """
-    if path == STDIN:
-        return 0
+    if output.is_dir():
+        raise UserError(f"{output} is a folder", "give --output a file's name")
+    layout = _LINES if suffix == ".jsonl" else _REFERENCE if conversion.options.reference else _ARRAY
+    target = Path(os.path.realpath(output))  # where a symbolic link has the name, it stays
     try:
-        return path.stat().st_size
+        target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"there is no data file {path}", nearest_names(path)) from error
+        raise UserError(f"cannot write {output}: {error.strerror}") from error
+    try:
+        with whole_file(target) as file, _compressed(file, output.suffix.lower()) as content:
+            write_items(conversion, content, layout)
+    except OSError as error:
+        raise RunError(f"cannot write {output}: {error.strerror or error}") from error
 
 
-def _preferred(row: Record) -> dict[str, str]:
-    """How to take the preferred of two replies; empty: there is none, or it cannot be taken."""
-    return mapping_of(row) if "chosen" in row else {}
+def write_items(conversion: Conversion, file: IO[bytes], layout: Layout = _LINES) -> None:
+    """Convert everything into an open file; raises as `convert`."""
+    count = 0
+    for count, converted in enumerate(conversion, start=1):
+        file.write((layout.between if count > 1 else layout.begin) + converted.line + layout.behind)
+    conversion.require_items()
+    file.write(layout.end if count else layout.empty)
+    file.flush()
 
 
-def _unknown(name: str, objects: list[Record]) -> UserError:
-    if not objects:
-        return UserError(f"{name} holds no rows, or its first ones are no objects: its format cannot be told")
-    first = objects[0]
-    reason = unusable(first, first)
-    mapping = mapping_of(first) if reason is None else _preferred(first)
-    keys = ", ".join(map(repr, list(first)[:8]))
-    return UserError(
-        f"{name}: {reason or 'it is in none of the known formats'}; its first item has the keys {keys}",
-        f"say what is to be trained on: {mapping_words(mapping)}" if mapping else None,
-    )
+def _compressed(file: IO[bytes], suffix: str) -> Any:
+    if suffix == ".gz":  # without name and time, so that the same items give the same file
+        return gzip.GzipFile("", "wb", _GZIP_LEVEL, file, mtime=0)
+    if suffix == ".zst":
+        return ZstdFile(file, "wb", options={CompressionParameter.checksum_flag: True})
+    return nullcontext(file)
