@@ -194,30 +194,22 @@ def write_manifest(folder: Path, digests: Mapping[str, str] = MappingProxyType({
     (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
 
 
-def check_checkpoint(folder: Path, verify: bool) -> None:
-    """Compares a checkpoint that is to be loaded with its manifest: files and sizes, and SHA-256 if `verify`.
-
-    Raises:
-        UserError: it differs, or `verify` was asked for and there is nothing to compare with.
-    """
-    if verify and not (folder / "manifest.json").is_file():
-        raise UserError(f"{folder} has no manifest.json to compare its files with", "leave --verify out")
-    check_manifest(folder, contents=verify)
-
-
-def check_manifest(folder: Path, contents: bool = False, under: str = "") -> None:
-    """Compares a folder with its manifest, if it has one: files and sizes, and with `contents` their SHA-256.
+def check_manifest(folder: Path, verify: bool = False, contents: str | None = None) -> None:
+    """Compares a folder with its manifest, if it has one: which files, their sizes, and of some their SHA-256.
 
     Args:
         folder: a checkpoint.
-        contents: read every byte.
-        under: look only at files whose name starts so, such as "state/".
+        verify: compare the SHA-256 of all of them.
+        contents: compare that of those whose name begins so, such as "state/".
 
     Raises:
-        UserError: a newer format, or files that are missing or not what was written; all of them listed.
+        UserError: a newer format, or files that are missing or not what was written; all of them listed. Or `verify`
+            was asked for, and there is no manifest.
     """
     path = folder / "manifest.json"
     if not path.is_file():
+        if verify:
+            raise UserError(f"{folder} has no manifest.json to compare its files with", "leave --verify out")
         return
     try:
         manifest = read_object(path)
@@ -231,13 +223,12 @@ def check_manifest(folder: Path, contents: bool = False, under: str = "") -> Non
     problems = []
     for name, (size, sha256) in files.items():
         file = folder / name
-        if not name.startswith(under):
-            continue
+        is_read = verify or (contents is not None and name.startswith(contents))
         if not file.is_file():
             problems.append(f"{name} is missing")
         elif file.stat().st_size != size:
             problems.append(f"{name} has {file.stat().st_size} bytes, {size} were written")
-        elif contents and digest_of(file) != sha256:
+        elif is_read and digest_of(file) != sha256:
             problems.append(f"{name} was changed: its SHA-256 is not the one written")
     if problems:
         raise UserError(f"{folder} is damaged:\n{listed(problems)}", "use another checkpoint of the run")

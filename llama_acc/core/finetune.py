@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from llama_acc.core.atomic import check_checkpoint
+from llama_acc.core.atomic import check_manifest
 from llama_acc.core.checkpoint.adapter import BASE_FILE
 from llama_acc.core.checkpoint.layout import latest_checkpoint
 from llama_acc.core.checkpoint.load import Weights, check_tensors
@@ -96,7 +96,7 @@ def finetune(
                 """Before anything is written. Returns how many steps are done."""
                 done = 0 if folder.checkpoint is None else check_same_run(plan, folder.checkpoint)
                 for layout in plan.layouts if folder.checkpoint is None else ():
-                    check_checkpoint(layout.folder, verify)
+                    check_manifest(layout.folder, verify)
                 check_disk(plan, folder.path, done)
                 if not force:
                     check_fits(plan, parallel, target)
@@ -140,7 +140,7 @@ def dry_run(
     if plan.layouts:
         callback.progress("checking the weights")
     for layout in plan.layouts:
-        check_checkpoint(layout.folder, verify)
+        check_manifest(layout.folder, verify)
     weights = read_base(plan.layouts, plan.config, Parallel())
     for note in weights.notes if weights else ():
         callback.note(note)

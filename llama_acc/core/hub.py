@@ -1,8 +1,8 @@
-"""Downloading: huggingface_hub fetches what is on Hugging Face, httpx the files at plain addresses.
+"""Downloading: huggingface_hub fetches what is on Hugging Face, and with its HTTP client the files at plain addresses.
 
 A file arrives below `.incoming/` of its folder, is compared with the size and hash known of it, and is renamed into
 place. An interrupted file of Hugging Face is begun anew (huggingface_hub resumes within one process only), one of a
-plain address is resumed. Both clients are imported when they are needed.
+plain address is resumed. It is imported when it is needed.
 """
 
 import contextlib
@@ -23,7 +23,6 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from llama_acc import __version__
 from llama_acc.core import atomic
 from llama_acc.core.catalogue import (
     INCOMING,
@@ -55,9 +54,10 @@ _T = TypeVar("_T")
 RESUME_HINT = "files that came whole are kept: the same command fetches the rest"
 REACH_SECONDS = 7.0
 """Within this time a host has to be found and to answer for the first time; else we are off-line."""
-RETRY_WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
-"""Seconds before a plain address is asked again after a failure that may pass; a new byte starts the count anew."""
-_TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
+RETRY_WAITS = (2.0, 8.0, 32.0)
+"""Seconds before a plain address is asked again where huggingface_hub's own client gave up."""
+_AS_IT_IS = {"accept-encoding": "identity"}
+"""Not compressed on the way: sizes and ranges are those of the file itself."""
 _PARALLEL = 4
 _LOCK = f"{RECORD}.lock"
 # Of a whole model that has its weights as safetensors, what holds the same weights again.
@@ -123,10 +123,6 @@ class Downloader:
     def _hub(self) -> "_Hub":
         return _Hub(self._token, self._note)
 
-    @functools.cached_property
-    def _client(self) -> "httpx2.Client":
-        return make_client()
-
     def download(self, request: DownloadRequest) -> Downloaded:
         """Fetch what is not there yet.
 
@@ -168,9 +164,11 @@ class Downloader:
         known = [f"sha256:{asked.sha256}"] if asked.sha256 else [f"git:{asked.git_blob}"] if asked.git_blob else []
         address = parse_address(asked.get)
         if isinstance(address, WebAddress):
-            size = asked.bytes or _within(REACH_SECONDS, address.host, lambda: _ask_size(self._client, address))
-            fetch = functools.partial(_fetch_web, self._client, address, self._note)
-            return False, [_RemoteFile(asked.name or address.file_name, str(address), size, known, fetch)]
+            size, mark = _ask(address)
+            fetch = functools.partial(_fetch_web, address, size, mark, self._note)
+            return False, [
+                _RemoteFile(asked.name or address.file_name, str(address), asked.bytes or size, known, fetch)
+            ]
         kind, commit, found = self._hub.list_files(address)
         # The catalogue's files lie flat; those of an address as in the repository, or below --to without the folder
         # that all of them are in.
@@ -361,126 +359,118 @@ def _is_internal(host: str) -> bool:
     return any(not ipaddress.ip_address(address).is_global for address in found)
 
 
+def http_client() -> "httpx2.Client":
+    """huggingface_hub's client: proxies, redirects (to other hosts without the Authorization header), time limits."""
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity(logging.CRITICAL)  # its warnings show signed addresses
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    constants.DOWNLOAD_CHUNK_SIZE = 2**18  # with 10 MB, a slow connection shows nothing for minutes
+    client = get_session()
+    client.event_hooks = {**client.event_hooks, "response": [refuse_redirect_inwards]}
+    return client
+
+
+@contextlib.contextmanager
+def _explained(source: object, host: str, refusal: Callable[[Any], LlamaAccError]) -> Iterator[None]:
+    """Turn the errors of huggingface_hub and its client into ours.
+
+    Args:
+        source: what is asked for.
+        host: who is asked.
+        refusal: our error for an answer of 4xx or 5xx.
+    """
+    import httpx2
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
+        # Of a question that failed while a file was fetched, the reason is the cause.
+        hides_reason = isinstance(error, errors.LocalEntryNotFoundError | ValueError) and error.__cause__ is not None
+        reason = error.__cause__ if hides_reason else error
+        if isinstance(reason, errors.OfflineModeIsEnabled):
+            raise UserError("HF_HUB_OFFLINE is set: nothing is asked of the network", "unset it") from error
+        if isinstance(reason, errors.HfHubHTTPError):
+            raise refusal(reason) from None  # it shows whole addresses
+        unreached = httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError | ConnectionError
+        if isinstance(reason, unreached):
+            raise _unreachable(host, reason) from error
+        if isinstance(reason, OSError) and reason.errno is not None:
+            raise  # the disk
+        # hf_xet's errors, too, are bare ones.
+        hint = f"{RESUME_HINT}. If chunk storage (xet) is kept from you, set HF_HUB_DISABLE_XET=1"
+        raise RunError(f"{source}: {str(reason).partition(chr(10))[0] or type(reason).__name__}", hint) from error
+
+
 # Plain addresses
 
 
-class _Transient(Exception):
-    """A failure that may pass."""
+def _ask(address: WebAddress) -> tuple[int | None, str]:
+    """The size that a host gives of a file, and its mark of the content (ETag or date); None and "" if it does not say.
 
-
-def make_client(**options: Any) -> "httpx2.Client":
-    """A client for plain addresses: redirects (to other hosts without the Authorization header), proxies, time limits.
-
-    What it asks for is not compressed: sizes and ranges are those of the file itself.
+    Raises:
+        UserError: it is a web page.
+        RunError: the network.
     """
-    import httpx2
-
-    return httpx2.Client(
-        follow_redirects=True,
-        timeout=httpx2.Timeout(float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or 30.0), connect=REACH_SECONDS - 1),
-        headers={"user-agent": f"llama-acc/{__version__}", "accept-encoding": "identity"},
-        event_hooks={"response": [refuse_redirect_inwards]},
-        **options,
-    )
-
-
-def _ask_size(client: "httpx2.Client", address: WebAddress) -> int | None:
-    """The size a host gives of a file; None if it does not say, or does not like the question."""
-    import httpx2
-
-    try:
-        response = client.head(address.url)
-    except httpx2.HTTPError as error:
-        raise _unreachable(address.host, error) from error
-    is_page = response.headers.get("content-type", "").startswith("text/html")
-    if response.is_success and is_page and PurePosixPath(address.file_name).suffix not in (".html", ".htm", ""):
+    with _explained(address, address.host, functools.partial(_refusal, address)):
+        ask = functools.partial(http_client().head, address.url, headers=_AS_IT_IS, timeout=REACH_SECONDS - 1)
+        response = _within(REACH_SECONDS, address.host, ask)
+    headers = response.headers if response.is_success else {}
+    is_page = headers.get("content-type", "").startswith("text/html")
+    if is_page and PurePosixPath(address.file_name).suffix not in (".html", ".htm", ""):
         hint = "give the address of the file itself: that of its button 'raw' or 'download'"
         raise UserError(f"{address} is a web page, not the file it shows", hint)
-    return _number(response.headers.get("content-length")) if response.is_success else None
-
-
-def _number(header: str | None) -> int | None:
-    return int(header) if header and header.isdecimal() and int(header) else None
+    size, etag = headers.get("content-length", ""), headers.get("etag", "")
+    mark = headers.get("last-modified", "") if etag.startswith("W/") else etag or headers.get("last-modified", "")
+    return int(size) if size.isdecimal() and int(size) else None, mark
 
 
 def _fetch_web(
-    client: "httpx2.Client", address: WebAddress, note: Note, part: Path, progress: Progress, anew: bool
+    address: WebAddress, size: int | None, mark: str, note: Note, part: Path, progress: Progress, anew: bool
 ) -> None:
-    """Fetch a file, with patience, from the byte on that is missing.
+    """Fetch a file, from the byte on that is missing if what is there of it is known to be of the same content.
+
+    `.NAME.from` beside the part says what it is a part of: the address and the server's mark.
 
     Raises:
         UserError: the server refuses.
         RunError: the network fails again and again.
     """
-    if anew:
-        part.unlink(missing_ok=True)
-    tries = 0
-    while True:
-        before = part.stat().st_size if part.is_file() else 0
-        try:
-            return _receive(client, address, part, progress)
-        except _Transient as error:
-            tries = 1 if part.is_file() and part.stat().st_size > before else tries + 1
-            if tries > len(RETRY_WAITS):
-                raise RunError(f"{part.name}: {error}; tried {tries} times", RESUME_HINT) from error
-            note(f"{part.name}: {error}; trying again in {RETRY_WAITS[tries - 1]:g} s")
-            time.sleep(RETRY_WAITS[tries - 1])
-
-
-def _receive(client: "httpx2.Client", address: WebAddress, part: Path, progress: Progress) -> None:
-    """Append to a part what is missing, if the server knows the rest to be of the same file; else all of it.
-
-    `.NAME.from` beside the part says what it is a part of: the address, and the server's mark of the file (If-Range).
-    """
     import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.file_download import http_get
 
-    origin, host = part.with_name(f".{part.name}.from"), address.host
-    known, _, mark = origin.read_text(encoding="utf-8").partition("\n") if origin.is_file() else ("", "", "")
-    done = part.stat().st_size if part.is_file() and mark and known == address.identity else 0
-    headers = {"range": f"bytes={done}-", "if-range": mark} if done else {}
-    try:
-        with client.stream("GET", address.url, headers=headers) as response:
-            begin, _, whole = response.headers.get("content-range", "").removeprefix("bytes ").partition("/")
-            if response.status_code in (206, 416) and begin.partition("-")[0] != str(done):
-                origin.unlink(missing_ok=True)  # it is begun anew
-                raise _Transient(f"{host} was asked for byte {done} and sends bytes {begin}")
-            _check_status(response, address)
-            done = done if response.status_code == 206 else 0
-            total = _number(whole if done else response.headers.get("content-length"))
-            total = None if "content-encoding" in response.headers else total
-            etag = response.headers.get("etag", "")
-            mark = response.headers.get("last-modified", "") if etag.startswith("W/") or not etag else etag
-            origin.write_text(f"{address.identity}\n{mark}", "utf-8")
-            with part.open("ab") as file:
-                file.truncate(done)
-                for chunk in response.iter_bytes():
-                    file.write(chunk)
-                    done += len(chunk)
-                    progress(part.name, done, total)
-    except httpx2.UnsupportedProtocol as error:
-        raise UserError(f"{host} sends on to an address that cannot be fetched: {error}") from error
-    except httpx2.HTTPError as error:
-        raise _Transient(f"the connection to {host} broke: {error or type(error).__name__}") from error
-    if total is not None and done < total:
-        raise _Transient("the connection ended too early")
+    origin, known = part.with_name(f".{part.name}.from"), f"{address.identity}\n{mark}"
+    if anew or not mark or not origin.is_file() or origin.read_text(encoding="utf-8") != known:
+        part.unlink(missing_ok=True)
+    origin.write_text(known, encoding="utf-8")
+    headers, bar = _AS_IT_IS | ({"if-range": mark} if mark else {}), _progress_bar(part.name, size, progress)
+    with _explained(address, address.host, functools.partial(_refusal, address)):
+        for seconds in (*RETRY_WAITS, None):
+            try:
+                with part.open("ab") as file:
+                    if not file.tell() or file.tell() != size:
+                        http_get(address.url, file, resume_size=file.tell(), headers=headers, tqdm_class=bar)
+                break
+            except (httpx2.TransportError, HfHubHTTPError) as error:
+                if seconds is None or (isinstance(error, HfHubHTTPError) and error.response.status_code < 500):
+                    raise
+                note(f"{part.name}: {type(error).__name__}; trying again in {seconds:g} s")
+                time.sleep(seconds)
     origin.unlink()
 
 
-def _check_status(response: "httpx2.Response", address: WebAddress) -> None:
-    """Raises:
-    _Transient: it may work later.
-    LlamaAccError: the server refuses.
-    """
-    code, host = response.status_code, response.url.host
-    if code in _TRANSIENT:
-        raise _Transient(f"{host} answers {code} {response.reason_phrase}")
+def _refusal(address: WebAddress, error: Any) -> LlamaAccError:
+    """What an answer of 4xx or 5xx means."""
+    code, host = error.response.status_code, error.response.url.host
     if code in (404, 410):
-        raise UserError(f"there is nothing at {address} ({code})", "check the address; does it open in a browser?")
+        return UserError(f"there is nothing at {address} ({code})", "check the address; does it open in a browser?")
     if code in (401, 403):
         hint = "it may want a login: fetch it with a browser, and give finetune the file"
-        raise UserError(f"{host} does not give out {address} ({code})", hint)
-    if code >= 400:
-        raise RunError(f"{host} refuses {address}: {code} {response.reason_phrase}")
+        return UserError(f"{host} does not give out {address} ({code})", hint)
+    return RunError(f"{host} refuses {address}: {code}", RESUME_HINT)
 
 
 # Hugging Face
@@ -494,14 +484,9 @@ class _Hub:
     """Hugging Face, or the mirror HF_ENDPOINT names, by huggingface_hub."""
 
     def __init__(self, given_token: str | None, note: Note) -> None:
-        from huggingface_hub import HfApi, constants, get_session, get_token
-        from huggingface_hub.utils import logging
+        from huggingface_hub import HfApi, get_token
 
-        logging.set_verbosity(logging.CRITICAL)  # its warnings show signed addresses
-        constants.HF_HUB_DISABLE_TELEMETRY = True
-        constants.DOWNLOAD_CHUNK_SIZE = 2**18  # with 10 MB, a slow connection shows nothing for minutes
-        client = get_session()
-        client.event_hooks = {**client.event_hooks, "response": [refuse_redirect_inwards]}
+        http_client()
         implicit = os.environ.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").upper() not in ("1", "ON", "YES", "TRUE")
         self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         self.host = urlsplit(self.endpoint).hostname or self.endpoint
@@ -592,30 +577,8 @@ class _Hub:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    @contextlib.contextmanager
-    def _explained(self, address: HubAddress) -> Iterator[None]:
-        """Turn huggingface_hub's errors into ours."""
-        import httpx2
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-        try:
-            yield
-        except (OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
-            # Of a question that failed while a file was fetched, the reason is the cause.
-            hides_reason = isinstance(error, LocalEntryNotFoundError | ValueError) and error.__cause__ is not None
-            reason = error.__cause__ if hides_reason else error
-            if isinstance(reason, OfflineModeIsEnabled):
-                raise UserError("HF_HUB_OFFLINE is set: nothing is asked of the network", "unset it") from error
-            if isinstance(reason, HfHubHTTPError):
-                raise self._refusal(address, reason) from error
-            unreached = httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError | ConnectionError
-            if isinstance(reason, unreached):
-                raise _unreachable(self.host, reason) from error
-            if isinstance(reason, OSError) and reason.errno is not None:
-                raise  # the disk
-            # hf_xet's errors, too, are bare ones.
-            hint = f"{RESUME_HINT}. If chunk storage (xet) is kept from you, set HF_HUB_DISABLE_XET=1"
-            raise RunError(f"{address}: {str(reason).partition(chr(10))[0]}", hint) from error
+    def _explained(self, address: HubAddress) -> contextlib.AbstractContextManager[None]:
+        return _explained(address, self.host, functools.partial(self._refusal, address))
 
     def _no_such_repository(self, address: HubAddress) -> UserError:
         import httpx2
@@ -652,7 +615,7 @@ class _Hub:
         return RunError(f"{host} answers {code} for {address}", f"try again later; {RESUME_HINT}")
 
 
-def _progress_bar(name: str, size: int, progress: Progress) -> Any:
+def _progress_bar(name: str, size: int | None, progress: Progress) -> Any:
     """A class like tqdm's that tells `progress` of the bytes, which is what huggingface_hub asks for."""
     from huggingface_hub.utils import tqdm
 

@@ -66,15 +66,15 @@ class Tokenizer(ABC):
         path: its main file.
         said: what stands beside it.
         end_ids: tokens that end an answer: EOS, and what else has no place in a text.
+        named: ids that stand for a token.
     """
 
     vocab_size: int
     bos_id: int
     eos_id: int
     end_ids: frozenset[int]
+    named: Collection[int]
     _special: re.Pattern[str]
-    _named: Collection[int]
-    """Ids that stand for a token."""
 
     def __init__(self, path: Path, said: Said, data: bytes) -> None:
         """`data` is the content of the main file."""
@@ -135,10 +135,6 @@ class Tokenizer(ABC):
             and any(_overlaps(match.span(), spans) is in_own for match in self._special.finditer(text))
         ]
 
-    def unnamed(self, rows: int) -> list[int]:
-        """Which of a model's rows stand for no token."""
-        return [row for row in range(rows) if row not in self._named]
-
     def fingerprint(self) -> str:
         """sha256 of what decides how text is encoded."""
         return hashlib.sha256(self._data + self.said.key().encode()).hexdigest()
@@ -146,7 +142,7 @@ class Tokenizer(ABC):
     def files(self) -> dict[str, bytes]:
         """The files that make the same tokenizer of a checkpoint's folder, by name."""
         name = HUGGING_FACE_FILE if self.path.suffix == ".json" else SENTENCEPIECE_FILE
-        found = {name: self._data} | {file.name: _read(file) for file in self.said.files}
+        found = {name: self._data} | {file.name: read_bytes(file, _MAX_BYTES) for file in self.said.files}
         # A model's config.json is another one beside a checkpoint: what it says of ends goes here.
         if self.said.end_ids:
             generation = json.loads(found.get(GENERATION_FILE, b"{}")) | {"eos_token_id": sorted(self.said.end_ids)}
@@ -166,10 +162,10 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(path, said, data)
         self._processor, self._threads = processor, threads or -1
         self.vocab_size = processor.vocab_size()
-        self._named = range(self.vocab_size)
+        self.named = range(self.vocab_size)
         self.bos_id, self.eos_id = _bos_eos(path, said, self.token_id, processor.bos_id(), processor.eos_id())
         self.end_ids = frozenset({self.eos_id, *said.end_ids})
-        controls = (i for i in self._named if processor.IsControl(i) or processor.IsUnknown(i))
+        controls = (i for i in self.named if processor.IsControl(i) or processor.IsUnknown(i))
         self._special = _any_of(self.piece(i) for i in {*controls, self.bos_id, self.eos_id})
 
     def encode_batch(self, texts: list[str], own: Sequence[Own] | None = None) -> list[list[int]]:
@@ -249,8 +245,8 @@ class HuggingFaceTokenizer(Tokenizer):
         vocabulary: dict[str, int] = fast.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise UserError(f"{path} has no tokens: its vocabulary is empty", "copy it again from the model it is of")
-        self._named = frozenset(vocabulary.values())
-        self.vocab_size = max(self._named) + 1
+        self.named = frozenset(vocabulary.values())
+        self.vocab_size = max(self.named) + 1
         self.bos_id, self.eos_id = _bos_eos(path, said, vocabulary.get, bos_id, eos_id)
         # Models are published with an EOS that is not the token their answers end with (<|eot_id|>, <|im_end|>), and
         # a special token inside an answer would be the start of another turn.
@@ -270,7 +266,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return encoded
 
     def encode_batch_with_spans(self, texts: list[str], own: Sequence[Own] | None = None) -> list[Spans]:
-        encoded = [self._spans(e) for e in self._fast.encode_batch(texts, add_special_tokens=False)]
+        fast = self._fast.encode_batch(texts, add_special_tokens=False)
+        encoded = [_character_spans(e.ids, e.offsets, self._is_byte) for e in fast]
         for i in self._with_special_tokens(texts, own, in_own=True):
             encoded[i] = self._encode_own(texts[i], own[i] if own else ())
         return encoded
@@ -289,8 +286,8 @@ class HuggingFaceTokenizer(Tokenizer):
             if begin >= 0 and not _overlaps((begin, begin + len(content)), own):
                 marked = marked[:begin] + marks[token] * len(content) + marked[begin + len(content) :]
         fast, ids = self._with_marks(first)
-        spans = self._spans(fast.encode(marked, add_special_tokens=False))
-        return spans._replace(ids=[ids.get(token, token) for token in spans.ids])
+        encoded = fast.encode(marked, add_special_tokens=False)
+        return _character_spans([ids.get(token, token) for token in encoded.ids], encoded.offsets, self._is_byte)
 
     def _make_marked(self, first: int) -> tuple[Any, dict[int, int]]:
         """The tokenizer that knows no special tokens but their marks, characters from `first` on; the marks' ids."""
@@ -305,9 +302,6 @@ class HuggingFaceTokenizer(Tokenizer):
             fast.add_tokens([AddedToken(content, lstrip=entry.lstrip, rstrip=entry.rstrip, normalized=False)])
             ids[fast.token_to_id(content)] = token
         return fast, ids
-
-    def _spans(self, encoded: Any) -> Spans:
-        return _character_spans(encoded.ids, encoded.offsets, self._is_byte)
 
     def decode(self, ids: Sequence[int]) -> str:
         kept = [int(i) for i in ids if 0 <= i < self.vocab_size and i != self.bos_id and i != self.eos_id]
@@ -388,7 +382,7 @@ def load_tokenizer(path: str | Path, threads: int | None = None) -> Tokenizer:
                 "give one with --tokenizer FILE",
             )
         path = found
-    said, data = read_folder(path.parent), _read(path)
+    said, data = read_folder(path.parent), read_bytes(path, _MAX_BYTES)
     if path.suffix == ".json":
         fast, left_out = parse_json_tokenizer(path, data, said.rows)
         said = replace(said, left_out=tuple(dict.fromkeys(said.left_out + left_out)))
@@ -417,7 +411,7 @@ def find_tokenizer(folder: str | Path) -> Path | None:
 
 def tokenizer_notes(tokenizer: Tokenizer, rows: int) -> list[str]:
     """What a user should know of a tokenizer beside a model of so many rows."""
-    notes, said, unnamed = [], tokenizer.said, tokenizer.unnamed(rows)
+    notes, said, unnamed = [], tokenizer.said, [row for row in range(rows) if row not in tokenizer.named]
     if unnamed:
         notes.append(f"rows of the vocabulary without a token: {len(unnamed)}, the first is {unnamed[0]}")
     if said.left_out:
@@ -439,7 +433,7 @@ def _tokenizer_in(folder: Path) -> Path | None:
     if not (model.is_file() and fast.is_file()):
         return next((path for path in (model, fast) if path.is_file()), None)
     try:
-        processor = _processor(model, _read(model))
+        processor = _processor(model, read_bytes(model, _MAX_BYTES))
     except UserError:
         return fast  # LLaMA 3's file of that name is of another kind
     vocabulary = _vocabulary(fast)
@@ -496,17 +490,11 @@ def _processor(path: Path, data: bytes) -> Any:
         raise UserError(f"{path} is not a SentencePiece model", hint) from error
 
 
-def _read(path: Path) -> bytes:
-    if not path.exists():
-        raise UserError(f"there is no tokenizer {path}", "give one with --tokenizer FILE")
-    return read_bytes(path, _MAX_BYTES)
-
-
 def _bos_eos(
     path: Path, said: Said, find: Callable[[str], int | None], bos_id: int | None = None, eos_id: int | None = None
 ) -> tuple[int, int]:
     """BOS and EOS: as they are named beside the main file, else as it has them itself, else a usual pair."""
-    bos, eos = said.bos, said.eos
+    bos, eos = said.roles.get("bos_token"), said.roles.get("eos_token")
     bos_id, eos_id = (None if token == -1 else token for token in (bos_id, eos_id))  # SentencePiece's for none
     if eos is None and eos_id is None:
         known = ((b, e) for b, e in _KNOWN_BOS_EOS if find(b) is not None and find(e) is not None)

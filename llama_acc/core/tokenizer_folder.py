@@ -40,8 +40,6 @@ class Said:
     """What stands beside a tokenizer's main file; None: nothing says it."""
 
     tokens: Mapping[int, dict[str, Any]] = field(default_factory=dict)  # by id, as in a tokenizer.json's added_tokens
-    bos: str | None = None  # its text
-    eos: str | None = None  # its text
     roles: Mapping[str, str] = field(default_factory=dict)  # texts by their names in a chat template: "pad_token"
     end_ids: frozenset[int] = frozenset()  # what ends an answer, as the model's files say it
     first_only: bool | None = None  # the space in front of a text is not put behind special tokens too
@@ -53,7 +51,7 @@ class Said:
 
     def key(self) -> str:
         """Differs where a text may be encoded differently; empty where nothing is said."""
-        said = [sorted(self.tokens.items()), self.bos, self.eos, self.first_only]
+        said = [sorted(self.tokens.items()), self.roles.get("bos_token"), self.roles.get("eos_token"), self.first_only]
         return "" if said == [[], None, None, None] else json.dumps(said, sort_keys=True)
 
 
@@ -83,8 +81,6 @@ def read_folder(folder: Path) -> Said:
     legacy, add_bos, add_eos = (value if isinstance(value, bool) else None for value in flags)
     return Said(
         tokens={token: entry for token, entry in tokens.items() if token not in left_out},
-        bos=roles.get("bos_token"),
-        eos=roles.get("eos_token"),
         roles=roles,
         end_ids=frozenset(ends),
         first_only=None if legacy is None else not legacy,

@@ -121,7 +121,7 @@ def test_a_preview_marks_what_is_trained_and_what_only_looks_like_a_special_toke
         (("--format", "dialoge"), "did you mean 'dialogue'?"),
         (("--plot", "x.jpg"), "--plot x.png"),
         (("--plot", "no/where/x.png"), "cannot write no/where/x.png"),
-        (("--tokenizer", "nowhere"), "there is no tokenizer nowhere"),
+        (("--tokenizer", "nowhere"), "cannot read nowhere: No such file"),
         (("--tokenizer", ""), "is empty"),
     ],
 )

@@ -163,7 +163,7 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: bytes, sai
         (["--prompt", "long " * 1000], ["the model's context is 256", "--context N"]),
         (["--prompt", "long " * 1000, "--context", "300"], ["the model's context is 300"]),
         (["--prompt", "\udcff"], ["the text is not valid Unicode at character 1"]),
-        (["--tokenizer", "no.model"], ["there is no tokenizer no.model"]),
+        (["--tokenizer", "no.model"], ["cannot read no.model: No such file"]),
     ],
 )
 def test_chat_refuses_what_it_cannot_do(trained_once: Path, flags: list[str], said: list[str]) -> None:

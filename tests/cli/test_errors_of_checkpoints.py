@@ -96,7 +96,7 @@ def test_a_missing_base_and_a_tokenizer_that_does_not_fit_are_named(base: Path, 
     missing = invoke("finetune", "--recipe", "alpaca", "--output", output)
     refused(missing, "there is no checkpoint folder llama2-7b", "give the folder that holds consolidated.00.pth")
     assert not output.exists()
-    refused(invoke(*DRY, "--tokenizer", base / "no.model"), f"there is no tokenizer {base / 'no.model'}")
+    refused(invoke(*DRY, "--tokenizer", base / "no.model"), f"cannot read {base / 'no.model'}: No such file")
     refused(
         on_base(base, "--tokenizer", tokenizer_path),
         f"tokenizer and model do not fit: {tokenizer_path} has 300 pieces, the model's vocabulary is 640",

@@ -30,7 +30,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def latest_step(output: Path) -> int:
     """How many steps the newest checkpoint has done; it is whole."""
     checkpoint = output / (output / "latest").read_text().strip()
-    check_manifest(checkpoint, contents=True)
+    check_manifest(checkpoint, verify=True)
     step: int = json.loads((checkpoint / "state" / "progress.json").read_text())["step"]
     return step
 

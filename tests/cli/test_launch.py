@@ -131,7 +131,7 @@ def test_ctrl_c_saves_on_all_ranks_and_a_killed_launcher_leaves_nothing(tmp_path
     assert job.err.count("SIGINT: saving after this step") == 1
     newest = latest_checkpoint(job.output)
     assert newest is not None
-    check_manifest(newest, contents=True)
+    check_manifest(newest, verify=True)
 
     again = Job(tmp_path / "run", "--resume", "--nproc", 2)
     deadline = time.monotonic() + PATIENCE

@@ -75,7 +75,7 @@ def test_a_failure_at_any_moment_leaves_what_was(
     assert names(tmp_path) == ({"epoch0"} if there else set())
     if there:
         assert (folder / "a.txt").read_text() == "old"
-        check_manifest(folder, contents=True)
+        check_manifest(folder, verify=True)
 
 
 def test_a_folder_of_the_same_name_is_replaced_whole(tmp_path: Path) -> None:
@@ -148,12 +148,12 @@ def test_who_finds_a_lock_held_is_asked_once_and_waits(tmp_path: Path) -> None:
 def test_whatever_was_done_to_a_folder_its_manifest_says_all_of_it(tmp_path: Path) -> None:
     folder = written(tmp_path / "epoch0")
     (folder / "notes.txt").write_text("what lies beside does not matter")
-    check_manifest(folder, contents=True)
+    check_manifest(folder, verify=True)
     (folder / "state" / "b.bin").write_bytes(b"12346")
     check_manifest(folder)
-    check_manifest(folder, contents=True, under="a")
+    check_manifest(folder, contents="a")
     with pytest.raises(UserError, match=r"state/b\.bin was changed: its SHA-256 is not the one written"):
-        check_manifest(folder, contents=True, under="state/")
+        check_manifest(folder, contents="state/")
     (folder / "a.txt").unlink()
     (folder / "state" / "b.bin").write_bytes(b"1234")
     with pytest.raises(UserError) as refused:
@@ -175,7 +175,7 @@ def test_whatever_was_done_to_a_folder_its_manifest_says_all_of_it(tmp_path: Pat
     ],
 )
 def test_a_manifest_of_another_form_is_refused(text: str, said: str, tmp_path: Path) -> None:
-    check_manifest(tmp_path, contents=True)  # without one, a folder is taken as it is
+    check_manifest(tmp_path, contents="")  # without one, a folder is taken as it is
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=said):
         check_manifest(tmp_path)

@@ -83,7 +83,7 @@ def test_the_hashes_are_those_of_the_real_files(shared: Path) -> None:
             assert digest_of(path) == known[path.name].sha256
 
 
-def test_unknaliass_are_refused_with_near_ones() -> None:
+def test_unknown_names_are_refused_with_near_ones() -> None:
     with pytest.raises(UserError, match=r"the catalogue has no 'lama2-7b': did you mean 'llama2-7b'") as refused:
         find_entry("lama2-7b")
     assert "llama-acc download --list" in (refused.value.hint or "")

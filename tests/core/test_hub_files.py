@@ -4,13 +4,15 @@ import contextlib
 import hashlib
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import pytest
+from huggingface_hub import constants
 
 from llama_acc.core.catalogue import DownloadRequest, File
 from llama_acc.core.errors import RunError, UserError
-from llama_acc.core.hub import Downloader, make_client, refuse_redirect_inwards
+from llama_acc.core.hub import Downloader, http_client
 from tests.core.downloading import Watch, download, visible
 from tests.hub import TOKEN, Fault, Servers
 
@@ -55,10 +57,13 @@ def test_a_file_arrives_whole_under_its_name_only_and_once(address: str, servers
 
 
 def test_cut_connections_are_taken_up_where_they_were_cut(address: str, servers: Servers, tmp_path: Path) -> None:
-    servers.fail("big.bin", Fault(cut=300_000), Fault(status=429), Fault(cut=100_000), Fault(cut=0))
+    # huggingface_hub asks its own hub again after some statuses, and other servers after 408 and 429.
+    statuses = [] if "hf:" in address else [Fault(status=429), Fault(status=503)]
+    servers.fail("big.bin", Fault(cut=300_000), *statuses, Fault(cut=100_000), Fault(cut=0))
     download(address, tmp_path)
     assert (tmp_path / "big.bin").read_bytes() == CONTENT
-    assert servers.sent["big.bin"] == len(CONTENT) or "hf:" in address  # huggingface_hub resumes in steps of 10 MB
+    lost = servers.sent["big.bin"] - len(CONTENT)
+    assert lost < 2 * constants.DOWNLOAD_CHUNK_SIZE  # of each cut, what did not fill a chunk
 
 
 def test_a_silent_server_is_left_and_asked_again(
@@ -72,15 +77,16 @@ def test_a_silent_server_is_left_and_asked_again(
 
 
 def test_when_it_does_not_work_what_arrived_is_kept_and_used(web: str, servers: Servers, tmp_path: Path) -> None:
-    servers.fail("big.bin", Fault(cut=250_000), *[Fault(cut=0)] * 3)
-    with pytest.raises(RunError, match="tried 4 times"):
+    servers.fail("big.bin", Fault(cut=300_000), *[Fault(cut=0)] * 99)
+    with pytest.raises(RunError, match=r"big\.bin: peer closed connection"):
         download(web, tmp_path)
     assert visible(tmp_path) == []
+    servers.faults.clear()
     watch = Watch()
     download(web, tmp_path, watch)
     assert (tmp_path / "big.bin").read_bytes() == CONTENT
-    assert servers.sent["big.bin"] == len(CONTENT)
-    assert watch.first["big.bin"] > 250_000
+    assert servers.sent["big.bin"] < len(CONTENT) + constants.DOWNLOAD_CHUNK_SIZE
+    assert watch.first["big.bin"] > constants.DOWNLOAD_CHUNK_SIZE
 
 
 # What is not what it should be
@@ -119,9 +125,10 @@ def test_what_the_catalogue_knows_of_a_file_has_to_be_so(servers: Servers, tmp_p
 def test_a_plain_file_that_changed_meanwhile_is_not_sewn_together(servers: Servers, tmp_path: Path) -> None:
     servers.plain["/files/a.bin"], new = CONTENT, CONTENT[::-1]
     servers.plain_headers["/files/a.bin"] = {"ETag": '"old"'}
-    servers.fail("a.bin", Fault(cut=250_000), *[Fault(cut=0)] * 3)
+    servers.fail("a.bin", Fault(cut=300_000), *[Fault(cut=0)] * 99)
     with pytest.raises(RunError):
         download(f"{servers.url}/files/a.bin", tmp_path)
+    servers.faults.clear()
     servers.plain["/files/a.bin"] = new
     servers.plain_headers["/files/a.bin"] = {"ETag": '"new"'}
     download(f"{servers.url}/files/a.bin", tmp_path)
@@ -176,16 +183,10 @@ def test_a_file_that_is_the_right_one_already_is_taken_as_it_is(servers: Servers
 def test_too_little_disk_is_found_before_the_first_byte(
     servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    repo = servers.model("owner/name", {"big.bin": CONTENT})
-
-    class Huge(bytes):
-        def __len__(self) -> int:
-            return 2**60
-
-    repo.files["big.bin"] = Huge(CONTENT)
-    with pytest.raises(UserError, match="too little disk") as refused:
+    servers.model("owner/name", {"big.bin": CONTENT})
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2**19))
+    with pytest.raises(UserError, match=r"too little disk for .*: 687.5 KiB are to come, 512.0 KiB are free"):
         download(f"{REPO}/big.bin", tmp_path)
-    assert "1,073,741,824.0 GiB are to come" in refused.value.message
     assert servers.asked_for_bytes("big.bin") == []
 
 
@@ -262,9 +263,8 @@ def test_a_password_in_an_address_stays_with_its_host(servers: Servers, tmp_path
         ("http://127.0.0.1/a.json", "http://192.168.1.1/a.json", False),
     ],
 )
-@pytest.mark.parametrize("client", ["ours", "huggingface_hub's"])
 def test_a_public_host_cannot_send_us_on_to_this_machine_or_its_network(
-    client: str, first: str, then: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+    first: str, then: str, refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
 
@@ -272,17 +272,8 @@ def test_a_public_host_cannot_send_us_on_to_this_machine_or_its_network(
         asked.append(str(request.url))
         return httpx2.Response(302, headers={"location": then}) if len(asked) == 1 else httpx2.Response(200)
 
-    transport = httpx2.MockTransport(answer)
-    if client == "ours":
-        made = make_client(transport=transport)
-    else:
-        made = httpx2.Client(transport=transport, follow_redirects=True)
-        monkeypatch.setattr("huggingface_hub.get_session", lambda: made)
-        Downloader(lambda *_: None, print)._hub  # noqa: B018
-        assert refuse_redirect_inwards in made.event_hooks["response"]
-    if not refused:
-        assert made.get(first).status_code == 200
-        return
-    with pytest.raises(UserError, match="an address of this machine or its network"):
-        made.get(first)
-    assert asked == [first]
+    made = httpx2.Client(transport=httpx2.MockTransport(answer), follow_redirects=True)
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: made)
+    with pytest.raises(UserError, match="an address of this machine") if refused else contextlib.nullcontext():
+        assert http_client().get(first).status_code == 200
+    assert len(asked) == 2 - refused

@@ -8,46 +8,71 @@ import yaml
 from llama_acc.core.errors import UserError
 from llama_acc.core.recipe import RECIPES_FOLDER, Recipe, find_recipe, known_keys, recipe_names
 
-FULL_7B = {
-    "alpaca": ("alpaca", "single_turn", "alpaca", 512),
-    "gorilla": ("gorilla", "single_turn", "alpaca", 512),
-    "platypus": ("platypus", "single_turn", "alpaca", 512),
-    "lima": ("lima", "dialogue", "dialogue", 4096),
-    "sharegpt": ("sharegpt", "dialogue", "dialogue", 4096),
-    "wizardlm": ("wizardlm", "dialogue", "dialogue", 4096),
-    "wizardcode": ("wizardcode", "dialogue", "dialogue", 4096),
-    "flacuna": ("flacuna", "dialogue", "dialogue", 4096),
-    "ultrachat": ("ultrachat", "dialogue", "dialogue", 4096),
-    "moss": ("moss", "dialogue", "dialogue", 4096),
+# LLaMA2-Accessory's hyper-parameters: of one recipe all, of each other one what it is like and what
+# differs. Its batch sizes are those of a data-parallel rank: batch size x accumulation x ranks make a
+# step; of 34B and 70B (2 x 64) no number of machines is named.
+ALPACA = {
+    "model.pretrained": "llama2-7b",
+    "model.size": "llama2-7b",
+    "model.max_seq_len": 4096,
+    "data.sources.0.path": "alpaca",
+    "data.sources.0.format": "single_turn",
+    "data.sources.0.template": "alpaca",
+    "data.max_tokens": 512,
+    "optimizer.lr": 2e-5,
+    "optimizer.betas": (0.9, 0.95),
+    "optimizer.weight_decay": 0.0,
+    "optimizer.clip_grad_norm": 2.0,
+    "train.precision": "bf16",
+    "train.epochs": 3,
+    "train.warmup_epochs": 0.04,
+    "train.global_batch_size": 4 * 8 * 8,
+    "train.batch_size": 4,
+    "checkpoint.keep": 3,
 }
-# Base, model-parallel size, batch size, examples of a step, data.max_tokens. LLaMA2-Accessory's batch sizes are
-# those of a data-parallel rank: 4 x 8 accumulated on 8 / 2 ranks; 34B and 70B 2 x 64, no number of machines is named.
-FULL_LARGE = {
-    "lima-13b": ("llama2-13b", 2, 4, 128, 4096),
-    "sharegpt-13b": ("llama2-13b", 2, 4, 128, 4096),
-    "wizardcode-13b": ("llama2-13b", 2, 4, 128, 4096),
-    "flacuna-13b": ("llama2-13b", 2, 4, 128, 2048),
-    "wizardcode-34b": ("codellama-34b", 4, 2, 128, 4096),
-    "sharegpt-70b": ("llama2-70b", 8, 2, 128, 4096),
-}
-# Method, keys of its own, data, data.max_tokens, epochs, epochs of warm-up, learning rate, activation checkpointing.
-PARTS: dict[str, tuple[str, dict[str, int], str, int, float, float, float, bool]] = {
-    "alpaca-biasnorm": ("bias_norm", {}, "alpaca", 512, 4, 1, 5e-5, True),
-    "alpaca-lora": ("lora_bias_norm", {"lora_rank": 16}, "alpaca", 512, 4, 1, 5e-5, True),
-    "alpaca-adapter": ("adapter", {"prefix_layers": 30, "prefix_len": 10}, "alpaca", 1024, 4, 1, 5e-5, False),
-    "gorilla-biasnorm": ("bias_norm", {}, "gorilla", 512, 10, 2, 1e-3, True),
-    "gorilla-lora": ("lora_bias_norm", {"lora_rank": 16}, "gorilla", 512, 10, 2, 1e-3, True),
-    "gorilla-adapter": ("adapter", {"prefix_layers": 32, "prefix_len": 10}, "gorilla", 512, 10, 2, 1e-3, True),
-    "sharegpt-lora": ("lora_bias_norm", {"lora_rank": 16}, "sharegpt", 4096, 4, 1, 5e-5, True),
-}
+DIALOGUE = {"data.sources.0.format": "dialogue", "data.sources.0.template": "dialogue", "data.max_tokens": 4096}
+LIKE: dict[str, tuple[str, dict[str, Any]]] = {}
+LIKE |= {name: ("alpaca", {"data.sources.0.path": name}) for name in ("gorilla", "platypus")}
+for name in ("lima", "sharegpt", "wizardlm", "wizardcode", "flacuna", "ultrachat", "moss"):
+    LIKE[name] = ("alpaca", DIALOGUE | {"data.sources.0.path": name})
+# Base, model-parallel size, batch size, data.max_tokens.
+for name, (base, size, batch_size, max_tokens) in {
+    "lima-13b": ("llama2-13b", 2, 4, 4096),
+    "sharegpt-13b": ("llama2-13b", 2, 4, 4096),
+    "wizardcode-13b": ("llama2-13b", 2, 4, 4096),
+    "flacuna-13b": ("llama2-13b", 2, 4, 2048),
+    "wizardcode-34b": ("codellama-34b", 4, 2, 4096),
+    "sharegpt-70b": ("llama2-70b", 8, 2, 4096),
+}.items():
+    changed = {"model.pretrained": base, "model.size": base, "parallel.model_parallel_size": size}
+    changed |= {"train.batch_size": batch_size, "train.global_batch_size": 128, "data.max_tokens": max_tokens}
+    LIKE[name] = (name.rpartition("-")[0], changed)
+# Settings of the method, data.max_tokens, epochs, epochs of warm-up, learning rate.
+for name, (tuning, max_tokens, epochs, warmup, lr) in {
+    "alpaca-biasnorm": ({"method": "bias_norm"}, 512, 4, 1, 5e-5),
+    "alpaca-lora": ({"method": "lora_bias_norm", "lora_rank": 16}, 512, 4, 1, 5e-5),
+    "alpaca-adapter": ({"method": "adapter", "prefix_layers": 30, "prefix_len": 10}, 1024, 4, 1, 5e-5),
+    "gorilla-biasnorm": ({"method": "bias_norm"}, 512, 10, 2, 1e-3),
+    "gorilla-lora": ({"method": "lora_bias_norm", "lora_rank": 16}, 512, 10, 2, 1e-3),
+    "gorilla-adapter": ({"method": "adapter", "prefix_layers": 32, "prefix_len": 10}, 512, 10, 2, 1e-3),
+    "sharegpt-lora": ({"method": "lora_bias_norm", "lora_rank": 16}, 4096, 4, 1, 5e-5),
+}.items():
+    changed = {f"tuning.{key}": value for key, value in tuning.items()} | {"data.max_tokens": max_tokens}
+    changed |= {"optimizer.lr": lr, "optimizer.min_lr": 5e-6, "optimizer.weight_decay": 0.02}
+    changed |= {"train.epochs": epochs, "train.warmup_epochs": warmup, "train.global_batch_size": 64}
+    changed |= {"train.activation_checkpointing": name != "alpaca-adapter"}
+    LIKE[name] = (name.partition("-")[0], changed)
 # The same with NF4, and for 70B one example at a time.
-QUANTISED = {
-    "alpaca-biasnorm-nf4": ("alpaca-biasnorm", "alpaca", "llama2-7b", 4),
-    "alpaca-lora-nf4": ("alpaca-lora", "alpaca", "llama2-7b", 4),
-    "platypus-biasnorm-nf4": ("alpaca-biasnorm", "platypus", "llama2-7b", 4),
-    "alpaca-70b-biasnorm-nf4": ("alpaca-biasnorm", "alpaca", "llama2-70b", 1),
-    "alpaca-70b-lora-nf4": ("alpaca-lora", "alpaca", "llama2-70b", 1),
-}
+for name, like, data, base, batch_size in (
+    ("alpaca-biasnorm-nf4", "alpaca-biasnorm", "alpaca", "llama2-7b", 4),
+    ("alpaca-lora-nf4", "alpaca-lora", "alpaca", "llama2-7b", 4),
+    ("platypus-biasnorm-nf4", "alpaca-biasnorm", "platypus", "llama2-7b", 4),
+    ("alpaca-70b-biasnorm-nf4", "alpaca-biasnorm", "alpaca", "llama2-70b", 1),
+    ("alpaca-70b-lora-nf4", "alpaca-lora", "alpaca", "llama2-70b", 1),
+):
+    changed = {"model.pretrained": base, "model.size": base, "data.sources.0.path": data, "tuning.quantize": "nf4"}
+    changed |= {"parallel.data_parallel": "fsdp", "checkpoint.trainable_only": True, "train.batch_size": batch_size}
+    LIKE[name] = (like, changed)
 SMALLEST: dict[str, Any] = {
     "name": "smallest",
     "model": {"pretrained": None},
@@ -71,77 +96,26 @@ def test_every_shipped_recipe_is_valid_and_says_what_it_is(name: str) -> None:
     assert Recipe.from_mapping(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
-def test_the_full_7b_recipes_and_quickstart_are_shipped() -> None:
-    assert {*FULL_7B, "quickstart"} <= set(recipe_names())
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by their dotted keys."""
+    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    found = {key: value for name, item in inner for key, value in flat(item, f"{prefix}{name}.").items()}
+    return found or {prefix.rstrip("."): values}
 
 
-@pytest.mark.parametrize("name", FULL_7B)
-def test_full_7b_recipes_have_llama2_accessorys_hyper_parameters(name: str) -> None:
-    recipe = Recipe.load(name)
-    path, format, template, max_tokens = FULL_7B[name]
-    assert [source.model_dump() for source in recipe.data.sources] == [
-        {"path": path, "format": format, "template": template, "ratio": 1.0, "root": None}
-    ]
-    assert recipe.data.max_tokens == max_tokens
-    assert recipe.data.validation.fraction == 0
-    assert (recipe.model.pretrained, recipe.model.size, recipe.model.max_seq_len) == ("llama2-7b", "llama2-7b", 4096)
-    assert (recipe.tuning.method, recipe.tuning.quantize) == ("full", "none")
-    assert recipe.optimizer.model_dump() == {
-        "lr": 2e-5,
-        "min_lr": 0.0,
-        "weight_decay": 0.0,
-        "betas": (0.9, 0.95),
-        "eps": 1e-8,
-        "clip_grad_norm": 2.0,
-    }
-    train = recipe.train
-    assert (train.epochs, train.warmup_epochs) == (3, 0.04)
-    assert train.global_batch_size == 4 * 8 * 8  # batch size x accumulation x processes
-    assert (train.batch_size, train.precision, train.activation_checkpointing) == (4, "bf16", True)
-    assert (recipe.parallel.model_parallel_size, recipe.parallel.data_parallel) == (1, "sdp")
-    assert (recipe.checkpoint.every_epochs, recipe.checkpoint.keep) == (1, 3)
+def test_a_recipe_has_llama2_accessorys_hyper_parameters() -> None:
+    recipe = flat(Recipe.load("alpaca").model_dump())
+    own = {"name": "alpaca", "description": recipe["description"]}
+    assert recipe == flat(Recipe.from_mapping(SMALLEST).model_dump()) | ALPACA | own
 
 
-@pytest.mark.parametrize("name", FULL_LARGE)
-def test_larger_recipes_differ_from_the_7b_ones_only_in_what_is_listed(name: str) -> None:
-    base, size, batch_size, global_batch_size, max_tokens = FULL_LARGE[name]
-    expected = Recipe.load(name.rpartition("-")[0]).model_dump()
-    recipe = Recipe.load(name)
-    assert str(size) in recipe.description
-    expected |= {"name": name, "description": recipe.description}
-    expected["model"] |= {"pretrained": base, "size": base}
-    expected["parallel"] |= {"model_parallel_size": size}
-    expected["train"] |= {"batch_size": batch_size, "global_batch_size": global_batch_size}
-    expected["data"] |= {"max_tokens": max_tokens}
-    assert recipe.model_dump() == expected
-
-
-@pytest.mark.parametrize("name", PARTS)
-def test_recipes_that_train_a_part_have_llama2_accessorys_hyper_parameters(name: str) -> None:
-    method, own, data, max_tokens, epochs, warmup, lr, recomputes = PARTS[name]
-    full, recipe = Recipe.load(data), Recipe.load(name)
-    tuning = recipe.tuning.model_dump(exclude_defaults=True)
-    assert tuning == {"method": method, **own}
-    assert recipe.data.model_dump() == full.data.model_dump() | {"max_tokens": max_tokens}
-    optimizer = {"lr": lr, "min_lr": 5e-6, "weight_decay": 0.02}
-    assert recipe.optimizer.model_dump() == full.optimizer.model_dump() | optimizer
-    train = {"epochs": epochs, "warmup_epochs": warmup, "global_batch_size": 64, "batch_size": 4}
-    train |= {"activation_checkpointing": recomputes}
-    assert recipe.train.model_dump() == full.train.model_dump() | train
-    assert (recipe.model, recipe.parallel, recipe.checkpoint) == (full.model, full.parallel, full.checkpoint)
-
-
-@pytest.mark.parametrize("name", QUANTISED)
-def test_quantised_recipes_differ_from_the_others_only_in_what_is_listed(name: str) -> None:
-    like, data, base, batch_size = QUANTISED[name]
-    expected, recipe = Recipe.load(like).model_dump(), Recipe.load(name)
-    expected |= {"name": name, "description": recipe.description, "data": Recipe.load(data).data.model_dump()}
-    expected["model"] |= {"pretrained": base, "size": base}
-    expected["tuning"] |= {"quantize": "nf4"}
-    expected["train"] |= {"batch_size": batch_size}
-    expected["parallel"] |= {"data_parallel": "fsdp"}
-    expected["checkpoint"] |= {"trainable_only": True}
-    assert recipe.model_dump() == expected
+@pytest.mark.parametrize("name", LIKE)
+def test_recipes_differ_only_in_what_is_listed(name: str) -> None:
+    like, changed = LIKE[name]
+    recipe = flat(Recipe.load(name).model_dump())
+    assert changed.get("model.pretrained", "").rpartition("-")[2].upper() in recipe["description"].upper()
+    own = {"name": name, "description": recipe["description"]}
+    assert recipe == flat(Recipe.load(like).model_dump()) | changed | own
 
 
 @pytest.mark.parametrize(
@@ -209,14 +183,9 @@ def test_a_recipe_survives_a_round_trip_through_its_yaml(tmp_path: Path) -> None
 
 
 def test_the_yaml_holds_every_key() -> None:
-    written = yaml.safe_load(Recipe.from_mapping(SMALLEST).to_yaml())
-
-    def keys(values: Any, prefix: str = "") -> set[str]:
-        if not isinstance(values, dict):
-            return {prefix}
-        return {prefix} | {key for name, value in values.items() for key in keys(value, f"{prefix}.{name}".lstrip("."))}
-
-    assert keys(written) - {""} == {key for key in known_keys() if not key.startswith("data.sources.")}
+    written = flat(yaml.safe_load(Recipe.from_mapping(SMALLEST).to_yaml()))
+    keys = {re.sub(r"\.\d+", "", key) for key in written}
+    assert keys == {key for key in known_keys() if not any(other.startswith(f"{key}.") for other in known_keys())}
 
 
 @pytest.mark.parametrize(
@@ -235,29 +204,16 @@ def test_the_yaml_holds_every_key() -> None:
         ("optimizer.lr=fast", "optimizer.lr: should be a valid number, not 'fast'"),
         ("optimizer.lr=-1", "optimizer.lr: should be greater than or equal to 0, not -1"),
         ("optimizer.lr=.inf", "optimizer.lr: should be a finite number, not Infinity"),
-        ("train.epochs=.inf", "train.epochs: should be a finite number, not Infinity"),
-        ("train.epochs=.nan", "train.epochs: should be a finite number, not NaN"),
-        ("train.epochs=0", "train.epochs: should be greater than 0, not 0"),
         ("train.precision=fp16", "train.precision: should be 'bf16' or 'fp32', not 'fp16'"),
         ("train.global_batch_size=2.5", "train.global_batch_size: should be a valid integer, not 2.5"),
-        ("train.batch_size=0", "train.batch_size: should be greater than or equal to 1, not 0"),
-        ("train.seed=4294967296", "train.seed: should be less than 4294967296, not 4294967296"),
         ("train.shuffle=maybe", "train.shuffle: should be a valid boolean, not 'maybe'"),
-        ("tuning.quantize=nf5", "tuning.quantize: should be 'none' or 'nf4', not 'nf5'"),
         ("tuning.quantize_output=true", "unknown key 'tuning.quantize_output': did you mean 'tuning.quantize'"),
         ("optimizer.betas=[0.9]", "missing key 'optimizer.betas.1'"),
-        ("optimizer.betas=[0.9, high]", "optimizer.betas.1: should be a valid number, not 'high'"),
         ("vision.params={width: wide}", "vision.params.width: should be a valid integer or a valid number, not 'wide'"),
         ("train.warmup_epochs=60", "train: warmup_epochs (60) must be below epochs (60)"),
         ("optimizer.min_lr=1", "optimizer: min_lr (1.0) must not be above lr (0.002)"),
-        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1: should be less than 1, not 1.0"),
         ("data.validation={fraction: 0.5, path: x}", "give validation.fraction or validation.path, not both"),
         ("data.sources=[]", "data.sources: List should have at least 1 item after validation, not 0"),
-        ("data.sources.0.ratio=2", "data.sources.0.ratio: should be less than or equal to 1, not 2"),
-        (
-            "data.sources.0.format=xml",
-            "data.sources.0.format: should be 'auto', 'single_turn', 'dialogue' or 'single_turn_llava'",
-        ),
         (
             "tuning.method=magic",
             "tuning.method: there is no method 'magic': "
@@ -268,7 +224,6 @@ def test_the_yaml_holds_every_key() -> None:
         ("model.pretrained=[a, 3]", "\n  model.pretrained.1: should be a valid string, not 3"),
         ("train=null", "train: should be a valid dictionary, not null"),
         ("optimizer={}", "missing key 'optimizer.lr'"),
-        ("description=", "description: should be a valid string, not null"),
         ("train.epochs", "'train.epochs': an override is written key=value, such as train.epochs=1"),
         ("=1", "'=1': an override is written key=value"),
         ("train.epochs=[1", "'train.epochs=[1': cannot read the value: it is not YAML"),

@@ -25,7 +25,7 @@ def _latest(output: Path) -> int:
     if not (output / "latest").exists():
         return 0
     checkpoint = output / (output / "latest").read_text().strip()
-    check_manifest(checkpoint, contents=True)
+    check_manifest(checkpoint, verify=True)
     step: int = json.loads((checkpoint / "state" / "progress.json").read_text())["step"]
     return step
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from llama_acc.core.atomic import check_checkpoint, whole_folder
+from llama_acc.core.atomic import check_manifest, whole_folder
 from llama_acc.core.checkpoint.adapter import (
     BASE_FILE,
     base_fingerprint,
@@ -321,7 +321,7 @@ class _Conversion:
         if base is not None and not (is_adapter or config.tuning == FULL or request.diff or source.is_diff):
             check_same_base(source, self.weights, base, config)
         for layout in [source, *([base] if base else [])]:
-            check_checkpoint(layout.folder, verify=False)
+            check_manifest(layout.folder)
         shapes = shapes_of(config)
         if self.is_alone:
             # What vision has of its own depends on the stage: it is what is there.

@@ -31,8 +31,7 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} holds no training state to resume from",
             f"start a new run from it: --pretrained {checkpoint}",
         )
-    check_manifest(checkpoint)
-    check_manifest(checkpoint, contents=True, under="state/")
+    check_manifest(checkpoint, contents="state/")
     progress = read_object(path)
     if all(type(progress.get(key)) is kind for key, kind in _PROGRESS.items()):
         return progress
@@ -88,7 +87,7 @@ def saved_masters(checkpoint: Path, parallel: Parallel) -> Weights:
     if masters.tensors:
         return masters
     if parallel.is_main:
-        check_manifest(checkpoint, contents=True, under="consolidated.")
+        check_manifest(checkpoint, contents="consolidated.")
     return read_weights([inspect(checkpoint)], parallel.model_rank, parallel.model_size)
 
 

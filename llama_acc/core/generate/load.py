@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llama_acc.core.atomic import check_checkpoint
+from llama_acc.core.atomic import check_manifest
 from llama_acc.core.checkpoint.adapter import check_base, fingerprint, read_base
 from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config, without_towers
 from llama_acc.core.checkpoint.load import Weights, check_tensors, fill, main_dtype, read_weights, with_rows
@@ -161,7 +161,7 @@ def load_model(
     if config is None:
         raise UserError(f"{last} has no params.json or config.json: the model's shape is not known")
     for layout in layouts:
-        check_checkpoint(layout.folder, verify and parallel.is_main)
+        check_manifest(layout.folder, verify and parallel.is_main)
     check_base(layouts, config)
     path = find_tokenizer(last) if tokenizer is None else Path(tokenizer)
     if path is None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_acc.core.atomic import check_checkpoint
+from llama_acc.core.atomic import check_manifest
 from llama_acc.core.checkpoint.convert import Converted, Request, Target, convert
 from llama_acc.core.checkpoint.layout import inspect
 from llama_acc.core.checkpoint.load import read_weights
@@ -62,7 +62,7 @@ def test_a_round_through_all_layouts_and_sizes_is_bitwise(size: int, dtype: torc
     back = converted(four, tmp_path / "back", "meta", model_parallel_size=size)
     for folder in (hf, four, back):
         assert same_bits(values(folder), expected), folder
-        check_checkpoint(folder, verify=True)
+        check_manifest(folder, verify=True)
     for rank in range(size):
         name = f"consolidated.{rank:02d}.pth"
         assert same_bits(torch.load(back / name, weights_only=True), shard(expected, rank, size))

@@ -98,7 +98,7 @@ def test_checkpoints_are_in_the_order_of_their_steps_not_of_their_names(tmp_path
         read_progress(tmp_path)
     for name, step in (("epoch10", 44), ("epoch2", 12), ("epoch9-iter3", 43)):
         publish(tmp_path / name, step, keep=0)
-        check_manifest(tmp_path / name, contents=True)
+        check_manifest(tmp_path / name, verify=True)
         assert latest_checkpoint(tmp_path) == tmp_path / name
     assert [path.name for _, path in checkpoints(tmp_path)] == ["epoch2", "epoch9-iter3", "epoch10"]
 

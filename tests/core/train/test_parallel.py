@@ -147,7 +147,7 @@ def test_bf16_trains_and_validates_the_same_up_to_its_rounding(alone: Path, of_f
 
 def test_a_checkpoint_of_several_ranks_has_a_file_for_each_model_parallel_rank(of_four: Path) -> None:
     folder = of_four / "fsdp" / "epoch3"
-    check_manifest(folder, contents=True)
+    check_manifest(folder, verify=True)
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*-of-*")} == {
         *(f"consolidated.0{rank}-of-02.model.pth" for rank in range(2)),
         *(f"state/training-0{rank}-of-02.safetensors" for rank in range(2)),

@@ -93,6 +93,6 @@ def test_memory_that_runs_out_at_a_step_leaves_the_checkpoint_before_it_to_resum
     assert [note for note in notes.texts if note.startswith("report.md could not be written: ")]
     (tmp_path / "run" / "report.md").rmdir()
     assert (tmp_path / "run" / "latest").read_text() == "epoch0-iter2\n"
-    check_manifest(tmp_path / "run" / "epoch0-iter2", contents=True)
+    check_manifest(tmp_path / "run" / "epoch0-iter2", verify=True)
     run(tmp_path / "run", *SAVING, resume=True)
     assert_same_run(tmp_path / "run", whole)

@@ -151,7 +151,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_step_and_items(tmp_pat
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
     assert (tmp_path / "latest").read_text() == "epoch0-iter2\n"
     for name in ("epoch0-iter1", "epoch0-iter2"):
-        check_manifest(tmp_path / name, contents=True)
+        check_manifest(tmp_path / name, verify=True)
         assert all(torch.isfinite(tensor).all() for tensor in saved_weights(tmp_path / name).values())
     assert "The run did not finish." in (tmp_path / "report.md").read_text()
 
@@ -215,7 +215,7 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(tmp_path: Path, monkeypa
     with pytest.raises(RunError, match="the disk is full: free some space; the last checkpoint before this is whole"):
         # The pointer to the first checkpoint is the first thing that finds no room.
         run(tmp_path, "checkpoint.every_epochs=1")
-    check_manifest(tmp_path / "epoch0", contents=True)
+    check_manifest(tmp_path / "epoch0", verify=True)
     monkeypatch.undo()
     run(tmp_path, "checkpoint.every_epochs=1", resume=True)
     assert len(losses(tmp_path)) == 8

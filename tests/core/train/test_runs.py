@@ -54,7 +54,7 @@ def test_a_run_leaves_the_folder_that_was_promised(plain: Path) -> None:
     assert names(plain) == RUN_FILES | checkpoints
     for checkpoint in checkpoints:
         assert names(plain / checkpoint) == CHECKPOINT_FILES
-        check_manifest(plain / checkpoint, contents=True)
+        check_manifest(plain / checkpoint, verify=True)
     assert (plain / "latest").read_text() == "epoch1\n"
     assert (plain / "loss.png").read_bytes().startswith(b"\x89PNG")
     report = (plain / "report.md").read_text()
