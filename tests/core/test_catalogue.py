@@ -93,9 +93,9 @@ def test_unknown_names_are_refused_with_near_ones() -> None:
 
 
 def test_the_guide_has_every_entry_with_what_is_known_of_it() -> None:
-    rows = re.findall(r"^\| `([^`]+)` \| (.*) \| (.*) \| (.*) \| (.*) \| \[.*\]\((.*)\) \|$", _catalogue_text(), re.M)
-    told = {name: (what, size, license, recipe.strip("`"), page) for name, what, size, license, recipe, page in rows}
-    assert told == {
+    rows = re.findall(r"^\| \[`([^`]+)`\]\((.*)\) \| (.*) \| (.*) \| (.*) \| (.*) \|$", _catalogue_text(), re.M)
+    listed = {name: (what, size, license, recipe.strip("`"), page) for name, page, what, size, license, recipe in rows}
+    assert listed == {
         e.name: (e.what, e.size or "", e.license + ", gated" * e.gated, e.recipe or "", e.page)
         for e in catalogue().values()
     }
