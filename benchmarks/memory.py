@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def trained(setup: Setup, device: torch.device, measured: bool) -> list[str]:
-    usage = predict(setup).training
+    usage = predict(setup)
     runs = measured and usage.allocated < free_memory(device)
     return compared(usage, measure(setup, device) if runs else None)
 

@@ -137,7 +137,7 @@ def _on_all_ranks(setup: Setup, generates: bool) -> dict[str, int]:
 
     def parts(rank: int) -> dict[str, int]:
         of_rank = replace(setup, rank=rank)
-        usage = predict_generation(of_rank, max(setup.lengths)) if generates else predict(of_rank).training
+        usage = predict_generation(of_rank, max(setup.lengths)) if generates else predict(of_rank)
         return usage.parts
 
     found = parts(0)

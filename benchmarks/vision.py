@@ -63,7 +63,7 @@ def setup_of(case: Case) -> Setup:
     words = ["parallel.model_parallel_size=1", f"tuning.quantize={case.quantize}", "train.batch_size=1"]
     recipe = Recipe.load("llava-qformer-13b-lora-nf4", words)
     config = replace(named_size("llama2-13b"), tuning=LoRABiasNorm(16), vision=QFormerVision())
-    return Setup(recipe, config, (TOKENS,), device_type="cuda")
+    return Setup(config, StepSettings.of(recipe), (TOKENS,), device_type="cuda")
 
 
 def memory(measure: bool) -> None:
@@ -71,7 +71,7 @@ def memory(measure: bool) -> None:
     for case in CASES:
         setup = setup_of(case)
         rows = {
-            "training": (predict(setup).training.reserved, case.training, case.published_training),
+            "training": (predict(setup).reserved, case.training, case.published_training),
             "inference": (predict_generation(setup, TOKENS).reserved, case.inference, case.published_inference),
         }
         for name, (predicted, most, published) in rows.items():
@@ -94,7 +94,7 @@ def measured(setup: Setup, what: str) -> int:
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.zero_()
 
-    parts = assemble(setup.config, StepSettings.of(setup.recipe), Parallel(), "cuda", zeros)
+    parts = assemble(setup.config, setup.settings, Parallel(), "cuda", zeros)
     encoder = load_vision_encoder(parts.model, None, device)
     assert encoder is not None
     pixels = torch.zeros((1, 3, *[encoder.vision.image_size] * 2), dtype=torch.uint8)

@@ -161,10 +161,9 @@ def _predict(request: "Request", swept: tuple[str, list[int]] | None, plot: Path
     if swept is None:
         key, setup = "", setup_of(request)
         console.working("predicting the memory")
-        prediction = predict(setup)
-        usages = {"training": prediction.training, "inference": predict_generation(setup, max(setup.lengths))}
-        found: dict[str, Any] = {"training": usages["training"].to_json(), "flops": prediction.flops}
-        found["inference"] = usages["inference"].to_json()
+        usages = {"training": predict(setup), "inference": predict_generation(setup, max(setup.lengths))}
+        found: dict[str, Any] = {"flops": usages["training"].flops}
+        found |= {name: usage.to_json() for name, usage in usages.items()}
     else:
         key, values = swept
         changes: list[dict[str, Any]] = [{key: value} for value in values]
@@ -172,7 +171,7 @@ def _predict(request: "Request", swept: tuple[str, list[int]] | None, plot: Path
         setup, usages = setups[0], {}
         for value, one in zip(values, setups, strict=True):
             console.working(f"predicting {key} {value}")
-            usages[f"{value:,}"] = predict(one).training
+            usages[f"{value:,}"] = predict(one)
         parts = zip(values, usages.values(), strict=True)
         found = {"sweep": [{key: value, "training": usage.to_json()} for value, usage in parts]}
     if plot is not None:
@@ -209,16 +208,14 @@ def _fit(request: "Request", memory: int, as_json: bool) -> None:
             base = "NF4" if fit.quantize == "nf4" else "as it is"
             batch = f"{fit.batch_size}" + (" or more" if fit.batch_size == LARGEST_BATCH else "")
             most = [batch, f"{fit.longest:,}"] if fit.batch_size else ["does not fit", ""]
-            least = f"{'> ' if fit.is_bound else ''}{_gib(fit.least)} GiB"
-            console.row([fit.method, base, least, *most], widths)
+            console.row([fit.method, base, f"{_gib(fit.least)} GiB", *most], widths)
         console.working(f"trying the next methods, {len(fits)} done")
     if as_json:
         fits.sort(key=lambda fit: not fit.batch_size)
         return _print_json({"memory": memory, "methods": [vars(fit) for fit in fits]})
     if not any(fit.batch_size for fit in fits):
-        smallest = min(fits, key=lambda fit: fit.least)
-        needed = f"{'more than ' if smallest.is_bound else ''}{_gib(smallest.least)} GiB"
-        console.note(f"nothing fits in {_gib(memory)} GiB; the least that is needed is {needed}")
+        needed = _gib(min(fit.least for fit in fits))
+        console.note(f"nothing fits in {_gib(memory)} GiB; the least that is needed is {needed} GiB")
     return None
 
 
@@ -234,7 +231,7 @@ def _measure(request: "Request", device: str | None, tolerance: float, as_json: 
     setup = setup_of(replace(request, device_type=target.type))
     if setup.world_size > 1:
         raise UserError(f"--measure runs one process, and the run has {setup.world_size}", "leave out --gpus")
-    usage, free = predict(setup).training, free_memory(target)
+    usage, free = predict(setup), free_memory(target)
     if usage.allocated > free:
         raise UserError(
             f"it takes {_gib(usage.allocated)} GiB, and {_gib(free)} GiB are free on {target}",
@@ -264,7 +261,7 @@ def _measure(request: "Request", device: str | None, tolerance: float, as_json: 
 def _hours(request: "Request", data: Path | None, kind: str, efficiency: float, as_json: bool) -> None:
     """Whether a run fits on a kind of GPU, and how long it takes there."""
     from llama_acc.core.memory.measure import Texts, gpu_hours, read_texts, work_of
-    from llama_acc.core.memory.predict import gpu_table, predict, setup_of
+    from llama_acc.core.memory.predict import gpu_table, predict, recipe_and_config, setup_of
 
     table = gpu_table()
     if kind not in table["kinds"]:
@@ -280,14 +277,14 @@ def _hours(request: "Request", data: Path | None, kind: str, efficiency: float, 
         )
         texts = Texts(items, items * length, items * length, float(items * length**2), origin)
     console.working("predicting the memory")
-    usage = predict(setup).training
+    usage = predict(setup)
     fits = usage.total <= gpu["memory"] * _GIB
     if not as_json:
         verdict = "it fits" if fits else "it does not fit; try --tuning, --quantize nf4, or --gpus N with fsdp"
         line = f"{_gib(usage.total)} GiB of {gpu['memory']:.2f} on each {kind}: {verdict}"
         console.pairs([("memory", line)], console.out, len("GPU-hours"))
     console.working("counting the work")
-    epochs = setup.recipe.train.epochs
+    epochs = recipe_and_config(request)[0].train.epochs
     hours = gpu_hours(work_of(setup), texts, epochs, gpu["bf16"] * 1e12 * efficiency)
     if as_json:
         found = {
@@ -362,20 +359,19 @@ def _say(setup: "Setup", swept: str = "") -> None:
 
 
 def _title(setup: "Setup", swept: str) -> str:
-    recipe = setup.recipe
-    count, longest = len(setup.lengths), max(setup.lengths)
+    settings, count, longest = setup.settings, len(setup.lengths), max(setup.lengths)
     batch = {"max_tokens": f"batch {count}", "batch_size": f"{longest} tokens each"}
     facts = [
         _model_name(setup),
-        recipe.tuning.method + (", base in NF4" if recipe.tuning.quantize == "nf4" else ""),
-        recipe.train.precision,
+        setup.config.tuning.method + (", base in NF4" if setup.is_quantized else ""),
+        _precision(setup),
         batch.get(swept, f"{count} x {longest} tokens"),
     ]
-    if not recipe.train.activation_checkpointing:
+    if not settings.activation_checkpointing:
         facts.append("no activation checkpointing")
     if setup.world_size > 1 and swept != "gpus":
-        size = recipe.parallel.model_parallel_size
-        facts.append(f"{setup.world_size} GPUs ({recipe.parallel.data_parallel}, model parallel {size})")
+        size = settings.model_parallel_size
+        facts.append(f"{setup.world_size} GPUs ({settings.data_parallel}, model parallel {size})")
     return ", ".join(facts)
 
 
@@ -383,26 +379,32 @@ def _model_name(setup: "Setup") -> str:
     from llama_acc.core.model.config import NAMED_SIZES
     from llama_acc.core.model.transformer import shapes_of
 
-    size, config = setup.recipe.model.size or "", setup.config
-    is_it = size in NAMED_SIZES and shapes_of(NAMED_SIZES[size]) == shapes_of(config.base())
-    return size if is_it else f"{config.n_layers} layers of {config.dim}"
+    config = setup.config
+    shapes = shapes_of(config.base())
+    names = (name for name, known in NAMED_SIZES.items() if shapes_of(known) == shapes)
+    return next(names, f"{config.n_layers} layers of {config.dim}")
+
+
+def _precision(setup: "Setup") -> str:
+    from llama_acc.core.checkpoint.save import DTYPES
+
+    return next(name for name, dtype in DTYPES.items() if dtype == setup.settings.dtype)
 
 
 def _setup_json(setup: "Setup") -> dict[str, Any]:
     from llama_acc.core.model.transformer import parameter_count
 
-    recipe = setup.recipe
     return {
         "model": {"name": _model_name(setup), "parameters": parameter_count(setup.config)},
-        "tuning": recipe.tuning.method,
-        "quantize": recipe.tuning.quantize,
-        "precision": recipe.train.precision,
-        "activation_checkpointing": recipe.train.activation_checkpointing,
+        "tuning": setup.config.tuning.method,
+        "quantize": "nf4" if setup.is_quantized else "none",
+        "precision": _precision(setup),
+        "activation_checkpointing": setup.settings.activation_checkpointing,
         "lengths": list(setup.lengths),
         "micro_batches": setup.micro_batches,
         "gpus": setup.world_size,
-        "model_parallel_size": recipe.parallel.model_parallel_size,
-        "data_parallel": recipe.parallel.data_parallel,
+        "model_parallel_size": setup.settings.model_parallel_size,
+        "data_parallel": setup.settings.data_parallel,
         "device": setup.device_type,
     }
 

@@ -19,7 +19,6 @@ from llama_acc.core.text import count_text, size_text
 
 if TYPE_CHECKING:
     from llama_acc.core.data.preview import Shown
-    from llama_acc.core.memory.predict import RankShare
     from llama_acc.core.recipe import Recipe
     from llama_acc.core.train.plan import Plan
 
@@ -262,23 +261,26 @@ def _dry_run(
     from llama_acc.core.finetune import dry_run
     from llama_acc.core.memory.guard import setup_of_run
     from llama_acc.core.memory.measure import estimate_time
-    from llama_acc.core.memory.predict import predict, rank_share
+    from llama_acc.core.memory.predict import predict, rank_parameters
 
     count = processes or recipe.parallel.model_parallel_size
     check_world(recipe.parallel.model_parallel_size, count)
     target = pick_device(device)
     with RunConsole() as watcher:
         plan = dry_run(recipe, output, callback=watcher, verify=verify)
-        lines = _dry_run_lines(plan, rank_share(plan.recipe, plan.config, count), count)
+        setup = setup_of_run(plan, count, target.type)
+        lines = _dry_run_lines(plan, rank_parameters(setup), count)
         width = max(len(subject) for subject, _ in lines)
         console.pairs(lines, console.out)
         console.out.print()
         show_items(_examples(plan))
         watcher.progress("predicting the memory")
-        memory = predict(setup_of_run(plan, count, target.type)).training
+        memory = predict(setup)
         console.out.print()
         text = f"{size_text(memory.allocated)} on {target.type} at its fullest, predicted: {memory.moment}, with the "
-        console.pairs([("memory", f"{text}largest micro-batch of the data")], console.out, width)
+        parts = ", ".join(f"{part} {size_text(size)}" for part, size in memory.parts.items() if size)
+        shown = [("memory", f"{text}largest micro-batch of the data"), ("of which", parts)]
+        console.pairs(shown, console.out, width)
         if timing:
             watcher.progress("timing a micro-batch of this model (--no-timing leaves it out)")
             seconds, how = estimate_time(plan, count, target, memory)
@@ -286,23 +288,19 @@ def _dry_run(
             console.pairs([("time", text)], console.out, width)
 
 
-def _dry_run_lines(plan: "Plan", share: "RankShare", processes: int) -> list[tuple[str, str]]:
+def _dry_run_lines(plan: "Plan", parameters: int, processes: int) -> list[tuple[str, str]]:
     from llama_acc.cli.plan_text import describe_plan
 
     report, parallel, saves = plan.report, plan.recipe.parallel, plan.save_count()
     truncated, size = count_text(report["truncated"], "item"), parallel.model_parallel_size
     layout = f"{processes // size} data parallel ({parallel.data_parallel}) x {size} model parallel"
-    kept = {"weights": share.weights, "gradients": share.gradients, "moments": share.moments}
-    kept["in all"] = sum(kept.values())
-    parts = ", ".join(f"{name} {size_text(count)}" for name, count in kept.items())
     disk = min(saves, plan.recipe.checkpoint.keep or saves) * plan.checkpoint_bytes()
     return [
         *describe_plan(plan),
         ("lengths", ", ".join(f"{name} {value}" for name, value in report["lengths"].items()) + " tokens"),
         ("truncated", f"{truncated} longer than {plan.recipe.data.max_tokens} tokens"),
         ("label tokens", f"{report['label_tokens']:,} of {report['tokens']:,}"),
-        ("processes", f"{processes}: {layout}"),
-        ("each keeps", f"{share.parameters:,} parameters; {parts}"),
+        ("processes", f"{processes}: {layout}, {parameters:,} parameters on each"),
         ("disk", f"{size_text(disk)} for the checkpoints that stay"),
     ]
 

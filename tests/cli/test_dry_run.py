@@ -77,7 +77,7 @@ def test_it_shows_plan_data_time_disk_and_two_examples(tmp_path: Path) -> None:
     assert lines["lengths"].startswith("min 22, ")
     assert lines["truncated"] == "0 items longer than 256 tokens"
     assert lines["label tokens"] == "556 of 1,129"
-    usage = predict(setup_of_run(plan_of_quickstart(), 1, "cpu")).training
+    usage = predict(setup_of_run(plan_of_quickstart(), 1, "cpu"))
     said = f"{size_text(usage.allocated)} on cpu at its fullest, predicted: {usage.moment}, "
     assert lines["memory"] == said + "with the largest micro-batch of the data"
     assert lines["time"].endswith("for the steps (from one timed step on cpu)")
@@ -106,12 +106,12 @@ def test_it_says_what_each_of_many_processes_keeps(tmp_path: Path) -> None:
     result = invoke(*QUICKSTART, "--dry-run", "--nproc", "4", "--nnodes", "2", "parallel.model_parallel_size=2")
     assert result.exit_code == 0, result.stderr
     lines = shown(result.stdout)
-    assert lines["processes"] == "8: 4 data parallel (sdp) x 2 model parallel"
-    assert lines["each keeps"].startswith(f"8,232 parameters; weights {8232 * 4 / 2**10:.1f} KiB, ")
+    assert lines["processes"] == "8: 4 data parallel (sdp) x 2 model parallel, 8,232 parameters on each"
+    assert lines["of which"].startswith(f"trainable masters {8232 * 4 / 2**10:.1f} KiB, optimizer ")
     assert lines["time"].endswith("8 processes as fast as this one, at best)")
     alone = shown(invoke(*QUICKSTART, "--dry-run").stdout)
     assert alone["processes"].startswith("1: ")
-    assert alone["each keeps"].startswith("65,696 parameters; ")
+    assert alone["processes"].endswith(" 65,696 parameters on each")
     wrong = invoke(*QUICKSTART, "--dry-run", "--nproc", "3", "parallel.model_parallel_size=2")
     assert wrong.exit_code == 2
     assert "does not divide the number of processes (3)" in wrong.stderr
@@ -128,12 +128,11 @@ def test_70b_on_8_ranks_is_planned_without_its_memory(tmp_path: Path, single_tur
     assert result.exit_code == 0, result.stderr
     lines = shown(result.stdout)
     assert lines["parameters"] == "68,976,648,192, of which 68,976,648,192 train (method full)"
-    assert lines["processes"] == "8: 1 data parallel (sdp) x 8 model parallel"
     # Counted by hand: everything is split in 8 but the norms, of 8192 numbers in 2 * 80 + 1 places.
     norms = (2 * 80 + 1) * 8192
     own = (68_976_648_192 - norms) // 8 + norms
-    assert lines["each keeps"].startswith(f"{own:,} parameters; weights {own * 4 / 2**30:.1f} GiB, ")
-    assert f"moments {own * 8 / 2**30:.1f} GiB, in all {own * 16 / 2**30:.1f} GiB" in lines["each keeps"]
+    assert lines["processes"] == f"8: 1 data parallel (sdp) x 8 model parallel, {own:,} parameters on each"
+    assert f"trainable masters {own * 4 / 2**30:.1f} GiB, optimizer {own * 8 / 2**30:.1f} GiB, " in lines["of which"]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20, "KiB"
 
 

@@ -6,11 +6,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
+
+import torch
 
 from llama_acc.core.errors import UserError
-from llama_acc.core.memory.predict import Request, Usage, context_bytes, predict, rank_share, setup_of
+from llama_acc.core.memory.predict import Request, Usage, predict, setup_of
 from llama_acc.core.memory.simulate import Setup
 from llama_acc.core.model.transformer import parameter_count
+from llama_acc.core.model.tuning.lora import LoRA
 
 # From what reaches most to what needs least: see docs/peft.md.
 _METHODS = ("full", "lora_bias_norm", "lora", "adapter", "bias_norm")
@@ -21,7 +25,7 @@ LARGEST_BATCH = 256
 _PROCESSES = 2
 _LARGE = 10**10  # parameters: of a smaller model, a process starts for longer than it works
 _LEAST = 0.001  # a change that saves no more than this share of the run helps nobody
-_NF4 = ("tuning.quantize=nf4", "checkpoint.trainable_only=true")
+_NF4 = "tuning.quantize=nf4 checkpoint.trainable_only=true"
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,10 @@ class Fit:
 
     method: str
     quantize: str  # "none" or "nf4"
-    least: int  # bytes that one example of `length` tokens takes; where `is_bound`, it takes more
+    least: int  # bytes that one example of `length` tokens takes
     batch_size: int  # most examples of that length at a time, up to `LARGEST_BATCH`; 0 = none fits
     longest: int  # most tokens of a single example, not above the model's context
     length: int
-    is_bound: bool = False  # what lasts from step to step does not fit, and no step was simulated
 
 
 def fitting(request: Request, memory: int) -> Iterator[Fit]:
@@ -55,20 +58,16 @@ def fitting(request: Request, memory: int) -> Iterator[Fit]:
 
 
 def _fit(setup: Setup, memory: int) -> Fit:
-    length, tuning = max(setup.lengths), setup.recipe.tuning
-    share = rank_share(setup.recipe, setup.config, setup.world_size)  # found in a moment
-    lasting = share.weights + share.moments + (context_bytes(setup.world_size) if setup.device_type == "cuda" else 0)
-    if lasting > memory:
-        return Fit(tuning.method, tuning.quantize, lasting, 0, 0, length, is_bound=True)
-    least = _taken(setup, 1)
+    length, least = max(setup.lengths), _taken(setup, 1)
     count = 0 if least.total > memory else _largest(least, partial(_taken, setup), memory, LARGEST_BATCH)
     # As many tokens in one example take no more than in several: attention keeps nothing for pairs of tokens.
     longest = min(count * length, setup.config.max_seq_len)
-    return Fit(tuning.method, tuning.quantize, least.total, count, longest, length)
+    quantize = "nf4" if setup.is_quantized else "none"
+    return Fit(setup.config.tuning.method, quantize, least.total, count, longest, length)
 
 
 def _taken(setup: Setup, count: int) -> Usage:
-    return predict(replace(setup, lengths=setup.lengths[:1] * count)).training
+    return predict(replace(setup, lengths=setup.lengths[:1] * count))
 
 
 def _largest(least: Usage, taken: Callable[[int], Usage], memory: int, limit: int) -> int:
@@ -123,10 +122,10 @@ def best_changes(setup: Setup, free: int, with_slack: bool = False, most: int = 
     def taken(usage: Usage) -> int:
         return usage.total if with_slack else usage.allocated
 
-    now = predict(setup).training
+    now = predict(setup)
     found: list[Change] = []
     for keys, keeps, changed in _possible(setup):
-        after = predict(changed).training
+        after = predict(changed)
         saves = now.allocated - after.allocated
         if saves > _LEAST * now.allocated and taken(after) < taken(now):
             found.append(Change(keys, keeps, taken(after) <= free, saves))
@@ -139,34 +138,32 @@ def best_changes(setup: Setup, free: int, with_slack: bool = False, most: int = 
 
 def _possible(setup: Setup) -> Iterator[tuple[str, bool, Setup]]:
     """Changes, whether the run stays the same, and with them."""
-    recipe, longest, count = setup.recipe, max(setup.lengths), len(setup.lengths)
-    train, tuning = recipe.train, recipe.tuning
-    if not train.activation_checkpointing:
-        yield _changed(setup, True, "train.activation_checkpointing=true")
-    if setup.world_size > recipe.parallel.model_parallel_size and recipe.parallel.data_parallel != "fsdp":
-        yield _changed(setup, True, "parallel.data_parallel=fsdp")
+    settings, longest, count = setup.settings, max(setup.lengths), len(setup.lengths)
+
+    def with_step(**changes: Any) -> Setup:
+        return replace(setup, settings=replace(settings, **changes))
+
+    def shorter(lengths: tuple[int, ...], micro_batches: int) -> Setup:
+        labels = None if setup.labels is None else min(setup.labels, sum(lengths))
+        return replace(setup, lengths=lengths, labels=labels, micro_batches=micro_batches)
+
+    if not settings.activation_checkpointing:
+        yield "train.activation_checkpointing=true", True, with_step(activation_checkpointing=True)
+    if setup.world_size > settings.model_parallel_size and settings.data_parallel != "fsdp":
+        yield "parallel.data_parallel=fsdp", True, with_step(data_parallel="fsdp")
     for fewer in sorted({count // 2, 1} - {0, count}, reverse=True):
         lengths = tuple(sorted(setup.lengths, reverse=True)[:fewer])
         # Smaller micro-batches are more of them.
-        yield f"train.batch_size={fewer}", True, _shorter(setup, lengths, max(setup.micro_batches, 2))
-    if train.precision == "fp32":
-        yield _changed(setup, False, "train.precision=bf16")
-    if tuning.method == "full":
-        yield _changed(setup, False, "tuning.method=lora")
-        yield _changed(setup, False, "tuning.method=lora", *_NF4)
-    elif tuning.quantize == "none":
-        yield _changed(setup, False, *_NF4)
+        yield f"train.batch_size={fewer}", True, shorter(lengths, max(setup.micro_batches, 2))
+    if settings.dtype == torch.float32:
+        yield "train.precision=bf16", False, with_step(dtype=torch.bfloat16)
+    quantized = with_step(quantize_skip=())
+    if setup.config.tuning.trains_all:
+        lora = replace(setup.config, tuning=LoRA())
+        yield "tuning.method=lora", False, replace(setup, config=lora)
+        yield f"tuning.method=lora {_NF4}", False, replace(quantized, config=lora)
+    elif not setup.is_quantized:
+        yield _NF4, False, quantized
     if longest > 256:
-        shorter = tuple(min(length, longest // 2) for length in setup.lengths)
-        yield f"data.max_tokens={longest // 2}", False, _shorter(setup, shorter, setup.micro_batches)
-
-
-def _changed(setup: Setup, keeps: bool, *overrides: str) -> tuple[str, bool, Setup]:
-    recipe = type(setup.recipe).from_mapping(setup.recipe.model_dump(), overrides)
-    tuning = recipe.tuning.resolved().with_num_layers(setup.config.n_layers)
-    return " ".join(overrides), keeps, replace(setup, recipe=recipe, config=replace(setup.config, tuning=tuning))
-
-
-def _shorter(setup: Setup, lengths: tuple[int, ...], micro_batches: int) -> Setup:
-    labels = None if setup.labels is None else min(setup.labels, sum(lengths))
-    return replace(setup, lengths=lengths, labels=labels, micro_batches=micro_batches)
+        lengths = tuple(min(length, longest // 2) for length in setup.lengths)
+        yield f"data.max_tokens={longest // 2}", False, shorter(lengths, setup.micro_batches)

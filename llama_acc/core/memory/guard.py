@@ -30,15 +30,12 @@ _FAR_BELOW = 8
 
 def setup_of_run(plan: Plan, world_size: int, device_type: str, items: Sequence[int] | None = None) -> Setup:
     """What is predicted of a run: its largest micro-batch, or that of these items."""
-    data_size = world_size // plan.recipe.parallel.model_parallel_size
-    if items is None:
-        items = plan.largest_micro_batch(data_size)
-    lengths = tuple(int(length) for length in plan.train.lengths[list(items)])
-    labels = int(plan.train.label_counts[list(items)].sum())
-    per_step = min(plan.recipe.train.global_batch_size, len(plan.train))
-    micro_batches = -(-per_step // (plan.recipe.train.batch_size * data_size))
+    ranks = world_size // plan.settings.model_parallel_size
+    items = list(plan.largest_micro_batch(ranks) if items is None else items)
+    lengths, labels = plan.train.lengths[items], int(plan.train.label_counts[items].sum())
+    micro_batches = 2 if plan.accumulates(ranks) else 1
     device_type = "cpu" if device_type == "cpu" else "cuda"
-    return Setup(plan.recipe, plan.config, lengths, labels, micro_batches, world_size, 0, device_type)
+    return Setup(plan.config, plan.settings, tuple(lengths.tolist()), labels, micro_batches, world_size, 0, device_type)
 
 
 def check_fits(plan: Plan, parallel: Parallel, device: torch.device) -> None:
@@ -48,10 +45,10 @@ def check_fits(plan: Plan, parallel: Parallel, device: torch.device) -> None:
         UserError: what it takes, part by part, what there is, and what to change.
     """
     free = free_memory(device) // (local_world_size() if device.type == "cpu" else 1)
-    if device.type == "mps" or _bound(plan) * _FAR_BELOW < free:
-        return
     setup = setup_of_run(plan, parallel.world_size, device.type)
-    usage = run_in_subprocess(predict, setup).training
+    if device.type == "mps" or _bound(setup) * _FAR_BELOW < free:
+        return
+    usage = run_in_subprocess(predict, setup)
     # Slack is mostly given back, and the context is there already: what surely does not fit is refused, nothing else.
     if usage.allocated <= free:
         return
@@ -64,12 +61,11 @@ def check_fits(plan: Plan, parallel: Parallel, device: torch.device) -> None:
     )
 
 
-def _bound(plan: Plan) -> int:
+def _bound(setup: Setup) -> int:
     """Bytes that a run on one process stays far below: everything trained in float32, and nothing computed again."""
-    config, train = plan.config, plan.recipe.train
-    tokens = train.batch_size * int(plan.train.lengths.max())
-    one_block = 16 * config.dim + 6 * config.hidden_dim
-    return 20 * parameter_count(plan.config) + 4 * tokens * (config.n_layers * one_block + 3 * config.vocab_size)
+    config = setup.config
+    of_token = config.n_layers * (16 * config.dim + 6 * config.hidden_dim) + 3 * config.vocab_size
+    return 20 * parameter_count(config) + 4 * setup.tokens * of_token
 
 
 def _batch(lengths: Sequence[int]) -> str:
@@ -113,7 +109,7 @@ def out_of_memory_error(trainer: Trainer, cause: str) -> RunError:
     message = f"out of {kind} {where}: {cause}\nThe micro-batch has {_batch(setup.lengths)}. In use:\n{_lines(used)}"
     changes: list[Change] = []
     with contextlib.suppress(MemoryError):  # there may be none left to predict with
-        usage = run_in_subprocess(predict, setup).training
+        usage = run_in_subprocess(predict, setup)
         # What is allocated was found to fit, so slack may be what did not.
         changes = run_in_subprocess(best_changes, setup, limit, True)
         predicted = f"Predicted at most {size_text(usage.total)}, in {usage.moment}:"

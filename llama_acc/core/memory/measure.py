@@ -29,7 +29,7 @@ from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.transformer import Transformer, pack_small
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.image_loader import MicroBatchIndices
-from llama_acc.core.train.plan import Plan, StepSettings
+from llama_acc.core.train.plan import Plan
 from llama_acc.core.train.step import train_step
 from llama_acc.core.train.trainer import Trainer, assemble
 
@@ -58,8 +58,8 @@ def measure(setup: Setup, device: torch.device, parallel: Parallel | None = None
     """
 
     def train() -> None:
-        settings, fill = StepSettings.of(setup.recipe), _filled_with_zeros(device)
-        model, data_parallel, optimizer = assemble(setup.config, settings, parallel or Parallel(), device.type, fill)
+        rank, fill = parallel or Parallel(), _filled_with_zeros(device)
+        model, data_parallel, optimizer = assemble(setup.config, setup.settings, rank, device.type, fill)
         batches = [empty_batch(setup.lengths, setup.labels)] * min(setup.micro_batches, 2)
         for _ in range(STEPS):
             train_step(model, optimizer, data_parallel, batches, setup.tokens, 0.0, device).loss.item()
@@ -87,7 +87,7 @@ def measure_generation(setup: Setup, length: int, device: torch.device) -> Measu
 
 
 def _measured(setup: Setup, device: torch.device, steps: Callable[[], None]) -> Measured:
-    if setup.recipe.tuning.quantize == "nf4":
+    if setup.is_quantized:
         nf4.prepare(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -146,7 +146,7 @@ def work_of(setup: Setup) -> Work:
         counts.append((sum(flops.values()) - of_loss, of_loss / length))
     (few, head), (many, _) = counts
     by_pair = (many / long - few / short) / (long - short)
-    size = setup.recipe.parallel.model_parallel_size
+    size = setup.settings.model_parallel_size
     return Work(size * (few / short - by_pair * short), size * by_pair, size * head)
 
 
@@ -189,13 +189,11 @@ def _mean_square(lengths: Mapping[str, Any]) -> float:
 def estimate_time(plan: Plan, processes: int, device: torch.device, memory: Usage) -> tuple[float, str]:
     """Seconds of all steps, and how they were found: from one timed step where that fits in half of the free memory,
     else from the work. Several processes are taken to share it without loss; `memory` is what one of them takes."""
-    recipe = plan.recipe.model_copy(deep=True)
-    recipe.parallel.model_parallel_size = 1
-    plan = replace(plan, recipe=recipe)
+    plan = replace(plan, settings=replace(plan.settings, model_parallel_size=1))
     room = free_memory(device) / 2
     fits = memory.allocated <= room  # one process takes no less than one of several
     if fits and processes > 1:
-        fits = predict(setup_of_run(plan, 1, device.type)).training.allocated <= room
+        fits = predict(setup_of_run(plan, 1, device.type)).allocated <= room
     epochs = plan.total_steps / plan.steps_per_epoch
     if fits:
         per_token, per_step = _timed_step(plan, device)
@@ -218,9 +216,8 @@ def _timed_step(plan: Plan, device: torch.device) -> tuple[float, float]:
     """Seconds for a token forward and backward, and for an update, on a model of random weights."""
     trainer = Trainer(plan, device, None, Parallel())
     optimizer = trainer.optimizer
-    typical = np.argsort(plan.train.lengths, kind="stable")[len(plan.train) // 2 :][: plan.recipe.train.batch_size]
-    (group, *_), _ = trainer.split_into_micro_batches(plan.train, typical)
-    (batch,) = trainer.iter_batches(plan.train, [MicroBatchIndices(group, 0)])
+    (groups,) = plan.micro_batches(plan.train, plan.items(0), 1)
+    (batch,) = trainer.iter_batches(plan.train, [MicroBatchIndices(groups[len(groups) // 2], 0)])
     trainer.close()
     whole, updates = [], []
     deadline = time.perf_counter() + _PROBE_SECONDS

@@ -19,7 +19,6 @@ from llama_acc.core.recipe import Recipe
 from llama_acc.core.tokenizer import find_tokenizer, load_tokenizer
 from llama_acc.core.train.base import find_shape
 from llama_acc.core.train.data_parallel import DataParallel
-from llama_acc.core.train.optimizer import MOMENTS
 from llama_acc.core.train.plan import StepSettings, model_on_meta
 
 PARTS = (
@@ -65,7 +64,7 @@ def setup_of(request: Request) -> Setup:
     Raises:
         UserError: there is no such recipe or model, or the values do not go together.
     """
-    recipe, config = _recipe_and_config(request)
+    recipe, config = recipe_and_config(request)
     size, gpus = recipe.parallel.model_parallel_size, request.gpus or recipe.parallel.model_parallel_size
     check_divides(config, size)
     check_world(size, gpus)
@@ -79,10 +78,12 @@ def setup_of(request: Request) -> Setup:
     if train.micro_batch_tokens is not None:
         count = max(1, min(count, train.micro_batch_tokens // longest))
     micro_batches = 1 if request.recipe is None else -(-train.global_batch_size // (count * (gpus // size)))
-    return Setup(recipe, config, (longest,) * count, None, micro_batches, gpus, 0, request.device_type)
+    settings = StepSettings.of(recipe)
+    return Setup(config, settings, (longest,) * count, None, micro_batches, gpus, 0, request.device_type)
 
 
-def _recipe_and_config(request: Request) -> tuple[Recipe, ModelConfig]:
+def recipe_and_config(request: Request) -> tuple[Recipe, ModelConfig]:
+    """The recipe a request means, and the shape of its model."""
     values = {
         "tuning.method": request.tuning,
         "tuning.quantize": request.quantize,
@@ -134,6 +135,7 @@ class Usage:
 
     parts: dict[str, int]  # bytes by what they are for, all of `PARTS`
     moment: str  # what is being done then, in words
+    flops: int = 0  # floating-point operations of one micro-batch, forward, recomputed and backward, on one rank
 
     @property
     def allocated(self) -> int:
@@ -156,19 +158,9 @@ class Usage:
         return {**sizes, "moment": self.moment, "parts": self.parts}
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """The fullest moment of an optimizer step, and the floating-point operations of one micro-batch, forward,
-    recomputed and backward, on one rank."""
-
-    training: Usage
-    flops: int
-
-
-def predict(setup: Setup) -> Prediction:
+def predict(setup: Setup) -> Usage:
     """Predicts an optimizer step."""
-    trace = simulate_training(setup)
-    return Prediction(_usage(setup, trace), sum(trace.flops.values()) // min(setup.micro_batches, 2))
+    return _usage(setup, simulate_training(setup))
 
 
 def predict_generation(setup: Setup, length: int) -> Usage:
@@ -176,42 +168,16 @@ def predict_generation(setup: Setup, length: int) -> Usage:
     return _usage(setup, simulate_generation(setup, length))
 
 
-@dataclass(frozen=True)
-class RankShare:
-    """What lasts from step to step on one rank: the numbers it stores of the model, and bytes of these, of gradients
-    that stay from one micro-batch to the next, and of the optimizer's moments."""
-
-    parameters: int
-    weights: int
-    gradients: int
-    moments: int
-
-
-def rank_share(recipe: Recipe, config: ModelConfig, world_size: int) -> RankShare:
-    """Builds rank 0 of `world_size` on the meta device. It has most: it is the first to get an odd row.
-
-    Raises:
-        UserError: the processes cannot be shared out in model-parallel groups.
-    """
-    settings = StepSettings.of(recipe)
-    with simulated(0, world_size, recipe.parallel.model_parallel_size) as parallel:
-        model = model_on_meta(config, settings, parallel)
+def rank_parameters(setup: Setup) -> int:
+    """How many of the model's numbers a rank stores, its vision tower included."""
+    settings, vision = setup.settings, setup.config.vision
+    with simulated(0, setup.world_size, settings.model_parallel_size) as parallel:
+        model = model_on_meta(setup.config, settings, parallel)
         DataParallel(model, parallel, settings.data_parallel, settings.accumulate_unsharded, "cpu")
         stored = [local_part(parameter).tensor for parameter in model.parameters()]
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        trained_bytes = sum(local_part(parameter).tensor.nbytes for parameter in trained)
-        # The vision tower is on the first rank of each model-parallel group, whole.
-        tower = 0 if config.vision is None else sum(map(math.prod, tower_shapes(config.vision).values()))
-        # Gradients that are summed over the ranks only once a step are whole, not sharded.
-        whole = settings.data_parallel == "sdp" or (settings.data_parallel == "fsdp" and settings.accumulate_unsharded)
-        whole = whole and parallel.data_size > 1
-        return RankShare(
-            # A byte of a quantized matrix holds two.
-            parameters=sum(tensor.numel() * (1 if tensor.is_floating_point() else 2) for tensor in stored) + tower,
-            weights=sum(tensor.nbytes for tensor in (*stored, *model.buffers())) + tower * settings.dtype.itemsize,
-            gradients=sum(p.numel() * p.element_size() for p in trained) if whole else trained_bytes,
-            moments=len(MOMENTS) * trained_bytes,
-        )
+    tower = 0 if vision is None else sum(map(math.prod, tower_shapes(vision).values()))
+    # A byte of a quantized matrix holds two.
+    return sum(tensor.numel() * (1 if tensor.is_floating_point() else 2) for tensor in stored) + tower
 
 
 def _usage(setup: Setup, trace: Trace) -> Usage:
@@ -222,4 +188,4 @@ def _usage(setup: Setup, trace: Trace) -> Usage:
         parts["working memory"] += _overhead("cublas_workspace")
         parts["allocator slack"] = reserved(trace.allocations, step=trace.since) - peak.total
         parts["CUDA context"] = context_bytes(setup.world_size)
-    return Usage(parts, str(peak.phase))
+    return Usage(parts, str(peak.phase), sum(trace.flops.values()) // min(setup.micro_batches, 2))

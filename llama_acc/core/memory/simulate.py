@@ -30,7 +30,6 @@ from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import Transformer, pack_small
 from llama_acc.core.model.tuning.adapter import Adapter
 from llama_acc.core.model.vision import tower_shapes
-from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.plan import StepSettings
 from llama_acc.core.train.step import train_step
 from llama_acc.core.train.trainer import assemble
@@ -44,14 +43,19 @@ _SHALLOW = 5  # equal blocks of the model that stands in for a deep one
 class Setup:
     """What is to be predicted: one rank of a run."""
 
-    recipe: Recipe  # compilation is left out of account: compiled blocks take no more
     config: ModelConfig  # with what the tuning method adds
+    settings: StepSettings  # compilation is left out of account: compiled blocks take no more
     lengths: tuple[int, ...]  # tokens of each document of the largest micro-batch
     labels: int | None = None  # how many of its tokens are trained; None = all
     micro_batches: int = 1  # of a rank in an optimizer step; from 2 on the step is the same
     world_size: int = 1
     rank: int = 0  # 0 has most: it is the first to get an odd row
     device_type: str = "cuda"  # or "cpu"
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether what does not train is in NF4."""
+        return self.settings.quantize_skip is not None
 
     @property
     def tokens(self) -> int:
@@ -126,7 +130,7 @@ def _train(setup: Setup) -> Trace:
             model.to_empty(device=CPU)
 
         # On a GPU's place, FSDP's streams would be CUDA's.
-        parts = assemble(setup.config, StepSettings.of(setup.recipe), parallel, "cpu", materialize)
+        parts = assemble(setup.config, setup.settings, parallel, "cpu", materialize)
         parts.optimizer.make_state()
         _label_weights(tracker, parts.model)
         for _, name, value in parts.optimizer.state_tensors():
@@ -175,10 +179,7 @@ def feed(model: Transformer, cache: KVCache, span: range, device: torch.device) 
 
 def generating_model(setup: Setup, parallel: Parallel) -> Transformer:
     """The model of a run as generation makes it, on the meta device."""
-    tuning = setup.recipe.tuning
-    skip = tuning.quantize_skip if tuning.quantize == "nf4" else None
-    dtype = torch.bfloat16 if setup.recipe.train.precision == "bf16" else torch.float32
-    return model_on_meta(setup.config, dtype, parallel, skip)
+    return model_on_meta(setup.config, setup.settings.dtype, parallel, setup.settings.quantize_skip)
 
 
 def _feeds(length: int) -> Iterator[range]:
@@ -198,7 +199,7 @@ def _tracker(setup: Setup) -> MemoryTracker:
 def _rank(setup: Setup) -> AbstractContextManager[Parallel]:
     if setup.world_size == 1:
         return nullcontext(Parallel())
-    return simulated(setup.rank, setup.world_size, setup.recipe.parallel.model_parallel_size)
+    return simulated(setup.rank, setup.world_size, setup.settings.model_parallel_size)
 
 
 @contextmanager

@@ -3,24 +3,20 @@
 A CPU's libraries are asked for it by doing the operation once, or a part of a large one: for a bf16 product, oneDNN
 copies blocks of the operands for every thread where the CPU multiplies bf16, and sums the whole result in float32 where
 it does not; torch's attention has buffers for every thread and every head.
-
-Torch's CPU allocator reports to the profiler, which hears only of its own thread and of those that work for it. What a
-thread of gloo is the last to let go of would never be given back, so the allocator is told to count in all threads.
 """
 
 import contextlib
-import ctypes
 import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._profiler import _EventType, _ExperimentalConfig
+from torch._C._profiler import _EventType
+from torch.autograd.profiler import profile
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -75,22 +71,43 @@ def _flash_backward(q: Tensor, k: Tensor) -> int:
 
 
 def cpu_workspace(operation: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    """Bytes that an operation on a CPU takes besides its results; its arguments may have no values."""
+    """Bytes that an operation on a CPU takes besides its results; its arguments may have no values.
+
+    A large product is done with so many rows and columns that its blocks are as large as the whole one's; attention
+    with as few heads as there are threads, and all heads are taken to need as much.
+    """
     packet = operation._overloadpacket
     if packet is _aten.linear:  # in inference mode it is not taken apart before
         x, weight, bias = (*args, None)[:3]
-        factors = (x.reshape(-1, x.shape[-1]), weight.t())
-        if bias is None:
-            return cpu_workspace(_aten.mm.default, factors, {})
-        return cpu_workspace(_aten.addmm.default, (bias, *factors), {})
+        product = (x.reshape(-1, x.shape[-1]), weight.t())
+        operation, args = (_aten.mm.default, product) if bias is None else (_aten.addmm.default, (bias, *product))
+        packet = operation._overloadpacket
     likes = [_like(argument) for argument in args]
     named = {name: _like(value) for name, value in sorted(kwargs.items())}
-    first = _PRODUCTS.get(packet)
     # Other products are MKL's, whose memory is not torch's.
-    if first is not None and likes[first].dtype == torch.bfloat16:
-        return _of_product(operation, likes, named, first)
-    if packet in _ATTENTION:
-        return _of_attention(operation, likes, named, _ATTENTION[packet])
+    if (first := _PRODUCTS.get(packet)) is not None and likes[first].dtype == torch.bfloat16:
+        (rows, width), columns = likes[first].shape, likes[first + 1].shape[1]
+        part = (rows, columns)
+        if rows * width * columns > _WORK:
+            part = (min(rows, _BLOCKS), min(columns, _BLOCKS))
+        shapes = {first: (part[0], width), first + 1: (width, part[1])}
+        likes = [_cut(like, shapes.get(place, part)) for place, like in enumerate(likes)]
+        taken = _asked(operation, likes, {name: _cut(like, part) for name, like in named.items()})
+        sums = 4 * part[0] * part[1]  # of the whole result in float32, where the CPU does not multiply bf16
+        return taken if taken < sums else taken - sums + 4 * rows * columns
+    if (first := _ATTENTION.get(packet)) is not None:
+        (_, heads, rows, width), (_, groups, length, _) = likes[first].shape, likes[first + 1].shape
+        shared_by = heads // groups
+        done = max(-(-torch.get_num_threads() // shared_by), _WORK // (rows * length * width * shared_by))
+        done = min(groups, done)
+        fewer = {heads: done * shared_by, groups: done}
+        likes = [
+            like._replace(shape=(1, fewer[like.shape[1]], *like.shape[2:]))
+            if isinstance(like, _Like) and len(like.shape) > 2
+            else like
+            for like in likes
+        ]
+        return _asked(operation, likes, named) * groups // done
     return 0
 
 
@@ -98,25 +115,6 @@ def _like(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return _Like(tuple(argument.shape), tuple(argument.stride()), argument.dtype)
     return tuple(argument) if isinstance(argument, list) else argument
-
-
-def _of_product(operation: Any, likes: list[Any], named: dict[str, Any], first: int) -> int:
-    (rows, width), columns = likes[first].shape, likes[first + 1].shape[1]
-    if rows * width * columns <= _WORK:
-        return _asked(operation, likes, named)
-
-    def of_part(part_rows: int, part_columns: int) -> int:
-        shapes = {first: (part_rows, width), first + 1: (width, part_columns)}
-        fewer = [_cut(like, shapes.get(place, (part_rows, part_columns))) for place, like in enumerate(likes)]
-        return _asked(operation, fewer, {name: _cut(like, (part_rows, part_columns)) for name, like in named.items()})
-
-    part_rows, part_columns = min(rows, _BLOCKS), min(columns, _BLOCKS)
-    taken = of_part(part_rows, part_columns)
-    # The float32 sums of a whole result grow with it, number by number; blocks do not.
-    half_rows, half_columns = (part_rows // 2, part_columns) if part_rows > 1 else (1, part_columns // 2)
-    if taken - of_part(half_rows, half_columns) == 4 * (part_rows * part_columns - half_rows * half_columns):
-        taken += 4 * (rows * columns - part_rows * part_columns)
-    return taken
 
 
 def _cut(like: Any, shape: tuple[int, int]) -> Any:
@@ -127,36 +125,8 @@ def _cut(like: Any, shape: tuple[int, int]) -> Any:
     return like._replace(shape=sizes[::-1])
 
 
-def _of_attention(operation: Any, likes: list[Any], named: dict[str, Any], first: int) -> int:
-    """What attention takes, of so few heads that it is done soon: for every thread, and for every head."""
-    (_, heads, rows, width), keys = likes[first].shape, likes[first + 1].shape
-    groups, shared_by = keys[1], heads // keys[1]
-
-    def of_part(part: int, threads: int | None = None) -> int:
-        limits = {heads: part * shared_by, groups: part}
-        fewer = [
-            like._replace(shape=(like.shape[0], limits[like.shape[1]], *like.shape[2:]))
-            if isinstance(like, _Like) and len(like.shape) > 2 and like.shape[1] in limits
-            else like
-            for like in likes
-        ]
-        return _asked(operation, fewer, named, threads)
-
-    busy = -(-torch.get_num_threads() // shared_by)  # every thread has a head to work at
-    part = min(groups, max(busy, _WORK // (rows * keys[2] * width * shared_by)))
-    if part == groups:
-        return of_part(groups)
-    # One thread tells what a head takes: several meet by chance.
-    return of_part(part) + (groups - part) * (of_part(2, threads=1) - of_part(1, threads=1))
-
-
-def _asked(operation: Any, likes: list[Any], named: dict[str, Any], threads: int | None = None) -> int:
-    usual = torch.get_num_threads()
-    torch.set_num_threads(threads or usual)
-    try:
-        return _asked_once(operation, tuple(likes), tuple(named.items()), threads or usual)
-    finally:
-        torch.set_num_threads(usual)
+def _asked(operation: Any, likes: list[Any], named: dict[str, Any]) -> int:
+    return _asked_once(operation, tuple(likes), tuple(named.items()), torch.get_num_threads())
 
 
 @lru_cache(maxsize=4096)
@@ -187,23 +157,22 @@ def garbage_kept() -> Iterator[None]:
 
 
 def peak_cpu_bytes(work: Callable[[], None]) -> int:
-    """The most bytes that torch's CPU allocator had given out at a time while `work` was done."""
-    autograd: Any = torch.autograd
-    # torch.profiler.profile on top of these makes a Python object of every operation, which takes longer than the work.
-    settings = autograd.ProfilerConfig(
-        autograd.ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig()
-    )
-    watched = {autograd.ProfilerActivity.CPU}
-    with _every_thread_counted():
+    """The most bytes that torch's CPU allocator had given out at a time while `work` was done.
+
+    The profiler hears of this thread and of those that work for it. What others free is not counted as given back.
+    """
+    # Its own events are not asked for: making a Python object of every operation takes longer than the work.
+    profiler = profile(profile_memory=True)
+    with _silenced():
+        profiler.__enter__()
+    try:
+        work()
+    finally:
         with _silenced():
-            autograd._prepare_profiler(settings, watched)
-            autograd._enable_profiler(settings, watched)
-        try:
-            work()
-        finally:
-            with _silenced():
-                result: Any = autograd._disable_profiler()
-    events, waiting = [], result.experimental_event_tree()
+            profiler.__exit__(None, None, None)
+    results: Any = profiler.kineto_results
+    waiting = results.experimental_event_tree()
+    events = []
     while waiting:
         event = waiting.pop()
         waiting += event.children
@@ -217,30 +186,14 @@ def peak_cpu_bytes(work: Callable[[], None]) -> int:
 
 
 @contextlib.contextmanager
-def _every_thread_counted() -> Iterator[None]:
-    """Has the allocator's sum follow what threads free that the profiler does not watch (c10's CPUAllocator.cpp). Where
-    torch was built in a way that hides the switch, only what gloo's threads free is counted wrongly."""
-    flag = None
-    for library in (Path(torch.__file__).parent / "lib").glob("libc10.*"):
-        with contextlib.suppress(OSError, ValueError):
-            flag = ctypes.c_bool.in_dll(ctypes.CDLL(str(library)), "FLAGS_caffe2_report_cpu_memory_usage")
-            flag.value = True
-    try:
-        yield
-    finally:
-        if flag is not None:
-            flag.value = False
-
-
-@contextlib.contextmanager
 def _silenced() -> Iterator[None]:
     """Lets standard error lead nowhere: the profiler's library tells there that it starts and stops."""
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
     try:
-        os.dup2(nowhere, 2)
         yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        os.close(nowhere)

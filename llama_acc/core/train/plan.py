@@ -59,6 +59,7 @@ class StepSettings:
     quantize_skip: tuple[str, ...] | None
     compile: bool
     activation_checkpointing: bool
+    model_parallel_size: int
     data_parallel: Mode
     accumulate_unsharded: bool
     adamw: dict[str, Any]
@@ -72,6 +73,7 @@ class StepSettings:
             tuple(recipe.tuning.quantize_skip) if recipe.tuning.quantize == "nf4" else None,
             train.compile,
             train.activation_checkpointing,
+            parallel.model_parallel_size,
             parallel.data_parallel,
             parallel.accumulate_unsharded,
             recipe.optimizer.model_dump(include={"betas", "eps", "weight_decay", "clip_grad_norm"}),

@@ -32,32 +32,28 @@ def test_the_peak_is_what_is_held_at_a_time() -> None:
     assert peak_cpu_bytes(lambda: None) == 0
 
 
-@pytest.mark.parametrize("lengths", [(40,), (300, 56)], ids=str)
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 @pytest.mark.parametrize("method", METHODS)
-def test_prediction_is_what_is_measured(method: str, checkpointing: str, lengths: tuple[int, ...]) -> None:
+def test_prediction_is_what_is_measured(method: str, checkpointing: str) -> None:
+    lengths = (40,) if method in ("bias_norm", "lora") else (300, 56)
     run = setup(*METHODS[method], f"train.activation_checkpointing={checkpointing}", lengths=lengths)
-    assert predict(run).training.total == pytest.approx(measure(run, CPU).allocated, rel=0.05)
+    assert predict(run).total == pytest.approx(measure(run, CPU).allocated, rel=0.01)
 
 
 @pytest.mark.parametrize("method", ["full", "nf4"])
 def test_prediction_of_accumulated_float32_steps_is_what_is_measured(method: str) -> None:
     run = setup(*METHODS[method], "train.precision=fp32", micro_batches=3, labels=100)
-    assert predict(run).training.total == pytest.approx(measure(run, CPU).allocated, rel=0.05)
+    assert predict(run).total == pytest.approx(measure(run, CPU).allocated, rel=0.01)
 
 
-@pytest.mark.parametrize("dim", [128, 256])
-@pytest.mark.parametrize("method", ["full", "adapter", "nf4"])
-def test_prediction_of_a_conversation_is_what_is_measured(method: str, dim: int) -> None:
-    run = setup(*METHODS[method], dim=dim)
-    assert predict_generation(run, 300).total == pytest.approx(measure_generation(run, 300, CPU).allocated, rel=0.05)
-
-
-def test_what_every_thread_takes_for_itself_is_in_the_prediction() -> None:
-    run, before = setup(*METHODS["nf4"]), torch.get_num_threads()
-    torch.set_num_threads(2)
+@pytest.mark.parametrize(
+    ("method", "dim", "length", "threads"), [("full", 128, 300, 2), ("adapter", 256, 40, 1), ("nf4", 128, 40, 1)]
+)
+def test_prediction_of_a_conversation_is_what_is_measured(method: str, dim: int, length: int, threads: int) -> None:
+    run, before = setup(*METHODS[method], dim=dim), torch.get_num_threads()
+    torch.set_num_threads(threads)  # every thread takes something for itself
     try:
-        predicted, measured = predict_generation(run, 40).total, measure_generation(run, 40, CPU).allocated
+        predicted, measured = predict_generation(run, length).total, measure_generation(run, length, CPU).allocated
     finally:
         torch.set_num_threads(before)
     assert predicted == pytest.approx(measured, rel=0.01)
@@ -75,7 +71,10 @@ def test_what_a_large_operation_takes_is_found_with_a_part_of_it_on_any_cpu(kind
     variables = {"ONEDNN_MAX_CPU_ISA": kind, "ATEN_CPU_CAPABILITY": KINDS[kind], "OMP_NUM_THREADS": str(threads)}
     (found,) = run_ranks(1, "tests.core.memory.rank_work:of_operations", variables=variables)
     for name, (whole, of_part, operands) in found.items():
-        assert of_part == pytest.approx(whole, abs=0.05 * operands), name
+        if name.startswith("attention"):  # each thread's part is counted once for each part that is done
+            assert whole <= of_part <= 8 * whole, name
+        else:
+            assert of_part == pytest.approx(whole, abs=0.05 * operands), name
 
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -97,4 +96,4 @@ def test_prediction_is_what_ranks_joined_by_gloo_take(count: int) -> None:
     for number, (name, run) in enumerate(RUNS.items()):
         one = setup(*run["overrides"], world_size=count, micro_batches=run["micro_batches"])
         peaks = [of_rank[number] for of_rank in measured]
-        assert peaks == [pytest.approx(predict(one).training.total, rel=0.05)] * count, name
+        assert peaks == [pytest.approx(predict(one).total, rel=0.05)] * count, name

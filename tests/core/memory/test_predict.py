@@ -13,7 +13,7 @@ from llama_acc.core.memory.predict import Request, context_bytes, predict, predi
 from llama_acc.core.memory.simulate import simulate_training
 from llama_acc.core.memory.workspaces import _FLASH_BACKWARD, workspace
 from llama_acc.core.model.transformer import parameter_count
-from tests.core.memory.setups import NF4, deep, setup
+from tests.core.memory.setups import NF4, setup
 
 DIM, LAYERS, VOCABULARY, HIDDEN, KEYS = 128, 3, 1000, 512, 64
 BLOCK = 2 * DIM * DIM + 2 * DIM * KEYS + 3 * DIM * HIDDEN
@@ -25,7 +25,7 @@ ROTATIONS = 8 * 16  # of a position: 16 complex64 numbers, half of a head
 
 
 def parts(*overrides: str, **options: object) -> dict[str, int]:
-    return predict(setup(*overrides, **options)).training.parts  # type: ignore[arg-type]
+    return predict(setup(*overrides, **options)).parts  # type: ignore[arg-type]
 
 
 def test_what_lasts_is_what_is_counted_by_hand() -> None:
@@ -58,7 +58,7 @@ def test_activation_checkpointing_keeps_the_input_of_each_block() -> None:
 
 def test_every_byte_of_the_peak_belongs_to_a_part_and_the_peak_is_at_a_moment() -> None:
     for device_type in ("cpu", "cuda"):
-        usage = predict(setup(device_type=device_type)).training
+        usage = predict(setup(device_type=device_type))
         assert usage.total == sum(usage.parts.values())
         assert usage.moment.split(" of block ")[0] in ("forward", "loss", "backward", "optimizer step")
     assert usage.parts["CUDA context"] == context_bytes(1)
@@ -85,7 +85,7 @@ def test_a_deep_model_is_predicted_to_the_byte_from_a_few_of_its_blocks(
         run = setup_of(Request(model="llama2-13b", tuning="lora", quantize="nf4", batch_size=2))
     else:
         overrides, options = DEEP[case]
-        run = deep(setup(*overrides, lengths=(64, 16), device_type="cuda", **options), 14)
+        run = setup(*overrides, lengths=(64, 16), device_type="cuda", n_layers=14, **options)
     depths = []
     train = simulate._train
     monkeypatch.setattr(simulate, "_train", lambda setup: depths.append(setup.config.n_layers) or train(setup))

@@ -23,7 +23,8 @@ from llama_acc.core.errors import UserError
 from llama_acc.core.finetune import dry_run
 from llama_acc.core.generate.chat import generate
 from llama_acc.core.generate.load import load_model
-from llama_acc.core.memory.predict import rank_share
+from llama_acc.core.memory.guard import setup_of_run
+from llama_acc.core.memory.predict import rank_parameters
 from llama_acc.core.model.transformer import (
     build_on_meta,
     initialize,
@@ -324,6 +325,6 @@ def test_a_dry_run_counts_the_tower_and_the_images(alone: Path) -> None:
     assert f"encoder qformer, stage 1; {tower:,} of the parameters are its tower, which is frozen" in text
     assert "15 images of 34 positions each, random_resized_crop" in text
     whole = sum(tensor.numel() for tensor in saved_weights(alone / "qformer" / "epoch1").values())
-    assert parameter_count(plan.config) == rank_share(plan.recipe, plan.config, 1).parameters == whole
+    assert parameter_count(plan.config) == rank_parameters(setup_of_run(plan, 1, "cpu")) == whole
     # Two tokens of 34 positions: what an image costs is counted.
     assert int(plan.train.lengths.sum()) == sum(line["tokens"] for line in metrics(alone / "qformer")[:3])
