@@ -136,7 +136,8 @@ def _tokenizer(name: str) -> "Tokenizer":
 
 def _print_report(report: "FileReport", most: int | None) -> None:
     """Prints what was found in a file, at most so many findings of a kind."""
-    from llama_acc.core.data.check import histogram, quantiles
+    from llama_acc.core.data.check import histogram
+    from llama_acc.core.data.checks import quantiles
     from llama_acc.core.data.findings import KINDS
     from llama_acc.core.data.items import unused_text
 
@@ -173,8 +174,7 @@ def _print_report(report: "FileReport", most: int | None) -> None:
     if not report.lengths:
         return
     figures = ", ".join(f"{name} {value:,}" for name, value in quantiles(report.lengths).items())
-    max_tokens = None if report.truncation is None else report.truncation.max_tokens
-    unit = "characters" if report.truncation is None else "tokens"
+    max_tokens, unit = report.max_tokens, "characters" if report.tokenizer is None else "tokens"
     _print((f"  lengths in {unit}: ", "bold"), figures)
     bars = histogram(report.lengths)
     width, digits = max(len(name) for name, _, _ in bars), max(len(f"{count:,}") for _, _, count in bars)
@@ -186,8 +186,8 @@ def _print_report(report: "FileReport", most: int | None) -> None:
         ("left out", report.wrong, "an error above: stops a run, or is left out (data.on_error=skip)"),
         ("left out", findings.counts["blank"], "blank"),
     ]
-    if report.truncation is not None:
-        counts = report.truncation.counts
+    if report.tokenizer is not None:
+        counts = report.counts
         lost = (
             f"{count_text(counts['truncated_tokens'], 'token')}, {counts['truncated_label_tokens']:,} of them trained"
         )

@@ -307,14 +307,10 @@ def _dry_run_lines(plan: "Plan", parameters: int, processes: int) -> list[tuple[
 
 def _examples(plan: "Plan") -> "Iterator[Shown]":
     """The first two documents."""
-    from llama_acc.core.data.preview import Shown, pieces, with_images
+    from llama_acc.core.data.preview import shown_document
 
     positions = 0 if plan.config.vision is None else plan.config.vision.positions
     for number in range(min(_EXAMPLES, len(plan.train))):
-        tokens, labelled = (array.tolist() for array in plan.train.document(number))
-        images = [Path(image).name for image in plan.train.images(number)]
-        begin = plan.train.image_start(number)
-        end = begin + positions * len(images)
-        text = pieces(tokens[:begin] + tokens[end:], labelled[:begin] + labelled[end:], plan.tokenizer)
-        shown = with_images(text, images, begin)
-        yield Shown(plan.train.origin(number), shown, len(tokens), sum(labelled), 0)
+        images, begin = [Path(image).name for image in plan.train.images(number)], plan.train.image_start(number)
+        origin, document = plan.train.origin(number), plan.train.document(number)
+        yield shown_document(origin, *document, plan.tokenizer, images, begin, positions)

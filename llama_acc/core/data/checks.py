@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from llama_acc.core.data.findings import EXAMPLES, Finding, Findings, beginning
 from llama_acc.core.data.items import Dialogue, Item
@@ -50,6 +50,16 @@ _ENGLISH = _ENGLISH_ALONE.union(
 )
 _AT_ONCE = 1 << 20  # documents that are compared
 _PLACE = np.dtype([("file", np.int64), ("row", np.int64), ("digest", np.uint64)])
+
+
+_QUANTILES = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
+
+
+def quantiles(lengths: ArrayLike) -> dict[str, int]:
+    """Quantiles, each the length of an item that is there: the highest at or below it. Of none: empty. [N]"""
+    values = np.asarray(lengths)
+    figures = np.percentile(values, list(_QUANTILES.values()), method="lower").tolist() if len(values) else []
+    return dict(zip(_QUANTILES, figures, strict=False))
 
 
 class DatasetStats:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_acc.core.data.cache import About, Encoded, EntryStore, cache_key, content_digest, map_entry
-from llama_acc.core.data.checks import DatasetStats, cross_file_duplicates
+from llama_acc.core.data.checks import DatasetStats, cross_file_duplicates, quantiles
 from llama_acc.core.data.encode import KEPT_PLACES, Batch, Chunk, Encoding, encode_batches
 from llama_acc.core.data.findings import KINDS as FINDINGS
 from llama_acc.core.data.findings import MOST_PROBLEMS, Finding, Findings, other_form
@@ -37,7 +37,6 @@ from llama_acc.core.workers import cores
 FORMAT_VERSION = 1
 """Of data.json."""
 FIX_HINT = "mend them, or leave them out with data.on_error=skip"
-_QUANTILES = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
 _BATCH = 200  # rows
 # Each maps some 200 KB, for the system maps the neighbors of a page along with it.
 _READS_BETWEEN_RELEASES = 512
@@ -245,15 +244,13 @@ def _counts(
     items: int, lengths: NDArray[np.int32], labels: NDArray[np.int32], truncated: int, dropped: int
 ) -> dict[str, Any]:
     """The counts of a report."""
-    # Each figure is the length of a document that is there: the highest at or below the quantile.
-    figures = np.percentile(lengths, list(_QUANTILES.values()), method="lower").tolist() if len(lengths) else []
     return {
         "items": items,
         "tokens": int(lengths.sum(dtype=np.int64)),
         "label_tokens": int(labels.sum(dtype=np.int64)),
         "truncated": truncated,
         "dropped": dropped,
-        "lengths": dict(zip(_QUANTILES, figures, strict=False)),
+        "lengths": quantiles(lengths),
     }
 
 

@@ -57,9 +57,9 @@ class Document(NamedTuple):
     """An item in tokens, uncut."""
 
     tokens: NDArray[np.int32]
-    """[N]"""
+    """[N]; what is at the images' places does not matter."""
     labeled: NDArray[np.bool_]
-    """[N]: which are labels; the first can be no target, see `stored_tokens`."""
+    """[N]: which are targets. The first never is, as nothing predicts it."""
     merged: bool = False
     """The prompt's end and the answer's beginning are one token, so it is not the prompt's tokens and then others."""
 
@@ -71,7 +71,7 @@ class Encoding(NamedTuple):
     max_tokens: int
     """Only so many first tokens of a document are kept."""
     image_positions: int = 0
-    """How many places an image takes. They stand right behind BOS; what is kept there as tokens does not matter."""
+    """How many places an image takes, right behind BOS."""
 
 
 class Chunk(NamedTuple):
@@ -163,9 +163,9 @@ def _tokenizer_of_worker(path: Path) -> Tokenizer:
 def encode_batch(batch: Batch, encoding: Encoding, tokenizer: Tokenizer) -> Chunk:
     """Encode the items of a batch, and look at all of its rows."""
     template, max_tokens, image_positions = encoding
-    dtype, bos = _token_type(tokenizer.vocab_size), int(template.bos)
     stops, marks, stats = template.text_stops(tokenizer), template.marks(tokenizer), DatasetStats(KEPT_PLACES)
-    encoded = documents([row.item for _, row in batch if row.item is not None], template, tokenizer)
+    dtype, items = _token_type(tokenizer.vocab_size), [row.item for _, row in batch if row.item is not None]
+    encoded = documents(items, template, tokenizer, image_positions)
     table, pieces, begin = [], [], 0
     for index, row in batch:
         stats.add(row, stops, marks)
@@ -174,12 +174,8 @@ def encode_batch(batch: Batch, encoding: Encoding, tokenizer: Tokenizer) -> Chun
         tokens, labeled, merged = next(encoded)
         if merged:
             stats.findings.add(merged_finding(item, row.where, template))
-        if places := image_positions * len(item.images):
-            tokens = np.insert(tokens, bos, np.zeros(places, np.int32))
-            labeled = np.insert(labeled, bos, np.zeros(places, np.bool_))
         cut = len(tokens) > max_tokens
         tokens, labeled = tokens[:max_tokens], labeled[:max_tokens]
-        labeled[:1] = False
         if not labeled.any():
             continue
         bits, names = np.packbits(labeled).tobytes(), "\0".join(item.images).encode()
@@ -198,19 +194,23 @@ def _hides_input(template: PromptFormat, item: Item | None) -> bool:
     return not shows and isinstance(item, SingleTurn) and bool(item.input and item.input.strip())
 
 
-def documents(items: Sequence[Item], template: PromptFormat, tokenizer: Tokenizer) -> Iterator[Document]:
-    """Every item in tokens, uncut."""
+def documents(
+    items: Sequence[Item], template: PromptFormat, tokenizer: Tokenizer, image_positions: int = 0
+) -> Iterator[Document]:
+    """Every item in tokens, uncut; each of its images takes so many positions right behind BOS."""
     if isinstance(template, ChatTemplate):
         rendered = template.dialogue_texts([_turns(item) for item in items], [item.system for item in items])
     else:
         stops = template.text_stops(tokenizer)
         rendered = [render_item(item, template, stops) for item in items]
     label = _labels_by_prefix if template.prefix_labels else _labels_by_overlap
-    for item, (ids, trained, merged) in zip(rendered, label(rendered, tokenizer), strict=True):
-        framed = [tokenizer.bos_id] * template.bos + ids + [tokenizer.eos_id] * template.eos
+    for item, text, (ids, trained, merged) in zip(items, rendered, label(rendered, tokenizer), strict=True):
+        head = [tokenizer.bos_id] * template.bos + [0] * (image_positions * len(item.images))
+        framed = head + ids + [tokenizer.eos_id] * template.eos
         labeled = np.zeros(len(framed), np.bool_)
-        labeled[template.bos : template.bos + len(ids)] = trained
-        labeled[template.bos + len(ids) :] = item.eos_trained
+        labeled[len(head) : len(head) + len(ids)] = trained
+        labeled[len(head) + len(ids) :] = text.eos_trained
+        labeled[:1] = False
         yield Document(np.array(framed, np.int32), labeled, merged)
 
 

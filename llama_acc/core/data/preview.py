@@ -4,6 +4,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from llama_acc.core.data.encode import documents, render_item
 from llama_acc.core.data.items import Item
 from llama_acc.core.data.read import stream_items
@@ -52,16 +55,29 @@ def shown_items(
     bos = int(template.bos)
     if tokenizer is None:
         for origin, item in items:
-            yield Shown(origin, with_images(_text_pieces(item, template), item.images, bos))
+            yield Shown(origin, _with_images(_text_pieces(item, template), item.images, bos))
         return
-    encoded = documents([item for _, item in items], template, tokenizer)
+    encoded = documents([item for _, item in items], template, tokenizer, image_positions)
     for (origin, item), (tokens, labeled, _) in zip(items, encoded, strict=True):
-        labeled[:1] = False  # nothing predicts it
-        positions = image_positions * len(item.images)
-        most = None if max_tokens is None else max(max_tokens - positions, 0)
-        kept, trained = tokens[:most].tolist(), labeled[:most].tolist()
-        shown = with_images(pieces(kept, trained, tokenizer), item.images, bos)
-        yield Shown(origin, shown, len(kept) + positions, sum(trained), len(tokens) - len(kept))
+        kept = tokens[:max_tokens], labeled[:max_tokens]
+        shown = shown_document(origin, *kept, tokenizer, item.images, bos, image_positions)
+        yield shown._replace(cut=len(tokens) - len(kept[0]))
+
+
+def shown_document(
+    origin: str,
+    tokens: NDArray[np.int32],
+    labeled: NDArray[np.bool_],
+    tokenizer: Tokenizer,
+    images: Sequence[str] = (),
+    image_start: int = 0,
+    image_positions: int = 0,
+) -> Shown:
+    """A document as a model sees it, its images by their names."""
+    end = image_start + image_positions * len(images)
+    kept, trained = (np.delete(values, slice(image_start, end)).tolist() for values in (tokens, labeled))
+    shown = _with_images(pieces(kept, trained, tokenizer), images, image_start)
+    return Shown(origin, shown, len(tokens), int(labeled.sum()))
 
 
 def first_items(
@@ -85,7 +101,7 @@ def first_items(
     return shown
 
 
-def with_images(shown: list[Piece], images: Sequence[str], begin: int) -> list[Piece]:
+def _with_images(shown: list[Piece], images: Sequence[str], begin: int) -> list[Piece]:
     """An item's pieces with its images where they stand: behind BOS, which is the first piece if there is one."""
     return [*shown[:begin], *(Piece(f"<image {name}>", False, special=True) for name in images), *shown[begin:]]
 

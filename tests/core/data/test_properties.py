@@ -12,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama_acc.core.data.check import Truncation
+from llama_acc.core.data.check import FileReport
+from llama_acc.core.data.checks import DatasetStats
 from llama_acc.core.data.encode import documents
-from llama_acc.core.data.findings import KINDS, Findings
+from llama_acc.core.data.findings import KINDS
 from llama_acc.core.data.items import Dialogue, SingleTurn, item_of
 from llama_acc.core.data.read import Row, stream_items, stream_rows_from
 from llama_acc.core.data.templates import TEMPLATES, Turn, get_template
@@ -127,10 +128,9 @@ def test_single_turn_labels_begin_behind_the_prompts_tokens_and_the_text_comes_b
 def test_truncation_loses_what_it_says(turns: list[tuple[str, str]], most: int, tokenizer: Tokenizer) -> None:
     template = get_template("dialogue")
     [(tokens, labelled, _)] = documents([Dialogue([Turn(*turn) for turn in turns])], template, tokenizer)
-    labelled[:1] = False
-    truncation = Truncation(template, tokenizer, most, Findings())
-    truncation.add([("item 1", Dialogue([Turn(*turn) for turn in turns]))])
-    left, counts = int(labelled[:most].sum()), truncation.counts
+    report = FileReport(Path("a"), DatasetStats(), tokenizer, most)
+    report.count_tokens([("item 1", Dialogue([Turn(*turn) for turn in turns]))], template)
+    left, counts = int(labelled[:most].sum()), report.counts
     assert counts["dropped"] == (not left)
     assert counts["dropped_without_reply"] == (not labelled.any())
     assert counts["label_tokens"] == left
