@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from tests.cli.chains import write_chain
-from tests.cli.commands import COMMAND, PATIENCE, QUICKSTART, Result, environment, invoke, refused, run, start
+from tests.cli.commands import COMMAND, PATIENCE, Result, environment, invoke, refused, run, start
 from tests.cli.conftest import ANSWER
 
 # Of the model `talker`: after ":" it answers, after "?" it never ends.
 
 
-def chat(talker: Path, *flags: object, template: str = "alpaca", **options: str) -> Result:
+def chat(talker: Path, *flags: object, template: str = "alpaca", input: str | bytes | None = None) -> Result:
     """Greedy answers."""
-    return invoke("chat", "--ckpt", talker, "--template", template, "--temperature", "0", *flags, **options)
+    return invoke("chat", "--ckpt", talker, "--template", template, "--temperature", "0", *flags, input=input)
 
 
 def test_the_answer_stands_alone_on_standard_output(talker: Path) -> None:
@@ -31,16 +31,7 @@ def test_the_answer_stands_alone_on_standard_output(talker: Path) -> None:
 
 
 def test_bytes_that_are_no_text_are_refused(talker: Path) -> None:
-    done = subprocess.run(
-        [*COMMAND, "chat", "--ckpt", talker, "--prompt", "-"],
-        input=b"\xff\xfe",
-        capture_output=True,
-        env=environment(),
-        timeout=PATIENCE,
-    )
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert b"Traceback" not in done.stderr
-    assert b"not valid Unicode" in done.stderr or b"cannot be decoded" in done.stderr
+    refused(chat(talker, "--prompt", "-", input=b"\xff\xfe"), "standard input is not utf-8 text", "cannot be decoded")
 
 
 @pytest.mark.parametrize("prompt", ["", " ", "\x00", "🦙\u202e\u2028"])
@@ -94,9 +85,8 @@ def test_a_piped_conversation_puts_nothing_but_answers_on_standard_output(talker
         "/quit",
         "this is not asked",
     ]
-    flags = ["--template", "dialogue", "--temperature", "0"]
-    done = run("chat", "--ckpt", talker, *flags, input="\n".join(typed) + "\n")
-    assert done.returncode == 0
+    done = chat(talker, template="dialogue", input="\n".join(typed) + "\n")
+    assert done.exit_code == 0
     assert done.stdout == f"{ANSWER}\n" * 3
     assert done.stderr.splitlines()[:5] == [
         "error: there is nothing to save yet",
@@ -156,9 +146,9 @@ def test_a_reader_who_has_seen_enough_ends_it_quietly(talker: Path) -> None:
         assert process.wait() == 0
 
 
-@pytest.mark.parametrize(("closed", "prompt"), [("<&-", ""), (">&-", "--prompt hello")])
-def test_a_closed_stream_is_no_traceback(talker: Path, closed: str, prompt: str) -> None:
-    command = f"{shlex.join(COMMAND)} chat --ckpt {talker} --template alpaca --temperature 0 {prompt} {closed}"
+@pytest.mark.parametrize("words", ["chat --ckpt TALKER --template none <&-", "recipes >&-"])
+def test_a_closed_stream_is_no_traceback(talker: Path, words: str) -> None:
+    command = f"{shlex.join(COMMAND)} {words.replace('TALKER', str(talker))}"
     done = subprocess.run(["sh", "-c", command], capture_output=True, env=environment(), timeout=PATIENCE)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
@@ -174,10 +164,10 @@ def test_a_full_disk_is_one_line_and_exit_code_1(talker: Path) -> None:
     assert "Traceback" not in said
 
 
-def test_what_the_terminal_cannot_show_is_shown_as_its_code() -> None:
-    done = run(*QUICKSTART, "--dry-run", PYTHONIOENCODING="ascii")
+def test_what_the_terminal_cannot_show_is_shown_as_its_code(single_turn: Path) -> None:
+    done = run("convert-data", "alpaca", single_turn, "--preview", 1, PYTHONIOENCODING="ascii")
     assert done.returncode == 0
-    assert "### Response:\\u27e6LLaMA is a family" in done.stdout
+    assert "### Response:\\u27e6the answer is 0" in done.stdout
 
 
 # A Hugging Face tokenizer and its chat template

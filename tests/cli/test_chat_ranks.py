@@ -23,39 +23,27 @@ def of_eight(tmp_path: Path, tokenizer_path: Path) -> Path:
     return folder
 
 
-def test_any_number_of_ranks_says_the_same_from_the_files_of_eight(of_eight: Path) -> None:
+@pytest.mark.parametrize(
+    ("processes", "number", "code"),
+    [(2, signal.SIGINT, 130), pytest.param(4, signal.SIGKILL, 1, marks=pytest.mark.soak)],
+)
+def test_ranks_say_the_same_from_the_files_of_eight_until_ctrl_c_or_a_dead_rank_ends_all(
+    processes: int, number: signal.Signals, code: int, of_eight: Path
+) -> None:
+    """It comes while the next question is awaited."""
     talk = "hello\nand then?\n/reset\nhello\n"
     words = ("chat", "--ckpt", of_eight, "--template", "dialogue", *GREEDY)
     alone = invoke(*words, input=talk)
     assert alone.exit_code == 0, alone.stderr
     assert len(alone.stdout) >= 3 * 8
-    for processes in (2, 4):
-        job = start_job(*words, "--nproc", processes, folder=of_eight)
-        out, err = job.communicate(talk, timeout=PATIENCE)
-        assert (job.returncode, out) == (0, alone.stdout), err
-        assert "error" not in err
-
-
-def test_what_is_wrong_with_the_prompt_is_told_once_and_ends_all(of_eight: Path) -> None:
-    job = start_job("chat", "--ckpt", of_eight, *GREEDY, "--nproc", 2, "--prompt", "word " * 2000, folder=of_eight)
-    _, err = job.communicate(timeout=PATIENCE)
-    assert job.returncode == 2
-    assert err.count("the model's context is 512") == 1
-    assert err.splitlines()[-2].startswith("error: the prompt has")
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, 1), (signal.SIGINT, 130)])
-def test_a_dead_rank_or_ctrl_c_ends_all_while_a_question_is_awaited(
-    number: signal.Signals, code: int, of_eight: Path
-) -> None:
-    job = start_job("chat", "--ckpt", of_eight, "--template", "none", *GREEDY, "--nproc", 2, folder=of_eight)
+    job = start_job(*words, "--nproc", processes, folder=of_eight)
     assert job.stdin is not None
     assert job.stdout is not None
-    job.stdin.write("hello\n")
+    job.stdin.write(talk)
     job.stdin.flush()
-    assert job.stdout.readline()
+    assert job.stdout.read(len(alone.stdout)) == alone.stdout
     workers = workers_of(job)
-    assert sorted(workers) == [0, 1]
+    assert sorted(workers) == list(range(processes))
     if number == signal.SIGINT:
         job.send_signal(number)
     else:

@@ -20,7 +20,7 @@ from llama_acc.core.train.plan import Plan, make_plan
 from tests.cli.commands import QUICKSTART, invoke
 
 # With room for every recipe's data.max_tokens, and heads for every recipe's model-parallel size.
-SHAPE = "dim: 64, n_layers: 2, n_heads: 8, n_kv_heads: 8, multiple_of: 16, vocab_size: 304, max_seq_len: 4096"
+SHAPE = "dim: 64, n_layers: 1, n_heads: 8, n_kv_heads: 8, multiple_of: 16, vocab_size: 304, max_seq_len: 4096"
 TINY_LONG = f"model.params={{{SHAPE}}}"
 
 

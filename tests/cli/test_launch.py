@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -23,9 +24,7 @@ from tests.core.seeing import QFORMER
 from tests.core.train.image_runs import words_for, write_data
 
 # 32 items, four optimizer steps an epoch.
-SHORT = ("--recipe", "quickstart", TINY, "train.epochs=4", "checkpoint.every_epochs=1", "checkpoint.keep=2")
-LONG = ("--recipe", "quickstart", TINY, "train.epochs=100", "checkpoint.every_epochs=1", "checkpoint.keep=1")
-ONE_STEP = ("--recipe", "quickstart", TINY, "train.max_steps=1", "train.warmup_epochs=0")
+SHORT = ("--recipe", "quickstart", TINY, "train.epochs=6", "checkpoint.every_steps=2", "checkpoint.keep=2")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -66,51 +65,83 @@ def steps(output: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
+class Stopped(NamedTuple):
+    """A run of two ranks that Ctrl-C stopped, and that torchrun resumed."""
+
+    first: Job
+    second: Job
+    logs: Path
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """A run of two ranks that nobody disturbs, and that keeps what they write."""
-    folder = tmp_path_factory.mktemp("alone")
-    job = Job(folder / "run", *SHORT, "--nproc", 2, "--log-ranks", folder / "logs", "name=$RANK $$ {x}")
-    assert job.wait() == 0, job.err
-    return job
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+    folder = tmp_path_factory.mktemp("stopped")
+    first = Job(folder / "run", *SHORT, "--nproc", 2, "--log-ranks", folder / "logs", "name=$RANK $$ {x}")
+    first.wait_for_checkpoint()
+    first.process.send_signal(signal.SIGINT)
+    assert first.wait() == 130, first.err
+    newest = latest_checkpoint(first.output)
+    assert newest is not None
+    check_manifest(newest, verify=True)
+    launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
+    second = Job(folder / "run", "--resume", launcher=launcher)
+    assert second.wait() == 0, second.err
+    return Stopped(first, second, folder / "logs")
 
 
-def test_output_comes_from_rank_0_and_every_rank_s_is_kept_where_it_is_asked_for(alone: Job) -> None:
-    assert alone.out == f"llama-acc chat --ckpt {alone.output}\n"
-    assert alone.err.count("the report is") == 1
-    assert [step for step, _ in steps(alone.output)] == list(range(1, 17))
-    assert "name: $RANK $$ {x}" in (alone.output / "recipe.yaml").read_text()
-    logs = alone.output.parent / "logs"
-    kept = {tuple(path.parts[-2:]): path.read_text() for path in logs.rglob("*.log") if path.parent.name in "01"}
+def test_ctrl_c_saves_on_all_ranks_and_what_each_wrote_is_kept_where_it_is_asked_for(stopped: Stopped) -> None:
+    job = stopped.first
+    assert job.out == ""
+    again = f"llama-acc finetune --output {job.output} --resume --nproc 2 --device cpu"
+    assert job.err.splitlines()[-1] == f"stopped; resume with: {again}"
+    assert job.err.count("SIGINT: saving after this step") == 1
+    assert "name: $RANK $$ {x}" in (job.output / "recipe.yaml").read_text()
+    kept = {
+        tuple(path.parts[-2:]): path.read_text() for path in stopped.logs.rglob("*.log") if path.parent.name in "01"
+    }
     assert sorted(kept) == [(rank, f"{name}.log") for rank in "01" for name in ("stderr", "stdout")]
-    assert kept["0", "stdout.log"] == alone.out
-    assert "step 16/16" in kept["0", "stderr.log"]
+    assert "step 1/24" in kept["0", "stderr.log"]
     assert kept["1", "stdout.log"] == ""
 
 
-def kill_and_compare(folder: Path, alone: Path, choice: random.Random, kills: int, processes: int) -> None:
-    """Kills random ranks of a job that restarts by itself: it must end as one that was left alone, to the bit."""
+def test_torchrun_starts_the_ranks_as_well(stopped: Stopped) -> None:
+    job = stopped.second
+    assert job.out == f"llama-acc chat --ckpt {job.output}\n"
+    assert job.err.count("the report is") == 1
+    assert "resuming from" in job.err
+    assert [step for step, _ in steps(job.output)] == list(range(1, 25))
+
+
+def kill_and_compare(folder: Path, other: Path, choice: random.Random, kills: int, processes: int, nodes: int) -> None:
+    """Kills random ranks of a job that restarts by itself: it must end as another one, to the bit."""
     output = folder / "killed"
-    job = Job(output, *SHORT, "--nproc", processes, "--max-restarts", kills)
+    meeting = ("--nnodes", nodes, "--rdzv-endpoint", f"127.0.0.1:{free_port()}") if nodes > 1 else ()
+    words = (*SHORT, "--nproc", processes // nodes, "--max-restarts", kills, *meeting)
+    jobs = [Job(output, *words) for _ in range(nodes)]
     for _ in range(kills):
         known = len(steps(output)) if (output / "metrics.jsonl").exists() else 0
         wanted = known + choice.randrange(1, 6)
         deadline = time.monotonic() + PATIENCE
-        while not (output / "metrics.jsonl").exists() or len(steps(output)) < min(wanted, 12):
-            job.check_time(deadline)
+        while not (output / "metrics.jsonl").exists() or len(steps(output)) < min(wanted, 18):
+            for job in jobs:
+                job.check_time(deadline)
             time.sleep(0.02)
-        workers = job.workers()
+        workers = [pid for job in jobs for pid in job.workers().values()]
         os.kill(workers[choice.randrange(processes)], signal.SIGKILL)
-        assert gone(list(workers.values()))
-    assert job.wait() == 0, job.err
-    assert job.err.count("restarting from the last whole checkpoint") == kills, job.err
-    assert steps(output) == steps(alone)
-    weights = "epoch3/consolidated.00-of-01.model.pth"
-    assert (output / weights).read_bytes() == (alone / weights).read_bytes()
+        assert gone(workers)
+    for job in jobs:
+        assert job.wait() == 0, job.err
+        assert job.err.count("restarting from the last whole checkpoint") == kills, job.err
+    assert "".join(job.out for job in jobs) == f"llama-acc chat --ckpt {output}\n"
+    assert steps(output) == steps(other)
+    weights = "epoch5/consolidated.00-of-01.model.pth"
+    assert (output / weights).read_bytes() == (other / weights).read_bytes()
 
 
-def test_a_job_goes_on_by_itself_after_a_rank_was_killed(alone: Job, tmp_path: Path) -> None:
-    kill_and_compare(tmp_path, alone.output, random.Random(1), kills=1, processes=2)
+def test_two_machines_meet_at_an_endpoint_and_again_after_a_rank_of_one_was_killed(
+    stopped: Stopped, tmp_path: Path
+) -> None:
+    kill_and_compare(tmp_path, stopped.second.output, random.Random(1), kills=1, processes=2, nodes=2)
 
 
 @pytest.mark.soak
@@ -118,30 +149,19 @@ def test_a_job_goes_on_by_itself_after_a_rank_was_killed(alone: Job, tmp_path: P
 def test_a_job_goes_on_after_many_kills(seed: int, tmp_path: Path) -> None:
     left = Job(tmp_path / "alone", *SHORT, "--nproc", 2 + 2 * (seed % 2))
     assert left.wait() == 0, left.err
-    kill_and_compare(tmp_path, left.output, random.Random(seed), kills=3, processes=2 + 2 * (seed % 2))
+    kill_and_compare(tmp_path, left.output, random.Random(seed), kills=3, processes=2 + 2 * (seed % 2), nodes=1)
 
 
-def test_ctrl_c_saves_on_all_ranks_and_a_killed_launcher_leaves_nothing(tmp_path: Path) -> None:
-    job = Job(tmp_path / "run", *LONG, "--nproc", 2)
-    job.wait_for_checkpoint()
-    job.process.send_signal(signal.SIGINT)
-    assert job.wait() == 130
-    again = f"llama-acc finetune --output {job.output} --resume --nproc 2 --device cpu"
-    assert job.err.splitlines()[-1] == f"stopped; resume with: {again}"
-    assert job.err.count("SIGINT: saving after this step") == 1
-    newest = latest_checkpoint(job.output)
-    assert newest is not None
-    check_manifest(newest, verify=True)
-
-    again = Job(tmp_path / "run", "--resume", "--nproc", 2)
+def test_a_killed_launcher_leaves_nothing(tmp_path: Path) -> None:
+    job = Job(tmp_path / "run", *SHORT, "--nproc", 2)
     deadline = time.monotonic() + PATIENCE
-    while len(again.workers()) < 2:
-        again.check_time(deadline)
+    while len(job.workers()) < 2:
+        job.check_time(deadline)
         time.sleep(0.05)
-    workers = list(again.workers().values())
-    again.process.kill()
+    workers = list(job.workers().values())
+    job.process.kill()
     assert gone(workers)
-    again.wait()
+    job.wait()
 
 
 def test_a_killed_rank_is_told_with_how_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,47 +206,28 @@ def test_a_rank_leaves_its_error_to_the_launcher(
     assert str(error).splitlines()[0] in left["message"]["message"]
 
 
-def test_what_only_the_rank_with_the_vision_tower_finds_is_told_once_and_ends_all(tmp_path: Path) -> None:
+def test_slurm_starts_the_ranks_and_what_only_one_of_them_finds_is_told_once_and_ends_all(tmp_path: Path) -> None:
+    """Of two model-parallel ranks one has the vision tower, and transformers fails there."""
     (tmp_path / "transformers").mkdir()
     (tmp_path / "transformers" / "__init__.py").write_text("raise ImportError('huggingface-hub<1.0 is required')")
-    root = Path(__file__).parents[2]
     words = words_for(QFORMER, write_data(tmp_path / "data"), "tuning.method=lora", "checkpoint.trainable_only=true")
-    words += ["train.warmup_epochs=0", "parallel.model_parallel_size=2", TINY]
-    recipe = ("--recipe", "quickstart", "--nproc", 2)
-    job = Job(tmp_path / "run", *recipe, *words, PYTHONPATH=f"{tmp_path}:{root}")
-    assert job.wait() == 2
-    said = "error: images need the package transformers, which cannot be imported: huggingface-hub<1.0 is required"
-    assert job.err.splitlines()[-2] == said
-    assert job.err.count("cannot be imported") == 1
-
-
-def test_two_machines_meet_at_an_endpoint(tmp_path: Path) -> None:
-    words = (*ONE_STEP, "--nproc", 1, "--nnodes", 2, "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
-    jobs = [Job(tmp_path / "run", *words) for _ in range(2)]
-    assert [job.wait() for job in jobs] == [0, 0], [job.err for job in jobs]
-    assert "".join(job.out for job in jobs) == f"llama-acc chat --ckpt {tmp_path / 'run'}\n"
-
-
-def test_torchrun_starts_the_ranks_as_well(tmp_path: Path) -> None:
-    launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
-    job = Job(tmp_path / "run", *ONE_STEP, launcher=launcher)
-    assert job.wait() == 0, job.err
-    assert job.out == f"llama-acc chat --ckpt {tmp_path / 'run'}\n"
-    assert [step for step, _ in steps(job.output)] == [1]
-
-
-def test_slurm_starts_the_ranks_as_well(tmp_path: Path) -> None:
+    words += ["--recipe", "quickstart", "train.warmup_epochs=0", "parallel.model_parallel_size=2", TINY]
     shared = {
         "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_NODEID": "0",
         "SLURM_STEP_TASKS_PER_NODE": "2",
         "SLURM_STEP_NODELIST": "localhost",
         "MASTER_PORT": str(free_port()),
+        "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}",
     }
     ranks = [{**shared, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
-    jobs = [Job(tmp_path / "run", *ONE_STEP, **rank) for rank in ranks]
-    assert [job.wait() for job in jobs] == [0, 0], [job.err for job in jobs]
-    assert [job.out for job in jobs] == [f"llama-acc chat --ckpt {tmp_path / 'run'}\n", ""]
+    jobs = [Job(tmp_path / "run", *words, **rank) for rank in ranks]
+    assert [job.wait() for job in jobs] == [2, 2], [job.err for job in jobs]
+    said = "images need the package transformers, which cannot be imported: huggingface-hub<1.0 is required"
+    lines = [line for job in jobs for line in job.err.splitlines() if "cannot be imported" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: rank ")
+    assert lines[0].endswith(said)
 
 
 @pytest.mark.parametrize(
