@@ -34,9 +34,9 @@ def endpoint(value: str | None) -> str | None:
 
 def known_template(name: str) -> str:
     """Refuses an unknown prompt format before a model is loaded."""
-    from llama_acc.core.data.templates import ChatTemplate, get_template
+    from llama_acc.core.data.templates import CHAT_TEMPLATE, get_template
 
-    if name not in ("auto", ChatTemplate.name):
+    if name not in ("auto", CHAT_TEMPLATE):
         try:
             get_template(name)
         except UserError as error:

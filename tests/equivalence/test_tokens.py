@@ -84,13 +84,13 @@ def _real(kind: str, seed: str, data: Path, count: int) -> list[Item]:
     return random.Random(seed).sample(without_input, count)
 
 
-def _format(name: str, tokenizer: Tokenizer) -> Template | ChatTemplate:
+def _format(name: str, tokenizer: Tokenizer) -> Template:
     if name == "chat_template":
         return ChatTemplate(_JINJA, tokenizer, tokenizer.path)
     return get_template(name)
 
 
-def _check(items: list[Item], template: Template | ChatTemplate, tokenizer: Tokenizer) -> None:
+def _check(items: list[Item], template: Template, tokenizer: Tokenizer) -> None:
     if isinstance(template, ChatTemplate):
         items = items[:_WITH_JINJA]
         stops, marks = [], template.text_stops(tokenizer)
@@ -98,7 +98,7 @@ def _check(items: list[Item], template: Template | ChatTemplate, tokenizer: Toke
         stops, marks = template.text_stops(tokenizer), template.marks(tokenizer)
     found = [[finding.kind for finding in format_findings(item, "", stops, marks)] for item in items]
     encoded = list(documents(items, template, tokenizer))
-    if isinstance(template, Template) and any("stop_in_reply" in kinds for kinds in found):
+    if not isinstance(template, ChatTemplate) and any("stop_in_reply" in kinds for kinds in found):
         template = template.told_apart()  # as a run with such an item saves it
     for item, (tokens, labelled, merged), kinds in zip(items, encoded, found, strict=True):
         ids = tokens.tolist()

@@ -37,7 +37,7 @@ from llama_acc.core.data.checks import CHECKS_VERSION
 from llama_acc.core.data.encode import DOCUMENT, ENCODER_VERSION, Chunk, stored_images, stored_tokens
 from llama_acc.core.data.read import unreadable
 from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_digest
-from llama_acc.core.data.templates import PromptFormat
+from llama_acc.core.data.templates import Template
 from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import home, open_input
 from llama_acc.core.tokenizer import Tokenizer
@@ -216,7 +216,7 @@ def content_digest(path: Path, stopped: Callable[[], bool]) -> str:
     return digest.hexdigest()
 
 
-def cache_key(content: str, tokenizer: Tokenizer, templates: Sequence[PromptFormat], *settings: object) -> str:
+def cache_key(content: str, tokenizer: Tokenizer, templates: Sequence[Template], *settings: object) -> str:
     """What names an entry: everything that decides the tokens and labels of a file, and what is found in it.
 
     Args:

@@ -27,7 +27,7 @@ from llama_acc.core.data.images import resolved
 from llama_acc.core.data.items import Item
 from llama_acc.core.data.read import Checked, stream_items
 from llama_acc.core.data.sources import FileSpec
-from llama_acc.core.data.templates import PromptFormat, format_for
+from llama_acc.core.data.templates import Template, format_for
 from llama_acc.core.errors import UserError
 from llama_acc.core.text import count_text
 from llama_acc.core.tokenizer import Tokenizer
@@ -95,7 +95,7 @@ class FileReport:
             report |= {"max_tokens": self.max_tokens, **self.counts, "lengths": quantiles(self.tokens)}
         return report
 
-    def count_tokens(self, items: Sequence[tuple[str, Item]], template: PromptFormat, image_positions: int = 0) -> None:
+    def count_tokens(self, items: Sequence[tuple[str, Item]], template: Template, image_positions: int = 0) -> None:
         """Count the tokens of items, given with their places, as the model would see them."""
         assert self.tokenizer is not None
         findings, counts = self.stats.findings, self.counts

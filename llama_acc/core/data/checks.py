@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from llama_acc.core.data.findings import EXAMPLES, Finding, Findings, beginning
 from llama_acc.core.data.items import Dialogue, Item
 from llama_acc.core.data.read import Checked
-from llama_acc.core.data.templates import PromptFormat
+from llama_acc.core.data.templates import Template
 
 if TYPE_CHECKING:
     from llama_acc.core.data.cache import Encoded
@@ -229,7 +229,7 @@ def format_findings(item: Item, where: str, stops: Sequence[str], marks: Sequenc
             yield Finding("format_mark", where, field, message, _excerpt(text, text.index(mark)))
 
 
-def merged_finding(item: Item, where: str, template: PromptFormat) -> Finding:
+def merged_finding(item: Item, where: str, template: Template) -> Finding:
     """Reports an item whose prompt and answer merge into one token (`encode.Document.merged`)."""
     trained = ", and is not trained, as in LLaMA2-Accessory" if template.prefix_labels else ""
     field, text = next(replies_of(item), ("", ""))

@@ -27,7 +27,7 @@ from llama_acc.core.data.findings import MOST_PROBLEMS, Finding, Findings, other
 from llama_acc.core.data.images import resolved
 from llama_acc.core.data.read import Checked, data_suffix, stream_items
 from llama_acc.core.data.sources import MISSING_HINT, Fetch, FileSpec, Source, expand
-from llama_acc.core.data.templates import KINDS, ChatTemplate, PromptFormat, Template, format_for
+from llama_acc.core.data.templates import CHAT_TEMPLATE, KINDS, ChatTemplate, Template, format_for
 from llama_acc.core.errors import DataError, UserError, raise_together
 from llama_acc.core.hub import fetch_data
 from llama_acc.core.text import count_text
@@ -55,7 +55,7 @@ class DataFile:
     """What one file gave: `items` = documents + `dropped`."""
 
     path: Path
-    template: PromptFormat
+    template: Template
     items: int
     dropped: int
     image_root: Path
@@ -118,7 +118,7 @@ class Dataset:
         return int(self.label_counts.sum(dtype=np.int64))
 
     @property
-    def template(self) -> PromptFormat:
+    def template(self) -> Template:
         """The prompt format; the first file's where they differ."""
         return self.files[0].template
 
@@ -491,7 +491,7 @@ def publish(dataset: Dataset, folder: Path) -> None:
     files = [
         (
             *(str(part.path), str(file.path), str(file.image_root), file.items, file.dropped),
-            file.template.to_json() if isinstance(file.template, Template) else None,
+            None if isinstance(file.template, ChatTemplate) else file.template.to_json(),
         )
         for file, part in zip(dataset.files, dataset.parts, strict=True)
     ]
@@ -504,7 +504,7 @@ def load_published(folder: Path, tokenizer: Tokenizer) -> Dataset:
     arrays = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
     files, parts = [], []
     for entry, path, root, items, dropped, template in published:
-        chat = format_for(ChatTemplate.name, KINDS[0], tokenizer) if template is None else None
+        chat = format_for(CHAT_TEMPLATE, KINDS[0], tokenizer) if template is None else None
         parts.append(map_entry(Path(entry)))
         files.append(DataFile(Path(path), chat or Template.model_validate_json(template), items, dropped, Path(root)))
     dataset = Dataset(tuple(files), tuple(parts), arrays.pop("rows", None))

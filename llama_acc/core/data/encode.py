@@ -23,7 +23,7 @@ from llama_acc.core.data.checks import DatasetStats, merged_finding
 from llama_acc.core.data.findings import Finding
 from llama_acc.core.data.items import Dialogue, Item, SingleTurn
 from llama_acc.core.data.read import Checked
-from llama_acc.core.data.templates import ChatTemplate, PromptFormat, Rendered, Span, Template, Turn, as_dialogue
+from llama_acc.core.data.templates import ChatTemplate, Rendered, Span, Template, Turn, as_dialogue
 from llama_acc.core.tokenizer import Spans, Tokenizer, load_tokenizer
 from llama_acc.core.workers import WorkerPool
 
@@ -67,7 +67,7 @@ class Document(NamedTuple):
 class Encoding(NamedTuple):
     """What is made of items."""
 
-    template: PromptFormat
+    template: Template
     max_tokens: int
     """Only so many first tokens of a document are kept."""
     image_positions: int = 0
@@ -189,13 +189,13 @@ def encode_batch(batch: Batch, encoding: Encoding, tokenizer: Tokenizer) -> Chun
     return Chunk(np.array(table, DOCUMENT), b"".join(pieces), stats, skipped, unused)
 
 
-def _hides_input(template: PromptFormat, item: Item | None) -> bool:
-    shows = not isinstance(template, Template) or template.kind == "dialogue" or template.prompt_with_input is not None
+def _hides_input(template: Template, item: Item | None) -> bool:
+    shows = template.kind == "dialogue" or template.prompt_with_input is not None
     return not shows and isinstance(item, SingleTurn) and bool(item.input and item.input.strip())
 
 
 def documents(
-    items: Sequence[Item], template: PromptFormat, tokenizer: Tokenizer, image_positions: int = 0
+    items: Sequence[Item], template: Template, tokenizer: Tokenizer, image_positions: int = 0
 ) -> Iterator[Document]:
     """Every item in tokens, uncut; each of its images takes so many positions right behind BOS."""
     if isinstance(template, ChatTemplate):
@@ -214,7 +214,7 @@ def documents(
         yield Document(np.array(framed, np.int32), labeled, merged)
 
 
-def render_item(item: Item, template: PromptFormat, stops: Sequence[str] | None = None) -> Rendered:
+def render_item(item: Item, template: Template, stops: Sequence[str] | None = None) -> Rendered:
     """An item in a prompt format; of `stops` see `Template.dialogue_text`."""
     if isinstance(template, ChatTemplate):
         return template.dialogue_texts([_turns(item)], [item.system])[0]

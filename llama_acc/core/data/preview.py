@@ -11,7 +11,7 @@ from llama_acc.core.data.encode import documents, render_item
 from llama_acc.core.data.items import Item
 from llama_acc.core.data.read import stream_items
 from llama_acc.core.data.sources import FileSpec
-from llama_acc.core.data.templates import PromptFormat, format_for
+from llama_acc.core.data.templates import Template, format_for
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import StreamDecoder, Tokenizer
 
@@ -38,7 +38,7 @@ class Shown(NamedTuple):
 
 def shown_items(
     items: Sequence[tuple[str, Item]],
-    template: PromptFormat,
+    template: Template,
     tokenizer: Tokenizer | None,
     max_tokens: int | None,
     image_positions: int = 0,
@@ -118,7 +118,7 @@ def pieces(tokens: Sequence[int], labeled: Sequence[bool], tokenizer: Tokenizer)
     return _joined([*found, Piece(decoder.flush(), trained)])
 
 
-def _text_pieces(item: Item, template: PromptFormat) -> list[Piece]:
+def _text_pieces(item: Item, template: Template) -> list[Piece]:
     text, _, trained, eos_trained = render_item(item, template)
     parts, position = [Piece("<s>", False, special=True)] * template.bos, 0
     for first, last in trained:

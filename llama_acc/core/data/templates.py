@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from llama_acc.core.data.chat_rendering import Limits, RenderedChat, render
 from llama_acc.core.errors import UserError, did_you_mean, listed, schema_problems
@@ -34,6 +34,12 @@ class Turn(NamedTuple):
     trained: bool = True
     """False: a reply that is context only, not labeled."""
 
+
+CHAT_TEMPLATE = "chat_template"
+"""The name of the chat template beside a tokenizer."""
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>")
+# Noncharacters, which no text may hold in interchange; two that are not in the text at hand mark special tokens.
+_MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 
 Span = tuple[int, int]
 """Characters [begin, end) of a text."""
@@ -316,21 +322,16 @@ def _without_special(marks: Iterable[str], tokenizer: Tokenizer | None) -> list[
     return [mark for mark in marks if not _held(mark, special)]
 
 
-class ChatTemplate:
-    """A Hugging Face chat template, with the methods of a `Template` that a dialogue and a prompt need."""
+class ChatTemplate(Template):
+    """A Hugging Face chat template: a format that its jinja text renders, with the special tokens in it."""
 
-    name = "chat_template"
-    kind = "dialogue"
-    # The rendered text holds the special tokens itself.
-    bos = False
-    eos = False
-    prefix_labels = False
+    _path: Path = PrivateAttr()
+    _source: str = PrivateAttr()
+    _limits: Limits = PrivateAttr()
+    _variables: dict[str, str] = PrivateAttr()
+    _special: list[str] = PrivateAttr()
 
-    _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>")
-    # Noncharacters, which no text may hold in interchange; two that are not in the text at hand mark special tokens.
-    _MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
-
-    def __init__(self, source: str, tokenizer: Tokenizer, path: Path, limits: Limits | None = None) -> None:
+    def __init__(self, source: str, tokenizer: Tokenizer, path: Path, limits: Limits = Limits()) -> None:  # noqa: B008
         """Args:
             source: the jinja text.
             tokenizer: whose special tokens it writes.
@@ -340,11 +341,12 @@ class ChatTemplate:
         Raises:
             UserError: it is not jinja.
         """
-        self.path, self._source, self._limits = path, source, limits
+        stop = tuple(mark for mark in _TURN_ENDS if mark in source)
+        super().__init__(name=CHAT_TEMPLATE, kind="dialogue", bos=False, eos=False, stop=stop)
+        self._path, self._source, self._limits = path, source, limits
         self._variables = _special_tokens(path.parent / CONFIG_FILE, tokenizer)
         self._special = special_texts(tokenizer)
         self._rendered([], [], add_generation_prompt=False)
-        self.stop = tuple(mark for mark in self._TURN_ENDS if mark in source)
 
     def render_prompt(self, history: Sequence[Turn], system: str | None = None) -> Rendered:
         """Render the text up to where the model is to answer.
@@ -354,38 +356,13 @@ class ChatTemplate:
         """
         return self._rendered([history], [system], add_generation_prompt=True)[0]
 
-    def prompt_text(self, history: Sequence[Turn], system: str | None = None) -> str:
-        """The text of `render_prompt`."""
-        return self.render_prompt(history, system).text
-
-    def prompt_ids(self, tokenizer: Tokenizer, history: Sequence[Turn], system: str | None = None) -> list[int]:
-        """`render_prompt` in tokens."""
-        text, own, *_ = self.render_prompt(history, system)
-        return tokenizer.encode_batch([text], own=[own])[0]
-
-    def text_stops(self, tokenizer: Tokenizer | None) -> list[str]:
-        """The stop strings that are text for the tokenizer."""
-        return _without_special(self.stop, tokenizer)
-
-    def text_end(self, tokenizer: Tokenizer) -> str:
-        """Nothing: see `stop`."""
-        return ""
-
     def marks(self, tokenizer: Tokenizer | None) -> list[str]:
         """The stop strings that are text for the tokenizer; what else looks like a turn is not known."""
         return self.text_stops(tokenizer)
 
-    def told_apart(self) -> "ChatTemplate":
-        """Itself: the template decides how a reply ends."""
-        return self
-
     def to_json(self) -> str:
         """All that decides what it renders."""
         return json.dumps([self._source, self._variables])
-
-    def spaces_left(self, history: Sequence[Turn]) -> int:
-        """None: the template decides how a prompt ends."""
-        return 0
 
     def dialogue_texts(self, dialogues: Sequence[Sequence[Turn]], systems: Sequence[str | None]) -> list[Rendered]:
         """Render whole dialogues; trained is what stands in the template's `{% generation %}` blocks.
@@ -398,7 +375,7 @@ class ChatTemplate:
             replies = [turn for turn in turns if turn.role == "assistant"]
             if len(dialogue.trained) != len(replies):
                 raise UserError(
-                    f"the chat template {self.path} cannot say what is trained: it has {{% generation %}} around "
+                    f"the chat template {self._path} cannot say what is trained: it has {{% generation %}} around "
                     f"{len(dialogue.trained)} of {len(replies)} replies",
                     "use a shipped format: --template NAME, in a run data.sources.0.template=NAME; there are: "
                     + ", ".join(TEMPLATES),
@@ -417,17 +394,14 @@ class ChatTemplate:
             for turns, system in zip(dialogues, systems, strict=True)
         ]
         texts = "".join(text for conversation in conversations for _, text in conversation)
-        begin, end, *_ = [mark for mark in self._MARKS if mark not in texts]
+        begin, end, *_ = [mark for mark in _MARKS if mark not in texts]
         special = re.compile("|".join(map(re.escape, self._special)))
         messages = [
             [{"role": role, "content": special.sub(rf"{begin}\g<0>{end}", text)} for role, text in conversation]
             for conversation in conversations
         ]
-        chats = render(self._source, messages, self._variables, add_generation_prompt, self.path, self._limits)
+        chats = render(self._source, messages, self._variables, add_generation_prompt, self._path, self._limits)
         return [_unmarked(chat, begin, end) for chat in chats]
-
-
-PromptFormat = Template | ChatTemplate
 
 
 def _unmarked(chat: RenderedChat, begin: str, end: str) -> Rendered:
@@ -516,7 +490,7 @@ def get_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
     return template
 
 
-def template_of_folder(folder: Path, tokenizer: Tokenizer) -> tuple[PromptFormat, str]:
+def template_of_folder(folder: Path, tokenizer: Tokenizer) -> tuple[Template, str]:
     """The format a checkpoint was trained with, and where that is known from, for showing.
 
     `template.json` if there, else the chat template of a Hugging Face checkpoint, else the bare instruction.
@@ -528,17 +502,17 @@ def template_of_folder(folder: Path, tokenizer: Tokenizer) -> tuple[PromptFormat
         template = Template.load(folder / TEMPLATE_FILE)
         return template, f"{template.name}, from {TEMPLATE_FILE}"
     if (found := _chat_template_of(folder, tokenizer)) is not None:
-        return found, f"the chat template, from {found.path.name}"
+        return found, f"the chat template, from {found._path.name}"
     return get_template("none", tokenizer), f"none, as the folder has no {TEMPLATE_FILE} and no chat template"
 
 
-def format_for(name: str, kind: str, tokenizer: Tokenizer | None = None) -> PromptFormat:
+def format_for(name: str, kind: str, tokenizer: Tokenizer | None = None) -> Template:
     """A shipped format by name; "auto": the usual one for a kind of items; the chat template beside the tokenizer.
 
     Raises:
         UserError: there is none of that name, or it cannot write items of that kind.
     """
-    if name == ChatTemplate.name:
+    if name == CHAT_TEMPLATE:
         if tokenizer is None:
             raise UserError("template chat_template stands beside a tokenizer", "give --tokenizer FOLDER")
         folder = tokenizer.path.parent

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llama_acc.core.data.templates import PromptFormat
+from llama_acc.core.data.templates import Template
 from llama_acc.core.errors import UserError
 from llama_acc.core.generate.load import LoadedModel
 from llama_acc.core.model.attention import KVCache
@@ -121,7 +121,7 @@ class Reply:
     """
 
     def __init__(
-        self, prompt: Prompt, template: PromptFormat, tokenizer: Tokenizer, max_new_tokens: int, index: int = 0
+        self, prompt: Prompt, template: Template, tokenizer: Tokenizer, max_new_tokens: int, index: int = 0
     ) -> None:
         self.index = index
         self.tokens: list[int] = []

@@ -20,7 +20,7 @@ from llama_acc.core.checkpoint.load import Weights, check_tensors, fill, main_dt
 from llama_acc.core.checkpoint.quantized import read_quantization
 from llama_acc.core.checkpoint.towers import check_tower
 from llama_acc.core.data.images import normalize
-from llama_acc.core.data.templates import KINDS, PromptFormat, format_for, template_of_folder
+from llama_acc.core.data.templates import KINDS, Template, format_for, template_of_folder
 from llama_acc.core.device import pick_device
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
@@ -115,7 +115,7 @@ class LoadedModel:
 
     model: Transformer
     tokenizer: Tokenizer
-    template: PromptFormat
+    template: Template
     template_from: str
     device: torch.device
     vision_encoder: VisionEncoder | None = None
@@ -172,7 +172,7 @@ def load_model(
     if context is not None:
         config = replace(config, max_seq_len=context)
     config.check_tokenizer(words.vocab_size, path)
-    chosen: tuple[PromptFormat, str] = (
+    chosen: tuple[Template, str] = (
         template_of_folder(last, words)
         if template == "auto"
         else (

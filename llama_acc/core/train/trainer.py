@@ -17,7 +17,7 @@ from llama_acc.core.checkpoint.resume import FORMAT_VERSION, SavedState, read_pr
 from llama_acc.core.checkpoint.save import Rows, Snapshot
 from llama_acc.core.data.batches import MicroBatch, build, build_multimodal_batch
 from llama_acc.core.data.dataset import Dataset
-from llama_acc.core.data.templates import TEMPLATE_FILE, Template
+from llama_acc.core.data.templates import TEMPLATE_FILE, ChatTemplate
 from llama_acc.core.device import prepare_cpu
 from llama_acc.core.distributed.groups import Parallel, is_sharded, local_part
 from llama_acc.core.generate.load import load_vision_encoder
@@ -235,7 +235,7 @@ class Trainer:
             "state/progress.json": _json(progress),
             **plan.tokenizer.files(),
         }
-        if isinstance(plan.train.template, Template):  # a chat template is among the tokenizer's files
+        if not isinstance(plan.train.template, ChatTemplate):  # a chat template is among the tokenizer's files
             files[TEMPLATE_FILE] = plan.train.template.to_json().encode()
         if plan.config.vision is not None:
             files[VISION_FILE] = plan.config.vision.to_json()

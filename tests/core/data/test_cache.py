@@ -2,7 +2,6 @@ import logging
 import os
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -146,29 +145,6 @@ def test_of_several_that_want_an_entry_one_writes_it_and_the_others_wait(chunk: 
     with ThreadPoolExecutor(3) as threads:
         paths = {entry.path for entry in threads.map(get, range(3))}
     assert (len(written), len(paths)) == (1, 1)
-
-
-def test_of_many_that_want_an_entry_one_at_a_time_writes_it_though_each_fails(llama_acc_home: Path) -> None:
-    guard, busy, at_once = threading.Lock(), 0, []
-
-    def encode(append: Callable[[Chunk], None]) -> About:
-        nonlocal busy
-        with guard:
-            busy += 1
-            at_once.append(busy)
-        time.sleep(0.02)  # so that the others come meanwhile
-        with guard:
-            busy -= 1
-        raise UserError("wrong data")
-
-    def want(_: int) -> None:
-        for _ in range(5):
-            with EntryStore() as store, pytest.raises(UserError, match="wrong data"):
-                store.get("k", encode, 300)
-
-    with ThreadPoolExecutor(4) as threads:
-        list(threads.map(want, range(4)))
-    assert at_once == [1] * 20
 
 
 def limit(monkeypatch: pytest.MonkeyPatch, size: float) -> None:

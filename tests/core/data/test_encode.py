@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from llama_acc.core.data.checks import replies_of
 from llama_acc.core.data.encode import Batch, Chunk, Encoding, encode_batch, encode_batches, stored_tokens
@@ -49,15 +47,6 @@ def talk(*texts: str) -> Dialogue:
     return Dialogue([Turn(("human", "assistant")[i % 2], text) for i, text in enumerate(texts)])
 
 
-@pytest.mark.parametrize("template", ["alpaca", "none", "qg", "shortqa", "caption"])
-@pytest.mark.parametrize("output", ["the answer", " the answer\n", "😀", ""])
-def test_single_turn_labels_begin_behind_the_prompts_tokens(template: str, output: str, tokenizer: Tokenizer) -> None:
-    prompt = get_template(template).single_turn_text("what is it?", "a town", "").text
-    tokens, labels = document(encode([SingleTurn("what is it?", "a town", output)], template, tokenizer))
-    assert tokens == tokenizer.encode(prompt + output, bos=True, eos=True)
-    assert labels == list(range(len(tokenizer.encode(prompt, bos=True)), len(tokens)))
-
-
 def test_an_empty_reply_trains_the_end(tokenizer: Tokenizer) -> None:
     tokens, labels = document(encode([SingleTurn("go", None, "")], "alpaca", tokenizer))
     assert [tokens[label] for label in labels] == [tokenizer.eos_id]
@@ -70,21 +59,6 @@ def test_a_reply_that_echoes_the_human_turn_is_labeled_where_it_stands(tokenizer
     reply = tokenizer.encode("the answer\n###")
     assert labels == list(range(len(tokens) - 1 - len(reply), len(tokens) - 1))
     assert [tokens[label] for label in labels] == reply
-
-
-@pytest.mark.parametrize("reply", ["😀", "a 👩‍👩‍👧 b", "日本", "▁ ▁", "é\nñ", "x"])
-def test_what_is_labeled_is_what_the_model_is_to_write(reply: str, tokenizer: Tokenizer) -> None:
-    """From where the prompt ends, to and with the end mark; whatever characters the reply has. EOS is no label."""
-    template, turns = get_template("dialogue"), [Turn("human", "hi"), Turn("assistant", reply)]
-    tokens, labels = document(encode([Dialogue(turns)], "dialogue", tokenizer))
-    assert tokens == tokenizer.encode(template.dialogue_text(turns).text, bos=True, eos=True)
-    prompt = template.prompt_ids(tokenizer, turns[:1])
-    assert tokens[: len(prompt)] == prompt
-    assert labels == list(range(len(prompt), len(tokens) - 1))
-    encoded = encode([Dialogue(turns)], "chatml", tokenizer)
-    assert document(encoded)[0] == tokenizer.encode(get_template("chatml").dialogue_text(turns).text)
-    tokens, labels = document(encoded)
-    assert tokenizer.decode([tokens[label] for label in labels]).endswith("<|im_end|>")
 
 
 @pytest.mark.parametrize("name", ["dialogue", "chatml"])
@@ -153,29 +127,6 @@ def test_documents_are_told_apart_by_tokens_and_labels(tokenizer: Tokenizer) -> 
     assert encode(items[:1], "none", tokenizer).table["digest"].tolist() == [one]
     length = encode(items[:1], "none", tokenizer).table["length"][0]
     assert encode(items[:1], "none", tokenizer, max_tokens=length - 1).table["digest"][0] != one
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    turns=st.lists(
-        st.tuples(st.sampled_from(["human", "assistant"]), st.text("ab \n#:😀é▁", max_size=8)), min_size=1, max_size=5
-    ),
-    name=st.sampled_from(["dialogue", "chatml"]),
-)
-def test_a_token_is_labeled_if_and_only_if_it_overlaps_a_trained_span(
-    turns: list[tuple[str, str]], name: str, tokenizer: Tokenizer
-) -> None:
-    template = get_template(name)
-    encoded = encode([Dialogue([Turn(*turn) for turn in turns])], name, tokenizer)
-    text, _, trained, *_ = template.dialogue_text([Turn(*turn) for turn in turns])
-    [spans] = tokenizer.encode_batch_with_spans([text])
-    wanted = {i for begin, end in trained for i in range(begin, end)}
-    expected = [
-        i + template.bos
-        for i, (begin, end) in enumerate(zip(spans.begins, spans.ends, strict=True))
-        if wanted & set(range(begin, end)) and i + template.bos > 0
-    ]
-    assert (document(encoded)[1] if len(encoded.table) else []) == expected
 
 
 def searched_labels(tokenizer: Tokenizer, dialogue: Dialogue) -> list[int] | None:

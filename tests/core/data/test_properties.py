@@ -1,8 +1,6 @@
 """What holds for any data: any text, any order of roles, any JSON, any bytes; on both kinds of tokenizers."""
 
-import csv
 import gzip
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from llama_acc.core.data.checks import DatasetStats
 from llama_acc.core.data.encode import documents
 from llama_acc.core.data.findings import KINDS
 from llama_acc.core.data.items import Dialogue, SingleTurn, item_of
-from llama_acc.core.data.read import Row, stream_items, stream_rows_from
+from llama_acc.core.data.read import stream_items
 from llama_acc.core.data.templates import TEMPLATES, Turn, get_template
 from llama_acc.core.errors import DataError, UserError
 from llama_acc.core.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
@@ -211,35 +209,3 @@ def test_a_file_of_any_rows_gives_items_or_names_each_one_that_is_none(
         assert places == set(map(str, wrong))
     else:
         assert read_file(path).items == [item for item in expected if item is not None]
-
-
-@SLOW
-@given(
-    rows=st.lists(st.lists(TEXT.filter(lambda text: "\0" not in text), min_size=3, max_size=3), min_size=1, max_size=4),
-    dialect=st.sampled_from(["excel", "excel-tab", "unix"]),
-    columns=st.permutations(["instruction", "input", "output"]),
-)
-def test_csv_of_any_texts_comes_back(rows: list[list[str]], dialect: str, columns: list[str], tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, dialect, quoting=csv.QUOTE_ALL)
-        writer.writerows([columns, *rows])
-    cells = [dict(zip(columns, row, strict=True)) for row in rows]
-    full = [row for row in cells if any(cell.strip() for cell in row.values())]
-    assert read_file(path).items == [SingleTurn(row["instruction"], row["input"], row["output"]) for row in full]
-
-
-@settings(max_examples=300, deadline=None)
-@given(data=st.binary(max_size=60), suffix=st.sampled_from([".json", ".jsonl", ".csv", ".tsv"]))
-def test_any_bytes_are_items_or_a_users_error(data: bytes, suffix: str) -> None:
-    rows: list[Row] = []
-    try:
-        rows.extend(stream_rows_from(io.BytesIO(data), "a file", suffix))
-    except UserError as error:
-        message = error.message
-    else:
-        message = "a file is whole"
-    assert "a file" in message
-    for row in rows:
-        assert row.where.startswith("item ")
-        assert row.problem is None or row.problem.isprintable()

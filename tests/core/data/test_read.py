@@ -417,23 +417,6 @@ def test_a_pipe_is_converted_as_it_comes(tmp_path: Path) -> None:
     writer.join()
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "count"),
-    [
-        ("alpaca_data_cleaned_1000.json", "single_turn", 1000),
-        ("lima_vicuna_format.json", "dialogue", 1029),
-        ("sharegpt_maths1k.jsonl", "dialogue", 1000),
-        ("caption_blip_2k.json", "dialogue", 2183),
-        ("llava_instruct_100.json", "dialogue", 100),
-    ],
-)
-def test_real_files(shared: Path, name: str, kind: str, count: int) -> None:
-    file = read_file(shared / "assets/data" / name)
-    assert (file.kind, len(file.items)) == (kind, count)
-    if "caption" in name or "llava" in name:
-        assert all(len(item.images) == 1 and item.images[0].endswith(".jpg") for item in file.items)
-
-
 ITEMS = [{"instruction": f"name the town {i}", "input": "", "output": f"town {i}"} for i in range(2500)]
 
 

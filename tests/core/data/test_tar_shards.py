@@ -12,7 +12,6 @@ import pytest
 from llama_acc.core.data import tar_shards
 from llama_acc.core.data.images import read_reference, resolved
 from llama_acc.core.data.items import Dialogue, SingleTurn
-from llama_acc.core.data.sources import data_files
 from llama_acc.core.data.tar_shards import tar_digest, tar_rows
 from llama_acc.core.errors import UserError
 from tests.core.data.pictures import encoded, plain
@@ -123,13 +122,6 @@ def test_shards_that_cannot_be_reached_into_are_refused(tmp_path: Path) -> None:
         read_items(write_shard(tmp_path / "d.tar", {"a.md": "x"}))
     with pytest.raises(UserError, match="there is no data file"):
         list(tar_rows(tmp_path / "e.tar"))
-
-
-def test_a_folder_or_glob_of_shards_is_data(tmp_path: Path) -> None:
-    for name in ("b.tar", "a.tar"):
-        write_shard(tmp_path / name, samples(1))
-    assert [path.name for path in data_files(tmp_path)] == ["a.tar", "b.tar"]
-    assert [path.name for path in data_files(tmp_path / "*.tar")] == ["a.tar", "b.tar"]
 
 
 def test_the_digest_is_of_what_decides_the_rows_and_made_once(

@@ -90,13 +90,6 @@ def test_a_reader_of_markdown_sees_the_page(blocks: list[str]) -> None:
     assert _compact(_rendered(html_to_markdown(page))) == f"<p>Hello.</p>{''.join(blocks)}<p>Bye.</p>"
 
 
-@pytest.mark.parametrize("head", range(len(_HEADS)))
-def test_code_stays_in_its_place_of_a_list(head: int) -> None:
-    code = f"{_HEADS[head].format('c++')}x\n\n  y\n{_ENDS[head]}"
-    page = f"<div><ol><li><p>a</p>{code}<p>b</p></li><li><p>c</p></li></ol><p>d</p></div>"
-    assert html_to_markdown(page) == "1. a\n\n   ```c++\n   x\n   \n     y\n   ```\n\n   b\n\n2. c\n\nd"
-
-
 @pytest.mark.parametrize(
     ("page", "text"),
     [
