@@ -90,7 +90,7 @@ def caption(
     problems: list[str] = []
     with load_distributed(ModelOptions(ckpt, device, tokenizer, template, verify, quantize)) as loaded:
         if environment.is_main():
-            from llama_acc.core.data.image_workers import ImageWorkers, default_workers
+            from llama_acc.core.data.image_files import ImageWorkers, default_workers
             from llama_acc.core.generate.caption import captions
 
             asked = _asked(loaded, prompt, instruction)

@@ -6,13 +6,15 @@ The first depends on data, seed, epoch and `global_batch_size` only, so a run is
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from llama_acc.core.data.dataset import Dataset
 
 IGNORED = -100
 """The target of a position that is not trained."""
@@ -114,20 +116,6 @@ def _split_tightly(
     return batches
 
 
-class TextDataset(Protocol):
-    """What batches are built from."""
-
-    def document(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]: ...
-
-
-class MultimodalDataset(TextDataset, Protocol):
-    """What batches with images are built from: a `Dataset`."""
-
-    def images(self, i: int) -> Sequence[str]: ...
-
-    def image_start(self, i: int) -> int: ...
-
-
 class ImageAt(NamedTuple):
     """An image of a micro-batch."""
 
@@ -161,7 +149,7 @@ class MicroBatch:
     """[I, ...]: what a model takes of them; see `generate.load`."""
 
 
-def build(dataset: TextDataset, items: Sequence[int]) -> MicroBatch:
+def build(dataset: "Dataset", items: Sequence[int]) -> MicroBatch:
     """The micro-batch of these documents, in this order. Of none it is a single token without a label: a rank that has
     nothing to learn still takes part in what all ranks do together."""
     documents = [dataset.document(item) for item in items] or [(np.zeros(1, np.int32), np.zeros(1, np.bool_))]
@@ -173,7 +161,7 @@ def build(dataset: TextDataset, items: Sequence[int]) -> MicroBatch:
     )
 
 
-def build_multimodal_batch(dataset: MultimodalDataset, items: Sequence[int], positions: int) -> MicroBatch:
+def build_multimodal_batch(dataset: "Dataset", items: Sequence[int], positions: int) -> MicroBatch:
     """As `build`, of documents that may have images, each of which takes so many positions."""
     batch = build(dataset, items)
     images: list[ImageAt] = []

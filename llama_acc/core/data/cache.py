@@ -22,7 +22,7 @@ import shutil
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from llama_acc.core.atomic import locked
 from llama_acc.core.data.checks import CHECKS_VERSION
 from llama_acc.core.data.encode import DOCUMENT, ENCODER_VERSION, Chunk, stored_images, stored_tokens
 from llama_acc.core.data.read import unreadable
@@ -262,7 +262,7 @@ class EntryStore(contextlib.ExitStack):
         if (found := self.find(key)) is not None:
             return found
         if self._limit and os.access(self._cache, os.W_OK):
-            with self._locked(key, waiting):
+            with locked(self._cache / f".{key[:4]}.lock", waiting):
                 if (found := self.find(key)) is not None:
                     return found
                 aside = self._cache / f".{key}.part"
@@ -270,14 +270,14 @@ class EntryStore(contextlib.ExitStack):
                     write_entry(aside, encode, vocab_size)
                     if _make_room(self._cache, self._limit - aside.stat().st_size, aside):
                         return map_entry(aside.rename(self._cache / (key + SUFFIX)))
-                    self._own[key] = Path(shutil.move(aside, self.own_folder() / (key + SUFFIX)))
+                    self._own[key] = Path(shutil.move(aside, self.own_folder / (key + SUFFIX)))
                     return map_entry(self._own[key])
                 except OSError as error:
                     self._warn(error)
                 finally:
                     aside.unlink(missing_ok=True)
         try:
-            path = self.own_folder() / (key + SUFFIX)
+            path = self.own_folder / (key + SUFFIX)
             write_entry(path, encode, vocab_size)
         except OSError as error:
             raise UserError(
@@ -303,27 +303,9 @@ class EntryStore(contextlib.ExitStack):
         return encoded
 
     @cached_property
-    def _folder(self) -> Path:
-        return Path(self.enter_context(tempfile.TemporaryDirectory(prefix="llama-acc-", ignore_cleanup_errors=True)))
-
     def own_folder(self) -> Path:
         """A folder of this run, for anything its processes are to find."""
-        return self._folder
-
-    @contextlib.contextmanager
-    def _locked(self, key: str, waiting: Callable[[], None]) -> Iterator[None]:
-        """The right to write an entry, which goes with the process, however that ends."""
-        lock = FileLock(self._cache / f".{key[:4]}.lock")
-        with contextlib.suppress(NotImplementedError, OSError):  # without locks, two may do the same work
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                waiting()
-                lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
+        return Path(self.enter_context(tempfile.TemporaryDirectory(prefix="llama-acc-", ignore_cleanup_errors=True)))
 
     def _warn(self, error: OSError) -> None:
         _logger.warning("not keeping encoded data in %s: %s", self._cache, error.strerror or error)

@@ -22,7 +22,7 @@ from llama_acc.core.data.checks import (
 )
 from llama_acc.core.data.encode import documents
 from llama_acc.core.data.findings import EXAMPLES, KINDS, Finding, Findings, beginning
-from llama_acc.core.data.image_workers import ImageWorkers, default_workers, image_problems
+from llama_acc.core.data.image_files import ImageWorkers, default_workers, image_problems
 from llama_acc.core.data.images import resolved
 from llama_acc.core.data.items import Item
 from llama_acc.core.data.read import Checked, stream_items

@@ -8,11 +8,12 @@ import shlex
 import threading
 from array import array
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from llama_acc.core.data.cache import About, Encoded, EntryStore, cache_key, content_digest, map_entry
 from llama_acc.core.data.checks import DatasetStats, cross_file_duplicates, quantiles
-from llama_acc.core.data.encode import KEPT_PLACES, Batch, Chunk, Encoding, encode_batches
+from llama_acc.core.data.encode import KEPT_PLACES, Chunk, Encoding, encode_batches
 from llama_acc.core.data.findings import KINDS as FINDINGS
 from llama_acc.core.data.findings import MOST_PROBLEMS, Finding, Findings, other_form
 from llama_acc.core.data.images import resolved
@@ -384,27 +385,14 @@ class _Encoder:
 
     def _encode(self, spec: FileSpec, append: Callable[[Chunk], None]) -> About:
         """Once something is wrong that is not to be skipped, nothing comes of it, and all that is wrong is raised."""
-        bytes_read = 0
+        read, errors = deque([0], maxlen=1), list[UserError]()  # read: how many bytes of the file
+        stream = stream_items(spec.path, spec.format, progress=read.append)
 
-        def count_bytes(read: int) -> None:
-            nonlocal bytes_read
-            bytes_read = read
-
-        stream = stream_items(spec.path, spec.format, progress=count_bytes)
-        rows, errors = enumerate(stream), list[UserError]()
-
-        def batches() -> Iterator[Batch]:
-            batch: list[tuple[int, Checked]] = []
+        def rows() -> Iterator[tuple[int, Checked]]:
             try:
-                for row in rows:
-                    batch.append(row)
-                    if len(batch) == _BATCH:
-                        yield batch
-                        batch = []
+                yield from enumerate(stream)
             except UserError as error:
                 errors.append(error)
-            if batch:
-                yield batch
 
         try:
             template = format_for(spec.template, stream.kind, self.tokenizer)
@@ -412,7 +400,9 @@ class _Encoder:
             raise UserError(f"{spec.path}: {error.message}", error.hint) from error
         encoding = Encoding(template, self.max_tokens, self.image_positions or 0)
         skipped, unused_inputs, stats = list[Finding](), 0, DatasetStats(KEPT_PLACES)
-        for chunk in encode_batches(batches(), encoding, self.tokenizer, cores()):
+        numbered = rows()
+        batches = iter(lambda: list(islice(numbered, _BATCH)), [])
+        for chunk in encode_batches(batches, encoding, self.tokenizer, cores()):
             if self.image_positions is None and chunk.table["images"].any():
                 raise UserError(
                     f"{spec.path}: the items have images, and this model has no vision encoder",
@@ -425,7 +415,7 @@ class _Encoder:
             if len(skipped) >= MOST_PROBLEMS and not self.skips:
                 break
             if self.progress is not None:
-                self.progress(spec.path.name, stats.items, bytes_read / max(spec.path.stat().st_size, 1))
+                self.progress(spec.path.name, stats.items, read[0] / max(spec.path.stat().st_size, 1))
         skipped_kinds = {k: n for k, n in stats.findings.counts.items() if FINDINGS[k].fatal or k == "blank"}
         if skipped and not self.skips:
             hint = FIX_HINT if stats.items else other_form(skipped_kinds, shlex.quote(str(spec.path)))

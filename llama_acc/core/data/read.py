@@ -191,14 +191,13 @@ def stream_rows(
         raise UserError(f"{path}: {suffix or 'no suffix'} is not a kind of data file", f"use {', '.join(SUFFIXES)}")
     if suffix == TAR_SUFFIX:
         yield from map(Row._make, tar_rows(path))
-        return
-    if suffix == PARQUET_SUFFIX:
+    elif suffix == PARQUET_SUFFIX:
         with _opened(path, pipes=False):  # that it is there, and no pipe
             yield from map(Row._make, parquet_rows(path, JSON.decode))
-        return
-    quoted = suffix != ".tsv" or _is_quoted(path)
-    with _opened(path, pipes) as (stream, file):
-        yield from _rows(stream, str(path), suffix, required, quoted, _reporting(progress, file))
+    else:
+        quoted = suffix != ".tsv" or _is_quoted(path)
+        with _opened(path, pipes) as (stream, file):
+            yield from _rows(stream, str(path), suffix, required, quoted, _reporting(progress, file))
 
 
 def stream_rows_from(
@@ -410,10 +409,10 @@ def array_items(pieces: Iterator[str], name: str) -> Iterator[Any]:
             array.next_character()
             yield array.value()
         if array.next_character() != "]":
-            raise array.error("Expecting ',' delimiter")
+            raise array.error("Expecting ',' delimiter", array.at)
     array.at += 1
     if array.next_character():
-        raise array.error("Extra data")
+        raise array.error("Extra data", array.at)
 
 
 class _Array:
@@ -434,8 +433,8 @@ class _Array:
     def next_character(self) -> str:
         """The next one that is no white space, which stays; an empty text at the end."""
         while True:
-            match = self._SPACE.match(self._buffer, self.at)
-            self.at = match.end() if match else self.at
+            if (match := self._SPACE.match(self._buffer, self.at)) is not None:
+                self.at = match.end()
             if self.at < len(self._buffer):
                 return self._buffer[self.at]
             if not self._fill():
@@ -457,9 +456,9 @@ class _Array:
                     self.at = end
                     return value
 
-    def error(self, message: str, position: int | None = None) -> UserError:
-        """Says what is wrong at a place of the buffer, or here."""
-        line, column = self._place(self.at if position is None else position)
+    def error(self, message: str, position: int) -> UserError:
+        """Says what is wrong at a place of the buffer."""
+        line, column = self._place(position)
         return UserError(f"{self._name} is not JSON: line {line}, column {column}: {message}")
 
     def _fill(self) -> bool:
@@ -468,13 +467,12 @@ class _Array:
         kept, (line, column) = self._buffer[self.at :], self._place(self.at)
         if len(kept) > MAX_ITEM:
             raise UserError(f"{self._name}: the item in line {line} is longer than {MAX_ITEM >> 20} Mi characters")
-        pieces, wanted = [], max(len(kept), 1)
-        while wanted > 0 and (piece := next(self._pieces, "")):
-            pieces.append(piece)
-            wanted -= len(piece)
-        if pieces:
-            self._buffer, self.at, self._line, self._column = "".join([kept, *pieces]), 0, line, column
-        return bool(pieces)
+        more = next(self._pieces, "")
+        while more and len(more) < len(kept) and (piece := next(self._pieces, "")):
+            more += piece
+        if more:
+            self._buffer, self.at, self._line, self._column = kept + more, 0, line, column
+        return bool(more)
 
     def _place(self, position: int) -> tuple[int, int]:
         """Line and column, from 1, of a place in the buffer."""

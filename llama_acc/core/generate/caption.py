@@ -8,8 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_acc.core.data.image_files import Named
-from llama_acc.core.data.image_workers import ImageWorkers
+from llama_acc.core.data.image_files import ImageWorkers, Named
 from llama_acc.core.data.images import ImageJob, Transform, pixels_or_problem
 from llama_acc.core.data.templates import Turn
 from llama_acc.core.errors import UserError

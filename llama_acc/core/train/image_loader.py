@@ -22,7 +22,7 @@ from torch import Tensor
 from llama_acc.core.atomic import whole_file
 from llama_acc.core.data.batches import MicroBatch, build_multimodal_batch
 from llama_acc.core.data.dataset import Dataset
-from llama_acc.core.data.image_workers import ImageWorkers, default_workers
+from llama_acc.core.data.image_files import ImageWorkers, default_workers
 from llama_acc.core.data.images import Crop, ImageJob, Transform, digest, pixels_or_problem, shown_reference
 from llama_acc.core.distributed.groups import local_world_size
 from llama_acc.core.errors import RunError

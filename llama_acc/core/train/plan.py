@@ -20,7 +20,7 @@ from llama_acc.core.checkpoint.save import DTYPES, needed_bytes
 from llama_acc.core.data.batches import assign_to_ranks, epoch_order, micro_batches, step_items
 from llama_acc.core.data.cache import EntryStore
 from llama_acc.core.data.dataset import Dataset, load_dataset, load_published, publish
-from llama_acc.core.data.image_workers import with_usable_images
+from llama_acc.core.data.image_files import with_usable_images
 from llama_acc.core.data.sources import MISSING_HINT, Source
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError, raise_together
@@ -308,7 +308,7 @@ def make_plan_together(recipe: Recipe, callback: Callback, parallel: Parallel, *
     def lead() -> tuple[Plan, Path] | None:
         if not parallel.is_local_rank_zero:
             return None
-        plan, folder = make(store=store), store.own_folder()
+        plan, folder = make(store=store), store.own_folder
         publish(plan.train, folder / "train")
         if plan.validation is not None:
             publish(plan.validation, folder / "validation")

@@ -260,7 +260,7 @@ def test_what_killed_runs_left_goes_and_what_others_write_stays(
 
     with EntryStore() as store:
         store.get("b", while_another_writes, 300)
-        own = store.own_folder()
+        own = store.own_folder
         assert own.parent == temporary
     assert [path for path in (left, own) if path.exists()] == []
     assert [path.stem for path in entries(llama_acc_home)] == ["a", "b", "c"]

@@ -417,8 +417,8 @@ def test_what_is_published_is_mapped_by_others_and_outlives_its_folder(tmp_path:
     whole = load(tokenizer, *two_files(tmp_path))
     with EntryStore() as store:
         for name, dataset in (("whole", whole), ("part", whole.split(0.5, seed=0)[0])):
-            publish(dataset, store.own_folder() / name)
-        found = [load_published(store.own_folder() / name, tokenizer) for name in ("whole", "part")]
+            publish(dataset, store.own_folder / name)
+        found = [load_published(store.own_folder / name, tokenizer) for name in ("whole", "part")]
     for loaded, dataset in zip(found, (whole, whole.split(0.5, seed=0)[0]), strict=True):
         assert (loaded.fingerprint(), loaded.template) == (dataset.fingerprint(), dataset.template)
         assert (texts(loaded, tokenizer), origins(loaded)) == (texts(dataset, tokenizer), origins(dataset))

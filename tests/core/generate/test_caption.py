@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from llama_acc.core.data.image_files import Named
-from llama_acc.core.data.image_workers import ImageWorkers
+from llama_acc.core.data.image_files import ImageWorkers, Named
 from llama_acc.core.data.images import ImageJob, Transform, pixels
 from llama_acc.core.data.templates import get_template
 from llama_acc.core.distributed.groups import Parallel

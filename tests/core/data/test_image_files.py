@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_acc.core.data.image_workers import ImageWorkers, default_workers, image_problems
+from llama_acc.core.data.image_files import ImageWorkers, default_workers, image_problems
 from llama_acc.core.data.images import ImageJob, Transform, pixels, pixels_or_problem
 from llama_acc.core.errors import RunError
 from tests.core.data.pictures import encoded, plain, write_pictures
@@ -72,7 +72,7 @@ def test_a_killed_worker_is_an_error_that_says_so(tmp_path: Path) -> None:
 def test_workers_import_neither_torch_nor_the_script_and_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "import time, wave\nfrom llama_acc.core.data.image_workers import ImageWorkers\n"
+        "import time, wave\nfrom llama_acc.core.data.image_files import ImageWorkers\n"
         """made = ImageWorkers(1).map_ahead(eval, [["{'torch', 'wave'} & set(__import__('sys').modules)"]], 0)\n"""
         "print(next(made), flush=True)\ntime.sleep(100)\n"
     )
