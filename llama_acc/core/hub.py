@@ -229,8 +229,6 @@ class Downloader:
 
         def work() -> None:
             for file in waiting:
-                if stopped.is_set():
-                    return
                 try:
                     self._fetch(file, folder, progress)
                 except RunError as error:

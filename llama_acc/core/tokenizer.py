@@ -176,10 +176,18 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_batch_with_spans(self, texts: list[str], own: Sequence[Own] | None = None) -> list[Spans]:
         mappings = self._processor.encode(texts, return_type="offset_mapping", num_threads=self._threads)
-        encoded = [_character_spans(m["ids"], m["offsets"], self._processor.IsByte) for m in mappings]
+        encoded = [self._spans(m["ids"], m["offsets"]) for m in mappings]
         for i in self._with_special_tokens(texts, own, in_own=False):
             encoded[i] = self._in_json.encode_batch_with_spans([texts[i]], own and [own[i]])[0]
         return encoded
+
+    def _spans(self, ids: list[int], offsets: list[tuple[int, int]]) -> Spans:
+        """SentencePiece gives a character to the last of its byte pieces; here all of them span it."""
+        spans = _spans(ids, offsets)
+        for i in np.flatnonzero(spans.begins == spans.ends)[::-1].tolist():
+            if i + 1 < len(ids) and self._processor.IsByte(ids[i]):
+                spans.ends[i] = spans.ends[i + 1]
+        return spans
 
     @functools.cached_property
     def _in_json(self) -> "HuggingFaceTokenizer":
@@ -267,7 +275,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_batch_with_spans(self, texts: list[str], own: Sequence[Own] | None = None) -> list[Spans]:
         fast = self._fast.encode_batch(texts, add_special_tokens=False)
-        encoded = [_character_spans(e.ids, e.offsets, self._is_byte) for e in fast]
+        encoded = [_spans(e.ids, e.offsets) for e in fast]
         for i in self._with_special_tokens(texts, own, in_own=True):
             encoded[i] = self._encode_own(texts[i], own[i] if own else ())
         return encoded
@@ -287,7 +295,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 marked = marked[:begin] + marks[token] * len(content) + marked[begin + len(content) :]
         fast, ids = self._with_marks(first)
         encoded = fast.encode(marked, add_special_tokens=False)
-        return _character_spans([ids.get(token, token) for token in encoded.ids], encoded.offsets, self._is_byte)
+        return _spans([ids.get(token, token) for token in encoded.ids], encoded.offsets)
 
     def _make_marked(self, first: int) -> tuple[Any, dict[int, int]]:
         """The tokenizer that knows no special tokens but their marks, characters from `first` on; the marks' ids."""
@@ -531,11 +539,6 @@ def _unused_private_use(text: str, count: int) -> int:
     raise UserError("a text that holds a special token uses all of Unicode's private-use characters")
 
 
-def _character_spans(ids: list[int], offsets: list[tuple[int, int]], is_byte: Callable[[int], bool]) -> Spans:
-    """Spans as arrays. SentencePiece gives a character to the last of its byte pieces; here all of them span it."""
+def _spans(ids: list[int], offsets: list[tuple[int, int]]) -> Spans:
     flat = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(offsets)).reshape(-1, 2)
-    begins, ends = flat[:, 0].copy(), flat[:, 1].copy()
-    for i in np.flatnonzero(begins == ends)[::-1].tolist():
-        if i + 1 < len(ids) and is_byte(ids[i]):
-            ends[i] = ends[i + 1]
-    return Spans(list(ids), begins, ends)
+    return Spans(ids, flat[:, 0].copy(), flat[:, 1].copy())

@@ -25,7 +25,7 @@ def test_finetune_and_chat_find_what_was_downloaded(lima: Servers, talker: Path,
     assert result.exit_code == 0, result.stderr
     first, second = map(shlex.split, result.stdout.splitlines())
     assert second == ["llama-acc", "finetune", "--recipe", "alpaca", "--pretrained", "llama2-7b"]
-    small = ("--dry-run", "--device", "cpu", "model.max_seq_len=512", "data.max_tokens=512")
+    small = ("--dry-run", "--no-timing", "--device", "cpu", "model.max_seq_len=512", "data.max_tokens=512")
     dry = invoke(*first[1:], *small)
     assert dry.exit_code == 0, dry.stderr
     assert re.search(r"weights +from \S+/models/llama2-7b", dry.stdout)

@@ -112,7 +112,10 @@ def test_a_text_is_the_old_or_the_new_one(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(ZeroDivisionError):
             write_text_whole(path, "new")
     assert (path.read_text(), names(tmp_path)) == ("old", {"latest"})
+    synced: list[Path] = []
+    monkeypatch.setattr("llama_acc.core.atomic.sync", synced.append)
     write_text_whole(path, "new")
+    assert [file.name.partition("-latest")[0] for file in synced] == [".writing", tmp_path.name]
     assert (path.read_text(), names(tmp_path)) == ("new", {"latest"})
 
 

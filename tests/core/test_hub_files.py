@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,6 +173,14 @@ def test_a_file_of_the_users_is_never_overwritten(address: str, was_downloaded: 
     assert (tmp_path / "big.bin").read_text() == "mine"
 
 
+def test_a_plain_file_of_another_address_is_not_taken_for_this_one(servers: Servers, tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        servers.plain[f"/{folder}/a.json"] = json.dumps(folder).encode()
+    download(f"{servers.url}/one/a.json", tmp_path)
+    with pytest.raises(UserError, match=r"whether it is \S+/two/a\.json cannot be known"):
+        download(f"{servers.url}/two/a.json", tmp_path)
+
+
 def test_a_file_that_is_the_right_one_already_is_taken_as_it_is(servers: Servers, tmp_path: Path) -> None:
     servers.model("owner/name", {"big.bin": CONTENT})
     (tmp_path / "big.bin").write_bytes(CONTENT)
@@ -211,6 +220,13 @@ def test_a_file_that_fails_does_not_keep_the_others_from_coming(servers: Servers
     assert visible(tmp_path) == ["part0.jsonl", "part2.jsonl"]
     done = download("hf:datasets/owner/shards", tmp_path)
     assert [path.name for path in done.fetched] == ["part1.jsonl"]
+
+
+def test_after_a_refusal_no_more_files_are_asked_for(servers: Servers, tmp_path: Path) -> None:
+    servers.dataset("owner/shards", {f"part{i}.jsonl": b"{}" for i in range(60)}, gated=True)
+    with pytest.raises(UserError, match="is gated"):
+        download("hf:datasets/owner/shards", tmp_path)
+    assert len([request for request in servers.requests if "/resolve/" in request.path]) < 30
 
 
 # Redirects and the token
