@@ -2,6 +2,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partialmethod
 
 import pytest
 import torch
@@ -68,10 +69,15 @@ def test_activation_checkpointing_changes_no_bit() -> None:
         assert torch.equal(actual, expected), name
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_blocks_give_the_same_loss() -> None:
+HAS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.soak, HAS_COMPILER])])
+def test_compiled_blocks_give_the_same_loss(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the graphs of torch.compile; inductor, which is the default, makes C++ of them, and that takes 20 s."""
     config = replace(SMALL, n_layers=1)
     plain, compiled = random_model(config), random_model(config)
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
     apply_compile(compiled)
     for expected, actual in zip(steps(plain, [5, 3], 2), steps(compiled, [5, 3], 2), strict=True):
         assert actual.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
