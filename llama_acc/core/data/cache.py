@@ -204,9 +204,9 @@ def content_digest(path: Path, stopped: Callable[[], bool]) -> str:
     """
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_BLOCK))
     try:
-        if path.suffix.lower() == TAR_SUFFIX:
-            return tar_digest(path)
         with open_input(path, pipes=False) as file:
+            if path.suffix.lower() == TAR_SUFFIX:
+                return tar_digest(path)
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
                 if stopped():

@@ -27,13 +27,8 @@ class Limits(NamedTuple):
     """Bytes of address space."""
 
 
-class RenderedChat(NamedTuple):
-    """A conversation as text."""
-
-    text: str
-    generated: list[tuple[int, int]]
-    """Characters [begin, end) that stand in `{% generation %}` blocks."""
-
+RenderedChat = tuple[str, list[tuple[int, int]]]
+"""A conversation as text, and the characters [begin, end) of it that stand in `{% generation %}` blocks."""
 
 _PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from llama_acc.core.data import chat_rendering as c; c.main()"
 
@@ -74,7 +69,7 @@ def render(
     answer = json.loads(done.stdout)
     if isinstance(answer, str):
         raise UserError(f"{path} {answer}" if answer.startswith("is not") else f"the chat template {path} {answer}")
-    return [RenderedChat(text, [(begin, end) for begin, end in generated]) for text, generated in answer]
+    return [(text, [(begin, end) for begin, end in generated]) for text, generated in answer]
 
 
 def main() -> None:
@@ -110,13 +105,13 @@ def _answer(
         for messages in conversations:
             blocks.clear()
             generated.clear()
-            left = limits.characters - sum(len(chat.text) for chat in rendered)
+            left = limits.characters - sum(len(text) for text, _ in rendered)
             for block in template.generate(messages=messages, **passed):
                 blocks.append(block)
                 left -= len(block)
                 if left < 0:
                     return f"{wrong}: it writes more than {limits.characters:,} characters"
-            rendered.append(RenderedChat("".join(blocks), list(generated)))
+            rendered.append(("".join(blocks), list(generated)))
     except MemoryError:
         return f"takes more than {limits.memory >> 20} MiB of memory on these turns"
     except (

@@ -16,8 +16,9 @@ from llama_acc.core.catalogue import is_address
 from llama_acc.core.data.findings import MOST_PROBLEMS, Finding
 from llama_acc.core.data.images import IMAGE_SUFFIXES, header_problems, resolved, shown_reference
 from llama_acc.core.data.items import SingleTurn, item_of
+from llama_acc.core.data.read import stream_rows
 from llama_acc.core.data.sources import resolve_data_path
-from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_rows
+from llama_acc.core.data.tar_shards import TAR_SUFFIX
 from llama_acc.core.errors import DataError, UserError, listed
 from llama_acc.core.workers import WorkerPool, cores
 
@@ -156,7 +157,7 @@ def _images_of(name: str) -> Iterator[Named]:
             raise UserError(f"no images in this folder ({', '.join(IMAGE_SUFFIXES)})")
         yield from (Named(str(Path(name) / file.name), str(file)) for file in images)
     elif path.suffix.lower() == TAR_SUFFIX:
-        for where, value, problem in tar_rows(path):
+        for where, value, problem in stream_rows(path):
             item, found = (None, []) if problem is not None else item_of(value, "single_turn")
             if problem is not None or found:
                 yield Named(f"{path}: {where}", problem=problem or found[0].message)

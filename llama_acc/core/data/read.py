@@ -189,11 +189,9 @@ def stream_rows(
     suffix = data_suffix(path)
     if suffix not in SUFFIXES:
         raise UserError(f"{path}: {suffix or 'no suffix'} is not a kind of data file", f"use {', '.join(SUFFIXES)}")
-    if suffix == TAR_SUFFIX:
-        yield from map(Row._make, tar_rows(path))
-    elif suffix == PARQUET_SUFFIX:
+    if suffix in (TAR_SUFFIX, PARQUET_SUFFIX):
         with _opened(path, pipes=False):  # that it is there, and no pipe
-            yield from map(Row._make, parquet_rows(path, JSON.decode))
+            yield from map(Row._make, tar_rows(path) if suffix == TAR_SUFFIX else parquet_rows(path, JSON.decode))
     else:
         quoted = suffix != ".tsv" or _is_quoted(path)
         with _opened(path, pipes) as (stream, file):

@@ -20,7 +20,7 @@ from typing import Any
 from llama_acc.core.atomic import write_text_whole
 from llama_acc.core.data.images import IMAGE_SUFFIXES, member_reference
 from llama_acc.core.errors import UserError
-from llama_acc.core.input_files import home, open_input
+from llama_acc.core.input_files import home
 
 TAR_SUFFIX = ".tar"
 VERSION = 1
@@ -48,8 +48,8 @@ class _Sample:
 def tar_rows(path: Path) -> Iterator[tuple[str, Any, str | None]]:
     """The rows of a shard: (its place, the item, None), or (its place, None, why it cannot be used).
 
-    An item's `image` is a reference relative to the shard's folder. A shard that is missing, damaged or compressed is
-    a UserError.
+    An item's `image` is a reference relative to the shard's folder. A shard that is damaged or compressed is a
+    UserError, one that cannot be opened an OSError.
     """
     for number, sample in enumerate(_samples(path), start=1):
         where = f"item {number} ({sample.name})"
@@ -158,16 +158,12 @@ def _decoded(sample: _Sample, suffix: str) -> str:
 @contextmanager
 def _opened(path: Path) -> Iterator[tarfile.TarFile]:
     try:
-        with open_input(path, pipes=False) as file:
-            start = file.read(4)
         with tarfile.open(path, "r:") as tar:
             yield tar
-    except FileNotFoundError as error:
-        raise UserError(f"there is no data file {path}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (tarfile.TarError, EOFError) as error:
-        if start.startswith(_COMPRESSED):
+        with path.open("rb") as file:
+            is_compressed = file.read(4).startswith(_COMPRESSED)
+        if is_compressed:
             hint = f"unpack it: gzip -dc {path} > {path.with_suffix('')}-plain.tar"
             raise UserError(f"{path} is compressed: its pictures cannot be reached one by one", hint) from error
         raise UserError(f"{path} is not a whole tar file: {error}", "was the download or the copy cut off?") from error

@@ -407,10 +407,11 @@ class ChatTemplate(Template):
 def _unmarked(chat: RenderedChat, begin: str, end: str) -> Rendered:
     """A rendered text without the marks. The character at each mark's inner side is own text, which is enough to keep
     the tokenizer from the special token there, even if the template has cut the text between two marks."""
-    marks = [match.start() for match in re.finditer(f"[{begin}{end}]", chat.text)]
-    text = chat.text.replace(begin, "").replace(end, "")
-    inner = {mark - number - (chat.text[mark] == end) for number, mark in enumerate(marks)}
-    generated = [(first - bisect_left(marks, first), last - bisect_left(marks, last)) for first, last in chat.generated]
+    marked, blocks = chat
+    marks = [match.start() for match in re.finditer(f"[{begin}{end}]", marked)]
+    text = marked.replace(begin, "").replace(end, "")
+    inner = {mark - number - (marked[mark] == end) for number, mark in enumerate(marks)}
+    generated = [(first - bisect_left(marks, first), last - bisect_left(marks, last)) for first, last in blocks]
     return Rendered(text, [(place, place + 1) for place in sorted(inner) if 0 <= place < len(text)], generated)
 
 

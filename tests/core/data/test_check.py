@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from llama_acc.core.data.check import FileReport, check_files, histogram
 from llama_acc.core.data.checks import quantiles
 from llama_acc.core.data.dataset import load_dataset
-from llama_acc.core.data.preview import first_items
 from llama_acc.core.data.sources import Source, expand
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
 
@@ -113,13 +112,6 @@ def test_the_figures_are_those_of_the_data_report(
     assert {key: ours[key] for key in same} == {key: report[key] for key in same}
     assert (ours["items"], ours["images"], ours["truncated"] > 0) == (60, 60 * (positions is not None), True)
     json.dumps(ours)
-
-
-def test_the_first_items_are_the_good_ones(tmp_path: Path) -> None:
-    first = write(tmp_path / "a.json", [3, *items("a")])
-    broken, last = write(tmp_path / "b.json", "["), write(tmp_path / "c.json", items("b", "c"))
-    shown = first_items(expand([Source(str(path)) for path in (first, broken, last)]), 2, None, None)
-    assert [one.origin for one in shown] == ["a.json item 2", "c.json item 1"]
 
 
 @given(st.lists(st.integers(0, 100_000), min_size=1, max_size=60))

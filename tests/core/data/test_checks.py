@@ -1,4 +1,3 @@
-import itertools
 from typing import Any
 
 import ftfy
@@ -59,17 +58,6 @@ def test_a_finding_names_field_and_place() -> None:
     assert str(first) == 'item 3, turn 2, value: an empty reply: ""'
     assert str(second).startswith("item 3, turn 3, value: UTF-8 read as another encoding, near character 35: ")
     assert second.value.endswith('cafÃ©"')
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["human", "assistant"]), st.text(max_size=8)), min_size=1, max_size=6))
-def test_only_human_and_assistant_in_turn_are_in_order(turns: list[tuple[str, str]]) -> None:
-    in_order = [role for role, _ in turns] == list(
-        itertools.islice(itertools.cycle(["human", "assistant"]), len(turns))
-    )
-    found = kinds(Dialogue([Turn(*turn) for turn in turns]))
-    assert ("role_order" not in found) == (in_order and len(turns) % 2 == 0)
-    assert found.count("empty_reply") == sum(role == "assistant" and not text.strip() for role, text in turns)
 
 
 WORDS = st.sampled_from(
@@ -159,10 +147,3 @@ def test_the_statistics_of_the_parts_of_a_file_are_those_of_the_file(
     merged.merge(stats_of(items[cut:], most, cut + 1))
     assert merged.all_findings() == whole.all_findings()
     assert (merged.rows, merged.items, merged.languages) == (whole.rows, whole.items, whole.languages)
-
-
-def test_all_are_counted_and_the_first_ones_kept() -> None:
-    found = stats_of([SingleTurn("q", None, "")] * 30, most=10).all_findings()
-    assert (found.counts["empty_reply"], len(found.places["empty_reply"])) == (30, 10)
-    assert (found.counts["duplicate"], len(found.places["duplicate"])) == (29, 10)
-    assert found.to_json()["empty_reply"]["places"][0]["where"] == "item 1"

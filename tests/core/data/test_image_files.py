@@ -1,7 +1,6 @@
 """Images are decoded by other processes: same pixels, in order, gone with their parent."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,7 +10,6 @@ import pytest
 
 from llama_acc.core.data.image_files import ImageWorkers, default_workers, image_problems
 from llama_acc.core.data.images import ImageJob, Transform, pixels, pixels_or_problem
-from llama_acc.core.errors import RunError
 from tests.core.data.pictures import encoded, plain, write_pictures
 
 CROP = Transform("random_resized_crop", 16)
@@ -50,22 +48,6 @@ def test_batches_are_the_same_whatever_the_number_of_workers_and_asked_for_as_fa
                     assert str(image).startswith("is broken")
                 else:
                     assert (image == pixels(job)).all()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_a_killed_worker_is_an_error_that_says_so(tmp_path: Path) -> None:
-    jobs = [[ImageJob(write_pictures(tmp_path, 1)[0], CROP)]]
-    before = workers_of(os.getpid())
-    with ImageWorkers(1) as workers:
-        list(workers.map_ahead(pixels_or_problem, jobs, 0))
-        (worker,) = workers_of(os.getpid()) - before
-        os.kill(worker, signal.SIGINT)
-        os.kill(worker, signal.SIGTERM)
-        assert list(workers.map_ahead(pixels_or_problem, jobs, 0)), "Ctrl-C and SIGTERM are the parent's"
-        os.kill(worker, signal.SIGKILL)
-        with pytest.raises(RunError, match="a process that decodes images was killed"):
-            list(workers.map_ahead(pixels_or_problem, jobs * 2, 0))
-    assert not workers_of(os.getpid()) - before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")

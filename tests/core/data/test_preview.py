@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_acc.core.data.items import Dialogue, Item, SingleTurn
+from llama_acc.core.data.items import Dialogue, SingleTurn
 from llama_acc.core.data.preview import Piece, pieces, shown_items
-from llama_acc.core.data.templates import TEMPLATES, Turn, get_template
+from llama_acc.core.data.templates import Turn, get_template
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
 
 CHAT = Dialogue(
@@ -51,15 +51,6 @@ def test_the_text_of_the_pieces_is_the_text_of_the_item(
         text = "".join(piece.text for piece in shown.pieces if not piece.special)
         expected, *_ = get_template(name).dialogue_text([Turn(*turn) for turn in turns])
         assert text.replace("▁", " ") == expected.replace("▁", " ")
-
-
-@pytest.mark.parametrize("name", list(TEMPLATES))
-def test_with_and_without_a_tokenizer_the_same_is_shown(name: str, tokenizer: Tokenizer) -> None:
-    items: list[tuple[str, Item]] = [("", SingleTurn("go there", "to a town", "the answer is 7"))]
-    if TEMPLATES[name].kind == "dialogue":
-        items.append(("", CHAT))
-    exact = [shown.pieces for shown in shown_items(items, TEMPLATES[name], tokenizer, None)]
-    assert [shown.pieces for shown in shown_items(items, TEMPLATES[name], None, None)] == exact
 
 
 def test_images_stand_behind_bos(tokenizer: Tokenizer) -> None:

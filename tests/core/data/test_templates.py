@@ -59,13 +59,6 @@ def test_a_prompt_ends_where_the_model_answers() -> None:
     assert [several.text[begin:end] for begin, end in several.own] == ["S", "Hi", "Hello!", "Bye"]
 
 
-def test_an_unknown_template_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="did you mean 'alpaca'"):
-        get_template("alpacca")
-    with pytest.raises(UserError, match="dialogue"):
-        get_template("xyzzy")
-
-
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_is_saved_whole(name: str, tmp_path: Path) -> None:
     get_template(name).save(tmp_path / "template.json")

@@ -38,62 +38,13 @@ def test_code_keeps_every_character(code: str, head: int, data: st.DataObject) -
     assert f"\n{fenced[1]}" not in f"\n{code}"
 
 
-_WORDS = st.lists(st.sampled_from(["a", "Bee", "x1", "über", "数据", "😀", "4,5", "so."]), min_size=1, max_size=4).map(
-    " ".join
-)
-
-
-def _tagged(name: str, content: st.SearchStrategy[str], end: str | None = None) -> st.SearchStrategy[str]:
-    return content.map(lambda text: f"<{name}>{text}</{end or name}>")
-
-
-_PIECE = st.one_of(
-    _WORDS,
-    _tagged("strong", _WORDS),
-    _tagged("em", _WORDS),
-    _tagged("code", st.sampled_from(["f(x_1)", "a &lt; b", "**p", "`", "&amp;amp;"])),
-    _tagged('a href="https://a.b/c?d=e&amp;f=1"', _WORDS, "a"),
-)
-_LINE = st.lists(_PIECE, min_size=1, max_size=4).map(" ".join)
-_ITEMS = st.deferred(
-    lambda: st.lists(
-        _tagged("li", st.tuples(_LINE, st.one_of(st.just(""), _LIST)).map("".join)), min_size=1, max_size=3
-    )
-)
-_LIST = st.one_of(_tagged("ul", _ITEMS.map("".join)), _tagged("ol", _ITEMS.map("".join)))
-_BLOCK = st.one_of(
-    _tagged("p", _LINE),
-    _tagged("p", st.tuples(_LINE, _LINE).map("<br>".join)),
-    _tagged("blockquote", _tagged("p", _LINE)),
-    _tagged("h3", _LINE),
-    _tagged('pre><code class="language-js"', st.sampled_from(["x = 1;\n", "if (a &lt; b)\n\n  c()\n"]), "code></pre"),
-    _LIST,
-    st.just("<hr>"),
-)
-_TABLE = "<table><thead><tr><th>a</th><th>b|c</th></tr></thead><tbody><tr><td>1</td><td>2</td></tr></tbody></table>"
-
-
-def _rendered(markdown: str) -> str:
-    return MarkdownIt("commonmark").enable("table").render(markdown)
-
-
-def _compact(page: str) -> str:
-    """HTML of which only what is seen is left: white space between tags is not, outside of code."""
-    page = page.replace("<br />", "<br>").replace("<hr />", "<hr>").replace("&quot;", '"')
-    parts = re.split(r"(<pre>.*?</pre>)", page, flags=re.DOTALL)
-    return "".join(part if number % 2 else re.sub(r"\s*\n\s*", "", part) for number, part in enumerate(parts))
-
-
-@given(st.lists(_BLOCK, min_size=1, max_size=5))
-def test_a_reader_of_markdown_sees_the_page(blocks: list[str]) -> None:
-    page = f'<div class="markdown prose w-full break-words dark"><p>Hello.</p>{"".join(blocks)}<p>Bye.</p></div>'
-    assert _compact(_rendered(html_to_markdown(page))) == f"<p>Hello.</p>{''.join(blocks)}<p>Bye.</p>"
+TABLE = "<table><thead><tr><th>a</th><th>b|c</th></tr></thead><tbody><tr><td>1</td><td>2</td></tr></tbody></table>"
 
 
 @pytest.mark.parametrize(
     ("page", "text"),
     [
-        (f"<p>x</p>{_TABLE}", "x\n\n| a | b\\|c |\n| --- | --- |\n| 1 | 2 |"),
+        (f"<p>x</p>{TABLE}", "x\n\n| a | b\\|c |\n| --- | --- |\n| 1 | 2 |"),
         ("<p>Of &amp;lt; and $x_1^{2*3}$, *, _, [0] and #.</p>", "Of &lt; and $x_1^{2*3}$, *, _, [0] and #."),
         ("<p>a</p><script>f()</script><style>p {}</style>", "a"),
         (
