@@ -219,11 +219,7 @@ def content_digest(path: Path, stopped: Callable[[], bool]) -> str:
 def cache_key(content: str, tokenizer: Tokenizer, templates: Sequence[Template], *settings: object) -> str:
     """What names an entry: everything that decides the tokens and labels of a file, and what is found in it.
 
-    Args:
-        content: the digest of the file's bytes.
-        tokenizer: by its fingerprint.
-        templates: the format to write them in; several where the kind of the items will decide.
-        settings: what else decides, as values of JSON.
+    `content` is the digest of its bytes; there are several templates where the kind of the items will decide.
     """
     versions = [FORMAT_VERSION, ENCODER_VERSION, CHECKS_VERSION]
     parts = [content, tokenizer.fingerprint(), [template.to_json() for template in templates], settings, versions]

@@ -131,10 +131,7 @@ def _answer(
 def _compiled(source: str, blocks: list[str], generated: list[tuple[int, int]]) -> Any:
     """The template in the environment that `transformers.utils.chat_template_utils` (5.24) gives it.
 
-    Args:
-        source: the Jinja text.
-        blocks: what has been rendered so far.
-        generated: takes the characters in which `{% generation %}` blocks stand.
+    `blocks` is what has been rendered so far; `generated` takes the characters of `{% generation %}` blocks.
     """
     import jinja2
     from jinja2.ext import Extension, loopcontrols

@@ -154,12 +154,8 @@ def cross_file_duplicates(
 ) -> list[tuple[int, list[Finding]]]:
     """For every file what earlier ones have too, token by token and label by label: how much, and the first of it.
 
-    What is in a file twice counts once; the rest is the file's own.
-
-    Args:
-        names: what the files are called.
-        parts: their documents. A file that is used twice is not its own duplicate.
-        kept: how many places are reported of a file.
+    What is in a file twice counts once; the rest is the file's own. A file that is used twice is not its own duplicate.
+    `kept` places are reported of a file.
     """
     first_use: dict[Path, int] = {}
     for number, part in enumerate(parts):

@@ -180,11 +180,7 @@ class Dataset:
         return Dataset(files, self.parts, rows)
 
     def without(self, found: Iterable[tuple[int, Finding]]) -> "Dataset":
-        """All documents but those in which something was found; they count as skipped.
-
-        Args:
-            found: documents and what is wrong with them, in the order of the documents. It is not kept.
-        """
+        """All documents but those in which something was found, given in their order; they count as skipped."""
         bad, left_out = array("q"), [0] * len(self.files)
         problems = [Findings(MOST_PROBLEMS) for _ in self.files]
         for document, finding in found:
@@ -256,14 +252,8 @@ def _counts(
 
 
 def _findings(file: DataFile, part: Encoded, repeated: int, places_repeated: list[Finding]) -> dict[str, Any]:
-    """What was found in a whole file, whether all of its items are in use or not.
-
-    Args:
-        file: what it gave.
-        part: its documents.
-        repeated: how many of them earlier files have too.
-        places_repeated: the first of those.
-    """
+    """What was found in a whole file, whether all of its items are in use or not; `repeated`: how many of its documents
+    earlier files have too, with the places of the first."""
     notes = part.about.notes
     later = (finding._asdict() for places in file.problems.places.values() for finding in places)
     found = {kind: (of_kind["count"], of_kind["places"]) for kind, of_kind in notes["warnings"].items()}

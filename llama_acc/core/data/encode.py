@@ -92,10 +92,7 @@ class Chunk(NamedTuple):
 def stored_tokens(row: np.void, content: Any, vocab_size: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """A stored document's tokens, and which of them are targets. The first never is, as nothing predicts it. [N], [N]
 
-    Args:
-        row: of its table.
-        content: the bytes of all documents.
-        vocab_size: of the tokenizer.
+    `row` is of its table, and `content` the bytes of all documents.
     """
     length, begin, dtype = int(row["length"]), int(row["begin"]), _token_type(vocab_size)
     tokens = np.frombuffer(content, dtype, length, begin).astype(np.int32)

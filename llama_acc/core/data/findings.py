@@ -112,12 +112,7 @@ class Findings:
 
 
 def other_form(kinds: Collection[str], file: str) -> str:
-    """What to try with a file of which no row is an item.
-
-    Args:
-        kinds: of all findings in it.
-        file: its name, as it is typed.
-    """
+    """What to try with a file, named as it is typed, of which no row is an item; by the kinds of all findings in it."""
     if set(kinds) == {"mixed_kinds"}:
         whole = "data.sources.0.format=dialogue data.sources.0.template=dialogue"
         first = "data.sources.0.format=single_turn_llava takes the first question and answer of each"

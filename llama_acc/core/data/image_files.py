@@ -136,8 +136,7 @@ class Named(NamedTuple):
 def find_images(names: Iterable[str]) -> Iterator[Named]:
     """The images that names stand for, in this order; a name that stands for none is given with its problem.
 
-    Args:
-        names: files; folders (the images directly in them, sorted); globs; `.tar` shards; `shipped:NAME`.
+    Names are of files, folders (the images directly in them, sorted), globs, `.tar` shards, or `shipped:NAME`.
     """
     for name in names:
         try:

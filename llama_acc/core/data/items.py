@@ -165,12 +165,10 @@ class _Problems:
 
     def look_for_unused(self, row: dict[str, Any], used: frozenset[str], inside: str = "") -> None:
         """Note the keys of a row or turn that are not used, and refuse those that change its meaning."""
-        if used.issuperset(row):
-            return
-        keys = row.keys() - used
-        if (reason := unusable(row, sorted(keys))) is not None:
+        keys, reason = unused_keys(row, used)
+        if reason is not None:
             self.add("unsupported" if keys.isdisjoint(PREFERENCE) else "preference", "", reason, row)
-        self.unused |= {inside + key for key in keys if not is_empty(row[key])}
+        self.unused |= {inside + key for key in keys}
 
     def text(self, row: dict[str, Any], field: str) -> str:
         """A field that has to be text that can be written."""
@@ -388,6 +386,17 @@ def as_list(value: Any) -> Any:
         return msgspec.json.decode(value)
     except (msgspec.DecodeError, RecursionError):
         return value
+
+
+def unused_keys(
+    row: Mapping[str, Any], used: frozenset[str], allowed: Iterable[str] = ()
+) -> tuple[set[str], str | None]:
+    """The keys that are not used though something is in them, and why the row would mean something else without them;
+    `allowed` ones may go."""
+    if used.issuperset(row):
+        return set(), None
+    keys = {key for key in row.keys() - used if not is_empty(row[key])}
+    return keys, unusable(row, sorted(keys.difference(allowed)))
 
 
 def unusable(row: Mapping[str, Any], keys: Iterable[str]) -> str | None:

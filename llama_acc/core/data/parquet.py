@@ -54,13 +54,8 @@ def parquet_rows(path: Path, decode_json: Callable[[str], Any]) -> Iterator[tupl
 
 
 def _decoder(field: Any, is_json: Iterator[bool], decode_json: Callable[[str], Any]) -> _Decode:
-    """How a column's values become what they would be in JSON.
-
-    Args:
-        field: its name, type and metadata.
-        is_json: whether Parquet calls them JSON, of each of the leaves from here on.
-        decode_json: a JSON text's value.
-    """
+    """How a column's values become what they would be in JSON; `is_json`: whether Parquet calls them so, of each of the
+    leaves from here on."""
     from pyarrow import types
 
     kind, name = field.type, (field.metadata or {}).get(b"ARROW:extension:name", b"").decode()

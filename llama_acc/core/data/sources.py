@@ -42,23 +42,14 @@ class Source:
 
 @dataclass(frozen=True)
 class FileSpec:
-    """One file to read, and how.
-
-    Attributes:
-        path: the file.
-        format: the kind of its items, or "auto".
-        template: the prompt format, or "auto".
-        ratio: how much of it is used.
-        seed: makes its random choices differ from other files'.
-        image_root: where relative paths of images begin.
-    """
+    """One file to read, and how."""
 
     path: Path
-    format: str
-    template: str
-    ratio: float
-    seed: tuple[int, int]
-    image_root: Path
+    format: str  # the kind of its items, or "auto"
+    template: str  # the prompt format, or "auto"
+    ratio: float  # how much of it is used
+    seed: tuple[int, int]  # makes its random choices differ from other files'
+    image_root: Path  # where relative paths of images begin
 
 
 def expand(

@@ -36,11 +36,11 @@ from llama_acc.core.data.items import (
     Malformed,
     as_list,
     count_unused,
-    is_empty,
     mapping_of,
     mapping_words,
     type_name,
     unusable,
+    unused_keys,
 )
 from llama_acc.core.data.read import SUFFIXES, Row, data_suffix, looked_ahead, stream_rows, stream_rows_from, unreadable
 from llama_acc.core.data.sources import data_files
@@ -219,23 +219,17 @@ class Conversion:
         Raises:
             Skipped: one of them changes the meaning of the rest.
         """
-        unused: set[str] = set()
-        if not used.issuperset(row):
-            unused = {key for key in row.keys() - used if not is_empty(row[key])}
-            self._refuse(row, row, unused.difference(PREFERENCE) if format.is_choice else unused)
+        unused, reason = unused_keys(row, used, PREFERENCE if format.is_choice else ())
         for place in format.turns_in:
             turns = as_list(row.get(place))
             for turn in turns.values() if isinstance(turns, dict) else turns if isinstance(turns, list) else ():
-                if isinstance(turn, dict) and not in_turns.issuperset(turn):
-                    keys = {key for key in turn.keys() - in_turns if not is_empty(turn[key])}
-                    self._refuse(row, turn, keys)
-                    unused |= {f"{place}[].{key}" for key in keys}
-        return unused
-
-    def _refuse(self, row: Record, part: Record, keys: set[str]) -> None:
-        if (reason := unusable(part, sorted(keys))) is not None:
+                keys, wrong = unused_keys(turn, in_turns) if isinstance(turn, dict) else (set[str](), None)
+                unused |= {f"{place}[].{key}" for key in keys}
+                reason = reason or wrong
+        if reason is not None:
             self._first_unusable = self._first_unusable or row
             raise Skipped(reason)
+        return unused
 
     def _check_kind(self, is_dialogue: bool) -> None:
         if self._dialogues is None:
