@@ -6,7 +6,6 @@ plain address is resumed. It is imported when it is needed.
 """
 
 import contextlib
-import errno
 import fnmatch
 import functools
 import ipaddress
@@ -93,9 +92,7 @@ class _RemoteFile(NamedTuple):
     fetch: Callable[[Path, Progress, bool], None]
 
 
-def fetch_data(
-    address: str, progress: Progress = lambda *_: None, note: Note = lambda _: None, token: str | None = None
-) -> list[Path]:
+def fetch_data(address: str, progress: Progress = lambda *_: None, note: Note = lambda _: None) -> list[Path]:
     """The files of an address such as `hf:datasets/owner/name/train-*.jsonl`, sorted; what is missing is fetched.
 
     What was fetched before is found without the network.
@@ -105,11 +102,11 @@ def fetch_data(
         RunError: the network or the disk failed.
     """
     (request,) = resolve([address], None)
-    return sorted(Downloader(progress, note, token).download(request).files)
+    return sorted(Downloader(progress, note).download(request).files)
 
 
 class Downloader:
-    """Downloads one thing after the other; keeps the connections and what it learned of repositories."""
+    """Downloads one thing after the other; a token is looked for once."""
 
     def __init__(self, progress: Progress, note: Note, token: str | None = None) -> None:
         """Args:
@@ -263,9 +260,7 @@ class Downloader:
             target.parent.mkdir(parents=True, exist_ok=True)
             atomic.publish(part, target)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise RunError(f"the disk is full: {folder}", f"make room; {RESUME_HINT}") from error
-            raise RunError(f"cannot write {target}: {error.strerror or error}") from error
+            raise RunError(f"cannot write {target}: {error.strerror or error}", RESUME_HINT) from error
 
 
 class _Stopped(Exception):
@@ -496,7 +491,6 @@ class _Hub:
             )
         self._note = note
         self._api: HfApi = HfApi(endpoint=self.endpoint, token=self.token or False, library_name="llama-acc")
-        self._known: dict[tuple[str, str | None, str | None], tuple[Kind, str]] = {}
 
     def list_files(self, address: HubAddress) -> tuple[Kind, str, list[tuple[str, int, str]]]:
         """The kind of a repository, its commit, and the (path, size, digest) of each file an address means, sorted.
@@ -526,17 +520,13 @@ class _Hub:
 
     def _commit(self, address: HubAddress) -> tuple[Kind, str]:
         """What kind of repository it is, and its commit. A model, if both exist."""
-        key = (address.repo, address.kind, address.revision)
         kinds: list[Kind] = [address.kind] if address.kind else ["model", "dataset"]
-        for kind in kinds if key not in self._known else ():
+        for kind in kinds:
             ask = functools.partial(self._api.repo_info, address.repo, repo_type=kind, revision=address.revision)
             with contextlib.suppress(_NoRepository), self._explained(address):
                 info = _within(REACH_SECONDS, self.host, functools.partial(ask, timeout=REACH_SECONDS - 1))
-                self._known[key] = (kind, str(info.sha))
-                break
-        if key not in self._known:
-            raise self._no_such_repository(address)
-        return self._known[key]
+                return kind, str(info.sha)
+        raise self._no_such_repository(address)
 
     def _tree(self, address: HubAddress, kind: Kind, commit: str, folder: str) -> list[tuple[str, int, str]]:
         """All files in a folder, sorted; none, if there is no such folder."""
