@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.core.ranks import free_port
+
 PATIENCE = 120.0  # seconds; only a test that has failed waits so long
 
 
@@ -23,6 +25,20 @@ def start_job(
         env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
         cwd=folder,
     )
+
+
+def start_slurm_job(*words: object, ranks: int, folder: Path, **variables: str) -> "list[subprocess.Popen[str]]":
+    """Starts `llama-acc WORDS` in that many processes, as `srun` does on one machine."""
+    shared = {
+        "SLURM_STEP_NUM_TASKS": str(ranks),
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_TASKS_PER_NODE": str(ranks),
+        "SLURM_STEP_NODELIST": "localhost",
+        "MASTER_PORT": str(free_port()),
+        **variables,
+    }
+    places = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(ranks)]
+    return [start_job(*words, folder=folder, **shared, **place) for place in places]
 
 
 def workers_of(process: "subprocess.Popen[str]") -> dict[int, int]:

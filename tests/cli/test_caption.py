@@ -47,10 +47,6 @@ def test_on_a_terminal_a_caption_stands_plain_beside_a_bold_name(seer: Path, pho
         assert terminal.end() == 0
         for name in (first, second):
             assert f"\x1b[1m{name}  \x1b[0m{ANSWER}\r\n" in terminal.seen
-    with Terminal("caption", "--ckpt", seer, first, term="xterm") as terminal:
-        assert terminal.end() == 0
-        assert terminal.seen.endswith(f"{ANSWER}\r\n")
-        assert str(first) not in terminal.seen
 
 
 @pytest.mark.parametrize("kind", ["folder", "glob", "list"])

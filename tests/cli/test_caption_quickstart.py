@@ -46,11 +46,11 @@ def test_what_is_held_out_is_not_among_what_is_learned() -> None:
     assert not set(learned.values()) & set(held_out.values()), "no picture and no caption"
 
 
-def test_after_a_hundred_steps_the_captions_of_unseen_drawings_are_half_learned(tmp_path: Path) -> None:
-    """The loss was 1.3; to begin with it is that of guessing among 370 tokens, 5.91."""
+def test_after_forty_steps_the_captions_of_unseen_drawings_are_half_learned(tmp_path: Path) -> None:
+    """The loss was 1.2; to begin with it is that of guessing among 370 tokens, 5.91."""
     few = write_shard(tmp_path / "few.tar", dict(islice(members("held-out"), 2 * 64)))
-    small = ("data.sources.0.ratio=0.52", f"data.validation.path={few}")
-    before, after = train(tmp_path / "run", *small, "train.epochs=2", "train.warmup_epochs=0.2", "train.max_steps=100")
+    small = ("data.sources.0.ratio=0.35", f"data.validation.path={few}", "optimizer.lr=3e-3")
+    before, after = train(tmp_path / "run", *small, "train.epochs=2", "train.warmup_epochs=0.2", "train.max_steps=40")
     assert before == pytest.approx(math.log(370), rel=0.05)
     assert after < 2
     exact(tmp_path / "run", few)

@@ -30,18 +30,19 @@ def test_an_answer_streams_ctrl_c_stops_it_and_at_the_prompt_it_leaves(talker: P
         terminal.interrupt("stopped by Ctrl-C")
         assert terminal.end() == 130
         assert "Traceback" not in terminal.seen
+        assert "\x1b" not in terminal.seen.replace("\x1b[?2004", ""), "but what readline itself says"
 
 
-def test_ctrl_d_leaves_and_the_template_of_a_run_is_said(trained_once: Path) -> None:
-    with Terminal("chat", "--ckpt", trained_once) as terminal:
+def test_ctrl_d_leaves_the_template_of_a_run_is_said_and_no_color_is_no_color(trained_once: Path) -> None:
+    with Terminal("chat", "--ckpt", trained_once, "--max-new-tokens", 5, term="xterm", NO_COLOR="1") as terminal:
         terminal.expect("template: alpaca (alpaca, from template.json).")
         terminal.expect("each one stands alone")
-        terminal.expect("> ")
-        terminal.type("/system be kind\n")
-        terminal.expect("system: be kind")
-        terminal.expect("> ")
-        terminal.type("\x04")
+        for typed in ("/system be kind\r", "who\r", "\x04"):
+            terminal.expect("\x1b[?2004h")
+            terminal.type(typed)
         assert terminal.end() == 0
+    assert "system: be kind" in terminal.seen
+    assert not re.search(r"\x1b\[[\d;]*(3|4|9|10)\dm", terminal.seen)
 
 
 _PASTED = "who?\nsay:"
@@ -141,13 +142,3 @@ def test_plain_lines_break_between_words_too(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     console.stream(text[i : i + 3] for i in range(0, len(text), 3))
     assert capsys.readouterr().out == shown + "\n"
-
-
-def test_neither_no_color_nor_plain_is_colored_and_a_dumb_terminal_gets_no_codes(trained_once: Path) -> None:
-    flags = ("chat", "--ckpt", trained_once, "--max-new-tokens", "5", "--prompt", "who")
-    with Terminal(*flags, term="xterm", NO_COLOR="1") as terminal:
-        assert terminal.end() == 0
-        assert not re.search(r"\x1b\[[\d;]*(3|4|9|10)\dm", terminal.seen)
-    with Terminal(*flags, term="dumb") as terminal:
-        assert terminal.end() == 0
-        assert "\x1b" not in terminal.seen

@@ -136,6 +136,9 @@ def test_a_terminal_gets_a_bar_of_bytes(tmp_path: Path) -> None:
         terminal.expect("MiB")
         assert terminal.end() == 0
     assert "40,000 items of 40,000 rows" in terminal.seen
+    with Terminal("convert-data", "alpaca", source, "--output", tmp_path / "out.jsonl", term="dumb") as terminal:
+        assert terminal.end() == 0
+    assert "\x1b" not in terminal.seen
 
 
 def test_a_preview_shows_items_as_the_model_will_see_them(tmp_path: Path, tokenizer_path: Path) -> None:

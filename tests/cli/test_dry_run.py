@@ -18,10 +18,12 @@ from llama_acc.core.text import size_text
 from llama_acc.core.train.callback import Callback
 from llama_acc.core.train.plan import Plan, make_plan
 from tests.cli.commands import QUICKSTART, invoke
+from tests.cli.conftest import DIALOGUE
 
 # With room for every recipe's data.max_tokens, and heads for every recipe's model-parallel size.
 SHAPE = "dim: 64, n_layers: 1, n_heads: 8, n_kv_heads: 8, multiple_of: 16, vocab_size: 304, max_seq_len: 4096"
 TINY_LONG = f"model.params={{{SHAPE}}}"
+TOWN = {"instruction": "name the town", "output": "the answer"}
 
 
 def plan_of_quickstart() -> Plan:
@@ -41,11 +43,10 @@ def shown(stdout: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_shipped_recipe_dry_runs_on_a_tiny_model(
-    name: str, tmp_path: Path, single_turn: Path, dialogues: Path, tokenizer_path: Path
-) -> None:
+def test_every_shipped_recipe_dry_runs_on_a_tiny_model(name: str, tmp_path: Path, tokenizer_path: Path) -> None:
     recipe = Recipe.load(name)
-    data = {"single_turn": single_turn, "dialogue": dialogues}[recipe.data.sources[0].format]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([TOWN if recipe.data.sources[0].format == "single_turn" else DIALOGUE] * 2))
     flags = ["--data", data, "--tokenizer", tokenizer_path, "--output", tmp_path / "run", "--device", "cpu"]
     tiny = [TINY_LONG, "model.max_seq_len=4096", "train.warmup_epochs=0"]
     if recipe.tuning.prefix_layers:
@@ -53,11 +54,11 @@ def test_every_shipped_recipe_dry_runs_on_a_tiny_model(
     result = invoke("finetune", "--recipe", name, "--dry-run", "--no-timing", *flags, *tiny)
     assert result.exit_code == 0, result.stderr
     assert shown(result.stdout)["recipe"] == name
-    assert shown(result.stdout)["data"].startswith("10 items, ")
+    assert shown(result.stdout)["data"].startswith("2 items, ")
     assert result.stdout.count("⟦") == result.stdout.count("⟧") >= 2
-    assert files(tmp_path) == {"run", "run/recipe.yaml", "run/data.json"}
+    assert files(tmp_path / "run") == {"recipe.yaml", "data.json"}
     report = json.loads((tmp_path / "run" / "data.json").read_text())
-    assert (report["items"], report["truncated"], report["dropped"]) == (10, 0, 0)
+    assert (report["items"], report["truncated"], report["dropped"]) == (2, 0, 0)
     resolved = Recipe.load(tmp_path / "run" / "recipe.yaml")
     assert resolved.optimizer == recipe.optimizer
     assert resolved.train == recipe.train.model_copy(update={"warmup_epochs": 0})

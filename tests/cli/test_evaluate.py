@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import Result, invoke, refused, run, start, wait_until
+from tests.cli.commands import Result, invoke, refused, start, wait_until
 from tests.core.evaluate.apibench import (
     TORCH_HUB,
     TOWNS,
@@ -109,8 +109,8 @@ def test_ctrl_c_keeps_the_answers_and_the_same_command_goes_on(
     assert stderr.splitlines()[-1] == "stopped by Ctrl-C"
     kept = output.read_text()
     assert texts(output) == {1: "a town", 3: "a town"}
-    done = run(*command)
-    assert done.returncode == 0, done.stderr
+    done = invoke(*command)
+    assert done.exit_code == 0, done.stderr
     assert output.read_text().startswith(kept)
     assert len(texts(output)[2].split()) == 1500
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import QUICKSTART, invoke, metrics, refused, run, words
+from tests.cli.commands import PATIENCE, QUICKSTART, invoke, metrics, refused, words
+from tests.cli.jobs import start_slurm_job
 from tests.cli.test_caption_quickstart import members
 from tests.core.data.pictures import encoded, pattern, plain
 from tests.core.data.test_tar_shards import write_shard
@@ -86,7 +87,7 @@ def test_images_may_lie_elsewhere(tmp_path: Path) -> None:
     assert found.exit_code == 0, found.stderr
 
 
-def test_a_run_on_a_shard_resumes_at_the_sample_and_deals_it_to_ranks(shard: Path, tmp_path: Path) -> None:
+def test_a_run_on_a_shard_resumes_at_the_sample_and_is_split_between_slurm_s_ranks(shard: Path, tmp_path: Path) -> None:
     """Bitwise after a stop within an epoch; in two processes the same steps, so no sample twice and none left out.
 
     So it is beside other data, of which an item is skipped as its image is not there.
@@ -104,8 +105,10 @@ def test_a_run_on_a_shard_resumes_at_the_sample_and_deals_it_to_ranks(shard: Pat
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
     weights = [tmp_path / name / "epoch1/consolidated.00-of-01.model.pth" for name in ("whole", "parts")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    two = run(*finetune(shard, tmp_path / "two", *settings), "--nproc", 2)
-    assert two.returncode == 0, two.stderr
+    jobs = start_slurm_job(*finetune(shard, tmp_path / "two", *settings), ranks=2, folder=tmp_path)
+    ends = [(*job.communicate(timeout=PATIENCE), job.returncode) for job in jobs]
+    assert [code for _, _, code in ends] == [0, 0], ends
+    assert [out for out, _, _ in ends] == [f"llama-acc caption --ckpt {tmp_path / 'two'} IMAGE\n", ""]
     reports = [(tmp_path / name / "data.json").read_text(encoding="utf-8") for name in ("whole", "two")]
     assert (json.loads(reports[0])["items"], json.loads(reports[0])["skipped"]) == (19, 1)
     assert reports[0] == reports[1]

@@ -18,7 +18,7 @@ from llama_acc.core.distributed import Launch
 from llama_acc.core.distributed.environment import first_host, join_slurm, world_size
 from llama_acc.core.errors import RunError, UserError
 from tests.cli.commands import TINY, invoke, refused
-from tests.cli.jobs import PATIENCE, gone, start_job, workers_of
+from tests.cli.jobs import PATIENCE, gone, start_job, start_slurm_job, workers_of
 from tests.core.ranks import free_port
 from tests.core.seeing import QFORMER
 from tests.core.train.image_runs import words_for, write_data
@@ -206,25 +206,19 @@ def test_a_rank_leaves_its_error_to_the_launcher(
     assert str(error).splitlines()[0] in left["message"]["message"]
 
 
-def test_slurm_starts_the_ranks_and_what_only_one_of_them_finds_is_told_once_and_ends_all(tmp_path: Path) -> None:
+def test_what_only_one_of_slurm_s_ranks_finds_is_told_once_and_ends_all(tmp_path: Path) -> None:
     """Of two model-parallel ranks one has the vision tower, and transformers fails there."""
     (tmp_path / "transformers").mkdir()
     (tmp_path / "transformers" / "__init__.py").write_text("raise ImportError('huggingface-hub<1.0 is required')")
     words = words_for(QFORMER, write_data(tmp_path / "data"), "tuning.method=lora", "checkpoint.trainable_only=true")
     words += ["--recipe", "quickstart", "train.warmup_epochs=0", "parallel.model_parallel_size=2", TINY]
-    shared = {
-        "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_NODEID": "0",
-        "SLURM_STEP_TASKS_PER_NODE": "2",
-        "SLURM_STEP_NODELIST": "localhost",
-        "MASTER_PORT": str(free_port()),
-        "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}",
-    }
-    ranks = [{**shared, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
-    jobs = [Job(tmp_path / "run", *words, **rank) for rank in ranks]
-    assert [job.wait() for job in jobs] == [2, 2], [job.err for job in jobs]
+    path = f"{tmp_path}:{Path(__file__).parents[2]}"
+    command = ("finetune", "--device", "cpu", "--output", tmp_path / "run", *words)
+    jobs = start_slurm_job(*command, ranks=2, folder=tmp_path, PYTHONPATH=path)
+    ends = [(job.communicate(timeout=PATIENCE)[1], job.returncode) for job in jobs]
+    assert [code for _, code in ends] == [2, 2], ends
     said = "images need the package transformers, which cannot be imported: huggingface-hub<1.0 is required"
-    lines = [line for job in jobs for line in job.err.splitlines() if "cannot be imported" in line]
+    lines = [line for err, _ in ends for line in err.splitlines() if "cannot be imported" in line]
     assert len(lines) == 1
     assert lines[0].startswith("error: rank ")
     assert lines[0].endswith(said)

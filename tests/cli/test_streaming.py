@@ -8,7 +8,7 @@ import pytest
 from llama_acc.core.data.templates import get_template
 from llama_acc.core.model.config import TinyVision
 from tests.cli.chains import write_chain
-from tests.cli.commands import run
+from tests.cli.commands import invoke
 from tests.cli.terminal import Terminal
 from tests.core.data.pictures import write_pictures
 
@@ -29,22 +29,15 @@ def hostile(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> P
     return folder
 
 
-def _question(hostile: Path, command: str, pictures: Path) -> list[object]:
-    if command == "chat":
-        return [command, "--ckpt", hostile, *_GREEDY, "--prompt", "say:"]
-    return [command, "--ckpt", hostile, *write_pictures(pictures, 1)]
-
-
-@pytest.mark.parametrize("command", ["chat", "caption"])
-def test_a_terminal_is_shown_control_characters_and_a_pipe_gets_them(
-    command: str, hostile: Path, tmp_path: Path
-) -> None:
-    question = _question(hostile, command, tmp_path)
-    with Terminal(*question) as terminal:
+def test_a_terminal_is_shown_control_characters_and_a_pipe_gets_them(hostile: Path, tmp_path: Path) -> None:
+    chat, caption = ["chat", "--ckpt", hostile, *_GREEDY, "--prompt", "say:"], ["caption", "--ckpt", hostile]
+    caption += write_pictures(tmp_path, 1)
+    for question in (chat, caption):
+        assert invoke(*question).stdout == f"{_WRITTEN}\n"
+    with Terminal(*caption) as terminal:
         assert terminal.end() == 0
     # A slow machine says that it is loading.
     assert terminal.seen.removeprefix("loading the model\r\n") == f"{_SHOWN}\n".replace("\n", "\r\n")
-    assert run(*question).stdout == f"{_WRITTEN}\n".replace("\r", "\n")  # read with universal newlines
 
 
 def test_a_conversation_shows_them_too_and_keeps_them_as_they_are(hostile: Path, tmp_path: Path) -> None:
@@ -64,7 +57,7 @@ def test_a_conversation_shows_them_too_and_keeps_them_as_they_are(hostile: Path,
 
 
 def test_what_is_told_on_the_side_does_not_act_either() -> None:
-    with Terminal("chat", "--ckpt", "no\x1b[31m\x9bsuch") as terminal:
+    with Terminal("convert-data", "auto", "no\x1b[31m\x9bsuch") as terminal:
         assert terminal.end() == 2
     assert "no␛[31m<U+009B>such" in terminal.seen
     assert "\x9b" not in terminal.seen
