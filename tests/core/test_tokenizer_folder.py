@@ -16,9 +16,8 @@ from llama_acc.core.data.templates import Turn, template_of_folder
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, tokenizer_notes
 from llama_acc.core.tokenizer_folder import Said, sentencepiece_to_json
-from tests.core.tokenizers import byte_level
+from tests.core.tokenizers import END, START, TOOL, byte_level, chatml, token
 
-START, END, TOOL = "<|im_start|>", "<|im_end|>", "<tool>"
 TEXTS = [
     f"{START}user\nthe answer{END}\n{START}assistant\n",
     "<s>the",
@@ -27,29 +26,6 @@ TEXTS = [
     "the  answer\n\nis",
     "",
 ]
-
-
-def token(text: str, **flags: bool) -> dict[str, Any]:
-    usual = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    return {"content": text} | usual | flags
-
-
-def chatml(folder: Path, model: Path, by: str, **more: Any) -> Path:
-    """A folder with three tokens beside a tokenizer.model, named as newer and as older folders do."""
-    (folder / "tokenizer.model").write_bytes(model.read_bytes())
-    count = SentencePieceProcessor(model_file=str(model)).vocab_size()
-    names = dict(zip((START, END, TOOL), range(count, count + 3), strict=True))
-    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": END, "unk_token": "<unk>"} | more
-    if by == "added_tokens_decoder":
-        entries = {str(number): token(text, special=text != TOOL) for text, number in names.items()}
-        config["added_tokens_decoder"] = {"0": token("<unk>"), "1": token("<s>"), "2": token("</s>")} | entries
-    else:
-        (folder / "added_tokens.json").write_text(json.dumps(names))
-        roles = {"eos_token": token(END), "additional_special_tokens": [START]}
-        (folder / "special_tokens_map.json").write_text(json.dumps(roles))
-        del config["eos_token"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
 
 
 def by_sentencepiece(tokenizer: Tokenizer, text: str, model: Path) -> list[int]:

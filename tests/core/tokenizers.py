@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+START, END, TOOL = "<|im_start|>", "<|im_end|>", "<tool>"
 CORPUS = ["the answer is in the question", "once upon a time there was a town", "what is 10 + 32? é 😀"] * 3
 
 
@@ -76,14 +77,28 @@ def llama3_style(folder: Path) -> Path:
     return folder / "tokenizer.json"
 
 
-def with_added_tokens(folder: Path, sentencepiece: Path, tokens: list[str], config: dict[str, Any]) -> Path:
-    """A SentencePiece model with tokens beside it, as a fine-tuned LLaMA 2 is published."""
+def token(text: str, **flags: bool) -> dict[str, Any]:
+    """An added token as tokenizer files have it."""
+    usual = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    return {"content": text} | usual | flags
+
+
+def chatml(folder: Path, model: Path, by: str, **more: Any) -> Path:
+    """A folder with three tokens beside a tokenizer.model, named as newer and as older folders do."""
     from sentencepiece import SentencePieceProcessor
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.model").write_bytes(sentencepiece.read_bytes())
-    size = SentencePieceProcessor(model_file=str(sentencepiece)).vocab_size()
-    (folder / "added_tokens.json").write_text(json.dumps({token: size + i for i, token in enumerate(tokens)}))
-    usual = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "additional_special_tokens": tokens}
-    (folder / "tokenizer_config.json").write_text(json.dumps(usual | config))
-    return folder / "tokenizer.model"
+    (folder / "tokenizer.model").write_bytes(model.read_bytes())
+    count = SentencePieceProcessor(model_file=str(model)).vocab_size()
+    names = dict(zip((START, END, TOOL), range(count, count + 3), strict=True))
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": END, "unk_token": "<unk>"} | more
+    if by == "added_tokens_decoder":
+        entries = {str(number): token(text, special=text != TOOL) for text, number in names.items()}
+        config["added_tokens_decoder"] = {"0": token("<unk>"), "1": token("<s>"), "2": token("</s>")} | entries
+    else:
+        (folder / "added_tokens.json").write_text(json.dumps(names))
+        roles = {"eos_token": token(END), "additional_special_tokens": [START]}
+        (folder / "special_tokens_map.json").write_text(json.dumps(roles))
+        del config["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder

@@ -14,7 +14,7 @@ from llama_acc.core.data.templates import ChatTemplate, Template, Turn, as_dialo
 from llama_acc.core.generate.engine import Prompt, Reply
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
 from tests.core.data.reading import read_items
-from tests.core.tokenizers import byte_level, llama3_style, with_added_tokens
+from tests.core.tokenizers import byte_level, chatml, llama3_style
 
 _GENERATED = 20
 _REAL = [5, pytest.param(125, marks=pytest.mark.soak)]
@@ -40,7 +40,7 @@ def _llama(folder: Path, sentencepiece: Path) -> Path:
 
 
 def _llama_chatml(folder: Path, sentencepiece: Path) -> Path:
-    return with_added_tokens(folder, sentencepiece, ["<|im_start|>", "<|im_end|>"], {"eos_token": "<|im_end|>"})
+    return chatml(folder, sentencepiece, "added_tokens.json") / "tokenizer.model"
 
 
 def _gpt2(folder: Path, sentencepiece: Path) -> Path:

@@ -13,8 +13,7 @@ from llama_acc.core.data.encode import documents
 from llama_acc.core.data.items import Dialogue, SingleTurn
 from llama_acc.core.data.templates import TEMPLATES, Template, Turn
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
-from tests.core.test_tokenizer_folder import END, START, chatml
-from tests.core.tokenizers import byte_fallback, byte_level
+from tests.core.tokenizers import END, START, byte_fallback, byte_level, chatml
 
 CODE = "def f(x):\n    if x:\n        return '\\t'  # é 😀\n\n\n\treturn  {   }\n"
 TEXTS = ["the answer", " the", "", CODE, *(f"a{' ' * n}b{' ' * n}" for n in range(1, 20))]
