@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from llama_acc.cli import console
-from llama_acc.core.memory.measure import EFFICIENCY, Texts, gpu_hours, work_of
+from llama_acc.core.memory.measure import Texts, work_of
 from llama_acc.core.memory.predict import (
     PARTS,
     Request,
@@ -155,7 +155,7 @@ def compare_hours(tell: Callable[[str], None] = lambda _: None) -> list[Compared
         items, means = row["texts"]["items"], row["texts"]
         texts = Texts(items, items * means["tokens"], items * means["labels"], items * means["squares"])
         rate = gpu_table()["kinds"][row["kind"]]["bf16"] * 1e12
-        hours = gpu_hours(work_of(setup_of(_request(row["run"]))), texts, row["epochs"], rate)
+        hours = work_of(setup_of(_request(row["run"])), texts) * row["epochs"] / rate / 3600
         found.append(ComparedHours(row["who"], row["what"], row["hours"], hours))
     return found
 
@@ -217,6 +217,6 @@ def _explained(row: "Compared") -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Published figures beside predictions.")
     parser.add_argument("--json", action="store_true", help="everything, in bytes")
-    parser.add_argument("--efficiency", type=float, default=EFFICIENCY, help="share of a GPU's rate that is reached")
+    parser.add_argument("--efficiency", type=float, default=0.4, help="share of a GPU's rate that is reached")
     arguments = parser.parse_args()
     show_published(arguments.efficiency, arguments.json)

@@ -260,7 +260,7 @@ def _measure(request: "Request", device: str | None, tolerance: float, as_json: 
 
 def _hours(request: "Request", data: Path | None, kind: str, efficiency: float, as_json: bool) -> None:
     """Whether a run fits on a kind of GPU, and how long it takes there."""
-    from llama_acc.core.memory.measure import Texts, gpu_hours, read_texts, work_of
+    from llama_acc.core.memory.measure import Texts, read_texts, work_of
     from llama_acc.core.memory.predict import gpu_table, predict, recipe_and_config, setup_of
 
     table = gpu_table()
@@ -285,7 +285,7 @@ def _hours(request: "Request", data: Path | None, kind: str, efficiency: float, 
         console.pairs([("memory", line)], console.out, len("GPU-hours"))
     console.working("counting the work")
     epochs = recipe_and_config(request)[0].train.epochs
-    hours = gpu_hours(work_of(setup), texts, epochs, gpu["bf16"] * 1e12 * efficiency)
+    hours = work_of(setup, texts) * epochs / (gpu["bf16"] * 1e12 * efficiency) / 3600
     if as_json:
         found = {
             "published": table["published"],

@@ -107,7 +107,7 @@ def _summary(made: "Converted") -> str:
     text = f"{made.folder}: {count_text(made.tensors, 'tensor')}, {size_text(made.bytes)} in "
     text += f"{count_text(made.files, 'file')}, read back and equal"
     if made.merge_error is not None:
-        _, exact, saved = made.merge_error
+        exact, saved = made.merge_error
         return f"{text}; logits are off those before merging by {exact:.1e} of the largest, as saved by {saved:.1e}"
     if made.largest_error is None:
         return text

@@ -61,7 +61,7 @@ def test_mistakes_are_told_before_anything_is_written(tmp_path: Path) -> None:
     refused(invoke(*command, "--to", "meta", "--dtype", "int8"), "Invalid value for '--dtype'")
     refused(invoke(*command, "--to", "meta", "--model-parallel-size", 3), "size 3 is not one of 1, 2, 4, 8")
     refused(invoke("convert-checkpoint", source, source, "--to", "meta"), "is what is to be converted")
-    refused(invoke(*command, "--to", "peft", "--context", 64), "an adapter has the context of its base")
+    refused(invoke(*command, "--to", "peft", "--context", 64), "--context does not go with --to peft")
     refused(invoke("convert-checkpoint", source, "", "--to", "meta"), "it is empty")
     refused(invoke("convert-checkpoint", tmp_path / "nowhere", target, "--to", "meta"), "no checkpoint folder")
     assert not target.exists()

@@ -48,7 +48,7 @@ from llama_acc.core.checkpoint.peft import (
     peft_config,
     peft_name,
 )
-from llama_acc.core.checkpoint.quantized import QUANTIZATION_FILE, Quantization, Quantizer
+from llama_acc.core.checkpoint.quantized import QUANTIZATION_FILE, Quantization, nf4_rounded, nf4_tensors
 from llama_acc.core.checkpoint.save import Spec, TensorFile, free_bytes, lay_out
 from llama_acc.core.checkpoint.tokenizer_files import extra_files, special_ids, tokenizer_of, write_tokenizer
 from llama_acc.core.errors import RunError, UserError, listed
@@ -145,7 +145,12 @@ def convert(request: Request, progress: Progress = lambda label, done, total: No
         compared = None
         if request.merge:
             progress("comparing logits", total, total)
-            compared = work.compare_merged()
+            saved = {name: rounded(tensor, work.dtypes[name]) for name, tensor in work.targets.items()}
+            compared = merge_error((work.tuned, work.sources), (work.config, work.targets), (work.config, saved))
+            if not compared.exact <= MERGE_TOLERANCE:
+                raise RunError(
+                    f"the merged model computes something else: logits are off by {compared.exact:.3g} of the largest"
+                )
         progress("taking checksums", total, total)
     notes = tuple(work.notes)
     return Converted(request.target, len(work.targets), len(work.files), work.nbytes, error, compared, notes)
@@ -157,52 +162,36 @@ def _check_request(request: Request) -> None:
     Raises:
         UserError: saying what does not, and what to do.
     """
-    is_split, to, target = request.model_parallel_size not in (None, 1), request.to, request.target
-    given = {Path(path).resolve() for path in (request.source, request.base) if path is not None}
-    for is_wrong, message, hint in (
-        (
-            request.diff and request.base is None,
-            "a difference has two sides: --diff needs --base DIR",
-            "give the checkpoint to subtract",
-        ),
-        (request.diff and to != "consolidated", f"there are no diffs in the layout '{to}'", "use --to consolidated"),
-        (
-            request.diff and request.merge,
-            "--merge and --diff do not go together",
-            "merge first, then take the difference",
-        ),
-        (
-            to in ("hf", "peft") and is_split,
-            f"files of the layout '{to}' are not split by model parallelism",
-            f"leave --model-parallel-size out with --to {to}",
-        ),
-        (to == "peft" and request.merge, "an adapter is not merged", "leave --merge out with --to peft"),
-        (
-            to == "peft" and request.context is not None,
-            "an adapter has the context of its base",
-            "leave --context out with --to peft",
-        ),
-        (
-            request.quantize and (to != "consolidated" or request.diff or request.merge),
-            "matrices in NF4 are written with --to consolidated, and neither of a diff nor of a merge",
-            "merge first, then quantize what that gave",
-        ),
-        (
-            request.quantize and is_split,
-            "a quantized checkpoint is not split",
-            "leave --model-parallel-size out: it is read at any",
-        ),
-        (
-            request.quantize_skip and not request.quantize,
-            "--quantize-skip is about what is not quantized",
-            "add --quantize nf4, or leave it out",
-        ),
-        (target.exists() and not target.is_dir(), f"{target} is a file", "give a folder that is not there yet"),
-        (target.resolve() in given, f"{target} is what is to be converted", "give another folder"),
-        (target.is_dir() and any(target.iterdir()), f"{target} is not empty", "give a folder that is not there yet"),
+    whole = ("meta", "consolidated", "hf")
+    options: dict[str, tuple[bool, Sequence[str]]] = {  # whether it is given, and the layouts that it goes with
+        "--diff": (request.diff, ("consolidated",)),
+        "--model-parallel-size": (request.model_parallel_size not in (None, 1), ("meta", "consolidated")),
+        "--merge": (request.merge, whole),
+        "--context": (request.context is not None, whole),
+        "--quantize": (request.quantize is not None, ("consolidated",)),
+    }
+    for option, (is_given, layouts) in options.items():
+        if is_given and request.to not in layouts:
+            places = " or ".join(f"--to {layout}" for layout in layouts)
+            raise UserError(f"{option} does not go with --to {request.to}", f"leave it out, or use {places}")
+    for one, other in (
+        ("merge", "diff"),
+        ("quantize", "diff"),
+        ("quantize", "merge"),
+        ("quantize", "model-parallel-size"),
     ):
-        if is_wrong:
-            raise UserError(message, hint)
+        if options[f"--{one}"][0] and options[f"--{other}"][0]:
+            raise UserError(f"--{one} and --{other} do not go together", f"convert twice, with --{other} first")
+    if request.diff and request.base is None:
+        raise UserError("a difference has two sides: --diff needs --base DIR", "give the checkpoint to subtract")
+    if request.quantize_skip and not request.quantize:
+        raise UserError("--quantize-skip is about what is not quantized", "add --quantize nf4, or leave it out")
+    target, given = request.target, [Path(path).resolve() for path in (request.source, request.base or "")]
+    problem = "is a file" if target.exists() and not target.is_dir() else None
+    if problem is None and target.is_dir():
+        problem = "is what is to be converted" if target.resolve() in given else "is not empty" * any(target.iterdir())
+    if problem:
+        raise UserError(f"{target} {problem}", "give a folder that is not there yet")
 
 
 def _check_tuned(request: Request, config: ModelConfig, is_alone: bool, source: Layout) -> None:
@@ -260,7 +249,7 @@ class _Conversion:
         Raises:
             UserError: a checkpoint is missing, damaged, does not fit the other one, or cannot become what is wanted.
         """
-        self.request, self.quantizer = request, Quantizer()
+        self.request = request
         self._read_inputs()
         weights, config = self.weights, self.tuned
         if request.context is not None:
@@ -277,7 +266,7 @@ class _Conversion:
         if request.merge and base and base.quantised and request.merge_into == "trained":
             # On a quantized base, its matrices are those after quantizing.
             names = quantizable(self.tuned, base.quantised.skip)
-            self.sources |= {name: self.quantizer.rounded(name, weights.tensors[name]) for name in names}
+            self.sources |= {name: nf4_rounded(weights.tensors[name]) for name in names}
         self.targets = self._targets()
         self.dtypes = {name: weights.tensors[name].dtype for name in self.targets}
         if request.dtype is not None:
@@ -355,8 +344,8 @@ class _Conversion:
             for parameter, tensor in self.targets.items():
                 if parameter in self.quantized:
                     matrix = prefix + parameter.removesuffix(".weight")
-                    parts = self.quantizer.tensors(parameter, self.weights.tensors[parameter]).items()
-                    entries += [_Entry(parameter, f"{matrix}.{leaf}", part, part.dtype) for leaf, part in parts]
+                    parts = nf4_tensors(self.weights.tensors[parameter])
+                    entries += [_Entry(parameter, f"{matrix}.{leaf}", part, part.dtype) for leaf, part in parts.items()]
                 else:
                     share = share_of(parameter, tensor, rank, self.size)
                     entries.append(_Entry(parameter, prefix + parameter, share, self.dtypes[parameter]))
@@ -461,7 +450,7 @@ class _Conversion:
         for name, dtype in self.dtypes.items():
             back, expected = written[name], self.targets[name]
             if name in self.quantized:
-                expected = self.quantizer.rounded(name, self.weights.tensors[name])
+                expected = nf4_rounded(self.weights.tensors[name])
             if not same_values(back, expected, dtype):
                 problems.append(f"{name} is not what was written")
             elif dtype == torch.float16 and _largest(back) == math.inf:
@@ -494,20 +483,6 @@ class _Conversion:
         if not is_described or found.keys() != self.targets.keys():
             raise RunError(f"what was written to {self.request.target} does not describe the model it was made from")
         return found
-
-    def compare_merged(self) -> MergeError:
-        """Compares what was merged with what it was merged from.
-
-        Raises:
-            RunError: a block computes something else.
-        """
-        saved = {name: rounded(tensor, self.dtypes[name]) for name, tensor in self.targets.items()}
-        error = merge_error((self.tuned, self.sources), (self.config, self.targets), (self.config, saved))
-        if not error.block <= MERGE_TOLERANCE:
-            raise RunError(
-                f"the merged model computes something else: a block is off by {error.block:.3g} of the largest value"
-            )
-        return error
 
 
 def _largest(tensor: LazyTensor) -> float:

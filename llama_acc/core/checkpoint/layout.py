@@ -183,9 +183,7 @@ def _inspect_huggingface(folder: Path, names: Sequence[str]) -> Layout | None:
         notes: tuple[str, ...] = ()
         if others := [name for name in others if name not in read]:
             why = "which its index does not name" if weight_map is not None else f"beside {shards[0].name}"
-            is_alone = weight_map is not None and "model.safetensors" in others
-            single = " (transformers would read it alone)" if is_alone else ""
-            notes = (f"{folder}: not read, {why}: {', '.join(others)}{single}",)
+            notes = (f"{folder}: not read, {why}: {', '.join(others)}",)
         return Layout(folder, "huggingface", shards, config, tower_of(config), weight_map, notes)
     return None
 

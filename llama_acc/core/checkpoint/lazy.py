@@ -20,7 +20,7 @@ _MADV_POPULATE_READ, _MADV_HUGEPAGE = 22, 14  # Linux 5.14; older ones refuse it
 Read = Callable[[slice, slice], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LazyTensor:
     """A parameter of a checkpoint, or some rows and columns of it.
 

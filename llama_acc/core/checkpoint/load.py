@@ -78,7 +78,7 @@ def open_shard(path: object) -> Shard:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content, is_mapped = _load(str(path))
+            content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
             message = f"{path} is refused: it holds Python code besides tensors ({code[1]})"
@@ -88,29 +88,15 @@ def open_shard(path: object) -> Shard:
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path} is not a checkpoint: a mapping from names to tensors is expected")
     named = {str(name).removeprefix("llma."): tensor.detach() for name, tensor in tensors.items()}
-    if strange := [f"{name} is {kind}" for name, tensor in named.items() if (kind := _strange(tensor))]:
+    strange = [
+        f"{name} ({_type_name(tensor.layout)}, {_type_name(tensor.dtype)}, {tensor.device})"
+        for name, tensor in named.items()
+        if tensor.is_meta or tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided
+    ]
+    if strange:
         raise UserError(f"{path} holds tensors that are no weights:\n{listed(strange)}", "save them as dense tensors")
-    shard = {name: LazyTensor.of(tensor, is_mapped) for name, tensor in named.items() if not name.endswith(_BUFFERS)}
+    shard = {name: LazyTensor.of(tensor, True) for name, tensor in named.items() if not name.endswith(_BUFFERS)}
     return from_open_clip(shard, ClipVision.tower_prefix)  # beside a LLaMA, CLIP may have open_clip's names
-
-
-def _load(path: str) -> tuple[object, bool]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True), True
-    except RuntimeError as error:
-        if "mmap can only be used" not in str(error):
-            raise
-        # Files older than torch 1.6 are no zip archives and cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True), False
-
-
-def _strange(tensor: Tensor) -> str | None:
-    """What a tensor is that has no memory of numbers to read; None = it has."""
-    if tensor.is_meta:
-        return "on the meta device, without values"
-    if tensor.is_nested or tensor.layout != torch.strided:
-        return "nested" if tensor.is_nested else f"sparse ({_type_name(tensor.layout)})"
-    return f"quantized ({_type_name(tensor.dtype)})" if tensor.is_quantized else None
 
 
 def open_safetensors(path: object) -> Shard:
@@ -134,9 +120,12 @@ def open_safetensors(path: object) -> Shard:
 
 def _unreadable(path: object, error: Exception) -> UserError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    hint = "the file may be cut short: copy it again"
     if isinstance(error, pickle.UnpicklingError):  # torch's own words on it advise to run whatever is in it
         reason = "it is no file of tensors"
-    return UserError(f"cannot read {path}: {reason}", "the file may be cut short: copy it again")
+    elif "mmap can only be used" in reason:
+        reason, hint = "it was saved before torch 1.6", "load it and save it again with torch.load and torch.save"
+    return UserError(f"cannot read {path}: {reason}", hint)
 
 
 # Checkpoints

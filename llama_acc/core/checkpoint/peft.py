@@ -1,8 +1,7 @@
 """What becomes of what was tuned: an adapter of the PEFT library, or LoRA pairs merged into their matrices.
 
 The adapter is adapter_config.json and adapter_model.safetensors. Of a merge there is proof that the model computes the
-same after it: each block is given the same input before and after, and the logits of a few fixed tokens are compared
-besides. Only one block is held at a time.
+same after it: the logits of a few fixed tokens are compared.
 """
 
 from collections.abc import Mapping
@@ -17,13 +16,13 @@ from llama_acc.core.checkpoint.lazy import LazyTensor, blocks_of
 from llama_acc.core.model.attention import DocumentAttention, rotary_table
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.layers import RMSNorm
-from llama_acc.core.model.transformer import TransformerBlock, build_on_meta, is_matrix
+from llama_acc.core.model.transformer import build_on_meta, is_matrix
 from llama_acc.core.model.tuning import Tuning
 
 PEFT_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-MERGE_TOLERANCE = 1e-5
-"""How far what a block computes may be off, as a fraction of the largest."""
+MERGE_TOLERANCE = 1e-4
+"""How far logits may be off, as a fraction of the largest: rounding, which grows with depth, stays far below."""
 _TOKENS = 32
 Model = tuple[ModelConfig, Mapping[str, LazyTensor]]
 
@@ -53,15 +52,9 @@ def peft_config(tuning: Tuning, base: str | None) -> dict[str, Any]:
 
 
 class MergeError(NamedTuple):
-    """The largest differences from before merging, over the largest magnitude.
+    """The largest differences of logits from those before merging, over the largest magnitude, computed in float64:
+    with the matrices merged in float32, and as they are saved."""
 
-    Attributes:
-        block: of what a block adds, each given the same input; computed in float64 from matrices merged in float32.
-        exact: of the logits, computed in float32; rounding grows with depth.
-        saved: of the logits with the matrices as they are saved.
-    """
-
-    block: float
     exact: float
     saved: float
 
@@ -84,43 +77,29 @@ def merged(name: str, sources: Mapping[str, LazyTensor], tuning: Tuning) -> Lazy
 
 @torch.no_grad()
 def merge_error(before: Model, merged_model: Model, saved: Model) -> MergeError:
-    """Compares models: before merging, after it, and as saved."""
+    """Compares models: before merging, after it, and as saved. Only one block is held at a time."""
     config, models = before[0], (before, merged_model, saved)
     tokens = torch.randint(config.vocab_size, (_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
     states = [
-        torch.cat([sources["tok_embeddings.weight"].rows(token, token + 1).to(torch.float32) for token in tokens])
+        torch.cat([sources["tok_embeddings.weight"].rows(token, token + 1).to(torch.float64) for token in tokens])
         for _, sources in models
     ]
     table = rotary_table(config.head_dim, _TOKENS, config.rope_theta, config.rope_scaling, torch.device("cpu"))
-    attend, worst = DocumentAttention([_TOKENS], table), 0.0
+    attend = DocumentAttention([_TOKENS], table)
     for layer in range(config.n_layers):
-        given, added = states[0].double(), []
-        for place, model in enumerate(models):
-            block = _load_block(*model, layer)
+        for place, (own, sources) in enumerate(models):
+            block = build_on_meta(replace(own, n_layers=1), torch.float32).to_empty(device="cpu").layers[0].double()
+            for name, parameter in block.named_parameters():
+                sources[f"layers.{layer}.{name}"].copy_into(parameter)
             states[place] = block(states[place], attend)
-            if place < 2:
-                added.append(block.double()(given, attend) - given)
-        worst = max(worst, _relative(added[1], added[0]))
-    expected, *others = (_logits(*model, state) for model, state in zip(models, states, strict=True))
-    return MergeError(worst, *(_relative(other, expected) for other in others))
-
-
-def _load_block(config: ModelConfig, sources: Mapping[str, LazyTensor], layer: int) -> TransformerBlock:
-    """A block with its weights, in float32: models that are larger than memory are computed block by block."""
-    block = build_on_meta(replace(config, n_layers=1), torch.float32).to_empty(device="cpu").layers[0]
-    assert isinstance(block, TransformerBlock)
-    for name, parameter in block.named_parameters():
-        sources[f"layers.{layer}.{name}"].copy_into(parameter)
-    return block
+    expected, exact, as_saved = (_logits(*model, state) for model, state in zip(models, states, strict=True))
+    largest = expected.abs().max().clamp(min=1e-30)
+    return MergeError(*(((found - expected).abs().max() / largest).item() for found in (exact, as_saved)))
 
 
 def _logits(config: ModelConfig, sources: Mapping[str, LazyTensor], x: Tensor) -> Tensor:
     """The logits [T, vocabulary] of the last block's output [T, dim]."""
-    norm, output = RMSNorm(config.dim, config.norm_eps), sources["output.weight"]
+    norm, output = RMSNorm(config.dim, config.norm_eps).double(), sources["output.weight"]
     sources["norm.weight"].copy_into(norm.weight)
     x = norm(x)
-    return torch.cat([x @ output.rows(*rows).to(torch.float32).T for rows in blocks_of(output.shape)], 1)
-
-
-def _relative(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+    return torch.cat([x @ output.rows(*rows).to(torch.float64).T for rows in blocks_of(output.shape)], 1)

@@ -8,7 +8,7 @@ quantization.json says so, and has the fingerprint of the weights they were made
 
 import json
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -158,36 +158,28 @@ def to_nf4(tensor: LazyTensor, device: torch.device) -> tuple[Tensor, Scales]:
     return values.to(device), Scales(*(scale.to(device) for scale in scales))
 
 
-class Quantizer:
-    """Quantizes a checkpoint's matrices on the way into a file. The last one asked for is kept, and no other."""
+@lru_cache(maxsize=1)
+def _quantized(tensor: LazyTensor) -> NF4Matrix:
+    return NF4Matrix(*to_nf4(tensor, torch.device("cpu")))
 
-    def __init__(self) -> None:
-        self._last: tuple[str, NF4Matrix] | None = None
 
-    def _matrix(self, name: str, tensor: LazyTensor) -> NF4Matrix:
-        if self._last is None or self._last[0] != name:
-            self._last = None  # not two at a time
-            self._last = name, NF4Matrix(*to_nf4(tensor, torch.device("cpu")))
-        return self._last[1]
+def nf4_rounded(tensor: LazyTensor) -> LazyTensor:
+    """A matrix after quantizing and dequantizing, in float32; one at a time is held."""
+    return LazyTensor.computed((), lambda rows, columns: _quantized(tensor).lazy().read(rows, columns), tensor.shape)
 
-    def rounded(self, name: str, tensor: LazyTensor) -> LazyTensor:
-        """The matrix of that name after quantizing and dequantizing, in float32."""
-        return LazyTensor.computed(
-            (), lambda rows, columns: self._matrix(name, tensor).lazy().read(rows, columns), tensor.shape
-        )
 
-    def tensors(self, name: str, tensor: LazyTensor) -> dict[str, LazyTensor]:
-        """What a quantized checkpoint has of a matrix, by the ends of their names."""
-        (rows, columns), meta = tensor.shape, torch.device("meta")
-        room = {"weight": torch.empty(nf4.packed_shape(rows, columns), dtype=torch.uint8, device=meta)}
-        room |= nf4.empty_scales(rows, columns, meta)._asdict()
+def nf4_tensors(tensor: LazyTensor) -> dict[str, LazyTensor]:
+    """What a quantized checkpoint has of a matrix, by the ends of their names."""
+    (rows, columns), meta = tensor.shape, torch.device("meta")
+    room = {"weight": torch.empty(nf4.packed_shape(rows, columns), dtype=torch.uint8, device=meta)}
+    room |= nf4.empty_scales(rows, columns, meta)._asdict()
 
-        def reader(leaf: str) -> Read:
-            def read(rows: slice, columns: slice) -> Tensor:
-                matrix = self._matrix(name, tensor)
-                values: Tensor = matrix.values if leaf == "weight" else getattr(matrix.scales, leaf)
-                return values[rows]
+    def reader(leaf: str) -> Read:
+        def read(rows: slice, columns: slice) -> Tensor:
+            matrix = _quantized(tensor)
+            values: Tensor = matrix.values if leaf == "weight" else getattr(matrix.scales, leaf)
+            return values[rows]
 
-            return read
+        return read
 
-        return {leaf: LazyTensor.computed((), reader(leaf), tuple(t.shape), t.dtype) for leaf, t in room.items()}
+    return {leaf: LazyTensor.computed((), reader(leaf), tuple(t.shape), t.dtype) for leaf, t in room.items()}

@@ -35,9 +35,6 @@ from llama_acc.core.train.trainer import Trainer, assemble
 
 STEPS = 2
 """Optimizer steps that are run: the second one has the optimizer's state from its start."""
-EFFICIENCY = 0.4
-"""The share of a GPU's rate that training is taken to reach where nothing was measured."""
-_LENGTHS = (128, 384)
 _PROBE_STEPS = 3  # the first one warms up, and another may have been disturbed
 _PROBE_SECONDS = 20.0  # then no other one is begun
 
@@ -111,20 +108,6 @@ def _filled_with_zeros(device: torch.device) -> Callable[[Transformer], None]:
 
 
 @dataclass(frozen=True)
-class Work:
-    """Floating-point operations of training, of all ranks of a model-parallel group: a document of T tokens with L
-    labels takes by_token * T + by_pair * T^2 + by_label * L, of matrices, attention, and the head."""
-
-    by_token: float
-    by_pair: float
-    by_label: float
-
-    def of(self, texts: "Texts") -> float:
-        """Of all documents."""
-        return self.by_token * texts.tokens + self.by_pair * texts.squares + self.by_label * texts.labels
-
-
-@dataclass(frozen=True)
 class Texts:
     """A data set in numbers: documents, tokens of all of them, tokens that are trained, the sum of squared lengths, and
     where these are from, in words: lengths are those of a template and a tokenizer, or assumed."""
@@ -136,23 +119,16 @@ class Texts:
     origin: str = ""
 
 
-def work_of(setup: Setup) -> Work:
-    """Counts the work of a run by simulating it with two lengths."""
-    short, long = _LENGTHS
-    counts = []
-    for length in _LENGTHS:
-        flops = simulate_training(replace(setup, lengths=(length,), labels=length, micro_batches=1)).flops
-        of_loss = sum(count for phase, count in flops.items() if phase.name == "loss")
-        counts.append((sum(flops.values()) - of_loss, of_loss / length))
-    (few, head), (many, _) = counts
-    by_pair = (many / long - few / short) / (long - short)
-    size = setup.settings.model_parallel_size
-    return Work(size * (few / short - by_pair * short), size * by_pair, size * head)
+def work_of(setup: Setup, texts: Texts) -> float:
+    """Floating-point operations of training on all documents, of all ranks of a model-parallel group.
 
-
-def gpu_hours(work: Work, texts: Texts, epochs: float, rate: float) -> float:
-    """Hours of all GPUs together that do `rate` floating-point operations in a second."""
-    return work.of(texts) * epochs / rate / 3600
+    A token takes the same of matrices and in proportion to its document's length of attention, so all are taken to be
+    as long as the documents of a mean token.
+    """
+    length = max(1, round(texts.squares / texts.tokens))
+    one = replace(setup, lengths=(length,), labels=round(length * texts.labels / texts.tokens), micro_batches=1)
+    flops = sum(simulate_training(one).flops.values())
+    return setup.settings.model_parallel_size * flops * texts.tokens / length
 
 
 def read_texts(path: Path) -> Texts:
@@ -203,7 +179,7 @@ def estimate_time(plan: Plan, processes: int, device: torch.device, memory: Usag
         rate = _matmul_rate(plan.settings.dtype, device)
         squares = float((plan.train.lengths.astype(np.float64) ** 2).sum())
         texts = Texts(len(plan.train), plan.train.tokens, plan.train.label_tokens, squares)
-        work = work_of(setup_of_run(plan, 1, "cuda")).of(texts) * epochs
+        work = work_of(setup_of_run(plan, 1, "cuda"), texts) * epochs
         seconds = work / rate
         rates = f"{work:.2e} floating-point operations at {rate / 1e12:.2g} TFLOP/s"
         how = f"from {rates} measured on {device.type}, at best"

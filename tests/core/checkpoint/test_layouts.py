@@ -149,49 +149,19 @@ def test_a_hugging_face_folder_computes_what_transformers_does(options: dict[str
     assert difference(ours, huggingface_logits(folder, tokens)) < 1e-5
 
 
-def test_files_of_a_hugging_face_folder_are_read_together(tmp_path: Path) -> None:
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = write_huggingface(tmp_path / "hf")
-    expected = values(read_weights([inspect(folder)]))
     tensors = load_file(folder / "model.safetensors")
-    names = list(tensors)
-    for part, some in enumerate((names[:7], names[7:]), 1):
-        save_file({name: tensors[name].clone() for name in some}, folder / f"model-{part:05d}-of-00002.safetensors")
     (folder / "model.safetensors").unlink()
-    assert equal(values(read_weights([inspect(folder)])), expected)
-    save_file(
-        {"rotary_emb.inv_freq": torch.ones(2), **{name: tensors[name].clone() for name in names[6:]}},
-        folder / "model-00002-of-00002.safetensors",
-    )
-    with pytest.raises(UserError, match=f"twice: {names[6]} is in model-00001-of-00002.safetensors and in"):
+    names = list(tensors)
+    for part, some in enumerate((names[:7], names[6:]), 1):
+        named = {"rotary_emb.inv_freq": torch.ones(2), **{name: tensors[name].clone() for name in some}}
+        save_file(named, folder / f"model-{part:05d}-of-00002.safetensors")
+    with pytest.raises(UserError, match=f"twice: {names[6]} is in model-00001-of-00002.safetensors and in") as refused:
         check_tensors(read_weights([inspect(folder)]), shapes_of(GROUPED), folder)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model_type": "mistral"}, 'model_type: "mistral" (only "llama")'),
-        ({"hidden_act": "gelu"}, 'hidden_act: "gelu" (only "silu")'),
-        ({"attention_bias": True}, "attention_bias: true, mlp_bias: false (only both or none)"),
-        ({"mlp_bias": True}, "mlp_bias: true"),
-        ({"head_dim": 128}, "head_dim: 128 (only hidden_size / num_attention_heads = 4)"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, 'rope_parameters: "llama3"'),
-        ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 8.0}}, 'rope_scaling: "yarn"'),
-        ({"intermediate_size": None}, "missing key 'intermediate_size'"),
-        ({"num_attention_heads": None}, "missing key 'num_attention_heads'"),
-        ({"num_hidden_layers": "two"}, "n_layers: should be a valid integer"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_computed_is_refused_by_name(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    folder = write_huggingface(tmp_path / "hf")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(UserError) as error:
-        read_config([inspect(folder)])
-    assert message in error.value.message
+    assert "inv_freq" not in str(refused.value)
 
 
 def test_any_width_is_the_widths_in_our_terms(tmp_path: Path) -> None:

@@ -20,11 +20,6 @@ def state(config: ModelConfig = SMALL) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in random_model(config).state_dict().items()}
 
 
-def value(weights: Weights, name: str) -> Tensor:
-    part = weights.tensors[name]
-    return part.to(part.dtype)
-
-
 def refused(path: Path, content: Any) -> str:
     torch.save(content, path)
     with pytest.raises(UserError) as error:
@@ -89,7 +84,12 @@ def test_a_file_with_code_is_refused_and_the_code_never_runs(inside: bool, zippe
     path, proof = tmp_path / NAME, tmp_path / "proof"
     content = {**state(), "extra": Hostile(proof)} if inside else Hostile(proof)
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=r"is refused: it holds Python code besides tensors \(.*system\)") as error:
+    said = (
+        r"is refused: it holds Python code besides tensors \(.*system\)"
+        if zipped
+        else "cannot read .*: it was saved before torch 1.6"
+    )
+    with pytest.raises(UserError, match=said) as error:
         open_shard(path)
     assert "weights_only" not in str(error.value), "torch's advice to run the code is not passed on"
     assert not proof.exists()
@@ -102,27 +102,6 @@ def test_a_file_with_code_is_refused_and_the_code_never_runs(inside: bool, zippe
 )
 def test_anything_but_names_and_tensors_is_refused(content: Any, tmp_path: Path) -> None:
     assert "a mapping from names to tensors is expected" in refused(tmp_path / NAME, content)
-
-
-def test_files_older_than_the_zip_format_are_read(tmp_path: Path) -> None:
-    torch.save({"model": state()}, tmp_path / NAME, _use_new_zipfile_serialization=False)
-    shard = open_shard(tmp_path / NAME)
-    assert all(torch.equal(tensor.source, state()[name]) and not tensor.mapped for name, tensor in shard.items())
-    model = build_on_meta(SMALL, torch.float32)
-    fill(model, read_weights([inspect(tmp_path)]), CPU, torch.float32, copy=True)
-    assert torch.equal(model.norm.weight, state()["norm.weight"])
-
-
-def test_a_later_checkpoint_overrides_an_earlier_one(tmp_path: Path) -> None:
-    layouts = []
-    for name, tensors in {"base": state(), "tuned": {"norm.weight": torch.full((32,), 7.0)}}.items():
-        (tmp_path / name).mkdir()
-        torch.save(tensors, tmp_path / name / NAME)
-        layouts.append(inspect(tmp_path / name))
-    weights = read_weights(layouts)
-    assert (value(weights, "norm.weight") == 7).all()
-    assert torch.equal(value(weights, "output.weight"), state()["output.weight"])
-    assert torch.equal(value(read_weights(layouts[::-1]), "norm.weight"), state()["norm.weight"])
 
 
 def filled(path: Path, dtype: torch.dtype, copy: bool) -> tuple[Transformer, dict[str, int]]:
