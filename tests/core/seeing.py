@@ -12,7 +12,7 @@ from llama_acc.core.model.config import ClipVision, ModelConfig, QFormerVision, 
 from llama_acc.core.model.transformer import Transformer
 from llama_acc.core.model.tuning.adapter import Adapter
 from llama_acc.core.model.tuning.lora import LoRABiasNorm
-from llama_acc.core.model.vision import Images, Tower, initialize_tower, tower_on_meta
+from llama_acc.core.model.vision import Images, Tower, make_tower
 from tests.core.tiny import SMALL, random_model
 
 QFORMER = QFormerVision(
@@ -62,11 +62,7 @@ def seeing_model(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
 
 def random_tower(vision: Vision) -> Tower:
     """A tower whose features differ from image to image."""
-    tower = tower_on_meta(vision, torch.float32)
-    for name, parameter in list(tower.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        setattr(tower.get_submodule(owner), leaf, torch.nn.Parameter(torch.empty(parameter.shape), False))
-    initialize_tower(dict(tower.named_parameters()), 0)
+    tower = make_tower(vision, torch.float32, seed=0)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in tower.parameters():

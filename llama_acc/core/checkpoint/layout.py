@@ -259,9 +259,8 @@ def read_config(layouts: Sequence[Layout]) -> ModelConfig | None:
     if not paths:
         return None
     config = config_from_params(union, " and ".join(map(str, paths)))
-    if vision is None and implied is not None and _has_tensors_of(implied, layouts):
-        vision = implied
-    return replace(config, tuning=tuning.with_num_layers(config.n_layers), vision=vision)
+    config = replace(config, tuning=tuning.with_num_layers(config.n_layers), vision=vision or implied)
+    return config if vision or not implied or _has_vision(config, layouts) else replace(config, vision=None)
 
 
 def _own_shape(layout: Layout) -> tuple[Tuning, dict[str, Any], Vision | None]:
@@ -290,15 +289,17 @@ def _own_shape(layout: Layout) -> tuple[Tuning, dict[str, Any], Vision | None]:
     return tuning, shape, QFormerVision() if kind.startswith("llama_qformerv2") else None
 
 
-def _has_tensors_of(vision: Vision, layouts: Sequence[Layout]) -> bool:
-    """Whether the checkpoints hold what a vision encoder adds.
+def _has_vision(config: ModelConfig, layouts: Sequence[Layout]) -> bool:
+    """Whether the checkpoints hold what vision adds, its tower or a part.
 
     LLaMA2-Accessory writes `trainable_mode` also where it built no encoder (with_visual=False).
     """
     from llama_acc.core.checkpoint.load import open_checkpoint  # needs torch
+    from llama_acc.core.model.transformer import added_by_vision
 
-    names = [name for layout in layouts for name in open_checkpoint(layout).tensors]
-    return any(name.startswith((vision.tower_prefix, *vision.part_names)) for name in names)
+    assert config.vision is not None
+    names, parts = {name for layout in layouts for name in open_checkpoint(layout).tensors}, added_by_vision(config)
+    return not parts.isdisjoint(names) or any(name.startswith(config.vision.tower_prefix) for name in names)
 
 
 def says_context(layouts: Sequence[Layout]) -> bool:

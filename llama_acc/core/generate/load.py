@@ -26,7 +26,7 @@ from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig, Vision, check_divides
 from llama_acc.core.model.transformer import Transformer, build_on_meta, pack_small, quantize_on_meta, shapes_of
-from llama_acc.core.model.vision import Tower, initialize_tower, tower_on_meta
+from llama_acc.core.model.vision import Tower, make_tower
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
 _ALONE = Parallel()
@@ -91,13 +91,12 @@ def load_vision_encoder(
         return None
     tower, computes = None, parallel.model_rank == 0
     if not vision.trains_encoder and (computes or keep_all):
-        tower = tower_on_meta(vision, model.dtype).requires_grad_(False)
         place = device if computes else torch.device("cpu")
         if weights is None or not any(name.startswith(vision.tower_prefix) for name in weights.tensors):
-            values = {name: torch.empty(parameter.shape) for name, parameter in tower.named_parameters()}
-            initialize_tower(values, seed)
-            weights = Weights.of({vision.tower_prefix + name: value for name, value in values.items()})
-        fill(tower, weights, place, model.dtype, copy=False, prefix=vision.tower_prefix)
+            tower = make_tower(vision, model.dtype, seed)
+        else:
+            tower = make_tower(vision, model.dtype)
+            fill(tower, weights, place, model.dtype, copy=False, prefix=vision.tower_prefix)
         tower.to(place)
     return VisionEncoder(vision, tower, model.dtype, device, parallel)
 

@@ -77,7 +77,6 @@ class Vision:
     Attributes:
         encoder: the kind's name.
         tower_prefix: of the names of the tower's parameters; empty: its encoder is a part, and trains with the rest.
-        part_names: how the names of the parts' parameters begin.
         image_size: width and height of the images it takes.
         patch_size: of the squares they are cut into.
         width: of the vision transformer.
@@ -89,7 +88,6 @@ class Vision:
     __pydantic_config__: ClassVar[ConfigDict] = _CHECKED
     encoder: ClassVar[str]
     tower_prefix: ClassVar[str]
-    part_names: ClassVar[tuple[str, ...]]
 
     image_size: _Width = 224
     patch_size: _Width = 14
@@ -149,7 +147,6 @@ class QFormerVision(Vision):
 
     encoder = "qformer"
     tower_prefix = "qformer."
-    part_names = ("qformer_proj.", "start_img", "end_img")
 
     width: _Width = 1408
     hidden_dim: _Width = 6144
@@ -186,7 +183,6 @@ class ClipVision(Vision):
 
     encoder = "clip"
     tower_prefix = "clip."
-    part_names = ("clip_proj", "visual_")
 
     projection: _Width = 768
     block_width: _Width = 768
@@ -207,7 +203,6 @@ class TinyVision(Vision):
 
     encoder = "tiny"
     tower_prefix = ""
-    part_names = ("vision_encoder.", *QFormerVision.part_names)
 
     image_size: _Width = 64
     patch_size: _Width = 16

@@ -31,7 +31,7 @@ from llama_acc.core.model.attention import (
     KVCache,
     rotary_table,
 )
-from llama_acc.core.model.config import SECOND_STAGE, ModelConfig
+from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.layers import (
     ColumnParallelLinear,
     Init,
@@ -212,24 +212,28 @@ class Description(NamedTuple):
 
 
 @lru_cache(64)
+def _on_meta(config: ModelConfig) -> Transformer:
+    """A model to be asked, not computed with. An open vocabulary (-1) has a single token."""
+    return build_on_meta(config.with_vocabulary(1), torch.float32)
+
+
+def added_by_vision(config: ModelConfig) -> set[str]:
+    """Names of the parameters that vision adds to the LLaMA, the frozen tower's not among them."""
+    return _on_meta(config).specs.keys() - _on_meta(replace(config, vision=None)).specs.keys()
+
+
+@lru_cache(64)
 def describe(config: ModelConfig) -> Mapping[str, Description]:
     """Every parameter of a model by its name, which is that in Meta's and LLaMA2-Accessory's checkpoints.
 
     Where the vocabulary is open (-1), it is described with one of a single token.
     """
-    model = build_on_meta(config.with_vocabulary(1), torch.float32)
+    model, base, visual = _on_meta(config), _on_meta(config.base()).specs, added_by_vision(config)
     matrices = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
-    base, blind = config.base(), replace(config, vision=None, vision_training=SECOND_STAGE)
-    parts: dict[str, Part] = {}
-    if config != blind:
-        parts = {name: one.part for name, one in describe(blind).items()}
-    elif config != base:
-        parts = dict.fromkeys(describe(base), "llama")
-    added: Part = "llama" if config == base else "tuning" if config == blind else "vision"
-    found = {
-        name: Description(*model.specs[name], parameter.requires_grad, parts.get(name, added), name in matrices)
-        for name, parameter in model.named_parameters()
-    }
+    found: dict[str, Description] = {}
+    for name, parameter in model.named_parameters():
+        part: Part = "llama" if name in base else "vision" if name in visual else "tuning"
+        found[name] = Description(*model.specs[name], parameter.requires_grad, part, name in matrices)
     towers = tower_shapes(config.vision)
     return found | {name: Description(shape, None, None, False, "tower", False) for name, shape in towers.items()}
 

@@ -72,6 +72,10 @@ class _LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
+class _UnnamedNorm(_LayerNorm):
+    """One that LLaMA2-Accessory, which goes by names, does not take for a norm: it is `qformer_proj.1` there."""
+
+
 class VisionBlock(nn.Module):
     """A block of a vision transformer, with timm's names and arithmetic: a norm before each half, exact GELU."""
 
@@ -154,7 +158,7 @@ class _InStream(VisionProjector):
         self._encoder = TinyEncoder(vision) if isinstance(vision, TinyVision) else None
         if self._encoder is not None:
             model.add_module("vision_encoder", self._encoder)
-        self._projection = nn.Sequential(_Linear(width, dim), _LayerNorm(dim))
+        self._projection = nn.Sequential(_Linear(width, dim), _UnnamedNorm(dim))
         model.add_module("qformer_proj", self._projection)
         for name in ("start_img", "end_img"):
             model.register_parameter(
@@ -201,20 +205,20 @@ class _InPrefix(VisionProjector):
 def attach_vision(model: nn.Module, config: ModelConfig) -> VisionProjector | None:
     """Adds what a shape has for vision to a LLaMA on the meta device, tuned already, and freezes what does not train.
 
-    By LLaMA2-Accessory's rules, which go by names: in stage 2 a model that reads images by its prefixes trains no more
-    than biases, norms and LoRA pairs; with `as_reference` the others do not either, unless all of the LLaMA trains.
+    By LLaMA2-Accessory's rules: in stage 2 a model that reads images by its prefixes trains no more than biases, norms
+    and LoRA pairs; with `as_reference` the others do not either, unless all of the LLaMA trains.
     """
     vision, training = config.vision, config.vision_training
     if vision is None:
         return None
-    before = {name for name, _ in model.named_parameters()}
-    is_clip = isinstance(vision, ClipVision)
+    before, is_clip = set(model.modules()), isinstance(vision, ClipVision)
     projector: VisionProjector = (_InPrefix if is_clip else _InStream)(vision, model, config.dim)  # type: ignore[arg-type]
-    only_words = training.stage == 2 if is_clip else training.as_reference and not config.tuning.trains_all
-    for name, made in model.named_parameters():
-        is_old = name in before and not (is_clip and name.startswith("prefix"))
-        if only_words and not is_old and not any(word in name for word in ("bias", "lora", "norm")):
-            made.requires_grad_(False)
+    if training.stage == 2 if is_clip else training.as_reference and not config.tuning.trains_all:
+        # What is on the model itself are vectors and prefixes, of vision and of the method that goes with it.
+        for module in (model, *(module for module in model.modules() if module not in before)):
+            for name, made in module.named_parameters(recurse=False):
+                if name != "bias" and type(module) is not _LayerNorm:
+                    made.requires_grad_(False)
     return projector
 
 
@@ -231,6 +235,7 @@ class Tower(nn.Module):
             "num_attention_heads": vision.n_heads,
             "image_size": vision.image_size,
             "patch_size": vision.patch_size,
+            "initializer_range": 0.02,
         }
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -246,7 +251,7 @@ class QFormerTower(Tower):
         from transformers import Blip2QFormerConfig, Blip2VisionConfig, Blip2VisionModel
         from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
 
-        self.query_tokens = nn.Parameter(torch.empty(1, vision.queries, vision.query_width))
+        self.query_tokens = nn.Parameter(0.02 * torch.randn(1, vision.queries, vision.query_width))
         self.vision_model = Blip2VisionModel(Blip2VisionConfig(**self.sizes, layer_norm_eps=vision.layer_norm_eps))
         self.qformer = Blip2QFormerModel(
             Blip2QFormerConfig(
@@ -298,8 +303,8 @@ def check_towers_can_be_made(vision: Vision | None) -> None:
         )
 
 
-def tower_on_meta(vision: Vision, dtype: torch.dtype) -> Tower:
-    """A kind's tower in a type, without storage.
+def make_tower(vision: Vision, dtype: torch.dtype, seed: int | None = None) -> Tower:
+    """A kind's frozen tower in a type: with random values, as transformers makes them, or, without a seed, on meta.
 
     Raises:
         UserError: transformers is not there, or does not go with what else is.
@@ -307,7 +312,8 @@ def tower_on_meta(vision: Vision, dtype: torch.dtype) -> Tower:
     check_towers_can_be_made(vision)
     assert isinstance(vision, QFormerVision | ClipVision)
     try:
-        with torch.device("meta"):
+        with torch.device("meta" if seed is None else "cpu"), torch.random.fork_rng(()):
+            torch.manual_seed(seed or 0)
             tower = QFormerTower(vision) if isinstance(vision, QFormerVision) else ClipTower(vision)
     except ImportError as error:
         # transformers refuses to be imported beside packages of another age.
@@ -329,22 +335,9 @@ def tower_shapes(vision: Vision | None) -> Mapping[str, tuple[int, ...]]:
     """Names and shapes of the frozen tower's parameters; none where there is no tower.
 
     Raises:
-        UserError: see `tower_on_meta`.
+        UserError: see `make_tower`.
     """
     if vision is None or vision.trains_encoder:
         return {}
-    tower = tower_on_meta(vision, torch.float32)
+    tower = make_tower(vision, torch.float32)
     return {vision.tower_prefix + name: tuple(weight.shape) for name, weight in tower.named_parameters()}
-
-
-def initialize_tower(parameters: Mapping[str, Tensor], seed: int) -> None:
-    """Random values for a tower without weights, each parameter's from (seed, place); `parameters` by their names."""
-    with torch.no_grad():
-        for place, (name, parameter) in enumerate(parameters.items()):
-            if parameter.dim() == 1 and name.endswith(".weight"):
-                parameter.fill_(1.0)
-            elif name.endswith(".bias"):
-                parameter.zero_()
-            else:
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + 900_000 + place)
-                parameter.normal_(0.0, 0.02, generator=generator)

@@ -20,7 +20,7 @@ from llama_acc.core.model.config import (
 from llama_acc.core.model.transformer import build_on_meta, describe, initialize, shapes_of, split_dimension
 from llama_acc.core.model.tuning import FULL, METHODS, Frozen, tuning_of
 from llama_acc.core.model.tuning.lora import LoRABiasNorm
-from llama_acc.core.model.vision import Images, tower_on_meta, tower_shapes
+from llama_acc.core.model.vision import Images, make_tower, tower_shapes
 from tests.core.seeing import (
     QFORMER,
     SEEING,
@@ -81,10 +81,10 @@ def test_cached_and_chunked_the_logits_are_the_same(name: str) -> None:
 
 def test_the_shapes_are_those_of_blip2_opt_and_clip_vit_large() -> None:
     qformer = QFormerVision()
-    tower = {f"qformer.{n}": tuple(p.shape) for n, p in tower_on_meta(qformer, torch.float32).named_parameters()}
+    tower = {f"qformer.{n}": tuple(p.shape) for n, p in make_tower(qformer, torch.float32).named_parameters()}
     assert tower == tower_shapes(qformer)
     clip = ClipVision()
-    found = {f"clip.{n}": tuple(p.shape) for n, p in tower_on_meta(clip, torch.float32).named_parameters()}
+    found = {f"clip.{n}": tuple(p.shape) for n, p in make_tower(clip, torch.float32).named_parameters()}
     assert found == tower_shapes(clip)
 
 
