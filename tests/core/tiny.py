@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llama_acc.core.checkpoint.layout import Layout, inspect, read_config
-from llama_acc.core.checkpoint.load import fill, read_weights
+from llama_acc.core.checkpoint.load import fill, read_weights, with_rows
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import Transformer, build_on_meta, initialize
@@ -46,8 +46,9 @@ def loaded_model(folder: Path, dtype: torch.dtype = torch.float32) -> Transforme
     layout: Layout = inspect(folder)
     config = read_config([layout])
     assert config is not None
-    model = build_on_meta(config, dtype)
-    fill(model, read_weights([layout]), CPU, torch.float32, copy=True)
+    weights = read_weights([layout])
+    model = build_on_meta(with_rows(config, weights), dtype)
+    fill(model, weights, CPU, torch.float32, copy=True)
     return model
 
 

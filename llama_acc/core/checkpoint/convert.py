@@ -282,11 +282,18 @@ class _Conversion:
             context = self.config.max_seq_len
             self.notes.append(f"{self.source.folder} does not say its context: {context} is written (--context N)")
         head, embedding = "output.weight", "tok_embeddings.weight"
-        self.tied = (
+        if request.to == "meta" and self.config.tie_word_embeddings:
+            # Its readers expect both.
+            self.targets[head], self.dtypes[head] = self.targets[embedding], self.dtypes[embedding]
+            self.config = replace(self.config, tie_word_embeddings=False)
+        if (
             request.to == "hf"
+            and head in self.targets
             and self.dtypes[head] == self.dtypes[embedding]
             and same_values(self.targets[head], self.targets[embedding], self.dtypes[head])
-        )
+        ):
+            del self.targets[head], self.dtypes[head]
+            self.config = replace(self.config, tie_word_embeddings=True)
         self.files = dict(self._single_files() if request.to in ("hf", "peft") else self._shards())
         self.nbytes = sum(entry.nbytes for entries in self.files.values() for entry in entries)
 
@@ -356,8 +363,6 @@ class _Conversion:
         is_peft, size = self.request.to == "peft", 0
         files: list[list[_Entry]] = [[]]
         for parameter, tensor in self.targets.items():
-            if self.tied and parameter == "output.weight":
-                continue
             heads = rotated_heads(parameter, self.config)
             tensor = tensor if heads is None else reorder_heads(tensor, heads, to_meta=False)
             name = peft_name(parameter, self.config.tuning) if is_peft else huggingface_name(parameter)
@@ -405,7 +410,7 @@ class _Conversion:
             _write_json(folder / "adapter_config.json", peft_config(self.config.tuning, self._peft_base()))
         elif to == "hf":
             dtype = str(self.dtype).removeprefix("torch.")
-            _write_json(folder / "config.json", huggingface_config(self.config, dtype, self.tied, ids))
+            _write_json(folder / "config.json", huggingface_config(self.config, dtype, ids))
             if len(self.files) > 1:
                 places = {entry.name: name for name, entries in self.files.items() for entry in entries}
                 _write_json(folder / INDEX_FILE, {"metadata": {"total_size": self.nbytes}, "weight_map": places})
@@ -493,12 +498,20 @@ def _largest(tensor: LazyTensor) -> float:
 
 def _same_model(one: ModelConfig, other: ModelConfig) -> bool:
     """Whether two shapes compute the same; a width can be said in several ways, and a factor is rounded."""
-    scalings = [config.rope_scaling or 1.0 for config in (one, other)]
     plain = [
-        replace(c, n_kv_heads=c.kv_heads, multiple_of=c.hidden_dim, ffn_dim_multiplier=None, rope_scaling=None)
+        replace(
+            c,
+            n_kv_heads=c.kv_heads,
+            head_dim=c.head_size,
+            multiple_of=c.hidden_dim,
+            family="llama",
+            ffn_dim_multiplier=None,
+            qkv_bias=c.qkv_bias and not isinstance(c.tuning, BiasNorm),  # which has them anyhow
+            rope_scaling=float(f"{c.rope_scaling:.12g}") if isinstance(c.rope_scaling, float) else c.rope_scaling,
+        )
         for c in (one, other)
     ]
-    return shapes_of(one) == shapes_of(other) and plain[0] == plain[1] and math.isclose(*scalings, rel_tol=1e-12)
+    return shapes_of(one) == shapes_of(other) and plain[0] == plain[1]
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face's LLaMA: its config.json and its names, there and back. Imports no torch.
+"""Hugging Face's LLaMA and its relatives: config.json and names, there and back. Imports no torch.
 
 Its q_proj and k_proj have their rows in another order (see `lazy.reorder_heads`): it rotates halves, Meta pairs.
 """
@@ -6,13 +6,13 @@ Its q_proj and k_proj have their rows in another order (see `lazy.reorder_heads`
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.input_files import read_object
-from llama_acc.core.model.config import WIDEST, ModelConfig, config_from_params
+from llama_acc.core.model.config import ModelConfig, RopeScaling, RopeType, config_from_params, with_hidden_dim
 from llama_acc.core.model.tuning import FULL
 from llama_acc.core.model.tuning.bias_norm import BiasNorm
 
@@ -24,6 +24,8 @@ _BLOCK_NAMES = {
     "self_attn.k_proj": "attention.wk",
     "self_attn.v_proj": "attention.wv",
     "self_attn.o_proj": "attention.wo",
+    "self_attn.q_norm": "attention.q_norm",
+    "self_attn.k_norm": "attention.k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "feed_forward.w1",
     "mlp.down_proj": "feed_forward.w2",
@@ -37,7 +39,45 @@ _NEEDED = {
     "vocab_size": "vocab_size",
 }
 # Read only by what this toolkit does not compute; any other value is refused.
-_ONLY = {"model_type": ("llama",), "hidden_act": ("silu", "swish"), "quantization_config": (None,)}
+_ONLY = {"hidden_act": ("silu", "swish"), "quantization_config": (None,)}
+# What transformers 5 takes where a key is absent, by model_type; first what they have in common.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "": {"rms_norm_eps": 1e-6, "default_theta": 10000.0, "tie_word_embeddings": False},
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+    "smollm3": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 4,
+        "rope_theta": 2000000.0,
+        "tie_word_embeddings": True,
+        "no_rope_layer_interval": 4,
+    },
+}
+FAMILIES = tuple(_DEFAULTS)[1:]
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
+# What others are near to, for those who look for a way.
+_NEAREST = {
+    "mistral3": "mistral",
+    "ministral": "mistral",
+    "mixtral": "mistral",
+    "qwen": "qwen2",
+    "qwen2_moe": "qwen2",
+    "qwen2_vl": "qwen2",
+    "qwen2_5_vl": "qwen2",
+    "qwen3_moe": "qwen3",
+    "qwen3_next": "qwen3",
+    "qwen3_vl": "qwen3",
+    "mllama": "llama",
+    "llama4": "llama",
+}
 
 
 def meta_name(name: str) -> str | None:
@@ -64,26 +104,28 @@ def huggingface_name(name: str) -> str:
 
 def rotated_heads(name: str, config: ModelConfig) -> int | None:
     """How many heads have their rows reordered in a tensor (Meta's name); None = its rows are no queries or keys."""
-    match = re.search(r"attention\.w([qk])\.(weight|bias|lora_b\.weight)$", name)
-    return None if match is None else config.n_heads if match[1] == "q" else config.kv_heads
+    match = re.search(r"attention\.(wq|wk|[qk]_norm)\.(weight|bias|lora_b\.weight)$", name)
+    return None if match is None else {"wq": config.n_heads, "wk": config.kv_heads}.get(match[1], 1)
 
 
 def read_huggingface(path: Path) -> tuple[ModelConfig, Mapping[str, Any], list[str]]:
     """The shape in a Hugging Face config.json, everything it holds, and notes on keys that disagree.
 
-    With biases it is the shape of bias-norm tuning.
+    With biases on all matrices it is the shape of bias-norm tuning.
 
     Raises:
         UserError: unreadable, or a model that this toolkit does not compute; every reason listed.
     """
-    values = read_object(path)
+    said = read_object(path)
+    family = said.get("model_type", "")
+    if family not in FAMILIES:
+        raise _not_computed(path, [_unknown_family(family)])
+    values = {**_DEFAULTS[""], **_DEFAULTS[family], **said}
     problems = [
         f"{key}: {_shown(values.get(key))} (only {_shown(known[0])})"
         for key, known in _ONLY.items()
         if values.get(key, known[0]) not in known
     ]
-    if "model_type" not in values:
-        problems.append("missing key 'model_type'")
     problems += [f"missing key '{key}'" for key in (*_NEEDED.values(), "intermediate_size") if values.get(key) is None]
     notes: list[str] = []
     theta, scaling = _rope(values, path, problems, notes)
@@ -94,16 +136,51 @@ def read_huggingface(path: Path) -> tuple[ModelConfig, Mapping[str, Any], list[s
         raise _not_computed(path, problems)
     params = {ours: values[theirs] for ours, theirs in _NEEDED.items()} | {
         "n_kv_heads": values.get("num_key_value_heads"),
-        "norm_eps": values.get("rms_norm_eps", 1e-6),
+        "norm_eps": values["rms_norm_eps"],
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "max_seq_len": values.get("max_position_embeddings", 2048),
+        "max_seq_len": values["max_position_embeddings"],
+        "head_dim": values.get("head_dim"),
+        "qkv_bias": family == "qwen2",
+        "qk_norm": family == "qwen3",
+        "tie_word_embeddings": values["tie_word_embeddings"],
+        "family": family,
     }
-    config = _with_width(config_from_params(params, path), values["intermediate_size"], path)
-    if values.get("head_dim") not in (None, config.head_dim):
-        only = f"hidden_size / num_attention_heads = {config.head_dim}"
-        raise _not_computed(path, [f"head_dim: {_shown(values['head_dim'])} (only {only})"])
+    layers = range(config_from_params(params, path).n_layers)
+    config = config_from_params({**params, **_layer_kinds(values, layers, path)}, path)
+    config = with_hidden_dim(config, values["intermediate_size"], path)
+    if config.head_dim == config.dim / config.n_heads:
+        config = replace(config, head_dim=None)
     return replace(config, tuning=BiasNorm() if has_bias["attention_bias"] else FULL), values, notes
+
+
+def _unknown_family(family: Any) -> str:
+    known = f"known are {', '.join(FAMILIES)}"
+    if not family:
+        return f"missing key 'model_type' ({known})"
+    near = f"; nearest is {_NEAREST[family]}, whose layers it does not share" if family in _NEAREST else ""
+    return f"model_type: {_shown(family)} ({known}{near})"
+
+
+def _layer_kinds(values: Mapping[str, Any], layers: range, path: Path) -> dict[str, Any]:
+    """Which layers see a window of positions only, and which do not rotate, by the names of params.json."""
+    family, found = values["model_type"], dict[str, Any]()
+    if family == "smollm3":
+        every = values["no_rope_layer_interval"]
+        rotates = values.get("no_rope_layers") or [(layer + 1) % every for layer in layers]
+        found["nope_layers"] = [layer for layer, does in zip(layers, rotates, strict=False) if not does]
+    window = values.get("sliding_window") if family == "mistral" or values.get("use_sliding_window") else None
+    if window is None or family == "llama":
+        return found
+    windowed = {
+        "mistral": list(layers),
+        "smollm3": found.get("nope_layers", []),
+    }.get(family, [layer for layer in layers if layer >= values.get("max_window_layers", 0)])
+    if family != "mistral" and (kinds := values.get("layer_types")):
+        if unknown := sorted(set(map(str, kinds)) - {"full_attention", "sliding_attention"}):
+            raise _not_computed(path, [f"layer_types: {', '.join(unknown)} (only full_attention, sliding_attention)"])
+        windowed = [layer for layer, kind in zip(layers, kinds, strict=False) if kind == "sliding_attention"]
+    return {**found, "sliding_window": window, "window_layers": None if len(windowed) == len(layers) else windowed}
 
 
 def _not_computed(path: Path, problems: Sequence[str]) -> UserError:
@@ -114,8 +191,8 @@ def _shown(value: Any) -> str:
     return f"{json.dumps(value):.60}"
 
 
-def _rope(values: Mapping[str, Any], path: Path, problems: list[str], notes: list[str]) -> tuple[float, float | None]:
-    """The base of the frequencies and the factor on positions.
+def _rope(values: Mapping[str, Any], path: Path, problems: list[str], notes: list[str]) -> tuple[float, Any]:
+    """The base of the frequencies and how they are scaled, as params.json has it.
 
     transformers 5 keeps both in `rope_parameters`; it takes `rope_scaling`, the older key, in its place where both are
     there, and `rope_theta` besides only where that has none (PreTrainedConfig.convert_rope_params_to_dict, 5.24).
@@ -131,69 +208,91 @@ def _rope(values: Mapping[str, Any], path: Path, problems: list[str], notes: lis
     return theta, scaling
 
 
-def _rotation(values: Mapping[str, Any], key: str, problems: list[str]) -> tuple[Any, float | None]:
+def _rotation(values: Mapping[str, Any], key: str, problems: list[str]) -> tuple[Any, Any]:
     rope = values.get(key) or {}
     if not isinstance(rope, Mapping):
         problems.append(f"{key}: {_shown(rope)} (a mapping is expected)")
         rope = {}
-    theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
+    theta = rope.get("rope_theta", values.get("rope_theta", values["default_theta"]))
     kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor")
     if rope.get("partial_rotary_factor", values.get("partial_rotary_factor")) not in (None, 1, 1.0):
         problems.append("partial_rotary_factor: only 1")
     if kind == "default":
         return theta, None
-    is_linear = kind == "linear" and not isinstance(factor, bool)
-    if is_linear and isinstance(factor, (int, float)) and 0 < factor < 1e9:
+    if kind not in get_args(RopeType):
+        problems.append(f"{key}: {_shown(kind)} (only default, {', '.join(get_args(RopeType))})")
+        return theta, None
+    names = {field.name for field in fields(RopeScaling)}
+    given = {name: value for name, value in rope.items() if name in names and value is not None}
+    if kind == "linear" and isinstance(factor, (int, float)) and 1e-9 < factor < 1e9 and factor is not True:
         return theta, 1.0 / factor
-    problems.append(f"{key}: {_shown(kind)} (only linear with a factor, or default)")
-    return theta, None
+    if kind == "yarn" and factor is None and given.get("original_max_position_embeddings"):
+        given["factor"] = values["max_position_embeddings"] / given["original_max_position_embeddings"]
+    return theta, {**given, "rope_type": kind}
 
 
-def _with_width(config: ModelConfig, width: Any, path: Path) -> ModelConfig:
-    """The shape with a SwiGLU width of exactly `width`, in params.json's terms; as Meta writes it where that fits."""
-    if not isinstance(width, int) or isinstance(width, bool) or not 0 < width <= WIDEST:
-        problem = f"intermediate_size must be a whole number from 1 to {WIDEST:,}, not {_shown(width)}"
-        raise UserError(f"the model's shape in {path} is not usable:\n  {problem}")
-    for multiplier in (None, 1.3):
-        for multiple_of in (256, 1024, 4096, 128, 64, 32, 16):
-            usual = replace(config, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)
-            if usual.hidden_dim == width:
-                return usual
-    # Rounded up to a multiple of itself, what is above 0 and not above the width becomes the width.
-    exact = replace(config, multiple_of=width, ffn_dim_multiplier=None)
-    return exact if exact.hidden_dim == width else replace(exact, ffn_dim_multiplier=width / int(8 * config.dim / 3))
-
-
-def huggingface_config(config: ModelConfig, dtype: str, tied: bool, special_ids: Mapping[str, Any]) -> dict[str, Any]:
+def huggingface_config(config: ModelConfig, dtype: str, special_ids: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a shape.
 
     Args:
         config: the shape.
         dtype: type of the weights, by torch's name: bfloat16.
-        tied: the output matrix is the embedding, and not in the file.
         special_ids: `bos_token_id` and `eos_token_id`; those that are not given are transformers' own, 1 and 2.
     """
-    # rope_theta and rope_scaling are where transformers 4 looks; 5 reads them too.
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    family, layers = _exported_family(config), range(config.n_layers)
+    scaling: dict[str, Any] | None = None
+    if isinstance(config.rope_scaling, RopeScaling):
+        scaling = {"type": config.rope_scaling.rope_type, **config.rope_scaling.to_json()}
+    elif config.rope_scaling is not None:
+        scaling = {"type": "linear", "rope_type": "linear", "factor": 1.0 / config.rope_scaling}
+    values: dict[str, Any] = {
+        "architectures": [_CLASSES[family]],
+        "model_type": family,
         "hidden_size": config.dim,
         "intermediate_size": config.hidden_dim,
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": config.n_heads,
         "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
+        "head_dim": config.head_size,
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
+        # rope_theta and rope_scaling are where transformers 4 looks; 5 reads them too.
         "rope_theta": config.rope_theta,
-        "rope_scaling": None
-        if config.rope_scaling is None
-        else {"type": "linear", "rope_type": "linear", "factor": 1.0 / config.rope_scaling},
+        "rope_scaling": scaling,
         "hidden_act": "silu",
-        "attention_bias": isinstance(config.tuning, BiasNorm),
-        "mlp_bias": isinstance(config.tuning, BiasNorm),
-        "tie_word_embeddings": tied,
+        "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": dtype,
+        "pad_token_id": None,
         **special_ids,
     }
+    if family in ("llama", "smollm3"):
+        values |= dict.fromkeys(("attention_bias", "mlp_bias"), isinstance(config.tuning, BiasNorm))
+    if family == "smollm3":
+        values["no_rope_layers"] = [int(layer not in config.nope_layers) for layer in layers]
+    if family != "llama":
+        values["sliding_window"] = config.sliding_window
+    if family not in ("llama", "mistral"):
+        windowed = (
+            () if config.sliding_window is None else layers if config.window_layers is None else config.window_layers
+        )
+        values["use_sliding_window"] = config.sliding_window is not None
+        values["layer_types"] = ["sliding_attention" if i in windowed else "full_attention" for i in layers]
+        values["max_window_layers"] = min(windowed, default=config.n_layers)  # what transformers before 4.53 reads
+    return values
+
+
+def _exported_family(config: ModelConfig) -> str:
+    """The model_type to export as: the family, or where that has no place for a bias of every matrix, llama.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not isinstance(config.tuning, BiasNorm) or config.family in ("llama", "smollm3"):
+        return config.family
+    if config.qk_norm or config.sliding_window is not None:
+        raise UserError(
+            f"Hugging Face's {config.family} has no place for the biases of {config.tuning.method}",
+            "keep the checkpoint as it is: --to consolidated",
+        )
+    return "llama"

@@ -4,7 +4,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from llama_acc.core.checkpoint.quantized import NF4Matrix, read_quantization, ta
 from llama_acc.core.checkpoint.towers import from_open_clip, tower_name
 from llama_acc.core.distributed.groups import local_part
 from llama_acc.core.errors import UserError, listed
-from llama_acc.core.model.config import ClipVision, ModelConfig
+from llama_acc.core.model.config import ClipVision, ModelConfig, config_from_params, read_params
 from llama_acc.core.model.layers import Linear
 from llama_acc.core.model.transformer import Transformer, split_dimension, store_quantized
 
@@ -223,6 +223,10 @@ def _open_consolidated(layout: Layout) -> Weights:
             differing = ", ".join(f"{kind} in {' and '.join(files)}" for kind, files in kinds.items())
             weights.problems[name] = f"shards: {name} is {differing}"
         weights.tensors[name] = join_shards(name, shards)
+    if layout.format == "meta_ori" and layout.params_path is not None:
+        params = read_params([layout.params_path])
+        if params.get("use_scaled_rope") and config_from_params(params).tie_word_embeddings:
+            _tie(weights, layout)
     return weights
 
 
@@ -251,7 +255,7 @@ def _open_huggingface(layout: Layout) -> Weights:
             if heads is not None and tensor.shape and tensor.shape[0] % (2 * heads) == 0:
                 tensor = reorder_heads(tensor, heads, to_meta=True)
             weights.tensors[name] = tensor
-    if values.get("tie_word_embeddings"):
+    if values["tie_word_embeddings"]:
         _tie(weights, layout)
     said = values.get("dtype") or values.get("torch_dtype")
     if said in _FLOATS and weights.tensors and said != (own := _type_name(main_dtype(weights.tensors)[0])):
@@ -283,26 +287,30 @@ def _huggingface_shards(layout: Layout, notes: list[str]) -> Iterator[tuple[str,
 
 
 def _tie(weights: Weights, layout: Layout) -> None:
-    """Makes output matrix and embedding of each other, as transformers does: if they differ in the files, they stay."""
+    """Makes output matrix and embedding one, as transformers does: if they differ in the files, they stay two."""
     head, embedding = (weights.tensors.get(name) for name in ("output.weight", "tok_embeddings.weight"))
     if head is not None and embedding is not None and not same_values(head, embedding, torch.float32):
         weights.notes.append(
-            f"{layout.params_path} says tie_word_embeddings, but lm_head.weight is not the embedding: "
-            "lm_head.weight counts, as in transformers"
+            f"by {layout.params_path} output matrix and embedding are one (tie_word_embeddings), but in the files they "
+            "differ: both count, as in transformers"
         )
     elif (one := embedding or head) is not None:
-        weights.tensors |= {"output.weight": one, "tok_embeddings.weight": one}
+        weights.tensors["tok_embeddings.weight"] = one
+        weights.tensors.pop("output.weight", None)
 
 
 # What they are
 
 
 def with_rows(config: ModelConfig, weights: Weights) -> ModelConfig:
-    """The shape with a vocabulary of -1 (Meta's files) replaced by the embedding's number of rows, if that is there.
+    """The shape with a vocabulary of -1 (Meta's files) replaced by the embedding's number of rows, if that is there; an
+    output matrix that is there is not tied to the embedding, whatever the file says.
 
     Raises:
         UserError: it has none.
     """
+    if "output.weight" in weights.tensors:
+        config = replace(config, tie_word_embeddings=False)
     shape = weights.shapes.get("tok_embeddings.weight")
     if not shape or config.vocab_size > 0:
         return config

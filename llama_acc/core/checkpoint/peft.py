@@ -5,7 +5,6 @@ same after it: the logits of a few fixed tokens are compared.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from llama_acc.core.checkpoint.huggingface import huggingface_name
 from llama_acc.core.checkpoint.lazy import LazyTensor, blocks_of
-from llama_acc.core.model.attention import DocumentAttention, rotary_table
+from llama_acc.core.model.attention import DocumentAttention
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.layers import RMSNorm
+from llama_acc.core.model.rotary import rotary_table
 from llama_acc.core.model.transformer import build_on_meta, is_matrix
 from llama_acc.core.model.tuning import Tuning
 
@@ -84,11 +84,10 @@ def merge_error(before: Model, merged_model: Model, saved: Model) -> MergeError:
         torch.cat([sources["tok_embeddings.weight"].rows(token, token + 1).to(torch.float64) for token in tokens])
         for _, sources in models
     ]
-    table = rotary_table(config.head_dim, _TOKENS, config.rope_theta, config.rope_scaling, torch.device("cpu"))
-    attend = DocumentAttention([_TOKENS], table)
+    attend = DocumentAttention([_TOKENS], rotary_table(config, _TOKENS, torch.device("cpu")))
     for layer in range(config.n_layers):
         for place, (own, sources) in enumerate(models):
-            block = build_on_meta(replace(own, n_layers=1), torch.float32).to_empty(device="cpu").layers[0].double()
+            block = build_on_meta(own.of_block(layer), torch.float32).to_empty(device="cpu").layers[0].double()
             for name, parameter in block.named_parameters():
                 sources[f"layers.{layer}.{name}"].copy_into(parameter)
             states[place] = block(states[place], attend)
@@ -99,7 +98,8 @@ def merge_error(before: Model, merged_model: Model, saved: Model) -> MergeError:
 
 def _logits(config: ModelConfig, sources: Mapping[str, LazyTensor], x: Tensor) -> Tensor:
     """The logits [T, vocabulary] of the last block's output [T, dim]."""
-    norm, output = RMSNorm(config.dim, config.norm_eps).double(), sources["output.weight"]
+    norm = RMSNorm(config.dim, config.norm_eps).double()
+    output = sources["tok_embeddings.weight" if config.tie_word_embeddings else "output.weight"]
     sources["norm.weight"].copy_into(norm.weight)
     x = norm(x)
     return torch.cat([x @ output.rows(*rows).to(torch.float64).T for rows in blocks_of(output.shape)], 1)

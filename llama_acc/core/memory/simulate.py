@@ -82,7 +82,7 @@ def _of_depth(setup: Setup, simulate: Callable[[Setup], Trace]) -> Trace:
     few_prefixed, few = min(prefixed, shallow), min(depth - prefixed, shallow)
     with garbage_kept():
         trace = None
-        if few + few_prefixed < depth:
+        if few + few_prefixed < depth and setup.config.has_equal_blocks:
             trace = simulate(_shallow(setup, few, few_prefixed))
             for last, extra in ((few + few_prefixed, prefixed - few_prefixed), (few, depth - prefixed - few)):
                 trace = deepened(trace, last, extra) if trace and extra else trace

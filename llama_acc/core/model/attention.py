@@ -1,4 +1,4 @@
-"""Rotary positions; causal attention within documents of a stream, and over key-value caches.
+"""Causal attention within documents of a stream, and over key-value caches.
 
 Shapes: T tokens of the stream, H query heads, K key-value heads, D head dimension, S positions in the cache. Heads are
 those of this rank: model parallelism deals them out whole, a query head with its key-value head.
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_acc.core.device import device_type
-from llama_acc.core.distributed.groups import Parallel
+from llama_acc.core.distributed.groups import Group, Parallel, copied
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.layers import (
     ColumnParallelLinear,
@@ -21,24 +21,9 @@ from llama_acc.core.model.layers import (
     RowParallelLinear,
     normed_linears,
     residual,
+    rms_norm,
 )
-
-
-def rotary_table(head_dim: int, length: int, theta: float, scaling: float | None, device: torch.device) -> Tensor:
-    """Rotations of positions 0 to length-1 as complex numbers [length, head_dim / 2].
-
-    Frequency i is theta^(-2i / head_dim) (RoFormer, arXiv:2104.09864); positions are multiplied by `scaling`.
-    """
-    powers = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    positions = torch.arange(length, device=device, dtype=torch.float32) * (1.0 if scaling is None else scaling)
-    angles = torch.outer(positions, 1.0 / theta**powers)
-    return torch.polar(torch.ones_like(angles), angles)
-
-
-def rotate(x: Tensor, rotations: Tensor) -> Tensor:
-    """Rotates interleaved pairs (x0, x1), (x2, x3)... of [T, H, D] by [T, D/2] complex rotations, in float32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotations.unsqueeze(1)).flatten(-2).to(x.dtype)
+from llama_acc.core.model.rotary import rotate
 
 
 class PrefixHeads(NamedTuple):
@@ -99,8 +84,16 @@ class Attend(Protocol):
     lengths: Sequence[int]
     """Tokens of each document."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[T, H*D], [T, K*D], [T, K*D] to the heads' outputs side by side, [T, H*D]."""
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotates: bool = True, window: int | None = None) -> Tensor:
+        """[T, H, D], [T, K, D], [T, K, D] to the heads' outputs side by side, [T, H*D].
+
+        Args:
+            q: queries.
+            k: keys.
+            v: values.
+            rotates: queries and keys are rotated to their positions.
+            window: a position sees only so many last ones, itself among them; None: all before it.
+        """
 
     def prefix_heads(self, common: bool, make: Callable[[], list[PrefixHeads]]) -> list[PrefixHeads]:
         """What `make` gives, or has given before: one for all documents if it is `common`, else one for each."""
@@ -113,17 +106,17 @@ class DocumentAttention:
         self.lengths: Sequence[int] = list(lengths)
         self.rotations = rotations
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotates: bool = True, window: int | None = None) -> Tensor:
+        rotations = self.rotations if rotates else None
         if device_type(q) == "cpu" and torch.is_grad_enabled():
-            return _DocumentsOnCPU.apply(q, k, v, self.rotations, self.lengths)
-        q, k, v = (x.unflatten(-1, (-1, 2 * self.rotations.shape[-1])) for x in (q, k, v))
-        q, k = rotate(q, self.rotations), rotate(k, self.rotations)
+            return _DocumentsOnCPU.apply(q, k, v, rotations, self.lengths, window)
+        if rotations is not None:
+            q, k = rotate(q, rotations), rotate(k, rotations)
         # One fused kernel call for each document: nothing is padded and no mask is made. Documents are split off all at
         # once: the gradient of a slice is as large as the whole stream, and there would be one for each document.
-        outputs = [
-            attend_heads(queries, keys.transpose(0, 1), values.transpose(0, 1), is_causal=True)
-            for queries, keys, values in zip(*(x.split(list(self.lengths)) for x in (q, k, v)), strict=True)
-        ]
+        outputs: list[Tensor] = []
+        for queries, keys, values in zip(*(x.split(list(self.lengths)) for x in (q, k, v)), strict=True):
+            outputs += _attend_document(queries, keys, values, window)
         return torch.cat(outputs).flatten(1)
 
     def prefix_heads(self, common: bool, make: Callable[[], list[PrefixHeads]]) -> list[PrefixHeads]:
@@ -138,18 +131,21 @@ class _DocumentsOnCPU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rotations: Tensor, lengths: Sequence[int]) -> Tensor:
-        heads = (-1, 2 * rotations.shape[-1])
-        q, k = (rotate(x.unflatten(-1, heads), rotations) for x in (q, k))
-        v = v.unflatten(-1, heads)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, rotations: Tensor | None, lengths: Sequence[int], window: int | None
+    ) -> Tensor:
+        if rotations is not None:
+            q, k = rotate(q, rotations), rotate(k, rotations)
         outputs = torch.empty_like(q)
         log_sums = []
-        for document in document_slices(lengths):
-            q_k_v = [_batch(x[document]) for x in (q, k, v)]
-            output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*q_k_v, 0.0, True)
-            _batch(outputs[document]).copy_(output)
+        for rows, seen, mask in _stream_pieces(lengths, window, q.dtype):
+            q_k_v = _batch(q[rows]), _batch(k[seen]), _batch(v[seen])
+            output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *q_k_v, 0.0, mask is None, attn_mask=mask
+            )
+            _batch(outputs[rows]).copy_(output)
             log_sums.append(log_sum)
-        ctx.lengths = lengths
+        ctx.lengths, ctx.window, ctx.rotates = lengths, window, rotations is not None
         ctx.save_for_backward(q, k, v, rotations, outputs, *log_sums)
         return outputs.flatten(1)
 
@@ -157,17 +153,64 @@ class _DocumentsOnCPU(torch.autograd.Function):
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, rotations, outputs, *log_sums = ctx.saved_tensors
         d_output = d_outputs[0].view_as(outputs)
-        gradients = [torch.empty_like(x) for x in (q, k, v)]
-        for document, log_sum in zip(document_slices(ctx.lengths), log_sums, strict=True):
-            d_out, *q_k_v_out = [_batch(x[document]) for x in (d_output, q, k, v, outputs)]
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                d_out, *q_k_v_out, log_sum, 0.0, True
+        pieces = list(_stream_pieces(ctx.lengths, ctx.window, q.dtype))
+        # Where a document is in several pieces, they share keys and values: these gradients are sums.
+        is_whole = len(pieces) == len(ctx.lengths)
+        gradients = [torch.empty_like(q), *(torch.empty_like(x) if is_whole else torch.zeros_like(x) for x in (k, v))]
+        for (rows, seen, mask), log_sum in zip(pieces, log_sums, strict=True):
+            d_out, *q_k_v_out = (
+                _batch(x[part]) for x, part in ((d_output, rows), (q, rows), (k, seen), (v, seen), (outputs, rows))
             )
-            for gradient, part in zip(gradients, parts, strict=True):
-                _batch(gradient[document]).copy_(part)
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                d_out, *q_k_v_out, log_sum, 0.0, mask is None, attn_mask=mask
+            )
+            _batch(gradients[0][rows]).copy_(parts[0])
+            for gradient, part in zip(gradients[1:], parts[1:], strict=True):
+                _batch(gradient[seen]).copy_(part) if is_whole else _batch(gradient[seen]).add_(part)
         d_q, d_k, d_v = gradients
-        back = rotations.conj()
-        return rotate(d_q, back).flatten(1), rotate(d_k, back).flatten(1), d_v.flatten(1), None, None
+        if ctx.rotates:
+            back = rotations.conj()
+            d_q, d_k = rotate(d_q, back), rotate(d_k, back)
+        return d_q, d_k, d_v, None, None, None
+
+
+Piece = tuple[slice, slice, Tensor | None]
+"""Queries of some rows, the rows they may see, and a mask of which each does; None: causal."""
+
+
+def _pieces(length: int, window: int | None, device: torch.device) -> Iterator[Piece]:
+    """A document whole, or, where it is longer than the window, in pieces of as many rows: so masks stay small."""
+    if window is None or length <= window:
+        yield slice(0, length), slice(0, length), None
+        return
+    for begin in range(0, length, window):
+        end, first = min(begin + window, length), max(0, begin - window + 1)
+        yield slice(begin, end), slice(first, end), _window_mask(end - begin, end - first, window, device)
+
+
+def _window_mask(rows: int, seen: int, window: int, device: torch.device) -> Tensor:
+    """[rows, seen]: what the last `rows` of `seen` positions see of them."""
+    return torch.ones(rows, seen, dtype=torch.bool, device=device).tril(seen - rows).triu(seen - rows - window + 1)
+
+
+def _attend_document(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> list[Tensor]:
+    """The outputs [rows, H, D] of a document's pieces, for its queries [L, H, D] and keys and values [L, K, D]."""
+    k, v = k.transpose(0, 1), v.transpose(0, 1)
+    if window is None or len(q) <= window:
+        return [attend_heads(q, k, v, is_causal=True)]
+    return [
+        attend_heads(q[rows], k[:, seen], v[:, seen], mask) for rows, seen, mask in _pieces(len(q), window, q.device)
+    ]
+
+
+def _stream_pieces(lengths: Sequence[int], window: int | None, dtype: torch.dtype) -> Iterator[Piece]:
+    """The pieces of all documents by their places in the stream, and masks as the kernels for a CPU take them."""
+    for document in document_slices(lengths):
+        begin = document.start
+        for rows, seen, mask in _pieces(document.stop - begin, window, torch.device("cpu")):
+            if mask is not None:
+                mask = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+            yield slice(begin + rows.start, begin + rows.stop), slice(begin + seen.start, begin + seen.stop), mask
 
 
 def document_slices(lengths: Sequence[int]) -> Iterator[slice]:
@@ -198,17 +241,19 @@ def attend_heads(
     return output.squeeze(0).transpose(0, 1)
 
 
-def _attend_cached(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _attend_cached(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
     """The last T positions attend to a cache: q [T, H, D], keys and values [K, S, D] to [T, H, D]."""
-    tokens, positions = len(q), keys.shape[1]
+    tokens = len(q)
+    if window is not None and keys.shape[1] >= tokens + window:
+        keys, values = (x[:, 1 - tokens - window :] for x in (keys, values))
+    positions = keys.shape[1]
     if tokens == 1:
         # The query heads of a group share keys and values: they form the "sequence" of one unmasked call.
         grouped = q.reshape(1, len(keys), -1, q.shape[2])
         return F.scaled_dot_product_attention(grouped, keys.unsqueeze(0), values.unsqueeze(0)).reshape(q.shape)
-    if tokens == positions:
+    if tokens == positions and (window is None or tokens <= window):
         return attend_heads(q, keys, values, is_causal=True)
-    mask = torch.ones(tokens, positions, dtype=torch.bool, device=q.device).tril(positions - tokens)
-    return attend_heads(q, keys, values, mask)
+    return attend_heads(q, keys, values, _window_mask(tokens, positions, window or positions, q.device))
 
 
 class CachedAttention:
@@ -225,14 +270,12 @@ class CachedAttention:
         self.lengths = lengths
         self.rotations = rotations
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = (-1, 2 * self.rotations.shape[-1])
-        # Queries and keys are rotated together: for a single token the calls cost more than their work.
-        together = rotate(torch.cat((q, k), -1).unflatten(-1, heads), self.rotations)
-        q, k = together.split((q.shape[-1] // heads[1], k.shape[-1] // heads[1]), 1)
-        v = v.unflatten(-1, heads)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotates: bool = True, window: int | None = None) -> Tensor:
+        if rotates:
+            # Queries and keys are rotated together: for a single token the calls cost more than their work.
+            q, k = rotate(torch.cat((q, k), 1), self.rotations).split((q.shape[1], k.shape[1]), 1)
         outputs = [
-            _attend_cached(q[document], *layer.append(k[document], v[document], start))
+            _attend_cached(q[document], *layer.append(k[document], v[document], start), window)
             for layer, start, document in zip(self.layers, self.starts, document_slices(self.lengths), strict=True)
         ]
         return torch.cat(outputs).flatten(1)
@@ -262,7 +305,7 @@ class AttentionExtra(Protocol):
     """What a tuning method adds to a block's attention: the one thing that attention knows of the methods."""
 
     def output(self, attention: "Attention", q: Tensor, attend: Attend) -> Tensor:
-        """What is added to the heads' outputs, [T, H*D], for the projected queries q [T, H*D], not rotated."""
+        """What is added to the heads' outputs, [T, H*D], for the queries q [T, H, D], not rotated."""
 
 
 class Attention(nn.Module):
@@ -272,18 +315,45 @@ class Attention(nn.Module):
         packed: wq, wk and wv in one, or None; see `transformer.pack_small`.
     """
 
-    def __init__(self, config: ModelConfig, parallel: Parallel) -> None:
+    def __init__(self, config: ModelConfig, parallel: Parallel, layer: int) -> None:
         super().__init__()
-        self.wq = ColumnParallelLinear(config.dim, config.dim, parallel)
+        self.head_size = config.head_size
+        self.rotates = layer not in config.nope_layers
+        is_windowed = config.window_layers is None or layer in config.window_layers
+        self.window = config.sliding_window if is_windowed else None
+        q_dim = config.n_heads * config.head_size
+        self.wq = ColumnParallelLinear(config.dim, q_dim, parallel)
         self.wk = ColumnParallelLinear(config.dim, config.kv_dim, parallel)
         self.wv = ColumnParallelLinear(config.dim, config.kv_dim, parallel)
-        self.wo = RowParallelLinear(config.dim, config.dim, parallel, residual(config.n_layers))
+        self.wo = RowParallelLinear(q_dim, config.dim, parallel, residual(config.n_layers))
+        if config.qkv_bias:
+            for projection in (self.wq, self.wk, self.wv):
+                projection.add_bias()
+        self.q_norm, self.k_norm = (
+            HeadNorm(config.head_size, config.norm_eps, self.wq.group) if config.qk_norm else None for _ in range(2)
+        )
         self.packed: Packed | None = None
 
     def forward(self, x: Tensor, norm: RMSNorm, attend: Attend, extra: AttentionExtra | None = None) -> Tensor:
         """[T, dim] to [T, dim]; `norm` is applied to x first."""
-        if self.packed is not None:
-            return self.wo(attend(*self.packed(norm(x))))
-        q, k, v = normed_linears(x, norm, (self.wq, self.wk, self.wv))
-        heads = attend(q, k, v)
+        if self.packed is None:
+            projected = normed_linears(x, norm, (self.wq, self.wk, self.wv))
+        else:
+            projected = self.packed(norm(x))
+        q, k, v = (values.unflatten(-1, (-1, self.head_size)) for values in projected)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        heads = attend(q, k, v, self.rotates, self.window)
         return self.wo(heads if extra is None else heads + extra.output(self, q, attend))
+
+
+class HeadNorm(RMSNorm):
+    """RMSNorm of each head of queries or keys, [T, heads, D]; its weight [D] is the same on every rank, and of its
+    gradient each has the part of its own heads."""
+
+    def __init__(self, dim: int, eps: float, group: Group | None) -> None:
+        super().__init__(dim, eps)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, copied(self.weight, self.group), self.eps)

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from llama_acc.core.errors import UserError, did_you_mean, listed, schema_problems
 from llama_acc.core.input_files import read_object
@@ -31,7 +31,7 @@ FORMAT_VERSION = 1
 # Beyond these bounds is no model: a larger number is a slip, and would be waited for.
 WIDEST = 2**20
 # Written into params.json or config.json by others, without meaning for the computation.
-_IGNORED = {"max_batch_size", "trainable_mode", "load_pretrained_visual_encoder", "use_scaled_rope"}
+_IGNORED = {"max_batch_size", "trainable_mode", "load_pretrained_visual_encoder"}
 
 
 def _whole(value: Any) -> Any:
@@ -43,7 +43,9 @@ _Depth = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1, le=2**
 _Heads = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1, le=2**12)]
 _Width = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1, le=WIDEST)]
 _Vocabulary = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=-1, le=2**24)]
+_Layer = Annotated[int, Field(strict=True, ge=0, lt=2**10)]
 _Context = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1, le=2**27)]
+_Layers = tuple[_Layer, ...]
 _Epsilon = Annotated[float, Field(strict=True, ge=1e-30, le=1.0)]
 _Factor = Annotated[float, Field(strict=True, ge=1e-9, le=1e15)]
 _CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -278,14 +280,62 @@ class VisionTraining(NamedTuple):
 SECOND_STAGE = VisionTraining()
 
 
+RopeType = Literal["linear", "dynamic", "llama3", "yarn"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How the rotary frequencies differ from those of the context that a model was first trained on.
+
+    Names and meaning are those of `rope_scaling` in Hugging Face's config.json; see `rotary.frequencies`.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _CHECKED
+
+    rope_type: RopeType
+    factor: _Factor
+    original_max_position_embeddings: _Context | None = None
+    """The context of that first training; None: the model's max_seq_len."""
+    low_freq_factor: _Factor | None = None
+    high_freq_factor: _Factor | None = None
+    attention_factor: _Factor | None = None
+    beta_fast: _Factor | None = None
+    beta_slow: _Factor | None = None
+    mscale: _Factor | None = None
+    mscale_all_dim: _Factor | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if self.rope_type == "llama3":
+            _refuse({"rope_type llama3 needs low_freq_factor and high_freq_factor": low is None or high is None})
+            _refuse({f"high_freq_factor ({high}) must be above low_freq_factor ({low})": (high or 0) <= (low or 0)})
+
+    def to_json(self) -> dict[str, Any]:
+        """The mapping in a file: what is set."""
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if value is not None and (key, value) != ("truncate", True)
+        }
+
+
+_Scaling = Annotated[
+    Annotated[_Factor, Tag("factor")] | Annotated[RopeScaling, Tag("mapping")],
+    Discriminator(lambda value: "mapping" if isinstance(value, (dict, RopeScaling)) else "factor"),
+]
+
+
 @dataclass(frozen=True)
 class Params:
-    """What params.json says, under its names.
+    """What params.json says, under its names; those that Meta's and LLaMA2-Accessory's files do not have are as in
+    Hugging Face's config.json, and in Mistral's params.json where that has them.
 
     Attributes:
         dim: width of the residual stream.
         n_layers: number of transformer blocks.
-        n_heads: query heads; the head dimension is dim / n_heads.
+        n_heads: query heads.
         n_kv_heads: key and value heads (grouped-query attention); None means n_heads.
         vocab_size: rows of the embedding; -1 (Meta's files) means the tokenizer's.
         multiple_of: the SwiGLU width is rounded up to a multiple of this.
@@ -293,7 +343,15 @@ class Params:
         norm_eps: epsilon of RMSNorm.
         rope_theta: base of the rotary frequencies.
         max_seq_len: longest sequence meant to be used.
-        rope_scaling: factor the positions are multiplied by, or None.
+        rope_scaling: factor the positions are multiplied by, or how the frequencies are changed; or None.
+        head_dim: width of one attention head; None means dim / n_heads.
+        qkv_bias: the projections to queries, keys and values have a bias.
+        qk_norm: queries and keys are normalized (RMSNorm), head by head, before they are rotated.
+        tie_word_embeddings: the output matrix is the embedding.
+        sliding_window: a position sees only so many last ones, itself among them; None means all before it.
+        window_layers: the layers of which this is so, from 0; None means all.
+        nope_layers: the layers that do not rotate queries and keys, from 0.
+        family: whose variations these are, by the model_type of Hugging Face, as which the model is exported.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _CHECKED
@@ -308,16 +366,24 @@ class Params:
     norm_eps: _Epsilon = 1e-5
     rope_theta: _Factor = 10000.0
     max_seq_len: _Context = 2048
-    rope_scaling: _Factor | None = None
+    rope_scaling: _Scaling | None = None
+    head_dim: _Width | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tie_word_embeddings: bool = False
+    sliding_window: _Context | None = None
+    window_layers: _Layers | None = None
+    nope_layers: _Layers = ()
+    family: Family = "llama"
 
     def __post_init__(self) -> None:
         dim, heads, kv_heads, hidden = self.dim, self.n_heads, self.kv_heads, self.hidden_dim
+        last = max((*self.nope_layers, *(self.window_layers or ())), default=0)
         _refuse(
             {
-                f"dim ({dim}) must be divisible by n_heads ({heads})": dim % heads > 0,
-                f"the head dimension ({dim // heads} = dim / n_heads) must be even for rotary embedding": (
-                    dim % heads == 0 and dim // heads % 2 > 0
-                ),
+                f"dim ({dim}) must be divisible by n_heads ({heads})": self.head_dim is None and dim % heads > 0,
+                f"the head dimension ({self.head_size}) must be even for rotary embedding": self.head_size % 2 > 0,
+                f"nope_layers and window_layers must be below n_layers ({self.n_layers})": last >= self.n_layers,
                 f"n_heads ({heads}) must be divisible by n_kv_heads ({kv_heads})": heads % kv_heads > 0,
                 f"the SwiGLU width that follows, {hidden:,}, is that of no model": not 0 < hidden <= WIDEST,
                 "vocab_size must be positive, or -1 for the tokenizer's, not 0": self.vocab_size == 0,
@@ -325,9 +391,9 @@ class Params:
         )
 
     @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.dim // self.n_heads
+    def head_size(self) -> int:
+        """Width of one attention head, dim / n_heads where the file does not say."""
+        return self.dim // self.n_heads if self.head_dim is None else self.head_dim
 
     @property
     def kv_heads(self) -> int:
@@ -337,7 +403,7 @@ class Params:
     @property
     def kv_dim(self) -> int:
         """Width of all keys together, and of all values."""
-        return self.kv_heads * self.head_dim
+        return self.kv_heads * self.head_size
 
     @property
     def hidden_dim(self) -> int:
@@ -346,6 +412,12 @@ class Params:
         if self.ffn_dim_multiplier is not None:
             hidden = int(self.ffn_dim_multiplier * hidden)
         return self.multiple_of * -(-hidden // self.multiple_of)
+
+
+_NOT_ACCESSORYS = (
+    *("head_dim", "qkv_bias", "qk_norm", "tie_word_embeddings"),
+    *("sliding_window", "window_layers", "nope_layers", "family"),
+)
 
 
 @dataclass(frozen=True)
@@ -371,10 +443,29 @@ class ModelConfig(Params):
         """The shape without what a tuning method or vision adds."""
         return replace(self, tuning=FULL, vision=None, vision_training=SECOND_STAGE)
 
+    def of_block(self, layer: int) -> "ModelConfig":
+        """The shape of one of its blocks alone."""
+        return replace(
+            self,
+            n_layers=1,
+            window_layers=None if self.window_layers is None or layer in self.window_layers else (),
+            nope_layers=(0,) if layer in self.nope_layers else (),
+        )
+
+    @property
+    def has_equal_blocks(self) -> bool:
+        """Whether all blocks compute the same."""
+        return not self.nope_layers and self.window_layers is None
+
     def to_params(self) -> dict[str, Any]:
         """The mapping params.json holds: what is set, under LLaMA2-Accessory's names."""
         values = {field.name: getattr(self, field.name) for field in fields(Params)}
-        return {key: value for key, value in values.items() if value is not None} | self.tuning.to_arguments()
+        if isinstance(self.rope_scaling, RopeScaling):
+            values["rope_scaling"] = self.rope_scaling.to_json()
+        # What LLaMA2-Accessory does not know is there only where it says something.
+        usual = {key: value for key, value in vars(Params).items() if key in _NOT_ACCESSORYS}
+        said = {key: value for key, value in values.items() if key not in usual or value != usual[key]}
+        return {key: value for key, value in said.items() if value is not None} | self.tuning.to_arguments()
 
     def with_vocabulary(self, pieces: int) -> "ModelConfig":
         """This shape with a vocabulary of -1 replaced by the tokenizer's number of pieces."""
@@ -400,20 +491,49 @@ def config_from_params(params: Mapping[str, Any], source: object = "model.params
     """Checks a params.json mapping and makes a ModelConfig of it.
 
     Where the context (max_seq_len) is not said, as in Meta's files, it is the one of the known model of that shape.
+    Mistral's files give the SwiGLU width as `hidden_dim`.
 
     Raises:
         UserError: unknown, missing or impossible values, all of them listed.
     """
-    if params.get("use_scaled_rope"):
-        raise UserError(f"{source}: use_scaled_rope, the rotary embedding of LLaMA 3.1, is not supported")
     known = {key: value for key, value in params.items() if value is not None and key not in _IGNORED}
+    is_scaled, width = known.pop("use_scaled_rope", False), known.pop("hidden_dim", None)
     config = ModelConfig(**vars(_checked(Params, known, f"the model's shape in {source}")))
+    if width is not None:
+        config = with_hidden_dim(config, width, source)
+    if is_scaled:
+        # The file does not tell that LLaMA 3.2's models of 1B and 3B have the factor 32 (meta-llama/llama-models, issue
+        # 241), where LLaMA 3.1's have 8, and that their output matrix is the embedding.
+        is_small = config.dim < 4096
+        scaling = RopeScaling("llama3", 32.0 if is_small else 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
+        config = replace(config, rope_scaling=scaling, tie_word_embeddings=is_small)
     return config if "max_seq_len" in known else replace(config, max_seq_len=_known_context(config))
+
+
+def with_hidden_dim(config: ModelConfig, width: Any, source: object) -> ModelConfig:
+    """The shape with a SwiGLU width of exactly `width`, in params.json's terms; as Meta writes it where that fits.
+
+    Raises:
+        UserError: no width of a model.
+    """
+    if not isinstance(width, int) or isinstance(width, bool) or not 0 < width <= WIDEST:
+        problem = f"the SwiGLU width must be a whole number from 1 to {WIDEST:,}, not {json.dumps(width):.60}"
+        raise UserError(f"the model's shape in {source} is not usable:\n  {problem}")
+    for multiplier in (None, 1.3, 1.5, 1.4, 1.05):
+        for multiple_of in (256, 1024, 4096, 128, 64, 32, 16):
+            usual = replace(config, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)
+            if usual.hidden_dim == width:
+                return usual
+    # Rounded up to a multiple of itself, what is above 0 and not above the width becomes the width.
+    exact = replace(config, multiple_of=width, ffn_dim_multiplier=None)
+    return exact if exact.hidden_dim == width else replace(exact, ffn_dim_multiplier=width / int(8 * config.dim / 3))
 
 
 def _known_context(config: ModelConfig) -> int:
     """The context of the published models, whose params.json do not say it: LLaMA 2, Code Llama and LLaMA 3 differ by
     rope_theta. LLaMA 1's, 2,048, has norm_eps 1e-6, or 64 heads for keys; so has what is smaller than any of them."""
+    if isinstance(config.rope_scaling, RopeScaling):
+        return 131072  # LLaMA 3.1 and later
     is_later = config.dim >= 4096 and config.norm_eps == 1e-5 and config.kv_heads < 64
     return {1e4: 4096, 1e6: 16384, 5e5: 8192}.get(config.rope_theta, 2048) if is_later else 2048
 

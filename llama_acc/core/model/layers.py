@@ -267,6 +267,33 @@ class ParallelEmbedding(nn.Module):
         return gathered(F.embedding(tokens, self.weight).to(dtype), self.group)
 
 
+class TiedOutput(nn.Module):
+    """The output matrix where it is the embedding: this rank's rows of it, [vocab_size / model_size, dim].
+
+    Under model parallelism the embedding is split by features, so it is gathered whenever it is used as output.
+    """
+
+    scales = None
+
+    def __init__(self, embedding: ParallelEmbedding) -> None:
+        super().__init__()
+        self._embedding = [embedding]  # in a list, so that it is no module of this one
+        self.group = embedding.group
+
+    @property
+    def weight(self) -> Tensor:
+        weight = self._embedding[0].weight
+        if self.group is None:
+            return weight
+        # Every rank uses other rows, and its features' gradient is the sum of what all of them have.
+        whole = copied(gathered(weight, self.group), self.group)
+        return whole.chunk(self.group.size())[self.group.rank()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] to [..., this rank's part of the vocabulary]."""
+        return linear(copied(x, self.group), self.weight)
+
+
 def accumulator(weight: Tensor, terms: int) -> Tensor:
     """Where `add_product` sums that many terms of a weight's gradient: in float32 if there is more than one."""
     if not terms:
@@ -294,9 +321,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] to [..., dim], in the type of `x`."""
-        if torch.is_grad_enabled():
-            return _RMSNormFunction.apply(x, self.weight, self.eps)
-        return _rms_norm(x, self.weight, self.eps)[0]
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """[..., dim] normalized, times weight [dim], in the type of `x`."""
+    if torch.is_grad_enabled():
+        return _RMSNormFunction.apply(x, weight, eps)
+    return _rms_norm(x, weight, eps)[0]
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -29,9 +29,8 @@ from llama_acc.core.model.attention import (
     CachedAttention,
     DocumentAttention,
     KVCache,
-    rotary_table,
 )
-from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.config import ModelConfig, RopeScaling
 from llama_acc.core.model.layers import (
     ColumnParallelLinear,
     Init,
@@ -41,12 +40,14 @@ from llama_acc.core.model.layers import (
     RMSNorm,
     RowParallelLinear,
     Spec,
+    TiedOutput,
     gated_linear,
     normed_linears,
     residual,
 )
 from llama_acc.core.model.loss import linear_cross_entropy
 from llama_acc.core.model.nf4 import Scales, quantize
+from llama_acc.core.model.rotary import rotary_table
 from llama_acc.core.model.tuning import FULL, METHODS, Tuning
 from llama_acc.core.model.vision import Images, VisionProjector, attach_vision, tower_shapes
 
@@ -78,9 +79,9 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention and feed-forward, each after a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, parallel: Parallel) -> None:
+    def __init__(self, config: ModelConfig, parallel: Parallel, layer: int) -> None:
         super().__init__()
-        self.attention = Attention(config, parallel)
+        self.attention = Attention(config, parallel, layer)
         self.feed_forward = FeedForward(config, parallel)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
@@ -111,9 +112,13 @@ class Transformer(nn.Module):
         self.parallel = parallel
         self.dtype = dtype
         self.tok_embeddings = ParallelEmbedding(config.vocab_size, config.dim, parallel)
-        self.layers = nn.ModuleList(TransformerBlock(config, parallel) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(TransformerBlock(config, parallel, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = ColumnParallelLinear(config.dim, config.vocab_size, parallel)
+        self.output: ColumnParallelLinear | TiedOutput = (
+            TiedOutput(self.tok_embeddings)
+            if config.tie_word_embeddings
+            else ColumnParallelLinear(config.dim, config.vocab_size, parallel)
+        )
         self.vision: VisionProjector | None = None
         self.specs: Mapping[str, Spec] = {}
         self.run_block: Callable[[nn.Module, Tensor, Attend, AttentionExtra | None], Tensor] = nn.Module.__call__
@@ -148,7 +153,7 @@ class Transformer(nn.Module):
         if self.vision is not None:
             x, added = self.vision(x, images, len(lengths))
         starts = [0] * len(lengths) if caches is None else [past.length for past in caches]
-        rotations = self._rotations_at(positions, max(map(add, starts, lengths)))
+        rotations = self._rotations_at(positions, lengths, list(map(add, starts, lengths)))
         documents = DocumentAttention(lengths, rotations)
         for i, layer in enumerate(self.layers):
             attend: Attend = documents
@@ -173,14 +178,18 @@ class Transformer(nn.Module):
         """Hidden states [..., dim] to float32 logits [..., V]."""
         return gathered(self.output(hidden), self.output.group).float()
 
-    def _rotations_at(self, positions: Tensor, length: int) -> Tensor:
+    def _rotations_at(self, positions: Tensor, lengths: Sequence[int], ends: Sequence[int]) -> Tensor:
+        config, length = self.config, max(ends)
+        scaling = config.rope_scaling
+        if isinstance(scaling, RopeScaling) and scaling.rope_type == "dynamic" and length > config.max_seq_len:
+            # As in transformers, what a cache keeps stays rotated as it was when the text was shorter.
+            places = zip(positions.split(list(lengths)), ends, strict=True)
+            return torch.cat([rotary_table(config, end, positions.device)[own] for own, end in places])
         table = self._rotations
         if table is None or table.shape[0] < length or table.device != positions.device:
-            config = self.config
             # A context may be said to be of millions: the table doubles as it is needed.
             room = max(1 << (length - 1).bit_length(), min(config.max_seq_len, _TABLE_ROWS))
-            table = rotary_table(config.head_dim, room, config.rope_theta, config.rope_scaling, positions.device)
-            self._rotations = table
+            self._rotations = table = rotary_table(config, room, positions.device)
         return table[positions]
 
 

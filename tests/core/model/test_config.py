@@ -36,7 +36,7 @@ def test_named_sizes_are_the_released_models(
 ) -> None:
     config = named_size(name)
     assert (parameter_count(config), config.hidden_dim) == (parameters, hidden)
-    assert (config.head_dim, config.vocab_size) == (128, 32000)
+    assert (config.head_size, config.vocab_size) == (128, 32000)
     assert (config.max_seq_len, config.rope_theta) == (context, theta)
     said = {key: value for key, value in config.to_params().items() if key != "max_seq_len"}
     assert config_from_params(said) == config, "its context is known by its shape"
@@ -102,7 +102,7 @@ def test_all_problems_of_a_shape_are_told_together() -> None:
     ("changes", "said"),
     [
         ({"n_heads": 5}, "dim (64) must be divisible by n_heads (5)"),
-        ({"n_heads": 64}, "the head dimension (1 = dim / n_heads) must be even"),
+        ({"n_heads": 64}, "the head dimension (1) must be even"),
         ({"n_kv_heads": 3}, "n_heads (4) must be divisible by n_kv_heads (3)"),
         ({"vocab_size": 0}, "vocab_size must be positive, or -1 for the tokenizer's, not 0"),
         ({"ffn_dim_multiplier": 1e12}, "the SwiGLU width that follows"),
@@ -112,7 +112,8 @@ def test_all_problems_of_a_shape_are_told_together() -> None:
         ({"norm_eps": float("inf")}, "norm_eps: should be a finite number"),
         ({"rope_theta": 10**400}, "rope_theta: should be"),
         ({"vocab_size": 10**400}, "vocab_size: should be less than or equal to "),
-        ({"use_scaled_rope": True}, "use_scaled_rope, the rotary embedding of LLaMA 3.1, is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor and high_freq_factor"),
+        ({"nope_layers": [2]}, "nope_layers and window_layers must be below n_layers (2)"),
     ],
 )
 def test_impossible_shapes_are_refused_with_their_values(changes: dict[str, Any], said: str) -> None:

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_acc.core.distributed.groups import Parallel
-from llama_acc.core.model.attention import rotary_table, rotate
+from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.layers import ColumnParallelLinear, RMSNorm, RowParallelLinear, gated_linear, normed_linears
+from llama_acc.core.model.rotary import rotary_table, rotate
 
 # More rows than the feed-forward layer takes at once on a CPU.
 ROWS, DIM, HIDDEN = 600, 24, 40
@@ -90,7 +91,7 @@ def test_bf16_activations_with_float32_weights_give_float32_gradients() -> None:
 
 
 def test_rotation_turns_pairs_by_position_times_frequency() -> None:
-    table = rotary_table(4, 3, theta=100.0, scaling=None, device=torch.device("cpu"))
+    table = rotary_table(ModelConfig(4, 1, 1, rope_theta=100.0), 3, torch.device("cpu"))
     x = torch.tensor([1.0, 0.0, 1.0, 0.0]).expand(3, 1, 4)
     positions = torch.arange(3.0)
     expected = torch.stack((positions.cos(), positions.sin(), (positions / 10).cos(), (positions / 10).sin()), -1)

@@ -63,7 +63,7 @@ def huggingface_llama(model: Any) -> Any:
     from llama_acc.core.checkpoint.lazy import LazyTensor, reorder_heads
 
     base = model.config.base()
-    config = huggingface_config(base, "float32", False, {})
+    config = huggingface_config(base, "float32", {})
     llama = LlamaForCausalLM(LlamaConfig(**config)).eval()
     state = {}
     for name in shapes_of(base):

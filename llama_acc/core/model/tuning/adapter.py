@@ -124,15 +124,16 @@ class Prefix(NamedTuple):
     """A number."""
 
     def output(self, attention: "Attention", q: "Tensor", attend: "Attend") -> "Tensor":
-        """What the queries [T, H*D] get from the prefix, times its gates, [T, H*D]."""
+        """What the queries [T, H, D] get from the prefix, times its gates, [T, H*D]."""
         import torch
 
         from llama_acc.core.distributed.groups import copied
-        from llama_acc.core.model.attention import attend_heads, document_slices, rotate
+        from llama_acc.core.model.attention import attend_heads, document_slices
+        from llama_acc.core.model.rotary import rotate
 
-        heads = (-1, 2 * attend.rotations.shape[-1])
-        prefixes = attend.prefix_heads(self.vectors.dim() == 2, partial(self._heads, attention, heads, q.dtype))
-        q = rotate(q.unflatten(-1, heads), attend.rotations)
+        prefixes = attend.prefix_heads(self.vectors.dim() == 2, partial(self._heads, attention, q.dtype))
+        if attention.rotates:
+            q = rotate(q, attend.rotations)
         # One prefix is that of all documents.
         places = document_slices(attend.lengths) if len(prefixes) > 1 else [slice(None)]
         documents = zip(places, prefixes, strict=True)
@@ -144,11 +145,15 @@ class Prefix(NamedTuple):
             gate = gate * copied(self.new_gate, attention.wk.group)
         return (output * gate.to(q.dtype).unsqueeze(-1)).flatten(1)
 
-    def _heads(self, attention: "Attention", heads: tuple[int, int], dtype: Any) -> "list[PrefixHeads]":
+    def _heads(self, attention: "Attention", dtype: Any) -> "list[PrefixHeads]":
         """Keys and values [K, prefix_len, D] of the prefix, or of that of each document."""
         from llama_acc.core.model.attention import PrefixHeads
 
         common = self.vectors.dim() == 2
         vectors = (self.vectors.unsqueeze(0) if common else self.vectors).to(dtype)
-        made = (layer(vectors).unflatten(-1, heads).transpose(1, 2) for layer in (attention.wk, attention.wv))
-        return [PrefixHeads(keys, values, common) for keys, values in zip(*made, strict=True)]
+        keys, values = (
+            layer(vectors).unflatten(-1, (-1, attention.head_size)) for layer in (attention.wk, attention.wv)
+        )
+        keys = keys if attention.k_norm is None else attention.k_norm(keys)
+        made = zip(keys.transpose(1, 2), values.transpose(1, 2), strict=True)
+        return [PrefixHeads(*heads, common) for heads in made]

@@ -35,11 +35,14 @@ class BiasNorm(Tuning):
 
 
 def add_biases_and_train_norms(model: "Transformer", matrices: tuple[str, ...]) -> None:
-    """Gives these matrices of every block a bias, and unfreezes all norms."""
+    """Gives these matrices of every block a bias, if they have none, and unfreezes all biases and norms."""
     from llama_acc.core.model.layers import RMSNorm
 
     for layer in matrices_of(model, matrices):
-        layer.add_bias()
+        if layer.bias is None:
+            layer.add_bias()
+        assert layer.bias is not None
+        layer.bias.requires_grad_()
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.weight.requires_grad_()
