@@ -254,8 +254,23 @@ def test_recipes_page_has_every_shipped_recipe_with_its_values() -> None:
         recipe = Recipe.load(name).model_dump()
         for key, cell in zip(header[1:], cells, strict=True):
             assert yaml.safe_load(cell) == value_at(recipe, code(key)), f"{name} {key}"
-        assert recipe["tuning"]["quantize"] == ("nf4" if name.endswith("-nf4") else "none")
-        assert recipe["train"]["precision"] == ("fp32" if "quickstart" in name else "bf16")
+
+
+def test_the_name_of_a_recipe_says_what_the_recipes_page_says() -> None:
+    methods = {"biasnorm": "bias_norm", "lora": "lora_bias_norm", "adapter": "adapter"}
+    sizes = {"13b": ("llama2-13b", 2), "34b": ("codellama-34b", 4), "70b": ("llama2-70b", 8)}
+    for name in recipe_names():
+        recipe, words = Recipe.load(name), name.split("-")
+        quickstart, nf4 = "quickstart" in words, "nf4" in words
+        default = "frozen" if name == "caption-qformer-13b" else "full"
+        method = next((methods[word] for word in words if word in methods), default)
+        size, ranks = next((sizes[word] for word in words if word in sizes), ("llama2-7b", 1))
+        assert (recipe.tuning.method, recipe.tuning.quantize) == (method, "nf4" if nf4 else "none"), name
+        assert recipe.model.size == (None if quickstart else size), name
+        assert recipe.parallel.model_parallel_size == (1 if nf4 else ranks), name
+        assert recipe.train.precision == ("fp32" if quickstart else "bf16"), name
+        no_checkpointing = quickstart or name == "alpaca-adapter"
+        assert recipe.train.activation_checkpointing is not no_checkpointing, name
 
 
 def value_at(values: Any, key: str) -> Any:

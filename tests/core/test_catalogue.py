@@ -93,8 +93,8 @@ def test_unknown_names_are_refused_with_near_ones() -> None:
 
 
 def test_the_guide_has_every_entry_with_its_page() -> None:
-    rows = re.findall(r"^\| \[`([^`]+)`\]\((.*)\) \| (.*) \|$", _catalogue_text(), re.M)
-    assert {name: (what, page) for name, page, what in rows} == {e.name: (e.what, e.page) for e in catalogue().values()}
+    listed = re.findall(r"\[`([^`]+)`\]\((\S+)\)", _catalogue_text())
+    assert sorted(listed) == sorted((entry.name, entry.page) for entry in catalogue().values())
 
 
 def _catalogue_text() -> str:
