@@ -179,6 +179,7 @@ def test_a_recipe_survives_a_round_trip_through_its_yaml(tmp_path: Path) -> None
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")
     assert Recipe.load(path).model_dump() == recipe.model_dump()
+    assert (Recipe.load(path).folder, Recipe.load("lima").folder) == (tmp_path, None)
     assert Recipe.load(path).to_yaml() == recipe.to_yaml()
 
 

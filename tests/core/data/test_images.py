@@ -79,6 +79,7 @@ def test_random_boxes_are_torchvisions() -> None:
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     assert (boxes >= 0).all()
     assert (boxes[:, 2:] <= [640, 480]).all()
+    assert (boxes[:, :2].max(0) > 20).all()
     areas, ratios = width * height / (640 * 480), width / height
     assert 0.895 < areas.min() < 0.91 < 0.97 < areas.max() <= 1
     assert 1.1 < ratios.min() < 1.3 < ratios.max() < 1.34

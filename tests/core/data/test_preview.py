@@ -1,12 +1,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_acc.core.data.items import Dialogue, SingleTurn
-from llama_acc.core.data.preview import Piece, pieces, shown_items
+from llama_acc.core.data.preview import Piece, pieces, shown_document, shown_items
 from llama_acc.core.data.templates import Turn, get_template
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
 
@@ -70,6 +71,10 @@ def test_images_stand_behind_bos(tokenizer: Tokenizer) -> None:
     assert (cut.tokens, cut.cut) == (70, whole.tokens - 70)
     assert cut.label_tokens == whole.label_tokens - cut.cut
     assert not any(piece.text == "</s>" for piece in cut.pieces)
+    tokens = np.array(tokenizer.encode("a town", bos=True))
+    placed, labeled = np.insert(tokens, 1, [tokens[-1]] * 4), np.zeros(len(tokens) + 4, bool)
+    shown = shown_document("", placed, labeled, tokenizer, ["a.png", "b.png"], 1, 2)
+    assert shown.pieces == [Piece("<s>", False, True), *names, Piece("a town", False)]
 
 
 def test_a_character_of_several_tokens_is_whole(tokenizer: Tokenizer) -> None:

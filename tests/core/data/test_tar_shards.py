@@ -4,15 +4,17 @@ import gzip
 import io
 import json
 import tarfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llama_acc.core.data import tar_shards
+from llama_acc.core.data.cache import content_digest
 from llama_acc.core.data.images import read_reference, resolved
 from llama_acc.core.data.items import Dialogue, SingleTurn
-from llama_acc.core.data.tar_shards import tar_digest, tar_rows
+from llama_acc.core.data.tar_shards import tar_rows
 from llama_acc.core.errors import UserError
 from tests.core.data.pictures import encoded, plain
 from tests.core.data.reading import read_items
@@ -128,15 +130,17 @@ def test_the_digest_is_of_what_decides_the_rows_and_made_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama_acc_home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shard = write_shard(tmp_path / "1/a.tar", samples(3))
-    first = tar_digest(shard)
-    assert tar_digest(write_shard(tmp_path / "2/a.tar", samples(3))) == first
+    digest = partial(content_digest, stopped=lambda: False)
+    first = digest(shard)
+    assert digest(write_shard(tmp_path / "2/a.tar", samples(3))) == first
+    assert digest(write_shard(tmp_path / "2/b.tar", samples(3))) != first, "its items name the shard"
     for number, other in enumerate([{**samples(3), "0001.txt": "another"}, {"x.md": "moves all", **samples(3)}]):
-        assert tar_digest(write_shard(tmp_path / f"other{number}/a.tar", other)) != first
+        assert digest(write_shard(tmp_path / f"other{number}/a.tar", other)) != first
     with monkeypatch.context() as patch:
         patch.setattr(tar_shards, "_samples", None)
-        assert tar_digest(shard) == first
-    assert tar_digest(write_shard(shard, samples(4))) != first
+        assert digest(shard) == first
+    assert digest(write_shard(shard, samples(4))) != first
     (llama_acc_home / "cache/tars").rename(llama_acc_home / "cache/moved")
     (llama_acc_home / "cache/tars").write_text("in the way", encoding="utf-8")
-    tar_digest(shard)
+    digest(shard)
     assert "not keeping the index" in caplog.text

@@ -123,6 +123,7 @@ def test_a_chat_template_asks_like_our_own_and_its_bos_and_eos_become_tokens(tok
     assert template.prompt_text(EXCHANGE, "Be kind.") == get_template("chatml").prompt_text(EXCHANGE, "Be kind.")
     assert template.stop == ("<|im_end|>",)
     tokenizer = load_tokenizer(tokenizer_path)
+    assert template.marks(tokenizer) == ["<|im_end|>"]
     source = "{% for m in messages %}{{ bos_token }}[{{ m.content }}]{{ eos_token }}{% endfor %}"
     ids = chat_template(source, tokenizer_path).prompt_ids(tokenizer, [Turn("human", "a"), Turn("assistant", "b")])
     assert ids == [*tokenizer.encode("[a]", bos=True, eos=True), *tokenizer.encode("[b]", bos=True, eos=True)]
@@ -181,6 +182,7 @@ def test_a_chat_template_renders_as_in_transformers(name: str, tokenizer_path: P
     passed = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "add_generation_prompt": True}
     [expected], _ = render_jinja_template([messages], chat_template=SOURCES[name], **passed)
     assert template.prompt_text([Turn("human", messages[1]["content"])], "S") == expected
+    assert template.to_json() != chat_template(SOURCES[name], tokenizer_path).to_json(), "it has other special tokens"
 
 
 def test_what_a_chat_template_generates_is_trained(tokenizer_path: Path) -> None:
