@@ -67,13 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor | None, ...]:
         (factor,) = d_loss
         if device_type(factor) == "cpu" and factor.item() == 1.0:
-            return (
-                *ctx.saved_tensors,
-                None,
-                None,
-                None,
-                None,
-            )  # as usual; the weight's is too large to be multiplied by 1
+            return *ctx.saved_tensors, None, None, None, None  # the weight's is too large to be multiplied by 1
         gradients = [None if d is None else d * factor.to(d.dtype) for d in ctx.saved_tensors]
         return *gradients, None, None, None, None
 

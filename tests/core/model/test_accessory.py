@@ -7,15 +7,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from llama_acc.core.checkpoint.convert import Request, convert
 from llama_acc.core.checkpoint.layout import inspect, read_config
-from llama_acc.core.data.images import Transform
 from llama_acc.core.model.config import VISION_FILE, ClipVision, ModelConfig, QFormerVision, VisionTraining
 from llama_acc.core.model.transformer import describe, shapes_of
-from llama_acc.core.train.image_loader import FeatureCache
 from tests.core.accessory import ACCESSORY, sampled
 from tests.core.accessory_work import CACHED, WHOLE, Loaded, golden_of, load, save_as_accessory
 from tests.core.ranks import run_ranks
@@ -87,24 +84,6 @@ def test_a_mixed_stream_gives_each_document_what_llama2_accessory_gives_it_alone
 def test_cached_logits_are_those_of_its_generation(both: tuple[Loaded, Golden], key: str) -> None:
     loaded, golden = both
     assert golden.off(key, loaded.cached_logits(CACHED[key])) < TOLERANCE
-
-
-def test_with_features_kept_on_disk_logits_are_llama2_accessorys(both: tuple[Loaded, Golden], tmp_path: Path) -> None:
-    loaded, golden = both
-    vision = loaded.vision_encoder.vision
-    cache = FeatureCache(
-        loaded.vision_encoder.fingerprint(),
-        Transform("pad_to_square", vision.image_size),
-        vision.input_shape,
-        loaded.vision_encoder.dtype,
-    )
-    pictures = [str(tmp_path / f"{number}.png") for number in range(2)]
-    for picture, features in zip(pictures, loaded.features(), strict=True):
-        Image.new("L", (4, 4), pictures.index(picture)).save(picture)
-        cache.store(picture, features)
-    kept = torch.stack([cache.load(picture) for picture in pictures])
-    for key, images in WHOLE.items():
-        assert golden.off(key, loaded.logits(images, features=kept)) < TOLERANCE
 
 
 def test_shared_by_two_processes_every_number_is_llama2_accessorys(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -40,16 +40,6 @@ def their_features(theirs: Any, pixels: Tensor) -> Tensor:
     return found if isinstance(found, Tensor) else found.last_hidden_state
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_features_are_transformers_own(theirs: Any, count: int) -> None:
-    pixels = random_pixels(count, QFORMER)
-    with torch.no_grad():
-        ours = random_tower(QFORMER)(pixels)
-    assert ours.shape == (count, 32, QFORMER.query_width)
-    assert difference(ours, their_features(theirs, pixels)) < TOLERANCE
-    assert count == 1 or difference(ours[1], ours[0]) > 0.05
-
-
 @pytest.fixture(scope="module")
 def their_llama() -> Any:
     """transformers' LLaMA with the weights of the model "qformer"."""

@@ -57,9 +57,8 @@ def test_only_what_the_method_trains_changes(method: str, precision: str, base: 
 @pytest.mark.parametrize(
     "more",
     [
-        ["train.precision=fp32", ALONE],
+        [ALONE],
         ["train.precision=bf16"],
-        ["train.precision=bf16", ALONE],
         ["tuning.quantize=nf4", ALONE],
     ],
     ids=str,
