@@ -95,7 +95,7 @@ def seer(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> Path
     shutil.copy(tokenizer_path, folder / "tokenizer.model")
     sees = TinyVision(image_size=16, patch_size=8, width=8, hidden_dim=8, n_layers=1, n_heads=2)
     write_chain(folder, answer=f" {ANSWER}", after=":", endless=" the", endless_after="?", sees=sees)
-    get_template("caption").save(folder / "template.json")
+    (folder / "template.json").write_text(get_template("caption").to_json())
     return folder
 
 

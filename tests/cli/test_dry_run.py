@@ -182,6 +182,8 @@ def test_data_is_found_from_any_folder(tmp_path: Path, single_turn: Path, monkey
     assert shown(again.stdout)["data"] == shown(written.stdout)["data"]
     assert shown(again.stdout)["data"].startswith("10 items")
     assert files(tmp_path / "there") == set()
+    beside = invoke(*dry, "../recipes/my.yaml", "data.sources=[{path: data.json}]")
+    assert shown(beside.stdout)["data"].startswith("1 item,"), "what the recipe says is beside it"
 
 
 def test_only_the_shape_of_a_model_that_is_not_there_is_needed(

@@ -25,7 +25,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> P
     shutil.copy(tokenizer_path, folder / "tokenizer.model")
     sees = TinyVision(image_size=16, patch_size=8, width=8, hidden_dim=8, n_layers=1, n_heads=2)
     write_chain(folder, answer=_WRITTEN, after=":", sees=sees)
-    get_template("caption").save(folder / "template.json")
+    (folder / "template.json").write_text(get_template("caption").to_json())
     return folder
 
 

@@ -146,7 +146,7 @@ def test_an_exported_folder_gives_the_trainings_tokens(name: str, tokenizer: Tok
     template = get_template(name)
     for file, content in tokenizer.files().items():
         (tmp_path / file).write_bytes(content)
-    template.save(tmp_path / "template.json")
+    (tmp_path / "template.json").write_text(template.to_json())
     assert (
         write_tokenizer(tokenizer, tmp_path, {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}) == []
     )

@@ -36,7 +36,7 @@ def test_transformers_of_any_age_gives_the_ids_of_sentencepiece(version: str, tm
     folder = tmp_path / "hf"
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes((shared / "assets/tokenizer/tokenizer.model").read_bytes())
-    TEMPLATES["dialogue"].save(folder / "template.json")
+    (folder / "template.json").write_text(TEMPLATES["dialogue"].to_json())
     write_tokenizer(tokenizer, folder, {"bos_token_id": 1, "eos_token_id": 2})
     texts = [path.read_text() for path in sorted(Path(__file__).parents[2].rglob("*.py"))]
     texts += [" ".join(item.values()) for item in json.loads((shared / "assets/data/alpaca_5000.json").read_text())]

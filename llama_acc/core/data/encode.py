@@ -182,13 +182,10 @@ def encode_batch(batch: Batch, encoding: Encoding, tokenizer: Tokenizer) -> Chun
         table.append((begin, len(pieces[-1]), *counts, cut, int.from_bytes(digest, "little")))
         begin += len(pieces[-1])
     skipped = [problem for _, row in batch for problem in row.problems if problem.fatal]
-    unused = sum(_hides_input(template, row.item) for _, row in batch)
+    hidden = template.kind == "single_turn" and template.prompt_with_input is None
+    inputs = [row.item.input for _, row in batch if hidden and isinstance(row.item, SingleTurn)]
+    unused = sum(bool(context and context.strip()) for context in inputs)
     return Chunk(np.array(table, DOCUMENT), b"".join(pieces), stats, skipped, unused)
-
-
-def _hides_input(template: Template, item: Item | None) -> bool:
-    shows = template.kind == "dialogue" or template.prompt_with_input is not None
-    return not shows and isinstance(item, SingleTurn) and bool(item.input and item.input.strip())
 
 
 def documents(

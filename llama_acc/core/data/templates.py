@@ -217,10 +217,6 @@ class Template(BaseModel):
         stop = [mark for stop in self.stop for mark in (strict if self.turn_end.startswith(stop) else [stop])]
         return self.model_copy(update={"stop": tuple(dict.fromkeys(stop))})
 
-    def save(self, path: Path) -> None:
-        """Write a template.json."""
-        path.write_text(self.to_json(), encoding="utf-8")
-
     def to_json(self) -> str:
         """The whole format, as in template.json."""
         return self.model_dump_json(indent=1) + "\n"

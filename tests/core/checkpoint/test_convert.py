@@ -149,7 +149,7 @@ def test_tokenizer_template_and_recipe_come_along(tokenizer_path: Path, tmp_path
     root = tmp_path / "release"
     source = write_meta(root / "7B", state(config), config=config)
     shutil.copy(tokenizer_path, root / "tokenizer.model")  # one level up, as Meta has it
-    TEMPLATES["alpaca"].save(source / "template.json")
+    (source / "template.json").write_text(TEMPLATES["alpaca"].to_json())
     (source / "recipe.yaml").write_text("name: x\n")
     (source / "notes.txt").write_text("mine")
     hf = converted(source, tmp_path / "hf", "hf")

@@ -61,7 +61,7 @@ def test_a_prompt_ends_where_the_model_answers() -> None:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_is_saved_whole(name: str, tmp_path: Path) -> None:
-    get_template(name).save(tmp_path / "template.json")
+    (tmp_path / "template.json").write_text(get_template(name).to_json())
     assert Template.load(tmp_path / "template.json") == get_template(name)
     saved = json.loads((tmp_path / "template.json").read_text())
     assert saved["format_version"] == 1

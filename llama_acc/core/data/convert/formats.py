@@ -269,7 +269,9 @@ def _llava(row: Row, options: Options, notes: Counter[str]) -> Iterable[Record]:
         others = {key: value for key, value in row.items() if key != "conversations"}
         flat = _each(values[: len(values) // 2 * 2], _flat)
         return [{**others, "conversations": flat[place : place + 2]} for place in range(0, len(flat), 2)]
-    system, turns = _exchanges(row, _each(values, _without_mark), notes)
+    read = _each(values, _turn)
+    turns = [turn._replace(text=turn.text.replace(_MARK, "").strip()) if _MARK in turn.text else turn for turn in read]
+    system, turns = _exchanges(row, turns, notes)
     if options.dialogues:
         return [_record(row, system, turns)]
     pairs = list(zip(turns[::2], turns[1::2], strict=True))
@@ -287,11 +289,6 @@ def _flat(value: Any) -> Record:
     """All of a turn's fields as LLaMA2-Accessory's tool has them: without the mark and without new lines."""
     turn = _object(value)
     return {key: _text(turn, key).replace(_MARK, "").replace("\n", "") for key in turn}
-
-
-def _without_mark(value: Any) -> Turn:
-    turn = _turn(value)
-    return turn._replace(text=turn.text.replace(_MARK, "").strip()) if _MARK in turn.text else turn
 
 
 def _sharegpt(row: Row, options: Options, notes: Counter[str]) -> Iterable[Record]:
