@@ -42,7 +42,7 @@ def exported(tokenizer: Tokenizer, folder: Path, template: Template | None = Non
     for name, data in tokenizer.files().items():
         (folder / name).write_bytes(data)
     if template is not None:
-        template.save(folder / "template.json")
+        (folder / "template.json").write_text(template.to_json())
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     notes = write_tokenizer(tokenizer, folder, ids)
     return AutoTokenizer.from_pretrained(folder), notes
