@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer import Option
 
 from llama_acc import __version__
 from llama_acc.cli import (
@@ -52,21 +52,8 @@ _IMPOSSIBLE_NAMES = {
 }
 
 
-class _Commands(TyperGroup):
-    """The commands; a wrong choice is reported without the words of the library that found it."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Runs the command that was typed."""
-        try:
-            return super().invoke(ctx)
-        except typer.BadParameter as error:
-            error.message = error.message.removeprefix("Value error, ")
-            raise
-
-
 app = typer.Typer(
     name="llama-acc",
-    cls=_Commands,
     help=HELP,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -84,11 +71,9 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _everywhere(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+        bool, Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error. Also: LLAMA_ACC_DEBUG=1.")
-    ] = False,
+    debug: Annotated[bool, Option("--debug", help="Show the traceback of an error. Also: LLAMA_ACC_DEBUG=1.")] = False,
 ) -> None:
     if debug:
         os.environ["LLAMA_ACC_DEBUG"] = "1"
@@ -180,24 +165,24 @@ def _said_of(error: Exception) -> tuple[str, str | None, int]:
     return f"{type(error).__name__}: {error}", "this is a fault of the program: add --debug to see where", 1
 
 
-app.command("download", help=download.HELP)(_reported(download.download))
-app.command("finetune", help=finetune.HELP)(_reported(finetune.finetune, joins=True))
-app.command("chat", help=chat.HELP)(_reported(chat.chat, joins=True))
 for format, command in convert_data.COMMANDS.items():
-    convert_data.app.command(format, help=convert_data.FORMAT_HELP[format])(_reported(command))
-app.command("caption", help=caption.HELP)(_reported(caption.caption, joins=True))
-convert_data.app.command("check", help=check_data.HELP)(_reported(check_data.check))
-app.add_typer(convert_data.app, name="convert-data", help=convert_data.HELP)
-app.command("benchmark-vram", help=benchmark_vram.HELP)(_reported(benchmark_vram.benchmark_vram))
-app.command("convert-checkpoint", help=convert_checkpoint.HELP)(_reported(convert_checkpoint.convert_checkpoint))
-evaluate.app.command("gorilla", help=evaluate.GORILLA_HELP)(_reported(evaluate.gorilla))
-evaluate.app.command("perplexity", help=evaluate.PERPLEXITY_HELP)(_reported(evaluate.perplexity))
-app.add_typer(evaluate.app, name="evaluate", help=evaluate.HELP)
+    convert_data.app.command(format)(_reported(command))
+convert_data.app.command("check")(_reported(check_data.check))
+evaluate.app.command()(_reported(evaluate.gorilla))
+evaluate.app.command()(_reported(evaluate.perplexity))
 recipes.app.callback(invoke_without_command=True)(_reported(recipes.default))
-recipes.app.command("list", help=recipes.LIST_HELP)(_reported(recipes.list_recipes))
-recipes.app.command("show", help=recipes.SHOW_HELP)(_reported(recipes.show))
-recipes.app.command("copy", help=recipes.COPY_HELP)(_reported(recipes.copy))
-app.add_typer(recipes.app, name="recipes", help=recipes.HELP)
+recipes.app.command("list")(_reported(recipes.list_recipes))
+recipes.app.command()(_reported(recipes.show))
+recipes.app.command()(_reported(recipes.copy))
+app.command()(_reported(download.download))
+app.command()(_reported(finetune.finetune, joins=True))
+app.command()(_reported(chat.chat, joins=True))
+app.command()(_reported(caption.caption, joins=True))
+app.add_typer(convert_data.app, name="convert-data")
+app.command()(_reported(benchmark_vram.benchmark_vram))
+app.command()(_reported(convert_checkpoint.convert_checkpoint))
+app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(recipes.app, name="recipes")
 
 
 def main() -> None:

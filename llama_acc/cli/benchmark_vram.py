@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from llama_acc.cli import console, options
 from llama_acc.core.errors import RunError, UserError, did_you_mean
@@ -17,20 +18,6 @@ if TYPE_CHECKING:
     from llama_acc.core.memory.predict import Request, Usage
     from llama_acc.core.memory.simulate import Setup
 
-HELP = """Predict the memory of a run, part by part, without a GPU; measure it; find what fits.
-
-Examples:
-
-  llama-acc benchmark-vram --model llama2-70b --tuning bias_norm --quantize nf4 --batch-size 1 --max-tokens 512
-
-  llama-acc benchmark-vram --recipe sharegpt-70b --gpus 64
-
-  llama-acc benchmark-vram --model llama2-7b --fit 24GB
-
-  llama-acc benchmark-vram --model llama2-7b --tuning lora --sweep max_tokens=512,1024,2048 --plot memory.png
-
-  llama-acc benchmark-vram --recipe quickstart --device cpu --measure
-"""
 _SWEPT = ("max_tokens", "batch_size", "gpus")
 _GIB = 2**30
 
@@ -38,17 +25,12 @@ _GIB = 2**30
 def benchmark_vram(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE", help="Change any key of the recipe: train.precision=fp32", show_default=False
-        ),
+        Argument(metavar="KEY=VALUE", help="Change any key of the recipe: train.precision=fp32", show_default=False),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", metavar="NAME|DIR", help="A size, or a checkpoint's folder."),
-    ] = None,
+    model: Annotated[str | None, Option(metavar="NAME|DIR", help="A size, or a checkpoint's folder.")] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--recipe",
             "-r",
             metavar="NAME|FILE",
@@ -56,67 +38,59 @@ def benchmark_vram(
         ),
     ] = None,
     tuning: Annotated[
-        str | None, typer.Option("--tuning", metavar="METHOD", help="full, bias_norm, lora, lora_bias_norm, adapter.")
+        str | None, Option(metavar="METHOD", help="full, bias_norm, lora, lora_bias_norm, adapter.")
     ] = None,
-    quantize: Annotated[str | None, typer.Option("--quantize", metavar="nf4|none", help="The base's matrices.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", metavar="N", min=1, help="Examples of a micro-batch.")
-    ] = None,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", metavar="N", min=2, help="Tokens of each.")] = None,
-    gpus: Annotated[
-        int | None, typer.Option("--gpus", metavar="N", min=1, max=2**16, help="Processes, one on each GPU.")
-    ] = None,
+    quantize: Annotated[str | None, Option(metavar="nf4|none", help="The base's matrices.")] = None,
+    batch_size: Annotated[int | None, Option(metavar="N", min=1, help="Examples of a micro-batch.")] = None,
+    max_tokens: Annotated[int | None, Option(metavar="N", min=2, help="Tokens of each.")] = None,
+    gpus: Annotated[int | None, Option(metavar="N", min=1, max=2**16, help="Processes, one on each GPU.")] = None,
     model_parallel_size: Annotated[
-        int | None,
-        typer.Option("--model-parallel-size", metavar="N", min=1, help="How many share one copy of the model."),
+        int | None, Option(metavar="N", min=1, help="How many share one copy of the model.")
     ] = None,
-    fit: Annotated[
-        str | None, typer.Option("--fit", metavar="24GB", help="Which methods fit, and with how long examples.")
-    ] = None,
+    fit: Annotated[str | None, Option(metavar="24GB", help="Which methods fit, and with how long examples.")] = None,
     sweep: Annotated[
-        str | None,
-        typer.Option("--sweep", metavar="KEY=N,N,...", help=f"One prediction for each value of {', '.join(_SWEPT)}."),
+        str | None, Option(metavar="KEY=N,N,...", help=f"One prediction for each value of {', '.join(_SWEPT)}.")
     ] = None,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the parts.", dir_okay=False)
-    ] = None,
+    plot: options.Plot = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Run some steps with random weights on --device, and compare.")
+        bool, Option("--measure", help="Run some steps with random weights on --device, and compare.")
     ] = False,
     tolerance: Annotated[
-        float, typer.Option("--tolerance", metavar="F", min=0.0, help="With --measure: a larger error ends with 1.")
+        float, Option(metavar="F", min=0.0, help="With --measure: a larger error ends with 1.")
     ] = 0.05,
     data: Annotated[
-        Path | None, typer.Option("--data-json", metavar="FILE", help="A run's data.json: predict its GPU-hours.")
+        Path | None, Option("--data-json", metavar="FILE", help="A run's data.json: predict its GPU-hours.")
     ] = None,
     kind: Annotated[
         str | None,
-        typer.Option(
-            "--kind",
-            metavar="NAME",
-            help="Whether it fits on this kind of GPU, and its GPU-hours; `list` shows all.",
-        ),
+        Option(metavar="NAME", help="Whether it fits on this kind of GPU, such as a100-80gb, and its GPU-hours."),
     ] = None,
     efficiency: Annotated[
-        float, typer.Option("--efficiency", metavar="F", min=0.01, max=1.0, help="Share of its rate that is reached.")
+        float, Option(metavar="F", min=0.01, max=1.0, help="Share of its rate that is reached.")
     ] = 0.4,
     device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
-    """Predict the memory of a run."""
-    if kind == "list":
-        return _list_kinds(as_json)
+    """Predict the memory of a run, part by part, without a GPU; measure it; find what fits.
+
+    Examples:
+
+      llama-acc benchmark-vram --model llama2-70b --tuning bias_norm --quantize nf4 --batch-size 1 --max-tokens 512
+
+      llama-acc benchmark-vram --recipe sharegpt-70b --gpus 64
+
+      llama-acc benchmark-vram --model llama2-7b --fit 24GB
+
+      llama-acc benchmark-vram --model llama2-7b --tuning lora --sweep max_tokens=512,1024,2048 --plot memory.png
+
+      llama-acc benchmark-vram --recipe quickstart --device cpu --measure
+    """
     modes = {"--fit": fit, "--sweep": sweep, "--measure": measure, "--data-json": data}
     chosen = [flag for flag, value in modes.items() if value]
     if len(chosen) > 1:
         raise UserError(f"{' and '.join(chosen)} cannot be combined", "one at a time")
-    if plot is not None:
-        if chosen and chosen != ["--sweep"]:
-            raise UserError(f"--plot does not go with {chosen[0]}", "it goes with a prediction, or with --sweep")
-        if plot.suffix.lower() != ".png":
-            raise UserError(f"--plot {plot} is no PNG", "name it like memory.png")
-        if not plot.absolute().parent.is_dir():
-            raise UserError(f"--plot {plot}: there is no folder {plot.parent}", "make it first")
+    if plot is not None and chosen not in ([], ["--sweep"]):
+        raise UserError(f"--plot does not go with {chosen[0]}", "it goes with a prediction, or with --sweep")
     memory = _bytes(fit) if fit is not None else 0
     swept = _swept(sweep) if sweep is not None else None
     console.working("loading PyTorch")
@@ -202,7 +176,7 @@ def _fit(request: "Request", memory: int, as_json: bool) -> None:
     for fit in fitting(request, memory):
         if not fits and not as_json:
             header = ["method", "base", f"1 x {fit.length}", f"batch of {fit.length}", "longest alone"]
-            console.row(header, widths, "bold")
+            console.row(header, widths, bold=True)
         fits.append(fit)
         if not as_json:
             base = "NF4" if fit.quantize == "nf4" else "as it is"
@@ -316,25 +290,6 @@ def _hours(request: "Request", data: Path | None, kind: str, efficiency: float, 
     return None
 
 
-def _list_kinds(as_json: bool) -> None:
-    from llama_acc.core.memory.predict import gpu_table
-
-    kinds = gpu_table()["kinds"]
-    if as_json:
-        units = {"memory": _GIB, "bf16": 1e12, "bandwidth": 1e9}
-        return _print_json(
-            [
-                {"name": name} | {key: value * units.get(key, 1) for key, value in row.items()}
-                for name, row in kinds.items()
-            ]
-        )
-    rows = [["kind", "GiB", "TFLOP/s in bf16", "GB/s", "source"]]
-    for name, row in kinds.items():
-        rows.append([name, *(f"{row[key]:g}" for key in ("memory", "bf16", "bandwidth")), row["source"]])
-    console.table(rows)
-    return None
-
-
 def _parts_table(usages: "dict[str, Usage]", corner: str = "") -> None:
     """A column for each usage, a row for each part that one of them has; in MiB where all are small."""
     totals = [usage.total for usage in usages.values()]
@@ -359,14 +314,10 @@ def _say(setup: "Setup", swept: str = "") -> None:
 
 
 def _title(setup: "Setup", swept: str) -> str:
-    settings, count, longest = setup.settings, len(setup.lengths), max(setup.lengths)
-    batch = {"max_tokens": f"batch {count}", "batch_size": f"{longest} tokens each"}
-    facts = [
-        _model_name(setup),
-        setup.config.tuning.method + (", base in NF4" if setup.is_quantized else ""),
-        _precision(setup),
-        batch.get(swept, f"{count} x {longest} tokens"),
-    ]
+    settings, method = setup.settings, setup.config.tuning.method + (", base in NF4" if setup.is_quantized else "")
+    facts = [_model_name(setup), method, _precision(setup)]
+    if swept in ("", "gpus"):
+        facts.append(f"{len(setup.lengths)} x {max(setup.lengths)} tokens")
     if not settings.activation_checkpointing:
         facts.append("no activation checkpointing")
     if setup.world_size > 1 and swept != "gpus":

@@ -1,6 +1,5 @@
 """`llama-acc caption`: what a model says of images."""
 
-import contextlib
 import json
 import os
 import sys
@@ -24,25 +23,8 @@ if TYPE_CHECKING:
     from llama_acc.core.generate.engine import Prompt
     from llama_acc.core.generate.load import LoadedModel
 
-HELP = """Generate captions for images. A run's folder means its latest checkpoint.
-
-Ends with 2 if an image failed; the others are captioned all the same.
-
-Examples:
-
-  llama-acc caption --ckpt runs/caption-quickstart shipped:caption-quickstart/held-out.tar --html captions.html
-
-  llama-acc caption --ckpt runs/stage-one photo.jpg --prompt "The author"
-
-  llama-acc caption --ckpt runs/stage-two photos/ 'more/*.png' --instruction "What is unusual here?" --json
-
-  find . -name '*.jpg' | llama-acc caption --ckpt runs/stage-one -
-
-  llama-acc caption --ckpt runs/stage-one --quantize nf4 photos/
-"""
 
 _DEFAULT_INSTRUCTION = "Describe the image."
-_THUMBNAIL = 320  # pixels of a picture's longer side on the page
 
 
 def caption(
@@ -75,7 +57,22 @@ def caption(
     verify: options.Verify = False,
     nproc: options.Nproc = None,
 ) -> None:
-    """Generate captions for images."""
+    """Generate captions for images. A run's folder means its latest checkpoint.
+
+    Ends with 2 if an image failed; the others are captioned all the same.
+
+    Examples:
+
+      llama-acc caption --ckpt runs/caption-quickstart shipped:caption-quickstart/held-out.tar --html captions.html
+
+      llama-acc caption --ckpt runs/stage-one photo.jpg --prompt "The author"
+
+      llama-acc caption --ckpt runs/stage-two photos/ 'more/*.png' --instruction "What is unusual here?" --json
+
+      find . -name '*.jpg' | llama-acc caption --ckpt runs/stage-one -
+
+      llama-acc caption --ckpt runs/stage-one --quantize nf4 photos/
+    """
     if prompt is not None and instruction is not None:
         raise UserError(
             "--prompt and --instruction do not go together",
@@ -91,7 +88,7 @@ def caption(
     with load_distributed(ModelOptions(ckpt, device, tokenizer, template, verify, quantize)) as loaded:
         if environment.is_main():
             from llama_acc.core.data.image_files import ImageWorkers, default_workers
-            from llama_acc.core.generate.caption import captions
+            from llama_acc.core.generate.caption import caption_page, captions
 
             asked = _asked(loaded, prompt, instruction)
             with ImageWorkers(min(default_workers(), len(named))) as workers:
@@ -114,8 +111,8 @@ def caption(
                 else:
                     question = f", asked: {instruction}" if instruction else f", begun with: {prompt}" if prompt else ""
                     about = f"{' + '.join(ckpt)}, prompt format {loaded.template.name}{question}"
-                    cards = _cards(shown, max_pixels)
-                    _write_page(html, count_text(len(named), "image"), about, cards)
+                    title = count_text(len(named), "image")
+                    _write_page(html, caption_page(title, about, shown, max_pixels))
     if problems:
         raise UserError(f"{len(problems):,} of {count_text(len(named), 'image')} failed")
 
@@ -147,13 +144,7 @@ def _asked(loaded: "LoadedModel", prompt: str | None, instruction: str | None) -
     return caption_prompt(loaded, prompt or "")
 
 
-def _stream(
-    loaded: "LoadedModel",
-    image: "Named",
-    asked: "Prompt",
-    max_new_tokens: int,
-    max_pixels: int,
-) -> None:
+def _stream(loaded: "LoadedModel", image: "Named", asked: "Prompt", max_new_tokens: int, max_pixels: int) -> None:
     """One image: its caption alone, as it is written.
 
     Raises:
@@ -175,7 +166,7 @@ def _shown(
     """Prints each caption when it is there, and passes it on; adds what failed to the problems."""
     width = max(len(image.name) for image in named) if len(named) > 1 else 0
     expected = exact = 0
-    with console.CountProgress("captioned", "image") as progress:
+    with console.Progress("image") as progress:
         for done, one in enumerate(found, start=1):
             name, problem = one.image.name, one.problem
             expected += one.image.caption is not None
@@ -191,32 +182,17 @@ def _shown(
                 problems.append(problem)
                 console.error(f"{name}: {problem}")
             if not sys.stdout.isatty():  # rows on a terminal are progress enough
-                progress.count(done, len(named))
+                progress("captioned", done, len(named))
             yield one
     if expected:
         share = f"{100 * exact / expected:.1f}%"
         console.note(f"{exact:,} of {count_text(expected, 'caption')} exactly as expected ({share})")
 
 
-def _cards(shown: "Iterator[Captioned]", max_pixels: int) -> "Iterator[tuple[Captioned, bytes]]":
-    from llama_acc.core.data.images import ImageError, thumbnail
-
-    for one in shown:
-        picture = b""
-        if one.problem is None:
-            with contextlib.suppress(ImageError):  # it was there a moment ago
-                picture = thumbnail(one.image.reference, _THUMBNAIL, max_pixels)
-        yield one, picture
-
-
-def _write_page(path: Path, title: str, note: str, cards: "Iterator[tuple[Captioned, bytes]]") -> None:
+def _write_page(path: Path, parts: "Iterator[str]") -> None:
     """Writes the page, whole or not at all."""
     from llama_acc.core.atomic import whole_file
-    from llama_acc.core.generate.caption import caption_page
 
-    try:
-        with whole_file(path) as file:
-            file.writelines(part.encode(errors="backslashreplace") for part in caption_page(title, note, cards))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}", "choose another --html FILE") from error
+    with whole_file(path) as file:
+        file.writelines(part.encode(errors="backslashreplace") for part in parts)
     console.note(f"wrote {path}")

@@ -21,20 +21,6 @@ if TYPE_CHECKING:
     from llama_acc.core.generate.engine import Sampling
     from llama_acc.core.generate.load import LoadedModel
 
-HELP = """Chat with a model. A run's folder means its latest checkpoint.
-
-Examples:
-
-  llama-acc chat --ckpt runs/alpaca
-
-  llama-acc chat --ckpt runs/alpaca --prompt "Name three colors." --temperature 0
-
-  cat question.txt | llama-acc chat --ckpt runs/alpaca --prompt -
-
-  llama-acc chat --ckpt runs/sharegpt-70b --nproc 4
-
-  llama-acc chat --ckpt Llama-2-70b --ckpt runs/alpaca-70b-biasnorm-nf4
-"""
 
 COMMANDS = """/reset          forget the conversation
 /image FILE     show it a picture; the next line asks about it
@@ -67,7 +53,20 @@ def chat(
     verify: options.Verify = False,
     nproc: options.Nproc = None,
 ) -> None:
-    """Chat with a model."""
+    """Chat with a model. A run's folder means its latest checkpoint.
+
+    Examples:
+
+      llama-acc chat --ckpt runs/alpaca
+
+      llama-acc chat --ckpt runs/alpaca --prompt "Name three colors." --temperature 0
+
+      cat question.txt | llama-acc chat --ckpt runs/alpaca --prompt -
+
+      llama-acc chat --ckpt runs/sharegpt-70b --nproc 4
+
+      llama-acc chat --ckpt Llama-2-70b --ckpt runs/alpaca-70b-biasnorm-nf4
+    """
     from llama_acc.core.generate.engine import Sampling
 
     sampling = Sampling(temperature, top_p, seed, max_new_tokens)
@@ -125,13 +124,13 @@ class _Chat:
 
     def _reader(self) -> Callable[[], str]:
         template = self.loaded.template
-        if not console.is_terminal():
+        if not sys.stdin.isatty():
             return _read_line
         where = f"{template.name} ({self.loaded.template_from})"
-        console.note(f"template: {where}. /help lists what else you can type.", by_words=True)
+        console.note(f"template: {where}. /help lists what else you can type.")
         if template.kind == "single_turn":
             alone = "this format was trained on single questions: each one stands alone, without the history"
-            console.note(alone, by_words=True)
+            console.note(alone)
         if console.out.is_dumb_terminal:
             return _read_line
         from llama_acc.cli.chat_terminal import question_reader
@@ -231,7 +230,7 @@ def _read_line() -> str:
     Raises:
         EOFError: there are no more.
     """
-    shown = "> " if console.is_terminal() else ""
+    shown = "> " if sys.stdin.isatty() else ""
     if not sys.stdout.isatty():  # input() would print it among the answers
         sys.stderr.write(shown)
         sys.stderr.flush()

@@ -97,12 +97,7 @@ def question_reader() -> Callable[[], str]:
     output = Vt100_Output.from_pty(stream, default_color_depth=ColorDepth.DEPTH_1_BIT)
     output.enable_cpr = False  # a terminal that does not answer where its cursor is would only be warned of
     session: PromptSession[str] = PromptSession(
-        "> ",
-        multiline=True,
-        key_bindings=_keys(),
-        prompt_continuation="  ",
-        reserve_space_for_menu=0,
-        output=output,
+        "> ", multiline=True, key_bindings=_keys(), prompt_continuation="  ", reserve_space_for_menu=0, output=output
     )
     settings = termios.tcgetattr(sys.stdin)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
+from typer import Argument, Option
 
 from llama_acc.cli import console, options
 from llama_acc.cli.preview import show_items
@@ -15,84 +16,63 @@ from llama_acc.core.text import count_text
 
 if TYPE_CHECKING:
     from llama_acc.core.data.check import FileReport
-    from llama_acc.core.tokenizer import Tokenizer
 
-HELP = """Read every item of data files, report errors and warnings, and show items as a model will see them.
-
-Ends with 2 if anything would stop a run.
-
-Examples:
-
-  llama-acc convert-data check alpaca.json
-
-  llama-acc convert-data check data/*.jsonl --tokenizer Llama-2-7b --max-tokens 2048 --plot lengths.png
-
-  llama-acc convert-data check lima.json --tokenizer Llama-2-7b --preview 5
-"""
 
 _SHOWN = 5
 """Findings of a kind that are shown without --all."""
 _BAR = 40
 """Width of the longest bar."""
 
-Files = Annotated[
-    list[str],
-    typer.Argument(metavar="FILE...", help="Data: files, folders, globs or downloaded names."),
-]
-TokenizerName = Annotated[
-    str | None,
-    typer.Option(metavar="FILE|DIR", help="The model's: lengths in tokens, what is cut."),
-]
-MaxTokens = Annotated[
-    int | None, typer.Option(metavar="N", min=2, help="What data.max_tokens would be: longer items are cut.")
-]
-Format = Annotated[str, typer.Option(metavar="KIND", help="auto, single_turn, dialogue, single_turn_llava.")]
-Preview = Annotated[int, typer.Option(metavar="N", min=0, help="Show the first N items as the model will see them.")]
-Plot = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the lengths.")]
-ImageRoot = Annotated[
-    str | None,
-    typer.Option(metavar="DIR", help="Where the images' relative paths begin; else beside the data."),
-]
-ImagePositions = Annotated[
-    int, typer.Option(metavar="N", min=0, help="Positions that an image takes in the model: 34 with a Q-Former.")
-]
-NoImages = Annotated[bool, typer.Option("--no-images", help="Do not open the items' images.")]
-AllFindings = Annotated[bool, typer.Option("--all", help="List all findings, not the first of each kind.")]
-
 
 def check(
-    files: Files,
-    tokenizer: TokenizerName = None,
-    max_tokens: MaxTokens = None,
+    files: Annotated[list[str], Argument(metavar="FILE...", help="Data: files, folders, globs or downloaded names.")],
+    tokenizer: Annotated[str | None, Option(metavar="FILE|DIR", help="The model's: lengths in tokens.")] = None,
+    max_tokens: Annotated[
+        int | None, Option(metavar="N", min=2, help="What data.max_tokens would be: longer items are cut.")
+    ] = None,
     template: options.Template = "auto",
-    format: Format = "auto",
-    preview: Preview = 0,
-    plot: Plot = None,
-    image_root: ImageRoot = None,
-    image_positions: ImagePositions = 0,
-    no_images: NoImages = False,
-    all_findings: AllFindings = False,
+    format: Annotated[str, Option(metavar="KIND", help="auto, single_turn, dialogue, single_turn_llava.")] = "auto",
+    preview: Annotated[int, Option(metavar="N", min=0, help="Show the first N items as the model will see them.")] = 0,
+    plot: options.Plot = None,
+    image_root: Annotated[
+        str | None, Option(metavar="DIR", help="Where the images' relative paths begin; else beside the data.")
+    ] = None,
+    image_positions: Annotated[
+        int, Option(metavar="N", min=0, help="Positions that an image takes in the model: 34 with a Q-Former.")
+    ] = 0,
+    no_images: Annotated[bool, Option("--no-images", help="Do not open the items' images.")] = False,
+    all_findings: Annotated[bool, Option("--all", help="List all findings, not the first of each kind.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Check data files."""
+    """Read every item of data files, report errors and warnings, and show items as a model will see them.
+
+    Ends with 2 if anything would stop a run.
+
+    Examples:
+
+      llama-acc convert-data check alpaca.json
+
+      llama-acc convert-data check data/*.jsonl --tokenizer Llama-2-7b --max-tokens 2048 --plot lengths.png
+
+      llama-acc convert-data check lima.json --tokenizer Llama-2-7b --preview 5
+    """
     console.working("loading the checks")
     from llama_acc.cli.download import fetch_shown
+    from llama_acc.core.catalogue import named_model
     from llama_acc.core.data.check import check_files, plot_lengths
     from llama_acc.core.data.findings import EXAMPLES
     from llama_acc.core.data.preview import first_items
     from llama_acc.core.data.sources import Source, expand
     from llama_acc.core.recipe import Images
+    from llama_acc.core.tokenizer import load_tokenizer
 
     if max_tokens is not None and tokenizer is None:
         raise UserError("--max-tokens counts tokens: it needs --tokenizer", "give the model's: --tokenizer Llama-2-7b")
-    if plot is not None and plot.suffix.lower() != ".png":
-        raise UserError(f"{plot}: the picture is a PNG", f"--plot {plot.with_suffix('.png')}")
-    if plot is not None and not plot.parent.is_dir():
-        raise UserError(f"cannot write {plot}: there is no folder {plot.parent}")
-    loaded = None if tokenizer is None else _tokenizer(tokenizer)
+    known = tokenizer if tokenizer is None or Path(tokenizer).expanduser().exists() else named_model(tokenizer)
+    loaded = None if tokenizer is None else load_tokenizer(known or tokenizer)
     sources = [Source(file, format, template, root=image_root) for file in files]
     specs = expand(sources, fetch=fetch_shown, missing_hint="name a file, a folder, a glob or a download")
-    with console.ByteProgress() as progress:
+    with console.Progress() as progress:
         reports = check_files(
             specs,
             loaded,
@@ -100,7 +80,7 @@ def check(
             image_positions=image_positions,
             max_pixels=None if no_images else Images().max_pixels,
             most=None if all_findings else EXAMPLES,
-            progress=lambda path, done: progress.tell(f"checking {path.name}", done, path.stat().st_size),
+            progress=lambda path, done: progress(f"checking {path.name}", done, path.stat().st_size),
         )
     shown = first_items(specs, preview, loaded, max_tokens, image_positions)
     if plot is not None:
@@ -122,16 +102,6 @@ def check(
             console.out.print()
         show_items(shown)
     _end(reports)
-
-
-def _tokenizer(name: str) -> "Tokenizer":
-    from llama_acc.core.catalogue import named_model
-    from llama_acc.core.tokenizer import find_tokenizer, load_tokenizer
-
-    path = Path(name).expanduser()
-    if not path.exists():
-        path = named_model(name) or path
-    return load_tokenizer((find_tokenizer(path) if path.is_dir() else None) or path)
 
 
 def _print_report(report: "FileReport", most: int | None) -> None:

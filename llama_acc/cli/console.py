@@ -8,18 +8,16 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from typing import IO, Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import IO, Any
 
-from rich.cells import cell_len
+import rich.progress
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.live import Live
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -33,7 +31,6 @@ from llama_acc.core.text import count_text, escape_control_chars, size_text
 
 _SIGN_AFTER, SECONDS_BETWEEN_LINES = 1.0, 5.0
 _ALL = 1e9  # seconds: of work whose parts take longer than half a minute, rich would forget the last one
-_Watching = TypeVar("_Watching", bound="ByteProgress")
 
 
 class _Stream(Console):
@@ -132,103 +129,57 @@ def working(text: str | None, key: str | None = None, after: float | None = None
         _activity.show(None if text is None else key or text, text or "", _SIGN_AFTER if after is None else after)
 
 
-class ByteProgress:
-    """Watches work on bytes: a bar on a terminal, a line every few seconds otherwise."""
+class Progress:
+    """Shows how far work is: a bar for each label on a terminal, a line every few seconds otherwise.
 
-    def __init__(self) -> None:
-        self._progress: Progress | None = None
-        self._task: Any = None
-        self._last_line = time.monotonic()
+    To be called, from any thread, with a label and how much of all is done: bytes, or things of the kind given. 0 or
+    None in all: nobody knows how much.
+    """
 
-    def __enter__(self: _Watching) -> _Watching:
+    def __init__(self, thing: str | None = None) -> None:
+        self._amount: Callable[[int], str] = size_text if thing is None else lambda count: count_text(count, thing)
+        by_bytes = (DownloadColumn(binary_units=True), BarColumn(bar_width=24), TransferSpeedColumn())
+        self._bars = rich.progress.Progress(
+            TextColumn("{task.description}"),
+            *(by_bytes if thing is None else (MofNCompleteColumn(), BarColumn(bar_width=24))),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=err,
+            transient=True,
+            speed_estimate_period=_ALL,
+        )
+        self._tasks: dict[str, rich.progress.TaskID] = {}
+        self._lock, self._last_line = threading.Lock(), time.monotonic()
+
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        if self._tasks:
+            self._bars.stop()
 
-    def tell(self, label: str, done: int, total: int) -> None:
-        """So much of all is done of what the label says; 0 in all: nobody knows how much."""
+    def __call__(self, label: str, done: int, total: int | None) -> None:
         working(None)
-        if shows_bars():
-            if self._progress is None:  # not before: another bar may be shown till then
-                self._progress = Progress(
-                    TextColumn("{task.description}"),
-                    *self._columns(),
-                    TimeRemainingColumn(compact=True),
-                    TextColumn("left"),
-                    console=err,
-                    transient=True,
-                    speed_estimate_period=_ALL,
-                )
-                self._progress.start()
-                self._task = self._progress.add_task(label, total=total or None)
-            self._progress.update(self._task, description=label, completed=done, total=total or None)
-        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            note(self._line(label, done, total))
-
-    def _columns(self) -> list[ProgressColumn]:
-        return [DownloadColumn(binary_units=True), BarColumn(bar_width=24), TransferSpeedColumn()]
-
-    def _line(self, label: str, done: int, total: int) -> str:
-        return f"{label}: {size_text(done)}" + (f" of {size_text(total)}" if total else "")
-
-
-class CountProgress(ByteProgress):
-    """Watches work on things of one kind, such as questions that are answered."""
-
-    def __init__(self, label: str, thing: str) -> None:
-        super().__init__()
-        self._label, self._thing = label, thing
-
-    def count(self, done: int, total: int) -> None:
-        """So many of all are done."""
-        self.tell(self._label, done, total)
-
-    def _columns(self) -> list[ProgressColumn]:
-        return [MofNCompleteColumn(), BarColumn(bar_width=24)]
-
-    def _line(self, label: str, done: int, total: int) -> str:
-        return f"{label} {done:,} of {count_text(total, self._thing)}"
+        with self._lock:
+            if shows_bars():
+                if label not in self._tasks:
+                    for task in self._bars.tasks:
+                        task.visible = not task.finished
+                    self._bars.start()  # not before: another bar may be shown till then
+                    self._tasks[label] = self._bars.add_task(escape_control_chars(label), total=total or None)
+                self._bars.update(self._tasks[label], completed=done, total=total or None)
+            elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+                self._last_line = time.monotonic()
+                note(f"{label}: {self._amount(done)}" + (f" of {self._amount(total)}" if total else ""))
 
 
 def stream(pieces: Iterable[str]) -> None:
-    """Prints a text on standard output as it comes, and ends its line.
-
-    A terminal gets no character that acts on it, and lines that break between words.
-    """
+    """Prints a text on standard output as it comes, and ends its line. A terminal gets no character that acts on it."""
     working(None)
     whole = itertools.chain(pieces, "\n")
-    shown = _between_words(map(escape_control_chars, whole), out.width) if sys.stdout.isatty() else whole
-    for piece in shown:
+    for piece in map(escape_control_chars, whole) if sys.stdout.isatty() else whole:
         sys.stdout.write(piece)
         sys.stdout.flush()
-
-
-def _between_words(pieces: Iterable[str], width: int) -> Iterator[str]:
-    """A text whose lines end before a word that would not fit. Characters of two columns may stand apart (Chinese)."""
-    column, space, word = 0, "", ""
-    for character in itertools.chain.from_iterable(pieces):
-        is_word = not character.isspace() and cell_len(character) < 2
-        if is_word:
-            word += character
-            if cell_len(word) < width:
-                continue
-        if word:
-            # What is longer than a line is left to the terminal.
-            broken = bool(column and (space or cell_len(word[0]) > 1)) and column + cell_len(space + word) > width
-            yield "\n" + word if broken else space + word
-            column = (0 if broken else column + cell_len(space)) + cell_len(word)
-            column = (column - 1) % width + 1
-            space, word = "", ""
-        if character == "\n":
-            yield "\n"
-            column, space = 0, ""
-        elif character.isspace():
-            space += character
-        elif not is_word:
-            word = character
 
 
 def command(line: str) -> None:
@@ -243,10 +194,9 @@ def error(message: str, hint: str | None = None) -> None:
         err.print(Text.assemble(("hint: ", "bold"), escape_control_chars(hint)))
 
 
-def note(text: str, by_words: bool = False) -> None:
-    """Says something on the side; `by_words`: its lines break between words, as no command to copy stands in it."""
-    shown = Text(escape_control_chars(text), style="dim" if err.is_terminal else "")
-    err.print(shown, soft_wrap=not (by_words and err.is_terminal))
+def note(text: str) -> None:
+    """Says something on the side."""
+    err.print(Text(escape_control_chars(text), style="dim" if err.is_terminal else ""))
 
 
 def pairs(lines: list[tuple[str, str]], console: Console | None = None, width: int = 0) -> None:
@@ -256,18 +206,18 @@ def pairs(lines: list[tuple[str, str]], console: Console | None = None, width: i
         (console or err).print(Text.assemble((f"{subject:<{width}}  ", "bold"), escape_control_chars(text)))
 
 
-def table(rows: list[list[str]]) -> None:
-    """Prints a header and rows on standard output; the first column is of words, the others of numbers."""
+def table(rows: list[list[str]], align: str = "<>") -> None:
+    """Prints a header and rows on standard output; `align` is that of the first columns, its last one of all others."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for number, cells in enumerate(rows):
-        row(cells, widths, "" if number else "bold")
+        row(cells, widths, align, bold=not number)
 
 
-def row(cells: list[str], widths: list[int], style: str = "") -> None:
+def row(cells: list[str], widths: list[int], align: str = "<>", bold: bool = False) -> None:
     """Prints a row of a table."""
-    first, *others = zip(cells, widths, strict=True)
-    aligned = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
-    out.print(Text("  ".join(aligned), style=style))
+    sides = align.ljust(len(cells), align[-1])
+    aligned = (f"{cell:{side}{width}}" for cell, side, width in zip(cells, sides, widths, strict=True))
+    out.print(Text("  ".join(aligned).rstrip(), style="bold" if bold else ""))
 
 
 def duration(seconds: float) -> str:
@@ -279,8 +229,3 @@ def duration(seconds: float) -> str:
     first = next(i for i, (size, _) in enumerate(units) if whole >= size)
     (size, name), (next_size, next_name) = units[first], units[first + 1]
     return f"{whole // size} {name} {whole % size // next_size} {next_name}"
-
-
-def is_terminal() -> bool:
-    """Whether a person types the input."""
-    return sys.stdin.isatty()

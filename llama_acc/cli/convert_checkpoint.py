@@ -11,30 +11,6 @@ from llama_acc.core.text import count_text, size_text
 if TYPE_CHECKING:
     from llama_acc.core.checkpoint.convert import Converted
 
-HELP = """Convert a checkpoint between Meta's layout, LLaMA2-Accessory's (consolidated) and Hugging Face's; merge what
-was tuned, write it for PEFT, or quantize a base.
-
-What SRC is, is found out. The result is read back and compared to the bit before it appears as DST.
-
-Examples:
-
-  llama-acc convert-checkpoint runs/alpaca alpaca-hf --to hf
-
-  llama-acc convert-checkpoint Llama-2-7b-hf Llama-2-7b --to meta
-
-  llama-acc convert-checkpoint Llama-2-13b Llama-2-13b-one --to meta --model-parallel-size 1
-
-  llama-acc convert-checkpoint runs/alpaca alpaca-diff --to consolidated --base Llama-2-7b --diff --dtype fp32
-
-  llama-acc convert-checkpoint alpaca-diff alpaca --to meta --base Llama-2-7b
-
-  llama-acc convert-checkpoint runs/alpaca-lora alpaca-hf --to hf --merge --base Llama-2-7b
-
-  llama-acc convert-checkpoint runs/alpaca-lora adapter --to peft --base Llama-2-7b-hf
-
-  llama-acc convert-checkpoint Llama-2-70b Llama-2-70b-nf4 --to consolidated --quantize nf4
-"""
-
 
 def convert_checkpoint(
     source: Annotated[str, Argument(metavar="SRC", help="Checkpoint or run folder.", show_default=False)],
@@ -78,7 +54,29 @@ def convert_checkpoint(
         ),
     ] = None,
 ) -> None:
-    """Convert a checkpoint."""
+    """Convert a checkpoint between Meta's layout, LLaMA2-Accessory's (consolidated) and Hugging Face's; merge what
+    was tuned, write it for PEFT, or quantize a base.
+
+    What SRC is, is found out. The result is read back and compared to the bit before it appears as DST.
+
+    Examples:
+
+      llama-acc convert-checkpoint runs/alpaca alpaca-hf --to hf
+
+      llama-acc convert-checkpoint Llama-2-7b-hf Llama-2-7b --to meta
+
+      llama-acc convert-checkpoint Llama-2-13b Llama-2-13b-one --to meta --model-parallel-size 1
+
+      llama-acc convert-checkpoint runs/alpaca alpaca-diff --to consolidated --base Llama-2-7b --diff --dtype fp32
+
+      llama-acc convert-checkpoint alpaca-diff alpaca --to meta --base Llama-2-7b
+
+      llama-acc convert-checkpoint runs/alpaca-lora alpaca-hf --to hf --merge --base Llama-2-7b
+
+      llama-acc convert-checkpoint runs/alpaca-lora adapter --to peft --base Llama-2-7b-hf
+
+      llama-acc convert-checkpoint Llama-2-70b Llama-2-70b-nf4 --to consolidated --quantize nf4
+    """
     console.working("loading PyTorch")
     from llama_acc.core.checkpoint.convert import Request, convert
 
@@ -96,8 +94,8 @@ def convert_checkpoint(
         quantize=quantize,
         quantize_skip=quantize_skip or (),
     )
-    with console.ByteProgress() as progress:
-        converted = convert(request, progress.tell)
+    with console.Progress() as progress:
+        converted = convert(request, progress)
     for note in converted.notes:
         console.note(note)
     console.out.print(_summary(converted), markup=False)

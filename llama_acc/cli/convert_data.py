@@ -2,13 +2,13 @@
 
 import re
 import sys
-from collections.abc import Callable, Sequence
-from enum import Enum
-from inspect import Parameter, Signature
+from collections.abc import Callable
+from inspect import Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 
 from llama_acc.cli import console
 from llama_acc.core.errors import RunError, UserError, did_you_mean, listed
@@ -17,7 +17,10 @@ from llama_acc.core.text import count_text, size_text
 if TYPE_CHECKING:
     from llama_acc.core.data.convert.run import Conversion
 
-HELP = """Convert data to what `finetune` takes, and check it.
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="""Convert data to what `finetune` takes, and check it.
 
 Reads .json, .jsonl, .csv and .tsv, also with .gz, .zst or .zip behind, and .parquet, of any size. Without INPUT, what
 `llama-acc download` has brought is converted.
@@ -35,16 +38,8 @@ Examples:
   zcat dump.jsonl.gz | llama-acc convert-data openai - --output - | head
 
   llama-acc convert-data check chats.jsonl.zst --tokenizer Llama-2-7b --max-tokens 4096 --preview 3
-"""
-
-app = typer.Typer(no_args_is_help=True)
-
-
-class OnError(str, Enum):
-    """What to do about rows that are wrong."""
-
-    stop = "stop"
-    skip = "skip"
+""",
+)
 
 
 def _mapping(values: list[str]) -> list[str]:
@@ -76,48 +71,6 @@ def _languages(values: list[str]) -> list[str]:
     return values
 
 
-def _flag(name: str, help: str) -> Any:
-    return Annotated[bool, typer.Option(name, help=help)], False
-
-
-def _text(name: str, metavar: str, help: str) -> Any:
-    return Annotated[str | None, typer.Option(*name.split(), metavar=metavar, help=help)], None
-
-
-def _several(name: str, metavar: str, help: str, check: Callable[[list[str]], list[str]]) -> Any:
-    return Annotated[list[str], typer.Option(name, metavar=metavar, help=help, callback=check)], []
-
-
-_INPUTS = typer.Argument(
-    metavar="INPUT",
-    help="Files, folders, globs, names of downloads, or - for standard input.",
-    callback=lambda values: values or [],
-    show_default=False,
-)
-_PREVIEW = typer.Option("--preview", metavar="N", min=0, help="Show N items as the model will see them; write nothing.")
-_ON_ERROR = typer.Option("--on-error", help="Rows that are wrong: an error, or left out and counted.")
-_MAX_TOKENS = typer.Option(
-    "--max-tokens", metavar="N", min=1, help="Split dialogues, so that each has at most N tokens."
-)
-# Of every command, and then of some: the type and the default.
-_COMMON: dict[str, tuple[Any, Any]] = {
-    "inputs": (Annotated[list[str] | None, _INPUTS], None),
-    "output": _text(
-        "--output -o", "FILE", "A .jsonl or .json file, perhaps with .gz or .zst behind; - for standard output."
-    ),
-    "preview": (Annotated[int, _PREVIEW], 0),
-    "on_error": (Annotated[OnError, _ON_ERROR], OnError.stop),
-}
-_OWN: dict[str, tuple[Any, Any]] = {
-    "all_forms": _flag("--all-forms", "Also rows of the form {'Instruction': ...}."),
-    "dialogues": _flag("--dialogues", "Whole dialogues, not one item for each question."),
-    "reference": _flag("--reference", "Exactly what LLaMA2-Accessory's tool writes, without new lines in texts."),
-    "keep_html": _flag("--keep-html", "Leave HTML unchanged."),
-    "language": _several("--language", "CODE", "Only dialogues in it (en, de, ...). Repeat.", _languages),
-    "tokenizer": _text("--tokenizer", "FILE", "The model's, or its folder; with --max-tokens."),
-    "max_tokens": (Annotated[int | None, _MAX_TOKENS], None),
-    "map": _several("--map", "FIELD=COLUMN", "instruction=question, say. Repeat.", _mapping),
-}
 _SHAREGPT = ("keep_html", "language", "tokenizer", "max_tokens")
 # What each format is, the input of an example, and the options of its own.
 _FORMATS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -153,53 +106,80 @@ _FORMATS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ("all_forms", "dialogues", *_SHAREGPT, "map"),
     ),
 }
-FORMAT_HELP = {
-    format: f"{what}\n\nExample:\n\n  llama-acc convert-data {format} {example} --output {format}.json\n"
-    for format, (what, example, _) in _FORMATS.items()
-}
 
 
-def _command(format: str, own: Sequence[str]) -> Callable[..., None]:
-    """A command with the options of one format."""
+def _command(format: str) -> Callable[..., None]:
+    """`_convert` for one format, with the options that it has."""
 
     def command(**given: Any) -> None:
         _convert(format, **given)
 
-    accepted = {**_COMMON, **{name: _OWN[name] for name in own}}
-    vars(command)["__signature__"] = Signature(
-        [
-            Parameter(name, Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
-            for name, (annotation, default) in accepted.items()
-        ]
-    )
+    what, example, own = _FORMATS[format]
+    command.__doc__ = f"{what}\n\nExample:\n\n  llama-acc convert-data {format} {example} --output {format}.json\n"
+    known = list(signature(_convert).parameters.values())[1:]
+    accepted = [one for one in known if one.name in ("inputs", "output", "preview", "on_error", *own)]
+    vars(command)["__signature__"] = Signature(accepted)
     return command
-
-
-COMMANDS = {format: _command(format, own) for format, (_, _, own) in _FORMATS.items()}
 
 
 def _convert(
     format: str,
-    inputs: list[str] | None,
-    output: str | None,
-    preview: int,
-    on_error: OnError,
-    language: Sequence[str] = (),
-    tokenizer: str | None = None,
-    max_tokens: int | None = None,
-    map: Sequence[str] = (),
-    **flags: bool,
+    *,
+    inputs: Annotated[
+        list[str] | None,
+        Argument(
+            metavar="INPUT",
+            help="Files, folders, globs, names of downloads, or - for standard input.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="A .jsonl or .json file, perhaps with .gz or .zst behind; - for standard output.",
+        ),
+    ] = None,
+    preview: Annotated[
+        int, Option(metavar="N", min=0, help="Show N items as the model will see them; write nothing.")
+    ] = 0,
+    on_error: Annotated[
+        Literal["stop", "skip"], Option(help="Rows that are wrong: an error, or left out and counted.")
+    ] = "stop",
+    all_forms: Annotated[bool, Option("--all-forms", help="Also rows of the form {'Instruction': ...}.")] = False,
+    dialogues: Annotated[bool, Option("--dialogues", help="Whole dialogues, not one item for each question.")] = False,
+    reference: Annotated[
+        bool, Option("--reference", help="Exactly what LLaMA2-Accessory's tool writes, without new lines in texts.")
+    ] = False,
+    keep_html: Annotated[bool, Option("--keep-html", help="Leave HTML unchanged.")] = False,
+    language: Annotated[
+        list[str], Option(metavar="CODE", help="Only dialogues in it (en, de, ...). Repeat.", callback=_languages)
+    ] = [],  # noqa: B006
+    tokenizer: Annotated[
+        str | None, Option(metavar="FILE", help="The model's, or its folder; with --max-tokens.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, Option(metavar="N", min=1, help="Split dialogues, so that each has at most N tokens.")
+    ] = None,
+    map: Annotated[
+        list[str], Option(metavar="FIELD=COLUMN", help="instruction=question, say. Repeat.", callback=_mapping)
+    ] = [],  # noqa: B006
 ) -> None:
     from llama_acc.core.data.convert.formats import Options
     from llama_acc.core.data.convert.run import Conversion, convert, find_inputs, write_items
     from llama_acc.core.tokenizer import load_tokenizer
 
-    if flags.get("dialogues") and flags.get("reference"):
+    if dialogues and reference:
         raise UserError("--dialogues and --reference do not go together", "the reference makes pairs only")
     if (tokenizer is None) != (max_tokens is None):
         raise UserError("--tokenizer and --max-tokens go together", "dialogues are split by the model's tokens")
     asked = Options(
-        **flags,
+        all_forms=all_forms,
+        dialogues=dialogues,
+        reference=reference,
+        keep_html=keep_html,
         tokenizer=None if tokenizer is None else load_tokenizer(tokenizer),
         max_tokens=max_tokens,
         languages=tuple(language),
@@ -210,13 +190,13 @@ def _convert(
         target = None if output == "-" else Path(output).expanduser()
     if target is None and output is None and not preview and sys.stdout.isatty():
         raise UserError("where should the items go?", "add --output FILE, or --preview 3 to see some of them first")
-    with console.ByteProgress() as progress:
+    with console.Progress() as progress:
         conversion = Conversion(
             format,
             paths,
             asked,
-            skip_problems=on_error is OnError.skip,
-            progress=None if preview else lambda file, done, total: progress.tell(Path(file).name, done, total),
+            skip_problems=on_error == "skip",
+            progress=None if preview else lambda file, done, total: progress(Path(file).name, done, total),
             note=console.note,
         )
         if preview:
@@ -239,6 +219,9 @@ def _convert(
         console.note(counts)
     else:
         console.out.print(f"{target}: {counts}, {size_text(target.stat().st_size)}", markup=False)
+
+
+COMMANDS = {format: _command(format) for format in _FORMATS}
 
 
 def _show(conversion: "Conversion", count: int) -> None:

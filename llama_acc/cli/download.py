@@ -3,39 +3,20 @@
 import contextlib
 import json
 import shlex
-import shutil
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from llama_acc.cli import console, options
 from llama_acc.core.errors import LlamaAccError, UserError
-from llama_acc.core.text import count_text, escape_control_chars, size_text
+from llama_acc.core.text import count_text
 
 if TYPE_CHECKING:
     from llama_acc.core.hub import Downloaded, Progress
 
-HELP = """Download models and data: by a name of the catalogue, or by an address.
-
-What is there is not fetched again.
-
-Examples:
-
-  llama-acc download --list
-
-  llama-acc download alpaca llama2-7b
-
-  llama-acc download hf:TinyLlama/TinyLlama-1.1B-Chat-v1.0
-
-  llama-acc download 'hf:datasets/stingning/ultrachat/train_*.jsonl' --to data
-
-  llama-acc download https://example.org/questions.jsonl
-"""
-_SECONDS_BETWEEN_LINES = 5.0
 CONVERTED_AT_ONCE = 2**29
 """Bytes that are converted without being asked: a few seconds' work, and what was downloaded stays."""
 
@@ -43,28 +24,39 @@ CONVERTED_AT_ONCE = 2**29
 def download(
     names: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             metavar="NAME...",
             help="A name (--list), hf:OWNER/NAME, hf:OWNER/NAME/FILE, or https://...",
             show_default=False,
         ),
     ] = None,
-    to: Annotated[
-        str | None,
-        typer.Option("--to", metavar="DIR", help="Where to, in place of LLAMA_ACC_HOME."),
-    ] = None,
+    to: Annotated[str | None, Option(metavar="DIR", help="Where to, in place of LLAMA_ACC_HOME.")] = None,
     token: Annotated[
         str | None,
-        typer.Option(
-            "--token",
+        Option(
             metavar="T",
             help="For gated and private repositories of Hugging Face; HF_TOKEN does not show in the process list.",
         ),
     ] = None,
-    list_all: Annotated[bool, typer.Option("--list", help="Show the catalogue.")] = False,
+    list_all: Annotated[bool, Option("--list", help="Show the catalogue.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Download models and data."""
+    """Download models and data: by a name of the catalogue, or by an address.
+
+    What is there is not fetched again.
+
+    Examples:
+
+      llama-acc download --list
+
+      llama-acc download alpaca llama2-7b
+
+      llama-acc download hf:TinyLlama/TinyLlama-1.1B-Chat-v1.0
+
+      llama-acc download 'hf:datasets/stingning/ultrachat/train_*.jsonl' --to data
+
+      llama-acc download https://example.org/questions.jsonl
+    """
     from llama_acc.core.catalogue import HubAddress, parse_address, resolve
     from llama_acc.core.hub import RESUME_HINT, Downloader
 
@@ -81,7 +73,7 @@ def download(
     addresses = [parse_address(file.get) for request in requests for file in request.files]
     if token is not None and not any(isinstance(address, HubAddress) for address in addresses):
         console.note("--token is not used: it is for Hugging Face, and nothing here is fetched from there")
-    with progress_shown() as progress:
+    with console.Progress() as progress:
         downloader = Downloader(progress, console.note, token)
         for request in requests:
             try:
@@ -112,12 +104,9 @@ def _list(as_json: bool) -> None:
         ]
         typer.echo(json.dumps(known, indent=1))
         return
-    rows = [("name", "size", "here", "license", "what")]
-    rows += [(e.name, e.size or "", "yes" if e.is_here else "gated" * e.gated, e.license, e.what) for e in entries]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for number, (name, size, here, license, what) in enumerate(rows):
-        cells = [name.ljust(widths[0]), size.rjust(widths[1]), here.ljust(widths[2]), license.ljust(widths[3]), what]
-        console.out.print("  ".join(cells), style="" if number else "bold", markup=False)
+    rows = [["name", "size", "here", "license", "what"]]
+    rows += [[e.name, e.size or "", "yes" if e.is_here else "gated" * e.gated, e.license, e.what] for e in entries]
+    console.table(rows, "<><")
 
 
 def _finish(done: "Downloaded", progress: "Progress") -> Path | None:
@@ -138,15 +127,11 @@ def _finish(done: "Downloaded", progress: "Progress") -> Path | None:
     from llama_acc.core.data.convert.run import Conversion, convert
 
     target = converted_file(entry.name) if to is None else to / f"{entry.name}.jsonl"
-    size, free = sum(path.stat().st_size for path in done.files), shutil.disk_usage(done.folder).free
+    size = sum(path.stat().st_size for path in done.files)
     with locked(done.folder, console.note):  # of two downloads of the same, one converts it
         if target.exists():
             return target
         if size > CONVERTED_AT_ONCE:
-            return None
-        if size > free:
-            needed = f"that takes about {size_text(size)}, and {size_text(free)} are free"
-            console.note(f"{entry.name} was not converted: {needed}")
             return None
         try:
             made = Conversion(
@@ -156,7 +141,7 @@ def _finish(done: "Downloaded", progress: "Progress") -> Path | None:
                 progress=lambda name, n, of: progress(f"converting {Path(name).name}", n, of),
             )
             convert(made, target)
-        except UserError as error:
+        except LlamaAccError as error:
             console.note(f"{entry.name} could not be converted: {error}")
             return None
     skipped = f", {count_text(sum(made.skipped.values()), 'row')} gave none" if made.skipped else ""
@@ -257,43 +242,5 @@ def fetch_shown(address: str) -> list[Path]:
     """The files that an address means; what is not there yet is fetched with bars."""
     from llama_acc.core.hub import fetch_data
 
-    with progress_shown() as progress:
+    with console.Progress() as progress:
         return fetch_data(address, progress, console.note)
-
-
-@contextlib.contextmanager
-def progress_shown() -> "Iterator[Progress]":
-    """Bytes, rate and time left of each file: bars on a terminal, a line every few seconds otherwise."""
-    from rich import progress as rich
-
-    bars = rich.Progress(
-        rich.TextColumn("{task.description}"),
-        rich.DownloadColumn(binary_units=True),
-        rich.BarColumn(bar_width=24),
-        rich.TransferSpeedColumn(),
-        rich.TimeRemainingColumn(compact=True),
-        rich.TextColumn("left"),
-        console=console.err,
-        transient=True,
-    )
-    tasks: dict[str, rich.TaskID] = {}
-    lock, last_line = threading.Lock(), time.monotonic()
-
-    def show(label: str, done: int, total: int | None) -> None:
-        nonlocal last_line
-        with lock:
-            if console.err.is_terminal and not console.err.is_dumb_terminal:
-                if label not in tasks:
-                    console.working(None)
-                    bars.start()
-                    tasks[label] = bars.add_task(escape_control_chars(label), total=total)
-                bars.update(tasks[label], completed=done, total=total, visible=done != total)
-            elif time.monotonic() - last_line >= _SECONDS_BETWEEN_LINES:
-                last_line = time.monotonic()
-                console.note(f"{label}: {size_text(done)}" + (f" of {size_text(total)}" if total else ""))
-
-    try:
-        yield show
-    finally:
-        if tasks:
-            bars.stop()

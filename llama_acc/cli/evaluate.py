@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,37 +14,17 @@ from llama_acc.cli.loading import ModelOptions, load_distributed
 from llama_acc.core.errors import UserError
 from llama_acc.core.text import count_text
 
-HELP = """Measure a checkpoint: Gorilla's benchmark of API calls, or perplexity on data of yours.
+app = typer.Typer(
+    no_args_is_help=True,
+    help="""Measure a checkpoint: Gorilla's benchmark of API calls, or perplexity on data of yours.
 
 Examples:
 
   llama-acc evaluate gorilla --hub torchhub --api torchhub_api.jsonl --questions torchhub_eval.json --ckpt runs/gorilla
 
   llama-acc evaluate perplexity --ckpt runs/alpaca --data held-out.json
-"""
-
-GORILLA_HELP = """Score answers on APIBench: how many call the right API, how many one that does not exist.
-
-With --ckpt a checkpoint answers first, greedily, into the --output; run again, it resumes where it was stopped.
-
-Examples:
-
-  llama-acc evaluate gorilla --hub torchhub --api torchhub_api.jsonl --questions torchhub_eval.json --ckpt runs/gorilla
-
-  llama-acc evaluate gorilla --hub torchhub --api torchhub_api.jsonl --questions torchhub_eval.json --responses a.jsonl
-"""
-
-PERPLEXITY_HELP = """Measure the loss per predicted token on data, in the checkpoint's own prompt format.
-
-Examples:
-
-  llama-acc evaluate perplexity --ckpt runs/alpaca --data held-out.json
-
-  llama-acc evaluate perplexity --ckpt Llama-2-7b --template alpaca --data held-out.json --max-tokens 512 --json
-"""
-
-
-app = typer.Typer(no_args_is_help=True)
+""",
+)
 
 # What matters without a checkpoint that answers, too.
 _OF_BOTH = {"hub", "api", "questions", "responses", "as_json"}
@@ -81,7 +62,16 @@ def gorilla(
     verify: options.Verify = False,
     as_json: options.Json = False,
 ) -> None:
-    """Score answers on APIBench."""
+    """Score answers on APIBench: how many call the right API, how many one that does not exist.
+
+    With --ckpt a checkpoint answers first, greedily, into the --output; run again, it resumes where it was stopped.
+
+    Examples:
+
+      llama-acc evaluate gorilla --hub torchhub --api torchhub_api.jsonl --questions eval.json --ckpt runs/gorilla
+
+      llama-acc evaluate gorilla --hub torchhub --api torchhub_api.jsonl --questions eval.json --responses a.jsonl
+    """
     console.working("loading the benchmark")
     from llama_acc.core.evaluate.gorilla import (
         answer_questions,
@@ -107,7 +97,7 @@ def gorilla(
             folder = responses.parent
             raise UserError(f"cannot write {responses}: there is no folder {folder}", f"mkdir -p {folder}")
         model = ModelOptions(ckpt, device, tokenizer, template, verify, quantize)
-        with load_distributed(model) as loaded, console.CountProgress("answered", "question") as progress:
+        with load_distributed(model) as loaded, console.Progress("question") as progress:
             answer_questions(
                 loaded,
                 ckpt,
@@ -115,7 +105,7 @@ def gorilla(
                 responses,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
-                progress=progress.count,
+                progress=partial(progress, "answered"),
             )
         console.note(f"the answers are in {responses}")
     assert responses is not None
@@ -158,7 +148,14 @@ def perplexity(
     verify: options.Verify = False,
     as_json: options.Json = False,
 ) -> None:
-    """Measure the loss per predicted token on data."""
+    """Measure the loss per predicted token on data, in the checkpoint's own prompt format.
+
+    Examples:
+
+      llama-acc evaluate perplexity --ckpt runs/alpaca --data held-out.json
+
+      llama-acc evaluate perplexity --ckpt Llama-2-7b --template alpaca --data held-out.json --max-tokens 512 --json
+    """
     console.working("loading PyTorch")
     from llama_acc.cli.download import fetch_shown
     from llama_acc.core.evaluate.perplexity import measure, read_data
@@ -168,8 +165,8 @@ def perplexity(
 
     with load_distributed(ModelOptions(ckpt, device, tokenizer, template, verify, quantize)) as loaded:
         items = read_data(loaded, data, max_tokens, encoding, fetch_shown)
-        with console.CountProgress("measured", "item") as measuring:
-            measured = measure(loaded, items, batch_size, measuring.count)
+        with console.Progress("item") as progress:
+            measured = measure(loaded, items, batch_size, partial(progress, "measured"))
     facts = {"perplexity": measured.perplexity, **dataclasses.asdict(measured)}
     if as_json:
         typer.echo(json.dumps(facts, indent=1))

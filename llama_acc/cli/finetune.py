@@ -24,21 +24,6 @@ if TYPE_CHECKING:
 
 _EXAMPLES = 2
 
-HELP = """Fine-tune a model as a recipe says.
-
-Examples:
-
-  llama-acc finetune --recipe quickstart --output runs/quickstart
-
-  llama-acc finetune --recipe alpaca --pretrained Llama-2-7b --data alpaca.json --output runs/alpaca
-
-  llama-acc finetune --recipe lima --pretrained Llama-2-7b --data lima.json --dry-run train.epochs=1
-
-  llama-acc finetune --output runs/alpaca --resume
-
-  llama-acc finetune --recipe alpaca --pretrained Llama-2-7b --data alpaca.json --nproc 8
-"""
-
 
 def finetune(
     overrides: Annotated[
@@ -50,8 +35,7 @@ def finetune(
         ),
     ] = None,
     recipe: Annotated[
-        str | None,
-        Option("--recipe", "-r", metavar="NAME|FILE", help="A shipped recipe (llama-acc recipes) or a YAML file."),
+        str | None, Option("--recipe", "-r", metavar="NAME|FILE", help="A shipped recipe, or a YAML file.")
     ] = None,
     pretrained: Annotated[
         list[str] | None,
@@ -107,7 +91,20 @@ def finetune(
         str | None, Option(metavar="DIR", help="Keep every process's output here.", rich_help_panel=options.PROCESSES)
     ] = None,
 ) -> None:
-    """Fine-tune a model as a recipe says."""
+    """Fine-tune a model as a recipe says.
+
+    Examples:
+
+      llama-acc finetune --recipe quickstart --output runs/quickstart
+
+      llama-acc finetune --recipe alpaca --pretrained Llama-2-7b --data alpaca.json --output runs/alpaca
+
+      llama-acc finetune --recipe lima --pretrained Llama-2-7b --data lima.json --dry-run train.epochs=1
+
+      llama-acc finetune --output runs/alpaca --resume
+
+      llama-acc finetune --recipe alpaca --pretrained Llama-2-7b --data alpaca.json --nproc 8
+    """
     console.working("loading PyTorch")
     from llama_acc.core.checkpoint.layout import locate
     from llama_acc.core.data.sources import Source, expand
@@ -247,12 +244,7 @@ def _train(
 
 
 def _dry_run(
-    recipe: "Recipe",
-    output: Path | None,
-    device: str | None,
-    verify: bool,
-    processes: int | None,
-    timing: bool,
+    recipe: "Recipe", output: Path | None, device: str | None, verify: bool, processes: int | None, timing: bool
 ) -> None:
     """Shows results as they come, the quickest first."""
     from llama_acc.cli.run_console import RunConsole

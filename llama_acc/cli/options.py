@@ -1,6 +1,7 @@
 """Flags that several commands share, and their checks. A wrong one is reported as Typer reports any other."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -30,6 +31,15 @@ def endpoint(value: str | None) -> str | None:
     if value is not None and not re.fullmatch(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}", value):
         raise typer.BadParameter(f"{value!r} is not HOST:PORT.")
     return value
+
+
+def plot(path: Path | None) -> Path | None:
+    """Refuses what no picture can be drawn into."""
+    if path is not None and path.suffix.lower() != ".png":
+        raise typer.BadParameter(f"{path} is no PNG: name it like {path.with_suffix('.png')}")
+    if path is not None and not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{path}: there is no folder {path.parent}")
+    return path
 
 
 def known_template(name: str) -> str:
@@ -88,4 +98,5 @@ Context = Annotated[
     int | None,
     Option("--context", metavar="N", min=2, max=2**27, help="Longest sequence. Without it: the checkpoint's."),
 ]
+Plot = Annotated[Path | None, Option("--plot", metavar="FILE.png", help="Draw it, too.", callback=plot)]
 Json = Annotated[bool, Option("--json", help="Print JSON.")]

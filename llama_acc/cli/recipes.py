@@ -11,7 +11,8 @@ from typer import Argument
 from llama_acc.cli import console, options
 from llama_acc.core.errors import UserError
 
-HELP = """Recipes: everything a run is, in one YAML file.
+app = typer.Typer(
+    help="""Recipes: everything a run is, in one YAML file.
 
 Examples:
 
@@ -21,33 +22,7 @@ Examples:
 
   llama-acc recipes copy lima my.yaml    (then: llama-acc finetune --recipe my.yaml)
 """
-
-LIST_HELP = """List the shipped recipes.
-
-Examples:
-
-  llama-acc recipes list
-
-  llama-acc recipes list --json
-"""
-
-SHOW_HELP = """Print a recipe.
-
-Example:
-
-  llama-acc recipes show lima
-"""
-
-COPY_HELP = """Copy a recipe to a file, to change it.
-
-Examples:
-
-  llama-acc recipes copy lima my.yaml
-
-  llama-acc finetune --recipe my.yaml
-"""
-
-app = typer.Typer()
+)
 
 
 def default(context: typer.Context) -> None:
@@ -57,7 +32,14 @@ def default(context: typer.Context) -> None:
 
 
 def list_recipes(as_json: options.Json = False) -> None:
-    """List the shipped recipes."""
+    """List the shipped recipes.
+
+    Examples:
+
+      llama-acc recipes list
+
+      llama-acc recipes list --json
+    """
     from llama_acc.core.recipe import Recipe, recipe_names
 
     found = [Recipe.load(name) for name in recipe_names()]
@@ -68,7 +50,12 @@ def list_recipes(as_json: options.Json = False) -> None:
 
 
 def show(name: Annotated[str, Argument(help="A shipped recipe, or a file.")]) -> None:
-    """Print a recipe as it is written; every other key has its default (see docs/recipes.md)."""
+    """Print a recipe.
+
+    Example:
+
+      llama-acc recipes show lima
+    """
     typer.echo(_text_of(name), nl=False)
 
 
@@ -76,7 +63,14 @@ def copy(
     name: Annotated[str, Argument(help="A shipped recipe, or a file.")],
     file: Annotated[Path, Argument(help="Where to write it; it must not exist yet.")],
 ) -> None:
-    """Copy a recipe to a file, to change it."""
+    """Copy a recipe to a file, to change it.
+
+    Examples:
+
+      llama-acc recipes copy lima my.yaml
+
+      llama-acc finetune --recipe my.yaml
+    """
     text = _text_of(name)
     try:
         with file.open("x", encoding="utf-8") as target:

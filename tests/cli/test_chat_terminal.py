@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -124,21 +123,3 @@ def test_an_answer_is_rendered_as_markdown_with_lines_that_break_between_words(
     drawn = _rendered(monkeypatch, size, terminal=True)
     assert "\x1b[31mred" not in drawn
     assert "\x1b]" not in drawn
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("one two three four", "one two\nthree four"),
-        ("  keeps  spaces\n\n within", "  keeps\nspaces\n\n within"),
-        ("a" * 18 + " bb", "a" * 18 + "\nbb"),
-        ("汉字汉字汉字汉", "汉字汉字汉\n字汉"),
-    ],
-)
-def test_plain_lines_break_between_words_too(
-    text: str, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(console, "out", Console(width=10))
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    console.stream(text[i : i + 3] for i in range(0, len(text), 3))
-    assert capsys.readouterr().out == shown + "\n"

@@ -17,12 +17,15 @@ _OF_PIP = {"--upgrade"}
 
 
 def messages() -> Iterator[tuple[str, str]]:
-    """Every text in the package that is no docstring, with its place; what is filled in stands as X."""
+    """Every text in the package that is no docstring, but for those that are a command's help, with its place.
+
+    What is filled in stands as X.
+    """
     for path in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         nodes = list(ast.walk(tree))
         inner = {part for node in nodes if isinstance(node, ast.JoinedStr) for part in ast.walk(node) if part != node}
-        inner |= {node.value for node in nodes if isinstance(node, ast.Expr)}
+        inner |= {node.value for node in nodes if isinstance(node, ast.Expr) and path.parent.name != "cli"}
         for node in nodes:
             if isinstance(node, ast.JoinedStr):
                 parts = [part.value if isinstance(part, ast.Constant) else "X" for part in node.values]

@@ -49,10 +49,9 @@ def test_the_bar_of_slow_work_knows_the_time_left(monkeypatch: pytest.MonkeyPatc
     """rich forgets what is older than half a minute, unless it is told not to."""
     monkeypatch.setattr(console, "err", console.Console(file=io.StringIO(), force_terminal=True, width=80))
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with console.CountProgress("answered", "question") as watcher:
-        watcher.count(0, 10)
-        assert watcher._progress is not None
-        assert watcher._progress.speed_estimate_period >= 1e9
+    with console.Progress("question") as watcher:
+        watcher("answered", 0, 10)
+        assert watcher._bars.speed_estimate_period >= 1e9
 
 
 def test_what_takes_longer_than_a_moment_is_told_once_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

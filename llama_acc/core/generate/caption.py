@@ -1,6 +1,7 @@
 """Captions of images: many in batches, or one as it is written; and a page that shows them."""
 
 import base64
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_acc.core.data.image_files import ImageWorkers, Named
-from llama_acc.core.data.images import ImageJob, Transform, pixels_or_problem
+from llama_acc.core.data.images import ImageError, ImageJob, Transform, pixels_or_problem, thumbnail
 from llama_acc.core.data.templates import Turn
 from llama_acc.core.errors import UserError
 from llama_acc.core.generate.chat import check_length, checked_text, encode_question, insert_images
@@ -19,6 +20,7 @@ from llama_acc.core.text import escape_control_chars
 
 # Images are loaded so many batches ahead, while the model is at work.
 _BATCHES_AHEAD = 4
+_THUMBNAIL = 320  # pixels of a picture's longer side on the page
 
 
 class Captioned(NamedTuple):
@@ -123,15 +125,18 @@ def stream_caption(
     return (text for _, text in replies if text)
 
 
-def caption_page(title: str, note: str, shown: Iterable[tuple[Captioned, bytes]]) -> Iterator[str]:
-    """A contact sheet with a heading, a line below it and captions, each with its image as a JPEG (empty: none to
-    show); in parts to be written one after the other, as the captions come."""
+def caption_page(title: str, note: str, shown: Iterable[Captioned], max_pixels: int) -> Iterator[str]:
+    """A contact sheet with a heading, a line below it and captions, each with its image as a JPEG; in parts to be
+    written one after the other, as the captions come."""
     from jinja2 import Environment
 
+    def picture(caption: Captioned) -> str:
+        with contextlib.suppress(ImageError):  # it was there a moment ago
+            jpeg = thumbnail(caption.image.reference, _THUMBNAIL, max_pixels)
+            return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode('ascii')}"
+        return ""
+
     environment = Environment(autoescape=True, keep_trailing_newline=True)
-    environment.filters |= {
-        "visible": escape_control_chars,
-        "base64": lambda data: base64.b64encode(data).decode("ascii"),
-    }
+    environment.filters |= {"visible": escape_control_chars, "picture": picture}
     source = files(__package__).joinpath("caption.html").read_text(encoding="utf-8")
     yield from environment.from_string(source).generate(title=title, note=note, shown=shown)
