@@ -49,7 +49,7 @@ def tar_rows(path: Path) -> Iterator[tuple[str, Any, str | None]]:
     """The rows of a shard: (its place, the item, None), or (its place, None, why it cannot be used).
 
     An item's `image` is a reference relative to the shard's folder. A shard that is damaged or compressed is a
-    UserError, one that cannot be opened an OSError.
+    UserError.
     """
     for number, sample in enumerate(_samples(path), start=1):
         where = f"item {number} ({sample.name})"
@@ -160,6 +160,8 @@ def _opened(path: Path) -> Iterator[tarfile.TarFile]:
     try:
         with tarfile.open(path, "r:") as tar:
             yield tar
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (tarfile.TarError, EOFError) as error:
         with path.open("rb") as file:
             is_compressed = file.read(4).startswith(_COMPRESSED)
