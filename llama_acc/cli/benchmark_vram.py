@@ -327,13 +327,9 @@ def _title(setup: "Setup", swept: str) -> str:
 
 
 def _model_name(setup: "Setup") -> str:
-    from llama_acc.core.model.config import NAMED_SIZES
-    from llama_acc.core.model.transformer import shapes_of
+    from llama_acc.core.model.config import size_name
 
-    config = setup.config
-    shapes = shapes_of(config.base())
-    names = (name for name, known in NAMED_SIZES.items() if shapes_of(known) == shapes)
-    return next(names, f"{config.n_layers} layers of {config.dim}")
+    return size_name(setup.config) or f"{setup.config.n_layers} layers of {setup.config.dim}"
 
 
 def _precision(setup: "Setup") -> str:

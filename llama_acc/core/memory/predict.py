@@ -13,7 +13,7 @@ from llama_acc.core.errors import UserError, did_you_mean
 from llama_acc.core.memory.allocator import MIB, reserved
 from llama_acc.core.memory.simulate import Setup, simulate_generation, simulate_training
 from llama_acc.core.memory.tracker import Trace
-from llama_acc.core.model.config import NAMED_SIZES, ModelConfig, check_divides
+from llama_acc.core.model.config import ModelConfig, check_divides, named_sizes
 from llama_acc.core.model.vision import tower_shapes
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.tokenizer import find_tokenizer, load_tokenizer
@@ -95,15 +95,15 @@ def recipe_and_config(request: Request) -> tuple[Recipe, ModelConfig]:
     changes = [f"{key}={value}" for key, value in values.items() if value is not None]
     name = request.recipe or _PLAIN
     recipe = Recipe.load(name, [*changes, *request.overrides])
-    known = f"known sizes: {', '.join(NAMED_SIZES)}; or "
+    known = f"known sizes: {', '.join(named_sizes())}; or "
     if request.model is not None:
         recipe.model.params = recipe.model.pretrained = recipe.model.tokenizer = None
-        if request.model in NAMED_SIZES:
+        if request.model in named_sizes():
             recipe.model.size = request.model
         elif Path(request.model).expanduser().is_dir():
             recipe.model.pretrained = request.model
         else:
-            hint = did_you_mean(request.model, NAMED_SIZES) or f"{known}a checkpoint's folder"
+            hint = did_you_mean(request.model, named_sizes()) or f"{known}a checkpoint's folder"
             raise UserError(f"there is no model '{request.model}'", hint)
     elif request.recipe is None:
         raise UserError("which model? --model and --recipe are missing", f"{known}--recipe NAME")

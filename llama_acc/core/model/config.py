@@ -17,9 +17,11 @@ the LLaMA:
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
+import yaml
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from llama_acc.core.errors import UserError, did_you_mean, listed, schema_problems
@@ -28,6 +30,7 @@ from llama_acc.core.model.tuning import FULL, Tuning
 
 VISION_FILE = "vision.json"
 FORMAT_VERSION = 1
+_SIZES = Path(__file__).parents[2] / "recipes" / "downloads" / "sizes.yaml"
 # Beyond these bounds is no model: a larger number is a slip, and would be waited for.
 WIDEST = 2**20
 # Written into params.json or config.json by others, without meaning for the computation.
@@ -474,12 +477,13 @@ class ModelConfig(Params):
     def check_tokenizer(self, pieces: int, where: object) -> None:
         """Refuses a tokenizer that cannot be this model's.
 
-        A vocabulary padded to a round size is usual, so up to 255 rows without a piece are accepted.
+        A vocabulary padded to a round size is usual, so up to 511 rows without a piece are accepted: Qwen2.5-7B has
+        152,064 rows, 297 times 512, for 151,665 pieces.
 
         Raises:
             UserError: naming both sizes.
         """
-        if not pieces <= self.vocab_size < pieces + 256:
+        if not pieces <= self.vocab_size < pieces + 512:
             raise UserError(
                 f"tokenizer and model do not fit: {where} has {pieces} pieces, the model's vocabulary is "
                 f"{self.vocab_size}",
@@ -550,16 +554,11 @@ def read_params(paths: Sequence[Path]) -> dict[str, Any]:
     return union
 
 
-_7B = ModelConfig(4096, 32, 32, 32, vocab_size=32000, max_seq_len=4096)
-_70B = replace(_7B, dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3)
-NAMED_SIZES: dict[str, ModelConfig] = {
-    "llama2-7b": _7B,
-    "llama2-13b": replace(_7B, dim=5120, n_layers=40, n_heads=40, n_kv_heads=40),
-    "llama2-70b": _70B,
-    "codellama-34b": replace(
-        _70B, n_layers=48, multiple_of=256, ffn_dim_multiplier=1.0, rope_theta=1e6, max_seq_len=16384
-    ),
-}
+@cache
+def named_sizes() -> dict[str, ModelConfig]:
+    """The shapes of published models, by name."""
+    values = yaml.safe_load(_SIZES.read_text(encoding="utf-8"))
+    return {name: config_from_params(params, name) for name, params in values.items()}
 
 
 def named_size(name: str) -> ModelConfig:
@@ -568,10 +567,19 @@ def named_size(name: str) -> ModelConfig:
     Raises:
         UserError: an unknown name, with the near ones.
     """
-    if name not in NAMED_SIZES:
-        hint = did_you_mean(name, NAMED_SIZES) or f"known sizes: {', '.join(NAMED_SIZES)}"
-        raise UserError(f"unknown model size '{name}'", hint)
-    return NAMED_SIZES[name]
+    sizes = named_sizes()
+    if name not in sizes:
+        raise UserError(f"unknown model size '{name}'", did_you_mean(name, sizes) or f"known sizes: {', '.join(sizes)}")
+    return sizes[name]
+
+
+def size_name(config: ModelConfig) -> str | None:
+    """The name of the published model whose shape this is, whatever context is chosen for it; None: of none."""
+
+    def plain(shape: ModelConfig) -> ModelConfig:
+        return replace(with_hidden_dim(shape.base(), shape.hidden_dim, "a size"), max_seq_len=1)
+
+    return next((name for name, known in named_sizes().items() if plain(known) == plain(config)), None)
 
 
 SIZES = (1, 2, 4, 8)

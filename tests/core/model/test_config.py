@@ -7,42 +7,94 @@ from typing import Any
 
 import pytest
 
+from llama_acc.core.checkpoint.huggingface import huggingface_config, read_huggingface
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import (
-    NAMED_SIZES,
-    SIZES,
     ModelConfig,
+    RopeScaling,
     check_divides,
     config_from_params,
     named_size,
+    named_sizes,
     read_params,
+    size_name,
 )
 from llama_acc.core.model.transformer import parameter_count, quantizable, shapes_of, split_dimension
 
 PARAMS: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 4}
 
 
+# As their pages count them.
+PARAMETERS = {
+    "llama2-7b": 6_738_415_616,
+    "llama2-13b": 13_015_864_320,
+    "llama2-70b": 68_976_648_192,
+    "codellama-34b": 33_743_970_304,
+    "llama3-8b": 8_030_261_248,
+    "llama3.1-8b": 8_030_261_248,
+    "llama3.1-70b": 70_553_706_496,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+    "llama3.3-70b": 70_553_706_496,
+    "mistral-7b": 7_248_023_552,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "smollm3-3b": 3_075_098_624,
+}
+
+
+def test_named_sizes_are_the_released_models(tmp_path: Path) -> None:
+    assert {name: parameter_count(config) for name, config in named_sizes().items()} == PARAMETERS
+    for name, config in named_sizes().items():
+        check_divides(config, 1)
+        assert config_from_params(config.to_params()) == config
+        of_that_shape = size_name(replace(config, max_seq_len=77))
+        assert of_that_shape == (name if name != "llama3.3-70b" else "llama3.1-70b")
+        (tmp_path / "config.json").write_text(json.dumps(huggingface_config(config, "bfloat16", {})))
+        back = read_huggingface(tmp_path / "config.json")[0]
+        assert (size_name(back), back.max_seq_len) == (of_that_shape, config.max_seq_len)
+
+
 @pytest.mark.parametrize(
-    ("name", "parameters", "hidden", "context", "theta"),
+    ("name", "hidden", "context", "theta", "factor"),
     [
-        ("llama2-7b", 6_738_415_616, 11008, 4096, 1e4),
-        ("llama2-13b", 13_015_864_320, 13824, 4096, 1e4),
-        ("llama2-70b", 68_976_648_192, 28672, 4096, 1e4),
-        ("codellama-34b", 33_743_970_304, 22016, 16384, 1e6),
+        ("llama2-7b", 11008, 4096, 1e4, None),
+        ("llama2-70b", 28672, 4096, 1e4, None),
+        ("codellama-34b", 22016, 16384, 1e6, None),
+        ("llama3-8b", 14336, 8192, 5e5, None),
+        ("llama3.1-8b", 14336, 131072, 5e5, 8),
+        ("llama3.2-1b", 8192, 131072, 5e5, 32),
+        ("mistral-7b", 14336, 32768, 1e6, None),
+        ("qwen2.5-7b", 18944, 131072, 1e6, None),
+        ("qwen3-8b", 12288, 40960, 1e6, None),
+        ("smollm2-1.7b", 8192, 8192, 1.3e5, None),
+        ("smollm3-3b", 11008, 65536, 5e6, None),
     ],
 )
-def test_named_sizes_are_the_released_models(
-    name: str, parameters: int, hidden: int, context: int, theta: float
+def test_named_sizes_rotate_as_the_released_models(
+    name: str, hidden: int, context: int, theta: float, factor: float | None
 ) -> None:
     config = named_size(name)
-    assert (parameter_count(config), config.hidden_dim) == (parameters, hidden)
-    assert (config.head_size, config.vocab_size) == (128, 32000)
-    assert (config.max_seq_len, config.rope_theta) == (context, theta)
-    said = {key: value for key, value in config.to_params().items() if key != "max_seq_len"}
-    assert config_from_params(said) == config, "its context is known by its shape"
-    for size in SIZES:
-        check_divides(config, size)
-    assert set(NAMED_SIZES) == {"llama2-7b", "llama2-13b", "llama2-70b", "codellama-34b"}
+    scaling = config.rope_scaling
+    assert (scaling.factor if isinstance(scaling, RopeScaling) else scaling) == factor
+    assert (config.hidden_dim, config.max_seq_len, config.rope_theta) == (hidden, context, theta)
+    if name.startswith(("llama", "codellama")):
+        said = {key: value for key, value in config.to_params().items() if key != "max_seq_len"}
+        assert config_from_params(said) == config, "its context is known by its shape"
 
 
 @pytest.mark.parametrize(
@@ -139,12 +191,12 @@ def test_several_params_files_are_united_and_the_last_wins_and_unreadable_ones_a
 
 def test_a_tokenizer_must_fit_the_vocabulary_which_may_be_open_or_padded() -> None:
     assert config_from_params(PARAMS).with_vocabulary(300).vocab_size == 300
-    config = config_from_params({**PARAMS, "vocab_size": 512}).with_vocabulary(300)
-    config.check_tokenizer(512, "tokenizer.model")
-    config.check_tokenizer(500, "tokenizer.model")
-    for pieces in (513, 256, 32000):
-        with pytest.raises(UserError, match=rf"tokenizer\.model has {pieces} pieces, the model's vocabulary is 512"):
-            config.check_tokenizer(pieces, "tokenizer.model")
+    config = named_size("qwen2.5-7b").with_vocabulary(300)
+    config.check_tokenizer(152064, "tokenizer.json")
+    config.check_tokenizer(151665, "tokenizer.json")  # as it is published
+    for pieces in (152065, 151552, 32000):
+        with pytest.raises(UserError, match=rf"tokenizer\.json has {pieces} pieces, the model's vocabulary is 152064"):
+            config.check_tokenizer(pieces, "tokenizer.json")
 
 
 def test_matrices_are_left_out_of_nf4_by_any_part_of_their_name() -> None:
