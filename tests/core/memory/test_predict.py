@@ -72,7 +72,7 @@ DEEP = {
     "a prefix, without checkpointing": (("tuning.method=adapter", "train.activation_checkpointing=false"), {}),
     "a prefix of half the blocks": (
         ("tuning.method=adapter", "tuning.prefix_layers=7", "parallel.data_parallel=fsdp"),
-        {"world_size": 4},
+        {"world_size": 4, "n_layers": 14},
     ),
 }
 
@@ -85,7 +85,7 @@ def test_a_deep_model_is_predicted_to_the_byte_from_a_few_of_its_blocks(
         run = setup_of(Request(model="llama2-13b", tuning="lora", quantize="nf4", batch_size=2))
     else:
         overrides, options = DEEP[case]
-        run = setup(*overrides, lengths=(64, 16), device_type="cuda", n_layers=14, **options)
+        run = setup(*overrides, lengths=(64, 16), device_type="cuda", **{"n_layers": 9, **options})
     depths = []
     train = simulate._train
     monkeypatch.setattr(simulate, "_train", lambda setup: depths.append(setup.config.n_layers) or train(setup))
