@@ -2,7 +2,7 @@
 
 A CPU's libraries are asked for it by doing the operation once, or a part of a large one: for a bf16 product, oneDNN
 copies blocks of the operands for every thread where the CPU multiplies bf16, and sums the whole result in float32 where
-it does not; torch's attention has buffers for every thread and every head.
+it does not. Attention's buffers are left out: they come and go where less is in use than in the feed-forward layer.
 """
 
 import contextlib
@@ -26,10 +26,6 @@ from llama_acc.core.model import nf4
 _aten = torch.ops.aten
 _FLASH_BACKWARD = _aten._scaled_dot_product_flash_attention_backward
 _PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.addmm_: 1}  # at which argument the first matrix is
-_ATTENTION = {  # at which argument the queries are
-    _aten._scaled_dot_product_flash_attention_for_cpu: 0,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: 1,
-}
 _WORK = 1 << 30  # multiplications that are done to find out
 _BLOCKS = 1024  # rows and columns of a result from which a product takes no more for its blocks (oneDNN 3.x)
 
@@ -73,8 +69,7 @@ def _flash_backward(q: Tensor, k: Tensor) -> int:
 def cpu_workspace(operation: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     """Bytes that an operation on a CPU takes besides its results; its arguments may have no values.
 
-    A large product is done with so many rows and columns that its blocks are as large as the whole one's; attention
-    with as few heads as there are threads, and all heads are taken to need as much.
+    A large product is done with so many rows and columns that its blocks are as large as the whole one's.
     """
     packet = operation._overloadpacket
     if packet is _aten.linear:  # in inference mode it is not taken apart before
@@ -95,19 +90,6 @@ def cpu_workspace(operation: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
         taken = _asked(operation, likes, {name: _cut(like, part) for name, like in named.items()})
         sums = 4 * part[0] * part[1]  # of the whole result in float32, where the CPU does not multiply bf16
         return taken if taken < sums else taken - sums + 4 * rows * columns
-    if (first := _ATTENTION.get(packet)) is not None:
-        (_, heads, rows, width), (_, groups, length, _) = likes[first].shape, likes[first + 1].shape
-        shared_by = heads // groups
-        done = max(-(-torch.get_num_threads() // shared_by), _WORK // (rows * length * width * shared_by))
-        done = min(groups, done)
-        fewer = {heads: done * shared_by, groups: done}
-        likes = [
-            like._replace(shape=(1, fewer[like.shape[1]], *like.shape[2:]))
-            if isinstance(like, _Like) and len(like.shape) > 2
-            else like
-            for like in likes
-        ]
-        return _asked(operation, likes, named) * groups // done
     return 0
 
 

@@ -30,20 +30,16 @@ def peaks(runs: Sequence[dict[str, Any]], world_size: int) -> list[int]:
 
 
 def of_operations() -> dict[str, tuple[int, int, int]]:
-    """Of large operations: what they take when they are done, what doing a part of them tells, bytes of operands."""
+    """Of large products: what they take when they are done, what doing a part of them tells, bytes of operands."""
     aten, bf16 = torch.ops.aten, torch.bfloat16
     x, weight, row = (torch.zeros(size, 512, dtype=bf16) for size in (256, 4096, 1))
-    q, k = torch.zeros(1, 16, 256, 64, dtype=bf16), torch.zeros(1, 8, 256, 64, dtype=bf16)
-    out, sums = torch.zeros(256, 4096, dtype=bf16), torch.zeros(1, 16, 256)
-    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    out = torch.zeros(256, 4096, dtype=bf16)
     operations: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
         "product": (aten.mm.default, (x, weight.t()), {}),
         "product into a result": (aten.mm.out, (x, weight.t()), {"out": out}),
         "product of transposed operands": (aten.mm.default, (weight, x.t()), {}),
         "product and sum": (aten.addmm.default, (out[0], x, weight.t()), {}),
         "product of a row": (aten.mm.default, (row, weight.t()), {}),
-        "attention": (aten._scaled_dot_product_flash_attention_for_cpu.default, (q, k, k, 0.0, True), {}),
-        "attention, backward": (backward, (q, q, k, k, q, sums, 0.0, True), {}),
     }
     found = {}
     for name, (operation, args, kwargs) in operations.items():

@@ -34,7 +34,7 @@ def test_the_peak_is_what_is_held_at_a_time() -> None:
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 @pytest.mark.parametrize("method", METHODS)
 def test_prediction_is_what_is_measured(method: str, checkpointing: str) -> None:
-    lengths = (40,) if method in ("bias_norm", "lora") else (200, 56)
+    lengths = (40,) if method in ("bias_norm", "lora") else (300, 56)
     run = setup(*METHODS[method], f"train.activation_checkpointing={checkpointing}", lengths=lengths, n_layers=2)
     assert predict(run).total == pytest.approx(measure(run, CPU).allocated, rel=0.01)
 
@@ -46,10 +46,10 @@ def test_prediction_of_accumulated_float32_steps_is_what_is_measured(method: str
 
 
 @pytest.mark.parametrize(
-    ("method", "dim", "length", "threads"), [("full", 128, 100, 2), ("adapter", 256, 40, 1), ("nf4", 128, 40, 1)]
+    ("method", "dim", "length", "threads"), [("full", 128, 300, 2), ("adapter", 256, 40, 1), ("nf4", 128, 40, 1)]
 )
 def test_prediction_of_a_conversation_is_what_is_measured(method: str, dim: int, length: int, threads: int) -> None:
-    run, before = setup(*METHODS[method], dim=dim, n_layers=2), torch.get_num_threads()
+    run, before = setup(*METHODS[method], dim=dim), torch.get_num_threads()
     torch.set_num_threads(threads)  # every thread takes something for itself
     try:
         predicted, measured = predict_generation(run, length).total, measure_generation(run, length, CPU).allocated
@@ -66,14 +66,11 @@ KINDS = {"SSE41": "default", "AVX2": "avx2", "AVX512_CORE": "avx512", "AVX512_CO
     ("kind", "threads"),
     [("AVX512_CORE", 2), *(pytest.param(kind, count, marks=pytest.mark.soak) for kind in KINDS for count in (1, 4))],
 )
-def test_what_a_large_operation_takes_is_found_with_a_part_of_it_on_any_cpu(kind: str, threads: int) -> None:
+def test_what_a_large_product_takes_is_found_with_a_part_of_it_on_any_cpu(kind: str, threads: int) -> None:
     variables = {"ONEDNN_MAX_CPU_ISA": kind, "ATEN_CPU_CAPABILITY": KINDS[kind], "OMP_NUM_THREADS": str(threads)}
     (found,) = run_ranks(1, "tests.core.memory.rank_work:of_operations", variables=variables)
     for name, (whole, of_part, operands) in found.items():
-        if name.startswith("attention"):  # each thread's part is counted once for each part that is done
-            assert whole <= of_part <= 8 * whole, name
-        else:
-            assert of_part == pytest.approx(whole, abs=0.05 * operands), name
+        assert of_part == pytest.approx(whole, abs=0.05 * operands), name
 
 
 RUNS: dict[str, dict[str, Any]] = {
