@@ -102,7 +102,7 @@ class Plan:
     """A run that was checked: all that it does.
 
     Attributes:
-        recipe: with every path absolute, to be kept, compared and shown.
+        recipe: with every path absolute, to be kept, compared and shown; the methods here read its keys.
         layouts: checkpoints the weights come from, left to right; empty = random weights.
         report: what data.json holds, held-out items included.
         steps_per_epoch: optimizer steps in a whole epoch; the last one may be smaller.

@@ -1,1 +1,1 @@
-"""Data of other formats into the project's own: one file per format, and `run`, which streams rows through them."""
+"""Data of other formats into the project's own: `formats` has a function per format, `run` streams rows through it."""
