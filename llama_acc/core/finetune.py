@@ -22,7 +22,7 @@ from llama_acc.core.errors import RunError
 from llama_acc.core.interrupt import Interrupted, StopRequest, stop_on_signal
 from llama_acc.core.memory.guard import check_fits, out_of_memory_error
 from llama_acc.core.recipe import Recipe
-from llama_acc.core.train.base import read_base
+from llama_acc.core.train.base import read_base_weights
 from llama_acc.core.train.callback import Callback
 from llama_acc.core.train.log import MetricsLog, read_metrics, write_report
 from llama_acc.core.train.loop import Loop
@@ -141,7 +141,7 @@ def dry_run(
         callback.progress("checking the weights")
     for layout in plan.layouts:
         check_manifest(layout.folder, verify)
-    weights = read_base(plan.layouts, plan.config, Parallel())
+    weights = read_base_weights(plan.layouts, plan.config, Parallel())
     for note in weights.notes if weights else ():
         callback.note(note)
     if output is not None:
@@ -156,11 +156,11 @@ def dry_run(
 def _weights(plan: Plan, folder: RunFolder, parallel: Parallel) -> Weights | None:
     """What a rank starts from: the base, or what was trained of it so far over what does not train."""
     if folder.checkpoint is None:
-        return read_base(plan.layouts, plan.config, parallel)
+        return read_base_weights(plan.layouts, plan.config, parallel)
     trained = saved_masters(folder.checkpoint, parallel)
     trained.filter_names(plan.trained_shapes())
     check_tensors(trained, plan.trained_shapes(), folder.checkpoint)
-    base = read_base(plan.layouts, plan.config, parallel) if plan.has_frozen else None
+    base = read_base_weights(plan.layouts, plan.config, parallel) if plan.has_frozen else None
     return trained if base is None else base.overlay(trained)
 
 

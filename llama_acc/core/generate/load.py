@@ -188,13 +188,13 @@ def load_model(
         dtype, rounded = main_dtype({name: part for name, part in weights.tensors.items() if name not in tower})
         dtype, notes = (dtype, notes + rounded) if dtype == torch.bfloat16 else (torch.float32, notes)
     target = pick_device(device)
-    model = model_on_meta(config, dtype, parallel, _quantize_skip(layouts, quantize))
+    model = model_for_generation(config, dtype, parallel, _quantize_skip(layouts, quantize))
     fill(model, weights, target, dtype, copy=False)
     pack_small(model)
     return LoadedModel(model, words, *chosen, target, load_vision_encoder(model, weights, target), tuple(notes))
 
 
-def model_on_meta(
+def model_for_generation(
     config: ModelConfig, dtype: torch.dtype, parallel: Parallel, quantize_skip: Sequence[str] | None
 ) -> Transformer:
     """A rank's part of a model for generation, without storage, its matrices but these in NF4; None = none is."""

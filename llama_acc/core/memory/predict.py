@@ -19,7 +19,8 @@ from llama_acc.core.recipe import Recipe
 from llama_acc.core.tokenizer import find_tokenizer, load_tokenizer
 from llama_acc.core.train.base import find_shape
 from llama_acc.core.train.data_parallel import DataParallel
-from llama_acc.core.train.plan import StepSettings, model_on_meta
+from llama_acc.core.train.plan import StepSettings
+from llama_acc.core.train.trainer import model_for_training
 
 PARTS = (
     "weights",
@@ -172,7 +173,7 @@ def rank_parameters(setup: Setup) -> int:
     """How many of the model's numbers a rank stores, its vision tower included."""
     settings, vision = setup.settings, setup.config.vision
     with simulated(0, setup.world_size, settings.model_parallel_size) as parallel:
-        model = model_on_meta(setup.config, settings, parallel)
+        model = model_for_training(setup.config, settings, parallel)
         DataParallel(model, parallel, settings.data_parallel, settings.accumulate_unsharded, "cpu")
         stored = [local_part(parameter).tensor for parameter in model.parameters()]
     tower = 0 if vision is None else sum(map(math.prod, tower_shapes(vision).values()))

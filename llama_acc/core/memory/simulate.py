@@ -20,7 +20,7 @@ from torch._subclasses import FakeTensorMode
 from llama_acc.core.data.batches import MicroBatch
 from llama_acc.core.device import simulating
 from llama_acc.core.distributed.groups import Parallel, simulated
-from llama_acc.core.generate.load import model_on_meta
+from llama_acc.core.generate.load import model_for_generation
 from llama_acc.core.memory.allocator import ROUNDING
 from llama_acc.core.memory.tracker import MemoryTracker, Phase, Trace, deepened
 from llama_acc.core.memory.workspaces import garbage_kept
@@ -179,7 +179,7 @@ def feed(model: Transformer, cache: KVCache, span: range, device: torch.device) 
 
 def generating_model(setup: Setup, parallel: Parallel) -> Transformer:
     """The model of a run as generation makes it, on the meta device."""
-    return model_on_meta(setup.config, setup.settings.dtype, parallel, setup.settings.quantize_skip)
+    return model_for_generation(setup.config, setup.settings.dtype, parallel, setup.settings.quantize_skip)
 
 
 def _feeds(length: int) -> Iterator[range]:

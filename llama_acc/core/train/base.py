@@ -163,7 +163,7 @@ def _tokenizer_path(recipe: Recipe, layouts: list[Layout], saved: Path | None) -
     )
 
 
-def read_base(layouts: Sequence[Layout], config: ModelConfig, parallel: Parallel) -> Weights | None:
+def read_base_weights(layouts: Sequence[Layout], config: ModelConfig, parallel: Parallel) -> Weights | None:
     """Maps a rank's share of the weights a run starts from, all of them checked; None = random weights.
 
     Raises:

@@ -25,18 +25,10 @@ from llama_acc.core.data.sources import MISSING_HINT, Source
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError, raise_together
 from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.transformer import (
-    Transformer,
-    build_on_meta,
-    describe,
-    freeze_untrained,
-    parameter_count,
-    quantize_on_meta,
-    shapes_of,
-)
+from llama_acc.core.model.transformer import describe, parameter_count, shapes_of
 from llama_acc.core.recipe import Checkpoint, Images, Recipe
 from llama_acc.core.tokenizer import Tokenizer
-from llama_acc.core.train.base import find_model, has_frozen, read_base, with_absolute_paths
+from llama_acc.core.train.base import find_model, has_frozen, read_base_weights, with_absolute_paths
 from llama_acc.core.train.callback import Callback
 from llama_acc.core.train.data_parallel import Mode
 from llama_acc.core.train.optimizer import learning_rate
@@ -78,15 +70,6 @@ class StepSettings:
             parallel.accumulate_unsharded,
             recipe.optimizer.model_dump(include={"betas", "eps", "weight_decay", "clip_grad_norm"}),
         )
-
-
-def model_on_meta(config: ModelConfig, settings: StepSettings, parallel: Parallel) -> Transformer:
-    """A rank's part of the model, without storage: what trains is float32, and what does not may be quantized."""
-    model = build_on_meta(config, settings.dtype, parallel)
-    freeze_untrained(model)
-    if settings.quantize_skip is not None:
-        quantize_on_meta(model, settings.quantize_skip)
-    return model
 
 
 class PlannedData(NamedTuple):
@@ -269,7 +252,7 @@ def make_plan(
             "lower data.max_tokens, or raise model.max_seq_len",
         )
     if published is None and (saved is None or has_frozen(recipe)):
-        read_base(layouts, config, Parallel())  # what does not fit is reported before hours of encoding
+        read_base_weights(layouts, config, Parallel())  # what does not fit is reported before hours of encoding
     callback.progress("reading the data")
     if published is None:
         train, validation, report = _read_data(recipe, config, tokenizer, callback, store)

@@ -22,11 +22,17 @@ from llama_acc.core.device import prepare_cpu
 from llama_acc.core.distributed.groups import Parallel, is_sharded, local_part
 from llama_acc.core.generate.load import load_vision_encoder
 from llama_acc.core.model.config import VISION_FILE, ModelConfig
-from llama_acc.core.model.transformer import Transformer, initialize
+from llama_acc.core.model.transformer import (
+    Transformer,
+    build_on_meta,
+    freeze_untrained,
+    initialize,
+    quantize_on_meta,
+)
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.image_loader import ImageLoader, MicroBatchIndices
 from llama_acc.core.train.optimizer import ClippedAdamW
-from llama_acc.core.train.plan import Plan, StepSettings, model_on_meta
+from llama_acc.core.train.plan import Plan, StepSettings
 from llama_acc.core.train.step import (
     StepResult,
     apply_activation_checkpointing,
@@ -35,6 +41,15 @@ from llama_acc.core.train.step import (
     forward,
     train_step,
 )
+
+
+def model_for_training(config: ModelConfig, settings: StepSettings, parallel: Parallel) -> Transformer:
+    """A rank's part of the model, without storage: what trains is float32, and what does not may be quantized."""
+    model = build_on_meta(config, settings.dtype, parallel)
+    freeze_untrained(model)
+    if settings.quantize_skip is not None:
+        quantize_on_meta(model, settings.quantize_skip)
+    return model
 
 
 class Assembled(NamedTuple):
@@ -53,7 +68,7 @@ def assemble(
     materialize: Callable[[Transformer], None],
 ) -> Assembled:
     """Builds a rank's part of a run. `materialize` gives the parameters, on the meta device, storage and values."""
-    model = model_on_meta(config, settings, parallel)
+    model = model_for_training(config, settings, parallel)
     if settings.compile:
         apply_compile(model)
     if settings.activation_checkpointing:

@@ -130,7 +130,7 @@ def test_a_run_that_is_refused_leaves_nothing(where: str, tmp_path: Path, monkey
         raise UserError("it does not fit")
 
     if where != "input":
-        owner, name = {"weights": (whole_run, "read_base"), "memory": (Trainer, "probe_peak_memory")}[where]
+        owner, name = {"weights": (whole_run, "read_base_weights"), "memory": (Trainer, "probe_peak_memory")}[where]
         monkeypatch.setattr(owner, name, refused)
     with pytest.raises(UserError, match=r"does not fit|is more than"):
         run(tmp_path / "runs" / "mine", *(["data.max_tokens=4000"] if where == "input" else []))
