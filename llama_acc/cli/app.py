@@ -69,7 +69,7 @@ def _show_version(wanted: bool) -> None:
 
 
 @app.callback()
-def _everywhere(
+def _global_options(
     version: Annotated[
         bool, Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -135,14 +135,14 @@ def _exit_of(error: BaseException) -> BaseException:
         return typer.Exit(0)
     if os.environ.get("LLAMA_ACC_DEBUG", "0") not in ("", "0"):
         traceback.print_exception(error)
-    message, hint, exit_code = _said_of(error)
-    if not environment.record_exit(error, message, hint, exit_code) and _tells(error):
+    message, hint, exit_code = _message_of(error)
+    if not environment.record_exit(error, message, hint, exit_code) and _is_reported_here(error):
         several = environment.world_size() > 1
         console.error(f"rank {environment.rank()}: {message}" if several else message, hint)
     return typer.Exit(exit_code)
 
 
-def _tells(error: Exception) -> bool:
+def _is_reported_here(error: Exception) -> bool:
     """Whether this process reports an error: what all ranks found is reported by the first of them; before they have
     joined, by the first one of each machine."""
     first = vars(error).get("failing_rank")
@@ -151,7 +151,7 @@ def _tells(error: Exception) -> bool:
     return environment.local_rank() == 0 or not isinstance(error, LlamaAccError)
 
 
-def _said_of(error: Exception) -> tuple[str, str | None, int]:
+def _message_of(error: Exception) -> tuple[str, str | None, int]:
     """Message, hint and exit code."""
     if isinstance(error, LlamaAccError):
         return error.message, error.hint, error.exit_code

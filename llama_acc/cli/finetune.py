@@ -125,18 +125,18 @@ def finetune(
         if Path(loaded.name).name != loaded.name or loaded.name in ("", ".."):
             raise UserError(f"the recipe's name {loaded.name!r} is no name for a folder", "give --output DIR")
         run = Path("runs") / loaded.name
-    again = partial(_how_to_go_on, run, wanted, device, force)
+    resume_hint = partial(_resume_hint, run, wanted, device, force)
     saved = run if resume and output is not None else None
     try:
         launch_ranks(wanted, device, lambda count: _check(loaded, saved, count))
-        _train(loaded, run, resume, device, verify, force, again)
+        _train(loaded, run, resume, device, verify, force, resume_hint)
     except LlamaAccError as error:
         if error.exit_code == RunError.exit_code and error.hint is None:
-            error.hint = again()
+            error.hint = resume_hint()
         raise
 
 
-def _how_to_go_on(output: Path, wanted: Launch, device: str | None, force: bool) -> str:
+def _resume_hint(output: Path, wanted: Launch, device: str | None, force: bool) -> str:
     """The command that resumes a run, on as many processes; of one that left nothing, to begin it again."""
     if not (output / "recipe.yaml").exists():
         return "nothing was written: type the same command again"
@@ -209,7 +209,7 @@ def _train(
     device: str | None,
     verify: bool,
     force: bool,
-    again: Callable[[], str],
+    resume_hint: Callable[[], str],
 ) -> None:
     from llama_acc.cli.run_console import RunConsole
     from llama_acc.core.finetune import finetune as run
@@ -229,7 +229,7 @@ def _train(
             )
         except Interrupted as interrupted:
             if environment.is_main():
-                console.note(f"stopped; {again()}")
+                console.note(f"stopped; {resume_hint()}")
             raise typer.Exit(interrupted.exit_code) from None
     if not environment.is_main():
         return
