@@ -49,7 +49,7 @@ from llama_acc.core.checkpoint.peft import (
     peft_name,
 )
 from llama_acc.core.checkpoint.quantized import QUANTIZATION_FILE, Quantization, nf4_rounded, nf4_tensors
-from llama_acc.core.checkpoint.save import Spec, TensorFile, free_bytes, lay_out
+from llama_acc.core.checkpoint.save import TensorFile, TensorSpec, free_bytes, lay_out
 from llama_acc.core.checkpoint.tokenizer_files import extra_files, special_ids, tokenizer_of, write_tokenizer
 from llama_acc.core.errors import RunError, UserError, listed
 from llama_acc.core.model.config import VISION_FILE, ModelConfig, check_divides
@@ -381,7 +381,7 @@ class _Conversion:
         with contextlib.ExitStack() as stack:
             files = []
             for name, entries in self.files.items():
-                specs = {entry.name: Spec(entry.tensor.shape, entry.dtype) for entry in entries}
+                specs = {entry.name: TensorSpec(entry.tensor.shape, entry.dtype) for entry in entries}
                 lay_out(folder / name, specs, flat=self.request.to == "meta")
                 file = stack.enter_context(contextlib.closing(TensorFile(folder / name, specs)))
                 files.append((file, list(entries)))

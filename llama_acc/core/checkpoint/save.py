@@ -60,7 +60,7 @@ _BLOCK = 1 << 22
 # Files
 
 
-class Spec(NamedTuple):
+class TensorSpec(NamedTuple):
     """Shape and type of a tensor that is to be written."""
 
     shape: tuple[int, ...]
@@ -72,7 +72,7 @@ class Spec(NamedTuple):
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-Specs = Mapping[str, Spec]
+Specs = Mapping[str, TensorSpec]
 
 
 def lay_out(path: Path, specs: Specs, flat: bool = False) -> None:
@@ -246,8 +246,8 @@ def _files(snapshot: Snapshot) -> dict[str, tuple[Specs, Mapping[str, Rows]]]:
     """This model-parallel rank's files: the tensors of each, and the rows of them that are here."""
     part = f"{snapshot.parallel.model_rank:02d}-of-{snapshot.parallel.model_size:02d}"
     weights = {f"llma.{name}": rows for name, rows in snapshot.weights.items()}
-    rounded = {name: Spec(rows.shape, snapshot.dtype) for name, rows in weights.items()}
-    state = {name: Spec(rows.shape, rows.tensor.dtype) for name, rows in snapshot.state.items()}
+    rounded = {name: TensorSpec(rows.shape, snapshot.dtype) for name, rows in weights.items()}
+    state = {name: TensorSpec(rows.shape, rows.tensor.dtype) for name, rows in snapshot.state.items()}
     return {
         f"consolidated.{part}.model.pth": (rounded, weights),
         f"state/training-{part}.safetensors": (state, snapshot.state),

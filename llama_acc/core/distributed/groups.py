@@ -287,22 +287,22 @@ class LocalPart(NamedTuple):
 
 
 def as_dtensor(tensor: Tensor) -> "DTensor | None":
-    """A tensor that is dealt to ranks; None: it is not. The type takes half a second to import: where there is such a
-    tensor, that was done."""
+    """A tensor that is sharded or replicated over ranks; None: it is neither. The type takes half a second to import:
+    where there is such a tensor, that was done."""
     module = sys.modules.get("torch.distributed.tensor")
     return tensor if module is not None and isinstance(tensor, module.DTensor) else None
 
 
 def local_part(parameter: Tensor) -> LocalPart:
     """The stored part of a parameter; writing to it changes the parameter."""
-    dealt = as_dtensor(parameter)
-    if dealt is None:
+    dtensor = as_dtensor(parameter)
+    if dtensor is None:
         return LocalPart(parameter.detach(), slice(0, parameter.shape[0]))
-    local = dealt.to_local().detach()
-    if dealt.placements[0].is_replicate():
+    local = dtensor.to_local().detach()
+    if dtensor.placements[0].is_replicate():
         return LocalPart(local, slice(0, parameter.shape[0]))
-    # fully_shard deals rows as torch.chunk does: the last ranks may have fewer, or none.
-    mesh = dealt.device_mesh
+    # fully_shard splits rows as torch.chunk does: the last ranks may have fewer, or none.
+    mesh = dtensor.device_mesh
     share = -(-parameter.shape[0] // mesh.size())
     start = min(mesh.get_local_rank() * share, parameter.shape[0])
     return LocalPart(local, slice(start, start + local.shape[0]))
@@ -310,5 +310,5 @@ def local_part(parameter: Tensor) -> LocalPart:
 
 def is_sharded(parameter: Tensor) -> bool:
     """Whether the data-parallel ranks have different rows of a parameter."""
-    dealt = as_dtensor(parameter)
-    return dealt is not None and dealt.placements[0].is_shard()
+    dtensor = as_dtensor(parameter)
+    return dtensor is not None and dtensor.placements[0].is_shard()

@@ -120,8 +120,8 @@ class ClippedAdamW:
 
 
 def _local(gradient: Tensor) -> Tensor:
-    dealt = as_dtensor(gradient)
-    return gradient if dealt is None else dealt.to_local()
+    dtensor = as_dtensor(gradient)
+    return gradient if dtensor is None else dtensor.to_local()
 
 
 def learning_rate(epoch: float, *, epochs: float, warmup_epochs: float, lr: float, min_lr: float) -> float:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llama_acc.core.checkpoint.save import Spec, TensorFile, lay_out
+from llama_acc.core.checkpoint.save import TensorFile, TensorSpec, lay_out
 
 TENSORS = {
     "matrix": torch.randn(37, 11),
@@ -30,7 +30,7 @@ TENSORS = {
 
 def write(path: Path, flat: bool = False, sealed: bool = True) -> Path:
     """Two writers, one of which writes the first rows of matrices, in an order of their own."""
-    specs = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()}
+    specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()}
     lay_out(path, specs, flat)
     files = [TensorFile(path, specs), TensorFile(path, specs)]
     for name, tensor in reversed(TENSORS.items()):
