@@ -230,7 +230,7 @@ def _show(conversion: "Conversion", count: int) -> None:
     from llama_acc.cli.preview import show_items
     from llama_acc.core.data.items import item_of, kind_of
     from llama_acc.core.data.preview import shown_items
-    from llama_acc.core.data.templates import format_for
+    from llama_acc.core.data.templates import template_for
     from llama_acc.core.errors import DataError
 
     items, problems, kind = [], [], "single_turn"
@@ -245,7 +245,7 @@ def _show(conversion: "Conversion", count: int) -> None:
     conversion.require_items()
     _report(conversion)
     tokenizer, most = conversion.options.tokenizer, conversion.options.max_tokens
-    show_items(shown_items(items, format_for("auto", kind, tokenizer), tokenizer, most))
+    show_items(shown_items(items, template_for("auto", kind, tokenizer), tokenizer, most))
 
 
 def _report(conversion: "Conversion") -> None:

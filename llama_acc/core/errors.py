@@ -51,7 +51,7 @@ class RunError(LlamaAccError):
     """It failed while running: a non-finite loss, no memory, a full disk."""
 
 
-def raise_together(errors: Sequence[UserError]) -> None:
+def raise_all(errors: Sequence[UserError]) -> None:
     """Raise one error for all of `errors`, if there are any."""
     if len(errors) == 1:
         raise errors[0]

@@ -99,7 +99,7 @@ def _check(items: list[Item], template: Template, tokenizer: Tokenizer) -> None:
     found = [[finding.kind for finding in format_findings(item, "", stops, marks)] for item in items]
     encoded = list(documents(items, template, tokenizer))
     if not isinstance(template, ChatTemplate) and any("stop_in_reply" in kinds for kinds in found):
-        template = template.told_apart()  # as a run with such an item saves it
+        template = template.with_strict_stops()  # as a run with such an item saves it
     for item, (tokens, labelled, merged), kinds in zip(items, encoded, found, strict=True):
         ids = tokens.tolist()
         turns = item.turns if isinstance(item, Dialogue) else as_dialogue(*item[:3])

@@ -27,7 +27,7 @@ from llama_acc.core.data.images import resolved
 from llama_acc.core.data.items import Item
 from llama_acc.core.data.read import Checked, stream_items
 from llama_acc.core.data.sources import FileSpec
-from llama_acc.core.data.templates import Template, format_for
+from llama_acc.core.data.templates import Template, template_for
 from llama_acc.core.errors import UserError
 from llama_acc.core.text import count_text
 from llama_acc.core.tokenizer import Tokenizer
@@ -152,7 +152,7 @@ def check_files(
             try:
                 tell = None if progress is None else partial(progress, spec.path)
                 stream = stream_items(spec.path, spec.format, progress=tell)
-                template = format_for(spec.template, stream.kind, tokenizer)
+                template = template_for(spec.template, stream.kind, tokenizer)
             except UserError as error:
                 report.error, report.hint = error.message, error.hint
                 continue

@@ -28,8 +28,8 @@ from llama_acc.core.data.findings import MOST_PROBLEMS, Finding, Findings, other
 from llama_acc.core.data.images import resolved
 from llama_acc.core.data.read import Checked, data_suffix, stream_items
 from llama_acc.core.data.sources import MISSING_HINT, Fetch, FileSpec, Source, expand
-from llama_acc.core.data.templates import CHAT_TEMPLATE, KINDS, ChatTemplate, Template, format_for
-from llama_acc.core.errors import DataError, UserError, raise_together
+from llama_acc.core.data.templates import CHAT_TEMPLATE, KINDS, ChatTemplate, Template, template_for
+from llama_acc.core.errors import DataError, UserError, raise_all
 from llama_acc.core.hub import fetch_data
 from llama_acc.core.text import count_text
 from llama_acc.core.tokenizer import Tokenizer
@@ -323,7 +323,7 @@ def load_dataset(
                     errors.append(error)
         finally:
             stopped.set()  # Ctrl-C need not wait for the rest of a large file
-    raise_together(errors)
+    raise_all(errors)
     dataset = _joined(specs, parts, tokenizer, seed)
     if not len(dataset):
         raise _nothing_to_train_on([part.about for part in parts], max_tokens)
@@ -359,7 +359,7 @@ class _Encoder:
         """A file's documents; `content` is its digest."""
         # A single-turn format takes no dialogues; which kind of items a file has is not known yet.
         kinds = KINDS if spec.template == "auto" else KINDS[:1]
-        templates = [format_for(spec.template, kind, self.tokenizer) for kind in kinds]
+        templates = [template_for(spec.template, kind, self.tokenizer) for kind in kinds]
         settings = (data_suffix(spec.path), spec.format, self.max_tokens, self.image_positions)
         encoded = self.store.get(
             cache_key(content, self.tokenizer, templates, *settings),
@@ -385,7 +385,7 @@ class _Encoder:
                 errors.append(error)
 
         try:
-            template = format_for(spec.template, stream.kind, self.tokenizer)
+            template = template_for(spec.template, stream.kind, self.tokenizer)
         except UserError as error:
             raise UserError(f"{spec.path}: {error.message}", error.hint) from error
         encoding = Encoding(template, self.max_tokens, self.image_positions or 0)
@@ -412,7 +412,7 @@ class _Encoder:
             if len(skipped) >= MOST_PROBLEMS:
                 hint = f"reading ended after {MOST_PROBLEMS:,} problems; {hint}"
             errors.insert(0, DataError([f"{spec.path}: {problem}" for problem in skipped], hint))
-        raise_together(errors)
+        raise_all(errors)
         if unused_inputs:
             count = count_text(unused_inputs, "item")
             _logger.warning("template %r does not show the input of %s", template.name, count)
@@ -430,7 +430,9 @@ def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], tokenizer: Toke
     files: list[DataFile] = []
     rows: list[Rows] = []
     start = 0
-    templates = [format_for(spec.template, part.about.kind, tokenizer) for spec, part in zip(specs, parts, strict=True)]
+    templates = [
+        template_for(spec.template, part.about.kind, tokenizer) for spec, part in zip(specs, parts, strict=True)
+    ]
     stop_in_reply = {
         form.name
         for form, part in zip(templates, parts, strict=True)
@@ -442,7 +444,7 @@ def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], tokenizer: Toke
         rows.append(of_part + start)
         start += len(part)
         items = int(chosen.sum())
-        template = template.told_apart() if template.name in stop_in_reply else template
+        template = template.with_strict_stops() if template.name in stop_in_reply else template
         files.append(DataFile(spec.path, template, items, items - len(of_part), spec.image_root))
     whole = all(spec.ratio == 1 for spec in specs)
     return Dataset(tuple(files), tuple(parts), None if whole else np.concatenate(rows))
@@ -484,7 +486,7 @@ def load_published(folder: Path, tokenizer: Tokenizer) -> Dataset:
     arrays = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
     files, parts = [], []
     for entry, path, root, items, dropped, template in published:
-        chat = format_for(CHAT_TEMPLATE, KINDS[0], tokenizer) if template is None else None
+        chat = template_for(CHAT_TEMPLATE, KINDS[0], tokenizer) if template is None else None
         parts.append(map_entry(Path(entry)))
         files.append(DataFile(Path(path), chat or Template.model_validate_json(template), items, dropped, Path(root)))
     dataset = Dataset(tuple(files), tuple(parts), arrays.pop("rows", None))

@@ -11,7 +11,7 @@ from llama_acc.core.data.encode import documents, render_item
 from llama_acc.core.data.items import Item
 from llama_acc.core.data.read import stream_items
 from llama_acc.core.data.sources import FileSpec
-from llama_acc.core.data.templates import Template, format_for
+from llama_acc.core.data.templates import Template, template_for
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import StreamDecoder, Tokenizer
 
@@ -92,7 +92,7 @@ def first_items(
     for spec in specs:
         try:
             stream = stream_items(spec.path, spec.format)
-            template = format_for(spec.template, stream.kind, tokenizer)
+            template = template_for(spec.template, stream.kind, tokenizer)
             good = ((f"{spec.path.name} {row.where}", row.item) for row in stream if row.item is not None)
             items = list(islice(good, count - len(shown)))
         except UserError:

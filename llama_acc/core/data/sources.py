@@ -12,7 +12,7 @@ from llama_acc.core.catalogue import how_to_get, is_address, named_data
 from llama_acc.core.data.read import FORMATS, SUFFIXES, data_suffix, nearest_names
 from llama_acc.core.data.tar_shards import TAR_SUFFIX
 from llama_acc.core.data.templates import CHAT_TEMPLATE, TEMPLATES, get_template
-from llama_acc.core.errors import DataError, UserError, did_you_mean, raise_together, schema_problems
+from llama_acc.core.errors import DataError, UserError, did_you_mean, raise_all, schema_problems
 from llama_acc.core.hub import fetch_data
 from llama_acc.core.input_files import home, read_yaml
 
@@ -81,7 +81,7 @@ def expand(
             beside = s.root is None or path.suffix.lower() == TAR_SUFFIX
             root = path.parent if beside else resolve_image_root(str(s.root), s.folder)
             specs.append(FileSpec(path, s.format, s.template, s.ratio, (number, i), root))
-    raise_together(errors)
+    raise_all(errors)
     return specs
 
 

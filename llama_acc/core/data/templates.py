@@ -98,7 +98,7 @@ class Template(BaseModel):
     prefix_labels: bool = False
     """LLaMA2-Accessory's rule: as many tokens have no label as the prompt has by itself. Else every token with a
     character of the output has one, also where it begins in the prompt."""
-    stop: tuple[str, ...] = ()  # generation ends before any of these, besides at EOS; see `told_apart`
+    stop: tuple[str, ...] = ()  # generation ends before any of these, besides at EOS; see `with_strict_stops`
 
     prompt: str = ""  # `{instruction}` stands for the instruction
     prompt_with_input: str | None = None  # where the item has one that is not blank; None: the format does not show it
@@ -210,7 +210,7 @@ class Template(BaseModel):
         literals = [literal for text in formats for literal in _split(text)[2::2]]
         return sorted({literal for literal in literals if literal.strip()})
 
-    def told_apart(self) -> "Template":
+    def with_strict_stops(self) -> "Template":
         """This format for a model whose data has replies that hold a stop string: an answer ends at what the format
         really writes behind one, a whole turn's end or the role that follows."""
         strict = [self.turn_end + self._turn_mark(role) for role in self.roles] if self._ends_alike else [self.turn_end]
@@ -503,7 +503,7 @@ def template_of_folder(folder: Path, tokenizer: Tokenizer) -> tuple[Template, st
     return get_template("none", tokenizer), f"none, as the folder has no {TEMPLATE_FILE} and no chat template"
 
 
-def format_for(name: str, kind: str, tokenizer: Tokenizer | None = None) -> Template:
+def template_for(name: str, kind: str, tokenizer: Tokenizer | None = None) -> Template:
     """A shipped format by name; "auto": the usual one for a kind of items; the chat template beside the tokenizer.
 
     Raises:

@@ -63,7 +63,7 @@ def read_data(
     template = loaded.template
     if not isinstance(template, ChatTemplate):  # data is written in formats by name: those that are shipped
         shipped = [get_template(template.name, loaded.tokenizer)] if template.name in TEMPLATES else []
-        if template not in [*shipped, *(form.told_apart() for form in shipped)]:
+        if template not in [*shipped, *(form.with_strict_stops() for form in shipped)]:
             raise UserError(
                 f"the checkpoint's prompt format {template.name!r} is not one that comes with llama-acc",
                 f"give --template: {', '.join(TEMPLATES)}",

@@ -20,7 +20,7 @@ from llama_acc.core.checkpoint.load import Weights, check_tensors, fill, main_dt
 from llama_acc.core.checkpoint.quantized import read_quantization
 from llama_acc.core.checkpoint.towers import check_tower
 from llama_acc.core.data.images import normalize
-from llama_acc.core.data.templates import KINDS, Template, format_for, template_of_folder
+from llama_acc.core.data.templates import KINDS, Template, template_for, template_of_folder
 from llama_acc.core.device import pick_device
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
@@ -175,7 +175,7 @@ def load_model(
         template_of_folder(last, words)
         if template == "auto"
         else (
-            format_for(template, KINDS[0], words),
+            template_for(template, KINDS[0], words),
             "asked for",
         )
     )

@@ -23,7 +23,7 @@ from llama_acc.core.data.dataset import Dataset, load_dataset, load_published, p
 from llama_acc.core.data.image_files import with_usable_images
 from llama_acc.core.data.sources import MISSING_HINT, Source
 from llama_acc.core.distributed.groups import Parallel
-from llama_acc.core.errors import UserError, raise_together
+from llama_acc.core.errors import UserError, raise_all
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import describe, parameter_count, shapes_of
 from llama_acc.core.recipe import Checkpoint, Images, Recipe
@@ -369,7 +369,7 @@ def _read_data(
             loaded.append(load(sources, missing_hint))
         except UserError as error:
             errors.append(error)
-    raise_together(errors)
+    raise_all(errors)
     if config.vision is not None:
         loaded = with_usable_images(
             loaded,

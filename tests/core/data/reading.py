@@ -6,7 +6,7 @@ from typing import NamedTuple
 from llama_acc.core.data.items import Item
 from llama_acc.core.data.read import stream_items
 from llama_acc.core.data.sources import data_files
-from llama_acc.core.errors import DataError, UserError, raise_together
+from llama_acc.core.errors import DataError, UserError, raise_all
 
 
 class ItemFile(NamedTuple):
@@ -26,7 +26,7 @@ def read_file(path: Path, format: str = "auto") -> ItemFile:
             items += [checked.item] * (checked.item is not None)
     except UserError as error:
         errors.append(error)
-    raise_together([DataError(problems), *errors] if problems else errors)
+    raise_all([DataError(problems), *errors] if problems else errors)
     return ItemFile(stream.kind, items)
 
 

@@ -245,7 +245,7 @@ def test_a_reply_that_holds_its_own_end_is_told_from_it(
     rendered = template.dialogue_text(turns)
     assert [rendered.text[begin:end] for begin, end in rendered.trained] == trained
     assert rendered.eos_trained == eos
-    assert (template.told_apart() if eos or len(stops[0]) > len(template.stop[0]) else template).stop == stops
+    assert (template.with_strict_stops() if eos or len(stops[0]) > len(template.stop[0]) else template).stop == stops
 
 
 def test_data_is_written_in_the_chat_template_beside_the_tokenizer(tmp_path: Path) -> None:

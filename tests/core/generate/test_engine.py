@@ -142,7 +142,7 @@ def test_a_reply_shows_at_once_all_before_the_first_stop_string(
 
 
 def test_an_end_mark_that_is_only_the_beginning_of_a_stop_string_is_left_out(tokenizer: Tokenizer) -> None:
-    template = get_template("dialogue").told_apart()
+    template = get_template("dialogue").with_strict_stops()
     assert all(stop.startswith("\n###") and stop != "\n###" for stop in template.stop)
     reply = Reply(Prompt([1], strip=True), template, tokenizer, 1000)
     for token in [*tokenizer.encode("  a ### b\n###"), tokenizer.eos_id]:

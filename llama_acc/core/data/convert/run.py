@@ -113,7 +113,7 @@ def _download_for(format: str) -> str:
     raise UserError("there is nothing to convert", "name files to convert, or - for standard input")
 
 
-class Layout(NamedTuple):
+class Framing(NamedTuple):
     """What stands before, between, behind each and after all of the items; and what is written of none."""
 
     begin: bytes = b""
@@ -123,13 +123,13 @@ class Layout(NamedTuple):
     empty: bytes = b""
 
 
-_LINES = Layout(behind=b"\n")  # who reads a pipe has whole lines, however it ends
-_ARRAY = Layout(b"[\n", b",\n", b"", b"\n]\n", b"[]\n")
+_LINES = Framing(behind=b"\n")  # who reads a pipe has whole lines, however it ends
+_ARRAY = Framing(b"[\n", b",\n", b"", b"\n]\n", b"[]\n")
 # As Python's json.dump writes a list, which is what LLaMA2-Accessory's tools do.
-_REFERENCE = Layout(b"[", b", ", b"", b"]", b"[]")
+_REFERENCE = Framing(b"[", b", ", b"", b"]", b"[]")
 
 
-class Converted(NamedTuple):
+class ConvertedItem(NamedTuple):
     """An item, where it came from, and its JSON."""
 
     origin: str
@@ -160,7 +160,7 @@ class Conversion:
         self._dialogues: bool | None = None
         self._may_be_empty = False
 
-    def __iter__(self) -> Iterator[Converted]:
+    def __iter__(self) -> Iterator[ConvertedItem]:
         """The items in order.
 
         Raises:
@@ -180,7 +180,7 @@ class Conversion:
                     self.rows += 1
                     for record, line in self._of_row(row, name, format, options, used):
                         self.items += 1
-                        yield Converted(f"{name}: {row.where}", record, line)
+                        yield ConvertedItem(f"{name}: {row.where}", record, line)
         except UserError as error:
             if not self.problems or not stop:
                 raise
@@ -380,7 +380,7 @@ def convert(conversion: Conversion, output: Path) -> None:
         raise RunError(f"cannot write {output}: {error.strerror or error}") from error
 
 
-def write_items(conversion: Conversion, file: IO[bytes], layout: Layout = _LINES) -> None:
+def write_items(conversion: Conversion, file: IO[bytes], layout: Framing = _LINES) -> None:
     """Convert everything into an open file; raises as `convert`."""
     count = 0
     for count, converted in enumerate(conversion, start=1):
