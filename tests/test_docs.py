@@ -249,7 +249,7 @@ def test_recipes_page_has_what_may_change_on_resume() -> None:
 def test_recipes_page_has_every_shipped_recipe_with_its_values() -> None:
     header, *rows = table_rows(section(read("docs/recipes.md"), "## The shipped recipes"))
     whole = [row for row in rows if len(row) == len(header)]  # the table behind it is of parts of names
-    rows = [[name, *cells] for names, *cells in whole for name in re.findall(r"`([\w-]+)`", names)]
+    rows = [[name, *cells] for names, *cells in whole for name in re.findall(r"`([\w.-]+)`", names)]
     assert sorted(name for name, *_ in rows) == recipe_names()
     for name, *cells in rows:
         recipe = Recipe.load(name).model_dump()
@@ -266,11 +266,13 @@ def test_the_name_of_a_recipe_says_what_the_recipes_page_says() -> None:
         default = "frozen" if name == "caption-qformer-13b" else "full"
         method = next((methods[word] for word in words if word in methods), default)
         size, ranks = next((sizes[word] for word in words if word in sizes), ("llama2-7b", 1))
+        if words[0] == "sft":
+            method, size = method.removesuffix("_bias_norm"), "-".join(words[1:3])
         assert (recipe.tuning.method, recipe.tuning.quantize) == (method, "nf4" if nf4 else "none"), name
         assert recipe.model.size == (None if quickstart else size), name
         assert recipe.parallel.model_parallel_size == (1 if nf4 else ranks), name
         assert recipe.train.precision == ("fp32" if quickstart else "bf16"), name
-        no_checkpointing = quickstart or name == "alpaca-adapter"
+        no_checkpointing = quickstart or name in ("alpaca-adapter", "sft-llama3.2-1b-lora")
         assert recipe.train.activation_checkpointing is not no_checkpointing, name
 
 
@@ -282,7 +284,7 @@ def value_at(values: Any, key: str) -> Any:
 
 def test_recipes_page_says_where_the_data_of_every_recipe_comes_from() -> None:
     rows = table_rows(section(read("docs/recipes.md"), "## Data of each recipe"))[1:]
-    patterns = [pattern for row in rows for pattern in re.findall(r"`([\w*-]+)`", row[0])]
+    patterns = [pattern for row in rows for pattern in re.findall(r"`([\w.*-]+)`", row[0])]
     assert sorted(name for pattern in patterns for name in fnmatch.filter(recipe_names(), pattern)) == recipe_names()
 
 

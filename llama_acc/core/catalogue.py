@@ -14,11 +14,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, model_validator
 
 from llama_acc.core.errors import UserError, did_you_mean, listed
 from llama_acc.core.input_files import home
@@ -73,6 +73,12 @@ class Entry(BaseModel):
     llama_type: str | None = None
     note: str | None = None
     files: tuple[File, ...] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_model(cls, values: dict[str, Any]) -> dict[str, Any]:
+        repository = values["page"].removeprefix("https://huggingface.co/")
+        return {"files": [{"get": f"hf:models/{repository}"}], **values}
 
     @property
     def is_model(self) -> bool:

@@ -62,6 +62,7 @@ _LOCK = f"{RECORD}.lock"
 # Of a whole model that has its weights as safetensors, what holds the same weights again.
 _SAME_WEIGHTS = re.compile(
     r".*(\.bin|\.bin\.index\.json|\.h5|\.msgpack|\.ot|\.gguf|\.onnx|\.tflite|\.mlmodel)|original/.*|(onnx|openvino|coreml)/.*"
+    r"|consolidated\.safetensors"
 )
 _TOKEN_HINT = "give it in HF_TOKEN, once with `hf auth login`, or to `llama-acc download` with --token"
 

@@ -27,6 +27,9 @@ PROMISED = """
     flacuna ultrachat moss platypus llava-instruct-150k cc3m sbu coyo
     llama2-7b llama2-7b-chat llama2-13b llama2-13b-chat llama2-70b llama2-70b-chat
     codellama-7b codellama-13b codellama-34b tinyllama blip2-opt-2.7b
+    llama3-8b llama3.1-8b llama3.1-70b llama3.2-1b llama3.2-3b llama3.3-70b mistral-7b
+    qwen2.5-0.5b qwen2.5-1.5b qwen2.5-3b qwen2.5-7b qwen2.5-14b qwen2.5-32b qwen2.5-72b
+    qwen3-0.6b qwen3-1.7b qwen3-4b qwen3-8b qwen3-14b qwen3-32b smollm2-135m smollm2-360m smollm2-1.7b smollm3-3b
     accessory-alpaca accessory-gorilla accessory-dialog_sharegpt accessory-dialog_sharegpt_70b accessory-dialog_lima
     accessory-dialog_wizardLM accessory-caption_llamaQformerv2_13b accessory-alpacaLlava_llamaQformerv2_13b
 """
