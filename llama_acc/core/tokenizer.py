@@ -27,7 +27,7 @@ from llama_acc.core.tokenizer_folder import (
     GENERATION_FILE,
     HUGGING_FACE_FILE,
     SENTENCEPIECE_FILE,
-    Said,
+    Settings,
     add_tokens,
     parse_json_tokenizer,
     read_folder,
@@ -64,7 +64,7 @@ class Tokenizer(ABC):
 
     Attributes:
         path: its main file.
-        said: what stands beside it.
+        settings: what stands beside it.
         end_ids: tokens that end an answer: EOS, and what else has no place in a text.
         named: ids that stand for a token.
     """
@@ -76,9 +76,9 @@ class Tokenizer(ABC):
     named: Collection[int]
     _special: re.Pattern[str]
 
-    def __init__(self, path: Path, said: Said, data: bytes) -> None:
+    def __init__(self, path: Path, settings: Settings, data: bytes) -> None:
         """`data` is the content of the main file."""
-        self.path, self.said, self._data = path, said, data
+        self.path, self.settings, self._data = path, settings, data
 
     @abstractmethod
     def encode_batch(self, texts: list[str], own: Sequence[Own] | None = None) -> list[list[int]]:
@@ -137,15 +137,15 @@ class Tokenizer(ABC):
 
     def fingerprint(self) -> str:
         """sha256 of what decides how text is encoded."""
-        return hashlib.sha256(self._data + self.said.key().encode()).hexdigest()
+        return hashlib.sha256(self._data + self.settings.key().encode()).hexdigest()
 
     def files(self) -> dict[str, bytes]:
         """The files that make the same tokenizer of a checkpoint's folder, by name."""
         name = HUGGING_FACE_FILE if self.path.suffix == ".json" else SENTENCEPIECE_FILE
-        found = {name: self._data} | {file.name: read_bytes(file, _MAX_BYTES) for file in self.said.files}
+        found = {name: self._data} | {file.name: read_bytes(file, _MAX_BYTES) for file in self.settings.files}
         # A model's config.json is another one beside a checkpoint: what it says of ends goes here.
-        if self.said.end_ids:
-            generation = json.loads(found.get(GENERATION_FILE, b"{}")) | {"eos_token_id": sorted(self.said.end_ids)}
+        if self.settings.end_ids:
+            generation = json.loads(found.get(GENERATION_FILE, b"{}")) | {"eos_token_id": sorted(self.settings.end_ids)}
             found[GENERATION_FILE] = json.dumps(generation, indent=1).encode()
         return found
 
@@ -153,18 +153,18 @@ class Tokenizer(ABC):
 class SentencePieceTokenizer(Tokenizer):
     """LLaMA's own kind: a SentencePiece `tokenizer.model` without added tokens."""
 
-    def __init__(self, path: Path, said: Said, data: bytes, processor: Any, threads: int | None = None) -> None:
+    def __init__(self, path: Path, settings: Settings, data: bytes, processor: Any, threads: int | None = None) -> None:
         """`processor` is the opened model; `threads` are for batches, None: one for each core.
 
         Raises:
             UserError: it has no BOS or EOS.
         """
-        super().__init__(path, said, data)
+        super().__init__(path, settings, data)
         self._processor, self._threads = processor, threads or -1
         self.vocab_size = processor.vocab_size()
         self.named = range(self.vocab_size)
-        self.bos_id, self.eos_id = _bos_eos(path, said, self.token_id, processor.bos_id(), processor.eos_id())
-        self.end_ids = frozenset({self.eos_id, *said.end_ids})
+        self.bos_id, self.eos_id = _bos_eos(path, settings, self.token_id, processor.bos_id(), processor.eos_id())
+        self.end_ids = frozenset({self.eos_id, *settings.end_ids})
         controls = (i for i in self.named if processor.IsControl(i) or processor.IsUnknown(i))
         self._special = _any_of(self.piece(i) for i in {*controls, self.bos_id, self.eos_id})
 
@@ -192,8 +192,8 @@ class SentencePieceTokenizer(Tokenizer):
     @functools.cached_property
     def _in_json(self) -> "HuggingFaceTokenizer":
         """The same tokenizer, of the kind that knows special tokens in a text."""
-        fast = sentencepiece_to_json(self._data, self.path, self.said)
-        return HuggingFaceTokenizer(self.path, self.said, self._data, fast, self.bos_id, self.eos_id)
+        fast = sentencepiece_to_json(self._data, self.path, self.settings)
+        return HuggingFaceTokenizer(self.path, self.settings, self._data, fast, self.bos_id, self.eos_id)
 
     def prefix_length(self, ids: Sequence[int], text: str, end: int) -> int | None:
         # Where a token ends at `end`, no merge went across it, so what is left of it came about without the rest.
@@ -235,7 +235,13 @@ class HuggingFaceTokenizer(Tokenizer):
     """A Hugging Face `tokenizer.json`, or a `tokenizer.model` with added tokens in the same terms."""
 
     def __init__(
-        self, path: Path, said: Said, data: bytes, fast: Any, bos_id: int | None = None, eos_id: int | None = None
+        self,
+        path: Path,
+        settings: Settings,
+        data: bytes,
+        fast: Any,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
     ) -> None:
         """`fast` is what the library `tokenizers` makes of the files; BOS and EOS are for where nothing beside says it.
 
@@ -244,7 +250,7 @@ class HuggingFaceTokenizer(Tokenizer):
         """
         from tokenizers import processors
 
-        super().__init__(path, said, data)
+        super().__init__(path, settings, data)
         self._fast = fast
         fast.no_truncation()
         fast.no_padding()
@@ -255,14 +261,14 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"{path} has no tokens: its vocabulary is empty", "copy it again from the model it is of")
         self.named = frozenset(vocabulary.values())
         self.vocab_size = max(self.named) + 1
-        self.bos_id, self.eos_id = _bos_eos(path, said, vocabulary.get, bos_id, eos_id)
+        self.bos_id, self.eos_id = _bos_eos(path, settings, vocabulary.get, bos_id, eos_id)
         # Models are published with an EOS that is not the token their answers end with (<|eot_id|>, <|im_end|>), and
         # a special token inside an answer would be the start of another turn.
         fast.add_special_tokens([self.piece(self.bos_id), self.piece(self.eos_id)])
         added = fast.get_added_tokens_decoder()
         self._special_tokens = {token: entry for token, entry in added.items() if entry.special}
         self._special = _any_of(entry.content for entry in self._special_tokens.values())
-        self.end_ids = frozenset({self.eos_id, *self._special_tokens, *said.end_ids})
+        self.end_ids = frozenset({self.eos_id, *self._special_tokens, *settings.end_ids})
         self._with_marks = functools.lru_cache(maxsize=1)(self._make_marked)
         # A run of byte pieces is decoded as a whole by this decoder: one wrong byte spoils all of it.
         self._bytes_fall_back = "ByteFallback" in str(fast.decoder)
@@ -390,25 +396,25 @@ def load_tokenizer(path: str | Path, threads: int | None = None) -> Tokenizer:
                 "give one with --tokenizer FILE",
             )
         path = found
-    said, data = read_folder(path.parent), read_bytes(path, _MAX_BYTES)
+    settings, data = read_folder(path.parent), read_bytes(path, _MAX_BYTES)
     if path.suffix == ".json":
-        fast, left_out = parse_json_tokenizer(path, data, said.rows)
-        said = replace(said, left_out=tuple(dict.fromkeys(said.left_out + left_out)))
-        return HuggingFaceTokenizer(path, said, data, add_tokens(fast, path, said))
+        fast, left_out = parse_json_tokenizer(path, data, settings.rows)
+        settings = replace(settings, left_out=tuple(dict.fromkeys(settings.left_out + left_out)))
+        return HuggingFaceTokenizer(path, settings, data, add_tokens(fast, path, settings))
     processor = _processor(path, data)
-    said = _with_prefix_rule(path, said, processor)
+    settings = _with_prefix_rule(path, settings, processor)
     # Those of SentencePiece's own that are in no text, such as BOS, need not be added.
     added = [
         token
-        for token, entry in said.tokens.items()
+        for token, entry in settings.tokens.items()
         if token >= len(processor)
         or processor.IdToPiece(token) != entry["content"]
         or not (processor.IsControl(token) or processor.IsUnknown(token))
     ]
     if not added:
-        return SentencePieceTokenizer(path, said, data, processor, threads)
-    fast = sentencepiece_to_json(data, path, said)
-    return HuggingFaceTokenizer(path, said, data, fast, processor.bos_id(), processor.eos_id())
+        return SentencePieceTokenizer(path, settings, data, processor, threads)
+    fast = sentencepiece_to_json(data, path, settings)
+    return HuggingFaceTokenizer(path, settings, data, fast, processor.bos_id(), processor.eos_id())
 
 
 def find_tokenizer(folder: str | Path) -> Path | None:
@@ -419,14 +425,14 @@ def find_tokenizer(folder: str | Path) -> Path | None:
 
 def tokenizer_notes(tokenizer: Tokenizer, rows: int) -> list[str]:
     """What a user should know of a tokenizer beside a model of so many rows."""
-    notes, said, unnamed = [], tokenizer.said, [row for row in range(rows) if row not in tokenizer.named]
+    notes, settings, unnamed = [], tokenizer.settings, [row for row in range(rows) if row not in tokenizer.named]
     if unnamed:
         notes.append(f"rows of the vocabulary without a token: {len(unnamed)}, the first is {unnamed[0]}")
-    if said.left_out:
-        notes.append(f"left out, as the model has no row for them: {', '.join(map(repr, said.left_out))}")
-    if said.add_bos is False:
+    if settings.left_out:
+        notes.append(f"left out, as the model has no row for them: {', '.join(map(repr, settings.left_out))}")
+    if settings.add_bos is False:
         notes.append(f"texts begin without BOS, as {CONFIG_FILE} says (add_bos_token: false)")
-    if said.add_eos:
+    if settings.add_eos:
         notes.append(f"{CONFIG_FILE} says add_eos_token: true; which formats end with EOS is still theirs to say")
     return notes
 
@@ -470,16 +476,16 @@ def _vocabulary(path: Path) -> dict[str, int]:
         raise UserError(f"{path} is not a tokenizer.json that can be read: {error}") from error
 
 
-def _with_prefix_rule(path: Path, said: Said, processor: Any) -> Said:
+def _with_prefix_rule(path: Path, settings: Settings, processor: Any) -> Settings:
     """Adds what a tokenizer.json of no more tokens says of the space in front: Meta's models come with both."""
     beside = path.parent / HUGGING_FACE_FILE
     if not beside.is_file() or not _vocabulary(beside).keys() <= set(map(processor.IdToPiece, range(len(processor)))):
-        return said
+        return settings
     values = read_json(beside)
     steps = json.dumps([values.get("normalizer"), values.get("pre_tokenizer")])
-    first_only = said.first_only if '"Prepend"' not in steps else False
+    first_only = settings.first_only if '"Prepend"' not in steps else False
     first_only = True if '"prepend_scheme": "first"' in steps else first_only
-    return replace(said, first_only=first_only, files=(*said.files, beside))
+    return replace(settings, first_only=first_only, files=(*settings.files, beside))
 
 
 def _processor(path: Path, data: bytes) -> Any:
@@ -499,10 +505,14 @@ def _processor(path: Path, data: bytes) -> Any:
 
 
 def _bos_eos(
-    path: Path, said: Said, find: Callable[[str], int | None], bos_id: int | None = None, eos_id: int | None = None
+    path: Path,
+    settings: Settings,
+    find: Callable[[str], int | None],
+    bos_id: int | None = None,
+    eos_id: int | None = None,
 ) -> tuple[int, int]:
     """BOS and EOS: as they are named beside the main file, else as it has them itself, else a usual pair."""
-    bos, eos = said.roles.get("bos_token"), said.roles.get("eos_token")
+    bos, eos = settings.roles.get("bos_token"), settings.roles.get("eos_token")
     bos_id, eos_id = (None if token == -1 else token for token in (bos_id, eos_id))  # SentencePiece's for none
     if eos is None and eos_id is None:
         known = ((b, e) for b, e in _KNOWN_BOS_EOS if find(b) is not None and find(e) is not None)

@@ -36,8 +36,8 @@ _UNIGRAM, _BPE = 1, 2
 
 
 @dataclass(frozen=True)
-class Said:
-    """What stands beside a tokenizer's main file; None: nothing says it."""
+class Settings:
+    """What the files beside a tokenizer's main file say; None: nothing says it."""
 
     tokens: Mapping[int, dict[str, Any]] = field(default_factory=dict)  # by id, as in a tokenizer.json's added_tokens
     roles: Mapping[str, str] = field(default_factory=dict)  # texts by their names in a chat template: "pad_token"
@@ -51,11 +51,11 @@ class Said:
 
     def key(self) -> str:
         """Differs where a text may be encoded differently; empty where nothing is said."""
-        said = [sorted(self.tokens.items()), self.roles.get("bos_token"), self.roles.get("eos_token"), self.first_only]
-        return "" if said == [[], None, None, None] else json.dumps(said, sort_keys=True)
+        parts = [sorted(self.tokens.items()), self.roles.get("bos_token"), self.roles.get("eos_token"), self.first_only]
+        return "" if parts == [[], None, None, None] else json.dumps(parts, sort_keys=True)
 
 
-def read_folder(folder: Path) -> Said:
+def read_folder(folder: Path) -> Settings:
     """What a tokenizer's folder says of it.
 
     Raises:
@@ -79,7 +79,7 @@ def read_folder(folder: Path) -> Said:
         ends |= {token for token in (end if isinstance(end, list) else [end]) if type(token) is int and token >= 0}
     flags = [config.get(key) for key in ("legacy", "add_bos_token", "add_eos_token")]
     legacy, add_bos, add_eos = (value if isinstance(value, bool) else None for value in flags)
-    return Said(
+    return Settings(
         tokens={token: entry for token, entry in tokens.items() if token not in left_out},
         roles=roles,
         end_ids=frozenset(ends),
@@ -165,7 +165,7 @@ def parse_json_tokenizer(path: Path, data: bytes, rows: int | None) -> tuple[Any
         raise UserError(f"{path} is not a tokenizer.json that can be read: {error}") from error
 
 
-def add_tokens(fast: Any, path: Path, said: Said) -> Any:
+def add_tokens(fast: Any, path: Path, settings: Settings) -> Any:
     """Add the tokens that are named beside the main file under their own ids.
 
     Raises:
@@ -175,16 +175,16 @@ def add_tokens(fast: Any, path: Path, said: Said) -> Any:
 
     vocabulary: dict[str, int] = fast.get_vocab(with_added_tokens=True)
     by_id = {token: text for text, token in vocabulary.items()}
-    for token, entry in said.tokens.items():
+    for token, entry in settings.tokens.items():
         text, known, has = entry["content"], by_id.get(token), vocabulary.get(entry["content"], token)
         if known not in (None, text) or has != token:
             other = f"that is {known!r}" if known not in (None, text) else f"{text!r} is token {has}"
             raise UserError(f"a file beside {path} says that token {token} is {text!r}, and in it {other}")
-    new = sorted(set(said.tokens) - set(by_id))
+    new = sorted(set(settings.tokens) - set(by_id))
     if new and new != list(range(len(vocabulary), len(vocabulary) + len(new))):
-        fast = _with_ids(path, json.loads(fast.to_str()), {said.tokens[token]["content"]: token for token in new})
-    for token in new if path.suffix == ".json" else sorted(said.tokens):
-        fast.add_tokens([AddedToken(**said.tokens[token])])
+        fast = _with_ids(path, json.loads(fast.to_str()), {settings.tokens[token]["content"]: token for token in new})
+    for token in new if path.suffix == ".json" else sorted(settings.tokens):
+        fast.add_tokens([AddedToken(**settings.tokens[token])])
     return fast
 
 
@@ -207,14 +207,14 @@ class _Piece(NamedTuple):
     kind: int
 
 
-def sentencepiece_to_json(data: bytes, path: Path, said: Said) -> Any:
+def sentencepiece_to_json(data: bytes, path: Path, settings: Settings) -> Any:
     """A SentencePiece model with the tokens that are named beside it.
 
     Args:
         data: the content of the model file.
         path: where it is from, for messages.
-        said: of it: other texts for some of its pieces; more tokens; and whether the space in front of a text comes at
-            its beginning only (transformers: `legacy: false`), and not also behind each special token. Where there are
+        settings: other texts for some of its pieces; more tokens; and whether the space in front of a text comes at its
+            beginning only (transformers: `legacy: false`), and not also behind each special token. Where there are
             user-defined pieces, it does in any case: the library cuts a text at them, too, and SentencePiece puts no
             space behind them.
 
@@ -230,11 +230,11 @@ def sentencepiece_to_json(data: bytes, path: Path, said: Said) -> Any:
             f"{path} is a SentencePiece model of a kind that takes no special tokens in a text and is not exported",
             "use the tokenizer.json of the same model",
         )
-    for i, name in ((i, entry["content"]) for i, entry in said.tokens.items() if i < len(pieces)):
+    for i, name in ((i, entry["content"]) for i, entry in settings.tokens.items() if i < len(pieces)):
         if pieces[i].kind in (_NORMAL, _BYTE) and pieces[i].text != name:
             raise UserError(f"token {i} of {path} is {pieces[i].text!r}, and a file beside it calls it {name!r}")
         pieces[i] = pieces[i]._replace(text=name)
-    first_only = said.first_only or any(piece.kind == _USER_DEFINED for piece in pieces)
+    first_only = settings.first_only or any(piece.kind == _USER_DEFINED for piece in pieces)
     has_bytes = any(piece.kind == _BYTE for piece in pieces)
     unknown = next((i for i, piece in enumerate(pieces) if piece.kind == _UNKNOWN), 0)
     model: Any = None
@@ -264,8 +264,8 @@ def sentencepiece_to_json(data: bytes, path: Path, said: Said) -> Any:
     defined = [piece.text for piece in pieces if piece.kind == _USER_DEFINED]
     fast.add_tokens([AddedToken(text, normalized=False) for text in defined])
     # Matched in the text unchanged: normalized, a token would have the space in front that a text gets.
-    entries = {token: entry | {"normalized": False} for token, entry in said.tokens.items()}
-    return add_tokens(fast, path, replace(said, tokens=entries))
+    entries = {token: entry | {"normalized": False} for token, entry in settings.tokens.items()}
+    return add_tokens(fast, path, replace(settings, tokens=entries))
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from llama_acc.core.data.sources import Source
 from llama_acc.core.data.templates import Turn, template_of_folder
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, tokenizer_notes
-from llama_acc.core.tokenizer_folder import Said, sentencepiece_to_json
+from llama_acc.core.tokenizer_folder import Settings, sentencepiece_to_json
 from tests.core.tokenizers import END, START, TOOL, byte_level, chatml, token
 
 TEXTS = [
@@ -222,7 +222,7 @@ def test_the_tokens_are_those_of_sentencepiece(settings: dict[str, Any], first_o
     usual = {"vocab_size": 400, "hard_vocab_limit": False, "minloglevel": 2, "character_coverage": 0.98}
     SentencePieceTrainer.train(sentence_iterator=iter(PIECES[:-4] * 2), model_writer=model, **(usual | settings))
     theirs = SentencePieceProcessor(model_proto=model.getvalue())
-    ours = sentencepiece_to_json(model.getvalue(), Path("tokenizer.model"), Said(first_only=first_only))
+    ours = sentencepiece_to_json(model.getvalue(), Path("tokenizer.model"), Settings(first_only=first_only))
     # Of equal scores a Unigram model takes another way here.
     texts = PIECES if settings["model_type"] == "bpe" else LINES
     assert [ours.encode(text, add_special_tokens=False).ids for text in texts] == theirs.encode(texts)

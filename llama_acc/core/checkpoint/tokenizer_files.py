@@ -119,7 +119,7 @@ def tokenizer_of(layouts: Sequence[Layout]) -> Tokenizer | None:
 def special_ids(layouts: Sequence[Layout], tokenizer: Tokenizer | None) -> dict[str, Any]:
     """`bos_token_id` and `eos_token_id` for a config.json: the tokenizer's, else what a Hugging Face folder says."""
     if tokenizer is not None:
-        ends = [tokenizer.eos_id, *sorted(tokenizer.said.end_ids - {tokenizer.eos_id})]
+        ends = [tokenizer.eos_id, *sorted(tokenizer.settings.end_ids - {tokenizer.eos_id})]
         return {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
     for layout in reversed(without_towers(layouts)):
         if layout.format == "huggingface" and layout.params_path is not None:
@@ -144,7 +144,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, ids: Mapping[str, Any]) 
         values = tokenizer.to_json() | {"truncation": None, "padding": None}
     except UserError as error:
         return [f"the tokenizer goes along as it is: {error.message}"]
-    adds_bos, adds_eos = tokenizer.said.add_bos, bool(tokenizer.said.add_eos)
+    adds_bos, adds_eos = tokenizer.settings.add_bos, bool(tokenizer.settings.add_eos)
     is_llamas = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
     if adds_bos is None and (is_llamas or tokenizer.path.name != HUGGING_FACE_FILE):
         adds_bos = True  # what transformers takes for a LLaMA's
@@ -153,7 +153,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, ids: Mapping[str, Any]) 
         config |= {"add_bos_token": adds_bos, "add_eos_token": adds_eos}
     # Without line ends, which take Python ten times as long.
     (folder / HUGGING_FACE_FILE).write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
-    roles = {"unk_token": values["model"].get("unk_token"), **tokenizer.said.roles}
+    roles = {"unk_token": values["model"].get("unk_token"), **tokenizer.settings.roles}
     roles |= {"bos_token": tokenizer.piece(tokenizer.bos_id), "eos_token": tokenizer.piece(tokenizer.eos_id)}
     for key in _OF_OTHER_CLASSES:
         config.pop(key, None)

@@ -308,7 +308,7 @@ def _held(text: str, stops: Iterable[str]) -> bool:
 def special_texts(tokenizer: Tokenizer) -> list[str]:
     """The texts of the special tokens, longest first."""
     texts = {tokenizer.piece(token) for token in (tokenizer.bos_id, *tokenizer.end_ids)}
-    texts |= {text for text in ("<unk>", *tokenizer.said.roles.values()) if tokenizer.is_special(text)}
+    texts |= {text for text in ("<unk>", *tokenizer.settings.roles.values()) if tokenizer.is_special(text)}
     return sorted(texts, key=lambda text: (-len(text), text))
 
 
@@ -482,7 +482,7 @@ def get_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
         hint = did_you_mean(name, TEMPLATES) or f"there are: {', '.join(TEMPLATES)}"
         raise UserError(f"unknown template {name!r}", hint)
     template = TEMPLATES[name]
-    if tokenizer is not None and tokenizer.said.add_bos is False:
+    if tokenizer is not None and tokenizer.settings.add_bos is False:
         return template.model_copy(update={"bos": False})
     return template
 
