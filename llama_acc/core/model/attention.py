@@ -274,6 +274,8 @@ class CachedAttention:
         if rotates:
             # Queries and keys are rotated together: for a single token the calls cost more than their work.
             q, k = rotate(torch.cat((q, k), 1), self.rotations).split((q.shape[1], k.shape[1]), 1)
+        if len(self.layers) == 1:  # nothing is cut and joined: for a single token each call counts
+            return _attend_cached(q, *self.layers[0].append(k, v, self.starts[0]), window).flatten(1)
         outputs = [
             _attend_cached(q[document], *layer.append(k[document], v[document], start), window)
             for layer, start, document in zip(self.layers, self.starts, document_slices(self.lengths), strict=True)

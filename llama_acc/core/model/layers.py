@@ -230,7 +230,7 @@ def _one_row(x: Tensor, weight: Tensor) -> Tensor:
     """`F.linear` of one row [1, in] on a CPU: generation, where the libraries' products of matrices fall short."""
     rows, columns = weight.shape
     threads = torch.get_num_threads()
-    if x.dtype == torch.float32 and rows % threads == 0:
+    if x.dtype == torch.float32 and threads > 1 and rows % threads == 0:
         # The library reads a matrix with one thread if there is one vector to multiply; as a batch of matrices, one
         # for each thread, it is read with all.
         return torch.bmm(x.expand(threads, 1, columns), weight.view(threads, rows // threads, columns).mT).view(1, rows)
@@ -328,6 +328,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """[..., dim] normalized, times weight [dim], in the type of `x`."""
     if torch.is_grad_enabled():
         return _RMSNormFunction.apply(x, weight, eps)
+    if x.dtype == torch.float32:  # fewer calls; of other types it would round once where Meta's code rounds twice
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     return _rms_norm(x, weight, eps)[0]
 
 
