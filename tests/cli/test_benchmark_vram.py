@@ -7,7 +7,7 @@ import pytest
 
 from llama_acc.core.memory import fit
 from llama_acc.core.memory.predict import PARTS
-from tests.cli.commands import invoke, refused
+from tests.cli.commands import invoke
 
 TINY = "model.params={dim: 64, n_layers: 2, n_heads: 4, multiple_of: 16, vocab_size: 300, max_seq_len: 512}"
 RUN = ("benchmark-vram", "--recipe", "alpaca", TINY, "model.max_seq_len=512", "--batch-size", 1, "--max-tokens", 64)
@@ -87,25 +87,3 @@ def test_a_named_gpu_is_asked_whether_it_fits_then_for_the_hours_of_a_data_set(t
     assert shown.startswith("memory ")
     assert table(shown)["LLaMA2-Accessory"][-1] == "88"
     assert "counted with template not said and tokenizer not said" in shown
-    refused(invoke(*flags, "--kind", "a100"), "unknown kind of GPU 'a100'", "a100-80gb")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        ((), ("which model?", "llama2-7b")),
-        (("--model", "llama2-7"), ("there is no model 'llama2-7'", "llama2-7b")),
-        (("--model", "llama2-7b", "--max-tokens", "5000"), ("5000 tokens are more", "model.max_seq_len=5000")),
-        (("--model", "llama2-7b", "--gpus", "3", "--model-parallel-size", "2"), ("does not divide",)),
-        (("--model", "llama2-7b", "--quantize", "nf4"), ("method full trains all",)),
-        (("--model", "llama2-7b", "--fit", "much"), ("--fit much is no size", "24GB")),
-        (("--model", "llama2-7b", "--sweep", "tokens=1"), ("max_tokens, batch_size, gpus",)),
-        (("--model", "llama2-7b", "--fit", "1GB", "--measure"), ("--fit and --measure cannot be combined",)),
-        (("--model", "llama2-7b", "--plot", "memory.jpg"), ("memory.jpg is no PNG", "memory.png")),
-        (("--model", "llama2-7b", "--plot", "nowhere/a.png"), ("there is no folder nowhere",)),
-        (("--model", "llama2-7b", "--data-json", "none.json"), ("none.json is not the data.json of a run",)),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_meant_is_refused(arguments: tuple[str, ...], parts: tuple[str, ...]) -> None:
-    refused(invoke("benchmark-vram", *arguments), *parts)

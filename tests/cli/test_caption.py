@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import invoke, refused, run
+from tests.cli.commands import invoke, run
 from tests.cli.conftest import ANSWER
 from tests.cli.terminal import Terminal
 from tests.core.data.pictures import encoded, plain, write_pictures
@@ -105,20 +105,6 @@ def test_an_instruction_is_put_in_the_models_format(seer: Path, photos: Path) ->
     assert "follows instructions (template alpaca): asking 'Describe the image.'" in asked.stderr
 
 
-def test_what_does_not_go_together_is_refused(seer: Path, talker: Path, photos: Path) -> None:
-    image = photos / "0000.png"
-    refused(invoke("caption", "--ckpt", seer, image, "--prompt", "a", "--instruction", "b"), "do not go together")
-    refused(
-        invoke("caption", "--ckpt", seer, image, "--instruction", "What?"),
-        "the prompt format 'caption' takes no instruction: the model was trained to caption",
-        "leave --instruction out",
-    )
-    refused(invoke("caption", "--ckpt", talker, image), "this model takes no images")
-    refused(invoke("caption", "--ckpt", seer, image, "--prompt", "x" * 600), "the model's context is 512")
-    refused(invoke("caption", "--ckpt", seer, "-", input="\n"), "standard input names no image")
-    refused(invoke("caption", "--ckpt", seer, image, "--html", photos / "no" / "a.html"), "there is no folder", "mkdir")
-
-
 def test_shards_say_what_is_expected(seer: Path, tmp_path: Path) -> None:
     members = {**samples(3), "0001.txt": ANSWER}
     shard = write_shard(tmp_path / "a.tar", {**members, "0009.txt": "no picture"})
@@ -183,9 +169,7 @@ def test_pictures_of_a_dialogue_stay_in_view(seer: Path, photos: Path, tmp_path:
     assert len(item["conversations"]) == 4
 
 
-def test_one_question_about_an_image(seer: Path, talker: Path, photos: Path) -> None:
+def test_one_question_about_an_image(seer: Path, photos: Path) -> None:
     flags = ["--template", "alpaca", "--temperature", "0", "--prompt", "What?", "--image", photos / "0000.png"]
     result = invoke("chat", "--ckpt", seer, *flags)
     assert (result.exit_code, result.stdout) == (0, f"{ANSWER}\n"), result.stderr
-    refused(invoke("chat", "--ckpt", talker, *flags), "this model takes no images")
-    refused(invoke("chat", "--ckpt", seer, "--image", photos / "0000.png"), "--image goes with --prompt")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import invoke, refused
+from tests.cli.commands import invoke
 from tests.cli.jobs import PATIENCE, gone, start_job, workers_of
 from tests.core.checkpoint.folders import GROUPED, state, write_consolidated
 
@@ -52,7 +52,3 @@ def test_ranks_say_the_same_from_the_files_of_eight_until_ctrl_c_or_a_dead_rank_
     assert job.returncode == code, err
     assert gone(list(workers.values()))
     assert ("rank 1 was killed by SIGKILL" in err) == (number == signal.SIGKILL)
-
-
-def test_heads_that_cannot_be_shared_are_refused_before_anything_starts(of_eight: Path) -> None:
-    refused(invoke("chat", "--ckpt", of_eight, *GREEDY, "--nproc", "3"), "model-parallel size", "3")

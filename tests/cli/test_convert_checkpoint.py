@@ -10,7 +10,7 @@ import torch
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import shapes_of
 from llama_acc.core.tokenizer import load_tokenizer
-from tests.cli.commands import QUICKSTART, invoke, refused, start, wait_until, words
+from tests.cli.commands import QUICKSTART, invoke, start, wait_until, words
 from tests.core.checkpoint.folders import state, write_consolidated, write_huggingface, write_meta
 
 # Large enough for a command to be caught in the middle.
@@ -50,21 +50,6 @@ def test_a_diff_is_taken_and_applied(tmp_path: Path) -> None:
     loaded = torch.load(tmp_path / "applied" / "consolidated.00.pth", weights_only=True)
     for name, tensor in state(dtype=torch.bfloat16, seed=1).items():
         assert torch.allclose(loaded[name].float(), tensor.float(), atol=1e-6), name
-
-
-def test_mistakes_are_told_before_anything_is_written(tmp_path: Path) -> None:
-    source = write_meta(tmp_path / "source", state())
-    target = tmp_path / "target"
-    command = ("convert-checkpoint", source, target)
-    refused(invoke(*command), "Missing option '--to'")
-    refused(invoke(*command, "--to", "gguf"), "Invalid value for '--to': ", "'gguf' is not one of 'meta', ")
-    refused(invoke(*command, "--to", "meta", "--dtype", "int8"), "Invalid value for '--dtype'")
-    refused(invoke(*command, "--to", "meta", "--model-parallel-size", 3), "size 3 is not one of 1, 2, 4, 8")
-    refused(invoke("convert-checkpoint", source, source, "--to", "meta"), "is what is to be converted")
-    refused(invoke(*command, "--to", "peft", "--context", 64), "--context does not go with --to peft")
-    refused(invoke("convert-checkpoint", source, "", "--to", "meta"), "it is empty")
-    refused(invoke("convert-checkpoint", tmp_path / "nowhere", target, "--to", "meta"), "no checkpoint folder")
-    assert not target.exists()
 
 
 @pytest.fixture(scope="module")

@@ -176,35 +176,6 @@ def test_a_download_that_finetune_reads_unchanged_gets_no_second_file_beside_it(
     assert os.listdir(folder) == ["alpaca_gpt4_data.json"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (("gorila", "a"), ("No such command 'gorila'", "gorilla")),
-        (("alpaca", "nowhere.json"), ("there is no data file nowhere.json",)),
-        (("alpaca", ""), ("it is empty",)),
-        (("lima",), ("lima is not downloaded", "llama-acc download lima")),
-        (("gorilla", "gorilla-torchhub"), ("gorilla-torchhub is not downloaded", "llama-acc download gorilla-torch")),
-        (("llava",), ("no data in the format llava", "llama-acc download llava-instruct-150k")),
-        (("openai",), ("there is nothing to convert", "- for standard input")),
-        (("lima", "-", "-"), ("standard input (-) can be read only once",)),
-        (("alpaca", "IN", "--output", "out.txt"), (".txt is not a kind of file that is written", ".jsonl or .json")),
-        (("alpaca", "IN", "--output", "IN"), ("is read from",)),
-        (("alpaca", "IN", "--output", "."), ("no suffix is not a kind of file",)),
-        (("sharegpt", "IN", "--max-tokens", "9"), ("--tokenizer and --max-tokens go together",)),
-        (("sharegpt", "IN", "--language", "english"), ("'english' is not an ISO 639-1 code",)),
-        (("sharegpt", "IN", "--language", "xx"), ("'xx' is no language that is recognized", "en, eo, es,")),
-        (("llava", "IN", "--dialogues", "--reference"), ("do not go together",)),
-        (("jsonl", "IN", "--map", "q"), ("'q' is not FIELD=COLUMN",)),
-        (("jsonl", "IN", "--map", "ouput=q"), ("unknown field 'ouput'", "did you mean 'output'")),
-        (("jsonl", "IN", "--map", "input=q", "--map", "input=r"), ("input is given twice",)),
-        (("jsonl", "IN", "--map", "output=answer"), ("no 'answer' (its keys: 'instruction', 'output', 'extra')",)),
-    ],
-)
-def test_what_cannot_be_done_is_refused(tmp_path: Path, arguments: tuple[str, ...], parts: tuple[str, ...]) -> None:
-    source = str(write(tmp_path / "in.jsonl", ROW))
-    refused(invoke("convert-data", *(source if argument == "IN" else argument for argument in arguments)), *parts)
-
-
 def test_every_format_has_help_with_an_example() -> None:
     for format in COMMANDS:
         assert f"llama-acc convert-data {format} " in words(invoke("convert-data", format, "--help").stdout)

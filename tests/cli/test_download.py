@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llama_acc.core.catalogue import catalogue
-from tests.cli.commands import invoke, refused, run, start, wait_until
+from tests.cli.commands import invoke, run, start, wait_until
 from tests.cli.conftest import DIALOGUE
 from tests.cli.terminal import Terminal
 from tests.hub import TOKEN, Fault, Servers
@@ -44,25 +44,6 @@ def test_list_as_json_has_all_that_is_known(lima: Servers, llama_acc_home: Path)
     assert listed["gorilla-torchhub"]["files"][0]["sha256"].startswith("02256a7d")
     assert listed["llama2-7b"]["gated"] is True
     assert listed["llama2-7b"]["here"] is False
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ([], "download what? Give a name or an address"),
-        (["lma"], "the catalogue has no 'lma': did you mean 'lima'?"),
-        (["lma", "alpaka"], "2 names are not known"),
-        (["lima", "--list"], "--list shows the whole catalogue: leave the names out"),
-        (["hf:lima"], "'hf:lima' is not an address on Hugging Face"),
-        (["ftp://example.org/a"], "is not an address that can be fetched"),
-        (["lima", "--to", ""], "it is empty. Is a shell variable not set?"),
-        (["lima", "--token", ""], "it is empty. Is a shell variable not set?"),
-        (["lima", "--token", "two words"], "the token holds white space"),
-    ],
-)
-def test_a_wrong_command_is_told_before_the_network_is_asked(arguments: list[str], said: str, servers: Servers) -> None:
-    refused(invoke("download", *arguments), said)
-    assert servers.requests == []
 
 
 # What is said and left

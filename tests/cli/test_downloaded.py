@@ -37,26 +37,6 @@ def test_finetune_and_chat_find_what_was_downloaded(lima: Servers, talker: Path,
     assert answer.stdout.strip() == "a town", answer.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("finetune", "--recipe", "lima"), "type: llama-acc download llama2-7b"),
-        (("chat", "--ckpt", "llama2-7b"), "type: llama-acc download llama2-7b"),
-        (("chat", "--ckpt", "lama2-7b"), "did you mean 'llama2-7b'"),
-        (("chat", "--ckpt", "meta-llama/Llama-2-7b"), "type: llama-acc download llama2-7b, and give that name"),
-        (("finetune", "--recipe", "quickstart", "--data", "lima"), "type: llama-acc download lima"),
-        (("finetune", "--recipe", "quickstart", "--data", "limma"), "did you mean 'lima'"),
-    ],
-)
-def test_a_name_that_is_not_here_is_answered_with_the_download(
-    arguments: tuple[str, ...], said: str, tmp_path: Path
-) -> None:
-    output = ("--output", tmp_path / "run") if arguments[0] == "finetune" else ()
-    result = invoke(*arguments, *output)
-    refused(result, said)
-    assert result.stderr.count("did you mean") <= 1
-
-
 def test_being_off_line_is_told_before_the_next_name_is_asked_for(
     servers: Servers, llama_acc_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

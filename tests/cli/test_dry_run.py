@@ -1,7 +1,6 @@
 """`finetune --dry-run`: everything is checked and shown, nothing is trained, no weights are needed."""
 
 import json
-import resource
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -118,41 +117,6 @@ def test_it_says_what_each_of_many_processes_keeps(tmp_path: Path) -> None:
     assert "does not divide the number of processes (3)" in wrong.stderr
 
 
-@pytest.mark.soak
-def test_70b_on_8_ranks_is_planned_without_its_memory(tmp_path: Path, single_turn: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text(json.dumps(words_tokenizer(32000)))
-    dialogue = [{"conversations": [{"from": "human", "value": "w10 w11"}, {"from": "gpt", "value": "w12"}]}]
-    (tmp_path / "data.json").write_text(json.dumps(dialogue * 4))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    recipe = ("finetune", "--recipe", "sharegpt-70b", "--dry-run", "--device", "cpu", "--nproc", "8")
-    result = invoke(*recipe, "--data", tmp_path / "data.json", "--tokenizer", tmp_path / "tokenizer.json")
-    assert result.exit_code == 0, result.stderr
-    lines = shown(result.stdout)
-    assert lines["parameters"] == "68,976,648,192, of which 68,976,648,192 train (method full)"
-    # Counted by hand: everything is split in 8 but the norms, of 8192 numbers in 2 * 80 + 1 places.
-    norms = (2 * 80 + 1) * 8192
-    own = (68_976_648_192 - norms) // 8 + norms
-    assert lines["processes"] == f"8: 1 data parallel (sdp) x 8 model parallel, {own:,} parameters on each"
-    assert f"trainable masters {own * 4 / 2**30:.1f} GiB, optimizer {own * 8 / 2**30:.1f} GiB, " in lines["of which"]
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20, "KiB"
-
-
-def words_tokenizer(pieces: int) -> dict[str, object]:
-    """A tokenizer.json of that many words, the first three of them special."""
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{number}": number for number in range(3, pieces)}
-    special = [
-        {"id": number, "content": content, "special": True, "single_word": False, "lstrip": False, "rstrip": False}
-        | {"normalized": False}
-        for number, content in enumerate(("<unk>", "<s>", "</s>"))
-    ]
-    return {
-        "version": "1.0",
-        "added_tokens": special,
-        "pre_tokenizer": {"type": "Whitespace"},
-        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
-    }
-
-
 def test_it_may_be_repeated_and_the_real_run_follows_into_its_folder(tmp_path: Path) -> None:
     output = tmp_path / "run"
     for _ in range(2):
@@ -206,13 +170,6 @@ def test_only_the_shape_of_a_model_that_is_not_there_is_needed(
     assert "floating-point operations" in lines["time"]
     assert lines["time"].endswith("at best)")
     assert files(tmp_path / "run") == {"recipe.yaml", "data.json"}
-
-
-def test_a_checkpoint_that_is_there_is_checked(base: Path) -> None:
-    (base / "config.json").write_text('{"dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 640}')
-    result = invoke("finetune", "--recipe", "quickstart", "--pretrained", base, "--dry-run", "data.max_tokens=256")
-    assert result.exit_code == 2
-    assert "do not fit the model" in result.stderr
 
 
 def test_the_tokenizer_beside_the_checkpoint_is_taken_not_the_recipes(talker: Path, tmp_path: Path) -> None:

@@ -1,19 +1,22 @@
 """Whatever is wrong with the input is told before the first step: what, where, and what to type next; exit code 2.
 
-Of data, checkpoints and runs' folders: test_errors_of_data.py, test_errors_of_checkpoints.py,
-test_errors_of_folders.py.
+What is typed wrong: test_refusals.py. Runs' folders: test_errors_of_folders.py. Each reader's own tests have all that
+can be wrong with a file.
 """
 
 import errno
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from tests.cli.commands import DRY, invoke, refused, run, words
+from tests.cli.commands import DRY, QUICKSTART, invoke, refused, run
 
-LONG = "n" * 256  # bytes in a file's name; file systems take 255
-
-# Flags and commands
+WEIGHTS = "consolidated.00-of-01.model.pth"
 
 
 def test_an_error_goes_to_standard_error_without_a_traceback() -> None:
@@ -40,11 +43,7 @@ def test_debug_shows_the_traceback_too_wherever_it_is_asked_for(monkeypatch: pyt
 @pytest.mark.parametrize(
     ("raised", "exit_code", "said"),
     [
-        (
-            ZeroDivisionError("of all things"),
-            1,
-            "error: ZeroDivisionError: of all things\nhint: this is a fault",
-        ),
+        (ZeroDivisionError("of all things"), 1, "error: ZeroDivisionError: of all things\nhint: this is a fault"),
         (RuntimeError("Could not determine home directory."), 1, "hint: set LLAMA_ACC_HOME to a folder"),
         (OSError(errno.EIO, "Input/output error", "x.yaml"), 1, "error: x.yaml: Input/output error\nhint: add --debug"),
         (OSError(errno.ELOOP, "Too many levels", "x.yaml"), 2, "hint: links there lead in a circle"),
@@ -74,37 +73,7 @@ def test_ctrl_c_during_an_import_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> N
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "stopped by Ctrl-C\n")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["finetun"], "No such command 'finetun'. Did you mean 'finetune'?"),
-        (["recipes", "lst"], "No such command 'lst'. Did you mean 'list'?"),
-        (["finetune", "--pretraind", "x"], "--pretrained"),
-        (["chat"], "Missing option '--ckpt'"),
-        (["chat", "--ckpt", "x", "--temperature", "hot"], "Invalid value for '--temperature'"),
-        (["chat", "--ckpt", "x", "--max-new-tokens", "1.5"], "Invalid value for '--max-new-tokens'"),
-        (["chat", "--ckpt", "x", "--device", "gpu"], "'gpu' is not one of: cuda, cuda:1 (another GPU), mps, cpu."),
-        (["finetune", "--device", "meta"], "'meta' is not one of: cuda, cuda:1 (another GPU), mps, cpu."),
-        (["finetune", "--data", ""], "Invalid value for '--data': it is empty. Is a shell variable not set?"),
-        (["finetune", "--output", ""], "it is empty. Is a shell variable not set?"),
-        (["finetune", "--pretrained", "x", "--pretrained", ""], "Invalid value for '--pretrained': it is empty."),
-        (["chat", "--ckpt", ""], "Invalid value for '--ckpt': it is empty."),
-        (["recipes", "copy", "lima"], "Missing argument 'file'"),
-    ],
-)
-def test_a_wrong_flag_is_named_with_the_nearest_one(arguments: list[str], said: str) -> None:
-    result = invoke(*arguments)
-    refused(result, "-h' for help.")
-    assert said.lower() in words(result.stderr).lower()
-
-
 # Recipes
-
-
-def test_a_missing_recipe_is_asked_for() -> None:
-    refused(invoke("finetune"), "which recipe? --recipe is missing", "begin with --recipe quickstart")
-    missing = "recipe file my/lima.yaml does not exist"
-    refused(invoke("finetune", "--recipe", "my/lima.yaml"), missing, "llama-acc recipes")
 
 
 def test_all_wrong_keys_and_values_are_listed(tmp_path: Path) -> None:
@@ -147,27 +116,158 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: bytes, sai
     refused(invoke("finetune", "--recipe", path, "--dry-run"), str(path), said)
 
 
-# chat
+# Data
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("name", "content", "said"),
     [
-        (["--temperature", "-1"], ["the temperature must be 0 or above, not -1.0", "0 is greedy"]),
-        (["--temperature", "nan"], ["the temperature must be 0 or above, not nan"]),
-        (["--top-p", "0"], ["top-p must be above 0 and at most 1, not 0.0"]),
-        (["--top-p", "1.1"], ["top-p must be above 0 and at most 1, not 1.1"]),
-        (["--max-new-tokens", "0"], ["at least 1 new token must be allowed, not 0"]),
-        (["--seed", str(2**70)], ["the seed must fit in 64 bits"]),
-        (["--template", "dialog"], ["unknown template 'dialog'", "did you mean 'dialogue'?"]),
-        (["--prompt", "long " * 1000], ["the model's context is 256", "--context N"]),
-        (["--prompt", "long " * 1000, "--context", "300"], ["the model's context is 300"]),
-        (["--prompt", "\udcff"], ["the text is not valid Unicode at character 1"]),
-        (["--tokenizer", "no.model"], ["cannot read no.model: No such file"]),
+        ("empty.json", b"", "empty.json is empty"),
+        ("one.json", b'{"instruction": "a",\n"output": "b"}', "but line 1 is not a whole value"),
+        ("lines.jsonl", b'{"instruction": "a", "output": "b"}\nx\n', "item 2 (line 2), column 1: not JSON"),
+        ("latin.json", b'[{"instruction": "Gr\xf6\xdfe", "output": "c"}]', "latin.json is not UTF-8: byte 20 (line 1)"),
+        ("column.csv", b"instruction,answer\na,b\n", "line 1: no column 'output'"),
+        ("paper.pdf", b"%PDF-1.4 \xe2\xe3\xcf\xd3", ".pdf is not a kind of data file"),
+        ("other.yaml", b"a: 1\n", "it should have one key, META"),
+        ("meta.yaml", b"META: [{pth: a, type: text}]", "META entry 1: unknown key 'pth'"),
+        ("a.json", b'[{"image": "a.png", "instruction": "a", "output": "b"}]', "this model has no vision encoder"),
     ],
 )
-def test_chat_refuses_what_it_cannot_do(trained_once: Path, flags: list[str], said: list[str]) -> None:
-    refused(invoke("chat", "--ckpt", trained_once, "--prompt", "hi", *flags), *said)
+def test_data_that_cannot_be_used_is_refused_with_its_place(
+    tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    refused(invoke(*QUICKSTART, "--data", path, "--output", tmp_path / "run"), str(path), said, output=tmp_path / "run")
+
+
+def test_every_wrong_item_of_every_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(
+        json.dumps([{"instruction": "a", "output": "b"}, {"instruction": "a"}, {"instruction": 3, "output": None}, "x"])
+    )
+    (tmp_path / "b.jsonl").write_text('{"instruction": "a", "output": "\\ud800"}\n')
+    refused(
+        invoke(*QUICKSTART, "--data", tmp_path, "--output", tmp_path / "run"),
+        "5 problems in the data:",
+        "a.json: item 2: no 'output' (its keys: 'instruction')",
+        "a.json: item 3: 'instruction' should be text, but is a number",
+        "a.json: item 3: 'output' is null",
+        "a.json: item 4: should be an object, but is text",
+        "b.jsonl: item 1 (line 1): 'output' has a lone surrogate (U+D800) at character 1",
+        output=tmp_path / "run",
+    )
+
+
+def test_lengths_that_leave_nothing_or_do_not_fit_are_refused(single_turn: Path) -> None:
+    cut = invoke(*DRY, "--data", single_turn, "data.max_tokens=3")
+    refused(cut, "nothing to train on: of 10 items", "raise data.max_")
+    refused(invoke(*DRY, "data.max_tokens=1000"), "data.max_tokens (1000) is more than the model's max_seq_len (256)")
+
+
+def test_no_name_and_no_text_of_a_file_acts_on_the_terminal(tmp_path: Path) -> None:
+    acts = "\x1b[31m\x9b5n\u202e"
+    rows = [
+        {"instruction": acts, "output": acts, acts: 1},
+        {"instruction": "a", "output": ""},
+        {"conversations": [{"from": acts, "value": acts}]},
+        {"instruction": 1, "output": acts},
+    ]
+    table = f'instruction\toutput\n"{acts}\t{acts}\tc\nd"\tf\n'
+    for name, content in (
+        ("a.json", json.dumps(rows)),
+        ("b.json", json.dumps(rows[:2])),
+        ("c.json", "{"),
+        ("d.tsv", table),
+    ):
+        path = tmp_path / f"{acts}{name}"
+        path.write_text(content)
+        for words in (
+            ["convert-data", "check", path, "--preview", "1", "--all"],
+            ["convert-data", "auto", path, "--preview", "2"],
+            ["convert-data", "auto", path, "--output", tmp_path / f"{acts}{name}l"],
+            *([[*DRY, "--data", path, "--output", tmp_path / acts], [*DRY, f"data.{acts}=1"]] if "b." in name else []),
+        ):
+            told = invoke(*words).output
+            assert told
+            assert not set(told) & set("\x1b\x9b\u202e"), (words, told)
+    warned = run("convert-data", "check", path).stderr
+    assert "holds tabs and line ends" in warned
+    assert not set(warned) & set("\x1b\x9b\u202e")
+
+
+# Checkpoints
+
+
+def on_base(base: Path, *more: object) -> Any:
+    output = base.parent.parent / "run"
+    return invoke("finetune", "--recipe", "quickstart", "--pretrained", base, "--output", output, *more)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda base: (base / WEIGHTS).unlink(), ["holds no LLaMA checkpoint", "it holds config.json"]),
+        (lambda base: os.truncate(base / WEIGHTS, 1000), ["cannot read", WEIGHTS, "copy it again"]),
+        (
+            lambda base: torch.save({"model": Path("x")}, base / WEIGHTS),
+            [f"{WEIGHTS} is refused: it holds Python code besides tensors"],
+        ),
+        (
+            lambda base: (base / "config.json").write_text('{"dim": 32, "n_layer": 2, "n_heads": 3.5}'),
+            ["unknown key 'n_layer'", "did you mean 'n_layers'", "missing key 'n_layers'", "n_heads: should be"],
+        ),
+        (lambda base: (base / "tokenizer.model").unlink(), ["there is no tokenizer in", "--tokenizer FILE"]),
+        (lambda base: (base / "tokenizer.model").write_bytes(b"no"), ["tokenizer.model", "is not a SentencePiece"]),
+    ],
+    ids=["none", "cut", "code", "shape", "no tokenizer", "broken tokenizer"],
+)
+def test_a_checkpoint_that_cannot_be_used_is_refused(
+    base: Path, damage: Callable[[Path], object], said: list[str]
+) -> None:
+    damage(base)
+    refused(on_base(base), str(base), *said, output=base.parent.parent / "run")
+
+
+def test_a_tokenizer_that_does_not_fit_is_named(talker: Path, trained_once: Path, tmp_path: Path) -> None:
+    tokenizer = trained_once / "epoch0" / "tokenizer.model"
+    command = ("finetune", "--recipe", "quickstart", "--output", tmp_path / "run", "--pretrained", talker)
+    said = f"tokenizer and model do not fit: {tokenizer} has 640 pieces, the model's vocabulary is 300"
+    refused(invoke(*command, "--tokenizer", tokenizer), said, "--tokenizer FILE", output=tmp_path / "run")
+
+
+def test_all_tensors_that_do_not_fit_are_listed_before_the_data_is_read(base: Path) -> None:
+    weights = torch.load(base / WEIGHTS, weights_only=True)["model"]
+    del weights["llma.layers.0.attention.wq.weight"], weights["llma.output.weight"]
+    weights["llma.layers.1.ffn_norm.weight"] = torch.ones(31)
+    weights["llma.layers.9.ffn_norm.weight"] = torch.ones(32)
+    weights["llma.norm.weight"] = torch.ones(32, dtype=torch.int8)
+    torch.save({"model": weights}, base / WEIGHTS)
+    (base / "broken.json").write_text("[{", encoding="utf-8")
+    refused(
+        on_base(base, "--data", base / "broken.json"),
+        f"the weights in {base} do not fit the model:",
+        "missing: layers.0.attention.wq.weight [32, 32]",
+        "missing: output.weight [640, 32]",
+        "shape: layers.1.ffn_norm.weight is [31], the model needs [32]",
+        "unknown: layers.9.ffn_norm.weight [32]",
+        "type: norm.weight holds torch.int8",
+        output=base.parent.parent / "run",
+    )
+
+
+def test_what_a_manifest_does_not_say_is_refused(trained: Path) -> None:
+    checkpoint = trained / "epoch0"
+    chat = ("chat", "--ckpt", checkpoint, "--prompt", "hi")
+    content = bytearray((checkpoint / WEIGHTS).read_bytes())
+    content[-200] ^= 1
+    (checkpoint / WEIGHTS).write_bytes(content)
+    refused(invoke(*chat, "--verify"), f"{WEIGHTS} was changed")
+    os.truncate(checkpoint / WEIGHTS, 1000)
+    refused(invoke("chat", "--ckpt", trained), f"{checkpoint} is damaged:", f"{WEIGHTS} has 1000 bytes")
+
+
+def test_verify_without_a_manifest_is_refused(base: Path) -> None:
+    refused(invoke("chat", "--ckpt", base, "--prompt", "hi", "--verify"), "epoch0 has no manifest.json", "--verify")
 
 
 def test_chat_refuses_a_folder_without_a_model(tmp_path: Path, trained: Path) -> None:
@@ -181,62 +281,3 @@ def test_chat_refuses_a_folder_without_a_model(tmp_path: Path, trained: Path) ->
         refused(invoke("chat", "--ckpt", folder), *said)
     (trained / "latest").write_text("epoch7\n")
     refused(invoke("chat", "--ckpt", trained), f"{trained / 'latest'} names 'epoch7', which is not a checkpoint")
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["finetune", "--recipe", LONG], "give a shorter one"),
-        ([*DRY, "--data", LONG], "give a shorter one"),
-        ([*DRY, "--output", LONG], "give a shorter one"),
-        ([*DRY, "--output", "file/run"], "Not a directory"),
-        ([*DRY, "model.params=" + LONG], "File name too long"),
-        (["chat", "--ckpt", LONG, "--prompt", "x"], "give a shorter one"),
-        (["convert-checkpoint", LONG, "new", "--to", "hf"], "give a shorter one"),
-        (["convert-data", "check", LONG], "give a shorter one"),
-        (["convert-data", "check", "file/a.json"], "there is no data 'file/a.json'"),
-        (["benchmark-vram", "--model", LONG], "give a shorter one"),
-        (
-            ["convert-data", "alpaca", "file", "--preview", "9" * 20],
-            "'--preview': 99999999999999999999 is beyond",
-        ),
-        (["benchmark-vram", "--gpus", "9" * 20], "Invalid value for '--gpus'"),
-        ([*DRY, "train.epochs=1e300"], "train.epochs: should be less than or equal to 1000000, not 1e+300"),
-        ([*DRY, "train.max_steps=" + "9" * 30], "train.max_steps: should be less than or equal to 1000000000"),
-        ([*DRY, "train.seed=" + "9" * 5000], "cannot read the value: "),
-        ([*DRY, "train.seed=" + "[" * 3000], "cannot read the value: "),
-        (
-            ["finetune", "--recipe", "deep.yaml"],
-            "cannot read deep.yaml: lists or mappings are nested more than 100 deep",
-        ),
-        (["chat", "--ckpt", "deep", "--prompt", "x"], "nested more than 100 deep"),
-        (["download", "http://[::1/a"], "is not an address: Invalid IPv6 URL"),
-        (["download", "http://a:99999999/a"], "is not an address: Port out of range"),
-        (["download", f"http://{LONG}/a"], "is not an address: "),
-        (["download", "http://a b/c"], "names no host"),
-        (["download", f"hf:a/{LONG[:100]}"], "cannot be a repository's name"),
-    ],
-)
-def test_what_nothing_can_be_called_and_no_run_can_be_is_the_users_fault(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    nested = "[" * 3000 + "]" * 3000
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "deep.yaml").write_text(f"name: {nested}")
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "params.json").write_text(nested)
-    (tmp_path / "deep" / "consolidated.00.pth").write_text("")
-    refused(invoke(*words), said)
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["finetune", "--recipe", "quickstart", "data.sources.0.template=alpacca"], "did you mean 'alpaca'?"),
-        (["finetune", "--recipe", "quickstart", "--data", "nowhere.json"], "there is no data 'nowhere.json'"),
-        (["chat", "--ckpt", "somewhere", "--template", "alpacca"], "did you mean 'alpaca'?"),
-    ],
-)
-def test_a_wrong_name_is_reported_before_anything_is_loaded(words: list[str], said: str) -> None:
-    refused(invoke(*words), said)

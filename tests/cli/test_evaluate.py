@@ -115,31 +115,6 @@ def test_ctrl_c_keeps_the_answers_and_the_same_command_goes_on(
     assert len(texts(output)[2].split()) == 1500
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        ([], "there is nothing to score"),
-        (["--ckpt", "x", "--responses", "y"], "give both --ckpt and --responses"),
-        (["--responses", "x", "--output", "y", "--batch-size", "16"], "--output, --batch-size only matter"),
-        (["--ckpt", ""], "it is empty"),
-        (["--ckpt", "nowhere"], "there is no checkpoint folder nowhere"),
-        (["--ckpt", "nowhere", "--output", "no/such/folder.jsonl"], "there is no folder no/such"),
-        (["--ckpt", "x", "--batch-size", "0"], "--batch-size"),
-        (["--responses", "nowhere.jsonl"], "there is no data file nowhere.jsonl"),
-        (["--responses", "x", "--hub", "huggingfase"], "huggingfase"),
-        (["--responses", "wrong.jsonl"], "wrong.jsonl line 2: the evaluation file has no line 4"),
-        (["--responses", "x", "--questions", "list.json"], "list.json line 1: it should hold an object"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(
-    benchmark: list[object], flags: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_responses(Path("wrong.jsonl"), [(1, "x"), (4, "x")])
-    Path("list.json").write_text("[1]\n")
-    refused(gorilla(benchmark, *flags), said)
-
-
 def test_perplexity_is_printed_with_what_it_was_measured_on(trained_once: Path, single_turn: Path) -> None:
     def facts(*flags: object) -> dict[str, float]:
         result = invoke("evaluate", "perplexity", "--ckpt", trained_once, "--data", single_turn, *flags, "--json")
@@ -157,16 +132,3 @@ def test_perplexity_is_printed_with_what_it_was_measured_on(trained_once: Path, 
     assert cut["label_tokens"] < int(shown["label_tokens"])
     assert twice["items"] == 20
     assert twice["loss"] == pytest.approx(float(shown["loss"]), abs=1e-4)
-
-
-def test_what_perplexity_cannot_be_measured_on_is_refused(
-    trained_once: Path, dialogues: Path, single_turn: Path
-) -> None:
-    for flags, said in (
-        (["--data", dialogues], "these are dialogues"),
-        (["--data", "nowhere.json"], "there is no data 'nowhere.json'"),
-        (["--data", single_turn, "--max-tokens", 5000], "more than the model's context (256)"),
-        (["--data", single_turn, "--max-tokens", 3], "within 3 tokens"),
-        ([], "Missing option '--data'"),
-    ):
-        refused(invoke("evaluate", "perplexity", "--ckpt", trained_once, *flags), said)

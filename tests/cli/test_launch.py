@@ -224,33 +224,6 @@ def test_what_only_one_of_slurm_s_ranks_finds_is_told_once_and_ends_all(tmp_path
     assert lines[0].endswith(said)
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (
-            ["--nproc", "3", "parallel.model_parallel_size=2"],
-            "parallel.model_parallel_size is 2, which does not divide",
-        ),
-        (["--nproc", "8", "parallel.model_parallel_size=8"], "n_heads (4)"),
-        (["--nnodes", "2"], "--nnodes above 1 and --rdzv-endpoint go together"),
-        (["--rdzv-endpoint", "here:1"], "--nnodes above 1 and --rdzv-endpoint go together"),
-        (["--nproc", "2", "--device", "cuda:1"], "--device cuda:1 is one GPU"),
-        (["--nproc", "none"], "'none' is neither a number of processes nor auto"),
-        (["--nproc", "0"], "'0' is neither a number of processes nor auto"),
-        (["--nnodes", "2", "--rdzv-endpoint", "here"], "'here' is not HOST:PORT"),
-        (
-            ["--nproc", "2", "--nnodes", "2", "--rdzv-endpoint", "no.such.host.invalid:1"],
-            "--rdzv-endpoint no.such.host",
-        ),
-    ],
-)
-def test_flags_that_cannot_be_meant_are_refused_before_anything_starts(
-    words: list[str], said: str, tmp_path: Path
-) -> None:
-    refused(invoke("finetune", "--recipe", "quickstart", "--output", tmp_path / "run", *words), said)
-    assert not (tmp_path / "run").exists()
-
-
 def test_several_processes_do_not_start_several_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)

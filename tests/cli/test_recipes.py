@@ -44,14 +44,6 @@ def test_copy_writes_a_recipe_once_and_says_how_to_use_it(tmp_path: Path) -> Non
     refused(invoke("recipes", "copy", "alpaca", tmp_path / "no" / "my.yaml"), "cannot write", "No such file")
 
 
-def test_an_unknown_recipe_is_refused_by_all_of_them(tmp_path: Path) -> None:
-    refused(invoke("recipes", "show", "alpacca"), "unknown recipe 'alpacca': did you mean 'alpaca' or 'alpaca-lora'?")
-    refused(
-        invoke("recipes", "copy", "alpacca", tmp_path / "x"),
-        "unknown recipe 'alpacca': did you mean 'alpaca' or 'alpaca-lora'?",
-    )
-
-
 def test_version() -> None:
     done = run("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"llama-acc {__version__}\n", "")
