@@ -44,9 +44,12 @@ def plot(path: Path | None) -> Path | None:
 
 def known_template(name: str) -> str:
     """Refuses an unknown prompt format before a model is loaded."""
-    from llama_acc.core.data.templates import CHAT_TEMPLATE, get_template
+    from llama_acc.core.data.templates import CHAT_TEMPLATE, get_template, is_template_file
 
-    if name not in ("auto", CHAT_TEMPLATE):
+    if is_template_file(name):
+        if not Path(name).is_file():
+            raise typer.BadParameter(f"there is no file {name}.")
+    elif name not in ("auto", CHAT_TEMPLATE):
         try:
             get_template(name)
         except UserError as error:
@@ -81,8 +84,8 @@ Template = Annotated[
     str,
     Option(
         "--template",
-        metavar="NAME",
-        help="auto, alpaca, dialogue, none, ...: the prompt format.",
+        metavar="NAME|FILE",
+        help="The prompt format: auto, alpaca, dialogue, none, ..., a template.json or a chat template (.jinja).",
         callback=known_template,
     ),
 ]

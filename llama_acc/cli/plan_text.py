@@ -2,12 +2,14 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llama_acc.core.input_files import home
 from llama_acc.core.text import count_text, size_text
 
 if TYPE_CHECKING:
+    from llama_acc.core.data.dataset import DataFile
     from llama_acc.core.train.plan import Plan
 
 _MOST_IDLE = 0.05  # part of a run's steps that may have rate 0 without a warning
@@ -72,7 +74,7 @@ def _data_lines(plan: "Plan") -> list[tuple[str, str]]:
     counts = ((report["truncated"], "cut"), (report["dropped"], "dropped"), (report["skipped"], "skipped"))
     less = "".join(f", {number:,} {what}" for number, what in counts if number)
     size = f"{count_text(len(data), 'item')}, {count_text(data.tokens, 'token')}, {data.label_tokens:,} of them trained"
-    lines = [("data", f"{size}{less}; from {files}")]
+    lines = [("data", f"{size}{less}; from {files}"), ("template", _template_text(data.files))]
     unused: Counter[str] = Counter()  # of all sources of a file the same
     for keys in {file["path"]: file["unused_keys"] for file in report["files"]}.values():
         unused.update(keys)
@@ -83,6 +85,13 @@ def _data_lines(plan: "Plan") -> list[tuple[str, str]]:
     if plan.validation is not None:
         lines.append(("validation", count_text(len(plan.validation), "item")))
     return lines
+
+
+def _template_text(files: "Sequence[DataFile]") -> str:
+    names = list(dict.fromkeys(file.template.shown for file in files))
+    split = sum(file.split for file in files)
+    several = f"; {count_text(split, 'dialogue')} in one example for each reply, as it writes earlier turns otherwise"
+    return ", ".join(names) + (several if split else "")
 
 
 def _vision_text(plan: "Plan") -> str:

@@ -26,6 +26,12 @@ _JINJA = """\
 {%- if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}
 {%- else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+# Says nothing of what is trained, and writes an empty thought in front of the last reply only.
+_THINKING = """\
+{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role == 'assistant' and loop.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{{- m.content + '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 _FORMATS = ("alpaca", "none", "dialogue", "chatml", "chat_template")
 _WORDS = (
     "the answer", "is", "10 + 32", "Review:", "- one\n- two", '"Be', "  ", " ", "\n", "\n\n", "\t", "é", "日本",
@@ -100,12 +106,13 @@ def _check(items: list[Item], template: Template, tokenizer: Tokenizer) -> None:
     encoded = list(documents(items, template, tokenizer))
     if not isinstance(template, ChatTemplate) and any("stop_in_reply" in kinds for kinds in found):
         template = template.with_strict_stops()  # as a run with such an item saves it
-    for item, (tokens, labelled, merged), kinds in zip(items, encoded, found, strict=True):
-        ids = tokens.tolist()
+    for item, of_item, kinds in zip(items, encoded, found, strict=True):
         turns = item.turns if isinstance(item, Dialogue) else as_dialogue(*item[:3])
         for number, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
+            tokens, labelled, merged = of_item[-1 if len(of_item) == 1 else number // 2]
+            ids = tokens.tolist()
             prompt = template.prompt_ids(tokenizer, turns[:number], item.system)
             same = ids[: len(prompt)] == prompt
             assert same or merged, (turns[number - 1], turn)
@@ -153,7 +160,7 @@ def test_an_exported_folder_gives_the_trainings_tokens(name: str, tokenizer: Tok
     exported = AutoTokenizer.from_pretrained(tmp_path)
     # transformers takes special tokens in a text for tokens.
     items = _generated(template.kind, name, without=special_texts(tokenizer))
-    for item, (tokens, _, _) in zip(items, documents(items, template, tokenizer), strict=True):
+    for item, [(tokens, _, _)] in zip(items, documents(items, template, tokenizer), strict=True):
         turns = item.turns if isinstance(item, Dialogue) else as_dialogue(*item[:3])
         messages = [{"role": {"human": "user"}.get(turn.role, turn.role), "content": turn.text} for turn in turns]
         if item.system is not None:
@@ -161,3 +168,19 @@ def test_an_exported_folder_gives_the_trainings_tokens(name: str, tokenizer: Tok
         asked = exported.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
         assert asked == template.prompt_ids(tokenizer, turns[:-1], item.system)
         assert exported.apply_chat_template(messages, return_dict=False) == tokens.tolist()
+
+
+def test_a_template_that_writes_earlier_turns_otherwise_gives_an_example_for_each_reply(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(_gpt2(tmp_path, tmp_path))
+    template = ChatTemplate(_THINKING, tokenizer, tokenizer.path)
+    items = [item for item in _generated("dialogue", "thinking", without=["  ", " ", "\n", "\t"]) if len(item[0]) == 4][
+        :2
+    ]
+    assert [len(found) for found in documents(items, template, tokenizer)] == [2, 2]
+    for item in items:
+        assert isinstance(item, Dialogue)
+        for found, end in zip(next(documents([item], template, tokenizer)), (2, 4), strict=True):
+            prompt = template.prompt_ids(tokenizer, item.turns[: end - 1], item.system)
+            assert found.tokens[: len(prompt)].tolist() == prompt
+            assert found.labeled.tolist() == [i >= len(prompt) for i in range(len(found.tokens))]
+            assert tokenizer.decode(found.tokens[len(prompt) :]).endswith(item.turns[end - 1].text)

@@ -5,6 +5,7 @@ only so much processor time and memory, and its output may be only so long.
 """
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -27,8 +28,22 @@ class Limits(NamedTuple):
     """Bytes of address space."""
 
 
+class Replies(NamedTuple):
+    """What is to be trained of conversations."""
+
+    wanted: Sequence[Sequence[int]]
+    """Of each conversation, the numbers of messages."""
+    special: Sequence[str]
+    """The texts of the tokenizer's special tokens."""
+    ends: Sequence[str]
+    """Those of them that end an answer."""
+
+
 RenderedChat = tuple[str, list[tuple[int, int]]]
-"""A conversation as text, and the characters [begin, end) of it that stand in `{% generation %}` blocks."""
+"""A conversation as text, and the characters [begin, end) of it that the model has to write."""
+TRAINING_DAY = datetime(2024, 7, 26)
+"""What templates that write the date (LLaMA 3.2's) are told in training: its tokens must not depend on the day. It is
+the date that LLaMA 3.1's template writes itself."""
 
 _PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from llama_acc.core.data import chat_rendering as c; c.main()"
 
@@ -37,25 +52,30 @@ def render(
     source: str,
     conversations: Sequence[Sequence[Mapping[str, str]]],
     variables: Mapping[str, str],
-    add_generation_prompt: bool,
+    replies: Replies | None,
     path: Path,
     limits: Limits | None = None,
-) -> list[RenderedChat]:
+) -> list[list[RenderedChat]]:
     """Render conversations with a chat template, as `apply_chat_template(tokenize=False)` does.
 
     Args:
         source: the Jinja text.
         conversations: messages, each with a role and content.
         variables: the special tokens by name, such as bos_token.
-        add_generation_prompt: end each with what stands in front of an answer.
+        replies: what is to be trained; None: each conversation is a prompt, and ends with what stands in front of an
+            answer.
         path: where it came from, for messages.
         limits: what it may take.
+
+    Returns:
+        Each conversation as one text; or, where a template writes earlier turns otherwise than it did while they were
+        the last ones, as one text for each reply, which ends with that and is what the model is asked then.
 
     Raises:
         UserError: the template is not Jinja, refuses the messages, or takes more than the limits.
     """
     limits = limits or Limits()
-    job = [source, conversations, variables, add_generation_prompt, limits]
+    job = [source, conversations, variables, replies, limits]
     # Isolated: neither the working directory nor PYTHON* variables decide what the child imports.
     command = [sys.executable, "-I", "-c", _PROGRAM, *filter(None, sys.path)]
     most = 10 * limits.seconds  # for one that sleeps
@@ -69,49 +89,62 @@ def render(
     answer = json.loads(done.stdout)
     if isinstance(answer, str):
         raise UserError(f"{path} {answer}" if answer.startswith("is not") else f"the chat template {path} {answer}")
-    return [(text, [(begin, end) for begin, end in generated]) for text, generated in answer]
+    return [[(text, [(begin, end) for begin, end in spans]) for text, spans in texts] for texts in answer]
 
 
 def main() -> None:
     """Read a job from standard input; write the rendered conversations, or a text saying what is wrong."""
     import resource
 
-    source, conversations, variables, add_generation_prompt, limits = json.load(sys.stdin)
+    source, conversations, variables, replies, limits = json.load(sys.stdin)
     limits = Limits(*limits)
     for kind, most in ((resource.RLIMIT_CPU, limits.seconds), (resource.RLIMIT_AS, limits.memory)):
         with suppress(ValueError, OSError):  # macOS has no limit of address space
             resource.setrlimit(kind, (most, most))
-    sys.stdout.write(json.dumps(_answer(source, conversations, variables, add_generation_prompt, limits)))
+    sys.stdout.write(json.dumps(_answer(source, conversations, variables, replies, limits)))
+
+
+_Write = Callable[[list[dict[str, str]], bool], RenderedChat]
+"""Writes messages, and then, if so asked, the prompt for an answer; with what stands in `{% generation %}` blocks."""
 
 
 def _answer(
     source: str,
     conversations: list[list[dict[str, str]]],
     variables: dict[str, str],
-    add_generation_prompt: bool,
+    replies: list[Any] | None,
     limits: Limits,
-) -> list[RenderedChat] | str:
+) -> list[list[RenderedChat]] | str:
     from jinja2 import TemplateError
 
     # What transformers passes where its caller gives neither tools nor documents.
-    passed = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **variables}
+    passed = {"tools": None, "documents": None, **variables}
     blocks: list[str] = []
     generated: list[tuple[int, int]] = []
-    rendered: list[RenderedChat] = []
+    written = 0
+
+    def write(messages: list[dict[str, str]], ask: bool) -> RenderedChat:
+        nonlocal written
+        blocks.clear()
+        generated.clear()
+        for block in template.generate(messages=messages, add_generation_prompt=ask, **passed):
+            blocks.append(block)
+            written += len(block)
+            if written > limits.characters:
+                raise TemplateError(f"it writes more than {limits.characters:,} characters")
+        return "".join(blocks), list(generated)
+
     wrong = "is not a chat template"
     try:
-        template = _compiled(source, blocks, generated)
+        template = _compiled(source, blocks, generated, datetime.now() if replies is None else TRAINING_DAY)
         wrong = "fails on these turns"
-        for messages in conversations:
-            blocks.clear()
-            generated.clear()
-            left = limits.characters - sum(len(text) for text, _ in rendered)
-            for block in template.generate(messages=messages, **passed):
-                blocks.append(block)
-                left -= len(block)
-                if left < 0:
-                    return f"{wrong}: it writes more than {limits.characters:,} characters"
-            rendered.append(("".join(blocks), list(generated)))
+        if replies is None:
+            return [[write(messages, True)] for messages in conversations]
+        found, (wanted, special, ends) = [], replies
+        for messages, numbers in zip(conversations, wanted, strict=True):
+            written = 0
+            found.append(_trained(write, messages, numbers, special, ends))
+        return found
     except MemoryError:
         return f"takes more than {limits.memory >> 20} MiB of memory on these turns"
     except (
@@ -125,10 +158,42 @@ def _answer(
         AttributeError,
     ) as error:
         return f"{wrong}: {error}"
-    return rendered
 
 
-def _compiled(source: str, blocks: list[str], generated: list[tuple[int, int]]) -> Any:
+def _trained(
+    write: _Write, messages: list[dict[str, str]], wanted: list[int], special: list[str], ends: list[str]
+) -> list[RenderedChat]:
+    """The texts of a conversation, and in each what the model has to write: from behind the prompt that it is asked
+    with to the token that ends its answer. A template that has `{% generation %}` blocks says it itself."""
+    from jinja2 import TemplateError
+
+    whole, blocks = write(messages, False)
+    if blocks:
+        replies = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(blocks) != len(replies):
+            raise TemplateError(f"it has {{% generation %}} around {len(blocks)} of {len(replies)} replies")
+        return [(whole, [block for block, number in zip(blocks, replies, strict=True) if number in wanted])]
+    marks = "|".join(map(re.escape, special))
+    found: list[RenderedChat] = []
+    for number in wanted:
+        asked, text = write(messages[:number], True)[0], write(messages[: number + 1], False)[0]
+        said = messages[number]["content"].rpartition("</think>")[2].strip()
+        if not text.startswith(asked):
+            raise TemplateError("it does not begin a reply as it asks for one")
+        if said not in text[len(asked) :]:
+            raise TemplateError("it changes the text of a reply")
+        tail = re.search(rf"(?:{marks}|\s)*$", text)
+        closing = [] if tail is None else [found for found in re.finditer(marks, text) if found.start() >= tail.start()]
+        if not closing:
+            raise TemplateError("it ends a reply with no special token, by which chat would know the end")
+        end = next((mark for mark in closing if mark.group() in ends), closing[-1]).end()
+        found.append((text, [(len(asked), end)]))
+    if all(whole.startswith(text[:end]) for text, [(_, end)] in found):
+        return [(whole, [span for _, spans in found for span in spans])]
+    return [(text[:end], spans) for text, spans in found for _, end in spans]
+
+
+def _compiled(source: str, blocks: list[str], generated: list[tuple[int, int]], now: datetime) -> Any:
     """The template in the environment that `transformers.utils.chat_template_utils` (5.24) gives it.
 
     `blocks` is what has been rendered so far; `generated` takes the characters of `{% generation %}` blocks.
@@ -184,6 +249,6 @@ def _compiled(source: str, blocks: list[str], generated: list[tuple[int, int]]) 
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    environment.globals["strftime_now"] = now.strftime
     environment.globals["namespace"] = PlainNamespace
     return environment.from_string(source)

@@ -100,7 +100,8 @@ class FileReport:
         assert self.tokenizer is not None
         findings, counts = self.stats.findings, self.counts
         encoded = documents([item for _, item in items], template, self.tokenizer, image_positions)
-        for (where, item), (tokens, labeled, merged) in zip(items, encoded, strict=True):
+        texts = ((place, document) for place, found in zip(items, encoded, strict=True) for document in found)
+        for (where, item), (tokens, labeled, merged) in texts:
             if merged:
                 findings.add(merged_finding(item, where, template))
             length, trained = len(tokens), np.flatnonzero(labeled)

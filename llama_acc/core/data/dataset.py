@@ -28,7 +28,7 @@ from llama_acc.core.data.findings import MOST_PROBLEMS, Finding, Findings, other
 from llama_acc.core.data.images import resolved
 from llama_acc.core.data.read import Checked, data_suffix, stream_items
 from llama_acc.core.data.sources import MISSING_HINT, Fetch, FileSpec, Source, expand
-from llama_acc.core.data.templates import CHAT_TEMPLATE, KINDS, ChatTemplate, Template, template_for
+from llama_acc.core.data.templates import KINDS, ChatTemplate, Template, template_for
 from llama_acc.core.errors import DataError, UserError, raise_all
 from llama_acc.core.hub import fetch_data
 from llama_acc.core.text import count_text
@@ -53,7 +53,7 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class DataFile:
-    """What one file gave: `items` = documents + `dropped`."""
+    """What one file gave: `items` = documents + `dropped`, where each reply of an item in `split` counts as one."""
 
     path: Path
     template: Template
@@ -65,6 +65,8 @@ class DataFile:
     """Items that were left out after they had been encoded."""
     problems: Findings = field(default_factory=Findings)
     """What is wrong with them: the first `MOST_PROBLEMS` of a kind."""
+    split: int = 0
+    """Items that became one document for each reply, as the template writes earlier turns otherwise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,11 +206,16 @@ class Dataset:
         """
         if not 0 < fraction < 1:
             raise UserError(f"data.validation.fraction should be above 0 and below 1, but is {fraction}")
-        if len(self) < 2:
-            raise UserError(f"data.validation.fraction needs at least 2 examples to split, but there are {len(self)}")
-        held = min(max(round(len(self) * fraction), 1), len(self) - 1)
-        chosen = np.random.default_rng(np.random.SeedSequence([seed, len(self)])).permutation(len(self))
-        return self.select(np.sort(chosen[held:])), self.select(np.sort(chosen[:held]))
+        # What was one item stays on one side.
+        item = np.concatenate([part.table["item"] + np.int64(place << 32) for place, part in enumerate(self.parts)])
+        _, owner = np.unique(item if self.rows is None else item[self.rows], return_inverse=True)
+        items = len(np.unique(owner))
+        if items < 2:
+            raise UserError(f"data.validation.fraction needs at least 2 examples to split, but there are {items}")
+        held = min(max(round(items * fraction), 1), items - 1)
+        chosen = np.random.default_rng(np.random.SeedSequence([seed, items])).permutation(items)
+        of_held = np.isin(owner, chosen[:held])
+        return self.select(np.flatnonzero(~of_held)), self.select(np.flatnonzero(of_held))
 
     def report(self) -> dict[str, Any]:
         """What `data.json` holds. items = documents + dropped; truncated ones are among the documents."""
@@ -222,7 +229,8 @@ class Dataset:
             lengths, labels, cut = (part.table[name][members] for name in ("length", "label_count", "cut"))
             counts = _counts(file.items, lengths, labels, int(cut.sum()), file.dropped)
             part.release()
-            reports.append({"path": str(file.path), **counts, **_findings(file, part, *repeated)})
+            split = {"split": file.split} if file.split else {}
+            reports.append({"path": str(file.path), **counts, **split, **_findings(file, part, *repeated)})
         items, truncated, dropped, skipped = (
             sum(report[key] for report in reports) for key in ("items", "truncated", "dropped", "skipped")
         )
@@ -443,9 +451,11 @@ def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], tokenizer: Toke
         of_part = np.flatnonzero(chosen[part.table["item"]])
         rows.append(of_part + start)
         start += len(part)
-        items = int(chosen.sum())
+        _, documents = np.unique(part.table["item"][of_part], return_counts=True)
+        dropped, split = int(chosen.sum()) - len(documents), int((documents > 1).sum())
         template = template.with_strict_stops() if template.name in stop_in_reply else template
-        files.append(DataFile(spec.path, template, items, items - len(of_part), spec.image_root))
+        items = len(of_part) + dropped
+        files.append(DataFile(spec.path, template, items, dropped, spec.image_root, split=split))
     whole = all(spec.ratio == 1 for spec in specs)
     return Dataset(tuple(files), tuple(parts), None if whole else np.concatenate(rows))
 
@@ -473,11 +483,16 @@ def publish(dataset: Dataset, folder: Path) -> None:
     files = [
         (
             *(str(part.path), str(file.path), str(file.image_root), file.items, file.dropped),
-            None if isinstance(file.template, ChatTemplate) else file.template.to_json(),
+            *_published(file.template),
         )
         for file, part in zip(dataset.files, dataset.parts, strict=True)
     ]
     (folder / "files.json").write_text(json.dumps([dataset.fingerprint(), files]), encoding="utf-8")
+
+
+def _published(template: Template) -> tuple[str, str]:
+    """A format as a text, and where it came from if that is a chat template."""
+    return (str(template.path), template.source) if isinstance(template, ChatTemplate) else ("", template.to_json())
 
 
 def load_published(folder: Path, tokenizer: Tokenizer) -> Dataset:
@@ -485,10 +500,10 @@ def load_published(folder: Path, tokenizer: Tokenizer) -> Dataset:
     fingerprint, published = json.loads((folder / "files.json").read_text(encoding="utf-8"))
     arrays = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
     files, parts = [], []
-    for entry, path, root, items, dropped, template in published:
-        chat = template_for(CHAT_TEMPLATE, KINDS[0], tokenizer) if template is None else None
+    for entry, path, root, items, dropped, chat, template in published:
+        form = ChatTemplate(template, tokenizer, Path(chat)) if chat else Template.model_validate_json(template)
         parts.append(map_entry(Path(entry)))
-        files.append(DataFile(Path(path), chat or Template.model_validate_json(template), items, dropped, Path(root)))
+        files.append(DataFile(Path(path), form, items, dropped, Path(root)))
     dataset = Dataset(tuple(files), tuple(parts), arrays.pop("rows", None))
     vars(dataset).update(arrays, _fingerprint=fingerprint)  # the cached properties
     return dataset

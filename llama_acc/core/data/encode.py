@@ -168,19 +168,19 @@ def encode_batch(batch: Batch, encoding: Encoding, tokenizer: Tokenizer) -> Chun
         stats.add(row, stops, marks)
         if (item := row.item) is None:
             continue
-        tokens, labeled, merged = next(encoded)
-        if merged:
-            stats.findings.add(merged_finding(item, row.where, template))
-        cut = len(tokens) > max_tokens
-        tokens, labeled = tokens[:max_tokens], labeled[:max_tokens]
-        if not labeled.any():
-            continue
-        bits, names = np.packbits(labeled).tobytes(), "\0".join(item.images).encode()
-        digest = hashlib.blake2b(tokens.tobytes() + bits + b"\0" * bool(names) + names, digest_size=8).digest()
-        pieces.append(tokens.astype(dtype).tobytes() + bits + names)
-        counts = (len(tokens), labeled.sum(), index, len(item.images))
-        table.append((begin, len(pieces[-1]), *counts, cut, int.from_bytes(digest, "little")))
-        begin += len(pieces[-1])
+        for tokens, labeled, merged in next(encoded):
+            if merged:
+                stats.findings.add(merged_finding(item, row.where, template))
+            cut = len(tokens) > max_tokens
+            tokens, labeled = tokens[:max_tokens], labeled[:max_tokens]
+            if not labeled.any():
+                continue
+            bits, names = np.packbits(labeled).tobytes(), "\0".join(item.images).encode()
+            digest = hashlib.blake2b(tokens.tobytes() + bits + b"\0" * bool(names) + names, digest_size=8).digest()
+            pieces.append(tokens.astype(dtype).tobytes() + bits + names)
+            counts = (len(tokens), labeled.sum(), index, len(item.images))
+            table.append((begin, len(pieces[-1]), *counts, cut, int.from_bytes(digest, "little")))
+            begin += len(pieces[-1])
     skipped = [problem for _, row in batch for problem in row.problems if problem.fatal]
     hidden = template.kind == "single_turn" and template.prompt_with_input is None
     inputs = [row.item.input for _, row in batch if hidden and isinstance(row.item, SingleTurn)]
@@ -190,28 +190,37 @@ def encode_batch(batch: Batch, encoding: Encoding, tokenizer: Tokenizer) -> Chun
 
 def documents(
     items: Sequence[Item], template: Template, tokenizer: Tokenizer, image_positions: int = 0
-) -> Iterator[Document]:
-    """Every item in tokens, uncut; each of its images takes so many positions right behind BOS."""
+) -> Iterator[list[Document]]:
+    """Every item in tokens, uncut; each of its images takes so many positions right behind BOS.
+
+    It is one document, but of some chat templates one for each reply (`ChatTemplate.dialogue_texts`).
+    """
     if isinstance(template, ChatTemplate):
         rendered = template.dialogue_texts([_turns(item) for item in items], [item.system for item in items])
     else:
         stops = template.text_stops(tokenizer)
-        rendered = [render_item(item, template, stops) for item in items]
+        rendered = [[render_item(item, template, stops)] for item in items]
     label = _labels_by_prefix if template.prefix_labels else _labels_by_overlap
-    for item, text, (ids, trained, merged) in zip(items, rendered, label(rendered, tokenizer), strict=True):
+    labeled_texts = label([text for texts in rendered for text in texts], tokenizer)
+
+    def document(item: Item, text: Rendered) -> Document:
+        ids, trained, merged = next(labeled_texts)
         head = [tokenizer.bos_id] * template.bos + [0] * (image_positions * len(item.images))
         framed = head + ids + [tokenizer.eos_id] * template.eos
         labeled = np.zeros(len(framed), np.bool_)
         labeled[len(head) : len(head) + len(ids)] = trained
         labeled[len(head) + len(ids) :] = text.eos_trained
         labeled[:1] = False
-        yield Document(np.array(framed, np.int32), labeled, merged)
+        return Document(np.array(framed, np.int32), labeled, merged)
+
+    for item, texts in zip(items, rendered, strict=True):
+        yield [document(item, text) for text in texts]
 
 
 def render_item(item: Item, template: Template, stops: Sequence[str] | None = None) -> Rendered:
-    """An item in a prompt format; of `stops` see `Template.dialogue_text`."""
+    """An item in a prompt format, with all of its turns; of `stops` see `Template.dialogue_text`."""
     if isinstance(template, ChatTemplate):
-        return template.dialogue_texts([_turns(item)], [item.system])[0]
+        return template.dialogue_texts([_turns(item)], [item.system])[0][-1]
     if template.kind == "single_turn" and isinstance(item, SingleTurn):
         return template.single_turn_text(item.instruction, item.input, item.output, item.system)
     return template.dialogue_text(_turns(item), item.system, stops)

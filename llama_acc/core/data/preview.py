@@ -58,10 +58,12 @@ def shown_items(
             yield Shown(origin, _with_images(_text_pieces(item, template), item.images, bos))
         return
     encoded = documents([item for _, item in items], template, tokenizer, image_positions)
-    for (origin, item), (tokens, labeled, _) in zip(items, encoded, strict=True):
-        kept = tokens[:max_tokens], labeled[:max_tokens]
-        shown = shown_document(origin, *kept, tokenizer, item.images, bos, image_positions)
-        yield shown._replace(cut=len(tokens) - len(kept[0]))
+    for (origin, item), found in zip(items, encoded, strict=True):
+        for number, (tokens, labeled, _) in enumerate(found, start=1):
+            where = origin if len(found) == 1 else f"{origin}, reply {number}"
+            kept = tokens[:max_tokens], labeled[:max_tokens]
+            shown = shown_document(where, *kept, tokenizer, item.images, bos, image_positions)
+            yield shown._replace(cut=len(tokens) - len(kept[0]))
 
 
 def shown_document(

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from llama_acc.core.catalogue import how_to_get, is_address, named_data
 from llama_acc.core.data.read import FORMATS, SUFFIXES, data_suffix, nearest_names
 from llama_acc.core.data.tar_shards import TAR_SUFFIX
-from llama_acc.core.data.templates import CHAT_TEMPLATE, TEMPLATES, get_template
+from llama_acc.core.data.templates import CHAT_TEMPLATE, TEMPLATES, get_template, is_template_file
 from llama_acc.core.errors import DataError, UserError, did_you_mean, raise_all, schema_problems
 from llama_acc.core.hub import fetch_data
 from llama_acc.core.input_files import home, read_yaml
@@ -73,6 +73,7 @@ def expand(
     for number, source in enumerate(sources):
         try:
             found = _expand_one(source, fetch, missing_hint)
+            template = _template_of(source)
         except UserError as error:
             errors.append(error)
             continue
@@ -80,7 +81,7 @@ def expand(
             # A shard's images are its own members.
             beside = s.root is None or path.suffix.lower() == TAR_SUFFIX
             root = path.parent if beside else resolve_image_root(str(s.root), s.folder)
-            specs.append(FileSpec(path, s.format, s.template, s.ratio, (number, i), root))
+            specs.append(FileSpec(path, s.format, template or s.template, s.ratio, (number, i), root))
     raise_all(errors)
     return specs
 
@@ -151,6 +152,21 @@ def resolve_image_root(root: str, folder: Path | None) -> Path:
     return next((place for place in places if place.is_dir()), places[0])
 
 
+def _template_of(source: Source) -> str | None:
+    """The prompt format that is given as a file, which is looked for as data is; None: it is given by name.
+
+    Raises:
+        UserError: it is not found.
+    """
+    if not is_template_file(source.template):
+        return None
+    places = _places(source.template, source.folder)
+    if (found := next((place for place in places if place.is_file()), None)) is None:
+        looked = "".join(f"\n  {place}" for place in places)
+        raise UserError(f"there is no template {source.template!r}; looked for:{looked}", nearest_names(places[0]))
+    return str(found)
+
+
 def _places(path: str, folder: Path | None) -> list[Path]:
     """Where a path may be: beside the recipe, here, among the downloads; an absolute one is the only one."""
     folders = filter(None, (folder, Path.cwd(), home() / "data"))
@@ -181,7 +197,7 @@ def _check(source: Source) -> None:
     if source.format not in FORMATS:
         hint = did_you_mean(source.format, FORMATS) or f"it is one of: {', '.join(FORMATS)}"
         raise UserError(f"{source.path}: unknown format {source.format!r}", hint)
-    if source.template not in ("auto", CHAT_TEMPLATE):
+    if source.template not in ("auto", CHAT_TEMPLATE) and not is_template_file(source.template):
         get_template(source.template)
     if not 0 < source.ratio <= 1:
         raise UserError(f"{source.path}: ratio should be above 0 and at most 1, but is {source.ratio}")

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
-from llama_acc.core.data.chat_rendering import Limits, RenderedChat, render
+from llama_acc.core.data.chat_rendering import Limits, RenderedChat, Replies, render
 from llama_acc.core.errors import UserError, did_you_mean, listed, schema_problems
 from llama_acc.core.input_files import read_json, read_object, read_text
 from llama_acc.core.tokenizer import Tokenizer
@@ -112,6 +112,11 @@ class Template(BaseModel):
     turn_end: str = ""
     prompt_end: str = ""  # the beginning of `turn_separator` that a prompt ends with; the rest is the model's to write
     trained_end: str = ""  # the beginning of `turn_end` that is trained
+
+    @property
+    def shown(self) -> str:
+        """What a user is told of it."""
+        return self.name
 
     def single_turn_text(self, instruction: str, input: str | None, output: str, system: str | None = None) -> Rendered:
         """Render a whole single-turn item; what is trained begins where `render_prompt` ends.
@@ -325,13 +330,15 @@ class ChatTemplate(Template):
     _source: str = PrivateAttr()
     _limits: Limits = PrivateAttr()
     _variables: dict[str, str] = PrivateAttr()
-    _special: list[str] = PrivateAttr()
+    _special_texts: list[str] = PrivateAttr()
+    _special: re.Pattern[str] = PrivateAttr()
+    _ends: list[str] = PrivateAttr()
 
     def __init__(self, source: str, tokenizer: Tokenizer, path: Path, limits: Limits = Limits()) -> None:  # noqa: B008
         """Args:
             source: the jinja text.
-            tokenizer: whose special tokens it writes.
-            path: where it came from, for messages; the tokenizer's settings are beside it.
+            tokenizer: whose special tokens it writes; its settings are beside it.
+            path: where it came from, for messages.
             limits: of what rendering may take.
 
         Raises:
@@ -340,9 +347,11 @@ class ChatTemplate(Template):
         stop = tuple(mark for mark in _TURN_ENDS if mark in source)
         super().__init__(name=CHAT_TEMPLATE, kind="dialogue", bos=False, eos=False, stop=stop)
         self._path, self._source, self._limits = path, source, limits
-        self._variables = _special_tokens(path.parent / CONFIG_FILE, tokenizer)
-        self._special = special_texts(tokenizer)
-        self._rendered([], [], add_generation_prompt=False)
+        self._variables = _special_tokens(tokenizer.path.parent / CONFIG_FILE, tokenizer)
+        self._special_texts = special_texts(tokenizer)
+        self._special = re.compile("|".join(map(re.escape, self._special_texts)))
+        self._ends = [tokenizer.piece(token) for token in sorted(tokenizer.end_ids)]
+        self._rendered([], [], False)
 
     def render_prompt(self, history: Sequence[Turn], system: str | None = None) -> Rendered:
         """Render the text up to where the model is to answer.
@@ -350,40 +359,49 @@ class ChatTemplate(Template):
         Raises:
             UserError: the template refuses these turns.
         """
-        return self._rendered([history], [system], add_generation_prompt=True)[0]
+        return self._rendered([history], [system], False)[0][0]
 
     def marks(self, tokenizer: Tokenizer | None) -> list[str]:
         """The stop strings that are text for the tokenizer; what else looks like a turn is not known."""
         return self.text_stops(tokenizer)
 
+    @property
+    def path(self) -> Path:
+        """Where it came from."""
+        return self._path
+
+    @property
+    def shown(self) -> str:
+        return f"the chat template in {self._path}"
+
+    @property
+    def source(self) -> str:
+        """The jinja text."""
+        return self._source
+
     def to_json(self) -> str:
         """All that decides what it renders."""
         return json.dumps([self._source, self._variables])
 
-    def dialogue_texts(self, dialogues: Sequence[Sequence[Turn]], systems: Sequence[str | None]) -> list[Rendered]:
-        """Render whole dialogues; trained is what stands in the template's `{% generation %}` blocks.
+    def dialogue_texts(
+        self, dialogues: Sequence[Sequence[Turn]], systems: Sequence[str | None]
+    ) -> list[list[Rendered]]:
+        """Render whole dialogues; trained is what the model has to write: see `chat_rendering.render`.
+
+        Each is one text, or, where the template writes earlier turns otherwise than the last one, one for each reply.
 
         Raises:
-            UserError: the template refuses these turns, or has not one such block for every reply.
+            UserError: the template refuses these turns, or does not write a reply as it asks for one.
         """
-        rendered = self._rendered(dialogues, systems, add_generation_prompt=False)
-        for number, (turns, dialogue) in enumerate(zip(dialogues, rendered, strict=True)):
-            replies = [turn for turn in turns if turn.role == "assistant"]
-            if len(dialogue.trained) != len(replies):
-                raise UserError(
-                    f"the chat template {self._path} cannot say what is trained: it has {{% generation %}} around "
-                    f"{len(dialogue.trained)} of {len(replies)} replies",
-                    "use a shipped format: --template NAME, in a run data.sources.0.template=NAME; there are: "
-                    + ", ".join(TEMPLATES),
-                )
-            trained = [span for span, turn in zip(dialogue.trained, replies, strict=True) if turn.trained]
-            rendered[number] = dialogue._replace(trained=trained)
-        return rendered
+        return self._rendered(dialogues, systems, True)
 
     def _rendered(
-        self, dialogues: Sequence[Sequence[Turn]], systems: Sequence[str | None], add_generation_prompt: bool
-    ) -> list[Rendered]:
-        """Special tokens in own texts are put between marks, by which they are found again in what is rendered."""
+        self, dialogues: Sequence[Sequence[Turn]], systems: Sequence[str | None], trains: bool
+    ) -> list[list[Rendered]]:
+        """The texts of dialogues, or of prompts.
+
+        Special tokens in own texts are put between marks, by which they are found again in what is rendered.
+        """
         roles = {"human": "user", "assistant": "assistant"}
         conversations = [
             ([] if system is None else [("system", system)]) + [(roles[turn.role], turn.text) for turn in turns]
@@ -391,13 +409,17 @@ class ChatTemplate(Template):
         ]
         texts = "".join(text for conversation in conversations for _, text in conversation)
         begin, end, *_ = [mark for mark in _MARKS if mark not in texts]
-        special = re.compile("|".join(map(re.escape, self._special)))
         messages = [
-            [{"role": role, "content": special.sub(rf"{begin}\g<0>{end}", text)} for role, text in conversation]
+            [{"role": role, "content": self._special.sub(rf"{begin}\g<0>{end}", text)} for role, text in conversation]
             for conversation in conversations
         ]
-        chats = render(self._source, messages, self._variables, add_generation_prompt, self._path, self._limits)
-        return [_unmarked(chat, begin, end) for chat in chats]
+        wanted = [
+            [number + (system is not None) for number, turn in enumerate(turns) if _is_label(turn)]
+            for turns, system in zip(dialogues, systems, strict=True)
+        ]
+        replies = Replies(wanted, self._special_texts, self._ends) if trains else None
+        chats = render(self._source, messages, self._variables, replies, self._path, self._limits)
+        return [[_unmarked(text, begin, end) for text in texts] for texts in chats]
 
 
 def _unmarked(chat: RenderedChat, begin: str, end: str) -> Rendered:
@@ -503,12 +525,31 @@ def template_of_folder(folder: Path, tokenizer: Tokenizer) -> tuple[Template, st
     return get_template("none", tokenizer), f"none, as the folder has no {TEMPLATE_FILE} and no chat template"
 
 
+def is_template_file(name: str) -> bool:
+    """Whether a template is given as a file: of our own form (.json), or a chat template."""
+    return name.endswith((".json", ".jinja", ".jinja2", ".j2"))
+
+
 def template_for(name: str, kind: str, tokenizer: Tokenizer | None = None) -> Template:
-    """A shipped format by name; "auto": the usual one for a kind of items; the chat template beside the tokenizer.
+    """A prompt format for items of a kind.
+
+    Args:
+        name: of a shipped one; `chat_template`, the one beside the tokenizer; a file (`is_template_file`); or "auto":
+            the checkpoint's own, which are the chat template beside the tokenizer and what it was trained in before, if
+            that was for such items; else the usual one.
+        kind: "single_turn" or "dialogue".
+        tokenizer: the model's.
 
     Raises:
         UserError: there is none of that name, or it cannot write items of that kind.
     """
+    if name == "auto" and tokenizer is not None:
+        folder = tokenizer.path.parent
+        own = template_of_folder(folder, tokenizer)[0] if has_template(folder) else None
+        if own is not None and (own.kind == kind or isinstance(own, ChatTemplate)):
+            return own
+    if is_template_file(name):
+        return _checked_kind(template_from(Path(name), tokenizer), kind)
     if name == CHAT_TEMPLATE:
         if tokenizer is None:
             raise UserError("template chat_template stands beside a tokenizer", "give --tokenizer FOLDER")
@@ -519,7 +560,10 @@ def template_for(name: str, kind: str, tokenizer: Tokenizer | None = None) -> Te
             f"{folder} has no chat template: neither {CHAT_TEMPLATE_FILE} nor one in {CONFIG_FILE}",
             f"give one of the shipped formats: {', '.join(TEMPLATES)}",
         )
-    template = get_template(_AUTO[kind] if name == "auto" else name, tokenizer)
+    return _checked_kind(get_template(_AUTO[kind] if name == "auto" else name, tokenizer), kind)
+
+
+def _checked_kind(template: Template, kind: str) -> Template:
     if kind == "dialogue" and template.kind == "single_turn":
         raise UserError(
             f"template {template.name!r} is for single-turn items, but these are dialogues",
@@ -528,11 +572,36 @@ def template_for(name: str, kind: str, tokenizer: Tokenizer | None = None) -> Te
     return template
 
 
+def template_from(path: Path, tokenizer: Tokenizer | None) -> Template:
+    """The prompt format of a file: a template.json, a chat template in jinja, or a tokenizer_config.json that has one.
+
+    Raises:
+        UserError: it cannot be read or used.
+    """
+    if path.suffix == ".json" and path.name != CONFIG_FILE:
+        return Template.load(path)
+    if tokenizer is None:
+        raise UserError(f"{path} is a chat template, which needs a tokenizer", "give --tokenizer FOLDER")
+    if path.name == CONFIG_FILE and (found := _setting_of(path, tokenizer)) is not None:
+        return found
+    return ChatTemplate(read_text(path), tokenizer, path)
+
+
+def has_template(folder: Path) -> bool:
+    """Whether a checkpoint's folder may have a prompt format of its own."""
+    return any((folder / name).is_file() for name in (TEMPLATE_FILE, CHAT_TEMPLATE_FILE, CONFIG_FILE))
+
+
 def _chat_template_of(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """A folder's chat template: a file, or a setting that is a text or a list of named ones ("default" for chat)."""
-    jinja, config = folder / CHAT_TEMPLATE_FILE, folder / CONFIG_FILE
+    """A folder's chat template: a file, or a setting."""
+    jinja = folder / CHAT_TEMPLATE_FILE
     if jinja.is_file():
         return ChatTemplate(read_text(jinja), tokenizer, jinja)
+    return _setting_of(folder / CONFIG_FILE, tokenizer)
+
+
+def _setting_of(config: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The chat template in a tokenizer's settings, a text or a list of named ones ("default" for chat)."""
     settings = read_json(config) if config.is_file() else None
     source = settings.get("chat_template") if isinstance(settings, dict) else None
     if isinstance(source, list):

@@ -29,6 +29,7 @@ from llama_acc.core.model.transformer import (
     initialize,
     quantize_on_meta,
 )
+from llama_acc.core.tokenizer_folder import CHAT_TEMPLATE_FILE
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.image_loader import ImageLoader, MicroBatchIndices
 from llama_acc.core.train.optimizer import ClippedAdamW
@@ -250,7 +251,9 @@ class Trainer:
             "state/progress.json": _json(progress),
             **plan.tokenizer.files(),
         }
-        if not isinstance(plan.train.template, ChatTemplate):  # a chat template is among the tokenizer's files
+        if isinstance(plan.train.template, ChatTemplate):
+            files[CHAT_TEMPLATE_FILE] = plan.train.template.source.encode()
+        else:
             files[TEMPLATE_FILE] = plan.train.template.to_json().encode()
         if plan.config.vision is not None:
             files[VISION_FILE] = plan.config.vision.to_json()

@@ -85,7 +85,7 @@ def test_the_chat_template_renders_the_format_of_the_training(tokenizer: Tokeniz
         item: Any = Dialogue(HISTORY[:2], system=system)
         if template.kind == "single_turn":
             item = SingleTurn(HISTORY[0].text, None, HISTORY[1].text, system=system)
-        (document,) = documents([item], template, tokenizer)
+        ((document,),) = documents([item], template, tokenizer)
         assert ids(HISTORY[:2], system, False) == document[0].tolist()
 
 

@@ -85,7 +85,7 @@ def test_labels_cover_exactly_the_assistants_tokens(
     text = "".join(part for part, _ in parts)
     assistants = np.repeat([reply for _, reply in parts], [len(part) for part, _ in parts])
     [spans] = tokenizer.encode_batch_with_spans([text])
-    [(tokens, labelled, _)] = documents([Dialogue([Turn(*turn) for turn in turns])], get_template(name), tokenizer)
+    [[(tokens, labelled, _)]] = documents([Dialogue([Turn(*turn) for turn in turns])], get_template(name), tokenizer)
     bos, eos = TEMPLATES[name].bos, TEMPLATES[name].eos
     assert tokens.tolist() == [tokenizer.bos_id] * bos + spans.ids + [tokenizer.eos_id] * eos
     expected = [bool(assistants[b:e].any()) for b, e in zip(spans.begins, spans.ends, strict=True)]
@@ -109,7 +109,7 @@ def test_single_turn_labels_begin_behind_the_prompts_tokens_and_the_text_comes_b
     instruction: str, context: str | None, output: str, name: str, tokenizer: Tokenizer
 ) -> None:
     prompt = get_template(name).single_turn_text(instruction, context, "").text
-    [(tokens, labelled, _)] = documents([SingleTurn(instruction, context, output)], get_template(name), tokenizer)
+    [[(tokens, labelled, _)]] = documents([SingleTurn(instruction, context, output)], get_template(name), tokenizer)
     assert tokens.tolist() == tokenizer.encode(prompt + output, bos=True, eos=True)
     first = len(tokenizer.encode(prompt, bos=True))
     if name == "none":
@@ -125,7 +125,7 @@ def test_single_turn_labels_begin_behind_the_prompts_tokens_and_the_text_comes_b
 @given(turns=TURNS, most=st.integers(2, 80))
 def test_truncation_loses_what_it_says(turns: list[tuple[str, str]], most: int, tokenizer: Tokenizer) -> None:
     template = get_template("dialogue")
-    [(tokens, labelled, _)] = documents([Dialogue([Turn(*turn) for turn in turns])], template, tokenizer)
+    [[(tokens, labelled, _)]] = documents([Dialogue([Turn(*turn) for turn in turns])], template, tokenizer)
     report = FileReport(Path("a"), DatasetStats(), tokenizer, most)
     report.count_tokens([("item 1", Dialogue([Turn(*turn) for turn in turns]))], template)
     left, counts = int(labelled[:most].sum()), report.counts

@@ -177,7 +177,8 @@ def test_a_chat_template_renders_as_in_transformers(name: str, tokenizer_path: P
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": {"content": "</s>"}}
     config |= {"pad_token": "<pad>", "unk_token": "<unk>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    template = ChatTemplate(SOURCES[name], load_tokenizer(tokenizer_path), tmp_path / "chat_template.jinja")
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+    template = chat_template(SOURCES[name], tmp_path / "tokenizer.model")
     messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "<é> 'a' & \"b\" 😀"}]
     passed = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "add_generation_prompt": True}
     [expected], _ = render_jinja_template([messages], chat_template=SOURCES[name], **passed)
@@ -190,7 +191,7 @@ def test_what_a_chat_template_generates_is_trained(tokenizer_path: Path) -> None
 
     template = chat_template(GENERATION_JINJA, tokenizer_path)
     turns = [Turn("human", "<s>a"), Turn("assistant", "é</s>"), Turn("human", "b"), Turn("assistant", "c")]
-    [rendered] = template.dialogue_texts([turns], [None])
+    [[rendered]] = template.dialogue_texts([turns], [None])
     roles = {"human": "user", "assistant": "assistant"}
     messages = [{"role": roles[turn.role], "content": turn.text} for turn in turns]
     [text], [generated] = render_jinja_template(
@@ -198,9 +199,52 @@ def test_what_a_chat_template_generates_is_trained(tokenizer_path: Path) -> None
     )
     assert (rendered.text, rendered.trained) == (text, generated)
     turns[1] = turns[1]._replace(trained=False)
-    assert template.dialogue_texts([turns], [None])[0].trained == generated[1:]
-    with pytest.raises(UserError, match=r"cannot say what is trained.*0 of 2 replies"):
-        chat_template(CHATML_JINJA, tokenizer_path).dialogue_texts([turns], [None])
+    assert template.dialogue_texts([turns], [None])[0][0].trained == generated[1:]
+
+
+TURNS = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content | trim + '<|im_end|>\n' }}{% endfor %}"
+ASKED = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+THOUGHT = "{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' and loop.last }}"
+CONVERSATION = [
+    *(Turn("human", "Hi <|im_end|>"), Turn("assistant", " Hello!\n"), Turn("human", "b")),
+    *(Turn("assistant", "not this", trained=False), Turn("human", "c"), Turn("assistant", "So <|im_end|> it is.")),
+]
+HELLO, SO = "Hello!<|im_end|>", "So <|im_end|> it is.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("source", "trained"),
+    [
+        (TURNS + ASKED, [[HELLO, SO]]),
+        # What stands in front of an answer is asked, what the template writes besides is the model's to write.
+        (TURNS.replace("m.content", "(' ' if m.role == 'assistant' else '') + m.content") + ASKED,
+         [[" " + HELLO, " " + SO]]),
+        (TURNS.replace("'\n' +", "'\n' + ('[answer]' if m.role == 'assistant' else '') +") + ASKED,
+         [["[answer]" + HELLO, "[answer]" + SO]]),
+        # It ends as chat ends, whatever follows.
+        (TURNS + "{% if not add_generation_prompt %}<|eot_id|>{% endif %}" + ASKED, [[HELLO, SO]]),
+        # Earlier turns are written otherwise: one example for each reply, as the model will see it.
+        (TURNS.replace("{{ '<|im_start|>' + m.role + '\n' +", "{{ '<|im_start|>' + m.role + '\n' }}" + THOUGHT + "{{")
+         + ASKED, [["<think>\n\n</think>\n\n" + HELLO], ["<think>\n\n</think>\n\n" + SO]]),
+        (TURNS + "{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}", "does not begin a reply as"),
+        (TURNS.replace("<|im_end|>", "###") + ASKED, "ends a reply with no special token"),
+        (TURNS.replace("m.content", "m.content | upper") + ASKED, "changes the text of a reply"),
+    ],
+)  # fmt: skip
+def test_what_the_model_has_to_write_is_trained_where_a_chat_template_does_not_say_it(
+    source: str, trained: list[list[str]] | str, tmp_path: Path
+) -> None:
+    path = byte_level(tmp_path, {"bos_token": None, "eos_token": "<|im_end|>"})
+    template = ChatTemplate(source, load_tokenizer(path), tmp_path / "chat_template.jinja")
+    if isinstance(trained, str):
+        with pytest.raises(UserError, match=f"it {trained}"):
+            template.dialogue_texts([CONVERSATION], ["S"])
+        return
+    [found] = template.dialogue_texts([CONVERSATION], ["S"])
+    assert [[text.text[begin:end] for begin, end in text.trained] for text in found] == trained
+    for turns in (CONVERSATION[:1], CONVERSATION[:5]):
+        asked = template.prompt_text(turns, "S")
+        assert any(text.text.startswith(asked) and len(asked) in dict(text.trained) for text in found)
 
 
 def test_a_users_text_is_no_special_token_in_a_chat_template(tmp_path: Path) -> None:
@@ -265,9 +309,18 @@ def test_data_is_written_in_the_chat_template_beside_the_tokenizer(tmp_path: Pat
     assert tokens[labelled][-1] == end
     assert list(tokens).count(end) == 4
     assert dataset.report()["template"] == "chat_template"
-    (tmp_path / "chat_template.jinja").write_text(CHATML_JINJA)
-    with pytest.raises(UserError, match="cannot say what is trained"):
-        load_dataset(asked, tokenizer, 1000, seed=0)
+    own = load_dataset([Source(str(data))], tokenizer, 1000, seed=0)
+    assert own.fingerprint() == dataset.fingerprint(), "auto: the checkpoint's own"
+    (tmp_path / "chat_template.jinja").rename(tmp_path / "other.jinja")
+    for name, folder in (("other.jinja", tmp_path), (str(tmp_path / "other.jinja"), None)):
+        given = load_dataset([Source(str(data), template=name, folder=folder)], tokenizer, 1000, seed=0)
+        assert given.fingerprint() == dataset.fingerprint()
+    assert load_dataset([Source(str(data))], tokenizer, 1000, seed=0).report()["template"] == "dialogue"
+    with pytest.raises(UserError, match=r"there is no template 'othr.jinja'; looked for:"):
+        load_dataset([Source(str(data), template="othr.jinja", folder=tmp_path)], tokenizer, 1000, seed=0)
+    (tmp_path / "template.json").write_text(get_template("chatml").to_json())
+    trained_before = load_dataset([Source(str(data))], tokenizer, 1000, seed=0)
+    assert trained_before.report()["template"] == "chatml", "what the checkpoint was trained in before"
 
 
 @pytest.mark.parametrize(
