@@ -7,8 +7,16 @@ from torch import Tensor
 
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.layers import ColumnParallelLinear, RMSNorm, RowParallelLinear, gated_linear, normed_linears
+from llama_acc.core.model.layers import (
+    ColumnParallelLinear,
+    RMSNorm,
+    RowParallelLinear,
+    gated_linear,
+    linear,
+    normed_linears,
+)
 from llama_acc.core.model.rotary import rotary_table, rotate
+from tests.core.tiny import difference
 
 # More rows than the feed-forward layer takes at once on a CPU.
 ROWS, DIM, HIDDEN = 600, 24, 40
@@ -88,6 +96,16 @@ def test_bf16_activations_with_float32_weights_give_float32_gradients() -> None:
     w2 = _w2(weight)
     gradients = _gradients((gated_linear(gate, up, w2),), [gate, up, w2.weight])
     assert [g.dtype for g in gradients if g is not None] == [torch.bfloat16, torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", [(1000, 512), (40, 24)], ids=str)
+def test_one_row_times_a_matrix_of_any_size_is_the_product(
+    shape: tuple[int, int], dtype: torch.dtype, off: float
+) -> None:
+    weight, x = _random(*shape, seed=7).to(dtype), _random(1, shape[1], seed=8).to(dtype)
+    with torch.no_grad():
+        assert difference(linear(x, weight), x.double() @ weight.double().t()) < off
 
 
 def test_rotation_turns_pairs_by_position_times_frequency() -> None:
