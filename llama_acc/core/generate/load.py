@@ -171,14 +171,8 @@ def load_model(
     if context is not None:
         config = replace(config, max_seq_len=context)
     config.check_tokenizer(words.vocab_size, path)
-    chosen: tuple[Template, str] = (
-        template_of_folder(last, words)
-        if template == "auto"
-        else (
-            template_for(template, KINDS[0], words),
-            "asked for",
-        )
-    )
+    asked = None if template == "auto" else template_for(template, KINDS[0], words)
+    chosen = template_of_folder(last, words) if asked is None else (asked, "asked for")
     check_divides(config, parallel.model_size)
     check_tower(config.vision, weights.tensors, last)
     check_tensors(weights, shapes_of(config), last)

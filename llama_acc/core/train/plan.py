@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,12 +72,8 @@ class StepSettings:
         )
 
 
-class PlannedData(NamedTuple):
-    """What a run learns from: what is trained on, what is held out, and what data.json says of both."""
-
-    train: Dataset
-    validation: Dataset | None
-    report: dict[str, Any]
+PlannedData = tuple[Dataset, Dataset | None, dict[str, Any]]
+"""What a run learns from: what is trained on, what is held out, and what data.json says of both."""
 
 
 @dataclass(frozen=True)
@@ -311,7 +307,7 @@ def _load_published(folder: Path, tokenizer: Tokenizer) -> PlannedData:
     held_out = folder / "validation"
     validation = load_published(held_out, tokenizer) if held_out.exists() else None
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    return PlannedData(load_published(folder / "train", tokenizer), validation, report)
+    return load_published(folder / "train", tokenizer), validation, report
 
 
 def _check_learns(plan: Plan) -> None:
@@ -382,7 +378,7 @@ def _read_data(
     train, *others = loaded
     report = train.report()
     if others:
-        return PlannedData(train, others[0], {**report, "validation": others[0].report()})
+        return train, others[0], {**report, "validation": others[0].report()}
     if data.validation.fraction:
-        return PlannedData(*train.split(data.validation.fraction, seed), report)
-    return PlannedData(train, None, report)
+        return *train.split(data.validation.fraction, seed), report
+    return train, None, report
