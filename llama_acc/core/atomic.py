@@ -6,11 +6,13 @@ manifest.json: `{"format_version": 1, "files": {name: {"bytes": n, "sha256": hex
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +23,7 @@ from llama_acc.core.input_files import read_object
 
 FORMAT_VERSION = 1
 _ASIDE = ".writing-"
+_LEFT_SECONDS = 24 * 3600.0  # a file aside that nobody has written to for so long is a killed writer's
 
 
 def write_text_whole(path: Path, text: str) -> None:
@@ -43,7 +46,12 @@ def whole_file(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
         path: its name.
         durable: wait until it is on the disk, so that it is also whole after a loss of power.
     """
-    aside = path.with_name(f"{_ASIDE}{path.name}-{secrets.token_hex(4)}")
+    begin = f"{_ASIDE}{path.name}-"
+    for left in path.parent.glob(f"{glob.escape(begin)}*"):
+        with contextlib.suppress(OSError):
+            if left.stat().st_mtime < time.time() - _LEFT_SECONDS:
+                remove(left)
+    aside = path.with_name(begin + secrets.token_hex(4))
     try:
         with aside.open("xb") as file:
             yield file

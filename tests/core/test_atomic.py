@@ -18,6 +18,7 @@ from llama_acc.core.atomic import (
     remove_unfinished,
     whole_folder,
     write_text_whole,
+    write_whole,
 )
 from llama_acc.core.errors import UserError
 
@@ -182,3 +183,13 @@ def test_a_manifest_of_another_form_is_refused(text: str, said: str, tmp_path: P
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=said):
         check_manifest(tmp_path)
+
+
+def test_what_a_killed_writer_left_a_day_ago_goes_when_the_file_is_written_again(tmp_path: Path) -> None:
+    old, recent, other = (tmp_path / f".writing-{name}" for name in ("a.json-0", "a.json-1", "b.json-0"))
+    for path in (old, recent, other):
+        path.touch()
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    write_whole(tmp_path / "a.json", b"new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [recent.name, other.name, "a.json"]

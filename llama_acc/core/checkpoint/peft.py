@@ -21,7 +21,7 @@ from llama_acc.core.model.tuning import Tuning
 
 PEFT_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-MERGE_TOLERANCE = 1e-4
+MERGE_TOLERANCE = 1e-5
 """How far logits may be off, as a fraction of the largest: rounding, which grows with depth, stays far below."""
 _TOKENS = 32
 Model = tuple[ModelConfig, Mapping[str, LazyTensor]]

@@ -328,7 +328,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """[..., dim] normalized, times weight [dim], in the type of `x`."""
     if torch.is_grad_enabled():
         return _RMSNormFunction.apply(x, weight, eps)
-    if x.dtype == torch.float32:  # fewer calls; of other types it would round once where Meta's code rounds twice
+    if x.dtype in (
+        torch.float32,
+        torch.float64,
+    ):  # fewer calls; of others it rounds once, Meta twice
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     return _rms_norm(x, weight, eps)[0]
 

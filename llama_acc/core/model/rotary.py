@@ -72,6 +72,7 @@ def rotary_table(config: ModelConfig, length: int, device: torch.device) -> Tens
 
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
-    """Rotates interleaved pairs (x0, x1), (x2, x3)... of [T, H, D] by [T, D/2] complex rotations, in float32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    """Rotates pairs (x0, x1), (x2, x3)... of [T, H, D] by [T, D/2] complex rotations, at least in float32."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotations.unsqueeze(1)).flatten(-2).to(x.dtype)
