@@ -88,13 +88,15 @@ def caption(
     with load_distributed(ModelOptions(ckpt, device, tokenizer, template, verify, quantize)) as loaded:
         if environment.is_main():
             from llama_acc.core.data.image_files import ImageWorkers, default_workers
-            from llama_acc.core.generate.caption import caption_page, captions
+            from llama_acc.core.generate.caption import caption_page, captions, load_image, stream_caption
 
             asked = _asked(loaded, prompt, instruction)
             with ImageWorkers(min(default_workers(), len(named))) as workers:
                 if len(named) == 1 and not as_json and html is None:
-                    _stream(loaded, named[0], asked, max_new_tokens, max_pixels)
-                    return
+                    if (problem := named[0].problem) is not None:
+                        raise UserError(f"{named[0].name}: {problem}")
+                    pixels = load_image(loaded, named[0].reference, named[0].name, max_pixels)
+                    return console.stream(stream_caption(loaded, pixels, asked, max_new_tokens))
                 found = captions(
                     loaded,
                     named,
@@ -115,6 +117,7 @@ def caption(
                     _write_page(html, caption_page(title, about, shown, max_pixels))
     if problems:
         raise UserError(f"{len(problems):,} of {count_text(len(named), 'image')} failed")
+    return None
 
 
 def _named(images: Sequence[str]) -> "list[Named]":
@@ -142,22 +145,6 @@ def _asked(loaded: "LoadedModel", prompt: str | None, instruction: str | None) -
     if instruction is not None:
         return instruction_prompt(loaded, instruction)
     return caption_prompt(loaded, prompt or "")
-
-
-def _stream(loaded: "LoadedModel", image: "Named", asked: "Prompt", max_new_tokens: int, max_pixels: int) -> None:
-    """One image: its caption alone, as it is written.
-
-    Raises:
-        UserError: the image cannot be used.
-    """
-    from llama_acc.core.data.images import ImageJob, pixels_or_problem
-    from llama_acc.core.generate.caption import evaluation_transform, stream_caption
-
-    job = ImageJob(image.reference, evaluation_transform(loaded), max_pixels=max_pixels)
-    pixels = image.problem or pixels_or_problem(job)
-    if isinstance(pixels, str):
-        raise UserError(f"{image.name}: {pixels}")
-    console.stream(stream_caption(loaded, pixels, asked, max_new_tokens))
 
 
 def _shown(

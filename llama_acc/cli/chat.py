@@ -10,6 +10,7 @@ from typer import Option
 
 from llama_acc.cli import console, options, stopping
 from llama_acc.cli.loading import ModelOptions, launch_model, load_distributed
+from llama_acc.core.atomic import write_text_whole
 from llama_acc.core.distributed import environment
 from llama_acc.core.errors import UserError
 from llama_acc.core.text import count_text
@@ -115,22 +116,23 @@ class _Chat:
                 question = read().strip()
             except EOFError:
                 return
-            if question.startswith("/") and "\n" not in question:
-                if question.split()[0] in ("/quit", "/exit"):
-                    return
-                self._command(question)
-            elif question:
-                self._answer(question)
+            if question in ("/quit", "/exit"):
+                return
+            try:
+                if question.startswith("/") and "\n" not in question:
+                    self._command(question)
+                elif question:
+                    self._answer(question)
+            except UserError as error:
+                console.error(error.message, error.hint)
 
     def _reader(self) -> Callable[[], str]:
         template = self.loaded.template
         if not sys.stdin.isatty():
             return _read_line
-        where = f"{template.name} ({self.loaded.template_from})"
-        console.note(f"template: {where}. /help lists what else you can type.")
+        console.note(f"template: {template.name} ({self.loaded.template_from}). /help lists what else you can type.")
         if template.kind == "single_turn":
-            alone = "this format was trained on single questions: each one stands alone, without the history"
-            console.note(alone)
+            console.note("this format was trained on single questions: each one stands alone, without the history")
         if console.out.is_dumb_terminal:
             return _read_line
         from llama_acc.cli.chat_terminal import question_reader
@@ -138,19 +140,9 @@ class _Chat:
         return question_reader()
 
     def _pixels(self, path: str) -> "NDArray[np.uint8]":
-        """A picture as the model takes it.
+        from llama_acc.core.generate.caption import load_image
 
-        Raises:
-            UserError: there is none, or the model takes none.
-        """
-        from llama_acc.core.data.images import ImageError, ImageJob, pixels
-        from llama_acc.core.generate.caption import evaluation_transform
-
-        transform = evaluation_transform(self.loaded)
-        try:
-            return pixels(ImageJob(str(Path(path).expanduser()), transform))
-        except ImageError as error:
-            raise UserError(f"{path}: {error.message}") from error
+        return load_image(self.loaded, str(Path(path).expanduser()), path)
 
     def _answer(self, question: str) -> None:
         try:
@@ -161,8 +153,6 @@ class _Chat:
                 forgotten = count_text(self.conversation.dropped_turns, "oldest turn")
                 console.note(f"the conversation is long: forgot its {forgotten}")
             self.show(pieces)
-        except UserError as error:
-            console.error(error.message, error.hint)
         except KeyboardInterrupt:
             sys.stdout.write("\n")
             if environment.world_size() > 1:
@@ -192,13 +182,8 @@ class _Chat:
 
     def _show_picture(self, path: str) -> None:
         if not path:
-            console.error("which picture? /image FILE")
-            return
-        try:
-            pixels = self._pixels(path)
-        except UserError as error:
-            console.error(error.message, error.hint)
-            return
+            raise UserError("which picture? /image FILE")
+        pixels = self._pixels(path)
         if self.loaded.template.kind == "single_turn" and (self.files or self.waiting):
             self.conversation.images, self.files, self.waiting = [], [], []
             console.note("it takes the place of the picture before: in this format each question stands alone")
@@ -209,18 +194,15 @@ class _Chat:
         """Writes the conversation as a data file of one dialogue."""
         turns = self.conversation.turns
         if not name or not turns:
-            console.error("there is nothing to save yet" if name else "to which file? /save FILE")
-            return
+            raise UserError("there is nothing to save yet" if name else "to which file? /save FILE")
         roles = {"human": "human", "assistant": "gpt"}
         item: dict[str, object] = {"image": self.files} if self.files else {}
         item |= {} if self.conversation.system is None else {"system": self.conversation.system}
         item["conversations"] = [{"from": roles[role], "value": text} for role, text, _ in turns]
         try:
-            text = json.dumps([item], indent=1, ensure_ascii=False)
-            Path(name).expanduser().write_text(text + "\n", encoding="utf-8")
+            write_text_whole(Path(name).expanduser(), json.dumps([item], indent=1, ensure_ascii=False) + "\n")
         except OSError as error:
-            console.error(f"cannot write {name}: {error.strerror}")
-            return
+            raise UserError(f"cannot write {name}: {error.strerror}") from error
         console.note(f"wrote {count_text(len(turns), 'turn')} to {name}")
 
 

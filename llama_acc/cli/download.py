@@ -178,6 +178,7 @@ def _report(done: "list[tuple[Downloaded, Path | None]]", as_json: bool) -> None
 def _remarks(done: "Downloaded") -> Iterator[str]:
     """What else there is to know, and what the next command still lacks."""
     from llama_acc.core.catalogue import catalogue
+    from llama_acc.core.recipe import Recipe
 
     entry = done.request.entry
     if entry is not None and entry.note:
@@ -185,7 +186,7 @@ def _remarks(done: "Downloaded") -> Iterator[str]:
     if entry is not None and entry.kind == "vision":
         yield f"give it beside a language model: --pretrained llama2-13b --pretrained {_model_place(done)}"
     if entry is not None and not done.is_model and entry.recipe is not None:
-        base = catalogue().get(_base_and_data(entry.recipe)[0] or "")
+        base = catalogue().get(next(iter(Recipe.load(entry.recipe).model.pretrained_list()), ""))
         if base is not None and not base.is_here:
             yield f"the recipe starts from {base.name}, which is not here yet: llama-acc download {base.name}"
 
@@ -194,6 +195,7 @@ def _next_command(done: "Downloaded", converted: Path | None) -> str | None:
     """The command that uses what was downloaded; None where there is no one such command."""
     from llama_acc.core.checkpoint.layout import inspect
     from llama_acc.core.data.read import SUFFIXES, data_suffix
+    from llama_acc.core.recipe import Recipe
 
     entry, to, place = done.request.entry, done.request.to, _model_place(done)
     words: list[str] = []
@@ -217,25 +219,18 @@ def _next_command(done: "Downloaded", converted: Path | None) -> str | None:
         raw = [entry.name] if to is None else [*map(str, done.files), *output]
         words = ["convert-data", entry.convert, *raw, *["--all-forms"] * entry.all_forms]
     elif entry.kind != "images" and entry.recipe is not None:
-        base, sources = _base_and_data(entry.recipe)
+        recipe = Recipe.load(entry.recipe)
+        bases, sources = recipe.model.pretrained_list(), [source.path for source in recipe.data.sources]
         # One part of the recipe's data is found by its name.
         is_part = to is None and len(sources) > 1 and entry.name in sources
         data = [] if is_part else ["--data", entry.name if to is None else str(converted or done.folder)]
-        words = ["finetune", "--recipe", entry.recipe, *(["--pretrained", base] if base else []), *data]
+        words = ["finetune", "--recipe", entry.recipe, *(["--pretrained", bases[0]] if bases else []), *data]
     return shlex.join(["llama-acc", *words]) if words else None
 
 
 def _model_place(done: "Downloaded") -> str:
     entry = done.request.entry
     return str(done.folder) if done.request.to is not None or entry is None else entry.name
-
-
-def _base_and_data(name: str) -> tuple[str | None, list[str]]:
-    """What a recipe starts from, and its data."""
-    from llama_acc.core.recipe import Recipe
-
-    recipe = Recipe.load(name)
-    return next(iter(recipe.model.pretrained_list()), None), [source.path for source in recipe.data.sources]
 
 
 def fetch_shown(address: str) -> list[Path]:

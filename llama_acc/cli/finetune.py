@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -66,29 +66,24 @@ def finetune(
     verify: options.Verify = False,
     nproc: options.Nproc = None,
     nnodes: Annotated[
-        int,
-        Option(metavar="N", min=1, help="Machines; the command is typed on each.", rich_help_panel=options.PROCESSES),
+        int, options.of_processes(metavar="N", min=1, help="Machines; the command is typed on each.")
     ] = 1,
     rdzv_endpoint: Annotated[
         str | None,
-        Option(
+        options.of_processes(
             metavar="HOST:PORT",
             help="Rendezvous endpoint: the first node's name and a free port of it.",
             callback=options.endpoint,
-            rich_help_panel=options.PROCESSES,
         ),
     ] = None,
     max_restarts: Annotated[
         int,
-        Option(
-            metavar="N",
-            min=0,
-            help="Resume from the last whole checkpoint, up to N times, when a process dies.",
-            rich_help_panel=options.PROCESSES,
+        options.of_processes(
+            metavar="N", min=0, help="Resume from the last whole checkpoint, up to N times, when a process dies."
         ),
     ] = 0,
     log_ranks: Annotated[
-        str | None, Option(metavar="DIR", help="Keep every process's output here.", rich_help_panel=options.PROCESSES)
+        str | None, options.of_processes(metavar="DIR", help="Keep every process's output here.")
     ] = None,
 ) -> None:
     """Fine-tune a model as a recipe says.
@@ -129,7 +124,7 @@ def finetune(
     saved = run if resume and output is not None else None
     try:
         launch_ranks(wanted, device, lambda count: _check(loaded, saved, count))
-        _train(loaded, run, resume, device, verify, force, resume_hint)
+        _train(loaded, run, resume_hint, resume=resume, device=device, verify=verify, force=force)
     except LlamaAccError as error:
         if error.exit_code == RunError.exit_code and error.hint is None:
             error.hint = resume_hint()
@@ -198,35 +193,19 @@ def _check(recipe: "Recipe", resumed: Path | None, processes: int) -> None:
     from llama_acc.core.distributed.groups import check_world
     from llama_acc.core.train.base import find_model
 
+    console.working(None)
     check_world(recipe.parallel.model_parallel_size, processes)
     find_model(recipe, saved=None if resumed is None else latest_checkpoint(resumed))
 
 
-def _train(
-    recipe: "Recipe",
-    output: Path,
-    resume: bool,
-    device: str | None,
-    verify: bool,
-    force: bool,
-    resume_hint: Callable[[], str],
-) -> None:
+def _train(recipe: "Recipe", output: Path, resume_hint: Callable[[], str], **flags: Any) -> None:
     from llama_acc.cli.run_console import RunConsole
     from llama_acc.core.finetune import finetune as run
     from llama_acc.core.interrupt import Interrupted
 
     with RunConsole() as watcher:
         try:
-            finished = run(
-                recipe,
-                output,
-                resume=resume,
-                device=device,
-                callback=watcher,
-                handle_signals=True,
-                verify=verify,
-                force=force,
-            )
+            finished = run(recipe, output, callback=watcher, handle_signals=True, **flags)
         except Interrupted as interrupted:
             if environment.is_main():
                 console.note(f"stopped; {resume_hint()}")

@@ -35,16 +35,9 @@ class ModelOptions:
 
 
 def launch_ranks(how: Launch, device: str | None, check: Callable[[int], None]) -> None:
-    """Runs this command in several processes, and exits, if that is asked for and was not done yet.
-
-    `check` is given their number, and raises what would end each of them.
-    """
-
-    def check_first(processes: int) -> None:
-        check(processes)
-        console.working(None)
-
-    code = launch_if_asked(how, device, sys.argv[1:], check_first, console.note)
+    """Runs this command in several processes, and exits, if that is asked for and was not done yet; see
+    `launch_if_asked`."""
+    code = launch_if_asked(how, device, sys.argv[1:], check, console.note)
     if code is not None:
         raise typer.Exit(code)
 
@@ -59,6 +52,7 @@ def launch_model(nproc: str | None, device: str | None, ckpt: list[str]) -> None
         config = read_config([inspect(locate(folder)) for folder in ckpt])
         if config is not None and config.vocab_size > 0:
             check_divides(config, processes)
+        console.working(None)
 
     launch_ranks(Launch(nproc), device, check)
 

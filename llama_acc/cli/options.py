@@ -1,6 +1,7 @@
 """Flags that several commands share, and their checks. A wrong one is reported as Typer reports any other."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,7 +10,7 @@ from typer import Option
 
 from llama_acc.core.errors import UserError
 
-PROCESSES = "Several processes"
+of_processes = partial(Option, rich_help_panel="Several processes")
 
 
 def device(value: str | None) -> str | None:
@@ -62,12 +63,8 @@ Checkpoints = Annotated[
 ]
 Nproc = Annotated[
     str | None,
-    Option(
-        "--nproc",
-        metavar="N|auto",
-        help="Processes on this machine; auto: one for each GPU.",
-        callback=nproc,
-        rich_help_panel=PROCESSES,
+    of_processes(
+        "--nproc", metavar="N|auto", help="Processes on this machine; auto: one for each GPU.", callback=nproc
     ),
 ]
 TokenizerFile = Annotated[

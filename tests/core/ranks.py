@@ -18,7 +18,7 @@ multiprocessing.set_forkserver_preload(["tests.core.train.parallel_work", "torch
 _PORTS = iter(range(10_000 + os.getpid() % 500 * 40, 32_000, 40))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port nobody listens on, with room for `next_port` after it.
 
     It is below those that the system gives out itself: those of gloo's own connections follow each other.
@@ -41,7 +41,7 @@ def run_ranks(count: int, function: str, *, variables: Mapping[str, str] = {}, *
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": variables.get("OMP_NUM_THREADS", "1"),
     }
     context: Any = multiprocessing.get_context("spawn" if variables else "forkserver")

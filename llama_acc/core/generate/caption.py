@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_acc.core.data.image_files import ImageWorkers, Named
-from llama_acc.core.data.images import ImageError, ImageJob, Transform, pixels_or_problem, thumbnail
+from llama_acc.core.data.images import MAX_PIXELS, ImageError, ImageJob, Transform, pixels_or_problem, thumbnail
 from llama_acc.core.data.templates import Turn
 from llama_acc.core.errors import UserError
 from llama_acc.core.generate.chat import check_length, checked_text, encode_question, insert_images
@@ -70,6 +70,18 @@ def evaluation_transform(loaded: LoadedModel) -> Transform:
     insert_images(loaded, [], 1)
     assert loaded.vision is not None
     return Transform("pad_to_square", loaded.vision.image_size)
+
+
+def load_image(loaded: LoadedModel, reference: str, name: str, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """A picture as the model takes it.
+
+    Raises:
+        UserError: it cannot be used, or the model takes none.
+    """
+    pixels = pixels_or_problem(ImageJob(reference, evaluation_transform(loaded), max_pixels=max_pixels))
+    if isinstance(pixels, str):
+        raise UserError(f"{name}: {pixels}")
+    return pixels
 
 
 def captions(
