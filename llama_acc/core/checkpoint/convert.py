@@ -47,6 +47,7 @@ from llama_acc.core.checkpoint.peft import (
     merged,
     peft_config,
     peft_name,
+    peft_tensor,
 )
 from llama_acc.core.checkpoint.quantized import QUANTIZATION_FILE, Quantization, nf4_rounded, nf4_tensors
 from llama_acc.core.checkpoint.save import TensorFile, TensorSpec, free_bytes, lay_out
@@ -336,6 +337,7 @@ class _Conversion:
             names = [name for name in names if name in self.weights.tensors]
         if self.request.to == "peft":
             names = [name for name in names if describe(self.config)[name].trains]
+            return {name: peft_tensor(name, self.sources[name], self.config.tuning) for name in names}
         if subtracted is not None:
             return {name: subtract(self.sources[name], subtracted.tensors[name]) for name in names}
         if self.request.merge:

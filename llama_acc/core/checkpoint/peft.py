@@ -36,6 +36,18 @@ def peft_name(name: str, tuning: Tuning) -> str:
     return _PREFIX + huggingface_name(name)
 
 
+def peft_tensor(name: str, tensor: LazyTensor, tuning: Tuning) -> LazyTensor:
+    """The values that PEFT's file has of a parameter that was trained by a method."""
+    factor = tuning.peft_bias_factor
+    if factor == 1.0 or not name.endswith(".bias"):
+        return tensor
+
+    def read(rows: slice, columns: slice) -> Tensor:
+        return tensor.block(rows).to(torch.float32) / factor
+
+    return LazyTensor.computed((tensor,), read, tensor.shape)
+
+
 def peft_config(tuning: Tuning, base: str | None) -> dict[str, Any]:
     """adapter_config.json.
 

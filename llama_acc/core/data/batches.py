@@ -147,6 +147,8 @@ class MicroBatch:
     """[I * positions]: where they stand in the stream; what `tokens` has there does not matter."""
     inputs: "Tensor | None" = None
     """[I, ...]: what a model takes of them; see `generate.load`."""
+    draws: list[int] = field(default_factory=list)
+    """In training, a random number for each document; see `draws_of`."""
 
 
 def build(dataset: "Dataset", items: Sequence[int]) -> MicroBatch:
@@ -175,6 +177,12 @@ def build_multimodal_batch(dataset: "Dataset", items: Sequence[int], positions: 
         places.append(begin + dataset.image_start(item) + np.arange(positions * len(references), dtype=np.int64))
         begin += batch.lengths[number]
     return replace(batch, images=tuple(images), image_documents=tuple(owners), image_places=np.concatenate(places))
+
+
+def draws_of(items: Sequence[int], seed: int, epoch: int) -> list[int]:
+    """For each document of a micro-batch a number of 32 bits that decides what is random in training it: a function of
+    (seed, epoch, item)."""
+    return [int(np.random.SeedSequence([seed, epoch, item]).generate_state(1)[0]) for item in items or [0]]
 
 
 def _targets(tokens: NDArray[np.int32], labeled: NDArray[np.bool_]) -> NDArray[np.int64]:

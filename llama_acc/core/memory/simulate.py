@@ -113,12 +113,13 @@ class _ShallowAdapter(Adapter):
 
 
 def empty_batch(lengths: Sequence[int], labels: int | None = None) -> MicroBatch:
-    """A micro-batch of documents of these lengths, whose tokens are all the same; the first `labels` are trained."""
+    """A micro-batch of documents of these lengths, to train on, whose tokens are all the same; the first `labels` are
+    trained."""
     total = sum(lengths)
     targets = np.zeros(total, np.int64)
     targets[total if labels is None else labels :] = -100
     positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
-    return MicroBatch(np.zeros(total, np.int64), targets, positions, list(lengths))
+    return MicroBatch(np.zeros(total, np.int64), targets, positions, list(lengths), draws=[0] * len(lengths))
 
 
 def _train(setup: Setup) -> Trace:

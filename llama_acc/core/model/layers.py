@@ -78,10 +78,17 @@ class Extension(Protocol):
 
     def inputs(self) -> list[Tensor]:
         """Matrices [n, in_features], whose products with the layer's input are computed along with the layer's own."""
+        return []
+
+    def masks(self) -> list[Tensor | None]:
+        """For each of `inputs`, what of the layer's input is 0 for it: booleans [T, in_features] for the stream that is
+        trained on; None: nothing more. They are this rank's, as the input is."""
+        return [None for _ in self.inputs()]
 
     def finish(self, y: Tensor, products: Iterator[Tensor]) -> Tensor:
         """The layer's output from what it is without this, y [..., out_features], which may be changed in place;
         the next of `products` [..., n] are those with `inputs`, and to be taken."""
+        return y
 
 
 class Matrix(nn.Module):
@@ -144,6 +151,10 @@ class Linear(nn.Module):
         """Those of the extensions: matrices that are multiplied with the layer's input."""
         return [matrix for extension in self.extensions for matrix in extension.inputs()]
 
+    def masks(self) -> list[Tensor | None]:
+        """Those of the extensions, one for each of `inputs`."""
+        return [mask for extension in self.extensions for mask in extension.masks()]
+
     def finish(self, y: Tensor, products: Iterator[Tensor]) -> Tensor:
         """Adds what the tuning method has to the matrix product y [..., out], in place; see `Extension`."""
         y = y if self.bias is None else y.add_(self.bias.to(y.dtype))
@@ -177,7 +188,8 @@ class RowParallelLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., this rank's in_features] to [..., out_features], in the type of `x`."""
-        extra = [summed(linear(x, matrix), self.group) for matrix in self.inputs()]
+        kept = zip(self.inputs(), self.masks(), strict=True)
+        extra = [summed(linear(_masked(x, mask), matrix), self.group) for matrix, mask in kept]
         return self.finish(summed(linear(x, self.weight, self.scales), self.group), iter(extra))
 
 
@@ -209,6 +221,11 @@ def linear(x: Tensor, weight: Tensor, scales: Scales | None = None) -> Tensor:
     if x.dim() == 2 and x.shape[0] == 1 and device_type(x) == "cpu" and not torch.is_grad_enabled():
         return _one_row(x, weight)
     return F.linear(x, weight)
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x with 0 in the places of a mask."""
+    return x if mask is None else x.masked_fill(mask, 0)
 
 
 class _QuantizedLinearFunction(torch.autograd.Function):
@@ -311,6 +328,14 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total.add_(a @ b)
 
 
+def _add_masked_product(total: Tensor, a: Tensor, b: Tensor, mask: Tensor | None) -> None:
+    """Adds the product a @ b, with 0 in the places of the mask, to `total`, of the same type."""
+    if mask is None:
+        total.addmm_(a, b)
+    else:
+        total.add_((a @ b).masked_fill_(mask, 0))
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square normalization by weight [dim], computed in float32 as Meta's code does."""
 
@@ -379,9 +404,10 @@ def normed_linears(x: Tensor, norm: RMSNorm, layers: Sequence[ColumnParallelLine
         return tuple(layer(normed) for layer in layers)
     group = layers[0].group
     extra = [matrix for layer in layers for matrix in layer.inputs()]
+    masks = [mask for layer in layers for mask in layer.masks()]
     weights = [layer.weight for layer in layers]
     scales = [*(layer.scales for layer in layers), *(None for _ in extra)]
-    outputs = _NormedLinearsFunction.apply(x, norm.weight, norm.eps, group, scales, len(extra), *weights, *extra)
+    outputs = _NormedLinearsFunction.apply(x, norm.weight, norm.eps, group, scales, masks, *weights, *extra)
     products = iter([copied(product, group) for product in outputs[len(layers) :]])
     return tuple(layer.finish(y, products) for layer, y in zip(layers, outputs[: len(layers)], strict=True))
 
@@ -390,8 +416,8 @@ class _NormedLinearsFunction(torch.autograd.Function):
     """Computes the norm's output again in the backward pass, and sums the layers' gradients of it in one tensor.
 
     Under model parallelism that tensor is summed over the group while the weights' gradients are computed. The last
-    `whole` weights are those that every rank has all of: their outputs' gradients are complete, so they are added to
-    the sum, not summed themselves.
+    weights, for each of which there is one of `masks`, are those that every rank has all of: their outputs' gradients
+    are complete, so they are added to the sum, not summed themselves.
     """
 
     @staticmethod
@@ -402,13 +428,15 @@ class _NormedLinearsFunction(torch.autograd.Function):
         eps: float,
         group: Group | None,
         scales: Sequence[Scales | None],
-        whole: int,
+        masks: Sequence[Tensor | None],
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         normed, inverse = _rms_norm(x, norm_weight, eps)
         ctx.save_for_backward(x, norm_weight, inverse, *weights)
-        ctx.group, ctx.scales, ctx.split = group, scales, len(weights) - whole
-        return tuple(F.linear(normed, dense(*matrix, x.dtype)) for matrix in zip(weights, scales, strict=True))
+        ctx.group, ctx.scales, ctx.split = group, scales, len(weights) - len(masks)
+        ctx.masks = [*(None for _ in range(ctx.split)), *masks]
+        parts = zip(weights, scales, ctx.masks, strict=True)
+        return tuple(F.linear(_masked(normed, mask), dense(weight, own, x.dtype)) for weight, own, mask in parts)
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -422,14 +450,16 @@ class _NormedLinearsFunction(torch.autograd.Function):
         d_weights: list[Tensor | None] = [None] * len(weights)
         if any(needs_weights):
             normed = (x.float() * inverse).to(x.dtype) * norm_weight.to(x.dtype)
-            for i, (d_y, weight) in enumerate(zip(d_outputs, weights, strict=True)):
+            for i, (d_y, weight, mask) in enumerate(zip(d_outputs, weights, ctx.masks, strict=True)):
                 if needs_weights[i]:
-                    d_weights[i] = (d_y.t() @ normed).to(weight.dtype)
+                    d_weights[i] = (d_y.t() @ _masked(normed, mask)).to(weight.dtype)
             del normed
         if summing is not None:
             summing.wait()
-        for d_y, matrix in zip(d_outputs[ctx.split :], matrices[ctx.split :], strict=True):
-            d_normed.addmm_(d_y, dense(*matrix, x.dtype))
+        for d_y, matrix, mask in zip(
+            d_outputs[ctx.split :], matrices[ctx.split :], ctx.masks[ctx.split :], strict=True
+        ):
+            _add_masked_product(d_normed, d_y, dense(*matrix, x.dtype), mask)
         d_x, d_norm_weight = _rms_norm_backward(d_normed, x, norm_weight, inverse, needs_norm)
         return d_x, d_norm_weight, None, None, None, None, *d_weights
 
@@ -439,7 +469,8 @@ def gated_linear(gate: Tensor, up: Tensor, w2: RowParallelLinear) -> Tensor:
     if not torch.is_grad_enabled():
         return w2(F.silu(gate).mul_(up))
     extra = w2.inputs()
-    y, *products = _GatedLinearFunction.apply(gate, up, [w2.scales, *(None for _ in extra)], w2.weight, *extra)
+    scales, masks = [w2.scales, *(None for _ in extra)], [None, *w2.masks()]
+    y, *products = _GatedLinearFunction.apply(gate, up, scales, masks, w2.weight, *extra)
     return w2.finish(summed(y, w2.group), iter([summed(product, w2.group) for product in products]))
 
 
@@ -452,16 +483,21 @@ class _GatedLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gate: Tensor, up: Tensor, scales: Sequence[Scales | None], *weights: Tensor
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        scales: Sequence[Scales | None],
+        masks: Sequence[Tensor | None],
+        *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(gate, up, *weights)
-        ctx.scales = scales
+        ctx.scales, ctx.masks = scales, masks
         compute_weights = [dense(*matrix, gate.dtype).t() for matrix in zip(weights, scales, strict=True)]
         outputs = tuple(gate.new_empty(len(gate), len(weight)) for weight in weights)
         for rows in _row_pieces(gate):
             product = F.silu(gate[rows]).mul_(up[rows])
-            for y, weight in zip(outputs, compute_weights, strict=True):
-                torch.mm(product, weight, out=y[rows])
+            for y, weight, mask in zip(outputs, compute_weights, masks, strict=True):
+                torch.mm(_masked(product, None if mask is None else mask[rows]), weight, out=y[rows])
         return outputs
 
     @staticmethod
@@ -471,22 +507,23 @@ class _GatedLinearFunction(torch.autograd.Function):
         pieces = _row_pieces(gate)
         d_weights = [
             accumulator(weight, len(pieces)) if needed else None
-            for weight, needed in zip(weights, ctx.needs_input_grad[3:], strict=True)
+            for weight, needed in zip(weights, ctx.needs_input_grad[4:], strict=True)
         ]
         # Their gradients take the place of gate and up; torch refuses a second backward pass over them.
         for rows in pieces:
             activated, d_product = F.silu(gate[rows]), d_outputs[0][rows] @ compute_weights[0]
-            for d_y, weight in zip(d_outputs[1:], compute_weights[1:], strict=True):
-                d_product.addmm_(d_y[rows], weight)
-            if any(ctx.needs_input_grad[3:]):
+            masks = [None if mask is None else mask[rows] for mask in ctx.masks]
+            for d_y, weight, mask in zip(d_outputs[1:], compute_weights[1:], masks[1:], strict=True):
+                _add_masked_product(d_product, d_y[rows], weight, mask)
+            if any(ctx.needs_input_grad[4:]):
                 product = activated * up[rows]
-                for d_weight, d_y in zip(d_weights, d_outputs, strict=True):
+                for d_weight, d_y, mask in zip(d_weights, d_outputs, masks, strict=True):
                     if d_weight is not None:
-                        add_product(d_weight, d_y[rows].t(), product, first=not rows.start)
+                        add_product(d_weight, d_y[rows].t(), _masked(product, mask), first=not rows.start)
             torch.ops.aten.silu_backward.grad_input(d_product * up[rows], gate[rows], grad_input=gate[rows])
             torch.mul(activated, d_product, out=up[rows])
         done = (None if d is None else d.to(w.dtype) for d, w in zip(d_weights, weights, strict=True))
-        return gate, up, None, *done
+        return gate, up, None, None, *done
 
 
 def _row_pieces(x: Tensor) -> list[slice]:

@@ -104,6 +104,7 @@ class Transformer(nn.Module):
         run_block: calls a block on its arguments; activation checkpointing puts itself here.
         attention_extra: gives what a tuning method adds to the attention of the block of that number, if it does;
             from what images give for each document, [documents, vectors, dim], or None.
+        before_blocks: tells a tuning method the stream's documents: the length of each and, in training, its draw.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, parallel: Parallel) -> None:
@@ -123,6 +124,7 @@ class Transformer(nn.Module):
         self.specs: Mapping[str, Spec] = {}
         self.run_block: Callable[[nn.Module, Tensor, Attend, AttentionExtra | None], Tensor] = nn.Module.__call__
         self.attention_extra: Callable[[int, Tensor | None], AttentionExtra | None] | None = None
+        self.before_blocks: Callable[[Sequence[int], Sequence[int]], None] | None = None
         self._rotations: Tensor | None = None
 
     def forward(
@@ -134,6 +136,7 @@ class Transformer(nn.Module):
         loss_scale: float = 1.0,
         caches: Sequence[KVCache] | None = None,
         images: Images | None = None,
+        draws: Sequence[int] = (),
     ) -> Tensor:
         """The stream's last hidden states, or its loss if `targets` are given.
 
@@ -145,6 +148,7 @@ class Transformer(nn.Module):
             loss_scale: factor on the summed loss.
             caches: the past of each document, which its tokens continue; they are advanced.
             images: those of the stream; what `tokens` has at their places does not matter.
+            draws: a random number of 32 bits for each document, for what is random in training; none: nothing is.
 
         Returns:
             [T, dim] normed hidden states, for `logits`; or the float32 scalar loss_scale * sum of cross-entropies.
@@ -152,6 +156,8 @@ class Transformer(nn.Module):
         x, added = self.tok_embeddings(tokens, self.dtype), None
         if self.vision is not None:
             x, added = self.vision(x, images, len(lengths))
+        if self.before_blocks is not None:
+            self.before_blocks(lengths, draws)
         starts = [0] * len(lengths) if caches is None else [past.length for past in caches]
         rotations = self._rotations_at(positions, lengths, list(map(add, starts, lengths)))
         documents = DocumentAttention(lengths, rotations)

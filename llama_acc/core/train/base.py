@@ -113,10 +113,8 @@ def _with_tuning(recipe: Recipe, config: ModelConfig) -> ModelConfig:
     """The shape with what the recipe's method adds. What was tuned by a method can be resumed with that one only."""
     tuning = recipe.tuning.resolved().with_num_layers(config.n_layers)
     if config.tuning not in (FULL, tuning):
-        raise UserError(
-            f"the checkpoint was tuned as ({config.tuning.to_keys()}), the recipe says ({tuning.to_keys()})",
-            f"set {config.tuning.to_keys()}",
-        )
+        was, wanted = config.tuning.to_keys(tuning), tuning.to_keys(config.tuning)
+        raise UserError(f"the checkpoint was tuned as ({was}), the recipe says ({wanted})", f"set {was}")
     widths = {"dim": config.dim, "the SwiGLU width": config.hidden_dim, "the keys' width": config.kv_dim}
     tuning.check(widths, config.n_layers)
     if recipe.tuning.quantize == "nf4":

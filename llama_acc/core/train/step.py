@@ -44,6 +44,7 @@ def forward(model: Transformer, batch: MicroBatch, loss_scale: float, device: to
         targets=torch.from_numpy(batch.targets).to(device, non_blocking=True),
         loss_scale=loss_scale,
         images=images,
+        draws=batch.draws,
     )
     return loss
 

@@ -15,7 +15,7 @@ from llama_acc.core.checkpoint.adapter import BASE_FILE, Base, TrainedQuantized,
 from llama_acc.core.checkpoint.load import Weights, load_parameters
 from llama_acc.core.checkpoint.resume import FORMAT_VERSION, SavedState, read_progress, restore_rng, rng_state
 from llama_acc.core.checkpoint.save import Rows, Snapshot
-from llama_acc.core.data.batches import MicroBatch, build, build_multimodal_batch
+from llama_acc.core.data.batches import MicroBatch, build, build_multimodal_batch, draws_of
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.data.templates import TEMPLATE_FILE, ChatTemplate
 from llama_acc.core.device import prepare_cpu
@@ -174,6 +174,7 @@ class Trainer:
             batch = build_multimodal_batch(plan.train, self.current_items, vision.positions)
             shape = (len(batch.images), *vision.input_shape)
             batch = replace(batch, inputs=torch.zeros(shape, dtype=self.vision_encoder.dtype, device=self.device))
+        batch = replace(batch, draws=draws_of(self.current_items, plan.seed, 0))
         for last in (False, True) if plan.accumulates(ranks) else (True,):
             self.data_parallel.before_backward(last)
             forward(self.model, batch, 0.0, self.device).backward()
@@ -219,8 +220,9 @@ class Trainer:
             yield from (MicroBatchIndices(group, step // self.plan.steps_per_epoch) for group in groups)
 
     def _current(self, groups: list[list[int]], batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+        epoch = self.step // self.plan.steps_per_epoch
         for group, batch in zip(groups, batches, strict=True):
-            yield batch
+            yield replace(batch, draws=draws_of(group, self.plan.seed, epoch))
             self.current_items = group  # the next one is asked for before this one is computed
 
     def validate(self) -> float:

@@ -27,7 +27,8 @@ from tests.core.model.test_tuning import tuned_model
 from tests.core.tiny import difference, document_logits, loaded_model
 
 TOKENS = torch.arange(1, 60)
-LORA, BOTH, BIASES = LoRA(4), LoRABiasNorm(4), BiasNorm()
+LORA = LoRA(4, lora_alpha=1.5, use_rslora=True, lora_targets=("wq", "wv", "w2"))
+BOTH, BIASES = LoRABiasNorm(4, lora_alpha=3), BiasNorm()
 ADAPTER = Adapter(4, 2, 5)
 
 

@@ -17,7 +17,7 @@ METHODS = {
     "bias_norm": ("tuning.method=bias_norm",),
     "lora": ("tuning.method=lora",),
     "adapter": ("tuning.method=adapter",),
-    "nf4": ("tuning.method=lora_bias_norm", *NF4),
+    "nf4": ("tuning.method=lora_bias_norm", "tuning.lora_dropout=0.1", *NF4),
 }
 
 

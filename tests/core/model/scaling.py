@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llama_acc.core.model.layers import Linear, ones, parameter
+from llama_acc.core.model.layers import Extension, Linear, ones, parameter
 from llama_acc.core.model.transformer import Transformer
 from llama_acc.core.model.tuning import Tuning, matrices_of
 
@@ -29,15 +29,11 @@ class Scaling(Tuning):
         return rows * added["scale"][first : first + len(rows), None]
 
 
-class Scale:
+class Scale(Extension):
     """The factors of a layer; see `layers.Extension`."""
 
     def __init__(self, layer: Linear) -> None:
         self.layer = layer
-
-    def inputs(self) -> list[Tensor]:
-        """See `layers.Extension`."""
-        return []
 
     def finish(self, y: Tensor, products: Iterator[Tensor]) -> Tensor:
         """See `layers.Extension`."""

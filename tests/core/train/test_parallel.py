@@ -42,7 +42,7 @@ ALONE = {
     # Four heads of each kind, so that four ranks can share one copy.
     "four-heads": (*UNEVEN, "model.params.n_kv_heads=4", "train.max_steps=5"),
     "bf16": (*UNEVEN, "train.precision=bf16", "data.validation.fraction=0.4", "train.epochs=2"),
-    "lora": (*PART, LORA),
+    "lora": (*PART, LORA, "tuning.lora_dropout=0.2", "tuning.lora_alpha=8"),
     "nf4": (*PART, LORA, NF4),
     "adapter": (*PART, *ADAPTER),
 }
@@ -52,6 +52,7 @@ IN_FOUR = {
     "fsdp": ("fp32", [*MODES["fsdp"], SPLIT]),
     "four-heads": ("four-heads", ["parallel.model_parallel_size=4"]),
     "bf16": ("bf16", [*MODES["sdp"], SPLIT]),
+    "lora": ("lora", [*MODES["sdp"], SPLIT]),
     "nf4": ("nf4", MODES["fsdp"]),
     "qformer": ("qformer", [*MODES["fsdp"], SPLIT, "vision.cache_features=true"]),
     "clip": ("clip", [*MODES["sdp"], SPLIT]),
@@ -59,7 +60,6 @@ IN_FOUR = {
 }
 MORE_IN_FOUR = {
     **{mode: ("fp32", [*MODES[mode], SPLIT]) for mode in ("ddp", "sdp", "fsdp-unsharded")},
-    "lora": ("lora", [*MODES["sdp"], SPLIT]),
     "adapter": ("adapter", [*MODES["ddp"], SPLIT]),
     "nf4-split": ("nf4", [SPLIT]),
     "not-cached": ("qformer", [*MODES["ddp"], SPLIT]),

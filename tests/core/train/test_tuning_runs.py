@@ -57,7 +57,7 @@ def test_only_what_the_method_trains_changes(method: str, precision: str, base: 
 @pytest.mark.parametrize(
     "more",
     [
-        [ALONE],
+        [ALONE, "tuning.lora_dropout=0.2"],
         ["train.precision=bf16"],
         ["tuning.quantize=nf4", ALONE],
     ],
@@ -132,7 +132,7 @@ def test_what_was_tuned_can_be_tuned_further_by_the_same_method_only(base: Path,
     again = run(tmp_path / "again", *on(first.checkpoint, "lora"))
     assert losses(tmp_path / "again")[0] == pytest.approx(losses(tmp_path / "first")[-1], rel=0.3)
     assert json.loads((again.checkpoint / "meta.json").read_text()) == {"llama_type": "llama_peft"}
-    with pytest.raises(UserError, match=r"set tuning\.method=lora tuning\.lora_rank=16"):
+    with pytest.raises(UserError, match=r"set tuning\.method=lora$"):
         plan_of(*on(first.checkpoint, "bias_norm"))
 
 

@@ -8,10 +8,11 @@ read without it.
 """
 
 import importlib
+import json
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from llama_acc.core.errors import UserError
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from llama_acc.core.model.layers import Linear
     from llama_acc.core.model.transformer import Transformer
 
-MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+MatrixName = Literal["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
+MATRICES: tuple[MatrixName, ...] = get_args(MatrixName)
 """The matrices of a block."""
 METHODS: "dict[str, type[Tuning]]" = {}
 """Every known method by its name."""
@@ -37,6 +39,7 @@ class Tuning:
         llama_type: LLaMA2-Accessory's name of the kind of model, for meta.json.
         can_merge: what it adds can be merged into the LLaMA's matrices, or is a bias.
         peft_names: what comes after a matrix's name in its parameters' names, here and in PEFT's files.
+        peft_bias_factor: PEFT multiplies biases by this.
     """
 
     method: ClassVar[str]
@@ -44,6 +47,10 @@ class Tuning:
     llama_type: ClassVar[str] = "llama"
     can_merge: ClassVar[bool] = True
     peft_names: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def peft_bias_factor(self) -> float:
+        return 1.0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -104,10 +111,13 @@ class Tuning:
         """
         raise UserError(f"method {self.method} has no LoRA pairs, which is what a PEFT adapter is", "use --to hf")
 
-    def to_keys(self) -> str:
-        """The recipe's keys that ask for it."""
-        values = {key: str(value).lower() if isinstance(value, bool) else value for key, value in asdict(self).items()}
-        return " ".join(f"tuning.{key}={value}" for key, value in {"method": self.method, **values}.items())
+    def to_keys(self, beside: "Tuning") -> str:
+        """The recipe's keys that ask for it; without those that have their default here and `beside`."""
+        usual, values = type(self)(), {"method": self.method}
+        for key, value in asdict(self).items():
+            if not value == getattr(usual, key) == getattr(beside, key, value):
+                values[key] = json.dumps(value, separators=(",", ":")).replace('"', "")
+        return " ".join(f"tuning.{key}={value}" for key, value in values.items())
 
 
 @dataclass(frozen=True)
@@ -130,7 +140,7 @@ def tuning_of(llama_type: str, arguments: Mapping[str, Any]) -> tuple[Tuning, di
     kind = llama_type.replace("llama_qformerv2", "llama")
     if kind == FULL.llama_type:
         return FULL, dict(arguments)
-    known = {key for method in METHODS.values() for key in method().to_arguments()}
+    known = {key for method in METHODS.values() for key in (*method().to_arguments(), *vars(method()))}
     kinds = list(dict.fromkeys(method.llama_type for method in METHODS.values()))
     if kind not in kinds:
         raise UserError(

@@ -17,7 +17,7 @@ from pydantic import Field
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.tuning import Tuning, switches, whole_number
 from llama_acc.core.model.tuning.bias_norm import add_biases_and_train_norms
-from llama_acc.core.model.tuning.lora import Rank, add_pairs, check_rank
+from llama_acc.core.model.tuning.lora import Pairs, Rank, add_pairs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ _Count = Annotated[int, Field(ge=1, le=2**16)]
 
 
 @dataclass(frozen=True)
-class Adapter(Tuning):
+class Adapter(Pairs):
     """Zero-init attention.
 
     Attributes:
@@ -54,7 +54,9 @@ class Adapter(Tuning):
         return replace(self, prefix_layers=self.prefix_layers or n_layers)
 
     def check(self, widths: Mapping[str, int], n_layers: int) -> None:
-        check_rank(self.lora_rank, widths)
+        super().check(widths, n_layers)
+        if not self.lora_rank and (said := self.said()):
+            raise UserError(f"tuning.{', tuning.'.join(said)} is about LoRA pairs", "set tuning.lora_rank besides")
         if self.prefix_layers > n_layers:
             raise UserError(
                 f"tuning.prefix_layers ({self.prefix_layers}) is more than the model's layers ({n_layers})", "lower it"
@@ -65,7 +67,7 @@ class Adapter(Tuning):
 
         add_biases_and_train_norms(model, _BIASES)
         if self.lora_rank:
-            add_pairs(model, self.lora_rank)
+            add_pairs(model, self)
         config, layers = model.config, self.prefix_layers
         model.prefix = parameter(layers, 1, self.prefix_len, config.dim, init=normal(1.0))
         model.prefix_gate = parameter(layers, config.n_heads, init=zeros, split=1, parallel=model.parallel)
@@ -86,6 +88,7 @@ class Adapter(Tuning):
             "prefix_layers": self.prefix_layers,
             "prefix_len": self.prefix_len,
             "use_prefix_new_gate": self.prefix_new_gate,
+            **self.said(),
         }
 
     @classmethod
@@ -94,7 +97,8 @@ class Adapter(Tuning):
         if not bias:
             raise UserError("zero-init attention without biases (bias_tuning) is not known")
         layers, length = whole_number(arguments, "prefix_layers", 0), whole_number(arguments, "prefix_len", 30)
-        return cls(rank, layers, length, bool(arguments.get("use_prefix_new_gate", False)))
+        found = cls(rank, layers, length, bool(arguments.get("use_prefix_new_gate", False)))
+        return found.with_said(arguments)
 
     def peft_config(self) -> dict[str, Any]:
         raise UserError("PEFT has no place for zero-init attention (prefix, prefix_gate)", "keep it: --to consolidated")
