@@ -26,6 +26,7 @@ from llama_acc.core.tokenizer_folder import (
     CONFIG_FILE,
     GENERATION_FILE,
     HUGGING_FACE_FILE,
+    MISTRAL_FILE,
     SENTENCEPIECE_FILE,
     Settings,
     add_tokens,
@@ -445,7 +446,7 @@ def _tokenizer_in(folder: Path) -> Path | None:
     """
     model, fast = (folder / name for name in (SENTENCEPIECE_FILE, HUGGING_FACE_FILE))
     if not (model.is_file() and fast.is_file()):
-        return next((path for path in (model, fast) if path.is_file()), None)
+        return next((path for path in (model, fast, folder / MISTRAL_FILE) if path.is_file()), None)
     try:
         processor = _processor(model, read_bytes(model, _MAX_BYTES))
     except UserError:

@@ -22,6 +22,7 @@ from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import read_object
 
 SENTENCEPIECE_FILE = "tokenizer.model"
+MISTRAL_FILE = "tokenizer.model.v3"  # SentencePiece too, in Mistral's releases, where it is the only one
 HUGGING_FACE_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"

@@ -29,6 +29,7 @@ _NAMES: dict[Format, str] = {
     "consolidated": "consolidated.{part:02d}-of-{parts:02d}.model.pth",
     "consolidated_diff": "consolidated.{part:02d}-of-{parts:02d}.model-diff.pth",
 }
+_MISTRAL = "consolidated.safetensors"  # Mistral's release: Meta's names
 # Hugging Face's files, by how they begin and end; those first in the list are read where there are both.
 _HUGGINGFACE = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 
@@ -39,7 +40,7 @@ class Layout:
 
     Attributes:
         folder: where it is.
-        format: `meta_ori` (Meta's release), `consolidated` (saved by this toolkit or LLaMA2-Accessory),
+        format: `meta_ori` (Meta's release, or Mistral's), `consolidated` (saved by this toolkit or LLaMA2-Accessory),
             `consolidated_diff` (the same, to be added to what comes before it) or `huggingface`.
         shards: the files with weights, in order.
         params_path: params.json or config.json, if there is one.
@@ -119,6 +120,9 @@ def inspect(folder: Path) -> Layout:
             found[kind] = Layout(folder, kind, files, params[0] if params else None)
     if huggingface := _inspect_huggingface(folder, names):
         found["huggingface"] = huggingface
+    if not found and _MISTRAL in names:  # which Mistral's repositories on Hugging Face have besides
+        shape = folder / "params.json"
+        found["meta_ori"] = Layout(folder, "meta_ori", (folder / _MISTRAL,), shape if shape.is_file() else None)
     if len(found) > 1:
         lines = [f"{kind}: {', '.join(path.name for path in one.shards)}" for kind, one in sorted(found.items())]
         raise UserError(f"{folder} mixes checkpoint formats:\n{listed(lines)}", "keep one format per folder")

@@ -68,13 +68,16 @@ class Weights:
 
 
 def open_shard(path: object) -> Shard:
-    """The tensors of a .pth file by Meta's names, memory-mapped: nothing is read until it is used.
+    """The tensors of a file by the names they have in it, memory-mapped: nothing is read until it is used.
 
-    Accepts a flat mapping (Meta) or `{"model": mapping}` with or without the prefix `llma.` (consolidated).
+    Accepts safetensors; of a .pth file a flat mapping (Meta) or `{"model": mapping}` with or without the prefix `llma.`
+    (consolidated).
 
     Raises:
         UserError: unreadable, cut short, or holding anything but tensors.
     """
+    if str(path).endswith(".safetensors"):
+        return open_safetensors(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -273,7 +276,7 @@ def _huggingface_shards(layout: Layout, notes: list[str]) -> Iterator[tuple[str,
     places = layout.weight_map or {}
     unnamed, passed_over = list[str](), list[str]()
     for path in layout.shards:
-        shard = open_safetensors(path) if path.suffix == ".safetensors" else open_shard(path)
+        shard = open_shard(path)
         elsewhere = {name for name in shard if places.get(name, path.name) != path.name}
         passed_over += [f"{name} of {path.name}: that of {places[name]} counts" for name in sorted(elsewhere)]
         unnamed += [f"{name} of {path.name}" for name in shard if places and name not in places]

@@ -22,6 +22,7 @@ from llama_acc.core.tokenizer_folder import (
     CONFIG_FILE,
     GENERATION_FILE,
     HUGGING_FACE_FILE,
+    MISTRAL_FILE,
     SENTENCEPIECE_FILE,
     read_json,
 )
@@ -102,7 +103,7 @@ def extra_files(layouts: Sequence[Layout]) -> list[Path]:
 
 def _main_file(folders: Sequence[Path]) -> Path | None:
     """The last tokenizer, rather beside weights than one level up."""
-    names = (SENTENCEPIECE_FILE, HUGGING_FACE_FILE)
+    names = (SENTENCEPIECE_FILE, HUGGING_FACE_FILE, MISTRAL_FILE)
     beside = [folder for folder in folders if any((folder / name).is_file() for name in names)]
     return next((path for folder in reversed(beside or folders) if (path := find_tokenizer(folder)) is not None), None)
 

@@ -495,13 +495,15 @@ def config_from_params(params: Mapping[str, Any], source: object = "model.params
     """Checks a params.json mapping and makes a ModelConfig of it.
 
     Where the context (max_seq_len) is not said, as in Meta's files, it is the one of the known model of that shape.
-    Mistral's files give the SwiGLU width as `hidden_dim`.
+    Mistral's files are those that give the SwiGLU width, as `hidden_dim`.
 
     Raises:
         UserError: unknown, missing or impossible values, all of them listed.
     """
     known = {key: value for key, value in params.items() if value is not None and key not in _IGNORED}
     is_scaled, width = known.pop("use_scaled_rope", False), known.pop("hidden_dim", None)
+    if width is not None:
+        known = {"family": "mistral", **known}
     config = ModelConfig(**vars(_checked(Params, known, f"the model's shape in {source}")))
     if width is not None:
         config = with_hidden_dim(config, width, source)
@@ -538,6 +540,8 @@ def _known_context(config: ModelConfig) -> int:
     rope_theta. LLaMA 1's, 2,048, has norm_eps 1e-6, or 64 heads for keys; so has what is smaller than any of them."""
     if isinstance(config.rope_scaling, RopeScaling):
         return 131072  # LLaMA 3.1 and later
+    if config.family == "mistral":
+        return 32768
     is_later = config.dim >= 4096 and config.norm_eps == 1e-5 and config.kv_heads < 64
     return {1e4: 4096, 1e6: 16384, 5e5: 8192}.get(config.rope_theta, 2048) if is_later else 2048
 

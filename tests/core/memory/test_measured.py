@@ -39,6 +39,26 @@ def test_prediction_is_what_is_measured(method: str, checkpointing: str) -> None
     assert predict(run).total == pytest.approx(measure(run, CPU).allocated, rel=0.01)
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama3.2": {"rope_scaling": LLAMA3, "tie_word_embeddings": True, "vocab_size": 4000},
+    "mistral": {"family": "mistral", "sliding_window": 50, "head_dim": 16},
+    "qwen2": {"family": "qwen2", "qkv_bias": True},
+    "qwen3": {"family": "qwen3", "qk_norm": True, "head_dim": 64, "tie_word_embeddings": True},
+    "smollm3": {"family": "smollm3", "nope_layers": [1], "sliding_window": 60, "window_layers": [1]},
+}
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "nf4"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prediction_of_each_family_is_what_is_measured(name: str, method: str) -> None:
+    run = setup(*METHODS[method], lengths=(300, 56), params=FAMILIES[name])
+    assert predict(run).total == pytest.approx(measure(run, CPU).allocated, rel=0.01)
+    if method == "nf4":
+        predicted, measured = predict_generation(run, 100).total, measure_generation(run, 100, CPU).allocated
+        assert predicted == pytest.approx(measured, rel=0.01)
+
+
 @pytest.mark.parametrize("method", ["full", "nf4"])
 def test_prediction_of_accumulated_float32_steps_is_what_is_measured(method: str) -> None:
     run = setup(*METHODS[method], "train.precision=fp32", micro_batches=3, labels=100, n_layers=2)

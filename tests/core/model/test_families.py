@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llama_acc.core.checkpoint.convert import Request, convert
@@ -219,6 +219,30 @@ def test_metas_layout_has_both_matrices_of_a_tied_model(folders: dict[str, Path]
     tensors = torch.load(tmp_path / "meta" / "consolidated.00.pth", weights_only=True)
     assert torch.equal(tensors["output.weight"], tensors["tok_embeddings.weight"])
     assert not config_of(tmp_path / "meta").tie_word_embeddings
+
+
+@pytest.mark.parametrize("name", ["mistral", "mistral, window"])
+def test_a_release_of_mistral_is_read_and_exported_as_its_folder_for_transformers(
+    name: str, folders: dict[str, Path], tokenizer_path: Path, tmp_path: Path
+) -> None:
+    convert(Request(folders[name], tmp_path / "meta", "meta"))
+    release = tmp_path / "release"
+    release.mkdir()
+    save_file(torch.load(tmp_path / "meta" / "consolidated.00.pth"), release / "consolidated.safetensors")
+    (release / "tokenizer.model.v3").write_bytes(tokenizer_path.read_bytes())
+    params = {"dim": 64, "n_layers": 4, "head_dim": 16, "hidden_dim": 96, "n_heads": 4, "n_kv_heads": 2}
+    if name == "mistral":
+        params["head_dim"] = 8
+    else:
+        params["sliding_window"] = 7
+    (release / "params.json").write_text(json.dumps({**params, "norm_eps": 1e-5, "vocab_size": 128}))
+    assert config_of(release).max_seq_len == 32768
+    convert(Request(release, tmp_path / "hf", "hf"))
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+    (tokens,) = random_documents(config_of(release), [40], 1)
+    there, back = their_model(folders[name]), their_model(tmp_path / "hf")
+    assert type(back) is type(there)
+    assert torch.equal(their_logits(back, tokens), their_logits(there, tokens))
 
 
 def split_logits(names: list[str], folders: list[str]) -> dict[str, Any]:

@@ -1,0 +1,230 @@
+"""Today's families the whole way: a folder as they are published is tuned, talked to, merged and exported."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from llama_acc.core.generate.chat import encode_question
+from llama_acc.core.generate.engine import Engine, Sampler, Sampling
+from llama_acc.core.generate.load import load_model
+from llama_acc.core.tokenizer import load_tokenizer
+from tests.cli.commands import invoke
+from tests.core.model.test_families import FAMILIES, write_family
+from tests.core.tokenizers import CORPUS, byte_fallback
+
+QUESTION = "what is the answer to 10 + 32?"
+GREEDY = Sampling(temperature=0, max_new_tokens=24)
+_TURNS = (
+    "{% for message in messages %}{{ HEAD }}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content + END }}{% endgeneration %}"
+    "{% else %}{{ message.content + END }}{% endif %}{{ GAP }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ PROMPT }}{% endif %}"
+)
+
+
+def _template(head: str, end: str, gap: str, prompt: str, begin: str = "") -> str:
+    words = {"HEAD": head, "END": end, "GAP": gap, "PROMPT": prompt}
+    text = begin + _TURNS
+    for name, value in words.items():
+        text = text.replace(name, value)
+    return text
+
+
+CHATML = ("'<|im_start|>' + message.role + '\\n'", "'<|im_end|>'", "'\\n'", "'<|im_start|>assistant\\n'")
+HEADERS = (
+    "'<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n'",
+    "'<|eot_id|>'",
+    "''",
+    "'<|start_header_id|>assistant<|end_header_id|>\\n\\n'",
+)
+INSTRUCT = (
+    "'[INST] ' if message.role == 'user' else ''",
+    "(eos_token if message.role == 'assistant' else '[/INST]')",
+    "''",
+    "''",
+)
+
+
+def _system(text: str) -> str:
+    """What ChatML begins with where the messages have no system text."""
+    return (
+        "{% if messages and messages[0].role != 'system' %}"
+        f"{{{{ '<|im_start|>system\\n{text}<|im_end|>\\n' }}}}{{% endif %}}"
+    )
+
+
+class Published(NamedTuple):
+    """How a family's folder is published.
+
+    Attributes:
+        model: its settings, see `write_family`.
+        special: its added tokens; none: SentencePiece's kind with byte pieces.
+        settings: of tokenizer_config.json.
+        template: the chat template.
+        spare: rows of the vocabulary without a token.
+        digits: how many of them in a row make a piece.
+        ends: tokens that generation_config.json says end an answer.
+        seed: of weights whose answer is long enough to compare.
+    """
+
+    model: str
+    special: Sequence[str]
+    settings: dict[str, Any]
+    template: str
+    spare: int = 0
+    digits: int = 1
+    ends: Sequence[str] = ()
+    seed: int = 0
+
+
+FOLDERS = {
+    "llama3.2": Published(
+        "llama3.2, tied",
+        ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+        _template(*HEADERS, begin="{{ bos_token }}"),
+        digits=3,
+        ends=("<|end_of_text|>", "<|eot_id|>"),
+    ),
+    "qwen2.5": Published(
+        "qwen2",
+        ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>"),
+        {
+            "add_bos_token": False,
+            "bos_token": None,
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "tokenizer_class": "Qwen2Tokenizer",
+        },
+        _template(*CHATML, begin=_system("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")),
+        spare=399,
+        ends=("<|im_end|>", "<|endoftext|>"),
+    ),
+    "qwen3": Published(
+        "qwen3, tied, window on some",
+        ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"),
+        {
+            "add_bos_token": False,
+            "bos_token": None,
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "tokenizer_class": "Qwen2Tokenizer",
+        },
+        _template(*CHATML),
+        spare=267,
+        ends=("<|im_end|>", "<|endoftext|>"),
+    ),
+    "mistral": Published(
+        "mistral, window",
+        (),
+        {"add_bos_token": True, "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+        _template(*INSTRUCT, begin="{{ bos_token }}"),
+        seed=1,
+    ),
+    "smollm2": Published(
+        "llama3.2, tied",
+        ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+        {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "tokenizer_class": "GPT2Tokenizer"},
+        _template(*CHATML, begin=_system("You are a helpful AI assistant named SmolLM, trained by Hugging Face")),
+        ends=("<|im_end|>",),
+    ),
+    "smollm3": Published(
+        "smollm3",
+        ("<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>"),
+        {"bos_token": None, "eos_token": "<|im_end|>"},
+        _template(*CHATML),
+        digits=3,
+        ends=("<|im_end|>",),
+    ),
+}
+
+
+def write_tokenizer_files(folder: Path, published: Published) -> int:
+    """A small tokenizer.json of a family's kind with its settings and template. Returns the number of its tokens."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers.processors import TemplateProcessing
+
+    bos = published.settings["bos_token"]
+    if published.special:
+        pattern = (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,DIGITS}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+            r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+        ).replace("DIGITS", str(published.digits))
+        fast = Tokenizer(models.BPE(ignore_merges=published.digits == 3))
+        fast.normalizer = normalizers.NFC()
+        pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        fast.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), pieces])
+        fast.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        fast.train_from_iterator(
+            CORPUS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+        )
+    else:
+        fast = Tokenizer.from_file(str(byte_fallback(folder)))
+    fast.add_special_tokens(
+        [AddedToken(text, special=True) for text in published.special or ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")]
+    )
+    if bos in ("<s>", "<|begin_of_text|>"):
+        fast.post_processor = TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, fast.token_to_id(bos))]
+        )
+    fast.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": published.template} | published.settings
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    ends = [fast.token_to_id(end) for end in published.ends or (published.settings["eos_token"],)]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends, "do_sample": True}))
+    return int(fast.get_vocab_size())
+
+
+def write_folder(folder: Path, published: Published) -> None:
+    folder.mkdir()
+    rows = write_tokenizer_files(folder, published) + published.spare
+    generation = (folder / "generation_config.json").read_bytes()
+    options = {**FAMILIES[published.model], "vocab_size": rows, "max_position_embeddings": 256}
+    write_family(folder, {**options, "initializer_range": 0.3}, published.seed)
+    (folder / "generation_config.json").write_bytes(generation)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.soak] * (name in ("qwen3", "smollm2"))) for name in FOLDERS]
+)
+def test_a_published_folder_is_tuned_talked_to_and_answers_the_same_in_transformers(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base, run, hf = tmp_path / "base", tmp_path / "run", tmp_path / "hf"
+    write_folder(base, FOLDERS[name])
+    turns = [("human", "what is the question?"), ("gpt", "10 + 32 é"), ("human", QUESTION), ("gpt", "a town")]
+    item = {"conversations": [{"from": role, "value": text} for role, text in turns]}
+    (tmp_path / "data.jsonl").write_text((json.dumps(item) + "\n") * 6)
+    done = invoke(
+        *("finetune", "--recipe", "quickstart", "--device", "cpu", "--pretrained", base, "--output", run),
+        *("--data", tmp_path / "data.jsonl", "data.sources.0.template=chat_template", "data.sources.0.format=auto"),
+        *("model.params=null", "model.tokenizer=null", "tuning.method=lora", "checkpoint.trainable_only=true"),
+        *("train.max_steps=3", "train.warmup_epochs=0", "train.global_batch_size=2", "train.epochs=1"),
+    )
+    assert done.exit_code == 0, done.stderr
+    checkpoints = ("--ckpt", base, "--ckpt", run)
+    said = invoke("chat", *checkpoints, "--prompt", QUESTION, "--temperature", 0, "--max-new-tokens", 24)
+    assert said.exit_code == 0, said.stderr
+    made = invoke("convert-checkpoint", run, hf, "--base", base, "--merge", "--to", "hf")
+    assert made.exit_code == 0, made.stderr
+
+    loaded = load_model(str(base), str(run), device="cpu")
+    prompt = encode_question(loaded, QUESTION)
+    (ours,) = [r for r, _ in Engine(loaded).generate([prompt], Sampler(GREEDY)) if r.ended]
+    assert len(set(ours.tokens)) > 3
+    tokenizer, model = AutoTokenizer.from_pretrained(hf), AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    assert inputs["input_ids"][0].tolist() == list(prompt.tokens)
+    theirs = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, len(prompt.tokens) :].tolist()
+    ended = theirs[-1] in loaded.tokenizer.end_ids
+    assert theirs[: len(theirs) - ended] == ours.tokens
+    assert said.stdout.strip() == ours.text == load_tokenizer(hf).decode(ours.tokens).strip()
+    text = "the answer is 1032, é 😀\n\n  what?"
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == loaded.tokenizer.encode(text)
