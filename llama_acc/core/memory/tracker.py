@@ -276,6 +276,8 @@ class MemoryTracker(TorchDispatchMode):
         else:
             result = func(*args, **kwargs)
         tensors = [tensor for tensor in tree_iter(result) if isinstance(tensor, Tensor)]
+        if func is _aten.add.Tensor and self.phase == Phase("backward"):
+            self._add_in_place(args[0], result)
         # Of an operation on many tensors, each result belongs to the block that its operand belongs to.
         many = args and isinstance(args[0], list) and len(args[0]) == len(tensors)
         for tensor, operand in zip(tensors, args[0] if many else tensors, strict=True):
@@ -301,6 +303,14 @@ class MemoryTracker(TorchDispatchMode):
     def _owner(self, tensor: Tensor) -> int | None:
         known = self._live.get(_storage(tensor)._cdata)
         return known[0].owner if known else None
+
+    def _add_in_place(self, one: Tensor, total: Tensor) -> None:
+        """Takes a sum for the operand: of two gradients of one parameter, the embedding that is the output matrix too,
+        autograd adds the second to the first, but if it is a fake tensor."""
+        known = self._live.pop(_storage(one)._cdata, None)
+        if known is not None:
+            key = _storage(total)._cdata
+            self._live[key] = known[0], weakref.ref(_storage(total), lambda _: self._freed(key))
 
     def _see(self, tensor: Tensor, label: str = "", keep: bool = False, owner: int | None = None) -> None:
         storage = _storage(tensor)
