@@ -45,14 +45,14 @@ def plot(path: Path | None) -> Path | None:
 
 def known_template(name: str) -> str:
     """Refuses an unknown prompt format before a model is loaded."""
-    from llama_acc.core.data.templates import CHAT_TEMPLATE, get_template, is_template_file
+    from llama_acc.core.data.templates import CHAT_TEMPLATE, check_template, is_template_file
 
     if is_template_file(name):
         if not Path(name).is_file():
             raise typer.BadParameter(f"there is no file {name}.")
     elif name not in ("auto", CHAT_TEMPLATE):
         try:
-            get_template(name)
+            check_template(name)
         except UserError as error:
             raise typer.BadParameter(f"{error.message}: {error.hint}") from None
     return name

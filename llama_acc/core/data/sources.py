@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from llama_acc.core.catalogue import how_to_get, is_address, named_data
 from llama_acc.core.data.read import FORMATS, SUFFIXES, data_suffix, nearest_names
 from llama_acc.core.data.tar_shards import TAR_SUFFIX
-from llama_acc.core.data.templates import CHAT_TEMPLATE, TEMPLATES, get_template, is_template_file
+from llama_acc.core.data.templates import CHAT_TEMPLATE, TEMPLATES, check_template, is_template_file
 from llama_acc.core.errors import DataError, UserError, did_you_mean, raise_all, schema_problems
 from llama_acc.core.hub import fetch_data
 from llama_acc.core.input_files import home, read_yaml
@@ -198,7 +198,7 @@ def _check(source: Source) -> None:
         hint = did_you_mean(source.format, FORMATS) or f"it is one of: {', '.join(FORMATS)}"
         raise UserError(f"{source.path}: unknown format {source.format!r}", hint)
     if source.template not in ("auto", CHAT_TEMPLATE) and not is_template_file(source.template):
-        get_template(source.template)
+        check_template(source.template)
     if not 0 < source.ratio <= 1:
         raise UserError(f"{source.path}: ratio should be above 0 and at most 1, but is {source.ratio}")
 

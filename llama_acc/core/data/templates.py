@@ -345,7 +345,8 @@ class ChatTemplate(Template):
             UserError: it is not jinja.
         """
         stop = tuple(mark for mark in _TURN_ENDS if mark in source)
-        super().__init__(name=CHAT_TEMPLATE, kind="dialogue", bos=False, eos=False, stop=stop)
+        name = path.stem if path in CHAT_TEMPLATES.values() else CHAT_TEMPLATE
+        super().__init__(name=name, kind="dialogue", bos=False, eos=False, stop=stop)
         self._path, self._source, self._limits = path, source, limits
         self._variables = _special_tokens(tokenizer.path.parent / CONFIG_FILE, tokenizer)
         self._special_texts = special_texts(tokenizer)
@@ -372,7 +373,7 @@ class ChatTemplate(Template):
 
     @property
     def shown(self) -> str:
-        return f"the chat template in {self._path}"
+        return f"the chat template in {self._path}" if self.name == CHAT_TEMPLATE else self.name
 
     @property
     def source(self) -> str:
@@ -393,7 +394,12 @@ class ChatTemplate(Template):
         Raises:
             UserError: the template refuses these turns, or does not write a reply as it asks for one.
         """
-        return self._rendered(dialogues, systems, True)
+        try:
+            return self._rendered(dialogues, systems, True)
+        except UserError as error:
+            known = ", ".join((*TEMPLATES, *CHAT_TEMPLATES))
+            hint = f"take another one: --template NAME, in a run data.sources.0.template=NAME; there are: {known}"
+            raise UserError(error.message, hint) from None
 
     def _rendered(
         self, dialogues: Sequence[Sequence[Turn]], systems: Sequence[str | None], trains: bool
@@ -490,8 +496,24 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
+CHAT_TEMPLATES = {
+    path.stem: path for path in sorted((Path(__file__).parents[2] / "recipes" / "templates").glob("*.jinja"))
+}
+"""The chat templates of well-known families, as they are published, by name."""
 _AUTO = {"single_turn": "alpaca", "dialogue": "dialogue"}
 KINDS = tuple(_AUTO)
+
+
+def check_template(name: str) -> None:
+    """Refuses a name that no shipped format has.
+
+    Raises:
+        UserError: with the near ones.
+    """
+    known = (*TEMPLATES, *CHAT_TEMPLATES)
+    if name not in known:
+        hint = did_you_mean(name, known) or f"there are: {', '.join(known)}"
+        raise UserError(f"unknown template {name!r}", hint)
 
 
 def get_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
@@ -500,29 +522,38 @@ def get_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
     Raises:
         UserError: there is none.
     """
-    if name not in TEMPLATES:
-        hint = did_you_mean(name, TEMPLATES) or f"there are: {', '.join(TEMPLATES)}"
-        raise UserError(f"unknown template {name!r}", hint)
+    check_template(name)
+    if name in CHAT_TEMPLATES:
+        raise UserError(f"template {name} needs a tokenizer, as its special tokens are part of it", "give --tokenizer")
     template = TEMPLATES[name]
     if tokenizer is not None and tokenizer.settings.add_bos is False:
         return template.model_copy(update={"bos": False})
     return template
 
 
-def template_of_folder(folder: Path, tokenizer: Tokenizer) -> tuple[Template, str]:
-    """The format a checkpoint was trained with, and where that is known from, for showing.
-
-    `template.json` if there, else the chat template of a Hugging Face checkpoint, else the bare instruction.
+def own_template(folder: Path, tokenizer: Tokenizer) -> Template | None:
+    """The format a checkpoint has of its own: `template.json`, in which it was trained, else its chat template.
 
     Raises:
         UserError: one is there but cannot be used.
     """
     if (folder / TEMPLATE_FILE).is_file():
-        template = Template.load(folder / TEMPLATE_FILE)
-        return template, f"{template.name}, from {TEMPLATE_FILE}"
-    if (found := _chat_template_of(folder, tokenizer)) is not None:
-        return found, f"the chat template, from {found._path.name}"
-    return get_template("none", tokenizer), f"none, as the folder has no {TEMPLATE_FILE} and no chat template"
+        return Template.load(folder / TEMPLATE_FILE)
+    return _chat_template_of(folder, tokenizer)
+
+
+def template_of_folder(folder: Path, tokenizer: Tokenizer) -> tuple[Template, str]:
+    """A checkpoint's own format, else the bare instruction; and where that is known from, for showing.
+
+    Raises:
+        UserError: one is there but cannot be used.
+    """
+    own = own_template(folder, tokenizer)
+    if own is None:
+        return get_template("none", tokenizer), f"none, as the folder has no {TEMPLATE_FILE} and no chat template"
+    if isinstance(own, ChatTemplate):
+        return own, f"the chat template, from {own.path.name}"
+    return own, f"{own.name}, from {TEMPLATE_FILE}"
 
 
 def is_template_file(name: str) -> bool:
@@ -544,8 +575,7 @@ def template_for(name: str, kind: str, tokenizer: Tokenizer | None = None) -> Te
         UserError: there is none of that name, or it cannot write items of that kind.
     """
     if name == "auto" and tokenizer is not None:
-        folder = tokenizer.path.parent
-        own = template_of_folder(folder, tokenizer)[0] if has_template(folder) else None
+        own = own_template(tokenizer.path.parent, tokenizer)
         if own is not None and (own.kind == kind or isinstance(own, ChatTemplate)):
             return own
     if is_template_file(name):
@@ -560,6 +590,8 @@ def template_for(name: str, kind: str, tokenizer: Tokenizer | None = None) -> Te
             f"{folder} has no chat template: neither {CHAT_TEMPLATE_FILE} nor one in {CONFIG_FILE}",
             f"give one of the shipped formats: {', '.join(TEMPLATES)}",
         )
+    if name in CHAT_TEMPLATES and tokenizer is not None:
+        return ChatTemplate(read_text(CHAT_TEMPLATES[name]), tokenizer, CHAT_TEMPLATES[name])
     return _checked_kind(get_template(_AUTO[kind] if name == "auto" else name, tokenizer), kind)
 
 
@@ -585,11 +617,6 @@ def template_from(path: Path, tokenizer: Tokenizer | None) -> Template:
     if path.name == CONFIG_FILE and (found := _setting_of(path, tokenizer)) is not None:
         return found
     return ChatTemplate(read_text(path), tokenizer, path)
-
-
-def has_template(folder: Path) -> bool:
-    """Whether a checkpoint's folder may have a prompt format of its own."""
-    return any((folder / name).is_file() for name in (TEMPLATE_FILE, CHAT_TEMPLATE_FILE, CONFIG_FILE))
 
 
 def _chat_template_of(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:

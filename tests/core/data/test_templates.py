@@ -6,7 +6,15 @@ import pytest
 from llama_acc.core.data.chat_rendering import Limits
 from llama_acc.core.data.dataset import load_dataset
 from llama_acc.core.data.sources import Source
-from llama_acc.core.data.templates import TEMPLATES, ChatTemplate, Template, Turn, get_template, template_of_folder
+from llama_acc.core.data.templates import (
+    TEMPLATES,
+    ChatTemplate,
+    Template,
+    Turn,
+    get_template,
+    template_for,
+    template_of_folder,
+)
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import load_tokenizer
 from tests.core.tokenizers import byte_level, llama3_style
@@ -245,6 +253,47 @@ def test_what_the_model_has_to_write_is_trained_where_a_chat_template_does_not_s
     for turns in (CONVERSATION[:1], CONVERSATION[:5]):
         asked = template.prompt_text(turns, "S")
         assert any(text.text.startswith(asked) and len(asked) in dict(text.trained) for text in found)
+
+
+TWO = [Turn("human", "Hi "), Turn("assistant", "Hello!"), Turn("human", "Bye"), Turn("assistant", " See you.")]
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+)
+VICUNA += "and polite answers to the user's questions."
+# As their model cards and the code published with them write two exchanges; between the brackets is what is trained.
+PUBLISHED = {
+    "llama2": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nHi [/INST]⟦ Hello! </s>⟧<s>[INST] Bye [/INST]⟦ See you. </s>⟧",
+    "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    "⟦Hello!<|eot_id|>⟧<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n⟦See you.<|eot_id|>⟧",
+    "mistral": "<s>[INST] S\n\nHi [/INST]⟦ Hello!</s>⟧|"
+    "<s>[INST] Hi [/INST] Hello!</s>[INST] S\n\nBye[/INST]⟦ See you.</s>⟧",
+    "qwen": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi <|im_end|>\n"
+    "<|im_start|>assistant\n⟦Hello!<|im_end|>⟧\n"
+    "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n⟦ See you.<|im_end|>⟧\n",
+    "vicuna": "<s>S USER: Hi ASSISTANT:⟦ Hello!</s>⟧USER: Bye ASSISTANT:⟦ See you.</s>⟧",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_familys_format_is_written_as_it_is_published(name: str, tokenizer_path: Path, tmp_path: Path) -> None:
+    paths = {"llama3": llama3_style, "qwen": lambda folder: byte_level(folder, {"eos_token": "<|im_end|>"})}
+    tokenizer = load_tokenizer(paths[name](tmp_path) if name in paths else tokenizer_path)
+    template = template_for(name, "dialogue", tokenizer)
+    assert isinstance(template, ChatTemplate)
+    [found] = template.dialogue_texts([TWO], ["S"])
+    texts = []
+    for text, _, trained, _ in found:
+        for place, mark in sorted([(end, "⟧") for _, end in trained] + [(begin, "⟦") for begin, _ in trained])[::-1]:
+            text = text[:place] + mark + text[place:]
+        texts.append(text)
+    assert "|".join(texts) == PUBLISHED[name]
+    assert template.prompt_text(TWO[:1], "S") == texts[0].partition("⟦")[0]
+    usual = template.prompt_text(TWO[:1])
+    assert {"vicuna": VICUNA, "qwen": "You are Qwen, created by Alibaba Cloud."}.get(name, "Hi") in usual
+    with pytest.raises(UserError, match=f"template {name} needs a tokenizer"):
+        template_for(name, "dialogue")
 
 
 def test_a_users_text_is_no_special_token_in_a_chat_template(tmp_path: Path) -> None:
