@@ -35,12 +35,15 @@ SPLIT = "parallel.model_parallel_size=2"
 PART = (*UNEVEN, "train.epochs=2", "optimizer.lr=2e-2", "checkpoint.trainable_only=true", "tuning.lora_rank=4")
 LORA, NF4 = "tuning.method=lora_bias_norm", "tuning.quantize=nf4"
 ADAPTER = ("tuning.method=adapter", "tuning.prefix_layers=1", "tuning.prefix_new_gate=true", "optimizer.lr=5e-3")
+# The output matrix is the embedding, which is split by features, and heads have norms.
+TIED = ("family=qwen3", "tie_word_embeddings=true", "qk_norm=true", "head_dim=16", "rope_theta=1e6")
 # What one process runs, by name; kinds of vision are runs, too.
 ALONE = {
     "fp32": UNEVEN,
     "stopped": (*UNEVEN, "train.max_steps=5"),
     # Four heads of each kind, so that four ranks can share one copy.
     "four-heads": (*UNEVEN, "model.params.n_kv_heads=4", "train.max_steps=5"),
+    "tied": (*UNEVEN, "train.max_steps=6", *(f"model.params.{key}" for key in TIED)),
     "bf16": (*UNEVEN, "train.precision=bf16", "data.validation.fraction=0.4", "train.epochs=2"),
     "lora": (*PART, LORA, "tuning.lora_dropout=0.2", "tuning.lora_alpha=8"),
     "nf4": (*PART, LORA, NF4),
@@ -51,6 +54,7 @@ ALONE = {
 IN_FOUR = {
     "fsdp": ("fp32", [*MODES["fsdp"], SPLIT]),
     "four-heads": ("four-heads", ["parallel.model_parallel_size=4"]),
+    "tied": ("tied", [*MODES["fsdp"], SPLIT]),
     "bf16": ("bf16", [*MODES["sdp"], SPLIT]),
     "lora": ("lora", [*MODES["sdp"], SPLIT]),
     "nf4": ("nf4", MODES["fsdp"]),
@@ -61,6 +65,7 @@ IN_FOUR = {
 MORE_IN_FOUR = {
     **{mode: ("fp32", [*MODES[mode], SPLIT]) for mode in ("ddp", "sdp", "fsdp-unsharded")},
     "adapter": ("adapter", [*MODES["ddp"], SPLIT]),
+    "tied-fsdp-unsharded": ("tied", MODES["fsdp-unsharded"]),
     "nf4-split": ("nf4", [SPLIT]),
     "not-cached": ("qformer", [*MODES["ddp"], SPLIT]),
 }
@@ -108,6 +113,8 @@ def of_four(alone: Alone, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *((name, one, words, False) for name, (one, words) in IN_FOUR.items()),
         ("resumed", "fp32", [*fsdp, "train.max_steps=7"], False),
         ("resumed", "fp32", fsdp, True),
+        ("tied-resumed", "tied", [*fsdp, "train.max_steps=3"], False),
+        ("tied-resumed", "tied", fsdp, True),
         ("1-to-2x2-to-4-to-1", "fp32", [*MODES["fsdp-unsharded"], SPLIT, "train.max_steps=10"], True),
         ("1-to-2x2-to-4-to-1", "fp32", [*MODES["sdp"], "train.max_steps=15"], True),
     )
@@ -196,12 +203,13 @@ def test_every_shard_has_all_of_what_vision_adds(of_four: Path) -> None:
         assert torch.equal(first[f"llma.{name}"], second[f"llma.{name}"])
 
 
-def test_resume_on_the_same_layout_is_bitwise_the_uninterrupted_run(of_four: Path) -> None:
-    resumed, whole = of_four / "resumed", of_four / "fsdp"
-    assert metrics(resumed) == metrics(whole)
+@pytest.mark.parametrize(("resumed", "whole"), [("resumed", "fsdp"), ("tied-resumed", "tied")])
+def test_resume_on_the_same_layout_is_bitwise_the_uninterrupted_run(resumed: str, whole: str, of_four: Path) -> None:
+    assert metrics(of_four / resumed) == metrics(of_four / whole)
+    last = (of_four / whole / "latest").read_text().strip()
     for rank in range(2):
         for name in (f"state/training-{rank:02d}-of-02.safetensors", f"consolidated.{rank:02d}-of-02.model.pth"):
-            assert (resumed / "epoch3" / name).read_bytes() == (whole / "epoch3" / name).read_bytes()
+            assert (of_four / resumed / last / name).read_bytes() == (of_four / whole / last / name).read_bytes()
 
 
 def test_a_run_goes_on_in_other_layouts_and_stays_the_same_run(alone: Alone, of_four: Path) -> None:
