@@ -9,7 +9,7 @@ from llama_acc.core.memory import fit
 from llama_acc.core.memory.predict import PARTS
 from tests.cli.commands import invoke
 
-TINY = "model.params={dim: 64, n_layers: 2, n_heads: 4, multiple_of: 16, vocab_size: 300, max_seq_len: 512}"
+TINY = "model.params={dim: 64, n_layers: 1, n_heads: 4, multiple_of: 16, vocab_size: 300, max_seq_len: 512}"
 RUN = ("benchmark-vram", "--recipe", "alpaca", TINY, "model.max_seq_len=512", "--batch-size", 1, "--max-tokens", 64)
 
 

@@ -154,11 +154,9 @@ def test_a_closed_stream_is_no_traceback(talker: Path, words: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device")
-def test_a_full_disk_is_one_line_and_exit_code_1(talker: Path) -> None:
-    with open("/dev/full", "w") as full:
-        ask = ["chat", "--ckpt", talker, "--template", "alpaca", "--temperature", "0", "--prompt", "hello"]
-        with start(*ask, stdout=full) as process:
-            _, said = process.communicate()
+def test_a_full_disk_is_one_line_and_exit_code_1() -> None:
+    with open("/dev/full", "w") as full, start("recipes", "show", "lima", stdout=full) as process:
+        _, said = process.communicate()
     assert process.returncode == 1
     assert "error: No space left on device" in said
     assert "Traceback" not in said

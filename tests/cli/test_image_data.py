@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.cli.commands import PATIENCE, QUICKSTART, invoke, metrics, refused, words
-from tests.cli.jobs import start_slurm_job
+from tests.cli.jobs import start_job
 from tests.cli.test_caption_quickstart import members
 from tests.core.data.pictures import encoded, pattern, plain
 from tests.core.data.test_tar_shards import write_shard
+from tests.core.ranks import free_port
 from tests.core.seeing import TINY
 from tests.core.train.image_runs import words_for, write_data
 
@@ -87,7 +88,7 @@ def test_images_may_lie_elsewhere(tmp_path: Path) -> None:
     assert found.exit_code == 0, found.stderr
 
 
-def test_a_run_on_a_shard_resumes_at_the_sample_and_is_split_between_slurm_s_ranks(shard: Path, tmp_path: Path) -> None:
+def test_a_run_on_a_shard_resumes_at_the_sample_and_torchrun_s_ranks_share_it(shard: Path, tmp_path: Path) -> None:
     """Bitwise after a stop within an epoch; in two processes the same steps, so no sample twice and none left out.
 
     So it is beside other data, of which an item is skipped as its image is not there.
@@ -105,10 +106,10 @@ def test_a_run_on_a_shard_resumes_at_the_sample_and_is_split_between_slurm_s_ran
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
     weights = [tmp_path / name / "epoch1/consolidated.00-of-01.model.pth" for name in ("whole", "parts")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    jobs = start_slurm_job(*finetune(shard, tmp_path / "two", *settings), ranks=2, folder=tmp_path)
-    ends = [(*job.communicate(timeout=PATIENCE), job.returncode) for job in jobs]
-    assert [code for _, _, code in ends] == [0, 0], ends
-    assert [out for out, _, _ in ends] == [f"llama-acc caption --ckpt {tmp_path / 'two'} IMAGE\n", ""]
+    torchrun = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
+    two = start_job(*finetune(shard, tmp_path / "two", *settings), launcher=torchrun, folder=tmp_path)
+    out, err = two.communicate(timeout=PATIENCE)
+    assert (two.returncode, out) == (0, f"llama-acc caption --ckpt {tmp_path / 'two'} IMAGE\n"), err
     reports = [(tmp_path / name / "data.json").read_text(encoding="utf-8") for name in ("whole", "two")]
     assert (json.loads(reports[0])["items"], json.loads(reports[0])["skipped"]) == (19, 1)
     assert reports[0] == reports[1]

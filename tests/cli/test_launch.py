@@ -3,12 +3,12 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -24,7 +24,7 @@ from tests.core.seeing import QFORMER
 from tests.core.train.image_runs import words_for, write_data
 
 # 32 items, four optimizer steps an epoch.
-SHORT = ("--recipe", "quickstart", TINY, "train.epochs=6", "checkpoint.every_steps=2", "checkpoint.keep=2")
+SHORT = ("--recipe", "quickstart", TINY, "train.epochs=12", "checkpoint.every_steps=2", "checkpoint.keep=2")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -65,91 +65,81 @@ def steps(output: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
-class Stopped(NamedTuple):
-    """A run of two ranks that Ctrl-C stopped, and that torchrun resumed."""
+def wait_for_steps(jobs: list[Job], output: Path, number: int) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not (output / "metrics.jsonl").exists() or len(steps(output)) < number:
+        for job in jobs:
+            job.check_time(deadline)
+        time.sleep(0.02)
 
-    first: Job
-    second: Job
-    logs: Path
+
+def kill_a_rank(jobs: list[Job], choice: random.Random) -> None:
+    workers = [pid for job in jobs for pid in job.workers().values()]
+    os.kill(choice.choice(workers), signal.SIGKILL)
+    assert gone(workers)
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A run of two ranks that Ctrl-C stopped; `logs` beside it has what each rank wrote."""
     folder = tmp_path_factory.mktemp("stopped")
-    first = Job(folder / "run", *SHORT, "--nproc", 2, "--log-ranks", folder / "logs", "name=$RANK $$ {x}")
-    first.wait_for_checkpoint()
-    first.process.send_signal(signal.SIGINT)
-    assert first.wait() == 130, first.err
-    newest = latest_checkpoint(first.output)
+    job = Job(folder / "run", *SHORT, "--nproc", 2, "--log-ranks", folder / "logs", "name=$RANK $$ {x}")
+    job.wait_for_checkpoint()
+    job.process.send_signal(signal.SIGINT)
+    assert job.wait() == 130, job.err
+    return job
+
+
+def test_ctrl_c_saves_on_all_ranks_and_what_each_wrote_is_kept_where_it_is_asked_for(stopped: Job) -> None:
+    newest = latest_checkpoint(stopped.output)
     assert newest is not None
     check_manifest(newest, verify=True)
-    launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
-    second = Job(folder / "run", "--resume", launcher=launcher)
-    assert second.wait() == 0, second.err
-    return Stopped(first, second, folder / "logs")
-
-
-def test_ctrl_c_saves_on_all_ranks_and_what_each_wrote_is_kept_where_it_is_asked_for(stopped: Stopped) -> None:
-    job = stopped.first
-    assert job.out == ""
-    again = f"llama-acc finetune --output {job.output} --resume --nproc 2 --device cpu"
-    assert job.err.splitlines()[-1] == f"stopped; resume with: {again}"
-    assert job.err.count("SIGINT: saving after this step") == 1
-    assert "name: $RANK $$ {x}" in (job.output / "recipe.yaml").read_text()
-    kept = {
-        tuple(path.parts[-2:]): path.read_text() for path in stopped.logs.rglob("*.log") if path.parent.name in "01"
-    }
+    assert stopped.out == ""
+    again = f"llama-acc finetune --output {stopped.output} --resume --nproc 2 --device cpu"
+    assert stopped.err.splitlines()[-1] == f"stopped; resume with: {again}"
+    assert stopped.err.count("SIGINT: saving after this step") == 1
+    assert "name: $RANK $$ {x}" in (stopped.output / "recipe.yaml").read_text()
+    logs = stopped.output.parent / "logs"
+    kept = {tuple(path.parts[-2:]): path.read_text() for path in logs.rglob("*.log") if path.parent.name in "01"}
     assert sorted(kept) == [(rank, f"{name}.log") for rank in "01" for name in ("stderr", "stdout")]
-    assert "step 1/24" in kept["0", "stderr.log"]
+    assert "step 1/48" in kept["0", "stderr.log"]
     assert kept["1", "stdout.log"] == ""
 
 
-def test_torchrun_starts_the_ranks_as_well(stopped: Stopped) -> None:
-    job = stopped.second
-    assert job.out == f"llama-acc chat --ckpt {job.output}\n"
-    assert job.err.count("the report is") == 1
-    assert "resuming from" in job.err
-    assert [step for step, _ in steps(job.output)] == list(range(1, 25))
-
-
-def kill_and_compare(folder: Path, other: Path, choice: random.Random, kills: int, processes: int, nodes: int) -> None:
-    """Kills random ranks of a job that restarts by itself: it must end as another one, to the bit."""
-    output = folder / "killed"
-    meeting = ("--nnodes", nodes, "--rdzv-endpoint", f"127.0.0.1:{free_port()}") if nodes > 1 else ()
-    words = (*SHORT, "--nproc", processes // nodes, "--max-restarts", kills, *meeting)
-    jobs = [Job(output, *words) for _ in range(nodes)]
-    for _ in range(kills):
-        known = len(steps(output)) if (output / "metrics.jsonl").exists() else 0
-        wanted = known + choice.randrange(1, 6)
-        deadline = time.monotonic() + PATIENCE
-        while not (output / "metrics.jsonl").exists() or len(steps(output)) < min(wanted, 18):
-            for job in jobs:
-                job.check_time(deadline)
-            time.sleep(0.02)
-        workers = [pid for job in jobs for pid in job.workers().values()]
-        os.kill(workers[choice.randrange(processes)], signal.SIGKILL)
-        assert gone(workers)
+def test_two_machines_go_on_with_it_and_meet_again_after_a_rank_of_one_was_killed(stopped: Job, tmp_path: Path) -> None:
+    """It ends as the run of one process that nobody stopped."""
+    output = tmp_path / "run"
+    shutil.copytree(stopped.output, output)
+    meeting = ("--nproc", 1, "--nnodes", 2, "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--max-restarts", 1)
+    jobs = [Job(output, "--resume", *meeting) for _ in range(2)]
+    wait_for_steps(jobs, output, len(steps(output)) + 1)
+    kill_a_rank(jobs, random.Random(1))
     for job in jobs:
         assert job.wait() == 0, job.err
-        assert job.err.count("restarting from the last whole checkpoint") == kills, job.err
+        assert job.err.count("restarting from the last whole checkpoint") == 1, job.err
     assert "".join(job.out for job in jobs) == f"llama-acc chat --ckpt {output}\n"
-    assert steps(output) == steps(other)
-    weights = "epoch5/consolidated.00-of-01.model.pth"
-    assert (output / weights).read_bytes() == (other / weights).read_bytes()
-
-
-def test_two_machines_meet_at_an_endpoint_and_again_after_a_rank_of_one_was_killed(
-    stopped: Stopped, tmp_path: Path
-) -> None:
-    kill_and_compare(tmp_path, stopped.second.output, random.Random(1), kills=1, processes=2, nodes=2)
+    assert invoke("finetune", *SHORT, "--output", tmp_path / "alone", "--device", "cpu").exit_code == 0
+    (numbers, losses), (expected, alone) = (zip(*steps(tmp_path / name), strict=True) for name in ("run", "alone"))
+    assert numbers == expected == tuple(range(1, 49))
+    assert losses == pytest.approx(alone, rel=1e-4)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(4))
-def test_a_job_goes_on_after_many_kills(seed: int, tmp_path: Path) -> None:
-    left = Job(tmp_path / "alone", *SHORT, "--nproc", 2 + 2 * (seed % 2))
+def test_a_job_goes_on_after_many_kills_to_the_bit(seed: int, tmp_path: Path) -> None:
+    processes, choice = 2 + 2 * (seed % 2), random.Random(seed)
+    left = Job(tmp_path / "left", *SHORT, "--nproc", processes)
     assert left.wait() == 0, left.err
-    kill_and_compare(tmp_path, left.output, random.Random(seed), kills=3, processes=2 + 2 * (seed % 2), nodes=1)
+    job = Job(tmp_path / "killed", *SHORT, "--nproc", processes, "--max-restarts", 3)
+    for _ in range(3):
+        known = len(steps(job.output)) if (job.output / "metrics.jsonl").exists() else 0
+        wait_for_steps([job], job.output, min(known + choice.randrange(1, 9), 36))
+        kill_a_rank([job], choice)
+    assert job.wait() == 0, job.err
+    assert job.err.count("restarting from the last whole checkpoint") == 3, job.err
+    assert steps(job.output) == steps(left.output)
+    weights = "epoch11/consolidated.00-of-01.model.pth"
+    assert (job.output / weights).read_bytes() == (left.output / weights).read_bytes()
 
 
 def test_a_killed_launcher_leaves_nothing(tmp_path: Path) -> None:
