@@ -18,9 +18,10 @@ from llama_acc.core.train.callback import Callback
 from llama_acc.core.train.plan import Plan, make_plan
 from tests.cli.commands import QUICKSTART, invoke
 from tests.cli.conftest import DIALOGUE
+from tests.core.tokenizers import llama3_style
 
 # With room for every recipe's data.max_tokens, and heads for every recipe's model-parallel size.
-SHAPE = "dim: 64, n_layers: 1, n_heads: 8, n_kv_heads: 8, multiple_of: 16, vocab_size: 304, max_seq_len: 4096"
+SHAPE = "dim: 64, n_layers: 1, n_heads: 8, n_kv_heads: 8, multiple_of: 16, vocab_size: 352, max_seq_len: 4096"
 TINY_LONG = f"model.params={{{SHAPE}}}"
 TOWN = {"instruction": "name the town", "output": "the answer"}
 
@@ -46,7 +47,8 @@ def test_every_shipped_recipe_dry_runs_on_a_tiny_model(name: str, tmp_path: Path
     recipe = Recipe.load(name)
     data = tmp_path / "data.json"
     data.write_text(json.dumps([TOWN if recipe.data.sources[0].format == "single_turn" else DIALOGUE] * 2))
-    flags = ["--data", data, "--tokenizer", tokenizer_path, "--output", tmp_path / "run", "--device", "cpu"]
+    words = llama3_style(tmp_path) if recipe.data.sources[0].template == "llama3" else tokenizer_path
+    flags = ["--data", data, "--tokenizer", words, "--output", tmp_path / "run", "--device", "cpu"]
     tiny = [TINY_LONG, "model.max_seq_len=4096", "train.warmup_epochs=0"]
     if recipe.tuning.prefix_layers:
         tiny.append("tuning.prefix_layers=1")
