@@ -171,7 +171,7 @@ def _load_recipe(
     if data:
         sources = loaded.data.sources
         if resumed is None or len(data) != len(sources):  # else it says where the run's own are now
-            sources = [sources[0].model_copy(update={"ratio": 1.0})] * len(data)
+            sources = [sources[0].model_copy(update={"ratio": 1.0, "weight": 1.0})] * len(data)
         loaded.data.sources = [
             source.model_copy(update={"path": _typed(file)}) for source, file in zip(sources, data, strict=True)
         ]

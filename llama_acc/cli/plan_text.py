@@ -74,6 +74,8 @@ def _data_lines(plan: "Plan") -> list[tuple[str, str]]:
     counts = ((report["truncated"], "cut"), (report["dropped"], "dropped"), (report["skipped"], "skipped"))
     less = "".join(f", {number:,} {what}" for number, what in counts if number)
     size = f"{count_text(len(data), 'item')}, {count_text(data.tokens, 'token')}, {data.label_tokens:,} of them trained"
+    if plan.items_per_epoch != len(data):
+        less += f"; an epoch uses {plan.items_per_epoch:,}"
     lines = [("data", f"{size}{less}; from {files}"), ("template", _template_text(data.files))]
     unused: Counter[str] = Counter()  # of all sources of a file the same
     for keys in {file["path"]: file["unused_keys"] for file in report["files"]}.values():

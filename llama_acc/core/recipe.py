@@ -131,12 +131,14 @@ class Vision(Section):
 
 
 class Source(Section):
-    """A file, glob, folder, downloaded name or address; a fixed random `ratio` of its items is kept."""
+    """A file, glob, folder, downloaded name or address; a fixed random `ratio` of its items is kept, and each of these
+    is used `weight` times in an epoch; of a fraction, which ones are is drawn for each epoch."""
 
     path: str
     format: Literal["auto", "single_turn", "dialogue", "single_turn_llava"] = "auto"
     template: str = "auto"
     ratio: float = Field(default=1.0, gt=0, le=1)
+    weight: float = Field(default=1.0, gt=0, le=1000)
     root: str | None = None
 
 

@@ -23,12 +23,38 @@ Lengths = Sequence[int] | NDArray[np.integer[Any]]
 """Tokens of every document."""
 
 
-def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True) -> NDArray[np.int64]:
-    """The order of `n` documents in an epoch: a function of (seed, epoch). [n]"""
+Uses = tuple[tuple[int, float], ...]
+"""Of each file, whose documents follow each other: how many it has, and how often one is used in an epoch."""
+
+
+def epoch_length(uses: Uses) -> int:
+    """How many documents an epoch has, one that is used twice counted twice."""
+    return sum(_uses_of(*file) for file in uses)
+
+
+def _uses_of(documents: int, weight: float) -> int:
+    return max(round(documents * weight), min(documents, 1))
+
+
+def epoch_order(uses: Uses, seed: int, epoch: int, shuffle: bool = True) -> NDArray[np.int64]:
+    """The documents of an epoch in their order, a function of (seed, epoch). [epoch_length]
+
+    Of a weight such as 2.3, each document is used twice, and three tenths of them, drawn anew, once more.
+    """
+    documents, first = [np.zeros(0, dtype=np.int64)], 0
+    for number, (count, weight) in enumerate(uses):
+        times, more = divmod(_uses_of(count, weight), max(count, 1))
+        own = np.arange(first, first + count)
+        documents += [own] * times
+        if more:
+            drawn = np.random.default_rng(np.random.SeedSequence([seed, epoch, number])).permutation(own)
+            documents.append(np.sort(drawn[:more]))
+        first += count
+    order = np.concatenate(documents)
     if not shuffle:
-        return np.arange(n, dtype=np.int64)
+        return order
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
-    return generator.permutation(n).astype(np.int64, copy=False)
+    return order[generator.permutation(len(order))]
 
 
 def step_items(order: NDArray[np.int64], step: int, global_batch_size: int) -> NDArray[np.int64]:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from llama_acc.core.data.batches import Uses
 from llama_acc.core.data.cache import About, Encoded, EntryStore, cache_key, content_digest, map_entry
 from llama_acc.core.data.checks import DatasetStats, cross_file_duplicates, quantiles
 from llama_acc.core.data.encode import KEPT_PLACES, Chunk, Encoding, encode_batches
@@ -67,6 +68,8 @@ class DataFile:
     """What is wrong with them: the first `MOST_PROBLEMS` of a kind."""
     split: int = 0
     """Items that became one document for each reply, as the template writes earlier turns otherwise."""
+    weight: float = 1.0
+    """How often each is used in an epoch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +104,11 @@ class Dataset:
     def image_counts(self) -> NDArray[np.int32]:
         """Images per document. [D]"""
         return self._column("images")
+
+    @property
+    def uses(self) -> Uses:
+        """How many documents each file has, and how often each of them is used in an epoch."""
+        return tuple((file.items - file.dropped, file.weight) for file in self.files)
 
     def fingerprint(self) -> str:
         """The same if and only if a resumed run would see the same documents and labels in the same order."""
@@ -455,7 +463,7 @@ def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], tokenizer: Toke
         dropped, split = int(chosen.sum()) - len(documents), int((documents > 1).sum())
         template = template.with_strict_stops() if template.name in stop_in_reply else template
         items = len(of_part) + dropped
-        files.append(DataFile(spec.path, template, items, dropped, spec.image_root, split=split))
+        files.append(DataFile(spec.path, template, items, dropped, spec.image_root, split=split, weight=spec.weight))
     whole = all(spec.ratio == 1 for spec in specs)
     return Dataset(tuple(files), tuple(parts), None if whole else np.concatenate(rows))
 
@@ -482,7 +490,7 @@ def publish(dataset: Dataset, folder: Path) -> None:
             np.save(folder / name, values)
     files = [
         (
-            *(str(part.path), str(file.path), str(file.image_root), file.items, file.dropped),
+            *(str(part.path), str(file.path), str(file.image_root), file.items, file.dropped, file.weight),
             *_published(file.template),
         )
         for file, part in zip(dataset.files, dataset.parts, strict=True)
@@ -500,10 +508,10 @@ def load_published(folder: Path, tokenizer: Tokenizer) -> Dataset:
     fingerprint, published = json.loads((folder / "files.json").read_text(encoding="utf-8"))
     arrays = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
     files, parts = [], []
-    for entry, path, root, items, dropped, chat, template in published:
+    for entry, path, root, items, dropped, weight, chat, template in published:
         form = ChatTemplate(template, tokenizer, Path(chat)) if chat else Template.model_validate_json(template)
         parts.append(map_entry(Path(entry)))
-        files.append(DataFile(Path(path), form, items, dropped, Path(root)))
+        files.append(DataFile(Path(path), form, items, dropped, Path(root), weight=weight))
     dataset = Dataset(tuple(files), tuple(parts), arrays.pop("rows", None))
     vars(dataset).update(arrays, _fingerprint=fingerprint)  # the cached properties
     return dataset

@@ -35,6 +35,7 @@ class Source:
     format: str = "auto"
     template: str = "auto"
     ratio: float = 1.0
+    weight: float = 1.0
     root: str | None = None
     folder: Path | None = None
     """Where relative paths are looked for first."""
@@ -48,6 +49,7 @@ class FileSpec:
     format: str  # the kind of its items, or "auto"
     template: str  # the prompt format, or "auto"
     ratio: float  # how much of it is used
+    weight: float  # how often in an epoch
     seed: tuple[int, int]  # makes its random choices differ from other files'
     image_root: Path  # where relative paths of images begin
 
@@ -81,7 +83,7 @@ def expand(
             # A shard's images are its own members.
             beside = s.root is None or path.suffix.lower() == TAR_SUFFIX
             root = path.parent if beside else resolve_image_root(str(s.root), s.folder)
-            specs.append(FileSpec(path, s.format, template or s.template, s.ratio, (number, i), root))
+            specs.append(FileSpec(path, s.format, template or s.template, s.ratio, s.weight, (number, i), root))
     raise_all(errors)
     return specs
 

@@ -170,7 +170,7 @@ def estimate_time(plan: Plan, processes: int, device: torch.device, memory: Usag
     fits = memory.allocated <= room  # one process takes no less than one of several
     if fits and processes > 1:
         fits = predict(setup_of_run(plan, 1, device.type)).allocated <= room
-    epochs = plan.total_steps / plan.steps_per_epoch
+    epochs = plan.total_steps / plan.steps_per_epoch * plan.items_per_epoch / len(plan.train)
     if fits:
         per_token, per_step = _timed_step(plan, device)
         seconds = plan.train.tokens * epochs * per_token + plan.total_steps * per_step

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from llama_acc.core.checkpoint.layout import Layout
 from llama_acc.core.checkpoint.save import DTYPES, needed_bytes
-from llama_acc.core.data.batches import assign_to_ranks, epoch_order, micro_batches, step_items
+from llama_acc.core.data.batches import assign_to_ranks, epoch_length, epoch_order, micro_batches, step_items
 from llama_acc.core.data.cache import EntryStore
 from llama_acc.core.data.dataset import Dataset, load_dataset, load_published, publish
 from llama_acc.core.data.image_files import with_usable_images
@@ -117,11 +117,16 @@ class Plan:
         """Number of parameters that train."""
         return sum(map(math.prod, self.trained_shapes().values()))
 
+    @property
+    def items_per_epoch(self) -> int:
+        """How many items are trained on in an epoch, by the weights of their sources."""
+        return epoch_length(self.train.uses)
+
     def items(self, step: int) -> NDArray[np.int64]:
         """The training items of optimizer step `step`, counted from 0: a function of data, seed and batch size."""
         train = self.recipe.train
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = _epoch_order(len(self.train), train.seed, epoch, train.shuffle)
+        order = _epoch_order(self.train.uses, train.seed, epoch, train.shuffle)
         return step_items(order, within, train.global_batch_size)
 
     def micro_batches(self, dataset: Dataset, items: NDArray[np.int64], ranks: int) -> list[list[list[int]]]:
@@ -132,7 +137,7 @@ class Plan:
 
     def accumulates(self, ranks: int) -> bool:
         """Whether a full step takes more than one micro-batch on each of so many data-parallel ranks."""
-        return min(self.recipe.train.global_batch_size, len(self.train)) > self.recipe.train.batch_size * ranks
+        return min(self.recipe.train.global_batch_size, self.items_per_epoch) > self.recipe.train.batch_size * ranks
 
     def largest_micro_batch(self, ranks: int) -> list[int]:
         """The items of the run's micro-batch that has most tokens, on so many data-parallel ranks.
@@ -142,10 +147,10 @@ class Plan:
         """
         train, lengths = self.recipe.train, self.train.lengths
         size, totals, longest = train.global_batch_size, [], []
-        epochs = min(-(-self.total_steps // self.steps_per_epoch), _EPOCHS, max(1, _DOCUMENTS // len(self.train)))
+        epochs = min(-(-self.total_steps // self.steps_per_epoch), _EPOCHS, max(1, _DOCUMENTS // self.items_per_epoch))
         for epoch in range(epochs):
             count = min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
-            order = _epoch_order(len(self.train), train.seed, epoch, train.shuffle)[: count * size]
+            order = _epoch_order(self.train.uses, train.seed, epoch, train.shuffle)[: count * size]
             by_step = np.zeros(count * size, dtype=np.int64)
             by_step[: len(order)] = lengths[order]
             by_step = np.sort(by_step.reshape(count, size), axis=1)
@@ -254,7 +259,7 @@ def make_plan(
         train, validation, report = _read_data(recipe, config, tokenizer, callback, store)
     else:
         train, validation, report = _load_published(published, tokenizer)
-    steps_per_epoch = math.ceil(len(train) / recipe.train.global_batch_size)
+    steps_per_epoch = math.ceil(epoch_length(train.uses) / recipe.train.global_batch_size)
     total = math.ceil(recipe.train.epochs * steps_per_epoch - 1e-9)
     checkpoint = recipe.checkpoint
     plan = Plan(

@@ -2,20 +2,32 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_acc.core.data.batches import assign_to_ranks, build, epoch_order, micro_batches, step_items
+from llama_acc.core.data.batches import assign_to_ranks, build, epoch_length, epoch_order, micro_batches, step_items
 
 
 def test_an_epochs_order_is_a_permutation_by_seed_and_epoch_that_never_changes() -> None:
     """A resumed run must see what the interrupted one would have, whatever was updated in between."""
-    orders = {tuple(epoch_order(100, seed, epoch).tolist()) for seed in (1, 2) for epoch in (1, 2, 3)}
+    orders = {tuple(epoch_order(((100, 1.0),), seed, epoch).tolist()) for seed in (1, 2) for epoch in (1, 2, 3)}
     assert len(orders) == 6
     assert all(sorted(order) == list(range(100)) for order in orders)
-    assert epoch_order(8, seed=0, epoch=0).tolist() == [2, 4, 3, 6, 5, 0, 1, 7]
-    assert epoch_order(4, seed=1, epoch=2, shuffle=False).tolist() == [0, 1, 2, 3]
+    assert epoch_order(((8, 1.0),), seed=0, epoch=0).tolist() == [2, 4, 3, 6, 5, 0, 1, 7]
+    assert epoch_order(((3, 1.0), (1, 1.0)), seed=1, epoch=2, shuffle=False).tolist() == [0, 1, 2, 3]
+
+
+def test_an_item_is_used_as_often_as_its_source_weighs_and_a_fraction_is_drawn_for_each_epoch() -> None:
+    uses = ((100, 2.3), (50, 0.5), (7, 1.0), (3, 0.01), (0, 1.0))
+    counts = [np.bincount(epoch_order(uses, seed=0, epoch=epoch), minlength=160) for epoch in range(40)]
+    assert {int(count.sum()) for count in counts} == {epoch_length(uses)} == {230 + 25 + 7 + 1}
+    assert all(set(count[:100]) == {2, 3} and set(count[100:150]) == {0, 1} for count in counts)
+    assert all((count[150:157] == 1).all() for count in counts)
+    mean = np.mean(counts, axis=0)
+    assert abs(mean[:100] - 2.3).max() < 0.35
+    assert abs(mean[100:150] - 0.5).max() < 0.4
+    assert epoch_order(uses, 0, 1, shuffle=False).tolist()[:101] == [*range(100), 0]
 
 
 def test_the_last_step_of_an_epoch_takes_what_is_left() -> None:
-    order = epoch_order(10, seed=0, epoch=0)
+    order = epoch_order(((10, 1.0),), seed=0, epoch=0)
     steps = [step_items(order, step, 4) for step in range(3)]
     assert [len(step) for step in steps] == [4, 4, 2]
     assert np.concatenate(steps).tolist() == order.tolist()

@@ -99,6 +99,7 @@ def _planned(overrides: Sequence[str], parallel: Parallel) -> dict[str, Any]:
     return {
         "encoded": encoded.files,
         "mapped": sorted(mapped),
+        "uses": plan.train.uses,
         "fingerprints": [part.fingerprint() for part in parts],
         "documents": [part.document(i)[0].tolist() for part in parts for i in range(len(part))],
         "report": plan.report,

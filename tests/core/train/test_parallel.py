@@ -230,7 +230,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     for name in ("a", "b"):
         items = [{"instruction": f"{name} {i}", "output": "ok " * (i % 7 + 1)} for i in range(200)]
         (folder / f"{name}.json").write_text(json.dumps(items))
-    sources = f"data.sources=[{{path: {folder / 'a.json'}}}, {{path: {folder / 'b.json'}, ratio: 0.5}}]"
+    sources = f"data.sources=[{{path: {folder / 'a.json'}}}, {{path: {folder / 'b.json'}, ratio: 0.5, weight: 1.5}}]"
     return [sources, "data.validation.fraction=0.25"]
 
 

@@ -93,6 +93,10 @@ def test_every_item_is_used_once_an_epoch_and_the_last_step_takes_what_is_left()
         orders.append(np.concatenate(steps).tolist())
         assert sorted(orders[-1]) == list(range(32))
     assert orders[0] != orders[1] != orders[2]
+    thrice = plan_of("train.global_batch_size=5", "data.sources.0.weight=2.5")
+    assert (thrice.items_per_epoch, thrice.steps_per_epoch) == (80, 16)
+    used = np.concatenate([thrice.items(step) for step in range(16)])
+    assert sorted(np.bincount(used).tolist()) == [2] * 16 + [3] * 16
     in_order = plan_of("train.shuffle=false")
     assert np.concatenate([in_order.items(step) for step in (4, 5, 6, 7)]).tolist() == list(range(32))
 
