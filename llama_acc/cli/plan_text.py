@@ -85,7 +85,8 @@ def _data_lines(plan: "Plan") -> list[tuple[str, str]]:
     if warnings := [f"{KINDS[kind].title}: {number:,}" for kind, number in report["warnings"].items()]:
         lines.append(("warnings", f"{', '.join(warnings)}; see data.json, or `llama-acc convert-data check FILE`"))
     if plan.validation is not None:
-        lines.append(("validation", count_text(len(plan.validation), "item")))
+        ends = f"; {count_text(plan.patience, 'validation')} without a better loss end the run" if plan.patience else ""
+        lines.append(("validation", count_text(len(plan.validation), "item") + ends))
     return lines
 
 

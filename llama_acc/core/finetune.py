@@ -209,7 +209,10 @@ def _train(
                     except (OSError, MemoryError, RuntimeError) as unwritten:  # what ended the run is to be reported
                         callback.note(f"report.md could not be written: {unwritten or type(unwritten).__name__}")
                     raise
-                report("The run is complete.")
+                ending = trainer.ending()
+                report(ending)
+                if trainer.stops_early:
+                    callback.note(ending)
     except (MemoryError, RuntimeError) as error:
         cause = _out_of_memory(error)
         if cause is None:

@@ -206,6 +206,7 @@ class Train(Section):
     shuffle: bool = True
     seed: int = Field(default=0, ge=0, lt=2**32)
     max_steps: int | None = Field(default=None, ge=1, le=_STEPS)
+    early_stopping_patience: int | None = Field(default=None, ge=1, le=_STEPS)
     deterministic: bool = False
 
     @model_validator(mode="after")
@@ -261,6 +262,13 @@ class Recipe(Section):
             raise ValueError("vision.reference_trainables is for the methods that LLaMA2-Accessory has, not for frozen")
         if encoder is not None and (encoder == "clip") != (method == "adapter"):
             raise ValueError(f"vision.encoder clip and tuning.method adapter go together, not {encoder} and {method}")
+        if self.train.early_stopping_patience is not None:
+            if not self.data.validation.fraction and self.data.validation.path is None:
+                raise ValueError(
+                    "train.early_stopping_patience counts validations: set data.validation.fraction or .path"
+                )
+            if self.checkpoint.keep == 1:
+                raise ValueError("early stopping keeps the best checkpoint beside the newest: set checkpoint.keep=2")
         if self.vision.cache_features and self.data.images.transform == "random_resized_crop":
             raise ValueError(
                 "vision.cache_features keeps one result for each image, and data.images.transform random_resized_crop "

@@ -220,7 +220,7 @@ def write_checkpoint(snapshot: Snapshot, folder: Path, keep: int) -> None:
     Args:
         snapshot: what to write.
         folder: the checkpoint's name in the run's folder.
-        keep: how many checkpoints stay, the newest; 0 = all.
+        keep: how many checkpoints stay, the newest, and what progress.json says is the best; 0 = all.
     """
     parallel, aside = snapshot.parallel, aside_of(folder)
     try:
@@ -291,8 +291,9 @@ def _publish(folder: Path, digests: Mapping[str, str], keep: int) -> None:
     run = folder.parent
     write_text_whole(run / "latest", folder.name + "\n")
     # One with more steps can be there: a kill between the two lines above leaves it, and the run went on from before.
-    others = [path for _, path in checkpoints(run) if path != folder]
-    for old in others[: max(0, len(others) + 1 - keep)] if keep else []:
+    found, best = checkpoints(run), (_progress(folder).get("best") or {}).get("step")
+    others = [path for step, path in found if path != folder and step != best]
+    for old in others[: max(0, len(found) - keep)] if keep else []:
         remove_folder(old)
 
 
@@ -346,11 +347,15 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 def saved_step(checkpoint: Path) -> int | None:
     """How many steps a checkpoint has done; None if it does not say so, or no more."""
-    try:
-        step = read_object(checkpoint / "state" / "progress.json").get("step")
-    except UserError:
-        return None
+    step = _progress(checkpoint).get("step")
     return step if type(step) is int and step >= 0 else None
+
+
+def _progress(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return read_object(checkpoint / "state" / "progress.json")
+    except UserError:
+        return {}
 
 
 def free_bytes(folder: Path) -> int:

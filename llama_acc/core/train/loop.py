@@ -50,7 +50,7 @@ class Loop:
         if trainer.step == 0 and plan.validation is not None:
             self._validate()  # what training is to better
         self._since = time.perf_counter()
-        while trainer.step < plan.total_steps:
+        while trainer.step < plan.total_steps and not trainer.stops_early:
             current = trainer.advance(self._saver.wait_for_copy, self._rank_stats())
             # A device works on this step while the host looks at the one before; a CPU has finished it by now.
             self._log_pending_step()
@@ -67,8 +67,9 @@ class Loop:
             self._log_pending_step()
             if due_validation:
                 self._validate()
+                due_save |= plan.patience is not None and (trainer.best_step == trainer.step or trainer.stops_early)
             if due_save:
-                self._save(at_once=stop is not None or trainer.step == plan.total_steps)
+                self._save(at_once=stop is not None or trainer.step == plan.total_steps or trainer.stops_early)
             if stop is not None and trainer.step < plan.total_steps:
                 raise Interrupted(stop)
             self._since = time.perf_counter()
@@ -116,6 +117,8 @@ class Loop:
 
     def _validate(self) -> None:
         metrics = {"step": self.trainer.step, "validation_loss": self.trainer.validate()}
+        if self.trainer.plan.patience is not None:
+            metrics["validations_since_best"] = self.trainer.since_best
         if self.log is not None:
             self.log.write(metrics)
         self.callback.validation(metrics)

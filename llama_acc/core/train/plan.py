@@ -184,16 +184,27 @@ class Plan:
 
     def validates_at(self, step: int) -> bool:
         """Whether validation is due once `step` optimizer steps are done."""
-        every = self.recipe.data.validation.every_steps or self.steps_per_epoch
-        return self.validation is not None and (step >= self.total_steps or step % every == 0)
+        return self.validation is not None and (step >= self.total_steps or step % self.validates_every == 0)
+
+    @property
+    def validates_every(self) -> int:
+        """In optimizer steps."""
+        return self.recipe.data.validation.every_steps or self.steps_per_epoch
 
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint is due once `step` optimizer steps are done."""
         return self._saves_up_to(step) > self._saves_up_to(step - 1)
 
+    @property
+    def patience(self) -> int | None:
+        """How many validations in a row without a better loss end the run; None: none do."""
+        return self.recipe.train.early_stopping_patience
+
     def save_count(self, done: int = 0) -> int:
-        """How many checkpoints the run writes once `done` steps are done."""
-        return self._saves_up_to(self.total_steps) - self._saves_up_to(done)
+        """How many checkpoints the run writes once `done` steps are done, at most."""
+        count = self._saves_up_to(self.total_steps) - self._saves_up_to(done)
+        # With early stopping each validation may find the best one so far.
+        return count + (self.total_steps // self.validates_every - done // self.validates_every) * bool(self.patience)
 
     def _saves_up_to(self, step: int) -> int:
         saving = self.saving

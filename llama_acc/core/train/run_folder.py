@@ -28,6 +28,7 @@ _MAY_CHANGE = {
     "description",
     "train.epochs",
     "train.max_steps",
+    "train.early_stopping_patience",
     "train.batch_size",
     "train.micro_batch_tokens",
     "checkpoint.keep",

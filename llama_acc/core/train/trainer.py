@@ -1,6 +1,7 @@
 """This rank's part of a model in training: what it computes in a step, and what a checkpoint of it holds."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -86,6 +87,9 @@ class Trainer:
         step: optimizer steps done.
         current_items: those of the micro-batch that is computed, to report where memory ran out.
         has_started: whether a step was begun.
+        best_step: where the validation loss was least so far; None: there was none.
+        best_loss: that loss.
+        since_best: validations after it.
     """
 
     def __init__(self, plan: Plan, device: torch.device, weights: Weights | None, parallel: Parallel) -> None:
@@ -123,6 +127,8 @@ class Trainer:
         self._batches: Iterator[MicroBatch] | None = None
         self.current_items: list[int] | None = None
         self.has_started = False
+        self.best_step: int | None = None
+        self.best_loss, self.since_best = math.inf, 0
         # Of a model of random weights there is no base to belong to.
         self._base: Base | None = None
         if plan.layouts and parallel.is_main:
@@ -231,7 +237,30 @@ class Trainer:
         assert held_out is not None
         groups, _ = self.split_into_micro_batches(held_out, np.arange(len(held_out)))
         batches = self.iter_batches(held_out, (MicroBatchIndices(group, 0) for group in groups))
-        return evaluate(self.model, self.data_parallel, batches, held_out.label_tokens, self.device)
+        loss = evaluate(self.model, self.data_parallel, batches, held_out.label_tokens, self.device)
+        if self.step % self.plan.validates_every:
+            return loss  # at the end of a run that may be prolonged: it does not count
+        if loss < self.best_loss:
+            self.best_step, self.best_loss, self.since_best = self.step, loss, 0
+        else:
+            self.since_best += 1
+        return loss
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether so many validations brought nothing better that the run is to end."""
+        return self.plan.patience is not None and self.since_best >= self.plan.patience
+
+    def ending(self) -> str:
+        """Why the run is at its end."""
+        plan, best = self.plan, self.best_step
+        if not self.stops_early or self.step >= plan.total_steps:
+            return "The run is complete."
+        where = f", {plan.checkpoint_name(best)}" if best else ", before training"
+        return (
+            f"The run ended early, after step {self.step:,} of {plan.total_steps:,}: in {self.since_best} validations "
+            f"the loss was not below the {self.best_loss:.4f} of step {best or 0:,}{where}."
+        )
 
     def snapshot(self) -> Snapshot:
         """Everything a checkpoint of this moment holds; its tensors are the ones in use."""
@@ -246,6 +275,8 @@ class Trainer:
             "model_parallel_size": self.parallel.model_size,
             "data_parallel_size": self.parallel.data_size,
         }
+        if plan.patience is not None and self.best_step is not None:
+            progress["best"] = {"step": self.best_step, "loss": self.best_loss, "since": self.since_best}
         files = {
             "config.json": _json(plan.config.to_params()),
             "meta.json": _json({"llama_type": plan.config.llama_type}),
@@ -278,8 +309,11 @@ class Trainer:
         self.optimizer.load_state(state.read)
         restore_rng(state.rng(), self.device)
         self.step, self._batches = step, None
+        progress = read_progress(state.folder.parent)
+        if best := progress.get("best"):
+            self.best_step, self.best_loss, self.since_best = best["step"], best["loss"], best["since"]
         if self._base is None:  # it is not there any more, or never was
-            self._base_fingerprint = read_progress(state.folder.parent).get("base")
+            self._base_fingerprint = progress.get("base")
 
 
 def _rows(parameter: Tensor, value: Tensor) -> Rows:
