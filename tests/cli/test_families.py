@@ -20,8 +20,7 @@ QUESTION = "what is the answer to 10 + 32?"
 GREEDY = Sampling(temperature=0, max_new_tokens=24)
 _TURNS = (
     "{% for message in messages %}{{ HEAD }}"
-    "{% if message.role == 'assistant' %}{% generation %}{{ message.content + END }}{% endgeneration %}"
-    "{% else %}{{ message.content + END }}{% endif %}{{ GAP }}{% endfor %}"
+    "{{ message.content + END }}{{ GAP }}{% endfor %}"
     "{% if add_generation_prompt %}{{ PROMPT }}{% endif %}"
 )
 
@@ -202,7 +201,7 @@ def test_a_published_folder_is_tuned_talked_to_and_answers_the_same_in_transform
     (tmp_path / "data.jsonl").write_text((json.dumps(item) + "\n") * 6)
     done = invoke(
         *("finetune", "--recipe", "quickstart", "--device", "cpu", "--pretrained", base, "--output", run),
-        *("--data", tmp_path / "data.jsonl", "data.sources.0.template=chat_template", "data.sources.0.format=auto"),
+        *("--data", tmp_path / "data.jsonl", "data.sources.0.template=auto", "data.sources.0.format=auto"),
         *("model.params=null", "model.tokenizer=null", "tuning.method=lora", "checkpoint.trainable_only=true"),
         *("train.max_steps=3", "train.warmup_epochs=0", "train.global_batch_size=2", "train.epochs=1"),
     )
