@@ -142,7 +142,8 @@ class Tokenizer(ABC):
 
     def files(self) -> dict[str, bytes]:
         """The files that make the same tokenizer of a checkpoint's folder, by name."""
-        name = HUGGING_FACE_FILE if self.path.suffix == ".json" else SENTENCEPIECE_FILE
+        # What the file is called says how it is read.
+        name = {".json": HUGGING_FACE_FILE, ".v3": MISTRAL_FILE}.get(self.path.suffix, SENTENCEPIECE_FILE)
         found = {name: self._data} | {file.name: read_bytes(file, _MAX_BYTES) for file in self.settings.files}
         # A model's config.json is another one beside a checkpoint: what it says of ends goes here.
         if self.settings.end_ids:
@@ -479,6 +480,8 @@ def _vocabulary(path: Path) -> dict[str, int]:
 
 def _with_prefix_rule(path: Path, settings: Settings, processor: Any) -> Settings:
     """Adds what a tokenizer.json of no more tokens says of the space in front: Meta's models come with both."""
+    if path.name == MISTRAL_FILE:  # there a chat's parts are encoded by themselves; in a template they have the spaces
+        return replace(settings, first_only=True)
     beside = path.parent / HUGGING_FACE_FILE
     if not beside.is_file() or not _vocabulary(beside).keys() <= set(map(processor.IdToPiece, range(len(processor)))):
         return settings

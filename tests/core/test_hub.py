@@ -37,6 +37,7 @@ def test_a_whole_model_comes_without_its_weights_in_other_formats(servers: Serve
         "pytorch_model.bin": b"w",
         "tf_model.h5": b"w",
         "onnx/model.onnx": b"w",
+        "consolidated.safetensors": b"w",
         "original/consolidated.00.pth": b"w",
     }
     servers.model("owner/name", wanted | copies)

@@ -204,6 +204,21 @@ LLAMAS = {"model_type": "bpe", "byte_fallback": True, "remove_extra_whitespaces"
 LLAMAS |= {"normalization_rule_name": "identity", "allow_whitespace_only_pieces": True}
 
 
+def test_mistrals_own_file_encodes_a_chat_part_by_part_and_stays_so_in_a_checkpoint(tmp_path: Path) -> None:
+    model, more = io.BytesIO(), {"control_symbols": ["[INST]", "[/INST]"], "vocab_size": 400, "minloglevel": 2}
+    SentencePieceTrainer.train(sentence_iterator=iter(LINES * 2), model_writer=model, **LLAMAS, **more)
+    (tmp_path / "tokenizer.model.v3").write_bytes(model.getvalue())
+    theirs = SentencePieceProcessor(model_proto=model.getvalue())
+    begin, end = (theirs.PieceToId(text) for text in ("[INST]", "[/INST]"))
+    expected = [begin, *theirs.encode("what is it?"), end, *theirs.encode("a town")]
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("[INST] what is it?[/INST] a town") == expected
+    (tmp_path / "saved").mkdir()
+    for name, content in tokenizer.files().items():
+        (tmp_path / "saved" / name).write_bytes(content)
+    assert load_tokenizer(tmp_path / "saved").encode("[INST] what is it?[/INST] a town") == expected
+
+
 @pytest.mark.parametrize(
     ("settings", "first_only"),
     [
