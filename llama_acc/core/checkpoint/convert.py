@@ -208,6 +208,9 @@ def _check_tuned(request: Request, config: ModelConfig, is_alone: bool, source: 
         raise UserError(message, "keep it with --to consolidated")
     if request.to == "peft":
         tuning.peft_config()  # raises where PEFT has no such method
+        if config.qkv_bias and "bias" in tuning.peft_names:
+            message = f"{folder} has trained biases that its base has, too, and PEFT would add both"
+            raise UserError(message, "keep it: --to consolidated")
     elif request.merge:
         left = tuning.merged()
         if tuning == FULL:

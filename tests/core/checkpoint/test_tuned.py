@@ -163,6 +163,12 @@ def test_peft_loads_the_adapter_and_computes_the_same(tuning: Tuning, tmp_path: 
     assert difference(peft_logits(hf, adapter), logits(source)) < 1e-5
 
 
+def test_biases_that_the_base_has_are_not_written_for_peft(tmp_path: Path) -> None:
+    source = write_tuned(tmp_path / "source", BOTH, config=replace(GROUPED, qkv_bias=True, family="qwen2"))
+    with pytest.raises(UserError, match="has trained biases that its base has, too, and PEFT would add both"):
+        made(source, tmp_path / "target", "peft")
+
+
 def test_an_adapter_is_written_for_the_base_it_was_trained_on_only(tmp_path: Path) -> None:
     source = write_tuned(tmp_path / "source", LORA)
     base = base_under(source, tmp_path / "base")

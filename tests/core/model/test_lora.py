@@ -132,6 +132,7 @@ def test_each_product_of_a_pair_is_without_what_its_mask_drops() -> None:
         low = (inputs * ~dropped / 0.7) @ layer.lora_a.weight.T
         return inputs @ layer.weight.T + 0.5 * low @ layer.lora_b.weight.T
 
+    assert all(not torch.equal(wo.masks()[0], layer.masks()[0]) for layer in projections)
     for layers, leaves, found, expected in (
         (
             projections,

@@ -11,7 +11,7 @@ from tests.core.train.runs import Notes, assert_bitwise_equal, metrics, names, p
 HELD_OUT = "data.validation.fraction=0.25"
 # A rate that is too high after some steps.
 WORDS = (HELD_OUT, "data.validation.every_steps=2", "train.epochs=30", "optimizer.lr=3e-2", "train.warmup_epochs=2")
-EARLY = (*WORDS, "train.early_stopping_patience=3", "checkpoint.keep=2", "checkpoint.every_epochs=1")
+EARLY = (*WORDS, "train.early_stopping_patience=3", "checkpoint.keep=2", "checkpoint.every_epochs=0")
 
 
 def validations(output: Path) -> list[tuple[int, float, float]]:
@@ -29,6 +29,8 @@ def test_a_run_ends_after_so_many_validations_without_a_better_one_and_keeps_the
     assert all(since < 3 for _, _, since in found[:-1])
     plan = plan_of(*EARLY)
     assert 0 < best[0] < last[0] < plan.total_steps
+    # For what fits on the disk: one at each validation that may come, and at the end.
+    assert plan.save_count() == plan.total_steps // 2 + 1
     kept = {plan.checkpoint_name(best[0]), plan.checkpoint_name(last[0])}
     assert names(whole) >= kept
     assert {name for name in names(whole) if name.startswith("epoch")} == kept
