@@ -17,6 +17,7 @@ _MOST_IDLE = 0.05  # part of a run's steps that may have rate 0 without a warnin
 
 def describe_plan(plan: "Plan") -> list[tuple[str, str]]:
     """Pairs of a subject and a text."""
+    from llama_acc.core.model.config import size_name
     from llama_acc.core.model.nf4 import nbytes
     from llama_acc.core.model.transformer import parameter_count, quantizable, shapes_of
     from llama_acc.core.tokenizer import tokenizer_notes
@@ -30,6 +31,8 @@ def describe_plan(plan: "Plan") -> list[tuple[str, str]]:
         weights = f"from {', '.join(names)} (not found)"
     grouped = f" ({config.kv_heads} for keys and values)" if config.kv_heads != config.n_heads else ""
     shape = f"{count_text(config.n_layers, 'layer')}, width {config.dim}, {count_text(config.n_heads, 'head')}{grouped}"
+    if known := size_name(config) or config.family.removeprefix("llama"):
+        shape = f"{known}, {shape}"
     method = recipe.tuning.method
     lines = [
         ("recipe", plan.name),

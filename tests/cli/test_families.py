@@ -206,6 +206,8 @@ def test_a_published_folder_is_tuned_talked_to_and_answers_the_same_in_transform
         *("train.max_steps=3", "train.warmup_epochs=0", "train.global_batch_size=2", "train.epochs=1"),
     )
     assert done.exit_code == 0, done.stderr
+    family = json.loads((base / "config.json").read_text())["model_type"]
+    assert f"{family}, 4 layers, width 64" in done.stderr or family == "llama"
     checkpoints = ("--ckpt", base, "--ckpt", run)
     said = invoke("chat", *checkpoints, "--prompt", QUESTION, "--temperature", 0, "--max-new-tokens", 24)
     assert said.exit_code == 0, said.stderr

@@ -47,6 +47,15 @@ def test_what_lasts_is_what_is_counted_by_hand() -> None:
     assert nf4["quantization state"] == quantized // 64 + sum(4 * -(-(size // 64) // 256) + 4 for size in sizes)
 
 
+def test_the_weights_of_a_recipe_for_qwen3_are_those_of_its_published_shape() -> None:
+    run = setup_of(Request(recipe="sft-qwen3-4b-lora-nf4", device_type="cpu"))
+    dim, heads, head, hidden, layers = 2560, 32, 128, 9728, 36
+    matrices = layers * (2 * dim * heads * head + 2 * dim * 8 * head + 3 * dim * hidden)
+    rest = 151936 * dim + layers * (2 * dim + 2 * head) + dim  # the output matrix is the embedding
+    assert matrices + rest == 4_022_468_096
+    assert predict(run).parts["weights"] == matrices // 2 + 2 * rest
+
+
 def test_activation_checkpointing_keeps_the_input_of_each_block() -> None:
     run = setup("tuning.method=bias_norm", lengths=(256,), device_type="cpu")
     trace = simulate_training(run)
