@@ -19,7 +19,7 @@ def test_the_first_lines_say_what_will_be_done_and_the_last_ones_what_was(tmp_pa
     assert result.exit_code == 0
     lines = [line for line in result.stderr.splitlines() if line != "loading PyTorch"]
     subjects = [
-        "recipe", "model", "weights", "parameters", "data", "steps", "warning", "learning rate", "checkpoints",
+        "recipe", "model", "weights", "parameters", "data", "template", "steps", "warning", "learning rate", "checkpoints",
     ]  # fmt: skip
     assert [line.split("  ")[0] for line in lines[: len(subjects)]] == subjects
     told = {line.partition("  ")[0]: line.partition("  ")[2].strip() for line in lines[: len(subjects)]}
