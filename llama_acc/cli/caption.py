@@ -115,8 +115,8 @@ def caption(
                     about = f"{' + '.join(ckpt)}, prompt format {loaded.template.name}{question}"
                     title = count_text(len(named), "image")
                     _write_page(html, caption_page(title, about, shown, max_pixels))
-    if problems:
-        raise UserError(f"{len(problems):,} of {count_text(len(named), 'image')} failed")
+            if problems:
+                raise UserError(f"{len(problems):,} of {count_text(len(named), 'image')} failed")
     return None
 
 

@@ -116,7 +116,9 @@ def test_shards_say_what_is_expected(seer: Path, tmp_path: Path) -> None:
     assert "1 of 3 captions exactly as expected (33.3%)" in result.stderr
 
 
-def test_a_page_shows_the_images_and_nothing_comes_from_elsewhere(seer: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_page_shows_the_images_and_nothing_comes_from_elsewhere(
+    seer: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hostile = photos / '"><script>alert(1)<script>.png'
     hostile.write_bytes(encoded(plain((1, 2, 3))))
     page = tmp_path / "sheet.html"
@@ -131,7 +133,14 @@ def test_a_page_shows_the_images_and_nothing_comes_from_elsewhere(seer: Path, ph
     assert hostile.name in unescape(text)
     assert not re.search(r"(src|href)=\"(?!data:image/jpeg;base64,)", text)
     assert "default-src 'none'; img-src data:" in text
-    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
+
+    def broken(*arguments: object) -> bytes:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr("llama_acc.core.generate.caption.thumbnail", broken)
+    assert invoke("caption", "--ckpt", seer, photos, "--html", page).exit_code == 1
+    assert page.read_text(encoding="utf-8") == text, "whole or not at all"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "sheet.html"]
 
 
 def test_several_processes_and_a_model_in_four_bits_say_the_same(seer: Path, photos: Path) -> None:

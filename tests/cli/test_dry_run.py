@@ -174,6 +174,11 @@ def test_only_the_shape_of_a_model_that_is_not_there_is_needed(
     assert files(tmp_path / "run") == {"recipe.yaml", "data.json"}
 
 
+def test_data_on_the_command_line_is_taken_whole(single_turn: Path) -> None:
+    result = invoke(*QUICKSTART, "--dry-run", "--no-timing", "--data", single_turn, "data.sources.0.ratio=0.5")
+    assert shown(result.stdout)["data"].startswith("10 items, "), result.stderr
+
+
 def test_the_tokenizer_beside_the_checkpoint_is_taken_not_the_recipes(talker: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     result = invoke("finetune", "--recipe", "quickstart", "--pretrained", talker, "--dry-run", "--output", output)

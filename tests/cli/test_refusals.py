@@ -160,6 +160,7 @@ DATA = [
     ("convert-data sharegpt in.jsonl --language english", "'english' is not an ISO 639-1 code"),
     ("convert-data sharegpt in.jsonl --language xx", "'xx' is no language that is recognized", "en, eo, es,"),
     ("convert-data llava in.jsonl --dialogues --reference", "do not go together"),
+    ("convert-data alpaca in.jsonl --map output=b", "No such option", "--map"),
     ("convert-data jsonl in.jsonl --map q", "'q' is not FIELD=COLUMN"),
     ("convert-data jsonl in.jsonl --map ouput=q", "unknown field 'ouput'", "did you mean 'output'"),
     ("convert-data jsonl in.jsonl --map input=q --map input=r", "input is given twice"),

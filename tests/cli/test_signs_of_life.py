@@ -45,6 +45,14 @@ def test_the_time_left_is_told_from_the_second_step_on_by_tokens(
     assert second.endswith(f"  {console.duration(8 * 150 / (200 / seconds))} left")
 
 
+@pytest.mark.parametrize(("term", "shows"), [("xterm", True), ("dumb", False)])
+def test_a_dumb_terminal_gets_lines_as_a_pipe_does(term: str, shows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr(console, "err", console.Console(file=io.StringIO(), force_terminal=True))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert console.shows_bars() == shows
+
+
 def test_the_bar_of_slow_work_knows_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """rich forgets what is older than half a minute, unless it is told not to."""
     monkeypatch.setattr(console, "err", console.Console(file=io.StringIO(), force_terminal=True, width=80))
