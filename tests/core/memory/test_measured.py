@@ -49,7 +49,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "nf4"])
+@pytest.mark.parametrize("method", ["full", "nf4"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prediction_of_each_family_is_what_is_measured(name: str, method: str) -> None:
     run = setup(*METHODS[method], lengths=(300, 56), params=FAMILIES[name])
