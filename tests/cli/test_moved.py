@@ -97,7 +97,7 @@ def test_a_base_that_became_another_one_in_its_place_is_found(method: str, base:
     )
 
 
-def test_other_data_is_failing_rank_its_size_and_another_tokenizer_by_name(base: Path, tmp_path: Path) -> None:
+def test_other_data_is_told_by_its_size_and_another_tokenizer_by_name(base: Path, tmp_path: Path) -> None:
     run = trained("full", base, tmp_path)
     command = (*WORDS, "--output", run, "--resume", *LONGER)
     fewer, swapped, other = tmp_path / "fewer.json", tmp_path / "swapped.json", tmp_path / "tokenizer.model"

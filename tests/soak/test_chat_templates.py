@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from llama_acc.core.data.chat_rendering import render
+from llama_acc.core.data.chat_rendering import Replies, render
+from llama_acc.core.errors import UserError
 
 _MESSAGES = (
     ("user:Hi",),
@@ -25,30 +26,73 @@ def _conversations() -> list[list[dict[str, str]]]:
     return [[{"role": role, "content": content} for role, content in conversation] for conversation in pairs]
 
 
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("trl")
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check")
+    done = subprocess.run([*pip, "--target", folder, "trl==1.16"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"pip cannot get it: {done.stderr.strip().splitlines()[-1]}")
+    paths = sorted(folder.glob("trl/chat_templates/*.jinja"))
+    assert len(paths) >= 70
+    return paths
+
+
+def _replies(conversation: list[dict[str, str]]) -> list[int]:
+    return [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
+
+
 @pytest.mark.soak
-def test_every_template_of_trl_renders_as_in_transformers(tmp_path: Path) -> None:
+def test_every_template_of_trl_renders_as_in_transformers(templates: list[Path]) -> None:
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check")
-    done = subprocess.run([*pip, "--target", tmp_path, "trl==1.16"], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"pip cannot get it: {done.stderr.strip().splitlines()[-1]}")
-    paths = sorted(tmp_path.glob("trl/chat_templates/*.jinja"))
-    assert len(paths) >= 70
-    compared = 0
-    for path in paths:
+    asked = trained = 0
+    for path in templates:
         source = path.read_text(encoding="utf-8")
-        for prompt in (True, False):
-            taken, expected = [], []
-            for conversation in _conversations():
-                asked: dict[str, Any] = {**_VARIABLES, "chat_template": source, "add_generation_prompt": prompt}
-                try:
-                    [text], spans = render_jinja_template([conversation], return_assistant_tokens_mask=True, **asked)
-                except TemplateError:  # it refuses these turns in transformers, too
-                    continue
-                taken.append(conversation)
-                expected.append((text, spans[0]))
-            assert render(source, taken, _VARIABLES, prompt, path) == expected, path.name
-            compared += len(expected)
-    assert compared >= 800
+        for conversation in _conversations():
+            known: dict[str, Any] = {**_VARIABLES, "chat_template": source}
+            try:
+                [prompt], _ = render_jinja_template([conversation], add_generation_prompt=True, **known)
+                [text], [spans] = render_jinja_template([conversation], return_assistant_tokens_mask=True, **known)
+            except TemplateError:  # it refuses these turns in transformers, too
+                continue
+            assert render(source, [conversation], _VARIABLES, None, path)[0][0][0] == prompt, path.name
+            asked += 1
+            replies = _replies(conversation)
+            # In training, a template that writes the date is told another one.
+            if spans and len(spans) == len(replies) and "strftime_now" not in source:
+                found = render(source, [conversation], _VARIABLES, Replies([replies], [], []), path)
+                assert found == [[(text, spans)]], path.name
+                trained += 1
+    assert asked >= 400
+    assert trained >= 60
+
+
+@pytest.mark.soak
+def test_what_is_trained_is_what_follows_the_prompt_and_holds_the_reply(templates: list[Path]) -> None:
+    conversation = _conversations()[2] + [{"role": "assistant", "content": "See you."}]
+    special = ["</s>", "<s>", "<|END_OF_TURN_TOKEN|>", "<|END_RESPONSE|>", "<end_of_turn>", "<turn|>", "<|return|>"]
+    special += ["<|end|>", "<|im_end|>", "<|eot_id|>", "<|eot|>"]
+    written, split = [], []
+    for path in templates:
+        source = path.read_text(encoding="utf-8")
+        if "endgeneration" in source:
+            continue
+        try:
+            [texts] = render(source, [conversation], _VARIABLES, Replies([[1, 3]], special, special), path)
+        except UserError:
+            continue
+        found = [text[begin:end] for text, spans in texts for begin, end in spans]
+        for number, reply in zip((1, 3), found, strict=True):
+            assert conversation[number]["content"] in reply, path.name
+            assert reply.endswith(tuple(special)), path.name
+            prompt = render(source, [conversation[:number]], _VARIABLES, None, path)[0][0][0]
+            if "strftime_now" not in source:
+                text = texts[0 if len(texts) == 1 else number // 2][0]
+                assert text.startswith(prompt + reply), path.name
+        written.append(path.stem)
+        split += [path.stem] * (len(texts) > 1)
+    assert {"llama3", "llama3_1", "llama3_2", "qwen2_5", "qwen3", "gemma", "phi3", "lfm2", "cohere"} <= set(written)
+    assert "qwen3" in split, "it writes no thought in earlier turns"
+    assert len(written) >= 25
