@@ -23,7 +23,7 @@ class Limits(NamedTuple):
     seconds: int = 20
     """Of processor time."""
     characters: int = 20_000_000
-    """Of all that is rendered."""
+    """Of each text: a long dialogue is written once for every reply."""
     memory: int = 2 << 30
     """Bytes of address space."""
 
@@ -121,10 +121,9 @@ def _answer(
     passed = {"tools": None, "documents": None, **variables}
     blocks: list[str] = []
     generated: list[tuple[int, int]] = []
-    written = 0
 
     def write(messages: list[dict[str, str]], ask: bool) -> RenderedChat:
-        nonlocal written
+        written = 0
         blocks.clear()
         generated.clear()
         for block in template.generate(messages=messages, add_generation_prompt=ask, **passed):
@@ -142,7 +141,6 @@ def _answer(
             return [[write(messages, True)] for messages in conversations]
         found, (wanted, special, ends) = [], replies
         for messages, numbers in zip(conversations, wanted, strict=True):
-            written = 0
             found.append(_trained(write, messages, numbers, special, ends))
         return found
     except MemoryError:

@@ -421,3 +421,10 @@ def test_an_answer_that_merges_with_the_prompt_is_counted_and_in_none_trained(tm
     tokens, labelled = dataset.document(1)
     assert tokenizer.decode(tokens[labelled]) == " the"
     assert get_template("none").prompt_ids(tokenizer, [Turn("human", "a ")]) == tokens[~labelled].tolist()
+
+
+def test_the_limit_is_that_of_each_text_as_a_long_dialogue_is_written_for_every_reply(tmp_path: Path) -> None:
+    path = byte_level(tmp_path, {"bos_token": None, "eos_token": "<|im_end|>"})
+    template = ChatTemplate(TURNS + ASKED, load_tokenizer(path), path, Limits(characters=2000))
+    [[found]] = template.dialogue_texts([TWO * 10], [None])
+    assert (len(found.trained), len(found.text) * 10 > 2000) == (20, True)
