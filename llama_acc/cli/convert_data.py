@@ -228,9 +228,9 @@ def _show(conversion: "Conversion", count: int) -> None:
     from itertools import islice
 
     from llama_acc.cli.preview import show_items
+    from llama_acc.core.data.chat_template import template_for
     from llama_acc.core.data.items import item_of, kind_of
     from llama_acc.core.data.preview import shown_items
-    from llama_acc.core.data.templates import template_for
     from llama_acc.core.errors import DataError
 
     items, problems, kind = [], [], "single_turn"

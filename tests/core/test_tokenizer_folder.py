@@ -10,9 +10,10 @@ import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoTokenizer
 
+from llama_acc.core.data.chat_template import template_of_folder
 from llama_acc.core.data.dataset import load_dataset
 from llama_acc.core.data.sources import Source
-from llama_acc.core.data.templates import Turn, template_of_folder
+from llama_acc.core.data.templates import Turn
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, tokenizer_notes
 from llama_acc.core.tokenizer_folder import Settings, sentencepiece_to_json

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from llama_acc.core.checkpoint.tokenizer_files import write_tokenizer
+from llama_acc.core.data.chat_template import ChatTemplate
 from llama_acc.core.data.checks import format_findings
 from llama_acc.core.data.encode import documents
 from llama_acc.core.data.items import Dialogue, Item, SingleTurn
-from llama_acc.core.data.templates import ChatTemplate, Template, Turn, as_dialogue, get_template, special_texts
+from llama_acc.core.data.templates import Template, Turn, as_dialogue, get_template, special_texts
 from llama_acc.core.generate.engine import Prompt, Reply
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
 from tests.core.data.reading import read_items

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from llama_acc.core.data.chat_template import template_for
 from llama_acc.core.data.checks import (
     DatasetStats,
     duplicate_finding,
@@ -27,7 +28,7 @@ from llama_acc.core.data.images import resolved
 from llama_acc.core.data.items import Item
 from llama_acc.core.data.read import Checked, stream_items
 from llama_acc.core.data.sources import FileSpec
-from llama_acc.core.data.templates import Template, template_for
+from llama_acc.core.data.templates import Template
 from llama_acc.core.errors import UserError
 from llama_acc.core.text import count_text
 from llama_acc.core.tokenizer import Tokenizer

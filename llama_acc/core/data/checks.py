@@ -194,10 +194,10 @@ def check_item(item: Item, where: str) -> Iterator[Finding]:
     if isinstance(item, Dialogue):
         yield from _role_order(item, where)
         question = None
-        for number, (role, text, trained) in enumerate(item.turns, start=1):
-            if role == "assistant" and trained:
-                yield from _reply(f"turn {number}, value", question, text, where)
-            question = text if role == "human" else None
+        for number, turn in enumerate(item.turns, start=1):
+            if turn.is_label:
+                yield from _reply(f"turn {number}, value", question, turn.text, where)
+            question = turn.text if turn.role == "human" else None
     else:
         question = f"{item.instruction}\n{item.input}" if item.input else item.instruction
         yield from _reply("output", question, item.output, where)
@@ -252,7 +252,7 @@ def replies_of(item: Item) -> Iterator[tuple[str, str]]:
         yield "output", item.output
         return
     for number, turn in enumerate(item.turns, start=1):
-        if turn.role == "assistant" and turn.trained:
+        if turn.is_label:
             yield f"turn {number}, value", turn.text
 
 
@@ -260,7 +260,7 @@ def item_hash(item: Item) -> int:
     """64 bits, the same for the same roles, texts and images; never 0."""
     digest = blake2b(digest_size=8)
     roles = (
-        [turn.role + " " * (not turn.trained) for turn in item.turns] if isinstance(item, Dialogue) else ["single_turn"]
+        [turn.role + " " * (not turn.weight) for turn in item.turns] if isinstance(item, Dialogue) else ["single_turn"]
     )
     for part in (*roles, *(text for _, text in fields_of(item)), *item.images):
         digest.update(len(part).to_bytes(8, "little") + part.encode("utf-8"))

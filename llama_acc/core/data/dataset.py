@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from llama_acc.core.data.batches import Uses
 from llama_acc.core.data.cache import About, Encoded, EntryStore, cache_key, content_digest, map_entry
+from llama_acc.core.data.chat_template import ChatTemplate, template_for
 from llama_acc.core.data.checks import DatasetStats, cross_file_duplicates, quantiles
 from llama_acc.core.data.encode import KEPT_PLACES, Chunk, Encoding, encode_batches
 from llama_acc.core.data.findings import KINDS as FINDINGS
@@ -29,7 +30,7 @@ from llama_acc.core.data.findings import MOST_PROBLEMS, Finding, Findings, other
 from llama_acc.core.data.images import resolved
 from llama_acc.core.data.read import Checked, data_suffix, stream_items
 from llama_acc.core.data.sources import MISSING_HINT, Fetch, FileSpec, Source, expand
-from llama_acc.core.data.templates import KINDS, ChatTemplate, Template, template_for
+from llama_acc.core.data.templates import KINDS, Template
 from llama_acc.core.errors import DataError, UserError, raise_all
 from llama_acc.core.hub import fetch_data
 from llama_acc.core.text import count_text

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from llama_acc.core.data.batches import build, micro_batches
+from llama_acc.core.data.chat_template import ChatTemplate
 from llama_acc.core.data.dataset import Dataset, FileProgress, load_dataset
 from llama_acc.core.data.sources import Fetch, Source
-from llama_acc.core.data.templates import TEMPLATES, ChatTemplate, get_template
+from llama_acc.core.data.templates import TEMPLATES, get_template
 from llama_acc.core.errors import RunError, UserError
 from llama_acc.core.generate.load import LoadedModel
 from llama_acc.core.hub import fetch_data

@@ -19,8 +19,9 @@ from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_confi
 from llama_acc.core.checkpoint.load import Weights, check_tensors, fill, main_dtype, read_weights, with_rows
 from llama_acc.core.checkpoint.quantized import read_quantization
 from llama_acc.core.checkpoint.towers import check_tower
+from llama_acc.core.data.chat_template import template_for, template_of_folder
 from llama_acc.core.data.images import normalize
-from llama_acc.core.data.templates import KINDS, Template, template_for, template_of_folder
+from llama_acc.core.data.templates import KINDS, Template
 from llama_acc.core.device import pick_device
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError

@@ -17,8 +17,9 @@ from llama_acc.core.checkpoint.load import Weights, load_parameters
 from llama_acc.core.checkpoint.resume import FORMAT_VERSION, SavedState, read_progress, restore_rng, rng_state
 from llama_acc.core.checkpoint.save import Rows, Snapshot
 from llama_acc.core.data.batches import MicroBatch, build, build_multimodal_batch, draws_of
+from llama_acc.core.data.chat_template import ChatTemplate
 from llama_acc.core.data.dataset import Dataset
-from llama_acc.core.data.templates import TEMPLATE_FILE, ChatTemplate
+from llama_acc.core.data.templates import TEMPLATE_FILE
 from llama_acc.core.device import prepare_cpu
 from llama_acc.core.distributed.groups import Parallel, is_sharded, local_part
 from llama_acc.core.generate.load import load_vision_encoder

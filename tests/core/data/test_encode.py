@@ -64,7 +64,7 @@ def test_a_reply_that_echoes_the_human_turn_is_labeled_where_it_stands(tokenizer
 @pytest.mark.parametrize("name", ["dialogue", "chatml"])
 def test_a_reply_that_is_context_only_is_seen_and_not_trained(name: str, tokenizer: Tokenizer) -> None:
     turns = [*talk("hi", "wrong", "sure?", "ok").turns]
-    turns[1] = turns[1]._replace(trained=False)
+    turns[1] = turns[1]._replace(weight=0)
     tokens, labels = document(encode([Dialogue(turns)], name, tokenizer))
     everything, both = document(encode([talk("hi", "wrong", "sure?", "ok")], name, tokenizer))
     assert tokens == everything

@@ -136,7 +136,7 @@ def test_a_reply_that_says_so_is_context_only(key: str, no: Any) -> None:
     talk["conversations"][0][key] = no
     talk["conversations"][1][key] = no
     talk["conversations"][3][key] = True
-    turns = [Turn("human", "q"), Turn("assistant", "wrong", trained=False)]
+    turns = [Turn("human", "q"), Turn("assistant", "wrong", weight=0)]
     assert item_of(talk, "dialogue") == (Dialogue([*turns, Turn("human", "sure?"), Turn("assistant", "right")]), [])
 
 

@@ -4,17 +4,10 @@ from pathlib import Path
 import pytest
 
 from llama_acc.core.data.chat_rendering import Limits
+from llama_acc.core.data.chat_template import ChatTemplate, template_for, template_of_folder
 from llama_acc.core.data.dataset import load_dataset
 from llama_acc.core.data.sources import Source
-from llama_acc.core.data.templates import (
-    TEMPLATES,
-    ChatTemplate,
-    Template,
-    Turn,
-    get_template,
-    template_for,
-    template_of_folder,
-)
+from llama_acc.core.data.templates import TEMPLATES, Template, Turn, get_template
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import load_tokenizer
 from tests.core.tokenizers import byte_level, llama3_style
@@ -206,7 +199,7 @@ def test_what_a_chat_template_generates_is_trained(tokenizer_path: Path) -> None
         [messages], chat_template=GENERATION_JINJA, return_assistant_tokens_mask=True
     )
     assert (rendered.text, rendered.trained) == (text, generated)
-    turns[1] = turns[1]._replace(trained=False)
+    turns[1] = turns[1]._replace(weight=0)
     assert template.dialogue_texts([turns], [None])[0][0].trained == generated[1:]
 
 
@@ -215,7 +208,7 @@ ASKED = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %
 THOUGHT = "{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' and loop.last }}"
 CONVERSATION = [
     *(Turn("human", "Hi <|im_end|>"), Turn("assistant", " Hello!\n"), Turn("human", "b")),
-    *(Turn("assistant", "not this", trained=False), Turn("human", "c"), Turn("assistant", "So <|im_end|> it is.")),
+    *(Turn("assistant", "not this", weight=0), Turn("human", "c"), Turn("assistant", "So <|im_end|> it is.")),
 ]
 HELLO, SO = "Hello!<|im_end|>", "So <|im_end|> it is.<|im_end|>"
 

@@ -194,7 +194,7 @@ def _exchanges(
             turn, waiting = turn._replace(text="\n\n".join([*waiting, turn.text])), []
         if not joined or joined[-1].role != turn.role:
             joined.append(turn)
-        elif joined[-1].trained != turn.trained:
+        elif joined[-1].weight != turn.weight:
             raise Skipped("replies in a row, of which only some are to be trained on")
         else:
             notes["turns of one role in a row were joined"] += 1
@@ -221,9 +221,9 @@ def _exchanges(
 def _record(row: Row, system: str, turns: list[Turn], part: int | None = None) -> Record:
     """A dialogue as it is written; `part`: which part of its row it is."""
     written: list[Record] = []
-    for role, text, trained in turns:
+    for role, text, weight in turns:
         turn = {"from": _WRITTEN[role], "value": text}
-        written.append(turn if trained else {**turn, "train": False})
+        written.append(turn if weight else {**turn, "train": False})
     return {**_about(row, system, part), "conversations": written}
 
 
@@ -275,13 +275,13 @@ def _llava(row: Row, options: Options, notes: Counter[str]) -> Iterable[Record]:
     if options.dialogues:
         return [_record(row, system, turns)]
     pairs = list(zip(turns[::2], turns[1::2], strict=True))
-    if left_out := sum(not reply.trained for _, reply in pairs):
+    if left_out := sum(not reply.is_label for _, reply in pairs):
         notes["replies that are not to be trained on were left out"] += left_out
     start = _about(row, system)
     return [
         {**start, "instruction": question.text, "input": "", "output": reply.text}
         for question, reply in pairs
-        if reply.trained
+        if reply.is_label
     ]
 
 

@@ -138,7 +138,7 @@ def test_a_reply_that_is_context_only_stays_so_in_every_format(tmp_path: Path, f
         records, conversion = convert_rows(format, [row], tmp_path, dialogues=True)
     item, _ = item_of(records[0], "dialogue")
     assert isinstance(item, Dialogue)
-    assert [turn.trained for turn in item.turns] == [True, False, True, True]
+    assert [bool(turn.weight) for turn in item.turns] == [True, False, True, True]
     assert not conversion.unused
     turns[1]["weight"] = 0.5
     with pytest.raises(DataError, match=r"turn 2: 'weight' should be true or false, 1 or 0, but is 0\.5"):
