@@ -16,16 +16,17 @@ def convert_checkpoint(
     source: Annotated[str, Argument(metavar="SRC", help="Checkpoint or run folder.", show_default=False)],
     target: Annotated[str, Argument(metavar="DST", help="The folder to make.", show_default=False)],
     to: Annotated[
-        Literal["meta", "consolidated", "hf", "peft"],
-        Option(
-            help="The layout of DST. (For GGUF: hf, and then llama.cpp's convert_hf_to_gguf.py.)", show_default=False
-        ),
+        Literal["meta", "consolidated", "hf", "peft", "gguf"],
+        Option(help="The layout of DST.", show_default=False),
     ],
     model_parallel_size: Annotated[
         int | None, Option(metavar="N", help="Number of shards: 1, 2, 4 or 8. Without it: as many as SRC has.")
     ] = None,
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"] | None, Option(help="Type of the weights in DST. Without it: that of SRC.")
+    ] = None,
+    gguf_type: Annotated[
+        Literal["f16", "bf16", "q8_0", "f32"] | None, Option(help="Type of the matrices in GGUF. Without it: f16.")
     ] = None,
     base: Annotated[
         str | None,
@@ -55,7 +56,7 @@ def convert_checkpoint(
     ] = None,
 ) -> None:
     """Convert a checkpoint between Meta's layout, LLaMA2-Accessory's (consolidated) and Hugging Face's; merge what
-    was tuned, write it for PEFT, or quantize a base.
+    was tuned, write it for PEFT, or for llama.cpp and Ollama (gguf), or quantize a base.
 
     What SRC is, is found out. The result is read back and compared to the bit before it appears as DST.
 
@@ -75,6 +76,8 @@ def convert_checkpoint(
 
       llama-acc convert-checkpoint runs/alpaca-lora adapter --to peft --base Llama-2-7b-hf
 
+      llama-acc convert-checkpoint runs/alpaca alpaca-gguf --to gguf --gguf-type q8_0
+
       llama-acc convert-checkpoint Llama-2-70b Llama-2-70b-nf4 --to consolidated --quantize nf4
     """
     console.working("loading PyTorch")
@@ -86,6 +89,7 @@ def convert_checkpoint(
         to=to,
         model_parallel_size=model_parallel_size,
         dtype=dtype,
+        gguf_type=gguf_type,
         base=base,
         diff=diff,
         merge=merge,

@@ -27,6 +27,17 @@ def test_a_run_becomes_a_hugging_face_folder_and_answers_the_same(trained: Path,
     assert answers[0].stdout == answers[1].stdout
 
 
+def test_a_run_becomes_a_folder_for_llama_cpp(trained: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    command = ("convert-checkpoint", trained, tmp_path / "gguf", "--to", "gguf", "--gguf-type", "q8_0")
+    result = invoke(*command)
+    assert result.exit_code == 0, result.stderr
+    assert words(result.stdout).endswith("KiB in 1 file, read back and equal")
+    files = sorted(path.name for path in (tmp_path / "gguf").iterdir())
+    assert files == ["Modelfile", "manifest.json", "model-q8_0.gguf"]
+    assert "is not empty" in words(invoke(*command).stderr)
+
+
 def test_training_starts_from_a_hugging_face_folder(tokenizer_path: Path, tmp_path: Path) -> None:
     config = ModelConfig(32, 1, 4, 2, load_tokenizer(tokenizer_path).vocab_size, 16, max_seq_len=256)
     shutil.copy(tokenizer_path, write_huggingface(tmp_path / "hf", config))

@@ -182,7 +182,7 @@ DOWNLOADS = [
 ]
 CHECKPOINTS = [
     (CONVERT, "Missing option '--to'"),
-    (f"{CONVERT} --to gguf", "Invalid value for '--to': ", "'gguf' is not one of 'meta', "),
+    (f"{CONVERT} --to onnx", "Invalid value for '--to': ", "'onnx' is not one of 'meta', "),
     (f"{CONVERT} --to meta --dtype int8", "Invalid value for '--dtype'"),
     (f"{CONVERT} --to meta --model-parallel-size 3", "size 3 is not one of 1, 2, 4, 8"),
     ("convert-checkpoint TALKER TALKER --to meta", "is what is to be converted"),

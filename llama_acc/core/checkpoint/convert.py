@@ -9,8 +9,10 @@ import contextlib
 import json
 import math
 import shlex
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +27,14 @@ from llama_acc.core.checkpoint.adapter import (
     is_adapter_only,
     missing_base_error,
     read_base,
+)
+from llama_acc.core.checkpoint.gguf import (
+    GGUFType,
+    gguf_architecture,
+    gguf_tensors,
+    gguf_values,
+    lay_out_gguf,
+    open_gguf,
 )
 from llama_acc.core.checkpoint.huggingface import INDEX_FILE, huggingface_config, huggingface_name, rotated_heads
 from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config, says_context
@@ -50,7 +60,7 @@ from llama_acc.core.checkpoint.peft import (
     peft_tensor,
 )
 from llama_acc.core.checkpoint.quantized import QUANTIZATION_FILE, Quantization, nf4_rounded, nf4_tensors
-from llama_acc.core.checkpoint.save import TensorFile, TensorSpec, free_bytes, lay_out
+from llama_acc.core.checkpoint.save import Specs, TensorFile, TensorSpec, free_bytes, lay_out
 from llama_acc.core.checkpoint.tokenizer_files import extra_files, special_ids, tokenizer_of, write_tokenizer
 from llama_acc.core.errors import RunError, UserError, listed
 from llama_acc.core.model.config import VISION_FILE, ModelConfig, check_divides
@@ -58,8 +68,9 @@ from llama_acc.core.model.transformer import describe, quantizable, shapes_of
 from llama_acc.core.model.tuning import FULL
 from llama_acc.core.model.tuning.bias_norm import BiasNorm
 from llama_acc.core.text import size_text
+from llama_acc.core.tokenizer import Tokenizer
 
-Target = Literal["meta", "consolidated", "hf", "peft"]
+Target = Literal["meta", "consolidated", "hf", "peft", "gguf"]
 Progress = Callable[[str, int, int], None]
 """What is being done, bytes done, bytes in all."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -84,6 +95,7 @@ class Request:
         quantize_skip: with `quantize`, matrices to leave unchanged; see `transformer.quantizable`.
         context: longest sequence that the description of what is made says; None = the source's.
         file_bytes: most bytes of tensors in one safetensors file of Hugging Face's layout.
+        gguf_type: of the matrices in GGUF; None = f16.
     """
 
     source: str | Path
@@ -99,6 +111,7 @@ class Request:
     quantize_skip: Sequence[str] = ()
     context: int | None = None
     file_bytes: int = 5 * 10**9
+    gguf_type: GGUFType | None = None
 
 
 class Converted(NamedTuple):
@@ -146,8 +159,8 @@ def convert(request: Request, progress: Progress = lambda label, done, total: No
         compared = None
         if request.merge:
             progress("comparing logits", total, total)
-            saved = {name: rounded(tensor, work.dtypes[name]) for name, tensor in work.targets.items()}
-            compared = merge_error((work.tuned, work.sources), (work.config, work.targets), (work.config, saved))
+            models = (work.tuned, work.sources), (work.config, work.parameters), (work.config, work.saved)
+            compared = merge_error(*models)
             if not compared.exact <= MERGE_TOLERANCE:
                 raise RunError(
                     f"the merged model computes something else: logits are off by {compared.exact:.3g} of the largest"
@@ -163,13 +176,15 @@ def _check_request(request: Request) -> None:
     Raises:
         UserError: saying what does not, and what to do.
     """
-    whole = ("meta", "consolidated", "hf")
+    whole = ("meta", "consolidated", "hf", "gguf")
     options: dict[str, tuple[bool, Sequence[str]]] = {  # whether it is given, and the layouts that it goes with
         "--diff": (request.diff, ("consolidated",)),
         "--model-parallel-size": (request.model_parallel_size not in (None, 1), ("meta", "consolidated")),
         "--merge": (request.merge, whole),
         "--context": (request.context is not None, whole),
         "--quantize": (request.quantize is not None, ("consolidated",)),
+        "--dtype": (request.dtype is not None, ("meta", "consolidated", "hf", "peft")),
+        "--gguf-type": (request.gguf_type is not None, ("gguf",)),
     }
     for option, (is_given, layouts) in options.items():
         if is_given and request.to not in layouts:
@@ -191,8 +206,12 @@ def _check_request(request: Request) -> None:
     problem = "is a file" if target.exists() and not target.is_dir() else None
     if problem is None and target.is_dir():
         problem = "is what is to be converted" if target.resolve() in given else "is not empty" * any(target.iterdir())
+    if problem is None and request.to == "gguf" and target.suffix == ".gguf":
+        problem = "is to be a folder, in which a .gguf is made"
     if problem:
         raise UserError(f"{target} {problem}", "give a folder that is not there yet")
+    if request.to == "gguf" and find_spec("gguf") is None:
+        raise UserError("the package gguf, which writes GGUF, is not installed", "type: pip install gguf")
 
 
 def _check_tuned(request: Request, config: ModelConfig, is_alone: bool, source: Layout) -> None:
@@ -220,7 +239,9 @@ def _check_tuned(request: Request, config: ModelConfig, is_alone: bool, source: 
         if left != FULL and request.to == "meta":
             message = f"{folder} has biases (method {tuning.method}), and Meta's layout has no place for them"
             raise UserError(message, "use --to hf or --to consolidated")
-    elif tuning != FULL and (request.to == "meta" or (request.to == "hf" and not isinstance(tuning, BiasNorm))):
+    elif (
+        tuning != FULL and request.to != "consolidated" and not (isinstance(tuning, BiasNorm) and request.to != "meta")
+    ):
         hint = "keep it with --to consolidated" + (", or merge it with --merge" if tuning.can_merge else "")
         raise UserError(f"{folder} was tuned with method {tuning.method}, {no_place}", hint)
     elif is_alone and request.to != "consolidated":
@@ -276,7 +297,7 @@ class _Conversion:
         if request.dtype is not None:
             self.dtypes = dict.fromkeys(self.targets, _DTYPES[request.dtype])
         strange = [f"{name} holds {dtype}" for name, dtype in self.dtypes.items() if dtype not in _DTYPES.values()]
-        if strange:
+        if strange and request.to != "gguf":
             hint = f"choose one: --dtype {'|'.join(_DTYPES)}"
             raise UserError(f"types that cannot be written:\n{listed(strange)}", hint)
         self.notes = weights.notes + ([] if self.subtracted is None else self.subtracted.notes)
@@ -291,14 +312,21 @@ class _Conversion:
             self.targets[head], self.dtypes[head] = self.targets[embedding], self.dtypes[embedding]
             self.config = replace(self.config, tie_word_embeddings=False)
         if (
-            request.to == "hf"
+            request.to in ("hf", "gguf")
             and head in self.targets
             and self.dtypes[head] == self.dtypes[embedding]
             and same_values(self.targets[head], self.targets[embedding], self.dtypes[head])
         ):
             del self.targets[head], self.dtypes[head]
             self.config = replace(self.config, tie_word_embeddings=True)
-        self.files = dict(self._single_files() if request.to in ("hf", "peft") else self._shards())
+        self.parameters = self.targets  # by Meta's names, and their values in the files:
+        self.saved = {name: rounded(tensor, self.dtypes[name]) for name, tensor in self.targets.items()}
+        if request.to == "gguf":
+            kind = request.gguf_type or "f16"
+            self.notes += gguf_architecture(self.config)[1]
+            self.saved = {name: gguf_values(tensor, kind) for name, tensor in self.targets.items()}
+            self.targets, self.dtypes = gguf_tensors(self.config, self.targets, kind)
+        self.files = dict(self._shards() if request.to in ("meta", "consolidated") else self._single_files())
         self.nbytes = sum(entry.nbytes for entries in self.files.values() for entry in entries)
 
     def _read_inputs(self) -> None:
@@ -364,7 +392,11 @@ class _Conversion:
             yield f"{name}.pth", entries
 
     def _single_files(self) -> Iterator[tuple[str, list[_Entry]]]:
-        """Hugging Face's, of which each is kept small, or PEFT's, of which there is one whatever its size."""
+        """Hugging Face's, of which each is kept small, or GGUF or PEFT's, of which there is one whatever its size."""
+        if self.request.to == "gguf":
+            entries = [_Entry(name, name, tensor, self.dtypes[name]) for name, tensor in self.targets.items()]
+            yield f"model-{self.request.gguf_type or 'f16'}.gguf", entries
+            return
         is_peft, size = self.request.to == "peft", 0
         files: list[list[_Entry]] = [[]]
         for parameter, tensor in self.targets.items():
@@ -387,7 +419,10 @@ class _Conversion:
             files = []
             for name, entries in self.files.items():
                 specs = {entry.name: TensorSpec(entry.tensor.shape, entry.dtype) for entry in entries}
-                lay_out(folder / name, specs, flat=self.request.to == "meta")
+                if self.request.to == "gguf":
+                    self._lay_out_gguf(folder / name, specs)
+                else:
+                    lay_out(folder / name, specs, flat=self.request.to == "meta")
                 file = stack.enter_context(contextlib.closing(TensorFile(folder / name, specs)))
                 files.append((file, list(entries)))
             for parameter in self.targets:
@@ -403,14 +438,9 @@ class _Conversion:
     def write_description(self, folder: Path) -> None:
         """Writes what says the shape, and what belongs to a checkpoint besides."""
         request, layouts, to = self.request, self.layouts, self.request.to
-        for path in extra_files(layouts):
-            (folder / path.name).write_bytes(path.read_bytes())
-        tokenizer = tokenizer_of(layouts)
-        for name, data in {} if tokenizer is None else tokenizer.files().items():
-            (folder / name).write_bytes(data)
-        ids = special_ids(layouts, tokenizer)
-        if to in ("hf", "peft") and tokenizer is not None:
-            self.notes.extend(write_tokenizer(tokenizer, folder, ids))
+        if to == "gguf":
+            return  # all of it is in the file
+        _, ids = self._write_tokenizer(folder)
         if to == "peft":
             _write_json(folder / "adapter_config.json", peft_config(self.config.tuning, self._peft_base()))
         elif to == "hf":
@@ -431,6 +461,27 @@ class _Conversion:
             if request.quantize:
                 origin = base_fingerprint(layouts, self.config)
                 (folder / QUANTIZATION_FILE).write_bytes(Quantization(tuple(request.quantize_skip), origin).to_json())
+
+    def _write_tokenizer(self, folder: Path) -> tuple[Tokenizer | None, dict[str, Any]]:
+        """Writes the tokenizer and what goes with it; returns it, and the ids of BOS and EOS for a config.json."""
+        for path in extra_files(self.layouts):
+            (folder / path.name).write_bytes(path.read_bytes())
+        tokenizer = tokenizer_of(self.layouts)
+        for name, data in {} if tokenizer is None else tokenizer.files().items():
+            (folder / name).write_bytes(data)
+        ids = special_ids(self.layouts, tokenizer)
+        if self.request.to in ("hf", "peft", "gguf") and tokenizer is not None:
+            self.notes.extend(write_tokenizer(tokenizer, folder, ids))
+        return tokenizer, ids
+
+    def _lay_out_gguf(self, path: Path, specs: Specs) -> None:
+        with tempfile.TemporaryDirectory() as exported:
+            tokenizer, _ = self._write_tokenizer(Path(exported))
+            if tokenizer is None:
+                message = f"{self.source.folder} has no tokenizer that is read here, and GGUF has it in the file"
+                raise UserError(message, "copy it there, or use --to hf")
+            kind, name = self.request.gguf_type or "f16", self.request.target.name
+            self.notes += lay_out_gguf(path, specs, self.config, kind, name, tokenizer, Path(exported))
 
     def _peft_base(self) -> str | None:
         """The folder of the base if PEFT can load it: it is Hugging Face's; else None, and a note on what to do."""
@@ -464,7 +515,7 @@ class _Conversion:
             if not same_values(back, expected, dtype):
                 problems.append(f"{name} is not what was written")
             elif dtype == torch.float16 and _largest(back) == math.inf:
-                problems.append(f"{name} has values above 65504, too large for fp16: choose --dtype bf16")
+                problems.append(f"{name} has values above 65504, too large for fp16: choose bf16")
             if subtracted is not None:
                 restored = add(subtracted.tensors[name], back)
                 errors.append(_largest(subtract(restored, self.weights.tensors[name])))
@@ -479,7 +530,13 @@ class _Conversion:
         Raises:
             RunError: they are others, or of another shape of model.
         """
-        if self.request.to == "peft":
+        if self.request.to == "gguf":
+            ((name, entries),) = self.files.items()
+            found = open_gguf(
+                folder / name, {entry.name: TensorSpec(entry.tensor.shape, entry.dtype) for entry in entries}
+            )
+            is_described = True
+        elif self.request.to == "peft":
             ours, is_described = {peft_name(name, self.config.tuning): name for name in self.targets}, True
             found = {ours.get(name, name): tensor for name, tensor in open_safetensors(folder / PEFT_FILE).items()}
             for name, tensor in found.items():

@@ -189,7 +189,7 @@ def reorder_heads(source: LazyTensor, heads: int, to_meta: bool) -> LazyTensor:
 
 def same_values(one: LazyTensor, other: LazyTensor, dtype: torch.dtype) -> bool:
     """Whether two tensors are the same in a type, compared as whole numbers: so NaN is NaN, and 0 is not -0."""
-    whole = torch.int32 if dtype.itemsize == 4 else torch.int16
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
     return one.shape == other.shape and all(
         torch.equal(one.rows(*rows).to(dtype).view(whole), other.rows(*rows).to(dtype).view(whole))
         for rows in blocks_of(one.shape)

@@ -52,7 +52,7 @@ _SAFETENSORS_TYPES = {
     torch.uint8: "U8",
     torch.int64: "I64",
 }
-_ALIGNMENT = 64
+_ALIGNMENT, _GGUF_ALIGNMENT = 64, 32
 _LOCAL_HEADER, _CENTRAL_HEADER = 30, 46  # bytes before the record's name (APPNOTE.TXT 4.3.7, 4.3.12)
 _BLOCK = 1 << 22
 
@@ -102,8 +102,20 @@ def lay_out(path: Path, specs: Specs, flat: bool = False) -> None:
         file.truncate(8 + len(text) + end)
 
 
+def stored_sizes(path: Path, specs: Specs) -> list[int]:
+    """Bytes that each tensor takes in a file that ends with them, safetensors or GGUF."""
+    alignment = _GGUF_ALIGNMENT if path.suffix == ".gguf" else 1
+    return [spec.nbytes + -spec.nbytes % alignment for spec in specs.values()]
+
+
+def tensor_offsets(path: Path, specs: Specs) -> dict[str, int]:
+    """Where each tensor begins in such a file."""
+    sizes = stored_sizes(path, specs)
+    return dict(zip(specs, accumulate(sizes, initial=path.stat().st_size - sum(sizes)), strict=False))
+
+
 class TensorFile:
-    """A file of `lay_out`, open for writing."""
+    """A file of `lay_out`, or of `lay_out_gguf`, open for writing."""
 
     def __init__(self, path: Path, specs: Specs) -> None:
         """Opens it; `specs` are those it was laid out with."""
@@ -119,9 +131,7 @@ class TensorFile:
             begins = {record.filename.partition("/")[2]: begin for record, begin in self._records}
             self._offsets = {name: begins[f"data/{number}"] for number, name in enumerate(specs)}
         else:
-            begin = 8 + int.from_bytes(self._read(8, 0), "little")
-            ends = accumulate((spec.nbytes for spec in specs.values()), initial=begin)
-            self._offsets = dict(zip(specs, ends, strict=False))
+            self._offsets = tensor_offsets(path, specs)
 
     def _read(self, size: int, offset: int) -> bytes:
         return os.pread(self._file.fileno(), size, offset)
