@@ -3,6 +3,7 @@
 On 127.0.0.1, with threads. What goes wrong is said per file, for its next answers: see `Fault`.
 """
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -17,6 +18,8 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_correcthorsebatterystaple"
+READ_TOKEN = "hf_mayread"
+"""Of the same account, `me`, which is a member of `team`."""
 _PIECE = 1 << 16
 
 
@@ -43,13 +46,15 @@ class Fault:
 
 @dataclass
 class Repo:
-    """A repository. `large` files are kept by the storage host; `xet` gives the hash of those it also has as chunks."""
+    """A repository. `large` files are kept by the storage host; `xet` gives the hash of those it also has as chunks;
+    `locked` ones may be read only."""
 
     files: dict[str, bytes]
     gated: bool = False
     private: bool = False
     large: int = 1000
     xet: dict[str, str] = field(default_factory=dict)
+    locked: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ class Servers:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.plain: dict[str, bytes] = {}
         self.stored: dict[str, bytes] = {}
+        self.uploaded: dict[str, bytes] = {}
+        self.before_upload: Callable[[], object] = lambda: None
         self.before_bytes: Callable[[], object] = lambda: None
         self.plain_headers: dict[str, dict[str, str]] = {}
         self.redirects: dict[str, str] = {}
@@ -152,12 +159,20 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        self._answer()
+
+    def do_PUT(self) -> None:
+        self._answer()
+
     def _answer(self) -> None:
         headers = {key.lower(): value for key, value in self.headers.items()}
         self.servers.requests.append(Request(self.host, self.command, self.path, headers))
         parts = urlsplit(self.path)
         path = unquote(parts.path)
-        if self.host == "storage":
+        if self.command in ("POST", "PUT"):
+            self._write(path)
+        elif self.host == "storage":
             self._storage(path, parse_qs(parts.query))
         elif path in self.servers.redirects:
             self._empty(302, {"Location": self.servers.redirects[path]})
@@ -175,6 +190,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _api(self, path: str, query: dict[str, list[str]]) -> None:
         kinds = {"models": "model", "datasets": "dataset"}
         words = path.split("/")[2:]
+        if words == ["whoami-v2"]:
+            self._who()
+            return
         if words[0] not in kinds:
             self._empty(404)
             return
@@ -191,6 +209,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if words[3:4] == ["tree"]:
             self._tree(repo, "/".join(words[5:]), query)
+        elif words[3:] == ["auth-check", "write"]:
+            self._empty(403 if repo.locked else 200)
         elif words[3:4] == ["xet-read-token"]:
             self._xet_token()
         elif words[3:] in ([], ["revision", "main"], ["revision", COMMIT]):
@@ -214,7 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _tree(self, repo: Repo, folder: str, query: dict[str, list[str]]) -> None:
         prefix = f"{folder}/" if folder else ""
         inside = [path for path in repo.files if path.startswith(prefix)]
-        if not inside:
+        if not inside and folder:
             self._empty(404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "not found"})
             return
         deep = query.get("recursive", ["false"])[0].lower() == "true"
@@ -280,6 +300,75 @@ class _Handler(BaseHTTPRequestHandler):
         file = query["file"][0]
         self._bytes(file, repo.files[file], {"ETag": f'"{hashlib.sha256(repo.files[file]).hexdigest()}"'})
 
+    # What is pushed
+
+    def _write(self, path: str) -> None:
+        body = self._body()
+        if self.host == "storage":
+            self.servers.before_upload()
+            self.servers.uploaded[path.rpartition("/")[2]] = body
+            self._empty(200)
+            return
+        if self.headers.get("authorization") != f"Bearer {TOKEN}":
+            self._empty(403)
+            return
+        words = path.strip("/").split("/")
+        if words == ["api", "validate-yaml"]:
+            is_card = json.loads(body)["content"].startswith("---\n")
+            self._json({"errors": [], "warnings": []} if is_card else {"errors": [{"message": "no header"}]})
+        elif words == ["api", "repos", "create"]:
+            self._create(json.loads(body))
+        elif words[2:] == ["info", "lfs", "objects", "batch"]:
+            self._json({"transfer": "basic", "objects": [self._upload_of(one) for one in json.loads(body)["objects"]]})
+        else:
+            name = "/".join(words[2:4])
+            repo = self.servers.repos["model", name]
+            if words[4] == "preupload":
+                self._json({"files": [_mode(repo, file) for file in json.loads(body)["files"]]})
+            else:
+                self._commit(repo, name, [json.loads(line) for line in body.splitlines()])
+
+    def _body(self) -> bytes:
+        if "chunked" not in self.headers.get("transfer-encoding", ""):
+            return self.rfile.read(int(self.headers.get("content-length", "0")))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size + 2)[:-2]
+        self.rfile.readline()
+        return body
+
+    def _who(self) -> None:
+        token = self.headers.get("authorization", "").removeprefix("Bearer ")
+        if token not in (TOKEN, READ_TOKEN):
+            self._empty(401)
+            return
+        role = "write" if token == TOKEN else "read"
+        orgs = [{"name": "team", "roleInOrg": "write"}]
+        self._json({"name": "me", "orgs": orgs, "auth": {"accessToken": {"role": role}}})
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        name = f"{asked['organization']}/{asked['name']}"
+        url = {"url": f"{self.servers.url}/{name}"}
+        if ("model", name) in self.servers.repos:
+            self._json({**url, "error": "You already created this model repo"}, status=409)
+            return
+        self.servers.model(name, {".gitattributes": b""}, private=asked.get("visibility") == "private")
+        self._json(url)
+
+    def _upload_of(self, asked: dict[str, Any]) -> dict[str, Any]:
+        href = f"{self.servers.storage_url}/upload/{asked['oid']}"
+        is_there = asked["oid"] in self.servers.uploaded
+        return {**asked, **({} if is_there else {"actions": {"upload": {"href": href}}})}
+
+    def _commit(self, repo: Repo, name: str, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                repo.files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                repo.files[value["path"]] = self.servers.uploaded[value["oid"]]
+        self._json({"commitUrl": f"{self.servers.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT, "success": True})
+
     # Bytes
 
     def _bytes(self, path: str, content: bytes, headers: dict[str, str]) -> None:
@@ -328,14 +417,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
 
-    def _json(self, value: Any, headers: dict[str, str] | None = None) -> None:
+    def _json(self, value: Any, headers: dict[str, str] | None = None, status: int = 200) -> None:
         body = json.dumps(value).encode()
-        self.send_response(200)
+        self.send_response(status)
         for key, text in {"Content-Type": "application/json", **(headers or {})}.items():
             self.send_header(key, text)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
     def _empty(self, status: int, headers: dict[str, str] | None = None) -> None:
@@ -344,6 +433,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, text)
         self.send_header("Content-Length", "0")
         self.end_headers()
+
+
+def _mode(repo: Repo, asked: dict[str, Any]) -> dict[str, Any]:
+    """How a file is to be uploaded; git's identity of the one there, or, if that is large, its SHA-256."""
+    entry = _entry(repo, asked["path"]) if asked["path"] in repo.files else {}
+    mode = "lfs" if asked["size"] >= repo.large else "regular"
+    return {"path": asked["path"], "uploadMode": mode, "shouldIgnore": False, "oid": entry.get("lfs", entry).get("oid")}
 
 
 def _entry(repo: Repo, path: str) -> dict[str, Any]:

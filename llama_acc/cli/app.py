@@ -27,6 +27,7 @@ from llama_acc.cli import (
     download,
     evaluate,
     finetune,
+    push,
     recipes,
     stopping,
 )
@@ -181,6 +182,7 @@ app.command()(_reported(caption.caption, joins=True))
 app.add_typer(convert_data.app, name="convert-data")
 app.command()(_reported(benchmark_vram.benchmark_vram))
 app.command()(_reported(convert_checkpoint.convert_checkpoint))
+app.command()(_reported(push.push))
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(recipes.app, name="recipes")
 

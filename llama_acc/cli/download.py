@@ -15,7 +15,8 @@ from llama_acc.core.errors import LlamaAccError, UserError
 from llama_acc.core.text import count_text
 
 if TYPE_CHECKING:
-    from llama_acc.core.hub import Downloaded, Progress
+    from llama_acc.core.hub import Downloaded
+    from llama_acc.core.hugging_face import Progress
 
 CONVERTED_AT_ONCE = 2**29
 """Bytes that are converted without being asked: a few seconds' work, and what was downloaded stays."""
@@ -58,7 +59,8 @@ def download(
       llama-acc download https://example.org/questions.jsonl
     """
     from llama_acc.core.catalogue import HubAddress, parse_address, resolve
-    from llama_acc.core.hub import RESUME_HINT, Downloader
+    from llama_acc.core.hub import Downloader
+    from llama_acc.core.hugging_face import RESUME_HINT
 
     if list_all and names:
         raise UserError("--list shows the whole catalogue: leave the names out")

@@ -13,6 +13,7 @@ from typer import Argument, Option
 from llama_acc.cli import console, options
 from llama_acc.cli.loading import launch_ranks
 from llama_acc.cli.preview import show_items
+from llama_acc.cli.push import check_destination, push_run
 from llama_acc.core.distributed import Launch, environment
 from llama_acc.core.errors import LlamaAccError, RunError, UserError
 from llama_acc.core.text import count_text, size_text
@@ -82,6 +83,10 @@ def finetune(
             metavar="N", min=0, help="Resume from the last whole checkpoint, up to N times, when a process dies."
         ),
     ] = 0,
+    push: Annotated[
+        str | None,
+        Option(metavar="hf:OWNER/NAME", help="Push the result there (see `llama-acc push`); checked before training."),
+    ] = None,
     log_ranks: Annotated[
         str | None, options.of_processes(metavar="DIR", help="Keep every process's output here.")
     ] = None,
@@ -106,6 +111,8 @@ def finetune(
 
     if dry_run and resume:
         raise UserError("--dry-run and --resume cannot be combined", "leave one of them out")
+    if push is not None and environment.is_main() and not environment.is_launched():
+        check_destination(push)
     wanted = Launch(nproc, nnodes, rdzv_endpoint, max_restarts, log_ranks)
     resume = resume or environment.start_number() > 1
     run = None if output is None else Path(output).expanduser()
@@ -120,18 +127,20 @@ def finetune(
         if Path(loaded.name).name != loaded.name or loaded.name in ("", ".."):
             raise UserError(f"the recipe's name {loaded.name!r} is no name for a folder", "give --output DIR")
         run = Path("runs") / loaded.name
-    resume_hint = partial(_resume_hint, run, wanted, device, force)
+    resume_hint = partial(_resume_hint, run, wanted, device, force, push)
     saved = run if resume and output is not None else None
     try:
         launch_ranks(wanted, device, lambda count: _check(loaded, saved, count))
         _train(loaded, run, resume_hint, resume=resume, device=device, verify=verify, force=force)
+        if push is not None and environment.is_main():
+            push_run(run, push)
     except LlamaAccError as error:
         if error.exit_code == RunError.exit_code and error.hint is None:
             error.hint = resume_hint()
         raise
 
 
-def _resume_hint(output: Path, wanted: Launch, device: str | None, force: bool) -> str:
+def _resume_hint(output: Path, wanted: Launch, device: str | None, force: bool, push: str | None) -> str:
     """The command that resumes a run, on as many processes; of one that left nothing, to begin it again."""
     if not (output / "recipe.yaml").exists():
         return "nothing was written: type the same command again"
@@ -140,7 +149,7 @@ def _resume_hint(output: Path, wanted: Launch, device: str | None, force: bool) 
     words += ["--nnodes", str(wanted.nnodes)] if wanted.nnodes > 1 else []
     words += [] if wanted.rdzv_endpoint is None else ["--rdzv-endpoint", wanted.rdzv_endpoint]
     words += [] if device is None else ["--device", device]
-    words += ["--force"] * force
+    words += ["--force"] * force + ([] if push is None else ["--push", push])
     return f"resume with: {shlex.join(words)}"
 
 

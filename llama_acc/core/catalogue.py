@@ -313,6 +313,16 @@ def named_model(name: str) -> Path | None:
     return _complete(home() / "models" / _local_name(name), name)
 
 
+def hub_name(name: str) -> str | None:
+    """OWNER/NAME on Hugging Face of a model: of its address, or where its folder came from; None = unknown."""
+    folder = Path(name).expanduser()
+    folder = folder if folder.is_dir() else home() / "models" / _local_name(name)
+    addresses = [parse_address(text) for text in (name, *read_record(folder)) if text.startswith("hf:")]
+    models = [found for found in addresses if isinstance(found, HubAddress) and found.kind != "dataset"]
+    repos = {found.repo for found in models}
+    return repos.pop() if len(repos) == 1 and not any(found.revision for found in models) else None
+
+
 def named_data(name: str) -> Path | None:
     """The folder or file of downloaded data, by its name or address; None if it is not there.
 

@@ -13,7 +13,8 @@ from huggingface_hub import constants
 
 from llama_acc.core.catalogue import DownloadRequest, File
 from llama_acc.core.errors import RunError, UserError
-from llama_acc.core.hub import Downloader, http_client
+from llama_acc.core.hub import Downloader
+from llama_acc.core.hugging_face import http_client
 from tests.core.downloading import Watch, download, visible
 from tests.hub import TOKEN, Fault, Servers
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from llama_acc.core.atomic import check_manifest, whole_folder
+from llama_acc.core.catalogue import hub_name
 from llama_acc.core.checkpoint.adapter import (
     BASE_FILE,
     base_fingerprint,
@@ -484,7 +485,9 @@ class _Conversion:
             self.notes += lay_out_gguf(path, specs, self.config, kind, name, tokenizer, Path(exported))
 
     def _peft_base(self) -> str | None:
-        """The folder of the base if PEFT can load it: it is Hugging Face's; else None, and a note on what to do."""
+        """The base by its name on Hugging Face or its folder, if PEFT can load it: it is Hugging Face's; else None, and
+        a note on what to do.
+        """
         known = read_base(self.source.folder)
         given = None if self.request.base is None else [str(self.request.base)]
         bases = given or (list(known.pretrained) if known else [])
@@ -492,7 +495,7 @@ class _Conversion:
             with contextlib.suppress(UserError):  # it was moved, or it is on another machine
                 base = inspect(locate(bases[0]))
                 if base.format == "huggingface":
-                    return str(base.folder.resolve())
+                    return hub_name(str(base.folder)) or str(base.folder.resolve())
         base_name = shlex.quote(bases[0]) if len(bases) == 1 else "BASE"
         self.notes.append(
             "adapter_config.json names no base, as PEFT loads Hugging Face's models only: make one with llama-acc "
