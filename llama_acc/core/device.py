@@ -40,6 +40,7 @@ def pick_device(name: str | None = None) -> torch.device:
         UserError: a device that does not exist here.
     """
     several = world_size() > 1
+    prepare_cuda()
     if name is None:
         if not torch.cuda.is_available():
             return torch.device("mps" if torch.backends.mps.is_available() and not several else "cpu")
@@ -74,6 +75,19 @@ def free_memory(device: torch.device) -> int:
         if line.startswith("MemAvailable"):
             return int(line.split()[1]) * 1024
     return 4 * GIB
+
+
+def prepare_cuda() -> None:
+    """Sets what has to be set before CUDA starts. Where there is none, it does nothing.
+
+    cuDNN's attention, which torch prefers on Hopper, plans for every length anew (0.1 to 1 s each); FlashAttention does
+    not. Deterministic runs need a workspace of cuBLAS of a fixed size, and no memory filled before it is written. Of
+    float32, convolutions are as exact as matrix products, not in TF32.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cudnn.allow_tf32 = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def prepare_cpu() -> None:

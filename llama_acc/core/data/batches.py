@@ -176,6 +176,16 @@ class MicroBatch:
     draws: list[int] = field(default_factory=list)
     """In training, a random number for each document; see `draws_of`."""
 
+    @property
+    def labeled(self) -> NDArray[np.int64]:
+        """[N]: the positions that have a target."""
+        return np.flatnonzero(self.targets != IGNORED)
+
+    @property
+    def bounds(self) -> NDArray[np.int64]:
+        """[documents + 1]: where documents begin and end."""
+        return np.cumsum([0, *self.lengths])
+
 
 def build(dataset: "Dataset", items: Sequence[int]) -> MicroBatch:
     """The micro-batch of these documents, in this order. Of none it is a single token without a label: a rank that has

@@ -24,7 +24,7 @@ from llama_acc.core.generate.load import model_for_generation
 from llama_acc.core.memory.allocator import ROUNDING
 from llama_acc.core.memory.tracker import MemoryTracker, Phase, Trace, deepened
 from llama_acc.core.memory.workspaces import garbage_kept
-from llama_acc.core.model import nf4
+from llama_acc.core.model import layers, nf4
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import Transformer, pack_small
@@ -136,6 +136,9 @@ def _train(setup: Setup) -> Trace:
         _label_weights(tracker, parts.model)
         for _, name, value in parts.optimizer.state_tensors():
             tracker.label([value], "optimizer", _block(name))
+        if parts.optimizer.copies is not None:
+            for name, value in parts.optimizer.copies.tensors.items():
+                tracker.label([value], "weights", _block(name))
         _follow_blocks(tracker, parts.model)
         stack.enter_context(vision_tower(parts.model, tracker))
         batch = add_fake_images(empty_batch(setup.lengths, setup.labels), parts.model)
@@ -194,7 +197,7 @@ def _feeds(length: int) -> Iterator[range]:
 
 def _tracker(setup: Setup) -> MemoryTracker:
     tower_shapes(setup.config.vision)  # made now, not where its tensors would be followed
-    return MemoryTracker(setup.tokens if setup.labels is None else setup.labels)
+    return MemoryTracker()
 
 
 def _rank(setup: Setup) -> AbstractContextManager[Parallel]:
@@ -207,14 +210,23 @@ def _rank(setup: Setup) -> AbstractContextManager[Parallel]:
 def watched(tracker: MemoryTracker, device_type: str) -> Iterator[None]:
     """Lets operations make tensors that have a shape and no values, watched, as on `device_type`."""
     nf4.prepare(CPU)  # it keeps its tables: they have to have values
-    attention = nn.functional.scaled_dot_product_attention if device_type == "cpu" else gpu_attention
-    with (
-        patch.object(nn.functional, "scaled_dot_product_attention", attention),
-        simulating(device_type),
-        FakeTensorMode(allow_non_fake_inputs=True),
-        tracker,
-    ):
+    with standing_for(device_type), FakeTensorMode(allow_non_fake_inputs=True), tracker:
         yield
+
+
+@contextmanager
+def standing_for(device_type: str) -> Iterator[None]:
+    """Lets the program do what it does on `device_type`, on tensors without values that are somewhere else."""
+    with simulating(device_type), ExitStack() as stack:
+        if device_type != "cpu":
+            stack.enter_context(patch.object(nn.functional, "scaled_dot_product_attention", gpu_attention))
+            # Elsewhere it is taken apart into operations before anyone sees it.
+            stack.enter_context(patch.object(layers, "fused_rms_norm", _gpu_rms_norm))
+        yield
+
+
+def _gpu_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
 def _label_weights(tracker: MemoryTracker, model: Transformer) -> None:

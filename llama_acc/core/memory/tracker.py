@@ -29,6 +29,9 @@ _FLOPS = flop_registry | {
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         _aten._scaled_dot_product_flash_attention_backward
     ],
+    # Documents' lengths are not at hand: no more than this.
+    _aten._flash_attention_forward: lambda q, *rest, **_: 4 * q.numel() * rest[4],
+    _aten._flash_attention_backward: lambda d_output, *rest, **_: 10 * d_output.numel() * rest[7],
 }
 _COLLECTIVES = (_c10d._allgather_base_, _c10d.allgather_, _c10d._reduce_scatter_base_, _c10d.reduce_scatter_)
 
@@ -208,15 +211,11 @@ def _with_copies(made: list[Allocation], first: int, extra: int) -> list[tuple[i
 class MemoryTracker(TorchDispatchMode):
     """Tracks storages while it is entered. Whoever drives the work says its `phase`."""
 
-    def __init__(self, labels: int = 0) -> None:
-        """Args:
-        labels: on fake tensors, how many rows of a batch have a label.
-        """
+    def __init__(self) -> None:
         super().__init__()
         self.phase = Phase("setup")
         self.allocations: list[Allocation] = []
         self.flops: Counter[Phase] = Counter()
-        self._labels = labels
         self._since = 0
         self._ends: list[tuple[int, str]] = []
         self._live: dict[int, tuple[Allocation, weakref.ref[torch.UntypedStorage]]] = {}
@@ -269,12 +268,8 @@ class MemoryTracker(TorchDispatchMode):
             is_device = is_fake and func is torch.ops.prim.device.default
             return args[0].fake_device if is_device else func(*args, **kwargs)
         packet = func._overloadpacket
-        if is_fake and packet is _aten.nonzero:  # it follows from values, which fake tensors do not have
-            result = args[0].new_empty((min(self._labels, len(args[0])), 1), dtype=torch.int64)
-        elif is_fake and packet is _aten._local_scalar_dense:
-            result = 1.0
-        else:
-            result = func(*args, **kwargs)
+        # A value: fake tensors have none.
+        result: Any = 1.0 if is_fake and packet is _aten._local_scalar_dense else func(*args, **kwargs)
         tensors = [tensor for tensor in tree_iter(result) if isinstance(tensor, Tensor)]
         if func is _aten.add.Tensor and self.phase == Phase("backward"):
             self._add_in_place(args[0], result)

@@ -24,7 +24,6 @@ from llama_acc.core.device import device_type
 from llama_acc.core.model import nf4
 
 _aten = torch.ops.aten
-_FLASH_BACKWARD = _aten._scaled_dot_product_flash_attention_backward
 _PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.addmm_: 1}  # at which argument the first matrix is
 _WORK = 1 << 30  # multiplications that are done to find out
 _BLOCKS = 1024  # rows and columns of a result from which a product takes no more for its blocks (oneDNN 3.x)
@@ -41,8 +40,8 @@ class _Like(NamedTuple):
 def workspace(operation: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     """Bytes that an operation takes besides its results and gives back before it returns."""
     packet = operation._overloadpacket
-    if packet is _FLASH_BACKWARD:
-        return _flash_backward(args[1], args[2])
+    if packet is _aten._flash_attention_backward:
+        return _flash_backward(args[1], args[2], len(args[6]) - 1)
     if not args or not isinstance(args[0], Tensor) or device_type(args[0]) != "cpu":
         return 0
     # Compared by name: the library is imported only where something is quantized.
@@ -55,14 +54,14 @@ def workspace(operation: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> in
     return cpu_workspace(operation, args, kwargs)
 
 
-def _flash_backward(q: Tensor, k: Tensor) -> int:
-    """FlashAttention's backward pass sums the queries' gradients in float32 over rows and head dimensions rounded up,
-    keeps a number a row, and, where heads share keys, makes every head's own gradients of keys and values first
-    (mha_bwd in PyTorch's flash_api.cpp)."""
-    _, heads, rows, width = q.shape
-    rounded_rows = -(-rows // 128) * 128
+def _flash_backward(q: Tensor, k: Tensor, documents: int) -> int:
+    """FlashAttention's backward pass for q [T, H, D] and k [T, K, D] sums the queries' gradients in float32, with room
+    for 128 rows more a document and head dimensions rounded up, keeps a number a row, and, where heads share keys,
+    makes every head's own gradients of keys and values first (mha_varlen_bwd in PyTorch's flash_api.cpp)."""
+    rows, heads, width = q.shape
+    rounded_rows = rows + 128 * documents
     rounded_width = -(-width // 32) * 32 if width <= 128 else -(-width // 64) * 64
-    shared = 2 * heads * k.shape[2] * width * q.element_size() if k.shape[1] != heads else 0
+    shared = 2 * heads * k.shape[0] * width * q.element_size() if k.shape[1] != heads else 0
     return heads * rounded_rows * 4 * (rounded_width + 1) + shared
 
 

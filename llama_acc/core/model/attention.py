@@ -5,6 +5,7 @@ those of this rank: model parallelism deals them out whole, a query head with it
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -100,11 +101,15 @@ class Attend(Protocol):
 
 
 class DocumentAttention:
-    """Causal attention within the documents of a stream, whose lengths sum to T; rotations are [T, D/2]."""
+    """Causal attention within the documents of a stream, whose lengths sum to T; rotations are [T, D/2].
 
-    def __init__(self, lengths: Sequence[int], rotations: Tensor) -> None:
+    `bounds` is where documents begin and end, [documents + 1] int32 on the device, from 0 to T.
+    """
+
+    def __init__(self, lengths: Sequence[int], rotations: Tensor, bounds: Tensor | None = None) -> None:
         self.lengths: Sequence[int] = list(lengths)
         self.rotations = rotations
+        self._bounds = bounds
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotates: bool = True, window: int | None = None) -> Tensor:
         rotations = self.rotations if rotates else None
@@ -112,6 +117,10 @@ class DocumentAttention:
             return _DocumentsOnCPU.apply(q, k, v, rotations, self.lengths, window)
         if rotations is not None:
             q, k = rotate(q, rotations), rotate(k, rotations)
+        if device_type(q) == "cuda" and takes_flash(q):
+            if self._bounds is None:
+                self._bounds = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=q.device)
+            return flash_attention(q, k, v, self._bounds, max(self.lengths), window).flatten(1)
         # One fused kernel call for each document: nothing is padded and no mask is made. Documents are split off all at
         # once: the gradient of a slice is as large as the whole stream, and there would be one for each document.
         outputs: list[Tensor] = []
@@ -121,6 +130,23 @@ class DocumentAttention:
 
     def prefix_heads(self, common: bool, make: Callable[[], list[PrefixHeads]]) -> list[PrefixHeads]:
         return make()
+
+
+def takes_flash(q: Tensor) -> bool:
+    """Whether torch's FlashAttention takes queries [T, H, D] of this type and head dimension."""
+    return q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, window: int | None) -> Tensor:
+    """Causal attention within documents in one kernel on a GPU, however many they are: [T, H, D], [T, K, D], [T, K, D]
+    to [T, H, D].
+
+    It is what `torch.nn.attention.varlen.varlen_attn` calls, whose own arguments differ between versions of torch.
+    """
+    windows = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, bounds, bounds, longest, longest, 0.0, True, False, **windows
+    )[0]
 
 
 class _DocumentsOnCPU(torch.autograd.Function):

@@ -23,6 +23,7 @@ from torch import Generator, Tensor, nn
 from llama_acc.core.device import device_type
 from llama_acc.core.distributed.groups import Group, Parallel, copied, gathered, summed
 from llama_acc.core.model import nf4
+from llama_acc.core.model.copies import cast
 from llama_acc.core.model.nf4 import Scales, dense
 
 _onednn: Any = torch.backends.mkldnn
@@ -157,7 +158,7 @@ class Linear(nn.Module):
 
     def finish(self, y: Tensor, products: Iterator[Tensor]) -> Tensor:
         """Adds what the tuning method has to the matrix product y [..., out], in place; see `Extension`."""
-        y = y if self.bias is None else y.add_(self.bias.to(y.dtype))
+        y = y if self.bias is None else y.add_(cast(self.bias, y.dtype))
         for extension in self.extensions:
             y = extension.finish(y, products)
         return y
@@ -361,17 +362,30 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _rms_norm(x, weight, eps)[0]
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The normed [..., dim] in the type of `x`, and 1 / rms [..., 1] in float32."""
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, inverse: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The normed [..., dim] in the type of `x`, and 1 / rms [..., 1] in float32, which may be known."""
+    if device_type(x) == "cuda":
+        return fused_rms_norm(x, cast(weight, x.dtype), eps)
     wide = x.float()
-    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if inverse is None:
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * inverse).to(x.dtype) * weight.to(x.dtype), inverse
+
+
+def fused_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """What `_rms_norm` gives, from one kernel of a GPU, which rounds once."""
+    return torch.ops.aten._fused_rms_norm(x, weight.shape, weight, eps)
 
 
 def _rms_norm_backward(
     d_y: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, weight_needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of x and weight from that of the output, all [..., dim]."""
+    if device_type(x) == "cuda":
+        d_x, d_weight = torch.ops.aten._fused_rms_norm_backward(
+            d_y, x, weight.shape, inverse, cast(weight, x.dtype), [True, weight_needs_grad]
+        )
+        return d_x, d_weight.to(weight.dtype) if weight_needs_grad else None
     wide = d_y.float()
     normed = x.float() * inverse
     d_weight = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype) if weight_needs_grad else None
@@ -433,7 +447,7 @@ class _NormedLinearsFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         normed, inverse = _rms_norm(x, norm_weight, eps)
         ctx.save_for_backward(x, norm_weight, inverse, *weights)
-        ctx.group, ctx.scales, ctx.split = group, scales, len(weights) - len(masks)
+        ctx.eps, ctx.group, ctx.scales, ctx.split = eps, group, scales, len(weights) - len(masks)
         ctx.masks = [*(None for _ in range(ctx.split)), *masks]
         parts = zip(weights, scales, ctx.masks, strict=True)
         return tuple(F.linear(_masked(normed, mask), dense(weight, own, x.dtype)) for weight, own, mask in parts)
@@ -449,7 +463,7 @@ class _NormedLinearsFunction(torch.autograd.Function):
         summing = None if ctx.group is None else dist.all_reduce(d_normed, group=ctx.group, async_op=True)
         d_weights: list[Tensor | None] = [None] * len(weights)
         if any(needs_weights):
-            normed = (x.float() * inverse).to(x.dtype) * norm_weight.to(x.dtype)
+            normed = _rms_norm(x, norm_weight, ctx.eps, inverse)[0]
             for i, (d_y, weight, mask) in enumerate(zip(d_outputs, weights, ctx.masks, strict=True)):
                 if needs_weights[i]:
                     d_weights[i] = (d_y.t() @ _masked(normed, mask)).to(weight.dtype)

@@ -38,10 +38,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale: float,
         parallel: Parallel,
         scales: Scales | None,
+        labeled: Tensor | None,
     ) -> Tensor:
-        rows = (targets != IGNORED).nonzero().squeeze(1)
+        rows = (targets != IGNORED).nonzero().squeeze(1) if labeled is None else labeled
         picked, picked_targets = hidden.detach()[rows], targets[rows]
-        compute_weight = dense(weight.detach(), scales, hidden.dtype)
+        compute_weight = dense(weight, scales, hidden.dtype)
         logits = picked.new_empty(min(len(rows), CHUNK_ROWS), len(weight))
         d_picked = torch.empty_like(picked) if hidden.requires_grad else None
         d_weight = accumulator(weight, -(-len(rows) // CHUNK_ROWS)) if weight.requires_grad else None
@@ -67,9 +68,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor | None, ...]:
         (factor,) = d_loss
         if device_type(factor) == "cpu" and factor.item() == 1.0:
-            return *ctx.saved_tensors, None, None, None, None  # the weight's is too large to be multiplied by 1
+            return *ctx.saved_tensors, None, None, None, None, None  # the weight's is too large to be multiplied by 1
         gradients = [None if d is None else d * factor.to(d.dtype) for d in ctx.saved_tensors]
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 def _softmax_minus_one_hot_(logits: Tensor, targets: Tensor, parallel: Parallel) -> Tensor:
@@ -113,6 +114,7 @@ def linear_cross_entropy(
     scale: float = 1.0,
     parallel: Parallel = _ALONE,
     scales: Scales | None = None,
+    labeled: Tensor | None = None,
 ) -> Tensor:
     """Sum over labeled rows of the cross-entropy of `hidden @ weight.T`, times `scale`.
 
@@ -123,9 +125,10 @@ def linear_cross_entropy(
         scale: factor on the loss, such as 1 / label tokens of the optimizer step.
         parallel: who has the other rows.
         scales: of a quantized weight.
+        labeled: [N] the rows that have a label, ascending; None: they are looked for, for which a GPU's host waits.
 
     Returns:
         float32 scalar; zero, with zero gradients, where nothing is labeled.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, scale, parallel, scales)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, scale, parallel, scales, labeled)
     return loss

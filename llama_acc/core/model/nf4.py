@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_acc.core.errors import UserError
+from llama_acc.core.model.copies import cast
 
 BLOCK, NESTED_BLOCK = 64, 256
 # Values quantized at a time: on a CPU what is made on the way takes 20 bytes for each.
@@ -161,7 +162,7 @@ def dequantize_rows(packed: Tensor, absmax: Tensor, start: int, stop: int, dtype
 
 def dense(weight: Tensor, scales: Scales | None, dtype: torch.dtype) -> Tensor:
     """A matrix in `dtype`: quantized if it has scales, else of any type."""
-    return weight.to(dtype) if scales is None else dequantize(weight, scales, dtype)
+    return cast(weight, dtype) if scales is None else dequantize(weight, scales, dtype)
 
 
 def one_row(x: Tensor, packed: Tensor, scales: Scales) -> Tensor:

@@ -137,6 +137,8 @@ class Transformer(nn.Module):
         caches: Sequence[KVCache] | None = None,
         images: Images | None = None,
         draws: Sequence[int] = (),
+        bounds: Tensor | None = None,
+        labeled: Tensor | None = None,
     ) -> Tensor:
         """The stream's last hidden states, or its loss if `targets` are given.
 
@@ -149,6 +151,9 @@ class Transformer(nn.Module):
             caches: the past of each document, which its tokens continue; they are advanced.
             images: those of the stream; what `tokens` has at their places does not matter.
             draws: a random number of 32 bits for each document, for what is random in training; none: nothing is.
+            bounds: [documents + 1] where documents begin and end, int32; as `labeled`, it follows from the others, and
+                saves a GPU's host from waiting.
+            labeled: [N] the places that have a target, ascending.
 
         Returns:
             [T, dim] normed hidden states, for `logits`; or the float32 scalar loss_scale * sum of cross-entropies.
@@ -160,7 +165,7 @@ class Transformer(nn.Module):
             self.before_blocks(lengths, draws)
         starts = [0] * len(lengths) if caches is None else [past.length for past in caches]
         rotations = self._rotations_at(positions, lengths, list(map(add, starts, lengths)))
-        documents = DocumentAttention(lengths, rotations)
+        documents = DocumentAttention(lengths, rotations, bounds)
         for i, layer in enumerate(self.layers):
             attend: Attend = documents
             if caches is not None:
@@ -173,7 +178,7 @@ class Transformer(nn.Module):
         if targets is None:
             return x
         output = self.output
-        return linear_cross_entropy(x, output.weight, targets, loss_scale, self.parallel, output.scales)
+        return linear_cross_entropy(x, output.weight, targets, loss_scale, self.parallel, output.scales, labeled)
 
     @property
     def is_quantized(self) -> bool:

@@ -20,6 +20,23 @@ from llama_acc.core.train.step import StepResult
 from llama_acc.core.train.trainer import Trainer
 
 
+class _Arriving:
+    """A step's numbers on their way to the host. Reading them waits for that step, not for what was begun after it."""
+
+    def __init__(self, result: StepResult) -> None:
+        numbers = torch.cat((result.loss.view(1), result.grad_norm.view(1), result.extra_sums))
+        self._numbers = numbers.to("cpu", non_blocking=True)
+        self._there = torch.cuda.Event() if numbers.is_cuda else None
+        if self._there is not None:
+            self._there.record()
+
+    def read(self) -> list[float]:
+        if self._there is not None:
+            self._there.synchronize()
+        found: list[float] = self._numbers.tolist()
+        return found
+
+
 class Loop:
     """Runs a trainer to the plan's end; on rank 0, which has a log, it also logs and reports."""
 
@@ -28,7 +45,7 @@ class Loop:
     ) -> None:
         self.trainer, self.folder, self.log, self.callback, self.stop = trainer, folder, log, callback, stop
         self._saver = Saver()
-        self._pending: tuple[StepResult, dict[str, Any]] | None = None
+        self._pending: tuple[_Arriving, dict[str, Any]] | None = None
         self._stop_of_any_rank: signal.Signals | None = None
         self._since = 0.0  # when the step before the pending one was done
 
@@ -51,7 +68,8 @@ class Loop:
             self._validate()  # what training is to better
         self._since = time.perf_counter()
         while trainer.step < plan.total_steps and not trainer.stops_early:
-            current = trainer.advance(self._saver.wait_for_copy, self._rank_stats())
+            result, known = trainer.advance(self._saver.wait_for_copy, self._rank_stats())
+            current = _Arriving(result), known
             # A device works on this step while the host looks at the one before; a CPU has finished it by now.
             self._log_pending_step()
             self._pending = current
@@ -85,10 +103,8 @@ class Loop:
         """Reads the pending step's results, logs them, and refuses to continue from a step that is not finite."""
         if self._pending is None:
             return
-        (result, known), self._pending = self._pending, None
-        loss, grad_norm, interrupted, terminated, *peaks = torch.cat(
-            (result.loss.view(1), result.grad_norm.view(1), result.extra_sums)
-        ).tolist()
+        (arriving, known), self._pending = self._pending, None
+        loss, grad_norm, interrupted, terminated, *peaks = arriving.read()
         now = time.perf_counter()
         if not (np.isfinite(loss) and np.isfinite(grad_norm)):
             plan, step = self.trainer.plan, known["step"]

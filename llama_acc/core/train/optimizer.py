@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from llama_acc.core.distributed.groups import Parallel, as_dtensor, is_sharded, local_part
+from llama_acc.core.model.copies import ComputeCopies
 from llama_acc.core.model.layers import Spec
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -37,13 +38,18 @@ class ClippedAdamW:
         eps: float,
         weight_decay: float,
         clip_grad_norm: float,
+        copies: torch.dtype | None = None,
     ) -> None:
-        """Trains the model's parameters that require gradients; they have storage, and keep it."""
+        """Trains the model's parameters that require gradients; they have storage and values, and keep it.
+
+        `copies`: the type in which it keeps copies of them to compute with, which are made anew after each step.
+        """
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # The fused kernel takes plain tensors: what is stored here of each parameter.
         self._stored = {name: local_part(p).tensor for name, p in self.named.items()}
         self._moments: dict[str, dict[str, Tensor]] = {}
         self._betas, self._eps, self._weight_decay, self._clip = betas, eps, weight_decay, clip_grad_norm
+        self.copies = None if copies is None else ComputeCopies(self.named, copies)
         # In the norm, this rank counts its own part of a parameter, and a copy only where it is the first to have it.
         specs: Mapping[str, Spec] = getattr(model, "specs", {})
         self._counted = [
@@ -94,6 +100,8 @@ class ClippedAdamW:
             )
         for parameter in self.named.values():
             parameter.grad = None
+        if self.copies is not None:
+            self.copies.refresh()
 
     def make_state(self) -> None:
         """Makes what the first step would make, where it is not there yet: the moments, all zero."""

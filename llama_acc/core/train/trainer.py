@@ -20,7 +20,7 @@ from llama_acc.core.data.batches import MicroBatch, build, build_multimodal_batc
 from llama_acc.core.data.chat_template import ChatTemplate
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.data.templates import TEMPLATE_FILE
-from llama_acc.core.device import prepare_cpu
+from llama_acc.core.device import device_type, prepare_cpu
 from llama_acc.core.distributed.groups import Parallel, is_sharded, local_part
 from llama_acc.core.generate.load import load_vision_encoder
 from llama_acc.core.model.config import VISION_FILE, ModelConfig
@@ -67,18 +67,23 @@ def assemble(
     config: ModelConfig,
     settings: StepSettings,
     parallel: Parallel,
-    device_type: str,
+    kind: str,
     materialize: Callable[[Transformer], None],
 ) -> Assembled:
-    """Builds a rank's part of a run. `materialize` gives the parameters, on the meta device, storage and values."""
+    """Builds a rank's part of a run, on a kind of device such as "cuda".
+
+    `materialize` gives the parameters, which are on the meta device, storage and values.
+    """
     model = model_for_training(config, settings, parallel)
     if settings.compile:
         apply_compile(model)
     if settings.activation_checkpointing:
         apply_activation_checkpointing(model)
-    data_parallel = DataParallel(model, parallel, settings.data_parallel, settings.accumulate_unsharded, device_type)
+    data_parallel = DataParallel(model, parallel, settings.data_parallel, settings.accumulate_unsharded, kind)
     materialize(model)
-    return Assembled(model, data_parallel, ClippedAdamW(model, parallel, **settings.adamw))
+    # Several data-parallel ranks gather the parameters in the type they are computed in.
+    copies = settings.dtype if parallel.data_size == 1 and device_type(model.norm.weight) == "cuda" else None
+    return Assembled(model, data_parallel, ClippedAdamW(model, parallel, copies=copies, **settings.adamw))
 
 
 class Trainer:

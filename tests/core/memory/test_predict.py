@@ -11,7 +11,7 @@ from llama_acc.core.memory import simulate
 from llama_acc.core.memory.measure import Texts, read_texts, work_of
 from llama_acc.core.memory.predict import Request, context_bytes, predict, predict_generation, setup_of
 from llama_acc.core.memory.simulate import simulate_training
-from llama_acc.core.memory.workspaces import _FLASH_BACKWARD, workspace
+from llama_acc.core.memory.workspaces import workspace
 from llama_acc.core.model.transformer import parameter_count
 from tests.core.memory.setups import NF4, setup
 
@@ -62,7 +62,7 @@ def test_activation_checkpointing_keeps_the_input_of_each_block() -> None:
     kept = [a for a in trace.allocations if trace.purpose(a) == "activations kept"]
     inputs = (LAYERS + 1) * 256 * DIM * 2  # the head's, too
     rotations = (512 + 256) * ROTATIONS  # of all positions, and of those of the batch
-    assert sum(allocation.nbytes for allocation in kept) == pytest.approx(inputs + rotations, abs=8)
+    assert sum(allocation.nbytes for allocation in kept) == pytest.approx(inputs + rotations, abs=32)
 
 
 def test_every_byte_of_the_peak_belongs_to_a_part_and_the_peak_is_at_a_moment() -> None:
@@ -149,7 +149,10 @@ def test_squared_lengths_follow_from_the_quantiles(tmp_path: Path) -> None:
 
 
 def test_flash_attention_sums_the_queries_gradients_in_float32() -> None:
-    q = torch.empty(1, 4, 100, 40, dtype=torch.bfloat16)
-    k = torch.empty(1, 2, 100, 40, dtype=torch.bfloat16)
-    # 100 rows are 128, a width of 40 is 64; one number a row; keys and values of four heads.
-    assert workspace(_FLASH_BACKWARD.default, (None, q, k), {}) == 4 * 128 * 4 * (64 + 1) + 2 * 4 * 100 * 40 * 2
+    q = torch.empty(100, 4, 40, dtype=torch.bfloat16)
+    k = torch.empty(100, 2, 40, dtype=torch.bfloat16)
+    bounds = torch.tensor([0, 60, 100], dtype=torch.int32)
+    # 128 rows more for each of two documents, a width of 40 is 64; one number a row; keys and values of four heads.
+    backward = torch.ops.aten._flash_attention_backward.default
+    expected = 4 * (100 + 2 * 128) * 4 * (64 + 1) + 2 * 4 * 100 * 40 * 2
+    assert workspace(backward, (q, q, k, k, q, None, bounds, bounds), {}) == expected

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from llama_acc.core.model.transformer import Transformer
+from llama_acc.core.model.tuning import METHODS
 from llama_acc.core.train.optimizer import learning_rate
 from llama_acc.core.train.step import StepResult, apply_compile
 from tests.core.tiny import GOLDEN, SMALL, document_logits, loaded_model, random_model
@@ -57,6 +58,25 @@ def test_the_loss_is_the_mean_over_the_label_tokens_however_documents_are_dealt(
     (result,), (at_once,) = steps(model, sizes), steps(whole, [8])
     assert result.loss.item() == pytest.approx(expected, rel=1e-6)
     assert result.grad_norm.item() == pytest.approx(at_once.grad_norm.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "lora_bias_norm", "adapter"])
+def test_copies_that_are_made_once_a_step_change_nothing(method: str) -> None:
+    tuned = replace(SMALL, tuning=METHODS[method]().with_num_layers(2))
+    plain, copied = (random_model(tuned, dtype=torch.bfloat16) for _ in range(2))
+    labels = DOCUMENTS.label_tokens()
+    optimizers = adamw(plain), adamw(copied, copies=torch.bfloat16)
+    for _ in range(3):
+        results = [
+            step(model, optimizer, DOCUMENTS.dealt(5, 3), labels, 1e-2)
+            for model, optimizer in zip((plain, copied), optimizers, strict=True)
+        ]
+        assert torch.equal(results[0].loss, results[1].loss)
+    copies = optimizers[1].copies
+    assert copies is not None
+    assert copies.tensors.keys() == optimizers[1].named.keys()
+    trained = dict(copied.named_parameters())
+    assert all(torch.equal(parameter, trained[name]) for name, parameter in plain.named_parameters())
 
 
 HAS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")

@@ -221,7 +221,9 @@ class Pair:
         return [self.dropout.mask(*self._where, self.a.weight.device)]
 
     def finish(self, y: "Tensor", products: "Iterator[Tensor]") -> "Tensor":
-        low, b = next(products).flatten(0, -2), self.b.weight.to(y.dtype)
+        from llama_acc.core.model.copies import cast
+
+        low, b = next(products).flatten(0, -2), cast(self.b.weight, y.dtype)
         return y.flatten(0, -2).addmm_(low, b.t(), alpha=self.factor / self.dropout.kept).view(y.shape)
 
 

@@ -1,0 +1,164 @@
+"""What a step and a generated token ask of a GPU, counted without one.
+
+The program's own step and decoding run on meta tensors and are told that these are CUDA's. How long it takes is left to
+benchmarks.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from llama_acc.core.distributed.groups import Parallel
+from llama_acc.core.memory.simulate import add_fake_images, empty_batch, feed, standing_for
+from llama_acc.core.model.attention import KVCache
+from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.nf4 import prepare
+from llama_acc.core.model.transformer import build_on_meta
+from llama_acc.core.model.tuning import Full
+from llama_acc.core.model.tuning.adapter import Adapter
+from llama_acc.core.model.tuning.bias_norm import BiasNorm
+from llama_acc.core.model.tuning.lora import LoRA, LoRABiasNorm
+from llama_acc.core.train.plan import StepSettings
+from llama_acc.core.train.step import train_step
+from llama_acc.core.train.trainer import assemble
+from tests.core.seeing import SEEING
+from tests.core.tiny import SMALL
+
+META = torch.device("meta")
+LLAMA_7B = ModelConfig(dim=4096, n_layers=32, n_heads=32, vocab_size=32000, multiple_of=256)
+# What makes another view of a tensor, or room without values.
+_NO_KERNEL = {
+    *("view", "_unsafe_view", "t", "transpose", "expand", "slice", "select", "split", "split_with_sizes", "unbind"),
+    *("alias", "detach", "as_strided", "unsqueeze", "squeeze", "permute", "view_as_real", "view_as_complex", "_conj"),
+    *("empty", "empty_like", "new_empty", "empty_strided", "lift_fresh"),
+}
+
+
+class Work(TorchDispatchMode):
+    """Counts what is asked of the device while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: Counter[str] = Counter()
+        self.bytes = 0
+        self.copies_from_host = 0
+        self.waits: Counter[str] = Counter()
+        self.of_two_devices: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._overloadpacket.__name__
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
+        if name in ("nonzero", "_local_scalar_dense"):
+            self.waits[name] += 1
+            return 1.0 if name == "_local_scalar_dense" else args[0].new_empty((len(args[0]), 1), dtype=torch.int64)
+        read = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
+        result = None if name == "_fused_adamw_" else func(*args, **kwargs)
+        written = [value for value in tree_iter(result) if isinstance(value, Tensor)]
+        devices = {tensor.device.type for tensor in read}
+        is_copy = name in ("_to_copy", "copy_")
+        if is_copy and "cpu" in devices and any(tensor.is_meta for tensor in written):
+            self.copies_from_host += 1
+            if not (kwargs.get("non_blocking") or args[2:3] == (True,)):
+                self.waits["copy"] += 1
+        elif len(devices) > 1:
+            self.of_two_devices[name] += 1
+        if name not in _NO_KERNEL and any(tensor.is_meta for tensor in read + written):
+            self.kernels[name] += 1
+            self.bytes += sum(tensor.nbytes for tensor in read + written)
+        return result
+
+
+def _norm(gradients: Sequence[Tensor], **_: Any) -> Tensor:
+    """What `get_total_norm` does on a GPU."""
+    return torch.stack(torch._foreach_norm(list(gradients))).norm()
+
+
+def step_work(
+    config: ModelConfig, lengths: Sequence[int], *, nf4: bool = False, checkpointing: bool = False, batches: int = 1
+) -> Work:
+    """The work of an optimizer step of so many micro-batches of documents of these lengths."""
+    adamw = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "clip_grad_norm": 1.0}
+    settings = StepSettings(torch.bfloat16, () if nf4 else None, False, checkpointing, 1, "ddp", False, adamw)
+    with standing_for("cuda"), patch.object(nn.utils, "get_total_norm", _norm):
+        model, data_parallel, optimizer = assemble(config, settings, Parallel(), "cuda", lambda model: None)
+        optimizer.make_state()
+        if nf4:
+            prepare(META)
+        with META:
+            batch = add_fake_images(empty_batch(lengths), model)
+        with Work() as work:
+            train_step(model, optimizer, data_parallel, [batch] * batches, 10, 1e-3, META, (0.0, 1.0))
+    return work
+
+
+def decoding_work(config: ModelConfig, past: int) -> Work:
+    """The work of one token more after so many."""
+    with standing_for("cuda"), torch.no_grad():
+        model, cache = build_on_meta(config, torch.bfloat16), KVCache(config.n_layers)
+        feed(model, cache, range(past), META)
+        with Work() as work:
+            feed(model, cache, range(past, past + 1), META)
+    return work
+
+
+METHODS = {
+    "full": Full(),
+    "bias_norm": BiasNorm(),
+    "lora": LoRA(16),
+    "lora_bias_norm": LoRABiasNorm(16),
+    "adapter": Adapter(4, prefix_layers=1, prefix_len=5, prefix_new_gate=True),
+}
+STEPS = {
+    **{name: (replace(SMALL, tuning=tuning), False) for name, tuning in METHODS.items()},
+    "nf4_lora": (replace(SMALL, tuning=LoRA(16)), True),
+    "nf4_adapter": (replace(SMALL, tuning=METHODS["adapter"]), True),
+    **{f"vision_{name}": (config, False) for name, config in SEEING.items()},
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_waits_for_nothing_and_is_all_on_one_device(name: str, checkpointing: bool) -> None:
+    config, nf4 = STEPS[name]
+    work = step_work(config, (30, 12, 21), nf4=nf4, checkpointing=checkpointing, batches=2)
+    assert (work.waits, work.of_two_devices) == ({}, {})
+    # One for each micro-batch, and what is summed over the ranks.
+    assert work.copies_from_host == 3
+
+
+# What each block takes of 4,096 tokens without recomputation: kernels, and bytes read and written for each token.
+BLOCKS = {"full": (59, 3.5e6), "lora": (100, 2.3e6), "nf4_lora": (142, 2.6e6)}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_takes_so_many_kernels_and_bytes_however_many_documents_there_are(name: str) -> None:
+    tuning, nf4 = (Full() if name == "full" else LoRA(16)), name == "nf4_lora"
+    # Two models that differ in a block say what one takes.
+    shallow, deep = (replace(LLAMA_7B, n_layers=layers, tuning=tuning) for layers in (1, 2))
+    found = []
+    for lengths in ((4096,), (204,) * 20 + (16,)):
+        one, two = (step_work(config, lengths, nf4=nf4) for config in (shallow, deep))
+        found.append((two.kernels - one.kernels, (two.bytes - one.bytes) / 4096))
+    (kernels, moved), (of_many, moved_of_many) = found
+    assert kernels == of_many
+    assert moved_of_many == pytest.approx(moved, rel=0.01)
+    most_kernels, most_moved = BLOCKS[name]
+    assert kernels.total() <= most_kernels, kernels
+    assert moved <= most_moved
+
+
+def test_a_generated_token_takes_so_many_kernels_a_block() -> None:
+    one, two = (decoding_work(replace(LLAMA_7B, n_layers=layers), 512) for layers in (1, 2))
+    kernels = two.kernels - one.kernels
+    assert (one.waits, one.of_two_devices) == ({}, {})
+    assert kernels.total() <= 30, kernels
