@@ -23,6 +23,9 @@ from llama_acc.core.model.nf4 import Scales, dense
 IGNORED = -100
 # Rows per matrix product, 62 MiB of float32 logits at a vocabulary of 32000: fewer make it slower, more cost memory.
 CHUNK_ROWS = 512
+# Logits that a GPU makes at a time, 4,096 rows at that vocabulary: each product has to be launched, and the weight's
+# gradient is read and written for each.
+_GPU_LOGITS = 1 << 27
 # Rows whose softmax is made at once on a CPU: their logits should stay in its cache between the passes over them.
 _CACHED_ROWS = 64
 _ALONE = Parallel()
@@ -43,12 +46,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = (targets != IGNORED).nonzero().squeeze(1) if labeled is None else labeled
         picked, picked_targets = hidden.detach()[rows], targets[rows]
         compute_weight = dense(weight, scales, hidden.dtype)
-        logits = picked.new_empty(min(len(rows), CHUNK_ROWS), len(weight))
+        size = CHUNK_ROWS if device_type(hidden) == "cpu" else max(CHUNK_ROWS, _GPU_LOGITS // len(weight))
+        logits = picked.new_empty(min(len(rows), size), len(weight))
         d_picked = torch.empty_like(picked) if hidden.requires_grad else None
-        d_weight = accumulator(weight, -(-len(rows) // CHUNK_ROWS)) if weight.requires_grad else None
+        d_weight = accumulator(weight, -(-len(rows) // size)) if weight.requires_grad else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(rows), CHUNK_ROWS):
-            chunk = slice(start, start + CHUNK_ROWS)
+        for start in range(0, len(rows), size):
+            chunk = slice(start, start + size)
             x = picked[chunk]
             d_logits = torch.mm(x, compute_weight.t(), out=logits[: len(x)])
             loss += _softmax_minus_one_hot_(d_logits, picked_targets[chunk], parallel)

@@ -162,3 +162,15 @@ def test_a_generated_token_takes_so_many_kernels_a_block() -> None:
     kernels = two.kernels - one.kernels
     assert (one.waits, one.of_two_devices) == ({}, {})
     assert kernels.total() <= 30, kernels
+
+
+# A step of the 7B with 4,096 tokens in 21 documents, without recomputation: what a GPU is started for.
+@pytest.mark.parametrize(("name", "most"), [("full", 2000), ("lora", 3300), ("nf4_lora", 4650)])
+def test_a_whole_step_takes_so_many_kernels(name: str, most: int) -> None:
+    tuning, nf4 = (Full() if name == "full" else LoRA(16)), name == "nf4_lora"
+    lengths = (204,) * 20 + (16,)
+    one, two = (
+        step_work(replace(LLAMA_7B, n_layers=layers, tuning=tuning), lengths, nf4=nf4).kernels.total()
+        for layers in (1, 2)
+    )
+    assert one + (LLAMA_7B.n_layers - 1) * (two - one) <= most
