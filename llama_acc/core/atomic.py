@@ -71,15 +71,16 @@ def publish(aside: Path, path: Path, durable: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Gives a temporary folder to write into; on a normal exit it is synced and takes the name `folder`.
+def whole_folder(folder: Path, digests: Mapping[str, str] = MappingProxyType({})) -> Iterator[Path]:
+    """Gives a temporary folder to write into; on a normal exit it is synced and takes the name `folder`. `digests` are
+    SHA-256 of its files that are known by then.
 
     After an exception, or a kill, `folder` is what it was. One that is already there is replaced, in two renames: do
     not replace what must survive a kill between them.
     """
     try:
         yield begin_folder(folder)
-        finish_folder(folder, {})
+        finish_folder(folder, digests)
     except BaseException:
         abandon_folder(folder)
         raise

@@ -224,7 +224,7 @@ def sentencepiece_to_json(data: bytes, path: Path, settings: Settings) -> Any:
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    pieces, trainer, rules = read_sentencepiece(data)
+    pieces, trainer, rules = _read_model(data)
     kind, has_prefix = trainer.get(3, _UNIGRAM), rules.get(3, True)
     if kind not in (_UNIGRAM, _BPE) or trainer.get(24, False) or not rules.get(5, True):
         raise UserError(
@@ -285,7 +285,7 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     return [(piece[:-at], piece[-at:]) for _, at, piece in ways]
 
 
-def read_sentencepiece(data: bytes) -> tuple[list[_Piece], dict[int, Any], dict[int, Any]]:
+def _read_model(data: bytes) -> tuple[list[_Piece], dict[int, Any], dict[int, Any]]:
     """The pieces, the trainer's settings and the normalizer's, by their numbers in sentencepiece_model.proto.
 
     Its own reader needs the very version of protobuf that SentencePiece was built with, or a later one.

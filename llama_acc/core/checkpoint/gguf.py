@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from llama_acc.core.checkpoint.huggingface import huggingface_name, rotated_heads
@@ -33,7 +34,6 @@ from llama_acc.core.tokenizer_folder import (
     GENERATION_FILE,
     HUGGING_FACE_FILE,
     read_json,
-    read_sentencepiece,
 )
 
 if TYPE_CHECKING:
@@ -67,15 +67,15 @@ _PRE_TOKENIZERS = {
 # The shape
 
 
-def gguf_architecture(config: ModelConfig) -> tuple[str, list[str]]:
-    """llama.cpp's name of the architecture that computes the same, and what the user should know.
+def _architecture(config: ModelConfig) -> str:
+    """llama.cpp's name of the architecture that computes the same.
 
     Raises:
         UserError: it has none; every reason listed.
     """
     scaling, has_new_biases = config.rope_scaling, config.tuning != FULL
     yarn = scaling if isinstance(scaling, RopeScaling) and scaling.rope_type == "yarn" else None
-    name, factors = "qwen3" if config.qk_norm else "smollm3" if config.nope_layers else "llama", rope_factors(config)
+    name, factors = "qwen3" if config.qk_norm else "smollm3" if config.nope_layers else "llama", _rope_factors(config)
     if name == "llama" and config.qkv_bias and not has_new_biases and factors is None:
         name = "qwen2" if config.head_size * config.n_heads == config.dim else "llama"
     without_rotation = tuple(range(3, config.n_layers, 4)) if name == "smollm3" else ()
@@ -88,19 +88,10 @@ def gguf_architecture(config: ModelConfig) -> tuple[str, list[str]]:
     }
     if found := [problem for problem, is_so in problems.items() if is_so]:
         raise UserError(f"llama.cpp cannot compute this model:\n{listed(found)}", "use --to hf")
-    notes, context = [], _context(config)
-    if context < config.max_seq_len:
-        notes.append(f"llama.cpp has no sliding window in {name}: the file says a context of {context}, that window")
-    if isinstance(scaling, RopeScaling) and scaling.rope_type == "dynamic":
-        notes.append(f"llama.cpp has no rotary scaling dynamic: it computes the same up to the context of {context}")
-    return name, notes
+    return name
 
 
-def _context(config: ModelConfig) -> int:
-    return min(config.max_seq_len, config.sliding_window or config.max_seq_len)
-
-
-def rope_factors(config: ModelConfig) -> LazyTensor | None:
+def _rope_factors(config: ModelConfig) -> LazyTensor | None:
     """What llama3's scaling divides the frequencies by, [D / 2]; None: the model has another scaling, or none."""
     scaling = config.rope_scaling
     if not isinstance(scaling, RopeScaling) or scaling.rope_type != "llama3":
@@ -109,12 +100,18 @@ def rope_factors(config: ModelConfig) -> LazyTensor | None:
     return LazyTensor.of(1.0 / config.rope_theta**powers / frequencies(config, 1, torch.device("cpu"))[0])
 
 
-def _add_shape(writer: "GGUFWriter", config: ModelConfig) -> None:
-    """The keys that llama-model.cpp reads."""
+def _add_shape(writer: "GGUFWriter", config: ModelConfig) -> list[str]:
+    """The keys that llama-model.cpp reads; returns what the user should know."""
     from gguf import RopeScalingType
 
+    scaling, notes = config.rope_scaling, []
+    context = min(config.max_seq_len, config.sliding_window or config.max_seq_len)
+    if context < config.max_seq_len:
+        notes.append(f"llama.cpp has no sliding window here: the file says a context of {context}, that window")
+    if isinstance(scaling, RopeScaling) and scaling.rope_type == "dynamic":
+        notes.append(f"llama.cpp has no rotary scaling dynamic: it computes the same up to the context of {context}")
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(_context(config))
+    writer.add_context_length(context)
     writer.add_embedding_length(config.dim)
     writer.add_block_count(config.n_layers)
     writer.add_feed_forward_length(config.hidden_dim)
@@ -125,7 +122,6 @@ def _add_shape(writer: "GGUFWriter", config: ModelConfig) -> None:
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_rope_dimension_count(config.head_size)
-    scaling = config.rope_scaling
     if scaling is not None and not isinstance(scaling, RopeScaling):
         scaling = RopeScaling("linear", 1.0 / scaling)
     if scaling is not None and scaling.rope_type in ("linear", "yarn"):
@@ -136,6 +132,7 @@ def _add_shape(writer: "GGUFWriter", config: ModelConfig) -> None:
         # What it is multiplied by besides. (The key yarn_attn_factor is read for other architectures only.)
         usual = 1.0 + 0.1 * math.log(max(scaling.factor, 1.0))
         writer.add_rope_scaling_attn_factors(frequencies(config, 1, torch.device("cpu"))[1] / usual)
+    return notes
 
 
 # The tensors
@@ -144,16 +141,14 @@ def _add_shape(writer: "GGUFWriter", config: ModelConfig) -> None:
 def gguf_tensors(
     config: ModelConfig, parameters: Mapping[str, LazyTensor], kind: GGUFType
 ) -> tuple[dict[str, LazyTensor], dict[str, torch.dtype]]:
-    """The tensors of a file, and the types they are rounded to (uint8: they are bytes of q8_0).
+    """The tensors of a file and the types they are rounded to (uint8: bytes of q8_0), of parameters by Meta's names.
 
-    Args:
-        config: the shape.
-        parameters: by Meta's names.
-        kind: type of the matrices. Rows that are not of whole blocks of q8_0 are float16.
+    Raises:
+        UserError: llama.cpp cannot compute such a model.
     """
     import gguf
 
-    architecture, _ = gguf_architecture(config)
+    architecture = _architecture(config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.n_layers)  # which has all that a family here has
     tensors, dtypes = {}, {}
     for parameter, tensor in parameters.items():
@@ -163,7 +158,7 @@ def gguf_tensors(
         dtypes[name] = _dtype_of(tensor, kind)
         if dtypes[name] == _Q8_0:
             tensors[name] = _in_q8_0(tensors[name])
-    if (factors := rope_factors(config)) is not None:
+    if (factors := _rope_factors(config)) is not None:
         tensors["rope_freqs.weight"], dtypes["rope_freqs.weight"] = factors, torch.float32
     return tensors, dtypes
 
@@ -184,7 +179,7 @@ def gguf_values(tensor: LazyTensor, kind: GGUFType) -> LazyTensor:
 
 
 def _dtype_of(tensor: LazyTensor, kind: GGUFType) -> torch.dtype:
-    """A parameter's type in a file."""
+    """A parameter's type in a file. Rows that are not of whole blocks of q8_0 are float16."""
     if len(tensor.shape) < 2:
         return torch.float32
     return torch.float16 if kind == "q8_0" and tensor.shape[1] % _BLOCK else _DTYPES[kind]
@@ -295,8 +290,8 @@ def _scores(model: Mapping[str, Any], rows: int, path: Path) -> list[float]:
         for number, (left, right) in reversed(list(enumerate(model["merges"]))):
             scores[model["vocab"][left + right]] = float(-number)
     else:
-        pieces, *_ = read_sentencepiece(path.read_bytes())
-        scores[: len(pieces)] = [piece.score for piece in pieces]
+        pieces = SentencePieceProcessor(model_file=str(path))
+        scores[: len(pieces)] = map(pieces.GetScore, range(len(pieces)))
     return scores
 
 
@@ -312,32 +307,21 @@ def _ends(tokenizer: Tokenizer, exported: Path) -> list[int]:
 def lay_out_gguf(
     path: Path, specs: Specs, config: ModelConfig, kind: GGUFType, name: str, tokenizer: Tokenizer, exported: Path
 ) -> list[str]:
-    """Writes a file with all but the tensors, which are holes; and Ollama's Modelfile beside it.
+    """Writes a file with holes in the place of its tensors, and Ollama's Modelfile; returns what the user should know.
 
-    Args:
-        path: the file to make.
-        specs: its tensors by llama.cpp's names, in the order they will lie.
-        config: the shape.
-        kind: type of the matrices.
-        name: of the model, for showing.
-        tokenizer: the one of the training.
-        exported: a folder for transformers that `write_tokenizer` has written.
-
-    Returns:
-        What the user should know.
+    `kind` is the type of the matrices, `name` that of the model, and `exported` a folder that `write_tokenizer` made.
 
     Raises:
         UserError: llama.cpp has no such tokenizer.
     """
     from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFWriter
 
-    writer = GGUFWriter(path, gguf_architecture(config)[0])
+    writer = GGUFWriter(path, _architecture(config))
     writer.add_type("model")
     writer.add_name(name)
     writer.add_file_type(_FILE_TYPES[kind])
     writer.add_quantization_version(2)
-    _add_shape(writer, config)
-    notes = _add_tokenizer(writer, config.vocab_size, tokenizer, exported)
+    notes = _add_shape(writer, config) + _add_tokenizer(writer, config.vocab_size, tokenizer, exported)
     template, jinja = own_template(exported, tokenizer), exported / CHAT_TEMPLATE_FILE
     if jinja.is_file() or isinstance(template, ChatTemplate):
         writer.add_chat_template(template.source if isinstance(template, ChatTemplate) else read_text(jinja))

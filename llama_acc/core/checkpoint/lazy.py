@@ -7,7 +7,7 @@ at a time and releases the mapped pages at once, so that reading takes no memory
 
 import ctypes
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,15 @@ class LazyTensor:
     def rows(self, start: int, stop: int) -> "LazyTensor":
         """Its rows start to stop, as many as there are."""
         return self.narrow(0, start, stop)
+
+    def blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        """Its values in a type, some rows at a time, with the number of the first of these. Each block may be a view of
+        a file, and is good until the next one."""
+        for start, stop in blocks_of(self.shape):
+            part = self.rows(start, stop)
+            yield start, part.block(slice(0, stop - start)).to(dtype)
+            for tensor in part.mapped:
+                release_pages(tensor)
 
     def copy_into(self, target: Tensor) -> None:
         """Reads it into `target`, which has its shape, on any device and of any type."""
@@ -191,8 +200,8 @@ def same_values(one: LazyTensor, other: LazyTensor, dtype: torch.dtype) -> bool:
     """Whether two tensors are the same in a type, compared as whole numbers: so NaN is NaN, and 0 is not -0."""
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
     return one.shape == other.shape and all(
-        torch.equal(one.rows(*rows).to(dtype).view(whole), other.rows(*rows).to(dtype).view(whole))
-        for rows in blocks_of(one.shape)
+        torch.equal(block.view(whole), same.view(whole))
+        for (_, block), (_, same) in zip(one.blocks(dtype), other.blocks(dtype), strict=True)
     )
 
 

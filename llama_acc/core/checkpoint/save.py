@@ -158,9 +158,10 @@ class TensorFile:
                     os.pwrite(self._file.fileno(), struct.pack("<I", checksum), place)
             central += _CENTRAL_HEADER + sum(struct.unpack("<HHH", self._read(6, central + 28)))
 
-    def close(self) -> None:
-        """Waits until all is on the disk."""
-        os.fsync(self._file.fileno())
+    def close(self, durable: bool = True) -> None:
+        """Closes it; `durable`: once all is on the disk."""
+        if durable:
+            os.fsync(self._file.fileno())
         self._file.close()
 
 

@@ -112,7 +112,7 @@ def test_shape_and_tensors_of_a_family(family: str, tokenizer_path: Path, tmp_pa
         assert np.array_equal(tensors[name], array), name
     assert [note.split(":")[0] for note in made.notes] == {
         "llama, dynamic": ["llama.cpp has no rotary scaling dynamic"],
-        "mistral, window": ["llama.cpp has no sliding window in llama"],
+        "mistral, window": ["llama.cpp has no sliding window here"],
     }.get(family, [])
 
 
