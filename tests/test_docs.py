@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +20,10 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from llama_acc.cli.app import app
-from llama_acc.core.data import items
+from llama_acc.core.data import keys
 from llama_acc.core.data.items import ROLES
 from llama_acc.core.data.templates import TEMPLATES, Template, Turn
+from llama_acc.core.data.tools import MESSAGE_KEYS, TOOLS
 from llama_acc.core.recipe import Recipe, Source, known_keys, recipe_names
 from llama_acc.core.train.run_folder import _MAY_CHANGE
 
@@ -311,7 +313,7 @@ def fenced(text: str, language: str) -> list[str]:
 
 def documented_examples() -> Iterator[tuple[str, Any]]:
     """The name of every prompt format, with the items of the page that it is shown for."""
-    (without, with_input), (dialogue,) = map(json.loads, fenced(read("docs/data.md"), "json"))
+    (without, with_input), (dialogue,), *_ = map(json.loads, fenced(read("docs/data.md"), "json"))
     for name, template in TEMPLATES.items():
         yield name, without if template.kind == "single_turn" else dialogue
         if template.prompt_with_input is not None:
@@ -328,8 +330,16 @@ def test_data_page_has_the_exact_text_of_every_prompt_format(name: str, item: An
 def test_the_guide_names_every_key_that_changes_an_item() -> None:
     table = section(read("docs/data.md"), "### Keys")
     named = {word for row in table_rows(table)[1:] for word in re.findall(r"`(\w+)`", row[0])}
-    used = {*items.SYSTEM, *items.TRAINED, *items.INPUT[1:], *items.IMAGES[1:], "history"}
-    assert named == {*used, *items.UNUSABLE, *items.UNDESIRABLE, "completion"}
+    used = {
+        *keys.SYSTEM,
+        *keys.TRAINED,
+        *keys.INPUT[1:],
+        *keys.IMAGES[1:],
+        *TOOLS,
+        *chain(*MESSAGE_KEYS.values()),
+        "history",
+    }
+    assert named == {*used, *keys.UNUSABLE, *keys.UNDESIRABLE, "completion"}
 
 
 # The walks of docs/architecture.md

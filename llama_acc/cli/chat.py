@@ -198,7 +198,7 @@ class _Chat:
         roles = {"human": "human", "assistant": "gpt"}
         item: dict[str, object] = {"image": self.files} if self.files else {}
         item |= {} if self.conversation.system is None else {"system": self.conversation.system}
-        item["conversations"] = [{"from": roles[role], "value": text} for role, text, _ in turns]
+        item["conversations"] = [{"from": roles[turn.role], "value": turn.text} for turn in turns]
         try:
             write_text_whole(Path(name).expanduser(), json.dumps([item], indent=1, ensure_ascii=False) + "\n")
         except OSError as error:

@@ -109,7 +109,7 @@ def _print_report(report: "FileReport", most: int | None) -> None:
     from llama_acc.core.data.check import histogram
     from llama_acc.core.data.checks import quantiles
     from llama_acc.core.data.findings import KINDS
-    from llama_acc.core.data.items import unused_text
+    from llama_acc.core.data.keys import unused_text
 
     stats, findings = report.stats, report.findings
     names = {"single_turn": "single-turn item", "dialogue": "dialogue"}

@@ -250,7 +250,7 @@ def _show(conversion: "Conversion", count: int) -> None:
 
 def _report(conversion: "Conversion") -> None:
     """What became of rows that are not items unchanged."""
-    from llama_acc.core.data.items import unused_text
+    from llama_acc.core.data.keys import unused_text
 
     for reason, count in conversion.skipped.items():
         console.note(f"skipped {count_text(count, 'row')}: {reason}")

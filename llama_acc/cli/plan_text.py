@@ -69,7 +69,7 @@ def describe_plan(plan: "Plan") -> list[tuple[str, str]]:
 
 def _data_lines(plan: "Plan") -> list[tuple[str, str]]:
     from llama_acc.core.data.findings import KINDS
-    from llama_acc.core.data.items import unused_text
+    from llama_acc.core.data.keys import unused_text
 
     data, report = plan.train, plan.report
     paths = [str(file.path) for file in data.files]

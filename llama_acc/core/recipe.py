@@ -132,7 +132,8 @@ class Vision(Section):
 
 class Source(Section):
     """A file, glob, folder, downloaded name or address; a fixed random `ratio` of its items is kept, and each of these
-    is used `weight` times in an epoch; of a fraction, which ones are is drawn for each epoch."""
+    is used `weight` times in an epoch; of a fraction, which ones are is drawn for each epoch. `train_on` last: only the
+    last reply of a dialogue is trained."""
 
     path: str
     format: Literal["auto", "single_turn", "dialogue", "single_turn_llava"] = "auto"
@@ -140,6 +141,8 @@ class Source(Section):
     ratio: float = Field(default=1.0, gt=0, le=1)
     weight: float = Field(default=1.0, gt=0, le=1000)
     root: str | None = None
+    train_on: Literal["all", "last"] = "all"
+    reasoning: Literal["keep", "drop"] = "keep"
 
 
 class Validation(Section):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llama_acc.core.data.dataset import Dataset
+    from llama_acc.core.data.encode import Labels
 
 IGNORED = -100
 """The target of a position that is not trained."""
@@ -165,6 +166,8 @@ class MicroBatch:
     """[T]: from 0 in each document."""
     lengths: list[int]
     """Tokens of each document."""
+    label_weights: NDArray[np.float32] | None = None
+    """[T]: how much a target counts in the loss; None: all count in full."""
     images: tuple[ImageAt, ...] = ()
     """[I]: in the order of the stream."""
     image_documents: tuple[int, ...] = ()
@@ -191,11 +194,15 @@ def build(dataset: "Dataset", items: Sequence[int]) -> MicroBatch:
     """The micro-batch of these documents, in this order. Of none it is a single token without a label: a rank that has
     nothing to learn still takes part in what all ranks do together."""
     documents = [dataset.document(item) for item in items] or [(np.zeros(1, np.int32), np.zeros(1, np.bool_))]
+    weights = None
+    if any(labeled.dtype != np.bool_ for _, labeled in documents):
+        weights = np.concatenate([np.append(labeled[1:], 0) for _, labeled in documents]).astype(np.float32)
     return MicroBatch(
         tokens=np.concatenate([tokens for tokens, _ in documents]).astype(np.int64),
         targets=np.concatenate([_targets(tokens, labeled) for tokens, labeled in documents]),
         positions=np.concatenate([np.arange(len(tokens), dtype=np.int64) for tokens, _ in documents]),
         lengths=[len(tokens) for tokens, _ in documents],
+        label_weights=weights,
     )
 
 
@@ -221,7 +228,7 @@ def draws_of(items: Sequence[int], seed: int, epoch: int) -> list[int]:
     return [int(np.random.SeedSequence([seed, epoch, item]).generate_state(1)[0]) for item in items or [0]]
 
 
-def _targets(tokens: NDArray[np.int32], labeled: NDArray[np.bool_]) -> NDArray[np.int64]:
+def _targets(tokens: NDArray[np.int32], labeled: "Labels") -> NDArray[np.int64]:
     targets = np.full(len(tokens), IGNORED, dtype=np.int64)
     targets[:-1] = np.where(labeled[1:], tokens[1:], IGNORED)
     return targets

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from llama_acc.core.atomic import locked
 from llama_acc.core.data.checks import CHECKS_VERSION
-from llama_acc.core.data.encode import DOCUMENT, ENCODER_VERSION, Chunk, stored_images, stored_tokens
+from llama_acc.core.data.encode import DOCUMENT, ENCODER_VERSION, Chunk, Labels, stored_images, stored_tokens
 from llama_acc.core.data.read import unreadable
 from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_digest
 from llama_acc.core.data.templates import Template
@@ -42,7 +42,7 @@ from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import home, open_input
 from llama_acc.core.tokenizer import Tokenizer
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 """Of an entry; part of the cache's key."""
 DEFAULT_GIB = "10"
 SUFFIX = ".tokens"
@@ -87,7 +87,7 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.table)
 
-    def document(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    def document(self, i: int) -> tuple[NDArray[np.int32], Labels]:
         """A document's tokens, and which of them are labeled. [N], [N]"""
         return stored_tokens(self.table[i], self.mapped, self.vocab_size)
 

@@ -4,6 +4,7 @@ A chat template comes with a checkpoint and is a program: it may loop, recurse o
 only so much processor time and memory, and its output may be only so long.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +30,15 @@ class Limits(NamedTuple):
     """Bytes of address space."""
 
 
+class Chat(NamedTuple):
+    """A conversation as transformers has it."""
+
+    messages: Sequence[Mapping[str, Any]]
+    """Each with a role and content; perhaps with `tool_calls` and the like."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Functions that may be called, as JSON schemas."""
+
+
 class Replies(NamedTuple):
     """What is to be trained of conversations."""
 
@@ -35,12 +46,15 @@ class Replies(NamedTuple):
     """Of each conversation, the numbers of messages."""
     special: Sequence[str]
     """The texts of the tokenizer's special tokens."""
-    ends: Sequence[str]
-    """Those of them that end an answer."""
+    ends: Sequence[Sequence[str]]
+    """Those of them that end an answer: EOS and its like, which are looked for first, and others."""
 
 
-RenderedChat = tuple[str, list[tuple[int, int]]]
-"""A conversation as text, and the characters [begin, end) of it that the model has to write."""
+REASONING_FIELDS = ("reasoning_content", "thinking")
+"""Under which of them a template looks for a reply's reasoning, the first that it mentions."""
+RenderedChat = tuple[str, list[tuple[int, int, int]]]
+"""A conversation as text, and the characters [begin, end) of it that the model has to write, with the number of the
+message that they are of."""
 TRAINING_DAY = datetime(2024, 7, 26)
 """What templates that write the date (LLaMA 3.2's) are told in training: its tokens must not depend on the day. It is
 the date that LLaMA 3.1's template writes itself."""
@@ -50,17 +64,17 @@ _PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from llama_acc.core.data imp
 
 def render(
     source: str,
-    conversations: Sequence[Sequence[Mapping[str, str]]],
+    chats: Sequence[Chat],
     variables: Mapping[str, str],
     replies: Replies | None,
     path: Path,
     limits: Limits | None = None,
-) -> list[list[RenderedChat]]:
+) -> list[list[RenderedChat] | str]:
     """Render conversations with a chat template, as `apply_chat_template(tokenize=False)` does.
 
     Args:
         source: the Jinja text.
-        conversations: messages, each with a role and content.
+        chats: the conversations.
         variables: the special tokens by name, such as bos_token.
         replies: what is to be trained; None: each conversation is a prompt, and ends with what stands in front of an
             answer.
@@ -69,13 +83,14 @@ def render(
 
     Returns:
         Each conversation as one text; or, where a template writes earlier turns otherwise than it did while they were
-        the last ones, as one text for each reply, which ends with that and is what the model is asked then.
+        the last ones, as one text for each reply, which ends with that and is what the model is asked then. Where
+        it refuses what is to be trained, or leaves something out of it, a text that says so.
 
     Raises:
-        UserError: the template is not Jinja, refuses the messages, or takes more than the limits.
+        UserError: the template is not Jinja, refuses a prompt, or takes more than the limits.
     """
     limits = limits or Limits()
-    job = [source, conversations, variables, replies, limits]
+    job = [source, chats, variables, replies, limits]
     # Isolated: neither the working directory nor PYTHON* variables decide what the child imports.
     command = [sys.executable, "-I", "-c", _PROGRAM, *filter(None, sys.path)]
     most = 10 * limits.seconds  # for one that sleeps
@@ -89,106 +104,163 @@ def render(
     answer = json.loads(done.stdout)
     if isinstance(answer, str):
         raise UserError(f"{path} {answer}" if answer.startswith("is not") else f"the chat template {path} {answer}")
-    return [[(text, [(begin, end) for begin, end in spans]) for text, spans in texts] for texts in answer]
+    return [
+        f"the chat template {path} {texts}"
+        if isinstance(texts, str)
+        else [(text, list(map(tuple, spans))) for text, spans in texts]
+        for texts in answer
+    ]
 
 
 def main() -> None:
     """Read a job from standard input; write the rendered conversations, or a text saying what is wrong."""
     import resource
 
-    source, conversations, variables, replies, limits = json.load(sys.stdin)
+    source, chats, variables, replies, limits = json.load(sys.stdin)
     limits = Limits(*limits)
     for kind, most in ((resource.RLIMIT_CPU, limits.seconds), (resource.RLIMIT_AS, limits.memory)):
         with suppress(ValueError, OSError):  # macOS has no limit of address space
             resource.setrlimit(kind, (most, most))
-    sys.stdout.write(json.dumps(_answer(source, conversations, variables, replies, limits)))
+    sys.stdout.write(json.dumps(_answer(source, list(itertools.starmap(Chat, chats)), variables, replies, limits)))
 
 
-_Write = Callable[[list[dict[str, str]], bool], RenderedChat]
-"""Writes messages, and then, if so asked, the prompt for an answer; with what stands in `{% generation %}` blocks."""
+_Span = tuple[int, int]
+_Write = Callable[[Chat, bool], tuple[str, list[_Span]]]
+"""Writes a conversation, and then, if so asked, the prompt for an answer; with what is in `{% generation %}` blocks."""
 
 
 def _answer(
     source: str,
-    conversations: list[list[dict[str, str]]],
+    chats: list[Chat],
     variables: dict[str, str],
     replies: list[Any] | None,
     limits: Limits,
-) -> list[list[RenderedChat]] | str:
+) -> list[list[RenderedChat] | str] | str:
     from jinja2 import TemplateError
 
-    # What transformers passes where its caller gives neither tools nor documents.
-    passed = {"tools": None, "documents": None, **variables}
     blocks: list[str] = []
     generated: list[tuple[int, int]] = []
 
-    def write(messages: list[dict[str, str]], ask: bool) -> RenderedChat:
+    def write(chat: Chat, ask: bool) -> tuple[str, list[_Span]]:
         written = 0
+        # As transformers, which passes None where its caller gives none.
+        passed = {"tools": chat.tools or None, "documents": None, **variables}
         blocks.clear()
         generated.clear()
-        for block in template.generate(messages=messages, add_generation_prompt=ask, **passed):
+        for block in template.generate(messages=chat.messages, add_generation_prompt=ask, **passed):
             blocks.append(block)
             written += len(block)
             if written > limits.characters:
                 raise TemplateError(f"it writes more than {limits.characters:,} characters")
         return "".join(blocks), list(generated)
 
-    wrong = "is not a chat template"
-    try:
-        template = _compiled(source, blocks, generated, datetime.now() if replies is None else TRAINING_DAY)
-        wrong = "fails on these turns"
-        if replies is None:
-            return [[write(messages, True)] for messages in conversations]
-        found, (wanted, special, ends) = [], replies
-        for messages, numbers in zip(conversations, wanted, strict=True):
-            found.append(_trained(write, messages, numbers, special, ends))
-        return found
-    except MemoryError:
-        return f"takes more than {limits.memory >> 20} MiB of memory on these turns"
-    except (
+    # Of what else a template may raise, the bases of the rest.
+    refusals = (
         TemplateError,
-        RecursionError,
+        RuntimeError,
         SyntaxError,
         TypeError,
         ValueError,
         ArithmeticError,
         LookupError,
         AttributeError,
-    ) as error:
+    )
+    wrong, found = "is not a chat template", list[list[RenderedChat] | str]()
+    try:
+        template = _compiled(source, blocks, generated, datetime.now() if replies is None else TRAINING_DAY)
+        wrong = "fails on these turns"
+        if replies is None:
+            return [[(write(chat, True)[0], [])] for chat in chats]
+        wanted, special, ends = replies
+        for chat, numbers in zip(chats, wanted, strict=True):
+            try:
+                found.append(_trained(write, chat, numbers, special, ends))
+            except refusals as error:
+                found.append(f"{wrong}: {error}")
+        return found
+    except MemoryError:
+        return f"takes more than {limits.memory >> 20} MiB of memory on these turns"
+    except refusals as error:
         return f"{wrong}: {error}"
 
 
 def _trained(
-    write: _Write, messages: list[dict[str, str]], wanted: list[int], special: list[str], ends: list[str]
+    write: _Write, chat: Chat, wanted: list[int], special: list[str], ends: list[list[str]]
 ) -> list[RenderedChat]:
     """The texts of a conversation, and in each what the model has to write: from behind the prompt that it is asked
     with to the token that ends its answer. A template that has `{% generation %}` blocks says it itself."""
     from jinja2 import TemplateError
 
-    whole, blocks = write(messages, False)
-    if blocks:
-        replies = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        if len(blocks) != len(replies):
-            raise TemplateError(f"it has {{% generation %}} around {len(blocks)} of {len(replies)} replies")
-        return [(whole, [block for block, number in zip(blocks, replies, strict=True) if number in wanted])]
-    marks = "|".join(map(re.escape, special))
+    def until(number: int) -> Chat:
+        return chat._replace(messages=chat.messages[:number])
+
+    whole, blocks = write(chat, False)
+    if lost := _lost_of_tools(chat, whole):
+        raise TemplateError(f"it leaves out {lost}")
+    replies = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    if blocks and len(blocks) == len(replies):
+        block_of = dict(zip(replies, blocks, strict=True))
+        if not any(_lost_of_reply(chat.messages[number], whole[slice(*block_of[number])]) for number in wanted):
+            return [(whole, [(*block_of[number], number) for number in wanted])]
     found: list[RenderedChat] = []
     for number in wanted:
-        asked, text = write(messages[:number], True)[0], write(messages[: number + 1], False)[0]
-        said = messages[number]["content"].rpartition("</think>")[2].strip()
-        if not text.startswith(asked):
-            raise TemplateError("it does not begin a reply as it asks for one")
-        if said not in text[len(asked) :]:
-            raise TemplateError("it changes the text of a reply")
-        tail = re.search(rf"(?:{marks}|\s)*$", text)
-        closing = [] if tail is None else [found for found in re.finditer(marks, text) if found.start() >= tail.start()]
-        if not closing:
-            raise TemplateError("it ends a reply with no special token, by which chat would know the end")
-        end = next((mark for mark in closing if mark.group() in ends), closing[-1]).end()
-        found.append((text, [(len(asked), end)]))
-    if all(whole.startswith(text[:end]) for text, [(_, end)] in found):
+        text, blocks = write(until(number + 1), False)
+        if blocks:
+            shared = len(commonprefix([write(until(number), False)[0], text]))  # noqa: RUF071
+            spans = [(begin, end, number) for begin, end in blocks if shared <= begin < end]
+        else:
+            spans = [(*_span(write(until(number), True)[0], text, special, ends), number)]
+        if lost := _lost_of_reply(chat.messages[number], "".join(text[begin:end] for begin, end, _ in spans)):
+            raise TemplateError(f"it {lost}")
+        found.append((text[: spans[-1][1]], spans))
+    if all(whole.startswith(text) for text, _ in found):
         return [(whole, [span for _, spans in found for span in spans])]
-    return [(text[:end], spans) for text, spans in found for _, end in spans]
+    return found
+
+
+def _span(asked: str, text: str, special: list[str], ends: list[list[str]]) -> _Span:
+    """Where a text's last reply stands, to which the model is asked so."""
+    from jinja2 import TemplateError
+
+    if not text.startswith(asked):
+        raise TemplateError("it does not begin a reply as it asks for one")
+    marks = "|".join(map(re.escape, special))
+    tail = re.search(rf"(?:{marks}|\s)*$", text)
+    closing = [] if tail is None else [found for found in re.finditer(marks, text) if found.start() >= tail.start()]
+    if not closing:
+        raise TemplateError("it ends a reply with no special token, by which chat would know the end")
+    chosen = (mark for group in ends for mark in closing if mark.group() in group)
+    return len(asked), next(chosen, closing[-1]).end()
+
+
+def _lost_of_tools(chat: Chat, whole: str) -> str | None:
+    """What a template did not write of a conversation's tools, and of what came of their calls."""
+    if not _holds(whole, [tool["function"]["name"] for tool in chat.tools]):
+        return "the tools"
+    results = [message["content"] for message in chat.messages if message["role"] == "tool"]
+    return None if _holds(whole, results) else "what came of a call"
+
+
+def _lost_of_reply(message: Mapping[str, Any], text: str) -> str | None:
+    """What a template did with a reply that it wrote as this text, if something of it is not there."""
+    thoughts, _, said = message["content"].rpartition("</think>")
+    calls = [[call["function"][field] for field in ("name", "arguments")] for call in message.get("tool_calls", ())]
+    if not _holds(text, [said]):
+        return "changes the text of a reply"
+    inline = thoughts.strip().removeprefix("<think>")
+    if not _holds(text, [inline, *(message.get(field, "") for field in REASONING_FIELDS)]):
+        return "leaves out the reasoning of a reply (data.sources.reasoning=drop does so everywhere)"
+    return None if _holds(text, calls) else "leaves out calls of a reply, or a part of them"
+
+
+def _holds(text: str, value: Any) -> bool:
+    """Whether all texts in a value stand in a text, as they are or as JSON writes them, but for space around them."""
+    if isinstance(value, str):
+        said = value.strip()
+        return said in text or any(json.dumps(said, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    return not isinstance(value, Sequence) or all(_holds(text, part) for part in value)
 
 
 def _compiled(source: str, blocks: list[str], generated: list[tuple[int, int]], now: datetime) -> Any:
@@ -237,7 +309,9 @@ def _compiled(source: str, blocks: list[str], generated: list[tuple[int, int]], 
     def tojson(
         x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
     ) -> str:
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        text = json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        # The noncharacters in it are the marks of `chat_template`, by which own text is known again.
+        return re.sub(r"\\ufd[de][0-9a-f]", lambda escape: chr(int(escape[0][2:], 16)), text)
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)

@@ -3,13 +3,13 @@
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import PrivateAttr
 
-from llama_acc.core.data.chat_rendering import Limits, RenderedChat, Replies, render
+from llama_acc.core.data.chat_rendering import REASONING_FIELDS, Chat, Limits, RenderedChat, Replies, render
 from llama_acc.core.data.templates import (
     CHAT_TEMPLATE,
     CHAT_TEMPLATES,
@@ -23,6 +23,7 @@ from llama_acc.core.data.templates import (
     get_template,
     is_template_file,
     special_texts,
+    weights_of,
 )
 from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import read_json, read_text
@@ -31,6 +32,17 @@ from llama_acc.core.tokenizer_folder import CHAT_TEMPLATE_FILE, CONFIG_FILE, TOK
 
 # Noncharacters, which no text may hold in interchange; two that are not in the text at hand mark special tokens.
 _MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
+
+
+_ROLES = {"human": "user"}
+
+
+class Talk(NamedTuple):
+    """A dialogue to be written."""
+
+    turns: Sequence[Turn]
+    system: str | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
 
 
 class ChatTemplate(Template):
@@ -42,7 +54,7 @@ class ChatTemplate(Template):
     _variables: dict[str, str] = PrivateAttr()
     _special_texts: list[str] = PrivateAttr()
     _special: re.Pattern[str] = PrivateAttr()
-    _ends: list[str] = PrivateAttr()
+    _ends: list[list[str]] = PrivateAttr()
 
     def __init__(self, source: str, tokenizer: Tokenizer, path: Path, limits: Limits = Limits()) -> None:  # noqa: B008
         """Args:
@@ -61,8 +73,9 @@ class ChatTemplate(Template):
         self._variables = _special_tokens(tokenizer.path.parent / CONFIG_FILE, tokenizer)
         self._special_texts = special_texts(tokenizer)
         self._special = re.compile("|".join(map(re.escape, self._special_texts)))
-        self._ends = [tokenizer.piece(token) for token in sorted(tokenizer.end_ids)]
-        self._rendered([], [], False)
+        first = {tokenizer.eos_id, *tokenizer.settings.end_ids}
+        self._ends = [[tokenizer.piece(token) for token in sorted(ends)] for ends in (first, tokenizer.end_ids)]
+        self._rendered([], None)
 
     def render_prompt(self, history: Sequence[Turn], system: str | None = None) -> Rendered:
         """Render the text up to where the model is to answer.
@@ -70,7 +83,9 @@ class ChatTemplate(Template):
         Raises:
             UserError: the template refuses these turns.
         """
-        return self._rendered([history], [system], False)[0][0]
+        [prompt] = self._rendered([Talk(history, system)], None)
+        assert not isinstance(prompt, str)
+        return prompt[0]
 
     def marks(self, tokenizer: Tokenizer | None) -> list[str]:
         """The stop strings that are text for the tokenizer; what else looks like a turn is not known."""
@@ -94,59 +109,65 @@ class ChatTemplate(Template):
         """All that decides what it renders."""
         return json.dumps([self._source, self._variables])
 
-    def dialogue_texts(
-        self, dialogues: Sequence[Sequence[Turn]], systems: Sequence[str | None]
-    ) -> list[list[Rendered]]:
+    def dialogue_texts(self, dialogues: Sequence[Talk]) -> list[list[Rendered] | str]:
         """Render whole dialogues; trained is what the model has to write: see `chat_rendering.render`.
 
-        Each is one text, or, where the template writes earlier turns otherwise than the last one, one for each reply.
-
-        Raises:
-            UserError: the template refuses these turns, or does not write a reply as it asks for one.
+        Each is one text, or, where the template writes earlier turns otherwise than the last one, one for each reply;
+        or a text that says why the template cannot write it.
         """
-        try:
-            return self._rendered(dialogues, systems, True)
-        except UserError as error:
-            known = ", ".join((*TEMPLATES, *CHAT_TEMPLATES))
-            hint = f"take another one: --template NAME, in a run data.sources.0.template=NAME; there are: {known}"
-            raise UserError(error.message, hint) from None
+        wanted = [
+            [number + (talk.system is not None) for number, turn in enumerate(talk.turns) if turn.is_label]
+            for talk in dialogues
+        ]
+        return self._rendered(dialogues, Replies(wanted, self._special_texts, self._ends))
 
-    def _rendered(
-        self, dialogues: Sequence[Sequence[Turn]], systems: Sequence[str | None], trains: bool
-    ) -> list[list[Rendered]]:
+    def _rendered(self, dialogues: Sequence[Talk], replies: Replies | None) -> list[list[Rendered] | str]:
         """The texts of dialogues, or of prompts.
 
         Special tokens in own texts are put between marks, by which they are found again in what is rendered.
         """
-        roles = {"human": "user", "assistant": "assistant"}
-        conversations = [
-            ([] if system is None else [("system", system)]) + [(roles[turn.role], turn.text) for turn in turns]
-            for turns, system in zip(dialogues, systems, strict=True)
-        ]
-        texts = "".join(text for conversation in conversations for _, text in conversation)
+        chats = [Chat(self._messages(talk), talk.tools) for talk in dialogues]
+        texts = json.dumps(chats, ensure_ascii=False)
         begin, end, *_ = [mark for mark in _MARKS if mark not in texts]
-        messages = [
-            [{"role": role, "content": self._special.sub(rf"{begin}\g<0>{end}", text)} for role, text in conversation]
-            for conversation in conversations
+        chats = _with_texts(chats, lambda text: self._special.sub(rf"{begin}\g<0>{end}", text))
+        found = render(self._source, chats, self._variables, replies, self._path, self._limits)
+        return [
+            texts if isinstance(texts, str) else [_unmarked(text, begin, end, talk) for text in texts]
+            for texts, talk in zip(found, dialogues, strict=True)
         ]
-        wanted = [
-            [number + (system is not None) for number, turn in enumerate(turns) if turn.is_label]
-            for turns, system in zip(dialogues, systems, strict=True)
-        ]
-        replies = Replies(wanted, self._special_texts, self._ends) if trains else None
-        chats = render(self._source, messages, self._variables, replies, self._path, self._limits)
-        return [[_unmarked(text, begin, end) for text in texts] for texts in chats]
+
+    def _messages(self, talk: Talk) -> list[dict[str, Any]]:
+        """A dialogue as transformers has it; reasoning that the template does not look for stands in the text."""
+        field = next((field for field in REASONING_FIELDS if field in self._source), None)
+        messages = [] if talk.system is None else [{"role": "system", "content": talk.system}]
+        for turn in talk.turns:
+            message = {"role": _ROLES.get(turn.role, turn.role), "content": turn.text, **turn.more}
+            if (reasoning := message.pop("reasoning_content", None)) is not None:
+                message |= {"content": turn.whole_text} if field is None else {field: reasoning}
+            messages.append(message)
+        return messages
 
 
-def _unmarked(chat: RenderedChat, begin: str, end: str) -> Rendered:
+def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with each of its texts changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(key): _with_texts(part, change) for key, part in value.items()}
+    return [_with_texts(part, change) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def _unmarked(chat: RenderedChat, begin: str, end: str, talk: Talk) -> Rendered:
     """A rendered text without the marks. The character at each mark's inner side is own text, which is enough to keep
     the tokenizer from the special token there, even if the template has cut the text between two marks."""
     marked, blocks = chat
     marks = [match.start() for match in re.finditer(f"[{begin}{end}]", marked)]
     text = marked.replace(begin, "").replace(end, "")
     inner = {mark - number - (marked[mark] == end) for number, mark in enumerate(marks)}
-    generated = [(first - bisect_left(marks, first), last - bisect_left(marks, last)) for first, last in blocks]
-    return Rendered(text, [(place, place + 1) for place in sorted(inner) if 0 <= place < len(text)], generated)
+    generated = [(first - bisect_left(marks, first), last - bisect_left(marks, last)) for first, last, _ in blocks]
+    own = [(place, place + 1) for place in sorted(inner) if 0 <= place < len(text)]
+    weights = weights_of([talk.turns[number - (talk.system is not None)] for *_, number in blocks])
+    return Rendered(text, own, generated, weights=weights)
 
 
 def _special_tokens(config: Path, tokenizer: Tokenizer) -> dict[str, str]:
@@ -218,8 +239,20 @@ def template_for(name: str, kind: str, tokenizer: Tokenizer | None = None) -> Te
             f"give one of the shipped formats: {', '.join(TEMPLATES)}",
         )
     if name in CHAT_TEMPLATES and tokenizer is not None:
-        return ChatTemplate(read_text(CHAT_TEMPLATES[name]), tokenizer, CHAT_TEMPLATES[name])
+        template = ChatTemplate(read_text(CHAT_TEMPLATES[name]), tokenizer, CHAT_TEMPLATES[name])
+        if (note := end_note(template, tokenizer)) is not None:
+            raise UserError(note, f"take the checkpoint's own (auto), or one of: {', '.join(TEMPLATES)}")
+        return template
     return _checked_kind(get_template(USUAL[kind] if name == "auto" else name, tokenizer), kind)
+
+
+def end_note(template: Template, tokenizer: Tokenizer) -> str | None:
+    """What a user should know of a format that ends turns with a token that the tokenizer does not have."""
+    ends = [mark for mark in template.stop if mark in TURN_ENDS]
+    if not ends or any(map(tokenizer.is_special, ends)):
+        return None
+    what = template.shown if template.name == CHAT_TEMPLATE else f"template {template.name}"
+    return f"{what} ends a turn with {ends[0]}, which is no special token of {tokenizer.path}"
 
 
 def _checked_kind(template: Template, kind: str) -> Template:

@@ -21,7 +21,7 @@ from llama_acc.core.data.checks import (
     merged_finding,
     quantiles,
 )
-from llama_acc.core.data.encode import documents
+from llama_acc.core.data.encode import Document, encode_rows
 from llama_acc.core.data.findings import EXAMPLES, KINDS, Finding, Findings, beginning
 from llama_acc.core.data.image_files import ImageWorkers, default_workers, image_problems
 from llama_acc.core.data.images import resolved
@@ -96,13 +96,10 @@ class FileReport:
             report |= {"max_tokens": self.max_tokens, **self.counts, "lengths": quantiles(self.tokens)}
         return report
 
-    def count_tokens(self, items: Sequence[tuple[str, Item]], template: Template, image_positions: int = 0) -> None:
-        """Count the tokens of items, given with their places, as the model would see them."""
-        assert self.tokenizer is not None
+    def count_tokens(self, item: Item, where: str, encoded: Sequence[Document], template: Template) -> None:
+        """Count the tokens of an item, as the model would see them."""
         findings, counts = self.stats.findings, self.counts
-        encoded = documents([item for _, item in items], template, self.tokenizer, image_positions)
-        texts = ((place, document) for place, found in zip(items, encoded, strict=True) for document in found)
-        for (where, item), (tokens, labeled, merged) in texts:
+        for tokens, labeled, merged in encoded:
             if merged:
                 findings.add(merged_finding(item, where, template))
             length, trained = len(tokens), np.flatnonzero(labeled)
@@ -153,7 +150,7 @@ def check_files(
         for spec, report in zip(specs, reports, strict=True):
             try:
                 tell = None if progress is None else partial(progress, spec.path)
-                stream = stream_items(spec.path, spec.format, progress=tell)
+                stream = stream_items(spec.path, spec.format, spec.adapt, progress=tell)
                 template = template_for(spec.template, stream.kind, tokenizer)
             except UserError as error:
                 report.error, report.hint = error.message, error.hint
@@ -163,13 +160,12 @@ def check_files(
             while chunk := list(islice(rows, _CHUNK)):
                 if max_pixels is not None:
                     chunk = _with_usable_images(chunk, spec.image_root, max_pixels, workers)
-                for row in chunk:
+                for row, encoded in encode_rows(chunk, template, tokenizer, image_positions):
                     report.stats.add(row, stops, marks)
-                items = [(row.where, row.item) for row in chunk if row.item is not None]
-                report.characters.extend(sum(len(text) for _, text in fields_of(item)) for _, item in items)
-                report.images += sum(len(item.images) for _, item in items)
-                if tokenizer is not None:
-                    report.count_tokens(items, template, image_positions)
+                    if row.item is not None:
+                        report.characters.append(sum(len(text) for _, text in fields_of(row.item)))
+                        report.images += len(row.item.images)
+                        report.count_tokens(row.item, row.where, encoded, template)
             report.findings = report.stats.all_findings(with_duplicates=False)
     _add_duplicates(specs, reports)
     return reports

@@ -20,7 +20,7 @@ from llama_acc.core.data.templates import Template
 if TYPE_CHECKING:
     from llama_acc.core.data.cache import Encoded
 
-CHECKS_VERSION = 7
+CHECKS_VERSION = 8
 """Part of the cache's key: raise it whenever the same item may lead to other findings."""
 
 Hashes = NDArray[np.uint64]
@@ -195,7 +195,7 @@ def check_item(item: Item, where: str) -> Iterator[Finding]:
         yield from _role_order(item, where)
         question = None
         for number, turn in enumerate(item.turns, start=1):
-            if turn.is_label:
+            if turn.is_label and "tool_calls" not in turn.more:
                 yield from _reply(f"turn {number}, value", question, turn.text, where)
             question = turn.text if turn.role == "human" else None
     else:
@@ -257,7 +257,7 @@ def replies_of(item: Item) -> Iterator[tuple[str, str]]:
 
 
 def item_hash(item: Item) -> int:
-    """64 bits, the same for the same roles, texts and images; never 0."""
+    """64 bits, the same for the same roles, weights, texts, calls and images; never 0."""
     digest = blake2b(digest_size=8)
     roles = (
         [turn.role + " " * (not turn.weight) for turn in item.turns] if isinstance(item, Dialogue) else ["single_turn"]
@@ -296,12 +296,15 @@ def _identifier() -> Any:
 
 def _role_order(item: Dialogue, where: str) -> Iterator[Finding]:
     roles = [turn.role for turn in item.turns]
-    wrong = [] if roles[0] == "human" else [(1, "the assistant begins")]
+    wrong = [] if roles[0] == "human" else [(1, f"the {roles[0]} begins")]
     for number, (before, role) in enumerate(pairwise(roles), start=2):
-        if before == role:
+        if role == "tool" and before == "human":
+            wrong.append((number, "a result of a tool that the assistant did not call"))
+        elif before == role != "tool":
             wrong.append((number, f"a second {'reply' if role == 'assistant' else 'human turn'} in a row"))
-    if roles[-1] == "human":
-        wrong.append((len(roles), "the last turn is human: nothing answers it"))
+    if roles[-1] != "assistant":
+        of = "human" if roles[-1] == "human" else "a tool's"
+        wrong.append((len(roles), f"the last turn is {of}: nothing answers it"))
     for number, message in wrong:
         yield Finding("role_order", where, f"turn {number}", message, beginning(item.turns[number - 1].text))
 

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from llama_acc.core.data.batches import Uses
 from llama_acc.core.data.cache import About, Encoded, EntryStore, cache_key, content_digest, map_entry
-from llama_acc.core.data.chat_template import ChatTemplate, template_for
+from llama_acc.core.data.chat_template import ChatTemplate, end_note, template_for
 from llama_acc.core.data.checks import DatasetStats, cross_file_duplicates, quantiles
-from llama_acc.core.data.encode import KEPT_PLACES, Chunk, Encoding, encode_batches
+from llama_acc.core.data.encode import KEPT_PLACES, Chunk, Encoding, Labels, encode_batches
 from llama_acc.core.data.findings import KINDS as FINDINGS
 from llama_acc.core.data.findings import MOST_PROBLEMS, Finding, Findings, other_form
 from llama_acc.core.data.images import resolved
@@ -102,6 +102,12 @@ class Dataset:
         return self._column("label_count")
 
     @cached_property
+    def label_weights(self) -> NDArray[np.float32] | NDArray[np.int32]:
+        """What the label tokens of each document count together; the same array as `label_counts` where all count in
+        full. [D]"""
+        return self._column("label_weight") if self._column("weighted").any() else self.label_counts
+
+    @cached_property
     def image_counts(self) -> NDArray[np.int32]:
         """Images per document. [D]"""
         return self._column("images")
@@ -130,11 +136,16 @@ class Dataset:
         return int(self.label_counts.sum(dtype=np.int64))
 
     @property
+    def label_weight(self) -> float:
+        """What the label tokens count together."""
+        return float(self.label_weights.sum(dtype=np.float64))
+
+    @property
     def template(self) -> Template:
         """The prompt format; the first file's where they differ."""
         return self.files[0].template
 
-    def document(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    def document(self, i: int) -> tuple[NDArray[np.int32], Labels]:
         """Its tokens, and which of them are labeled."""
         part, row = self._place(i)
         document = self.parts[part].document(row)
@@ -377,7 +388,7 @@ class _Encoder:
         # A single-turn format takes no dialogues; which kind of items a file has is not known yet.
         kinds = KINDS if spec.template == "auto" else KINDS[:1]
         templates = [template_for(spec.template, kind, self.tokenizer) for kind in kinds]
-        settings = (data_suffix(spec.path), spec.format, self.max_tokens, self.image_positions)
+        settings = (data_suffix(spec.path), spec.format, spec.adapt, self.max_tokens, self.image_positions)
         encoded = self.store.get(
             cache_key(content, self.tokenizer, templates, *settings),
             lambda append: self._encode(spec, append),
@@ -393,7 +404,7 @@ class _Encoder:
     def _encode(self, spec: FileSpec, append: Callable[[Chunk], None]) -> About:
         """Once something is wrong that is not to be skipped, nothing comes of it, and all that is wrong is raised."""
         read, errors = deque([0], maxlen=1), list[UserError]()  # read: how many bytes of the file
-        stream = stream_items(spec.path, spec.format, progress=read.append)
+        stream = stream_items(spec.path, spec.format, spec.adapt, progress=read.append)
 
         def rows() -> Iterator[tuple[int, Checked]]:
             try:
@@ -450,6 +461,9 @@ def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], tokenizer: Toke
     templates = [
         template_for(spec.template, part.about.kind, tokenizer) for spec, part in zip(specs, parts, strict=True)
     ]
+    for note in {end_note(form, tokenizer): None for form in templates if isinstance(form, ChatTemplate)}:
+        if note is not None:
+            _logger.warning("%s: it is trained as text", note)
     stop_in_reply = {
         form.name
         for form, part in zip(templates, parts, strict=True)
@@ -489,6 +503,8 @@ def publish(dataset: Dataset, folder: Path) -> None:
     for name in _ARRAYS:
         if (values := getattr(dataset, name)) is not None:
             np.save(folder / name, values)
+    if dataset.label_weights is not dataset.label_counts:
+        np.save(folder / "label_weights", dataset.label_weights)
     files = [
         (
             *(str(part.path), str(file.path), str(file.image_root), file.items, file.dropped, file.weight),
@@ -513,6 +529,7 @@ def load_published(folder: Path, tokenizer: Tokenizer) -> Dataset:
         form = ChatTemplate(template, tokenizer, Path(chat)) if chat else Template.model_validate_json(template)
         parts.append(map_entry(Path(entry)))
         files.append(DataFile(Path(path), form, items, dropped, Path(root), weight=weight))
+    arrays.setdefault("label_weights", arrays["label_counts"])
     dataset = Dataset(tuple(files), tuple(parts), arrays.pop("rows", None))
     vars(dataset).update(arrays, _fingerprint=fingerprint)  # the cached properties
     return dataset

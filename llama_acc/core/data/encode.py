@@ -14,12 +14,12 @@ from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from time import process_time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_acc.core.data.chat_template import ChatTemplate
+from llama_acc.core.data.chat_template import ChatTemplate, Talk
 from llama_acc.core.data.checks import DatasetStats, merged_finding
 from llama_acc.core.data.findings import Finding
 from llama_acc.core.data.items import Dialogue, Item, SingleTurn
@@ -28,7 +28,7 @@ from llama_acc.core.data.templates import Rendered, Span, Template, Turn, as_dia
 from llama_acc.core.tokenizer import Spans, Tokenizer, load_tokenizer
 from llama_acc.core.workers import WorkerPool
 
-ENCODER_VERSION = 3
+ENCODER_VERSION = 4
 """Part of the cache's key: raise it whenever the same item may give other tokens or labels."""
 KEPT_PLACES = 20
 """Of what is found in a file, for each kind."""
@@ -44,14 +44,19 @@ DOCUMENT = np.dtype(
         ("length", np.int32),  # tokens
         ("label_count", np.int32),
         ("item", np.int32),  # which item of the file it was, from 0
-        ("images", np.int32),  # how many
+        ("images", np.uint16),  # how many
         ("cut", np.bool_),  # it was longer than max_tokens
+        ("weighted", np.bool_),  # not all labels count in full
+        ("label_weight", np.float32),  # what they count together
         ("digest", np.uint64),  # equal for equal documents, as far as 64 bits can tell; `item` and `cut` do not matter
     ],
     align=True,
 )
 """What is known of a document. Its bytes are its tokens (of 2 bytes if the vocabulary allows, else 4), the labels of
-eight tokens to a byte, the first one in its highest bit, and where its images are, in UTF-8, a NUL between them."""
+eight tokens to a byte, the first one in its highest bit, if it is weighted a float32 for each label, and where its
+images are, in UTF-8, a NUL between them."""
+Labels = NDArray[np.bool_] | NDArray[np.float32]
+"""[N]: which tokens are targets; or how much each counts in the loss, from 0 to 1, where that is not all or nothing."""
 
 
 class Document(NamedTuple):
@@ -59,8 +64,8 @@ class Document(NamedTuple):
 
     tokens: NDArray[np.int32]
     """[N]; what is at the images' places does not matter."""
-    labeled: NDArray[np.bool_]
-    """[N]: which are targets. The first never is, as nothing predicts it."""
+    labeled: Labels
+    """[N]. The first is no target, as nothing predicts it."""
     merged: bool = False
     """The prompt's end and the answer's beginning are one token, so it is not the prompt's tokens and then others."""
 
@@ -90,7 +95,7 @@ class Chunk(NamedTuple):
     """Items with an input that the template does not show."""
 
 
-def stored_tokens(row: np.void, content: Any, vocab_size: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+def stored_tokens(row: np.void, content: Any, vocab_size: int) -> tuple[NDArray[np.int32], Labels]:
     """A stored document's tokens, and which of them are targets. The first never is, as nothing predicts it. [N], [N]
 
     `row` is of its table, and `content` the bytes of all documents.
@@ -98,13 +103,20 @@ def stored_tokens(row: np.void, content: Any, vocab_size: int) -> tuple[NDArray[
     length, begin, dtype = int(row["length"]), int(row["begin"]), _token_type(vocab_size)
     tokens = np.frombuffer(content, dtype, length, begin).astype(np.int32)
     bits = np.frombuffer(content, np.uint8, -(-length // 8), begin + length * dtype.itemsize)
-    return tokens, np.unpackbits(bits, count=length).astype(np.bool_)
+    labeled: Labels = np.unpackbits(bits, count=length).astype(np.bool_)
+    if row["weighted"]:
+        place = begin + length * dtype.itemsize + len(bits)
+        weights = np.frombuffer(content[place : place + 4 * int(row["label_count"])], np.float32)
+        labeled = labeled.astype(np.float32)
+        labeled[labeled > 0] = weights
+    return tokens, labeled
 
 
 def stored_images(row: np.void, content: Any, vocab_size: int) -> tuple[str, ...]:
     """Where a stored document's images are; see `stored_tokens`."""
     length, begin = int(row["length"]), int(row["begin"])
     names = begin + length * _token_type(vocab_size).itemsize + -(-length // 8)
+    names += 4 * int(row["label_count"]) * int(row["weighted"])
     return tuple(bytes(content[names : begin + int(row["size"])]).decode().split("\0")) if row["images"] else ()
 
 
@@ -162,66 +174,92 @@ def encode_batch(batch: Batch, encoding: Encoding, tokenizer: Tokenizer) -> Chun
     """Encode the items of a batch, and look at all of its rows."""
     template, max_tokens, image_positions = encoding
     stops, marks, stats = template.text_stops(tokenizer), template.marks(tokenizer), DatasetStats(KEPT_PLACES)
-    dtype, items = _token_type(tokenizer.vocab_size), [row.item for _, row in batch if row.item is not None]
-    encoded = documents(items, template, tokenizer, image_positions)
+    dtype, skipped = _token_type(tokenizer.vocab_size), list[Finding]()
     table, pieces, begin = [], [], 0
-    for index, row in batch:
+    encoded = encode_rows([row for _, row in batch], template, tokenizer, image_positions)
+    for (index, _), (row, found) in zip(batch, encoded, strict=True):
         stats.add(row, stops, marks)
-        if (item := row.item) is None:
-            continue
-        for tokens, labeled, merged in next(encoded):
+        skipped += [problem for problem in row.problems if problem.fatal]
+        for tokens, labeled, merged in found:
+            item = cast(Item, row.item)
             if merged:
                 stats.findings.add(merged_finding(item, row.where, template))
             cut = len(tokens) > max_tokens
             tokens, labeled = tokens[:max_tokens], labeled[:max_tokens]
             if not labeled.any():
                 continue
-            bits, names = np.packbits(labeled).tobytes(), "\0".join(item.images).encode()
+            counted = labeled[labeled > 0]
+            weighted = bool((counted != 1).any())
+            bits = np.packbits(labeled > 0).tobytes() + (counted.tobytes() if weighted else b"")
+            names = "\0".join(item.images).encode()
             digest = hashlib.blake2b(tokens.tobytes() + bits + b"\0" * bool(names) + names, digest_size=8).digest()
             pieces.append(tokens.astype(dtype).tobytes() + bits + names)
-            counts = (len(tokens), labeled.sum(), index, len(item.images))
-            table.append((begin, len(pieces[-1]), *counts, cut, int.from_bytes(digest, "little")))
+            counts = (len(tokens), len(counted), index, len(item.images), cut, weighted, counted.sum(dtype=np.float64))
+            table.append((begin, len(pieces[-1]), *counts, int.from_bytes(digest, "little")))
             begin += len(pieces[-1])
-    skipped = [problem for _, row in batch for problem in row.problems if problem.fatal]
     hidden = template.kind == "single_turn" and template.prompt_with_input is None
     inputs = [row.item.input for _, row in batch if hidden and isinstance(row.item, SingleTurn)]
     unused = sum(bool(context and context.strip()) for context in inputs)
     return Chunk(np.array(table, DOCUMENT), b"".join(pieces), stats, skipped, unused)
 
 
+def encode_rows(
+    rows: Sequence[Checked], template: Template, tokenizer: Tokenizer | None, image_positions: int = 0
+) -> Iterator[tuple[Checked, list[Document]]]:
+    """Rows with the documents of their items (see `documents`; without a tokenizer: none); instead of an item that the
+    format cannot write, a row says so."""
+    items = [row.item for row in rows if row.item is not None]
+    encoded: Iterator[list[Document] | str] = (refusal(item, template) or [] for item in items)
+    if tokenizer is not None:
+        encoded = documents(items, template, tokenizer, image_positions)
+    for row in rows:
+        found = [] if row.item is None else next(encoded)
+        if isinstance(found, str):
+            yield row._replace(item=None, problems=[*row.problems, Finding("template", row.where, "", found)]), []
+        else:
+            yield row, found
+
+
 def documents(
     items: Sequence[Item], template: Template, tokenizer: Tokenizer, image_positions: int = 0
-) -> Iterator[list[Document]]:
+) -> Iterator[list[Document] | str]:
     """Every item in tokens, uncut; each of its images takes so many positions right behind BOS.
 
-    It is one document, but of some chat templates one for each reply (`ChatTemplate.dialogue_texts`).
+    It is one document, but of some chat templates one for each reply (`ChatTemplate.dialogue_texts`). A text says why
+    the format cannot write it.
     """
+    rendered: list[list[Rendered] | str]
     if isinstance(template, ChatTemplate):
-        rendered = template.dialogue_texts([_turns(item) for item in items], [item.system for item in items])
+        rendered = template.dialogue_texts(list(map(_talk, items)))
     else:
         stops = template.text_stops(tokenizer)
-        rendered = [[render_item(item, template, stops)] for item in items]
+        rendered = [refusal(item, template) or [render_item(item, template, stops)] for item in items]
     label = _labels_by_prefix if template.prefix_labels else _labels_by_overlap
-    labeled_texts = label([text for texts in rendered for text in texts], tokenizer)
+    labeled_texts = label([text for texts in rendered if not isinstance(texts, str) for text in texts], tokenizer)
 
     def document(item: Item, text: Rendered) -> Document:
         ids, trained, merged = next(labeled_texts)
         head = [tokenizer.bos_id] * template.bos + [0] * (image_positions * len(item.images))
         framed = head + ids + [tokenizer.eos_id] * template.eos
-        labeled = np.zeros(len(framed), np.bool_)
+        labeled: NDArray[Any] = np.zeros(len(framed), trained.dtype)
         labeled[len(head) : len(head) + len(ids)] = trained
-        labeled[len(head) + len(ids) :] = text.eos_trained
+        labeled[len(head) + len(ids) :] = text.eos_trained * (text.weights[-1] if text.weights else 1)
         labeled[:1] = False
         return Document(np.array(framed, np.int32), labeled, merged)
 
     for item, texts in zip(items, rendered, strict=True):
-        yield [document(item, text) for text in texts]
+        yield texts if isinstance(texts, str) else [document(item, text) for text in texts]
+
+
+def refusal(item: Item, template: Template) -> str | None:
+    """Why a format cannot write an item, as far as that is known without trying it."""
+    if isinstance(item, Dialogue) and item.uses_tools and not isinstance(template, ChatTemplate):
+        return f"template {template.name!r} has no form for tools and their calls; chat templates may have one"
+    return None
 
 
 def render_item(item: Item, template: Template, stops: Sequence[str] | None = None) -> Rendered:
     """An item in a prompt format, with all of its turns; of `stops` see `Template.dialogue_text`."""
-    if isinstance(template, ChatTemplate):
-        return template.dialogue_texts([_turns(item)], [item.system])[0][-1]
     if template.kind == "single_turn" and isinstance(item, SingleTurn):
         return template.single_turn_text(item.instruction, item.input, item.output, item.system)
     return template.dialogue_text(_turns(item), item.system, stops)
@@ -231,7 +269,11 @@ def _turns(item: Item) -> list[Turn]:
     return item.turns if isinstance(item, Dialogue) else as_dialogue(*item[:3])
 
 
-_Labeled = tuple[list[int], NDArray[np.bool_], bool]
+def _talk(item: Item) -> Talk:
+    return Talk(_turns(item), item.system, item.tools if isinstance(item, Dialogue) else ())
+
+
+_Labeled = tuple[list[int], Labels, bool]
 """An item's tokens without BOS and EOS, which of them are trained, and whether prompt and answer merge."""
 
 
@@ -256,14 +298,17 @@ def _labels_by_overlap(items: Sequence[Rendered], tokenizer: Tokenizer) -> Itera
         begins = np.array([begin for begin, _ in item.trained], np.int64)
         first = np.searchsorted(spans.ends, begins, side="right")
         merged = bool((np.append(spans.begins, np.iinfo(np.int64).max)[first] < begins).any())
-        trained = _overlapping(spans, item.trained)
+        trained = _overlapping(spans, item.trained, item.weights)
         if item.trained and item.trained[0][0] == 0:
-            trained[: first[0]] = True  # the space that SentencePiece puts in front of a text stands for no character
+            trained[: first[0]] = (
+                item.weights[0] if item.weights else 1
+            )  # the space that SentencePiece puts in front of a text stands for no character
         yield spans.ids, trained, merged
 
 
-def _overlapping(tokens: Spans, trained: Sequence[Span]) -> NDArray[np.bool_]:
-    """Which tokens share a character with one of `trained`, spans in ascending order that do not overlap. [T]"""
+def _overlapping(tokens: Spans, trained: Sequence[Span], weights: Sequence[float]) -> Labels:
+    """Which tokens share a character with one of `trained`, spans in ascending order that do not overlap; or, if there
+    are weights of these, that of the span. [T]"""
     if not trained:
         return np.zeros(len(tokens.ids), dtype=np.bool_)
     begins, ends = np.array(trained, dtype=np.int64).T
@@ -271,4 +316,4 @@ def _overlapping(tokens: Spans, trained: Sequence[Span]) -> NDArray[np.bool_]:
     first = np.searchsorted(ends, tokens.begins, side="right")
     starts = np.append(begins, np.iinfo(np.int64).max)[first]
     overlap: NDArray[np.bool_] = (starts < tokens.ends) & (tokens.begins < tokens.ends)
-    return overlap
+    return overlap * np.array([*weights, 0.0], np.float32)[first] if weights else overlap

@@ -35,6 +35,7 @@ KINDS: dict[str, Kind] = {
     "unsupported": Kind("items whose keys ask for what cannot be done", fatal=True),
     "image": Kind("images that are not given by a path", fatal=True),
     "image_file": Kind("images that cannot be opened", fatal=True),
+    "template": Kind("items that the prompt format cannot write", fatal=True),
     "blank": Kind("blank rows, left out"),
     "empty_reply": Kind("empty replies"),
     "role_order": Kind("roles out of order"),
@@ -120,6 +121,8 @@ def other_form(kinds: Collection[str], file: str) -> str:
         return f"they are dialogues: {whole} trains on them; {first}; {every}"
     if set(kinds) == {"preference"}:
         return f"llama-acc convert-data auto {file} --preview 1 says how to take the preferred reply of each"
+    if set(kinds) == {"template"}:
+        return "take another prompt format: data.sources.0.template=NAME, or FILE.jinja of a chat template"
     if set(kinds) == {"unsupported"}:
         return "leave such items out: data.on_error=skip"
     return f"if it is in a form of its own: llama-acc convert-data auto {file} --output NEW.jsonl"

@@ -3,51 +3,46 @@
 Two kinds: single-turn (`instruction`, `input`, `output`; or `caption` alone, an output without an instruction) and
 dialogue (`conversations: [{from, value}, ...]`; or a single-turn item with a `history`). Each may have images and a
 `system` text of its own, and a turn may say that it is not to be trained on. Other keys are counted, or refused where
-they change the meaning of the item. Their names are those of OpenAI's fine-tuning format (`weight`, `tools`), axolotl
-(`train`, `training`, `train_detail`), ms-swift (`loss`, `rejected_response`), LLaMA-Factory (`system`, `history`,
-`tools`, `images`, `kto_tag`), trl (`chosen`, `rejected`), Dolly (`context`) and OpenOrca (`system_prompt`).
+they change the meaning of the item (`keys.py`).
 """
 
 import difflib
 import re
-import shlex
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
 from llama_acc.core.data.findings import Finding, beginning
-from llama_acc.core.data.templates import Turn, as_dialogue
-from llama_acc.core.text import count_text, escape_control_chars
-
-SYSTEM = ("system", "system_prompt")
-INPUT = ("input", "context")
-IMAGES = ("image", "images")
-TRAINED = ("train", "training", "trainable", "loss", "weight")
-"""Of a turn: whether it is trained on, as true or false, 1 or 0."""
-PREFERENCE = ("chosen", "rejected", "rejected_response", "preferred_output", "non_preferred_output")
-UNUSABLE = {
-    **dict.fromkeys(PREFERENCE, "pairs of a preferred and a rejected reply cannot be trained on as they are"),
-    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), "calls of tools cannot be trained on"),
-    **dict.fromkeys(("audio", "audios", "video", "videos"), "sound and video cannot be trained on"),
-    "train_detail": "parts of a reply cannot be trained on alone",
-    "history": "earlier turns have to be in the conversation itself",
-}
-UNDESIRABLE = ("kto_tag", "train", "label")
-"""False: a reply is not to be trained on; `label` beside a `completion` only."""
-PAIRS = (
-    ("instruction", "response"),
-    ("question", "answer"),
-    ("question", "response"),
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("prompt", "output"),
-    ("query", "response"),
-    ("input", "output"),
+from llama_acc.core.data.keys import (
+    IMAGES,
+    INPUT,
+    PREFERENCE,
+    SYSTEM,
+    TRAINED,
+    Malformed,
+    as_list,
+    count_unused,
+    is_empty,
+    key_of,
+    type_name,
+    unused_keys,
+    weight_of,
 )
-"""What the two sides are called in data sets of questions and answers."""
+from llama_acc.core.data.templates import Turn, as_dialogue
+from llama_acc.core.data.tools import (
+    CALL_ROLES,
+    MESSAGE_KEYS,
+    RESULT_ROLES,
+    TOOLS,
+    called_in,
+    message_fields,
+    tools_of,
+    without_thoughts,
+)
+
 ROLES = {
     "human": "human",
     "user": "human",
@@ -55,20 +50,17 @@ ROLES = {
     "assistant": "assistant",
     "system": "system",
     "developer": "system",
+    **dict.fromkeys(CALL_ROLES, "assistant"),
+    **dict.fromkeys(RESULT_ROLES, "tool"),
 }
-_DIALOGUE_KEYS = frozenset(("conversations", *IMAGES, *SYSTEM))
+_DIALOGUE_KEYS = frozenset(("conversations", *TOOLS, *IMAGES, *SYSTEM))
 _SINGLE_TURN_KEYS = frozenset(("instruction", "output", "history", *INPUT, *IMAGES, *SYSTEM))
 _IMAGE_KEYS = frozenset((*IMAGES, "url"))
 _CAPTION_KEYS = frozenset(("caption", "url", *IMAGES, *SYSTEM))
-_TRAINED = frozenset(TRAINED)
-_TURN_KEYS = _TRAINED | {"from", "value"}
+_TURN_KEYS = frozenset(("from", "value", *TRAINED))
 _SAYING = ("output", "caption", "instruction", "history", *INPUT, *IMAGES)
 """What a single-turn item may say."""
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-
-
-class Malformed(ValueError):
-    """A row or a turn is not what it has to be; the message is what is wrong with it."""
 
 
 class SingleTurn(NamedTuple):
@@ -89,9 +81,25 @@ class Dialogue(NamedTuple):
     turns: list[Turn]
     images: tuple[str, ...] = ()
     system: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    """The functions that the assistant may call, as chat templates take them."""
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether only a format that knows of tools can write it."""
+        return bool(self.tools) or any(turn.role == "tool" or "tool_calls" in turn.more for turn in self.turns)
 
 
 Item = SingleTurn | Dialogue
+
+
+class Adapt(NamedTuple):
+    """What a source's items are used without."""
+
+    last_only: bool = False
+    """Only the last reply of a dialogue is trained."""
+    drop_reasoning: bool = False
+    """Replies lose their reasoning."""
 
 
 def kind_of(value: Any) -> str | None:
@@ -329,7 +337,17 @@ def _dialogue(value: dict[str, Any], problems: _Problems) -> Dialogue | None:
     system = _system(value, problems)
     if any(turn.role == "system" for turn in checked):
         system, checked = _split_system(system, checked, problems)
-    return Dialogue(checked, _images(value, problems), system)
+    tools: list[dict[str, Any]] = []
+    try:
+        tools = tools_of(value)
+        if besides := [*tools, *filter(None, (turn.more for turn in checked))]:
+            msgspec.json.encode(besides)
+    except (Malformed, RecursionError) as error:
+        problems.add("unsupported", "tools", str(error), value.get("tools"))
+    except UnicodeEncodeError as error:
+        message = f"tools or their calls have a lone surrogate (U+{ord(str(error.object)[error.start]):04X})"
+        problems.add("surrogate", "tools", message, value.get("tools"))
+    return Dialogue(checked, _images(value, problems), system, tuple(tools))
 
 
 def _split_system(system: str | None, turns: list[Turn], problems: _Problems) -> tuple[str | None, list[Turn]]:
@@ -349,146 +367,50 @@ def _turn(turn: Any, problems: _Problems) -> Turn:
         message = f"should be an object with 'from' and 'value', but is {type_name(turn)}"
         problems.add("no_item", "", message, turn)
         return Turn("", "")
-    problems.look_for_unused(turn, _TURN_KEYS, "conversations[].")
+    keys = _TURN_KEYS.union(MESSAGE_KEYS.get(_role(turn), ()))
+    problems.look_for_unused(turn, keys, "conversations[].")
     before = len(problems.found)
     said = problems.text(turn, "from")
     role = ROLES.get(said.lower(), "")
     if not role and len(problems.found) == before:
         message = f"unknown role {said!r} in 'from': it is one of {', '.join(ROLES)}"
         problems.add("unknown_role", "from", message, turn.get("value"))
-    text, trained = problems.text(turn, "value"), True
+    may_be_silent = turn.get("value") is None and not is_empty(turn.get("tool_calls") or turn.get("function_call"))
+    text, weight, more = "" if may_be_silent else problems.text(turn, "value"), 1.0, dict[str, Any]()
     try:
-        trained = is_trained(turn, role == "assistant")
+        weight, more = weight_of(turn, role == "assistant"), message_fields(turn, role)
+        if said.lower() in CALL_ROLES:
+            text, more = "", more | called_in(text)
     except Malformed as error:
         problems.add("unsupported", "", str(error), turn)
-    return Turn(role, text, trained)
+    return Turn(role, text, weight, more)
 
 
-# Keys and values of rows and turns
+def adapted(item: Item, last_only: bool, drop_reasoning: bool) -> tuple[Item, list[str]]:
+    """An item without what an `Adapt` leaves out, and what that was."""
+    unused = []
+    if drop_reasoning:
+        kept = _without_reasoning(item)
+        unused += ["reasoning"] * (kept != item)
+        item = kept
+    if last_only and isinstance(item, Dialogue):
+        earlier = [place for place, turn in enumerate(item.turns) if turn.role == "assistant"][:-1]
+        turns = [turn._replace(weight=0.0) if place in earlier else turn for place, turn in enumerate(item.turns)]
+        unused += ["replies before the last"] * (turns != item.turns)
+        item = item._replace(turns=turns)
+    return item, unused
 
 
-def type_name(value: Any) -> str:
-    """The kind of a JSON value in words."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
-
-
-def is_empty(value: Any) -> bool:
-    """Whether a value says nothing: null, blank, or without elements."""
-    return (not value or value.isspace()) if isinstance(value, str) else value is None or value == [] or value == {}
-
-
-def as_list(value: Any) -> Any:
-    """A list that is given as its JSON text, as columns of text have it; anything else unchanged."""
-    if not isinstance(value, str) or value.lstrip()[:1] != "[":
-        return value
-    try:
-        return msgspec.json.decode(value)
-    except (msgspec.DecodeError, RecursionError):
-        return value
-
-
-def unused_keys(
-    row: Mapping[str, Any], used: frozenset[str], allowed: Iterable[str] = ()
-) -> tuple[set[str], str | None]:
-    """The keys that are not used though something is in them, and why the row would mean something else without them;
-    `allowed` ones may go."""
-    if used.issuperset(row):
-        return set(), None
-    keys = {key for key in row.keys() - used if not is_empty(row[key])}
-    return keys, unusable(row, sorted(keys.difference(allowed)))
-
-
-def unusable(row: Mapping[str, Any], keys: Iterable[str]) -> str | None:
-    """Why a row or a turn would mean something else without these of its keys; None: it would not."""
-    for key in keys:
-        value = row[key]
-        if key in UNUSABLE and not is_empty(value) and value not in ("[]", "{}", "null"):
-            return f"{UNUSABLE[key]} ({key!r})"
-        if value is False and key in UNDESIRABLE and (key != "label" or "completion" in row):
-            return f"a reply that is marked as not to be trained on ({key!r} is false)"
-    return None
-
-
-def key_of(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """By which of its names a row has a field; None: by none, or it is null.
-
-    Raises:
-        Malformed: by two, which differ.
-    """
-    given = [name for name in names if row.get(name) is not None]
-    if len(given) < 2:
-        return given[0] if given else None
-    full = [name for name in given if not is_empty(row[name])]
-    if any(row[name] != row[full[0]] for name in full):
-        raise Malformed(f"{' and '.join(map(repr, full))} are names of one thing, and differ")
-    return (full or given)[0]
-
-
-def is_trained(turn: Mapping[str, Any], is_reply: bool) -> bool:
-    """Whether a turn's own keys let it be trained on.
-
-    Raises:
-        Malformed: they say something else than yes or no, contradict each other, or ask for a turn that is no reply.
-    """
-    if _TRAINED.isdisjoint(turn):
-        return True
-    given = {key: turn[key] for key in TRAINED if turn.get(key) is not None}
-    for key, value in given.items():
-        if value not in (0, 1) or isinstance(value, str):
-            raise Malformed(f"{key!r} should be true or false, 1 or 0, but is {beginning(value)}")
-        if value and not is_reply and key != "weight":
-            raise Malformed(f"{key!r} asks to train on a turn that is no reply, which cannot be done")
-    if len({bool(value) for value in given.values()}) > 1:
-        raise Malformed(f"{' and '.join(map(repr, given))} contradict each other")
-    return not is_reply or all(given.values())
-
-
-def mapping_of(row: Mapping[str, Any]) -> dict[str, str]:
-    """What `--map` may make of a row in no known format: our fields to the row's keys; empty: nothing.
-
-    COLUMN stands for a key that only the user can name.
-    """
-    texts = [key for key, value in row.items() if isinstance(value, str) and not is_empty(value)]
-    dialogues = [key for key, value in row.items() if _is_dialogue(value)]
-    for question, answer in PAIRS:
-        if question in texts and answer in texts:
-            return {"instruction": question, "output": answer}
-    if "chosen" in dialogues:
-        return {"conversations": "chosen"}
-    if "chosen" in row:
-        questions = [key for key in texts if key in {question for question, _ in PAIRS}]
-        return {"instruction": questions[0], "output": "chosen"} if questions and "chosen" in texts else {}
-    if dialogues:
-        return {"conversations": dialogues[0]}
-    texts = [key for key in texts if not key.lower().endswith("id")]
-    if len(texts) == 1 or "text" in texts:
-        return {"output": "text" if "text" in texts else texts[0]}
-    return {"instruction": "COLUMN", "output": "COLUMN"} if texts else {}
-
-
-def _is_dialogue(value: Any) -> bool:
-    turns = as_list(value)
-    is_long = isinstance(turns, list) and len(turns) > 1
-    return is_long and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns)
-
-
-def mapping_words(mapping: Mapping[str, str]) -> str:
-    """The options that say so: "--map instruction=question --map output=answer"."""
-    words = " ".join(f"--map {field}={shlex.quote(column)}" for field, column in mapping.items())
-    plain = ", for text without questions; train it with template: none"
-    return words + plain if mapping.keys() == {"output"} else words
-
-
-def count_unused(unused: Counter[str], names: Iterable[str]) -> None:
-    """Count an item's keys that are not used; those behind the first hundred together."""
-    for name in names:
-        unused[name if name in unused or len(unused) < 100 else "other keys"] += 1
-
-
-def unused_text(unused: Mapping[str, int]) -> str:
-    """Keys that are not used, most frequent first: "source (1,000 items), id (12 items)"."""
-    ordered = sorted(unused.items(), key=lambda pair: (-pair[1], pair[0]))
-    # A lone surrogate cannot be written anywhere.
-    names = [escape_control_chars(key[:60].encode("utf-8", "backslashreplace").decode("utf-8")) for key, _ in ordered]
-    return ", ".join(f"{name} ({count_text(count, 'item')})" for name, (_, count) in zip(names, ordered, strict=True))
+def _without_reasoning(item: Item) -> Item:
+    if isinstance(item, SingleTurn):
+        return item._replace(output=without_thoughts(item.output))
+    turns = [
+        turn._replace(
+            text=without_thoughts(turn.text),
+            more={field: value for field, value in turn.more.items() if field != "reasoning_content"},
+        )
+        if turn.role == "assistant"
+        else turn
+        for turn in item.turns
+    ]
+    return item._replace(turns=turns)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_acc.core.data.chat_template import template_for
-from llama_acc.core.data.encode import documents, render_item
+from llama_acc.core.data.encode import Labels, documents, refusal, render_item
 from llama_acc.core.data.items import Item
 from llama_acc.core.data.read import stream_items
 from llama_acc.core.data.sources import FileSpec
@@ -56,10 +56,14 @@ def shown_items(
     bos = int(template.bos)
     if tokenizer is None:
         for origin, item in items:
-            yield Shown(origin, _with_images(_text_pieces(item, template), item.images, bos))
+            text = [Piece(why, False)] if (why := refusal(item, template)) else _text_pieces(item, template)
+            yield Shown(origin, _with_images(text, item.images, bos))
         return
     encoded = documents([item for _, item in items], template, tokenizer, image_positions)
     for (origin, item), found in zip(items, encoded, strict=True):
+        if isinstance(found, str):
+            yield Shown(origin, [Piece(found, False)])
+            continue
         for number, (tokens, labeled, _) in enumerate(found, start=1):
             where = origin if len(found) == 1 else f"{origin}, reply {number}"
             kept = tokens[:max_tokens], labeled[:max_tokens]
@@ -70,7 +74,7 @@ def shown_items(
 def shown_document(
     origin: str,
     tokens: NDArray[np.int32],
-    labeled: NDArray[np.bool_],
+    labeled: Labels,
     tokenizer: Tokenizer,
     images: Sequence[str] = (),
     image_start: int = 0,
@@ -80,7 +84,7 @@ def shown_document(
     end = image_start + image_positions * len(images)
     kept, trained = (np.delete(values, slice(image_start, end)).tolist() for values in (tokens, labeled))
     shown = _with_images(pieces(kept, trained, tokenizer), images, image_start)
-    return Shown(origin, shown, len(tokens), int(labeled.sum()))
+    return Shown(origin, shown, len(tokens), int(np.count_nonzero(labeled)))
 
 
 def first_items(
@@ -94,7 +98,7 @@ def first_items(
     shown: list[Shown] = []
     for spec in specs:
         try:
-            stream = stream_items(spec.path, spec.format)
+            stream = stream_items(spec.path, spec.format, spec.adapt)
             template = template_for(spec.template, stream.kind, tokenizer)
             good = ((f"{spec.path.name} {row.where}", row.item) for row in stream if row.item is not None)
             items = list(islice(good, count - len(shown)))
@@ -122,7 +126,7 @@ def pieces(tokens: Sequence[int], labeled: Sequence[bool], tokenizer: Tokenizer)
 
 
 def _text_pieces(item: Item, template: Template) -> list[Piece]:
-    text, _, trained, eos_trained = render_item(item, template)
+    text, _, trained, eos_trained, _ = render_item(item, template)
     parts, position = [Piece("<s>", False, special=True)] * template.bos, 0
     for first, last in trained:
         parts += [Piece(text[position:first], False), Piece(text[first:last], True)]

@@ -29,15 +29,8 @@ from typing import IO, Any, NamedTuple
 import msgspec
 
 from llama_acc.core.data.findings import Finding, beginning
-from llama_acc.core.data.items import (
-    Item,
-    first_exchange,
-    item_of,
-    kind_of,
-    mapping_of,
-    mapping_words,
-    type_name,
-)
+from llama_acc.core.data.items import Adapt, Item, adapted, first_exchange, item_of, kind_of
+from llama_acc.core.data.keys import count_unused, mapping_of, mapping_words, type_name
 from llama_acc.core.data.parquet import PARQUET_SUFFIX, parquet_rows
 from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_rows
 from llama_acc.core.errors import DataError, UserError, did_you_mean
@@ -57,6 +50,7 @@ BLOCK = 1 << 19
 MAX_ITEM = 1 << 28
 """Characters of the longest item that is read; more than that is a file of another kind."""
 
+_AS_IT_IS = Adapt()
 _ROWS_BETWEEN_REPORTS = 100
 _SHOWN = 200  # characters kept of a line that is not JSON
 _LOOKED_AT = 1000  # rows that may say which kind of items a file has
@@ -98,27 +92,34 @@ class Checked(NamedTuple):
 class ItemStream:
     """The checked items of a file, in order; to be iterated once."""
 
-    def __init__(self, kind: str, rows: Iterator[Row]) -> None:
-        self.kind, self._rows = kind, rows
+    def __init__(self, kind: str, rows: Iterator[Row], adapt: Adapt) -> None:
+        self.kind, self._rows, self._adapt = kind, rows, adapt
         self.unused: Counter[str] = Counter()
-        """Keys that are not used, and in how many of the items so far."""
+        """Keys and parts that are not used, and in how many of the items so far."""
 
     def __iter__(self) -> Iterator[Checked]:
         """Raises UserError where the file cannot be read further, if need be after items."""
         for where, value, problem in self._rows:
             if problem is None:
-                yield Checked(where, *item_of(value, self.kind, where, self.unused))
+                item, problems = item_of(value, self.kind, where, self.unused)
+                if item is not None and any(self._adapt):
+                    item, unused = adapted(item, *self._adapt)
+                    count_unused(self.unused, unused)
+                yield Checked(where, item, problems)
             else:
                 yield Checked(where, None, [Finding("unreadable", where, "", problem, beginning(value))])
 
 
-def stream_items(path: Path, format: str = "auto", *, progress: BytesRead | None = None) -> ItemStream:
+def stream_items(
+    path: Path, format: str = "auto", adapt: Adapt = _AS_IT_IS, *, progress: BytesRead | None = None
+) -> ItemStream:
     """The items of one data file in constant memory.
 
     Args:
         path: the file, which is no pipe.
         format: "single_turn", "dialogue", "single_turn_llava" (a dialogue's first exchange as a single-turn item), or
             "auto": by the keys of its items.
+        adapt: what is left out of each item.
         progress: see `BytesRead`.
 
     Raises:
@@ -132,9 +133,9 @@ def stream_items(path: Path, format: str = "auto", *, progress: BytesRead | None
     if not first:
         raise UserError(f"{path} holds no items")
     if format == "single_turn_llava":
-        return ItemStream("single_turn", (row._replace(value=first_exchange(row.value)) for row in rows))
+        return ItemStream("single_turn", (row._replace(value=first_exchange(row.value)) for row in rows), adapt)
     kinds = (kind_of(row.value) for row in reversed(first))
-    return ItemStream(format if format != "auto" else next(filter(None, kinds), "single_turn"), rows)
+    return ItemStream(format if format != "auto" else next(filter(None, kinds), "single_turn"), rows, adapt)
 
 
 def _tells_kind(row: Row) -> bool:

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from llama_acc.core.catalogue import how_to_get, is_address, named_data
+from llama_acc.core.data.items import Adapt
 from llama_acc.core.data.read import FORMATS, SUFFIXES, data_suffix, nearest_names
 from llama_acc.core.data.tar_shards import TAR_SUFFIX
 from llama_acc.core.data.templates import CHAT_TEMPLATE, TEMPLATES, check_template, is_template_file
@@ -37,6 +38,8 @@ class Source:
     ratio: float = 1.0
     weight: float = 1.0
     root: str | None = None
+    train_on: str = "all"
+    reasoning: str = "keep"
     folder: Path | None = None
     """Where relative paths are looked for first."""
 
@@ -52,6 +55,7 @@ class FileSpec:
     weight: float  # how often in an epoch
     seed: tuple[int, int]  # makes its random choices differ from other files'
     image_root: Path  # where relative paths of images begin
+    adapt: Adapt
 
 
 def expand(
@@ -83,7 +87,9 @@ def expand(
             # A shard's images are its own members.
             beside = s.root is None or path.suffix.lower() == TAR_SUFFIX
             root = path.parent if beside else resolve_image_root(str(s.root), s.folder)
-            specs.append(FileSpec(path, s.format, template or s.template, s.ratio, s.weight, (number, i), root))
+            adapt = Adapt(s.train_on == "last", s.reasoning == "drop")
+            place = (number, i)
+            specs.append(FileSpec(path, s.format, template or s.template, s.ratio, s.weight, place, root, adapt))
     raise_all(errors)
     return specs
 

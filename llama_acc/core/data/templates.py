@@ -6,7 +6,7 @@ carry instead is a `ChatTemplate`.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,15 +25,23 @@ class Turn(NamedTuple):
     """One turn of a dialogue."""
 
     role: str
-    """"human" or "assistant"."""
+    """"human" or "assistant"; "tool": what came of a call."""
     text: str
     weight: float = 1.0
     """Of a reply's tokens in the loss, from 0 to 1; 0: it is context only, not labeled."""
+    more: Mapping[str, Any] = {}
+    """What its message has besides (`tools.message_fields`)."""
 
     @property
     def is_label(self) -> bool:
         """Whether it is trained."""
         return self.role == "assistant" and self.weight > 0
+
+    @property
+    def whole_text(self) -> str:
+        """Its text behind its thoughts, as Qwen3 and DeepSeek-R1 write them."""
+        thoughts = self.more.get("reasoning_content")
+        return f"<think>\n{thoughts}\n</think>\n\n{self.text}" if thoughts else self.text
 
 
 CHAT_TEMPLATE = "chat_template"
@@ -53,6 +61,8 @@ class Rendered(NamedTuple):
     trained: list[Span] = []
     eos_trained: bool = False
     """EOS behind the text is a label."""
+    weights: Sequence[float] = ()
+    """How much each of `trained` counts in the loss; empty: all in full."""
 
 
 _ALPACA = (
@@ -150,12 +160,12 @@ class Template(BaseModel):
             stops: the stop strings that are text for the tokenizer (`text_stops`); None: all.
         """
         stops = self.stop if stops is None else stops
-        trains_end = any(_held(self.clean(turn.text), stops) for turn in turns if turn.is_label)
+        trains_end = any(_held(self.clean(turn.whole_text), stops) for turn in turns if turn.is_label)
         parts = self._system_parts(system)
         length = sum(len(part) for part, _ in parts)
         trained: list[Span] = []
         for number, turn in enumerate(turns):
-            head, text = self.turn_begin + self._role(turn.role), self.clean(turn.text)
+            head, text = self.turn_begin + self._role(turn.role), self.clean(turn.whole_text)
             begin, end = length + len(head + self.prompt_end), length + len(head + self.turn_separator + text)
             parts += [(head + self.turn_separator, False), (text, True), (self.turn_end, False)]
             length = end + len(self.turn_end)
@@ -167,7 +177,7 @@ class Template(BaseModel):
                 trained.append((begin, end))
         text, own, *_ = _joined(parts)
         eos_trained = self.eos_trained or (trains_end and self._ends_alike and turns[-1].is_label)
-        return Rendered(text, own, trained, eos_trained)
+        return Rendered(text, own, trained, eos_trained, weights_of([turn for turn in turns if turn.is_label]))
 
     def render_prompt(self, history: Sequence[Turn], system: str | None = None) -> Rendered:
         """Render the text up to where the model is to answer. Single-turn formats see the last human turn only.
@@ -299,6 +309,12 @@ def as_dialogue(instruction: str, input: str | None, output: str) -> list[Turn]:
     """A single-turn item as a dialogue of one exchange; an input that is not blank follows as a paragraph."""
     question = f"{instruction}\n\n{input}" if input and input.strip() else instruction
     return [Turn("human", question), Turn("assistant", output)]
+
+
+def weights_of(replies: Sequence[Turn]) -> Sequence[float]:
+    """How much each counts; empty: all in full."""
+    weights = [turn.weight for turn in replies]
+    return weights if any(weight != 1 for weight in weights) else ()
 
 
 def _held(text: str, stops: Iterable[str]) -> bool:

@@ -84,7 +84,7 @@ def measure(loaded: LoadedModel, data: Dataset, batch_size: int, progress: Calla
     counts = {name: report[name] for name in ("items", "tokens", "label_tokens", "truncated", "dropped")}
     loss, done = 0.0, 0
     for items in micro_batches(range(len(data)), data.lengths, batch_size):
-        loss += forward(loaded.model, build(data, items), 1.0 / counts["label_tokens"], loaded.device).item()
+        loss += forward(loaded.model, build(data, items), 1.0 / data.label_weight, loaded.device).item()
         done += len(items)
         progress(done, len(data))
     if not math.isfinite(loss):

@@ -19,7 +19,7 @@ from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_confi
 from llama_acc.core.checkpoint.load import Weights, check_tensors, fill, main_dtype, read_weights, with_rows
 from llama_acc.core.checkpoint.quantized import read_quantization
 from llama_acc.core.checkpoint.towers import check_tower
-from llama_acc.core.data.chat_template import template_for, template_of_folder
+from llama_acc.core.data.chat_template import ChatTemplate, end_note, template_for, template_of_folder
 from llama_acc.core.data.images import normalize
 from llama_acc.core.data.templates import KINDS, Template
 from llama_acc.core.device import pick_device
@@ -178,6 +178,8 @@ def load_model(
     check_tower(config.vision, weights.tensors, last)
     check_tensors(weights, shapes_of(config), last)
     notes = weights.notes
+    if (asked is not None or isinstance(chosen[0], ChatTemplate)) and (note := end_note(chosen[0], words)):
+        notes = [*notes, f"{note}: only a model that was trained so ends its answers there"]
     if dtype is None:
         tower = shapes_of(config, "tower")
         dtype, rounded = main_dtype({name: part for name, part in weights.tensors.items() if name not in tower})

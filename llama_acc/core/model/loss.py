@@ -9,6 +9,7 @@ Under model parallelism each rank has the logits of a part of the vocabulary. Ra
 log-sum-exp of a row and the logit of its target, and sum the gradient of the hidden states.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -42,9 +43,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         parallel: Parallel,
         scales: Scales | None,
         labeled: Tensor | None,
+        label_weights: Tensor | None,
     ) -> Tensor:
         rows = (targets != IGNORED).nonzero().squeeze(1) if labeled is None else labeled
         picked, picked_targets = hidden.detach()[rows], targets[rows]
+        picked_weights = None if label_weights is None else label_weights[rows].unsqueeze(1)
         compute_weight = dense(weight, scales, hidden.dtype)
         size = CHUNK_ROWS if device_type(hidden) == "cpu" else max(CHUNK_ROWS, _GPU_LOGITS // len(weight))
         logits = picked.new_empty(min(len(rows), size), len(weight))
@@ -55,7 +58,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + size)
             x = picked[chunk]
             d_logits = torch.mm(x, compute_weight.t(), out=logits[: len(x)])
-            loss += _softmax_minus_one_hot_(d_logits, picked_targets[chunk], parallel)
+            weights = None if picked_weights is None else picked_weights[chunk]
+            loss += _softmax_minus_one_hot_(d_logits, picked_targets[chunk], parallel, weights)
             if d_picked is not None:
                 torch.mm(d_logits, compute_weight, out=d_picked[chunk])
             if d_weight is not None:
@@ -72,29 +76,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor | None, ...]:
         (factor,) = d_loss
         if device_type(factor) == "cpu" and factor.item() == 1.0:
-            return *ctx.saved_tensors, None, None, None, None, None  # the weight's is too large to be multiplied by 1
+            return *ctx.saved_tensors, *[None] * 6  # the weight's is too large to be multiplied by 1
         gradients = [None if d is None else d * factor.to(d.dtype) for d in ctx.saved_tensors]
-        return *gradients, None, None, None, None, None
+        return *gradients, *[None] * 6
 
 
-def _softmax_minus_one_hot_(logits: Tensor, targets: Tensor, parallel: Parallel) -> Tensor:
-    """Turns logits [R, V] into the gradient of their summed cross-entropy, in place; returns that sum, in float32."""
+def _softmax_minus_one_hot_(logits: Tensor, targets: Tensor, parallel: Parallel, weights: Tensor | None) -> Tensor:
+    """Turns logits [R, V] into the gradient of their summed cross-entropy, in place; returns that sum, in float32.
+
+    Rows count as `weights` [R, 1] says.
+    """
     if parallel.model_size > 1:
-        return _split_softmax_minus_one_hot_(logits, targets, parallel)
+        return _split_softmax_minus_one_hot_(logits, targets, parallel, weights)
     loss = torch.zeros((), dtype=torch.float32, device=logits.device)
     block = _CACHED_ROWS if device_type(logits) == "cpu" else len(logits)
-    for rows, wanted in zip(logits.split(block), targets.unsqueeze(1).split(block), strict=True):
+    weights_of_blocks = itertools.repeat(None) if weights is None else weights.split(block)
+    targets_of_blocks = targets.unsqueeze(1).split(block)
+    for rows, wanted, weight in zip(logits.split(block), targets_of_blocks, weights_of_blocks, strict=False):
         # Of float32 logits this is `rows` itself, and everything happens in place.
         probabilities = rows.float()
         torch.log_softmax(probabilities, -1, out=probabilities)
-        loss -= probabilities.gather(1, wanted).sum()
+        loss -= _weighted(probabilities.gather(1, wanted), weight).sum()
         probabilities.exp_()
         probabilities.scatter_add_(1, wanted, probabilities.new_full(wanted.shape, -1.0))
+        probabilities = _weighted(probabilities, weight)
         rows.copy_(probabilities)
     return loss
 
 
-def _split_softmax_minus_one_hot_(logits: Tensor, targets: Tensor, parallel: Parallel) -> Tensor:
+def _weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Values [R, ...] times the weights of rows [R, 1], in place."""
+    return values if weights is None else values.mul_(weights)
+
+
+def _split_softmax_minus_one_hot_(
+    logits: Tensor, targets: Tensor, parallel: Parallel, weights: Tensor | None
+) -> Tensor:
     """The same where this rank has a part of the vocabulary: logits [R, V / model_size]; the sum is the whole one."""
     wanted = (targets - parallel.model_rank * logits.shape[1]).unsqueeze(1)
     here = (wanted >= 0) & (wanted < logits.shape[1])
@@ -107,8 +124,8 @@ def _split_softmax_minus_one_hot_(logits: Tensor, targets: Tensor, parallel: Par
     log_sum = log_sums.logsumexp(0)
     probabilities.sub_(log_sum.unsqueeze(1)).exp_()
     probabilities.scatter_add_(1, wanted, -here.float())
-    logits.copy_(probabilities)
-    return (log_sum - target_logits.sum(0)).sum()
+    logits.copy_(_weighted(probabilities, weights))
+    return _weighted((log_sum - target_logits.sum(0)).unsqueeze(1), weights).sum()
 
 
 def linear_cross_entropy(
@@ -119,6 +136,7 @@ def linear_cross_entropy(
     parallel: Parallel = _ALONE,
     scales: Scales | None = None,
     labeled: Tensor | None = None,
+    label_weights: Tensor | None = None,
 ) -> Tensor:
     """Sum over labeled rows of the cross-entropy of `hidden @ weight.T`, times `scale`.
 
@@ -126,13 +144,14 @@ def linear_cross_entropy(
         hidden: [T, dim].
         weight: [vocab_size / model_size, dim], this rank's rows; cast to the type of `hidden` for compute.
         targets: [T] token to predict at each row; -100 = no label.
-        scale: factor on the loss, such as 1 / label tokens of the optimizer step.
+        scale: factor on the loss, such as 1 / (what all label tokens of the optimizer step count).
         parallel: who has the other rows.
         scales: of a quantized weight.
         labeled: [N] the rows that have a label, ascending; None: they are looked for, for which a GPU's host waits.
+        label_weights: [T] how much each row counts, in float32; None: all count in full.
 
     Returns:
         float32 scalar; zero, with zero gradients, where nothing is labeled.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, scale, parallel, scales, labeled)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, scale, parallel, scales, labeled, label_weights)
     return loss

@@ -139,6 +139,7 @@ class Transformer(nn.Module):
         draws: Sequence[int] = (),
         bounds: Tensor | None = None,
         labeled: Tensor | None = None,
+        label_weights: Tensor | None = None,
     ) -> Tensor:
         """The stream's last hidden states, or its loss if `targets` are given.
 
@@ -154,6 +155,7 @@ class Transformer(nn.Module):
             bounds: [documents + 1] where documents begin and end, int32; as `labeled`, it follows from the others, and
                 saves a GPU's host from waiting.
             labeled: [N] the places that have a target, ascending.
+            label_weights: [T] how much each target counts; None: all in full.
 
         Returns:
             [T, dim] normed hidden states, for `logits`; or the float32 scalar loss_scale * sum of cross-entropies.
@@ -178,7 +180,9 @@ class Transformer(nn.Module):
         if targets is None:
             return x
         output = self.output
-        return linear_cross_entropy(x, output.weight, targets, loss_scale, self.parallel, output.scales, labeled)
+        return linear_cross_entropy(
+            x, output.weight, targets, loss_scale, self.parallel, output.scales, labeled, label_weights
+        )
 
     @property
     def is_quantized(self) -> bool:

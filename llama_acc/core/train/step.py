@@ -22,7 +22,7 @@ class StepResult(NamedTuple):
     """What a step came to, on the device, of all ranks together.
 
     Attributes:
-        loss: per label token, a scalar.
+        loss: per label token, or per weight of them, a scalar.
         grad_norm: the gradients' L2 norm before clipping, a scalar.
         extra_sums: the sums over all ranks of the numbers they passed in.
     """
@@ -42,6 +42,7 @@ def forward(model: Transformer, batch: MicroBatch, loss_scale: float, device: to
     tokens, positions, targets, labeled, bounds, places = numbers.to(device, non_blocking=True).split(
         [len(part) for part in parts]
     )
+    weights = batch.label_weights
     loss: Tensor = model(
         tokens,
         positions,
@@ -52,6 +53,7 @@ def forward(model: Transformer, batch: MicroBatch, loss_scale: float, device: to
         draws=batch.draws,
         bounds=bounds.to(torch.int32),
         labeled=labeled,
+        label_weights=None if weights is None else torch.from_numpy(weights).to(device, non_blocking=True),
     )
     return loss
 
@@ -61,7 +63,7 @@ def train_step(
     optimizer: ClippedAdamW,
     data_parallel: DataParallel,
     batches: Iterable[MicroBatch],
-    label_tokens: int,
+    label_weight: float,
     lr: float,
     device: torch.device,
     extras: Sequence[float] = (),
@@ -69,9 +71,10 @@ def train_step(
 ) -> StepResult:
     """One optimizer step over this rank's micro-batches of one global batch.
 
-    The loss is the sum over label tokens divided by `label_tokens`, the number of them in the whole step, so it does
-    not depend on how examples are assigned to ranks and micro-batches. Ranks speak to each other about it once: loss,
-    gradient norm and `extras` are summed together. `before_update` is called when only the update is left.
+    The loss is the weighted sum over label tokens divided by `label_weight`, the sum of weights in the whole step (the
+    number of tokens where all count in full). So it does not depend on how examples are assigned to ranks and
+    micro-batches. Ranks speak to each other about it once: loss, gradient norm and `extras` are summed together.
+    `before_update` is called when only the update is left.
     """
     total = torch.zeros((), device=device)
     remaining = iter(batches)
@@ -79,7 +82,7 @@ def train_step(
     while batch is not None:
         following = next(remaining, None)
         data_parallel.before_backward(last=following is None)
-        loss = forward(model, batch, 1.0 / label_tokens, device)
+        loss = forward(model, batch, 1.0 / label_weight, device)
         loss.backward()
         total += loss.detach()
         batch = following
@@ -105,13 +108,13 @@ def evaluate(
     model: Transformer,
     data_parallel: DataParallel,
     batches: Iterable[MicroBatch],
-    label_tokens: int,
+    label_weight: float,
     device: torch.device,
 ) -> float:
     """The loss per label token over all ranks' micro-batches, without training. Every rank has equally many."""
     total = torch.zeros((), device=device)
     for batch in batches:
-        total += forward(model, batch, 1.0 / label_tokens, device)
+        total += forward(model, batch, 1.0 / label_weight, device)
     data_parallel.after_evaluation()
     return _summed(model.parallel, total, torch.zeros_like(total), ()).loss.item()
 

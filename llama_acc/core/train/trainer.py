@@ -207,20 +207,20 @@ class Trainer:
         plan, data = self.plan, self.plan.train
         items, lr = plan.items(self.step), plan.learning_rate(self.step)
         self.has_started = True
-        label_tokens = int(data.label_counts[items].sum(dtype=np.int64))
+        label_weight = float(data.label_weights[items].sum(dtype=np.float64))
         groups, imbalance = self.split_into_micro_batches(data, items)
         if self._batches is None:
             # Of all steps to come: the images of the next ones are decoded while this one is computed.
             self._batches = self.iter_batches(data, self._remaining())
         batches = self._current(groups, islice(self._batches, len(groups)))
         parts = self.model, self.optimizer, self.data_parallel
-        result = train_step(*parts, batches, label_tokens, lr, self.device, extras, before_update)
+        result = train_step(*parts, batches, label_weight, lr, self.device, extras, before_update)
         self.step += 1
         metrics = {
             "step": self.step,
             "epoch": self.step / plan.steps_per_epoch,
             "lr": lr,
-            "label_tokens": label_tokens,
+            "label_tokens": int(data.label_counts[items].sum(dtype=np.int64)),
             "tokens": int(data.lengths[items].sum(dtype=np.int64)),
         }
         return result, metrics | ({"imbalance": imbalance} if self.parallel.data_size > 1 else {})
@@ -243,7 +243,7 @@ class Trainer:
         assert held_out is not None
         groups, _ = self.split_into_micro_batches(held_out, np.arange(len(held_out)))
         batches = self.iter_batches(held_out, (MicroBatchIndices(group, 0) for group in groups))
-        loss = evaluate(self.model, self.data_parallel, batches, held_out.label_tokens, self.device)
+        loss = evaluate(self.model, self.data_parallel, batches, held_out.label_weight, self.device)
         if self.step % self.plan.validates_every:
             return loss  # at the end of a run that may be prolonged: it does not count
         if loss < self.best_loss:

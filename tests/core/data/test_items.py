@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from llama_acc.core.data.findings import KINDS, beginning
-from llama_acc.core.data.items import Dialogue, SingleTurn, first_exchange, item_of, kind_of, unused_text
+from llama_acc.core.data.items import Dialogue, SingleTurn, first_exchange, item_of, kind_of
+from llama_acc.core.data.keys import unused_text
 from llama_acc.core.data.templates import Turn
 
 
@@ -143,11 +144,14 @@ def test_a_reply_that_says_so_is_context_only(key: str, no: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"weight": 0.5}, "turn 2: 'weight' should be true or false, 1 or 0, but is 0.5"),
+        ({"weight": 1.5}, "turn 2: 'weight' should be from 0 to 1, but is 1.5"),
+        ({"weight": -0.5}, "turn 2: 'weight' should be from 0 to 1, but is -0.5"),
+        ({"weight": float("nan")}, "turn 2: 'weight' should be from 0 to 1, but is NaN"),
+        ({"loss": 0.5}, "turn 2: 'loss' should be true or false, 1 or 0, but is 0.5"),
         ({"train": "no"}, "turn 2: 'train' should be true or false, 1 or 0, but is \"no\""),
         ({"train": True, "weight": 0}, "turn 2: 'train' and 'weight' contradict each other"),
         ({"train_detail": [{"begin_offset": 0}]}, "turn 2: parts of a reply cannot be trained on alone"),
-        ({"tool_calls": [{}]}, "turn 2: calls of tools cannot be trained on ('tool_calls')"),
+        ({"from": "human", "tool_calls": [{}]}, "turn 2: calls of tools are a turn of the assistant ('tool_calls')"),
         ({"from": "human", "train": True}, "turn 2: 'train' asks to train on a turn that is no reply"),
         ({"from": "system"}, "turn 2 is a system text behind the first turn"),
     ],
@@ -166,7 +170,7 @@ def test_what_a_turn_asks_for_and_cannot_have_is_refused_by_name(change: dict[st
     [
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "a preferred and a rejected reply"),
         (said("a", chosen={"from": "gpt", "value": "b"}), "('chosen')"),
-        (said("a", "b", tools='[{"name": "f"}]'), "calls of tools cannot be trained on ('tools')"),
+        ({"instruction": "a", "output": "b", "tools": [{"name": "f"}]}, "tools go with dialogues"),
         (said("a", "b", videos=["x.mp4"]), "sound and video"),
         ({"instruction": "a", "output": "b", "kto_tag": False}, "'kto_tag' is false"),
         ({"instruction": "a", "output": "b", "input": "c", "context": "d"}, "'input' and 'context' are names"),

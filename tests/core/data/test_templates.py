@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from llama_acc.core.data.chat_rendering import Limits
-from llama_acc.core.data.chat_template import ChatTemplate, template_for, template_of_folder
+from llama_acc.core.data.chat_template import ChatTemplate, Talk, template_for, template_of_folder
 from llama_acc.core.data.dataset import load_dataset
 from llama_acc.core.data.sources import Source
 from llama_acc.core.data.templates import TEMPLATES, Template, Turn, get_template
@@ -43,7 +43,7 @@ def test_values_are_no_placeholders_and_a_blank_input_counts_as_none(blank: str 
          "<|im_start|>assistant\nHello!<|im_end|>\n", ["Hello!<|im_end|>"]),
     ],
 )  # fmt: skip
-def test_the_text_of_a_dialogue_and_what_of_it_is_trained(
+def test_the_text_of_a_dialogue_and_what_of_it_weight_of(
     name: str, turns: list[tuple[str, str]], system: str | None, text: str, trained: list[str]
 ) -> None:
     rendered = get_template(name).dialogue_text([Turn(*turn) for turn in turns], system)
@@ -187,12 +187,12 @@ def test_a_chat_template_renders_as_in_transformers(name: str, tokenizer_path: P
     assert template.to_json() != chat_template(SOURCES[name], tokenizer_path).to_json(), "it has other special tokens"
 
 
-def test_what_a_chat_template_generates_is_trained(tokenizer_path: Path) -> None:
+def test_what_a_chat_template_generates_weight_of(tokenizer_path: Path) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = chat_template(GENERATION_JINJA, tokenizer_path)
     turns = [Turn("human", "<s>a"), Turn("assistant", "é</s>"), Turn("human", "b"), Turn("assistant", "c")]
-    [[rendered]] = template.dialogue_texts([turns], [None])
+    [[rendered]] = template.dialogue_texts([Talk(turns)])
     roles = {"human": "user", "assistant": "assistant"}
     messages = [{"role": roles[turn.role], "content": turn.text} for turn in turns]
     [text], [generated] = render_jinja_template(
@@ -200,7 +200,7 @@ def test_what_a_chat_template_generates_is_trained(tokenizer_path: Path) -> None
     )
     assert (rendered.text, rendered.trained) == (text, generated)
     turns[1] = turns[1]._replace(weight=0)
-    assert template.dialogue_texts([turns], [None])[0][0].trained == generated[1:]
+    assert template.dialogue_texts([Talk(turns)])[0][0].trained == generated[1:]
 
 
 TURNS = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content | trim + '<|im_end|>\n' }}{% endfor %}"
@@ -232,16 +232,16 @@ HELLO, SO = "Hello!<|im_end|>", "So <|im_end|> it is.<|im_end|>"
         (TURNS.replace("m.content", "m.content | upper") + ASKED, "changes the text of a reply"),
     ],
 )  # fmt: skip
-def test_what_the_model_has_to_write_is_trained_where_a_chat_template_does_not_say_it(
+def test_what_the_model_has_to_write_weight_of_where_a_chat_template_does_not_say_it(
     source: str, trained: list[list[str]] | str, tmp_path: Path
 ) -> None:
     path = byte_level(tmp_path, {"bos_token": None, "eos_token": "<|im_end|>"})
     template = ChatTemplate(source, load_tokenizer(path), tmp_path / "chat_template.jinja")
     if isinstance(trained, str):
-        with pytest.raises(UserError, match=f"it {trained}"):
-            template.dialogue_texts([CONVERSATION], ["S"])
+        [why] = template.dialogue_texts([Talk(CONVERSATION, "S")])
+        assert f"it {trained}" in str(why)
         return
-    [found] = template.dialogue_texts([CONVERSATION], ["S"])
+    [found] = template.dialogue_texts([Talk(CONVERSATION, "S")])
     assert [[text.text[begin:end] for begin, end in text.trained] for text in found] == trained
     for turns in (CONVERSATION[:1], CONVERSATION[:5]):
         asked = template.prompt_text(turns, "S")
@@ -275,9 +275,9 @@ def test_a_familys_format_is_written_as_it_is_published(name: str, tokenizer_pat
     tokenizer = load_tokenizer(paths[name](tmp_path) if name in paths else tokenizer_path)
     template = template_for(name, "dialogue", tokenizer)
     assert isinstance(template, ChatTemplate)
-    [found] = template.dialogue_texts([TWO], ["S"])
+    [found] = template.dialogue_texts([Talk(TWO, "S")])
     texts = []
-    for text, _, trained, _ in found:
+    for text, _, trained, *_ in found:
         for place, mark in sorted([(end, "⟧") for _, end in trained] + [(begin, "⟦") for begin, _ in trained])[::-1]:
             text = text[:place] + mark + text[place:]
         texts.append(text)
@@ -419,5 +419,5 @@ def test_an_answer_that_merges_with_the_prompt_is_counted_and_in_none_trained(tm
 def test_the_limit_is_that_of_each_text_as_a_long_dialogue_is_written_for_every_reply(tmp_path: Path) -> None:
     path = byte_level(tmp_path, {"bos_token": None, "eos_token": "<|im_end|>"})
     template = ChatTemplate(TURNS + ASKED, load_tokenizer(path), path, Limits(characters=2000))
-    [[found]] = template.dialogue_texts([TWO * 10], [None])
+    [[found]] = template.dialogue_texts([Talk(TWO * 10)])
     assert (len(found.trained), len(found.text) * 10 > 2000) == (20, True)

@@ -52,6 +52,22 @@ def test_loss_and_both_gradients_are_those_of_the_definition(rows: int, labeled:
         assert torch.equal(linear_cross_entropy(hidden, weight, targets, scale), actual[0])
 
 
+def test_every_label_counts_by_its_weight() -> None:
+    hidden, weight, targets = problem(CHUNK_ROWS + 40)
+    weights = torch.rand(len(targets), generator=torch.Generator().manual_seed(0))
+    theirs, mine = [(hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_())
+                     for dtype in (torch.float64, torch.float32)]  # fmt: skip
+    losses = F.cross_entropy(theirs[0] @ theirs[1].T, targets, ignore_index=IGNORED, reduction="none")
+    expected, actual = 0.1 * (losses * weights).sum(), linear_cross_entropy(*mine, targets, 0.1, label_weights=weights)
+    for loss in (expected, actual):
+        loss.backward()
+    assert difference(actual.detach(), expected.detach()) < 2e-6
+    for one, other in zip(mine, theirs, strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert difference(one.grad, other.grad) < 2e-6
+
+
 def test_no_label_at_all_is_a_loss_of_zero_with_zero_gradients() -> None:
     hidden, weight, _ = problem(16)
     loss, d_hidden, d_weight = ours(hidden, weight, torch.full((16,), IGNORED), 1.0)

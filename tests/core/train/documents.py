@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from llama_acc.core.data.batches import MicroBatch, build
+from llama_acc.core.data.encode import Labels
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.model.transformer import Transformer
 from llama_acc.core.train.data_parallel import DataParallel
@@ -18,18 +19,21 @@ from llama_acc.core.train.step import StepResult, evaluate, train_step
 class Labelled:
     """Documents as LLaMA2-Accessory has them: label i belongs to token i, -100 is none."""
 
-    def __init__(self, documents: Sequence[dict[str, list[int]]]) -> None:
-        self.documents = documents
+    def __init__(self, documents: Sequence[dict[str, list[int]]], weights: Sequence[float] = ()) -> None:
+        """`weights` are those of all labels of a document."""
+        self.documents, self.weights = documents, weights
 
-    def document(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    def document(self, i: int) -> tuple[NDArray[np.int32], Labels]:
         tokens, labels = np.array(self.documents[i]["tokens"]), np.array(self.documents[i]["labels"])
         labelled = labels != -100
         assert (labels[labelled] == tokens[labelled]).all()
+        if self.weights and self.weights[i] != 1:
+            return tokens.astype(np.int32), (labelled * self.weights[i]).astype(np.float32)
         return tokens.astype(np.int32), labelled
 
     def label_tokens(self) -> int:
         """How many tokens are predicted: the first of a document never is."""
-        return sum(int(self.document(i)[1][1:].sum()) for i in range(len(self.documents)))
+        return sum(np.count_nonzero(self.document(i)[1][1:]) for i in range(len(self.documents)))
 
     def dealt(self, *sizes: int) -> list[MicroBatch]:
         """Micro-batches of these many documents, in order."""
@@ -59,13 +63,13 @@ def alone(model: Transformer) -> DataParallel:
 
 
 def step(
-    model: Transformer, optimizer: ClippedAdamW, batches: Sequence[MicroBatch], label_tokens: int, lr: float
+    model: Transformer, optimizer: ClippedAdamW, batches: Sequence[MicroBatch], label_tokens: float, lr: float
 ) -> StepResult:
     """One optimizer step in one process on the CPU."""
     return train_step(model, optimizer, alone(model), batches, label_tokens, lr, torch.device("cpu"))
 
 
-def loss_of(model: Transformer, batches: Sequence[MicroBatch], label_tokens: int) -> float:
+def loss_of(model: Transformer, batches: Sequence[MicroBatch], label_tokens: float) -> float:
     """The loss per label token, without training."""
     return evaluate(model, alone(model), batches, label_tokens, torch.device("cpu"))
 

@@ -48,6 +48,7 @@ ALONE = {
     "lora": (*PART, LORA, "tuning.lora_dropout=0.2", "tuning.lora_alpha=8"),
     "nf4": (*PART, LORA, NF4),
     "adapter": (*PART, *ADAPTER),
+    "weighted": (*UNEVEN, "train.max_steps=5"),
 }
 # What four processes run besides, and which of these it must be: 2 data parallel x 2 model parallel, unless it says
 # otherwise. The scales of NF4 are rounded together for what a rank has: split otherwise they are others.
@@ -61,6 +62,7 @@ IN_FOUR = {
     "qformer": ("qformer", [*MODES["fsdp"], SPLIT, "vision.cache_features=true"]),
     "clip": ("clip", [*MODES["sdp"], SPLIT]),
     "tiny": ("tiny", [*MODES["ddp"], SPLIT]),
+    "weighted": ("weighted", [*MODES["sdp"], SPLIT]),
 }
 MORE_IN_FOUR = {
     **{mode: ("fp32", [*MODES[mode], SPLIT]) for mode in ("ddp", "sdp", "fsdp-unsharded")},
@@ -79,9 +81,24 @@ class Alone:
         self.folder = folder
 
     def overrides(self, name: str) -> list[str]:
+        if name == "weighted":
+            return [*ALONE[name], f"data.sources=[{{path: {self.weighted_data()}, template: dialogue}}]"]
         if name in ALONE:
             return [*ALONE[name]]
         return [*overrides_of(name, self.folder), "data.images.transform=pad_to_square"]
+
+    def weighted_data(self) -> Path:
+        """Dialogues of two replies that count unequally."""
+        path = self.folder / "weighted.json"
+        weights = [(1, 0.5), (0.25, 1), (1, 1), (0, 0.1)]
+        talks = [
+            [turn for weight in pair for turn in (
+                {"from": "human", "value": f"question {i}"}, {"from": "gpt", "value": "a " * (i % 7), "weight": weight}
+            )]
+            for i, pair in enumerate(weights * 8, start=1)
+        ]  # fmt: skip
+        path.write_text(json.dumps([{"conversations": turns} for turns in talks]))
+        return path
 
     def __call__(self, name: str) -> Path:
         if not (self.folder / name).exists():

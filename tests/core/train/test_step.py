@@ -79,6 +79,28 @@ def test_copies_that_are_made_once_a_step_change_nothing(method: str) -> None:
     assert all(torch.equal(parameter, trained[name]) for name, parameter in plain.named_parameters())
 
 
+@pytest.mark.parametrize("sizes", [[8], [1] * 8, [3, 3, 2]], ids=str)
+def test_a_weighted_loss_is_divided_by_the_sum_of_weights_however_documents_are_dealt(sizes: list[int]) -> None:
+    weights = [1.0, 0.5, 0.25, 1.0, 0.1, 0.75, 1.0, 0.5]
+    weighted, model = Labelled(DOCUMENTS.documents, weights), random_model()
+    documents = [torch.tensor(document["tokens"]) for document in weighted.documents]
+    total = whole = 0.0
+    for document, logits, weight in zip(weighted.documents, document_logits(model, documents), weights, strict=True):
+        labels = torch.tensor(document["labels"][1:])
+        total += weight * F.cross_entropy(logits[:-1], labels, reduction="sum").item()
+        whole += weight * int((labels != -100).sum())
+    result, at_once = (
+        step(model, adamw(model), weighted.dealt(*dealt), whole, 1e-2)
+        for model, dealt in ((model, sizes), (random_model(), [8]))
+    )
+    assert result.loss.item() == pytest.approx(total / whole, rel=1e-6)
+    assert result.grad_norm.item() == pytest.approx(at_once.grad_norm.item(), rel=1e-6)
+    halved = Labelled(DOCUMENTS.documents, [0.5] * 8)
+    assert loss_of(random_model(), halved.dealt(*sizes), DOCUMENTS.label_tokens() / 2) == pytest.approx(
+        loss_of(random_model(), DOCUMENTS.dealt(*sizes), DOCUMENTS.label_tokens()), rel=1e-6
+    )
+
+
 HAS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 
 

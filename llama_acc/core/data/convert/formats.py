@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 from llama_acc.core.data.convert.markdown import html_to_markdown
-from llama_acc.core.data.items import (
+from llama_acc.core.data.keys import (
     IMAGES,
     INPUT,
     PAIRS,
@@ -17,11 +18,12 @@ from llama_acc.core.data.items import (
     Malformed,
     as_list,
     is_empty,
-    is_trained,
     key_of,
     type_name,
+    weight_of,
 )
 from llama_acc.core.data.templates import TEMPLATES, Turn
+from llama_acc.core.data.tools import CALL_ROLES, RESULT_ROLES, TOOLS, called_in, message_fields, tools_of
 from llama_acc.core.tokenizer import Tokenizer
 
 AUTO = "auto"
@@ -128,9 +130,10 @@ _ROLES = {
     **dict.fromkeys(("human", "user", "prompter"), "human"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "claude", "bot", "model"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(CALL_ROLES, "assistant"),
+    **dict.fromkeys(RESULT_ROLES, "tool"),
 }
-_WRITTEN = {"human": "human", "assistant": "gpt"}
-_TOOLS = ("tool", "function", "function_call", "tool_call", "observation")
+_WRITTEN = {"human": "human", "assistant": "gpt", "tool": "tool"}
 
 
 def _each(values: Iterable[Any], made_of: Callable[[Any], _Value]) -> list[_Value]:
@@ -144,19 +147,27 @@ def _each(values: Iterable[Any], made_of: Callable[[Any], _Value]) -> list[_Valu
     return made
 
 
+def role_of(turn: Row) -> str | None:
+    """The role of a turn, by our name; None: it has none that is known."""
+    said = str(turn.get("role", turn.get("from")))
+    return _ROLES.get(said) or _ROLES.get(said.strip().lower())
+
+
 def _turn(value: Any) -> Turn:
     """A turn of `from` and `value`, or of `role` and `content`, which may be in parts."""
     turn = _object(value)
     role, text = ("role", "content") if turn.keys() & {"role", "content"} else ("from", "value")
     said = _text(turn, role)
-    name = _ROLES.get(said) or _ROLES.get(said.strip().lower())
-    if name is None and said.strip().lower() in _TOOLS:
-        raise Skipped("has calls of tools")
-    if name is None:
+    if (name := role_of(turn)) is None:
         raise Malformed(f"unknown role {said!r}: it is one of {', '.join(_ROLES)}")
+    weight, more = weight_of(turn, name == "assistant"), message_fields(turn, name)
     content = turn.get(text)
+    if said.strip().lower() in CALL_ROLES:
+        return Turn(name, "", weight, more | called_in(_text(turn, text)))
+    if content is None and "tool_calls" in more:
+        return Turn(name, "", weight, more)
     joined = "\n\n".join(map(_part, content)) if isinstance(content, list) else _text(turn, text)
-    return Turn(name, joined, is_trained(turn, name == "assistant"))
+    return Turn(name, joined, weight, more)
 
 
 def _part(value: Any) -> str:
@@ -174,8 +185,9 @@ def _exchanges(
     """A dialogue's system text, and its questions and replies in turn.
 
     A system text before the first question is the dialogue's; another goes in front of the question that follows it.
-    Turns of one role in a row become one. Replies without a question, questions without a reply and exchanges with a
-    blank side are left out. `notes` counts what was changed.
+    Turns of one role in a row become one, but for calls of tools and their results. Replies without a question,
+    questions without a reply, results that nothing answers and exchanges with a blank side are left out. `notes` counts
+    what was changed.
 
     Raises:
         Skipped: nothing is left, or a reply is to be trained on in part.
@@ -192,7 +204,7 @@ def _exchanges(
             continue
         if turn.role == "human" and waiting:
             turn, waiting = turn._replace(text="\n\n".join([*waiting, turn.text])), []
-        if not joined or joined[-1].role != turn.role:
+        if not joined or joined[-1].role != turn.role or turn.role == "tool" or turn.more or joined[-1].more:
             joined.append(turn)
         elif joined[-1].weight != turn.weight:
             raise Skipped("replies in a row, of which only some are to be trained on")
@@ -201,16 +213,19 @@ def _exchanges(
             joined[-1] = turn._replace(text=f"{joined[-1].text}\n\n{turn.text}")
     if waiting:
         notes["system texts without a question were left out"] += len(waiting)
-    if joined and joined[0].role == "assistant":
+    questions = [place for place, turn in enumerate(joined) if turn.role == "human"]
+    if joined and joined[0].role != "human":
         notes["replies without a question were left out"] += 1
-        del joined[0]
-    if len(joined) % 2:
-        notes["questions without a reply were left out"] += 1
-        del joined[-1]
     kept = []
-    for question, reply in zip(joined[::2], joined[1::2], strict=True):
-        if question.text.strip() and reply.text.strip():
-            kept += [question, reply]
+    for begin, end in pairwise([*questions, len(joined)]):
+        question, *replies = joined[begin:end]
+        while replies and replies[-1].role == "tool":
+            notes["results of tools that nothing answers were left out"] += 1
+            del replies[-1]
+        if not replies:
+            notes["questions without a reply were left out"] += 1
+        elif question.text.strip() and all(map(_says_something, replies)):
+            kept += [question, *replies]
         else:
             notes["exchanges with nothing on one side were left out"] += 1
     if not kept:
@@ -218,13 +233,18 @@ def _exchanges(
     return "\n\n".join(text for text in own if text.strip()), kept
 
 
+def _says_something(turn: Turn) -> bool:
+    return turn.role == "tool" or bool(turn.text.strip()) or "tool_calls" in turn.more
+
+
 def _record(row: Row, system: str, turns: list[Turn], part: int | None = None) -> Record:
     """A dialogue as it is written; `part`: which part of its row it is."""
     written: list[Record] = []
-    for role, text, weight in turns:
-        turn = {"from": _WRITTEN[role], "value": text}
-        written.append(turn if weight else {**turn, "train": False})
-    return {**_about(row, system, part), "conversations": written}
+    for turn in turns:
+        weight: Record = {} if turn.weight == 1 else {"weight": turn.weight} if turn.weight else {"train": False}
+        written.append({"from": _WRITTEN[turn.role], "value": turn.text, **turn.more, **weight})
+    tools = tools_of(row)
+    return {**_about(row, system, part), **({"tools": tools} if tools else {}), "conversations": written}
 
 
 def _dialogue(row: Row, turns: list[Turn], notes: Counter[str], mapping: Mapping[str, str] = {}) -> list[Record]:
@@ -274,6 +294,8 @@ def _llava(row: Row, options: Options, notes: Counter[str]) -> Iterable[Record]:
     system, turns = _exchanges(row, turns, notes)
     if options.dialogues:
         return [_record(row, system, turns)]
+    if any(turn.more for turn in turns):
+        raise Skipped("has calls of tools")
     pairs = list(zip(turns[::2], turns[1::2], strict=True))
     if left_out := sum(not reply.is_label for _, reply in pairs):
         notes["replies that are not to be trained on were left out"] += left_out
@@ -297,7 +319,7 @@ def _sharegpt(row: Row, options: Options, notes: Counter[str]) -> Iterable[Recor
     field = "items" if "items" in row and "conversations" not in row else "conversations"
     turns = _each(_list(row, field), _turn)
     for place, turn in enumerate(turns if not options.keep_html else ()):
-        if (clean := html_to_markdown(turn.text)) != turn.text:
+        if turn.role != "tool" and (clean := html_to_markdown(turn.text)) != turn.text:
             notes["turns had HTML or marks of the web page, which were cleaned"] += 1
             turns[place] = turn._replace(text=clean)
     system, turns = _exchanges(row, turns, notes)
@@ -308,6 +330,9 @@ def _sharegpt(row: Row, options: Options, notes: Counter[str]) -> Iterable[Recor
         if language is not None and language not in options.languages:
             raise Skipped(f"in another language ({language})")
     if options.tokenizer is None or options.max_tokens is None:
+        return [_record(row, system, turns)]
+    if tools_of(row) or any(turn.more for turn in turns):
+        notes["dialogues with calls of tools or reasoning were not split"] += 1
         return [_record(row, system, turns)]
     parts = list(_parts(system, turns, options.tokenizer, options.max_tokens, notes))
     if len(parts) == 1:
@@ -406,11 +431,11 @@ def _mapped(row: Row, options: Options, notes: Counter[str]) -> Iterable[Record]
 FORMATS: dict[str, Format] = {
     "gorilla": Format(_gorilla, ("code",), may_be_empty=True),
     "llava": Format(_llava, ("conversations",)),
-    "sharegpt": Format(_sharegpt, ("conversations", "items"), turns_in=("conversations", "items")),
+    "sharegpt": Format(_sharegpt, ("conversations", "items", *TOOLS), turns_in=("conversations", "items")),
     "wizardlm": Format(_wizardlm, (*_SINGLE_TURN, "conversations")),
     "lima": Format(_lima, ("conversations",)),
     "alpaca": Format(lambda row, options, notes: [_single_turn(row)]),
-    "openai": Format(_openai, ("messages", "conversations"), turns_in=("messages", "conversations")),
+    "openai": Format(_openai, ("messages", "conversations", *TOOLS), turns_in=("messages", "conversations")),
     "moss": Format(
         _moss,
         ("chat", "meta_instruction", "conversation_id"),
@@ -429,7 +454,7 @@ def format_of(name: str, mapping: Mapping[str, str]) -> Format:
         return format
     if "conversations" in mapping:
         field = (mapping["conversations"],)
-        return format._replace(keys=field, turns_in=field, is_choice=True)
+        return format._replace(keys=(*field, *TOOLS), turns_in=field, is_choice=True)
     unmapped = [key for key in ("instruction", "output", "history") if key not in mapping]
     keys = (*unmapped, *mapping.values(), *(() if "input" in mapping else INPUT))
     return format._replace(keys=keys, is_choice="output" in mapping)

@@ -26,9 +26,10 @@ from llama_acc.core.data.convert.formats import (
     format_of,
     recognize,
     required_columns,
+    role_of,
 )
 from llama_acc.core.data.findings import MOST_PROBLEMS
-from llama_acc.core.data.items import (
+from llama_acc.core.data.keys import (
     IMAGES,
     PREFERENCE,
     SYSTEM,
@@ -44,6 +45,7 @@ from llama_acc.core.data.items import (
 )
 from llama_acc.core.data.read import SUFFIXES, Row, data_suffix, looked_ahead, stream_rows, stream_rows_from, unreadable
 from llama_acc.core.data.sources import data_files
+from llama_acc.core.data.tools import MESSAGE_KEYS
 from llama_acc.core.errors import DataError, RunError, UserError, listed
 from llama_acc.core.input_files import open_input
 from llama_acc.core.text import count_text
@@ -223,7 +225,9 @@ class Conversion:
         for place in format.turns_in:
             turns = as_list(row.get(place))
             for turn in turns.values() if isinstance(turns, dict) else turns if isinstance(turns, list) else ():
-                keys, wrong = unused_keys(turn, in_turns) if isinstance(turn, dict) else (set[str](), None)
+                if not isinstance(turn, dict):
+                    continue
+                keys, wrong = unused_keys(turn, in_turns.union(MESSAGE_KEYS.get(role_of(turn) or "", ())))
                 unused |= {f"{place}[].{key}" for key in keys}
                 reason = reason or wrong
         if reason is not None:

@@ -140,8 +140,8 @@ def test_a_reply_that_is_context_only_stays_so_in_every_format(tmp_path: Path, f
     assert isinstance(item, Dialogue)
     assert [bool(turn.weight) for turn in item.turns] == [True, False, True, True]
     assert not conversion.unused
-    turns[1]["weight"] = 0.5
-    with pytest.raises(DataError, match=r"turn 2: 'weight' should be true or false, 1 or 0, but is 0\.5"):
+    turns[1]["weight"] = 2
+    with pytest.raises(DataError, match=r"turn 2: 'weight' should be from 0 to 1, but is 2"):
         convert_rows(format, [row], tmp_path)
 
 
@@ -164,6 +164,40 @@ def test_dialogues_are_questions_and_replies_in_turn(
     assert any(note in counted for counted in conversion.notes)
 
 
+CALL = {"name": "f", "arguments": '{"x": 1}'}
+CALLED = {
+    "from": "gpt",
+    "value": "",
+    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "notes"),
+    [
+        ("openai", messages(("user", "a"), ("assistant", None), ("tool", "1"), ("tool", ""), ("assistant", "b"),
+                            ("user", "c"), ("assistant", "d"), ("tool", "left"), tools=[TOOL]), 1),
+        ("sharegpt", talk(("human", "a"), ("function_call", json.dumps(CALL)), ("observation", "1"),
+                          ("observation", ""), ("gpt", "b"), ("human", "c"), ("gpt", "d"),
+                          tools=json.dumps([TOOL["function"]])), 0),
+    ],
+)  # fmt: skip
+def test_calls_of_tools_are_turns_in_one_form(tmp_path: Path, format: str, row: Any, notes: int) -> None:
+    if format == "openai":
+        row["messages"][1]["tool_calls"] = [{"type": "function", "function": CALL}]
+        row["messages"][5]["name"] = "Ann"
+        row["messages"][6] |= {"weight": 0.5, "reasoning": "hm"}
+    [record], conversion = convert_rows(format, [row], tmp_path)
+    last = {"weight": 0.5, "reasoning_content": "hm"} if format == "openai" else {}
+    turns = [("human", "a"), ("gpt", ""), ("tool", "1"), ("tool", ""), ("gpt", "b"), ("human", "c"), ("gpt", "d")]
+    expected = [{"from": role, "value": text} for role, text in turns]
+    expected[1], expected[6] = CALLED, expected[6] | last
+    assert record == {"tools": [TOOL], "conversations": expected}
+    assert conversion.unused == ({"messages[].name": 1} if format == "openai" else {})
+    assert (len(conversion.notes), item_of(record, "dialogue")[1]) == (notes, [])
+
+
 UNTRAINED = talk(*AB, ("gpt", "c"))
 UNTRAINED["conversations"][1]["train"] = False
 
@@ -173,9 +207,9 @@ UNTRAINED["conversations"][1]["train"] = False
     [
         ("gorilla", code("###Instruction: a"), "no 'Output:' in 'code'"),
         ("gorilla", code("{'Instruction': a, 'Output': b}"), "--all-forms takes it"),
-        ("openai", messages(("user", "a"), ("tool", "b")), "has calls of tools"),
-        ("openai", {"messages": [{**TURNS[0], "tool_calls": [{}]}]}, "calls of tools cannot be trained on"),
-        ("openai", messages(("user", "a"), ("assistant", "b"), tools=[{}]), "cannot be trained on ('tools')"),
+        ("openai", messages(("user", "a"), ("tool", "b")), "no question with a reply"),
+        ("openai", {"messages": [{**TURNS[0], "tool_calls": [{}]}]}, "calls of tools are a turn of the assistant"),
+        ("lima", talk(*AB, tools=[{}]), "tools go with dialogues"),
         ("openai", messages(("user", [{"type": "image_url", "image_url": {}}])), "has images, sound or files"),
         ("moss", moss(("a", "b"), commands='Search("a")'), "has calls of tools"),
         ("wizardlm", {"idx": 1, "Skill": "Math", "Instruction": "a"}, "an instruction without an output"),
@@ -286,7 +320,7 @@ def test_auto_looks_at_each_file_and_says_so(tmp_path: Path) -> None:
         ({"chosen": "Human: a", "rejected": "Human: b"}, None, None),
         ({**talk(("human", "a")), "chosen": AB[1], "rejected": AB[1]}, None, None),
         ({"completion": "b", "prompt": "a", "label": False}, None, None),
-        ({**talk(*AB), "tools": "[{}]"}, None, None),
+        ({**talk(*AB), "videos": ["x.mp4"]}, None, None),
     ],
 )
 def test_what_is_no_known_format_is_told_a_mapping_that_works_or_none(
