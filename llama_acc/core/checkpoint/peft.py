@@ -99,7 +99,7 @@ def merge_error(before: Model, merged_model: Model, saved: Model) -> MergeError:
     attend = DocumentAttention([_TOKENS], rotary_table(config, _TOKENS, torch.device("cpu")))
     for layer in range(config.n_layers):
         for place, (own, sources) in enumerate(models):
-            block = build_on_meta(own.of_block(layer), torch.float32).to_empty(device="cpu").layers[0].double()
+            block = build_on_meta(own.of_blocks([layer]), torch.float32).to_empty(device="cpu").layers[0].double()
             for name, parameter in block.named_parameters():
                 sources[f"layers.{layer}.{name}"].copy_into(parameter)
             states[place] = block(states[place], attend)

@@ -5,7 +5,7 @@ other ranks are torch's fake process group. A CPU stands for a GPU, too: the pro
 `device.simulating`), and attention is the GPU's.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -36,7 +36,7 @@ from llama_acc.core.train.trainer import assemble
 
 CPU = torch.device("cpu")
 _aten = torch.ops.aten
-_SHALLOW = 5  # equal blocks of the model that stands in for a deep one
+_ENDS = 3  # blocks at the ends of equal ones that may take something else: the first two and the last
 
 
 @dataclass(frozen=True)
@@ -74,29 +74,51 @@ def simulate_generation(setup: Setup, length: int) -> Trace:
 
 
 def _of_depth(setup: Setup, simulate: Callable[[Setup], Trace]) -> Trace:
-    """What `simulate` finds, of a deep model with few blocks: in the middle, one takes what the next one does."""
+    """What `simulate` finds, of a deep model with few blocks: in the middle, some take what the next ones do."""
     depth, tuning = setup.config.n_layers, setup.config.tuning
-    prefixed = tuning.prefix_layers if isinstance(tuning, Adapter) else 0
+    plain = depth - tuning.prefix_layers if isinstance(tuning, Adapter) else depth  # blocks without a prefix
+    kinds = [(setup.config.of_blocks([layer]), layer < plain) for layer in range(depth)]
     # A rank of several may gather the next block's parameters early.
-    shallow = _SHALLOW + (setup.world_size > 1)
-    few_prefixed, few = min(prefixed, shallow), min(depth - prefixed, shallow)
+    kept, left_out = _without_repeats(kinds, _ENDS + (setup.world_size > 1))
     with garbage_kept():
-        trace = None
-        if few + few_prefixed < depth and setup.config.has_equal_blocks:
-            trace = simulate(_shallow(setup, few, few_prefixed))
-            for last, extra in ((few + few_prefixed, prefixed - few_prefixed), (few, depth - prefixed - few)):
-                trace = deepened(trace, last, extra) if trace and extra else trace
+        trace: Trace | None = simulate(_shallow(setup, kept, plain)) if left_out else None
+        for last, extra, period in reversed(left_out):
+            trace = trace and deepened(trace, last, extra, period)
         trace = trace or simulate(setup)
     return trace.rounded(1 if setup.device_type == "cpu" else ROUNDING)
 
 
-def _shallow(setup: Setup, few: int, prefixed: int) -> Setup:
-    """The same with so many blocks without and with a prefix."""
+def _without_repeats(kinds: Sequence[Hashable], ends: int) -> tuple[list[int], list[tuple[int, int, int]]]:
+    """The blocks that stand in for all, and where some were left out: how many are kept up to there, how many are not,
+    and the period in which the kinds of blocks repeat there."""
+    kept: list[int] = []
+    left_out: list[tuple[int, int, int]] = []
+    begin = 0
+    while begin < len(kinds):
+        few, end = 1, begin + 1
+        for period in range(1, (len(kinds) - begin) // 2):
+            until = begin + period
+            while until < len(kinds) and kinds[until] == kinds[until - period]:
+                until += 1
+            least = 2 * period + ends
+            enough = least + (until - begin - least) % period
+            if until - begin > enough:
+                few, end = enough, until
+                left_out.append((len(kept) + few, end - begin - few, period))
+                break
+        kept += range(begin, begin + few)
+        begin = end
+    return kept, left_out
+
+
+def _shallow(setup: Setup, kept: Sequence[int], plain: int) -> Setup:
+    """The same with these blocks alone, of which those from block `plain` on have a prefix."""
     tuning = setup.config.tuning
     if isinstance(tuning, Adapter):
         values = {field.name: getattr(tuning, field.name) for field in fields(Adapter)}
-        tuning = _ShallowAdapter(**values | {"prefix_layers": prefixed}, stored_layers=tuning.prefix_layers)
-    return replace(setup, config=replace(setup.config, n_layers=few + prefixed, tuning=tuning))
+        values["prefix_layers"] = sum(layer >= plain for layer in kept)
+        tuning = _ShallowAdapter(**values, stored_layers=tuning.prefix_layers)
+    return replace(setup, config=replace(setup.config.of_blocks(kept), tuning=tuning))
 
 
 @dataclass(frozen=True)

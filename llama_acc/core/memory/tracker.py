@@ -122,29 +122,31 @@ class Trace:
         return {"loss": "logits and loss", "recompute": "activations recomputed"}.get(phase, "working memory")
 
 
-def deepened(trace: Trace, last: int, extra: int) -> Trace | None:
-    """The trace of a model with `extra` more blocks before block `last`; None = it does not follow from this one.
+def deepened(trace: Trace, last: int, extra: int, period: int) -> Trace | None:
+    """The trace of a model with `extra` more blocks before block `last`, a multiple of the period in which they repeat;
+    None = it does not follow from this one.
 
-    Five blocks before `last` have to be alike. The last one may differ from the others, and so may the first two: a
-    sharded model gathers the next one early.
+    Two periods and three blocks before `last` have to repeat. The last block may differ from the others, and so may
+    the first two: a sharded model gathers the next one early.
     """
-    found = (_repeated(trace, first, extra) for first in (last - 4, last - 3))
+    found = (_repeated(trace, last - 2 * period - ends, extra, period) for ends in (2, 1))
     return next((trace for trace in found if trace is not None), None)
 
 
-def _repeated(trace: Trace, first: int, extra: int) -> Trace | None:
-    """The trace with so many copies of block `first`, if it takes what the next one takes, at the same times.
+def _repeated(trace: Trace, first: int, extra: int, period: int) -> Trace | None:
+    """The trace with `extra` more blocks, copies of the `period` ones from `first` on, if each of them takes what the
+    one a period later takes, at the same times.
 
     What either makes has to be freed after the same allocation, or after ones that are equally far away.
     """
-    made = trace.allocations
+    made, copied = trace.allocations, range(first, first + period)
     of: dict[int, list[Allocation]] = defaultdict(list)
     place: list[int] = []  # of an allocation among those of its block
     for allocation in made:
         place.append(len(of[allocation.owner]))
         of[allocation.owner].append(allocation)
-    order = _with_copies(made, first, extra)
-    if order is None or len(of[first]) != len(of[first + 1]):
+    order = _with_copies(made, copied, extra)
+    if order is None:
         return None
 
     def end(allocation: Allocation) -> tuple[int, int]:
@@ -152,17 +154,21 @@ def _repeated(trace: Trace, first: int, extra: int) -> Trace | None:
         before = allocation.died - 1
         return (FOREVER, 0) if allocation.died == FOREVER else (made[before].owner, place[before])
 
-    moves = []  # whether the n-th thing of a block in the middle is freed at a time that moves with the block
-    for one, following in zip(of[first], of[first + 1], strict=True):
-        (owner, number), (next_owner, next_number) = end(one), end(following)
-        alike = (one.nbytes, one.label, one.phase.name) == (following.nbytes, following.label, following.phase.name)
-        far = next_owner != owner and abs(owner - first) > 1
-        if not alike or number != next_number or next_owner - owner not in (0, 1) or far:
+    moves = set()  # the things of copied blocks that are freed at a time that moves with the block
+    for block in copied:
+        if len(of[block]) != len(of[block + period]):
             return None
-        moves.append(next_owner != owner)
+        for one, following in zip(of[block], of[block + period], strict=True):
+            (owner, number), (next_owner, next_number) = end(one), end(following)
+            alike = (one.nbytes, one.label, one.phase.name) == (following.nbytes, following.label, following.phase.name)
+            far = next_owner != owner and not first - 1 <= owner <= first + period
+            if not alike or number != next_number or next_owner - owner not in (0, period) or far:
+                return None
+            if next_owner != owner:
+                moves |= {one.time, following.time}
 
     def shifted(owner: int) -> int:
-        return owner if owner <= first else owner + extra
+        return owner if owner < copied.stop else owner + extra
 
     times = {(owner, place[allocation.time]): time for time, (owner, allocation) in enumerate(order)}
 
@@ -176,35 +182,39 @@ def _repeated(trace: Trace, first: int, extra: int) -> Trace | None:
     found: list[Allocation] = []
     for owner, old in order:
         by = owner - old.owner
-        with_block = old.owner in (first, first + 1) and moves[place[old.time]]
         block = old.phase.block
         if block >= 0:
             block = shifted(block) if old.owner < 0 else block + by
-        nbytes = old.nbytes + extra * old.joined.get(first, 0)
-        died = moved(old.died, by if with_block else None)
+        nbytes = old.nbytes + extra // period * sum(old.joined.get(block, 0) for block in copied)
+        died = moved(old.died, by if old.time in moves else None)
         joined = {shifted(other): size for other, size in old.joined.items()}
         found.append(Allocation(nbytes, Phase(old.phase.name, block), len(found), old.label, owner, died, joined))
     flops: Counter[Phase] = Counter()
     for phase, count in trace.flops.items():
-        flops[Phase(phase.name, shifted(phase.block))] += count * (1 + extra * (phase.block == first))
+        flops[Phase(phase.name, shifted(phase.block))] += count * (1 + extra // period * (phase.block in copied))
     return Trace(found, moved(trace.since), [(moved(time), what) for time, what in trace.ends], flops)
 
 
-def _with_copies(made: list[Allocation], first: int, extra: int) -> list[tuple[int, Allocation]] | None:
-    """Allocations and the blocks they are of, those of block `first` so many more times, in the order in which blocks
-    follow each other there; None = they do not follow each other."""
-    stretches = [(owner, list(group)) for owner, group in groupby(made, lambda allocation: allocation.owner)]
+def _with_copies(made: list[Allocation], copied: range, extra: int) -> list[tuple[int, Allocation]] | None:
+    """Allocations and the blocks they are of, those of the blocks to be copied so many more times, in the order in
+    which the next ones follow them there; None = these do not follow them."""
+    first, following = copied.start, range(copied.stop, copied.stop + len(copied))
+
+    def stretch_of(allocation: Allocation) -> int:
+        return next((blocks.start for blocks in (copied, following) if allocation.owner in blocks), allocation.owner)
+
+    stretches = [(owner, list(group)) for owner, group in groupby(made, stretch_of)]
     order: list[tuple[int, Allocation]] = []
     for number, (owner, stretch) in enumerate(stretches):
         if owner != first:
-            order += [(owner if owner < first else owner + extra, allocation) for allocation in stretch]
+            order += [(one.owner if one.owner < first else one.owner + extra, one) for one in stretch]
             continue
         beside = [stretches[near][0] for near in (number - 1, number + 1) if 0 <= near < len(stretches)]
-        if first + 1 not in beside:
+        if following.start not in beside:
             return None
-        copies = range(first, first + extra + 1)
-        for copy in copies if beside[-1] == first + 1 else reversed(copies):
-            order += [(copy, allocation) for allocation in stretch]
+        shifts = range(0, extra + 1, len(copied))
+        for by in shifts if beside[-1] == following.start else reversed(shifts):
+            order += [(one.owner + by, one) for one in stretch]
     return order
 
 

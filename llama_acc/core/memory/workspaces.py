@@ -8,7 +8,6 @@ it does not. Attention's buffers are left out: they come and go where less is in
 import contextlib
 import gc
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -144,13 +143,9 @@ def peak_cpu_bytes(work: Callable[[], None]) -> int:
     """
     # Its own events are not asked for: making a Python object of every operation takes longer than the work.
     profiler = profile(profile_memory=True)
-    with _silenced():
-        profiler.__enter__()
-    try:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its library would tell standard error that it starts and stops
+    with profiler:
         work()
-    finally:
-        with _silenced():
-            profiler.__exit__(None, None, None)
     results: Any = profiler.kineto_results
     waiting = results.experimental_event_tree()
     events = []
@@ -164,17 +159,3 @@ def peak_cpu_bytes(work: Callable[[], None]) -> int:
     first = min(events, key=lambda event: event.start_time_ns).extra_fields
     before = first.total_allocated - first.alloc_size
     return max(0, *(event.extra_fields.total_allocated - before for event in events))
-
-
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    """Lets standard error lead nowhere: the profiler's library tells there that it starts and stops."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)

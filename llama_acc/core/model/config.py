@@ -446,19 +446,14 @@ class ModelConfig(Params):
         """The shape without what a tuning method or vision adds."""
         return replace(self, tuning=FULL, vision=None, vision_training=SECOND_STAGE)
 
-    def of_block(self, layer: int) -> "ModelConfig":
-        """The shape of one of its blocks alone."""
-        return replace(
-            self,
-            n_layers=1,
-            window_layers=None if self.window_layers is None or layer in self.window_layers else (),
-            nope_layers=(0,) if layer in self.nope_layers else (),
-        )
+    def of_blocks(self, layers: Sequence[int]) -> "ModelConfig":
+        """The shape with some of its blocks alone, in this order."""
 
-    @property
-    def has_equal_blocks(self) -> bool:
-        """Whether all blocks compute the same."""
-        return not self.nope_layers and self.window_layers is None
+        def among(chosen: Sequence[int]) -> tuple[int, ...]:
+            return tuple(place for place, layer in enumerate(layers) if layer in chosen)
+
+        windowed = None if self.window_layers is None else among(self.window_layers)
+        return replace(self, n_layers=len(layers), window_layers=windowed, nope_layers=among(self.nope_layers))
 
     def to_params(self) -> dict[str, Any]:
         """The mapping params.json holds: what is set, under LLaMA2-Accessory's names."""

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,13 +76,26 @@ def test_every_byte_of_the_peak_belongs_to_a_part_and_the_peak_is_at_a_moment() 
     assert usage.allocated + usage.parts["allocator slack"] == usage.reserved
 
 
-DEEP = {
+THIRDS = {"nope_layers": [2, 5, 8, 11], "sliding_window": 30, "window_layers": [1, 4, 7, 10]}
+DEEP: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "LoRA in NF4": (("tuning.method=lora", *NF4), {"micro_batches": 2}),
     "fsdp": (("parallel.data_parallel=fsdp",), {"micro_batches": 2, "world_size": 4}),
     "a prefix, without checkpointing": (("tuning.method=adapter", "train.activation_checkpointing=false"), {}),
     "a prefix of half the blocks": (
         ("tuning.method=adapter", "tuning.prefix_layers=7", "parallel.data_parallel=fsdp"),
         {"world_size": 4, "n_layers": 14},
+    ),
+    "every third block does not rotate": (
+        ("parallel.data_parallel=fsdp",),
+        {"n_layers": 13, "params": THIRDS, "world_size": 4, "micro_batches": 2},
+    ),
+    "every other block has a window": (
+        ("tuning.method=bias_norm", "train.activation_checkpointing=false"),
+        {"params": {"sliding_window": 20, "window_layers": [0, 2, 4, 6, 8]}},
+    ),
+    "the last half has a window": (
+        ("tuning.method=full",),
+        {"n_layers": 12, "params": {"sliding_window": 20, "window_layers": [6, 7, 8, 9, 10, 11]}},
     ),
 }
 
@@ -100,7 +114,7 @@ def test_a_deep_model_is_predicted_to_the_byte_from_a_few_of_its_blocks(
     monkeypatch.setattr(simulate, "_train", lambda setup: depths.append(setup.config.n_layers) or train(setup))
     from_few = predict(run)
     assert max(depths) < run.config.n_layers
-    monkeypatch.setattr(simulate, "_SHALLOW", run.config.n_layers)
+    monkeypatch.setattr(simulate, "_ENDS", run.config.n_layers)
     assert from_few == predict(run)
     assert depths[-1] == run.config.n_layers
 
