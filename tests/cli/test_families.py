@@ -1,7 +1,9 @@
 """Today's families the whole way: a folder as they are published is tuned, talked to, merged and exported."""
 
 import json
+import re
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from llama_acc.core.tokenizer import load_tokenizer
 from tests.cli.commands import invoke
 from tests.core.model.test_families import FAMILIES, write_family
 from tests.core.tokenizers import CORPUS, byte_fallback
+from tests.hub import Servers
 
 QUESTION = "what is the answer to 10 + 32?"
 GREEDY = Sampling(temperature=0, max_new_tokens=24)
@@ -34,12 +37,47 @@ def _template(head: str, end: str, gap: str, prompt: str, begin: str = "") -> st
 
 
 CHATML = ("'<|im_start|>' + message.role + '\\n'", "'<|im_end|>'", "'\\n'", "'<|im_start|>assistant\\n'")
-HEADERS = (
-    "'<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n'",
-    "'<|eot_id|>'",
-    "''",
-    "'<|start_header_id|>assistant<|end_header_id|>\\n\\n'",
-)
+# As the one that LLaMA 3.2 is published with: the day in a system turn of its own, tools there or with the first
+# question, calls of tools and their results.
+HEADERS = """\
+{{- bos_token }}
+{%- macro turn(role) %}{{ "<|start_header_id|>" ~ role ~ "<|end_header_id|>\\n\\n" }}{% endmacro %}
+{%- macro described(tools) %}{% for one in tools %}{{ one | tojson(indent=4) ~ "\\n\\n" }}{% endfor %}{% endmacro %}
+{%- if custom_tools is defined %}{% set tools = custom_tools %}{% endif %}
+{%- set tools = tools if tools is defined else none %}
+{%- set with_question = tools_in_user_message if tools_in_user_message is defined else true %}
+{%- if date_string is not defined %}
+    {%- set date_string = strftime_now("%d %b %Y") if strftime_now is defined else "26 Jul 2024" %}
+{%- endif %}
+{%- set system, rest = "", messages %}
+{%- if messages[0]["role"] == "system" %}
+    {%- set system, rest = messages[0]["content"] | trim, messages[1:] %}
+{%- endif %}
+{{- turn("system") }}
+{%- if tools is not none %}{{ "Environment: ipython\\n" }}{% endif %}
+{{- "Cutting Knowledge Date: December 2023\\nToday Date: " ~ date_string ~ "\\n\\n" }}
+{%- if tools is not none and not with_question %}{{ "Call one of these:\\n\\n" ~ described(tools) }}{% endif %}
+{{- system ~ "<|eot_id|>" }}
+{%- if with_question and tools is not none %}
+    {%- if not rest %}{{ raise_exception("there is no question to put the tools into") }}{% endif %}
+    {{- turn("user") ~ "Call one of these:\\n\\n" ~ described(tools) ~ rest[0]["content"] | trim ~ "<|eot_id|>" }}
+    {%- set rest = rest[1:] %}
+{%- endif %}
+{%- for message in rest %}
+    {%- if message.role in ("tool", "ipython") %}
+        {{- turn("ipython") }}
+        {{- (message.content if message.content is string else message.content | tojson) ~ "<|eot_id|>" }}
+    {%- elif "tool_calls" in message %}
+        {%- if message.tool_calls | length != 1 %}{{ raise_exception("one call at a time") }}{% endif %}
+        {%- set call = message.tool_calls[0].function %}
+        {{- turn("assistant") ~ '{"name": "' ~ call.name ~ '", ' }}
+        {{- '"parameters": ' ~ call.arguments | tojson ~ "}<|eot_id|>" }}
+    {%- else %}
+        {{- turn(message["role"]) ~ message["content"] | trim ~ "<|eot_id|>" }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ turn("assistant") }}{% endif %}
+"""
 INSTRUCT = (
     "'[INST] ' if message.role == 'user' else ''",
     "(eos_token if message.role == 'assistant' else '[/INST]')",
@@ -64,7 +102,7 @@ class Published(NamedTuple):
         special: its added tokens; none: SentencePiece's kind with byte pieces.
         settings: of tokenizer_config.json.
         template: the chat template.
-        spare: rows of the vocabulary without a token.
+        multiple: to which the vocabulary is padded, with rows without a token.
         digits: how many of them in a row make a piece.
         ends: tokens that generation_config.json says end an answer.
         seed: of weights whose answer is long enough to compare.
@@ -74,7 +112,7 @@ class Published(NamedTuple):
     special: Sequence[str]
     settings: dict[str, Any]
     template: str
-    spare: int = 0
+    multiple: int = 1
     digits: int = 1
     ends: Sequence[str] = ()
     seed: int = 0
@@ -85,9 +123,10 @@ FOLDERS = {
         "llama3.2, tied",
         ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
         {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
-        _template(*HEADERS, begin="{{ bos_token }}"),
+        HEADERS,
         digits=3,
         ends=("<|end_of_text|>", "<|eot_id|>"),
+        seed=1,
     ),
     "qwen2.5": Published(
         "qwen2",
@@ -100,7 +139,7 @@ FOLDERS = {
             "tokenizer_class": "Qwen2Tokenizer",
         },
         _template(*CHATML, begin=_system("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")),
-        spare=399,
+        multiple=64,
         ends=("<|im_end|>", "<|endoftext|>"),
     ),
     "qwen3": Published(
@@ -114,7 +153,7 @@ FOLDERS = {
             "tokenizer_class": "Qwen2Tokenizer",
         },
         _template(*CHATML),
-        spare=267,
+        multiple=64,
         ends=("<|im_end|>", "<|endoftext|>"),
     ),
     "mistral": Published(
@@ -181,7 +220,7 @@ def write_tokenizer_files(folder: Path, published: Published) -> int:
 
 def write_folder(folder: Path, published: Published) -> None:
     folder.mkdir()
-    rows = write_tokenizer_files(folder, published) + published.spare
+    rows = -(-write_tokenizer_files(folder, published) // published.multiple) * published.multiple
     generation = (folder / "generation_config.json").read_bytes()
     options = {**FAMILIES[published.model], "vocab_size": rows, "max_position_embeddings": 256}
     write_family(folder, {**options, "initializer_range": 0.3}, published.seed)
@@ -208,6 +247,7 @@ def test_a_published_folder_is_tuned_talked_to_and_answers_the_same_in_transform
     assert done.exit_code == 0, done.stderr
     family = json.loads((base / "config.json").read_text())["model_type"]
     assert f"{family}, 4 layers, width 64" in done.stderr or family == "llama"
+    assert re.search(rf"template +the chat template in {base}/tokenizer_config\.json\n", done.stderr)
     checkpoints = ("--ckpt", base, "--ckpt", run)
     said = invoke("chat", *checkpoints, "--prompt", QUESTION, "--temperature", 0, "--max-new-tokens", 24)
     assert said.exit_code == 0, said.stderr
@@ -223,9 +263,31 @@ def test_a_published_folder_is_tuned_talked_to_and_answers_the_same_in_transform
         [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     assert inputs["input_ids"][0].tolist() == list(prompt.tokens)
+    asked = load_tokenizer(hf).decode(prompt.tokens)
+    assert (datetime.now().strftime("Today Date: %d %b %Y") in asked) == (name == "llama3.2")
     theirs = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, len(prompt.tokens) :].tolist()
     ended = theirs[-1] in loaded.tokenizer.end_ids
     assert theirs[: len(theirs) - ended] == ours.tokens
     assert said.stdout.strip() == ours.text == load_tokenizer(hf).decode(ours.tokens).strip()
     text = "the answer is 1032, é 😀\n\n  what?"
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == loaded.tokenizer.encode(text)
+
+
+def test_an_entry_of_the_catalogue_without_files_is_the_whole_folder_and_answers_by_its_name(
+    servers: Servers, llama_acc_home: Path, tmp_path: Path
+) -> None:
+    write_folder(tmp_path / "base", FOLDERS["smollm2"])
+    files = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    others = {"README.md": b"# SmolLM2", "onnx/model.onnx": b"graph", "pytorch_model.bin": b"the same once more"}
+    servers.model("HuggingFaceTB/SmolLM2-135M-Instruct", {**files, **others})
+    done = invoke("download", "smollm2-135m-instruct")
+    assert done.exit_code == 0, done.stderr
+    folder = llama_acc_home / "models" / "smollm2-135m-instruct"
+    assert {path.name for path in folder.iterdir() if path.name[0] != "."} == {*files, "README.md"}
+    assert all((folder / name).read_bytes() == content for name, content in files.items())
+    assert done.stdout == "llama-acc chat --ckpt smollm2-135m-instruct\n"
+    words = ("--prompt", QUESTION, "--temperature", 0, "--max-new-tokens", 8)
+    said, expected = (invoke("chat", "--ckpt", name, *words) for name in ("smollm2-135m-instruct", tmp_path / "base"))
+    assert (said.exit_code, said.stdout) == (0, expected.stdout), said.stderr
+    assert said.stdout.strip()
+    assert invoke("download", "smollm2-135m-instruct").stderr.startswith("smollm2-135m-instruct was there already: ")

@@ -472,18 +472,21 @@ class ModelConfig(Params):
     def check_tokenizer(self, pieces: int, where: object) -> None:
         """Refuses a tokenizer that cannot be this model's.
 
-        A vocabulary padded to a round size is usual, so up to 511 rows without a piece are accepted: Qwen2.5-7B has
-        152,064 rows, 297 times 512, for 151,665 pieces.
+        A vocabulary padded to a round size is usual: rows without a piece are accepted up to the next multiple of 64,
+        or one for 64 pieces, at most 511 (Qwen2.5-7B has 152,064 rows, 297 times 512, for 151,665 pieces).
 
         Raises:
             UserError: naming both sizes.
         """
-        if not pieces <= self.vocab_size < pieces + 512:
-            raise UserError(
-                f"tokenizer and model do not fit: {where} has {pieces} pieces, the model's vocabulary is "
-                f"{self.vocab_size}",
-                "give the tokenizer the model was trained with: --tokenizer FILE",
-            )
+        spare = self.vocab_size - pieces
+        if 0 <= spare <= min(pieces // 64, 511) or spare == -pieces % 64:
+            return
+        too_many = f": {spare} rows without a piece are more than padding" if spare > 0 else ""
+        raise UserError(
+            f"tokenizer and model do not fit: {where} has {pieces} pieces, the model's vocabulary is "
+            f"{self.vocab_size}{too_many}",
+            "give the tokenizer the model was trained with: --tokenizer FILE",
+        )
 
 
 def config_from_params(params: Mapping[str, Any], source: object = "model.params") -> ModelConfig:

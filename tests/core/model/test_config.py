@@ -199,6 +199,32 @@ def test_a_tokenizer_must_fit_the_vocabulary_which_may_be_open_or_padded() -> No
             config.check_tokenizer(pieces, "tokenizer.json")
 
 
+@pytest.mark.parametrize(
+    ("rows", "pieces", "fits"),
+    [
+        (640, 640, True),
+        (640, 630, True),  # a multiple of 64, or up to one in 64
+        (640, 577, True),
+        (640, 576, False),
+        (649, 640, True),
+        (651, 640, False),
+        (640, 641, False),
+        (64, 7, True),
+        (8, 7, False),
+        (33279, 32768, True),
+        (33280, 32768, False),
+    ],
+)
+def test_rows_without_a_token_are_no_more_than_padding(rows: int, pieces: int, fits: bool) -> None:
+    config = replace(config_from_params(PARAMS), vocab_size=rows)
+    if fits:
+        config.check_tokenizer(pieces, "tokenizer.json")
+        return
+    more = f": {rows - pieces} rows without a piece are more than padding" if rows > pieces else ""
+    with pytest.raises(UserError, match=f"the model's vocabulary is {rows}{more}\n"):
+        config.check_tokenizer(pieces, "tokenizer.json")
+
+
 def test_matrices_are_left_out_of_nf4_by_any_part_of_their_name() -> None:
     config = named_size("llama2-7b")
     everything = set(quantizable(config))
