@@ -5,8 +5,9 @@ column-parallel layer takes the whole input and gives this rank's features of th
 a part, and its output is summed over the group. So a rank's part is a shard of Meta's checkpoints. Where an operation
 has a backward pass of its own, the communication is in there.
 
-A layer says of a parameter that it creates, with `parameter`, its whole shape, how it is split and how it is
-initialized; whether it trains is its `requires_grad`. `transformer.describe` makes a table of that.
+A layer says of a parameter that it creates, with `parameter`, its whole shape, how it is split, how it is initialized
+and whether weight decay acts on it: on all but biases and norm weights (LLaMA2-Accessory's rule). Whether it trains is
+its `requires_grad`. `transformer.describe` makes a table of that.
 
 Shapes: T tokens of the stream; features are those of this rank.
 """
@@ -45,6 +46,8 @@ class Spec(NamedTuple):
     """The dimension in which model parallelism splits it; None = every rank has all of it."""
     init: Init
     """Its values at the start."""
+    decays: bool
+    """Weight decay acts on it."""
 
 
 def ones(values: Tensor, generator: Generator) -> None:
@@ -65,12 +68,14 @@ def residual(n_layers: int) -> Init:
     return normal(0.02 * (2 * n_layers) ** -0.5)
 
 
-def parameter(*shape: int, init: Init, split: int | None = None, parallel: Parallel = _ALONE) -> nn.Parameter:
+def parameter(
+    *shape: int, init: Init, split: int | None = None, parallel: Parallel = _ALONE, decays: bool = True
+) -> nn.Parameter:
     """This rank's part of a parameter, without values; what it is told is kept as its `spec`."""
     local = [length // parallel.model_size if i == split else length for i, length in enumerate(shape)]
     made = nn.Parameter(torch.empty(local))
     # A plain attribute: it is read from a model just built, and not kept when the parameter is replaced.
-    setattr(made, "spec", Spec(shape, split, init))  # noqa: B010
+    setattr(made, "spec", Spec(shape, split, init, decays))  # noqa: B010
     return made
 
 
@@ -128,7 +133,7 @@ class Linear(nn.Module):
     def add_bias(self) -> None:
         """Gives the layer a bias, zero at the start; it is split with the rows of the matrix."""
         split = 0 if self.split == 0 else None
-        self.bias = parameter(self.out_features, init=zeros, split=split, parallel=self.parallel)
+        self.bias = parameter(self.out_features, init=zeros, split=split, parallel=self.parallel, decays=False)
 
     def to_nf4_meta(self) -> None:
         """Gives the matrix the form it has when it is quantized, with nothing in it yet."""
@@ -342,7 +347,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
-        self.weight = parameter(dim, init=ones)
+        self.weight = parameter(dim, init=ones, decays=False)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:

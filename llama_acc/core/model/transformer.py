@@ -257,7 +257,8 @@ def describe(config: ModelConfig) -> Mapping[str, Description]:
     found: dict[str, Description] = {}
     for name, parameter in model.named_parameters():
         part: Part = "llama" if name in base else "vision" if name in visual else "tuning"
-        found[name] = Description(*model.specs[name], parameter.requires_grad, part, name in matrices)
+        shape, split, init, _ = model.specs[name]
+        found[name] = Description(shape, split, init, parameter.requires_grad, part, name in matrices)
     towers = tower_shapes(config.vision)
     return found | {name: Description(shape, None, None, False, "tower", False) for name, shape in towers.items()}
 
@@ -384,7 +385,7 @@ def initialize(model: Transformer, seed: int, only: Container[str] | None = None
         for name, parameter in model.named_parameters():
             if only is not None and name not in only:
                 continue
-            shape, split, init = model.specs[name]
+            shape, split, init, _ = model.specs[name]
             place = places.get(name, _ADDED + crc32(name.encode()))
             whole = torch.empty(shape)
             init(whole, torch.Generator().manual_seed(seed * 1_000_003 + place))

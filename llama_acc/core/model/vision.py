@@ -54,7 +54,7 @@ class _Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = parameter(out_features, in_features, init=_uniform)
-        self.bias = parameter(out_features, init=zeros)
+        self.bias = parameter(out_features, init=zeros, decays=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -63,10 +63,10 @@ class _Linear(nn.Module):
 class _LayerNorm(nn.Module):
     """Layer normalization that computes in the type of its input."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, decays: bool = False) -> None:
         super().__init__()
-        self.weight = parameter(width, init=ones)
-        self.bias = parameter(width, init=zeros)
+        self.weight = parameter(width, init=ones, decays=decays)
+        self.bias = parameter(width, init=zeros, decays=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -82,9 +82,9 @@ class VisionBlock(nn.Module):
     def __init__(self, width: int, hidden: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm1 = _LayerNorm(width)
+        self.norm1 = _LayerNorm(width, decays=True)  # no name of a norm, by that rule
         self.attn = nn.ModuleDict({"qkv": _Linear(width, 3 * width), "proj": _Linear(width, width)})
-        self.norm2 = _LayerNorm(width)
+        self.norm2 = _LayerNorm(width, decays=True)
         self.mlp = nn.ModuleDict({"fc1": _Linear(width, hidden), "fc2": _Linear(hidden, width)})
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class _Convolution(nn.Module):
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
         self.weight = parameter(after, before, 3, 3, init=_uniform)
-        self.bias = parameter(after, init=zeros)
+        self.bias = parameter(after, init=zeros, decays=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), stride=2, padding=1)
@@ -158,7 +158,7 @@ class _InStream(VisionProjector):
         self._encoder = TinyEncoder(vision) if isinstance(vision, TinyVision) else None
         if self._encoder is not None:
             model.add_module("vision_encoder", self._encoder)
-        self._projection = nn.Sequential(_Linear(width, dim), _UnnamedNorm(dim))
+        self._projection = nn.Sequential(_Linear(width, dim), _UnnamedNorm(dim, decays=True))
         model.add_module("qformer_proj", self._projection)
         for name in ("start_img", "end_img"):
             model.register_parameter(

@@ -17,11 +17,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 _ALONE = Parallel()
 
 
-def decays(name: str) -> bool:
-    """Whether weight decay acts on a parameter: on all but biases and norm weights (LLaMA2-Accessory's rule)."""
-    return not name.endswith((".bias", "norm.weight"))
-
-
 class ClippedAdamW:
     """Fused AdamW whose one pass over the parameters also clips, and skips a step that is not finite.
 
@@ -32,6 +27,7 @@ class ClippedAdamW:
     def __init__(
         self,
         model: nn.Module,
+        specs: Mapping[str, Spec],
         parallel: Parallel = _ALONE,
         *,
         betas: tuple[float, float],
@@ -42,20 +38,21 @@ class ClippedAdamW:
     ) -> None:
         """Trains the model's parameters that require gradients; they have storage and values, and keep it.
 
-        `copies`: the type in which it keeps copies of them to compute with, which are made anew after each step.
+        `specs`: what their layers say of them. `copies`: the type in which it keeps copies of them to compute with,
+        which are made anew after each step.
         """
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._specs = specs
         # The fused kernel takes plain tensors: what is stored here of each parameter.
         self._stored = {name: local_part(p).tensor for name, p in self.named.items()}
         self._moments: dict[str, dict[str, Tensor]] = {}
         self._betas, self._eps, self._weight_decay, self._clip = betas, eps, weight_decay, clip_grad_norm
         self.copies = None if copies is None else ComputeCopies(self.named, copies)
         # In the norm, this rank counts its own part of a parameter, and a copy only where it is the first to have it.
-        specs: Mapping[str, Spec] = getattr(model, "specs", {})
         self._counted = [
             name
             for name, p in self.named.items()
-            if (parallel.model_rank == 0 or (name in specs and specs[name].split is not None))
+            if (parallel.model_rank == 0 or specs[name].split is not None)
             and (parallel.data_rank == 0 or is_sharded(p))
         ]
 
@@ -76,7 +73,7 @@ class ClippedAdamW:
         finite = torch.isfinite(norm) & torch.isfinite(loss)
         gradients = {name: _local(p.grad) for name, p in self.named.items() if p.grad is not None}
         for with_decay in (True, False):
-            names = [name for name in gradients if decays(name) is with_decay]
+            names = [name for name in gradients if self._specs[name].decays is with_decay]
             states = [self._state(name) for name in names]
             # The function that torch.optim.AdamW calls; the class would import the compiler, which takes a second.
             adamw(

@@ -83,7 +83,7 @@ def assemble(
     materialize(model)
     # Several data-parallel ranks gather the parameters in the type they are computed in.
     copies = settings.dtype if parallel.data_size == 1 and device_type(model.norm.weight) == "cuda" else None
-    return Assembled(model, data_parallel, ClippedAdamW(model, parallel, copies=copies, **settings.adamw))
+    return Assembled(model, data_parallel, ClippedAdamW(model, model.specs, parallel, copies=copies, **settings.adamw))
 
 
 class Trainer:

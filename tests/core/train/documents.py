@@ -54,7 +54,7 @@ def random_documents(count: int, vocabulary: int, seed: int = 0) -> Labelled:
 
 def adamw(model: Transformer, **settings: Any) -> ClippedAdamW:
     defaults = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.02, "clip_grad_norm": 2.0}
-    return ClippedAdamW(model, **{**defaults, **settings})
+    return ClippedAdamW(model, model.specs, **{**defaults, **settings})
 
 
 def alone(model: Transformer) -> DataParallel:

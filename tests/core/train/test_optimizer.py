@@ -1,25 +1,34 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
-from llama_acc.core.train.optimizer import ClippedAdamW, decays, learning_rate
-from tests.core.tiny import difference
+from llama_acc.core.distributed.groups import Parallel
+from llama_acc.core.model.layers import ColumnParallelLinear, RMSNorm, Spec, ones
+from llama_acc.core.model.layers import parameter as made_parameter
+from llama_acc.core.model.transformer import build_on_meta
+from llama_acc.core.model.tuning.lora import LoRABiasNorm
+from llama_acc.core.train.optimizer import ClippedAdamW, learning_rate
+from tests.core.seeing import SEEING
+from tests.core.tiny import SMALL, difference
 from tests.core.train.documents import moments_of, update, weights_of
 
 SETTINGS = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "clip_grad_norm": 2.0}
 
 
 class Parts(nn.Module):
-    """Parameters of every kind a name can have."""
+    """A matrix, its bias, a norm's weight and a parameter of no layer."""
 
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.wq = nn.Linear(6, 5)
-        self.attention_norm = nn.LayerNorm(5, bias=False)
-        self.prefix_gate = nn.Parameter(torch.zeros(3))
+        self.wq = ColumnParallelLinear(6, 5, Parallel())
+        self.wq.add_bias()
+        self.attention_norm = RMSNorm(5, 1e-5)
+        self.prefix_gate = made_parameter(3, init=ones)
+        self.specs: dict[str, Spec] = {name: one.spec for name, one in self.named_parameters()}  # type: ignore[attr-defined]
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
@@ -31,15 +40,17 @@ def give_gradients(model: nn.Module, seed: int, size: float = 1.0) -> None:
         parameter.grad = size * torch.randn(parameter.shape, generator=generator)
 
 
-def test_decay_acts_on_all_but_biases_and_norm_weights() -> None:
-    assert all(decays(name) for name in ("output.weight", "prefix_gate", "x.lora_a.weight", "qformer_proj.1.weight"))
-    assert not any(decays(name) for name in ("layers.0.attention_norm.weight", "norm.weight", "layers.0.wq.bias"))
+@pytest.mark.parametrize("name", ["plain", *SEEING])
+def test_decay_acts_on_what_llama2_accessory_lets_decay_by_its_name(name: str) -> None:
+    config = SEEING.get(name) or replace(SMALL, tuning=LoRABiasNorm(4), qk_norm=True)
+    for key, spec in build_on_meta(config, torch.float32).specs.items():
+        assert spec.decays == (not key.endswith((".bias", "norm.weight"))), key
 
 
 @pytest.mark.parametrize("size", [0.01, 10.0], ids=["unclipped", "clipped"])
 def test_updates_are_those_of_adamw_after_clip_grad_norm(size: float) -> None:
     ours, theirs = Parts(), Parts()
-    optimizer = ClippedAdamW(ours, **SETTINGS)
+    optimizer = ClippedAdamW(ours, ours.specs, **SETTINGS)
     groups = [
         {"params": [theirs.wq.weight, theirs.prefix_gate], "weight_decay": 0.1},
         {"params": [theirs.wq.bias, theirs.attention_norm.weight], "weight_decay": 0.0},
@@ -65,7 +76,7 @@ def test_updates_are_those_of_adamw_after_clip_grad_norm(size: float) -> None:
 @pytest.mark.parametrize("poison", ["nan loss", "inf loss", "nan gradient", "inf gradient"])
 def test_a_step_that_is_not_finite_is_as_if_it_had_never_been(poison: str, first: bool) -> None:
     disturbed, quiet = Parts(), Parts()
-    optimizers = ClippedAdamW(disturbed, **SETTINGS), ClippedAdamW(quiet, **SETTINGS)
+    optimizers = ClippedAdamW(disturbed, disturbed.specs, **SETTINGS), ClippedAdamW(quiet, quiet.specs, **SETTINGS)
 
     def both(seed: int) -> None:
         for model, optimizer in zip((disturbed, quiet), optimizers, strict=True):
@@ -90,7 +101,7 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_never_been(poison: str, first
 
 def test_an_optimizer_goes_on_from_its_saved_state() -> None:
     model, copy = Parts(), Parts()
-    optimizer, restored = ClippedAdamW(model, **SETTINGS), ClippedAdamW(copy, **SETTINGS)
+    optimizer, restored = ClippedAdamW(model, model.specs, **SETTINGS), ClippedAdamW(copy, copy.specs, **SETTINGS)
     give_gradients(model, 0)
     update(optimizer, 0.1, 1.0)
     state = moments_of(optimizer)
@@ -108,7 +119,7 @@ def test_frozen_parameters_stay_as_they_are() -> None:
     model = Parts()
     model.wq.weight.requires_grad_(False)
     before = weights_of(model)
-    optimizer = ClippedAdamW(model, **SETTINGS)
+    optimizer = ClippedAdamW(model, model.specs, **SETTINGS)
     give_gradients(model, 0)
     model.wq.weight.grad = None
     update(optimizer, 0.1, 1.0)
