@@ -1,6 +1,6 @@
 """Loading a 2.2 GB bf16 checkpoint (1.1 billion parameters) from the page cache: ours, and torch's plain way, in turns.
 
-`nf4` is ours with the same model saved in four bits, `quantised` with the matrices quantised as they are read.
+`nf4` is ours with the same model saved in four bits, `quantized` with the matrices quantized as they are read.
 
     python benchmarks/loading.py --tokenizer tokenizer.model [--folder DIR] [--rounds 3]
 
@@ -26,7 +26,7 @@ PARAMS = {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "vocab_si
           "ffn_dim_multiplier": 1.0314, "norm_eps": 1e-5}  # fmt: skip
 
 
-NAMES = ("ours", "plain", "nf4", "quantised")
+NAMES = ("ours", "plain", "nf4", "quantized")
 
 
 def make_checkpoint(folder: Path, tokenizer: Path) -> None:
@@ -71,7 +71,7 @@ def load(name: str, folder: Path) -> dict:
     from llama_acc.core.distributed.groups import Parallel
     from llama_acc.core.model.transformer import Transformer
 
-    if name in ("nf4", "quantised"):
+    if name in ("nf4", "quantized"):
         from llama_acc.core.model import nf4
 
         nf4.prepare(torch.device("cpu"))  # imports bitsandbytes
@@ -79,7 +79,7 @@ def load(name: str, folder: Path) -> dict:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     if name != "plain":
-        loaded = load_model(folder, device="cpu", quantize="nf4" if name == "quantised" else None)
+        loaded = load_model(folder, device="cpu", quantize="nf4" if name == "quantized" else None)
         seconds = time.perf_counter() - start
         generate(loaded, "Hello", max_new_tokens=1)
     else:

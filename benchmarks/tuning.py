@@ -97,7 +97,7 @@ def llama_acc(args: argparse.Namespace, *words: object) -> str:
 def untrained(args: argparse.Namespace, base: str, held_out: Path) -> float:
     """The loss of a base on the held-out items."""
     how = ("--data", held_out, "--template", "alpaca", "--max-tokens", 256, "--device", "cpu", "--json")
-    # Of a base that is not quantised, all matrices would be.
+    # Of a base that is not quantized, all matrices would be.
     quant = ("--quant", "nf4") if base == "-nf4" else ()
     found: float = json.loads(llama_acc(args, "evaluate", "perplexity", "--ckpt", args.pretrained, *how, *quant))[
         "loss"

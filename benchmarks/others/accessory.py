@@ -126,7 +126,7 @@ class Unmoved4bit(nn.Module):
         self.shape = rows, columns
 
     def moved(self) -> Linear4bit:
-        """The matrix goes to the GPU in half precision, and is quantised there."""
+        """The matrix goes to the GPU in half precision, and is quantized there."""
         half = torch.empty(self.weight.shape, dtype=torch.float16)
         # 0.41.1 computes in its input's type, as nothing else was set.
         layer = Linear4bit(*self.weight.shape, stored_as=half.dtype, compute_dtype=torch.bfloat16, twice=True)
@@ -174,7 +174,7 @@ def blip2(*_: Any, torch_dtype: torch.dtype, **__: Any) -> nn.Module:
 
 
 def build(kind: str, size: str, length: int, quantise: bool) -> nn.Module:
-    """Its model on the CPU, trainable parameters in float32, quantised if asked for."""
+    """Its model on the CPU, trainable parameters in float32, quantized if asked for."""
     code = importlib.import_module(f"model.LLM.{kind}")
     code.Blip2Model = SimpleNamespace(from_pretrained=blip2)
     rank = 16 if kind == "llama_qformerv2_peft" else -1

@@ -1,6 +1,6 @@
 """Counts the memory that another program takes: its own model and step are run, on tensors without values.
 
-What a GPU does not run here stands in for what it runs there: bitsandbytes' quantised linear layer, as it was in 2023,
+What a GPU does not run here stands in for what it runs there: bitsandbytes' quantized linear layer, as it was in 2023,
 and FlashAttention.
 """
 
@@ -133,7 +133,7 @@ class Linear4bit(nn.Module):
         rows, columns: of the matrix.
         stored_as: what the matrix was before, and is written out as: float16 where bitsandbytes moved it to the GPU.
         compute_dtype: its input is turned into this.
-        twice: whether the scales are quantised, too.
+        twice: whether the scales are quantized, too.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Linear4bit(nn.Module):
         self.twice = twice
 
     def written_out(self) -> Tensor:
-        """The matrix: its scales first, where they are quantised."""
+        """The matrix: its scales first, where they are quantized."""
         scales = torch.empty(len(self.scales)) if self.twice else self.scales  # type: ignore[arg-type]
         matrix = torch.empty(self.shape, dtype=self.stored_as)
         del scales

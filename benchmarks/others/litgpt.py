@@ -5,7 +5,7 @@
 
 Its model, loss and generation are imported from the checkout and run unchanged on tensors without values. Put in their
 place from outside are lightning, which casts what a model returns to float32 and in whose context the model is made in
-bfloat16, and bitsandbytes' quantised layers, which lightning makes of every linear one. The published figures are
+bfloat16, and bitsandbytes' quantized layers, which lightning makes of every linear one. The published figures are
 torch.cuda.max_memory_allocated() / 1e9 after training on Alpaca, whose longest example comes first: at 1,304 tokens,
 before there is any optimizer state.
 
@@ -80,7 +80,7 @@ def initialising(quantize: str | None) -> Iterator[None]:
     linear = nn.Linear
     torch.set_default_dtype(torch.bfloat16)
     if quantize:
-        nn.Linear = partial(_quantised, quantize == "nf4-dq")  # type: ignore[assignment,misc]
+        nn.Linear = partial(_quantized, quantize == "nf4-dq")  # type: ignore[assignment,misc]
     try:
         yield
     finally:
@@ -88,7 +88,7 @@ def initialising(quantize: str | None) -> Iterator[None]:
         nn.Linear = linear  # type: ignore[misc]
 
 
-def _quantised(twice: bool, columns: int, rows: int, bias: bool) -> Linear4bit:
+def _quantized(twice: bool, columns: int, rows: int, bias: bool) -> Linear4bit:
     assert not bias
     layer = Linear4bit(rows, columns, torch.float16, torch.bfloat16, twice)
     layer.in_features, layer.out_features = columns, rows

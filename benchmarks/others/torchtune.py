@@ -84,7 +84,7 @@ def build(quantize: bool, everywhere: bool) -> nn.Module:
 
 @torch.no_grad()
 def load(model: nn.Module) -> None:
-    """What loading the base's weights from the host does: a matrix to be quantised is on the GPU in bfloat16, first."""
+    """What loading the base's weights from the host does: a matrix to be quantized is on the GPU in bfloat16, first."""
     for parameter in model.parameters():
         if len(made_of(parameter)) > 1:
             parameter.copy_(torch.empty(parameter.shape, dtype=torch.bfloat16))

@@ -162,7 +162,7 @@ class Validation(Section):
 class Images(Section):
     """How pictures become squares of pixels, for training; held-out ones are padded, as for generation."""
 
-    transform: Literal["random_resized_crop", "centre_crop", "pad_to_square"] = "random_resized_crop"
+    transform: Literal["random_resized_crop", "center_crop", "pad_to_square"] = "random_resized_crop"
     max_pixels: int = Field(default=100_000_000, ge=1, le=2**32)
     workers: int | None = Field(default=None, ge=1, le=1024)
 

@@ -44,7 +44,7 @@ def part(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_report_says_what_is_quantised(part: Path) -> None:
+def test_the_report_says_what_is_quantized(part: Path) -> None:
     assert "in NF4" in (part / "report.md").read_text()
 
 
@@ -77,7 +77,7 @@ def test_a_part_on_no_base_on_another_one_or_for_another_method_is_one_clear_lin
     assert not (tmp_path / "run").exists()
 
 
-def test_a_base_quantised_beforehand_is_the_same(base: Path, part: Path, tmp_path: Path) -> None:
+def test_a_base_quantized_beforehand_is_the_same(base: Path, part: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     made = invoke("convert-checkpoint", base, small, "--to", "consolidated", "--quantize", "nf4")
     assert made.exit_code == 0, made.stderr
@@ -92,7 +92,7 @@ def test_a_base_quantised_beforehand_is_the_same(base: Path, part: Path, tmp_pat
     )
 
 
-def test_matrices_that_are_not_quantised_are_the_same_ones_everywhere(base: Path, tmp_path: Path) -> None:
+def test_matrices_that_are_not_quantized_are_the_same_ones_everywhere(base: Path, tmp_path: Path) -> None:
     small, run, other = tmp_path / "small", tmp_path / "run", tmp_path / "other"
     flags = ("--to", "consolidated", "--quantize", "nf4", "--quantize-skip", "wv", "--quantize-skip", "layers.0")
     assert invoke("convert-checkpoint", base, small, *flags).exit_code == 0

@@ -39,8 +39,8 @@ def by_rule(name: str, shape: tuple[int, ...]) -> Tensor:
     Matrices have them over the square root of their last dimension; vectors a tenth of them, about 0 (biases) or 1.
     """
     drawn = np.random.RandomState(crc32(name.encode())).standard_normal(shape)
-    centre = 0 if name.endswith("bias") else 1
-    drawn = drawn / shape[-1] ** 0.5 if len(shape) > 1 else centre + 0.1 * drawn
+    center = 0 if name.endswith("bias") else 1
+    drawn = drawn / shape[-1] ** 0.5 if len(shape) > 1 else center + 0.1 * drawn
     return torch.from_numpy(np.asarray(drawn, dtype=np.float32))
 
 

@@ -1,6 +1,6 @@
 """Adapter checkpoints, which hold only what was trained, and the base each belongs to.
 
-base.json in such a checkpoint: `{"fingerprint": hex, "pretrained": [name, ...], "quantised": null or {...}}`. Those of
+base.json in such a checkpoint: `{"fingerprint": hex, "pretrained": [name, ...], "quantized": null or {...}}`. Those of
 LLaMA2-Accessory have none: they are known by what is in them.
 """
 
@@ -44,12 +44,12 @@ class Base:
     Attributes:
         fingerprint: of its weights, as they were before quantizing.
         pretrained: the base as the user gave it; empty = random weights.
-        quantised: how it was quantized; None = it was not.
+        quantized: how it was quantized; None = it was not.
     """
 
     fingerprint: str
     pretrained: tuple[str, ...]
-    quantised: TrainedQuantized | None = None
+    quantized: TrainedQuantized | None = None
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     @property

@@ -288,9 +288,9 @@ class _Conversion:
         self.quantized = set(quantizable(self.config, request.quantize_skip) if request.quantize else [])
         self.sources = dict(weights.tensors)
         base = read_base(self.source.folder)
-        if request.merge and base and base.quantised and request.merge_into == "trained":
+        if request.merge and base and base.quantized and request.merge_into == "trained":
             # On a quantized base, its matrices are those after quantizing.
-            names = quantizable(self.tuned, base.quantised.skip)
+            names = quantizable(self.tuned, base.quantized.skip)
             self.sources |= {name: nf4_rounded(weights.tensors[name]) for name in names}
         self.targets = self._targets()
         self.dtypes = {name: weights.tensors[name].dtype for name in self.targets}

@@ -37,7 +37,7 @@ MAX_PIXELS = 100_000_000
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
-Crop = Literal["random_resized_crop", "centre_crop", "pad_to_square"]
+Crop = Literal["random_resized_crop", "center_crop", "pad_to_square"]
 
 # Not all that Pillow knows: to open an EPS runs a program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -148,7 +148,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 class Transform:
     """What makes a square of `size` pixels a side of a picture of any shape; bicubic.
 
-    `random_resized_crop`: 0.9 to 1 of the area, 0.75 to 1.3333 of its shape, by chance; `centre_crop`: the short side
+    `random_resized_crop`: 0.9 to 1 of the area, 0.75 to 1.3333 of its shape, by chance; `center_crop`: the short side
     to `size`, then the middle; `pad_to_square`: all of it on a square of CLIP's mean color.
     """
 
@@ -160,7 +160,7 @@ class Transform:
         box: tuple[float, float, float, float] | None = None
         if self.crop == "random_resized_crop":
             image = image.crop(random_box(*image.size, random))
-        elif self.crop == "centre_crop":
+        elif self.crop == "center_crop":
             box = _center_box(image, self.size)
         else:
             image = _padded(image, self.size)

@@ -332,7 +332,7 @@ def answer_questions(
     weights = read_weights([inspect(locate(checkpoint)) for checkpoint in checkpoints])
     of_all = {
         "checkpoint": fingerprint(weights, list(weights.tensors)),
-        "quantised": loaded.model.is_quantized,
+        "quantized": loaded.model.is_quantized,
         "max_new_tokens": max_new_tokens,
     }
     stamps = {

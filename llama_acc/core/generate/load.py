@@ -209,7 +209,7 @@ def _quantize_skip(layouts: Sequence[Layout], quantize: str | None) -> Sequence[
     if (quantization := read_quantization(layouts[0].folder)) is not None:
         return quantization.skip
     bases = [read_base(layout.folder) for layout in reversed(layouts)]
-    trained = [base.quantised for base in bases if base is not None and base.quantised is not None]
+    trained = [base.quantized for base in bases if base is not None and base.quantized is not None]
     if quantize == "none" or (quantize is None and not trained):
         return None
     return trained[0].skip if trained else ()

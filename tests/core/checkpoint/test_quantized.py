@@ -58,7 +58,7 @@ def test_what_an_early_version_quantized_is_refused_with_what_to_do(told: dict[s
         read_quantization(tmp_path)
     assert "--quantize nf4" in str(refusal.value.hint)
     (tmp_path / "base.json").write_text(
-        json.dumps({"fingerprint": "ab", "pretrained": ["x"], "quantised": {"type": "nf4"} | told})
+        json.dumps({"fingerprint": "ab", "pretrained": ["x"], "quantized": {"type": "nf4"} | told})
     )
     with pytest.raises(UserError, match="cannot read"):
         read_base(tmp_path)

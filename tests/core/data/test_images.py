@@ -32,11 +32,11 @@ from tests.core.data.pictures import encoded, pattern, plain
 RANDOM = np.random.default_rng(0)
 
 # By torchvision 0.29.1, of `pattern(width, height)`: the red and the blue pixels of both diagonals.
-# centre_crop: Compose([Resize(5, BICUBIC), CenterCrop(5)]); pad_to_square: Resize((5, 5), BICUBIC) of functional.pad
+# center_crop: Compose([Resize(5, BICUBIC), CenterCrop(5)]); pad_to_square: Resize((5, 5), BICUBIC) of functional.pad
 # to the longer side with (122, 116, 104), the smaller half before; random_resized_crop: functional.resized_crop with
 # top=2, left=3, height=30, width=25, size=[5, 5], BICUBIC.
 _TORCHVISION = {
-    ("centre_crop", 60, 40): [
+    ("center_crop", 60, 40): [
         [[159, 75, 171, 124, 87], [142, 174, 171, 135, 76]],
         [[128, 160, 74, 164, 125], [149, 101, 74, 103, 143]],
     ],
@@ -44,7 +44,7 @@ _TORCHVISION = {
         [[108, 133, 143, 146, 113], [131, 140, 143, 118, 110]],
         [[123, 108, 111, 110, 127], [110, 128, 111, 129, 109]],
     ],
-    ("centre_crop", 30, 70): [
+    ("center_crop", 30, 70): [
         [[64, 191, 65, 186, 60], [183, 124, 65, 84, 136]],
         [[169, 75, 160, 83, 152], [65, 108, 160, 195, 168]],
     ],
@@ -256,7 +256,7 @@ def test_a_member_of_a_tar_is_read_by_its_place(tmp_path: Path) -> None:
     reference = member_reference(shard, 700, len(picture))
     assert read_reference(reference) == picture
     assert check_header(reference) == (8, 6)
-    assert pixels(ImageJob(reference, Transform("centre_crop", 4)))[:, 2, 2].tolist() == [1, 2, 3]
+    assert pixels(ImageJob(reference, Transform("center_crop", 4)))[:, 2, 2].tolist() == [1, 2, 3]
     assert shown_reference(reference) == f"{shard} at byte 700"
 
 

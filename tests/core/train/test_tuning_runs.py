@@ -77,7 +77,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_its_part_goes_on_the_base(
         return
     assert part.bases == (str(base),)
     described = json.loads((part.checkpoint / "base.json").read_text())
-    assert described["quantised"] == ({"type": "nf4", "skip": []} if is_quantized else None)
+    assert described["quantized"] == ({"type": "nf4", "skip": []} if is_quantized else None)
     model = load_model(base, part.checkpoint, device="cpu")
     assert model.model.is_quantized == is_quantized
     assert generate(model, "What is LLaMA?", temperature=0, max_new_tokens=5)

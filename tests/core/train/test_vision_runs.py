@@ -142,7 +142,7 @@ def test_with_the_cache_the_tower_encodes_an_image_once_unless_something_is_anot
         "cached": [CACHE],
         "again": [CACHE, "train.batch_size=2"],
         "seed": [CACHE, "train.seed=1", *short],  # of a tower of random weights
-        "transform": [CACHE, "data.images.transform=centre_crop", *short],
+        "transform": [CACHE, "data.images.transform=center_crop", *short],
         "precision": [CACHE, "train.precision=bf16", *short],
     }.items():
         with images_encoded() as counts:
