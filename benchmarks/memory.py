@@ -16,12 +16,12 @@ from published import published_runs
 
 from llama_acc.core.device import free_memory
 from llama_acc.core.memory.measure import Measured, measure, measure_generation
-from llama_acc.core.memory.predict import Request, Usage, predict, predict_generation, setup_of
+from llama_acc.core.memory.predict import MemoryRequest, Usage, predict, predict_generation, setup_of
 from llama_acc.core.memory.simulate import Setup
 
 GIB = 2**30
 AIMS = [
-    Request(model=model, tuning=tuning, quantize="nf4", batch_size=1, max_tokens=512)
+    MemoryRequest(model=model, tuning=tuning, quantize="nf4", batch_size=1, max_tokens=512)
     for model, tuning in (
         ("llama2-70b", "bias_norm"),
         ("llama2-70b", "lora_bias_norm"),

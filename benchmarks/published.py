@@ -19,7 +19,7 @@ from llama_acc.cli import console
 from llama_acc.core.memory.measure import Texts, work_of
 from llama_acc.core.memory.predict import (
     PARTS,
-    Request,
+    MemoryRequest,
     context_bytes,
     gpu_table,
     predict,
@@ -108,7 +108,7 @@ def _table() -> Any:
     return yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
 
 
-def published_runs() -> dict[str, Request]:
+def published_runs() -> dict[str, MemoryRequest]:
     """The runs that figures of memory are published of, by who published them and what they are, each on one GPU."""
     names = {f"{row['who']}: {row['what'].rpartition(', ')[0]}": row["run"] for row in _table()["memory"]}
     return {name: replace(_request(run), gpus=None, model_parallel_size=None) for name, run in names.items()}
@@ -160,8 +160,8 @@ def compare_hours(tell: Callable[[str], None] = lambda _: None) -> list[Compared
     return found
 
 
-def _request(run: dict[str, Any]) -> Request:
-    return Request(**{**run, "overrides": tuple(run.get("overrides", ()))})
+def _request(run: dict[str, Any]) -> MemoryRequest:
+    return MemoryRequest(**{**run, "overrides": tuple(run.get("overrides", ()))})
 
 
 def show_published(efficiency: float, as_json: bool) -> None:

@@ -24,7 +24,7 @@ from llama_acc.core.data import keys
 from llama_acc.core.data.items import ROLES
 from llama_acc.core.data.templates import TEMPLATES, Template, Turn
 from llama_acc.core.data.tools import MESSAGE_KEYS, TOOLS
-from llama_acc.core.recipe import Recipe, Source, known_keys, recipe_names
+from llama_acc.core.recipe import Recipe, SourceSection, known_keys, recipe_names
 from llama_acc.core.train.run_folder import _MAY_CHANGE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -220,7 +220,7 @@ def defaults(schema: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, An
         elif name != "sources":
             default = field.default
             found[prefix + name] = list(default) if isinstance(default, tuple) else default
-    return found | (defaults(Source, "data.sources.") if schema is Recipe else {})
+    return found | (defaults(SourceSection, "data.sources.") if schema is Recipe else {})
 
 
 def documented_keys() -> dict[str, Any]:

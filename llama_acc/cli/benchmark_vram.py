@@ -15,7 +15,7 @@ from llama_acc.core.text import count_text
 
 if TYPE_CHECKING:
     from llama_acc.core.memory.fit import Fit
-    from llama_acc.core.memory.predict import Request, Usage
+    from llama_acc.core.memory.predict import MemoryRequest, Usage
     from llama_acc.core.memory.simulate import Setup
 
 _SWEPT = ("max_tokens", "batch_size", "gpus")
@@ -94,10 +94,10 @@ def benchmark_vram(
     memory = _bytes(fit) if fit is not None else 0
     swept = _swept(sweep) if sweep is not None else None
     console.working("loading PyTorch")
-    from llama_acc.core.memory.predict import Request
+    from llama_acc.core.memory.predict import MemoryRequest
 
     size, where = model_parallel_size, "cpu" if device == "cpu" else "cuda"
-    request = Request(
+    request = MemoryRequest(
         recipe, model, tuning, quantize, batch_size, max_tokens, gpus, size, tuple(overrides or ()), where
     )
     if fit is not None:
@@ -128,7 +128,7 @@ def _swept(text: str) -> tuple[str, list[int]]:
     return key, [int(number) for number in numbers]
 
 
-def _predict(request: "Request", swept: tuple[str, list[int]] | None, plot: Path | None, as_json: bool) -> None:
+def _predict(request: "MemoryRequest", swept: tuple[str, list[int]] | None, plot: Path | None, as_json: bool) -> None:
     """Training and generation; or training for each value of a key."""
     from llama_acc.core.memory.predict import predict, predict_generation, setup_of
 
@@ -166,7 +166,7 @@ def _predict(request: "Request", swept: tuple[str, list[int]] | None, plot: Path
     return None
 
 
-def _fit(request: "Request", memory: int, as_json: bool) -> None:
+def _fit(request: "MemoryRequest", memory: int, as_json: bool) -> None:
     """Shows each method when it is known; as JSON all of them, those that fit first."""
     from llama_acc.core.memory.fit import LARGEST_BATCH, WAYS, fitting
 
@@ -193,7 +193,7 @@ def _fit(request: "Request", memory: int, as_json: bool) -> None:
     return None
 
 
-def _measure(request: "Request", device: str | None, tolerance: float, as_json: bool) -> None:
+def _measure(request: "MemoryRequest", device: str | None, tolerance: float, as_json: bool) -> None:
     from llama_acc.core.device import free_memory, pick_device
     from llama_acc.core.memory.measure import measure
     from llama_acc.core.memory.predict import predict, setup_of
@@ -232,7 +232,7 @@ def _measure(request: "Request", device: str | None, tolerance: float, as_json: 
         )
 
 
-def _hours(request: "Request", data: Path | None, kind: str, efficiency: float, as_json: bool) -> None:
+def _hours(request: "MemoryRequest", data: Path | None, kind: str, efficiency: float, as_json: bool) -> None:
     """Whether a run fits on a kind of GPU, and how long it takes there."""
     from llama_acc.core.memory.measure import Texts, read_texts, work_of
     from llama_acc.core.memory.predict import gpu_table, predict, recipe_and_config, setup_of

@@ -63,7 +63,7 @@ def check(
     from llama_acc.core.data.findings import EXAMPLES
     from llama_acc.core.data.preview import first_items
     from llama_acc.core.data.sources import Source, expand
-    from llama_acc.core.recipe import Images
+    from llama_acc.core.recipe import ImagesSection
     from llama_acc.core.tokenizer import load_tokenizer
 
     if max_tokens is not None and tokenizer is None:
@@ -78,7 +78,7 @@ def check(
             loaded,
             max_tokens,
             image_positions=image_positions,
-            max_pixels=None if no_images else Images().max_pixels,
+            max_pixels=None if no_images else ImagesSection().max_pixels,
             most=None if all_findings else EXAMPLES,
             progress=lambda path, done: progress(f"checking {path.name}", done, path.stat().st_size),
         )

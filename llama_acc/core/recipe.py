@@ -18,10 +18,8 @@ from pydantic.fields import FieldInfo
 
 from llama_acc.core.errors import UserError, did_you_mean, listed, schema_problems
 from llama_acc.core.input_files import parse_yaml, read_yaml
-from llama_acc.core.model.config import Vision as ModelVision
-from llama_acc.core.model.config import VisionTraining, vision_of
-from llama_acc.core.model.tuning import METHODS
-from llama_acc.core.model.tuning import Tuning as ModelTuning
+from llama_acc.core.model.config import Vision, VisionTraining, vision_of
+from llama_acc.core.model.tuning import METHODS, Tuning
 
 RECIPES_FOLDER = Path(str(files("llama_acc"))) / "recipes"
 # Beyond these a number is a slip of the hand, and would fail only where something is computed with it.
@@ -35,7 +33,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
-class Model(Section):
+class ModelSection(Section):
     """Which model, and where its weights come from: folders or downloaded names, left to right; null = random."""
 
     pretrained: str | list[str] | None
@@ -51,7 +49,7 @@ class Model(Section):
         return [self.pretrained] if isinstance(self.pretrained, str) else list(self.pretrained)
 
 
-class Tuning(Section):
+class TuningSection(Section):
     """What trains, and what is added for it. A method's own settings, such as `lora_rank`, are keys besides, which
     `_add_settings` takes from its class in `core.model.tuning`; null = the method's own default."""
 
@@ -68,7 +66,7 @@ class Tuning(Section):
         return method
 
     @model_validator(mode="after")
-    def _only_what_the_method_has(self) -> "Tuning":
+    def _only_what_the_method_has(self) -> "TuningSection":
         method = METHODS[self.method]
         own = {field.name for field in fields(method)}
         if wrong := [key for key in type(self).model_fields if key in _SETTINGS - own and getattr(self, key)]:
@@ -78,7 +76,7 @@ class Tuning(Section):
             raise ValueError(problem)
         return self
 
-    def resolved(self) -> ModelTuning:
+    def resolved(self) -> Tuning:
         """The method with its settings; it is to be put `with_num_layers`."""
         method = METHODS[self.method]
         values = {field.name: getattr(self, field.name) for field in fields(method)}
@@ -92,15 +90,15 @@ def _add_settings() -> set[str]:
         for field in fields(method):
             is_switch = types[field.name] is bool
             kind, default = (bool, field.default) if is_switch else (types[field.name] | None, None)
-            Tuning.model_fields[field.name] = FieldInfo.from_annotated_attribute(kind, default)
-    Tuning.model_rebuild(force=True)
-    return Tuning.model_fields.keys() - {"method", "quantize", "quantize_skip"}
+            TuningSection.model_fields[field.name] = FieldInfo.from_annotated_attribute(kind, default)
+    TuningSection.model_rebuild(force=True)
+    return TuningSection.model_fields.keys() - {"method", "quantize", "quantize_skip"}
 
 
 _SETTINGS = _add_settings()
 
 
-class Vision(Section):
+class VisionSection(Section):
     """The encoder of images, if any, and how it is trained; see `core.model.config`."""
 
     encoder: str | None = None
@@ -110,7 +108,7 @@ class Vision(Section):
     reference_trainables: bool = False
 
     @model_validator(mode="after")
-    def _is_known(self) -> "Vision":
+    def _is_known(self) -> "VisionSection":
         try:
             vision = self.resolved()
         except UserError as error:
@@ -121,7 +119,7 @@ class Vision(Section):
             raise ValueError(f"cache_features is for encoders that are frozen, and {self.encoder} trains")
         return self
 
-    def resolved(self) -> ModelVision | None:
+    def resolved(self) -> Vision | None:
         """The kind of vision with its sizes."""
         return None if self.encoder is None else vision_of(self.encoder, self.params)
 
@@ -130,7 +128,7 @@ class Vision(Section):
         return VisionTraining(self.stage, self.reference_trainables)
 
 
-class Source(Section):
+class SourceSection(Section):
     """A file, glob, folder, downloaded name or address; a fixed random `ratio` of its items is kept, and each of these
     is used `weight` times in an epoch; of a fraction, which ones are is drawn for each epoch. `train_on` last: only the
     last reply of a dialogue is trained."""
@@ -145,7 +143,7 @@ class Source(Section):
     reasoning: Literal["keep", "drop"] = "keep"
 
 
-class Validation(Section):
+class ValidationSection(Section):
     """Held-out data: a fraction of the items or a file; evaluated every N steps (0 = each epoch) and at the end."""
 
     fraction: float = Field(default=0.0, ge=0, lt=1)
@@ -153,13 +151,13 @@ class Validation(Section):
     every_steps: int = Field(default=0, ge=0, le=_STEPS)
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> "Validation":
+    def _one_of_both(self) -> "ValidationSection":
         if self.fraction and self.path is not None:
             raise ValueError("give validation.fraction or validation.path, not both")
         return self
 
 
-class Images(Section):
+class ImagesSection(Section):
     """How pictures become squares of pixels, for training; held-out ones are padded, as for generation."""
 
     transform: Literal["random_resized_crop", "center_crop", "pad_to_square"] = "random_resized_crop"
@@ -167,17 +165,17 @@ class Images(Section):
     workers: int | None = Field(default=None, ge=1, le=1024)
 
 
-class Data(Section):
+class DataSection(Section):
     """What is learned. Longer examples are cut, and counted; items with errors stop the run, or are skipped."""
 
-    sources: list[Source] = Field(min_length=1)
+    sources: list[SourceSection] = Field(min_length=1)
     max_tokens: int = Field(default=2048, ge=2, le=_LENGTH)
     on_error: Literal["stop", "skip"] = "stop"
-    validation: Validation = Validation()
-    images: Images = Images()
+    validation: ValidationSection = ValidationSection()
+    images: ImagesSection = ImagesSection()
 
 
-class Optimizer(Section):
+class OptimizerSection(Section):
     """AdamW with a linear warm-up and a cosine to `min_lr`."""
 
     lr: float = Field(ge=0)
@@ -188,13 +186,13 @@ class Optimizer(Section):
     clip_grad_norm: float = Field(default=2.0, gt=0)
 
     @model_validator(mode="after")
-    def _falling(self) -> "Optimizer":
+    def _falling(self) -> "OptimizerSection":
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr}) must not be above lr ({self.lr})")
         return self
 
 
-class Train(Section):
+class TrainSection(Section):
     """How it is learned. `global_batch_size` examples make an optimizer step, whatever the number of processes;
     `batch_size` and `micro_batch_tokens` bound a micro-batch, and with it the memory."""
 
@@ -213,13 +211,13 @@ class Train(Section):
     deterministic: bool = False
 
     @model_validator(mode="after")
-    def _warm_up_ends(self) -> "Train":
+    def _warm_up_ends(self) -> "TrainSection":
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs ({self.warmup_epochs:g}) must be below epochs ({self.epochs:g})")
         return self
 
 
-class Parallel(Section):
+class ParallelSection(Section):
     """How the work is split over processes: ddp keeps all of it, sdp shards gradients and optimizer state, fsdp
     parameters too."""
 
@@ -228,7 +226,7 @@ class Parallel(Section):
     accumulate_unsharded: bool = False
 
 
-class Checkpoint(Section):
+class CheckpointSection(Section):
     """When to save, in what type, and how many folders to keep (0 = all). The end of a run always saves."""
 
     every_epochs: int = Field(default=1, ge=0, le=_STEPS)
@@ -244,14 +242,14 @@ class Recipe(Section):
 
     name: str
     description: str = ""
-    model: Model
-    tuning: Tuning = Tuning()
-    vision: Vision = Vision()
-    data: Data
-    optimizer: Optimizer
-    train: Train = Train()
-    parallel: Parallel = Parallel()
-    checkpoint: Checkpoint = Checkpoint()
+    model: ModelSection
+    tuning: TuningSection = TuningSection()
+    vision: VisionSection = VisionSection()
+    data: DataSection
+    optimizer: OptimizerSection
+    train: TrainSection = TrainSection()
+    parallel: ParallelSection = ParallelSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     _folder: Path | None = PrivateAttr(None)
 
     @model_validator(mode="after")
@@ -347,7 +345,7 @@ def known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]
         keys.append(prefix + name)
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             keys += known_keys(field.annotation, f"{prefix}{name}.")
-    return keys + (known_keys(Source, "data.sources.") if section is Recipe else [])
+    return keys + (known_keys(SourceSection, "data.sources.") if section is Recipe else [])
 
 
 def _suggestion(key: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llama_acc.core.errors import UserError
-from llama_acc.core.memory.predict import Request, Usage, predict, setup_of
+from llama_acc.core.memory.predict import MemoryRequest, Usage, predict, setup_of
 from llama_acc.core.memory.simulate import Setup
 from llama_acc.core.model.transformer import parameter_count
 from llama_acc.core.model.tuning.lora import LoRA
@@ -40,7 +40,7 @@ class Fit:
     length: int
 
 
-def fitting(request: Request, memory: int) -> Iterator[Fit]:
+def fitting(request: MemoryRequest, memory: int) -> Iterator[Fit]:
     """Every method in `memory` bytes of each GPU, as soon as it is known; its batch size is not the request's. A method
     asked for stands alone."""
     ways = [way for way in WAYS if request.tuning in (None, way[0]) and request.quantize in (None, way[1])]

@@ -44,7 +44,7 @@ _LLAMA_VOCABULARY = 32000
 
 
 @dataclass(frozen=True)
-class Request:
+class MemoryRequest:
     """What the user asks about; None = what the recipe says."""
 
     recipe: str | None = None  # a shipped name or a file; None = a plain one, with one micro-batch to a step
@@ -59,7 +59,7 @@ class Request:
     device_type: str = "cuda"  # or "cpu"
 
 
-def setup_of(request: Request) -> Setup:
+def setup_of(request: MemoryRequest) -> Setup:
     """The run a request means, on examples that are all as long as they may be.
 
     Raises:
@@ -83,7 +83,7 @@ def setup_of(request: Request) -> Setup:
     return Setup(config, settings, (longest,) * count, None, micro_batches, gpus, 0, request.device_type)
 
 
-def recipe_and_config(request: Request) -> tuple[Recipe, ModelConfig]:
+def recipe_and_config(request: MemoryRequest) -> tuple[Recipe, ModelConfig]:
     """The recipe a request means, and the shape of its model."""
     values = {
         "tuning.method": request.tuning,

@@ -26,7 +26,7 @@ from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError, raise_all
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import describe, parameter_count, shapes_of
-from llama_acc.core.recipe import Checkpoint, Images, Recipe
+from llama_acc.core.recipe import CheckpointSection, ImagesSection, Recipe
 from llama_acc.core.tokenizer import Tokenizer
 from llama_acc.core.train.base import find_model, has_frozen, read_base_weights, with_absolute_paths
 from llama_acc.core.train.callback import Callback
@@ -104,9 +104,9 @@ class Plan:
     has_frozen: bool
     name: str
     seed: int
-    images: Images
+    images: ImagesSection
     cache_features: bool
-    saving: Checkpoint
+    saving: CheckpointSection
     save_dtype: torch.dtype
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:

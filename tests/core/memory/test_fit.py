@@ -12,7 +12,7 @@ from llama_acc.core.errors import UserError
 from llama_acc.core.memory import fit, guard
 from llama_acc.core.memory.fit import WAYS, _largest, best_changes, fitting
 from llama_acc.core.memory.guard import _bound, check_fits, run_in_subprocess, setup_of_run
-from llama_acc.core.memory.predict import PARTS, Request, Usage, predict, setup_of
+from llama_acc.core.memory.predict import PARTS, MemoryRequest, Usage, predict, setup_of
 from llama_acc.core.memory.simulate import Setup
 from tests.core.memory.setups import NF4, setup
 from tests.core.tiny import CPU
@@ -46,7 +46,7 @@ def test_the_largest_count_below_the_memory_is_found_where_slack_goes_in_steps(s
 
 def test_methods_come_best_first_with_what_an_example_takes_in_each() -> None:
     shape = "model.params={dim: 64, n_layers: 2, n_heads: 4, multiple_of: 16, vocab_size: 300, max_seq_len: 512}"
-    request = Request(recipe="alpaca", batch_size=1, max_tokens=64, overrides=(shape, "model.max_seq_len=512"))
+    request = MemoryRequest(recipe="alpaca", batch_size=1, max_tokens=64, overrides=(shape, "model.max_seq_len=512"))
     fits = list(fitting(request, memory=1 << 20))
     assert [(fit.method, fit.quantize) for fit in fits] == WAYS
     assert all(fit.batch_size == fit.longest == 0 for fit in fits)

@@ -10,7 +10,7 @@ import torch
 
 from llama_acc.core.memory import simulate
 from llama_acc.core.memory.measure import Texts, read_texts, work_of
-from llama_acc.core.memory.predict import Request, context_bytes, predict, predict_generation, setup_of
+from llama_acc.core.memory.predict import MemoryRequest, context_bytes, predict, predict_generation, setup_of
 from llama_acc.core.memory.simulate import simulate_training
 from llama_acc.core.memory.workspaces import workspace
 from llama_acc.core.model.transformer import parameter_count
@@ -49,7 +49,7 @@ def test_what_lasts_is_what_is_counted_by_hand() -> None:
 
 
 def test_the_weights_of_a_recipe_for_qwen3_are_those_of_its_published_shape() -> None:
-    run = setup_of(Request(recipe="sft-qwen3-4b-lora-nf4", device_type="cpu"))
+    run = setup_of(MemoryRequest(recipe="sft-qwen3-4b-lora-nf4", device_type="cpu"))
     dim, heads, head, hidden, layers = 2560, 32, 128, 9728, 36
     matrices = layers * (2 * dim * heads * head + 2 * dim * 8 * head + 3 * dim * hidden)
     rest = 151936 * dim + layers * (2 * dim + 2 * head) + dim  # the output matrix is the embedding
@@ -105,7 +105,7 @@ def test_a_deep_model_is_predicted_to_the_byte_from_a_few_of_its_blocks(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if case == "13B":
-        run = setup_of(Request(model="llama2-13b", tuning="lora", quantize="nf4", batch_size=2))
+        run = setup_of(MemoryRequest(model="llama2-13b", tuning="lora", quantize="nf4", batch_size=2))
     else:
         overrides, options = DEEP[case]
         run = setup(*overrides, lengths=(64, 16), device_type="cuda", **{"n_layers": 9, **options})
