@@ -23,10 +23,11 @@ from llama_acc.core.generate.load import load_vision_encoder
 from llama_acc.core.memory.predict import predict, predict_generation
 from llama_acc.core.memory.simulate import Setup, add_fake_images, empty_batch
 from llama_acc.core.model.attention import KVCache
-from llama_acc.core.model.config import ModelConfig, QFormerVision, named_size
+from llama_acc.core.model.config import ModelConfig, named_size
 from llama_acc.core.model.transformer import Transformer, build_on_meta, initialize
 from llama_acc.core.model.tuning.lora import LoRABiasNorm
 from llama_acc.core.model.vision import Images
+from llama_acc.core.model.vision_config import QFormerVision
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.optimizer import ClippedAdamW

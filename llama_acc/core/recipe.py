@@ -18,8 +18,8 @@ from pydantic.fields import FieldInfo
 
 from llama_acc.core.errors import UserError, did_you_mean, listed, schema_problems
 from llama_acc.core.input_files import parse_yaml, read_yaml
-from llama_acc.core.model.config import Vision, VisionTraining, vision_of
 from llama_acc.core.model.tuning import METHODS, Tuning
+from llama_acc.core.model.vision_config import Vision, VisionTraining, vision_of
 
 RECIPES_FOLDER = Path(str(files("llama_acc"))) / "recipes"
 # Beyond these a number is a slip of the hand, and would fail only where something is computed with it.

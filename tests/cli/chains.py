@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from llama_acc.core.model.config import VISION_FILE, ModelConfig, TinyVision
+from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import shapes_of
+from llama_acc.core.model.vision_config import VISION_FILE, TinyVision
 from llama_acc.core.tokenizer import find_tokenizer, load_tokenizer
 
 

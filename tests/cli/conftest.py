@@ -8,7 +8,7 @@ import pytest
 
 from llama_acc.cli import console
 from llama_acc.core.data.templates import get_template
-from llama_acc.core.model.config import TinyVision
+from llama_acc.core.model.vision_config import TinyVision
 from tests.cli.chains import write_chain
 from tests.cli.commands import QUICKSTART, invoke
 from tests.hub import Servers

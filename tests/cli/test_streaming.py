@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llama_acc.core.data.templates import get_template
-from llama_acc.core.model.config import TinyVision
+from llama_acc.core.model.vision_config import TinyVision
 from tests.cli.chains import write_chain
 from tests.cli.commands import invoke
 from tests.cli.terminal import Terminal

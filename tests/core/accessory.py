@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama_acc.core.model.config import ClipVision, ModelConfig, QFormerVision
+from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.tuning.adapter import Adapter
 from llama_acc.core.model.tuning.lora import LoRABiasNorm
+from llama_acc.core.model.vision_config import ClipVision, QFormerVision
 
 _LLAMA = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=24, multiple_of=16, max_seq_len=64)
 # The width of the Q-Former, 768, is fixed in its code; transformers of its time has this epsilon.

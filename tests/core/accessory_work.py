@@ -12,9 +12,9 @@ from llama_acc.core.checkpoint.load import check_tensors, fill, read_weights
 from llama_acc.core.distributed.groups import Parallel, init_distributed
 from llama_acc.core.generate.load import VisionEncoder, load_vision_encoder
 from llama_acc.core.model.attention import KVCache
-from llama_acc.core.model.config import VISION_FILE
 from llama_acc.core.model.transformer import Transformer, build_on_meta, shapes_of
 from llama_acc.core.model.vision import Images
+from llama_acc.core.model.vision_config import VISION_FILE
 from tests.core.accessory import ACCESSORY, pixels, sampled, tokens, weights_by_rule
 from tests.core.ranks import next_port
 from tests.core.seeing import logits_of

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_acc.core.model.config import ClipVision, ModelConfig, QFormerVision, TinyVision, Vision
+from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import Transformer
 from llama_acc.core.model.tuning.adapter import Adapter
 from llama_acc.core.model.tuning.lora import LoRABiasNorm
 from llama_acc.core.model.vision import Images, Tower, make_tower
+from llama_acc.core.model.vision_config import ClipVision, QFormerVision, TinyVision, Vision
 from tests.core.tiny import SMALL, random_model
 
 QFORMER = QFormerVision(

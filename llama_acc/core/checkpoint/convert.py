@@ -59,10 +59,11 @@ from llama_acc.core.checkpoint.quantized import QUANTIZATION_FILE, Quantization,
 from llama_acc.core.checkpoint.save import Specs, TensorFile, TensorSpec, free_bytes, lay_out
 from llama_acc.core.checkpoint.tokenizer_files import extra_files, special_ids, tokenizer_of, write_tokenizer
 from llama_acc.core.errors import RunError, UserError, listed
-from llama_acc.core.model.config import VISION_FILE, ModelConfig, check_divides
+from llama_acc.core.model.config import ModelConfig, check_divides
 from llama_acc.core.model.transformer import describe, quantizable, shapes_of
 from llama_acc.core.model.tuning import FULL
 from llama_acc.core.model.tuning.bias_norm import BiasNorm
+from llama_acc.core.model.vision_config import VISION_FILE
 from llama_acc.core.text import size_text
 from llama_acc.core.tokenizer import Tokenizer
 

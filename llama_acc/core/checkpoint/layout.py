@@ -11,17 +11,9 @@ from llama_acc.core.checkpoint.huggingface import read_huggingface
 from llama_acc.core.checkpoint.towers import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, open_clip_tower, tower_of
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.input_files import home, read_json, read_text
-from llama_acc.core.model.config import (
-    VISION_FILE,
-    ClipVision,
-    ModelConfig,
-    QFormerVision,
-    Vision,
-    config_from_params,
-    read_params,
-    read_vision,
-)
+from llama_acc.core.model.config import ModelConfig, config_from_params, read_params
 from llama_acc.core.model.tuning import FULL, Tuning, tuning_of
+from llama_acc.core.model.vision_config import VISION_FILE, ClipVision, QFormerVision, Vision, read_vision
 
 Format = Literal["meta_ori", "consolidated", "consolidated_diff", "huggingface"]
 _NAMES: dict[Format, str] = {

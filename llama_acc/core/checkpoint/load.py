@@ -16,9 +16,10 @@ from llama_acc.core.checkpoint.quantized import NF4Matrix, read_quantization, ta
 from llama_acc.core.checkpoint.towers import from_open_clip, tower_name
 from llama_acc.core.distributed.groups import local_part
 from llama_acc.core.errors import UserError, listed
-from llama_acc.core.model.config import ClipVision, ModelConfig, config_from_params, read_params
+from llama_acc.core.model.config import ModelConfig, config_from_params, read_params
 from llama_acc.core.model.layers import Linear
 from llama_acc.core.model.transformer import Transformer, split_dimension, store_quantized
+from llama_acc.core.model.vision_config import ClipVision
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _BUFFERS = ("rope.freqs", ".position_ids")  # in others' files; they follow from the shape

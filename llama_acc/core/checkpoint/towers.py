@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.input_files import read_json, read_object
-from llama_acc.core.model.config import ClipVision, QFormerVision, Vision, vision_of
+from llama_acc.core.model.vision_config import ClipVision, QFormerVision, Vision, vision_of
 
 if TYPE_CHECKING:
     from llama_acc.core.checkpoint.lazy import LazyTensor

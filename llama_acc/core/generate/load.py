@@ -25,9 +25,10 @@ from llama_acc.core.data.templates import KINDS, Template
 from llama_acc.core.device import pick_device
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
-from llama_acc.core.model.config import ModelConfig, Vision, check_divides
+from llama_acc.core.model.config import ModelConfig, check_divides
 from llama_acc.core.model.transformer import Transformer, build_on_meta, pack_small, quantize_on_meta, shapes_of
 from llama_acc.core.model.vision import Tower, make_tower
+from llama_acc.core.model.vision_config import Vision
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
 _ALONE = Parallel()

@@ -1,288 +1,28 @@
-"""The shape of a LLaMA (params.json, and the sizes known by name) and of what lets it see (vision.json).
-
-Imports no torch. Each kind of vision has a tower, which makes features of pixels, and parts, which bring features into
-the LLaMA:
-
-    qformer   LLaMA2-Accessory's `llama_qformerv2`. Tower `qformer.*`: BLIP-2's vision transformer and Q-Former
-              (arXiv:2301.12597), frozen. Parts: `qformer_proj.0` (linear), `qformer_proj.1` (layer norm), `start_img`
-              and `end_img` [1, 1, dim]. An image stands in the stream: start vector, 32 projected features, end vector.
-    clip      the multimodal form of its `llama_adapter` (zero-init attention). Tower `clip.*`: CLIP's vision
-              transformer (arXiv:2103.00020), frozen. Parts: `clip_proj`, `clip_proj_norm`, `visual_query`,
-              `visual_blocks.N`, `visual_proj`, `visual_proj_norm`. An image takes no place in the stream: what is made
-              of it is added to the prefix of every prefix layer.
-    tiny      ours, for models made from nothing: a few convolutions and a small vision transformer `vision_encoder.*`
-              that are themselves a part and train with the rest. Its features go the way of the Q-Former's.
-"""
+"""The shape of a LLaMA: params.json, and the sizes known by name. Imports no torch."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
-from llama_acc.core.errors import UserError, did_you_mean, listed, schema_problems
+from llama_acc.core.errors import UserError, did_you_mean, listed
 from llama_acc.core.input_files import read_object
+from llama_acc.core.model.schema import CHECKED, WIDEST, Depth, Epsilon, Factor, Heads, Width, checked, refuse, whole
 from llama_acc.core.model.tuning import FULL, Tuning
+from llama_acc.core.model.vision_config import SECOND_STAGE, Vision, VisionTraining
 
-VISION_FILE = "vision.json"
-FORMAT_VERSION = 1
 _SIZES = Path(__file__).parents[2] / "recipes" / "downloads" / "sizes.yaml"
-# Beyond these bounds is no model: a larger number is a slip, and would be waited for.
-WIDEST = 2**20
 # Written into params.json or config.json by others, without meaning for the computation.
 _IGNORED = {"max_batch_size", "trainable_mode", "load_pretrained_visual_encoder"}
-
-
-def _whole(value: Any) -> Any:
-    """JSON's 64.0 as 64."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-_Depth = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1, le=2**10)]
-_Heads = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1, le=2**12)]
-_Width = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1, le=WIDEST)]
-_Vocabulary = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=-1, le=2**24)]
 _Layer = Annotated[int, Field(strict=True, ge=0, lt=2**10)]
-_Context = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1, le=2**27)]
 _Layers = tuple[_Layer, ...]
-_Epsilon = Annotated[float, Field(strict=True, ge=1e-30, le=1.0)]
-_Factor = Annotated[float, Field(strict=True, ge=1e-9, le=1e15)]
-_CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)
-_Kind = TypeVar("_Kind")
-
-
-def _checked(kind: type[_Kind], values: Mapping[str, Any], what: str) -> _Kind:
-    """The dataclass of `kind` that has these values.
-
-    Raises:
-        UserError: unknown, missing or impossible values, all of them listed.
-    """
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    try:
-        return TypeAdapter(kind).validate_python(dict(values))
-    except ValidationError as error:
-        problems = schema_problems(error, lambda key: did_you_mean(key, names) or f"known are {', '.join(names)}")
-        raise UserError(f"{what} is not usable:\n{listed(problems)}") from None
-
-
-def _refuse(problems: Mapping[str, bool]) -> None:
-    """Raises what is true of some problems, within a dataclass that pydantic may be checking."""
-    if found := [problem for problem, is_so in problems.items() if is_so]:
-        raise ValueError("\n  ".join(found))
-
-
-@dataclass(frozen=True)
-class Vision:
-    """What all kinds of vision have.
-
-    Attributes:
-        encoder: the kind's name.
-        tower_prefix: of the names of the tower's parameters; empty: its encoder is a part, and trains with the rest.
-        image_size: width and height of the images it takes.
-        patch_size: of the squares they are cut into.
-        width: of the vision transformer.
-        hidden_dim: of its feed-forward layers.
-        n_layers: its blocks.
-        n_heads: its attention heads.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = _CHECKED
-    encoder: ClassVar[str]
-    tower_prefix: ClassVar[str]
-
-    image_size: _Width = 224
-    patch_size: _Width = 14
-    width: _Width = 1024
-    hidden_dim: _Width = 4096
-    n_layers: _Depth = 24
-    n_heads: _Heads = 16
-
-    def __post_init__(self) -> None:
-        image, patch, width, heads = self.image_size, self.patch_size, self.width, self.n_heads
-        _refuse({f"image_size ({image}) must be divisible by patch_size ({patch})": image % patch > 0})
-        _refuse({f"width ({width}) must be divisible by n_heads ({heads})": width % heads > 0})
-
-    @property
-    def patches(self) -> int:
-        """How many squares an image is cut into."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def trains_encoder(self) -> bool:
-        """Whether there is no tower, but an encoder that trains with the rest."""
-        return not self.tower_prefix
-
-    @property
-    def positions(self) -> int:
-        """How many places an image takes in the stream."""
-        return 0
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Of what the LLaMA's side takes of an image: the tower's features, [vectors, width], or pixels."""
-        raise NotImplementedError
-
-    def llama_type(self, tuning: Tuning) -> str:
-        """LLaMA2-Accessory's name of the kind of model, for meta.json."""
-        return tuning.llama_type
-
-    def to_json(self) -> bytes:
-        """The file vision.json."""
-        values = {"format_version": FORMAT_VERSION, "encoder": self.encoder} | asdict(self)
-        return (json.dumps(values, indent=1) + "\n").encode()
-
-
-@dataclass(frozen=True)
-class QFormerVision(Vision):
-    """BLIP-2's frozen vision transformer and Q-Former; as they stand, those of blip2-opt-2.7b.
-
-    Attributes:
-        queries: vectors the Q-Former makes of an image.
-        query_width: their width.
-        query_hidden: of its feed-forward layers.
-        query_layers: its blocks, of which every second looks at the image.
-        query_heads: its attention heads.
-        layer_norm_eps: what the vision transformer adds to variances: as BLIP-2 was trained. transformers before 4.32
-            has 1e-5, and so have folders that it saved.
-    """
-
-    encoder = "qformer"
-    tower_prefix = "qformer."
-
-    width: _Width = 1408
-    hidden_dim: _Width = 6144
-    n_layers: _Depth = 39
-    queries: _Width = 32
-    query_width: _Width = 768
-    query_hidden: _Width = 3072
-    query_layers: _Depth = 12
-    query_heads: _Heads = 12
-    layer_norm_eps: _Epsilon = 1e-6
-
-    @property
-    def positions(self) -> int:
-        return self.queries + 2
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        return self.queries, self.query_width
-
-    def llama_type(self, tuning: Tuning) -> str:
-        return tuning.llama_type.replace("llama", "llama_qformerv2", 1)
-
-
-@dataclass(frozen=True)
-class ClipVision(Vision):
-    """CLIP's frozen vision transformer, and blocks that read its features; as they stand, CLIP ViT-L/14.
-
-    Attributes:
-        projection: width of its features.
-        block_width: of the blocks.
-        block_heads: their attention heads.
-        blocks: how many there are.
-    """
-
-    encoder = "clip"
-    tower_prefix = "clip."
-
-    projection: _Width = 768
-    block_width: _Width = 768
-    block_heads: _Heads = 16
-    blocks: _Depth = 8
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        return self.patches + 1, self.projection
-
-
-@dataclass(frozen=True)
-class TinyVision(Vision):
-    """A small encoder that trains with the LLaMA: a feature for each square of the image.
-
-    Convolutions halve the image until a square is a vector: on 3,000 images squares cut out at once are learned badly.
-    """
-
-    encoder = "tiny"
-    tower_prefix = ""
-
-    image_size: _Width = 64
-    patch_size: _Width = 16
-    width: _Width = 64
-    hidden_dim: _Width = 256
-    n_layers: _Depth = 2
-    n_heads: _Heads = 4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        size = self.patch_size
-        is_power = size > 1 and not size & (size - 1)
-        _refuse({f"patch_size ({size}) must be a power of 2: each convolution halves the image": not is_power})
-
-    @property
-    def channels(self) -> list[int]:
-        """Of the stem: those of the image, then those after each convolution."""
-        halvings = self.patch_size.bit_length() - 1
-        return [3, *(min(16 << i, self.width) for i in range(halvings - 1)), self.width]
-
-    @property
-    def positions(self) -> int:
-        return self.patches + 2
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        return 3, self.image_size, self.image_size
-
-
-ENCODERS: dict[str, type[Vision]] = {kind.encoder: kind for kind in (QFormerVision, ClipVision, TinyVision)}
-
-
-def vision_of(encoder: str, sizes: Mapping[str, Any] | None = None, where: object = "vision.params") -> Vision:
-    """A kind of vision, with some sizes other than the usual ones.
-
-    Raises:
-        UserError: an unknown kind, unknown or impossible sizes; all of them listed.
-    """
-    if encoder not in ENCODERS:
-        hint = did_you_mean(encoder, ENCODERS) or f"known are {', '.join(ENCODERS)}"
-        raise UserError(f"unknown vision encoder '{encoder}'", hint)
-    return _checked(ENCODERS[encoder], sizes or {}, f"the vision encoder in {where}")
-
-
-def read_vision(path: Path) -> Vision:
-    """What a checkpoint's vision.json says.
-
-    Raises:
-        UserError: unreadable, unusable, or written by a newer version.
-    """
-    try:
-        values = read_object(path)
-        version, encoder = values.pop("format_version"), values.pop("encoder")
-    except KeyError as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise UserError(f"{path} was written by a newer version", "update llama-acc")
-    return vision_of(str(encoder), values, path)
-
-
-class VisionTraining(NamedTuple):
-    """How vision is trained.
-
-    Attributes:
-        stage: 1 brings vision and language together, 2 teaches to follow instructions.
-        as_reference: train only those parts that LLaMA2-Accessory trains.
-    """
-
-    stage: Literal[1, 2] = 2
-    as_reference: bool = False
-
-
-SECOND_STAGE = VisionTraining()
-
-
+_Vocabulary = Annotated[int, BeforeValidator(whole), Field(strict=True, ge=-1, le=2**24)]
+_Context = Annotated[int, BeforeValidator(whole), Field(strict=True, ge=1, le=2**27)]
 RopeType = Literal["linear", "dynamic", "llama3", "yarn"]
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3"]
 
@@ -294,26 +34,26 @@ class RopeScaling:
     Names and meaning are those of `rope_scaling` in Hugging Face's config.json; see `rotary.frequencies`.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = _CHECKED
+    __pydantic_config__: ClassVar[ConfigDict] = CHECKED
 
     rope_type: RopeType
-    factor: _Factor
+    factor: Factor
     original_max_position_embeddings: _Context | None = None
     """The context of that first training; None: the model's max_seq_len."""
-    low_freq_factor: _Factor | None = None
-    high_freq_factor: _Factor | None = None
-    attention_factor: _Factor | None = None
-    beta_fast: _Factor | None = None
-    beta_slow: _Factor | None = None
-    mscale: _Factor | None = None
-    mscale_all_dim: _Factor | None = None
+    low_freq_factor: Factor | None = None
+    high_freq_factor: Factor | None = None
+    attention_factor: Factor | None = None
+    beta_fast: Factor | None = None
+    beta_slow: Factor | None = None
+    mscale: Factor | None = None
+    mscale_all_dim: Factor | None = None
     truncate: bool = True
 
     def __post_init__(self) -> None:
         low, high = self.low_freq_factor, self.high_freq_factor
         if self.rope_type == "llama3":
-            _refuse({"rope_type llama3 needs low_freq_factor and high_freq_factor": low is None or high is None})
-            _refuse({f"high_freq_factor ({high}) must be above low_freq_factor ({low})": (high or 0) <= (low or 0)})
+            refuse({"rope_type llama3 needs low_freq_factor and high_freq_factor": low is None or high is None})
+            refuse({f"high_freq_factor ({high}) must be above low_freq_factor ({low})": (high or 0) <= (low or 0)})
 
     def to_json(self) -> dict[str, Any]:
         """The mapping in a file: what is set."""
@@ -325,7 +65,7 @@ class RopeScaling:
 
 
 _Scaling = Annotated[
-    Annotated[_Factor, Tag("factor")] | Annotated[RopeScaling, Tag("mapping")],
+    Annotated[Factor, Tag("factor")] | Annotated[RopeScaling, Tag("mapping")],
     Discriminator(lambda value: "mapping" if isinstance(value, (dict, RopeScaling)) else "factor"),
 ]
 
@@ -357,20 +97,20 @@ class Params:
         family: whose variations these are, by the model_type of Hugging Face, as which the model is exported.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = _CHECKED
+    __pydantic_config__: ClassVar[ConfigDict] = CHECKED
 
-    dim: Annotated[_Width, Field(le=2**18)]
-    n_layers: _Depth
-    n_heads: _Heads
-    n_kv_heads: _Heads | None = None
+    dim: Annotated[Width, Field(le=2**18)]
+    n_layers: Depth
+    n_heads: Heads
+    n_kv_heads: Heads | None = None
     vocab_size: _Vocabulary = -1
-    multiple_of: _Width = 256
-    ffn_dim_multiplier: _Factor | None = None
-    norm_eps: _Epsilon = 1e-5
-    rope_theta: _Factor = 10000.0
+    multiple_of: Width = 256
+    ffn_dim_multiplier: Factor | None = None
+    norm_eps: Epsilon = 1e-5
+    rope_theta: Factor = 10000.0
     max_seq_len: _Context = 2048
     rope_scaling: _Scaling | None = None
-    head_dim: _Width | None = None
+    head_dim: Width | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
     tie_word_embeddings: bool = False
@@ -382,7 +122,7 @@ class Params:
     def __post_init__(self) -> None:
         dim, heads, kv_heads, hidden = self.dim, self.n_heads, self.kv_heads, self.hidden_dim
         last = max((*self.nope_layers, *(self.window_layers or ())), default=0)
-        _refuse(
+        refuse(
             {
                 f"dim ({dim}) must be divisible by n_heads ({heads})": self.head_dim is None and dim % heads > 0,
                 f"the head dimension ({self.head_size}) must be even for rotary embedding": self.head_size % 2 > 0,
@@ -502,7 +242,7 @@ def config_from_params(params: Mapping[str, Any], source: object = "model.params
     is_scaled, width = known.pop("use_scaled_rope", False), known.pop("hidden_dim", None)
     if width is not None:
         known = {"family": "mistral", **known}
-    config = ModelConfig(**vars(_checked(Params, known, f"the model's shape in {source}")))
+    config = ModelConfig(**vars(checked(Params, known, f"the model's shape in {source}")))
     if width is not None:
         config = with_hidden_dim(config, width, source)
     if is_scaled:

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from llama_acc.core.errors import UserError
-from llama_acc.core.model.config import ClipVision, ModelConfig, QFormerVision, TinyVision, Vision
+from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.layers import normal, ones, parameter, zeros
+from llama_acc.core.model.vision_config import ClipVision, QFormerVision, TinyVision, Vision
 
 
 class Images(NamedTuple):

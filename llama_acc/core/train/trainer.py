@@ -23,7 +23,7 @@ from llama_acc.core.data.templates import TEMPLATE_FILE
 from llama_acc.core.device import device_type, prepare_cpu
 from llama_acc.core.distributed.groups import Parallel, is_sharded, local_part
 from llama_acc.core.generate.load import load_vision_encoder
-from llama_acc.core.model.config import VISION_FILE, ModelConfig
+from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import (
     Transformer,
     build_on_meta,
@@ -31,6 +31,7 @@ from llama_acc.core.model.transformer import (
     initialize,
     quantize_on_meta,
 )
+from llama_acc.core.model.vision_config import VISION_FILE
 from llama_acc.core.tokenizer_folder import CHAT_TEMPLATE_FILE
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.image_loader import ImageLoader, MicroBatchIndices

@@ -12,8 +12,8 @@ from torch import Tensor
 from llama_acc.core.checkpoint.layout import inspect
 from llama_acc.core.checkpoint.load import check_tensors, open_shard, read_weights
 from llama_acc.core.errors import UserError
-from llama_acc.core.model.config import ClipVision, Vision
 from llama_acc.core.model.vision import tower_shapes
+from llama_acc.core.model.vision_config import ClipVision, Vision
 from tests.core.accessory import ACCESSORY, weights_by_rule
 from tests.core.tiny import GOLDEN
 

@@ -14,8 +14,8 @@ from llama_acc.core.checkpoint.layout import inspect, read_config, without_tower
 from llama_acc.core.checkpoint.load import check_tensors, read_weights
 from llama_acc.core.checkpoint.towers import tower_of
 from llama_acc.core.errors import UserError
-from llama_acc.core.model.config import ClipVision, QFormerVision
 from llama_acc.core.model.vision import tower_shapes
+from llama_acc.core.model.vision_config import ClipVision, QFormerVision
 from tests.core.seeing import QFORMER, random_tower
 from tests.core.tiny import GOLDEN
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from llama_acc.core.checkpoint.convert import Request, convert
 from llama_acc.core.checkpoint.layout import inspect, read_config
-from llama_acc.core.model.config import VISION_FILE, ClipVision, ModelConfig, QFormerVision, VisionTraining
+from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import describe, shapes_of
+from llama_acc.core.model.vision_config import VISION_FILE, ClipVision, QFormerVision, VisionTraining
 from tests.core.accessory import ACCESSORY, sampled
 from tests.core.accessory_work import CACHED, WHOLE, Loaded, golden_of, load, save_as_accessory
 from tests.core.ranks import run_ranks

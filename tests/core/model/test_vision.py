@@ -8,16 +8,11 @@ import torch
 
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.attention import KVCache
-from llama_acc.core.model.config import (
-    ClipVision,
-    ModelConfig,
-    VisionTraining,
-    read_vision,
-    vision_of,
-)
+from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import build_on_meta, describe, initialize, shapes_of
 from llama_acc.core.model.tuning import METHODS, Frozen, tuning_of
 from llama_acc.core.model.vision import tower_shapes
+from llama_acc.core.model.vision_config import ClipVision, VisionTraining, read_vision, vision_of
 from tests.core.seeing import (
     QFORMER,
     SEEING,

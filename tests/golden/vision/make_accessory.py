@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llama_acc.core.model.config import ClipVision, ModelConfig, QFormerVision
+from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.vision_config import ClipVision, QFormerVision
 from tests.core import accessory
 
 COMMIT = "3777c43940ddfb45d3bc1046b118ca4401747ee2"

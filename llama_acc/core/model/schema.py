@@ -1,0 +1,46 @@
+"""The numbers that shapes of models are made of, and how a mapping of a file becomes a dataclass of them."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from llama_acc.core.errors import UserError, did_you_mean, listed, schema_problems
+
+# Beyond these bounds is no model: a larger number is a slip, and would be waited for.
+WIDEST = 2**20
+
+
+def whole(value: Any) -> Any:
+    """JSON's 64.0 as 64."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Depth = Annotated[int, BeforeValidator(whole), Field(strict=True, ge=1, le=2**10)]
+Heads = Annotated[int, BeforeValidator(whole), Field(strict=True, ge=1, le=2**12)]
+Width = Annotated[int, BeforeValidator(whole), Field(strict=True, ge=1, le=WIDEST)]
+Epsilon = Annotated[float, Field(strict=True, ge=1e-30, le=1.0)]
+Factor = Annotated[float, Field(strict=True, ge=1e-9, le=1e15)]
+CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)
+_Kind = TypeVar("_Kind")
+
+
+def checked(kind: type[_Kind], values: Mapping[str, Any], what: str) -> _Kind:
+    """The dataclass of `kind` that has these values.
+
+    Raises:
+        UserError: unknown, missing or impossible values, all of them listed.
+    """
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    try:
+        return TypeAdapter(kind).validate_python(dict(values))
+    except ValidationError as error:
+        problems = schema_problems(error, lambda key: did_you_mean(key, names) or f"known are {', '.join(names)}")
+        raise UserError(f"{what} is not usable:\n{listed(problems)}") from None
+
+
+def refuse(problems: Mapping[str, bool]) -> None:
+    """Raises what is true of some problems, within a dataclass that pydantic may be checking."""
+    if found := [problem for problem, is_so in problems.items() if is_so]:
+        raise ValueError("\n  ".join(found))
