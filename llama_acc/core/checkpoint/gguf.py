@@ -79,9 +79,12 @@ def _architecture(config: ModelConfig) -> str:
     if name == "llama" and config.qkv_bias and not has_new_biases and factors is None:
         name = "qwen2" if config.head_size * config.n_heads == config.dim else "llama"
     without_rotation = tuple(range(3, config.n_layers, 4)) if name == "smollm3" else ()
+    factors_of_granite = (config.embedding_multiplier, config.residual_multiplier, config.logits_scaling)
     problems = {
         f"biases of method {config.tuning.method} in {name}": has_new_biases and name != "llama",
         f"rotary scaling llama3 in {name}": factors is not None and name != "llama",
+        "factors on embeddings, on what blocks add, on scores or on logits": config.attention_multiplier is not None
+        or factors_of_granite != (1.0, 1.0, 1.0),
         "layers without rotation, other than every fourth": config.nope_layers != without_rotation,
         "rotary scaling yarn with a beta_fast, beta_slow or truncate of its own": yarn is not None
         and (yarn.beta_fast or 32.0, yarn.beta_slow or 1.0, yarn.truncate) != (32.0, 1.0, True),

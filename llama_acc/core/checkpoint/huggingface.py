@@ -54,7 +54,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "no_rope_layer_interval": 4,
     },
+    "granite": {"max_position_embeddings": 2048},
 }
+_MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+_DEFAULTS["granite"] |= dict.fromkeys(_MULTIPLIERS, 1.0)
 FAMILIES = tuple(_DEFAULTS)[1:]
 _CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -62,6 +65,7 @@ _CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
+    "granite": "GraniteForCausalLM",
 }
 # What others are near to, for those who look for a way.
 _NEAREST = {
@@ -77,6 +81,7 @@ _NEAREST = {
     "qwen3_vl": "qwen3",
     "mllama": "llama",
     "llama4": "llama",
+    "granitemoe": "granite",
 }
 
 
@@ -146,6 +151,8 @@ def read_huggingface(path: Path) -> tuple[ModelConfig, Mapping[str, Any], list[s
         "tie_word_embeddings": values["tie_word_embeddings"],
         "family": family,
     }
+    if family == "granite":
+        params |= {key: values[key] for key in _MULTIPLIERS}
     layers = range(config_from_params(params, path).n_layers)
     config = config_from_params({**params, **_layer_kinds(values, layers, path)}, path)
     config = with_hidden_dim(config, values["intermediate_size"], path)
@@ -266,13 +273,15 @@ def huggingface_config(config: ModelConfig, dtype: str, special_ids: Mapping[str
         "pad_token_id": None,
         **special_ids,
     }
-    if family in ("llama", "smollm3"):
+    if family == "granite":
+        values |= {key: getattr(config, key) or config.head_size**-0.5 for key in _MULTIPLIERS}
+    if family in ("llama", "smollm3", "granite"):
         values |= dict.fromkeys(("attention_bias", "mlp_bias"), isinstance(config.tuning, BiasNorm))
     if family == "smollm3":
         values["no_rope_layers"] = [int(layer not in config.nope_layers) for layer in layers]
-    if family != "llama":
+    if family not in ("llama", "granite"):
         values["sliding_window"] = config.sliding_window
-    if family not in ("llama", "mistral"):
+    if family not in ("llama", "mistral", "granite"):
         windowed = (
             () if config.sliding_window is None else layers if config.window_layers is None else config.window_layers
         )
@@ -288,7 +297,7 @@ def _exported_family(config: ModelConfig) -> str:
     Raises:
         UserError: there is none.
     """
-    if not isinstance(config.tuning, BiasNorm) or config.family in ("llama", "smollm3"):
+    if not isinstance(config.tuning, BiasNorm) or config.family in ("llama", "smollm3", "granite"):
         return config.family
     if config.qk_norm or config.sliding_window is not None:
         raise UserError(

@@ -14,7 +14,7 @@ from llama_acc.core.checkpoint.huggingface import huggingface_name
 from llama_acc.core.checkpoint.lazy import LazyTensor, blocks_of
 from llama_acc.core.model.attention import DocumentAttention
 from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.layers import RMSNorm
+from llama_acc.core.model.layers import RMSNorm, scaled
 from llama_acc.core.model.rotary import rotary_table
 from llama_acc.core.model.transformer import build_on_meta, is_matrix
 from llama_acc.core.model.tuning import Tuning
@@ -96,6 +96,7 @@ def merge_error(before: Model, merged_model: Model, saved: Model) -> MergeError:
         torch.cat([sources["tok_embeddings.weight"].rows(token, token + 1).to(torch.float64) for token in tokens])
         for _, sources in models
     ]
+    states = [scaled(state, config.embedding_multiplier) for state in states]
     attend = DocumentAttention([_TOKENS], rotary_table(config, _TOKENS, torch.device("cpu")))
     for layer in range(config.n_layers):
         for place, (own, sources) in enumerate(models):

@@ -23,6 +23,7 @@ from llama_acc.core.model.layers import (
     normed_linears,
     residual,
     rms_norm,
+    scaled,
 )
 from llama_acc.core.model.rotary import rotate
 
@@ -349,6 +350,8 @@ class Attention(nn.Module):
         self.rotates = layer not in config.nope_layers
         is_windowed = config.window_layers is None or layer in config.window_layers
         self.window = config.sliding_window if is_windowed else None
+        factor = config.attention_multiplier
+        self.query_scale = 1.0 if factor is None else factor * config.head_size**0.5  # kernels divide by sqrt(D)
         q_dim = config.n_heads * config.head_size
         self.wq = ColumnParallelLinear(config.dim, q_dim, parallel)
         self.wk = ColumnParallelLinear(config.dim, config.kv_dim, parallel)
@@ -371,6 +374,7 @@ class Attention(nn.Module):
         q, k, v = (values.unflatten(-1, (-1, self.head_size)) for values in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        q = scaled(q, self.query_scale)
         heads = attend(q, k, v, self.rotates, self.window)
         return self.wo(heads if extra is None else heads + extra.output(self, q, attend))
 

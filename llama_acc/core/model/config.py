@@ -24,7 +24,7 @@ _Layers = tuple[_Layer, ...]
 _Vocabulary = Annotated[int, BeforeValidator(whole), Field(strict=True, ge=-1, le=2**24)]
 _Context = Annotated[int, BeforeValidator(whole), Field(strict=True, ge=1, le=2**27)]
 RopeType = Literal["linear", "dynamic", "llama3", "yarn"]
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,10 @@ class Params:
         sliding_window: a position sees only so many last ones, itself among them; None means all before it.
         window_layers: the layers of which this is so, from 0; None means all.
         nope_layers: the layers that do not rotate queries and keys, from 0.
+        embedding_multiplier: factor on the embeddings.
+        residual_multiplier: factor on what a block's halves add to the residual stream.
+        attention_multiplier: factor on attention's scores; None means 1 / sqrt(head_dim).
+        logits_scaling: what the logits are divided by.
         family: whose variations these are, by the model_type of Hugging Face, as which the model is exported.
     """
 
@@ -117,6 +121,10 @@ class Params:
     sliding_window: _Context | None = None
     window_layers: _Layers | None = None
     nope_layers: _Layers = ()
+    embedding_multiplier: Factor = 1.0
+    residual_multiplier: Factor = 1.0
+    attention_multiplier: Factor | None = None
+    logits_scaling: Factor = 1.0
     family: Family = "llama"
 
     def __post_init__(self) -> None:
@@ -160,6 +168,7 @@ class Params:
 _NOT_ACCESSORYS = (
     *("head_dim", "qkv_bias", "qk_norm", "tie_word_embeddings"),
     *("sliding_window", "window_layers", "nope_layers", "family"),
+    *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
 )
 
 

@@ -216,6 +216,11 @@ class Packed:
         return linear(x, self.weight).split(self.sizes, -1)
 
 
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """x times a factor, which most models do not have: 1."""
+    return x if factor == 1.0 else x * factor
+
+
 def linear(x: Tensor, weight: Tensor, scales: Scales | None = None) -> Tensor:
     """x [..., in] times weight [out, in], which may be quantized, transposed; in the type of `x`."""
     if scales is not None:

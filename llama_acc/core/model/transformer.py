@@ -44,6 +44,7 @@ from llama_acc.core.model.layers import (
     gated_linear,
     normed_linears,
     residual,
+    scaled,
 )
 from llama_acc.core.model.loss import linear_cross_entropy
 from llama_acc.core.model.nf4 import Scales, quantize
@@ -85,11 +86,12 @@ class TransformerBlock(nn.Module):
         self.feed_forward = FeedForward(config, parallel)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.multiplier = config.residual_multiplier
 
     def forward(self, x: Tensor, attend: Attend, extra: AttentionExtra | None = None) -> Tensor:
         """[T, dim] to [T, dim]; `extra`: what a tuning method adds to its attention."""
-        x = x + self.attention(x, self.attention_norm, attend, extra)
-        return x + self.feed_forward(x, self.ffn_norm)
+        x = x + scaled(self.attention(x, self.attention_norm, attend, extra), self.multiplier)
+        return x + scaled(self.feed_forward(x, self.ffn_norm), self.multiplier)
 
 
 class Transformer(nn.Module):
@@ -160,7 +162,7 @@ class Transformer(nn.Module):
         Returns:
             [T, dim] normed hidden states, for `logits`; or the float32 scalar loss_scale * sum of cross-entropies.
         """
-        x, added = self.tok_embeddings(tokens, self.dtype), None
+        x, added = scaled(self.tok_embeddings(tokens, self.dtype), self.config.embedding_multiplier), None
         if self.vision is not None:
             x, added = self.vision(x, images, len(lengths))
         if self.before_blocks is not None:
@@ -176,7 +178,7 @@ class Transformer(nn.Module):
             x = self.run_block(layer, x, attend, extra)
         for past, length in zip(caches or (), lengths, strict=False):
             past.length += length
-        x = self.norm(x)
+        x = scaled(self.norm(x), 1.0 / self.config.logits_scaling)
         if targets is None:
             return x
         output = self.output

@@ -211,6 +211,7 @@ def test_what_was_tuned_becomes_plain_weights(tuning: Tuning, kind: Any, tokeniz
         ("llama, yarn in full", "rotary scaling yarn with a beta_fast, beta_slow or truncate of its own"),
         ("smollm3, layers of its own, window", "layers without rotation, other than every fourth"),
         ("qwen3", "rotary scaling llama3 in qwen3"),
+        ("granite", "factors on embeddings, on what blocks add, on scores or on logits"),
     ],
 )
 def test_what_llama_cpp_cannot_compute_is_refused(

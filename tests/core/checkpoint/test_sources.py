@@ -291,7 +291,7 @@ def test_a_checkpoint_sees_only_if_it_has_tensors_for_that(with_tensors: bool, t
     [
         (
             {"model_type": "mixtral"},
-            'model_type: "mixtral" (known are llama, mistral, qwen2, qwen3, smollm3; nearest is mistral',
+            'model_type: "mixtral" (known are llama, mistral, qwen2, qwen3, smollm3, granite; nearest is mistral',
         ),
         ({"model_type": None}, "missing key 'model_type'"),
         ({"hidden_act": "gelu"}, 'hidden_act: "gelu" (only "silu")'),

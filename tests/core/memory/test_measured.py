@@ -45,6 +45,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"family": "mistral", "sliding_window": 50, "head_dim": 16},
     "qwen2": {"family": "qwen2", "qkv_bias": True},
     "qwen3": {"family": "qwen3", "qk_norm": True, "head_dim": 64, "tie_word_embeddings": True},
+    "granite": {"family": "granite", "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0},
     "smollm3": {"family": "smollm3", "nope_layers": [1], "sliding_window": 60, "window_layers": [1]},
 }
 

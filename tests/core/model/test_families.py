@@ -84,6 +84,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "use_sliding_window": True,
         "sliding_window": 4,
     },
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.0625,
+        "logits_scaling": 2.0,
+    },
 }
 
 
@@ -319,7 +326,7 @@ def tuned_model(folder: Path, method: str) -> Transformer:
 
 
 @pytest.mark.parametrize("method", ["bias_norm", "lora", "lora_bias_norm", "adapter"])
-@pytest.mark.parametrize("name", ["llama3.2, tied", "mistral, window", "qwen2", "qwen3", "smollm3"])
+@pytest.mark.parametrize("name", ["llama3.2, tied", "mistral, window", "qwen2", "qwen3", "smollm3", "granite"])
 def test_every_method_starts_from_it_and_learns(name: str, method: str, folders: dict[str, Path]) -> None:
     model = tuned_model(folders[name], method)
     (tokens,) = random_documents(model.config, [40], 0)

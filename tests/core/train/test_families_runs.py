@@ -14,7 +14,7 @@ from tests.core.model.test_families import FAMILIES, their_model, write_family
 from tests.core.train.runs import metrics, plan_of, run
 
 STEPS, WARMUP, CLIP = 20, 2, 0.5
-CHOSEN = ("llama3.2, tied", "mistral, window", "qwen2", "qwen3, tied, window on some", "smollm3")
+CHOSEN = ("llama3.2, tied", "mistral, window", "qwen2", "qwen3, tied, window on some", "smollm3", "granite")
 SETTINGS = (
     *("model.params=null", "train.epochs=5", "train.warmup_epochs=0.5"),
     *("optimizer.min_lr=0", "optimizer.weight_decay=0.1", f"optimizer.clip_grad_norm={CLIP}"),
