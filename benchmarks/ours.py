@@ -62,7 +62,7 @@ def run_train(args: argparse.Namespace) -> dict:
     assert config is not None
     model = build_on_meta(config, torch.bfloat16 if args.precision == "bf16" else torch.float32)
     fill(model, read_weights([layout]), CPU, torch.float32, copy=True)
-    optimizer = ClippedAdamW(model, betas=BETAS, eps=1e-8, weight_decay=0.0, clip_grad_norm=CLIP_NORM)
+    optimizer = ClippedAdamW(model, model.specs, betas=BETAS, eps=1e-8, weight_decay=0.0, clip_grad_norm=CLIP_NORM)
     alone = DataParallel(model, Parallel(), "ddp", False, "cpu")
     losses = []
     start = time.perf_counter()

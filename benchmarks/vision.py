@@ -149,7 +149,7 @@ def mixed(rounds: int, words: int) -> None:
     model = build_on_meta(config, torch.float32)
     model.to_empty(device="cpu")
     initialize(model, 0)
-    optimizer = ClippedAdamW(model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, clip_grad_norm=2.0)
+    optimizer = ClippedAdamW(model, model.specs, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, clip_grad_norm=2.0)
     alone, cpu = DataParallel(model, Parallel(), "ddp", False, "cpu"), torch.device("cpu")
     batches = {
         "without images": tiny_batch([False] * 8, words, TINY),

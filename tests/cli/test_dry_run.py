@@ -21,7 +21,7 @@ from tests.cli.conftest import DIALOGUE
 from tests.core.tokenizers import llama3_style
 
 # With room for every recipe's data.max_tokens, and heads for every recipe's model-parallel size.
-SHAPE = "dim: 64, n_layers: 1, n_heads: 8, n_kv_heads: 8, multiple_of: 16, vocab_size: 352, max_seq_len: 4096"
+SHAPE = "dim: 64, n_layers: 1, n_heads: 8, n_kv_heads: 8, multiple_of: 16, vocab_size: -1, max_seq_len: 4096"
 TINY_LONG = f"model.params={{{SHAPE}}}"
 TOWN = {"instruction": "name the town", "output": "the answer"}
 
