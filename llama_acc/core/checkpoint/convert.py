@@ -11,7 +11,6 @@ import math
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,6 +57,7 @@ from llama_acc.core.checkpoint.peft import (
 from llama_acc.core.checkpoint.quantized import QUANTIZATION_FILE, Quantization, nf4_rounded, nf4_tensors
 from llama_acc.core.checkpoint.save import Specs, TensorFile, TensorSpec, free_bytes, lay_out
 from llama_acc.core.checkpoint.tokenizer_files import extra_files, special_ids, tokenizer_of, write_tokenizer
+from llama_acc.core.distributed.environment import in_background
 from llama_acc.core.errors import RunError, UserError, listed
 from llama_acc.core.model.config import ModelConfig, check_divides
 from llama_acc.core.model.transformer import describe, quantizable, shapes_of
@@ -153,10 +153,8 @@ def convert(request: Request, progress: Progress = lambda label, done, total: No
     with whole_folder(request.target, digests) as folder:
         work.write_weights(folder, lambda nbytes: count("writing", nbytes))
         work.write_description(folder)
-        with ThreadPoolExecutor(1) as beside:
-            hashed = beside.submit(lambda: {name: digest_of(folder / name) for name in work.files})
-            error = work.verify(folder, lambda nbytes: count("reading back", nbytes))
-            digests |= hashed.result()
+        hashed = in_background(lambda: {name: digest_of(folder / name) for name in work.files})
+        error = work.verify(folder, lambda nbytes: count("reading back", nbytes))
         compared = None
         if request.merge:
             progress("comparing logits", total, total)
@@ -167,6 +165,7 @@ def convert(request: Request, progress: Progress = lambda label, done, total: No
                     f"the merged model computes something else: logits are off by {compared.exact:.3g} of the largest"
                 )
         progress("taking checksums", total, total)
+        digests |= hashed.result()
     notes = tuple(work.notes)
     return Converted(request.target, len(work.targets), len(work.files), work.nbytes, error, compared, notes)
 
