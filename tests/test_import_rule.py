@@ -20,6 +20,7 @@ _COMMANDS = [
     ["recipes", "--help"],
     ["download", "--help"],
     ["recipes", "list"],
+    ["runs", ".", "--json"],
     ["recipes", "show", "lima"],
     ["download", "--list"],
     # What is wrong is said before anything large is loaded.
@@ -67,5 +68,5 @@ for words in json.loads({json.dumps(json.dumps(_COMMANDS))}):
     except SystemExit as ended:
         look(ended.code, *words)
 """
-    expected = [f"{0 if place < 13 else 2} {' '.join(words)}" for place, words in enumerate(_COMMANDS)]
+    expected = [f"{0 if place < 14 else 2} {' '.join(words)}" for place, words in enumerate(_COMMANDS)]
     assert heavy_after(code) == expected

@@ -29,6 +29,7 @@ from llama_acc.cli import (
     finetune,
     push,
     recipes,
+    runs,
     stopping,
 )
 from llama_acc.core.distributed import environment
@@ -177,6 +178,7 @@ recipes.app.command()(_reported(recipes.show))
 recipes.app.command()(_reported(recipes.copy))
 app.command()(_reported(download.download))
 app.command()(_reported(finetune.finetune, joins=True))
+app.command()(_reported(runs.runs))
 app.command()(_reported(chat.chat, joins=True))
 app.command()(_reported(caption.caption, joins=True))
 app.add_typer(convert_data.app, name="convert-data")

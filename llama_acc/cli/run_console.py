@@ -1,6 +1,7 @@
 """A run as it shows on a console."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +106,13 @@ class RunConsole(Callback):
     def validation(self, metrics: dict[str, Any]) -> None:
         """The loss on held-out items."""
         console.err.print(f"step {metrics['step']}: validation loss {metrics['validation_loss']:.4f}", markup=False)
+
+    def samples(self, step: int, answers: Mapping[str, str]) -> None:
+        """A line for each answer; samples.jsonl has all of them."""
+        for prompt, answer in answers.items():
+            lines = (" ".join(text.split()) for text in (prompt, answer))
+            shown = " -> ".join(line if len(line) <= 60 else f"{line[:57]}..." for line in lines)
+            console.err.print(f"step {step}: {shown}", markup=False)
 
     def saved(self, checkpoint: Path) -> None:
         """Where a checkpoint is."""

@@ -28,6 +28,7 @@ from llama_acc.core.train.log import MetricsLog, read_metrics, write_report
 from llama_acc.core.train.loop import Loop
 from llama_acc.core.train.plan import Plan, make_plan, make_plan_together
 from llama_acc.core.train.run_folder import RunFolder, check_disk, check_same_run, refuse_non_empty
+from llama_acc.core.train.trackers import check_trackers
 from llama_acc.core.train.trainer import Trainer
 
 
@@ -88,6 +89,7 @@ def finetune(
             callback = Callback()
         folder = RunFolder(Path(output))
         try:
+            parallel.run_on_rank_zero(lambda: check_trackers(recipe.train.trackers))
             parallel.run_rank_zero_first(lambda: folder.open(resume=resume, claim=parallel.is_main, note=callback.note))
             plan = make_plan_together(recipe, callback, parallel, saved=folder.checkpoint)
             callback.progress("checking the weights, the disk and the memory")
@@ -134,6 +136,7 @@ def dry_run(
     Raises:
         UserError: whatever would stop the real run before its first step.
     """
+    check_trackers(recipe.train.trackers)
     if output is not None:
         refuse_non_empty(output)
     plan = make_plan(recipe, callback, dry_run=True)
@@ -197,7 +200,9 @@ def _train(
                 Loop(trainer, folder, None, callback, stop).run()
                 return
             folder.write_plan(plan)  # not before memory was found to suffice: a run that is refused leaves nothing
-            with MetricsLog(folder.path, trainer.step, callback.note) as log:
+            recipe = plan.recipe.model_dump(mode="json")
+            logged = folder.path, trainer.step, callback.note, plan.trackers, recipe, bool(plan.samples.prompts)
+            with MetricsLog(*logged) as log:
                 try:
                     Loop(trainer, folder, log, callback, stop).run()
                 except BaseException as failure:

@@ -25,6 +25,7 @@ RECIPES_FOLDER = Path(str(files("llama_acc"))) / "recipes"
 # Beyond these a number is a slip of the hand, and would fail only where something is computed with it.
 _LENGTH, _STEPS = 2**24, 10**9
 _Beta = Annotated[float, Field(ge=0, lt=1)]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class Section(BaseModel):
@@ -194,7 +195,8 @@ class OptimizerSection(Section):
 
 class TrainSection(Section):
     """How it is learned. `global_batch_size` examples make an optimizer step, whatever the number of processes;
-    `batch_size` and `micro_batch_tokens` bound a micro-batch, and with it the memory."""
+    `batch_size` and `micro_batch_tokens` bound a micro-batch, and with it the memory. The sample prompts, a list or a
+    file of them, are answered every N steps (0 = each epoch), at the beginning and at the end."""
 
     epochs: float = Field(default=3, gt=0, le=1_000_000)
     warmup_epochs: float = Field(default=0.0, ge=0)
@@ -209,6 +211,10 @@ class TrainSection(Section):
     max_steps: int | None = Field(default=None, ge=1, le=_STEPS)
     early_stopping_patience: int | None = Field(default=None, ge=1, le=_STEPS)
     deterministic: bool = False
+    sample_prompts: list[str] | str | None = None
+    sample_every_steps: int = Field(default=0, ge=0, le=_STEPS)
+    sample_max_new_tokens: int = Field(default=128, ge=1, le=_LENGTH)
+    trackers: list[Tracker] = ["tensorboard"]
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> "TrainSection":

@@ -206,6 +206,9 @@ class Engine:
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
+        # What inference mode leaves behind, such as the table of rotations, could not be trained with.
+        trains = any(parameter.requires_grad for parameter in loaded.model.parameters())
+        self._without_gradients = torch.no_grad if trains else torch.inference_mode
         self._slots = defaultdict[int, _Slot](lambda: _Slot(KVCache(loaded.model.config.n_layers)))
 
     def generate(self, prompts: Iterable[Prompt], sampler: Sampler, batch_size: int = 1) -> Iterator[tuple[Reply, str]]:
@@ -253,7 +256,6 @@ class Engine:
         while (message := _broadcast(self.loaded, None)) is not None:
             self._forward(*message)
 
-    @torch.inference_mode()
     def _forward(self, fed: Sequence[_Fed], tokens: list[int], pixels: Tensor) -> Tensor:
         """[B, V] logits of what follows each sequence. `tokens` [T] are those of all, end to end, -1 where an image
         stands; `pixels` [images, 3, S, S] of 0 to 255, empty on ranks that encode none."""
@@ -271,10 +273,11 @@ class Engine:
             seen = Images(inputs, (stream < 0).nonzero().flatten(), owners)
             stream = stream.clamp(min=0)
         lengths = [one.length for one in fed]
-        hidden = model(stream, torch.tensor(positions, device=device), lengths, caches=caches, images=seen)
-        if len(tokens) > len(fed):
-            hidden = hidden[[end - 1 for end in accumulate(lengths)]]
-        return model.logits(hidden)
+        with self._without_gradients():
+            hidden = model(stream, torch.tensor(positions, device=device), lengths, caches=caches, images=seen)
+            if len(tokens) > len(fed):
+                hidden = hidden[[end - 1 for end in accumulate(lengths)]]
+            return model.logits(hidden)
 
 
 def _broadcast(loaded: LoadedModel, message: _Message | None) -> _Message | None:

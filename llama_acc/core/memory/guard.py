@@ -1,6 +1,7 @@
 """Whether a run fits, asked before it loads anything; and what to say when memory runs out all the same."""
 
 import contextlib
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,9 @@ def setup_of_run(plan: Plan, world_size: int, device_type: str, items: Sequence[
     lengths, labels = plan.train.lengths[items], int(plan.train.label_counts[items].sum())
     micro_batches = 2 if plan.accumulates(ranks) else 1
     device_type = "cpu" if device_type == "cpu" else "cuda"
-    return Setup(plan.config, plan.settings, tuple(lengths.tolist()), labels, micro_batches, world_size, 0, device_type)
+    samples = plan.samples.at_a_time, plan.samples.length
+    run = plan.config, plan.settings, tuple(lengths.tolist()), labels, micro_batches, world_size
+    return Setup(*run, device_type=device_type, samples=samples)
 
 
 def check_fits(plan: Plan, parallel: Parallel, device: torch.device) -> None:
@@ -65,7 +68,7 @@ def _bound(setup: Setup) -> int:
     """Bytes that a run on one process stays far below: everything trained in float32, and nothing computed again."""
     config = setup.config
     of_token = config.n_layers * (16 * config.dim + 6 * config.hidden_dim) + 3 * config.vocab_size
-    return 20 * parameter_count(config) + 4 * setup.tokens * of_token
+    return 20 * parameter_count(config) + 4 * (setup.tokens + math.prod(setup.samples)) * of_token
 
 
 def _batch(lengths: Sequence[int]) -> str:

@@ -78,7 +78,7 @@ def measure_generation(setup: Setup, length: int, device: torch.device) -> Measu
         pack_small(model)
         cache, half = KVCache(setup.config.n_layers), max(length // 2, 1)
         for span in (range(half), *(range(place, place + 1) for place in range(half, length))):
-            feed(model, cache, span, device)
+            feed(model, [cache], span, device)
 
     return _measured(setup, device, converse)
 

@@ -51,6 +51,7 @@ class Setup:
     world_size: int = 1
     rank: int = 0  # 0 has most: it is the first to get an odd row
     device_type: str = "cuda"  # or "cpu"
+    samples: tuple[int, int] = (0, 0)  # answers that are generated together between steps, and positions of each
 
     @property
     def is_quantized(self) -> bool:
@@ -172,6 +173,12 @@ def _train(setup: Setup) -> Trace:
         update = partial(tracker.at, Phase("update"))
         train_step(parts.model, parts.optimizer, parts.data_parallel, batches, tokens, 0.0, CPU, before_update=update)
         tracker.ended("update")
+        if setup.samples[0]:
+            flops = tracker.flops.copy()  # those of the step
+            with torch.no_grad():
+                _converse(parts.model, tracker, *setup.samples)
+            parts.data_parallel.after_evaluation()
+            tracker.flops = flops
     return tracker.trace()
 
 
@@ -186,21 +193,28 @@ def _generate(setup: Setup, length: int) -> Trace:
             stack.enter_context(vision_tower(model, tracker))
             tracker.reset_peak()
             _follow_blocks(tracker, model)
-            cache = KVCache(setup.config.n_layers)
-            for span in _feeds(length):
-                tracker.at(Phase("prompt" if len(span) > 1 else "generation"))
-                feed(model, cache, span, CPU)
-                kept = [(layer.keys, layer.values) for layer in cache.layers]
-                tracker.label((tensor for pair in kept for tensor in pair if tensor is not None), "KV cache")
+            _converse(model, tracker, 1, length)
     return tracker.trace()
 
 
-def feed(model: Transformer, cache: KVCache, span: range, device: torch.device) -> None:
-    """Computes what follows the tokens at some positions of a conversation, as generation does."""
-    cache.length = span.start
-    positions = torch.arange(span.start, span.stop, device=device)
-    hidden = model(torch.zeros_like(positions), positions, [len(span)], caches=[cache])
-    model.logits(hidden[-1:])
+def _converse(model: Transformer, tracker: MemoryTracker, count: int, length: int) -> None:
+    """Lets a model have so many conversations at a time, of `length` tokens each."""
+    caches = [KVCache(model.config.n_layers) for _ in range(count)]
+    for span in _feeds(length):
+        tracker.at(Phase("prompt" if len(span) > 1 else "generation"))
+        feed(model, caches, span, CPU)
+        layers = [layer for cache in caches for layer in cache.layers]
+        tracker.label((tensor for layer in layers for tensor in (layer.keys, layer.values)), "KV cache")
+
+
+def feed(model: Transformer, caches: Sequence[KVCache], span: range, device: torch.device) -> None:
+    """Computes what follows the tokens at some positions of conversations, as generation does."""
+    for cache in caches:
+        cache.length = span.start
+    positions = torch.arange(span.start, span.stop, device=device).repeat(len(caches))
+    lengths = [len(span)] * len(caches)
+    hidden = model(torch.zeros_like(positions), positions, lengths, caches=caches)
+    model.logits(hidden[len(span) - 1 :: len(span)])
 
 
 def generating_model(setup: Setup, parallel: Parallel) -> Transformer:

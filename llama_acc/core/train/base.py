@@ -101,7 +101,7 @@ def _read_config(recipe: Recipe, layouts: list[Layout], saved: Path | None) -> M
         config = config_from_params(model.params)
     elif config is None and model.params is not None:
         names = [model.params] if isinstance(model.params, str) else model.params
-        config = config_from_params(read_params([_beside(name, recipe.folder) for name in names]), " and ".join(names))
+        config = config_from_params(read_params([beside(name, recipe.folder) for name in names]), " and ".join(names))
     elif config is None and model.size is not None:
         config = named_size(model.size)
     if config is None:
@@ -137,7 +137,8 @@ def _with_vision(recipe: Recipe, config: ModelConfig) -> ModelConfig:
     return replace(config, vision=config.vision or wanted, vision_training=recipe.vision.training())
 
 
-def _beside(name: str, folder: Path | None) -> Path:
+def beside(name: str, folder: Path | None) -> Path:
+    """Where a file named by a recipe is: of the package, beside the recipe, or as it stands."""
     if name.startswith("shipped:"):
         return RECIPES_FOLDER / name.removeprefix("shipped:")
     path = Path(name).expanduser()
@@ -148,7 +149,7 @@ def _tokenizer_path(recipe: Recipe, layouts: list[Layout], saved: Path | None) -
     named = recipe.model.tokenizer
     folders = [layout.folder for layout in without_towers(layouts)]
     if named is not None:
-        path = _beside(named, recipe.folder)
+        path = beside(named, recipe.folder)
         if saved is None or path.exists() or Recipe.load(saved / "recipe.yaml").model.tokenizer != named:
             return path
         folders = []  # what the run began with was moved: its checkpoint has a copy
@@ -204,7 +205,7 @@ def with_absolute_paths(
     model, data = recipe.model, recipe.data
     if isinstance(model.params, (str, list)):
         names = [model.params] if isinstance(model.params, str) else model.params
-        model.params = [_absolute(name, _beside(name, recipe.folder)) for name in names]
+        model.params = [_absolute(name, beside(name, recipe.folder)) for name in names]
     for source in data.sources:
         source.path = _absolute_data(source.path, recipe.folder)
         if source.root is not None:

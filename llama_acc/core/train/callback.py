@@ -1,5 +1,6 @@
 """What a run reports to whoever watches it. Imports no torch."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ class Callback:
 
     def validation(self, metrics: dict[str, Any]) -> None:
         """A validation line, as in metrics.jsonl."""
+
+    def samples(self, step: int, answers: Mapping[str, str]) -> None:
+        """What the model answers to each sample prompt after so many steps."""
 
     def saved(self, checkpoint: Path) -> None:
         """A checkpoint is whole on disk."""

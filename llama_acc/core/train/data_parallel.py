@@ -53,6 +53,8 @@ class DataParallel:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             self._modules.append(module)
+        # The output matrix is the whole model's own, and is gathered for decoding as for the loss.
+        fsdp.register_fsdp_forward_method(model, "logits")
 
     def before_backward(self, last: bool) -> None:
         """To be called before each micro-batch of a step; `last`: it is the step's last one."""

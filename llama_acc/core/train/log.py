@@ -1,40 +1,89 @@
-"""The log of a run: metrics.jsonl, from which TensorBoard's curves, loss.png and report.md are made."""
+"""The log of a run: metrics.jsonl and samples.jsonl, from which trackers' curves, loss.png and report.md are made."""
 
+import contextlib
 import io
 import itertools
 import json
 import os
 import platform
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from textwrap import indent
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from llama_acc.core.atomic import remove, write_text_whole, write_whole
-from llama_acc.core.text import count_text
+from llama_acc.core.atomic import write_text_whole, write_whole
+from llama_acc.core.interrupt import Interrupted
+from llama_acc.core.text import count_text, escape_control_chars
 from llama_acc.core.train.plan import Plan
+from llama_acc.core.train.trackers import Trackers
 
 Metrics = dict[str, Any]
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 _OF_A_STEP = ("loss", "lr", "tokens", "tokens_per_second", "peak_memory_gib")
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl, and to TensorBoard's file. After a resume both continue from `step`.
+    """Appends to metrics.jsonl and samples.jsonl, and to trackers. After a resume all continue from `step`."""
 
-    Lines that cannot be read are left out, and the file they are in is kept beside the new one. TensorBoard's file can
-    be made again from the other: where it cannot be written, a run goes on without it. It is a TFRecord of Event
-    messages, not written by `SummaryWriter`, whose thread prints tracebacks and keeps what it could not write.
+    def __init__(
+        self,
+        run: Path,
+        step: int,
+        note: Callable[[str], None],
+        trackers: Sequence[str] = ("tensorboard",),
+        recipe: Mapping[str, Any] = MappingProxyType({}),
+        samples: bool = False,
+    ) -> None:
+        """Opens the logs in the folder of a run of which `step` steps are done: later lines go, and at 0 all."""
+        # First, as once the log is cut, it does not say any more what trackers were given.
+        self._trackers = Trackers(run, trackers, recipe, read_metrics(run / METRICS)[0], note)
+        self._metrics = _LinesFile(run / METRICS, step, _is_metrics, note)
+        self._samples = None
+        if samples or os.path.lexists(run / SAMPLES):
+            self._samples = _LinesFile(run / SAMPLES, step, _is_sample, note)
+            for sampled, lines in itertools.groupby(self._samples.kept, lambda line: line["step"]):
+                self._trackers.log_text(sampled, _samples_text(lines))
+        for line in self._metrics.kept:
+            self._trackers.log(line)
+
+    def write(self, line: Metrics) -> None:
+        """Adds one line; it is on its way to the disk when this returns."""
+        self._metrics.append([line])
+        self._trackers.log(line)
+
+    def write_samples(self, step: int, answers: Mapping[str, str]) -> None:
+        """Adds the answer to each prompt after so many steps."""
+        assert self._samples is not None
+        lines = [{"step": step, "prompt": prompt, "answer": answer} for prompt, answer in answers.items()]
+        self._samples.append(lines)
+        self._trackers.log_text(step, _samples_text(lines))
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        self._trackers.close("FINISHED" if kind is None else "KILLED" if kind is Interrupted else "FAILED")
+        for lines in (self._metrics, self._samples):
+            if lines is not None:
+                lines.file.close()
+
+
+class _LinesFile:
+    """A file of JSON lines, cut back to a step and continued. Lines that cannot be read are left out, and the file they
+    are in is kept beside the new one.
+
+    Attributes:
+        kept: the lines that were there and are.
     """
 
-    def __init__(self, run: Path, step: int, note: Callable[[str], None]) -> None:
-        """Opens the logs in the folder of a run of which `step` steps are done: later lines go, and at 0 all."""
-        path, self._curves, self._note = run / "metrics.jsonl", run / "tensorboard", note
-        lines, damaged = read_metrics(path)
+    def __init__(self, path: Path, step: int, is_whole: Callable[[Metrics], bool], note: Callable[[str], None]) -> None:
+        lines, damaged = _read_lines(path, is_whole)
         if damaged or (os.path.lexists(path) and not path.is_file()):
-            names = (run / f"metrics.damaged{number or ''}.jsonl" for number in itertools.count())
+            names = (path.with_suffix(f".damaged{number or ''}.jsonl") for number in itertools.count())
             aside = next(name for name in names if not os.path.lexists(name))
             path.rename(aside)
             shown = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
@@ -42,61 +91,17 @@ class MetricsLog:
                 f"has lines that cannot be read, left out: {len(damaged):,} ({shown})" if damaged else "is not a file"
             )
             note(f"{path} {what}; the unchanged file is {aside}")
-        kept = [line for line in lines if 0 < step >= line["step"]]
-        write_text_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
-        self._records: Any = None
-        self._guarded(self._open_curves)
-        for line in kept:
-            self._add_to_curves(line)
+        self.kept = [line for line in lines if 0 < step >= line["step"]]
+        write_text_whole(path, _json_lines(self.kept))
+        self.file = path.open("a", encoding="utf-8")
 
-    def write(self, line: Metrics) -> None:
-        """Adds one line; it is on its way to the disk when this returns."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        self._add_to_curves(line)
+    def append(self, lines: Sequence[Metrics]) -> None:
+        self.file.write(_json_lines(lines))
+        self.file.flush()
 
-    def __enter__(self) -> "MetricsLog":
-        return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        if self._records is not None:
-            self._guarded(self._records.close)
-        self._file.close()
-
-    def _guarded(self, work: Callable[[], Any]) -> None:
-        """Ends the curves where the disk does not take them."""
-        try:
-            work()
-        except OSError as error:
-            self._records = None
-            self._note(
-                f"TensorBoard's curves end here ({error.strerror}); metrics.jsonl has all of them: {self._curves}"
-            )
-
-    def _open_curves(self) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        if self._curves.is_symlink() or not self._curves.is_dir():
-            remove(self._curves)
-            self._curves.mkdir()
-        for old in self._curves.glob("events.*"):
-            remove(old)
-        name = f"events.out.tfevents.{time.time():.0f}.{os.uname().nodename}.{os.getpid()}"
-        self._records = RecordWriter((self._curves / name).open("xb"))
-        self._records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-
-    def _add_to_curves(self, line: Metrics) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        if self._records is None:
-            return
-        values = [Summary.Value(tag=key, simple_value=line[key]) for key in line if key not in ("step", "epoch")]
-        event = Event(wall_time=time.time(), step=line["step"], summary=Summary(value=values))
-        records, data = self._records, event.SerializeToString()
-        self._guarded(lambda: (records.write(data), records.flush()))
+def _json_lines(lines: Sequence[Metrics]) -> str:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def read_metrics(path: Path) -> tuple[list[Metrics], list[int]]:
@@ -104,29 +109,46 @@ def read_metrics(path: Path) -> tuple[list[Metrics], list[int]]:
 
     A last line that was cut short by a kill is neither.
     """
+    return _read_lines(path, _is_metrics)
+
+
+def _read_lines(path: Path, is_whole: Callable[[Metrics], bool]) -> tuple[list[Metrics], list[int]]:
     lines, damaged = [], []
     texts = path.read_bytes().split(b"\n") if path.is_file() else []
     for number, text in enumerate(texts, start=1):
-        line = _parse(text)
-        if line is not None:
+        line = None
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+        if isinstance(line, dict) and type(line.get("step")) is int and is_whole(line):
             lines.append(line)
         elif text.strip() and number < len(texts):
             damaged.append(number)
     return lines, damaged
 
 
-def _parse(text: bytes) -> Metrics | None:
-    """A line's numbers, with all that is needed of a step or a validation; None = it is no such line."""
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(line, dict) or type(line.get("step")) is not int:
-        return None
+def _is_metrics(line: Metrics) -> bool:
+    """Whether it has all that is needed of a step or a validation."""
     if not all(type(value) is float or (type(value) is int and abs(value) < 2**63) for value in line.values()):
-        return None
+        return False
     is_step = all(key in line for key in _OF_A_STEP) and line["tokens_per_second"] > 0
-    return line if is_step or "validation_loss" in line else None
+    return is_step or "validation_loss" in line
+
+
+def _is_sample(line: Metrics) -> bool:
+    return all(type(line.get(key)) is str for key in ("prompt", "answer"))
+
+
+def _samples_text(lines: Iterable[Metrics]) -> str:
+    """Samples in Markdown, as blocks of code, so that nothing in them is markup."""
+    parts = []
+    for prompt, answers in itertools.groupby(lines, lambda line: line["prompt"]):
+        parts.append(f"Prompt:\n\n{_block(prompt)}")
+        parts += [f"Answer after step {line['step']:,}:\n\n{_block(line['answer'])}" for line in answers]
+    return "\n\n".join(parts) + "\n"
+
+
+def _block(text: str) -> str:
+    return indent(escape_control_chars(text), " " * 4, lambda line: True)
 
 
 def draw_loss(metrics: list[Metrics], path: Path, title: str) -> None:
@@ -166,7 +188,7 @@ def write_report(
         state: how it ended, a sentence.
         done: what was done, as pairs of a subject and a text.
     """
-    metrics, _ = read_metrics(run / "metrics.jsonl")
+    metrics, _ = read_metrics(run / METRICS)
     steps = [line for line in metrics if "loss" in line]
     if not steps:
         return
@@ -196,6 +218,12 @@ def write_report(
     ]
     table = "\n".join(f"| {name} | {text.replace('|', '&#124;')} |" for name, text in rows)
     text = f"# {plan.name}\n\n{state}\n\n| | |\n|---|---|\n{table}\n\n![loss](loss.png)\n"
+    answers: dict[str, list[Metrics]] = {}
+    for line in _read_lines(run / SAMPLES, _is_sample)[0]:
+        answers.setdefault(line["prompt"], []).append(line)
+    if answers:
+        ends = [line for lines in answers.values() for line in (lines[0], lines[-1])[: len(lines)]]
+        text += f"\n## Samples\n\nThe first and the last of samples.jsonl.\n\n{_samples_text(ends)}"
     write_text_whole(run / "report.md", text)
 
 

@@ -64,8 +64,10 @@ class Loop:
 
     def _run(self) -> None:
         trainer, plan = self.trainer, self.trainer.plan
-        if trainer.step == 0 and plan.validation is not None:
-            self._validate()  # what training is to better
+        if trainer.step == 0:  # what training is to better
+            if plan.validation is not None:
+                self._validate()
+            self._sample()
         self._since = time.perf_counter()
         while trainer.step < plan.total_steps and not trainer.stops_early:
             result, known = trainer.advance(self._saver.wait_for_copy, self._rank_stats())
@@ -79,13 +81,15 @@ class Loop:
             # Ranks stop after the same step: the one whose result told all of them.
             stop = self.stop.received if trainer.parallel.world_size == 1 else self._stop_of_any_rank
             due_save = plan.saves_at(trainer.step) or stop is not None
-            due_validation = plan.validates_at(trainer.step)
-            if not (due_save or due_validation):
+            due_validation, due_samples = plan.validates_at(trainer.step), plan.samples_at(trainer.step)
+            if not (due_save or due_validation or due_samples):
                 continue
             self._log_pending_step()
             if due_validation:
                 self._validate()
                 due_save |= plan.patience is not None and (trainer.best_step == trainer.step or trainer.stops_early)
+            if due_samples or trainer.stops_early:  # before a checkpoint that a resume would begin behind
+                self._sample()
             if due_save:
                 self._save(at_once=stop is not None or trainer.step == plan.total_steps or trainer.stops_early)
             if stop is not None and trainer.step < plan.total_steps:
@@ -138,6 +142,14 @@ class Loop:
         if self.log is not None:
             self.log.write(metrics)
         self.callback.validation(metrics)
+
+    def _sample(self) -> None:
+        if not self.trainer.plan.samples.prompts:
+            return
+        step, answers = self.trainer.step, self.trainer.answer_samples()
+        if self.log is not None:
+            self.log.write_samples(step, answers)
+        self.callback.samples(step, answers)
 
     def _save(self, at_once: bool) -> None:
         """Saves while training goes on; `at_once`, or where memory for a copy is short, before it does."""

@@ -26,12 +26,13 @@ from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError, raise_all
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import describe, parameter_count, shapes_of
-from llama_acc.core.recipe import CheckpointSection, ImagesSection, Recipe
+from llama_acc.core.recipe import CheckpointSection, ImagesSection, Recipe, Tracker
 from llama_acc.core.tokenizer import Tokenizer
 from llama_acc.core.train.base import find_model, has_frozen, read_base_weights, with_absolute_paths
 from llama_acc.core.train.callback import Callback
 from llama_acc.core.train.data_parallel import Mode
 from llama_acc.core.train.optimizer import learning_rate
+from llama_acc.core.train.samples import Samples, plan_samples, read_prompts
 
 # The largest micro-batch is looked for in so many steps, of so many epochs and documents.
 _STEPS, _EPOCHS, _DOCUMENTS = 32, 1000, 1 << 24
@@ -108,6 +109,8 @@ class Plan:
     cache_features: bool
     saving: CheckpointSection
     save_dtype: torch.dtype
+    samples: Samples
+    trackers: list[Tracker]
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and full shapes of the parameters that train."""
@@ -195,6 +198,11 @@ class Plan:
         """Whether a checkpoint is due once `step` optimizer steps are done."""
         return self._saves_up_to(step) > self._saves_up_to(step - 1)
 
+    def samples_at(self, step: int) -> bool:
+        """Whether the sample prompts are to be answered once `step` optimizer steps are done."""
+        every = self.recipe.train.sample_every_steps or self.steps_per_epoch
+        return bool(self.samples.prompts) and (step >= self.total_steps or step % every == 0)
+
     @property
     def patience(self) -> int | None:
         """How many validations in a row without a better loss end the run; None: none do."""
@@ -256,6 +264,7 @@ def make_plan(
     Raises:
         UserError: the first group of problems found.
     """
+    prompts, most_new = read_prompts(recipe.train.sample_prompts, recipe.folder), recipe.train.sample_max_new_tokens
     callback.progress("reading the model's shape and tokenizer")
     layouts, config, tokenizer = find_model(recipe, weights_may_be_absent=dry_run, saved=saved)
     if recipe.data.max_tokens > config.max_seq_len:
@@ -291,7 +300,11 @@ def make_plan(
         cache_features=recipe.vision.cache_features,
         saving=checkpoint,
         save_dtype=DTYPES[recipe.train.precision if checkpoint.dtype == "auto" else checkpoint.dtype],
+        samples=plan_samples(prompts, most_new, train.template, tokenizer, config.max_seq_len),
+        trackers=recipe.train.trackers,
     )
+    if prompts:  # a resumed run does without the file
+        plan.recipe.train.sample_prompts = prompts
     _check_learns(plan)
     return plan
 

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ _MAY_CHANGE = {
     "train.early_stopping_patience",
     "train.batch_size",
     "train.micro_batch_tokens",
+    "train.sample_prompts",
+    "train.sample_every_steps",
+    "train.sample_max_new_tokens",
+    "train.trackers",
     "checkpoint.keep",
     "checkpoint.every_epochs",
     "checkpoint.every_steps",
@@ -79,7 +84,11 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             # The folder itself is locked, so no lock file can be left behind.
             self._lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.1)  # `llama-acc runs` may just be looking
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{path} is in use by another run", "wait for it, or choose another --output") from None
         except OSError as error:
@@ -198,8 +207,8 @@ def _size(report: Path | dict[str, Any]) -> str:
 
 def _changed_keys(plan: Plan, checkpoint: Path, progress: dict[str, Any]) -> dict[str, str]:
     """The keys that make it another run, each with what it was and is."""
-    before = _flat(Recipe.load(checkpoint / "recipe.yaml").model_dump(mode="json"))
-    now = _flat(plan.recipe.model_dump(mode="json"))
+    before = flat(Recipe.load(checkpoint / "recipe.yaml").model_dump(mode="json"))
+    now = flat(plan.recipe.model_dump(mode="json"))
     changed = {
         key: f"{before.get(key)!r} before, {now.get(key)!r} now"
         for key in dict.fromkeys([*before, *now])
@@ -234,7 +243,7 @@ def _changed_keys(plan: Plan, checkpoint: Path, progress: dict[str, Any]) -> dic
     return changed
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
     """Nested values by dotted keys, such as `data.sources.0.path`."""
     if isinstance(values, dict) and values:
         pairs: list[tuple[str, Any]] = [(str(key), value) for key, value in values.items()]
@@ -243,5 +252,5 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     else:
         return {prefix: values}
     return {
-        name: leaf for key, value in pairs for name, leaf in _flat(value, f"{prefix}.{key}" if prefix else key).items()
+        name: leaf for key, value in pairs for name, leaf in flat(value, f"{prefix}.{key}" if prefix else key).items()
     }

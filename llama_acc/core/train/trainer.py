@@ -22,7 +22,7 @@ from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.data.templates import TEMPLATE_FILE
 from llama_acc.core.device import device_type, prepare_cpu
 from llama_acc.core.distributed.groups import Parallel, is_sharded, local_part
-from llama_acc.core.generate.load import load_vision_encoder
+from llama_acc.core.generate.load import LoadedModel, load_vision_encoder
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import (
     Transformer,
@@ -37,6 +37,7 @@ from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.image_loader import ImageLoader, MicroBatchIndices
 from llama_acc.core.train.optimizer import ClippedAdamW
 from llama_acc.core.train.plan import Plan, StepSettings
+from llama_acc.core.train.samples import answer_prompts
 from llama_acc.core.train.step import (
     StepResult,
     apply_activation_checkpointing,
@@ -252,6 +253,12 @@ class Trainer:
         else:
             self.since_best += 1
         return loss
+
+    def answer_samples(self) -> dict[str, str]:
+        """What the model answers to each sample prompt, on rank 0."""
+        plan, template = self.plan, self.plan.train.template
+        loaded = LoadedModel(self.model, plan.tokenizer, template, "the run", self.device, self.vision_encoder)
+        return answer_prompts(loaded, self.data_parallel, plan.samples, plan.settings.compile)
 
     @property
     def stops_early(self) -> bool:
