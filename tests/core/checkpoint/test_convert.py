@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from llama_acc.core.atomic import check_manifest
@@ -230,3 +231,48 @@ def test_progress_counts_every_byte_twice(tmp_path: Path) -> None:
     assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
     assert told[-1] == ("taking checksums", total, total)
     assert [what for what, done, _ in told if done == total // 2] == ["writing"]
+
+
+# What vLLM runs of the architectures that `--to hf` writes: vllm/model_executor/models/registry.py.
+VLLM_MODELS = {
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "SmolLM3ForCausalLM",
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
+def test_a_hugging_face_folder_is_what_vllm_loads(family: Any, tokenizer_path: Path, tmp_path: Path) -> None:
+    """The rules of vllm/model_executor/model_loader/default_loader.py, vllm/config/model.py and sampling_params.py."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    config = ModelConfig(
+        64, 1, 4, 2, 304, 16, max_seq_len=64, family=family, qkv_bias=family == "qwen2", qk_norm=family == "qwen3"
+    )
+    source = write_consolidated(tmp_path / "source", state(config), config=config)
+    shutil.copy(tokenizer_path, source / "tokenizer.model")
+    (source / "template.json").write_text(TEMPLATES["chatml"].to_json())
+    (source / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    hf = converted(source, tmp_path / "hf", "hf", file_bytes=50_000)
+    # Its model: the first of the architectures that it has; the type and the context are transformers'.
+    settings = AutoConfig.from_pretrained(hf)
+    assert set(settings.architectures) <= VLLM_MODELS
+    assert (settings.model_type, settings.max_position_embeddings, settings.dtype) == (family, 64, torch.float32)
+    # Its weights: every *.safetensors that the index names; a consolidated one would make it read Mistral's form.
+    files = {path.name for path in hf.glob("*.safetensors")}
+    index = json.loads((hf / "model.safetensors.index.json").read_text())["weight_map"]
+    assert files == set(index.values())
+    assert not list(hf.glob("consolidated*"))
+    named = {name: file for file in files for name in load_file(hf / file)}
+    assert named == index
+    # Where it stops: generation_config.json's ids, one or a list; how it is asked: the tokenizer's chat template.
+    ends = GenerationConfig.from_pretrained(hf).eos_token_id
+    assert {2, 7} <= set(ends)
+    tokenizer = AutoTokenizer.from_pretrained(hf)
+    said = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "the"}], tokenize=False, add_generation_prompt=True
+    )
+    assert said.endswith("<|im_start|>assistant\n")
+    assert tokenizer.eos_token_id in ends
