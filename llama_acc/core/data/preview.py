@@ -82,7 +82,7 @@ def shown_document(
 ) -> Shown:
     """A document as a model sees it, its images by their names."""
     end = image_start + image_positions * len(images)
-    kept, trained = (np.delete(values, slice(image_start, end)).tolist() for values in (tokens, labeled))
+    kept, trained = (np.delete(values, slice(image_start, end)).tolist() for values in (tokens, labeled > 0))
     shown = _with_images(pieces(kept, trained, tokenizer), images, image_start)
     return Shown(origin, shown, len(tokens), int(np.count_nonzero(labeled)))
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from llama_acc.core.data.chat_template import ChatTemplate, template_for
 from llama_acc.core.data.dataset import Dataset, load_dataset
 from llama_acc.core.data.items import Adapt, Dialogue, adapted, item_of
+from llama_acc.core.data.preview import shown_document
 from llama_acc.core.data.sources import Source
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
@@ -212,6 +213,8 @@ def test_a_turns_weight_is_that_of_its_tokens(template: str, tokenizer: Tokenize
     assert dataset.label_counts.tolist() == [len(first) + len(second), whole.sum()]
     assert dataset.label_weights.tolist() == [len(first) + len(second) / 2, whole.sum()]
     assert dataset.report()["label_tokens"] == dataset.label_tokens == sum(dataset.label_counts)
+    shown = shown_document("", tokens, weights, tokenizer)
+    assert [piece.trained for piece in shown.pieces if not piece.special and piece.trained] == [True, True]
     alone = load([plain], tokenizer, tmp_path, template=template)
     assert alone.label_weights is alone.label_counts, "nothing is stored where all count in full"
     assert load([{"conversations": THINKING}], tokenizer, tmp_path, template=template).fingerprint() not in (
