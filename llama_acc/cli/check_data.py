@@ -31,7 +31,9 @@ def check(
         int | None, Option(metavar="N", min=2, help="What data.max_tokens would be: longer items are cut.")
     ] = None,
     template: options.Template = "auto",
-    format: Annotated[str, Option(metavar="KIND", help="auto, single_turn, dialogue, single_turn_llava.")] = "auto",
+    format: Annotated[
+        str, Option(metavar="KIND", help="auto, single_turn, dialogue, single_turn_llava, text.")
+    ] = "auto",
     preview: Annotated[int, Option(metavar="N", min=0, help="Show the first N items as the model will see them.")] = 0,
     plot: options.Plot = None,
     image_root: Annotated[
@@ -112,7 +114,7 @@ def _print_report(report: "FileReport", most: int | None) -> None:
     from llama_acc.core.data.keys import unused_text
 
     stats, findings = report.stats, report.findings
-    names = {"single_turn": "single-turn item", "dialogue": "dialogue"}
+    names = {"single_turn": "single-turn item", "dialogue": "dialogue", "text": "document"}
     name = names[report.kind] if report.kind is not None and stats.items else "row"
     facts = [count_text(stats.rows, name)] if report.kind is not None else []
     if report.template is not None:

@@ -80,6 +80,10 @@ def _data_lines(plan: "Plan") -> list[tuple[str, str]]:
     if plan.items_per_epoch != len(data):
         less += f"; an epoch uses {plan.items_per_epoch:,}"
     lines = [("data", f"{size}{less}; from {files}"), ("template", _template_text(data.files))]
+    if texts := [file for file in data.files if file.documents]:
+        items, count = count_text(sum(file.items for file in texts), "item"), sum(file.documents for file in texts)
+        most = f"at most {plan.recipe.data.max_tokens} tokens"
+        lines.append(("plain text", f"{items} are pieces, of {most}, of {count_text(count, 'document')}"))
     unused: Counter[str] = Counter()  # of all sources of a file the same
     for keys in {file["path"]: file["unused_keys"] for file in report["files"]}.values():
         unused.update(keys)

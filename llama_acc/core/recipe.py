@@ -135,7 +135,7 @@ class SourceSection(Section):
     last reply of a dialogue is trained."""
 
     path: str
-    format: Literal["auto", "single_turn", "dialogue", "single_turn_llava"] = "auto"
+    format: Literal["auto", "single_turn", "dialogue", "single_turn_llava", "text"] = "auto"
     template: str = "auto"
     ratio: float = Field(default=1.0, gt=0, le=1)
     weight: float = Field(default=1.0, gt=0, le=1000)

@@ -6,6 +6,7 @@ The first depends on data, seed, epoch and `global_batch_size` only, so a run is
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -178,6 +179,8 @@ class MicroBatch:
     """[I, ...]: what a model takes of them; see `generate.load`."""
     draws: list[int] = field(default_factory=list)
     """In training, a random number for each document; see `draws_of`."""
+    example_sizes: list[int] = field(default_factory=list)
+    """How many of the documents each example has: one, but of plain text."""
 
     @property
     def labeled(self) -> NDArray[np.int64]:
@@ -191,9 +194,10 @@ class MicroBatch:
 
 
 def build(dataset: "Dataset", items: Sequence[int]) -> MicroBatch:
-    """The micro-batch of these documents, in this order. Of none it is a single token without a label: a rank that has
+    """The micro-batch of these examples, in this order. Of none it is a single token without a label: a rank that has
     nothing to learn still takes part in what all ranks do together."""
-    documents = [dataset.document(item) for item in items] or [(np.zeros(1, np.int32), np.zeros(1, np.bool_))]
+    examples = [dataset.documents_in(item) for item in items] or [[(np.zeros(1, np.int32), np.zeros(1, np.bool_))]]
+    documents = list(chain.from_iterable(examples))
     weights = None
     if any(labeled.dtype != np.bool_ for _, labeled in documents):
         weights = np.concatenate([np.append(labeled[1:], 0) for _, labeled in documents]).astype(np.float32)
@@ -203,29 +207,35 @@ def build(dataset: "Dataset", items: Sequence[int]) -> MicroBatch:
         positions=np.concatenate([np.arange(len(tokens), dtype=np.int64) for tokens, _ in documents]),
         lengths=[len(tokens) for tokens, _ in documents],
         label_weights=weights,
+        example_sizes=list(map(len, examples)),
     )
 
 
 def build_multimodal_batch(dataset: "Dataset", items: Sequence[int], positions: int) -> MicroBatch:
-    """As `build`, of documents that may have images, each of which takes so many positions."""
+    """As `build`, of examples that may have images, each of which takes so many positions."""
     batch = build(dataset, items)
     images: list[ImageAt] = []
     owners: list[int] = []
     places = [np.zeros(0, dtype=np.int64)]
-    begin = 0
-    for number, item in enumerate(items):
+    begin = number = 0
+    for item, size in zip(items, batch.example_sizes, strict=False):
         references = dataset.images(item)
         images += [ImageAt(reference, item, nth) for nth, reference in enumerate(references)]
         owners += [number] * len(references)
         places.append(begin + dataset.image_start(item) + np.arange(positions * len(references), dtype=np.int64))
-        begin += batch.lengths[number]
+        begin += sum(batch.lengths[number : number + size])
+        number += size
     return replace(batch, images=tuple(images), image_documents=tuple(owners), image_places=np.concatenate(places))
 
 
-def draws_of(items: Sequence[int], seed: int, epoch: int) -> list[int]:
-    """For each document of a micro-batch a number of 32 bits that decides what is random in training it: a function of
-    (seed, epoch, item)."""
-    return [int(np.random.SeedSequence([seed, epoch, item]).generate_state(1)[0]) for item in items or [0]]
+def draws_of(items: Sequence[int], sizes: Sequence[int], seed: int, epoch: int) -> list[int]:
+    """For each document of a micro-batch, whose examples have so many, a number of 32 bits that decides what is random
+    in training it: a function of (seed, epoch, item)."""
+    drawn = (
+        np.random.SeedSequence([seed, epoch, item]).generate_state(n)
+        for item, n in zip(items or [0], sizes, strict=True)
+    )
+    return np.concatenate(list(drawn)).tolist()
 
 
 def _targets(tokens: NDArray[np.int32], labeled: "Labels") -> NDArray[np.int64]:

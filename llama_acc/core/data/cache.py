@@ -59,13 +59,14 @@ class About(NamedTuple):
     items: int
     """How many items it has, besides the rows that were skipped."""
     kind: str
-    """ "single_turn" or "dialogue"."""
+    """ "single_turn", "dialogue" or "text"."""
     skipped_rows: NDArray[np.int64]
     """[S]: the numbers of the rows that were skipped, from 0."""
     notes: dict[str, Any]
     """What else was found out, as JSON: `skipped`, what is wrong with rows that were skipped, as the fields of
     `Finding`s, the first of it; `skipped_kinds`, how much of each kind; `warnings`, what else was found in the items,
-    by kind, how often and where first; `unused_keys`, the keys that are not used, and in how many items."""
+    by kind, how often and where first; `unused_keys`, the keys that are not used, and in how many items;
+    `documents`, how many plain text has, the items of which are its pieces."""
 
 
 Encode = Callable[[Callable[[Chunk], None]], About]

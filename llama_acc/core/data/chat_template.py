@@ -216,12 +216,14 @@ def template_for(name: str, kind: str, tokenizer: Tokenizer | None = None) -> Te
         name: of a shipped one; `chat_template`, the one beside the tokenizer; a file (`is_template_file`); or "auto":
             the checkpoint's own, which are the chat template beside the tokenizer and what it was trained in before, if
             that was for such items; else the usual one.
-        kind: "single_turn" or "dialogue".
+        kind: "single_turn", "dialogue" or "text", which is written in no format.
         tokenizer: the model's.
 
     Raises:
         UserError: there is none of that name, or it cannot write items of that kind.
     """
+    if kind == "text":
+        return get_template("none", tokenizer)
     if name == "auto" and tokenizer is not None:
         own = own_template(tokenizer.path.parent, tokenizer)
         if own is not None and (own.kind == kind or isinstance(own, ChatTemplate)):

@@ -26,6 +26,7 @@ from llama_acc.core.data.findings import EXAMPLES, KINDS, Finding, Findings, beg
 from llama_acc.core.data.image_files import ImageWorkers, default_workers, image_problems
 from llama_acc.core.data.images import resolved
 from llama_acc.core.data.items import Item
+from llama_acc.core.data.plain_text import Text, continues
 from llama_acc.core.data.read import Checked, stream_items
 from llama_acc.core.data.sources import FileSpec
 from llama_acc.core.data.templates import Template
@@ -104,7 +105,7 @@ class FileReport:
                 findings.add(merged_finding(item, where, template))
             length, trained = len(tokens), np.flatnonzero(labeled)
             self.tokens.append(length)
-            most = length if self.max_tokens is None else self.max_tokens
+            most = length if self.max_tokens is None or isinstance(item, Text) else self.max_tokens
             kept = int(np.searchsorted(trained, most))
             lost = len(trained) - kept
             kind = message = ""
@@ -208,7 +209,8 @@ def _add_duplicates(specs: Sequence[FileSpec], reports: Sequence[FileReport]) ->
         begin, end = end, end + report.stats.rows
         here = wanted[(wanted >= begin) & (wanted < end)]
         count = here[-1] - begin + 1 if len(here) else 0
-        for position, row in enumerate(islice(stream_items(spec.path, spec.format), count) if count else (), begin):
+        rows = (row for row in stream_items(spec.path, spec.format) if not continues(row.item)) if count else iter(())
+        for position, row in enumerate(islice(rows, count), begin):
             if position in first_of:
                 first, there = places[first_of[position]]
                 there = there if first is spec else f"{there} of {first.path.name}"

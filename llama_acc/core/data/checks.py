@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from llama_acc.core.data.findings import EXAMPLES, Finding, Findings, beginning
 from llama_acc.core.data.items import Dialogue, Item
+from llama_acc.core.data.plain_text import Text, continues
 from llama_acc.core.data.read import Checked
 from llama_acc.core.data.templates import Template
 
@@ -78,7 +79,10 @@ class DatasetStats:
         self._hashes = array("Q")
 
     def add(self, row: Checked, stops: Sequence[str] = (), marks: Sequence[str] = ()) -> None:
-        """Look at one more row, to be written in a format of these `text_stops` and `marks`."""
+        """Look at one more row, to be written in a format of these `text_stops` and `marks`. Of a document in sections,
+        which counts once, the first one is looked at."""
+        if continues(row.item):
+            return
         self.rows += 1
         for problem in row.problems:
             self.findings.add(problem)
@@ -198,7 +202,7 @@ def check_item(item: Item, where: str) -> Iterator[Finding]:
             if turn.is_label and "tool_calls" not in turn.more:
                 yield from _reply(f"turn {number}, value", question, turn.text, where)
             question = turn.text if turn.role == "human" else None
-    else:
+    elif not isinstance(item, Text):
         question = f"{item.instruction}\n{item.input}" if item.input else item.instruction
         yield from _reply("output", question, item.output, where)
     for field, text in fields_of(item):
@@ -237,6 +241,8 @@ def fields_of(item: Item) -> Iterator[tuple[str, str]]:
     if isinstance(item, Dialogue):
         for number, turn in enumerate(item.turns, start=1):
             yield f"turn {number}, value", turn.text
+    elif isinstance(item, Text):
+        yield "text", item.text
     else:
         yield "instruction", item.instruction
         if item.input is not None:
@@ -249,7 +255,7 @@ def fields_of(item: Item) -> Iterator[tuple[str, str]]:
 def replies_of(item: Item) -> Iterator[tuple[str, str]]:
     """Names and texts of what an item teaches."""
     if not isinstance(item, Dialogue):
-        yield "output", item.output
+        yield ("text", item.text) if isinstance(item, Text) else ("output", item.output)
         return
     for number, turn in enumerate(item.turns, start=1):
         if turn.is_label:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from llama_acc.core.data.encode import KEPT_PLACES, Chunk, Encoding, Labels, enc
 from llama_acc.core.data.findings import KINDS as FINDINGS
 from llama_acc.core.data.findings import MOST_PROBLEMS, Finding, Findings, other_form
 from llama_acc.core.data.images import resolved
+from llama_acc.core.data.plain_text import Text
 from llama_acc.core.data.read import Checked, data_suffix, stream_items
 from llama_acc.core.data.sources import MISSING_HINT, Fetch, FileSpec, Source, expand
 from llama_acc.core.data.templates import KINDS, Template
@@ -41,6 +42,7 @@ FORMAT_VERSION = 1
 """Of data.json."""
 FIX_HINT = "mend them, or leave them out with data.on_error=skip"
 _BATCH = 200  # rows
+_BATCH_CHARACTERS, _ROW = 1 << 21, 1000  # of plain text, of which a row counts as so many more
 # Each maps some 200 KB, for the system maps the neighbors of a page along with it.
 _READS_BETWEEN_RELEASES = 512
 
@@ -71,6 +73,8 @@ class DataFile:
     """Items that became one document for each reply, as the template writes earlier turns otherwise."""
     weight: float = 1.0
     """How often each is used in an epoch."""
+    documents: int = 0
+    """Of plain text: how many the whole file has; its items are pieces of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,8 +146,8 @@ class Dataset:
 
     @property
     def template(self) -> Template:
-        """The prompt format; the first file's where they differ."""
-        return self.files[0].template
+        """The prompt format; the first file's where they differ, that of plain text last."""
+        return min(self.files, key=lambda file: file.documents > 0).template
 
     def document(self, i: int) -> tuple[NDArray[np.int32], Labels]:
         """Its tokens, and which of them are labeled."""
@@ -154,6 +158,14 @@ class Dataset:
             for mapped in self.parts:
                 mapped.release()
         return document
+
+    def documents_in(self, i: int) -> list[tuple[NDArray[np.int32], Labels]]:
+        """The documents of an example, which do not attend to each other: one, but of plain text."""
+        tokens, labeled = self.document(i)
+        if self.parts[self._place(i)[0]].about.kind != "text":
+            return [(tokens, labeled)]
+        bounds = [*np.flatnonzero(labeled == 0), len(tokens)]  # nothing predicts what a document begins with
+        return [(tokens[begin:end], labeled[begin:end]) for begin, end in pairwise(bounds)]
 
     @cached_property
     def _reads(self) -> list[int]:
@@ -177,7 +189,8 @@ class Dataset:
     def where(self, i: int) -> str:
         """Where in its file a document came from, such as "item 17"."""
         part, row = self._place(i)
-        return f"item {self.parts[part].table['item'][row] + 1}"
+        thing = "piece" if self.parts[part].about.kind == "text" else "item"
+        return f"{thing} {self.parts[part].table['item'][row] + 1}"
 
     def _place(self, i: int) -> tuple[int, int]:
         """A document's part, and which one of that it is."""
@@ -249,8 +262,8 @@ class Dataset:
             lengths, labels, cut = (part.table[name][members] for name in ("length", "label_count", "cut"))
             counts = _counts(file.items, lengths, labels, int(cut.sum()), file.dropped)
             part.release()
-            split = {"split": file.split} if file.split else {}
-            reports.append({"path": str(file.path), **counts, **split, **_findings(file, part, *repeated)})
+            more = {name: count for name in ("split", "documents") if (count := getattr(file, name))}
+            reports.append({"path": str(file.path), **counts, **more, **_findings(file, part, *repeated)})
         items, truncated, dropped, skipped = (
             sum(report[key] for report in reports) for key in ("items", "truncated", "dropped", "skipped")
         )
@@ -419,13 +432,16 @@ class _Encoder:
         encoding = Encoding(template, self.max_tokens, self.image_positions or 0)
         skipped, unused_inputs, stats = list[Finding](), 0, DatasetStats(KEPT_PLACES)
         numbered = rows()
-        batches = iter(lambda: list(islice(numbered, _BATCH)), [])
-        for chunk in encode_batches(batches, encoding, self.tokenizer, cores()):
+        pieces = 0
+        for chunk in encode_batches(_batches(numbered), encoding, self.tokenizer, cores()):
             if self.image_positions is None and chunk.table["images"].any():
                 raise UserError(
                     f"{spec.path}: the items have images, and this model has no vision encoder",
                     "set vision.encoder, or give a checkpoint of a multimodal model",
                 )
+            if stream.kind == "text":  # a piece is no row: it counts as an item of its own
+                chunk.table["item"] = np.arange(pieces, pieces + len(chunk.table))
+                pieces += len(chunk.table)
             append(chunk)
             stats.merge(chunk.stats)
             unused_inputs += chunk.unused_inputs
@@ -450,7 +466,24 @@ class _Encoder:
             "unused_keys": stream.unused,
             "warnings": {k: found for k, found in stats.all_findings().to_json().items() if not FINDINGS[k].fatal},
         }
-        return About(stats.items, stream.kind, np.flatnonzero(stats.hashes() == 0), notes)
+        rows_skipped = np.flatnonzero(stats.hashes() == 0)
+        if stream.kind != "text":
+            return About(stats.items, stream.kind, rows_skipped, notes)
+        return About(pieces, "text", pieces + np.arange(len(rows_skipped)), {**notes, "documents": stats.items})
+
+
+def _batches(rows: Iterator[tuple[int, Checked]]) -> Iterator[list[tuple[int, Checked]]]:
+    """Rows that are encoded at once, of texts about equally many characters."""
+    batch, size = list[tuple[int, Checked]](), 0
+    for row in rows:
+        batch.append(row)
+        item = row[1].item
+        size += len(item.text) + _ROW if isinstance(item, Text) else -(-_BATCH_CHARACTERS // _BATCH)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], tokenizer: Tokenizer, seed: int) -> Dataset:
@@ -478,7 +511,8 @@ def _joined(specs: Sequence[FileSpec], parts: Sequence[Encoded], tokenizer: Toke
         dropped, split = int(chosen.sum()) - len(documents), int((documents > 1).sum())
         template = template.with_strict_stops() if template.name in stop_in_reply else template
         items = len(of_part) + dropped
-        files.append(DataFile(spec.path, template, items, dropped, spec.image_root, split=split, weight=spec.weight))
+        counts = {"split": split, "documents": part.about.notes.get("documents", 0)}
+        files.append(DataFile(spec.path, template, items, dropped, spec.image_root, weight=spec.weight, **counts))
     whole = all(spec.ratio == 1 for spec in specs)
     return Dataset(tuple(files), tuple(parts), None if whole else np.concatenate(rows))
 
@@ -507,7 +541,8 @@ def publish(dataset: Dataset, folder: Path) -> None:
         np.save(folder / "label_weights", dataset.label_weights)
     files = [
         (
-            *(str(part.path), str(file.path), str(file.image_root), file.items, file.dropped, file.weight),
+            *(str(part.path), str(file.path), str(file.image_root)),
+            *(file.items, file.dropped, file.weight, file.documents),
             *_published(file.template),
         )
         for file, part in zip(dataset.files, dataset.parts, strict=True)
@@ -525,10 +560,10 @@ def load_published(folder: Path, tokenizer: Tokenizer) -> Dataset:
     fingerprint, published = json.loads((folder / "files.json").read_text(encoding="utf-8"))
     arrays = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
     files, parts = [], []
-    for entry, path, root, items, dropped, weight, chat, template in published:
+    for entry, path, root, items, dropped, weight, documents, chat, template in published:
         form = ChatTemplate(template, tokenizer, Path(chat)) if chat else Template.model_validate_json(template)
         parts.append(map_entry(Path(entry)))
-        files.append(DataFile(Path(path), form, items, dropped, Path(root), weight=weight))
+        files.append(DataFile(Path(path), form, items, dropped, Path(root), weight=weight, documents=documents))
     arrays.setdefault("label_weights", arrays["label_counts"])
     dataset = Dataset(tuple(files), tuple(parts), arrays.pop("rows", None))
     vars(dataset).update(arrays, _fingerprint=fingerprint)  # the cached properties

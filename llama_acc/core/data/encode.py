@@ -23,6 +23,7 @@ from llama_acc.core.data.chat_template import ChatTemplate, Talk
 from llama_acc.core.data.checks import DatasetStats, merged_finding
 from llama_acc.core.data.findings import Finding
 from llama_acc.core.data.items import Dialogue, Item, SingleTurn
+from llama_acc.core.data.plain_text import Text, text_tokens
 from llama_acc.core.data.read import Checked
 from llama_acc.core.data.templates import Rendered, Span, Template, Turn, as_dialogue
 from llama_acc.core.tokenizer import Spans, Tokenizer, load_tokenizer
@@ -177,6 +178,8 @@ def encode_batch(batch: Batch, encoding: Encoding, tokenizer: Tokenizer) -> Chun
     dtype, skipped = _token_type(tokenizer.vocab_size), list[Finding]()
     table, pieces, begin = [], [], 0
     encoded = encode_rows([row for _, row in batch], template, tokenizer, image_positions)
+    if any(isinstance(row.item, Text) for _, row in batch):
+        encoded = _packed(list(encoded), max_tokens)
     for (index, _), (row, found) in zip(batch, encoded, strict=True):
         stats.add(row, stops, marks)
         skipped += [problem for problem in row.problems if problem.fatal]
@@ -220,6 +223,24 @@ def encode_rows(
             yield row, found
 
 
+def _packed(
+    encoded: Sequence[tuple[Checked, list[Document]]], max_tokens: int
+) -> Iterator[tuple[Checked, list[Document]]]:
+    """For each row the pieces that are full with its document: of documents end to end, so many tokens each."""
+    tokens, labeled = np.zeros(0, np.int32), np.zeros(0, np.bool_)
+    last = max((number for number, (_, documents) in enumerate(encoded) if documents), default=-1)
+    for number, (row, documents) in enumerate(encoded):
+        tokens = np.concatenate([tokens, *(document.tokens for document in documents)])
+        labeled = np.concatenate([labeled, *(document.labeled for document in documents)])
+        pieces = []
+        # A piece of one token would have none to learn.
+        while len(tokens) > max_tokens + 1 or (number == last and len(tokens)):
+            size = max_tokens - (len(tokens) == max_tokens + 1)
+            pieces.append(Document(tokens[:size], np.append(False, labeled[1:size])))
+            tokens, labeled = tokens[size:], labeled[size:]
+        yield row, pieces
+
+
 def documents(
     items: Sequence[Item], template: Template, tokenizer: Tokenizer, image_positions: int = 0
 ) -> Iterator[list[Document] | str]:
@@ -228,6 +249,12 @@ def documents(
     It is one document, but of some chat templates one for each reply (`ChatTemplate.dialogue_texts`). A text says why
     the format cannot write it.
     """
+    plain = [item for item in items if isinstance(item, Text)]
+    if plain:  # a file's items are of one kind
+        for part, ids in zip(plain, text_tokens(plain, tokenizer), strict=True):
+            framed = [tokenizer.bos_id] * (template.bos and part.begins) + ids + [tokenizer.eos_id] * part.ends
+            yield [Document(np.array(framed, np.int32), np.arange(len(framed)) >= part.begins)]
+        return
     rendered: list[list[Rendered] | str]
     if isinstance(template, ChatTemplate):
         rendered = template.dialogue_texts(list(map(_talk, items)))
@@ -260,12 +287,15 @@ def refusal(item: Item, template: Template) -> str | None:
 
 def render_item(item: Item, template: Template, stops: Sequence[str] | None = None) -> Rendered:
     """An item in a prompt format, with all of its turns; of `stops` see `Template.dialogue_text`."""
+    if isinstance(item, Text):
+        return Rendered(item.text, [(0, len(item.text))], [(0, len(item.text))], True)
     if template.kind == "single_turn" and isinstance(item, SingleTurn):
         return template.single_turn_text(item.instruction, item.input, item.output, item.system)
     return template.dialogue_text(_turns(item), item.system, stops)
 
 
 def _turns(item: Item) -> list[Turn]:
+    assert not isinstance(item, Text)
     return item.turns if isinstance(item, Dialogue) else as_dialogue(*item[:3])
 
 

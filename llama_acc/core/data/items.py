@@ -31,6 +31,7 @@ from llama_acc.core.data.keys import (
     unused_keys,
     weight_of,
 )
+from llama_acc.core.data.plain_text import TEXT_KEYS, Text
 from llama_acc.core.data.templates import Turn, as_dialogue
 from llama_acc.core.data.tools import (
     CALL_ROLES,
@@ -90,7 +91,7 @@ class Dialogue(NamedTuple):
         return bool(self.tools) or any(turn.role == "tool" or "tool_calls" in turn.more for turn in self.turns)
 
 
-Item = SingleTurn | Dialogue
+Item = SingleTurn | Dialogue | Text
 
 
 class Adapt(NamedTuple):
@@ -109,7 +110,9 @@ def kind_of(value: Any) -> str | None:
     history = as_list(value.get("history"))
     if "conversations" in value or (isinstance(history, list) and history):
         return "dialogue"
-    return "single_turn" if any(key in value for key in ("instruction", "output", "caption")) else None
+    if any(key in value for key in ("instruction", "output", "caption")):
+        return "single_turn"
+    return "text" if "text" in value else None
 
 
 def item_of(
@@ -119,7 +122,7 @@ def item_of(
 
     Args:
         value: what was read.
-        kind: "single_turn" or "dialogue".
+        kind: "single_turn", "dialogue" or "text".
         where: its place in the file, for the findings.
         unused: counts the keys that are not used.
 
@@ -217,6 +220,8 @@ def _item(value: Any, kind: str, problems: _Problems) -> Item | None:
     if not isinstance(value, dict):
         problems.add("no_item", "", f"should be an object, but is {type_name(value)}", value)
         return None
+    if kind == "text":
+        return _plain_text(value, problems)
     for field in ("conversations", "history"):
         if isinstance(value.get(field), str):
             value = {**value, field: as_list(value[field])}
@@ -248,6 +253,13 @@ def _item(value: Any, kind: str, problems: _Problems) -> Item | None:
         message = "turns before the instruction among single-turn items: use format: dialogue"
         problems.add("mixed_kinds", "history", message, value["history"])
     return SingleTurn(instruction, context, output, images, system)
+
+
+def _plain_text(value: dict[str, Any], problems: _Problems) -> Text:
+    """A row of plain text, whose other keys say something about it."""
+    field = next((name for name in TEXT_KEYS if value.get(name) is not None), TEXT_KEYS[0])
+    problems.unused |= {key for key in value if key != field and not is_empty(value[key])}
+    return Text(problems.text(value, field))
 
 
 def _is_blank(value: dict[str, Any]) -> bool:
@@ -402,6 +414,7 @@ def adapted(item: Item, last_only: bool, drop_reasoning: bool) -> tuple[Item, li
 
 
 def _without_reasoning(item: Item) -> Item:
+    assert not isinstance(item, Text)
     if isinstance(item, SingleTurn):
         return item._replace(output=without_thoughts(item.output))
     turns = [

@@ -8,7 +8,7 @@ writes where rows differ in shape; Parquet's logical type JSON) are decoded at a
 from collections.abc import Callable, Iterator
 from json import JSONDecodeError
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llama_acc.core.errors import UserError
 
@@ -18,8 +18,12 @@ _BATCH = 1024  # rows
 _Decode = Callable[[Any], Any]
 
 
-def parquet_rows(path: Path, decode_json: Callable[[str], Any]) -> Iterator[tuple[str, Any, str | None]]:
+def parquet_rows(
+    path: Path, content: IO[bytes], decode_json: Callable[[str], Any]
+) -> Iterator[tuple[str, Any, str | None]]:
     """The rows of a file: (its place, the cells by their columns, why this row cannot be read).
+
+    `path` is what it is called, `content` what it holds.
 
     Raises:
         UserError: it is damaged, or pyarrow is not installed.
@@ -32,7 +36,7 @@ def parquet_rows(path: Path, decode_json: Callable[[str], Any]) -> Iterator[tupl
             f"{path} is a Parquet file, and pyarrow, which reads them, is not installed", "type: pip install pyarrow"
         ) from None
     try:
-        with ParquetFile(path) as file:
+        with ParquetFile(content) as file:
             is_json = iter([file.schema.column(i).logical_type.type == "JSON" for i in range(len(file.schema))])
             decoders = {field.name: _decoder(field, is_json, decode_json) for field in file.schema_arrow}
             if len(decoders) != len(file.schema_arrow):

@@ -1,8 +1,9 @@
 """Data files as streams of rows and of checked items, in memory for one of them.
 
-`.json` (an array; or JSON lines under that name, as APIBench has it), `.jsonl`, `.csv` and `.tsv`, each perhaps packed
-with gzip, Zstandard or zip; `.parquet`; and `.tar`, shards of pictures with texts. A row is whatever JSON value stands
-there, or a table's cells by their columns; `items` says what makes an item of it.
+`.json` (an array; or JSON lines under that name, as APIBench has it), `.jsonl`, `.csv`, `.tsv`, `.parquet`, and `.txt`
+and `.md`, a document each, all of them perhaps packed with gzip, Zstandard or zip; and `.tar`, shards of pictures with
+texts. A row is whatever JSON value stands there, or a table's cells by their columns; `items` says what makes an item
+of it.
 """
 
 import codecs
@@ -14,24 +15,28 @@ import json
 import logging
 import re
 import shlex
+import shutil
 import sys
 import zipfile
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain, count, islice
 from lzma import LZMAError
 from pathlib import Path
 from struct import error as StructError
+from tempfile import TemporaryFile
 from typing import IO, Any, NamedTuple
 
 import msgspec
 
 from llama_acc.core.data.findings import Finding, beginning
 from llama_acc.core.data.items import Adapt, Item, adapted, first_exchange, item_of, kind_of
+from llama_acc.core.data.json_array import JSON, MAX_ITEM, array_items
 from llama_acc.core.data.keys import count_unused, mapping_of, mapping_words, type_name
 from llama_acc.core.data.parquet import PARQUET_SUFFIX, parquet_rows
+from llama_acc.core.data.plain_text import PLAIN_SUFFIXES, Text, sections
 from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_rows
 from llama_acc.core.errors import DataError, UserError, did_you_mean
 from llama_acc.core.input_files import open_input
@@ -42,13 +47,11 @@ if sys.version_info >= (3, 14):
 else:
     from backports.zstd import ZstdError, ZstdFile
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", PARQUET_SUFFIX, TAR_SUFFIX)
-COMPRESSIONS = (".gz", ".zst", ".zip")
-FORMATS = ("auto", "single_turn", "dialogue", "single_turn_llava")
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", PARQUET_SUFFIX, TAR_SUFFIX, *PLAIN_SUFFIXES)
+COMPRESSIONS = (".gz", ".gzip", ".zst", ".zip")
+FORMATS = ("auto", "single_turn", "dialogue", "single_turn_llava", "text")
 BLOCK = 1 << 19
 """Bytes or characters read at a time."""
-MAX_ITEM = 1 << 28
-"""Characters of the longest item that is read; more than that is a file of another kind."""
 
 _AS_IT_IS = Adapt()
 _ROWS_BETWEEN_REPORTS = 100
@@ -61,8 +64,6 @@ _ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
 _DAMAGED = (EOFError, zlib.error, LZMAError, gzip.BadGzipFile, zipfile.BadZipFile, ZstdError)
 # What zipfile raises where an archive is damaged (or, RuntimeError, wants a password).
 _ZIP_ERRORS = (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, LookupError, StructError)
-JSON = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" else float(name))
-"""As `json.loads`, but for NaN: pandas writes it for an empty cell, and it is null."""
 _decode = msgspec.json.Decoder().decode
 _logger = logging.getLogger("llama_acc")
 
@@ -92,22 +93,37 @@ class Checked(NamedTuple):
 class ItemStream:
     """The checked items of a file, in order; to be iterated once."""
 
-    def __init__(self, kind: str, rows: Iterator[Row], adapt: Adapt) -> None:
-        self.kind, self._rows, self._adapt = kind, rows, adapt
+    def __init__(self, kind: str, rows: Iterator[Row], adapt: Adapt, is_document: bool = False) -> None:
+        """`is_document`: the rows are blocks of one text."""
+        self.kind, self._rows, self._adapt, self._is_document = kind, rows, adapt, is_document
         self.unused: Counter[str] = Counter()
         """Keys and parts that are not used, and in how many of the items so far."""
 
     def __iter__(self) -> Iterator[Checked]:
         """Raises UserError where the file cannot be read further, if need be after items."""
+        if self._is_document:
+            yield from _sections("item 1", (row.value["text"] for row in self._rows))
+            return
         for where, value, problem in self._rows:
-            if problem is None:
-                item, problems = item_of(value, self.kind, where, self.unused)
-                if item is not None and any(self._adapt):
-                    item, unused = adapted(item, *self._adapt)
-                    count_unused(self.unused, unused)
-                yield Checked(where, item, problems)
-            else:
+            if problem is not None:
                 yield Checked(where, None, [Finding("unreadable", where, "", problem, beginning(value))])
+                continue
+            item, problems = item_of(value, self.kind, where, self.unused)
+            if isinstance(item, Text):
+                yield from _sections(where, [item.text])
+                continue
+            if item is not None and any(self._adapt):
+                item, unused = adapted(item, *self._adapt)
+                count_unused(self.unused, unused)
+            yield Checked(where, item, problems)
+
+
+def _sections(where: str, blocks: Iterable[str]) -> Iterator[Checked]:
+    for item in sections(blocks):
+        if item.begins and item.ends and not item.text.strip():
+            yield Checked(where, None, [Finding("blank", where, "", "a document without a word", beginning(item.text))])
+        else:
+            yield Checked(where, item, [])
 
 
 def stream_items(
@@ -117,8 +133,8 @@ def stream_items(
 
     Args:
         path: the file, which is no pipe.
-        format: "single_turn", "dialogue", "single_turn_llava" (a dialogue's first exchange as a single-turn item), or
-            "auto": by the keys of its items.
+        format: "single_turn", "dialogue", "single_turn_llava" (a dialogue's first exchange as a single-turn item),
+            "text" (see `plain_text`), or "auto": by the keys of its items.
         adapt: what is left out of each item.
         progress: see `BytesRead`.
 
@@ -126,7 +142,10 @@ def stream_items(
         UserError: it cannot be read, or holds no items.
     """
     assert format in FORMATS
-    rows = stream_rows(path, required=("instruction", "output"), progress=progress, pipes=False)
+    is_document = data_suffix(path) in PLAIN_SUFFIXES
+    format = "text" if is_document else format
+    required = () if format == "text" else ("instruction", "output")
+    rows = stream_rows(path, required=required, progress=progress, pipes=False)
     # Up to one that tells the kind of items: a broken first row does not make all others wrong, and single-turn items
     # with a `history` are dialogues if any of them has something in it.
     first, rows = looked_ahead(rows, _LOOKED_AT, _tells_kind)
@@ -135,7 +154,8 @@ def stream_items(
     if format == "single_turn_llava":
         return ItemStream("single_turn", (row._replace(value=first_exchange(row.value)) for row in rows), adapt)
     kinds = (kind_of(row.value) for row in reversed(first))
-    return ItemStream(format if format != "auto" else next(filter(None, kinds), "single_turn"), rows, adapt)
+    kind = format if format != "auto" else next(filter(None, kinds), "single_turn")
+    return ItemStream(kind, rows, adapt, is_document)
 
 
 def _tells_kind(row: Row) -> bool:
@@ -190,9 +210,12 @@ def stream_rows(
     suffix = data_suffix(path)
     if suffix not in SUFFIXES:
         raise UserError(f"{path}: {suffix or 'no suffix'} is not a kind of data file", f"use {', '.join(SUFFIXES)}")
-    if suffix in (TAR_SUFFIX, PARQUET_SUFFIX):
+    if suffix == TAR_SUFFIX:
         with _opened(path, pipes=False):  # that it is there, and no pipe
-            yield from map(Row._make, tar_rows(path) if suffix == TAR_SUFFIX else parquet_rows(path, JSON.decode))
+            yield from map(Row._make, tar_rows(path))
+    elif suffix == PARQUET_SUFFIX:
+        with _opened(path, pipes=False) as (stream, _), _seekable(stream, str(path)) as content:
+            yield from map(Row._make, parquet_rows(path, content, JSON.decode))
     else:
         quoted = suffix != ".tsv" or _is_quoted(path)
         with _opened(path, pipes) as (stream, file):
@@ -281,6 +304,8 @@ def _rows(
             rows = _json_rows(text, name)
         elif suffix == ".jsonl":
             rows = _jsonl_rows(_lines(text, name), name)
+        elif suffix in PLAIN_SUFFIXES:
+            rows = _blocks(text)
         else:
             rows = _table_rows(_lines(text, name), name, "\t" if suffix == ".tsv" else None, required, quoted)
         for number, row in enumerate(rows):
@@ -297,11 +322,34 @@ def _rows(
             place = f": byte {offset} (line {_line_at(_unpacked(stream), offset)}) cannot be decoded"
         hint = f"make it UTF-8: iconv -f {known} -t UTF-8 < FILE > NEW"
         raise UserError(f"{name} is not UTF-8{place}", hint) from error
-    except _DAMAGED as error:
+    except (OSError, *_DAMAGED) as error:
+        raise _damaged(name, error) from error
+
+
+def _damaged(name: str, error: Exception) -> UserError:
+    if isinstance(error, _DAMAGED):
         hint = "it may not have been copied or downloaded to its end"
-        raise UserError(f"{name} is damaged: {error}", hint) from error
-    except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror or error}") from error
+        return UserError(f"{name} is damaged: {error}", hint)
+    return UserError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}")
+
+
+@contextmanager
+def _seekable(stream: Any, name: str) -> Iterator[IO[bytes]]:
+    """The content of a stream, unpacked into a temporary file if it is packed.
+
+    What is called `.parquet.gz` may also be a Parquet file that is packed inside, as pandas' examples are.
+    """
+    content = _unpacked(stream)
+    if isinstance(content, io.BufferedReader) and not isinstance(stream, zipfile.ZipExtFile):
+        yield content
+        return
+    with TemporaryFile() as file:
+        try:
+            shutil.copyfileobj(content, file, BLOCK)
+            file.seek(0)
+        except (OSError, *_DAMAGED) as error:
+            raise _damaged(name, error) from error
+        yield file
 
 
 def _line_at(content: Any, offset: int) -> int:
@@ -333,6 +381,14 @@ def _lines(text: io.TextIOWrapper, name: str) -> Iterator[str]:
         if len(line) > MAX_ITEM:
             raise UserError(f"{name}: a line is longer than {MAX_ITEM >> 20} Mi characters")
         yield line
+
+
+def _blocks(text: io.TextIOWrapper) -> Iterator[Row]:
+    block = text.read(BLOCK)
+    while True:
+        yield Row("item 1", {"text": block})
+        if not (block := text.read(BLOCK)):
+            return
 
 
 def _json_rows(text: io.TextIOWrapper, name: str) -> Iterator[Row]:
@@ -386,98 +442,6 @@ def _value_of(line: str) -> Any:
         return _decode(line)
     except (msgspec.DecodeError, RecursionError):
         return JSON.decode(line)
-
-
-def array_items(pieces: Iterator[str], name: str) -> Iterator[Any]:
-    """The elements of the array that a JSON text is; what `json` refuses is refused at the same place, in its words.
-
-    Args:
-        pieces: the text.
-        name: of the file, for messages.
-
-    Raises:
-        UserError: it is not JSON, or an element is too long.
-    """
-    array = _Array(pieces, name)
-    array.next_character()
-    array.at += 1  # [
-    if array.next_character() != "]":
-        yield array.value()
-        while array.next_character() == ",":
-            array.at += 1
-            array.next_character()
-            yield array.value()
-        if array.next_character() != "]":
-            raise array.error("Expecting ',' delimiter", array.at)
-    array.at += 1
-    if array.next_character():
-        raise array.error("Extra data", array.at)
-
-
-class _Array:
-    """The part of a JSON text that is being read: `json`'s own scanner takes values off a buffer, which is filled up
-    where one ends within it."""
-
-    _SPACE = re.compile(r"[ \t\n\r]*")
-    # An error so near to the buffer's end may be of a word or an escape that goes on: "-Infinity", "\ud83d\ude00".
-    _NEAR = 16
-    # As many characters may be missing of a number that is one already: "1" of "1.5", "1e" of "1e+5".
-    _OPEN_NUMBER = 3
-
-    def __init__(self, pieces: Iterator[str], name: str) -> None:
-        self._pieces, self._name = pieces, name
-        self._buffer, self.at = "", 0
-        self._line = self._column = 1  # where the buffer begins in the file
-
-    def next_character(self) -> str:
-        """The next one that is no white space, which stays; an empty text at the end."""
-        while True:
-            if (match := self._SPACE.match(self._buffer, self.at)) is not None:
-                self.at = match.end()
-            if self.at < len(self._buffer):
-                return self._buffer[self.at]
-            if not self._fill():
-                return ""
-
-    def value(self) -> Any:
-        """The value that begins here."""
-        while True:
-            try:
-                value, end = JSON.raw_decode(self._buffer, self.at)
-            except json.JSONDecodeError as error:
-                cut_off = error.msg.startswith("Unterminated string") or error.pos >= len(self._buffer) - self._NEAR
-                if not (cut_off and self._fill()):
-                    raise self.error(error.msg, error.pos) from error
-            except (RecursionError, ValueError) as error:
-                raise UserError(f"{self._name} is not JSON that can be read: {error}") from error
-            else:
-                if len(self._buffer) - end >= self._OPEN_NUMBER or not self._fill():
-                    self.at = end
-                    return value
-
-    def error(self, message: str, position: int) -> UserError:
-        """Says what is wrong at a place of the buffer."""
-        line, column = self._place(position)
-        return UserError(f"{self._name} is not JSON: line {line}, column {column}: {message}")
-
-    def _fill(self) -> bool:
-        """Forget what was read and read on, at least as much as is left: a long item costs at most twice its length.
-        False: there is no more."""
-        kept, (line, column) = self._buffer[self.at :], self._place(self.at)
-        if len(kept) > MAX_ITEM:
-            raise UserError(f"{self._name}: the item in line {line} is longer than {MAX_ITEM >> 20} Mi characters")
-        more = next(self._pieces, "")
-        while more and len(more) < len(kept) and (piece := next(self._pieces, "")):
-            more += piece
-        if more:
-            self._buffer, self.at, self._line, self._column = kept + more, 0, line, column
-        return bool(more)
-
-    def _place(self, position: int) -> tuple[int, int]:
-        """Line and column, from 1, of a place in the buffer."""
-        breaks = self._buffer.count("\n", 0, position)
-        column = position - self._buffer.rfind("\n", 0, position) if breaks else self._column + position
-        return self._line + breaks, column
 
 
 def _table_rows(
@@ -592,7 +556,7 @@ def _is_quoted(path: Path) -> bool:
 
 
 def _check_header(name: str, names: list[str], required: Sequence[str]) -> None:
-    if "caption" in names:  # LLaMA2-Accessory's captions: url and caption
+    if "caption" in names or "text" in names:  # LLaMA2-Accessory's captions, url and caption; plain text
         required = ()
     problems = []
     for column in required:

@@ -1,6 +1,7 @@
 """From what a recipe's `data.sources` says to the files to read: names, folders, globs, LLaMA2-Accessory's YAML."""
 
 import glob
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from llama_acc.core.catalogue import how_to_get, is_address, named_data
 from llama_acc.core.data.items import Adapt
+from llama_acc.core.data.plain_text import PLAIN_SUFFIXES
 from llama_acc.core.data.read import FORMATS, SUFFIXES, data_suffix, nearest_names
 from llama_acc.core.data.tar_shards import TAR_SUFFIX
 from llama_acc.core.data.templates import CHAT_TEMPLATE, TEMPLATES, check_template, is_template_file
 from llama_acc.core.errors import DataError, UserError, did_you_mean, raise_all, schema_problems
 from llama_acc.core.hub import fetch_data
-from llama_acc.core.input_files import home, read_yaml
+from llama_acc.core.input_files import home, open_input, read_json, read_yaml
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
 MISSING_HINT = "give it with --data FILE"
@@ -102,7 +104,7 @@ def data_files(path: str | Path) -> list[Path]:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        inside = [file for file in sorted(path.iterdir()) if _is_data(file)]
+        inside = _data_among(sorted(path.iterdir()))
         if not inside:
             raise UserError(f"no data files in {path}", f"it should hold {', '.join(SUFFIXES)} files")
         return inside
@@ -118,10 +120,12 @@ def data_files(path: str | Path) -> list[Path]:
     raise UserError(f"there is no data file {path}", nearest_names(path))
 
 
-def _is_data(file: Path) -> bool:
-    """Whether a file that nobody named is data, going by its name; a manifest is ours."""
-    hidden = file.name.startswith(".") or file.name == "manifest.json"
-    return data_suffix(file) in SUFFIXES and not hidden and file.is_file()
+def _data_among(files: Sequence[Path]) -> list[Path]:
+    """The files that are data, of those nobody named, going by their names; a manifest is ours. Plain texts beside
+    others are about the data, as what is called README or LICENSE always is."""
+    found = [file for file in files if data_suffix(file) in SUFFIXES and not file.name.startswith(".")]
+    found = [file for file in found if not re.match("manifest.json|readme|license", file.name, re.I) and file.is_file()]
+    return [file for file in found if data_suffix(file) not in PLAIN_SUFFIXES] or found
 
 
 def resolve_data_path(path: str, folder: Path | None = None, missing_hint: str = MISSING_HINT) -> Path:
@@ -188,16 +192,16 @@ def _expand_one(
     _check(source)
     if is_address(source.path):
         files = [] if fetch is None else fetch(source.path)
-        found = [file for file in files if _is_data(file)]
+        found = _data_among(files)
         if files and not found:
             names = ", ".join(file.name for file in files[:5])
             hint = f"it should hold {', '.join(SUFFIXES)} files"
             raise UserError(f"{source.path} holds no data files, but {names}", hint)
         return [(file, source) for file in found]
     path = resolve_data_path(source.path, source.folder, missing_hint)
-    if is_entry or path.suffix.lower() not in _YAML_SUFFIXES:
+    entries = [] if is_entry else _entries(path, source)
+    if not entries:
         return [(file, source) for file in data_files(path)]
-    entries = _accessory_sources(path, source)
     return [file for entry in entries for file in _expand_one(entry, fetch, missing_hint, is_entry=True)]
 
 
@@ -230,6 +234,35 @@ class _MetaEntry(BaseModel):
         if name not in TEMPLATES:
             raise ValueError(f"unknown prompt_type {name!r}: it is one of {', '.join(TEMPLATES)}")
         return name
+
+
+def _entries(path: Path, source: Source) -> list[Source]:
+    """What a list of files names; of anything else nothing."""
+    if path.suffix.lower() in _YAML_SUFFIXES:
+        return _accessory_sources(path, source)
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return []
+    try:
+        with open_input(path, pipes=False) as file:
+            is_list = re.match(rb'(\xef\xbb\xbf)?\s*\[\s*"', file.read(64))
+    except OSError:
+        return []  # which is reported when it is read as data
+    return _pretraining_sources(path, source) if is_list else []
+
+
+def _pretraining_sources(path: Path, outer: Source) -> list[Source]:
+    """LLaMA2-Accessory's list of pretraining shards, in a JSON array: plain text. Its paths are looked for in `root`,
+    its `data_root`, or beside the list."""
+    names = read_json(path)
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} should hold items, or be a list of files, but holds both")
+    if packed := next((name for name in names if name.endswith(".pkl")), None):
+        raise UserError(
+            f"{path} names {packed}, tokens that LLaMA2-Accessory has packed as a pickle, which may run code when read",
+            "name the .parquet files that they were made of",
+        )
+    folder = path.parent if outer.root is None else resolve_image_root(outer.root, outer.folder)
+    return [replace(outer, path=name, format="text", folder=folder) for name in names]
 
 
 def _accessory_sources(path: Path, outer: Source) -> list[Source]:

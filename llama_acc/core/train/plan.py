@@ -386,7 +386,7 @@ def _read_data(
 
     wanted = [([Source(**source.model_dump(), folder=recipe.folder) for source in data.sources], MISSING_HINT)]
     if data.validation.path is not None:
-        alike = data.sources[0].model_dump(include={"template", "train_on", "reasoning"})
+        alike = data.sources[0].model_dump(include={"format", "template", "train_on", "reasoning"})
         held_out = Source(data.validation.path, **alike, folder=recipe.folder)
         wanted.append(([held_out], "give it with data.validation.path=FILE"))
     loaded, errors = [], []

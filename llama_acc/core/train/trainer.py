@@ -188,7 +188,7 @@ class Trainer:
             batch = build_multimodal_batch(plan.train, self.current_items, vision.positions)
             shape = (len(batch.images), *vision.input_shape)
             batch = replace(batch, inputs=torch.zeros(shape, dtype=self.vision_encoder.dtype, device=self.device))
-        batch = replace(batch, draws=draws_of(self.current_items, plan.seed, 0))
+        batch = replace(batch, draws=draws_of(self.current_items, batch.example_sizes, plan.seed, 0))
         for last in (False, True) if plan.accumulates(ranks) else (True,):
             self.data_parallel.before_backward(last)
             forward(self.model, batch, 0.0, self.device).backward()
@@ -236,7 +236,7 @@ class Trainer:
     def _current(self, groups: list[list[int]], batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
         epoch = self.step // self.plan.steps_per_epoch
         for group, batch in zip(groups, batches, strict=True):
-            yield replace(batch, draws=draws_of(group, self.plan.seed, epoch))
+            yield replace(batch, draws=draws_of(group, batch.example_sizes, self.plan.seed, epoch))
             self.current_items = group  # the next one is asked for before this one is computed
 
     def validate(self) -> float:

@@ -75,6 +75,9 @@ class _Documents:
         tokens, labeled = self._documents[i]
         return np.array(tokens, np.int32), np.array(labeled, bool)
 
+    def documents_in(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [self.document(i)]
+
 
 def test_targets_are_the_labeled_next_tokens_of_the_same_document() -> None:
     documents = _Documents(([1, 5, 6, 2], [0, 0, 1, 1]), ([1, 9], [0, 1]), ([1, 7, 8], [0, 1, 0]))

@@ -17,9 +17,10 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_acc.core.data import read
+from llama_acc.core.data import json_array, read
 from llama_acc.core.data.items import Dialogue, SingleTurn
-from llama_acc.core.data.read import Row, array_items, stream_rows, stream_rows_from
+from llama_acc.core.data.json_array import array_items
+from llama_acc.core.data.read import Row, stream_rows, stream_rows_from
 from llama_acc.core.data.sources import data_files
 from llama_acc.core.data.templates import Turn
 from llama_acc.core.errors import UserError
@@ -203,7 +204,8 @@ def test_memory_does_not_grow_with_the_file_and_progress_is_in_its_bytes(tmp_pat
 
 
 def test_an_item_too_long_for_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "MAX_ITEM", 1 << 20)
+    for module in (read, json_array):
+        monkeypatch.setattr(module, "MAX_ITEM", 1 << 20)
     long = b'"' + b"a" * (5 << 20) + b'"'
     for content, suffix in ((b"[" + long + b"]", ".json"), (long, ".jsonl"), (long, ".csv")):
         with pytest.raises(UserError, match=r"longer than 1 Mi characters|field larger than field limit"):
@@ -331,7 +333,7 @@ def test_a_folder_or_a_glob_stands_for_its_data_files_in_order(tmp_path: Path) -
         ("a.json", "[" + "9" * 5000 + "]", "not JSON"),
         ("a.jsonl", '{"a": 1}\n\n{"a"', "item 2 (line 3), column"),
         ("a.jsonl", "[\n{}\n]", "is .json"),
-        ("a.txt", "x", ".txt is not a kind of data file"),
+        ("a.docx", "x", ".docx is not a kind of data file"),
         ("a", "x", "no suffix is not a kind of data file"),
         ("a.csv", "instuction\toutput\nx\ty\n", "line 1: no column 'instruction' ('instuction'?)"),
         ("a.csv", "instruction\toutput\toutput\nx\ty\tz\n", "column 'output' twice"),

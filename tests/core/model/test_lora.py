@@ -163,7 +163,7 @@ def test_dropout_has_the_mean_and_the_spread_of_peft_s() -> None:
             matrix.weight.copy_(own.weight)
         expected = torch.stack([theirs(x) for _ in range(4000)])
         for seed in range(4000):
-            model.before_blocks(LENGTHS, draws_of([3, 4, 5], seed, 1))
+            model.before_blocks(LENGTHS, draws_of([3, 4, 5], [1, 1, 1], seed, 1))
             found.append(wo(x))
         model.before_blocks(LENGTHS, [])
         assert difference(torch.stack(found).mean(0), wo(x)) < 0.03
@@ -176,7 +176,7 @@ def curve(model: Transformer, *sizes: int, lr: float = 1e-2) -> list[float]:
     optimizer, items, losses = adamw(model), iter(range(24)), []
     for epoch in range(3):
         batches = [
-            replace(batch, draws=draws_of([next(items) % 8 for _ in batch.lengths], 0, epoch))
+            replace(batch, draws=draws_of([next(items) % 8 for _ in batch.lengths], batch.example_sizes, 0, epoch))
             for batch in DOCUMENTS.dealt(*sizes)
         ]
         losses.append(step(model, optimizer, batches, DOCUMENTS.label_tokens(), lr).loss.item())
@@ -193,7 +193,7 @@ def test_what_is_dropped_is_a_function_of_seed_epoch_and_item(way: str, monkeypa
         apply_compile(other)
     assert curve(other, *((3, 1, 4) if way == "micro-batches" else (8,))) == pytest.approx(expected, rel=1e-5)
     assert curve(tuned_model(LoRA(4)), 8) != pytest.approx(expected, rel=1e-3)
-    assert len({*draws_of([3, 4], 0, 1), *draws_of([3], 0, 2), *draws_of([3], 1, 1)}) == 4
+    assert len({*draws_of([3, 4], [1, 1], 0, 1), *draws_of([3], [1], 0, 2), *draws_of([3], [1], 1, 1)}) == 4
 
 
 def test_nothing_is_dropped_in_validation() -> None:

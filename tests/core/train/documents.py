@@ -31,6 +31,9 @@ class Labelled:
             return tokens.astype(np.int32), (labelled * self.weights[i]).astype(np.float32)
         return tokens.astype(np.int32), labelled
 
+    def documents_in(self, i: int) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
+        return [self.document(i)]
+
     def label_tokens(self) -> int:
         """How many tokens are predicted: the first of a document never is."""
         return sum(np.count_nonzero(self.document(i)[1][1:]) for i in range(len(self.documents)))

@@ -344,7 +344,7 @@ def test_what_is_no_known_format_is_told_a_mapping_that_works_or_none(
     ("columns", "words"),
     [
         ("question,answer", "--map instruction=question --map output=answer"),
-        ("text", "--map output=text, for text without questions; train it with template: none"),
+        ("body", "--map output=body, for text without questions; train it with template: none"),
         ("prompt,chosen,rejected", "--map instruction=prompt --map output=chosen"),
     ],
 )
@@ -356,7 +356,7 @@ def test_a_table_of_other_columns_is_told_a_mapping_that_works(tmp_path: Path, c
     assert words in str(caught.value.hint)
     mapping = dict(word.split("=") for word in re.findall(r"--map ([^, ]+)", words))
     [record] = convert_file("csv", table, mapping=mapping)[0]
-    assert record["output"] == ("a" if columns == "text" else "b")
+    assert record["output"] == ("a" if columns == "body" else "b")
     with pytest.raises(DataError, match=r"no column 'Question'"):
         convert_file("csv", table, mapping={"instruction": "Question", "output": "answer"})
 
