@@ -76,7 +76,7 @@ def is_adapter_only(layout: Layout) -> bool:
     """Whether a checkpoint holds only what was trained, to be laid over its base."""
     if layout.is_diff or layout.tower is not None:
         return False
-    if (layout.folder / BASE_FILE).is_file():
+    if layout.format == "peft" or (layout.folder / BASE_FILE).is_file():
         return True
     names = open_checkpoint(layout).tensors
     return bool(names) and not any(is_matrix(name) or name == "tok_embeddings.weight" for name in names)

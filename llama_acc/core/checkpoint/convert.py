@@ -332,8 +332,9 @@ class _Conversion:
         request = self.request
         self.source = source = inspect(locate(str(request.source)))
         base = None if request.base is None else inspect(locate(str(request.base)))
-        if source.is_diff and base is None:
-            message = f"{source.folder} is a diff checkpoint: it is added to its base"
+        if (source.is_diff or source.format == "peft") and base is None:
+            kind = "a diff checkpoint: it is added to" if source.is_diff else "an adapter of PEFT: it goes on"
+            message = f"{source.folder} is {kind} its base"
             raise UserError(message, "give that with --base DIR")
         self.layouts = [source] if request.diff or base is None else [base, source]
         self.weights, config = read_weights(self.layouts), read_config(self.layouts)

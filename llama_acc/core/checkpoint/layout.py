@@ -1,6 +1,7 @@
 """What is in this folder? Finds a checkpoint's format, shards and shape, mostly from file names. Imports no torch."""
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +16,13 @@ from llama_acc.core.model.config import ModelConfig, config_from_params, read_pa
 from llama_acc.core.model.tuning import FULL, Tuning, tuning_of
 from llama_acc.core.model.vision_config import VISION_FILE, ClipVision, QFormerVision, Vision, read_vision
 
-Format = Literal["meta_ori", "consolidated", "consolidated_diff", "huggingface"]
+Format = Literal["meta_ori", "consolidated", "consolidated_diff", "huggingface", "peft"]
 _NAMES: dict[Format, str] = {
     "meta_ori": "consolidated.{part:02d}.pth",
     "consolidated": "consolidated.{part:02d}-of-{parts:02d}.model.pth",
     "consolidated_diff": "consolidated.{part:02d}-of-{parts:02d}.model-diff.pth",
 }
+PEFT_CONFIG, PEFT_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 _MISTRAL = "consolidated.safetensors"  # Mistral's release: Meta's names
 # Hugging Face's files, by how they begin and end; those first in the list are read where there are both.
 _HUGGINGFACE = (("model", ".safetensors"), ("pytorch_model", ".bin"))
@@ -33,7 +35,7 @@ class Layout:
     Attributes:
         folder: where it is.
         format: `meta_ori` (Meta's release, or Mistral's), `consolidated` (saved by this toolkit or LLaMA2-Accessory),
-            `consolidated_diff` (the same, to be added to what comes before it) or `huggingface`.
+            `consolidated_diff` (the same, to be added to what comes before it), `huggingface` or `peft` (an adapter).
         shards: the files with weights, in order.
         params_path: params.json or config.json, if there is one.
         tower: it is no LLaMA, but a vision tower of this kind.
@@ -52,7 +54,7 @@ class Layout:
     @property
     def model_parallel_size(self) -> int:
         """How many ranks the tensors are split over; Hugging Face's files hold whole tensors."""
-        return 1 if self.format == "huggingface" else len(self.shards)
+        return 1 if self.format in ("huggingface", "peft") else len(self.shards)
 
     @property
     def is_diff(self) -> bool:
@@ -115,6 +117,9 @@ def inspect(folder: Path) -> Layout:
     if not found and _MISTRAL in names:  # which Mistral's repositories on Hugging Face have besides
         shape = folder / "params.json"
         found["meta_ori"] = Layout(folder, "meta_ori", (folder / _MISTRAL,), shape if shape.is_file() else None)
+    adapter = [folder / name for name in PEFT_FILES if name in names]
+    if not found and adapter and PEFT_CONFIG in names:
+        found["peft"] = Layout(folder, "peft", (adapter[0],), None)
     if len(found) > 1:
         lines = [f"{kind}: {', '.join(path.name for path in one.shards)}" for kind, one in sorted(found.items())]
         raise UserError(f"{folder} mixes checkpoint formats:\n{listed(lines)}", "keep one format per folder")
@@ -199,11 +204,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _what_is_there(folder: Path, names: Sequence[str]) -> str:
-    if "adapter_config.json" in names:
-        return (
-            "it is an adapter of PEFT; merge it into its base: "
-            "AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW)"
-        )
+    if PEFT_CONFIG in names:
+        return f"it is an adapter of PEFT without its weights: {' or '.join(PEFT_FILES)}"
     inside = [name for name in names if (folder / name).is_dir() and any((folder / name).glob("consolidated.*"))]
     if inside:
         return f"did you mean {' or '.join(str(folder / name) for name in inside[:3])}?"
@@ -216,11 +218,15 @@ def without_towers(layouts: Sequence[Layout]) -> list[Layout]:
 
 
 def check_order(layouts: Sequence[Layout]) -> None:
-    """Refuses a diff that has nothing before it.
+    """Refuses a diff, or an adapter of PEFT, that has nothing before it.
 
     Raises:
         UserError: naming it.
     """
+    if layouts and layouts[0].format == "peft":
+        folder, base = layouts[0].folder, _read_json(layouts[0].folder / PEFT_CONFIG).get("base_model_name_or_path")
+        hint = f"give its base first: {shlex.join(['--ckpt', str(base or 'DIR'), '--ckpt', str(folder)])}"
+        raise UserError(f"{folder} is an adapter of PEFT: it goes on its base", f"{hint} (finetune: --pretrained)")
     if layouts and layouts[0].is_diff:
         raise UserError(
             f"{layouts[0].folder} is a diff checkpoint: it is added to the one before it, and there is none",
@@ -266,6 +272,10 @@ def _own_shape(layout: Layout) -> tuple[Tuning, dict[str, Any], Vision | None]:
         UserError: unusable values, an unknown method, two files that disagree.
     """
     path, kind = layout.params_path, str(_read_json(layout.folder / "meta.json").get("llama_type", "llama"))
+    if layout.format == "peft":
+        from llama_acc.core.checkpoint.peft import read_peft  # needs torch
+
+        return read_peft(layout)[0], {}, None
     if layout.format == "huggingface" and path is not None:
         config = read_huggingface(path)[0]
         return config.tuning, config.base().to_params(), None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_acc.core.checkpoint.huggingface import meta_name, read_huggingface, rotated_heads
-from llama_acc.core.checkpoint.layout import Layout, check_order, shape_notes
+from llama_acc.core.checkpoint.layout import Layout, check_order, read_config, shape_notes
 from llama_acc.core.checkpoint.lazy import LazyTensor, add, concatenate, reorder_heads, same_values
 from llama_acc.core.checkpoint.quantized import NF4Matrix, read_quantization, take_quantized, to_nf4
 from llama_acc.core.checkpoint.towers import from_open_clip, tower_name
@@ -158,8 +158,10 @@ def read_weights(layouts: Sequence[Layout], rank: int = 0, size: int = 1) -> Wei
                 f"choose a size that divides {own} or is a multiple of it",
             )
     weights = Weights(notes=shape_notes(layouts))
-    for layout in layouts:
+    for place, layout in enumerate(layouts):
         whole = open_checkpoint(layout)
+        if layout.format == "peft":
+            _on_base(whole, layout, layouts[:place])
         weights.problems |= whole.problems
         weights.notes += whole.notes
         for name, tensor in whole.tensors.items():
@@ -197,7 +199,11 @@ def open_checkpoint(layout: Layout) -> Weights:
     Raises:
         UserError: an unreadable file.
     """
-    if layout.format != "huggingface":
+    if layout.format == "peft":
+        from llama_acc.core.checkpoint.peft import read_peft
+
+        weights = Weights(read_peft(layout)[1])
+    elif layout.format != "huggingface":
         weights = _open_consolidated(layout)
     elif layout.tower is None:
         weights = _open_huggingface(layout)
@@ -208,6 +214,19 @@ def open_checkpoint(layout: Layout) -> Weights:
             weights.tensors |= {name: tensor for name, tensor in named.items() if name is not None}
     weights.shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
     return weights
+
+
+def _on_base(adapter: Weights, layout: Layout, bases: Sequence[Layout]) -> None:
+    """Reorders what an adapter of PEFT has of queries and keys: how many heads there are its base says."""
+    from llama_acc.core.checkpoint.peft import peft_notes
+
+    config = read_config(bases)
+    if config is None:
+        raise UserError(f"{layout.folder} goes on a base, the shape of which is not known", "give config.json with it")
+    for name, tensor in adapter.tensors.items():
+        if (heads := rotated_heads(name, config)) and tensor.shape[0] % (2 * heads) == 0:
+            adapter.tensors[name] = reorder_heads(tensor, heads, to_meta=True)
+    adapter.notes += peft_notes(layout, bases)
 
 
 def _open_consolidated(layout: Layout) -> Weights:

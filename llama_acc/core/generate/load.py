@@ -164,6 +164,8 @@ def load_model(
     for layout in layouts:
         check_manifest(layout.folder, verify and parallel.is_main)
     check_base(layouts, config)
+    if layouts[-1].format == "peft" and find_tokenizer(last) is None:
+        last = layouts[-2].folder  # an adapter often comes without, and then has no prompt format either
     path = find_tokenizer(last) if tokenizer is None else Path(tokenizer)
     if path is None:
         raise UserError(f"there is no tokenizer in {last}", "put tokenizer.model or tokenizer.json beside the weights")

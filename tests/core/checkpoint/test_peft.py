@@ -1,0 +1,178 @@
+"""Adapters of PEFT, its own and ours, over their base: the same logits as there, and all that cannot be is named."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_acc.core.checkpoint.layout import inspect, read_config
+from llama_acc.core.checkpoint.load import fill, read_weights, with_rows
+from llama_acc.core.errors import UserError
+from llama_acc.core.generate.load import load_model
+from llama_acc.core.model.transformer import build_on_meta, shapes_of
+from llama_acc.core.model.tuning import Tuning
+from llama_acc.core.model.tuning.lora import LoRA
+from tests.core.checkpoint.folders import GROUPED, state, write_consolidated
+from tests.core.checkpoint.test_tuned import BOTH, LORA, TOKENS, made, peft_logits, tensors_of, write_tuned
+from tests.core.tiny import CPU, difference, document_logits
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    consolidated = write_consolidated(tmp_path / "consolidated", state(GROUPED))
+    return made(consolidated, tmp_path / "base", "hf").folder
+
+
+def saved_by_peft(base: Path, folder: Path, **settings: Any) -> Path:
+    """An adapter that PEFT has made, of random values."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    tuned.save_pretrained(folder)
+    return folder
+
+
+def logits(*folders: Path) -> Tensor:
+    """What is computed here of checkpoints over each other."""
+    layouts = [inspect(folder) for folder in folders]
+    config, weights = read_config(layouts), read_weights(layouts)
+    assert config is not None
+    model = build_on_meta(with_rows(config, weights), torch.float32)
+    fill(model, weights, CPU, torch.float32, copy=True)
+    return document_logits(model, [TOKENS])[0]
+
+
+def tuning_of(*folders: Path) -> Tuning:
+    config = read_config([inspect(folder) for folder in folders])
+    assert config is not None
+    return config.tuning
+
+
+@pytest.mark.parametrize(
+    ("settings", "tuning"),
+    [
+        (
+            {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+            LoRA(4, lora_alpha=8, lora_targets=("wq", "wv")),
+        ),
+        (
+            {"r": 4, "lora_alpha": 6, "use_rslora": True, "lora_dropout": 0.1, "target_modules": "all-linear"},
+            LoRA(4, lora_alpha=6, use_rslora=True),
+        ),
+        (
+            {"r": 8, "target_modules": r".*\.(k_proj|down_proj)", "modules_to_save": ["embed_tokens", "lm_head"]},
+            LoRA(8, lora_targets=("wk", "w2")),
+        ),
+    ],
+    ids=["list", "all-linear", "regex"],
+)
+def test_an_adapter_of_peft_computes_the_same_here(
+    settings: dict[str, Any], tuning: Tuning, base: Path, tmp_path: Path
+) -> None:
+    adapter = saved_by_peft(base, tmp_path / "adapter", **settings)
+    assert tuning_of(base, adapter) == tuning
+    assert difference(logits(base, adapter), peft_logits(base, adapter)) < 1e-5
+    merged = made(adapter, tmp_path / "merged", "hf", base=base, merge=True).folder
+    assert difference(logits(merged), peft_logits(base, adapter)) < 1e-5
+
+
+@pytest.mark.parametrize("tuning", [LORA, BOTH], ids=["lora", "lora_bias_norm"])
+def test_there_and_back_through_peft_nothing_is_lost(tuning: Tuning, tmp_path: Path) -> None:
+    import transformers
+    from peft import AutoPeftModelForCausalLM
+
+    source = write_tuned(tmp_path / "source", tuning)
+    plain = {name: tensor for name, tensor in tensors_of(source).items() if name in shapes_of(GROUPED)}
+    base = made(write_consolidated(tmp_path / "plain", plain), tmp_path / "base", "hf").folder
+    adapter = made(source, tmp_path / "adapter", "peft", base=base).folder
+    theirs = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32)
+    assert isinstance(theirs.get_base_model(), transformers.LlamaForCausalLM)
+    theirs.save_pretrained(tmp_path / "again")
+    for folder in (adapter, tmp_path / "again"):
+        assert tuning_of(base, folder) == tuning
+        assert difference(logits(base, folder), logits(source)) < 1e-5
+    kept = made(adapter, tmp_path / "kept", "consolidated", base=base).folder
+    assert difference(logits(kept), logits(source)) < 1e-5
+
+
+def test_chat_takes_tokenizer_and_format_of_the_base_where_the_adapter_has_none(
+    tokenizer_path: Path, base: Path, tmp_path: Path
+) -> None:
+    adapter = saved_by_peft(base, tmp_path / "apart" / "adapter", r=2, target_modules=["o_proj"])
+    shutil.copy(tokenizer_path, base / "tokenizer.model")
+    (base / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    loaded = load_model(base, adapter, device="cpu")
+    assert loaded.tokenizer.path.parent == base
+    assert loaded.template_from == "the chat template, from chat_template.jinja"
+    found = document_logits(loaded.model, [TOKENS])[0]
+    assert difference(found, peft_logits(base, adapter)) < 1e-5
+
+
+@pytest.mark.parametrize("size", [2])
+def test_its_shares_are_those_of_the_whole(size: int, base: Path, tmp_path: Path) -> None:
+    layouts = [inspect(base), inspect(saved_by_peft(base, tmp_path / "adapter", r=4, target_modules="all-linear"))]
+    whole = read_weights(layouts)
+    parts = [read_weights(layouts, rank, size) for rank in range(size)]
+    for name in ("layers.0.attention.wq.lora_b.weight", "layers.1.feed_forward.w2.lora_a.weight"):
+        dimension = 0 if "lora_b" in name else 1
+        joined = torch.cat([part.tensors[name].to(torch.float32) for part in parts], dimension)
+        assert torch.equal(joined, whole.tensors[name].to(torch.float32))
+
+
+def test_another_base_is_noted_and_none_is_refused(base: Path, tmp_path: Path) -> None:
+    adapter = saved_by_peft(base, tmp_path / "adapter", r=2, target_modules=["o_proj"])
+    assert not read_weights([inspect(base), inspect(adapter)]).notes
+    base.rename(tmp_path / "other")
+    [note] = read_weights([inspect(tmp_path / "other"), inspect(adapter)]).notes
+    assert f"says that its base is {base}; it goes on {tmp_path / 'other'}" in note
+    record = {"hf:owner/name": {"model.safetensors": 1}}
+    (tmp_path / "other" / ".llama-acc-download").write_text(json.dumps(record))
+    named = made(adapter, tmp_path / "named", "peft", base=tmp_path / "other").folder
+    assert json.loads((named / "adapter_config.json").read_text())["base_model_name_or_path"] == "owner/name"
+    assert not read_weights([inspect(tmp_path / "other"), inspect(named)]).notes
+    with pytest.raises(UserError, match="it goes on its base") as caught:
+        logits(adapter)
+    assert f"--ckpt {base} --ckpt {adapter}" in str(caught.value.hint)
+    with pytest.raises(UserError, match="it goes on its base"):
+        made(adapter, tmp_path / "target", "hf", merge=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"use_dora": True}, "use_dora: true"),
+        ({"rank_pattern": {"q_proj": 2}}, 'rank_pattern: {"q_proj": 2}'),
+        ({"bias": "all"}, "bias: all"),
+        ({"peft_type": "IA3"}, "peft_type: IA3"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa, which changes the base"),
+        ({"layers_to_transform": [0]}, "layers_to_transform: [0]"),
+        ({"lora_bias": True}, "lora_bias on some of the matrices only"),
+    ],
+)
+def test_what_is_not_computed_here_is_refused_by_name(
+    change: dict[str, Any], said: str, base: Path, tmp_path: Path
+) -> None:
+    adapter = saved_by_peft(base, tmp_path / "adapter", r=2, target_modules=["o_proj"])
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError) as caught:
+        read_weights([inspect(base), inspect(adapter)])
+    assert said in caught.value.message
+    assert "merge_and_unload" in str(caught.value.hint)
+
+
+def test_pairs_of_other_modules_are_refused(base: Path, tmp_path: Path) -> None:
+    adapter = saved_by_peft(base, tmp_path / "adapter", r=2, target_modules=["o_proj", "lm_head"])
+    with pytest.raises(UserError, match="a LoRA pair of output"):
+        tuning_of(base, adapter)
