@@ -1,19 +1,20 @@
 """Decoding: an `Engine` continues several token sequences together, each over its own keys and values.
 
 One forward pass gives all of them their next token, so the weights are read once for the whole batch. There is no
-padding: a pass holds one token of every reply under way, and the whole prompt of a new one. Where a reply ends, the
-next prompt takes its slot; what it shares with the slot's past is not computed again.
+padding: a pass holds one token of every reply under way, and a piece of a new prompt, so that a long one does not stop
+the others. Between passes replies end, are cancelled, and new ones take their slots; what a prompt shares with the past
+of any slot is copied from there, not computed again.
 
-Shapes: B replies under way, T tokens of a pass, V vocabulary, S width of an image.
+Shapes: B replies that get a token, T tokens of a pass, V vocabulary, S width of an image.
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate, takewhile
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -30,7 +31,15 @@ from llama_acc.core.tokenizer import StreamDecoder, Tokenizer
 
 # A temperature so low leaves one token anyway, and logits divided by less would overflow.
 _GREEDY_BELOW = 1e-6
+# Tokens that are put in order for top_p, if these are enough.
+_SORTED = 512
 _NO_PIXELS = torch.empty(0, dtype=torch.uint8)
+
+
+# Tokens of prompts in a pass.
+_CHUNK = 512
+# So few tokens are rather computed again than copied, kept or waited for.
+_FEW = 16
 
 
 class _Fed(NamedTuple):
@@ -42,7 +51,22 @@ class _Fed(NamedTuple):
     images: int
 
 
-_Message = tuple[Sequence[_Fed], list[int], Tensor]
+class _Pass(NamedTuple):
+    """What the model computes at once."""
+
+    fed: Sequence[_Fed]
+    """Those that get a token come first."""
+    tokens: Sequence[int]
+    """[T] of all, end to end, -1 where an image stands."""
+    pixels: Tensor
+    """[images, 3, S, S] of 0 to 255, empty for ranks that encode none."""
+    wanted: int
+    """B: of so many sequences, what follows is wanted."""
+
+
+_Message = tuple[Callable[..., Any], Sequence[Any]]
+"""A method of `Engine`, and what it is called with on every rank."""
+
 
 Pixels = Sequence[NDArray[np.uint8]]
 """Images, each [3, S, S] of 0 to 255, S the size that the model's encoder takes."""
@@ -52,46 +76,150 @@ Pixels = Sequence[NDArray[np.uint8]]
 class Sampling:
     """How the next token is chosen, and how many at most.
 
+    Of the tokens in the order of their probability, softmax(logits / temperature), `top_k`, then `top_p` and `min_p`
+    say how many are drawn from. Penalties, biases and `logprobs` are those of vLLM and OpenAI's API.
+
     Attributes:
-        temperature: 0 takes the likeliest token; above, probabilities are softmax(logits / temperature).
+        temperature: 0 takes the likeliest token.
         top_p: only the likeliest tokens that together reach this probability are drawn from.
         seed: of the generator; None = a new one each time.
+        top_k: only so many of the likeliest are drawn from; 0 = all.
+        min_p: only tokens of at least this part of the likeliest one's probability are drawn from.
+        repetition_penalty: logits of tokens in prompt or reply are divided by it, or multiplied where negative.
+        presence_penalty: is subtracted from the logits of tokens in the reply.
+        frequency_penalty: is subtracted as often as a token is in the reply.
+        logit_bias: is added to the logits of these tokens.
+        stop: strings before which a reply ends, besides the prompt format's.
+        stop_ids: tokens that end a reply, besides the tokenizer's.
+        logprobs: of each token so many of the likeliest are kept, with the logarithms of their probabilities and its
+            own, by the model's logits alone; None = nothing is kept.
     """
 
     temperature: float = 0.7
     top_p: float = 0.9
     seed: int | None = None
     max_new_tokens: int = 512
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: Sequence[str] = ()
+    stop_ids: Sequence[int] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"the temperature must be 0 or above, not {self.temperature}", "0 is greedy, 1 the model's")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top-p must be above 0 and at most 1, not {self.top_p}", "1 draws from all tokens")
+        if self.top_k < 0:
+            raise UserError(f"top-k must be 0 or above, not {self.top_k}", "0 draws from all tokens")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min-p must be from 0 to 1, not {self.min_p}", "0 draws from all tokens")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(f"the repetition penalty must be above 0, not {self.repetition_penalty}", "1 is none")
+        numbers = (self.presence_penalty, self.frequency_penalty, *self.logit_bias.values())
+        if not all(map(math.isfinite, numbers)):
+            raise UserError("penalties and biases of logits must be numbers", "-100 rules a token out, 100 asks for it")
+        if "" in self.stop:
+            raise UserError("a stop string has no characters")
         if self.max_new_tokens < 1:
             raise UserError(f"at least 1 new token must be allowed, not {self.max_new_tokens}")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise UserError(f"the seed must fit in 64 bits, but is {self.seed}")
 
+    @property
+    def changes_logits(self) -> bool:
+        """Whether a token's logit depends on more than the model."""
+        penalties = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)
+        return any(penalties) or bool(self.logit_bias)
+
+
+class Grammar(Protocol):
+    """What the text of a reply must be, token by token."""
+
+    def allowed(self) -> Tensor:
+        """Which tokens may follow, booleans [V]; at least one does."""
+
+    def advance(self, token: int) -> None:
+        """Takes the next token."""
+
+
+class TokenLogprobs(NamedTuple):
+    """The logarithm of a token's probability, and those of the likeliest tokens in its place."""
+
+    own: float
+    top: list[tuple[int, float]]
+
 
 class Sampler:
-    """Chooses tokens; what one sampler draws, over all its replies, follows from its seed."""
+    """Chooses the tokens of a reply, which follow from its seed, whatever else is generated."""
 
-    def __init__(self, sampling: Sampling) -> None:
-        self.sampling = sampling
+    def __init__(self, sampling: Sampling, grammar: Grammar | None = None) -> None:
+        self.sampling, self.grammar = sampling, grammar
+        self.is_argmax = sampling.temperature < _GREEDY_BELOW and not sampling.changes_logits and grammar is None
         self._random = torch.Generator(device="cpu")
         self._random.manual_seed(self._random.seed() if sampling.seed is None else sampling.seed)
+        self._counts = Counter[int]()
 
-    def __call__(self, logits: Tensor) -> int:
-        """A token out of [V] logits."""
-        if self.sampling.temperature < _GREEDY_BELOW:
+    def spawn(self) -> "Sampler":
+        """A sampler with the same settings and a seed of its own, the next that follows from this one's."""
+        seed = int(torch.randint(2**63 - 1, (), generator=self._random))
+        return Sampler(replace(self.sampling, seed=seed))
+
+    def __call__(self, logits: Tensor, prompt: Sequence[int] = ()) -> int:
+        """The next token, out of [V] logits, after a prompt and the tokens chosen before."""
+        if self.is_argmax:
             return int(logits.argmax())
-        # Drawn on the CPU, so that a seed gives the same answer on every device with the same logits.
-        probabilities = torch.softmax(logits.cpu() / self.sampling.temperature, -1)
-        ordered, order = probabilities.sort(descending=True, stable=True)
+        # On the CPU, so that a seed gives the same answer on every device with the same logits.
+        logits = logits.cpu()
+        if self.sampling.changes_logits:
+            logits = self._changed(logits.clone(), prompt)
+        if self.grammar is not None:
+            logits = logits.masked_fill(~self.grammar.allowed(), -math.inf)
+        token = int(logits.argmax()) if self.sampling.temperature < _GREEDY_BELOW else self._drawn(logits)
+        self._counts[token] += 1
+        if self.grammar is not None:
+            self.grammar.advance(token)
+        return token
+
+    def _changed(self, logits: Tensor, prompt: Sequence[int]) -> Tensor:
+        """With biases and penalties, in place."""
+        sampling, counts = self.sampling, self._counts
+        if sampling.repetition_penalty != 1:
+            seen = torch.tensor(sorted({*counts, *prompt} - {-1}))
+            values = logits[seen]
+            logits[seen] = torch.where(
+                values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty
+            )
+        if counts:
+            often = torch.tensor(list(counts.values()), dtype=logits.dtype)
+            logits[list(counts)] -= sampling.presence_penalty + sampling.frequency_penalty * often
+        if sampling.logit_bias:
+            logits[list(sampling.logit_bias)] += torch.tensor(list(sampling.logit_bias.values()))
+        return logits
+
+    def _drawn(self, logits: Tensor) -> int:
+        sampling = self.sampling
+        probabilities = torch.softmax(logits / sampling.temperature, -1)
+        if sampling.top_p == 1 and not sampling.top_k and not sampling.min_p:
+            return self._pick(probabilities)
+        ordered, order = probabilities.topk(min(sampling.top_k or _SORTED, len(probabilities)))
+        if not sampling.top_k and sampling.top_p > ordered.sum():
+            ordered, order = probabilities.sort(descending=True, stable=True)
+        share = ordered / ordered.sum() if sampling.top_k else ordered
         # Keep a token if those before it have not yet reached top_p; the first is always kept.
-        ordered[ordered.cumsum(-1) - ordered >= self.sampling.top_p] = 0.0
-        return int(order[torch.multinomial(ordered, 1, generator=self._random)])
+        kept = (share.cumsum(-1) - share < sampling.top_p) & (ordered >= sampling.min_p * ordered[0])
+        return int(order[self._pick(ordered[kept])])
+
+    def _pick(self, weights: Tensor) -> int:
+        """The place of a weight, drawn with a probability in proportion to it: one random number for each token."""
+        reached = weights.cumsum(-1, dtype=torch.float64)
+        drawn = torch.rand((), generator=self._random, dtype=torch.float64) * reached[-1]
+        place = int(torch.searchsorted(reached, drawn, right=True))
+        return place if place < len(weights) else int(weights.argmax())  # rounded up to the sum
 
 
 class Prompt(NamedTuple):
@@ -117,28 +245,45 @@ class Reply:
     Attributes:
         tokens: so far, without the one that ends it.
         text: so far. It ends at the prompt format's first stop string, and the beginning of one is held back.
-        ended: nothing more is to be generated.
+        logprobs: of these tokens, where they are asked for.
+        finish_reason: "stop": by an end token or stop string, "length": there is no room for more, "cancelled"; None:
+            it is under way.
     """
 
     def __init__(
-        self, prompt: Prompt, template: Template, tokenizer: Tokenizer, max_new_tokens: int, index: int = 0
+        self,
+        prompt: Prompt,
+        template: Template,
+        tokenizer: Tokenizer,
+        max_new_tokens: int,
+        index: int = 0,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
     ) -> None:
-        self.index = index
+        self.index, self.prompt = index, prompt
         self.tokens: list[int] = []
         self.text = ""
-        self.ended = False
-        self._end_ids, self._decoder, self._most = tokenizer.end_ids, StreamDecoder(tokenizer), max_new_tokens
-        self._stops, self._end = template.text_stops(tokenizer), template.text_end(tokenizer)
+        self.logprobs: list[TokenLogprobs] = []
+        self.finish_reason: Literal["stop", "length", "cancelled"] | None = None
+        self._end_ids, self._decoder = tokenizer.end_ids.union(stop_ids), StreamDecoder(tokenizer)
+        self._most = max_new_tokens
+        self._stops, self._end = [*template.text_stops(tokenizer), *stop], template.text_end(tokenizer)
         self._strip, self._spaces = prompt.strip, prompt.spaces
         self._held = "".join(self._decoder.push(token) for token in prompt.prefill)
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more is to be generated."""
+        return self.finish_reason is not None
 
     def push(self, token: int) -> str:
         """Takes the next token. Returns what comes to `text`."""
         if token in self._end_ids:
-            self.ended = True
+            self.finish_reason = "stop"
         else:
             self.tokens.append(token)
-            self.ended = len(self.tokens) >= self._most
+            if len(self.tokens) >= self._most:
+                self.finish_reason = "length"
             self._held += self._decoder.push(token)
         if self.ended:
             self._held += self._decoder.flush()
@@ -160,7 +305,7 @@ class Reply:
         """
         found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.ended = True
+            self.finish_reason = "stop"
             return self._held[: min(found)]
         if self.ended:
             return self._held.removesuffix(self._end)
@@ -172,116 +317,265 @@ class Reply:
 
 @dataclass
 class _Slot:
-    """The place of one sequence in the batch: what the model has seen of it, and what it is to see next."""
+    """The place of one sequence in the batch: what the model has seen of it, and what it is to see next.
+
+    `reply` None: it is free. `used` says when it was given away, in the order of requests.
+    """
 
     cache: KVCache
     seen: list[int] = field(default_factory=list)
     feed: list[int] = field(default_factory=list)
     new_images: Pixels = ()
     images: Pixels = ()
+    reply: Reply | None = None
+    sampler: Sampler | None = None
+    used: int = 0
 
-    def take(self, prompt: Prompt) -> None:
-        """Keeps of the past what the prompt begins with; the rest of the prompt is to be fed."""
-        tokens = list(prompt.tokens)
+    def shared(self, prompt: Prompt, begun: bool = False) -> int:
+        """How many tokens of a prompt the model has seen here; `begun`: or is about to see."""
         # The last token of the prompt is always fed: its output is needed.
-        alike = takewhile(lambda pair: pair[0] == pair[1], zip(self.seen, tokens[:-1], strict=False))
-        shared = sum(1 for _ in alike)
-        if [*map(id, prompt.images)] != [*map(id, self.images)] or -1 in tokens[shared:]:
-            shared = 0
-        self.seen, self.feed = tokens[:shared], tokens[shared:]
+        seen, tokens = self.seen + self.feed if begun else self.seen, prompt.tokens[:-1]
+        both = min(len(seen), len(tokens))
+        different = (i for i in range(both) if seen[i] != tokens[i])
+        count = both if seen[:both] == list(tokens[:both]) else next(different)
+        pairs = zip(prompt.images, self.images, strict=False)
+        alike = len(prompt.images) == len(self.images) and all(a is b or np.array_equal(a, b) for a, b in pairs)
+        return count if alike and -1 not in prompt.tokens[count:] else 0
+
+    def take(self, prompt: Prompt, shared: int) -> None:
+        """Its past is the beginning of the prompt; the rest of the prompt is to be fed."""
+        self.seen, self.feed = list(prompt.tokens[:shared]), list(prompt.tokens[shared:])
         self.new_images, self.images = () if shared else prompt.images, prompt.images
 
-    def fed(self, token: int) -> None:
-        """Notes that the model has seen the feed, and what it is to see next."""
-        self.seen += self.feed
-        self.feed, self.new_images = [token], ()
+    def fed(self, count: int) -> None:
+        """Notes that the model has seen so many tokens of the feed."""
+        self.seen += self.feed[:count]
+        self.feed, self.new_images = self.feed[count:], ()
 
 
 class Engine:
-    """Generates replies.
+    """Generates replies: `add` them, `step` until they have ended. It has no threads; all calls come from one.
 
     Where several ranks share the model, rank 0 generates and the others `follow` it; they keep the past of one engine,
-    so there may be one at a time, and one `generate` of it.
+    so there may be one at a time.
+
+    Attributes:
+        slots: so many replies are under way at a time, the others wait for their turn.
+        context: most tokens of a prompt and its reply.
+        chunk: most tokens of prompts in a pass.
     """
 
-    def __init__(self, loaded: LoadedModel) -> None:
-        self.loaded = loaded
+    def __init__(self, loaded: LoadedModel, slots: int = 1, context: int | None = None, chunk: int = _CHUNK) -> None:
+        self.loaded, self.slots, self.chunk = loaded, slots, chunk
+        self.context = min(context or loaded.model.config.max_seq_len, loaded.model.config.max_seq_len)
+        self.waiting: list[tuple[Reply, Sampler]] = []
+        self._slots: list[_Slot] = []
+        self._caches = [KVCache(loaded.model.config.n_layers)]
+        self._taken = 0
         # What inference mode leaves behind, such as the table of rotations, could not be trained with.
         trains = any(parameter.requires_grad for parameter in loaded.model.parameters())
         self._without_gradients = torch.no_grad if trains else torch.inference_mode
-        self._slots = defaultdict[int, _Slot](lambda: _Slot(KVCache(loaded.model.config.n_layers)))
+
+    @property
+    def running(self) -> list[Reply]:
+        """The replies that have a slot."""
+        return [slot.reply for slot in self._slots if slot.reply is not None]
+
+    def add(self, prompt: Prompt, sampler: Sampler, index: int = 0) -> Reply:
+        """A reply that the next steps generate, once it has a slot; each has a sampler of its own.
+
+        Raises:
+            UserError: the prompt leaves no room in the context; a token is not in the vocabulary.
+        """
+        loaded, sampling = self.loaded, sampler.sampling
+        room = self.context - len(prompt.tokens)
+        if room < 1:
+            raise UserError(f"the prompt has {len(prompt.tokens)} tokens, the context is {self.context}")
+        rows = loaded.model.config.vocab_size
+        if unknown := [token for token in sampling.logit_bias if not 0 <= token < rows]:
+            raise UserError(f"logit_bias is for tokens of the vocabulary, 0 to {rows - 1}, not {unknown[0]}")
+        most = min(sampling.max_new_tokens, room)
+        reply = Reply(prompt, loaded.template, loaded.tokenizer, most, index, sampling.stop, sampling.stop_ids)
+        self.waiting.append((reply, sampler))
+        return reply
+
+    def cancel(self, reply: Reply) -> None:
+        """Ends a reply, if it has not; its slot is free at once."""
+        self.waiting = [one for one in self.waiting if one[0] is not reply]
+        for slot in self._slots:
+            if slot.reply is reply:
+                slot.reply = None
+        reply.finish_reason = reply.finish_reason or "cancelled"
+
+    def step(self) -> list[tuple[Reply, str]]:
+        """Makes one pass. Returns the replies that got a token, each with what came to its text; see `Reply`."""
+        self._give_slots()
+        planned = self._plan()
+        if not planned:
+            return []
+        logits = self._logits(planned)
+        events = []
+        likeliest = logits.argmax(-1).tolist()
+        for (slot, count), row, first in zip(planned, logits, likeliest, strict=False):
+            slot.fed(count)
+            reply, sampler = slot.reply, slot.sampler
+            assert reply is not None
+            assert sampler is not None
+            token = first if sampler.is_argmax else sampler(row, reply.prompt.tokens)
+            if sampler.sampling.logprobs is not None:
+                reply.logprobs.append(_logprobs(row, token, sampler.sampling.logprobs))
+            slot.feed = [token]
+            events.append((reply, reply.push(token)))
+            if reply.ended:
+                slot.reply = None
+        for slot, count in planned[len(events) :]:
+            slot.fed(count)
+        return events
 
     def generate(self, prompts: Iterable[Prompt], sampler: Sampler, batch_size: int = 1) -> Iterator[tuple[Reply, str]]:
         """Replies token by token: a pair of the reply and what came to its text; its last pair has it `ended`.
 
         Greedy ones are those of one prompt at a time, up to the rounding of a product of more rows. Prompts are asked
-        for when their turn comes; at most `batch_size` replies are under way at a time.
+        for when their turn comes; at most `batch_size` replies are under way at a time, each with a seed that follows
+        from the sampler's.
         """
-        template, tokenizer = self.loaded.template, self.loaded.tokenizer
-        waiting = enumerate(prompts)
-        running: dict[int, Reply] = {}
-        while True:
-            free = [number for number in range(batch_size) if number not in running]
-            for number, (index, prompt) in zip(free, waiting, strict=False):
-                self._slots[number].take(prompt)
-                room = self.loaded.model.config.max_seq_len - len(prompt.tokens)
-                running[number] = Reply(prompt, template, tokenizer, min(sampler.sampling.max_new_tokens, room), index)
-            if not running:
-                return
-            for (number, reply), logits in zip(list(running.items()), self._logits(list(running)), strict=True):
-                token = sampler(logits)
-                self._slots[number].fed(token)
-                text = reply.push(token)
-                if reply.ended:
-                    del running[number]
-                yield reply, text
+        self.slots = max(self.slots, batch_size)
+        waiting, running = enumerate(prompts), list[Reply]()
+        try:
+            while True:
+                for _, (index, prompt) in zip(range(batch_size - len(running)), waiting, strict=False):
+                    running.append(self.add(prompt, sampler.spawn(), index))
+                if not running:
+                    return
+                for reply, text in self.step():
+                    if reply.ended:
+                        running.remove(reply)
+                    yield reply, text
+        finally:
+            for reply in running:
+                self.cancel(reply)
 
-    def _logits(self, numbers: list[int]) -> Tensor:
-        """[B, V] of what follows the sequences in these slots."""
-        slots, vision = [self._slots[number] for number in numbers], self.loaded.vision
-        fed = [
-            _Fed(number, len(slot.seen), len(slot.feed), len(slot.new_images))
-            for number, slot in zip(numbers, slots, strict=True)
-        ]
-        tokens = [token for slot in slots for token in slot.feed]
-        images = [image for slot in slots for image in slot.new_images]
+    def _give_slots(self) -> None:
+        """Gives free slots to those that wait, in their order."""
+        left = []
+        for place, (reply, sampler) in enumerate(self.waiting):
+            free = [slot for slot in self._slots if slot.reply is None]
+            if len(self._slots) < self.slots:
+                free.append(self._new_slot())
+            if not free:
+                left += self.waiting[place:]
+                break
+            past = [(slot.shared(reply.prompt), slot.reply is None) for slot in self._slots]
+            shared, is_free = max(past)
+            begun = (slot.shared(reply.prompt, True) for slot in self._slots if slot.reply is not None)
+            if max(begun, default=0) - shared > _FEW:
+                left.append((reply, sampler))
+                continue
+            source = self._slots[past.index((shared, is_free))]
+            # A past that goes on stays where it is; of another, the beginning is copied in place of the oldest past.
+            goes_on = is_free and len(source.seen) - shared <= _FEW
+            slot = source if goes_on else min(free, key=lambda slot: slot.used)
+            if slot is not source and shared <= _FEW:
+                shared = 0
+            elif slot is not source:
+                slot.seen, copy = [], (source.cache.slot, slot.cache.slot, shared)
+                self._tell((Engine._copy, copy))
+                self._copy(*copy)
+            self._taken += 1
+            slot.reply, slot.sampler, slot.used = reply, sampler, self._taken
+            slot.take(reply.prompt, shared)
+        self.waiting = left
+
+    def _new_slot(self) -> _Slot:
+        self._slots.append(_Slot(self._cache(len(self._slots))))
+        return self._slots[-1]
+
+    def _cache(self, slot: int) -> KVCache:
+        while slot >= len(self._caches):
+            self._caches.append(self._caches[0].beside(len(self._caches)))
+        return self._caches[slot]
+
+    def _plan(self) -> list[tuple[_Slot, int]]:
+        """The slots of the next pass and how many tokens of each feed; first those that get a token from it."""
+        last, beginnings, room = [], [], self.chunk
+        busy = [slot for slot in self._slots if slot.reply is not None]
+        for slot in sorted(busy, key=lambda slot: slot.used) if len(busy) > 1 else busy:
+            length = len(slot.feed)
+            if length > 1:
+                # All images of a prompt come into the stream at once.
+                images = [place for place, token in enumerate(slot.feed, 1) if token < 0] if slot.new_images else []
+                length = min(length, max([room, *images[-1:]]))
+                room -= length
+            if length == len(slot.feed):
+                last.append((slot, length))
+            elif length > 0:
+                beginnings.append((slot, length))
+        # Single tokens attend together where they come first.
+        last.sort(key=lambda planned: (planned[1] > 1, planned[0].cache.slot))
+        return last + beginnings
+
+    def _logits(self, planned: Sequence[tuple[_Slot, int]]) -> Tensor:
+        """[B, V] of what follows the sequences whose feed is taken whole."""
+        fed = [_Fed(slot.cache.slot, len(slot.seen), count, len(slot.new_images)) for slot, count in planned]
+        tokens = [token for slot, count in planned for token in slot.feed[:count]]
+        images = [image for slot, _ in planned for image in slot.new_images]
         pixels = torch.from_numpy(np.stack(images)) if images else _NO_PIXELS
+        wanted = sum(count == len(slot.feed) for slot, count in planned)
+        one, vision = _Pass(fed, tokens, pixels, wanted), self.loaded.vision
+        all_encode = vision is not None and vision.trains_encoder
+        self._tell((Engine._forward, [one if all_encode else one._replace(pixels=_NO_PIXELS)]))
+        return self._forward(one)
+
+    def _tell(self, message: _Message) -> None:
+        """Lets the ranks that `follow` compute it, too."""
         if self.loaded.model.parallel.world_size > 1:
-            all_encode = vision is not None and vision.trains_encoder
-            _broadcast(self.loaded, (fed, tokens, pixels if all_encode else _NO_PIXELS))
-        return self._forward(fed, tokens, pixels)
+            _broadcast(self.loaded, message)
 
     def follow(self) -> None:
         """Computes this rank's part of what rank 0 generates, until that calls `stop_followers`."""
         while (message := _broadcast(self.loaded, None)) is not None:
-            self._forward(*message)
+            compute, given = message
+            compute(self, *given)
 
-    def _forward(self, fed: Sequence[_Fed], tokens: list[int], pixels: Tensor) -> Tensor:
-        """[B, V] logits of what follows each sequence. `tokens` [T] are those of all, end to end, -1 where an image
-        stands; `pixels` [images, 3, S, S] of 0 to 255, empty on ranks that encode none."""
-        model, device = self.loaded.model, self.loaded.device
-        caches = [self._slots[one.slot].cache for one in fed]
-        for cache, one in zip(caches, fed, strict=True):
-            cache.truncate(one.keep)
-        positions = [position for one in fed for position in range(one.keep, one.keep + one.length)]
-        owners = [document for document, one in enumerate(fed) for _ in range(one.images)]
-        stream, seen = torch.tensor(tokens, device=device), None
+    def _copy(self, source: int, target: int, length: int) -> None:
+        """Gives a slot the first positions of another one's past."""
+        with self._without_gradients():
+            self._cache(target).copy(self._cache(source), length)
+
+    def _forward(self, one: _Pass) -> Tensor:
+        """[B, V] logits of what follows the sequences of which it is wanted."""
+        model, device, fed = self.loaded.model, self.loaded.device, one.fed
+        caches = [self._cache(part.slot) for part in fed]
+        for cache, part in zip(caches, fed, strict=True):
+            cache.truncate(part.keep)
+        positions = [position for part in fed for position in range(part.keep, part.keep + part.length)]
+        owners = [document for document, part in enumerate(fed) for _ in range(part.images)]
+        stream, seen = torch.tensor(one.tokens, device=device), None
         if owners:
             encoder = self.loaded.vision_encoder
             assert encoder is not None
-            inputs = encoder.inputs(len(owners), partial(encoder.encode, pixels))
+            inputs = encoder.inputs(len(owners), partial(encoder.encode, one.pixels))
             seen = Images(inputs, (stream < 0).nonzero().flatten(), owners)
             stream = stream.clamp(min=0)
-        lengths = [one.length for one in fed]
+        lengths = [part.length for part in fed]
         with self._without_gradients():
             hidden = model(stream, torch.tensor(positions, device=device), lengths, caches=caches, images=seen)
-            if len(tokens) > len(fed):
-                hidden = hidden[[end - 1 for end in accumulate(lengths)]]
+            if not one.wanted:
+                return hidden.new_empty(0, 1)
+            if len(one.tokens) > one.wanted:
+                hidden = hidden[[end - 1 for end in accumulate(lengths[: one.wanted])]]
             return model.logits(hidden)
 
 
+def _logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
+    """Of a token out of [V] logits."""
+    logs = torch.log_softmax(logits, -1)
+    values, tokens = logs.topk(min(count, len(logs)))
+    return TokenLogprobs(float(logs[token]), list(zip(tokens.tolist(), values.tolist(), strict=True)))
+
+
 def _broadcast(loaded: LoadedModel, message: _Message | None) -> _Message | None:
-    """What rank 0 gives to `_forward`, on every rank; None ends it. Pickled: only between processes of one run."""
+    """What rank 0 computes, on every rank; None ends it. Pickled: only between processes of one run."""
     held = [message]
     dist.broadcast_object_list(held, 0, group=loaded.model.parallel.control)
     return held[0]

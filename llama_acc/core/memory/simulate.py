@@ -199,7 +199,8 @@ def _generate(setup: Setup, length: int) -> Trace:
 
 def _converse(model: Transformer, tracker: MemoryTracker, count: int, length: int) -> None:
     """Lets a model have so many conversations at a time, of `length` tokens each."""
-    caches = [KVCache(model.config.n_layers) for _ in range(count)]
+    first = KVCache(model.config.n_layers)
+    caches = [first.beside(slot) for slot in range(count)]
     for span in _feeds(length):
         tracker.at(Phase("prompt" if len(span) > 1 else "generation"))
         feed(model, caches, span, CPU)

@@ -5,7 +5,7 @@ those of this rank: model parallelism deals them out whole, a query head with it
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice, takewhile
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -38,44 +38,78 @@ class PrefixHeads(NamedTuple):
 
 
 class LayerCache:
-    """Keys and values of one layer's past, [K, S, D] each; room is doubled when it runs out.
+    """Keys and values of one layer's past of some documents, [slots, K, S, D] each, a document to a slot.
+
+    There is room for the slots that have been used; S is doubled when it runs out.
 
     Attributes:
-        prefix: those of the layer's prefix, once they are made.
+        prefixes: those of the layer's prefix, by slot, once they are made.
     """
 
     def __init__(self) -> None:
-        self.keys = self.values = torch.empty(0, 0, 0)
-        self.prefix: PrefixHeads | None = None
+        self.keys = self.values = torch.empty(0, 0, 0, 0)
+        self.prefixes: dict[int, PrefixHeads] = {}
+        self._slots: list[tuple[Tensor, Tensor]] = []
 
-    def append(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    def append(self, k: Tensor, v: Tensor, start: int, slot: int = 0) -> tuple[Tensor, Tensor]:
         """Stores [T, K, D] keys and values from position `start` on; returns all up to there, [K, start+T, D]."""
         end = start + k.shape[0]
-        if end > self.keys.shape[1]:
-            shape = (k.shape[1], max(256, 1 << (end - 1).bit_length()), k.shape[2])
-            keys, values = k.new_empty(shape), v.new_empty(shape)
-            if start:
-                keys[:, :start] = self.keys[:, :start]
-                values[:, :start] = self.values[:, :start]
-            self.keys, self.values = keys, values
-        self.keys[:, start:end] = k.transpose(0, 1)
-        self.values[:, start:end] = v.transpose(0, 1)
-        return self.keys[:, :end], self.values[:, :end]
+        if slot >= len(self._slots) or end > self.keys.shape[2]:
+            self.make_room(k, slot + 1, end)
+        keys, values = self._slots[slot]
+        keys[:, start:end] = k.transpose(0, 1)
+        values[:, start:end] = v.transpose(0, 1)
+        return keys[:, :end], values[:, :end]
+
+    def make_room(self, like: Tensor, slots: int, positions: int) -> None:
+        """Has room for so many positions in so many slots, of keys like these, [T, K, D]."""
+        old_slots, _, old_positions, _ = self.keys.shape
+        if slots <= old_slots and positions <= old_positions:
+            return
+        room = max(256, 1 << (positions - 1).bit_length(), old_positions)
+        shape = (max(slots, old_slots), like.shape[1], room, like.shape[2])
+        # Zeros: what is masked still meets a weight of 0.
+        keys, values = like.new_zeros(shape), like.new_zeros(shape)
+        if old_slots:
+            keys[:old_slots, :, :old_positions] = self.keys
+            values[:old_slots, :, :old_positions] = self.values
+        self.keys, self.values = keys, values
+        self._slots = list(zip(keys.unbind(), values.unbind(), strict=True))
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Gives a slot the first positions of another one, and its prefix."""
+        self.make_room(self.keys[0].transpose(0, 1), target + 1, length)
+        for kept in (self.keys, self.values):
+            kept[target, :, :length] = kept[source, :, :length]
+        if source in self.prefixes:
+            self.prefixes[target] = self.prefixes[source]
 
 
 class KVCache:
-    """The keys and values of all layers for one document. `length` positions of it are valid."""
+    """The keys and values of all layers for one document, in a slot of theirs. `length` positions of it are valid."""
 
     def __init__(self, n_layers: int) -> None:
         self.layers = [LayerCache() for _ in range(n_layers)]
-        self.length = 0
+        self.slot = self.length = 0
+
+    def beside(self, slot: int) -> "KVCache":
+        """That of another document, in another slot of the same layers: those of a pass are beside each other."""
+        other = KVCache(0)
+        other.layers, other.slot = self.layers, slot
+        return other
 
     def truncate(self, length: int) -> None:
         """Forgets every position from `length` on; of nothing left, the prefix is forgotten, too."""
         self.length = min(self.length, length)
         if not self.length:
             for layer in self.layers:
-                layer.prefix = None
+                layer.prefixes.pop(self.slot, None)
+
+    def copy(self, other: "KVCache", length: int) -> None:
+        """Takes the first positions of another one of the same layers in place of its own."""
+        for layer in self.layers:
+            layer.copy(other.slot, self.slot, length)
+        self.length = length
 
 
 class Attend(Protocol):
@@ -286,37 +320,91 @@ def _attend_cached(q: Tensor, keys: Tensor, values: Tensor, window: int | None) 
 class CachedAttention:
     """The new positions of each document attend to its past and to themselves; they are added to its cache.
 
-    Documents, `layers` and `starts` go together: what a document has kept, and how many positions that is.
+    Attributes:
+        layer: the number of the block that computes.
     """
 
-    def __init__(
-        self, layers: Sequence[LayerCache], starts: Sequence[int], lengths: Sequence[int], rotations: Tensor
-    ) -> None:
-        self.layers = layers
-        self.starts = starts
-        self.lengths = lengths
-        self.rotations = rotations
+    def __init__(self, caches: Sequence[KVCache], lengths: Sequence[int], rotations: Tensor) -> None:
+        """`caches` go with `lengths`, and are beside each other."""
+        self.layer = 0
+        self.lengths, self.rotations = lengths, rotations
+        self._layers = caches[0].layers
+        self._slots = [cache.slot for cache in caches]
+        self._starts = [cache.length for cache in caches]
+        self._places = list(document_slices(lengths))
+        count = sum(1 for _ in takewhile(lambda length: length == 1, lengths))
+        together = _SingleTokens(self._slots[:count], self._starts[:count], rotations.device) if count > 1 else None
+        self._together = together if together is not None and together.is_worthwhile else None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotates: bool = True, window: int | None = None) -> Tensor:
+        layer = self._layers[self.layer]
         if rotates:
             # Queries and keys are rotated together: for a single token the calls cost more than their work.
             q, k = rotate(torch.cat((q, k), 1), self.rotations).split((q.shape[1], k.shape[1]), 1)
-        if len(self.layers) == 1:  # nothing is cut and joined: for a single token each call counts
-            return _attend_cached(q, *self.layers[0].append(k, v, self.starts[0]), window).flatten(1)
-        outputs = [
-            _attend_cached(q[document], *layer.append(k[document], v[document], start), window)
-            for layer, start, document in zip(self.layers, self.starts, document_slices(self.lengths), strict=True)
-        ]
+        if len(self._slots) == 1:  # nothing is cut and joined: for a single token each call counts
+            return _attend_cached(q, *layer.append(k, v, self._starts[0], self._slots[0]), window).flatten(1)
+        outputs = []
+        count = 0
+        if self._together is not None:
+            count = len(self._together.slots)
+            outputs.append(self._together.attend(layer, q[:count], k[:count], v[:count], window))
+        documents = zip(self._places, self._starts, self._slots, strict=True)
+        for own, start, slot in islice(documents, count, None):
+            outputs.append(_attend_cached(q[own], *layer.append(k[own], v[own], start, slot), window))
         return torch.cat(outputs).flatten(1)
 
     def prefix_heads(self, common: bool, make: Callable[[], list[PrefixHeads]]) -> list[PrefixHeads]:
-        known = [layer.prefix for layer in self.layers if layer.prefix is not None]
-        if len(known) < len(self.layers):
+        kept = self._layers[self.layer].prefixes
+        known = [kept[slot] for slot in self._slots if slot in kept]
+        if len(known) < len(self._slots):
             made = [heads for heads in known if heads.common and common][:1] or make()
-            for document, layer in enumerate(self.layers):
-                layer.prefix = layer.prefix or made[0 if common else document]
-        heads = [layer.prefix for layer in self.layers if layer.prefix is not None]
+            for document, slot in enumerate(self._slots):
+                kept.setdefault(slot, made[0 if common else document])
+        heads = [kept[slot] for slot in self._slots]
         return heads[:1] if all(other is heads[0] for other in heads) else heads
+
+
+class _SingleTokens:
+    """Documents of one new token each, which attend to their slots [B, K, S, D] in one call.
+
+    Shapes: B slots from the first of theirs to the last.
+    """
+
+    def __init__(self, slots: Sequence[int], positions: Sequence[int], device: torch.device) -> None:
+        """`positions` are those of the new tokens."""
+        self.slots, self.positions = torch.tensor([slots, positions], device=device)
+        self._first, self._end = min(slots), max(slots) + 1
+        self._shortest, self._longest = min(positions) + 1, max(positions) + 1
+        self._rows = None if list(slots) == list(range(self._first, self._end)) else self.slots - self._first
+        computed = (self._end - self._first) * self._longest
+        # On a CPU time is that of the work, else it is that of the calls.
+        self.is_worthwhile = device_type(self.slots) != "cpu" or computed <= 2 * (sum(positions) + len(positions))
+        self._masks: dict[int | None, Tensor] = {}
+
+    def attend(self, layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """The outputs [T, H, D] for queries of this shape and keys and values [T, K, D], which are stored."""
+        layer.make_room(k, self._end, self._longest)
+        layer.keys[self.slots, :, self.positions] = k
+        layer.values[self.slots, :, self.positions] = v
+        begin = 0 if window is None else max(0, self._shortest - window)
+        keys, values = (x[self._first : self._end, :, begin : self._longest] for x in (layer.keys, layer.values))
+        if self._rows is not None:
+            q = q.new_zeros(len(keys), *q.shape[1:]).index_copy_(0, self._rows, q)
+        grouped = q.reshape(len(keys), keys.shape[1], -1, q.shape[2])
+        output = F.scaled_dot_product_attention(grouped, keys, values, self._mask(begin, window, q.dtype))
+        output = output.reshape(q.shape)
+        return output if self._rows is None else output[self._rows]
+
+    def _mask(self, begin: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[B, 1, 1, S] to be added to scores; it is the same in all blocks of that window."""
+        if window not in self._masks:
+            seen = torch.arange(begin, self._longest, device=self.slots.device)
+            last = torch.full((self._end - self._first, 1), self._longest - 1, device=self.slots.device)
+            last[self.slots - self._first, 0] = self.positions
+            hidden = (seen > last) if window is None else (seen > last) | (seen <= last - window)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+            self._masks[window] = mask[:, None, None]
+        return self._masks[window]
 
 
 def keep_out_of_graphs() -> None:

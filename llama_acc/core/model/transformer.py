@@ -151,7 +151,7 @@ class Transformer(nn.Module):
             lengths: length of each document; their sum is T. Attention never crosses a document.
             targets: [T] the token to predict at each place, -100 = none.
             loss_scale: factor on the summed loss.
-            caches: the past of each document, which its tokens continue; they are advanced.
+            caches: the past of each document, which its tokens continue; they are advanced. See `KVCache.beside`.
             images: those of the stream; what `tokens` has at their places does not matter.
             draws: a random number of 32 bits for each document, for what is random in training; none: nothing is.
             bounds: [documents + 1] where documents begin and end, int32; as `labeled`, it follows from the others, and
@@ -169,11 +169,11 @@ class Transformer(nn.Module):
             self.before_blocks(lengths, draws)
         starts = [0] * len(lengths) if caches is None else [past.length for past in caches]
         rotations = self._rotations_at(positions, lengths, list(map(add, starts, lengths)))
-        documents = DocumentAttention(lengths, rotations, bounds)
+        cached = None if caches is None else CachedAttention(caches, lengths, rotations)
+        attend: Attend = cached or DocumentAttention(lengths, rotations, bounds)
         for i, layer in enumerate(self.layers):
-            attend: Attend = documents
-            if caches is not None:
-                attend = CachedAttention([past.layers[i] for past in caches], starts, lengths, rotations)
+            if cached is not None:
+                cached.layer = i
             extra = None if self.attention_extra is None else self.attention_extra(i, added)
             x = self.run_block(layer, x, attend, extra)
         for past, length in zip(caches or (), lengths, strict=False):

@@ -52,7 +52,8 @@ def test_cached_and_chunked_the_logits_are_the_same(name: str) -> None:
     documents = documents_of(tower, vision, [1, 0, 1])
     expected = logits_of(model, documents)
     tokens, positions, lengths, images = stream_of(documents, vision)
-    caches = [KVCache(SMALL.n_layers) for _ in documents]
+    first_cache = KVCache(SMALL.n_layers)
+    caches = [first_cache.beside(slot) for slot in range(len(documents))]
     # All but the last three tokens of each at first, then one at a time.
     with torch.no_grad():
         starts = [sum(lengths[:i]) for i in range(3)]
