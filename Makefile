@@ -25,7 +25,7 @@ $(INSTALLED): $(BIN)/python pyproject.toml
 	@touch $@
 
 $(INSTALLED_DEV): $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,eval]'
 	@touch $@ $(INSTALLED)
 
 install: $(INSTALLED)

@@ -172,6 +172,7 @@ for format, command in convert_data.COMMANDS.items():
 convert_data.app.command("check")(_reported(check_data.check))
 evaluate.app.command()(_reported(evaluate.gorilla))
 evaluate.app.command()(_reported(evaluate.perplexity))
+evaluate.app.command()(_reported(evaluate.lm_eval, joins=True))
 recipes.app.callback(invoke_without_command=True)(_reported(recipes.default))
 recipes.app.command("list")(_reported(recipes.list_recipes))
 recipes.app.command()(_reported(recipes.show))

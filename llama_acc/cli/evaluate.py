@@ -4,25 +4,29 @@ import dataclasses
 import json
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-from typer import Option
+from typer import Argument, Option
 
 from llama_acc.cli import console, options
-from llama_acc.cli.loading import ModelOptions, load_distributed
+from llama_acc.cli.loading import ModelOptions, launch_model, load_distributed
+from llama_acc.core.atomic import write_text_whole
+from llama_acc.core.distributed import environment
 from llama_acc.core.errors import UserError
 from llama_acc.core.text import count_text
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="""Measure a checkpoint: Gorilla's benchmark of API calls, or perplexity on data of yours.
+    help="""Measure a checkpoint: lm-evaluation-harness's tasks, Gorilla's API calls, or perplexity on data of yours.
 
 Examples:
 
   llama-acc evaluate gorilla --hub torchhub --api torchhub_api.jsonl --questions torchhub_eval.json --ckpt runs/gorilla
 
   llama-acc evaluate perplexity --ckpt runs/alpaca --data held-out.json
+
+  llama-acc evaluate lm-eval hellaswag --ckpt runs/alpaca
 """,
 )
 
@@ -93,9 +97,7 @@ def gorilla(
             left_out = count_text(len(evaluation) - len(asked), "line")
             console.note(f"left out of {questions}: {left_out} without a question, of {len(evaluation):,}")
         responses = Path(f"responses_{hub}.jsonl") if output is None else output
-        if not responses.parent.is_dir():
-            folder = responses.parent
-            raise UserError(f"cannot write {responses}: there is no folder {folder}", f"mkdir -p {folder}")
+        _check_writable(responses)
         model = ModelOptions(ckpt, device, tokenizer, template, verify, quantize)
         with load_distributed(model) as loaded, console.Progress("question") as progress:
             answer_questions(
@@ -116,6 +118,11 @@ def gorilla(
     else:
         figures = [*(f"{share:.2f}" for share in shares.values()), f"{found.responses:,}"]
         console.table([["hub", *shares, "responses"], [hub, *figures]])
+
+
+def _check_writable(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}", f"mkdir -p {path.parent}")
 
 
 def _check_who_answers(context: typer.Context, ckpt: list[str] | None, responses: Path | None) -> None:
@@ -173,3 +180,106 @@ def perplexity(
         return
     shown = [(name, f"{fact:.4f}" if isinstance(fact, float) else f"{fact:,}") for name, fact in facts.items()]
     console.pairs([*shown, ("template", loaded.template.name)], console.out)
+
+
+def lm_eval(
+    tasks: Annotated[
+        list[str],
+        Argument(metavar="TASK...", help="The harness's tasks, groups, tags or globs; YAML files.", show_default=False),
+    ],
+    ckpt: options.Checkpoints,
+    include_path: Annotated[
+        Path | None, Option(metavar="DIR", exists=True, file_okay=False, help="A folder with tasks of yours, in YAML.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, Option(min=0, help="Examples in front of a question. Without it: as a task says.")
+    ] = None,
+    limit: Annotated[float | None, Option(min=0, help="Questions of each task; below 1, the share of them.")] = None,
+    apply_chat_template: Annotated[
+        bool, Option("--apply-chat-template", help="Ask in the checkpoint's prompt format.")
+    ] = False,
+    system_instruction: Annotated[str | None, Option(metavar="TEXT", help="In front of every question.")] = None,
+    fewshot_as_multiturn: Annotated[
+        bool, Option(help="With a chat template, examples are turns; else they stand in the question.")
+    ] = True,
+    gen_kwargs: Annotated[
+        str | None, Option(metavar="KEY=VALUE,...", help="How answers are generated, such as max_gen_toks=64.")
+    ] = None,
+    batch_tokens: Annotated[int, Option(min=1, help="Tokens computed at a time; memory grows with it.")] = 8192,
+    output: Annotated[Path | None, Option(metavar="FILE", help="Write the results as JSON.")] = None,
+    log_samples: Annotated[
+        bool, Option("--log-samples", help="Write every question and answer into the output, too.")
+    ] = False,
+    template: options.Template = "auto",
+    tokenizer: options.TokenizerFile = None,
+    quantize: options.Quantize = None,
+    device: options.Device = None,
+    verify: options.Verify = False,
+    nproc: options.Nproc = None,
+    as_json: options.Json = False,
+) -> None:
+    """Run tasks of lm-evaluation-harness on a checkpoint as it is: an adapter, in NF4, shared by several processes.
+
+    Examples:
+
+      llama-acc evaluate lm-eval hellaswag 'mmlu_*' --ckpt runs/alpaca --output results.json
+
+      llama-acc evaluate lm-eval gsm8k --ckpt runs/alpaca --apply-chat-template --num-fewshot 5 --limit 100
+
+      llama-acc evaluate lm-eval my-task --include-path tasks --ckpt runs/sharegpt-70b --nproc 4 --json
+    """
+    if log_samples and output is None:
+        raise UserError("--log-samples writes into the --output", "give --output FILE")
+    if output is not None:
+        _check_writable(output)
+    launch_model(nproc, device, ckpt)
+    if environment.is_main():
+        console.working("loading lm-evaluation-harness")
+        from llama_acc.core.evaluate.lm_eval import EngineLM, load_tasks, run_tasks
+        from llama_acc.core.generate.load import checkpoint_fingerprint
+
+        console.working("loading the tasks")
+        found = load_tasks(tasks, include_path)
+    asked: dict[str, Any] = {
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+        "apply_chat_template": apply_chat_template,
+        "system_instruction": system_instruction,
+        "fewshot_as_multiturn": fewshot_as_multiturn,
+        "gen_kwargs": gen_kwargs,
+    }
+    with load_distributed(ModelOptions(ckpt, device, tokenizer, template, verify, quantize)) as loaded:
+        if not environment.is_main():
+            return
+        with console.Progress("request") as progress:
+            model = EngineLM(loaded, batch_tokens, progress)
+            results = run_tasks(model, found, **asked)
+    if model.truncated:
+        console.note(f"cut on the left, to the model's context: {count_text(model.truncated, 'request')}")
+    if model.without_system:
+        console.note(f"without a system text, which the template refuses: {count_text(model.without_system, 'prompt')}")
+    about = {"ckpt": ckpt, "fingerprint": checkpoint_fingerprint(ckpt), "template": loaded.template.name}
+    results["config"] = {**about, "nf4": loaded.model.is_quantized, **asked}
+    if not log_samples:
+        del results["samples"]
+    if output is not None:
+        write_text_whole(output, json.dumps(results, indent=1) + "\n")
+        console.note(f"wrote {output}")
+    if as_json:
+        typer.echo(json.dumps(results, indent=1))
+    else:
+        console.table(_rows(results), "<<>")
+
+
+def _rows(results: dict[str, Any]) -> list[list[str]]:
+    """A row for each metric of each task and group."""
+    rows = [["task", "metric", "value", "stderr", "n-shot"]]
+    for task, figures in results["results"].items():
+        for key, value in figures.items():
+            metric, _, answers = key.partition(",")
+            if answers and not metric.endswith("_stderr"):
+                error = figures.get(f"{metric}_stderr,{answers}", "")
+                name = metric if answers == "none" else f"{metric} ({answers})"
+                numbers = [f"{number:.4f}" if isinstance(number, float) else str(number) for number in (value, error)]
+                rows.append([task, name, *numbers, str(results["n-shot"].get(task, ""))])
+    return rows

@@ -145,10 +145,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, ids: Mapping[str, Any]) 
         values = tokenizer.to_json() | {"truncation": None, "padding": None}
     except UserError as error:
         return [f"the tokenizer goes along as it is: {error.message}"]
-    adds_bos, adds_eos = tokenizer.settings.add_bos, bool(tokenizer.settings.add_eos)
-    is_llamas = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
-    if adds_bos is None and (is_llamas or tokenizer.path.name != HUGGING_FACE_FILE):
-        adds_bos = True  # what transformers takes for a LLaMA's
+    adds_bos, adds_eos = adds_bos_to_texts(tokenizer, config), bool(tokenizer.settings.add_eos)
     if adds_bos is not None:
         values["post_processor"] = _framing(tokenizer, adds_bos, adds_eos)
         config |= {"add_bos_token": adds_bos, "add_eos_token": adds_eos}
@@ -187,6 +184,17 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, ids: Mapping[str, Any]) 
     ):
         (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     return notes
+
+
+def adds_bos_to_texts(tokenizer: Tokenizer, config: Mapping[str, Any]) -> bool | None:
+    """Whether the tokenizer of a folder made for transformers begins a text with BOS; None: its tokenizer.json says it.
+
+    `config` is the tokenizer_config.json beside.
+    """
+    is_llamas = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
+    if tokenizer.settings.add_bos is None and (is_llamas or tokenizer.path.name != HUGGING_FACE_FILE):
+        return True  # what transformers takes for a LLaMA's
+    return tokenizer.settings.add_bos
 
 
 def _framing(tokenizer: Tokenizer, bos: bool, eos: bool) -> dict[str, Any]:

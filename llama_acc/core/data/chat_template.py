@@ -105,6 +105,11 @@ class ChatTemplate(Template):
         """The jinja text."""
         return self._source
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """The special tokens that it is given, by name."""
+        return self._variables
+
     def to_json(self) -> str:
         """All that decides what it renders."""
         return json.dumps([self._source, self._variables])

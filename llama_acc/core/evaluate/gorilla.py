@@ -314,11 +314,9 @@ def answer_questions(
         DataError: questions that do not fit in the model's context.
         UserError: `output` holds something else than this model's answers to these questions.
     """
-    from llama_acc.core.checkpoint.adapter import fingerprint
-    from llama_acc.core.checkpoint.layout import inspect, locate
-    from llama_acc.core.checkpoint.load import read_weights
     from llama_acc.core.generate.chat import encode_question
     from llama_acc.core.generate.engine import Engine, Sampler, Sampling
+    from llama_acc.core.generate.load import checkpoint_fingerprint
 
     prompts = {}
     problems: list[str] = []
@@ -329,9 +327,8 @@ def answer_questions(
             problems.append(f"question {number}: {error.message}")
     if problems:
         raise DataError(problems)
-    weights = read_weights([inspect(locate(checkpoint)) for checkpoint in checkpoints])
     of_all = {
-        "checkpoint": fingerprint(weights, list(weights.tensors)),
+        "checkpoint": checkpoint_fingerprint(checkpoints),
         "quantized": loaded.model.is_quantized,
         "max_new_tokens": max_new_tokens,
     }

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -26,6 +26,7 @@ from llama_acc.core.data.templates import Template
 from llama_acc.core.errors import UserError
 from llama_acc.core.generate.load import LoadedModel
 from llama_acc.core.model.attention import KVCache
+from llama_acc.core.model.loss import CHUNK_ROWS
 from llama_acc.core.model.vision import Images
 from llama_acc.core.tokenizer import StreamDecoder, Tokenizer
 
@@ -531,8 +532,39 @@ class Engine:
         if self.loaded.model.parallel.world_size > 1:
             _broadcast(self.loaded, message)
 
+    def score(
+        self, documents: Sequence[Sequence[int]], ends: Sequence[tuple[int, Sequence[int]]]
+    ) -> list[tuple[float, bool]]:
+        """How likely tokens are that end one place behind a document, in one pass without a past.
+
+        `ends` are pairs of a document's number and such tokens. For each: the sum of their log-probabilities, in
+        float32, and whether each of them is the likeliest.
+        """
+        self._tell((Engine._score, (documents, ends)))
+        return self._score(documents, ends)
+
+    def _score(
+        self, documents: Sequence[Sequence[int]], ends: Sequence[tuple[int, Sequence[int]]]
+    ) -> list[tuple[float, bool]]:
+        model, device = self.loaded.model, self.loaded.device
+        lengths = [*map(len, documents)]
+        behind = [*accumulate(lengths)]
+        rows = [row for number, tokens in ends for row in range(behind[number] - len(tokens), behind[number])]
+        following = torch.tensor([*chain.from_iterable(tokens for _, tokens in ends)], device=device)
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
+        scores, likeliest = [], []
+        with self._without_gradients():
+            hidden = model(torch.tensor([*chain.from_iterable(documents)], device=device), positions, lengths)[rows]
+            for part, tokens in zip(hidden.split(CHUNK_ROWS), following.split(CHUNK_ROWS), strict=True):
+                logits = model.logits(part)
+                scores.append(logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1))
+                likeliest.append(logits.argmax(1) == tokens)
+        counts = [len(tokens) for _, tokens in ends]
+        split = zip(*(torch.cat(each).cpu().split(counts) for each in (scores, likeliest)), strict=True)
+        return [(score.sum().item(), bool(are_likeliest.all())) for score, are_likeliest in split]
+
     def follow(self) -> None:
-        """Computes this rank's part of what rank 0 generates, until that calls `stop_followers`."""
+        """Computes this rank's part of what rank 0 generates and scores, until that calls `stop_followers`."""
         while (message := _broadcast(self.loaded, None)) is not None:
             compute, given = message
             compute(self, *given)

@@ -194,6 +194,12 @@ def load_model(
     return LoadedModel(model, words, *chosen, target, load_vision_encoder(model, weights, target), tuple(notes))
 
 
+def checkpoint_fingerprint(checkpoints: Sequence[str]) -> str:
+    """SHA-256 over names, shapes and sampled values of the weights of checkpoints laid over each other."""
+    weights = read_weights([inspect(locate(checkpoint)) for checkpoint in checkpoints])
+    return fingerprint(weights, list(weights.tensors))
+
+
 def model_for_generation(
     config: ModelConfig, dtype: torch.dtype, parallel: Parallel, quantize_skip: Sequence[str] | None
 ) -> Transformer:
