@@ -188,9 +188,7 @@ def lm_eval(
         Argument(metavar="TASK...", help="The harness's tasks, groups, tags or globs; YAML files.", show_default=False),
     ],
     ckpt: options.Checkpoints,
-    include_path: Annotated[
-        Path | None, Option(metavar="DIR", exists=True, file_okay=False, help="A folder with tasks of yours, in YAML.")
-    ] = None,
+    include_path: Annotated[Path | None, Option(metavar="DIR", help="A folder with tasks of yours, in YAML.")] = None,
     num_fewshot: Annotated[
         int | None, Option(min=0, help="Examples in front of a question. Without it: as a task says.")
     ] = None,
@@ -232,6 +230,8 @@ def lm_eval(
         raise UserError("--log-samples writes into the --output", "give --output FILE")
     if output is not None:
         _check_writable(output)
+    if include_path is not None and not include_path.is_dir():
+        raise UserError(f"there is no folder {include_path}", "--include-path takes one with YAML files of tasks")
     launch_model(nproc, device, ckpt)
     if environment.is_main():
         console.working("loading lm-evaluation-harness")
