@@ -162,9 +162,9 @@ def test_evaluation_page_lists_every_option() -> None:
     evaluate: Any = typer.main.get_command(app).commands["evaluate"]
     text = section(read("docs/evaluation.md"), "## Options")
     rows, as_in_chat = table_rows(text)[1:], set(re.findall(r"`(--[\w-]+)`", text.splitlines()[-2]))
-    for name in ("gorilla", "perplexity"):
-        options = {parameter.opts[0] for parameter in evaluate.commands[name].params} - {"--help", "-h"}
-        listed = {code(row[0]).split()[0] for row in rows if row[1] in ("both", name)}
+    for name in ("gorilla", "perplexity", "lm-eval"):
+        options = {parameter.opts[0] for parameter in evaluate.commands[name].params} - {"--help", "-h", "tasks"}
+        listed = {code(row[0]).split()[0] for row in rows if row[1] == "all" or name in row[1].split(", ")}
         assert listed | as_in_chat == options
 
 

@@ -159,7 +159,10 @@ def test_unknown_tasks_and_settings_are_refused(
         load_tasks(["choises", "texts"], tasks)
     assert unknown.value.hint == "did you mean 'choices'?"
     model = EngineLM(load_model(write_model(tmp_path / "model", tokenizer_path), device="cpu"), 500, quiet)
-    for settings, problem in (("num_beams=5", "with num_beams"), ("max_gen_toks=256", r"max_gen_toks \(256\) must be less")):
+    for settings, problem in (
+        ("num_beams=5", "with num_beams"),
+        ("max_gen_toks=256", r"max_gen_toks \(256\) must be less"),
+    ):
         with pytest.raises(UserError, match=problem):
             run_tasks(model, load_tasks(["answers"], tasks), gen_kwargs=settings)
 
