@@ -66,8 +66,8 @@ def test_the_next_command_is_the_result_and_all_else_goes_aside(lima: Servers, l
 
 def test_data_of_which_nothing_is_known_is_to_be_checked(servers: Servers, llama_acc_home: Path) -> None:
     servers.plain["/my data.jsonl"] = json.dumps(DIALOGUE).encode()
-    servers.plain["/notes.txt"] = b"notes"
-    result = invoke("download", f"{servers.url}/my%20data.jsonl", f"{servers.url}/notes.txt")
+    servers.plain["/notes.html"] = b"notes"
+    result = invoke("download", f"{servers.url}/my%20data.jsonl", f"{servers.url}/notes.html")
     assert shlex.split(result.stdout) == [
         "llama-acc",
         "convert-data",

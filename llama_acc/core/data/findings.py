@@ -122,7 +122,7 @@ def other_form(kinds: Collection[str], file: str) -> str:
     if set(kinds) == {"preference"}:
         return f"llama-acc convert-data auto {file} --preview 1 says how to take the preferred reply of each"
     if set(kinds) == {"template"}:
-        return "take another prompt format: data.sources.0.template=NAME, or FILE.jinja of a chat template"
+        return "take another prompt format: --template NAME or FILE.jinja; in a run, data.sources.0.template=NAME"
     if set(kinds) == {"unsupported"}:
         return "leave such items out: data.on_error=skip"
     return f"if it is in a form of its own: llama-acc convert-data auto {file} --output NEW.jsonl"

@@ -125,9 +125,11 @@ def test_single_turn_labels_begin_behind_the_prompts_tokens_and_the_text_comes_b
 @given(turns=TURNS, most=st.integers(2, 80))
 def test_truncation_loses_what_it_says(turns: list[tuple[str, str]], most: int, tokenizer: Tokenizer) -> None:
     template = get_template("dialogue")
-    [[(tokens, labelled, _)]] = documents([Dialogue([Turn(*turn) for turn in turns])], template, tokenizer)
+    dialogue = Dialogue([Turn(*turn) for turn in turns])
+    [encoded] = documents([dialogue], template, tokenizer)
+    [(tokens, labelled, _)] = encoded
     report = FileReport(Path("a"), DatasetStats(), tokenizer, most)
-    report.count_tokens([("item 1", Dialogue([Turn(*turn) for turn in turns]))], template)
+    report.count_tokens(dialogue, "item 1", encoded, template)
     left, counts = int(labelled[:most].sum()), report.counts
     assert counts["dropped"] == (not left)
     assert counts["dropped_without_reply"] == (not labelled.any())

@@ -105,9 +105,9 @@ def decoding_work(config: ModelConfig, past: int) -> Work:
     """The work of one token more after so many."""
     with standing_for("cuda"), torch.no_grad():
         model, cache = build_on_meta(config, torch.bfloat16), KVCache(config.n_layers)
-        feed(model, cache, range(past), META)
+        feed(model, [cache], range(past), META)
         with Work() as work:
-            feed(model, cache, range(past, past + 1), META)
+            feed(model, [cache], range(past, past + 1), META)
     return work
 
 
@@ -158,10 +158,10 @@ def test_a_block_takes_so_many_kernels_and_bytes_however_many_documents_there_ar
 
 
 def test_a_generated_token_takes_so_many_kernels_a_block() -> None:
-    one, two = (decoding_work(replace(LLAMA_7B, n_layers=layers), 512) for layers in (1, 2))
+    one, two = (decoding_work(replace(LLAMA_7B, n_layers=layers), 600) for layers in (1, 2))
     kernels = two.kernels - one.kernels
     assert (one.waits, one.of_two_devices) == ({}, {})
-    assert kernels.total() <= 30, kernels
+    assert kernels.total() <= 27, kernels
 
 
 # A step of the 7B with 4,096 tokens in 21 documents, without recomputation: what a GPU is started for.
