@@ -13,7 +13,7 @@ from llama_acc.cli.loading import ModelOptions, launch_model, load_distributed
 from llama_acc.core.atomic import write_text_whole
 from llama_acc.core.distributed import environment
 from llama_acc.core.errors import UserError
-from llama_acc.core.text import count_text
+from llama_acc.core.text import count_text, escape_control_chars
 
 if TYPE_CHECKING:
     import numpy as np
@@ -127,10 +127,14 @@ class _Chat:
                 console.error(error.message, error.hint)
 
     def _reader(self) -> Callable[[], str]:
+        from llama_acc.core.data.templates import answer_ends
+
         template = self.loaded.template
         if not sys.stdin.isatty():
             return _read_line
         console.note(f"template: {template.name} ({self.loaded.template_from}). /help lists what else you can type.")
+        ends = map(escape_control_chars, answer_ends(template, self.loaded.tokenizer))
+        console.note(f"an answer ends at {', '.join(ends)}")
         if template.kind == "single_turn":
             console.note("this format was trained on single questions: each one stands alone, without the history")
         if console.out.is_dumb_terminal:

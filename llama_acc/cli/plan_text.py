@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llama_acc.core.input_files import home
-from llama_acc.core.text import count_text, size_text
+from llama_acc.core.text import count_text, escape_control_chars, size_text
 
 if TYPE_CHECKING:
     from llama_acc.core.data.dataset import DataFile
@@ -70,6 +70,7 @@ def describe_plan(plan: "Plan") -> list[tuple[str, str]]:
 def _data_lines(plan: "Plan") -> list[tuple[str, str]]:
     from llama_acc.core.data.findings import KINDS
     from llama_acc.core.data.keys import unused_text
+    from llama_acc.core.data.templates import answer_ends
 
     data, report = plan.train, plan.report
     paths = [str(file.path) for file in data.files]
@@ -80,6 +81,8 @@ def _data_lines(plan: "Plan") -> list[tuple[str, str]]:
     if plan.items_per_epoch != len(data):
         less += f"; an epoch uses {plan.items_per_epoch:,}"
     lines = [("data", f"{size}{less}; from {files}"), ("template", _template_text(data.files))]
+    stops = map(escape_control_chars, answer_ends(data.template, plan.tokenizer))
+    lines.append(("answers end", f"at {', '.join(stops)}"))
     if texts := [file for file in data.files if file.documents]:
         items, count = count_text(sum(file.items for file in texts), "item"), sum(file.documents for file in texts)
         most = f"at most {plan.recipe.data.max_tokens} tokens"

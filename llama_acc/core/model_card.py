@@ -80,7 +80,7 @@ def write_card(
         prompt=Template.load(template).prompt_text([Turn("human", "{instruction}")]) if template.is_file() else None,
         curve=[steps[(len(steps) - 1) * i // (_CURVE - 1)] for i in range(_CURVE)] if len(steps) > _CURVE else steps,
         has_picture=(run / "loss.png").is_file(),
-        results=[*_validation(lines), *(row for path in results for row in _rows(path.stem, read_object(path)))],
+        results=[*_validation(lines), *(row for path in results for row in _rows(path.stem, _results(path)))],
         license=license.get("license_name") or license.get("license"),
     )
 
@@ -128,6 +128,12 @@ def _validation(lines: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """The loss on held-out data, if there is any."""
     losses = [f"{line['validation_loss']:.4f} at step {line['step']}" for line in lines if "validation_loss" in line]
     return [("validation loss, at the end", losses[-1])] if losses else []
+
+
+def _results(path: Path) -> Any:
+    """What a file says of the model; lm-evaluation-harness's have their settings besides."""
+    found = read_object(path)
+    return found.get("results", found)
 
 
 def _rows(name: str, value: Any) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ def test_an_answer_streams_ctrl_c_stops_it_and_at_the_prompt_it_leaves(talker: P
     flags = ["--template", "none", "--temperature", "0", "--max-new-tokens", "4000"]
     with Terminal("chat", "--ckpt", talker, *flags) as terminal:
         terminal.expect("template: none (asked for). /help lists what else you can type.")
+        terminal.expect("an answer ends at </s>")
         terminal.expect("> ")
         terminal.type("who?\n")
         terminal.expect("the the the the")

@@ -248,6 +248,9 @@ def test_a_published_folder_is_tuned_talked_to_and_answers_the_same_in_transform
     family = json.loads((base / "config.json").read_text())["model_type"]
     assert f"{family}, 4 layers, width 64" in done.stderr or family == "llama"
     assert re.search(rf"template +the chat template in {base}/tokenizer_config\.json\n", done.stderr)
+    ends = FOLDERS[name].ends or (FOLDERS[name].settings["eos_token"],)
+    (said,) = re.findall("answers end +at (.*)", done.stderr)
+    assert set(said.split(", ")) >= {*ends, FOLDERS[name].settings["eos_token"]}
     checkpoints = ("--ckpt", base, "--ckpt", run)
     said = invoke("chat", *checkpoints, "--prompt", QUESTION, "--temperature", 0, "--max-new-tokens", 24)
     assert said.exit_code == 0, said.stderr

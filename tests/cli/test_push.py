@@ -124,10 +124,14 @@ def test_an_adapter_names_its_base_on_the_hub(hub: Servers, trained: Path, tmp_p
 
 def test_dry_run_shows_files_and_card_and_asks_nobody(hub: Servers, trained: Path, tmp_path: Path) -> None:
     (tmp_path / "ppl.json").write_text('{"perplexity": 3.25, "data": {"items": 10}}')
-    result = invoke("push", trained, "hf:me/towns", "--dry-run", "--evaluation", tmp_path / "ppl.json")
+    (tmp_path / "tasks.json").write_text('{"results": {"towns": {"acc": 0.5}}, "config": {"seed": 7}}')
+    results = ("--evaluation", tmp_path / "ppl.json", "--evaluation", tmp_path / "tasks.json")
+    result = invoke("push", trained, "hf:me/towns", "--dry-run", *results)
     assert result.exit_code == 0
     assert "model.safetensors" in result.stdout
     assert "| ppl, perplexity | 3.25 |" in result.stdout
+    assert "| tasks, towns, acc | 0.5 |" in result.stdout
+    assert "seed | 7" not in result.stdout
     assert header_of(result.stdout[result.stdout.index("---\n") :])["library_name"] == "transformers"
     assert not hub.requests
 

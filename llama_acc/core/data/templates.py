@@ -321,6 +321,12 @@ def _held(text: str, stops: Iterable[str]) -> bool:
     return any(stop in text for stop in stops)
 
 
+def answer_ends(template: Template, tokenizer: Tokenizer) -> list[str]:
+    """The texts that end an answer: the tokens that the checkpoint names, EOS first, and the format's stop strings."""
+    named = sorted(tokenizer.settings.end_ids - {tokenizer.eos_id})
+    return [*map(tokenizer.piece, (tokenizer.eos_id, *named)), *template.text_stops(tokenizer)]
+
+
 def special_texts(tokenizer: Tokenizer) -> list[str]:
     """The texts of the special tokens, longest first."""
     texts = {tokenizer.piece(token) for token in (tokenizer.bos_id, *tokenizer.end_ids)}
