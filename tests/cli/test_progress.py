@@ -18,8 +18,8 @@ def test_the_first_lines_say_what_will_be_done_and_the_last_ones_what_was(tmp_pa
     result = invoke(*SHORT, "--output", output)
     assert result.exit_code == 0
     lines = [line for line in result.stderr.splitlines() if line != "loading PyTorch"]
-    subjects = ["recipe", "model", "weights", "parameters", "data", "template", "steps", "warning", "learning rate"]
-    subjects.append("checkpoints")
+    subjects = ["recipe", "model", "weights", "parameters", "data", "template"]
+    subjects += ["answers end", "steps", "warning", "learning rate", "checkpoints"]
     assert [line.split("  ")[0] for line in lines[: len(subjects)]] == subjects
     told = {line.partition("  ")[0]: line.partition("  ")[2].strip() for line in lines[: len(subjects)]}
     assert told["model"] == "2 layers, width 32, 4 heads (2 for keys and values), vocabulary 640"
