@@ -5,6 +5,7 @@ those of this rank: model parallelism deals them out whole, a query head with it
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import accumulate, islice, takewhile
 from typing import Any, NamedTuple, Protocol
 
@@ -168,8 +169,15 @@ class DocumentAttention:
 
 
 def takes_flash(q: Tensor) -> bool:
-    """Whether torch's FlashAttention takes queries [T, H, D] of this type and head dimension."""
-    return q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
+    """Whether torch's FlashAttention takes queries [T, H, D] of this type and head dimension, on their GPU."""
+    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
+    return fits and (not q.is_cuda or has_flash(q.device))  # a GPU that is simulated is one that has it
+
+
+@cache
+def has_flash(device: torch.device) -> bool:
+    """Whether torch was built with FlashAttention, and a GPU can run it: Ampere or later (compute capability 8.0)."""
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, window: int | None) -> Tensor:

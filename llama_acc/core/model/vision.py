@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.copies import cast
 from llama_acc.core.model.layers import normal, ones, parameter, zeros
 from llama_acc.core.model.vision_config import ClipVision, QFormerVision, TinyVision, Vision
 
@@ -58,7 +59,7 @@ class _Linear(nn.Module):
         self.bias = parameter(out_features, init=zeros, decays=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return F.linear(x, cast(self.weight, x.dtype), cast(self.bias, x.dtype))
 
 
 class _LayerNorm(nn.Module):
@@ -70,7 +71,7 @@ class _LayerNorm(nn.Module):
         self.bias = parameter(width, init=zeros, decays=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return F.layer_norm(x, self.weight.shape, cast(self.weight, x.dtype), cast(self.bias, x.dtype))
 
 
 class _UnnamedNorm(_LayerNorm):
@@ -104,7 +105,7 @@ class _Convolution(nn.Module):
         self.bias = parameter(after, init=zeros, decays=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), stride=2, padding=1)
+        return F.conv2d(x, cast(self.weight, x.dtype), cast(self.bias, x.dtype), stride=2, padding=1)
 
 
 class TinyEncoder(nn.Module):

@@ -25,7 +25,8 @@ class _Arriving:
 
     def __init__(self, result: StepResult) -> None:
         numbers = torch.cat((result.loss.view(1), result.grad_norm.view(1), result.extra_sums))
-        self._numbers = numbers.to("cpu", non_blocking=True)
+        # Of other devices there is no event to wait for: they would hand over what is not there yet.
+        self._numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)
         self._there = torch.cuda.Event() if numbers.is_cuda else None
         if self._there is not None:
             self._there.record()

@@ -34,12 +34,11 @@ class ClippedAdamW:
         eps: float,
         weight_decay: float,
         clip_grad_norm: float,
-        copies: torch.dtype | None = None,
+        copies: ComputeCopies | None = None,
     ) -> None:
         """Trains the model's parameters that require gradients; they have storage and values, and keep it.
 
-        `specs`: what their layers say of them. `copies`: the type in which it keeps copies of them to compute with,
-        which are made anew after each step.
+        `specs`: what their layers say of them. `copies`: those that are computed with, made anew after each step.
         """
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._specs = specs
@@ -47,7 +46,7 @@ class ClippedAdamW:
         self._stored = {name: local_part(p).tensor for name, p in self.named.items()}
         self._moments: dict[str, dict[str, Tensor]] = {}
         self._betas, self._eps, self._weight_decay, self._clip = betas, eps, weight_decay, clip_grad_norm
-        self.copies = None if copies is None else ComputeCopies(self.named, copies)
+        self.copies = copies
         # In the norm, this rank counts its own part of a parameter, and a copy only where it is the first to have it.
         self._counted = [
             name

@@ -24,6 +24,8 @@ from llama_acc.core.device import device_type, prepare_cpu
 from llama_acc.core.distributed.groups import Parallel, is_sharded, local_part
 from llama_acc.core.generate.load import LoadedModel, load_vision_encoder
 from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.copies import ComputeCopies
+from llama_acc.core.model.layers import TiedOutput
 from llama_acc.core.model.transformer import (
     Transformer,
     build_on_meta,
@@ -83,9 +85,16 @@ def assemble(
         apply_activation_checkpointing(model)
     data_parallel = DataParallel(model, parallel, settings.data_parallel, settings.accumulate_unsharded, kind)
     materialize(model)
-    # Several data-parallel ranks gather the parameters in the type they are computed in.
-    copies = settings.dtype if parallel.data_size == 1 and device_type(model.norm.weight) == "cuda" else None
+    # Several data-parallel ranks gather the parameters in the type they are computed in; compiled blocks cast them.
+    is_copied = parallel.data_size == 1 and not settings.compile and device_type(model.norm.weight) == "cuda"
+    copies = ComputeCopies(_cast_whole(model), settings.dtype) if is_copied else None
     return Assembled(model, data_parallel, ClippedAdamW(model, model.specs, parallel, copies=copies, **settings.adamw))
+
+
+def _cast_whole(model: Transformer) -> dict[str, Tensor]:
+    """The parameters that train, without an embedding of which a few rows are cast."""
+    rows = None if isinstance(model.output, TiedOutput) else model.tok_embeddings.weight
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and p is not rows}
 
 
 class Trainer:

@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_iter
 
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.memory.simulate import add_fake_images, empty_batch, feed, standing_for
-from llama_acc.core.model.attention import KVCache
+from llama_acc.core.model.attention import KVCache, has_flash
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.nf4 import prepare
-from llama_acc.core.model.transformer import build_on_meta
+from llama_acc.core.model.transformer import build_on_meta, describe
 from llama_acc.core.model.tuning import Full
 from llama_acc.core.model.tuning.adapter import Adapter
 from llama_acc.core.model.tuning.bias_norm import BiasNorm
@@ -155,6 +155,29 @@ def test_a_block_takes_so_many_kernels_and_bytes_however_many_documents_there_ar
     most_kernels, most_moved = BLOCKS[name]
     assert kernels.total() <= most_kernels, kernels
     assert moved <= most_moved
+
+
+def test_an_embedding_of_which_rows_are_picked_has_no_copy() -> None:
+    adamw = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "clip_grad_norm": 1.0}
+    settings = StepSettings(torch.bfloat16, None, False, False, 1, "ddp", False, adamw)
+    left_out = []
+    for config in (SMALL, replace(SMALL, tie_word_embeddings=True)):
+        with standing_for("cuda"):
+            copies = assemble(config, settings, Parallel(), "cuda", lambda model: None).optimizer.copies
+        assert copies is not None
+        left_out.append(describe(config).keys() - copies.tensors.keys())
+    assert left_out == [{"tok_embeddings.weight"}, set()]
+
+
+@pytest.mark.parametrize(("capability", "has"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_flash_attention_is_for_ampere_and_later(
+    capability: tuple[int, int], has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    has_flash.cache_clear()
+    assert has_flash(torch.device("cuda")) is has
+    has_flash.cache_clear()
 
 
 def test_a_generated_token_takes_so_many_kernels_a_block() -> None:
