@@ -34,7 +34,8 @@ from llama_acc.core.checkpoint.load import fill, read_weights
 from llama_acc.core.data.batches import MicroBatch
 from llama_acc.core.device import prepare_cpu
 from llama_acc.core.distributed.groups import Parallel
-from llama_acc.core.generate.engine import Engine, Prompt, Sampler, Sampling
+from llama_acc.core.generate.engine import Engine, Prompt
+from llama_acc.core.generate.sampling import Sampler, Sampling
 from llama_acc.core.model.transformer import build_on_meta
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.optimizer import ClippedAdamW

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from llama_acc.core.generate.engine import Sampling
     from llama_acc.core.generate.load import LoadedModel
+    from llama_acc.core.generate.sampling import Sampling
 
 
 COMMANDS = """/reset          forget the conversation
@@ -68,7 +68,7 @@ def chat(
 
       llama-acc chat --ckpt Llama-2-70b --ckpt runs/alpaca-70b-biasnorm-nf4
     """
-    from llama_acc.core.generate.engine import Sampling
+    from llama_acc.core.generate.sampling import Sampling
 
     sampling = Sampling(temperature, top_p, seed, max_new_tokens)
     if image and prompt is None:

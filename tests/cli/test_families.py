@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from llama_acc.core.generate.chat import encode_question
-from llama_acc.core.generate.engine import Engine, Sampler, Sampling
+from llama_acc.core.generate.engine import Engine
 from llama_acc.core.generate.load import load_model
+from llama_acc.core.generate.sampling import Sampler, Sampling
 from llama_acc.core.tokenizer import load_tokenizer
 from tests.cli.commands import invoke
 from tests.core.model.test_families import FAMILIES, write_family

@@ -315,8 +315,9 @@ def answer_questions(
         UserError: `output` holds something else than this model's answers to these questions.
     """
     from llama_acc.core.generate.chat import encode_question
-    from llama_acc.core.generate.engine import Engine, Sampler, Sampling
+    from llama_acc.core.generate.engine import Engine
     from llama_acc.core.generate.load import checkpoint_fingerprint
+    from llama_acc.core.generate.sampling import Sampler, Sampling
 
     prompts = {}
     problems: list[str] = []

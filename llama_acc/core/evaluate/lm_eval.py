@@ -27,8 +27,9 @@ from llama_acc.core.data.chat_rendering import renderer
 from llama_acc.core.data.chat_template import ChatTemplate
 from llama_acc.core.data.templates import Template
 from llama_acc.core.errors import RunError, UserError, did_you_mean
-from llama_acc.core.generate.engine import Engine, Prompt, Sampler, Sampling
+from llama_acc.core.generate.engine import Engine, Prompt
 from llama_acc.core.generate.load import LoadedModel
+from llama_acc.core.generate.sampling import Sampler, Sampling
 from llama_acc.core.tokenizer_folder import CONFIG_FILE, read_json
 
 try:

@@ -14,8 +14,9 @@ from llama_acc.core.data.images import MAX_PIXELS, ImageError, ImageJob, Transfo
 from llama_acc.core.data.templates import Turn
 from llama_acc.core.errors import UserError
 from llama_acc.core.generate.chat import check_length, checked_text, encode_question, insert_images
-from llama_acc.core.generate.engine import Engine, Prompt, Sampler, Sampling
+from llama_acc.core.generate.engine import Engine, Prompt
 from llama_acc.core.generate.load import LoadedModel
+from llama_acc.core.generate.sampling import Sampler, Sampling
 from llama_acc.core.text import escape_control_chars
 
 # Images are loaded so many batches ahead, while the model is at work.

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from llama_acc.core.data.templates import Turn
 from llama_acc.core.errors import UserError
-from llama_acc.core.generate.engine import Engine, Pixels, Prompt, Sampler, Sampling
+from llama_acc.core.generate.engine import Engine, Pixels, Prompt
 from llama_acc.core.generate.load import LoadedModel
+from llama_acc.core.generate.sampling import Sampler, Sampling
 
 
 def checked_text(text: str) -> str:

@@ -13,8 +13,9 @@ import torch
 from llama_acc.core.data.templates import Template, Turn
 from llama_acc.core.errors import UserError
 from llama_acc.core.generate.chat import checked_text, encode_question
-from llama_acc.core.generate.engine import Engine, Reply, Sampler, Sampling, stop_followers
+from llama_acc.core.generate.engine import Engine, Reply, stop_followers
 from llama_acc.core.generate.load import LoadedModel
+from llama_acc.core.generate.sampling import Sampler, Sampling
 from llama_acc.core.input_files import read_text
 from llama_acc.core.tokenizer import Tokenizer
 from llama_acc.core.train.base import beside

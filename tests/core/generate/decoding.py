@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from llama_acc.core.generate.engine import Engine, Prompt, Reply, Sampler, Sampling
+from llama_acc.core.generate.engine import Engine, Prompt, Reply
+from llama_acc.core.generate.sampling import Sampler, Sampling
 from llama_acc.core.model.transformer import Transformer
 from tests.core.tiny import document_logits
 

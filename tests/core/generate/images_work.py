@@ -8,8 +8,9 @@ import torch
 
 from llama_acc.core.distributed.groups import init_distributed
 from llama_acc.core.generate.chat import insert_images
-from llama_acc.core.generate.engine import Engine, Prompt, Sampling, stop_followers
+from llama_acc.core.generate.engine import Engine, Prompt, stop_followers
 from llama_acc.core.generate.load import LoadedModel, load_model
+from llama_acc.core.generate.sampling import Sampling
 from llama_acc.core.model.vision import Images, Tower
 from tests.core.generate.decoding import decode
 from tests.core.ranks import next_port

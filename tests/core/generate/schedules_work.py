@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from llama_acc.core.distributed.groups import init_distributed
-from llama_acc.core.generate.engine import Engine, Prompt, Sampler, Sampling, stop_followers
+from llama_acc.core.generate.engine import Engine, Prompt, stop_followers
 from llama_acc.core.generate.load import load_model
+from llama_acc.core.generate.sampling import Sampler, Sampling
 from tests.core.tiny import CPU
 
 

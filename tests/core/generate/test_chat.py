@@ -11,8 +11,9 @@ import torch
 import llama_acc
 from llama_acc.core.data.templates import Turn, get_template
 from llama_acc.core.generate.chat import Conversation, generate
-from llama_acc.core.generate.engine import Engine, Sampling
+from llama_acc.core.generate.engine import Engine
 from llama_acc.core.generate.load import LoadedModel, load_model
+from llama_acc.core.generate.sampling import Sampling
 from llama_acc.core.recipe import RECIPES_FOLDER
 from tests.core.generate.decoding import GREEDY, greedy
 from tests.core.tiny import SMALL, random_model, save_model

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from llama_acc.core.data.templates import Template, get_template
 from llama_acc.core.errors import UserError
 from llama_acc.core.generate.chat import Conversation, encode_question
-from llama_acc.core.generate.engine import Engine, Prompt, Reply, Sampler, Sampling
+from llama_acc.core.generate.engine import Engine, Prompt, Reply
 from llama_acc.core.generate.load import LoadedModel, load_model
+from llama_acc.core.generate.sampling import Sampler, Sampling
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.tuning import FULL, Tuning
 from llama_acc.core.model.tuning.adapter import Adapter

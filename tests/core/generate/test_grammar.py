@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from llama_acc.core.errors import UserError
-from llama_acc.core.generate.engine import Engine, Prompt, Sampler, Sampling
+from llama_acc.core.generate.engine import Engine, Prompt
+from llama_acc.core.generate.sampling import Sampler, Sampling
 from tests.core.generate.test_schedules import load, run
 from tests.core.tiny import SMALL
 

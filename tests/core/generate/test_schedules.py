@@ -11,8 +11,9 @@ import torch
 
 from llama_acc.core.data.templates import get_template
 from llama_acc.core.errors import UserError
-from llama_acc.core.generate.engine import Engine, Prompt, Reply, Sampler, Sampling
+from llama_acc.core.generate.engine import Engine, Prompt, Reply
 from llama_acc.core.generate.load import LoadedModel
+from llama_acc.core.generate.sampling import Sampler, Sampling
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.tuning.adapter import Adapter
 from llama_acc.core.model.tuning.lora import LoRABiasNorm

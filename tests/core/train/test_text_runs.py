@@ -8,8 +8,8 @@ import pytest
 
 from llama_acc.core.evaluate.perplexity import measure, read_data
 from llama_acc.core.generate.chat import Conversation
-from llama_acc.core.generate.engine import Sampling
 from llama_acc.core.generate.load import load_model
+from llama_acc.core.generate.sampling import Sampling
 from tests.core.train.runs import assert_bitwise_equal, losses, metrics, plan_of, run, saved_state, saved_weights
 
 WORDS = ("the answer", "once upon a time", "is in the question", "a town", "what is 10 + 32?", "it is 42")

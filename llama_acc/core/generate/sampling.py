@@ -1,0 +1,179 @@
+"""How the tokens of a reply are chosen from logits: settings, penalties, drawing by a seed, and what a grammar allows.
+
+Shapes: V vocabulary.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from llama_acc.core.errors import UserError
+
+# A temperature so low leaves one token anyway, and logits divided by less would overflow.
+_GREEDY_BELOW = 1e-6
+# Tokens that are put in order for top_p, if these are enough.
+_SORTED = 512
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, and how many at most.
+
+    Of the tokens in the order of their probability, softmax(logits / temperature), `top_k`, then `top_p` and `min_p`
+    say how many are drawn from. Penalties, biases and `logprobs` are those of vLLM and OpenAI's API.
+
+    Attributes:
+        temperature: 0 takes the likeliest token.
+        top_p: only the likeliest tokens that together reach this probability are drawn from.
+        seed: of the generator; None = a new one each time.
+        top_k: only so many of the likeliest are drawn from; 0 = all.
+        min_p: only tokens of at least this part of the likeliest one's probability are drawn from.
+        repetition_penalty: logits of tokens in prompt or reply are divided by it, or multiplied where negative.
+        presence_penalty: is subtracted from the logits of tokens in the reply.
+        frequency_penalty: is subtracted as often as a token is in the reply.
+        logit_bias: is added to the logits of these tokens.
+        stop: strings before which a reply ends, besides the prompt format's.
+        stop_ids: tokens that end a reply, besides the tokenizer's.
+        logprobs: of each token so many of the likeliest are kept, with the logarithms of their probabilities and its
+            own, by the model's logits alone; None = nothing is kept.
+    """
+
+    temperature: float = 0.7
+    top_p: float = 0.9
+    seed: int | None = None
+    max_new_tokens: int = 512
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: Sequence[str] = ()
+    stop_ids: Sequence[int] = ()
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"the temperature must be 0 or above, not {self.temperature}", "0 is greedy, 1 the model's")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top-p must be above 0 and at most 1, not {self.top_p}", "1 draws from all tokens")
+        if self.top_k < 0:
+            raise UserError(f"top-k must be 0 or above, not {self.top_k}", "0 draws from all tokens")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min-p must be from 0 to 1, not {self.min_p}", "0 draws from all tokens")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(f"the repetition penalty must be above 0, not {self.repetition_penalty}", "1 is none")
+        numbers = (self.presence_penalty, self.frequency_penalty, *self.logit_bias.values())
+        if not all(map(math.isfinite, numbers)):
+            raise UserError("penalties and biases of logits must be numbers", "-100 rules a token out, 100 asks for it")
+        if "" in self.stop:
+            raise UserError("a stop string has no characters")
+        if self.max_new_tokens < 1:
+            raise UserError(f"at least 1 new token must be allowed, not {self.max_new_tokens}")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"the seed must fit in 64 bits, but is {self.seed}")
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether a token's logit depends on more than the model."""
+        penalties = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)
+        return any(penalties) or bool(self.logit_bias)
+
+
+class Grammar(Protocol):
+    """What the text of a reply must be, token by token."""
+
+    def allowed(self) -> Tensor:
+        """Which tokens may follow, booleans [V]; at least one does."""
+
+    def advance(self, token: int) -> None:
+        """Takes the next token."""
+
+
+class TokenLogprobs(NamedTuple):
+    """The logarithm of a token's probability, and those of the likeliest tokens in its place."""
+
+    own: float
+    top: list[tuple[int, float]]
+
+
+class Sampler:
+    """Chooses the tokens of a reply, which follow from its seed, whatever else is generated."""
+
+    def __init__(self, sampling: Sampling, grammar: Grammar | None = None) -> None:
+        self.sampling, self.grammar = sampling, grammar
+        self.is_argmax = sampling.temperature < _GREEDY_BELOW and not sampling.changes_logits and grammar is None
+        self._random = torch.Generator(device="cpu")
+        self._random.manual_seed(self._random.seed() if sampling.seed is None else sampling.seed)
+        self._counts = Counter[int]()
+
+    def spawn(self) -> "Sampler":
+        """A sampler with the same settings and a seed of its own, the next that follows from this one's. Not with a
+        grammar, which stands at a place in one reply."""
+        assert self.grammar is None
+        seed = int(torch.randint(2**63 - 1, (), generator=self._random))
+        return Sampler(replace(self.sampling, seed=seed))
+
+    def __call__(self, logits: Tensor, prompt: Sequence[int] = ()) -> int:
+        """The next token, out of [V] logits, after a prompt and the tokens chosen before."""
+        if self.is_argmax:
+            return int(logits.argmax())
+        # On the CPU, so that a seed gives the same answer on every device with the same logits.
+        logits = logits.cpu()
+        if self.sampling.changes_logits:
+            logits = self._changed(logits.clone(), prompt)
+        if self.grammar is not None:
+            logits = logits.masked_fill(~self.grammar.allowed(), -math.inf)
+        token = int(logits.argmax()) if self.sampling.temperature < _GREEDY_BELOW else self._drawn(logits)
+        self._counts[token] += 1
+        if self.grammar is not None:
+            self.grammar.advance(token)
+        return token
+
+    def _changed(self, logits: Tensor, prompt: Sequence[int]) -> Tensor:
+        """With biases and penalties, in place."""
+        sampling, counts = self.sampling, self._counts
+        if sampling.repetition_penalty != 1:
+            seen = torch.tensor(sorted({*counts, *prompt} - {-1}))
+            values = logits[seen]
+            logits[seen] = torch.where(
+                values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty
+            )
+        if counts:
+            often = torch.tensor(list(counts.values()), dtype=logits.dtype)
+            logits[list(counts)] -= sampling.presence_penalty + sampling.frequency_penalty * often
+        if sampling.logit_bias:
+            logits[list(sampling.logit_bias)] += torch.tensor(list(sampling.logit_bias.values()))
+        return logits
+
+    def _drawn(self, logits: Tensor) -> int:
+        sampling = self.sampling
+        probabilities = torch.softmax(logits / sampling.temperature, -1)
+        if sampling.top_p == 1 and not sampling.top_k and not sampling.min_p:
+            return self._pick(probabilities)
+        ordered, order = probabilities.topk(min(sampling.top_k or _SORTED, len(probabilities)))
+        if not sampling.top_k and sampling.top_p > ordered.sum():
+            ordered, order = probabilities.sort(descending=True, stable=True)
+        share = ordered / ordered.sum() if sampling.top_k else ordered
+        # Keep a token if those before it have not yet reached top_p; the first is always kept.
+        kept = (share.cumsum(-1) - share < sampling.top_p) & (ordered >= sampling.min_p * ordered[0])
+        return int(order[self._pick(ordered[kept])])
+
+    def _pick(self, weights: Tensor) -> int:
+        """The place of a weight, drawn with a probability in proportion to it: one random number for each token."""
+        reached = weights.cumsum(-1, dtype=torch.float64)
+        drawn = torch.rand((), generator=self._random, dtype=torch.float64) * reached[-1]
+        place = int(torch.searchsorted(reached, drawn, right=True))
+        return place if place < len(weights) else int(weights.argmax())  # rounded up to the sum
+
+
+def logprobs_of(logits: Tensor, token: int, count: int) -> TokenLogprobs:
+    """Of a token out of [V] logits."""
+    logs = torch.log_softmax(logits, -1)
+    values, tokens = logs.topk(min(count, len(logs)))
+    return TokenLogprobs(float(logs[token]), list(zip(tokens.tolist(), values.tolist(), strict=True)))
