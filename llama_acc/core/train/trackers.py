@@ -128,8 +128,8 @@ class _MLflow(_Tracker):
     """MLflow: the recipe as parameters, and whole as an artifact."""
 
     def __init__(self, run: Path, id: str | None, recipe: dict[str, Any]) -> None:
-        for name, value in (("RETRIES", 2), ("TIMEOUT", _SECONDS // 3)):
-            os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{'MAX_' * (name == 'RETRIES')}{name}", str(value))
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(_SECONDS // 3))
         import mlflow
         from mlflow.entities import Param
 
