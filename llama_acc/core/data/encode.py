@@ -330,9 +330,8 @@ def _labels_by_overlap(items: Sequence[Rendered], tokenizer: Tokenizer) -> Itera
         merged = bool((np.append(spans.begins, np.iinfo(np.int64).max)[first] < begins).any())
         trained = _overlapping(spans, item.trained, item.weights)
         if item.trained and item.trained[0][0] == 0:
-            trained[: first[0]] = (
-                item.weights[0] if item.weights else 1
-            )  # the space that SentencePiece puts in front of a text stands for no character
+            # The space that SentencePiece puts in front of a text stands for no character.
+            trained[: first[0]] = item.weights[0] if item.weights else 1
         yield spans.ids, trained, merged
 
 
