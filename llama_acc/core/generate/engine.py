@@ -74,6 +74,7 @@ class Prompt(NamedTuple):
         prefill: tokens at its end that the reply's text begins with.
         spaces: so many at the beginning of the reply's text belong to the prompt (`Template.spaces_left`).
         strip: the reply's text has no white space at its ends.
+        raw: it is in no prompt format, so a reply does not end at the format's stop strings.
     """
 
     tokens: Sequence[int]
@@ -81,6 +82,7 @@ class Prompt(NamedTuple):
     prefill: Sequence[int] = ()
     spaces: int = 0
     strip: bool = False
+    raw: bool = False
 
 
 class Reply:
@@ -111,7 +113,8 @@ class Reply:
         self.finish_reason: Literal["stop", "length", "cancelled"] | None = None
         self._end_ids, self._decoder = tokenizer.end_ids.union(stop_ids), StreamDecoder(tokenizer)
         self._most = max_new_tokens
-        self._stops, self._end = [*template.text_stops(tokenizer), *stop], template.text_end(tokenizer)
+        stops, end = ([], "") if prompt.raw else (template.text_stops(tokenizer), template.text_end(tokenizer))
+        self._stops, self._end = [*stops, *stop], end
         self._strip, self._spaces = prompt.strip, prompt.spaces
         self._held = "".join(self._decoder.push(token) for token in prompt.prefill)
 
