@@ -1,0 +1,450 @@
+"""The routes: OpenAI's chat and text completions, the models, and what who runs a server asks it."""
+
+import asyncio
+import contextlib
+import functools
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from numpy.typing import NDArray
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from llama_acc import __version__
+from llama_acc.core.data.images import decode
+from llama_acc.core.data.keys import Malformed
+from llama_acc.core.errors import LlamaAccError, UserError
+from llama_acc.core.generate.caption import evaluation_transform
+from llama_acc.core.generate.chat import checked_text, encode_prompt
+from llama_acc.core.generate.engine import Prompt, Reply
+from llama_acc.core.generate.grammar import JsonGrammars
+from llama_acc.core.generate.load import LoadedModel
+from llama_acc.core.generate.sampling import Sampler, Sampling, TokenLogprobs
+from llama_acc.core.generate.service import Event, QueueFull, Service
+from llama_acc.core.generate.service import Request as Asked
+from llama_acc.core.serve.guard import Access, Guard, error_response
+from llama_acc.core.serve.metrics import Metrics
+from llama_acc.core.serve.protocol import ChatRequest, CompletionRequest, dumps
+
+_MOST_PIXELS = 25_000_000
+"""Of a picture: 75 MB when it is unpacked, several times at once."""
+_COMPLETION_TOKENS = 16
+"""OpenAI's API continues a text by so many, where nothing else is asked for."""
+
+
+class _Gone(Exception):
+    """The client has left."""
+
+
+class _Failed(LlamaAccError):
+    """The engine cannot go on."""
+
+
+def make_app(models: Mapping[str, LoadedModel], service: Service, access: Access) -> FastAPI:
+    """A server's application.
+
+    Args:
+        models: by the names that clients ask for; one engine serves them all.
+        service: of that engine.
+        access: who may ask.
+    """
+    started, metrics = int(time.time()), Metrics(service)
+    # The pages of documentation that FastAPI has would load scripts from elsewhere.
+    app = FastAPI(title="llama-acc", version=__version__, docs_url=None, redoc_url=None)
+    front = _Front(models, service, metrics)
+
+    @app.get("/v1/models")
+    async def list_models() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": [described(name) for name in models]})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> JSONResponse:
+        front.model(name)
+        return JSONResponse(described(name))
+
+    def described(name: str) -> dict[str, Any]:
+        about = {"object": "model", "created": started, "owned_by": "llama-acc"}
+        return {"id": name, **about, "max_model_len": service.engine.context}
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        asked = await run_in_threadpool(front.asked_in_chat, body)
+        return await front.answer(request, body, asked, _ChatAnswer)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        asked = await run_in_threadpool(front.asked_to_continue, body)
+        return await front.answer(request, body, asked, _TextAnswer)
+
+    @app.get("/health")
+    async def health() -> Response:
+        if service.failure is not None:
+            return error_response(503, f"the engine has failed: {service.failure}")
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    _handle_errors(app)
+    app.add_middleware(Guard, access=access, done=metrics.answered)
+    if access.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(access.origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+    return app
+
+
+def _handle_errors(app: FastAPI) -> None:
+    """Gives all errors OpenAI's form."""
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return error_response(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+        place = ".".join(str(part) for part in first["loc"][1:])
+        unknown = first["type"] == "extra_forbidden"
+        message = "it is not known here" if unknown else first["msg"]
+        return error_response(400, f"{place or 'the body'}: {message}", "unknown_parameter" if unknown else None, place)
+
+    @app.exception_handler(Malformed)
+    @app.exception_handler(UserError)
+    async def refused(_: Request, error: Exception) -> Response:
+        code = "context_length_exceeded" if "the context is" in str(error) else None
+        return error_response(400, str(error), code)
+
+    @app.exception_handler(QueueFull)
+    async def busy(_: Request, error: QueueFull) -> Response:
+        return error_response(429, error.message, "rate_limit_exceeded")
+
+    @app.exception_handler(LlamaAccError)
+    async def failed(_: Request, error: LlamaAccError) -> Response:
+        return error_response(503, str(error))
+
+    @app.exception_handler(HTTPException)
+    async def no_route(_: Request, error: HTTPException) -> Response:
+        response = error_response(error.status_code, str(error.detail))
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(_Gone)
+    async def gone(_: Request, error: _Gone) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    @app.exception_handler(Exception)
+    async def fault(_: Request, error: Exception) -> Response:
+        return error_response(500, f"{type(error).__name__}: this is a fault of the server")
+
+
+class _Front:
+    """What makes replies of requests, and answers of replies."""
+
+    def __init__(self, models: Mapping[str, LoadedModel], service: Service, metrics: Metrics) -> None:
+        self._models, self._service, self._metrics = models, service, metrics
+        self._grammars: dict[int, JsonGrammars] = {}
+        self._lock = threading.Lock()
+
+    def model(self, name: str) -> LoadedModel:
+        """The one that is asked for. HTTPException 404 if there is none."""
+        if name not in self._models:
+            raise HTTPException(404, f"there is no model {name!r} here, but: {', '.join(self._models)}")
+        return self._models[name]
+
+    def asked_in_chat(self, body: ChatRequest) -> list[tuple[Prompt, Sampler]]:
+        """What is to be generated for a conversation, `n` times. It takes a while."""
+        loaded = self.model(body.model)
+        system, turns, files = body.conversation()
+        for turn in turns:
+            checked_text(turn.text)
+        prompt = encode_prompt(loaded, turns, len(files), system)
+        if files:
+            prompt = prompt._replace(images=[_pixels(loaded, file) for file in files])
+        sampling = body.sampling(body.most_tokens() or self._service.engine.context, body.logprobs_of())
+        schema = body.schema_of_answer()
+        samplers = _samplers(sampling, body.n or 1)
+        if schema is not None:
+            grammars = self._grammars_of(loaded)
+            samplers = [Sampler(sampler.sampling, grammars.of_schema(schema)) for sampler in samplers]
+        return [(prompt, sampler) for sampler in samplers]
+
+    def asked_to_continue(self, body: CompletionRequest) -> list[tuple[Prompt, Sampler]]:
+        """What is to be generated for texts, `n` times each."""
+        loaded = self.model(body.model)
+        sampling = body.sampling(body.max_tokens or _COMPLETION_TOKENS, body.logprobs)
+        prompts = [_continued(loaded, prompt) for prompt in body.prompts()]
+        count = body.n or 1
+        samplers = _samplers(sampling, count * len(prompts))
+        return [(prompts[number // count], sampler) for number, sampler in enumerate(samplers)]
+
+    def _grammars_of(self, loaded: LoadedModel) -> JsonGrammars:
+        with self._lock:
+            if id(loaded) not in self._grammars:
+                self._grammars[id(loaded)] = JsonGrammars(loaded)
+            return self._grammars[id(loaded)]
+
+    async def answer(
+        self,
+        request: Request,
+        body: ChatRequest | CompletionRequest,
+        asked: Sequence[tuple[Prompt, Sampler]],
+        form: "type[_Answer]",
+    ) -> Response:
+        """Generates and sends it, in one or as it comes."""
+        loaded = self.model(body.model)
+        replies = _Replies(self._service, self._metrics, asked, request)
+        await replies.begin()
+        answer = form(body.model, loaded, replies)
+        if not body.stream:
+            try:
+                async for _ in replies:
+                    pass
+                return JSONResponse(answer.whole())
+            finally:
+                replies.close()
+        with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return StreamingResponse(_sent(replies, answer, with_usage), 200, headers, "text/event-stream")
+
+
+def _samplers(sampling: Sampling, count: int) -> list[Sampler]:
+    """One for each reply, with a seed that follows from the one asked for."""
+    first = Sampler(sampling)
+    return [first.spawn() for _ in range(count)]
+
+
+def _continued(loaded: LoadedModel, prompt: str | list[int]) -> Prompt:
+    """A prompt that is no conversation. Special tokens in it are meant: it may be one rendered elsewhere."""
+    rows = loaded.model.config.vocab_size
+    if isinstance(prompt, str):
+        tokens = loaded.tokenizer.encode(checked_text(prompt))
+        if loaded.tokenizer.settings.add_bos is not False and tokens[:1] != [loaded.tokenizer.bos_id]:
+            tokens.insert(0, loaded.tokenizer.bos_id)
+        prompt = tokens or [loaded.tokenizer.bos_id]
+    elif unknown := [token for token in prompt if token >= rows]:
+        raise UserError(f"tokens are 0 to {rows - 1}, not {unknown[0]}")
+    return Prompt(prompt, raw=True)
+
+
+def _pixels(loaded: LoadedModel, file: bytes) -> NDArray[np.uint8]:
+    """A picture as the model takes it. A UserError if it takes none."""
+    square = evaluation_transform(loaded)(decode(file, _MOST_PIXELS), np.random.default_rng(0))
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+class _Replies:
+    """The replies to one HTTP request: an iterator over their events, each with the number of its reply. They are
+    cancelled as soon as the client has left."""
+
+    def __init__(
+        self, service: Service, metrics: Metrics, asked: Sequence[tuple[Prompt, Sampler]], request: Request
+    ) -> None:
+        self.asked = asked
+        self.events: list[list[Event]] = [[] for _ in asked]
+        self._service, self._metrics, self._request = service, metrics, request
+        self._came: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
+        self._replies: list[Reply] = []
+        self._begun = time.monotonic()
+
+    async def begin(self) -> None:
+        """Raises the errors of `Service.submit`."""
+        loop = asyncio.get_running_loop()
+
+        def listen(number: int, event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the server's loop has ended
+                loop.call_soon_threadsafe(self._came.put_nowait, (number, event))
+
+        requests = [
+            Asked(prompt, sampler, functools.partial(listen, number))
+            for number, (prompt, sampler) in enumerate(self.asked)
+        ]
+        self._replies = await asyncio.wrap_future(self._service.submit(requests))
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        """Waits until the client leaves."""
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        self._cancel()
+        await self._came.put(None)
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
+        left = len(self.asked)
+        while left:
+            came = await self._came.get()
+            if came is None:
+                raise _Gone
+            number, event = came
+            if event.finish_reason in ("error", "cancelled"):
+                raise _Failed("the server is closing" if event.finish_reason == "cancelled" else "the engine failed")
+            if not self.events[number]:
+                self._metrics.first_token.observe(time.monotonic() - self._begun)
+            self.events[number].append(event)
+            left -= event.finish_reason is not None
+            yield number, event
+
+    def close(self) -> None:
+        """To be called at the end, whatever has happened."""
+        self._watcher.cancel()
+        self._cancel()
+        self._metrics.prompt_tokens.inc(self.usage()["prompt_tokens"])
+        self._metrics.generated_tokens.inc(self.usage()["completion_tokens"])
+        self._metrics.seconds.observe(time.monotonic() - self._begun)
+
+    def _cancel(self) -> None:
+        for reply in self._replies:
+            if not reply.ended:
+                self._service.cancel(reply)
+
+    def usage(self) -> dict[str, int]:
+        """How many tokens so far. A prompt that is answered several times counts once."""
+        prompts = {id(prompt): len(prompt.tokens) for prompt, _ in self.asked}
+        given, made = sum(prompts.values()), sum(len(event.tokens) for events in self.events for event in events)
+        return {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
+
+
+class _Answer:
+    """The form of an answer."""
+
+    prefix = ""
+    whole_object = ""
+    chunk_object = ""
+
+    def __init__(self, model: str, loaded: LoadedModel, replies: _Replies) -> None:
+        self._loaded, self.replies = loaded, replies
+        self._about = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._anchor = loaded.tokenizer.encode("a")[-1:]
+
+    def whole(self) -> dict[str, Any]:
+        """All of it."""
+        choices = [self.choice(number, events) for number, events in enumerate(self.replies.events)]
+        return {**self._about, "object": self.whole_object, "choices": choices, "usage": self.replies.usage()}
+
+    def chunk(self, choices: Sequence[Mapping[str, Any]], **more: Any) -> dict[str, Any]:
+        """A part of it."""
+        return {**self._about, "object": self.chunk_object, "choices": choices, **more}
+
+    def opening(self) -> Sequence[Mapping[str, Any]]:
+        """The choices of the chunk before the first token; none: there is no such chunk."""
+        return []
+
+    def choice(self, number: int, events: Sequence[Event]) -> dict[str, Any]:
+        """A reply that has ended."""
+        raise NotImplementedError
+
+    def delta(self, number: int, event: Event) -> dict[str, Any]:
+        """What came to a reply."""
+        raise NotImplementedError
+
+    def token_text(self, token: int) -> str:
+        """Its text within a text, such as with the space in front of it."""
+        decode = self._loaded.tokenizer.decode
+        return decode([*self._anchor, token])[len(decode(self._anchor)) :]
+
+
+class _ChatAnswer(_Answer):
+    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def opening(self) -> Sequence[Mapping[str, Any]]:
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        return [
+            {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
+            for number in range(len(self.replies.asked))
+        ]
+
+    def choice(self, number: int, events: Sequence[Event]) -> dict[str, Any]:
+        text = "".join(event.text for event in events)
+        text = text.rstrip() if self.replies.asked[number][0].strip else text
+        message = {"role": "assistant", "content": text, "refusal": None}
+        reason = events[-1].finish_reason
+        return {
+            "index": number,
+            "message": message,
+            "logprobs": self._logprobs(number, events),
+            "finish_reason": reason,
+        }
+
+    def delta(self, number: int, event: Event) -> dict[str, Any]:
+        logprobs, reason = self._logprobs(number, [event]), event.finish_reason
+        delta = {"content": event.text} if event.text or not reason else {}
+        return {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, number: int, events: Sequence[Event]) -> dict[str, Any] | None:
+        if self.replies.asked[number][1].sampling.logprobs is None:
+            return None
+
+        def entry(token: int, value: float) -> dict[str, Any]:
+            text = self.token_text(token)
+            whole = None if "\ufffd" in text else list(text.encode())
+            return {"token": text, "bytes": whole, "logprob": max(value, -9999.0)}
+
+        def told(token: int, values: TokenLogprobs) -> dict[str, Any]:
+            return {**entry(token, values.own), "top_logprobs": [entry(*top) for top in values.top]}
+
+        pairs = [pair for event in events for pair in zip(event.tokens, event.logprobs, strict=True)]
+        return {"content": [told(*pair) for pair in pairs], "refusal": None}
+
+
+class _TextAnswer(_Answer):
+    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, model: str, loaded: LoadedModel, replies: _Replies) -> None:
+        super().__init__(model, loaded, replies)
+        self._lengths: dict[int, int] = {}  # of the text of each reply that logprobs were told of
+
+    def choice(self, number: int, events: Sequence[Event]) -> dict[str, Any]:
+        text, reason = "".join(event.text for event in events), events[-1].finish_reason
+        return {"index": number, "text": text, "logprobs": self._logprobs(number, events), "finish_reason": reason}
+
+    def delta(self, number: int, event: Event) -> dict[str, Any]:
+        return self.choice(number, [event])
+
+    def _logprobs(self, number: int, events: Sequence[Event]) -> dict[str, Any] | None:
+        if self.replies.asked[number][1].sampling.logprobs is None:
+            return None
+        pairs = [pair for event in events for pair in zip(event.tokens, event.logprobs, strict=True)]
+        texts = [self.token_text(token) for token, _ in pairs]
+        before = self._lengths.get(number, 0)
+        self._lengths[number] = before + sum(map(len, texts))
+        return {
+            "tokens": texts,
+            "token_logprobs": [max(values.own, -9999.0) for _, values in pairs],
+            "top_logprobs": [{self.token_text(token): value for token, value in values.top} for _, values in pairs],
+            "text_offset": [before + sum(map(len, texts[:place])) for place in range(len(texts))],
+        }
+
+
+async def _sent(replies: _Replies, answer: _Answer, with_usage: bool) -> AsyncIterator[str]:
+    """Server-sent events."""
+    more: dict[str, Any] = {"usage": None} if with_usage else {}
+
+    def line(chunk: Mapping[str, Any]) -> str:
+        return f"data: {dumps(chunk)}\n\n"
+
+    try:
+        if opening := answer.opening():
+            yield line(answer.chunk(opening, **more))
+        async for number, event in replies:
+            if event.text or event.logprobs or event.finish_reason:
+                yield line(answer.chunk([answer.delta(number, event)], **more))
+        if with_usage:
+            yield line(answer.chunk([], usage=replies.usage()))
+        yield "data: [DONE]\n\n"
+    except _Gone:
+        return
+    except LlamaAccError as error:
+        yield line({"error": {"message": str(error), "type": "server_error", "param": None, "code": None}})
+    finally:
+        replies.close()

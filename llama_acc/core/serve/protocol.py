@@ -1,0 +1,246 @@
+"""What requests may hold: the part of OpenAI's API that is served, with vLLM's names for what that API does not have.
+
+https://platform.openai.com/docs/api-reference. Nothing that would change an answer is left out in silence: what is not
+served, and what nobody knows, is refused. What says nothing about the answer (`user`, `metadata` ...) is taken.
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from llama_acc.core.data.templates import Turn
+from llama_acc.core.data.tools import message_fields
+from llama_acc.core.errors import UserError
+from llama_acc.core.generate.grammar import JSON_OBJECT
+from llama_acc.core.generate.sampling import Sampling
+
+_Token = Annotated[int, Field(ge=0, lt=2**31)]
+_MOST_CHOICES = 128
+
+
+class _Given(BaseModel):
+    """An object whose unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class TextPart(_Given):
+    """A piece of a message's text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageURL(_Given):
+    """Where a picture is: in the address itself."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(_Given):
+    """A picture in a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
+class Message(BaseModel):
+    """A message of a conversation. Of an answer that a client sends back, what is empty or says nothing is dropped."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+
+    @property
+    def text(self) -> str:
+        """Its text, in one."""
+        parts = [] if self.content is None else self.content
+        return parts if isinstance(parts, str) else "\n".join(part.text for part in parts if isinstance(part, TextPart))
+
+    @property
+    def images(self) -> list[str]:
+        """The addresses of its pictures."""
+        parts = self.content if isinstance(self.content, list) else []
+        return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+
+
+class JsonSchema(_Given):
+    """The schema of an answer."""
+
+    name: str
+    json_schema: dict[str, Any] = Field(default=dict(JSON_OBJECT), alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(_Given):
+    """Of what form an answer is."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StreamOptions(_Given):
+    """What comes with a stream."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class _Asked(_Given):
+    """What both kinds of requests have."""
+
+    model: str
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    n: int | None = Field(None, ge=1, le=_MOST_CHOICES)
+    stop: str | Annotated[list[str], Field(max_length=64)] | None = None
+    max_tokens: int | None = Field(None, ge=1, le=2**31)
+    presence_penalty: float | None = Field(None, ge=-100, le=100)
+    frequency_penalty: float | None = Field(None, ge=-100, le=100)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    logit_bias: Annotated[dict[_Token, float], Field(max_length=4096)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    top_k: int | None = Field(None, ge=-1, le=2**31)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    stop_token_ids: Annotated[list[_Token], Field(max_length=64)] | None = None
+    user: str | None = None
+
+    def sampling(self, most: int, logprobs: int | None) -> Sampling:
+        """How tokens are chosen, of which there are `most` where nothing else is asked for.
+
+        Raises:
+            UserError: values that are not possible.
+        """
+        given = {
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "top_p": self.top_p or 1.0,
+            "seed": self.seed,
+            "max_new_tokens": most,
+            "top_k": max(self.top_k or 0, 0),  # vLLM's -1 is all, too
+            "min_p": self.min_p or 0.0,
+            "repetition_penalty": self.repetition_penalty or 1.0,
+            "presence_penalty": self.presence_penalty or 0.0,
+            "frequency_penalty": self.frequency_penalty or 0.0,
+            "logit_bias": self.logit_bias or {},
+            "stop": [self.stop] if isinstance(self.stop, str) else self.stop or [],
+            "stop_ids": self.stop_token_ids or [],
+            "logprobs": logprobs,
+        }
+        return Sampling(**given)  # type: ignore[arg-type]
+
+
+class ChatRequest(_Asked):
+    """The body of /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    # They say nothing about the answer.
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    def most_tokens(self) -> int | None:
+        """So many are asked for; None: as many as have room."""
+        return self.max_completion_tokens or self.max_tokens
+
+    def logprobs_of(self) -> int | None:
+        """Of so many of the likeliest tokens the probabilities are asked for; None: of none at all."""
+        if self.top_logprobs is not None and not self.logprobs:
+            raise UserError("top_logprobs goes with logprobs: true")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def schema_of_answer(self) -> Mapping[str, Any] | None:
+        """What an answer must be; None: any text."""
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return None
+        if wanted.type == "json_object":
+            return JSON_OBJECT
+        if wanted.json_schema is None:
+            raise UserError("response_format of the type json_schema needs a json_schema")
+        return wanted.json_schema.json_schema
+
+    def conversation(self) -> tuple[str | None, list[Turn], list[bytes]]:
+        """The system text, the turns, and the files of the pictures.
+
+        Raises:
+            UserError: they are not in an order that a prompt can have.
+        """
+        first, *_ = self.messages
+        has_system = first.role in ("system", "developer")
+        others = self.messages[has_system:]
+        if any(message.role in ("system", "developer") for message in others):
+            raise UserError("only the first message can be the system's")
+        if not others or others[-1].role not in ("user", "tool"):
+            raise UserError("the last message must be the user's, or what came of a tool")
+        if any(message.images for message in self.messages if message.role != "user"):
+            raise UserError("only the user's messages can have images")
+        turns = [
+            Turn(
+                "human" if message.role == "user" else message.role,
+                message.text,
+                more=message_fields(message.model_dump(exclude_none=True), message.role),
+            )
+            for message in others
+        ]
+        images = [_file_of(address) for message in others for address in message.images]
+        return first.text if has_system else None, turns, images
+
+
+class CompletionRequest(_Asked):
+    """The body of /v1/completions: texts or tokens to continue as they are, in no prompt format."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=_MOST_CHOICES)]
+        | Annotated[list[_Token], Field(min_length=1)]
+        | Annotated[list[Annotated[list[_Token], Field(min_length=1)]], Field(min_length=1, max_length=_MOST_CHOICES)]
+    )
+    logprobs: int | None = Field(None, ge=0, le=20)
+    best_of: int | None = Field(None, ge=1, le=_MOST_CHOICES)
+    echo: Literal[False] | None = None
+    suffix: Literal[""] | None = None
+
+    def prompts(self) -> "Sequence[str | list[int]]":
+        """One or several, each a text or tokens."""
+        if self.best_of not in (None, self.n or 1):
+            raise UserError("best_of is not served: ask for n answers")
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+
+def _file_of(address: str) -> bytes:
+    """The file in a data URI (RFC 2397). No other address is looked at."""
+    head, comma, data = address.partition(",")
+    if not (head.startswith("data:image/") and head.endswith(";base64") and comma):
+        raise UserError("an image must be a data URI, data:image/...;base64,...: no other address is fetched")
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise UserError("the data URI of an image is not base64") from None
+
+
+def dumps(value: Any) -> str:
+    """As JSON in one line."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
