@@ -4,16 +4,20 @@ model = load_model("runs/alpaca")
 print(generate(model, "Name three colors.", temperature=0))
 """
 
+import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise, zip_longest
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llama_acc.core.data.templates import Turn
 from llama_acc.core.errors import UserError
-from llama_acc.core.generate.engine import Engine, Pixels, Prompt
+from llama_acc.core.generate.engine import Engine, Pixels, Prompt, Reply
 from llama_acc.core.generate.load import LoadedModel
-from llama_acc.core.generate.sampling import Sampler, Sampling
+from llama_acc.core.generate.sampling import Sampler, Sampling, TokenLogprobs
+from llama_acc.core.tokenizer import StreamDecoder
 
 
 def checked_text(text: str) -> str:
@@ -79,6 +83,23 @@ def encode_question(loaded: LoadedModel, question: str, images: int = 0) -> Prom
     return prompt
 
 
+class ShownToken(NamedTuple):
+    """A token that the model was fed or wrote, for display."""
+
+    token: int
+    """Its id; -1: the positions of all images."""
+    piece: str
+    """As the vocabulary writes it."""
+    text: str
+    """What it adds to the text; empty for a part of a character, BOS or EOS."""
+    special: bool
+    """BOS, or one that ends an answer."""
+    is_reply: bool
+    """The model wrote it."""
+    logprobs: TokenLogprobs | None
+    """Of a reply's token, where `Sampling.logprobs` asks for them."""
+
+
 class Conversation:
     """Questions and answers with the whole history in view.
 
@@ -87,29 +108,79 @@ class Conversation:
         images: those in view.
         system: the system text; None = the template's own.
         dropped_turns: how many of the oldest turns the last question had no room for.
+        reply: the last answer with the prompt it was given to, as far as it came; None: there is none.
+        tokens_per_second: of that answer, behind its first token; None: it has no more.
     """
 
-    def __init__(self, loaded: LoadedModel, sampling: Sampling) -> None:
-        self.loaded = loaded
+    def __init__(self, loaded: LoadedModel, sampling: Sampling, engine: Engine | None = None) -> None:
+        """`engine` is one that conversations with the same model share; None: it has its own."""
+        self.loaded, self.engine = loaded, engine or Engine(loaded)
         self.turns: list[Turn] = []
         self.images: list[NDArray[np.uint8]] = []
         self.system: str | None = None
         self.dropped_turns = 0
-        self._engine, self._sampler = Engine(loaded), Sampler(sampling)
+        self.reply: Reply | None = None
+        self.tokens_per_second: float | None = None
+        self._sampler = Sampler(sampling)
 
     def reset(self) -> None:
         """Forgets all turns and images."""
-        self.turns, self.images = [], []
+        self.turns, self.images, self.reply = [], [], None
 
-    def ask(self, question: str, images: Pixels = ()) -> Iterator[str]:
+    @property
+    def last_question(self) -> str:
+        """The text of the last question.
+
+        Raises:
+            UserError: there is none.
+        """
+        return self._to_last_question()[-1].text
+
+    def ask(self, question: str, images: Pixels = (), replace_last: bool = False) -> Iterator[str]:
         """The answer, piece by piece. The turns are kept, also of an answer that is not listened to till its end.
+
+        `replace_last`: it takes the place of the last question and its answer; images in view stay.
 
         Raises:
             UserError: the question alone is longer than the model's context, or is not text; images a model does not
-                take.
+                take; there is nothing to replace. The conversation is unchanged.
         """
-        turns = [*self.turns, Turn("human", checked_text(question))]
-        images = [*self.images, *images]
+        turns = self._to_last_question()[:-1] if replace_last else self.turns
+        return self._answer([*turns, Turn("human", checked_text(question))], [*self.images, *images])
+
+    def retry(self) -> Iterator[str]:
+        """Another answer to the last question, in place of the one before; drawn with a seed of its own. See `ask`."""
+        return self._answer(self._to_last_question(), self.images)
+
+    def answer_last_of(self, other: "Conversation") -> Iterator[str]:
+        """This model's answer to the last question of a conversation with another one, with that history in view.
+        See `ask`."""
+        self.system = other.system
+        return self._answer(other._to_last_question(), other.images)
+
+    def token_view(self) -> list[ShownToken]:
+        """What the model was fed for the last answer, and that answer, token by token."""
+        if (reply := self.reply) is None:
+            return []
+        fed, written = reply.prompt.tokens, [*reply.tokens, *([] if reply.end_token is None else [reply.end_token])]
+        once = [token for before, token in pairwise([0, *fed]) if token >= 0 or before >= 0]
+        tokenizer, decoder = self.loaded.tokenizer, StreamDecoder(self.loaded.tokenizer)
+        special, shown = {-1, tokenizer.bos_id, *tokenizer.end_ids}, []
+        rows = [*((token, None) for token in once), *zip_longest(written, reply.logprobs)]
+        for place, (token, logprobs) in enumerate(rows):
+            piece = tokenizer.piece(token) if token >= 0 else f"<{fed.count(-1)} image positions>"
+            shown.append(ShownToken(token, piece, decoder.push(token), token in special, place >= len(once), logprobs))
+        return shown
+
+    def _to_last_question(self) -> list[Turn]:
+        """The turns up to the last question."""
+        asked = [place for place, turn in enumerate(self.turns) if turn.role == "human"]
+        if not asked:
+            raise UserError("there is no question yet")
+        return self.turns[: asked[-1] + 1]
+
+    def _answer(self, turns: list[Turn], images: list[NDArray[np.uint8]]) -> Iterator[str]:
+        """What the model says to these turns, the last of which is a question; from now on they are the history."""
         context = self.loaded.model.config.max_seq_len
         room = context - min(self._sampler.sampling.max_new_tokens, context // 4)
         dropped = 0  # of the oldest turns, until an answer has room
@@ -118,15 +189,21 @@ class Conversation:
             dropped += 2 if turns[dropped + 1].role == "assistant" else 1
         check_length(self.loaded, prompt.tokens)
         self.turns, self.images, self.dropped_turns = turns[dropped:], images, dropped
-        return self._answer(prompt)
+        return self._stream(prompt)
 
     def _prompt(self, turns: Sequence[Turn], images: Pixels) -> Prompt:
         return encode_prompt(self.loaded, turns, len(images), self.system)._replace(images=images)
 
-    def _answer(self, prompt: Prompt) -> Iterator[str]:
-        answer = ""
+    def _stream(self, prompt: Prompt) -> Iterator[str]:
+        answer, first, later = "", 0.0, 0
+        self.reply = self.tokens_per_second = None
         try:
-            for _, text in self._engine.generate([prompt], self._sampler):
+            for reply, text in self.engine.generate([prompt], self._sampler):
+                if self.reply is None:
+                    self.reply, first = reply, time.monotonic()
+                else:
+                    later += 1
+                    self.tokens_per_second = later / (time.monotonic() - first)
                 answer += text
                 if text:
                     yield text

@@ -91,7 +91,8 @@ class Reply:
     Attributes:
         tokens: so far, without the one that ends it.
         text: so far. It ends at the prompt format's first stop string, and the beginning of one is held back.
-        logprobs: of these tokens, where they are asked for.
+        logprobs: of these tokens and the end token, where they are asked for.
+        end_token: the one that ended it; None: none has.
         finish_reason: "stop": by an end token or stop string, "length": there is no room for more, "cancelled"; None:
             it is under way.
     """
@@ -110,6 +111,7 @@ class Reply:
         self.tokens: list[int] = []
         self.text = ""
         self.logprobs: list[TokenLogprobs] = []
+        self.end_token: int | None = None
         self.finish_reason: Literal["stop", "length", "cancelled"] | None = None
         self._end_ids, self._decoder = tokenizer.end_ids.union(stop_ids), StreamDecoder(tokenizer)
         self._most = max_new_tokens
@@ -126,7 +128,7 @@ class Reply:
     def push(self, token: int) -> str:
         """Takes the next token. Returns what comes to `text`."""
         if token in self._end_ids:
-            self.finish_reason = "stop"
+            self.finish_reason, self.end_token = "stop", token
         else:
             self.tokens.append(token)
             if len(self.tokens) >= self._most:

@@ -106,6 +106,8 @@ def test_a_conversation_keeps_its_image_and_the_tower_encodes_it_once(folders: d
     first = "".join(conversation.ask("what is it?", image))
     second = "".join(conversation.ask("what else?"))
     assert encoded == [1]
+    seen = [one.piece for one in conversation.token_view() if one.token < 0]
+    assert seen == [f"<{loaded.vision.positions} image positions>"]  # type: ignore[union-attr]
     ids = loaded.template.prompt_ids(loaded.tokenizer, conversation.turns[:-1])
     again = decode(Engine(loaded), [Prompt(insert_images(loaded, ids, 1), image)], GREEDY)[0]
     assert loaded.tokenizer.decode(again.tokens).strip().startswith(second.strip())
