@@ -30,6 +30,7 @@ from llama_acc.cli import (
     push,
     recipes,
     runs,
+    serve,
     stopping,
 )
 from llama_acc.core.distributed import environment
@@ -182,6 +183,7 @@ app.command()(_reported(finetune.finetune, joins=True))
 app.command()(_reported(runs.runs))
 app.command()(_reported(chat.chat, joins=True))
 app.command()(_reported(caption.caption, joins=True))
+app.command()(_reported(serve.serve, joins=True))
 app.add_typer(convert_data.app, name="convert-data")
 app.command()(_reported(benchmark_vram.benchmark_vram))
 app.command()(_reported(convert_checkpoint.convert_checkpoint))

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
@@ -60,11 +60,20 @@ def launch_model(nproc: str | None, device: str | None, ckpt: list[str]) -> None
 @contextlib.contextmanager
 def load_distributed(model: ModelOptions) -> "Iterator[LoadedModel]":
     """The model, shared by all processes; those other than rank 0 compute in here what that asks for."""
+    with load_models_distributed(model, {"": model.ckpt}) as models:
+        yield models[""]
+
+
+@contextlib.contextmanager
+def load_models_distributed(
+    model: ModelOptions, checkpoints: Mapping[str, Sequence[str]]
+) -> "Iterator[dict[str, LoadedModel]]":
+    """Models of the same base, by name, each from its checkpoints; see `load_distributed`."""
     console.working("loading the model", after=_QUIET)
     from llama_acc.core.device import pick_device
     from llama_acc.core.distributed.groups import init_distributed
     from llama_acc.core.generate.engine import Engine, stop_followers
-    from llama_acc.core.generate.load import load_model
+    from llama_acc.core.generate.load import load_models
 
     if not environment.is_main():
         # While it waits for rank 0, Python would not look at a signal.
@@ -72,8 +81,8 @@ def load_distributed(model: ModelOptions) -> "Iterator[LoadedModel]":
     device = pick_device(model.device)
     with init_distributed(device, environment.world_size(), console.note, timeout=_PATIENCE) as parallel:
         loaded = parallel.raise_together(
-            lambda: load_model(
-                *model.ckpt,
+            lambda: load_models(
+                checkpoints,
                 device=str(device),
                 tokenizer=model.tokenizer,
                 template=model.template,
@@ -83,17 +92,18 @@ def load_distributed(model: ModelOptions) -> "Iterator[LoadedModel]":
                 parallel=parallel,
             )
         )
+        first = next(iter(loaded.values()))
         if not parallel.is_main:
-            Engine(loaded).follow()
-        for note in loaded.notes:
+            Engine(first).follow()
+        for note in dict.fromkeys(note for one in loaded.values() for note in one.notes):
             console.note(note)
-        if loaded.template_from.startswith("none, as"):
+        if any(one.template_from.startswith("none, as") for one in loaded.values()):
             console.note("the checkpoint keeps no prompt format: template none, the text is continued as it is")
         console.working(None)
         try:
             yield loaded
         except LlamaAccError:
-            stop_followers(loaded)
+            stop_followers(first)
             raise
         if parallel.is_main:
-            stop_followers(loaded)
+            stop_followers(first)

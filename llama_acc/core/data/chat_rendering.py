@@ -6,12 +6,16 @@ only so much processor time and memory, and its output may be only so long.
 
 import itertools
 import json
+import math
+import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
+from functools import lru_cache
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,18 +94,11 @@ def render(
         UserError: the template is not Jinja, refuses a prompt, or takes more than the limits.
     """
     limits = limits or Limits()
-    job = [source, chats, variables, replies, limits]
-    # Isolated: neither the working directory nor PYTHON* variables decide what the child imports.
-    command = [sys.executable, "-I", "-c", _PROGRAM, *filter(None, sys.path)]
-    most = 10 * limits.seconds  # for one that sleeps
-    try:
-        done = subprocess.run(command, input=json.dumps(job).encode(), capture_output=True, check=False, timeout=most)
-    except subprocess.TimeoutExpired:
-        raise UserError(f"the chat template {path} takes more than {most} s") from None
-    if done.returncode or not done.stdout:
+    line = _child(os.getpid(), source).ask([source, chats, variables, replies, limits], 10 * limits.seconds, path)
+    if not line:
         taken = f"takes more than {limits.seconds} s of processor time, or ends the process that renders it"
         raise UserError(f"the chat template {path} {taken}")
-    answer = json.loads(done.stdout)
+    answer = json.loads(line)
     if isinstance(answer, str):
         raise UserError(f"{path} {answer}" if answer.startswith("is not") else f"the chat template {path} {answer}")
     return [
@@ -112,10 +109,59 @@ def render(
     ]
 
 
+class _Child:
+    """A process that renders one template again and again: to start one takes 0.1 to 0.3 s, each turn of a conversation
+    then 15 ms at most. It ends with this process, whose end closes the pipe that it reads from."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def ask(self, job: Any, seconds: float, path: Path) -> bytes:
+        """The line that answers a job; empty if the process has ended.
+
+        Raises:
+            UserError: there is none after so long, as it sleeps.
+        """
+        with self._lock:
+            if self._process is None:
+                # Isolated: neither the working directory nor PYTHON* variables decide what the child imports.
+                command = [sys.executable, "-I", "-c", _PROGRAM, *filter(None, sys.path)]
+                pipe = subprocess.PIPE
+                self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+            process = self._process
+            assert process.stdin is not None
+            assert process.stdout is not None
+            watch = threading.Timer(seconds, process.kill)
+            watch.start()
+            line = b""
+            try:
+                with suppress(BrokenPipeError):
+                    process.stdin.write(json.dumps(job).encode() + b"\n")
+                    process.stdin.flush()
+                    line = process.stdout.readline()
+                if not line and not watch.is_alive():
+                    raise UserError(f"the chat template {path} takes more than {seconds:g} s")
+                return line
+            finally:
+                watch.cancel()
+                if not line:  # also where this was interrupted: what comes later would be taken for the next answer
+                    self._process = None
+                    process.kill()
+                    with process:  # closes the pipes and waits
+                        pass
+
+
+@lru_cache(maxsize=8)
+def _child(process: int, source: str) -> _Child:
+    """That of a template, which no forked process shares."""
+    return _Child()
+
+
 def renderer(source: str, variables: Mapping[str, str]) -> Callable[[Sequence[Mapping[str, str]], bool], str]:
     """A chat template that renders messages in this process, up to where an answer would begin if so asked.
 
-    It is for an evaluation's many prompts, for each of which a child would take a third of a second. Nothing limits it
+    It is for an evaluation's many prompts, for each of which a child would take up to 15 ms. Nothing limits it
     but the sandbox, as in transformers: take a template that `render` has rendered. Raises jinja2's errors.
     """
     template = _compiled(source, [], [], datetime.now())
@@ -129,15 +175,20 @@ def renderer(source: str, variables: Mapping[str, str]) -> Callable[[Sequence[Ma
 
 
 def main() -> None:
-    """Read a job from standard input; write the rendered conversations, or a text saying what is wrong."""
+    """Read jobs from standard input, each a line; write a line with the rendered conversations, or a text saying what
+    is wrong."""
     import resource
 
-    source, chats, variables, replies, limits = json.load(sys.stdin)
-    limits = Limits(*limits)
-    for kind, most in ((resource.RLIMIT_CPU, limits.seconds), (resource.RLIMIT_AS, limits.memory)):
-        with suppress(ValueError, OSError):  # macOS has no limit of address space
-            resource.setrlimit(kind, (most, most))
-    sys.stdout.write(json.dumps(_answer(source, list(itertools.starmap(Chat, chats)), variables, replies, limits)))
+    for line in sys.stdin:
+        source, chats, variables, replies, limits = json.loads(line)
+        limits = Limits(*limits)
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        seconds = math.ceil(used.ru_utime + used.ru_stime) + limits.seconds
+        for kind, most in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, limits.memory)):
+            with suppress(ValueError, OSError):  # macOS has no limit of address space
+                resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
+        answer = _answer(source, list(itertools.starmap(Chat, chats)), variables, replies, limits)
+        print(json.dumps(answer), flush=True)
 
 
 _Span = tuple[int, int]

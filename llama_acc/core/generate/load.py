@@ -4,10 +4,10 @@ Shapes: I images, S their width and height; input_shape is that of `Vision`.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -192,6 +192,11 @@ def load_model(
     fill(model, weights, target, dtype, copy=False)
     pack_small(model)
     return LoadedModel(model, words, *chosen, target, load_vision_encoder(model, weights, target), tuple(notes))
+
+
+def load_models(checkpoints: Mapping[str, Sequence[str | Path]], **settings: Any) -> dict[str, LoadedModel]:
+    """TEMPORARY"""
+    return {name: load_model(*layers, **settings) for name, layers in checkpoints.items()}
 
 
 def checkpoint_fingerprint(checkpoints: Sequence[str]) -> str:

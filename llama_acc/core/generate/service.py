@@ -51,11 +51,13 @@ class Service:
         engine: only for reading, as its own thread changes it at any time.
         queue: so many requests may wait for a slot.
         failure: what ended its thread; None as long as it runs.
+        on_failure: is called in its thread then.
     """
 
     def __init__(self, engine: Engine, queue: int = 64) -> None:
         self.engine, self.queue = engine, queue
         self.failure: BaseException | None = None
+        self.on_failure: Callable[[], None] = lambda: None
         self._calls: list[Callable[[], None]] = []
         self._changed = threading.Condition()
         self._listeners: dict[Reply, Listener] = {}
@@ -65,15 +67,19 @@ class Service:
 
     @contextmanager
     def running(self) -> Iterator["Service"]:
-        """It answers within. Replies that have not ended when that is left are cancelled."""
+        """It answers within; see `close`."""
         self._thread.start()
         try:
             yield self
         finally:
-            with self._changed:
-                self._is_closing = True
-                self._changed.notify()
+            self.close()
             self._thread.join()
+
+    def close(self) -> None:
+        """Takes no more requests, and cancels the replies under way before the next pass. Does not wait for that."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
 
     def submit(self, requests: Sequence[Request]) -> "Future[list[Reply]]":
         """Asks for replies, all of them or none. Between two passes they are taken into the queue.
@@ -161,6 +167,8 @@ class Service:
         for reply, listen in list(self._listeners.items()):
             self._cancel(reply)
             listen(Event("", finish_reason="cancelled" if self.failure is None else "error"))
+        if self.failure is not None:
+            self.on_failure()
 
     def _next_calls(self) -> bool:
         """Makes the calls that have come; waits for one while there is nothing to generate. Whether to go on."""

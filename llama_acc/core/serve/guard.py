@@ -1,4 +1,4 @@
-"""Who may ask, and how much: what stands in front of every request, whatever it asks for."""
+"""Who may ask: what stands in front of every request, whatever it asks for."""
 
 import ipaddress
 import secrets
@@ -12,20 +12,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class Access(NamedTuple):
-    """Who may ask, and how much.
+    """Who may ask.
 
     Attributes:
         key: what requests have to bring, "Authorization: Bearer KEY"; None: nothing.
         hosts: names by which the server may be called, in small letters. Addresses may be in any case: no name that
             somebody else has made lead here (DNS rebinding).
         origins: of pages that may ask (CORS), such as https://chat.example.org.
-        most_bytes: of a request's body.
     """
 
     key: str | None = None
     hosts: Sequence[str] = ("localhost",)
     origins: Sequence[str] = ()
-    most_bytes: int = 32 << 20
 
 
 def error_response(status: int, message: str, code: str | None = None, param: str | None = None) -> JSONResponse:
@@ -35,10 +33,6 @@ def error_response(status: int, message: str, code: str | None = None, param: st
     headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "10"}}
     error = {"message": message, "type": kind, "param": param, "code": code}
     return JSONResponse({"error": error}, status, headers.get(status))
-
-
-class _TooLarge(Exception):
-    """A body has more bytes than it may."""
 
 
 class Guard:
@@ -56,15 +50,7 @@ class Guard:
         if refused is not None:
             await refused(scope, receive, send)
             return
-        received, status = 0, 0
-
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._access.most_bytes:
-                raise _TooLarge
-            return message
+        status = 0
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -72,10 +58,7 @@ class Guard:
             await send(message)
 
         try:
-            await self._app(scope, counted, noted)
-        except _TooLarge:
-            status = 413
-            await self._too_large()(scope, receive, send)
+            await self._app(scope, receive, noted)
         finally:
             route: Any = scope.get("route")
             self._done(getattr(route, "path", "other"), status)
@@ -91,16 +74,10 @@ class Guard:
             given = headers.get("authorization", "").encode()
             if not secrets.compare_digest(given, f"Bearer {access.key}".encode()):
                 return error_response(401, "Authorization: Bearer with the server's key is needed", "invalid_api_key")
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > access.most_bytes:
-            return self._too_large()
         if method == "POST" and headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             # A page elsewhere can send anything else without asking first.
             return error_response(415, "the body must be application/json")
         return None
-
-    def _too_large(self) -> JSONResponse:
-        return error_response(413, f"a request has at most {self._access.most_bytes} bytes", "request_too_large")
 
 
 def _may_be_called(host: str, names: Sequence[str]) -> bool:

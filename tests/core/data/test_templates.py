@@ -1,9 +1,11 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from llama_acc.core.data.chat_rendering import Limits
+from llama_acc.core.data import chat_rendering
+from llama_acc.core.data.chat_rendering import Chat, Limits, render
 from llama_acc.core.data.chat_template import ChatTemplate, Talk, template_for, template_of_folder
 from llama_acc.core.data.dataset import load_dataset
 from llama_acc.core.data.sources import Source
@@ -421,3 +423,24 @@ def test_the_limit_is_that_of_each_text_as_a_long_dialogue_is_written_for_every_
     template = ChatTemplate(TURNS + ASKED, load_tokenizer(path), path, Limits(characters=2000))
     [[found]] = template.dialogue_texts([Talk(TWO * 10)])
     assert (len(found.trained), len(found.text) * 10 > 2000) == (20, True)
+
+    source = "{% if messages[0].content == 'loop' %}{% for _ in range(900) %}{% for _ in range(99999) %}{% endfor %}"
+    chat = [Chat([{"role": "user", "content": "hello"}])]
+    source = "{% if messages[0].content == 'loop' %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
+    source += "{% endfor %}{% endif %}{{ messages[0].content }}"
+    loops = [Chat([{"role": "user", "content": "loop"}])]
+    path, limits = tmp_path / "chat_template.jinja", Limits(seconds=1)
+
+    def child() -> int:
+        process = chat_rendering._child(os.getpid(), source)._process
+        assert process is not None
+        return process.pid
+
+    assert render(source, chat, {}, None, path, limits) == [[("hello", [])]]
+    first = child()
+    assert render(source, chat, {}, None, path, limits) == [[("hello", [])]]
+    assert child() == first
+    with pytest.raises(UserError, match="takes more than 1 s of processor time"):
+        render(source, loops, {}, None, path, limits)
+    assert render(source, chat, {}, None, path, limits) == [[("hello", [])]]
+    assert child() != first
