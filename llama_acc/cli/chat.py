@@ -199,10 +199,7 @@ class _Chat:
         turns = self.conversation.turns
         if not name or not turns:
             raise UserError("there is nothing to save yet" if name else "to which file? /save FILE")
-        roles = {"human": "human", "assistant": "gpt"}
-        item: dict[str, object] = {"image": self.files} if self.files else {}
-        item |= {} if self.conversation.system is None else {"system": self.conversation.system}
-        item["conversations"] = [{"from": roles[turn.role], "value": turn.text} for turn in turns]
+        item = self.conversation.to_item(self.files)
         try:
             write_text_whole(Path(name).expanduser(), json.dumps([item], indent=1, ensure_ascii=False) + "\n")
         except OSError as error:

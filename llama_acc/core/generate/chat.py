@@ -17,6 +17,7 @@ from llama_acc.core.errors import UserError
 from llama_acc.core.generate.engine import Engine, Pixels, Prompt, Reply
 from llama_acc.core.generate.load import LoadedModel
 from llama_acc.core.generate.sampling import Sampler, Sampling, TokenLogprobs
+from llama_acc.core.generate.service import Service
 from llama_acc.core.tokenizer import StreamDecoder
 
 
@@ -104,6 +105,7 @@ class Conversation:
     """Questions and answers with the whole history in view.
 
     Attributes:
+        sampler: of its answers.
         turns: so far.
         images: those in view.
         system: the system text; None = the template's own.
@@ -112,8 +114,9 @@ class Conversation:
         tokens_per_second: of that answer, behind its first token; None: it has no more.
     """
 
-    def __init__(self, loaded: LoadedModel, sampling: Sampling, engine: Engine | None = None) -> None:
-        """`engine` is one that conversations with the same model share; None: it has its own."""
+    def __init__(self, loaded: LoadedModel, sampling: Sampling, engine: Engine | Service | None = None) -> None:
+        """`engine` is one that conversations with the same model share, a service where they are in several threads;
+        None: it has its own."""
         self.loaded, self.engine = loaded, engine or Engine(loaded)
         self.turns: list[Turn] = []
         self.images: list[NDArray[np.uint8]] = []
@@ -121,7 +124,7 @@ class Conversation:
         self.dropped_turns = 0
         self.reply: Reply | None = None
         self.tokens_per_second: float | None = None
-        self._sampler = Sampler(sampling)
+        self.sampler = Sampler(sampling)
 
     def reset(self) -> None:
         """Forgets all turns and images."""
@@ -172,6 +175,14 @@ class Conversation:
             shown.append(ShownToken(token, piece, decoder.push(token), token in special, place >= len(once), logprobs))
         return shown
 
+    def to_item(self, images: Sequence[str]) -> dict[str, object]:
+        """It as an item of a data file, with the paths of the images in view."""
+        item: dict[str, object] = {"image": list(images)} if images else {}
+        item |= {} if self.system is None else {"system": self.system}
+        roles = {"human": "human", "assistant": "gpt"}
+        item["conversations"] = [{"from": roles[turn.role], "value": turn.text} for turn in self.turns]
+        return item
+
     def _to_last_question(self) -> list[Turn]:
         """The turns up to the last question."""
         asked = [place for place, turn in enumerate(self.turns) if turn.role == "human"]
@@ -182,7 +193,7 @@ class Conversation:
     def _answer(self, turns: list[Turn], images: list[NDArray[np.uint8]]) -> Iterator[str]:
         """What the model says to these turns, the last of which is a question; from now on they are the history."""
         context = self.loaded.model.config.max_seq_len
-        room = context - min(self._sampler.sampling.max_new_tokens, context // 4)
+        room = context - min(self.sampler.sampling.max_new_tokens, context // 4)
         dropped = 0  # of the oldest turns, until an answer has room
         while len((prompt := self._prompt(turns[dropped:], images)).tokens) > room and dropped < len(turns) - 1:
             # A question goes with its answer.
@@ -198,7 +209,7 @@ class Conversation:
         answer, first, later = "", 0.0, 0
         self.reply = self.tokens_per_second = None
         try:
-            for reply, text in self.engine.generate([prompt], self._sampler):
+            for reply, text in self.engine.generate([prompt], self.sampler):
                 if self.reply is None:
                     self.reply, first = reply, time.monotonic()
                 else:

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -104,23 +104,25 @@ class Service:
         """Ends a reply before the next pass, if it has not; its listener hears nothing more."""
         self._call(lambda: self._cancel(reply))
 
-    def events(self, prompt: Prompt, sampler: Sampler) -> Iterator[Event]:
-        """A reply as it comes, for a thread that waits for it; cancelled if it is not listened to till its end.
+    def generate(self, prompts: Iterable[Prompt], sampler: Sampler) -> Iterator[tuple[Reply, str]]:
+        """As `Engine.generate`, one reply after the other, for a thread that waits. The engine does not wait for it: a
+        reply may have more tokens than what has come of its text.
 
         Raises:
             see `submit`.
         """
-        came: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        [reply] = self.submit([Request(prompt, sampler, came.put)]).result()
-        event = None
-        try:
-            while event is None or event.finish_reason is None:
-                event = came.get()
-                if event.finish_reason == "error":
-                    raise RunError(f"the engine has failed: {self.failure}")
-                yield event
-        finally:
-            self.cancel(reply)
+        for index, prompt in enumerate(prompts):
+            came: queue.SimpleQueue[Event] = queue.SimpleQueue()
+            [reply] = self.submit([Request(prompt, sampler.spawn(), came.put)]).result()
+            reply.index, event = index, None
+            try:
+                while event is None or event.finish_reason is None:
+                    event = came.get()
+                    if event.finish_reason == "error":
+                        raise RunError(f"the engine has failed: {self.failure}")
+                    yield reply, event.text
+            finally:
+                self.cancel(reply)
 
     def _call(self, call: Callable[[], None]) -> None:
         """Has it called between two passes."""

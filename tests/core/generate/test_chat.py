@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from llama_acc.core.generate.chat import Conversation, generate
 from llama_acc.core.generate.engine import Engine
 from llama_acc.core.generate.load import LoadedModel, load_model
 from llama_acc.core.generate.sampling import Sampling
+from llama_acc.core.generate.service import Service
 from llama_acc.core.recipe import RECIPES_FOLDER
 from tests.core.generate.decoding import GREEDY, greedy
 from tests.core.tiny import SMALL, random_model, save_model
@@ -116,6 +118,21 @@ def test_the_tokens_of_an_answer_are_shown_with_what_came_before_and_how_likely_
     documents, tokens = [one.token for one in shown], len(shown) - len(fed)
     [(score, _)] = Engine(dialogue).score([documents[:-1]], [(0, documents[-tokens:])])
     assert score == pytest.approx(sum(one.logprobs.own for one in shown if one.logprobs), abs=1e-3)
+
+
+def test_conversations_of_several_threads_share_a_service_and_hear_what_they_would_alone(dialogue: LoadedModel) -> None:
+    questions = ["once upon", "what is it?", "hello"]
+    alone = [["".join(Conversation(dialogue, GREEDY).ask(question))] for question in questions]
+    with Service(Engine(dialogue, slots=2)).running() as service, ThreadPoolExecutor() as threads:
+        conversations = [Conversation(dialogue, GREEDY, service) for _ in questions]
+        asked = threads.map(lambda pair: ["".join(pair[0].ask(pair[1]))], zip(conversations, questions, strict=True))
+        assert list(asked) == alone
+        pieces = conversations[0].ask("what is the answer?")
+        heard = next(pieces)
+        pieces.close()  # type: ignore[attr-defined]
+        assert conversations[0].turns[-1].text == heard.rstrip()
+        assert "".join(conversations[0].retry()), "the slot of the answer that was cut short is free"
+        assert not service.engine.running
 
 
 def test_a_history_too_long_is_cut_by_whole_turns(dialogue: LoadedModel) -> None:
