@@ -1,6 +1,7 @@
 """What every test may use: a home of its own, a tiny tokenizer, and the real inputs where they are present."""
 
 import io
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ what is the name of the capital of the country? it is the name of a town
 ### Instruction: ### Response: ### Human: ### Assistant:
 """
 
-
+_HOMES = itertools.count()
 _LONGEST = ("test_parallel.py", "test_caption_quickstart.py", "test_launch.py", "test_vision_runs.py")
 
 
@@ -52,10 +53,20 @@ def nothing_is_left_where_tests_stand(nowhere: Path) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def llama_acc_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No test reads or fills the user's own downloads and token cache."""
-    home = tmp_path_factory.mktemp("home")
+    # `mktemp` would look through the folders of all tests before.
+    home = tmp_path_factory.getbasetemp() / "homes" / str(next(_HOMES))
+    home.mkdir(parents=True)
     monkeypatch.setenv("LLAMA_ACC_HOME", str(home))
     monkeypatch.delenv("LLAMA_ACC_CACHE_GIB", raising=False)
     return home
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_waits_for_the_disk() -> Iterator[None]:
+    """No test cuts the power: small files need not be on the disk before a test goes on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 from typer.testing import CliRunner
 
 from llama_acc.cli.app import app
+from tests.undrawn import undrawn
 
 COMMAND = [sys.executable, "-m", "llama_acc"]
 # 32 items, four optimizer steps an epoch; a whole run takes a fraction of a second.
@@ -33,7 +35,8 @@ class Result(Protocol):
 
 def invoke(*arguments: object, input: str | bytes | None = None) -> Result:
     """Runs `llama-acc` in this process."""
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=input, env={"COLUMNS": "300"})
+    with undrawn() if "finetune" in arguments else nullcontext():
+        return CliRunner().invoke(app, [str(argument) for argument in arguments], input=input, env={"COLUMNS": "300"})
 
 
 def start(*arguments: object, **options: Any) -> "subprocess.Popen[str]":

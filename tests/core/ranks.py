@@ -73,6 +73,7 @@ def _work(function: str, arguments: Mapping[str, Any], environment: Mapping[str,
         os.dup2(log, stream)
     os.environ.clear()
     os.environ.update(environment)
+    os.fsync = lambda descriptor: None  # see tests/conftest.py
     module, _, name = function.partition(":")
     result.write_text(json.dumps(getattr(importlib.import_module(module), name)(**arguments)))
 

@@ -1,6 +1,7 @@
 """Runs of the shipped quickstart recipe, made small: 32 items, four optimizer steps an epoch."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from llama_acc.core.finetune import Finished, finetune
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.callback import Callback
 from llama_acc.core.train.plan import Plan, make_plan
+from tests.undrawn import undrawn
 
 _SMALL = (
     "model.params={dim: 32, n_layers: 2, n_heads: 4, n_kv_heads: 2, multiple_of: 16, max_seq_len: 256}",
@@ -24,8 +26,9 @@ def quickstart(*overrides: str) -> Recipe:
     return Recipe.load("quickstart", [*_SMALL, *overrides])
 
 
-def run(output: Path, *overrides: str, resume: bool = False, **options: Any) -> Finished:
-    return finetune(quickstart(*overrides), output, resume=resume, device="cpu", **options)
+def run(output: Path, *overrides: str, resume: bool = False, drawn: bool = False, **options: Any) -> Finished:
+    with nullcontext() if drawn else undrawn():
+        return finetune(quickstart(*overrides), output, resume=resume, device="cpu", **options)
 
 
 def plan_of(*overrides: str) -> Plan:

@@ -44,7 +44,7 @@ ONE_STEP = ("train.max_steps=1", "train.warmup_epochs=0")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of two epochs, four steps each, with all its checkpoints."""
     output = tmp_path_factory.mktemp("plain") / "runs" / "first"
-    finished = run(output, *SAVING)
+    finished = run(output, *SAVING, drawn=True)
     assert (finished.output, finished.checkpoint, finished.loss) == (output, output / "epoch1", losses(output)[-1])
     return output
 
