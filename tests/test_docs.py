@@ -30,6 +30,7 @@ from llama_acc.core.train.run_folder import _MAY_CHANGE
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
 PACKAGE = ROOT / "llama_acc"
+COMMAND: Any = typer.main.get_command(app)
 
 
 def read(page: str) -> str:
@@ -129,7 +130,7 @@ def words_of(line: str) -> list[str]:
 
 @pytest.mark.parametrize("line", command_lines(), ids=lambda line: f"{line.page}: {' '.join(line.words)}")
 def test_every_command_line_parses(line: CommandLine) -> None:
-    command: Any = typer.main.get_command(app)
+    command = COMMAND
     context, words = command.context_class(command, info_name="llama-acc"), line.words
     while words and not words[0].startswith("-") and hasattr(command, "commands"):
         assert words[0] in command.commands, f"there is no command {words[0]}"
@@ -152,14 +153,14 @@ def test_every_override_is_a_key_with_a_possible_value(line: CommandLine) -> Non
 
 
 def test_chat_page_lists_every_option() -> None:
-    chat: Any = typer.main.get_command(app).commands["chat"]
+    chat = COMMAND.commands["chat"]
     options = {parameter.opts[0] for parameter in chat.params} - {"--ckpt", "--help", "-h"}
     rows = table_rows(section(read("docs/chat.md"), "## Options"))[1:]
     assert {code(row[0]).split()[0] for row in rows} == options
 
 
 def test_evaluation_page_lists_every_option() -> None:
-    evaluate: Any = typer.main.get_command(app).commands["evaluate"]
+    evaluate = COMMAND.commands["evaluate"]
     text = section(read("docs/evaluation.md"), "## Options")
     rows, as_in_chat = table_rows(text)[1:], set(re.findall(r"`(--[\w-]+)`", text.splitlines()[-2]))
     for name in ("gorilla", "perplexity", "lm-eval"):

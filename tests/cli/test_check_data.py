@@ -135,15 +135,11 @@ def test_all_of_a_folder_is_checked_without_torch(tmp_path: Path) -> None:
     assert result.endswith("False\n")
 
 
-@pytest.mark.parametrize(
-    ("name", "rows", "errors"),
-    [("lima_vicuna_format.json", 1029, 0), ("sharegpt_dummy500.json", 500, 0), ("WizardLM_testset.jsonl", 218, 218)],
-)
-def test_real_files(shared: Path, name: str, rows: int, errors: int) -> None:
-    result = invoke(*CHECK, shared / "assets" / "data" / name, "--json", "--preview", 2)
+def test_real_files(shared: Path) -> None:
+    """WizardLM's questions to test with, which have no answers."""
+    result = invoke(*CHECK, shared / "assets" / "data" / "WizardLM_testset.jsonl", "--json", "--preview", 2)
     [file] = json.loads(result.stdout)["files"]
-    assert (file["rows"], file["rows"] - file["items"]) == (rows, errors)
-    assert result.exit_code == (2 if errors else 0)
+    assert (file["rows"], file["items"], result.exit_code) == (218, 0, 2)
 
 
 def test_a_run_finds_the_same_before_the_model_is_touched(tmp_path: Path) -> None:

@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import typer
 
-from llama_acc.cli.app import app
 from llama_acc.core.recipe import known_keys
-from tests.test_docs import PACKAGE
+from tests.test_docs import COMMAND, PACKAGE
 
 _OF_PIP = {"--upgrade"}
 
@@ -35,7 +33,6 @@ def messages() -> Iterator[tuple[str, str]]:
 
 
 MESSAGES = list(messages())
-COMMAND: Any = typer.main.get_command(app)
 
 
 def commands(command: Any) -> Iterator[Any]:

@@ -49,26 +49,12 @@ def test_version() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"llama-acc {__version__}\n", "")
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        [],
-        ["finetune"],
-        ["download"],
-        ["chat"],
-        ["recipes"],
-        ["recipes", "list"],
-        ["recipes", "show"],
-        ["recipes", "copy"],
-    ],
-    ids=" ".join,
-)
-@pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_the_help_of_every_command_shows_examples(command: list[str], flag: str) -> None:
-    result = invoke(*command, flag)
-    assert result.exit_code == 0
-    assert "Example" in result.stdout
-    assert words(result.stdout).count(" ".join(["llama-acc", *command])) >= 2  # the usage line, and an example
+@pytest.mark.parametrize("command", ["", "finetune", "download", "chat", "recipes", "recipes list", "recipes show"])
+def test_the_help_of_every_command_shows_examples(command: str) -> None:
+    long, short = (invoke(*command.split(), flag) for flag in ("--help", "-h"))
+    assert (long.exit_code, short.stdout) == (0, long.stdout)
+    assert "Example" in long.stdout
+    assert words(long.stdout).count(f"llama-acc {command}".strip()) >= 2  # the usage line, and an example
 
 
 def test_without_a_command_the_help_is_shown() -> None:

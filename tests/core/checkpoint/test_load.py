@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llama_acc.core.checkpoint.layout import inspect
-from llama_acc.core.checkpoint.load import Weights, check_tensors, fill, open_shard, read_weights
+from llama_acc.core.checkpoint.load import check_tensors, fill, open_shard, read_weights
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import Transformer, build_on_meta, shapes_of
@@ -38,33 +38,14 @@ def test_every_way_of_writing_the_names_is_read(prefix: str, wrapped: bool, tmp_
     check_tensors(read_weights([inspect(tmp_path)]), shapes_of(SMALL), tmp_path)
 
 
-def test_all_that_does_not_fit_is_listed(tmp_path: Path) -> None:
-    tensors = state()
-    del tensors["norm.weight"], tensors["layers.1.attention.wq.weight"]
-    tensors["layers.0.attention.wq.bias"] = torch.zeros(32)
-    tensors["output.weight"] = torch.zeros(301, 32)
-    tensors["tok_embeddings.weight"] = torch.zeros(300, 32, dtype=torch.int8)
-    with pytest.raises(UserError) as error:
-        check_tensors(Weights.of(tensors), shapes_of(SMALL), "base")
-    lines = error.value.message.splitlines()
-    assert lines[0] == "the weights in base do not fit the model:"
-    assert sorted(lines[1:]) == [
-        "  missing: layers.1.attention.wq.weight [32, 32]",
-        "  missing: norm.weight [32]",
-        "  shape: output.weight is [301, 32], the model needs [300, 32]",
-        "  type: tok_embeddings.weight holds torch.int8, not numbers with a fraction",
-        "  unknown: layers.0.attention.wq.bias [32]",
-    ]
-
-
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.999])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.999])
 def test_a_file_cut_short_is_refused(share: float, tmp_path: Path) -> None:
     path = tmp_path / NAME
     with pytest.raises(UserError, match=f"cannot read {path}"):
         open_shard(path)  # not there
     torch.save(state(), path)
     os.truncate(path, int(path.stat().st_size * share))
-    with pytest.raises(UserError, match=f"cannot read {path}"):
+    with pytest.raises(UserError, match=f"(?s)cannot read {path}.*copy it again"):
         open_shard(path)
 
 

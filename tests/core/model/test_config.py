@@ -97,22 +97,6 @@ def test_named_sizes_rotate_as_the_released_models(
         assert config_from_params(said) == config, "its context is known by its shape"
 
 
-@pytest.mark.parametrize(
-    ("params", "context"),
-    [
-        (PARAMS, 2048),
-        ({"dim": 4096, "n_layers": 32, "n_heads": 32, "norm_eps": 1e-6}, 2048),  # LLaMA 1
-        ({"dim": 8192, "n_layers": 80, "n_heads": 64, "norm_eps": 1e-5}, 2048),  # LLaMA 1 of 65B
-        ({"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "rope_theta": 500000.0}, 8192),  # LLaMA 3
-    ],
-)
-def test_the_context_of_a_released_model_is_known_where_its_file_does_not_say(
-    params: dict[str, Any], context: int
-) -> None:
-    assert config_from_params(params).max_seq_len == context
-    assert config_from_params({**params, "max_seq_len": 77}).max_seq_len == 77
-
-
 def test_an_unknown_size_is_refused_with_the_near_ones() -> None:
     with pytest.raises(UserError, match=r"unknown model size 'llama2-7'\ndid you mean 'llama2-7b'"):
         named_size("llama2-7")
