@@ -129,6 +129,16 @@ class Transformer(nn.Module):
         self.before_blocks: Callable[[Sequence[int], Sequence[int]], None] | None = None
         self._rotations: Tensor | None = None
 
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> "Transformer":
+        """As torch's, which for a plain tensor on the meta device would import sympy: half a second."""
+
+        def empty(tensor: Tensor) -> Tensor:
+            if type(tensor) in (Tensor, nn.Parameter):
+                return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            return torch.empty_like(tensor, device=device)
+
+        return self._apply(empty, recurse)
+
     def forward(
         self,
         tokens: Tensor,
