@@ -14,7 +14,8 @@ from tests.core.model.test_families import FAMILIES, their_model, write_family
 from tests.core.train.runs import metrics, plan_of, run
 
 STEPS, WARMUP, CLIP = 20, 2, 0.5
-CHOSEN = ("llama3.2, tied", "mistral, window", "qwen2", "qwen3, tied, window on some", "smollm3", "granite")
+TUNED = ("llama3.2, tied", "qwen3, tied, window on some")
+CHOSEN = (*TUNED, "mistral, window", "qwen2", "smollm3", "granite")
 SETTINGS = (
     *("model.params=null", "train.epochs=5", "train.warmup_epochs=0.5"),
     *("optimizer.min_lr=0", "optimizer.weight_decay=0.1", f"optimizer.clip_grad_norm={CLIP}"),
@@ -83,7 +84,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+# That their layers compute and learn as transformers' own do: tests/core/model/test_families.py.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.soak] * (name not in TUNED)) for name in CHOSEN]
+)
 def test_a_run_learns_step_by_step_what_a_plain_loop_of_transformers_does(
     name: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -92,7 +96,7 @@ def test_a_run_learns_step_by_step_what_a_plain_loop_of_transformers_does(
     assert_same_curve(tmp_path, plain_loop(their_model(folders[name]), words))
 
 
-@pytest.mark.parametrize("name", ["llama3.2, tied", "qwen3, tied, window on some"])
+@pytest.mark.parametrize("name", TUNED)
 def test_a_run_with_lora_learns_step_by_step_what_peft_does(
     name: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:

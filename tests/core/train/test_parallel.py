@@ -24,7 +24,7 @@ from tests.core.train.runs import metrics, plan_of, run
 
 # 32 items in steps of 7: the fifth step of an epoch has 4, which two ranks can share only unevenly among micro-batches
 # of 3. 20 steps.
-UNEVEN = ("train.global_batch_size=7", "train.batch_size=3", "train.epochs=4", "checkpoint.every_epochs=1")
+UNEVEN = ("train.global_batch_size=7", "train.batch_size=3", "train.epochs=4")
 MODES = {
     "ddp": ["parallel.data_parallel=ddp"],
     "sdp": ["parallel.data_parallel=sdp"],
