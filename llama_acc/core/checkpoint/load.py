@@ -402,7 +402,8 @@ def check_tensors(weights: Weights, shapes: Mapping[str, tuple[int, ...]], where
 def fill(
     model: nn.Module, weights: Weights, device: torch.device, dtype: torch.dtype, copy: bool, prefix: str = ""
 ) -> None:
-    """Puts weights into a model, or a vision tower, made on the meta device, one tensor at a time.
+    """Puts weights into a model, or a vision tower, made on the meta device, one tensor at a time; what is no longer
+    on it is kept.
 
     Args:
         model: its parameters are replaced. They have the shapes of the weights' shares, or are to be quantized.
@@ -414,6 +415,8 @@ def fill(
         prefix: of the weights' names.
     """
     for name, parameter in list(model.named_parameters()):
+        if not parameter.is_meta:
+            continue
         share = weights.tensors.pop(prefix + name)
         owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)

@@ -26,6 +26,7 @@ from llama_acc.core.generate.load import LoadedModel
 from llama_acc.core.generate.sampling import Sampler, TokenLogprobs, logprobs_of
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.loss import CHUNK_ROWS
+from llama_acc.core.model.multi_adapter import MultiAdapter
 from llama_acc.core.model.vision import Images
 from llama_acc.core.tokenizer import StreamDecoder, Tokenizer
 
@@ -37,12 +38,14 @@ _FEW = 16
 
 
 class _Fed(NamedTuple):
-    """What a pass is fed of a sequence: its slot, how many positions of its past stay, new tokens, images in these."""
+    """What a pass is fed of a sequence: its slot, how many positions of its past stay, new tokens, images in these, its
+    adapter."""
 
     slot: int
     keep: int
     length: int
     images: int
+    adapter: int
 
 
 class _Pass(NamedTuple):
@@ -75,6 +78,7 @@ class Prompt(NamedTuple):
         spaces: so many at the beginning of the reply's text belong to the prompt (`Template.spaces_left`).
         strip: the reply's text has no white space at its ends.
         raw: it is in no prompt format, so a reply does not end at the format's stop strings.
+        adapter: whose it is to be, of several models over one base: `LoadedModel.adapter`.
     """
 
     tokens: Sequence[int]
@@ -83,6 +87,7 @@ class Prompt(NamedTuple):
     spaces: int = 0
     strip: bool = False
     raw: bool = False
+    adapter: int = 0
 
 
 class Reply:
@@ -168,7 +173,7 @@ class Reply:
 class _Slot:
     """The place of one sequence in the batch: what the model has seen of it, and what it is to see next.
 
-    `reply` None: it is free. `used` says when it was given away, in the order of requests.
+    `reply` None: it is free. `used` says when it was given away, in the order of requests, `adapter` to whose.
     """
 
     cache: KVCache
@@ -179,9 +184,12 @@ class _Slot:
     reply: Reply | None = None
     sampler: Sampler | None = None
     used: int = 0
+    adapter: int = 0
 
     def shared(self, prompt: Prompt, begun: bool = False) -> int:
         """How many tokens of a prompt the model has seen here; `begun`: or is about to see."""
+        if prompt.adapter != self.adapter:
+            return 0
         # The last token of the prompt is always fed: its output is needed.
         seen, tokens = self.seen + self.feed if begun else self.seen, prompt.tokens[:-1]
         both = min(len(seen), len(tokens))
@@ -195,6 +203,7 @@ class _Slot:
         """Its past is the beginning of the prompt; the rest of the prompt is to be fed."""
         self.seen, self.feed = list(prompt.tokens[:shared]), list(prompt.tokens[shared:])
         self.new_images, self.images = () if shared else prompt.images, prompt.images
+        self.adapter = prompt.adapter
 
     def fed(self, count: int) -> None:
         """Notes that the model has seen so many tokens of the feed."""
@@ -209,6 +218,7 @@ class Engine:
     so there may be one at a time.
 
     Attributes:
+        loaded: the model; of several over one base (`load_models`) any: prompts say whose they are.
         slots: so many replies are under way at a time, the others wait for their turn.
         context: most tokens of a prompt and its reply.
         chunk: most tokens of prompts in a pass.
@@ -236,7 +246,7 @@ class Engine:
         Raises:
             UserError: the prompt leaves no room in the context; a token is not in the vocabulary.
         """
-        loaded, sampling = self.loaded, sampler.sampling
+        loaded, sampling = self.loaded.sibling(prompt.adapter), sampler.sampling
         room = self.context - len(prompt.tokens)
         if room < 1:
             raise UserError(f"the prompt has {len(prompt.tokens)} tokens, the context is {self.context}")
@@ -359,13 +369,15 @@ class Engine:
                 last.append((slot, length))
             elif length > 0:
                 beginnings.append((slot, length))
-        # Single tokens attend together where they come first.
-        last.sort(key=lambda planned: (planned[1] > 1, planned[0].cache.slot))
+        # Single tokens attend together where they come first; an adapter works on rows next to each other.
+        last.sort(key=lambda planned: (planned[1] > 1, planned[0].adapter, planned[0].cache.slot))
         return last + beginnings
 
     def _logits(self, planned: Sequence[tuple[_Slot, int]]) -> Tensor:
         """[B, V] of what follows the sequences whose feed is taken whole."""
-        fed = [_Fed(slot.cache.slot, len(slot.seen), count, len(slot.new_images)) for slot, count in planned]
+        fed = [
+            _Fed(slot.cache.slot, len(slot.seen), count, len(slot.new_images), slot.adapter) for slot, count in planned
+        ]
         tokens = [token for slot, count in planned for token in slot.feed[:count]]
         images = [image for slot, _ in planned for image in slot.new_images]
         pixels = torch.from_numpy(np.stack(images)) if images else _NO_PIXELS
@@ -401,6 +413,8 @@ class Engine:
         following = torch.tensor([*chain.from_iterable(tokens for _, tokens in ends)], device=device)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
         scores, likeliest = [], []
+        if isinstance(model, MultiAdapter):
+            model.select([self.loaded.adapter] * len(documents), lengths)
         with self._without_gradients():
             hidden = model(torch.tensor([*chain.from_iterable(documents)], device=device), positions, lengths)[rows]
             for part, tokens in zip(hidden.split(CHUNK_ROWS), following.split(CHUNK_ROWS), strict=True):
@@ -438,6 +452,8 @@ class Engine:
             seen = Images(inputs, (stream < 0).nonzero().flatten(), owners)
             stream = stream.clamp(min=0)
         lengths = [part.length for part in fed]
+        if isinstance(model, MultiAdapter):
+            model.select([part.adapter for part in fed], lengths)
         with self._without_gradients():
             hidden = model(stream, torch.tensor(positions, device=device), lengths, caches=caches, images=seen)
             if not one.wanted:

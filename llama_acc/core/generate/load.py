@@ -5,9 +5,9 @@ Shapes: I images, S their width and height; input_shape is that of `Vision`.
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,16 @@ from llama_acc.core.device import pick_device
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig, check_divides
-from llama_acc.core.model.transformer import Transformer, build_on_meta, pack_small, quantize_on_meta, shapes_of
+from llama_acc.core.model.layers import Linear
+from llama_acc.core.model.multi_adapter import MultiAdapter
+from llama_acc.core.model.transformer import (
+    Transformer,
+    build_on_meta,
+    describe,
+    pack_small,
+    quantize_on_meta,
+    shapes_of,
+)
 from llama_acc.core.model.vision import Tower, make_tower
 from llama_acc.core.model.vision_config import Vision
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
@@ -112,6 +121,8 @@ class LoadedModel:
         template_from: where the prompt format came from, for the user.
         vision_encoder: encodes images; None = the model takes none.
         notes: where the checkpoint's files disagree and which of them counts, for the user.
+        adapter: its number among those that share a base in memory; prompts to it have it, too.
+        siblings: all of these by that number; none, if it is alone.
     """
 
     model: Transformer
@@ -121,11 +132,17 @@ class LoadedModel:
     device: torch.device
     vision_encoder: VisionEncoder | None = None
     notes: tuple[str, ...] = ()
+    adapter: int = 0
+    siblings: list["LoadedModel"] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def vision(self) -> Vision | None:
         """The kind of vision it has."""
         return self.model.config.vision
+
+    def sibling(self, adapter: int) -> "LoadedModel":
+        """The one of this number among those that share its base."""
+        return self if adapter == self.adapter else self.siblings[adapter]
 
 
 def load_model(
@@ -156,6 +173,74 @@ def load_model(
     Raises:
         UserError: something is missing, damaged or does not fit.
     """
+    opened = _open(checkpoints, dtype, tokenizer, template, verify, quantize, context, parallel)
+    target = pick_device(device)
+    return _loaded(opened, _build(opened, target, parallel), target)
+
+
+def load_models(
+    checkpoints: Mapping[str, Sequence[str | Path]],
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    tokenizer: str | Path | None = None,
+    template: str = "auto",
+    verify: bool = False,
+    quantize: Literal["nf4", "none"] | None = None,
+    context: int | None = None,
+    parallel: Parallel = _ALONE,
+) -> dict[str, LoadedModel]:
+    """Loads checkpoints of one base, which is in memory once, for one engine: `Engine` of any of them serves all.
+
+    They compute in the first one's type, in its context.
+
+    Args:
+        checkpoints: by a name each, folders that are laid over each other. The rest: see `load_model`.
+
+    Raises:
+        UserError: what `load_model` raises; several bases; one of several that takes images.
+    """
+    opened: dict[str, _Opened] = {}
+    for name, folders in checkpoints.items():
+        opened[name] = _open(folders, dtype, tokenizer, template, verify, quantize, context, parallel)
+        dtype = opened[name].dtype
+    names = [_shared_parameters(opened, name) for name in opened] if len(opened) > 1 else []
+    target, (first, *others) = pick_device(device), opened.values()
+    model = _build(first, target, parallel)
+    if others:
+        rest = zip(others, names[1:], strict=True)
+        model = MultiAdapter([model, *(_build(one, target, parallel, (model, shared)) for one, shared in rest)])
+    siblings: list[LoadedModel] = []
+    siblings += [
+        replace(_loaded(one, model, target), adapter=adapter, siblings=siblings)
+        for adapter, one in enumerate(opened.values())
+    ]
+    return dict(zip(opened, siblings, strict=True))
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What is known of a checkpoint before its weights are read."""
+
+    config: ModelConfig
+    weights: Weights
+    tokenizer: Tokenizer
+    template: tuple[Template, str]
+    dtype: torch.dtype
+    quantize_skip: Sequence[str] | None
+    notes: tuple[str, ...]
+
+
+def _open(
+    checkpoints: Sequence[str | Path],
+    dtype: torch.dtype | None,
+    tokenizer: str | Path | None,
+    template: str,
+    verify: bool,
+    quantize: Literal["nf4", "none"] | None,
+    context: int | None,
+    parallel: Parallel,
+) -> _Opened:
+    """Checks a checkpoint and what goes with it; see `load_model`."""
     layouts = [inspect(locate(str(checkpoint))) for checkpoint in checkpoints]
     last = (without_towers(layouts) or layouts)[-1].folder
     config = read_config(layouts)
@@ -187,16 +272,58 @@ def load_model(
         tower = shapes_of(config, "tower")
         dtype, rounded = main_dtype({name: part for name, part in weights.tensors.items() if name not in tower})
         dtype, notes = (dtype, notes + rounded) if dtype == torch.bfloat16 else (torch.float32, notes)
-    target = pick_device(device)
-    model = model_for_generation(config, dtype, parallel, _quantize_skip(layouts, quantize))
-    fill(model, weights, target, dtype, copy=False)
-    pack_small(model)
-    return LoadedModel(model, words, *chosen, target, load_vision_encoder(model, weights, target), tuple(notes))
+    return _Opened(config, weights, words, chosen, dtype, _quantize_skip(layouts, quantize), tuple(notes))
 
 
-def load_models(checkpoints: Mapping[str, Sequence[str | Path]], **settings: Any) -> dict[str, LoadedModel]:
-    """TEMPORARY"""
-    return {name: load_model(*layers, **settings) for name, layers in checkpoints.items()}
+def _build(
+    opened: _Opened, device: torch.device, parallel: Parallel, shared: tuple[Transformer, Sequence[str]] | None = None
+) -> Transformer:
+    """A rank's part of a checkpoint's model. `shared`: another model, and names of parameters that they share."""
+    model = model_for_generation(opened.config, opened.dtype, parallel, opened.quantize_skip)
+    base, names = shared or (model, ())
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        own, other = model.get_submodule(owner), base.get_submodule(owner)
+        if isinstance(own, Linear) and isinstance(other, Linear) and other.scales is not None and leaf == "weight":
+            own.take(other.weight, other.scales)
+        else:
+            setattr(own, leaf, getattr(other, leaf))
+    fill(model, opened.weights, device, opened.dtype, copy=False)
+    if shared is None:
+        pack_small(model)
+    return model
+
+
+def _loaded(opened: _Opened, model: Transformer, device: torch.device) -> LoadedModel:
+    encoder = load_vision_encoder(model, opened.weights, device)
+    return LoadedModel(model, opened.tokenizer, *opened.template, device, encoder, opened.notes)
+
+
+def _shared_parameters(opened: Mapping[str, _Opened], name: str) -> list[str]:
+    """Names of what a checkpoint has in common with the first: what did not train in either, and is the same.
+
+    Raises:
+        UserError: it is not the same, or one takes images.
+    """
+    (first_name, first), own = next(iter(opened.items())), opened[name]
+    if own.config.vision is not None:
+        raise UserError(f"{name} takes images", "a model that does is served in a process of its own")
+    names = sorted(_of_base(first.config) & _of_base(own.config))
+    shapes = [replace(one.config.base(), max_seq_len=1) for one in (first, own)]
+    if shapes[0] != shapes[1] or fingerprint(first.weights, names) != fingerprint(own.weights, names):
+        hint = "models in one process are adapters of the same base: serve others in a process of their own"
+        raise UserError(f"{name} has another base than {first_name}", hint)
+    if first.quantize_skip != own.quantize_skip:
+        message = f"{first_name} and {name} were trained on their base in different types, and it is in memory once"
+        raise UserError(message, "choose one for all: --quantize nf4, or none")
+    return names
+
+
+def _of_base(config: ModelConfig) -> set[str]:
+    """What is the LLaMA's and, if there is a base, the base's."""
+    parameters = describe(config).items()
+    trains_all = config.tuning.trains_all
+    return {name for name, one in parameters if one.part == "llama" and (trains_all or not one.trains)}
 
 
 def checkpoint_fingerprint(checkpoints: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ those of this rank: model parallelism deals them out whole, a query head with it
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from functools import cache
 from itertools import accumulate, islice, takewhile
 from typing import Any, NamedTuple, Protocol
@@ -360,6 +361,13 @@ class CachedAttention:
         for own, start, slot in islice(documents, count, None):
             outputs.append(_attend_cached(q[own], *layer.append(k[own], v[own], start, slot), window))
         return torch.cat(outputs).flatten(1)
+
+    def narrowed(self, documents: slice, rows: slice) -> "CachedAttention":
+        """What some of the documents, in these rows of the stream, have of it, for an `AttentionExtra`."""
+        part = copy(self)
+        part.lengths, part._slots = self.lengths[documents], self._slots[documents]
+        part.rotations = self.rotations[rows]
+        return part
 
     def prefix_heads(self, common: bool, make: Callable[[], list[PrefixHeads]]) -> list[PrefixHeads]:
         kept = self._layers[self.layer].prefixes

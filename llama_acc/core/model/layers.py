@@ -161,6 +161,19 @@ class Linear(nn.Module):
         """Those of the extensions, one for each of `inputs`."""
         return [mask for extension in self.extensions for mask in extension.masks()]
 
+    def product(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out], without what the tuning method adds."""
+        raise NotImplementedError
+
+    def extra_products(self, x: Tensor) -> list[Tensor]:
+        """The products [..., n] of the layer's input with each of `inputs`."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out], in the type of `x`; of a dimension that is split, these are this rank's features."""
+        extra = self.extra_products(x)
+        return self.finish(self.product(x), iter(extra))
+
     def finish(self, y: Tensor, products: Iterator[Tensor]) -> Tensor:
         """Adds what the tuning method has to the matrix product y [..., out], in place; see `Extension`."""
         y = y if self.bias is None else y.add_(cast(self.bias, y.dtype))
@@ -178,10 +191,11 @@ class ColumnParallelLinear(Linear):
 
     split = 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., this rank's out_features], in the type of `x`."""
-        extra = [copied(linear(x, matrix), self.group) for matrix in self.inputs()]
-        return self.finish(linear(copied(x, self.group), self.weight, self.scales), iter(extra))
+    def product(self, x: Tensor) -> Tensor:
+        return linear(copied(x, self.group), self.weight, self.scales)
+
+    def extra_products(self, x: Tensor) -> list[Tensor]:
+        return [copied(linear(x, matrix), self.group) for matrix in self.inputs()]
 
 
 class RowParallelLinear(Linear):
@@ -192,11 +206,12 @@ class RowParallelLinear(Linear):
 
     split = 1
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., this rank's in_features] to [..., out_features], in the type of `x`."""
+    def product(self, x: Tensor) -> Tensor:
+        return summed(linear(x, self.weight, self.scales), self.group)
+
+    def extra_products(self, x: Tensor) -> list[Tensor]:
         kept = zip(self.inputs(), self.masks(), strict=True)
-        extra = [summed(linear(_masked(x, mask), matrix), self.group) for matrix, mask in kept]
-        return self.finish(summed(linear(x, self.weight, self.scales), self.group), iter(extra))
+        return [summed(linear(_masked(x, mask), matrix), self.group) for matrix, mask in kept]
 
 
 class Packed:
