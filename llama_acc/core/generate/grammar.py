@@ -53,7 +53,12 @@ class JsonGrammar:
     """What the text of a reply must be; see `engine.Grammar`."""
 
     def __init__(self, matcher: Any, rows: int) -> None:
-        self._matcher, self._rows = matcher, rows
+        """`matcher` stays at the beginning of an answer."""
+        self._beginning, self._matcher, self._rows = matcher, matcher.deep_copy(), rows
+
+    def fresh(self) -> "JsonGrammar":
+        """The same for another answer."""
+        return JsonGrammar(self._beginning, self._rows)
 
     def allowed(self) -> Tensor:
         """Which tokens may follow, booleans [V]."""

@@ -94,6 +94,9 @@ class Grammar(Protocol):
     def advance(self, token: int) -> None:
         """Takes the next token."""
 
+    def fresh(self) -> "Grammar":
+        """The same for another reply, at its beginning."""
+
 
 class TokenLogprobs(NamedTuple):
     """The logarithm of a token's probability, and those of the likeliest tokens in its place."""
@@ -113,11 +116,10 @@ class Sampler:
         self._counts = Counter[int]()
 
     def spawn(self) -> "Sampler":
-        """A sampler with the same settings and a seed of its own, the next that follows from this one's. Not with a
-        grammar, which stands at a place in one reply."""
-        assert self.grammar is None
+        """A sampler for another reply: with the same settings and grammar, and a seed of its own, the next that follows
+        from this one's."""
         seed = int(torch.randint(2**63 - 1, (), generator=self._random))
-        return Sampler(replace(self.sampling, seed=seed))
+        return Sampler(replace(self.sampling, seed=seed), None if self.grammar is None else self.grammar.fresh())
 
     def __call__(self, logits: Tensor, prompt: Sequence[int] = ()) -> int:
         """The next token, out of [V] logits, after a prompt and the tokens chosen before."""

@@ -52,6 +52,22 @@ def test_answers_of_a_random_model_are_json_of_the_schema_beside_others_that_are
     assert free.tokens == alone
 
 
+def test_several_answers_of_one_grammar_are_each_at_a_place_of_their_own(tokenizer_path: Path) -> None:
+    from llama_acc.core.generate.grammar import JsonGrammars
+
+    loaded = load(replace(SMALL, max_seq_len=1024), tokenizer_path)
+    engine = Engine(loaded, 3)
+    first = Sampler(Sampling(1.0, 1.0, 3, 800), JsonGrammars(loaded).of_schema(SCHEMA))
+    early = [engine.add(Prompt([1, 40]), first.spawn()) for _ in range(2)]
+    for _ in range(10):
+        engine.step()
+    replies = [*early, engine.add(Prompt([1, 40]), first.spawn())]
+    while not all(reply.ended for reply in replies):
+        engine.step()
+    assert all(set(json.loads(reply.text)) == set(SCHEMA["required"]) for reply in replies)
+    assert len({reply.text for reply in replies}) > 1
+
+
 def test_a_schema_that_cannot_be_used_is_refused(tokenizer_path: Path) -> None:
     from llama_acc.core.generate.grammar import JsonGrammars
 
