@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+import llama_acc
 from llama_acc.cli.app import app
 from llama_acc.core.data import keys
 from llama_acc.core.data.items import ROLES
@@ -78,6 +79,11 @@ def readme_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_readme_example_learns_its_answer(readme_run: Run) -> None:
     assert readme_run.stdout == "LLaMA is a family of language models made by Meta.\n"
+    model = llama_acc.load_model(readme_run.folder, device="cpu")
+    assert (model.template.name, model.template_from) == ("alpaca", "alpaca, from template.json")
+    for item in json.loads((PACKAGE / "recipes/quickstart/instructions.json").read_text(encoding="utf-8"))[:6]:
+        if not item["input"]:
+            assert llama_acc.generate(model, item["instruction"], temperature=0) == item["output"]
 
 
 def test_readme_lists_what_a_run_leaves(readme_run: Run) -> None:

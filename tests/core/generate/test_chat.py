@@ -1,6 +1,5 @@
-"""Conversations: the history in view, what is kept of it, and what the documentation's example answers."""
+"""Conversations: the history in view, and what is kept of it."""
 
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -9,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import llama_acc
 from llama_acc.core.data.templates import Turn, get_template
 from llama_acc.core.errors import UserError
 from llama_acc.core.generate.chat import Conversation, generate
@@ -17,7 +15,6 @@ from llama_acc.core.generate.engine import Engine
 from llama_acc.core.generate.load import LoadedModel, load_model
 from llama_acc.core.generate.sampling import Sampling
 from llama_acc.core.generate.service import Service
-from llama_acc.core.recipe import RECIPES_FOLDER
 from tests.core.generate.decoding import GREEDY, greedy
 from tests.core.tiny import SMALL, random_model, save_model
 
@@ -152,20 +149,6 @@ def test_a_history_too_long_is_cut_by_whole_turns(dialogue: LoadedModel) -> None
 
     assert length(before[dropped:]) <= CONTEXT - 8
     assert length(before[dropped - 2 :]) > CONTEXT - 8, "no more than it must"
-
-
-def test_the_python_example_answers_what_it_was_taught_word_for_word(tmp_path: Path) -> None:
-    """That of the documentation; and the answer streams as the text it becomes."""
-    llama_acc.finetune(llama_acc.Recipe.load("quickstart", ["train.epochs=40"]), tmp_path / "runs", device="cpu")
-    quickstart = llama_acc.load_model(tmp_path / "runs", device="cpu")
-    taught = json.loads((RECIPES_FOLDER / "quickstart" / "instructions.json").read_text())
-    for item in taught[:6]:
-        if not item["input"]:
-            assert llama_acc.generate(quickstart, item["instruction"], temperature=0) == item["output"]
-    assert (quickstart.template.name, quickstart.template_from) == ("alpaca", "alpaca, from template.json")
-    pieces = list(Conversation(quickstart, Sampling(temperature=0)).ask("What is a token?"))
-    assert len(pieces) > 5
-    assert "".join(pieces) == "A token is a small piece of text with its own number."
 
 
 def test_a_system_text_takes_the_place_of_the_templates_own(dialogue: LoadedModel) -> None:

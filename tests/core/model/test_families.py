@@ -179,10 +179,11 @@ def by_their_names(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str,
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_gradients_and_twenty_steps_are_those_of_transformers(name: str, folders: dict[str, Path]) -> None:
+def test_gradients_and_steps_are_those_of_transformers(name: str, folders: dict[str, Path]) -> None:
+    """Twenty steps of one of each kind; runs of several families: tests/core/train/test_families_runs.py."""
     theirs, ours = their_model(folders[name]), loaded_model(folders[name])
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1) for model in (theirs, ours)]
-    for step in range(20):
+    for step in range(20 if name in ("llama3.1", "qwen3, tied, window on some", "granite") else 3):
         documents = random_documents(ours.config, [40, 11], step)
         expected = torch.stack(
             [F.cross_entropy(theirs(d.unsqueeze(0)).logits[0, :-1], d[1:], reduction="sum") for d in documents]

@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +30,9 @@ def runs(todo: Sequence[dict[str, Any]]) -> None:
         next_port()
 
 
-def of_two(modes: Sequence[Sequence[str]], data: Sequence[str]) -> dict[str, Any]:
-    """What two processes do one after the other."""
+def of_two(modes: Sequence[Sequence[str]], data: Sequence[str], temporary: str, home: str) -> dict[str, Any]:
+    """What two processes do one after the other, with these folders for temporary files and for the cache."""
+    tempfile.tempdir, os.environ["LLAMA_ACC_HOME"] = temporary, home
     with init_distributed(CPU, 1) as parallel:
         agreement, planned = _agreement(parallel), []
         for size in ("0", "10"):

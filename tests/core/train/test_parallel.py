@@ -130,8 +130,6 @@ def of_four(alone: Alone, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *((name, one, words, False) for name, (one, words) in IN_FOUR.items()),
         ("resumed", "fp32", [*fsdp, "train.max_steps=7"], False),
         ("resumed", "fp32", fsdp, True),
-        ("tied-resumed", "tied", [*fsdp, "train.max_steps=3"], False),
-        ("tied-resumed", "tied", fsdp, True),
         ("1-to-2x2-to-4-to-1", "fp32", [*MODES["fsdp-unsharded"], SPLIT, "train.max_steps=10"], True),
         ("1-to-2x2-to-4-to-1", "fp32", [*MODES["sdp"], "train.max_steps=15"], True),
     )
@@ -140,6 +138,8 @@ def of_four(alone: Alone, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def more_of_four(alone: Alone, tmp_path_factory: pytest.TempPathFactory) -> Path:
     todo = [(name, one, words, False) for name, (one, words) in MORE_IN_FOUR.items()]
+    fsdp = IN_FOUR["tied"][1]
+    todo += [("resumed", "tied", [*fsdp, "train.max_steps=3"], False), ("resumed", "tied", fsdp, True)]
     return run_four(tmp_path_factory.mktemp("more"), alone, *todo)
 
 
@@ -220,13 +220,21 @@ def test_every_shard_has_all_of_what_vision_adds(of_four: Path) -> None:
         assert torch.equal(first[f"llma.{name}"], second[f"llma.{name}"])
 
 
-@pytest.mark.parametrize(("resumed", "whole"), [("resumed", "fsdp"), ("tied-resumed", "tied")])
-def test_resume_on_the_same_layout_is_bitwise_the_uninterrupted_run(resumed: str, whole: str, of_four: Path) -> None:
-    assert metrics(of_four / resumed) == metrics(of_four / whole)
-    last = (of_four / whole / "latest").read_text().strip()
+def assert_bitwise_same(resumed: Path, whole: Path) -> None:
+    assert metrics(resumed) == metrics(whole)
+    last = (whole / "latest").read_text().strip()
     for rank in range(2):
         for name in (f"state/training-{rank:02d}-of-02.safetensors", f"consolidated.{rank:02d}-of-02.model.pth"):
-            assert (of_four / resumed / last / name).read_bytes() == (of_four / whole / last / name).read_bytes()
+            assert (resumed / last / name).read_bytes() == (whole / last / name).read_bytes()
+
+
+def test_resume_on_the_same_layout_is_bitwise_the_uninterrupted_run(of_four: Path) -> None:
+    assert_bitwise_same(of_four / "resumed", of_four / "fsdp")
+
+
+@pytest.mark.soak
+def test_so_it_is_of_a_model_whose_output_is_its_embedding(of_four: Path, more_of_four: Path) -> None:
+    assert_bitwise_same(more_of_four / "resumed", of_four / "tied")
 
 
 def test_a_run_goes_on_in_other_layouts_and_stays_the_same_run(alone: Alone, of_four: Path) -> None:
@@ -256,8 +264,7 @@ def of_two(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[di
     """What two processes count and give."""
     temporary, home = tmp_path_factory.mktemp("temporary"), tmp_path_factory.mktemp("home")
     modes = [[*mode, "train.batch_size=2", "train.activation_checkpointing=false"] for mode in MODES.values()]
-    variables = {"TMPDIR": str(temporary), "LLAMA_ACC_HOME": str(home)}
-    found = run_ranks(2, f"{WORK}:of_two", modes=modes, data=data, variables=variables)
+    found = run_ranks(2, f"{WORK}:of_two", modes=modes, data=data, temporary=str(temporary), home=str(home))
     assert list(temporary.iterdir()) == []
     return found
 
