@@ -8,13 +8,14 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 TEST_WORKERS ?= 2
 
-.PHONY: help quickstart install test lint types unit soak size format clean
+.PHONY: help quickstart install test lint types unit soak size gpu gpu-pack format clean
 
 help:
 	@echo "make quickstart   install, fine-tune a tiny model, print one answer"
 	@echo "make test         install with the development tools; lint, types, tests"
 	@echo "make soak         the long tests: more kills, more random inputs, older versions of transformers"
 	@echo "make size         lines and files of each room"
+	@echo "make gpu          what a GPU does, beside this project's goals; gpu-pack: what it takes to a machine without pip"
 	@echo "make format       format and mend what can be mended by itself"
 
 $(BIN)/python:
@@ -55,6 +56,25 @@ soak: $(INSTALLED_DEV)
 
 size:
 	@$(PYTHON) benchmarks/size.py
+
+# On a machine that has torch and transformers, and no package index: the pack's packages and Python's own.
+GPU_PACK := gpu-pack
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,PYTHONPATH=.:$(GPU_PACK) $(PYTHON))
+GPU_RESULTS ?= gpu.jsonl
+
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu.py --results $(GPU_RESULTS)
+
+# For Python 3.12 on x86-64, of bitsandbytes the kernels for CUDA 13 and the CPU; 15 MB at most.
+GPU_PIP = $(PYTHON) -m pip install --quiet --no-compile --target $(GPU_PACK) --only-binary :all: --python-version 3.12 \
+	$(foreach version,2_28 2_24 2_17 2014,--platform manylinux$(if $(findstring _,$(version)),_)$(version)_x86_64)
+
+gpu-pack:
+	rm -rf $(GPU_PACK)
+	$(GPU_PIP) pydantic msgspec backports.zstd
+	$(GPU_PIP) --no-deps bitsandbytes
+	find $(GPU_PACK)/bitsandbytes -name 'libbitsandbytes_*' ! -name '*_cpu.*' ! -name '*_cuda130*' -delete
+	du -sh $(GPU_PACK)
 
 format: $(INSTALLED_DEV)
 	$(BIN)/ruff check --fix .

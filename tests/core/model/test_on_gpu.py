@@ -1,4 +1,4 @@
-"""A GPU's ways against the CPU's, in the same process; skipped where there is no CUDA device."""
+"""A GPU's ways against the CPU's in float64, in the same process; skipped where there is no CUDA device."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,23 +10,35 @@ from torch import Tensor
 
 from llama_acc.core.device import prepare_cuda
 from llama_acc.core.model.attention import DocumentAttention, flash_attention
+from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.rotary import rotary_table
 from llama_acc.core.model.transformer import Transformer
 from llama_acc.core.model.tuning import METHODS
-from tests.core.tiny import SMALL, difference, random_model
+from tests.core.model.test_nf4 import LORA, SHAPES, for_training, quantized, rounded
+from tests.core.tiny import SMALL, cached_logits, difference, document_logits, random_model
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
 LENGTHS = (70, 3, 129, 1)
+TOKENS = torch.randint(SMALL.vocab_size, (sum(LENGTHS),), generator=torch.Generator().manual_seed(3))
+
+
+def trained_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
+    """A random one in which nothing that is added is 0: a gradient would be."""
+    model, generator = random_model(config, dtype=dtype), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(0.0, 0.1, generator=generator)
+    return model
 
 
 def loss_and_gradients(model: Transformer, device: str) -> dict[str, Tensor]:
     prepare_cuda()
     model.to(device)
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(SMALL.vocab_size, (sum(LENGTHS),), generator=generator).to(device)
+    tokens = TOKENS.to(device)
     positions = torch.cat([torch.arange(length) for length in LENGTHS]).to(device)
     loss = model(tokens, positions, LENGTHS, targets=tokens.roll(-1), loss_scale=1 / len(tokens))
     loss.backward()
@@ -36,12 +48,33 @@ def loss_and_gradients(model: Transformer, device: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("window", [None, 16])
 @pytest.mark.parametrize("method", ["full", "lora", "bias_norm", "adapter"])
-def test_float32_is_that_of_the_cpu(method: str, window: int | None) -> None:
+def test_a_step_in_float32_is_that_of_the_cpu(method: str, window: int | None) -> None:
     config = replace(SMALL, sliding_window=window, tuning=METHODS[method]().with_num_layers(SMALL.n_layers))
-    expected, actual = (loss_and_gradients(random_model(config), device) for device in ("cpu", "cuda"))
+    expected = loss_and_gradients(trained_model(config, torch.float64).double(), "cpu")
+    actual = loss_and_gradients(trained_model(config), "cuda")
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert difference(actual[name].cpu(), value) < 1e-4, name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_step_over_nf4_is_that_over_its_values(shape: str) -> None:
+    config = replace(SHAPES[shape], tuning=LORA)
+    expected = loss_and_gradients(rounded(trained_model(config, torch.float64)).double(), "cpu")
+    actual = loss_and_gradients(for_training(trained_model(config)), "cuda")
+    for name, value in actual.items():
+        assert difference(value.cpu(), expected[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize("in_nf4", [False, True])
+def test_decoding_is_that_of_the_cpu(in_nf4: bool) -> None:
+    config = SHAPES["whole blocks"]
+    exact, model = random_model(config, dtype=torch.float64), random_model(config)
+    (expected,) = document_logits((rounded(exact) if in_nf4 else exact).double(), [TOKENS])
+    prepare_cuda()
+    with torch.device("cuda"):
+        actual = cached_logits((quantized(model) if in_nf4 else model).to("cuda"), TOKENS.cuda(), (200, 1, 1, 1))
+    assert difference(actual.cpu(), expected) < 1e-4
 
 
 @pytest.mark.parametrize("window", [None, 16])
