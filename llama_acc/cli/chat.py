@@ -2,36 +2,42 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
 from llama_acc.cli import console, options, stopping
-from llama_acc.cli.loading import ModelOptions, launch_model, load_distributed
+from llama_acc.cli.loading import ModelOptions, check_alone, launch_model, load_beside, load_distributed
+from llama_acc.cli.preview import show_tokens
 from llama_acc.core.atomic import write_text_whole
 from llama_acc.core.distributed import environment
 from llama_acc.core.errors import UserError
-from llama_acc.core.text import count_text, escape_control_chars
+from llama_acc.core.text import count_text
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from llama_acc.core.generate.chat import Conversation
     from llama_acc.core.generate.load import LoadedModel
     from llama_acc.core.generate.sampling import Sampling
 
 
-COMMANDS = """/reset          forget the conversation
-/image FILE     show it a picture; the next line asks about it
-/system TEXT    set the system text (without TEXT: show it)
-/save FILE      write the conversation to a JSON file
-/help           this list
-/quit           leave (also Ctrl-D)
-Enter sends; Alt-Enter begins a new line; a pasted text keeps its lines"""
-
-Show = Callable[[Iterable[str]], None]
+# Lines that forty columns hold.
+COMMANDS = """\
+/retry         another answer
+/edit [TEXT]   change the last question
+/compare [DIR] let a second model answer
+/tokens        what the model saw, wrote
+/image FILE    show it a picture
+/system [TEXT] set or show system text
+/save FILE     save the conversation
+/reset         forget the conversation
+/help          this list
+/quit          leave (or Ctrl-D)
+Enter sends; Alt-Enter begins a line"""
 
 
 def chat(
@@ -47,6 +53,12 @@ def chat(
     temperature: Annotated[float, Option(help="0 is greedy.")] = 0.7,
     top_p: Annotated[float, Option(help="Draw from the likeliest tokens of this total probability.")] = 0.9,
     plain: Annotated[bool, Option("--plain", help="On a terminal, show answers as they are, not as Markdown.")] = False,
+    compare: Annotated[
+        list[str] | None, Option(metavar="DIR", help="Show this checkpoint's answers, too; may repeat, as --ckpt.")
+    ] = None,
+    history: Annotated[
+        Path | None, Option(metavar="FILE", help="On a terminal, keep questions here for the next time.")
+    ] = None,
     seed: Annotated[int | None, Option(help="The same seed gives the same answers.")] = None,
     tokenizer: options.TokenizerFile = None,
     quantize: options.Quantize = None,
@@ -64,43 +76,58 @@ def chat(
 
       cat question.txt | llama-acc chat --ckpt runs/alpaca --prompt -
 
+      llama-acc chat --ckpt runs/alpaca --compare Llama-2-7b
+
       llama-acc chat --ckpt runs/sharegpt-70b --nproc 4
 
       llama-acc chat --ckpt Llama-2-70b --ckpt runs/alpaca-70b-biasnorm-nf4
     """
     from llama_acc.core.generate.sampling import Sampling
 
-    sampling = Sampling(temperature, top_p, seed, max_new_tokens)
+    sampling = Sampling(temperature, top_p, seed, max_new_tokens, logprobs=0)
     if image and prompt is None:
         raise UserError("--image goes with --prompt", "in a conversation, type /image FILE")
+    if history is not None and (prompt is not None or not sys.stdin.isatty() or console.out.is_dumb_terminal):
+        raise UserError("--history keeps what is typed on a terminal that can edit a line", "leave it out")
     launch_model(nproc, device, ckpt)
-    with load_distributed(ModelOptions(ckpt, device, tokenizer, template, verify, quantize, context)) as loaded:
+    if compare:
+        check_alone()
+    model = ModelOptions(ckpt, device, tokenizer, template, verify, quantize, context)
+    with load_distributed(model) as loaded:
         if environment.is_main():
-            _Chat(loaded, sampling, system, plain).run(prompt, image or [])
+            chat = _Chat(loaded, model, sampling, system, plain)
+            if compare:
+                chat.compare_with(compare)
+            chat.run(prompt, image or [], history)
 
 
 class _Chat:
     """A conversation with a loaded model, of one question or of as many as are typed.
 
-    `files` are the pictures in view, `waiting` those that the next question brings.
+    Attributes:
+        second: what answers beside it.
+        files: the pictures in view.
+        waiting: those that the next question brings.
+        draft: the text that the next question begins as, which then takes the place of the last one.
     """
 
-    def __init__(self, loaded: "LoadedModel", sampling: "Sampling", system: str | None, plain: bool) -> None:
+    def __init__(
+        self, loaded: "LoadedModel", model: ModelOptions, sampling: "Sampling", system: str | None, plain: bool
+    ) -> None:
         from llama_acc.core.generate.chat import Conversation
 
-        self.loaded = loaded
-        self.conversation: Conversation = Conversation(loaded, sampling)
+        self.loaded, self.model, self.sampling = loaded, model, sampling
+        self.conversation = Conversation(loaded, sampling)
         self.conversation.system = system
+        self.second: Conversation | None = None
+        self.second_name = ""
         self.files: list[str] = []
         self.waiting: list[tuple[str, NDArray[np.uint8]]] = []
-        self.show: Show = console.stream
+        self.draft = ""
         # As Markdown on a terminal, unless a model without a prompt format continues a text.
-        if not (plain or loaded.template.name == "none" or console.out.is_dumb_terminal) and sys.stdout.isatty():
-            from llama_acc.cli.chat_terminal import stream_markdown
+        self.plain = plain or loaded.template.name == "none" or console.out.is_dumb_terminal or not sys.stdout.isatty()
 
-            self.show = stream_markdown
-
-    def run(self, prompt: str | None, images: Sequence[str]) -> None:
+    def run(self, prompt: str | None, images: Sequence[str], history: Path | None) -> None:
         """Answers a prompt, or what is typed until its end."""
         from llama_acc.core.tokenizer import tokenizer_notes
 
@@ -108,12 +135,13 @@ class _Chat:
             console.note(note)
         if prompt is not None:
             question = _decoded(sys.stdin.read) if prompt == "-" else prompt
-            self.show(self.conversation.ask(question, [self._pixels(image) for image in images]))
+            self._answer(self.conversation.ask(question, [self._pixels(image) for image in images]))
             return
-        read = self._reader()
+        read = self._reader(history)
         while True:
+            draft, self.draft = self.draft, ""
             try:
-                question = read().strip()
+                question = read(draft).strip()
             except EOFError:
                 return
             if question in ("/quit", "/exit"):
@@ -122,18 +150,24 @@ class _Chat:
                 if question.startswith("/") and "\n" not in question:
                     self._command(question)
                 elif question:
-                    self._answer(question)
+                    self._ask(question, replace_last=bool(draft))
             except UserError as error:
                 console.error(error.message, error.hint)
+            except KeyboardInterrupt:
+                sys.stdout.write("\n")
+                if environment.world_size() > 1:
+                    raise  # the ranks no longer stand at the same place
+                stopping.forget()
+                console.note("cut short; Ctrl-C again at the prompt to leave")
 
-    def _reader(self) -> Callable[[], str]:
+    def _reader(self, history: Path | None) -> Callable[[str], str]:
         from llama_acc.core.data.templates import answer_ends
 
         template = self.loaded.template
         if not sys.stdin.isatty():
             return _read_line
         console.note(f"template: {template.name} ({self.loaded.template_from}). /help lists what else you can type.")
-        ends = map(escape_control_chars, answer_ends(template, self.loaded.tokenizer))
+        ends = (end.replace("\n", "\\n") for end in answer_ends(template, self.loaded.tokenizer))
         console.note(f"an answer ends at {', '.join(ends)}")
         if template.kind == "single_turn":
             console.note("this format was trained on single questions: each one stands alone, without the history")
@@ -141,48 +175,96 @@ class _Chat:
             return _read_line
         from llama_acc.cli.chat_terminal import question_reader
 
-        return question_reader()
+        return question_reader(lambda: _status(self.conversation), history)
 
     def _pixels(self, path: str) -> "NDArray[np.uint8]":
         from llama_acc.core.generate.caption import load_image
 
         return load_image(self.loaded, str(Path(path).expanduser()), path)
 
-    def _answer(self, question: str) -> None:
-        try:
-            waiting, self.waiting = self.waiting, []
-            pieces = self.conversation.ask(question, [pixels for _, pixels in waiting])
-            self.files += [file for file, _ in waiting]
-            if self.conversation.dropped_turns:
-                forgotten = count_text(self.conversation.dropped_turns, "oldest turn")
-                console.note(f"the conversation is long: forgot its {forgotten}")
-            self.show(pieces)
-        except KeyboardInterrupt:
-            sys.stdout.write("\n")
-            if environment.world_size() > 1:
-                raise  # the ranks no longer stand at the same place
-            stopping.forget()
-            console.note("answer cut short; Ctrl-C again at the prompt to leave")
+    def _ask(self, question: str, replace_last: bool = False) -> None:
+        waiting, self.waiting = self.waiting, []
+        answer = self.conversation.ask(question, [pixels for _, pixels in waiting], replace_last)
+        self.files += [file for file, _ in waiting]
+        self._answer(answer)
+
+    def _answer(self, answer: Iterator[str]) -> None:
+        """Shows an answer, and the second model's to the same question."""
+        if self.conversation.dropped_turns:
+            forgotten = count_text(self.conversation.dropped_turns, "oldest turn")
+            console.note(f"the conversation is long: forgot its {forgotten}")
+        self._show(self.model.ckpt[-1], self.conversation, answer)
+        if self.second is not None:
+            self._show(self.second_name, self.second, self.second.answer_last_of(self.conversation))
+
+    def _show(self, name: str, conversation: "Conversation", answer: Iterator[str]) -> None:
+        if self.second is not None:
+            console.heading(name)
+        if self.plain:
+            console.stream(answer)
+            return
+        from llama_acc.cli.chat_terminal import stream_markdown
+
+        stream_markdown(answer, lambda: _status(conversation))
 
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")
         rest = rest.strip()
-        if name == "/reset":
-            self.conversation.reset()
-            self.files, self.waiting = [], []
-            console.note("forgotten")
-        elif name == "/image":
-            self._show_picture(rest)
-        elif name == "/system":
-            self.conversation.system = system = rest or self.conversation.system
-            system = getattr(self.loaded.template, "system", None) if system is None else system
-            console.note(f"system: {system}" if system else "there is no system text")
-        elif name == "/save":
-            self._save(rest)
-        else:
-            if name != "/help":
-                console.error(f"there is no {name}")
-            console.note(COMMANDS)
+        match name:
+            case "/retry":
+                self._answer(self.conversation.retry())
+            case "/edit" if rest:
+                self._ask(rest, replace_last=True)
+            case "/edit":
+                self.draft = self.conversation.last_question
+            case "/compare":
+                self._compare(rest)
+            case "/tokens":
+                self._show_tokens()
+            case "/image":
+                self._show_picture(rest)
+            case "/system":
+                self.conversation.system = system = rest or self.conversation.system
+                system = getattr(self.loaded.template, "system", None) if system is None else system
+                console.note(f"system: {system}" if system else "there is no system text")
+            case "/save":
+                self._save(rest)
+            case "/reset":
+                self.conversation.reset()
+                self.files, self.waiting = [], []
+                console.note("forgotten")
+            case _:
+                if name != "/help":
+                    console.error(f"there is no {name}")
+                console.note(COMMANDS)
+
+    def _compare(self, folder: str) -> None:
+        if not folder:
+            self.second = None
+            console.note("no second model answers")
+            return
+        second = self.compare_with([folder])
+        if self.conversation.turns:
+            self._show(self.second_name, second, second.answer_last_of(self.conversation))
+
+    def compare_with(self, folders: Sequence[str]) -> "Conversation":
+        """Lets another checkpoint answer, too, from folders laid over each other."""
+        from llama_acc.core.generate.chat import Conversation
+
+        self.second = None  # its memory is needed
+        loaded = load_beside(self.loaded, [str(Path(folder).expanduser()) for folder in folders], self.model)
+        self.second, self.second_name = Conversation(loaded, self.sampling), folders[-1]
+        return self.second
+
+    def _show_tokens(self) -> None:
+        both = (self.model.ckpt[-1], self.conversation), (self.second_name, self.second)
+        answered = [(name, one) for name, one in both if one is not None and one.reply is not None]
+        if not answered:
+            raise UserError("there is no answer yet")
+        for name, conversation in answered:
+            console.heading(name)
+            console.note(_status(conversation))
+            show_tokens(conversation.token_view())
 
     def _show_picture(self, path: str) -> None:
         if not path:
@@ -207,12 +289,22 @@ class _Chat:
         console.note(f"wrote {count_text(len(turns), 'turn')} to {name}")
 
 
-def _read_line() -> str:
-    """A line of standard input, after a prompt where a person types it.
+def _status(conversation: "Conversation") -> str:
+    """How fast the last answer came, and how much of the context is used: at most 40 characters, most of the time."""
+    reply, speed = conversation.reply, conversation.tokens_per_second
+    used = 0 if reply is None else len(reply.prompt.tokens) + len(reply.tokens)
+    fast = "" if speed is None else f"{speed:.1f} tokens/s, "
+    return f"{fast}context {used:,} of {conversation.loaded.model.config.max_seq_len:,}"
+
+
+def _read_line(draft: str) -> str:
+    """A line of standard input, after a prompt where a person types it. A draft cannot be edited here, and is said.
 
     Raises:
         EOFError: there are no more.
     """
+    if draft:
+        console.note(f"the next line takes the place of: {draft}")
     shown = "> " if sys.stdin.isatty() else ""
     if not sys.stdout.isatty():  # input() would print it among the answers
         sys.stderr.write(shown)

@@ -1,19 +1,23 @@
 """A conversation on a terminal: questions of one line or a pasted page, answers rendered as Markdown as they come."""
 
 import itertools
+import os
 import sys
 import termios
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markdown_it import MarkdownIt
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment
+from rich.text import Text
 
 from llama_acc.cli import console
+from llama_acc.core.errors import UserError
 from llama_acc.core.text import escape_control_chars
 
 if TYPE_CHECKING:
@@ -44,37 +48,43 @@ class _Answer:
         lines = console.render_lines(self._markdown, options.update(height=None), pad=False)
         filled = [number for number, line in enumerate(lines) if any(segment.text.strip() for segment in line)]
         lines = lines[filled[0] : filled[-1] + 1] if filled else []
-        for line in lines[-max(1, console.size.height - 2) :] if self._grows else lines:
+        for line in lines[-max(1, console.size.height - 4) :] if self._grows else lines:
             yield from line
             yield Segment.line()
 
 
-def stream_markdown(pieces: Iterable[str]) -> None:
-    """Prints an answer on standard output as it comes; a block stays as it is once the next one has begun."""
+def stream_markdown(pieces: Iterable[str], status: Callable[[], str] = str) -> None:
+    """Prints an answer on standard output as it comes; a block stays as it is once the next one has begun.
+
+    `status`: of the answer so far, for a line below it as long as it comes.
+    """
     text, next_frame, gap = "", 0.0, ""
+    with Live(console=console.out, auto_refresh=False, transient=True, vertical_overflow="visible") as live:
 
-    def settle(blocks: Iterable[str]) -> None:
-        nonlocal gap
-        for block in blocks:
-            console.out.print(gap, _Answer(block), sep="", end="", soft_wrap=False)
-            gap = "\n"
+        def draw(done: Iterable[str], rest: RenderableType) -> None:
+            nonlocal gap
+            with console.out:  # what it prints comes in one go, so that nothing is taken off the screen in between
+                if done:
+                    live.update("", refresh=True)
+                for block in done:
+                    console.out.print(gap, _Answer(block), sep="", end="", soft_wrap=False)
+                    gap = "\n"
+                live.update(rest, refresh=True)
 
-    try:
-        with Live(console=console.out, auto_refresh=False, transient=True, vertical_overflow="visible") as live:
+        draw([], Text("...", style="dim"))
+        try:
             for piece in pieces:
                 text += escape_control_chars(piece)
                 now = time.monotonic()
                 if now < next_frame:
                     continue
                 *done, text = _blocks(text) or [text]
-                if done:
-                    live.update("", refresh=True)
-                    settle(done)
-                live.update(_Answer(text, grows=True), refresh=True)
+                line = Text(f"\n{status()}", style="dim", no_wrap=True, overflow="ellipsis")
+                draw(done, Group(_Answer(text, grows=True), line))
                 after = time.monotonic()
                 next_frame = after + max(_FRAME, (after - now) / _SHARE_OF_TIME)
-    finally:
-        settle(_blocks(text))
+        finally:
+            draw(_blocks(text), "")
 
 
 def _blocks(text: str) -> list[str]:
@@ -84,26 +94,53 @@ def _blocks(text: str) -> list[str]:
     return ["".join(lines[begin:end]) for begin, end in itertools.pairwise([*begins, len(lines)])]
 
 
-def question_reader() -> Callable[[], str]:
+def question_reader(status: Callable[[], str], history: Path | None) -> Callable[[str], str]:
     """What asks for a question: Enter sends it, a paste keeps its lines, the arrow keys edit and recall.
 
-    It raises EOFError for Ctrl-D.
+    It is given a text that the question begins as, and raises EOFError for Ctrl-D.
+
+    Args:
+        status: the line below the question.
+        history: where questions are kept for the next time, readable to the user alone; None: nowhere.
+
+    Raises:
+        UserError: the file cannot be written.
     """
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory
     from prompt_toolkit.output import ColorDepth
     from prompt_toolkit.output.vt100 import Vt100_Output
+    from prompt_toolkit.styles import Style
 
+    class Output(Vt100_Output):
+        def get_rows_below_cursor_position(self) -> int:
+            """As many as the status line needs: it is not shown before a terminal has said how many there are."""
+            return 2
+
+    if history is not None:
+        try:
+            os.close(os.open(history, os.O_RDWR | os.O_CREAT, 0o600))
+        except OSError as error:
+            raise UserError(f"cannot write {history}: {error.strerror}") from error
     stream: Any = sys.stdout if sys.stdout.isatty() else sys.stderr
-    output = Vt100_Output.from_pty(stream, default_color_depth=ColorDepth.DEPTH_1_BIT)
+    output = Output.from_pty(stream, default_color_depth=ColorDepth.DEPTH_1_BIT)
     output.enable_cpr = False  # a terminal that does not answer where its cursor is would only be warned of
     session: PromptSession[str] = PromptSession(
-        "> ", multiline=True, key_bindings=_keys(), prompt_continuation="  ", reserve_space_for_menu=0, output=output
+        "> ",
+        multiline=True,
+        key_bindings=_keys(),
+        prompt_continuation="  ",
+        reserve_space_for_menu=0,
+        bottom_toolbar=status,
+        style=Style.from_dict({"bottom-toolbar": "noreverse dim"}),
+        history=None if history is None else FileHistory(str(history)),
+        output=output,
     )
     settings = termios.tcgetattr(sys.stdin)
 
-    def ask() -> str:
+    def ask(text: str = "") -> str:
         try:
-            return session.prompt()
+            return session.prompt(default=text)
         finally:
             # A signal may end the prompt between any two of its own lines, also those that give the terminal back.
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
@@ -112,6 +149,8 @@ def question_reader() -> Callable[[], str]:
 
 
 def _keys() -> "KeyBindings":
+    from prompt_toolkit.application import get_app
+    from prompt_toolkit.filters import Condition
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()
@@ -127,5 +166,9 @@ def _keys() -> "KeyBindings":
     @keys.add("escape", "enter")
     def break_line(event: "KeyPressEvent") -> None:
         event.current_buffer.insert_text("\n")
+
+    @keys.add("c-c", filter=Condition(lambda: bool(get_app().current_buffer.text)))
+    def clear(event: "KeyPressEvent") -> None:
+        event.current_buffer.reset()
 
     return keys

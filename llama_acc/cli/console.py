@@ -22,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.rule import Rule
 from rich.segment import Segment
 from rich.spinner import Spinner
 from rich.text import Text
@@ -196,7 +197,13 @@ def error(message: str, hint: str | None = None) -> None:
 
 def note(text: str) -> None:
     """Says something on the side."""
-    err.print(Text(escape_control_chars(text), style="dim" if err.is_terminal else ""))
+    on_terminal = err.is_terminal
+    err.print(Text(escape_control_chars(text), style="dim" if on_terminal else ""), soft_wrap=not on_terminal)
+
+
+def heading(text: str) -> None:
+    """Says on the side what follows."""
+    err.print(Rule(Text(escape_control_chars(text), style="bold"), align="left", style="dim"), soft_wrap=False)
 
 
 def pairs(lines: list[tuple[str, str]], console: Console | None = None, width: int = 0) -> None:

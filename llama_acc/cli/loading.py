@@ -4,7 +4,7 @@ import contextlib
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
@@ -12,7 +12,7 @@ import typer
 
 from llama_acc.cli import console
 from llama_acc.core.distributed import Launch, environment, launch_if_asked
-from llama_acc.core.errors import LlamaAccError
+from llama_acc.core.errors import LlamaAccError, UserError
 
 if TYPE_CHECKING:
     from llama_acc.core.generate.load import LoadedModel
@@ -107,3 +107,33 @@ def load_models_distributed(
             raise
         if parallel.is_main:
             stop_followers(first)
+
+
+def check_alone() -> None:
+    """Refuses, with a UserError, that a second model is loaded beside one that several processes share."""
+    if environment.world_size() > 1:
+        raise UserError("two models are compared by a single process", "leave --nproc out")
+
+
+def load_beside(first: "LoadedModel", ckpt: Sequence[str], model: ModelOptions) -> "LoadedModel":
+    """Another model, to be compared with one that is loaded as `model` says. One that keeps no prompt format is asked
+    in the first one's.
+
+    Raises:
+        UserError: it cannot be loaded, or several processes share the first.
+    """
+    check_alone()
+    from llama_acc.core.generate.load import load_model
+
+    console.working("loading the model", after=_QUIET)
+    quantize, context = model.quantize, model.context
+    try:
+        loaded = load_model(*ckpt, device=str(first.device), verify=model.verify, quantize=quantize, context=context)
+    finally:
+        console.working(None)
+    for note in loaded.notes:
+        console.note(note)
+    if not loaded.template_from.startswith("none, as"):
+        return loaded
+    console.note(f"{ckpt[-1]} keeps no prompt format: it is asked in {first.template.name}")
+    return replace(loaded, template=first.template)

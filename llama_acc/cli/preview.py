@@ -1,6 +1,7 @@
-"""Items as a model will see them, on the terminal: what is trained and what is special stands out."""
+"""Text as a model sees it, on the terminal: what is trained or written, and what is special, stands out."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.text import Text
@@ -10,6 +11,7 @@ from llama_acc.core.text import count_text
 
 if TYPE_CHECKING:
     from llama_acc.core.data.preview import Piece, Shown
+    from llama_acc.core.generate.chat import ShownToken
 
 
 def show_items(items: "Iterable[Shown]") -> None:
@@ -45,3 +47,20 @@ def _marked(pieces: "Iterable[Piece]", names: set[str]) -> Text:
             shown = shown.replace(name, f"\\{name}")
         text += shown
     return Text(text + "⟧" * inside)
+
+
+def show_tokens(tokens: "Sequence[ShownToken]") -> None:
+    """Prints tokens on standard error, each with its id and, where it is known, its probability."""
+    pictures = str.maketrans({" ": "\u00b7", "\t": "\u21e5", "\n": "\u21b5"})
+    for heading, is_reply in (("the model was fed, with ids:", False), ("it wrote, with ids and probabilities:", True)):
+        console.note(heading)
+        text = Text()
+        for token in tokens:
+            if token.is_reply == is_reply:
+                style = "bold magenta" if token.special else "green" if is_reply else ""
+                likely = "" if token.logprobs is None else f"{math.exp(token.logprobs.own):.0%}"
+                behind = "\n" if "\n" in token.text else "  "
+                text.append(token.text.translate(pictures) or token.piece, style)
+                text.append(f"({token.token}){likely}{behind}", "dim")
+        text.rstrip()
+        console.err.print(text, soft_wrap=False)

@@ -16,14 +16,14 @@ from tests.cli.commands import COMMAND, PATIENCE, environment
 class Terminal:
     """`llama-acc` with a terminal of its own for all three streams. `seen` is everything it showed."""
 
-    def __init__(self, *arguments: object, term: str = "dumb", **changes: str) -> None:
-        variables = environment(TERM=term, COLUMNS="120", **changes)
+    def __init__(self, *arguments: object, term: str = "dumb", columns: int = 120, **changes: str) -> None:
+        variables = environment(TERM=term, COLUMNS=str(columns), **changes)
         self.seen = ""
         self._read = 0
         self.pid, self._terminal = pty.fork()
         if self.pid == 0:
             os.execve(COMMAND[0], [*COMMAND, *map(str, arguments)], variables)
-        fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+        fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
 
     def __enter__(self) -> "Terminal":
         return self

@@ -1,6 +1,7 @@
 """`llama-acc chat` for scripts: one answer, piped conversations, prompt formats."""
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_acc.core.tokenizer import load_tokenizer
 from tests.cli.chains import write_chain
 from tests.cli.commands import COMMAND, PATIENCE, Result, environment, invoke, refused, run, start
 from tests.cli.conftest import ANSWER
@@ -98,7 +100,7 @@ def test_a_piped_conversation_puts_nothing_but_answers_on_standard_output(talker
     assert "error: there is no /hlep" in done.stderr
     assert "error: to which file? /save FILE" in done.stderr
     assert f"error: cannot write {tmp_path / 'no' / 'chat.json'}: No such file or directory" in done.stderr
-    assert done.stderr.count("/reset          forget the conversation") == 2
+    assert done.stderr.count("/reset         forget the conversation") == 2
     [item] = json.loads(saved.read_text())
     assert item["system"] == "you are a town"
     turns = item["conversations"]
@@ -108,6 +110,57 @@ def test_a_piped_conversation_puts_nothing_but_answers_on_standard_output(talker
         ("human", "and again"),
         ("gpt", ANSWER),
     ]
+
+
+@pytest.fixture
+def second(talker: Path, tmp_path: Path) -> Path:
+    """A model that answers otherwise, without a prompt format."""
+    folder = tmp_path / "second"
+    folder.mkdir()
+    shutil.copy(talker / "tokenizer.model", folder)
+    write_chain(folder, answer=" the country", after=":", max_seq_len=4096)
+    return folder
+
+
+def test_another_answer_another_question_and_another_model(talker: Path, second: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "chat.json"
+    typed = ["/retry", "/edit", "hello", "/retry", "/edit", "good day", "/edit bye", f"/compare {second}"]
+    typed += ["and now", "/compare", "alone", "/compare nowhere", f"/save {saved}"]
+    done = chat(talker, template="dialogue", input="\n".join(typed))
+    other = "the country"
+    assert done.stdout.splitlines() == [*[ANSWER] * 4, other, ANSWER, other, ANSWER]
+    assert done.stderr.count("there is no question yet") == 2
+    assert "the next line takes the place of: hello" in done.stderr
+    assert f"{second} keeps no prompt format: it is asked in dialogue" in done.stderr
+    headings = [line.split()[0] for line in done.stderr.splitlines() if line.endswith("──")]
+    assert headings == list(map(str, (second, talker, second)))
+    assert "there is no checkpoint folder nowhere" in done.stderr
+    turns = json.loads(saved.read_text())[0]["conversations"]
+    assert [turn["value"] for turn in turns] == ["bye", ANSWER, "and now", ANSWER, "alone", ANSWER]
+
+
+def test_a_prompt_is_answered_by_both_models_which_a_single_process_compares(
+    talker: Path, second: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--prompt", "hello", "--compare", second]
+    assert chat(talker, *flags).stdout.splitlines() == [ANSWER, "the country"]
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    refused(chat(talker, *flags), "two models are compared by a single process")
+
+
+def test_the_tokens_that_were_fed_and_written_are_shown_with_ids_and_probabilities(talker: Path) -> None:
+    done = chat(talker, template="none", input="/tokens\nsay:\n/tokens\n")
+    assert done.stdout == f"{ANSWER}\n"
+    said, fed, written = re.split("the model was fed, with ids:|it wrote, with ids and probabilities:", done.stderr)
+    assert "error: there is no answer yet" in said
+    tokenizer = load_tokenizer(talker / "tokenizer.model")
+    shown = [int(number) for number in re.findall(r"\((\d+)\)", fed)]
+    assert shown == [tokenizer.bos_id, *tokenizer.encode("say:")]
+    assert fed.split()[0] == f"<s>({tokenizer.bos_id})"
+    ids = [int(number) for number in re.findall(r"\((\d+)\)\d+%", written)]
+    assert (tokenizer.decode(ids[:-1]).strip(), ids[-1]) == (ANSWER, tokenizer.eos_id)
+    assert written.split()[-1] == f"</s>({tokenizer.eos_id})100%"
 
 
 def test_a_saved_conversation_is_data_to_train_on(talker: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from llama_acc.cli import chat_terminal, console
+from tests.cli.commands import invoke, refused
 from tests.cli.conftest import ANSWER
 from tests.cli.terminal import Terminal
 
@@ -22,7 +23,7 @@ def test_an_answer_streams_ctrl_c_stops_it_and_at_the_prompt_it_leaves(talker: P
         terminal.type("who?\n")
         terminal.expect("the the the the")
         terminal.type("\x03")
-        terminal.expect("answer cut short; Ctrl-C again at the prompt to leave")
+        terminal.expect("cut short; Ctrl-C again at the prompt to leave")
         terminal.expect("> ")
         terminal.type("say:\n")
         terminal.expect(ANSWER)
@@ -67,6 +68,53 @@ def test_a_pasted_text_is_one_question_and_the_terminal_is_handed_back(talker: P
     assert [turn["value"] for turn in turns if turn["from"] == "human"] == [_PASTED] * 3
 
 
+def test_the_last_question_comes_back_to_be_edited_above_a_line_that_says_how_full_the_context_is(
+    talker: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C clears what is typed, on forty columns without color."""
+    kept, flags = tmp_path / "kept.json", ["--template", "dialogue", "--temperature", "0"]
+    with Terminal("chat", "--ckpt", talker, *flags, term="xterm", columns=40, NO_COLOR="1") as terminal:
+        terminal.expect("context 0 of 4,096")
+        terminal.type("hello\r")
+        terminal.expect(ANSWER)
+        terminal.expect("\x1b[?2004h")
+        assert re.search(r"\d tokens/s, context \d{2,3}$", terminal.expect(" of 4,096"))
+        terminal.type("/edit\r")
+        terminal.expect("\x1b[?2004h")
+        terminal.expect("hello")
+        terminal.type(" there\r")
+        terminal.expect(ANSWER)
+        terminal.expect("\x1b[?2004h")
+        terminal.type("not this")
+        terminal.expect("this")
+        terminal.type(f"\x03/save {kept}\r")
+        terminal.expect("wrote 2 turns")
+        terminal.expect("\x1b[?2004h")
+        terminal.type("\x04")
+        assert terminal.end() == 0
+    assert [turn["value"] for turn in json.loads(kept.read_text())[0]["conversations"]] == ["hello there", ANSWER]
+
+
+def test_questions_are_kept_for_the_next_time_only_where_it_is_said_and_for_the_user_alone(
+    talker: Path, tmp_path: Path
+) -> None:
+    history, flags = tmp_path / "history", ["--template", "none", "--temperature", "0"]
+    for typed in ("say:\r", "\x1b[A\r"):  # the second time: the arrow up
+        with Terminal("chat", "--ckpt", talker, *flags, "--history", history, term="xterm") as terminal:
+            terminal.expect("context 0 of")
+            terminal.type(typed)
+            terminal.expect(ANSWER)
+            terminal.expect("tokens/s")
+            terminal.type("\x04")
+            assert terminal.end() == 0
+    assert history.stat().st_mode & 0o777 == 0o600
+    assert history.read_text().count("+say:") == 1
+    refused(invoke("chat", "--ckpt", talker, "--history", history, "--prompt", "x"), "--history keeps what is typed")
+    with Terminal("chat", "--ckpt", talker, "--history", tmp_path, term="xterm") as terminal:
+        terminal.expect(f"cannot write {tmp_path}: Is a directory")
+        assert terminal.end() == 2
+
+
 _MARKDOWN = """\
 Use **bold** and `code`, the tag <b>, the end of a line
 and another line of this paragraph that is longer than forty columns.
@@ -102,25 +150,45 @@ An entity �[31mred and a link
 """
 
 
-def _rendered(monkeypatch: pytest.MonkeyPatch, size: int, terminal: bool) -> str:
-    shown = io.StringIO()
+class _Writes(io.StringIO):
+    """What was written at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.all.append(text)
+        return super().write(text)
+
+
+def _rendered(monkeypatch: pytest.MonkeyPatch, size: int, terminal: bool) -> list[str]:
+    shown = _Writes()
     screen = Console(
         file=shown, width=40, height=10, force_terminal=terminal, color_system="standard" if terminal else None
     )
     monkeypatch.setattr(console, "out", screen)
     monkeypatch.setattr(chat_terminal, "_FRAME", 0.0)
-    chat_terminal.stream_markdown(_MARKDOWN[i : i + size] for i in range(0, len(_MARKDOWN), size))
-    return shown.getvalue()
+    monkeypatch.setattr(chat_terminal, "_SHARE_OF_TIME", 1e9)
+    pieces = (_MARKDOWN[i : i + size] for i in range(0, len(_MARKDOWN), size))
+    chat_terminal.stream_markdown(pieces, lambda: "9 tokens/s")
+    return shown.all
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_an_answer_is_rendered_as_markdown_with_lines_that_break_between_words(
     size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = _rendered(monkeypatch, size, terminal=False).splitlines()
+    lines = "".join(_rendered(monkeypatch, size, terminal=False)).splitlines()
     expected = _RENDERED.splitlines()
     # rich centers a heading.
     assert [line.strip() if "heading" in line else line.rstrip() for line in lines] == expected
-    drawn = _rendered(monkeypatch, size, terminal=True)
+    writes = _rendered(monkeypatch, size, terminal=True)
+    drawn = "".join(writes)
     assert "\x1b[31mred" not in drawn
     assert "\x1b]" not in drawn
+    *frames, last, nothing = writes
+    assert len(frames) >= min(len(_MARKDOWN) // size, 2)
+    assert all("9 tokens/s" in frame for frame in frames[2:] if "\x1b[2K" in frame), "what is erased is drawn at once"
+    assert "An entity" in last
+    assert not re.sub(r"\x1b\[[\d?]*[A-Za-z]|\s", "", nothing)
