@@ -35,8 +35,6 @@ from llama_acc.core.serve.guard import Access, Guard, error_response
 from llama_acc.core.serve.metrics import Metrics
 from llama_acc.core.serve.protocol import ChatRequest, CompletionRequest, dumps
 
-_MOST_BYTES = 32 << 20
-"""Of a request's body."""
 _MOST_PIXELS = 25_000_000
 """Of a picture: 75 MB when it is unpacked, several times at once."""
 _COMPLETION_TOKENS = 16
@@ -61,7 +59,7 @@ def make_app(models: Mapping[str, LoadedModel], service: Service, access: Access
     """
     started, metrics = int(time.time()), Metrics(service)
     # The pages of documentation that FastAPI has would load scripts from elsewhere.
-    app = FastAPI(title="llama-acc", version=__version__, docs_url=None, redoc_url=None, max_body_size=_MOST_BYTES)
+    app = FastAPI(title="llama-acc", version=__version__, docs_url=None, redoc_url=None)
     front = _Front(models, service, metrics)
 
     @app.get("/v1/models")

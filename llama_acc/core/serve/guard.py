@@ -7,8 +7,13 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+MOST_BYTES = 32 << 20
+"""Of a request's body."""
+_TOO_LARGE = f"a request has at most {MOST_BYTES} bytes"
 
 
 class Access(NamedTuple):
@@ -50,7 +55,15 @@ class Guard:
         if refused is not None:
             await refused(scope, receive, send)
             return
-        status = 0
+        received, status = 0, 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MOST_BYTES:
+                raise HTTPException(413, _TOO_LARGE)
+            return message
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -58,7 +71,7 @@ class Guard:
             await send(message)
 
         try:
-            await self._app(scope, receive, noted)
+            await self._app(scope, counted, noted)
         finally:
             route: Any = scope.get("route")
             self._done(getattr(route, "path", "other"), status)
@@ -74,6 +87,9 @@ class Guard:
             given = headers.get("authorization", "").encode()
             if not secrets.compare_digest(given, f"Bearer {access.key}".encode()):
                 return error_response(401, "Authorization: Bearer with the server's key is needed", "invalid_api_key")
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > MOST_BYTES:
+            return error_response(413, _TOO_LARGE)
         if method == "POST" and headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             # A page elsewhere can send anything else without asking first.
             return error_response(415, "the body must be application/json")

@@ -1,0 +1,339 @@
+"""What OpenAI's own client gets from the server: each answer is the one that the model gives alone."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx2
+import openai
+import pytest
+from pydantic import BaseModel
+
+from llama_acc.core.data.templates import Turn, get_template
+from llama_acc.core.generate.chat import encode_prompt
+from llama_acc.core.generate.engine import Engine, Prompt
+from llama_acc.core.generate.load import LoadedModel
+from llama_acc.core.generate.sampling import Sampling
+from llama_acc.core.serve.guard import Access
+from llama_acc.core.tokenizer import load_tokenizer
+from tests.core.generate.decoding import decode
+from tests.core.serve.running import Running, serving, until
+from tests.core.tiny import CPU, SMALL, random_model
+
+QUESTION = "what is the name of the capital?"
+ASK: dict[str, Any] = {
+    "model": "small",
+    "messages": [{"role": "user", "content": QUESTION}],
+    "temperature": 0,
+    "max_tokens": 12,
+}
+
+
+@pytest.fixture(scope="module")
+def small(tokenizer_path: Path) -> LoadedModel:
+    """A model of random weights that was trained in dialogues."""
+    model = random_model(SMALL, seed=5).requires_grad_(False)
+    return LoadedModel(model, load_tokenizer(tokenizer_path), get_template("dialogue"), "asked for", CPU)
+
+
+@pytest.fixture(scope="module")
+def server(small: LoadedModel) -> Iterator[Running]:
+    with serving({"small": small}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def alone(loaded: LoadedModel, prompt: Prompt, **settings: Any) -> Any:
+    """The reply by itself."""
+    sampling = Sampling(**{"temperature": 0, "max_new_tokens": 12, **settings})
+    return decode(Engine(loaded), [prompt], sampling)[0]
+
+
+def question(loaded: LoadedModel, text: str = QUESTION, system: str | None = None) -> Prompt:
+    return encode_prompt(loaded, [Turn("human", text)], system=system)
+
+
+def test_a_chat_is_answered_as_alone(small: LoadedModel, client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(**ASK)
+    expected = alone(small, question(small))
+    assert answer.choices[0].message.content == expected.text
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].finish_reason == expected.finish_reason == "length"
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(question(small).tokens), 12)
+    messages = [
+        {"role": "system", "content": "be short"},
+        {"role": "user", "content": [{"type": "text", "text": "one"}]},
+        answer.choices[0].message,
+        {"role": "user", "content": "two"},
+    ]
+    turns = [Turn("human", "one"), Turn("assistant", expected.text), Turn("human", "two")]
+    longer = client.chat.completions.create(**{**ASK, "messages": messages})
+    assert longer.choices[0].message.content == alone(small, encode_prompt(small, turns, 0, "be short")).text
+
+
+def test_a_stream_is_the_whole_answer(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(**ASK, n=2)
+    chunks = list(client.chat.completions.create(**ASK, n=2, stream=True, stream_options={"include_usage": True}))
+    for number in range(2):
+        of_choice = [c for chunk in chunks for c in chunk.choices if c.index == number]
+        assert of_choice[0].delta.role == "assistant"
+        assert "".join(c.delta.content or "" for c in of_choice) == whole.choices[number].message.content
+        assert [c.finish_reason for c in of_choice if c.finish_reason] == ["length"]
+        assert len(of_choice) > 5
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_many_ask_at_once_and_each_hears_what_it_would_alone(small: LoadedModel, server: Running) -> None:
+    words = [f"{QUESTION} {number}" for number in range(12)]
+
+    async def ask(client: openai.AsyncOpenAI, text: str) -> str:
+        messages: Any = [{"role": "user", "content": text}]
+        stream = await client.chat.completions.create(**{**ASK, "messages": messages}, stream=True)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    async def all_of_them() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(ask(client, text) for text in words))
+
+    assert asyncio.run(all_of_them()) == [alone(small, question(small, text)).text for text in words]
+
+
+def test_texts_and_tokens_are_continued_in_no_format(small: LoadedModel, client: openai.OpenAI) -> None:
+    ids = [small.tokenizer.encode(text, bos=True) for text in ("once upon", "the answer")]
+    expected = [alone(small, Prompt(tokens, raw=True)).text for tokens in ids]
+    common: dict[str, Any] = {"model": "small", "temperature": 0, "max_tokens": 12}
+    assert client.completions.create(prompt="once upon", **common).choices[0].text == expected[0]
+    for prompts in (["once upon", "the answer"], ids):
+        found = client.completions.create(prompt=prompts, n=2, **common)
+        assert [choice.text for choice in found.choices] == [expected[0]] * 2 + [expected[1]] * 2
+        assert found.usage is not None
+        assert found.usage.prompt_tokens == sum(map(len, ids))
+    streamed = client.completions.create(prompt=ids[0], stream=True, **common)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == expected[0]
+    assert client.completions.create(model="small", prompt="a", temperature=0).usage.completion_tokens <= 16  # type: ignore[union-attr]
+
+
+def test_sampling_follows_from_the_seed_and_choices_differ(client: openai.OpenAI) -> None:
+    drawn = {**ASK, "temperature": 1.5, "seed": 7, "n": 3}
+    first, again = (client.chat.completions.create(**drawn) for _ in range(2))
+    texts = [choice.message.content for choice in first.choices]
+    assert texts == [choice.message.content for choice in again.choices]
+    assert len(set(texts)) == 3
+
+
+def test_stop_strings_and_biases(small: LoadedModel, client: openai.OpenAI) -> None:
+    text = alone(small, question(small)).text
+    stopped = client.chat.completions.create(**ASK, stop=[text[5:8]])
+    assert stopped.choices[0].message.content == text[: text.index(text[5:8])].rstrip()
+    assert stopped.choices[0].finish_reason == "stop"
+    token = small.tokenizer.encode("name")[-1]
+    biased = client.chat.completions.create(**ASK, logit_bias={str(token): 10_000})
+    assert biased.choices[0].message.content == small.tokenizer.decode([token] * 12)
+    extra = client.chat.completions.create(**ASK, extra_body={"stop_token_ids": [token]}, logit_bias={str(token): 9999})
+    assert (extra.choices[0].message.content, extra.choices[0].finish_reason) == ("", "stop")
+
+
+def test_probabilities_of_tokens(small: LoadedModel, client: openai.OpenAI) -> None:
+    expected = alone(small, question(small), logprobs=2)
+    answer = client.chat.completions.create(**ASK, logprobs=True, top_logprobs=2)
+    chunks = list(client.chat.completions.create(**ASK, logprobs=True, top_logprobs=2, stream=True))
+    assert answer.choices[0].logprobs is not None
+    told = answer.choices[0].logprobs.content
+    assert told is not None
+    assert [round(entry.logprob, 4) for entry in told] == [round(value.own, 4) for value in expected.logprobs]
+    assert [len(entry.top_logprobs) for entry in told] == [2] * 12
+    assert all(entry.token == entry.top_logprobs[0].token for entry in told)
+    assert "".join(entry.token for entry in told).strip() == expected.text
+    streamed = [e for chunk in chunks if (logs := chunk.choices[0].logprobs) for e in logs.content or []]
+    assert [entry.token for entry in streamed] == [entry.token for entry in told]
+    tokens = question(small).tokens
+    texts = client.completions.create(model="small", prompt=list(tokens), temperature=0, max_tokens=4, logprobs=1)
+    logprobs = texts.choices[0].logprobs
+    assert logprobs is not None
+    assert [len(logprobs.tokens or []), len(logprobs.token_logprobs or []), len(logprobs.top_logprobs or [])] == [4] * 3
+    assert logprobs.text_offset == [0, *(len("".join((logprobs.tokens or [])[:n])) for n in (1, 2, 3))]
+
+
+def test_structured_answers_are_parsed(client: openai.OpenAI) -> None:
+    class Color(BaseModel):
+        name: Literal["red", "green"]
+        bright: bool
+
+    ask = {**ASK, "max_tokens": 200, "temperature": 1, "n": 2, "seed": 1}
+    parsed = client.chat.completions.parse(**ask, response_format=Color)
+    assert all(isinstance(choice.message.parsed, Color) for choice in parsed.choices)
+    with client.chat.completions.stream(**{**ask, "n": 1}, response_format=Color) as stream:
+        final = stream.get_final_completion()
+    assert isinstance(final.choices[0].message.parsed, Color)
+    with pytest.raises(openai.BadRequestError, match="the JSON schema cannot be used"):
+        wrong: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
+        client.chat.completions.create(**ASK, response_format=wrong)
+
+
+def test_models_are_listed_and_others_are_not_found(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["small"]
+    assert client.models.retrieve("small").id == "small"
+    with pytest.raises(openai.NotFoundError, match="there is no model 'large' here, but: small"):
+        client.chat.completions.create(**{**ASK, "model": "large"})
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model="small", input="a")
+
+
+SYSTEM, USER = {"role": "system", "content": "a"}, {"role": "user", "content": "a"}
+PICTURE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}]}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"temprature": 1}, "temprature: it is not known here"),
+        ({"temperature": -1}, "temperature: "),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: it is not known here"),
+        ({"messages": []}, "messages: "),
+        ({"messages": [USER, SYSTEM]}, "only the first message can be the system's"),
+        ({"messages": [SYSTEM]}, "the last message must be the user's"),
+        ({"messages": [USER, {"role": "assistant", "content": "a"}]}, "the last message must be the user's"),
+        ({"messages": [PICTURE]}, "no other address is fetched"),
+        ({"messages": [{"role": "user", "content": "a " * 500}]}, "the context is 256"),
+        ({"top_logprobs": 2}, "top_logprobs goes with logprobs"),
+        ({"logit_bias": {"300": 1}}, "tokens of the vocabulary, 0 to 299"),
+        ({"response_format": {"type": "json_schema"}}, "needs a json_schema"),
+        ({"stop": ""}, "a stop string has no characters"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(change: dict[str, Any], words: str, server: Running) -> None:
+    response = httpx2.post(f"{server.url}/v1/chat/completions", json={**ASK, **change})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert words in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert (error["code"] == "context_length_exceeded") == ("context" in words)
+
+
+def test_a_completion_of_what_is_no_prompt_is_refused(server: Running) -> None:
+    for change in (
+        {"prompt": [1, 300]},
+        {"prompt": []},
+        {"best_of": 3},
+        {"suffix": "a"},
+        {"echo": True},
+        {"prompt": 1},
+    ):
+        body = {"model": "small", "prompt": "a", **change}
+        assert httpx2.post(f"{server.url}/v1/completions", json=body).status_code == 400, change
+
+
+def test_who_may_not_ask_is_refused(small: LoadedModel) -> None:
+    access = Access("a key", ["localhost", "myhost"], ["https://chat.example.org"])
+    with serving({"small": small}, access=access) as running:
+        key = {"Authorization": "Bearer a key"}
+
+        def ask(path: str = "/v1/models", method: str = "GET", **headers: str) -> httpx2.Response:
+            return httpx2.request(method, running.url + path, headers={**key, **headers})
+
+        assert ask().status_code == 200
+        assert ask(Host="myhost:80").status_code == ask(Host="[::1]:80").status_code == 200
+        assert ask(Host="rebound.example.org").status_code == ask(Host="").status_code == 403
+        assert ask(Authorization="Bearer another").status_code == ask(Authorization="").status_code == 401
+        assert ask("/health", Authorization="").json() == {"status": "ok"}
+        assert ask("/metrics", Authorization="").status_code == 401
+        assert ask(Origin="https://elsewhere.example.org").status_code == 403
+        assert ask(Origin=running.url).status_code == 200
+        allowed = ask(Origin="https://chat.example.org").headers
+        assert allowed["access-control-allow-origin"] == "https://chat.example.org"
+        assert "access-control-allow-origin" not in ask().headers
+        preflight = {"Origin": "https://chat.example.org", "Access-Control-Request-Method": "POST", "Authorization": ""}
+        assert ask("/v1/chat/completions", "OPTIONS", **preflight).status_code == 200
+        text = httpx2.post(f"{running.url}/v1/chat/completions", headers=key, content=json.dumps(ASK).encode())
+        assert text.status_code == 415
+        large = httpx2.post(
+            f"{running.url}/v1/chat/completions",
+            headers={**key, "Content-Type": "application/json"},
+            content=bytes(2**25 + 1),
+        )
+        assert large.status_code == 413
+        assert large.json()["error"]["type"] == "invalid_request_error"
+        assert ask("/docs").status_code == ask("/nothing").status_code == 404
+
+
+ENDLESS: dict[str, Any] = {**ASK, "max_tokens": 100_000, "logit_bias": {"40": 9999}}
+
+
+def long_model(tokenizer_path: Path) -> LoadedModel:
+    """One whose replies may have as many tokens as a test is patient."""
+    from dataclasses import replace
+
+    model = random_model(replace(SMALL, max_seq_len=100_000), seed=5).requires_grad_(False)
+    return LoadedModel(model, load_tokenizer(tokenizer_path), get_template("dialogue"), "asked for", CPU)
+
+
+def test_a_queue_has_an_end_and_who_leaves_makes_room(tokenizer_path: Path) -> None:
+    with serving({"small": long_model(tokenizer_path)}, slots=1, queue=1) as running:
+        engine, url = running.service.engine, f"{running.url}/v1/chat/completions"
+        with httpx2.stream("POST", url, json={**ENDLESS, "stream": True}) as first:
+            lines = first.iter_lines()  # kept: without it the client would leave
+            next(lines)
+            waiting = threading.Thread(target=lambda: httpx2.post(url, json=ASK, timeout=60))
+            waiting.start()
+            until(lambda: len(engine.waiting) == 1)
+            full = httpx2.post(url, json=ASK)
+            assert (full.status_code, full.headers["Retry-After"]) == (429, "1")
+            assert full.json()["error"]["type"] == "rate_limit_error"
+        waiting.join()  # the first client has left: the second one got its slot
+        with pytest.raises(httpx2.TimeoutException):
+            httpx2.post(url, json=ENDLESS, timeout=0.5)
+        until(lambda: not engine.running)
+        assert httpx2.post(url, json=ASK).status_code == 200
+
+
+def test_answers_end_with_an_error_when_the_server_closes_or_its_engine_fails(
+    tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, told = long_model(tokenizer_path), list[str]()
+    with (
+        serving({"small": model}) as running,
+        httpx2.stream("POST", f"{running.url}/v1/chat/completions", json={**ENDLESS, "stream": True}) as stream,
+    ):
+        lines = stream.iter_lines()
+        next(lines)
+        running.service.close()
+        last = [line for line in lines if line][-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the server is closing"
+    with serving({"small": model}) as running:
+        running.service.on_failure = lambda: told.append("failed")
+
+        def fail(_: Engine) -> Sequence[Any]:
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(Engine, "step", fail)
+        url = f"{running.url}/v1/chat/completions"
+        assert [httpx2.post(url, json=ASK).status_code for _ in range(2)] == [503, 503]
+        health = httpx2.get(f"{running.url}/health")
+        assert (health.status_code, told) == (503, ["failed"])
+        assert "out of memory" in health.json()["error"]["message"]
+
+
+def test_the_numbers_of_a_server(small: LoadedModel) -> None:
+    with serving({"small": small}) as running:
+        httpx2.post(f"{running.url}/v1/chat/completions", json={**ASK, "n": 2})
+        httpx2.get(f"{running.url}/nothing")
+        lines = httpx2.get(f"{running.url}/metrics").text.splitlines()
+    numbers = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert numbers["llama_acc_prompt_tokens_total"] == f"{len(question(small).tokens)}.0"
+    assert numbers["llama_acc_generated_tokens_total"] == "24.0"
+    assert numbers["llama_acc_slots"] == "4.0"
+    assert numbers["llama_acc_running"] == numbers["llama_acc_waiting"] == "0.0"
+    assert numbers["llama_acc_first_token_seconds_count"] == "2.0"
+    assert numbers['llama_acc_requests_total{path="/v1/chat/completions",status="200"}'] == "1.0"
+    assert numbers['llama_acc_requests_total{path="other",status="404"}'] == "1.0"
