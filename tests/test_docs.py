@@ -165,6 +165,12 @@ def test_chat_page_lists_every_option() -> None:
     assert {code(row[0]).split()[0] for row in rows} == options
 
 
+def test_serving_page_lists_every_option() -> None:
+    options = {parameter.opts[0] for parameter in COMMAND.commands["serve"].params} - {"--help", "-h"}
+    rows = table_rows(section(read("docs/serving.md"), "## Options"))[1:]
+    assert {code(name).split()[0] for row in rows for name in row[0].split(", ")} == options
+
+
 def test_evaluation_page_lists_every_option() -> None:
     evaluate = COMMAND.commands["evaluate"]
     text = section(read("docs/evaluation.md"), "## Options")

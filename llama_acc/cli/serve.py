@@ -2,6 +2,7 @@
 
 import ipaddress
 import logging
+import os
 import re
 import socket
 import sys
@@ -127,6 +128,7 @@ def serve(
         where = f"http://{f'[{address}]' if ':' in address else address}:{port}/v1"
         what = ", ".join(map(escape_control_chars, models))
         room = f"{count_text(engine.slots, 'slot')} of {count_text(engine.context, 'token')}"
+        listener.listen(128)  # who asks from here on waits until the server is ready
         console.note(f"serving {what} at {where} ({room}); Ctrl-C ends it")
         with service.running():
             server.run([listener])
@@ -151,7 +153,7 @@ def _named(ckpt: list[str]) -> dict[str, list[str]]:
         raise UserError("checkpoints with a name are laid over one without", "add --ckpt BASE in front")
     if not base:
         return {name: [folder] for name, folder in named.items()}
-    own = Path(base[-1]).expanduser().resolve().name
+    own = Path(os.path.abspath(Path(base[-1]).expanduser())).name
     if own in named:
         raise UserError(f"--ckpt: the name {own} is that of {base[-1]} too", "choose another name")
     return {own: base} | {name: [base[0], folder] for name, folder in named.items()}

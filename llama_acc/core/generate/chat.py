@@ -70,6 +70,7 @@ def encode_prompt(loaded: LoadedModel, turns: Sequence[Turn], images: int = 0, s
         insert_images(loaded, tokens, images),
         spaces=loaded.template.spaces_left(turns),
         strip=loaded.template.kind == "dialogue",
+        adapter=loaded.adapter,
     )
 
 

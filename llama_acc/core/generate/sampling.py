@@ -16,6 +16,8 @@ from llama_acc.core.errors import UserError
 
 # A temperature so low leaves one token anyway, and logits divided by less would overflow.
 _GREEDY_BELOW = 1e-6
+# So large one may be, whatever is added or taken: divided by a temperature it is a number still.
+_MOST_LOGIT = 1e30
 # Tokens that are put in order for top_p, if these are enough.
 _SORTED = 512
 
@@ -151,7 +153,7 @@ class Sampler:
             logits[list(counts)] -= sampling.presence_penalty + sampling.frequency_penalty * often
         if sampling.logit_bias:
             logits[list(sampling.logit_bias)] += torch.tensor(list(sampling.logit_bias.values()))
-        return logits
+        return logits.clamp_(-_MOST_LOGIT, _MOST_LOGIT)
 
     def _drawn(self, logits: Tensor) -> int:
         sampling = self.sampling
@@ -162,8 +164,9 @@ class Sampler:
         if not sampling.top_k and sampling.top_p > ordered.sum():
             ordered, order = probabilities.sort(descending=True, stable=True)
         share = ordered / ordered.sum() if sampling.top_k else ordered
-        # Keep a token if those before it have not yet reached top_p; the first is always kept.
+        # Keep a token if those before it have not yet reached top_p.
         kept = (share.cumsum(-1) - share < sampling.top_p) & (ordered >= sampling.min_p * ordered[0])
+        kept[0] = True  # a top_p that float32 rounds to 0 is above 0
         return int(order[self._pick(ordered[kept])])
 
     def _pick(self, weights: Tensor) -> int:

@@ -28,7 +28,7 @@ from llama_acc.core.generate.chat import checked_text, encode_prompt
 from llama_acc.core.generate.engine import Prompt, Reply
 from llama_acc.core.generate.grammar import JsonGrammars
 from llama_acc.core.generate.load import LoadedModel
-from llama_acc.core.generate.sampling import Sampler, Sampling, TokenLogprobs
+from llama_acc.core.generate.sampling import Sampler, TokenLogprobs
 from llama_acc.core.generate.service import Event, QueueFull, Service
 from llama_acc.core.generate.service import Request as Asked
 from llama_acc.core.serve.guard import Access, Guard, error_response
@@ -174,11 +174,8 @@ class _Front:
             prompt = prompt._replace(images=[_pixels(loaded, file) for file in files])
         sampling = body.sampling(body.most_tokens() or self._service.engine.context, body.logprobs_of())
         schema = body.schema_of_answer()
-        samplers = _samplers(sampling, body.n or 1)
-        if schema is not None:
-            grammars = self._grammars_of(loaded)
-            samplers = [Sampler(sampler.sampling, grammars.of_schema(schema)) for sampler in samplers]
-        return [(prompt, sampler) for sampler in samplers]
+        grammar = None if schema is None else self._grammars_of(loaded).of_schema(schema)
+        return [(prompt, sampler) for sampler in _samplers(Sampler(sampling, grammar), body.n or 1)]
 
     def asked_to_continue(self, body: CompletionRequest) -> list[tuple[Prompt, Sampler]]:
         """What is to be generated for texts, `n` times each."""
@@ -186,7 +183,7 @@ class _Front:
         sampling = body.sampling(body.max_tokens or _COMPLETION_TOKENS, body.logprobs)
         prompts = [_continued(loaded, prompt) for prompt in body.prompts()]
         count = body.n or 1
-        samplers = _samplers(sampling, count * len(prompts))
+        samplers = _samplers(Sampler(sampling), count * len(prompts))
         return [(prompts[number // count], sampler) for number, sampler in enumerate(samplers)]
 
     def _grammars_of(self, loaded: LoadedModel) -> JsonGrammars:
@@ -219,9 +216,8 @@ class _Front:
         return StreamingResponse(_sent(replies, answer, with_usage), 200, headers, "text/event-stream")
 
 
-def _samplers(sampling: Sampling, count: int) -> list[Sampler]:
-    """One for each reply, with a seed that follows from the one asked for."""
-    first = Sampler(sampling)
+def _samplers(first: Sampler, count: int) -> list[Sampler]:
+    """One for each reply, with a seed that follows from the one asked for, as in `Engine.generate`."""
     return [first.spawn() for _ in range(count)]
 
 
@@ -235,7 +231,7 @@ def _continued(loaded: LoadedModel, prompt: str | list[int]) -> Prompt:
         prompt = tokens or [loaded.tokenizer.bos_id]
     elif unknown := [token for token in prompt if token >= rows]:
         raise UserError(f"tokens are 0 to {rows - 1}, not {unknown[0]}")
-    return Prompt(prompt, raw=True)
+    return Prompt(prompt, raw=True, adapter=loaded.adapter)
 
 
 def _pixels(loaded: LoadedModel, file: bytes) -> NDArray[np.uint8]:

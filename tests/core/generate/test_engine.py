@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -174,6 +175,16 @@ def test_top_p_draws_from_the_likeliest_tokens_that_reach_it(top_p: float, possi
     assert set(drawn) == possible
     if len(possible) == 3:
         assert drawn.count(0) / 400 == pytest.approx(0.5, abs=0.08)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"top_p": 1e-300}, {"logit_bias": {3: 1e300}}, {"repetition_penalty": 1e-300}, {"frequency_penalty": -1e300}],
+)
+def test_what_float32_does_not_hold_is_drawn_from_all_the_same(settings: dict[str, Any]) -> None:
+    sampler = Sampler(Sampling(temperature=1.0, seed=0, **settings))
+    logits = torch.tensor([0.5, 1.0, -3.0, 0.0])
+    assert len({sampler(logits, [1]) for _ in range(5)}) == 1
 
 
 def test_a_temperature_flattens_a_seed_repeats_and_a_tiny_top_p_or_temperature_is_greedy(tokenizer_path: Path) -> None:

@@ -15,7 +15,7 @@ from llama_acc.core.generate.service import Service
 from llama_acc.core.serve.app import make_app
 from llama_acc.core.serve.guard import Access
 
-PATIENCE = 20.0  # seconds; only a test that has failed waits so long
+PATIENCE = 60.0  # seconds; only a test that has failed waits so long
 
 
 @dataclass
