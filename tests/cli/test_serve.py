@@ -2,22 +2,27 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
 import pytest
+import torch
 
-from tests.cli.commands import PATIENCE, invoke, start
+from tests.cli.commands import PATIENCE, environment, invoke, start
 from tests.cli.conftest import ANSWER
 from tests.cli.jobs import gone, workers_of
+from tests.core.tiny import SMALL, random_model, save_model
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 ASK = {"model": "alpaca", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
 ENDLESS = {"model": "alpaca", "prompt": "?", "temperature": 0, "max_tokens": 4000, "stream": True}
 
@@ -125,3 +130,15 @@ def test_what_cannot_be_served_is_refused_before_a_model_is_loaded(alpaca: Path)
     assert "should be NAME=DIR" in refused("--ckpt", "a=")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "Address already in use" in refused("--ckpt", alpaca, "--port", taken.getsockname()[1])
+
+
+def test_64_clients_hear_what_each_would_alone_and_memory_stays_flat(tokenizer_path: Path, tmp_path: Path) -> None:
+    """The benchmark's ten minutes in few requests."""
+    save_model(random_model(replace(SMALL, max_seq_len=1024)), tmp_path, torch.float32)
+    shutil.copy(tokenizer_path, tmp_path)
+    command = [sys.executable, ROOT / "benchmarks" / "serve_load.py", "--ckpt", tmp_path, "--requests", "500"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["same as alone"] + found["left"] == found["requests"] >= 500
+    assert found["left"] > 0
