@@ -1,12 +1,11 @@
 """`llama-acc evaluate`: figures on standard output, everything else beside them."""
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import Result, invoke, refused, start, wait_until
+from tests.cli.commands import Result, invoke, refused
 from tests.core.evaluate.apibench import (
     TORCH_HUB,
     TOWNS,
@@ -92,27 +91,6 @@ def test_prompts_are_asked_in_place_of_the_evaluation_files(
     assert result.exit_code == 0, result.stderr
     assert texts(output) == {2: "a town"}
     assert result.stdout.split()[-1] == "1"
-
-
-def test_ctrl_c_keeps_the_answers_and_the_same_command_goes_on(
-    benchmark: list[object], talker: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "answers.jsonl"
-    # "?" is never answered to its end: the others are, and then it is waited for.
-    flags = ["--ckpt", talker, "--template", "none", "--output", output, "--max-new-tokens", "1500"]
-    command = ["evaluate", "gorilla", *benchmark, *flags]
-    with start(*command) as process:
-        wait_until(lambda: output.exists() and output.read_bytes().count(b"\n") == 2, process)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate()
-    assert (process.returncode, stdout) == (130, "")
-    assert stderr.splitlines()[-1] == "stopped by Ctrl-C"
-    kept = output.read_text()
-    assert texts(output) == {1: "a town", 3: "a town"}
-    done = invoke(*command)
-    assert done.exit_code == 0, done.stderr
-    assert output.read_text().startswith(kept)
-    assert len(texts(output)[2].split()) == 1500
 
 
 def test_perplexity_is_printed_with_what_it_was_measured_on(trained_once: Path, single_turn: Path) -> None:

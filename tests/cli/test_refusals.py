@@ -165,6 +165,7 @@ DATA = [
     ("convert-data jsonl in.jsonl --map ouput=q", "unknown field 'ouput'", "did you mean 'output'"),
     ("convert-data jsonl in.jsonl --map input=q --map input=r", "input is given twice"),
     ("convert-data jsonl in.jsonl --map output=b", "no 'b' (its keys: 'instruction', 'output', 'extra')"),
+    ("convert-data jsonl faq.jsonl", "say which is which: --map instruction=question --map output=answer"),
 ]
 DOWNLOADS = [
     ("download", "download what? Give a name or an address"),
@@ -204,6 +205,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "deep" / "params.json").write_text(nested)
     (folder / "deep" / "consolidated.00.pth").write_text("")
     (folder / "in.jsonl").write_text(json.dumps({"instruction": "name a town", "output": "a town", "extra": 1}))
+    (folder / "faq.jsonl").write_text(json.dumps({"question": "Why?", "answer": "So."}))
     (folder / "a.png").write_bytes(encoded(plain(0)))
     write_database(folder / "api.jsonl", TORCH_HUB)
     write_evaluation(folder / "eval.json", [("which town:", "Towns"), ("which bird?", "Birds"), ("which?", "Roads")])

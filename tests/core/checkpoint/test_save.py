@@ -22,8 +22,6 @@ from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
 from tests.core.tiny import CPU
 
-NAN = float("nan")
-
 
 def publish(folder: Path, step: int, keep: int, dtype: torch.dtype = torch.float32, **weights: torch.Tensor) -> None:
     """Writes a checkpoint of these weights, a moment of each, and that many steps."""

@@ -16,7 +16,6 @@ from tests.core.tiny import random_model, save_model
 
 QUESTIONS = {1: "once upon", 2: "who", 4: "what is the name of the town?" * 4, 7: "a", 9: "the answer"}
 NEW_TOKENS = 12
-TORN = b'{"question_id": 9, "te'
 
 
 @pytest.fixture(scope="module")
