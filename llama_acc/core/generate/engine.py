@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llama_acc.core.data.templates import Template
+from llama_acc.core.device import free_memory
+from llama_acc.core.distributed.groups import local_world_size
 from llama_acc.core.errors import UserError
 from llama_acc.core.generate.load import LoadedModel
 from llama_acc.core.generate.sampling import Sampler, TokenLogprobs, logprobs_of
@@ -33,6 +35,8 @@ from llama_acc.core.tokenizer import StreamDecoder, Tokenizer
 _NO_PIXELS = torch.empty(0, dtype=torch.uint8)
 # Tokens of prompts in a pass.
 _CHUNK = 512
+# More sequences at a time than this do not raise the tokens a second by much, and each of them gets slower.
+_MOST_SLOTS = 64
 # So few tokens are rather computed again than copied, kept or waited for.
 _FEW = 16
 
@@ -219,17 +223,23 @@ class Engine:
 
     Attributes:
         loaded: the model; of several over one base (`load_models`) any: prompts say whose they are.
-        slots: so many replies are under way at a time, the others wait for their turn.
+        slots: so many replies are under way at a time, the others wait for their turn. The cache has room for those
+            that have been in use, each of the longest sequence so far (rounded up to a power of two), at most of
+            `context`; so it stops growing, and none of it is given back.
         context: most tokens of a prompt and its reply.
         chunk: most tokens of prompts in a pass.
     """
 
-    def __init__(self, loaded: LoadedModel, slots: int = 1, context: int | None = None, chunk: int = _CHUNK) -> None:
-        self.loaded, self.slots, self.chunk = loaded, slots, chunk
+    def __init__(
+        self, loaded: LoadedModel, slots: int | None = 1, context: int | None = None, chunk: int = _CHUNK
+    ) -> None:
+        """`slots` None: as `slots_for` says."""
+        self.loaded, self.chunk = loaded, chunk
         self.context = min(context or loaded.model.config.max_seq_len, loaded.model.config.max_seq_len)
+        self.slots = slots_for(loaded, self.context) if slots is None else slots
         self.waiting: list[tuple[Reply, Sampler]] = []
         self._slots: list[_Slot] = []
-        self._caches = [KVCache(loaded.model.config.n_layers)]
+        self._caches = [KVCache(loaded.model.config.n_layers, self.context)]
         self._taken = 0
         # What inference mode leaves behind, such as the table of rotations, could not be trained with.
         trains = any(parameter.requires_grad for parameter in loaded.model.parameters())
@@ -461,6 +471,23 @@ class Engine:
             if len(one.tokens) > one.wanted:
                 hidden = hidden[[end - 1 for end in accumulate(lengths[: one.wanted])]]
             return model.logits(hidden)
+
+
+def slots_for(loaded: LoadedModel, context: int) -> int:
+    """How many sequences of `context` tokens have room in the memory that is free beside a model, at least 1.
+
+    A sequence takes keys and values, 2 x layers x heads (key-value heads of this rank) x head dimension x context
+    numbers of the model's type. A fifth of what is free is left for the passes.
+    """
+    model, device = loaded.model, loaded.device
+    config = model.config
+    numbers = 2 * config.n_layers * config.kv_dim // model.parallel.model_size * context
+    free = free_memory(device)
+    if device.type != "cuda":
+        # Weights are mapped from their file: the system counts their pages as free.
+        weights = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
+        free = free // local_world_size() - sum(weights.values())
+    return max(1, min(_MOST_SLOTS, int(0.8 * free) // (numbers * model.dtype.itemsize)))
 
 
 def _broadcast(loaded: LoadedModel, message: _Message | None) -> _Message | None:

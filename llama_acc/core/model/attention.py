@@ -42,13 +42,15 @@ class PrefixHeads(NamedTuple):
 class LayerCache:
     """Keys and values of one layer's past of some documents, [slots, K, S, D] each, a document to a slot.
 
-    There is room for the slots that have been used; S is doubled when it runs out.
+    There is room for the slots that have been used; S is doubled when it runs out, up to `most`. It never shrinks.
 
     Attributes:
+        most: positions of the longest document there will be; None: that is not known.
         prefixes: those of the layer's prefix, by slot, once they are made.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        self.most = most
         self.keys = self.values = torch.empty(0, 0, 0, 0)
         self.prefixes: dict[int, PrefixHeads] = {}
         self._slots: list[tuple[Tensor, Tensor]] = []
@@ -69,6 +71,8 @@ class LayerCache:
         if slots <= old_slots and positions <= old_positions:
             return
         room = max(256, 1 << (positions - 1).bit_length(), old_positions)
+        if self.most is not None:
+            room = max(positions, min(room, self.most))
         shape = (max(slots, old_slots), like.shape[1], room, like.shape[2])
         # Zeros: what is masked still meets a weight of 0.
         keys, values = like.new_zeros(shape), like.new_zeros(shape)
@@ -90,8 +94,9 @@ class LayerCache:
 class KVCache:
     """The keys and values of all layers for one document, in a slot of theirs. `length` positions of it are valid."""
 
-    def __init__(self, n_layers: int) -> None:
-        self.layers = [LayerCache() for _ in range(n_layers)]
+    def __init__(self, n_layers: int, most: int | None = None) -> None:
+        """`most`: see `LayerCache`."""
+        self.layers = [LayerCache(most) for _ in range(n_layers)]
         self.slot = self.length = 0
 
     def beside(self, slot: int) -> "KVCache":

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llama_acc.core.data.templates import Template, get_template
 from llama_acc.core.errors import UserError
 from llama_acc.core.generate.chat import Conversation, encode_question
-from llama_acc.core.generate.engine import Engine, Prompt, Reply
+from llama_acc.core.generate.engine import Engine, Prompt, Reply, slots_for
 from llama_acc.core.generate.load import LoadedModel, load_model
 from llama_acc.core.generate.sampling import Sampler, Sampling
 from llama_acc.core.model.config import ModelConfig
@@ -110,6 +110,25 @@ def test_a_reply_that_has_ended_gives_its_place_to_the_next_prompt(tokenizer_pat
     assert len(passes) == 30, "one pass a token, for all together"
     assert max(map(len, passes)) == 2
     assert decode(Engine(talker), [], GREEDY, 4) == []
+
+
+def test_slots_are_as_many_as_the_free_memory_holds_and_the_cache_takes_what_was_reckoned(
+    tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded(tokenizer_path)
+    heads, layers = SMALL.n_kv_heads or 0, SMALL.n_layers
+    slot = 2 * layers * heads * SMALL.head_size * 200 * 4
+    weights = sum(parameter.nbytes for parameter in model.model.parameters())
+    for room, slots in ((0, 1), (5.5, 5), (1000, 64)):
+        monkeypatch.setattr("llama_acc.core.generate.engine.free_memory", lambda _: int(weights + room * slot / 0.8))  # noqa: B023
+        assert slots_for(model, 200) == Engine(model, None, 200).slots == slots
+    engine = Engine(model, 5, context=200)
+    sizes = []
+    for seed in range(4):
+        prompts = [Prompt([1, *range(3 + seed + number, 150 + 9 * number)]) for number in range(6)]
+        decode(engine, prompts, Sampling(temperature=0, max_new_tokens=100), 5)
+        sizes.append(sum(layer.keys.nbytes + layer.values.nbytes for layer in engine._caches[0].layers))
+    assert sizes == [5 * slot] * 4
 
 
 PIECES = st.lists(st.text(alphabet="\n#a ", max_size=5), max_size=12)
