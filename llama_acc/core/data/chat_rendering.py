@@ -237,7 +237,11 @@ def _answer(
         template = _compiled(source, blocks, generated, datetime.now() if replies is None else TRAINING_DAY)
         wrong = "fails on these turns"
         if replies is None:
-            return [[(write(chat, True)[0], [])] for chat in chats]
+            prompts = [write(chat, True)[0] for chat in chats]
+            for lost in map(_lost_of_tools, chats, prompts):
+                if lost is not None:
+                    raise TemplateError(f"it leaves out {lost}")
+            return [[(text, [])] for text in prompts]
         wanted, special, ends = replies
         for chat, numbers in zip(chats, wanted, strict=True):
             try:

@@ -19,6 +19,7 @@ from llama_acc.core.data.templates import (
     USUAL,
     Rendered,
     Template,
+    Tools,
     Turn,
     get_template,
     is_template_file,
@@ -42,7 +43,7 @@ class Talk(NamedTuple):
 
     turns: Sequence[Turn]
     system: str | None = None
-    tools: Sequence[Mapping[str, Any]] = ()
+    tools: Tools = ()
 
 
 class ChatTemplate(Template):
@@ -77,13 +78,13 @@ class ChatTemplate(Template):
         self._ends = [[tokenizer.piece(token) for token in sorted(ends)] for ends in (first, tokenizer.end_ids)]
         self._rendered([], None)
 
-    def render_prompt(self, history: Sequence[Turn], system: str | None = None) -> Rendered:
+    def render_prompt(self, history: Sequence[Turn], system: str | None = None, tools: Tools = ()) -> Rendered:
         """Render the text up to where the model is to answer.
 
         Raises:
-            UserError: the template refuses these turns.
+            UserError: the template refuses these turns, or leaves out the tools.
         """
-        [prompt] = self._rendered([Talk(history, system)], None)
+        [prompt] = self._rendered([Talk(history, system, tools)], None)
         assert not isinstance(prompt, str)
         return prompt[0]
 

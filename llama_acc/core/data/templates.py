@@ -44,6 +44,8 @@ class Turn(NamedTuple):
         return f"<think>\n{thoughts}\n</think>\n\n{self.text}" if thoughts else self.text
 
 
+Tools = Sequence[Mapping[str, Any]]
+"""Functions that the assistant may call; see `tools.tools_of`."""
 CHAT_TEMPLATE = "chat_template"
 """The name of the chat template beside a tokenizer."""
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>")
@@ -179,12 +181,17 @@ class Template(BaseModel):
         eos_trained = self.eos_trained or (trains_end and self._ends_alike and turns[-1].is_label)
         return Rendered(text, own, trained, eos_trained, weights_of([turn for turn in turns if turn.is_label]))
 
-    def render_prompt(self, history: Sequence[Turn], system: str | None = None) -> Rendered:
+    def render_prompt(self, history: Sequence[Turn], system: str | None = None, tools: Tools = ()) -> Rendered:
         """Render the text up to where the model is to answer. Single-turn formats see the last human turn only.
 
         Spaces at the end of a single-turn prompt are left to the model to write: most tokenizers make one token of a
         space and the word behind it, and that is what was trained.
+
+        Raises:
+            UserError: tools, or calls of them, for which only a chat template has a place.
         """
+        if tools or any(turn.role == "tool" or turn.more.get("tool_calls") for turn in history):
+            raise UserError(f"the prompt format {self.name!r} has no place for tools: only chat templates have")
         if self.kind == "single_turn":
             text, own, *_ = self._question(history, system)
             kept = len(text.rstrip(" "))
@@ -196,9 +203,11 @@ class Template(BaseModel):
         """The text of `render_prompt`."""
         return self.render_prompt(history, system).text
 
-    def prompt_ids(self, tokenizer: Tokenizer, history: Sequence[Turn], system: str | None = None) -> list[int]:
+    def prompt_ids(
+        self, tokenizer: Tokenizer, history: Sequence[Turn], system: str | None = None, tools: Tools = ()
+    ) -> list[int]:
         """`render_prompt` in tokens, with BOS where the format has it."""
-        text, own, *_ = self.render_prompt(history, system)
+        text, own, *_ = self.render_prompt(history, system, tools)
         return [tokenizer.bos_id] * self.bos + tokenizer.encode_batch([text], own=[own])[0]
 
     def spaces_left(self, history: Sequence[Turn]) -> int:

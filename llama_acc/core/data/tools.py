@@ -114,6 +114,48 @@ def called_in(text: str) -> dict[str, Any]:
     return calls | ({"reasoning_content": thoughts[1].strip()} if thoughts and thoughts[1].strip() else {})
 
 
+class CallsInReply:
+    """Finds calls in a reply as it comes, in the forms that models write: JSON between `<tool_call>` and `</tool_call>`
+    (Hermes, Qwen, SmolLM3), or nothing but a JSON object with "name" and "parameters" (LLaMA 3)."""
+
+    _BEGIN = "<tool_call>"
+    _TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
+
+    def __init__(self) -> None:
+        self._held, self._said = "", False
+
+    def push(self, text: str, ended: bool) -> tuple[str, list[dict[str, Any]]]:
+        """Takes more of the text. What of it is no call, and, where the reply has `ended`, its calls (`calls_of`)."""
+        self._held += text
+        if ended:
+            return self._parted()
+        if not self._said and self._held.lstrip().startswith("{"):
+            return "", []
+        begun = [n for n in range(1, len(self._BEGIN)) if self._held.endswith(self._BEGIN[:n])]
+        at = self._held.find(self._BEGIN)
+        at = at if at >= 0 else len(self._held) - max(begun, default=0)
+        released, self._held = self._held[:at], self._held[at:]
+        self._said = self._said or bool(released.strip())
+        return released, []
+
+    def _parted(self) -> tuple[str, list[dict[str, Any]]]:
+        whole = self._held.strip()
+        bare = [whole] if not self._said and whole.startswith("{") else []
+        try:
+            found = [_renamed(_decoded(call, "a call")) for call in bare or self._TAGGED.findall(self._held)]
+            calls = calls_of(found)
+        except Malformed:  # it is said, not called
+            return self._held, []
+        return (self._held, []) if not calls else ("" if bare else self._TAGGED.sub("", self._held).rstrip(), calls)
+
+
+def _renamed(call: Any) -> Any:
+    """A call whose arguments have the name that data has for them."""
+    if isinstance(call, dict) and "arguments" not in call and "parameters" in call:
+        return {"name": call.get("name"), "arguments": call["parameters"]}
+    return call
+
+
 def without_thoughts(text: str) -> str:
     """A reply without the `<think>...</think>` that it begins with."""
     thoughts = _THOUGHTS.match(text)

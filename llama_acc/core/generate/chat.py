@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_acc.core.data.templates import Turn
+from llama_acc.core.data.templates import Tools, Turn
 from llama_acc.core.errors import UserError
 from llama_acc.core.generate.engine import Engine, Pixels, Prompt, Reply
 from llama_acc.core.generate.load import LoadedModel
@@ -56,16 +56,18 @@ def insert_images(loaded: LoadedModel, tokens: list[int], count: int) -> list[in
     return tokens[:begin] + [-1] * (loaded.vision.positions * count) + tokens[begin:]
 
 
-def encode_prompt(loaded: LoadedModel, turns: Sequence[Turn], images: int = 0, system: str | None = None) -> Prompt:
+def encode_prompt(
+    loaded: LoadedModel, turns: Sequence[Turn], images: int = 0, system: str | None = None, tools: Tools = ()
+) -> Prompt:
     """A conversation up to where the model is to answer, in its prompt format.
 
     All images stand at its beginning, as in training. `system` None is the template's own.
 
     Raises:
-        UserError: images a model does not take.
+        UserError: images a model does not take, or tools.
     """
     # Without BOS and text there is nothing to go on from.
-    tokens = loaded.template.prompt_ids(loaded.tokenizer, turns, system) or [loaded.tokenizer.bos_id]
+    tokens = loaded.template.prompt_ids(loaded.tokenizer, turns, system, tools) or [loaded.tokenizer.bos_id]
     return Prompt(
         insert_images(loaded, tokens, images),
         spaces=loaded.template.spaces_left(turns),

@@ -5,7 +5,6 @@ import contextlib
 import functools
 import threading
 import time
-import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -28,9 +27,10 @@ from llama_acc.core.generate.chat import checked_text, encode_prompt
 from llama_acc.core.generate.engine import Prompt, Reply
 from llama_acc.core.generate.grammar import JsonGrammars
 from llama_acc.core.generate.load import LoadedModel
-from llama_acc.core.generate.sampling import Sampler, TokenLogprobs
+from llama_acc.core.generate.sampling import Sampler
 from llama_acc.core.generate.service import Event, QueueFull, Service
 from llama_acc.core.generate.service import Request as Asked
+from llama_acc.core.serve.answers import Answer, ChatAnswer, TextAnswer
 from llama_acc.core.serve.guard import Access, Guard, error_response
 from llama_acc.core.serve.metrics import Metrics
 from llama_acc.core.serve.protocol import ChatRequest, CompletionRequest, dumps
@@ -78,12 +78,12 @@ def make_app(models: Mapping[str, LoadedModel], service: Service, access: Access
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         asked = await run_in_threadpool(front.asked_in_chat, body)
-        return await front.answer(request, body, asked, _ChatAnswer)
+        return await front.answer(request, body, asked, ChatAnswer)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         asked = await run_in_threadpool(front.asked_to_continue, body)
-        return await front.answer(request, body, asked, _TextAnswer)
+        return await front.answer(request, body, asked, TextAnswer)
 
     @app.get("/health")
     async def health() -> Response:
@@ -169,7 +169,7 @@ class _Front:
         system, turns, files = body.conversation()
         for turn in turns:
             checked_text(turn.text)
-        prompt = encode_prompt(loaded, turns, len(files), system)
+        prompt = encode_prompt(loaded, turns, len(files), system, body.tools_to_call())
         if files:
             prompt = prompt._replace(images=[_pixels(loaded, file) for file in files])
         sampling = body.sampling(body.most_tokens() or self._service.engine.context, body.logprobs_of())
@@ -197,13 +197,13 @@ class _Front:
         request: Request,
         body: ChatRequest | CompletionRequest,
         asked: Sequence[tuple[Prompt, Sampler]],
-        form: "type[_Answer]",
+        form: type[Answer],
     ) -> Response:
         """Generates and sends it, in one or as it comes."""
         loaded = self.model(body.model)
-        replies = _Replies(self._service, self._metrics, asked, request)
+        answer = form(body, loaded, asked)
+        replies = _Replies(self._service, self._metrics, answer, request)
         await replies.begin()
-        answer = form(body.model, loaded, replies)
         if not body.stream:
             try:
                 async for _ in replies:
@@ -244,11 +244,8 @@ class _Replies:
     """The replies to one HTTP request: an iterator over their events, each with the number of its reply. They are
     cancelled as soon as the client has left."""
 
-    def __init__(
-        self, service: Service, metrics: Metrics, asked: Sequence[tuple[Prompt, Sampler]], request: Request
-    ) -> None:
-        self.asked = asked
-        self.events: list[list[Event]] = [[] for _ in asked]
+    def __init__(self, service: Service, metrics: Metrics, answer: Answer, request: Request) -> None:
+        self._answer = answer
         self._service, self._metrics, self._request = service, metrics, request
         self._came: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
         self._replies: list[Reply] = []
@@ -264,7 +261,7 @@ class _Replies:
 
         requests = [
             Asked(prompt, sampler, functools.partial(listen, number))
-            for number, (prompt, sampler) in enumerate(self.asked)
+            for number, (prompt, sampler) in enumerate(self._answer.asked)
         ]
         self._replies = await asyncio.wrap_future(self._service.submit(requests))
         self._watcher = asyncio.create_task(self._watch())
@@ -277,7 +274,7 @@ class _Replies:
         await self._came.put(None)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
-        left = len(self.asked)
+        left, events = len(self._answer.asked), self._answer.events
         while left:
             came = await self._came.get()
             if came is None:
@@ -285,9 +282,9 @@ class _Replies:
             number, event = came
             if event.finish_reason in ("error", "cancelled"):
                 raise _Failed("the server is closing" if event.finish_reason == "cancelled" else "the engine failed")
-            if not self.events[number]:
+            if not events[number]:
                 self._metrics.first_token.observe(time.monotonic() - self._begun)
-            self.events[number].append(event)
+            events[number].append(event)
             left -= event.finish_reason is not None
             yield number, event
 
@@ -295,8 +292,9 @@ class _Replies:
         """To be called at the end, whatever has happened."""
         self._watcher.cancel()
         self._cancel()
-        self._metrics.prompt_tokens.inc(self.usage()["prompt_tokens"])
-        self._metrics.generated_tokens.inc(self.usage()["completion_tokens"])
+        usage = self._answer.usage()
+        self._metrics.prompt_tokens.inc(usage["prompt_tokens"])
+        self._metrics.generated_tokens.inc(usage["completion_tokens"])
         self._metrics.seconds.observe(time.monotonic() - self._begun)
 
     def _cancel(self) -> None:
@@ -304,125 +302,8 @@ class _Replies:
             if not reply.ended:
                 self._service.cancel(reply)
 
-    def usage(self) -> dict[str, int]:
-        """How many tokens so far. A prompt that is answered several times counts once."""
-        prompts = {id(prompt): len(prompt.tokens) for prompt, _ in self.asked}
-        given, made = sum(prompts.values()), sum(len(event.tokens) for events in self.events for event in events)
-        return {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
 
-
-class _Answer:
-    """The form of an answer."""
-
-    prefix = ""
-    whole_object = ""
-    chunk_object = ""
-
-    def __init__(self, model: str, loaded: LoadedModel, replies: _Replies) -> None:
-        self._loaded, self.replies = loaded, replies
-        self._about = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._anchor = loaded.tokenizer.encode("a")[-1:]
-
-    def whole(self) -> dict[str, Any]:
-        """All of it."""
-        choices = [self.choice(number, events) for number, events in enumerate(self.replies.events)]
-        return {**self._about, "object": self.whole_object, "choices": choices, "usage": self.replies.usage()}
-
-    def chunk(self, choices: Sequence[Mapping[str, Any]], **more: Any) -> dict[str, Any]:
-        """A part of it."""
-        return {**self._about, "object": self.chunk_object, "choices": choices, **more}
-
-    def opening(self) -> Sequence[Mapping[str, Any]]:
-        """The choices of the chunk before the first token; none: there is no such chunk."""
-        return []
-
-    def choice(self, number: int, events: Sequence[Event]) -> dict[str, Any]:
-        """A reply that has ended."""
-        raise NotImplementedError
-
-    def delta(self, number: int, event: Event) -> dict[str, Any]:
-        """What came to a reply."""
-        raise NotImplementedError
-
-    def token_text(self, token: int) -> str:
-        """Its text within a text, such as with the space in front of it."""
-        decode = self._loaded.tokenizer.decode
-        return decode([*self._anchor, token])[len(decode(self._anchor)) :]
-
-
-class _ChatAnswer(_Answer):
-    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def opening(self) -> Sequence[Mapping[str, Any]]:
-        delta = {"role": "assistant", "content": "", "refusal": None}
-        return [
-            {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
-            for number in range(len(self.replies.asked))
-        ]
-
-    def choice(self, number: int, events: Sequence[Event]) -> dict[str, Any]:
-        text = "".join(event.text for event in events)
-        text = text.rstrip() if self.replies.asked[number][0].strip else text
-        message = {"role": "assistant", "content": text, "refusal": None}
-        reason = events[-1].finish_reason
-        return {
-            "index": number,
-            "message": message,
-            "logprobs": self._logprobs(number, events),
-            "finish_reason": reason,
-        }
-
-    def delta(self, number: int, event: Event) -> dict[str, Any]:
-        logprobs, reason = self._logprobs(number, [event]), event.finish_reason
-        delta = {"content": event.text} if event.text or not reason else {}
-        return {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-
-    def _logprobs(self, number: int, events: Sequence[Event]) -> dict[str, Any] | None:
-        if self.replies.asked[number][1].sampling.logprobs is None:
-            return None
-
-        def entry(token: int, value: float) -> dict[str, Any]:
-            text = self.token_text(token)
-            whole = None if "\ufffd" in text else list(text.encode())
-            return {"token": text, "bytes": whole, "logprob": max(value, -9999.0)}
-
-        def told(token: int, values: TokenLogprobs) -> dict[str, Any]:
-            return {**entry(token, values.own), "top_logprobs": [entry(*top) for top in values.top]}
-
-        pairs = [pair for event in events for pair in zip(event.tokens, event.logprobs, strict=True)]
-        return {"content": [told(*pair) for pair in pairs], "refusal": None}
-
-
-class _TextAnswer(_Answer):
-    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
-
-    def __init__(self, model: str, loaded: LoadedModel, replies: _Replies) -> None:
-        super().__init__(model, loaded, replies)
-        self._lengths: dict[int, int] = {}  # of the text of each reply that logprobs were told of
-
-    def choice(self, number: int, events: Sequence[Event]) -> dict[str, Any]:
-        text, reason = "".join(event.text for event in events), events[-1].finish_reason
-        return {"index": number, "text": text, "logprobs": self._logprobs(number, events), "finish_reason": reason}
-
-    def delta(self, number: int, event: Event) -> dict[str, Any]:
-        return self.choice(number, [event])
-
-    def _logprobs(self, number: int, events: Sequence[Event]) -> dict[str, Any] | None:
-        if self.replies.asked[number][1].sampling.logprobs is None:
-            return None
-        pairs = [pair for event in events for pair in zip(event.tokens, event.logprobs, strict=True)]
-        texts = [self.token_text(token) for token, _ in pairs]
-        before = self._lengths.get(number, 0)
-        self._lengths[number] = before + sum(map(len, texts))
-        return {
-            "tokens": texts,
-            "token_logprobs": [max(values.own, -9999.0) for _, values in pairs],
-            "top_logprobs": [{self.token_text(token): value for token, value in values.top} for _, values in pairs],
-            "text_offset": [before + sum(map(len, texts[:place])) for place in range(len(texts))],
-        }
-
-
-async def _sent(replies: _Replies, answer: _Answer, with_usage: bool) -> AsyncIterator[str]:
+async def _sent(replies: _Replies, answer: Answer, with_usage: bool) -> AsyncIterator[str]:
     """Server-sent events."""
     more: dict[str, Any] = {"usage": None} if with_usage else {}
 
@@ -433,10 +314,11 @@ async def _sent(replies: _Replies, answer: _Answer, with_usage: bool) -> AsyncIt
         if opening := answer.opening():
             yield line(answer.chunk(opening, **more))
         async for number, event in replies:
-            if event.text or event.logprobs or event.finish_reason:
-                yield line(answer.chunk([answer.delta(number, event)], **more))
+            delta = answer.delta(number, event)
+            if any(delta.get("delta", {}).values()) or delta.get("text") or event.logprobs or event.finish_reason:
+                yield line(answer.chunk([delta], **more))
         if with_usage:
-            yield line(answer.chunk([], usage=replies.usage()))
+            yield line(answer.chunk([], usage=answer.usage()))
         yield "data: [DONE]\n\n"
     except _Gone:
         return

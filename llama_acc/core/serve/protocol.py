@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from llama_acc.core.data.templates import Turn
-from llama_acc.core.data.tools import message_fields
+from llama_acc.core.data.tools import message_fields, tools_of
 from llama_acc.core.errors import UserError
 from llama_acc.core.generate.grammar import JSON_OBJECT
 from llama_acc.core.generate.sampling import Sampling
@@ -150,7 +150,10 @@ class ChatRequest(_Asked):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=128)] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
     # They say nothing about the answer.
+    parallel_tool_calls: Literal[True] | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
@@ -177,6 +180,10 @@ class ChatRequest(_Asked):
         if wanted.json_schema is None:
             raise UserError("response_format of the type json_schema needs a json_schema")
         return wanted.json_schema.json_schema
+
+    def tools_to_call(self) -> list[dict[str, Any]]:
+        """The functions that may be called. Malformed (`core.data.keys`) if they are none."""
+        return [] if self.tool_choice == "none" else tools_of({"tools": self.tools or []})
 
     def conversation(self) -> tuple[str | None, list[Turn], list[bytes]]:
         """The system text, the turns, and the files of the pictures.

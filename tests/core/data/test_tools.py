@@ -13,6 +13,7 @@ from llama_acc.core.data.dataset import Dataset, load_dataset
 from llama_acc.core.data.items import Adapt, Dialogue, adapted, item_of
 from llama_acc.core.data.preview import shown_document
 from llama_acc.core.data.sources import Source
+from llama_acc.core.data.tools import CallsInReply
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
 from tests.core.tokenizers import byte_level, llama3_style
@@ -232,3 +233,30 @@ def test_the_last_reply_alone_keeps_its_own_weight() -> None:
     assert [turn.weight for turn in last.turns if turn.role == "assistant"] == [0.0, 0.5]
     assert adapted(last, *Adapt(last_only=True)) == (last, [])
     assert unused == ["replies before the last"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "calls"),
+    [
+        ("It is 22.", "It is 22.", []),
+        (
+            'Let me see.\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>',
+            "Let me see.",
+            [("f", {"a": 1})],
+        ),
+        ('<tool_call>{"name": "f"}</tool_call>\n<tool_call>{"name": "g"}', "", [("f", {}), ("g", {})]),
+        ('{"name": "f", "parameters": {"a": "<b>"}}', "", [("f", {"a": "<b>"})]),
+        ('{"temperature": 22}', '{"temperature": 22}', []),
+        ('{"name": "f", "parameters"', '{"name": "f", "parameters"', []),
+        ('See: {"name": "f", "parameters": {}}', 'See: {"name": "f", "parameters": {}}', []),
+        ("<tool_call>nothing</tool_call>", "<tool_call>nothing</tool_call>", []),
+        ("a < b, <tool", "a < b, <tool", []),
+    ],
+)
+def test_calls_are_found_in_a_reply_however_it_comes(text: str, said: str, calls: list[tuple[str, Any]]) -> None:
+    for size in (1, 3, len(text)):
+        found, parts = CallsInReply(), [text[at : at + size] for at in range(0, len(text), size)]
+        pushed = [found.push(part, False) for part in parts] + [found.push("", True)]
+        assert not any(calls for _, calls in pushed[:-1])
+        assert "".join(part for part, _ in pushed).rstrip() == said
+        assert [(call["function"]["name"], call["function"]["arguments"]) for call in pushed[-1][1]] == calls

@@ -12,7 +12,9 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from llama_acc.core.data.chat_template import ChatTemplate
 from llama_acc.core.data.templates import Turn, get_template
+from llama_acc.core.data.tools import calls_of
 from llama_acc.core.generate.chat import encode_prompt
 from llama_acc.core.generate.engine import Engine, Prompt
 from llama_acc.core.generate.load import LoadedModel
@@ -199,7 +201,9 @@ PICTURE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url"
     [
         ({"temprature": 1}, "temprature: it is not known here"),
         ({"temperature": -1}, "temperature: "),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: it is not known here"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "has no place for tools"),
+        ({"tools": [{"type": "function"}]}, "a tool should have a function with a name"),
+        ({"tool_choice": "required"}, "tool_choice: "),
         ({"messages": []}, "messages: "),
         ({"messages": [USER, SYSTEM]}, "only the first message can be the system's"),
         ({"messages": [SYSTEM]}, "the last message must be the user's"),
@@ -337,3 +341,31 @@ def test_the_numbers_of_a_server(small: LoadedModel) -> None:
     assert numbers["llama_acc_first_token_seconds_count"] == "2.0"
     assert numbers['llama_acc_requests_total{path="/v1/chat/completions",status="200"}'] == "1.0"
     assert numbers['llama_acc_requests_total{path="other",status="404"}'] == "1.0"
+
+
+def test_tools_are_put_to_the_model_and_its_calls_found(tokenizer_path: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_path)
+    source = "{{ tools | tojson }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ m.tool_calls }}\n{% endfor %}>"
+    template = ChatTemplate(source, tokenizer, Path("chat_template.jinja"))
+    loaded = LoadedModel(long_model(tokenizer_path).model, tokenizer, template, "asked for", CPU)
+    call = {"name": "get_weather", "parameters": {"city": "a town"}}
+    schema = {"name": "call", "schema": {"const": call}}  # what a trained model would write by itself
+    tools = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
+    with serving({"small": loaded}) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
+        ask: dict[str, Any] = {**ASK, "max_tokens": 300, "tools": tools}
+        ask["response_format"] = {"type": "json_schema", "json_schema": schema}
+        answer = client.chat.completions.create(**ask).choices[0]
+        assert answer.finish_reason == "tool_calls"
+        assert answer.message.content is None
+        [made] = answer.message.tool_calls or []
+        assert (made.function.name, json.loads(made.function.arguments)) == ("get_weather", {"city": "a town"})
+        with client.chat.completions.stream(**ask) as stream:
+            [streamed] = stream.get_final_completion().choices[0].message.tool_calls or []
+        assert streamed.function.arguments == made.function.arguments
+        result = {"role": "tool", "tool_call_id": made.id, "content": "22 degrees"}
+        after = client.chat.completions.create(**{**ASK, "messages": [*ASK["messages"], answer.message, result]})
+        turns = [Turn("human", QUESTION), Turn("assistant", "", more={"tool_calls": calls_of([made.model_dump()])})]
+        prompt = encode_prompt(loaded, [*turns, Turn("tool", "22 degrees", more={"tool_call_id": made.id})])
+        assert after.choices[0].message.content == alone(loaded, prompt).text
+        without = {**ask, "tool_choice": "none"}
+        assert client.chat.completions.create(**without).choices[0].message.tool_calls is None
