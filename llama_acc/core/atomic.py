@@ -9,20 +9,23 @@ import contextlib
 import glob
 import hashlib
 import json
+import mmap
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO
+from typing import IO, Any
 
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.input_files import read_object
 
 FORMAT_VERSION = 1
 _ASIDE = ".writing-"
+_HASHED_AT_ONCE = 16 << 20
 _LEFT_SECONDS = 24 * 3600.0  # a file aside that nobody has written to for so long is a killed writer's
 
 
@@ -189,6 +192,23 @@ def digest_of(path: Path, kind: str = "sha256", progress: Callable[[int], None] 
             done += len(block)
             progress(done)
     return digest.hexdigest()
+
+
+def digests_of_written(parts: Iterable[tuple[Path, int]]) -> dict[str, str]:
+    """SHA-256 of files by name that are written meanwhile: each part is a file, and how many bytes are as they stay.
+
+    They are mapped, as reading takes a third of the time of hashing, in large pieces, as a thread waits between two.
+    """
+    digests, done = defaultdict[Path, Any](hashlib.sha256), Counter[Path]()
+    for path, end in parts:
+        digest = digests[path]
+        with path.open("rb") as file:
+            for start in range(done[path], end, _HASHED_AT_ONCE):
+                begin, stop = start - start % mmap.ALLOCATIONGRANULARITY, min(start + _HASHED_AT_ONCE, end)
+                with mmap.mmap(file.fileno(), stop - begin, access=mmap.ACCESS_READ, offset=begin) as mapped:
+                    digest.update(memoryview(mapped)[start - begin :])
+        done[path] = max(done[path], end)
+    return {path.name: digest.hexdigest() for path, digest in digests.items()}
 
 
 def write_manifest(folder: Path, digests: Mapping[str, str] = MappingProxyType({})) -> None:

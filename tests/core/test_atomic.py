@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from llama_acc.core.atomic import (
     check_manifest,
+    digests_of_written,
     locked,
     remove_folder,
     remove_unfinished,
@@ -193,3 +195,21 @@ def test_what_a_killed_writer_left_a_day_ago_goes_when_the_file_is_written_again
         os.utime(path, (0, 0))
     write_whole(tmp_path / "a.json", b"new")
     assert sorted(path.name for path in tmp_path.iterdir()) == [recent.name, other.name, "a.json"]
+
+
+def test_checksums_of_files_that_grow_are_those_of_the_whole_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama_acc.core.atomic._HASHED_AT_ONCE", 1000)
+    whole = {"one": bytes(range(256)) * 40, "two": b"12345" * 1000, "none": b""}
+
+    def written() -> Iterator[tuple[Path, int]]:
+        for start in range(0, 12000, 3001):
+            for name, content in whole.items():
+                with (tmp_path / name).open("ab") as file:
+                    file.write(content[start : start + 3001])
+                yield tmp_path / name, min(start + 2000, (tmp_path / name).stat().st_size)
+        yield from ((tmp_path / name, len(content)) for name, content in whole.items())
+
+    expected = {name: hashlib.sha256(content).hexdigest() for name, content in whole.items()}
+    assert digests_of_written(written()) == expected

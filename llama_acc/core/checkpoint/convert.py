@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from queue import Queue
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from llama_acc.core.atomic import check_manifest, digest_of, whole_folder
+from llama_acc.core.atomic import check_manifest, digests_of_written, sync, whole_folder
 from llama_acc.core.catalogue import hub_name
 from llama_acc.core.checkpoint.adapter import (
     BASE_FILE,
@@ -150,10 +151,18 @@ def convert(request: Request, progress: Progress = lambda label, done, total: No
         progress(label, min(done, total), total)
 
     digests: dict[str, str] = {}
-    with whole_folder(request.target, digests) as folder:
-        work.write_weights(folder, lambda nbytes: count("writing", nbytes))
+    written = Queue[tuple[Path, int] | None]()
+    hashed = in_background(lambda: digests_of_written(iter(written.get, None)))
+    with contextlib.ExitStack() as stack:
+        stack.callback(written.put, None)
+        folder = stack.enter_context(whole_folder(request.target, digests))
+        if not (request.quantize or request.merge):  # which compute; the rest waits for the core that takes checksums
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+        work.write_weights(folder, written, lambda nbytes: count("writing", nbytes))
+        written.put(None)
+        synced = in_background(lambda: list(map(sync, (folder / name for name in work.files))))
         work.write_description(folder)
-        hashed = in_background(lambda: {name: digest_of(folder / name) for name in work.files})
         error = work.verify(folder, lambda nbytes: count("reading back", nbytes))
         compared = None
         if request.merge:
@@ -166,6 +175,7 @@ def convert(request: Request, progress: Progress = lambda label, done, total: No
                 )
         progress("taking checksums", total, total)
         digests |= hashed.result()
+        synced.result()
     notes = tuple(work.notes)
     return Converted(request.target, len(work.targets), len(work.files), work.nbytes, error, compared, notes)
 
@@ -413,8 +423,8 @@ class _Conversion:
             name = PEFT_FILE if is_peft else "model.safetensors"
             yield name if len(files) == 1 else f"model-{place:05d}-of-{len(files):05d}.safetensors", entries
 
-    def write_weights(self, folder: Path, progress: Callable[[int], None]) -> None:
-        """Writes the files with weights: all shares of a parameter, then the next parameter."""
+    def write_weights(self, folder: Path, written: "Queue[Any]", progress: Callable[[int], None]) -> None:
+        """Writes the files with weights: all shares of a parameter, then the next; what is `written` is as it stays."""
         with contextlib.ExitStack() as stack:
             files = []
             for name, entries in self.files.items():
@@ -424,17 +434,21 @@ class _Conversion:
                 else:
                     lay_out(folder / name, specs, flat=self.request.to == "meta")
                 file = TensorFile(folder / name, specs)
-                stack.callback(file.close, durable=False)  # it is read back while the system writes it to the disk
+                stack.callback(file.close, durable=False)
                 files.append((file, list(entries)))
             for parameter in self.targets:
                 for file, waiting in files:
                     while waiting and waiting[0].parameter == parameter:
                         entry = waiting.pop(0)
                         for start, block in entry.tensor.blocks(entry.dtype):
+                            if entry.dtype == torch.float16 and _has_infinity(block):
+                                raise RunError(f"{parameter} has values above 65504, too large for fp16: choose bf16")
                             file.write(entry.name, block, start)
+                        written.put((file.path, file.settled(entry.name)))
                         progress(entry.nbytes)
             for file, _ in files:
                 file.seal()
+                written.put((file.path, file.path.stat().st_size))
 
     def write_description(self, folder: Path) -> None:
         """Writes what says the shape, and what belongs to a checkpoint besides."""
@@ -517,8 +531,6 @@ class _Conversion:
                 expected = nf4_rounded(self.weights.tensors[name])
             if not same_values(back, expected, dtype):
                 problems.append(f"{name} is not what was written")
-            elif dtype == torch.float16 and any(map(_has_infinity, back.blocks(dtype))):
-                problems.append(f"{name} has values above 65504, too large for fp16: choose bf16")
             if subtracted is not None:
                 restored = add(subtracted.tensors[name], back)
                 errors.append(_largest(subtract(restored, self.weights.tensors[name])))
@@ -561,9 +573,8 @@ def _largest(tensor: LazyTensor) -> float:
     return max(block.nan_to_num_(nan=0.0, posinf=math.inf).max().item() for block in blocks)
 
 
-def _has_infinity(place: tuple[int, Tensor]) -> bool:
+def _has_infinity(block: Tensor) -> bool:
     """Whether a block has one; the extremes, which are found ten times as fast, are NaN where it has a NaN."""
-    _, block = place
     low, high = (extreme.item() for extreme in block.aminmax())
     return math.isinf(low) or math.isinf(high) or (math.isnan(low) and bool(block.isinf().any()))
 

