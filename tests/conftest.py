@@ -1,5 +1,6 @@
 """What every test may use: a home of its own, a tiny tokenizer, and the real inputs where they are present."""
 
+import gc
 import io
 import itertools
 import os
@@ -29,6 +30,12 @@ _LONGEST = ("test_parallel.py", "test_caption_quickstart.py", "test_launch.py", 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take minutes come first: begun at the end, one would keep a worker busy while the others have done."""
     items.sort(key=lambda item: item.path.name not in _LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: Python's collector need not look through all of it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
