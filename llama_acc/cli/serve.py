@@ -120,7 +120,7 @@ def serve(
 
         names = {"localhost", socket.gethostname(), host, *(allow_host or [])}
         access = Access(api_key, [name.lower() for name in names], allow_origin or [])
-        engine = Engine(next(iter(models.values())), slots or 8, context)
+        engine = Engine(next(iter(models.values())), slots, context)
         service = Service(engine, queue)
         server = _server(make_app(models, service, access), service, grace)
         service.on_failure = lambda: setattr(server, "should_exit", True)
