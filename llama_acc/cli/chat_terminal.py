@@ -1,11 +1,12 @@
 """A conversation on a terminal: questions of one line or a pasted page, answers rendered as Markdown as they come."""
 
+import contextlib
 import itertools
 import os
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 # HTML is shown, not interpreted: an answer about <b> is to keep it.
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+_STDIN = 0
 _FRAME = 0.05  # seconds between two looks of an answer that is still coming
 _SHARE_OF_TIME = 0.1  # that drawing may take
 
@@ -45,7 +47,8 @@ class _Answer:
                     child.type = "hardbreak"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        lines = console.render_lines(self._markdown, options.update(height=None), pad=False)
+        options = options.update(height=None, no_wrap=False, overflow="fold")  # whatever the console has
+        lines = console.render_lines(self._markdown, options, pad=False)
         filled = [number for number, line in enumerate(lines) if any(segment.text.strip() for segment in line)]
         lines = lines[filled[0] : filled[-1] + 1] if filled else []
         for line in lines[-max(1, console.size.height - 4) :] if self._grows else lines:
@@ -59,7 +62,8 @@ def stream_markdown(pieces: Iterable[str], status: Callable[[], str] = str) -> N
     `status`: of the answer so far, for a line below it as long as it comes.
     """
     text, next_frame, gap = "", 0.0, ""
-    with Live(console=console.out, auto_refresh=False, transient=True, vertical_overflow="visible") as live:
+    shown = Live(console=console.out, auto_refresh=False, transient=True, vertical_overflow="visible")
+    with _without_echo(), shown as live:
 
         def draw(done: Iterable[str], rest: RenderableType) -> None:
             nonlocal gap
@@ -85,6 +89,25 @@ def stream_markdown(pieces: Iterable[str], status: Callable[[], str] = str) -> N
                 next_frame = after + max(_FRAME, (after - now) / _SHARE_OF_TIME)
         finally:
             draw(_blocks(text), "")
+
+
+@contextlib.contextmanager
+def _without_echo() -> Iterator[None]:
+    """What is typed while an answer is drawn is not shown within it; it waits for the next question."""
+    try:
+        is_ours = os.tcgetpgrp(_STDIN) == os.getpgrp()  # another process may have the terminal in the foreground
+    except OSError:
+        is_ours = False  # there is none
+    if not is_ours:
+        yield
+        return
+    settings = termios.tcgetattr(_STDIN)
+    try:
+        quiet = [*settings[:3], settings[3] & ~termios.ECHO, *settings[4:]]
+        termios.tcsetattr(_STDIN, termios.TCSADRAIN, quiet)
+        yield
+    finally:
+        termios.tcsetattr(_STDIN, termios.TCSADRAIN, settings)
 
 
 def _blocks(text: str) -> list[str]:

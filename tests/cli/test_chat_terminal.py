@@ -3,12 +3,14 @@
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from llama_acc.cli import chat_terminal, console
+from tests.cli.chains import write_chain
 from tests.cli.commands import invoke, refused
 from tests.cli.conftest import ANSWER
 from tests.cli.terminal import Terminal
@@ -44,6 +46,25 @@ def test_ctrl_d_leaves_the_template_of_a_run_is_said_and_no_color_is_no_color(tr
         assert terminal.end() == 0
     assert "system: be kind" in terminal.seen
     assert not re.search(r"\x1b\[[\d;]*(3|4|9|10)\dm", terminal.seen)
+
+
+def test_ctrl_c_stops_an_answer_that_is_drawn_and_what_was_typed_meanwhile_is_not_drawn_into_it(
+    talker: Path, tmp_path: Path
+) -> None:
+    shutil.copy(talker / "tokenizer.model", tmp_path)
+    write_chain(tmp_path, answer=" a town", after="?", endless=" the", endless_after=":", max_seq_len=4096)
+    flags = ["--template", "dialogue", "--temperature", "0", "--max-new-tokens", "4000"]
+    with Terminal("chat", "--ckpt", tmp_path, *flags, term="xterm") as terminal:
+        for _ in range(2):
+            terminal.expect("context")
+            terminal.type("hello\r")
+            terminal.expect("the the")
+            assert not terminal.echoes()
+            terminal.type("\x03")
+            terminal.expect("cut short; Ctrl-C again at the prompt to leave")
+            terminal.expect("\x1b[?2004h")
+        terminal.interrupt("stopped by Ctrl-C")
+        assert terminal.end() == 130
 
 
 _PASTED = "who?\nsay:"
@@ -164,9 +185,8 @@ class _Writes(io.StringIO):
 
 def _rendered(monkeypatch: pytest.MonkeyPatch, size: int, terminal: bool) -> list[str]:
     shown = _Writes()
-    screen = Console(
-        file=shown, width=40, height=10, force_terminal=terminal, color_system="standard" if terminal else None
-    )
+    colors = "standard" if terminal else None
+    screen = Console(file=shown, width=40, height=20, force_terminal=terminal, color_system=colors, soft_wrap=True)
     monkeypatch.setattr(console, "out", screen)
     monkeypatch.setattr(chat_terminal, "_FRAME", 0.0)
     monkeypatch.setattr(chat_terminal, "_SHARE_OF_TIME", 1e9)
@@ -191,4 +211,6 @@ def test_an_answer_is_rendered_as_markdown_with_lines_that_break_between_words(
     assert len(frames) >= min(len(_MARKDOWN) // size, 2)
     assert all("9 tokens/s" in frame for frame in frames[2:] if "\x1b[2K" in frame), "what is erased is drawn at once"
     assert "An entity" in last
+    if size == 1:
+        assert sum("\nis longer than" in frame for frame in frames) > 10, "lines are broken from the first on"
     assert not re.sub(r"\x1b\[[\d?]*[A-Za-z]|\s", "", nothing)
