@@ -444,10 +444,12 @@ def normed_linears(x: Tensor, norm: RMSNorm, layers: Sequence[ColumnParallelLine
     group = layers[0].group
     extra = [matrix for layer in layers for matrix in layer.inputs()]
     masks = [mask for layer in layers for mask in layer.masks()]
-    weights = [layer.weight for layer in layers]
-    scales = [*(layer.scales for layer in layers), *(None for _ in extra)]
+    weights, scales = [layer.weight for layer in layers], [layer.scales for layer in layers]
     outputs = _NormedLinearsFunction.apply(x, norm.weight, norm.eps, group, scales, masks, *weights, *extra)
-    products = iter([copied(product, group) for product in outputs[len(layers) :]])
+    joined = [copied(product, group) for product in outputs[len(layers) :]]
+    if len(joined) < len(extra):
+        joined = list(joined[0].split([len(matrix) for matrix in extra], -1))
+    products = iter(joined)
     return tuple(layer.finish(y, products) for layer, y in zip(layers, outputs[: len(layers)], strict=True))
 
 
@@ -456,7 +458,8 @@ class _NormedLinearsFunction(torch.autograd.Function):
 
     Under model parallelism that tensor is summed over the group while the weights' gradients are computed. The last
     weights, for each of which there is one of `masks`, are those that every rank has all of: their outputs' gradients
-    are complete, so they are added to the sum, not summed themselves.
+    are complete, so they are added to the sum, not summed themselves. A GPU, whose time they take by their number,
+    multiplies them as one matrix if nothing is masked, and their outputs are side by side.
     """
 
     @staticmethod
@@ -471,34 +474,43 @@ class _NormedLinearsFunction(torch.autograd.Function):
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         normed, inverse = _rms_norm(x, norm_weight, eps)
-        ctx.save_for_backward(x, norm_weight, inverse, *weights)
-        ctx.eps, ctx.group, ctx.scales, ctx.split = eps, group, scales, len(weights) - len(masks)
-        ctx.masks = [*(None for _ in range(ctx.split)), *masks]
-        parts = zip(weights, scales, ctx.masks, strict=True)
-        return tuple(F.linear(_masked(normed, mask), dense(weight, own, x.dtype)) for weight, own, mask in parts)
+        split = len(weights) - len(masks)
+        extra = [cast(weight, x.dtype) for weight in weights[split:]]
+        if len(extra) > 1 and device_type(x) == "cuda" and all(mask is None for mask in masks):
+            extra, masks = [torch.cat(extra)], [None]
+        ctx.save_for_backward(x, norm_weight, inverse, *weights[:split], *extra)
+        ctx.eps, ctx.group, ctx.scales, ctx.masks = eps, group, scales, masks
+        ctx.added = [len(weight) for weight in weights[split:]], weights[-1].dtype
+        outputs = [F.linear(normed, dense(*matrix, x.dtype)) for matrix in zip(weights[:split], scales, strict=True)]
+        outputs += [F.linear(_masked(normed, mask), weight) for mask, weight in zip(masks, extra, strict=True)]
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, inverse, *weights = ctx.saved_tensors
         needs_norm, needs_weights = ctx.needs_input_grad[1], ctx.needs_input_grad[6:]
-        matrices = list(zip(weights, ctx.scales, strict=True))
+        split = len(ctx.scales)
+        added = list(zip(d_outputs[split:], weights[split:], ctx.masks, strict=True))
+        matrices = list(zip(weights[:split], ctx.scales, strict=True))
         d_normed = d_outputs[0] @ dense(*matrices[0], x.dtype)
-        for d_y, matrix in zip(d_outputs[1 : ctx.split], matrices[1 : ctx.split], strict=True):
+        for d_y, matrix in zip(d_outputs[1:split], matrices[1:], strict=True):
             d_normed.addmm_(d_y, dense(*matrix, x.dtype))
         summing = None if ctx.group is None else dist.all_reduce(d_normed, group=ctx.group, async_op=True)
-        d_weights: list[Tensor | None] = [None] * len(weights)
+        d_weights: list[Tensor | None] = [None] * len(needs_weights)
         if any(needs_weights):
             normed = _rms_norm(x, norm_weight, ctx.eps, inverse)[0]
-            for i, (d_y, weight, mask) in enumerate(zip(d_outputs, weights, ctx.masks, strict=True)):
+            for i, (d_y, weight) in enumerate(zip(d_outputs[:split], weights[:split], strict=True)):
                 if needs_weights[i]:
-                    d_weights[i] = (d_y.t() @ _masked(normed, mask)).to(weight.dtype)
+                    d_weights[i] = (d_y.t() @ normed).to(weight.dtype)
+            if any(needs_weights[split:]):
+                sizes, dtype = ctx.added
+                products = [(d_y.t() @ _masked(normed, mask)).to(dtype) for d_y, _, mask in added]
+                d_weights[split:] = products[0].split(sizes) if len(products) < len(sizes) else products
             del normed
         if summing is not None:
             summing.wait()
-        for d_y, matrix, mask in zip(
-            d_outputs[ctx.split :], matrices[ctx.split :], ctx.masks[ctx.split :], strict=True
-        ):
-            _add_masked_product(d_normed, d_y, dense(*matrix, x.dtype), mask)
+        for d_y, weight, mask in added:
+            _add_masked_product(d_normed, d_y, weight, mask)
         d_x, d_norm_weight = _rms_norm_backward(d_normed, x, norm_weight, inverse, needs_norm)
         return d_x, d_norm_weight, None, None, None, None, *d_weights
 
