@@ -13,6 +13,7 @@ from typer import Argument, Option
 
 from llama_acc.cli import console, options
 from llama_acc.cli.loading import ModelOptions, launch_model, load_distributed
+from llama_acc.core.atomic import whole_file
 from llama_acc.core.distributed import environment
 from llama_acc.core.errors import UserError
 from llama_acc.core.text import count_text, escape_control_chars
@@ -114,7 +115,10 @@ def caption(
                     question = f", asked: {instruction}" if instruction else f", begun with: {prompt}" if prompt else ""
                     about = f"{' + '.join(ckpt)}, prompt format {loaded.template.name}{question}"
                     title = count_text(len(named), "image")
-                    _write_page(html, caption_page(title, about, shown, max_pixels))
+                    with whole_file(html) as file:
+                        parts = caption_page(title, about, shown, max_pixels)
+                        file.writelines(part.encode(errors="backslashreplace") for part in parts)
+                    console.note(f"wrote {html}")
             if problems:
                 raise UserError(f"{len(problems):,} of {count_text(len(named), 'image')} failed")
     return None
@@ -174,12 +178,3 @@ def _shown(
     if expected:
         share = f"{100 * exact / expected:.1f}%"
         console.note(f"{exact:,} of {count_text(expected, 'caption')} exactly as expected ({share})")
-
-
-def _write_page(path: Path, parts: "Iterator[str]") -> None:
-    """Writes the page, whole or not at all."""
-    from llama_acc.core.atomic import whole_file
-
-    with whole_file(path) as file:
-        file.writelines(part.encode(errors="backslashreplace") for part in parts)
-    console.note(f"wrote {path}")

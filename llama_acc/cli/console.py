@@ -92,7 +92,13 @@ class _Activity:
                 self._live.stop()
             self._live = None
         elif shows_bars():
-            self._spin(Spinner("dots", Text(escape_control_chars(text), no_wrap=True, overflow="ellipsis")))
+            spinner = Spinner("dots", Text(escape_control_chars(text), no_wrap=True, overflow="ellipsis"))
+            if self._live is not None:
+                self._live.update(spinner)
+                return
+            # Results go where they belong while it spins.
+            self._live = Live(spinner, console=err, transient=True, redirect_stdout=False, refresh_per_second=8)
+            self._live.start(refresh=True)
         elif is_new:
             self._last_line = None
             self._timer = threading.Timer(after, self._say, [key])
@@ -100,14 +106,6 @@ class _Activity:
             self._timer.start()
         elif self._last_line is not None and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._say(key)
-
-    def _spin(self, spinner: Spinner) -> None:
-        if self._live is not None:
-            self._live.update(spinner)
-            return
-        # Results go where they belong while it spins.
-        self._live = Live(spinner, console=err, transient=True, redirect_stdout=False, refresh_per_second=8)
-        self._live.start(refresh=True)
 
     def _say(self, key: str) -> None:
         if key == self._key:

@@ -2,14 +2,12 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llama_acc.core.input_files import home
 from llama_acc.core.text import count_text, escape_control_chars, size_text
 
 if TYPE_CHECKING:
-    from llama_acc.core.data.dataset import DataFile
     from llama_acc.core.train.plan import Plan
 
 _MOST_IDLE = 0.05  # part of a run's steps that may have rate 0 without a warning
@@ -80,7 +78,11 @@ def _data_lines(plan: "Plan") -> list[tuple[str, str]]:
     size = f"{count_text(len(data), 'item')}, {count_text(data.tokens, 'token')}, {data.label_tokens:,} of them trained"
     if plan.items_per_epoch != len(data):
         less += f"; an epoch uses {plan.items_per_epoch:,}"
-    lines = [("data", f"{size}{less}; from {files}"), ("template", _template_text(data.files))]
+    template = ", ".join(dict.fromkeys(file.template.shown for file in data.files))
+    if split := sum(file.split for file in data.files):
+        dialogues = count_text(split, "dialogue")
+        template += f"; {dialogues} in one example for each reply, as it writes earlier turns otherwise"
+    lines = [("data", f"{size}{less}; from {files}"), ("template", template)]
     stops = map(escape_control_chars, answer_ends(data.template, plan.tokenizer))
     lines.append(("answers end", f"at {', '.join(stops)}"))
     if texts := [file for file in data.files if file.documents]:
@@ -98,13 +100,6 @@ def _data_lines(plan: "Plan") -> list[tuple[str, str]]:
         ends = f"; {count_text(plan.patience, 'validation')} without a better loss end the run" if plan.patience else ""
         lines.append(("validation", count_text(len(plan.validation), "item") + ends))
     return lines
-
-
-def _template_text(files: "Sequence[DataFile]") -> str:
-    names = list(dict.fromkeys(file.template.shown for file in files))
-    split = sum(file.split for file in files)
-    several = f"; {count_text(split, 'dialogue')} in one example for each reply, as it writes earlier turns otherwise"
-    return ", ".join(names) + (several if split else "")
 
 
 def _vision_text(plan: "Plan") -> str:

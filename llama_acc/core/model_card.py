@@ -62,6 +62,11 @@ def write_card(
     }
     lines, _ = read_metrics(run / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
+    held_out = [f"{line['validation_loss']:.4f} at step {line['step']}" for line in lines if "validation_loss" in line]
+    rows = [("validation loss, at the end", loss) for loss in held_out[-1:]]
+    for path in results:
+        found = read_object(path)
+        rows += _rows(path.stem, found.get("results", found))  # lm-evaluation-harness's have their settings besides
     report = read_object(run / "data.json") if (run / "data.json").is_file() else {}
     template = folder / TEMPLATE_FILE
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
@@ -80,7 +85,7 @@ def write_card(
         prompt=Template.load(template).prompt_text([Turn("human", "{instruction}")]) if template.is_file() else None,
         curve=[steps[(len(steps) - 1) * i // (_CURVE - 1)] for i in range(_CURVE)] if len(steps) > _CURVE else steps,
         has_picture=(run / "loss.png").is_file(),
-        results=[*_validation(lines), *(row for path in results for row in _rows(path.stem, _results(path)))],
+        results=rows,
         license=license.get("license_name") or license.get("license"),
     )
 
@@ -122,18 +127,6 @@ def _settings(recipe: Recipe) -> str:
     """What decides a run's numbers besides model and data, as YAML."""
     kept = recipe.model_dump(mode="json", exclude_none=True, include={"tuning", "optimizer", "train", "parallel"})
     return yaml.safe_dump(kept | {"data": {"max_tokens": recipe.data.max_tokens}}, sort_keys=False)
-
-
-def _validation(lines: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """The loss on held-out data, if there is any."""
-    losses = [f"{line['validation_loss']:.4f} at step {line['step']}" for line in lines if "validation_loss" in line]
-    return [("validation loss, at the end", losses[-1])] if losses else []
-
-
-def _results(path: Path) -> Any:
-    """What a file says of the model; lm-evaluation-harness's have their settings besides."""
-    found = read_object(path)
-    return found.get("results", found)
 
 
 def _rows(name: str, value: Any) -> list[tuple[str, str]]:

@@ -257,7 +257,10 @@ def documents(
         return
     rendered: list[list[Rendered] | str]
     if isinstance(template, ChatTemplate):
-        rendered = template.dialogue_texts(list(map(_talk, items)))
+        tools = [item.tools if isinstance(item, Dialogue) else () for item in items]
+        rendered = template.dialogue_texts(
+            [Talk(_turns(item), item.system, own) for item, own in zip(items, tools, strict=True)]
+        )
     else:
         stops = template.text_stops(tokenizer)
         rendered = [refusal(item, template) or [render_item(item, template, stops)] for item in items]
@@ -297,10 +300,6 @@ def render_item(item: Item, template: Template, stops: Sequence[str] | None = No
 def _turns(item: Item) -> list[Turn]:
     assert not isinstance(item, Text)
     return item.turns if isinstance(item, Dialogue) else as_dialogue(*item[:3])
-
-
-def _talk(item: Item) -> Talk:
-    return Talk(_turns(item), item.system, item.tools if isinstance(item, Dialogue) else ())
 
 
 _Labeled = tuple[list[int], Labels, bool]

@@ -114,18 +114,17 @@ class Findings:
 
 def other_form(kinds: Collection[str], file: str) -> str:
     """What to try with a file, named as it is typed, of which no row is an item; by the kinds of all findings in it."""
-    if set(kinds) == {"mixed_kinds"}:
-        whole = "data.sources.0.format=dialogue data.sources.0.template=dialogue"
-        first = "data.sources.0.format=single_turn_llava takes the first question and answer of each"
-        every = f"llama-acc convert-data llava {file} --output NEW.jsonl makes an item of each"
-        return f"they are dialogues: {whole} trains on them; {first}; {every}"
-    if set(kinds) == {"preference"}:
-        return f"llama-acc convert-data auto {file} --preview 1 says how to take the preferred reply of each"
-    if set(kinds) == {"template"}:
-        return "take another prompt format: --template NAME or FILE.jinja; in a run, data.sources.0.template=NAME"
-    if set(kinds) == {"unsupported"}:
-        return "leave such items out: data.on_error=skip"
-    return f"if it is in a form of its own: llama-acc convert-data auto {file} --output NEW.jsonl"
+    whole = "data.sources.0.format=dialogue data.sources.0.template=dialogue"
+    first = "data.sources.0.format=single_turn_llava takes the first question and answer of each"
+    every = f"llama-acc convert-data llava {file} --output NEW.jsonl makes an item of each"
+    hints = {
+        "mixed_kinds": f"they are dialogues: {whole} trains on them; {first}; {every}",
+        "preference": f"llama-acc convert-data auto {file} --preview 1 says how to take the preferred reply of each",
+        "template": "take another prompt format: --template NAME or FILE.jinja; in a run, data.sources.0.template=NAME",
+        "unsupported": "leave such items out: data.on_error=skip",
+    }
+    other = f"if it is in a form of its own: llama-acc convert-data auto {file} --output NEW.jsonl"
+    return hints.get(next(iter(kinds), ""), other) if len(set(kinds)) == 1 else other
 
 
 def beginning(value: Any) -> str:

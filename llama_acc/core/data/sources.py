@@ -211,8 +211,7 @@ def _check(source: Source) -> None:
         raise UserError(f"{source.path}: unknown format {source.format!r}", hint)
     if source.template not in ("auto", CHAT_TEMPLATE) and not is_template_file(source.template):
         check_template(source.template)
-    if not 0 < source.ratio <= 1:
-        raise UserError(f"{source.path}: ratio should be above 0 and at most 1, but is {source.ratio}")
+    assert 0 < source.ratio <= 1
 
 
 class _MetaEntry(BaseModel):

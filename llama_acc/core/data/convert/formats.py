@@ -224,17 +224,15 @@ def _exchanges(
             del replies[-1]
         if not replies:
             notes["questions without a reply were left out"] += 1
-        elif question.text.strip() and all(map(_says_something, replies)):
+        elif question.text.strip() and all(
+            turn.role == "tool" or turn.text.strip() or "tool_calls" in turn.more for turn in replies
+        ):
             kept += [question, *replies]
         else:
             notes["exchanges with nothing on one side were left out"] += 1
     if not kept:
         raise Skipped("no question with a reply")
     return "\n\n".join(text for text in own if text.strip()), kept
-
-
-def _says_something(turn: Turn) -> bool:
-    return turn.role == "tool" or bool(turn.text.strip()) or "tool_calls" in turn.more
 
 
 def _record(row: Row, system: str, turns: list[Turn], part: int | None = None) -> Record:
