@@ -21,11 +21,6 @@ from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
 ITEMS = [SingleTurn("go", None, "the answer"), SingleTurn("go " * 90, None, "x"), SingleTurn("go", None, "y" * 90)]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_path: Path) -> Tokenizer:
-    return load_tokenizer(tokenizer_path)
-
-
 def encoded_chunk(items: list[SingleTurn], name: str, tokenizer: Tokenizer, positions: int = 0) -> Chunk:
     batch = [(i, Checked("item", item, [])) for i, item in enumerate(items)]
     return encode_batch(batch, Encoding(get_template(name), 50, positions), tokenizer)

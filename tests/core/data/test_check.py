@@ -11,12 +11,7 @@ from llama_acc.core.data.check import FileReport, check_files, histogram
 from llama_acc.core.data.checks import quantiles
 from llama_acc.core.data.dataset import load_dataset
 from llama_acc.core.data.sources import Source, expand
-from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_path: Path) -> Tokenizer:
-    return load_tokenizer(tokenizer_path)
+from llama_acc.core.tokenizer import Tokenizer
 
 
 def write(path: Path, content: Any) -> Path:

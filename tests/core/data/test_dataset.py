@@ -20,15 +20,10 @@ from llama_acc.core.data.dataset import Dataset, load_dataset, load_published, p
 from llama_acc.core.data.findings import MOST_PROBLEMS, Finding
 from llama_acc.core.data.sources import Source, resolve_data_path
 from llama_acc.core.errors import DataError, UserError
-from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
+from llama_acc.core.tokenizer import Tokenizer
 from tests.hub import Servers
 
 BAD: list[Any] = [7, {"instruction": "x"}, {"instruction": 1, "output": 2}]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_path: Path) -> Tokenizer:
-    return load_tokenizer(tokenizer_path)
 
 
 def singles(count: int, output: str = "the answer") -> list[Any]:
@@ -195,8 +190,6 @@ def test_a_ratio_takes_a_fixed_part_of_the_items(tmp_path: Path, tokenizer: Toke
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        (Source("a.json", ratio=0), "ratio should be above 0 and at most 1"),
-        (Source("a.json", ratio=1.5), "ratio"),
         (Source("a.json", format="dialog"), "did you mean 'dialogue'"),
         (Source("a.json", template="alpacca"), "did you mean 'alpaca'"),
         (Source("b.json"), "did you mean 'a.json'"),

@@ -20,11 +20,6 @@ from tests.core.data.reading import read_items
 TINY_VOCABULARY = 1000
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_path: Path) -> Tokenizer:
-    return load_tokenizer(tokenizer_path)
-
-
 def encode(items: Sequence[Item], template: str | Template, tokenizer: Tokenizer, max_tokens: int = 4096) -> Chunk:
     form = get_template(template) if isinstance(template, str) else template
     batch = [(i, Checked("item", item, [])) for i, item in enumerate(items)]

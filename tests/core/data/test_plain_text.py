@@ -32,11 +32,6 @@ DOCUMENTS = [
 MAX = 24
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_path: Path) -> Tokenizer:
-    return load_tokenizer(tokenizer_path)
-
-
 def load(tokenizer: Tokenizer, *sources: Source | Path, max_tokens: int = MAX) -> Dataset:
     given = [source if isinstance(source, Source) else Source(str(source)) for source in sources]
     return load_dataset(given, tokenizer, max_tokens, 0)

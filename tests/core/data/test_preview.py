@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,16 +8,11 @@ from hypothesis import strategies as st
 from llama_acc.core.data.items import Dialogue, SingleTurn
 from llama_acc.core.data.preview import Piece, pieces, shown_document, shown_items
 from llama_acc.core.data.templates import Turn, get_template
-from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
+from llama_acc.core.tokenizer import Tokenizer
 
 CHAT = Dialogue(
     [Turn("human", "hi"), Turn("assistant", "the answer"), Turn("human", "and?"), Turn("assistant", "a town")]
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_path: Path) -> Tokenizer:
-    return load_tokenizer(tokenizer_path)
 
 
 def marked(shown: list[Piece]) -> str:

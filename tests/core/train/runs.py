@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -61,6 +62,23 @@ def assert_bitwise_equal(actual: dict[str, Tensor], expected: dict[str, Tensor])
     for name, tensor in actual.items():
         assert tensor.dtype == expected[name].dtype, name
         assert torch.equal(tensor, expected[name]), name
+
+
+def assert_same_run(output: Path, expected: Path, last: str = "epoch1") -> None:
+    """The same log, weights and training state, to the bit."""
+    assert metrics(output) == metrics(expected)
+    for saved in (saved_weights, saved_state):
+        assert_bitwise_equal(saved(output / last), saved(expected / last))
+
+
+def curve(output: Path) -> list[tuple[float, float]]:
+    return [(line["loss"], line["grad_norm"]) for line in metrics(output) if "loss" in line]
+
+
+def assert_same_curve(output: Path, expected: Path) -> None:
+    """Loss and gradient norm within 1e-5 at the first step and 1e-4 over all."""
+    for step, (actual, wanted) in enumerate(zip(curve(output), curve(expected), strict=True)):
+        assert actual == pytest.approx(wanted, rel=1e-5 if step == 0 else 1e-4), step
 
 
 def names(folder: Path) -> set[str]:

@@ -20,7 +20,7 @@ from llama_acc.core.model.vision import tower_shapes
 from tests.core.ranks import run_ranks
 from tests.core.seeing import QFORMER, SEEING
 from tests.core.train.image_runs import overrides_of
-from tests.core.train.runs import metrics, plan_of, run
+from tests.core.train.runs import assert_same_curve, curve, metrics, plan_of, run
 
 # 32 items in steps of 7: the fifth step of an epoch has 4, which two ranks can share only unevenly among micro-batches
 # of 3. 20 steps.
@@ -141,16 +141,6 @@ def more_of_four(alone: Alone, tmp_path_factory: pytest.TempPathFactory) -> Path
     fsdp = IN_FOUR["tied"][1]
     todo += [("resumed", "tied", [*fsdp, "train.max_steps=3"], False), ("resumed", "tied", fsdp, True)]
     return run_four(tmp_path_factory.mktemp("more"), alone, *todo)
-
-
-def curve(output: Path) -> list[tuple[float, float]]:
-    return [(line["loss"], line["grad_norm"]) for line in metrics(output) if "loss" in line]
-
-
-def assert_same_curve(output: Path, expected: Path) -> None:
-    """Loss and gradient norm within 1e-5 at the first step and 1e-4 over all."""
-    for step, (actual, wanted) in enumerate(zip(curve(output), curve(expected), strict=True)):
-        assert actual == pytest.approx(wanted, rel=1e-5 if step == 0 else 1e-4), step
 
 
 def weights(output: Path) -> dict[str, Tensor]:

@@ -16,7 +16,13 @@ from llama_acc.core.model.transformer import Transformer
 from llama_acc.core.train import step
 from llama_acc.core.train.trainer import Trainer
 from tests.core.tiny import CPU
-from tests.core.train.runs import Notes, assert_bitwise_equal, metrics, plan_of, run, saved_state, saved_weights
+from tests.core.train.runs import (
+    Notes,
+    assert_bitwise_equal,
+    assert_same_run,
+    plan_of,
+    run,
+)
 
 SAVING = ("checkpoint.every_steps=2", "train.batch_size=3")
 
@@ -24,12 +30,6 @@ SAVING = ("checkpoint.every_steps=2", "train.batch_size=3")
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(tmp_path_factory.mktemp("whole") / "run", *SAVING).output
-
-
-def assert_same_run(output: Path, expected: Path) -> None:
-    assert metrics(output) == metrics(expected)
-    assert_bitwise_equal(saved_weights(output / "epoch1"), saved_weights(expected / "epoch1"))
-    assert_bitwise_equal(saved_state(output / "epoch1"), saved_state(expected / "epoch1"))
 
 
 def test_a_rehearsal_changes_nothing(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

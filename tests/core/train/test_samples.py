@@ -13,14 +13,12 @@ from llama_acc.core.memory.guard import setup_of_run
 from llama_acc.core.memory.predict import predict
 from tests.core.ranks import run_ranks
 from tests.core.train.runs import (
-    assert_bitwise_equal,
+    assert_same_run,
     metrics,
     names,
     plan_of,
     quickstart,
     run,
-    saved_state,
-    saved_weights,
 )
 
 PROMPTS = ["What is LLaMA?", "Who are you?"]
@@ -31,12 +29,6 @@ NF4 = (*PART, "tuning.quantize=nf4", "train.precision=bf16")
 
 def samples(output: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (output / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def assert_same(one: Path, other: Path, checkpoint: str = "epoch1") -> None:
-    assert metrics(one) == metrics(other)
-    for saved in (saved_weights, saved_state):
-        assert_bitwise_equal(saved(one / checkpoint), saved(other / checkpoint))
 
 
 @pytest.mark.parametrize(
@@ -52,7 +44,7 @@ def assert_same(one: Path, other: Path, checkpoint: str = "epoch1") -> None:
 def test_a_run_is_bitwise_the_same_with_samples_and_without(overrides: tuple[str, ...], tmp_path: Path) -> None:
     run(tmp_path / "without", *overrides)
     run(tmp_path / "with", *overrides, *SAMPLED)
-    assert_same(tmp_path / "with", tmp_path / "without")
+    assert_same_run(tmp_path / "with", tmp_path / "without")
     assert not (tmp_path / "without" / "samples.jsonl").exists()
     found = samples(tmp_path / "with")
     assert [(line["step"], line["prompt"]) for line in found] == [
@@ -69,7 +61,7 @@ def test_a_killed_run_answers_again_what_is_not_in_its_checkpoint_and_loses_noth
     log.write_text(log.read_text(encoding="utf-8") + torn, encoding="utf-8")
     run(killed, *SAMPLED, resume=True)
     assert samples(killed) == samples(tmp_path / "whole")
-    assert_same(killed, tmp_path / "whole")
+    assert_same_run(killed, tmp_path / "whole")
     assert not any("damaged" in name for name in names(killed))
     # A line in the middle that cannot be read is kept aside, as those of the metrics are.
     log.write_text("{}\n" + log.read_text(encoding="utf-8"), encoding="utf-8")

@@ -36,7 +36,17 @@ from llama_acc.core.train.callback import Callback
 from tests.core.seeing import QFORMER, SEEING, blip2, random_tower
 from tests.core.tiny import save_model
 from tests.core.train.image_runs import TUNED, overrides_of, words_for, write_data
-from tests.core.train.runs import losses, metrics, plan_of, quickstart, run, saved_state, saved_weights
+from tests.core.train.runs import (
+    assert_same_curve,
+    assert_same_run,
+    curve,
+    losses,
+    metrics,
+    plan_of,
+    quickstart,
+    run,
+    saved_weights,
+)
 
 pytest.importorskip("transformers")
 # No float32 weight is changed by such a step; a rate of 0 is refused.
@@ -71,24 +81,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "llama", folder / "blip2"
 
 
-def curve(output: Path) -> list[tuple[float, float]]:
-    return [(line["loss"], line["grad_norm"]) for line in metrics(output) if "loss" in line]
-
-
-def assert_same_curve(output: Path, expected: Path) -> None:
-    """Loss and gradient norm within 1e-5 at the first step and 1e-4 over all."""
-    ours, theirs = curve(output), curve(expected)
-    assert len(ours) == len(theirs) == 6
-    for step, (actual, wanted) in enumerate(zip(ours, theirs, strict=True)):
-        assert actual == pytest.approx(wanted, rel=1e-5 if step == 0 else 1e-4), step
-
-
-def assert_same_state(output: Path, expected: Path) -> None:
-    for read in (saved_weights, saved_state):
-        ours, theirs = read(output / "epoch1"), read(expected / "epoch1")
-        assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
-
-
 @pytest.mark.parametrize("name", TUNED)
 def test_micro_batches_of_any_size_train_the_same(name: str, alone: Path, tmp_path: Path) -> None:
     run(tmp_path, *overrides_of(name, alone), "train.micro_batch_tokens=70")
@@ -99,8 +91,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one_with_its_random_crops(al
     words = overrides_of("tiny", alone)
     run(tmp_path, *words, "train.max_steps=4")
     run(tmp_path, *words, resume=True)
-    assert curve(tmp_path) == curve(alone / "tiny")
-    assert_same_state(tmp_path, alone / "tiny")
+    assert_same_run(tmp_path, alone / "tiny")
 
 
 def test_random_crops_differ_from_epoch_to_epoch_and_held_out_images_are_never_random(
@@ -219,7 +210,7 @@ def test_all_of_a_llama_trains_beside_a_frozen_tower_and_goes_on_bitwise(
     run(tmp_path / "whole", *words)
     run(tmp_path / "stopped", *words, "train.max_steps=3")
     run(tmp_path / "stopped", *words, resume=True)
-    assert_same_state(tmp_path / "stopped", tmp_path / "whole")
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
     saved = saved_weights(tmp_path / "whole" / "epoch1")
     before = read_weights([inspect(tower)]).tensors
     assert all(torch.equal(saved[f"llma.{key}"], part.to(part.dtype)) for key, part in before.items())
