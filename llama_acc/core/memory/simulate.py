@@ -24,7 +24,7 @@ from llama_acc.core.generate.load import model_for_generation
 from llama_acc.core.memory.allocator import ROUNDING
 from llama_acc.core.memory.tracker import MemoryTracker, Phase, Trace, deepened
 from llama_acc.core.memory.workspaces import garbage_kept
-from llama_acc.core.model import layers, nf4
+from llama_acc.core.model import kernels, layers, nf4
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import Transformer, pack_small
@@ -259,6 +259,7 @@ def standing_for(device_type: str) -> Iterator[None]:
             stack.enter_context(patch.object(nn.functional, "scaled_dot_product_attention", gpu_attention))
             # Elsewhere it is taken apart into operations before anyone sees it.
             stack.enter_context(patch.object(layers, "fused_rms_norm", _gpu_rms_norm))
+            stack.enter_context(patch.object(kernels, "has_triton", lambda: True))
         yield
 
 

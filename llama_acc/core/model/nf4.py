@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.copies import cast
+from llama_acc.core.model.kernels import use_kernels
 
 BLOCK, NESTED_BLOCK = 64, 256
 # Values quantized at a time: on a CPU what is made on the way takes 20 bytes for each.
@@ -144,6 +145,8 @@ def _state(packed: Tensor, absmax: Tensor, dtype: torch.dtype, scales: Scales | 
 
 def dequantize(packed: Tensor, scales: Scales, dtype: torch.dtype) -> Tensor:
     """The matrix [rows, columns] in `dtype` out of its packed values [rows, columns / 2] and scales."""
+    if use_kernels(packed):
+        return torch.ops.llama_acc.dequantize_nf4(packed, *scales, *_codes(packed.device), dtype)
     state = _state(packed, scales.absmax, dtype, scales)
     values: Tensor = _library().functional.dequantize_4bit(packed.view(-1, 1), state)
     return values.view(packed.shape[0], -1)

@@ -137,7 +137,7 @@ def test_a_step_waits_for_nothing_and_is_all_on_one_device(name: str, checkpoint
 
 
 # What each block takes of 4,096 tokens without recomputation: kernels, and bytes read and written for each token.
-BLOCKS = {"full": (59, 3.5e6), "lora": (92, 2.2e6), "nf4_lora": (134, 2.45e6)}
+BLOCKS = {"full": (59, 3.5e6), "lora": (92, 2.2e6), "nf4_lora": (106, 2.4e6)}
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -188,7 +188,7 @@ def test_a_generated_token_takes_so_many_kernels_a_block() -> None:
 
 
 # A step of the 7B with 4,096 tokens in 21 documents, without recomputation: what a GPU is started for.
-@pytest.mark.parametrize(("name", "most"), [("full", 2000), ("lora", 3050), ("nf4_lora", 4400)])
+@pytest.mark.parametrize(("name", "most"), [("full", 2000), ("lora", 3050), ("nf4_lora", 3500)])
 def test_a_whole_step_takes_so_many_kernels(name: str, most: int) -> None:
     tuning, nf4 = (Full() if name == "full" else LoRA(16)), name == "nf4_lora"
     lengths = (204,) * 20 + (16,)
