@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -109,6 +109,7 @@ class _Chat:
         files: the pictures in view.
         waiting: those that the next question brings.
         draft: the text that the next question begins as, which then takes the place of the last one.
+        stops_by_key: Ctrl-C at an answer is read as a key: as a signal it would end all processes that share the model.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class _Chat:
         self.files: list[str] = []
         self.waiting: list[tuple[str, NDArray[np.uint8]]] = []
         self.draft = ""
+        self.stops_by_key = False
         # As Markdown on a terminal, unless a model without a prompt format continues a text.
         self.plain = plain or loaded.template.name == "none" or console.out.is_dumb_terminal or not sys.stdout.isatty()
 
@@ -137,6 +139,7 @@ class _Chat:
             question = _decoded(sys.stdin.read) if prompt == "-" else prompt
             self._answer(self.conversation.ask(question, [self._pixels(image) for image in images]))
             return
+        self.stops_by_key = environment.world_size() > 1 and sys.stdin.isatty()
         read = self._reader(history)
         while True:
             draft, self.draft = self.draft, ""
@@ -188,7 +191,7 @@ class _Chat:
         self.files += [file for file, _ in waiting]
         self._answer(answer)
 
-    def _answer(self, answer: Iterator[str]) -> None:
+    def _answer(self, answer: Generator[str, None, None]) -> None:
         """Shows an answer, and the second model's to the same question."""
         if self.conversation.dropped_turns:
             forgotten = count_text(self.conversation.dropped_turns, "oldest turn")
@@ -197,9 +200,13 @@ class _Chat:
         if self.second is not None:
             self._show(self.second_name, self.second, self.second.answer_last_of(self.conversation))
 
-    def _show(self, name: str, conversation: "Conversation", answer: Iterator[str]) -> None:
+    def _show(self, name: str, conversation: "Conversation", answer: Generator[str, None, None]) -> None:
         if self.second is not None:
             console.heading(name)
+        if self.stops_by_key:
+            from llama_acc.cli.chat_terminal import stop_by_key
+
+            answer = stop_by_key(answer)
         if self.plain:
             console.stream(answer)
             return

@@ -3,10 +3,11 @@
 import contextlib
 import itertools
 import os
+import select
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from llama_acc.cli import console
+from llama_acc.core.distributed import environment
 from llama_acc.core.errors import UserError
 from llama_acc.core.text import escape_control_chars
 
@@ -110,6 +112,23 @@ def _without_echo() -> Iterator[None]:
         termios.tcsetattr(_STDIN, termios.TCSADRAIN, settings)
 
 
+def stop_by_key(pieces: Generator[str, None, None]) -> Generator[str, None, None]:
+    """An answer that Ctrl-C ends between two tokens without a signal. What else is typed meanwhile is lost."""
+    settings = termios.tcgetattr(_STDIN)
+    characters = [*settings[6]]
+    characters[termios.VINTR] = bytes([os.fpathconf(_STDIN, "PC_VDISABLE")])
+    local = settings[3] & ~(termios.ECHO | termios.ICANON)
+    try:
+        termios.tcsetattr(_STDIN, termios.TCSADRAIN, [*settings[:3], local, *settings[4:6], characters])
+        for piece in pieces:
+            yield piece
+            if select.select([_STDIN], [], [], 0)[0] and b"\x03" in os.read(_STDIN, 4096):
+                pieces.close()
+                return
+    finally:
+        termios.tcsetattr(_STDIN, termios.TCSADRAIN, settings)
+
+
 def _blocks(text: str) -> list[str]:
     """A text's paragraphs, lists, tables and so on, each with its line ends."""
     lines = text.splitlines(keepends=True)
@@ -157,6 +176,8 @@ def question_reader(status: Callable[[], str], history: Path | None) -> Callable
         bottom_toolbar=status,
         style=Style.from_dict({"bottom-toolbar": "noreverse dim"}),
         history=None if history is None else FileHistory(str(history)),
+        # The other ranks hear of no key, and wait: they are to be let go.
+        interrupt_exception=KeyboardInterrupt if environment.world_size() == 1 else EOFError,
         output=output,
     )
     settings = termios.tcgetattr(sys.stdin)

@@ -10,6 +10,7 @@ import pytest
 
 from tests.cli.commands import invoke
 from tests.cli.jobs import PATIENCE, gone, start_job, workers_of
+from tests.cli.terminal import Terminal
 from tests.core.checkpoint.folders import GROUPED, state, write_consolidated
 
 GREEDY = ("--device", "cpu", "--temperature", "0", "--max-new-tokens", "16")
@@ -52,3 +53,22 @@ def test_ranks_say_the_same_from_the_files_of_eight_until_ctrl_c_or_a_dead_rank_
     assert job.returncode == code, err
     assert gone(list(workers.values()))
     assert ("rank 1 was killed by SIGKILL" in err) == (number == signal.SIGKILL)
+
+
+def test_on_a_terminal_ctrl_c_stops_the_answer_of_all_ranks_and_they_answer_the_next_question(of_eight: Path) -> None:
+    """And in an empty line it leaves."""
+    flags = ("--template", "dialogue", "--device", "cpu", "--temperature", "0", "--max-new-tokens", "400")
+    with Terminal("chat", "--ckpt", of_eight, *flags, "--nproc", 2, term="xterm") as terminal:
+        for question in ("hello\r", "/retry\r"):
+            terminal.expect("\x1b[?2004h")
+            terminal.type(question)
+            terminal.expect("\x1b[?2004l")
+            terminal.expect("tokens/s")
+            assert not terminal.echoes()
+            terminal.type("\x03")
+        terminal.expect("\x1b[?2004h")
+        terminal.expect("tokens/s")
+        terminal.type("\x03")
+        assert terminal.end() == 0
+        assert terminal.echoes()
+    assert "context 512 of" not in terminal.seen, "as far as it would have gone"

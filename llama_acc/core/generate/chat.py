@@ -5,7 +5,7 @@ print(generate(model, "Name three colors.", temperature=0))
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
@@ -142,7 +142,7 @@ class Conversation:
         """
         return self._to_last_question()[-1].text
 
-    def ask(self, question: str, images: Pixels = (), replace_last: bool = False) -> Iterator[str]:
+    def ask(self, question: str, images: Pixels = (), replace_last: bool = False) -> Generator[str, None, None]:
         """The answer, piece by piece. The turns are kept, also of an answer that is not listened to till its end.
 
         `replace_last`: it takes the place of the last question and its answer; images in view stay.
@@ -154,11 +154,11 @@ class Conversation:
         turns = self._to_last_question()[:-1] if replace_last else self.turns
         return self._answer([*turns, Turn("human", checked_text(question))], [*self.images, *images])
 
-    def retry(self) -> Iterator[str]:
+    def retry(self) -> Generator[str, None, None]:
         """Another answer to the last question, in place of the one before; drawn with a seed of its own. See `ask`."""
         return self._answer(self._to_last_question(), self.images)
 
-    def answer_last_of(self, other: "Conversation") -> Iterator[str]:
+    def answer_last_of(self, other: "Conversation") -> Generator[str, None, None]:
         """This model's answer to the last question of a conversation with another one, with that history in view.
         See `ask`."""
         self.system = other.system
@@ -193,7 +193,7 @@ class Conversation:
             raise UserError("there is no question yet")
         return self.turns[: asked[-1] + 1]
 
-    def _answer(self, turns: list[Turn], images: list[NDArray[np.uint8]]) -> Iterator[str]:
+    def _answer(self, turns: list[Turn], images: list[NDArray[np.uint8]]) -> Generator[str, None, None]:
         """What the model says to these turns, the last of which is a question; from now on they are the history."""
         context = self.loaded.model.config.max_seq_len
         room = context - min(self.sampler.sampling.max_new_tokens, context // 4)
@@ -208,7 +208,7 @@ class Conversation:
     def _prompt(self, turns: Sequence[Turn], images: Pixels) -> Prompt:
         return encode_prompt(self.loaded, turns, len(images), self.system)._replace(images=images)
 
-    def _stream(self, prompt: Prompt) -> Iterator[str]:
+    def _stream(self, prompt: Prompt) -> Generator[str, None, None]:
         answer, first, later = "", 0.0, 0
         self.reply = self.tokens_per_second = None
         try:

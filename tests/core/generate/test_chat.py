@@ -44,7 +44,7 @@ def test_the_second_turn_of_a_conversation_is_that_of_a_fresh_one(dialogue: Load
     fresh.reset()
     pieces = fresh.ask("once upon")
     heard = next(pieces)
-    pieces.close()  # type: ignore[attr-defined]
+    pieces.close()
     assert fresh.turns == [Turn("human", "once upon"), Turn("assistant", heard.rstrip())]
 
 
@@ -126,7 +126,7 @@ def test_conversations_of_several_threads_share_a_service_and_hear_what_they_wou
         assert list(asked) == alone
         pieces = conversations[0].ask("what is the answer?")
         heard = next(pieces)
-        pieces.close()  # type: ignore[attr-defined]
+        pieces.close()
         assert conversations[0].turns[-1].text == heard.rstrip()
         assert "".join(conversations[0].retry()), "the slot of the answer that was cut short is free"
         assert not service.engine.running
