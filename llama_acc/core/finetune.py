@@ -24,10 +24,11 @@ from llama_acc.core.memory.guard import check_fits, out_of_memory_error
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.base import read_base_weights
 from llama_acc.core.train.callback import Callback
-from llama_acc.core.train.log import MetricsLog, read_metrics, write_report
+from llama_acc.core.train.log import MetricsLog, write_report
 from llama_acc.core.train.loop import Loop
 from llama_acc.core.train.plan import Plan, make_plan, make_plan_together
 from llama_acc.core.train.run_folder import RunFolder, check_disk, check_same_run, refuse_non_empty
+from llama_acc.core.train.runs import read_metrics
 from llama_acc.core.train.trackers import check_trackers
 from llama_acc.core.train.trainer import Trainer
 

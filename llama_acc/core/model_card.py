@@ -14,7 +14,7 @@ from llama_acc.core.data.templates import TEMPLATE_FILE, Template, Turn
 from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import parse_yaml, read_object, read_text
 from llama_acc.core.recipe import Recipe
-from llama_acc.core.train.log import read_metrics
+from llama_acc.core.train.runs import read_metrics
 
 CARD_FILE = "README.md"
 _TEMPLATE = Path(__file__).parents[1] / "recipes" / "model_card.md.jinja"

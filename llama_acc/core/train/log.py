@@ -1,6 +1,5 @@
 """The log of a run: metrics.jsonl and samples.jsonl, from which trackers' curves, loss.png and report.md are made."""
 
-import contextlib
 import io
 import itertools
 import json
@@ -19,11 +18,8 @@ from llama_acc.core.atomic import write_text_whole, write_whole
 from llama_acc.core.interrupt import Interrupted
 from llama_acc.core.text import count_text, escape_control_chars
 from llama_acc.core.train.plan import Plan
+from llama_acc.core.train.runs import METRICS, SAMPLES, Metrics, is_metrics, is_sample, read_lines, read_metrics
 from llama_acc.core.train.trackers import Trackers
-
-Metrics = dict[str, Any]
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-_OF_A_STEP = ("loss", "lr", "tokens", "tokens_per_second", "peak_memory_gib")
 
 
 class MetricsLog:
@@ -41,10 +37,10 @@ class MetricsLog:
         """Opens the logs in the folder of a run of which `step` steps are done: later lines go, and at 0 all."""
         # First, as once the log is cut, it does not say any more what trackers were given.
         self._trackers = Trackers(run, trackers, recipe, read_metrics(run / METRICS)[0], note)
-        self._metrics = _LinesFile(run / METRICS, step, _is_metrics, note)
+        self._metrics = _LinesFile(run / METRICS, step, is_metrics, note)
         self._samples = None
         if samples or os.path.lexists(run / SAMPLES):
-            self._samples = _LinesFile(run / SAMPLES, step, _is_sample, note)
+            self._samples = _LinesFile(run / SAMPLES, step, is_sample, note)
             for sampled, lines in itertools.groupby(self._samples.kept, lambda line: line["step"]):
                 self._trackers.log_text(sampled, _samples_text(lines))
         for line in self._metrics.kept:
@@ -81,7 +77,7 @@ class _LinesFile:
     """
 
     def __init__(self, path: Path, step: int, is_whole: Callable[[Metrics], bool], note: Callable[[str], None]) -> None:
-        lines, damaged = _read_lines(path, is_whole)
+        lines, damaged = read_lines(path, is_whole)
         if damaged or (os.path.lexists(path) and not path.is_file()):
             names = (path.with_suffix(f".damaged{number or ''}.jsonl") for number in itertools.count())
             aside = next(name for name in names if not os.path.lexists(name))
@@ -102,40 +98,6 @@ class _LinesFile:
 
 def _json_lines(lines: Sequence[Metrics]) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-
-def read_metrics(path: Path) -> tuple[list[Metrics], list[int]]:
-    """The lines of a metrics.jsonl that can be read, and the numbers of the others, from 1; none there is an empty one.
-
-    A last line that was cut short by a kill is neither.
-    """
-    return _read_lines(path, _is_metrics)
-
-
-def _read_lines(path: Path, is_whole: Callable[[Metrics], bool]) -> tuple[list[Metrics], list[int]]:
-    lines, damaged = [], []
-    texts = path.read_bytes().split(b"\n") if path.is_file() else []
-    for number, text in enumerate(texts, start=1):
-        line = None
-        with contextlib.suppress(ValueError, RecursionError):
-            line = json.loads(text)
-        if isinstance(line, dict) and type(line.get("step")) is int and is_whole(line):
-            lines.append(line)
-        elif text.strip() and number < len(texts):
-            damaged.append(number)
-    return lines, damaged
-
-
-def _is_metrics(line: Metrics) -> bool:
-    """Whether it has all that is needed of a step or a validation."""
-    if not all(type(value) is float or (type(value) is int and abs(value) < 2**63) for value in line.values()):
-        return False
-    is_step = all(key in line for key in _OF_A_STEP) and line["tokens_per_second"] > 0
-    return is_step or "validation_loss" in line
-
-
-def _is_sample(line: Metrics) -> bool:
-    return all(type(line.get(key)) is str for key in ("prompt", "answer"))
 
 
 def _samples_text(lines: Iterable[Metrics]) -> str:
@@ -219,7 +181,7 @@ def write_report(
     table = "\n".join(f"| {name} | {text.replace('|', '&#124;')} |" for name, text in rows)
     text = f"# {plan.name}\n\n{state}\n\n| | |\n|---|---|\n{table}\n\n![loss](loss.png)\n"
     answers: dict[str, list[Metrics]] = {}
-    for line in _read_lines(run / SAMPLES, _is_sample)[0]:
+    for line in read_lines(run / SAMPLES, is_sample)[0]:
         answers.setdefault(line["prompt"], []).append(line)
     if answers:
         ends = [line for lines in answers.values() for line in (lines[0], lines[-1])[: len(lines)]]

@@ -1,11 +1,11 @@
-"""The runs below a folder, from the files they leave. Imports no torch: what is read is small, or the end of a file."""
+"""The runs below a folder, and their logs, from the files they leave. Imports no torch."""
 
 import contextlib
 import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,9 @@ from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import read_object, read_yaml
 
 State = Literal["running", "done", "stopped", "not started", "damaged"]
+Metrics = dict[str, Any]
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+_OF_A_STEP = ("loss", "lr", "tokens", "tokens_per_second", "peak_memory_gib")
 _TAIL = 1 << 16  # bytes of a log, hundreds of its lines
 
 
@@ -44,15 +47,17 @@ class Run:
     problem: str | None = None
 
 
-def find_runs(folder: Path) -> list[Run]:
-    """The runs in and below a folder, the one that wrote last first. Links are not followed.
+def find_runs(*folders: Path) -> list[Run]:
+    """The runs in and below folders, the one that wrote last first. Links are not followed.
 
     Raises:
         UserError: there is no such folder.
     """
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}", "give the folder that runs are in: llama-acc runs FOLDER")
-    return sorted(map(_read_run, _folders(folder)), key=lambda run: -run.seen)
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder}", "give the folder that runs are in: llama-acc runs FOLDER")
+    found = {below.resolve(): below for folder in folders for below in _folders(folder)}
+    return sorted(map(_read_run, found.values()), key=lambda run: -run.seen)
 
 
 def _folders(top: Path) -> Iterator[Path]:
@@ -145,3 +150,39 @@ def _saved_step(folder: Path) -> int | None:
         step: int = read_object(folder / name / "state" / "progress.json")["step"]
         return step
     return None
+
+
+def read_metrics(path: Path) -> tuple[list[Metrics], list[int]]:
+    """The lines of a metrics.jsonl that can be read, and the numbers of the others, from 1; none there is an empty one.
+
+    A last line that was cut short by a kill is neither.
+    """
+    return read_lines(path, is_metrics)
+
+
+def read_lines(path: Path, is_whole: Callable[[Metrics], bool]) -> tuple[list[Metrics], list[int]]:
+    """The same of any log, of which a line is whole that has what it needs."""
+    lines, damaged = [], []
+    texts = path.read_bytes().split(b"\n") if path.is_file() else []
+    for number, text in enumerate(texts, start=1):
+        line = None
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+        if isinstance(line, dict) and type(line.get("step")) is int and is_whole(line):
+            lines.append(line)
+        elif text.strip() and number < len(texts):
+            damaged.append(number)
+    return lines, damaged
+
+
+def is_metrics(line: Metrics) -> bool:
+    """Whether it has all that is needed of a step or a validation."""
+    if not all(type(value) is float or (type(value) is int and abs(value) < 2**63) for value in line.values()):
+        return False
+    is_step = all(key in line for key in _OF_A_STEP) and line["tokens_per_second"] > 0
+    return is_step or "validation_loss" in line
+
+
+def is_sample(line: Metrics) -> bool:
+    """Whether it is an answer to a sample prompt."""
+    return all(type(line.get(key)) is str for key in ("prompt", "answer"))

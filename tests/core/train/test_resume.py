@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from llama_acc.core.atomic import write_manifest
 from llama_acc.core.errors import UserError
-from llama_acc.core.train.log import MetricsLog, read_metrics
+from llama_acc.core.train.log import MetricsLog
+from llama_acc.core.train.runs import read_metrics
 from tests.core.train.runs import (
     Notes,
     assert_bitwise_equal,

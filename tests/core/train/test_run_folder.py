@@ -14,8 +14,9 @@ import torch
 from llama_acc.core import finetune as whole_run
 from llama_acc.core.atomic import check_manifest
 from llama_acc.core.errors import RunError, UserError
-from llama_acc.core.train.log import MetricsLog, read_metrics
+from llama_acc.core.train.log import MetricsLog
 from llama_acc.core.train.run_folder import check_disk
+from llama_acc.core.train.runs import read_metrics
 from llama_acc.core.train.trainer import Trainer
 from tests.core.train.runs import Notes, losses, metrics, names, plan_of, run, saved_weights
 
