@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from llama_acc.cli import console, options, stopping
+from llama_acc.cli import console, options, stopping, web
 from llama_acc.cli.loading import ModelOptions, check_alone, launch_model, load_beside, load_distributed
 from llama_acc.cli.preview import show_tokens
 from llama_acc.core.atomic import write_text_whole
@@ -59,6 +59,9 @@ def chat(
     history: Annotated[
         Path | None, Option(metavar="FILE", help="On a terminal, keep questions here for the next time.")
     ] = None,
+    as_page: web.Web = False,
+    host: web.Host = web.HOST,
+    port: web.Port = web.PORT,
     seed: Annotated[int | None, Option(help="The same seed gives the same answers.")] = None,
     tokenizer: options.TokenizerFile = None,
     quantize: options.Quantize = None,
@@ -78,6 +81,8 @@ def chat(
 
       llama-acc chat --ckpt runs/alpaca --compare Llama-2-7b
 
+      llama-acc chat --ckpt runs/alpaca --web
+
       llama-acc chat --ckpt runs/sharegpt-70b --nproc 4
 
       llama-acc chat --ckpt Llama-2-70b --ckpt runs/alpaca-70b-biasnorm-nf4
@@ -89,12 +94,20 @@ def chat(
         raise UserError("--image goes with --prompt", "in a conversation, type /image FILE")
     if history is not None and (prompt is not None or not sys.stdin.isatty() or console.out.is_dumb_terminal):
         raise UserError("--history keeps what is typed on a terminal that can edit a line", "leave it out")
+    if as_page and (prompt is not None or history is not None):
+        raise UserError("--web goes without --prompt and --history", "type the question into the page")
     launch_model(nproc, device, ckpt)
     if compare:
         check_alone()
+    listener = web.listen(host, port) if as_page and environment.is_main() else None
     model = ModelOptions(ckpt, device, tokenizer, template, verify, quantize, context)
     with load_distributed(model) as loaded:
-        if environment.is_main():
+        if listener is not None:
+            models = {ckpt[-1]: loaded}
+            if compare:
+                models[compare[-1]] = load_beside(loaded, compare, model)
+            web.serve_chat(listener, models, sampling, system)
+        elif environment.is_main():
             chat = _Chat(loaded, model, sampling, system, plain)
             if compare:
                 chat.compare_with(compare)

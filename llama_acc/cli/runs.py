@@ -9,13 +9,19 @@ from typing import Annotated
 import typer
 from typer import Argument
 
-from llama_acc.cli import console, options
+from llama_acc.cli import console, options, web
 from llama_acc.core.errors import UserError
 
 
 def runs(
-    folder: Annotated[Path, Argument(help="They are looked for here and below.")] = Path("runs"),
+    folders: Annotated[
+        list[Path] | None,
+        Argument(metavar="[FOLDER]...", help="Look here and below; without any, in runs."),
+    ] = None,
     as_json: options.Json = False,
+    as_page: web.Web = False,
+    host: web.Host = web.HOST,
+    port: web.Port = web.PORT,
 ) -> None:
     """List runs: what they train, how far they are, and whether they are running; the newest first.
 
@@ -24,15 +30,23 @@ def runs(
       llama-acc runs
 
       llama-acc runs /data/experiments --json
+
+      llama-acc runs --web runs/alpaca runs/alpaca-lora
     """
     from llama_acc.core.train.runs import find_runs
 
-    found = find_runs(folder)
+    folders = folders or [Path("runs")]
+    found = find_runs(*folders)
     if as_json:
-        typer.echo(json.dumps([asdict(run) for run in found], indent=1))
-        return
+        return typer.echo(json.dumps([asdict(run) for run in found], indent=1))
     if not found:
-        raise UserError(f"there is no run in {folder} or below", "a run is what `llama-acc finetune` leaves")
+        where = ", ".join(map(str, folders))
+        raise UserError(f"there is no run in {where} or below", "a run is what `llama-acc finetune` leaves")
+    if as_page:
+        listener = web.listen(host, port)
+        from llama_acc.core.web.run_page import run_page
+
+        return web.serve_page(listener, lambda: run_page(folders))
     rows = [["run", "recipe", "base", "method", "state", "wrote", "step", "loss", "validation", "tokens/s"]]
     for run in found:
         step = None if run.step is None else f"{run.step:,}/{run.total_steps:,}"
@@ -45,3 +59,4 @@ def runs(
     for run in found:
         if run.problem is not None:
             console.note(f"{run.folder} is damaged: {run.problem}")
+    return None

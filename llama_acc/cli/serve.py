@@ -1,6 +1,5 @@
 """`llama-acc serve`: a model for programs that speak OpenAI's protocol."""
 
-import ipaddress
 import logging
 import os
 import re
@@ -14,6 +13,7 @@ from typer import Option
 
 from llama_acc.cli import console, options
 from llama_acc.cli.loading import ModelOptions, launch_model, load_models_distributed
+from llama_acc.cli.web import bound, is_loopback
 from llama_acc.core.distributed import environment
 from llama_acc.core.errors import RunError, UserError
 from llama_acc.core.text import count_text, escape_control_chars
@@ -95,7 +95,7 @@ def serve(
       LLAMA_ACC_API_KEY=... llama-acc serve --ckpt runs/alpaca --host 0.0.0.0
     """
     checkpoints = _named(ckpt)
-    if not _is_loopback(host) and api_key is None:
+    if not is_loopback(host) and api_key is None:
         raise UserError(
             f"on {host} anybody in the network could ask: set a key",
             f"{_KEY}=... in the environment, or --api-key; clients send it as OpenAI's",
@@ -108,7 +108,7 @@ def serve(
         raise UserError(f"serve needs {error.name}", "pip install 'llama-acc[serve]'") from None
     first = next(iter(checkpoints.values()))
     launch_model(nproc, device, first)
-    listener = _bound(host, port) if environment.is_main() else None
+    listener = bound(host, port) if environment.is_main() else None
     model = ModelOptions(first, device, tokenizer, template, verify, quantize, context)
     with load_models_distributed(model, checkpoints) as models:
         if listener is None:
@@ -157,27 +157,6 @@ def _named(ckpt: list[str]) -> dict[str, list[str]]:
     if own in named:
         raise UserError(f"--ckpt: the name {own} is that of {base[-1]} too", "choose another name")
     return {own: base} | {name: [base[0], folder] for name, folder in named.items()}
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket with that address, before a model is loaded for minutes. It does not listen yet."""
-    try:
-        [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise UserError(
-            f"cannot listen on {host}, port {port}: {error.strerror}", "choose another with --port"
-        ) from None
-    return listener
 
 
 def _server(app: "FastAPI", service: "Service", grace: int) -> "Server":

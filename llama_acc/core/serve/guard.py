@@ -24,11 +24,13 @@ class Access(NamedTuple):
         hosts: names by which the server may be called, in small letters. Addresses may be in any case: no name that
             somebody else has made lead here (DNS rebinding).
         origins: of pages that may ask (CORS), such as https://chat.example.org.
+        media_types: that a body may have. A page elsewhere can send some others without asking first.
     """
 
     key: str | None = None
     hosts: Sequence[str] = ("localhost",)
     origins: Sequence[str] = ()
+    media_types: Sequence[str] = ("application/json",)
 
 
 def error_response(status: int, message: str, code: str | None = None, param: str | None = None) -> JSONResponse:
@@ -90,9 +92,8 @@ class Guard:
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > MOST_BYTES:
             return error_response(413, _TOO_LARGE)
-        if method == "POST" and headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            # A page elsewhere can send anything else without asking first.
-            return error_response(415, "the body must be application/json")
+        if method == "POST" and headers.get("content-type", "").partition(";")[0].strip() not in access.media_types:
+            return error_response(415, f"the body must be {' or '.join(access.media_types)}")
         return None
 
 
