@@ -1,7 +1,8 @@
 """llama.cpp itself reads what `--to gguf` writes: the same tokens, logits and answers.
 
-llama-cpp-python is built from its source package into an environment of its own, which takes a compiler and a quarter
-of an hour; LLAMA_CPP_PYTHON names the Python of one that is there already.
+llama-cpp-python is built from its source package into an environment of its own, and llama.cpp's programs from the
+source that lies in there; each takes a compiler and a quarter of an hour. LLAMA_CPP_PYTHON names the Python of one that
+is there already, LLAMA_CPP_PROGRAMS the folder of the programs.
 """
 
 import json
@@ -9,19 +10,24 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
 import torch
 
+from llama_acc import generate, load_model
 from llama_acc.core.checkpoint.convert import Request, convert
 from llama_acc.core.data.templates import TEMPLATES, Turn
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
 from tests.core.checkpoint.folders import state, write_meta
 from tests.core.model.test_families import FAMILIES, write_family
+from tests.core.ranks import free_port
 from tests.core.tiny import SMALL, document_logits, loaded_model
 from tests.core.tokenizers import END, byte_fallback, chatml, llama3_style
 
@@ -51,6 +57,7 @@ if job["question"]:
     )["choices"][0]["message"]["content"]
 json.dump(done, open(sys.argv[2], "w"))
 """
+_PROGRAMS = ("llama-cli", "llama-server")
 pytestmark = pytest.mark.soak
 
 
@@ -68,6 +75,27 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> str:
     if built.returncode:
         pytest.skip(f"{package} cannot be built: {built.stderr.strip().splitlines()[-1]}")
     return str(folder / "bin" / "python")
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that has llama-cli and llama-server."""
+    if given := os.environ.get("LLAMA_CPP_PROGRAMS"):
+        return Path(given)
+    folder = tmp_path_factory.mktemp("programs")
+    off = [f"-D{name}=OFF" for name in ("GGML_OPENMP", "LLAMA_OPENSSL", "LLAMA_USE_PREBUILT_UI")]
+    source = folder / f"llama_cpp_python-{VERSION}" / "vendor" / "llama.cpp"
+    pip = (sys.executable, "-m", "pip", "download", "--quiet")
+    for command in (
+        (*pip, "--no-deps", "--no-binary", "llama-cpp-python", "-d", folder, f"llama-cpp-python=={VERSION}"),
+        ("tar", "-xf", f"{source.parents[1]}.tar.gz", "-C", folder),
+        ("cmake", "-S", source, "-B", folder / "build", "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF", *off),
+        ("cmake", "--build", folder / "build", "-j2", "--target", *_PROGRAMS),
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"llama.cpp cannot be built: {done.stderr.strip().splitlines()[-1]}")
+    return folder / "build" / "bin"
 
 
 def ask(python: str, folder: Path, texts: Any = (), tokens: Any = (), question: str = "") -> dict[str, Any]:
@@ -191,3 +219,43 @@ def test_ids(name: str, python: str, tokenizer_path: Path, tmp_path: Path, share
         theirs = ask(python, tmp_path / template, [front + text for text in TEXTS], question=question)
         assert theirs["chat"] == TEMPLATES[template].prompt_ids(tokenizer, [Turn("human", question)])
     assert theirs["ids"] == [bos + tokenizer.encode(text) for text in TEXTS]
+
+
+def post(port: int, path: str, **values: Any) -> Any:
+    """What llama-server answers, once it has read the model."""
+    body, deadline = json.dumps(values).encode(), time.monotonic() + 60
+    while True:
+        try:
+            with urlopen(f"http://127.0.0.1:{port}{path}", body) as answer:
+                return json.load(answer)
+        except URLError:  # among them its 503: it is still reading
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+
+def test_llama_cli_and_llama_server_answer_as_we_do(programs: Path, shared: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(shared / "assets" / "stories260k", source)
+    template, question = TEMPLATES["dialogue"], "Once upon a time"
+    (source / "template.json").write_text(template.to_json())
+    stories = load_model(source, device="cpu")
+    ours = generate(stories, question, temperature=0, max_new_tokens=16)
+    file = to_gguf(source, tmp_path / "gguf", gguf_type="f32") / "model-f32.gguf"
+    cli = (programs / "llama-cli", "-m", file, "-r", "###", "-st", "-p", question, "--temp", "0", "-n", "16")
+    ran = subprocess.run(cli, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    assert ours in ran.stdout
+
+    port = free_port()
+    server = subprocess.Popen((programs / "llama-server", "-m", file, "--port", str(port)), stderr=subprocess.DEVNULL)
+    try:
+        messages = [{"role": "user", "content": question}]
+        prompt = post(port, "/apply-template", messages=messages)["prompt"]
+        asked = {"messages": messages, "temperature": 0, "max_tokens": 16, "stop": ["\n###"]}
+        answer = post(port, "/v1/chat/completions", **asked)
+        tokens = post(port, "/tokenize", content=prompt, add_special=True, parse_special=True)["tokens"]
+    finally:
+        server.terminate()
+        server.wait(60)
+    assert answer["choices"][0]["message"]["content"].strip() == ours
+    ids = template.prompt_ids(stories.tokenizer, [Turn("human", question)])
+    assert (tokens, answer["usage"]["prompt_tokens"]) == (ids, len(ids))
