@@ -234,6 +234,7 @@ def _measure(request: "MemoryRequest", device: str | None, tolerance: float, as_
 
 def _hours(request: "MemoryRequest", data: Path | None, kind: str, efficiency: float, as_json: bool) -> None:
     """Whether a run fits on a kind of GPU, and how long it takes there."""
+    from llama_acc.core.memory.fit import filled
     from llama_acc.core.memory.measure import Texts, read_texts, work_of
     from llama_acc.core.memory.predict import gpu_table, predict, recipe_and_config, setup_of
 
@@ -241,7 +242,10 @@ def _hours(request: "MemoryRequest", data: Path | None, kind: str, efficiency: f
     if kind not in table["kinds"]:
         hint = did_you_mean(kind, table["kinds"]) or f"known kinds: {', '.join(table['kinds'])}"
         raise UserError(f"unknown kind of GPU '{kind}'", hint)
-    gpu, setup = table["kinds"][kind], setup_of(request)
+    gpu = table["kinds"][kind]
+    console.working("predicting what fills it")
+    chosen = filled(request, gpu["memory"] * _GIB)
+    setup = setup_of(chosen)
     if data is not None:
         texts = read_texts(data)
     else:
@@ -256,7 +260,8 @@ def _hours(request: "MemoryRequest", data: Path | None, kind: str, efficiency: f
     if not as_json:
         verdict = "it fits" if fits else "it does not fit; try --tuning, --quantize nf4, or --gpus N with fsdp"
         line = f"{_gib(usage.total)} GiB of {gpu['memory']:.2f} on each {kind}: {verdict}"
-        console.pairs([("memory", line)], console.out, len("GPU-hours"))
+        auto = [] if chosen is request else [("auto", _title(setup, ""))]
+        console.pairs([*auto, ("memory", line)], console.out, len("GPU-hours"))
     console.working("counting the work")
     epochs = recipe_and_config(request)[0].train.epochs
     hours = work_of(setup, texts) * epochs / (gpu["bf16"] * 1e12 * efficiency) / 3600

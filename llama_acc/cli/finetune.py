@@ -247,7 +247,7 @@ def _dry_run(
     check_world(recipe.parallel.model_parallel_size, count)
     target = pick_device(device)
     with RunConsole() as watcher:
-        plan = dry_run(recipe, output, callback=watcher, verify=verify)
+        plan = dry_run(recipe, output, callback=watcher, verify=verify, device=target, processes=count)
         setup = setup_of_run(plan, count, target.type)
         lines = _dry_run_lines(plan, rank_parameters(setup), count)
         width = max(len(subject) for subject, _ in lines)

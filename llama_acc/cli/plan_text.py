@@ -49,6 +49,8 @@ def describe_plan(plan: "Plan") -> list[tuple[str, str]]:
     lines += _data_lines(plan)
     steps = f"{plan.total_steps:,} of {count_text(train.global_batch_size, 'example')}; {plan.steps_per_epoch:,} in "
     lines.append(("steps", f"{steps}an epoch, {count_text(train.epochs, 'epoch')}, {train.precision}"))
+    if plan.chosen:
+        lines.append(("micro-batches", plan.chosen))
     idle = plan.idle_steps()
     if idle > _MOST_IDLE * plan.total_steps:
         text = f"{idle} of the {count_text(plan.total_steps, 'step')} ({idle / plan.total_steps:.0%}) has rate 0 and "

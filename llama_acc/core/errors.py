@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 # A union's branch is no part of the key the user typed.
-_BRANCH = re.compile(r"\.(str|int|float|list\[str\]|dict\[.*?\])(?=\.|$)")
+_BRANCH = re.compile(r"\.(str|int|constrained-int|float|bool|literal\[.*?\]|list\[str\]|dict\[.*?\])(?=\.|$)")
 # What pydantic's messages say of Python and its parser.
 _PYTHONS = re.compile(r" or instance of .*|, (unable to|got) .*")
 

@@ -7,6 +7,7 @@ import errno
 import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from llama_acc.core.device import pick_device
 from llama_acc.core.distributed.groups import Parallel, init_distributed
 from llama_acc.core.errors import RunError
 from llama_acc.core.interrupt import Interrupted, StopRequest, stop_on_signal
-from llama_acc.core.memory.guard import check_fits, out_of_memory_error
+from llama_acc.core.memory.guard import check_fits, fill_memory, out_of_memory_error
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.base import read_base_weights
 from llama_acc.core.train.callback import Callback
@@ -93,6 +94,10 @@ def finetune(
             parallel.run_on_rank_zero(lambda: check_trackers(recipe.train.trackers))
             parallel.run_rank_zero_first(lambda: folder.open(resume=resume, claim=parallel.is_main, note=callback.note))
             plan = make_plan_together(recipe, callback, parallel, saved=folder.checkpoint)
+            if plan.recipe.train.has_auto:
+                callback.progress("predicting what fills the memory")
+                choose = partial(fill_memory, plan, parallel.world_size, target, folder.checkpoint)
+                plan = plan.with_chosen(*parallel.run_on_rank_zero(choose))
             callback.progress("checking the weights, the disk and the memory")
 
             def check() -> int:
@@ -131,8 +136,12 @@ def dry_run(
     *,
     callback: Callback,
     verify: bool = False,
+    device: torch.device | None = None,
+    processes: int = 1,
 ) -> Plan:
     """Checks what would stop the real run; writes recipe.yaml and data.json into `output`, if there is one, alone.
+
+    What the recipe leaves to be chosen is what so many processes would choose on this device; None: a CPU.
 
     Raises:
         UserError: whatever would stop the real run before its first step.
@@ -141,6 +150,9 @@ def dry_run(
     if output is not None:
         refuse_non_empty(output)
     plan = make_plan(recipe, callback, dry_run=True)
+    if plan.recipe.train.has_auto:
+        callback.progress("predicting what fills the memory")
+        plan = plan.with_chosen(*fill_memory(plan, processes, device or torch.device("cpu")))
     if plan.layouts:
         callback.progress("checking the weights")
     for layout in plan.layouts:

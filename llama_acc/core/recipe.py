@@ -24,6 +24,10 @@ from llama_acc.core.model.vision_config import Vision, VisionTraining, vision_of
 RECIPES_FOLDER = Path(str(files("llama_acc"))) / "recipes"
 # Beyond these a number is a slip of the hand, and would fail only where something is computed with it.
 _LENGTH, _STEPS = 2**24, 10**9
+# Examples in a micro-batch, where neither the recipe nor a GPU's memory says how many.
+_BATCH_SIZE = 4
+_Count = Annotated[int, Field(ge=1, le=2**31)]
+_Auto = Literal["auto"]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
@@ -195,16 +199,17 @@ class OptimizerSection(Section):
 
 class TrainSection(Section):
     """How it is learned. `global_batch_size` examples make an optimizer step, whatever the number of processes;
-    `batch_size` and `micro_batch_tokens` bound a micro-batch, and with it the memory. The sample prompts, a list or a
-    file of them, are answered every N steps (0 = each epoch), at the beginning and at the end."""
+    `batch_size` and `micro_batch_tokens` bound a micro-batch, and with it the memory; "auto", here and of
+    `activation_checkpointing`, is what fills a GPU: see `core.memory.guard`. The sample prompts, a list or a file of
+    them, are answered every N steps (0 = each epoch), at the beginning and at the end."""
 
     epochs: float = Field(default=3, gt=0, le=1_000_000)
     warmup_epochs: float = Field(default=0.0, ge=0)
     global_batch_size: int = Field(default=256, ge=1, le=2**31)
-    batch_size: int = Field(default=4, ge=1, le=2**31)
-    micro_batch_tokens: int | None = Field(default=None, ge=1, le=2**31)
+    batch_size: _Count | _Auto = _BATCH_SIZE
+    micro_batch_tokens: _Count | _Auto | None = None
     precision: Literal["bf16", "fp32"] = "bf16"
-    activation_checkpointing: bool = True
+    activation_checkpointing: bool | _Auto = True
     compile: bool = False
     shuffle: bool = True
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -221,6 +226,34 @@ class TrainSection(Section):
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs ({self.warmup_epochs:g}) must be below epochs ({self.epochs:g})")
         return self
+
+    @property
+    def has_auto(self) -> bool:
+        """Whether something is left to be chosen."""
+        return "auto" in (self.batch_size, self.micro_batch_tokens, self.activation_checkpointing)
+
+    def bounds(self) -> tuple[int, int | None]:
+        """The most examples and the most tokens of a micro-batch; None: as many as there are. "auto" counts as on a
+        CPU."""
+        tokens = None if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
+        if self.batch_size != "auto":
+            return self.batch_size, tokens
+        return (_BATCH_SIZE if tokens is None else self.global_batch_size), tokens
+
+    def as_in(self, other: "TrainSection") -> "TrainSection":
+        """A copy with the other's values in place of "auto"."""
+        keys = ("batch_size", "micro_batch_tokens", "activation_checkpointing")
+        return self.model_copy(update={key: getattr(other, key) for key in keys if getattr(self, key) == "auto"})
+
+    def without_auto(self, tokens: int | None = None, recompute: bool = True) -> "TrainSection":
+        """A copy with these in place of "auto"; without them, what "auto" is on a CPU."""
+        chosen = self.model_copy()
+        if chosen.micro_batch_tokens == "auto":
+            chosen.micro_batch_tokens = tokens
+        if chosen.activation_checkpointing == "auto":
+            chosen.activation_checkpointing = recompute
+        chosen.batch_size, _ = chosen.bounds()
+        return chosen
 
 
 class ParallelSection(Section):

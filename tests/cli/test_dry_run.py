@@ -78,7 +78,9 @@ def test_a_shipped_recipe_of_every_kind_dry_runs_on_a_tiny_model(
     assert (report["items"], report["truncated"], report["dropped"]) == (2, 0, 0)
     resolved = Recipe.load(tmp_path / "run" / "recipe.yaml")
     assert resolved.optimizer == recipe.optimizer
-    assert resolved.train == recipe.train.model_copy(update={"warmup_epochs": 0})
+    assert resolved.train == recipe.train.without_auto().model_copy(update={"warmup_epochs": 0})
+    assert not resolved.train.has_auto
+    assert ("micro-batches" in shown(result.stdout)) is recipe.train.has_auto
 
 
 def test_it_shows_plan_data_time_disk_and_two_examples(tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ from llama_acc.core.errors import UserError
 from llama_acc.core.recipe import RECIPES_FOLDER, Recipe, find_recipe, known_keys, recipe_names
 
 # LLaMA2-Accessory's hyper-parameters: of one recipe all, of each other one what it is like and what
-# differs. Its batch sizes are those of a data-parallel rank: batch size x accumulation x ranks make a
-# step; of 34B and 70B (2 x 64) no number of machines is named.
+# differs. Its batch size x accumulation x ranks make a step; of 34B and 70B (2 x 64) no number of machines is named.
 ALPACA = {
     "model.pretrained": "llama2-7b",
     "model.size": "llama2-7b",
@@ -27,7 +26,9 @@ ALPACA = {
     "train.epochs": 3,
     "train.warmup_epochs": 0.04,
     "train.global_batch_size": 4 * 8 * 8,
-    "train.batch_size": 4,
+    "train.batch_size": "auto",
+    "train.micro_batch_tokens": "auto",
+    "train.activation_checkpointing": "auto",
     "checkpoint.keep": 3,
 }
 DIALOGUE = {"data.sources.0.format": "dialogue", "data.sources.0.template": "dialogue", "data.max_tokens": 4096}
@@ -35,17 +36,17 @@ LIKE: dict[str, tuple[str, dict[str, Any]]] = {}
 LIKE |= {name: ("alpaca", {"data.sources.0.path": name}) for name in ("gorilla", "platypus")}
 for name in ("lima", "sharegpt", "wizardlm", "wizardcode", "flacuna", "ultrachat", "moss"):
     LIKE[name] = ("alpaca", DIALOGUE | {"data.sources.0.path": name})
-# Base, model-parallel size, batch size, data.max_tokens.
-for name, (base, size, batch_size, max_tokens) in {
-    "lima-13b": ("llama2-13b", 2, 4, 4096),
-    "sharegpt-13b": ("llama2-13b", 2, 4, 4096),
-    "wizardcode-13b": ("llama2-13b", 2, 4, 4096),
-    "flacuna-13b": ("llama2-13b", 2, 4, 2048),
-    "wizardcode-34b": ("codellama-34b", 4, 2, 4096),
-    "sharegpt-70b": ("llama2-70b", 8, 2, 4096),
+# Base, model-parallel size, data.max_tokens.
+for name, (base, size, max_tokens) in {
+    "lima-13b": ("llama2-13b", 2, 4096),
+    "sharegpt-13b": ("llama2-13b", 2, 4096),
+    "wizardcode-13b": ("llama2-13b", 2, 4096),
+    "flacuna-13b": ("llama2-13b", 2, 2048),
+    "wizardcode-34b": ("codellama-34b", 4, 4096),
+    "sharegpt-70b": ("llama2-70b", 8, 4096),
 }.items():
     changed = {"model.pretrained": base, "model.size": base, "parallel.model_parallel_size": size}
-    changed |= {"train.batch_size": batch_size, "train.global_batch_size": 128, "data.max_tokens": max_tokens}
+    changed |= {"train.global_batch_size": 128, "data.max_tokens": max_tokens}
     LIKE[name] = (name.rpartition("-")[0], changed)
 # Settings of the method, data.max_tokens, epochs, epochs of warm-up, learning rate.
 for name, (tuning, max_tokens, epochs, warmup, lr) in {
@@ -60,18 +61,18 @@ for name, (tuning, max_tokens, epochs, warmup, lr) in {
     changed = {f"tuning.{key}": value for key, value in tuning.items()} | {"data.max_tokens": max_tokens}
     changed |= {"optimizer.lr": lr, "optimizer.min_lr": 5e-6, "optimizer.weight_decay": 0.02}
     changed |= {"train.epochs": epochs, "train.warmup_epochs": warmup, "train.global_batch_size": 64}
-    changed |= {"train.activation_checkpointing": name != "alpaca-adapter"}
+    changed |= {"train.activation_checkpointing": False if name == "alpaca-adapter" else "auto"}
     LIKE[name] = (name.partition("-")[0], changed)
-# The same with NF4, and for 70B one example at a time.
-for name, like, data, base, batch_size in (
-    ("alpaca-biasnorm-nf4", "alpaca-biasnorm", "alpaca", "llama2-7b", 4),
-    ("alpaca-lora-nf4", "alpaca-lora", "alpaca", "llama2-7b", 4),
-    ("platypus-biasnorm-nf4", "alpaca-biasnorm", "platypus", "llama2-7b", 4),
-    ("alpaca-70b-biasnorm-nf4", "alpaca-biasnorm", "alpaca", "llama2-70b", 1),
-    ("alpaca-70b-lora-nf4", "alpaca-lora", "alpaca", "llama2-70b", 1),
+# The same with NF4.
+for name, like, data, base in (
+    ("alpaca-biasnorm-nf4", "alpaca-biasnorm", "alpaca", "llama2-7b"),
+    ("alpaca-lora-nf4", "alpaca-lora", "alpaca", "llama2-7b"),
+    ("platypus-biasnorm-nf4", "alpaca-biasnorm", "platypus", "llama2-7b"),
+    ("alpaca-70b-biasnorm-nf4", "alpaca-biasnorm", "alpaca", "llama2-70b"),
+    ("alpaca-70b-lora-nf4", "alpaca-lora", "alpaca", "llama2-70b"),
 ):
     changed = {"model.pretrained": base, "model.size": base, "data.sources.0.path": data, "tuning.quantize": "nf4"}
-    changed |= {"parallel.data_parallel": "fsdp", "checkpoint.trainable_only": True, "train.batch_size": batch_size}
+    changed |= {"parallel.data_parallel": "fsdp", "checkpoint.trainable_only": True}
     LIKE[name] = (like, changed)
 SMALLEST: dict[str, Any] = {
     "name": "smallest",
@@ -126,6 +127,7 @@ def test_recipes_differ_only_in_what_is_listed(name: str) -> None:
         ("optimizer.betas=[0.8, 0.9]", (0.8, 0.9)),
         ("train.max_steps=null", None),
         ("train.shuffle=false", False),
+        ("train.micro_batch_tokens=auto", "auto"),
         ("model.params={dim: 64, n_layers: 2}", {"dim": 64, "n_layers": 2}),
         ("model.params=[a.json, b.json]", ["a.json", "b.json"]),
         ("model.pretrained=[base, tuned]", ["base", "tuned"]),
@@ -195,6 +197,15 @@ def test_the_yaml_holds_every_key() -> None:
         ("train.precison=bf16", "unknown key 'train.precison': did you mean 'train.precision'"),
         ("epochs=1", "unknown key 'epochs': did you mean 'train.epochs'?"),
         ("optimizer.epochs=1", "unknown key 'optimizer.epochs': did you mean 'train.epochs'?"),
+        ("train.batch_size=automatic", "train.batch_size: should be a valid integer or 'auto', not 'automatic'"),
+        (
+            "train.micro_batch_tokens=0",
+            "train.micro_batch_tokens: should be greater than or equal to 1 or 'auto', not 0",
+        ),
+        (
+            "train.activation_checkpointing=2",
+            "train.activation_checkpointing: should be a valid boolean or 'auto', not 2",
+        ),
         ("lr=1", "unknown key 'lr': did you mean 'optimizer.lr'?"),
         (
             "data.sources.0.tempalte=none",

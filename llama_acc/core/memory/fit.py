@@ -1,20 +1,21 @@
-"""The inverse of a prediction: which methods fit into some memory, with how many tokens at a time, and what to change
-where a run does not fit."""
+"""The inverse of a prediction: which methods fit into some memory, with how many tokens at a time, what "auto" in a
+recipe stands for there, and what to change where a run does not fit."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 
 from llama_acc.core.errors import UserError
-from llama_acc.core.memory.predict import MemoryRequest, Usage, predict, setup_of
+from llama_acc.core.memory.predict import MemoryRequest, Usage, predict, recipe_and_config, setup_of
 from llama_acc.core.memory.simulate import Setup
 from llama_acc.core.model.transformer import parameter_count
 from llama_acc.core.model.tuning.lora import LoRA
+from llama_acc.core.recipe import TrainSection
 
 # From what reaches most to what needs least: see docs/peft.md.
 _METHODS = ("full", "lora_bias_norm", "lora", "adapter", "bias_norm")
@@ -22,6 +23,13 @@ WAYS = [*((method, "none") for method in _METHODS), *((method, "nf4") for method
 """Methods and bases, best first."""
 LARGEST_BATCH = 256
 """Larger ones are not tried."""
+MOST_TOKENS = 16_384
+"""Of a micro-batch that is chosen."""
+FILLED = 0.95
+"""Of the memory there is, what is chosen takes at most so much: predictions were not measured on a GPU yet."""
+# So many tokens are taken to keep a GPU busy: then recomputing costs more than a larger micro-batch gains.
+_ENOUGH = 4096
+_STEP = 1024  # in tokens
 _PROCESSES = 2
 _LARGE = 10**10  # parameters: of a smaller model, a process starts for longer than it works
 _LEAST = 0.001  # a change that saves no more than this share of the run helps nobody
@@ -95,6 +103,59 @@ def _largest(least: Usage, taken: Callable[[int], Usage], memory: int, limit: in
             high, high_bytes = guess, usage.total
         poor = poor + 1 if 2 * (high - low) > width else 0
     return low
+
+
+def fill(
+    train: TrainSection, setup_with: Callable[[TrainSection], Setup], memory: int, call: Callable[..., Any]
+) -> tuple[TrainSection, Usage]:
+    """What "auto" in a recipe's section stands for in `memory` bytes of a GPU, and what that takes.
+
+    Activation checkpointing is off if 4,096 tokens fit without it. Micro-batches have as many tokens as fit, up to
+    16,384. If nothing fits, it is what takes least.
+
+    Args:
+        train: the section.
+        setup_with: the run with another section.
+        memory: to be filled, with slack and context.
+        call: calls `predict`, here or in another process.
+    """
+
+    def with_most_tokens(recompute: bool, unit: int) -> tuple[TrainSection, Usage]:
+        @cache
+        def taken(count: int) -> Usage:
+            usage: Usage = call(predict, setup_with(train.without_auto(unit * count, recompute)))
+            return usage
+
+        limit = MOST_TOKENS // unit if train.micro_batch_tokens == "auto" else 1
+        count = _largest(taken(1), taken, memory, limit) if taken(1).total <= memory else 1
+        return train.without_auto(unit * count, recompute), taken(count)
+
+    if train.activation_checkpointing == "auto":
+        chosen, usage = with_most_tokens(False, _ENOUGH)
+        if usage.total <= memory:
+            return chosen, usage
+    return with_most_tokens(train.activation_checkpointing is not False, _STEP)
+
+
+def filled(request: MemoryRequest, memory: int) -> MemoryRequest:
+    """The request with what "auto" in its recipe stands for on GPUs of so many bytes: see `fill`."""
+
+    def with_section(train: TrainSection) -> MemoryRequest:
+        keys = ("batch_size", "micro_batch_tokens", "activation_checkpointing")
+        values = {key: getattr(train, key) for key in keys}
+        changes = [f"train.{key}={'null' if value is None else value}" for key, value in values.items()]
+        return replace(request, batch_size=None, overrides=(*request.overrides, *changes))
+
+    train = recipe_and_config(request)[0].train
+    if not train.has_auto:
+        return request
+    chosen, _ = fill(
+        train,
+        lambda section: setup_of(with_section(section)),
+        int(FILLED * memory),
+        lambda function, run: function(run),
+    )
+    return with_section(chosen)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ import contextlib
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,11 +17,12 @@ from llama_acc.core.device import free_memory, peak_memory_gib
 from llama_acc.core.distributed.environment import VARIABLES
 from llama_acc.core.distributed.groups import Parallel, local_part, local_world_size
 from llama_acc.core.errors import RunError, UserError, listed
-from llama_acc.core.memory.fit import Change, best_changes
+from llama_acc.core.memory.fit import FILLED, MOST_TOKENS, Change, best_changes, fill
 from llama_acc.core.memory.predict import predict
 from llama_acc.core.memory.simulate import Setup
 from llama_acc.core.model.transformer import parameter_count
-from llama_acc.core.text import size_text
+from llama_acc.core.recipe import Recipe, TrainSection
+from llama_acc.core.text import count_text, size_text
 from llama_acc.core.train.plan import Plan
 from llama_acc.core.train.trainer import Trainer
 
@@ -39,6 +41,43 @@ def setup_of_run(plan: Plan, world_size: int, device_type: str, items: Sequence[
     samples = plan.samples.at_a_time, plan.samples.length
     run = plan.config, plan.settings, tuple(lengths.tolist()), labels, micro_batches, world_size
     return Setup(*run, device_type=device_type, samples=samples)
+
+
+def fill_memory(
+    plan: Plan, world_size: int, device: torch.device, resumed: Path | None = None
+) -> tuple[TrainSection, str]:
+    """What "auto" in the plan's recipe stands for on this device, as `fill` says, and why.
+
+    A run that is resumed from a checkpoint goes on with what it chose, on whatever device. Elsewhere than on a GPU,
+    "auto" is the default of the key.
+    """
+    train = plan.recipe.train
+    if resumed is not None:
+        chosen = train.as_in(Recipe.load(resumed / "recipe.yaml").train)
+        return chosen, f"{_chosen_text(chosen)}: what the run chose"
+    if device.type != "cuda":
+        chosen = train.without_auto()
+        return chosen, f"{_chosen_text(chosen)}: what auto is on {device.type}"
+
+    def setup_with(section: TrainSection) -> Setup:
+        return setup_of_run(plan.with_chosen(section, ""), world_size, device.type)
+
+    free = free_memory(device)
+    chosen = train.without_auto(MOST_TOKENS, recompute=False)
+    if _bound(setup_with(chosen)) * _FAR_BELOW < free:
+        return chosen, f"{_chosen_text(chosen)}: auto, far below the {size_text(free)} that are free"
+    with subprocess_calls() as call:
+        chosen, usage = fill(train, setup_with, int(FILLED * free), call)
+    return chosen, f"{_chosen_text(chosen)}: auto, {size_text(usage.total)} predicted of {size_text(free)} free"
+
+
+def _chosen_text(train: TrainSection) -> str:
+    examples, tokens = train.bounds()
+    parts = [] if tokens is None else [count_text(tokens, "token")]
+    if tokens is None or examples < train.global_batch_size:
+        parts.append(count_text(examples, "example"))
+    checkpointing = "with" if train.activation_checkpointing else "without"
+    return f"at most {' and '.join(parts)}, {checkpointing} activation checkpointing"
 
 
 def check_fits(plan: Plan, parallel: Parallel, device: torch.device) -> None:
@@ -120,19 +159,29 @@ def out_of_memory_error(trainer: Trainer, cause: str) -> RunError:
     return RunError(f"{message}\nEvery checkpoint that was saved is whole", _advice(changes))
 
 
-def run_in_subprocess(function: Callable[..., _Result], *arguments: Any) -> _Result:
-    """Calls a function; in its own process where this one has joined others, as torch has one process group at a time.
+@contextlib.contextmanager
+def subprocess_calls() -> Iterator[Callable[..., Any]]:
+    """What calls functions; in a process of their own where this one has joined others, as torch has one process group
+    at a time.
 
     Raises:
         RunError: the process was ended.
     """
     if not dist.is_initialized():
-        return function(*arguments)
+        yield lambda function, *arguments: function(*arguments)
+        return
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_leave_job) as pool:
         try:
-            return pool.submit(function, *arguments).result()
+            yield lambda function, *arguments: pool.submit(function, *arguments).result()
         except BrokenProcessPool as error:
             raise RunError("the memory could not be predicted: its process was ended") from error
+
+
+def run_in_subprocess(function: Callable[..., _Result], *arguments: Any) -> _Result:
+    """Calls one function: see `subprocess_calls`."""
+    with subprocess_calls() as call:
+        result: _Result = call(function, *arguments)
+        return result
 
 
 def _leave_job() -> None:

@@ -75,9 +75,9 @@ def setup_of(request: MemoryRequest) -> Setup:
             f"{longest} tokens are more than the model's max_seq_len ({config.max_seq_len})",
             f"lower --max-tokens, or say model.max_seq_len={longest}",
         )
-    count = train.batch_size
-    if train.micro_batch_tokens is not None:
-        count = max(1, min(count, train.micro_batch_tokens // longest))
+    count, tokens = train.bounds()
+    if tokens is not None:
+        count = max(1, min(count, tokens // longest))
     micro_batches = 1 if request.recipe is None else -(-train.global_batch_size // (count * (gpus // size)))
     settings = StepSettings.of(recipe)
     return Setup(config, settings, (longest,) * count, None, micro_batches, gpus, 0, request.device_type)

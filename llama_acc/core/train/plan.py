@@ -6,7 +6,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError, raise_all
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import describe, parameter_count, shapes_of
-from llama_acc.core.recipe import CheckpointSection, ImagesSection, Recipe, Tracker
+from llama_acc.core.recipe import CheckpointSection, ImagesSection, Recipe, Tracker, TrainSection
 from llama_acc.core.tokenizer import Tokenizer
 from llama_acc.core.train.base import find_model, has_frozen, read_base_weights, with_absolute_paths
 from llama_acc.core.train.callback import Callback
@@ -65,7 +65,7 @@ class StepSettings:
             DTYPES[train.precision],
             tuple(recipe.tuning.quantize_skip) if recipe.tuning.quantize == "nf4" else None,
             train.compile,
-            train.activation_checkpointing,
+            train.activation_checkpointing is not False,
             parallel.model_parallel_size,
             parallel.data_parallel,
             parallel.accumulate_unsharded,
@@ -90,6 +90,7 @@ class Plan:
         has_frozen: whether there are weights that do not train.
         saving: when and what to save, and how many checkpoints to keep.
         save_dtype: type of the saved weights.
+        chosen: what "auto" in the recipe has become and why, in words; empty: there was none.
     """
 
     recipe: Recipe
@@ -111,6 +112,12 @@ class Plan:
     save_dtype: torch.dtype
     samples: Samples
     trackers: list[Tracker]
+    chosen: str = ""
+
+    def with_chosen(self, train: TrainSection, chosen: str) -> "Plan":
+        """The plan with another section `train`, which has no "auto"."""
+        recipe = self.recipe.model_copy(update={"train": train})
+        return replace(self, recipe=recipe, settings=StepSettings.of(recipe), chosen=chosen)
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and full shapes of the parameters that train."""
@@ -134,13 +141,16 @@ class Plan:
 
     def micro_batches(self, dataset: Dataset, items: NDArray[np.int64], ranks: int) -> list[list[list[int]]]:
         """Splits items into micro-batches, equally many for each of so many data-parallel ranks."""
-        train, lengths = self.recipe.train, dataset.lengths
-        groups = micro_batches(items, lengths, train.batch_size, train.micro_batch_tokens, ranks)
+        lengths = dataset.lengths
+        groups = micro_batches(items, lengths, *self.recipe.train.bounds(), ranks)
         return [[groups[place] for place in own] for own in assign_to_ranks(groups, lengths, ranks)]
 
     def accumulates(self, ranks: int) -> bool:
-        """Whether a full step takes more than one micro-batch on each of so many data-parallel ranks."""
-        return min(self.recipe.train.global_batch_size, self.items_per_epoch) > self.recipe.train.batch_size * ranks
+        """Whether a full step may take more than one micro-batch on each of so many data-parallel ranks."""
+        examples, tokens = self.recipe.train.bounds()
+        size = min(self.recipe.train.global_batch_size, self.items_per_epoch)
+        most = size * int(self.train.lengths.max())
+        return size > examples * ranks or (tokens is not None and most > tokens * ranks)
 
     def largest_micro_batch(self, ranks: int) -> list[int]:
         """The items of the run's micro-batch that has most tokens, on so many data-parallel ranks.
@@ -149,7 +159,7 @@ class Plan:
         than 1,000 epochs or 16 million items, in its first epochs.
         """
         train, lengths = self.recipe.train, self.train.lengths
-        size, totals, longest = train.global_batch_size, [], []
+        size, (examples, _), totals, longest = train.global_batch_size, train.bounds(), [], []
         epochs = min(-(-self.total_steps // self.steps_per_epoch), _EPOCHS, max(1, _DOCUMENTS // self.items_per_epoch))
         for epoch in range(epochs):
             count = min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
@@ -158,7 +168,7 @@ class Plan:
             by_step[: len(order)] = lengths[order]
             by_step = np.sort(by_step.reshape(count, size), axis=1)
             totals.append(by_step.sum(1))
-            longest.append(by_step[:, -train.batch_size :].sum(1))
+            longest.append(by_step[:, -examples:].sum(1))
         fullest = [np.argsort(-np.concatenate(tokens), kind="stable")[:_STEPS] for tokens in (totals, longest)]
         groups = [
             group

@@ -7,16 +7,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from llama_acc.cli.plan_text import describe_plan
+from llama_acc.core import finetune
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
 from llama_acc.core.memory import fit, guard
-from llama_acc.core.memory.fit import WAYS, _largest, best_changes, fitting
-from llama_acc.core.memory.guard import _bound, check_fits, run_in_subprocess, setup_of_run
+from llama_acc.core.memory.fit import FILLED, WAYS, _largest, best_changes, fill, fitting
+from llama_acc.core.memory.guard import _bound, check_fits, fill_memory, run_in_subprocess, setup_of_run
 from llama_acc.core.memory.predict import PARTS, MemoryRequest, Usage, predict, setup_of
 from llama_acc.core.memory.simulate import Setup
+from llama_acc.core.recipe import Recipe, TrainSection
+from llama_acc.core.train.plan import Plan
 from tests.core.memory.setups import NF4, setup
 from tests.core.tiny import CPU
-from tests.core.train.runs import plan_of, run
+from tests.core.train.runs import assert_bitwise_equal, plan_of, quickstart, run, saved_state, saved_weights
 
 GPU = torch.device("cuda")
 
@@ -52,6 +56,105 @@ def test_methods_come_best_first_with_what_an_example_takes_in_each() -> None:
     assert all(fit.batch_size == fit.longest == 0 for fit in fits)
     needed = predict(setup_of(replace(request, tuning="full", quantize="none"))).total
     assert fits[0].least == needed
+
+
+AUTO = tuple(f"train.{key}=auto" for key in ("batch_size", "micro_batch_tokens", "activation_checkpointing"))
+# An optimizer step of many tokens.
+LARGE = (*AUTO, "train.precision=bf16", "data.sources.0.weight=100", "train.global_batch_size=640")
+
+
+@pytest.mark.parametrize(
+    ("memory", "left_open", "expected"),
+    [
+        (10_000_000, AUTO, (16_384, False)),
+        (1_638_400, AUTO, (16_384, False)),
+        (1_638_399, AUTO, (12_288, False)),
+        (409_600, AUTO, (4096, False)),
+        (409_599, AUTO, (16_384, True)),  # fewer tokens without recomputing are too few
+        (100_000, AUTO, (9216, True)),
+        (500, AUTO, (1024, True)),  # nothing fits: what takes least is refused later
+        (409_599, AUTO[:2], (3072, False)),
+        (300_000, (*AUTO[1:], "train.batch_size=2"), (16_384, True)),
+        (300_000, (AUTO[0], AUTO[2], "train.micro_batch_tokens=2048"), (2048, False)),
+        (200_000, (AUTO[0], AUTO[2], "train.micro_batch_tokens=2048"), (2048, True)),
+    ],
+)
+def test_auto_is_off_and_on_as_it_fits_then_has_as_many_tokens_as_fit(
+    memory: int, left_open: tuple[str, ...], expected: tuple[int, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def taken(section: TrainSection) -> Usage:
+        asked.append(section)
+        tokens = section.bounds()[1]
+        assert tokens is not None
+        return usage(tokens * (10 if section.activation_checkpointing else 100) - 20, 20)
+
+    train = quickstart("train.activation_checkpointing=false", *left_open).train
+    monkeypatch.setattr(fit, "predict", taken)
+    section = lambda train: train  # noqa: E731
+    chosen, found = fill(train, section, memory, lambda function, *arguments: function(*arguments))  # type: ignore[arg-type]
+    assert (chosen.micro_batch_tokens, chosen.activation_checkpointing) == expected
+    assert chosen.batch_size == (2 if "train.batch_size=2" in left_open else train.global_batch_size)
+    assert found == taken(chosen)
+    assert len(asked) <= 8, "a prediction of a large model takes seconds"
+
+
+def test_a_run_fills_the_gpu_it_finds_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(*LARGE)
+
+    def total(tokens: int, recompute: bool) -> int:
+        section = plan.recipe.train.without_auto(tokens, recompute)
+        return predict(setup_of_run(plan.with_chosen(section, ""), 1, "cuda")).total
+
+    for tokens, recompute in ((8192, False), (2048, True)):
+        free = int(total(tokens, recompute) / FILLED) + 2
+        monkeypatch.setattr(guard, "free_memory", lambda device, free=free: free)
+        chosen, said = fill_memory(plan, 1, GPU)
+        assert (chosen.micro_batch_tokens, chosen.activation_checkpointing) == (tokens, recompute)
+        checkpointing = "with" if recompute else "without"
+        assert said.startswith(f"at most {tokens:,} tokens, {checkpointing} activation checkpointing: auto, ")
+        filled = plan.with_chosen(chosen, said)
+        assert filled.settings.activation_checkpointing is recompute
+        assert ("micro-batches", said) in describe_plan(filled)
+        (groups,) = filled.micro_batches(filled.train, filled.items(0), 1)
+        assert tokens / 2 < max(filled.train.lengths[group].sum() for group in groups) <= tokens
+        assert len(groups) > 1
+        assert filled.accumulates(1)
+    monkeypatch.setattr(guard, "free_memory", lambda device: 1 << 40)
+    assert fill_memory(plan, 1, GPU)[1].endswith(
+        "activation checkpointing: auto, far below the 1,024.0 GiB that are free"
+    )
+    chosen, said = fill_memory(plan, 1, CPU)
+    assert (chosen.batch_size, chosen.micro_batch_tokens, chosen.activation_checkpointing) == (4, None, True)
+    assert said == "at most 4 examples, with activation checkpointing: what auto is on cpu"
+
+
+def test_a_resumed_run_goes_on_with_what_it_chose_whatever_gpu_it_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = []
+
+    def on_a_gpu(plan: Plan, world_size: int, device: torch.device, resumed: Path | None) -> tuple[TrainSection, str]:
+        monkeypatch.setattr(guard, "free_memory", lambda device: free[-1])
+        return fill_memory(plan, world_size, GPU, resumed)
+
+    monkeypatch.setattr(finetune, "fill_memory", on_a_gpu)
+    steps = (*LARGE, "train.warmup_epochs=0", "checkpoint.every_steps=1", "checkpoint.keep=0")
+    free.append(int(predict(setup_of_run(_chosen(plan_of(*steps), 4096), 1, "cuda")).total / FILLED) + 2)
+    whole = run(tmp_path / "whole", *steps, "train.max_steps=2").output
+    run(tmp_path / "run", *steps, "train.max_steps=1")
+    free.append(1 << 40)
+    resumed = run(tmp_path / "run", *steps, "train.max_steps=2", resume=True).output
+    kept = Recipe.load(resumed / "recipe.yaml").train
+    assert (kept.batch_size, kept.micro_batch_tokens, kept.activation_checkpointing) == (640, 4096, False)
+    last = "epoch0-iter2"
+    assert_bitwise_equal(saved_weights(resumed / last), saved_weights(whole / last))
+    assert_bitwise_equal(saved_state(resumed / last), saved_state(whole / last))
+
+
+def _chosen(plan: Plan, tokens: int) -> Plan:
+    return plan.with_chosen(plan.recipe.train.without_auto(tokens, recompute=False), "")
 
 
 def test_the_largest_micro_batch_of_the_data_is_what_is_predicted() -> None:
