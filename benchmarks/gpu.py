@@ -31,6 +31,7 @@ from gpu_work import GIB, SPEED, Work, decode_ours, decode_theirs, train_ours, t
 
 from llama_acc.core.device import prepare_cuda
 from llama_acc.core.model.config import ModelConfig, named_size
+from llama_acc.core.train.log import device_name
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ModelConfig(dim=64, n_layers=2, n_heads=4, vocab_size=512, multiple_of=32, max_seq_len=1024)
@@ -139,16 +140,15 @@ def measurements_table(lines: Lines) -> str:
 def measure(name: str, device: torch.device, tiny: bool) -> dict[str, Any]:
     """Does one measurement in this process."""
     prepare_cuda()
-    work = WORK[name]
+    work, about = WORK[name], {"device": device_name(device), "tiny": tiny, "date": time.strftime("%Y-%m-%d")}
     if not work.lengths:
-        return run_tests()
+        return run_tests() | about
     config = TINY if tiny else named_size(work.model)
     if tiny:
         work = replace(work, lengths=tuple(n // 32 for n in work.lengths[:4]), new=work.new and (1, 33))
     torch.manual_seed(0)
-    if work.by == "transformers":
-        return (train_theirs if work.new is None else decode_theirs)(work, config, device)
-    return (train_ours if work.new is None else decode_ours)(work, config, device)
+    train, decode = (train_ours, decode_ours) if work.by == "llama-acc" else (train_theirs, decode_theirs)
+    return (train if work.new is None else decode)(work, config, device) | about
 
 
 def run_tests() -> dict[str, Any]:
@@ -211,13 +211,11 @@ def run(
     """Measures what was not measured yet, as far as the time goes. Returns what is left."""
     begin, lines = time.monotonic(), read_lines(results)
     todo = [name for name, work in WORK.items() if work.part in parts and "error" in lines.get(name, {"error": ""})]
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    about = {"device": kind, "tiny": tiny, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
     for place, name in enumerate(todo):
         start = time.monotonic()
         if start - begin + WORK[name].limit > seconds:
             return todo[place:]
-        line = {"name": name, **about, **launch(name, device, tiny), "seconds": round(time.monotonic() - start, 1)}
+        line = {"name": name, **launch(name, device, tiny), "seconds": round(time.monotonic() - start, 1)}
         cut_off = results.exists() and not results.read_bytes().endswith(b"\n")
         with results.open("a", encoding="utf-8") as file:
             file.write("\n" * cut_off + json.dumps(line) + "\n")

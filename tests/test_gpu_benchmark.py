@@ -33,7 +33,8 @@ def test_every_measurement_is_made_and_shown(tmp_path: Path, monkeypatch: pytest
     for name, line in lines.items():
         low, high = line["range"]
         assert 0 < low <= line["tokens_per_second"] <= high, name
-        assert (line["tiny"], line["device"]) == (True, "CPU")
+        assert line["tiny"]
+        assert line["device"].startswith("CPU, ")
         assert ("predicted_allocated" in line) is ("transformers" not in name and name != "decoding-32"), name
     assert gpu.measurements_table(lines).count("\n") == len(once) + 1
     reached = [goal.text for goal in gpu.GOALS if goal.measured(lines) is not None]
@@ -42,7 +43,7 @@ def test_every_measurement_is_made_and_shown(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_measurement_is_a_process_that_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert gpu.in_child("tests", CPU, True) == {"passed": 0}  # where there is no GPU, none of them runs
+    assert gpu.in_child("tests", CPU, True)["passed"] == 0  # where there is no GPU, none of them runs
     monkeypatch.setitem(gpu.WORK, "tests", replace(gpu.WORK["tests"], limit=0.1))
     assert gpu.in_child("tests", CPU, True) == {"error": "not done in 0.1 s"}
 
