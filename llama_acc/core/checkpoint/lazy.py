@@ -19,6 +19,7 @@ from torch import Tensor
 _BLOCK_BYTES = 4 << 20
 _HUGE_FROM_BYTES = 4 << 20
 _MADV_POPULATE_READ, _MADV_HUGEPAGE = 22, 14  # Linux 5.14; older ones refuse it, and the pages come one by one
+_library = functools.cache(ctypes.CDLL)
 Read = Callable[[slice, slice], Tensor]
 
 
@@ -239,9 +240,4 @@ def _advise(tensor: Tensor, advice: int) -> None:
         return
     start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     length = tensor.data_ptr() + _span_bytes(tensor) - start
-    _c_library().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
-
-
-@functools.cache
-def _c_library() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
+    _library(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
