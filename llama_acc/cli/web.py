@@ -63,14 +63,14 @@ def serve_chat(
     """Serves a page to talk to models, each with an engine of its own; see `serve_page`."""
     from llama_acc.core.generate.engine import Engine, slots_for
     from llama_acc.core.generate.service import Service
-    from llama_acc.core.web.chat_page import Served, chat_page
+    from llama_acc.core.web.chat_page import ChatPage, Served
 
     with ExitStack() as running:
         served = []
         for folder, loaded in models.items():
             engine = Engine(loaded, min(_TABS, slots_for(loaded, loaded.model.config.max_seq_len)))
             served.append(Served(folder, loaded, running.enter_context(Service(engine).running())))
-        serve_page(listener, lambda: chat_page(served, sampling, system))
+        serve_page(listener, lambda: ChatPage(served, sampling, system).blocks)
 
 
 def is_loopback(host: str) -> bool:

@@ -60,7 +60,7 @@ def other(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def chats() -> Iterator[Any]:
     """Serves the chat page of checkpoints, in a prompt format; gives its address and engines."""
-    from llama_acc.core.web.chat_page import Served, chat_page
+    from llama_acc.core.web.chat_page import ChatPage, Served
 
     with ExitStack() as stack:
 
@@ -74,7 +74,7 @@ def chats() -> Iterator[Any]:
                 if engine is _Gated:  # it is closed between two steps
                     stack.callback(service.engine.gate.release, 10**6)
                 models.append(Served(folder.name, loaded, service))
-            page = chat_page(models, Sampling(temperature=0, max_new_tokens=200))
+            page = ChatPage(models, Sampling(temperature=0, max_new_tokens=200)).blocks
             return stack.enter_context(served(page)), [model.service.engine for model in models]
 
         yield serve

@@ -55,15 +55,11 @@ class _Tab:
     stop: threading.Event = field(default_factory=threading.Event)
 
 
-def chat_page(models: Sequence[Served], sampling: Sampling, system: str | None = None) -> gr.Blocks:
-    """The page. Settings and system text are those that a tab begins with; see `Conversation`."""
-    return _ChatPage(models, sampling, system).blocks
+class ChatPage:
+    """The page, and what its components do; what an answer changes is listed in `_outputs`."""
 
-
-class _ChatPage:
-    """The page's components, and what they do. What an answer changes is listed in `_outputs`."""
-
-    def __init__(self, models: Sequence[Served], sampling: Sampling, system: str | None) -> None:
+    def __init__(self, models: Sequence[Served], sampling: Sampling, system: str | None = None) -> None:
+        """Sampling and system text are the settings that a tab begins with; see `Conversation`."""
         self._models, self._sampling = models, sampling
         self._tabs: dict[str, _Tab] = {}
         self.blocks = gr.Blocks(title="llama-acc chat", analytics_enabled=False, fill_height=True)
@@ -100,7 +96,7 @@ class _ChatPage:
             self._box.submit(self._ask, [self._box, *self._settings], **many)
             self._box.stop(self._stop, queue=False)
             for side, chat in enumerate(self._chats):
-                chat.retry(self._retry, [gr.State(side), *self._settings], **many)
+                chat.retry(self._retry, self._settings, **many)
                 chat.edit(self._edit, [gr.State(side), *self._settings], **many)
                 chat.clear(self._clear, **many)
             clear.click(self._clear, **many)
@@ -125,8 +121,8 @@ class _ChatPage:
         if question["text"].strip() or files:
             yield from self._answers(tab, settings, ask, files=files)
 
-    def _retry(self, request: gr.Request, side: int, *settings: Any) -> Iterator[list[Any]]:
-        yield from self._answers(self._tab(request), settings, Conversation.retry, only=side)
+    def _retry(self, request: gr.Request, *settings: Any) -> Iterator[list[Any]]:
+        yield from self._answers(self._tab(request), settings, Conversation.retry)
 
     def _edit(self, request: gr.Request, edited: gr.EditData, side: int, *settings: Any) -> Iterator[list[Any]]:
         """All conversations go on from an edited question; it is told by how many turns follow it."""
@@ -149,46 +145,40 @@ class _ChatPage:
         settings: Sequence[Any],
         start: Callable[[Conversation], Iterator[str]],
         files: Sequence[str] = (),
-        only: int | None = None,
     ) -> Iterator[list[Any]]:
-        """What a tab shows while its conversations, or `only` this one, are answered."""
+        """What a tab shows while its conversations are answered; what was answered before ends."""
         tab.stop.set()
         with tab.answering:
             tab.stop.clear()
-            asked = tab.conversations if only is None else [tab.conversations[only]]
-            before = [(one.turns, one.images) for one in asked], tab.pictures
-            answers: list[Iterator[str]] = []
+            before = [(one.turns, one.images) for one in tab.conversations], tab.pictures
             try:
                 sampling, system = self._chosen(settings)
-                for conversation in asked:
+                for conversation in tab.conversations:
                     if conversation.sampler.sampling != sampling:
                         conversation.sampler = Sampler(sampling)
                     conversation.system = system
-                    answers.append(start(conversation))
+                answers = [start(conversation) for conversation in tab.conversations]
             except UserError as error:
-                for conversation, (turns, images) in zip(asked, before[0], strict=True):
+                for conversation, (turns, images) in zip(tab.conversations, before[0], strict=True):
                     conversation.turns, conversation.images = turns, images
                 tab.pictures = before[1]
                 gr.Warning(_text_of(error), title="Not asked")
-                yield [gr.skip(), *self._shown(tab)]
+                yield [gr.skip(), *_shown(tab)]
                 return
-            dropped = max(conversation.dropped_turns for conversation in asked)
+            dropped = max(conversation.dropped_turns for conversation in tab.conversations)
             if dropped:
                 gr.Info(f"The conversation is long: forgot its {count_text(dropped, 'oldest turn')}.")
             kept = [(max(0, place - dropped), file) for place, file in tab.pictures]
-            tab.pictures = [*kept, *((len(asked[0].turns) - 1, file) for file in files)]
-            yield from self._streamed(tab, asked, answers)
+            tab.pictures = [*kept, *((len(tab.conversations[0].turns) - 1, file) for file in files)]
+            yield from self._streamed(tab, answers)
 
-    def _streamed(
-        self, tab: _Tab, asked: Sequence[Conversation], answers: Sequence[Iterator[str]]
-    ) -> Iterator[list[Any]]:
-        box, texts = gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True), [""] * len(asked)
+    def _streamed(self, tab: _Tab, answers: Sequence[Iterator[str]]) -> Iterator[list[Any]]:
+        box, texts = gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True), [""] * len(answers)
         try:
             # Engines do not wait for each other, only what is shown of them.
             for pieces in zip_longest(*answers, fillvalue=""):
                 texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
-                so_far = {id(conversation): text for conversation, text in zip(asked, texts, strict=True)}
-                yield [box, *self._shown(tab, so_far)]
+                yield [box, *_shown(tab, texts)]
                 if tab.stop.is_set():
                     break
                 box = gr.skip()
@@ -197,20 +187,7 @@ class _ChatPage:
         finally:
             for answer in answers:
                 answer.close()  # type: ignore[attr-defined]  # a generator
-        yield [gr.MultimodalTextbox(submit_btn=True, stop_btn=False), *self._shown(tab)]
-
-    def _shown(self, tab: _Tab, so_far: dict[int, str] | None = None) -> list[Any]:
-        """Messages and tokens of each conversation, or of those with answers `so_far`, by the conversation's `id`."""
-        shown: list[Any] = []
-        for conversation in tab.conversations:
-            if so_far is None:
-                tokens = tokens_html(conversation.token_view(), conversation.loaded.tokenizer.piece)
-                shown += [_messages(conversation, tab.pictures), tokens]
-            elif id(conversation) in so_far:
-                shown += [_messages(conversation, tab.pictures, so_far[id(conversation)]), gr.skip()]
-            else:
-                shown += [gr.skip(), gr.skip()]
-        return shown
+        yield [gr.MultimodalTextbox(submit_btn=True, stop_btn=False), *_shown(tab)]
 
     def _chosen(self, settings: Sequence[Any]) -> tuple[Sampling, str | None]:
         system, temperature, top_p, top_k, min_p, penalty, most, seed = settings
@@ -236,7 +213,7 @@ class _ChatPage:
             for conversation in tab.conversations:
                 conversation.reset()
             tab.pictures = []
-            return [gr.MultimodalTextbox(value=None, submit_btn=True, stop_btn=False), *self._shown(tab)]
+            return [gr.MultimodalTextbox(value=None, submit_btn=True, stop_btn=False), *_shown(tab)]
 
     def _save(self, request: gr.Request) -> list[dict[str, Any]]:
         """The conversations as items of a data file."""
@@ -277,16 +254,30 @@ def _settings(loaded: LoadedModel, sampling: Sampling, system: str | None) -> li
     with gr.Row():
         asked = gr.Textbox(system or "", label="System text", info=info, placeholder=own, lines=3, min_width=280)
     with gr.Row():
-        return [
-            asked,
+        drawn = [
             gr.Slider(0, 2, sampling.temperature, step=0.05, label="Temperature", info="0 takes the likeliest token."),
             gr.Slider(0.01, 1, sampling.top_p, step=0.01, label="Top-p", info="Draw from the likeliest of this total."),
             gr.Slider(0, 200, sampling.top_k, step=1, label="Top-k", info="Draw from so many; 0: from all."),
             gr.Slider(0, 1, sampling.min_p, step=0.01, label="Min-p", info="At least this part of the likeliest."),
+        ]
+    with gr.Row():
+        return [
+            asked,
+            *drawn,
             gr.Slider(0.5, 2, sampling.repetition_penalty, step=0.05, label="Repetition penalty", info="1 is none."),
             gr.Number(sampling.max_new_tokens, precision=0, minimum=1, label="Most tokens", info="Of an answer."),
             gr.Number(sampling.seed, precision=0, label="Seed", info="The same one gives the same answers."),
         ]
+
+
+def _shown(tab: _Tab, so_far: Sequence[str] | None = None) -> list[Any]:
+    """Messages and tokens of each conversation; while its answer is under way, and is so far this, the messages."""
+    shown: list[Any] = []
+    for place, conversation in enumerate(tab.conversations):
+        shown.append(_messages(conversation, tab.pictures, "" if so_far is None else so_far[place]))
+        piece = conversation.loaded.tokenizer.piece
+        shown.append(tokens_html(conversation.token_view(), piece) if so_far is None else gr.skip())
+    return shown
 
 
 def _messages(
