@@ -29,6 +29,7 @@ from llama_acc.core.generate.sampling import Sampler, TokenLogprobs, logprobs_of
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.loss import CHUNK_ROWS
 from llama_acc.core.model.multi_adapter import MultiAdapter
+from llama_acc.core.model.transformer import SMALL_DIM, reorder_small
 from llama_acc.core.model.vision import Images
 from llama_acc.core.tokenizer import StreamDecoder, Tokenizer
 
@@ -244,6 +245,7 @@ class Engine:
         # What inference mode leaves behind, such as the table of rotations, could not be trained with.
         trains = any(parameter.requires_grad for parameter in loaded.model.parameters())
         self._without_gradients = torch.no_grad if trains else torch.inference_mode
+        self._is_fixed, self._is_reordered = not trains, False
 
     @property
     def running(self) -> list[Reply]:
@@ -464,6 +466,9 @@ class Engine:
         lengths = [part.length for part in fed]
         if isinstance(model, MultiAdapter):
             model.select([part.adapter for part in fed], lengths)
+        if one.wanted > 1 and self._is_fixed and not self._is_reordered:
+            reorder_small(model)
+            self._is_reordered = True
         with self._without_gradients():
             hidden = model(stream, torch.tensor(positions, device=device), lengths, caches=caches, images=seen)
             if not one.wanted:
@@ -486,7 +491,8 @@ def slots_for(loaded: LoadedModel, context: int) -> int:
     if device.type != "cuda":
         # Weights are mapped from their file: the system counts their pages as free.
         weights = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
-        free = free // local_world_size() - sum(weights.values())
+        copies = 2 if config.dim <= SMALL_DIM else 1  # see `reorder_small`
+        free = free // local_world_size() - copies * sum(weights.values())
     return max(1, min(_MOST_SLOTS, int(0.8 * free) // (numbers * model.dtype.itemsize)))
 
 

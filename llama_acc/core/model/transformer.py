@@ -14,7 +14,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
 from operator import add
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from zlib import crc32
 
 import torch
@@ -43,6 +43,7 @@ from llama_acc.core.model.layers import (
     TiedOutput,
     gated_linear,
     normed_linears,
+    reorder_for_rows,
     residual,
     scaled,
 )
@@ -55,6 +56,8 @@ from llama_acc.core.model.vision import Images, VisionProjector, attach_vision, 
 _ALONE = Parallel()
 _ADDED = 1 << 24  # no model has so many parameters of its own
 _TABLE_ROWS = 16384
+SMALL_DIM = 1024
+"""Up to this width, a model is small: a second copy of its matrices costs less than it saves."""
 
 
 class FeedForward(nn.Module):
@@ -375,13 +378,32 @@ def pack_small(model: Transformer) -> None:
 
     In a larger model the time is that of reading the weights, and packing would only copy them.
     """
-    if model.config.dim > 1024 or model.config.tuning != FULL or model.is_quantized or model.parallel.model_size > 1:
+    if (
+        model.config.dim > SMALL_DIM
+        or model.config.tuning != FULL
+        or model.is_quantized
+        or model.parallel.model_size > 1
+    ):
         return
     for block in model.layers:
         assert isinstance(block, TransformerBlock)
         attention, feed_forward = block.attention, block.feed_forward
         attention.packed = Packed([attention.wq, attention.wk, attention.wv])
         feed_forward.packed = Packed([feed_forward.w1, feed_forward.w3])
+
+
+def reorder_small(model: Transformer) -> None:
+    """Keeps a small model's matrices a second time as a CPU reads them fastest for several rows, for generation of
+    several replies together. They must not change any more."""
+    if model.config.dim > SMALL_DIM:
+        return
+    blocks: Any = model.layers
+    parts = [part for block in blocks for part in (block.attention, block.feed_forward)]
+    packed = [part.packed for part in parts if part.packed is not None]
+    done = {id(layer) for one in packed for layer in one.layers}
+    single = [one for one in model.layers.modules() if isinstance(one, Linear) and id(one) not in done]
+    weights = [one.weight for one in (*packed, *single, model.output)]
+    reorder_for_rows({weight.data_ptr(): weight for weight in weights}.values())
 
 
 def initialize(model: Transformer, seed: int, only: Container[str] | None = None) -> None:

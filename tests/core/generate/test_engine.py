@@ -120,7 +120,8 @@ def test_slots_are_as_many_as_the_free_memory_holds_and_the_cache_takes_what_was
     slot = 2 * layers * heads * SMALL.head_size * 200 * 4
     weights = sum(parameter.nbytes for parameter in model.model.parameters())
     for room, slots in ((0, 1), (5.5, 5), (1000, 64)):
-        monkeypatch.setattr("llama_acc.core.generate.engine.free_memory", lambda _: int(weights + room * slot / 0.8))  # noqa: B023
+        free = int(2 * weights + room * slot / 0.8)
+        monkeypatch.setattr("llama_acc.core.generate.engine.free_memory", lambda _, free=free: free)
         assert slots_for(model, 200) == Engine(model, None, 200).slots == slots
     engine = Engine(model, 5, context=200)
     sizes = []

@@ -14,6 +14,7 @@ from llama_acc.core.model.layers import (
     gated_linear,
     linear,
     normed_linears,
+    reorder_for_rows,
 )
 from llama_acc.core.model.rotary import rotary_table, rotate
 from tests.core.tiny import difference
@@ -106,6 +107,17 @@ def test_one_row_times_a_matrix_of_any_size_is_the_product(
     weight, x = _random(*shape, seed=7).to(dtype), _random(1, shape[1], seed=8).to(dtype)
     with torch.no_grad():
         assert difference(linear(x, weight), x.double() @ weight.double().t()) < off
+
+
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_rows_times_a_matrix_are_the_product_also_where_it_is_reordered(dtype: torch.dtype, off: float) -> None:
+    weight = _random(120, 72, seed=7).to(dtype)
+    for _ in range(2):
+        for rows in (2, 3, 16, 50):
+            x = _random(rows, 72, seed=8).to(dtype)
+            with torch.no_grad():
+                assert difference(linear(x, weight), x.double() @ weight.double().t()) < off
+        reorder_for_rows([weight])
 
 
 def test_rotation_turns_pairs_by_position_times_frequency() -> None:
