@@ -46,9 +46,10 @@ lint: $(INSTALLED_DEV)
 types: $(INSTALLED_DEV)
 	$(BIN)/mypy
 
-# Two workers on two cores: each test computes with one thread unless it asks for more.
+# Two workers on two cores: each test computes with one thread unless it asks for more. Compiled tests are kept, for one
+# worker from the other.
 unit: $(INSTALLED_DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not soak"
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not soak"
 
 soak: $(INSTALLED_DEV)
 	-$(BIN)/python -m pip install --quiet --only-binary :all: 'atheris>=2.3'

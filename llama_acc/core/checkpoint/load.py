@@ -127,9 +127,16 @@ def _unreadable(path: object, error: Exception) -> UserError:
     hint = "the file may be cut short: copy it again"
     if isinstance(error, pickle.UnpicklingError):  # torch's own words on it advise to run whatever is in it
         reason = "it is no file of tensors"
+    elif "mmap can only be used" in reason and not _begins(path, pickle.PROTO):
+        reason = "it is no file of tensors"
     elif "mmap can only be used" in reason:
         reason, hint = "it was saved before torch 1.6", "load it and save it again with torch.load and torch.save"
     return UserError(f"cannot read {path}: {reason}", hint)
+
+
+def _begins(path: object, mark: bytes) -> bool:
+    with open(str(path), "rb") as file:
+        return file.read(len(mark)) == mark
 
 
 # Checkpoints

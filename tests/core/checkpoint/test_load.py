@@ -85,6 +85,13 @@ def test_anything_but_names_and_tensors_is_refused(content: Any, tmp_path: Path)
     assert "a mapping from names to tensors is expected" in refused(tmp_path / NAME, content)
 
 
+@pytest.mark.parametrize("content", [b"", b"{}"], ids=["empty", "text"])
+def test_what_is_no_file_of_tensors_is_not_taken_for_an_old_one(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / NAME).write_bytes(content)
+    with pytest.raises(UserError, match="cannot read .*: it is no file of tensors"):
+        open_shard(tmp_path / NAME)
+
+
 def filled(path: Path, dtype: torch.dtype, copy: bool) -> tuple[Transformer, dict[str, int]]:
     """A model filled from a file, and where the mapped tensors began."""
     weights = read_weights([inspect(path.parent)])
