@@ -125,12 +125,11 @@ def open_safetensors(path: object) -> Shard:
 def _unreadable(path: object, error: Exception) -> UserError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     hint = "the file may be cut short: copy it again"
-    if isinstance(error, pickle.UnpicklingError):  # torch's own words on it advise to run whatever is in it
-        reason = "it is no file of tensors"
-    elif "mmap can only be used" in reason and not _begins(path, pickle.PROTO):
-        reason = "it is no file of tensors"
-    elif "mmap can only be used" in reason:
+    is_not_zip = "mmap can only be used" in reason
+    if is_not_zip and _begins(path, pickle.PROTO):
         reason, hint = "it was saved before torch 1.6", "load it and save it again with torch.load and torch.save"
+    elif is_not_zip or isinstance(error, pickle.UnpicklingError):  # whose words advise to run whatever is in it
+        reason = "it is no file of tensors"
     return UserError(f"cannot read {path}: {reason}", hint)
 
 

@@ -88,7 +88,7 @@ def test_anything_but_names_and_tensors_is_refused(content: Any, tmp_path: Path)
 @pytest.mark.parametrize("content", [b"", b"{}"], ids=["empty", "text"])
 def test_what_is_no_file_of_tensors_is_not_taken_for_an_old_one(content: bytes, tmp_path: Path) -> None:
     (tmp_path / NAME).write_bytes(content)
-    with pytest.raises(UserError, match="cannot read .*: it is no file of tensors"):
+    with pytest.raises(UserError, match=r"cannot read .*: it is no file of tensors"):
         open_shard(tmp_path / NAME)
 
 
