@@ -55,7 +55,8 @@ def test_it_goes_on_where_it_ended(tmp_path: Path) -> None:
         if len(measured) == 3:
             raise KeyboardInterrupt
         measured.append(name)
-        return {"error": "it failed"} if measured == ["full-recomputed", "full"] else {"tokens_per_second": 5.0}
+        failed = measured == ["full-recomputed", "full"]
+        return {"error": "it failed"} if failed else {"tokens_per_second": 5.0, "tiny": tiny}
 
     with pytest.raises(KeyboardInterrupt):
         gpu.run(["training"], results, CPU, True, 1e9, launch)
@@ -67,6 +68,11 @@ def test_it_goes_on_where_it_ended(tmp_path: Path) -> None:
         gpu.run(["training"], results, CPU, True, 1e9, launch)
     assert measured == ["full", "qlora", "qlora-recomputed"]
     assert gpu.read_lines(results)["qlora"]["tokens_per_second"] == 5.0
+    # A rehearsal is no measurement.
+    assert gpu.run(["correctness"], results, CPU, False, 1e9, lambda *_: {"passed": 1, "tiny": False}) == []
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run(["training"], results, CPU, False, 1e9, launch)
+    assert gpu.goals_table(gpu.read_lines(results)) == gpu.goals_table({})
     # What might take longer than there is time is left.
     assert gpu.run(["training"], results, CPU, True, 119.0, launch) == [
         "qlora-2x512",
