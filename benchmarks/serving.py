@@ -54,7 +54,9 @@ def command(name: str, args: argparse.Namespace, port: int) -> list[str]:
         serve = [sys.executable, "-m", "llama_acc", "serve", "--ckpt", str(args.ckpt), "--device", "cpu"]
         return [*serve, "--port", str(port), "--slots", str(max(args.clients)), "--context", "1024"]
     serve = [str(Path(sys.executable).with_name("transformers")), "serve", str(args.huggingface), "--device", "cpu"]
-    return [*serve, "--port", str(port), "--continuous-batching", "--dtype", args.dtype, *args.peer_options]
+    # Without a number of blocks its cache takes most of the machine's memory.
+    room = ["--cb-block-size", "32", "--cb-num-blocks", "128", "--cb-max-batch-tokens", "512"]
+    return [*serve, "--port", str(port), "--continuous-batching", "--dtype", args.dtype, *room]
 
 
 def post(port: int, model: str, text: str, most: int) -> int:
@@ -116,10 +118,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", choices=["llama-acc", "transformers"])
-    parser.add_argument("--peer-options", nargs="*", default=[], help="more for transformers serve, without the dashes")
     parser.add_argument("--log", type=argparse.FileType("a"), default="serving.log", help="what the servers say")
     args = parser.parse_args()
-    args.peer_options = [f"--{option}" for option in args.peer_options]
     names = [args.only] if args.only else ["llama-acc", "transformers"]
     speeds: dict[str, list[dict[int, float]]] = {name: [] for name in names}
     for number in range(args.turns):
