@@ -24,6 +24,7 @@ from llama_acc.core.data.templates import Template
 from llama_acc.core.device import free_memory
 from llama_acc.core.distributed.groups import local_world_size
 from llama_acc.core.errors import UserError
+from llama_acc.core.generate.decode_graph import DecodeGraph
 from llama_acc.core.generate.load import LoadedModel
 from llama_acc.core.generate.sampling import Sampler, TokenLogprobs, logprobs_of
 from llama_acc.core.model.attention import KVCache
@@ -242,6 +243,7 @@ class Engine:
         self._slots: list[_Slot] = []
         self._caches = [KVCache(loaded.model.config.n_layers, self.context)]
         self._taken = 0
+        self._decode = DecodeGraph(loaded.model) if DecodeGraph.takes(loaded.model) else None
         # What inference mode leaves behind, such as the table of rotations, could not be trained with.
         trains = any(parameter.requires_grad for parameter in loaded.model.parameters())
         self._without_gradients = torch.no_grad if trains else torch.inference_mode
@@ -284,10 +286,9 @@ class Engine:
         planned = self._plan()
         if not planned:
             return []
-        logits = self._logits(planned)
+        logits, likeliest = self._logits(planned)
         events = []
-        likeliest = logits.argmax(-1).tolist()
-        for (slot, count), row, first in zip(planned, logits, likeliest, strict=False):
+        for (slot, count), row, first in zip(planned, logits, likeliest.tolist(), strict=False):
             slot.fed(count)
             reply, sampler = slot.reply, slot.sampler
             assert reply is not None
@@ -385,8 +386,8 @@ class Engine:
         last.sort(key=lambda planned: (planned[1] > 1, planned[0].adapter, planned[0].cache.slot))
         return last + beginnings
 
-    def _logits(self, planned: Sequence[tuple[_Slot, int]]) -> Tensor:
-        """[B, V] of what follows the sequences whose feed is taken whole."""
+    def _logits(self, planned: Sequence[tuple[_Slot, int]]) -> tuple[Tensor, Tensor]:
+        """[B, V] of what follows the sequences whose feed is taken whole, and the likeliest tokens, [B]."""
         fed = [
             _Fed(slot.cache.slot, len(slot.seen), count, len(slot.new_images), slot.adapter) for slot, count in planned
         ]
@@ -448,12 +449,15 @@ class Engine:
         with self._without_gradients():
             self._cache(target).copy(self._cache(source), length)
 
-    def _forward(self, one: _Pass) -> Tensor:
-        """[B, V] logits of what follows the sequences of which it is wanted."""
+    def _forward(self, one: _Pass) -> tuple[Tensor, Tensor]:
+        """[B, V] logits of what follows the sequences of which it is wanted, and the likeliest tokens, [B]."""
         model, device, fed = self.loaded.model, self.loaded.device, one.fed
         caches = [self._cache(part.slot) for part in fed]
         for cache, part in zip(caches, fed, strict=True):
             cache.truncate(part.keep)
+        if self._decode is not None and len(one.tokens) == one.wanted and all(cache.length for cache in caches):
+            with self._without_gradients():
+                return self._decode(one.tokens, caches)
         positions = [position for part in fed for position in range(part.keep, part.keep + part.length)]
         owners = [document for document, part in enumerate(fed) for _ in range(part.images)]
         stream, seen = torch.tensor(one.tokens, device=device), None
@@ -472,10 +476,11 @@ class Engine:
         with self._without_gradients():
             hidden = model(stream, torch.tensor(positions, device=device), lengths, caches=caches, images=seen)
             if not one.wanted:
-                return hidden.new_empty(0, 1)
+                return hidden.new_empty(0, 1), stream[:0]
             if len(one.tokens) > one.wanted:
                 hidden = hidden[[end - 1 for end in accumulate(lengths[: one.wanted])]]
-            return model.logits(hidden)
+            logits = model.logits(hidden)
+            return logits, logits.argmax(-1)
 
 
 def slots_for(loaded: LoadedModel, context: int) -> int:

@@ -17,17 +17,19 @@ from torch import Tensor, nn
 from llama_acc.core.device import device_type
 from llama_acc.core.distributed.groups import Group, Parallel, copied
 from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.kernels import use_kernels
 from llama_acc.core.model.layers import (
     ColumnParallelLinear,
     Packed,
     RMSNorm,
     RowParallelLinear,
+    added,
     normed_linears,
     residual,
     rms_norm,
     scaled,
 )
-from llama_acc.core.model.rotary import rotate
+from llama_acc.core.model.rotary import rotate, rotate_both
 
 
 class PrefixHeads(NamedTuple):
@@ -158,7 +160,7 @@ class DocumentAttention:
         if device_type(q) == "cpu" and torch.is_grad_enabled():
             return _DocumentsOnCPU.apply(q, k, v, rotations, self.lengths, window)
         if rotations is not None:
-            q, k = rotate(q, rotations), rotate(k, rotations)
+            q, k = rotate_both(q, k, rotations)
         if device_type(q) == "cuda" and takes_flash(q):
             if self._bounds is None:
                 self._bounds = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=q.device)
@@ -338,20 +340,34 @@ class CachedAttention:
         layer: the number of the block that computes.
     """
 
-    def __init__(self, caches: Sequence[KVCache], lengths: Sequence[int], rotations: Tensor) -> None:
-        """`caches` go with `lengths`, and are beside each other."""
+    def __init__(
+        self,
+        caches: Sequence[KVCache],
+        lengths: Sequence[int],
+        rotations: Tensor,
+        on_gpu: "TokensOnGPU | None" = None,
+    ) -> None:
+        """`caches` go with `lengths`, and are beside each other; with `on_gpu`, which says more, one stands for all."""
         self.layer = 0
         self.lengths, self.rotations = lengths, rotations
         self._layers = caches[0].layers
         self._slots = [cache.slot for cache in caches]
         self._starts = [cache.length for cache in caches]
         self._places = list(document_slices(lengths))
+        self._on_gpu = on_gpu
+        if on_gpu is not None:
+            return
+        if use_kernels(rotations) and max(lengths) == 1:
+            slots, positions = torch.tensor([self._slots, self._starts], device=rotations.device)
+            self._on_gpu = TokensOnGPU(slots, positions, max(self._slots) + 1, max(self._starts) + 1)
         count = sum(1 for _ in takewhile(lambda length: length == 1, lengths))
         together = _SingleTokens(self._slots[:count], self._starts[:count], rotations.device) if count > 1 else None
         self._together = together if together is not None and together.is_worthwhile else None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotates: bool = True, window: int | None = None) -> Tensor:
         layer = self._layers[self.layer]
+        if self._on_gpu is not None:
+            return self._on_gpu.attend(layer, q, k, v, self.rotations if rotates else None, window)
         if rotates:
             # Queries and keys are rotated together: for a single token the calls cost more than their work.
             q, k = rotate(torch.cat((q, k), 1), self.rotations).split((q.shape[1], k.shape[1]), 1)
@@ -383,6 +399,26 @@ class CachedAttention:
                 kept.setdefault(slot, made[0 if common else document])
         heads = [kept[slot] for slot in self._slots]
         return heads[:1] if all(other is heads[0] for other in heads) else heads
+
+
+class TokensOnGPU(NamedTuple):
+    """Single new tokens [T] of as many documents, for kernels that find the documents' slots and lengths on the GPU."""
+
+    slots: Tensor
+    positions: Tensor
+    end: int = 0
+    """So many slots are needed, 0: there is room,"""
+    longest: int = 0
+    """and so many positions in them."""
+
+    def attend(
+        self, layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, rotations: Tensor | None, window: int | None
+    ) -> Tensor:
+        """The outputs [T, H*D] for queries [T, H, D], and keys and values [T, K, D], which are stored."""
+        layer.make_room(k, self.end, self.longest)
+        kept = layer.keys, layer.values
+        q = torch.ops.llama_acc.rotate_and_store(q, k, v, rotations, *kept, self.slots, self.positions)
+        return torch.ops.llama_acc.attend_slots(q, *kept, self.slots, self.positions, window or 0).flatten(1)
 
 
 class _SingleTokens:
@@ -459,6 +495,7 @@ class Attention(nn.Module):
         self.rotates = layer not in config.nope_layers
         is_windowed = config.window_layers is None or layer in config.window_layers
         self.window = config.sliding_window if is_windowed else None
+        self.multiplier = config.residual_multiplier
         factor = config.attention_multiplier
         self.query_scale = 1.0 if factor is None else factor * config.head_size**0.5  # kernels divide by sqrt(D)
         q_dim = config.n_heads * config.head_size
@@ -475,7 +512,7 @@ class Attention(nn.Module):
         self.packed: Packed | None = None
 
     def forward(self, x: Tensor, norm: RMSNorm, attend: Attend, extra: AttentionExtra | None = None) -> Tensor:
-        """[T, dim] to [T, dim]; `norm` is applied to x first."""
+        """x [T, dim] and what attention adds to it; `norm` is applied to x first."""
         if self.packed is None:
             projected = normed_linears(x, norm, (self.wq, self.wk, self.wv))
         else:
@@ -485,7 +522,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q = scaled(q, self.query_scale)
         heads = attend(q, k, v, self.rotates, self.window)
-        return self.wo(heads if extra is None else heads + extra.output(self, q, attend))
+        return added(x, heads if extra is None else heads + extra.output(self, q, attend), self.wo, self.multiplier)
 
 
 class HeadNorm(RMSNorm):

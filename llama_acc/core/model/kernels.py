@@ -20,8 +20,12 @@ _OPERATORS = torch.library.Library("llama_acc", "DEF")
 
 
 def use_kernels(x: Tensor) -> bool:
-    """Whether what is done to `x` is done by these: on a GPU, if Triton is installed, which torch for CUDA brings."""
-    return device_type(x) == "cuda" and has_triton()
+    """Whether what is done to `x` is done by these: on a GPU, if Triton is installed, which torch for CUDA brings.
+
+    Of what is compiled, torch.compile makes kernels itself.
+    """
+    is_for_them = device_type(x) == "cuda" and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+    return is_for_them and has_triton()
 
 
 @cache
@@ -46,8 +50,27 @@ def _dense(packed: Tensor, *rest: Any) -> Tensor:
     return packed.new_empty(packed.shape[0], 2 * packed.shape[1], dtype=rest[-1])
 
 
+def _like_the_first(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 _define(
     "dequantize_nf4(Tensor packed, Tensor absmax, Tensor nested, Tensor offset, Tensor levels, Tensor magnitudes, "
     "ScalarType dtype) -> Tensor",
     _dense,
+)
+_define("swiglu(Tensor gate, Tensor up) -> Tensor", _like_the_first)
+_define("swiglu_backward_(Tensor(a!) d_product, Tensor(b!) gate, Tensor(c!) up) -> ()", lambda *_: None)
+_define(
+    "rotate_heads(Tensor q, Tensor k, Tensor rotations, bool back) -> (Tensor, Tensor)",
+    lambda q, k, *_: (_like_the_first(q), _like_the_first(k)),
+)
+_define(
+    "rotate_and_store(Tensor q, Tensor k, Tensor v, Tensor? rotations, Tensor(a!) keys, Tensor(b!) values, "
+    "Tensor slots, Tensor positions) -> Tensor",
+    _like_the_first,
+)
+_define(
+    "attend_slots(Tensor q, Tensor keys, Tensor values, Tensor slots, Tensor positions, int window) -> Tensor",
+    _like_the_first,
 )

@@ -4,11 +4,13 @@ Shapes: T tokens, H heads, D head dimension.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llama_acc.core.model.config import ModelConfig, RopeScaling
+from llama_acc.core.model.kernels import use_kernels
 
 
 def frequencies(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, float]:
@@ -76,3 +78,23 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotations.unsqueeze(1)).flatten(-2).to(x.dtype)
+
+
+def rotate_both(q: Tensor, k: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotate` of queries [T, H, D] and keys [T, K, D], on a GPU by one kernel."""
+    if use_kernels(q):
+        return _Rotation.apply(q, k, rotations)
+    return rotate(q, rotations), rotate(k, rotations)
+
+
+class _Rotation(torch.autograd.Function):
+    """Gradients are rotated back."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rotations)
+        return torch.ops.llama_acc.rotate_heads(q, k, rotations, False)
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return *torch.ops.llama_acc.rotate_heads(*d_outputs, *ctx.saved_tensors, True), None

@@ -20,6 +20,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
+from llama_acc.core.device import device_type
 from llama_acc.core.distributed.groups import Parallel, gathered, local_part
 from llama_acc.core.errors import UserError, did_you_mean
 from llama_acc.core.model.attention import (
@@ -29,6 +30,7 @@ from llama_acc.core.model.attention import (
     CachedAttention,
     DocumentAttention,
     KVCache,
+    TokensOnGPU,
 )
 from llama_acc.core.model.config import ModelConfig, RopeScaling
 from llama_acc.core.model.layers import (
@@ -41,11 +43,13 @@ from llama_acc.core.model.layers import (
     RowParallelLinear,
     Spec,
     TiedOutput,
+    added,
     gated_linear,
     normed_linears,
     reorder_for_rows,
     residual,
     scaled,
+    swiglu,
 )
 from llama_acc.core.model.loss import linear_cross_entropy
 from llama_acc.core.model.nf4 import Scales, quantize
@@ -73,11 +77,14 @@ class FeedForward(nn.Module):
         self.w2 = RowParallelLinear(config.hidden_dim, config.dim, parallel, residual(config.n_layers))
         self.w3 = ColumnParallelLinear(config.dim, config.hidden_dim, parallel)
         self.packed: Packed | None = None
+        self.multiplier = config.residual_multiplier
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        """[T, dim] to [T, dim]; `norm` is applied to x first."""
+        """x [T, dim] and what is added to it; `norm` is applied to x first."""
         gate, up = normed_linears(x, norm, (self.w1, self.w3)) if self.packed is None else self.packed(norm(x))
-        return gated_linear(gate, up, self.w2)
+        if torch.is_grad_enabled():
+            return x + scaled(gated_linear(gate, up, self.w2), self.multiplier)
+        return added(x, swiglu(gate, up), self.w2, self.multiplier)
 
 
 class TransformerBlock(nn.Module):
@@ -89,12 +96,10 @@ class TransformerBlock(nn.Module):
         self.feed_forward = FeedForward(config, parallel)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.multiplier = config.residual_multiplier
 
     def forward(self, x: Tensor, attend: Attend, extra: AttentionExtra | None = None) -> Tensor:
         """[T, dim] to [T, dim]; `extra`: what a tuning method adds to its attention."""
-        x = x + scaled(self.attention(x, self.attention_norm, attend, extra), self.multiplier)
-        return x + scaled(self.feed_forward(x, self.ffn_norm), self.multiplier)
+        return self.feed_forward(self.attention(x, self.attention_norm, attend, extra), self.ffn_norm)
 
 
 class Transformer(nn.Module):
@@ -208,6 +213,29 @@ class Transformer(nn.Module):
         """Hidden states [..., dim] to float32 logits [..., V]."""
         return gathered(self.output(hidden), self.output.group).float()
 
+    def make_room(self, caches: Sequence[KVCache]) -> tuple[int, ...]:
+        """Has room for a token more of each sequence, which have some already. Returns the addresses of what `decode`
+        reads beside its arguments and the parameters."""
+        slots, positions = max(cache.slot for cache in caches) + 1, max(cache.length for cache in caches) + 1
+        for layer in caches[0].layers:
+            layer.make_room(layer.keys[0, :, :1].transpose(0, 1), slots, positions)
+        table = self._table(positions, self.norm.weight.device)
+        return *(layer.keys.data_ptr() for layer in caches[0].layers), table.data_ptr()
+
+    def decode(self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: KVCache) -> Tensor:
+        """Logits [T, V] of what follows single tokens [T] at positions of slots of the cache.
+
+        It reads nothing from the host, so that it can be captured as a CUDA graph, and advances no cache. `make_room`
+        comes before. What a tuning method or vision adds is left out.
+        """
+        assert self._rotations is not None
+        x = scaled(self.tok_embeddings(tokens, self.dtype), self.config.embedding_multiplier)
+        attend = CachedAttention([cache], [1], self._rotations[positions], TokensOnGPU(slots, positions))
+        for i, layer in enumerate(self.layers):
+            attend.layer = i
+            x = self.run_block(layer, x, attend, None)
+        return self.logits(scaled(self.norm(x), 1.0 / self.config.logits_scaling))
+
     def _rotations_at(self, positions: Tensor, lengths: Sequence[int], ends: Sequence[int]) -> Tensor:
         config, length = self.config, max(ends)
         scaling = config.rope_scaling
@@ -215,12 +243,16 @@ class Transformer(nn.Module):
             # As in transformers, what a cache keeps stays rotated as it was when the text was shorter.
             places = zip(positions.split(list(lengths)), ends, strict=True)
             return torch.cat([rotary_table(config, end, positions.device)[own] for own, end in places])
+        return self._table(length, positions.device)[positions]
+
+    def _table(self, length: int, device: torch.device) -> Tensor:
+        """Rotations of the first positions, at least so many."""
         table = self._rotations
-        if table is None or table.shape[0] < length or table.device != positions.device:
+        if table is None or table.shape[0] < length or table.device != device:
             # A context may be said to be of millions: the table doubles as it is needed.
-            room = max(1 << (length - 1).bit_length(), min(config.max_seq_len, _TABLE_ROWS))
-            self._rotations = table = rotary_table(config, room, positions.device)
-        return table[positions]
+            room = max(1 << (length - 1).bit_length(), min(self.config.max_seq_len, _TABLE_ROWS))
+            self._rotations = table = rotary_table(self.config, room, device)
+        return table
 
 
 def build_on_meta(config: ModelConfig, dtype: torch.dtype, parallel: Parallel = _ALONE) -> Transformer:
@@ -374,16 +406,13 @@ def store_quantized(model: Transformer, name: str, packed: Tensor, scales: Scale
 
 
 def pack_small(model: Transformer) -> None:
-    """Joins the matrices that share an input, for generation with a small model: fewer calls for each token.
+    """Joins the matrices that share an input, for generation with a small model or on a GPU: fewer calls for a token.
 
-    In a larger model the time is that of reading the weights, and packing would only copy them.
+    In a larger model on a CPU the time is that of reading the weights, and packing would only copy them. On a GPU a
+    block's are copied at a time, and the first ones freed.
     """
-    if (
-        model.config.dim > SMALL_DIM
-        or model.config.tuning != FULL
-        or model.is_quantized
-        or model.parallel.model_size > 1
-    ):
+    is_large = model.config.dim > SMALL_DIM and device_type(model.norm.weight) != "cuda"
+    if is_large or model.config.tuning != FULL or model.is_quantized or model.parallel.model_size > 1:
         return
     for block in model.layers:
         assert isinstance(block, TransformerBlock)

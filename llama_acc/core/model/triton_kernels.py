@@ -1,4 +1,4 @@
-"""The kernels of `kernels`, in Triton. A product is rounded before it is added to something, so values are torch's."""
+"""The kernels of `kernels`, in Triton. See there."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # (Triton reads a kernel's annotations, and knows no types but its own.)
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCKS = 32
+_BLOCKS, _COLUMNS, _HEADS = 32, 1024, 8
 
 
 @triton.jit
@@ -41,3 +41,247 @@ def dequantize_nf4(
     tensors = (packed, absmax, nested, offset, levels, magnitudes, values)
     _dequantize_nf4[grid](*tensors, packed.numel(), BLOCKS=_BLOCKS, enable_fp_fusion=False)
     return values
+
+
+@triton.jit
+def _swiglu(gate, up, product, columns, gate_stride, up_stride, COLUMNS: tl.constexpr):
+    row, place = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = place < columns
+    a = tl.load(gate + row * gate_stride + place, mask=inside).to(tl.float32)
+    b = tl.load(up + row * up_stride + place, mask=inside).to(tl.float32)
+    tl.store(product + row * columns + place, (a * tl.sigmoid(a) * b).to(product.dtype.element_ty), mask=inside)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, [T, columns], rounded once; rows of either may be apart."""
+    product = gate.new_empty(gate.shape)
+    grid = (len(gate), triton.cdiv(gate.shape[1], _COLUMNS))
+    _swiglu[grid](gate, up, product, gate.shape[1], gate.stride(0), up.stride(0), COLUMNS=_COLUMNS)
+    return product
+
+
+@triton.jit
+def _swiglu_backward(d_product, gate, up, count, COLUMNS: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = place < count
+    d = tl.load(d_product + place, mask=inside).to(tl.float32)
+    a, b = tl.load(gate + place, mask=inside).to(tl.float32), tl.load(up + place, mask=inside).to(tl.float32)
+    part = tl.sigmoid(a)
+    kind = gate.dtype.element_ty
+    tl.store(d_product + place, (a * part * b).to(kind), mask=inside)
+    tl.store(gate + place, (d * b * part * (1 + a * (1 - part))).to(kind), mask=inside)
+    tl.store(up + place, (a * part * d).to(kind), mask=inside)
+
+
+def swiglu_backward_(d_product: Tensor, gate: Tensor, up: Tensor) -> None:
+    """Puts the product in the place of its gradient, and the gradients of gate and up in theirs; all contiguous."""
+    assert d_product.is_contiguous()
+    assert gate.is_contiguous()
+    assert up.is_contiguous()
+    grid = (triton.cdiv(gate.numel(), _COLUMNS),)
+    _swiglu_backward[grid](d_product, gate, up, gate.numel(), COLUMNS=_COLUMNS)
+
+
+@triton.jit
+def _turn(
+    x,
+    found,
+    head_stride,
+    rotations,
+    heads,
+    half,
+    tile,
+    sign,
+    TURNS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Some heads of a token, D side by side, turned and written to where heads are `head_stride` apart."""
+    head, pair = tile * HEADS + tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    inside = (head < heads) & (pair < half)
+    place = x + head * 2 * half + 2 * pair
+    real = tl.load(place, mask=inside).to(tl.float32)
+    imaginary = tl.load(place + 1, mask=inside).to(tl.float32)
+    if TURNS:
+        cos = tl.load(rotations + 2 * pair, mask=pair < half)
+        sin = tl.load(rotations + 2 * pair + 1, mask=pair < half) * sign
+        real, imaginary = real * cos - imaginary * sin, real * sin + imaginary * cos
+    place = found + head * head_stride + 2 * pair
+    tl.store(place, real.to(found.dtype.element_ty), mask=inside)
+    tl.store(place + 1, imaginary.to(found.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rotate(
+    q,
+    k,
+    v,
+    new_q,
+    keys,
+    values,
+    rotations,
+    slots,
+    positions,
+    heads,
+    shared,
+    half,
+    q_stride,
+    k_stride,
+    v_stride,
+    slot_stride,
+    head_stride,
+    q_tiles,
+    k_tiles,
+    sign,
+    TURNS: tl.constexpr,
+    STORES: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    token, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    kept = token * slot_stride
+    if STORES:
+        kept = tl.load(slots + token) * slot_stride + tl.load(positions + token) * 2 * half
+    rotations += token * 2 * half
+    if tile < q_tiles:
+        x, found = q + token * q_stride, new_q + token * heads * 2 * half
+        _turn(x, found, 2 * half, rotations, heads, half, tile, sign, TURNS, HEADS, HALF)
+    elif tile < q_tiles + k_tiles:
+        x, found = k + token * k_stride, keys + kept
+        _turn(x, found, head_stride, rotations, shared, half, tile - q_tiles, sign, TURNS, HEADS, HALF)
+    else:
+        x, found = v + token * v_stride, values + kept
+        _turn(x, found, head_stride, rotations, shared, half, tile - q_tiles - k_tiles, sign, False, HEADS, HALF)
+
+
+def rotate_heads(q: Tensor, k: Tensor, rotations: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    """`rotary.rotate` of q [T, H, D] and k [T, K, D], or its inverse."""
+    new_k = k.new_empty(k.shape)
+    return _rotated(q, k, None, rotations, new_k, new_k, None, None, -1.0 if back else 1.0), new_k
+
+
+def rotate_and_store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotations: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """Queries [T, H, D] rotated; keys and values [T, K, D] go into a cache [slots, K, S, D], each to its place."""
+    return _rotated(q, k, v, rotations, keys, values, slots, positions, 1.0)
+
+
+def _rotated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    rotations: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor | None,
+    positions: Tensor | None,
+    sign: float,
+) -> Tensor:
+    # Tokens may be apart, but neither their heads nor their features.
+    q, k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, k, k if v is None else v))
+    new_q, (tokens, heads, size), shared = q.new_empty(q.shape), q.shape, k.shape[1]
+    q_tiles, k_tiles = triton.cdiv(heads, _HEADS), triton.cdiv(shared, _HEADS)
+    turns = q.new_empty(1, dtype=torch.float32) if rotations is None else torch.view_as_real(rotations.contiguous())
+    places = (turns, turns) if slots is None or positions is None else (slots, positions)
+    strides = q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1)
+    numbers = heads, shared, size // 2, *strides, q_tiles, k_tiles, sign
+    kinds = {"TURNS": rotations is not None, "STORES": slots is not None}
+    sizes = {"HEADS": _HEADS, "HALF": triton.next_power_of_2(size // 2)}
+    grid = tokens, q_tiles + k_tiles * (1 if slots is None else 2)
+    _rotate[grid](q, k, v, new_q, keys, values, turns, *places, *numbers, **kinds, **sizes)
+    return new_q
+
+
+@triton.jit
+def _attend(
+    q,
+    keys,
+    values,
+    slots,
+    positions,
+    sums,
+    logs,
+    shared,
+    group,
+    size,
+    slot_stride,
+    head_stride,
+    window,
+    scale,
+    PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SIZE: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    """A part of the positions that the query heads of a key-value head see: the sum of the values, not divided."""
+    token, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, feature = tl.arange(0, GROUP), tl.arange(0, SIZE)
+    first_head = (token * shared + head) * group
+    inside = (row[:, None] < group) & (feature[None, :] < size)
+    query = tl.load(q + (first_head + row[:, None]) * size + feature[None, :], mask=inside, other=0.0)
+    end = tl.load(positions + token) + 1
+    begin = tl.maximum(end - window, 0) if window else end * 0
+    step = tl.cdiv(tl.cdiv(end - begin, PARTS), PLACES) * PLACES
+    begin += part * step
+    end = tl.minimum(begin + step, end)
+    kept = tl.load(slots + token) * slot_stride + head * head_stride
+    largest = tl.full((GROUP,), float("-inf"), tl.float32)
+    weight, total = tl.zeros((GROUP,), tl.float32), tl.zeros((GROUP, SIZE), tl.float32)
+    for start in range(begin, end, PLACES):
+        place = start + tl.arange(0, PLACES)
+        there = kept + place[:, None] * size + feature[None, :]
+        exists = (place[:, None] < end) & (feature[None, :] < size)
+        key = tl.load(keys + there, mask=exists, other=0.0)
+        value = tl.load(values + there, mask=exists, other=0.0)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        scores = tl.where(place[None, :] < end, scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, 1))
+        part_weights, faded = tl.exp2(scores - larger[:, None]), tl.exp2(largest - larger)
+        weight = weight * faded + tl.sum(part_weights, 1)
+        total = total * faded[:, None] + tl.dot(part_weights.to(value.dtype), value, input_precision="ieee")
+        largest = larger
+    out = (first_head + row) * PARTS + part
+    tl.store(logs + 2 * out, largest, mask=row < group)
+    tl.store(logs + 2 * out + 1, weight, mask=row < group)
+    tl.store(sums + out[:, None] * size + feature[None, :], total, mask=inside)
+
+
+@triton.jit
+def _join(sums, logs, outputs, size, PARTS: tl.constexpr, SIZE: tl.constexpr):
+    """The parts of a head's output, each as if it were all, in one."""
+    head, part, feature = tl.program_id(0), tl.arange(0, PARTS), tl.arange(0, SIZE)
+    out = head * PARTS + part
+    largest = tl.load(logs + 2 * out)
+    faded = tl.exp2(largest - tl.max(largest, 0))
+    inside = (part[:, None] < PARTS) & (feature[None, :] < size)
+    total = tl.sum(tl.load(sums + out[:, None] * size + feature[None, :], mask=inside) * faded[:, None], 0)
+    found = total / tl.sum(tl.load(logs + 2 * out + 1) * faded, 0)
+    tl.store(outputs + head * size + feature, found.to(outputs.dtype.element_ty), mask=feature < size)
+
+
+def attend_slots(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, window: int) -> Tensor:
+    """Each of the queries [T, H, D] attends to the cache [slots, K, S, D] of its slot up to its position, or to the
+    last `window` of these, if that is not 0. Two kernels: a long past is worked on in parts at a time."""
+    tokens, heads, size = q.shape
+    shared = keys.shape[1]
+    group = heads // shared
+    parts = min(16, triton.next_power_of_2(triton.cdiv(256, tokens * shared)))
+    sums = q.new_empty(tokens, heads, parts, size, dtype=torch.float32)
+    logs, outputs = q.new_empty(tokens, heads, parts, 2, dtype=torch.float32), q.new_empty(q.shape)
+    wide, places = triton.next_power_of_2(size), 128 // q.element_size()
+    scale = size**-0.5 * 1.4426950408889634  # log2(e): powers of 2 are taken
+    _attend[(tokens, shared, parts)](
+        q, keys, values, slots, positions, sums, logs, shared, group, size, keys.stride(0), keys.stride(1), window,
+        scale, PARTS=parts, GROUP=max(16, triton.next_power_of_2(group)), SIZE=max(16, wide), PLACES=places,
+        num_stages=2,
+    )  # fmt: skip
+    _join[(tokens * heads,)](sums, logs, outputs, size, PARTS=parts, SIZE=wide)
+    return outputs

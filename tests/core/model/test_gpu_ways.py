@@ -3,8 +3,12 @@
 The kernels of our own run in Triton's interpreter where it is installed, else what is done without them.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 from unittest.mock import patch
@@ -14,11 +18,15 @@ import torch
 from torch import Tensor
 
 from llama_acc.core.device import simulating
+from llama_acc.core.generate.decode_graph import DecodeGraph
+from llama_acc.core.memory.simulate import standing_for
 from llama_acc.core.model import kernels, layers, nf4
-from llama_acc.core.model.transformer import Transformer
+from llama_acc.core.model.attention import KVCache, attend_heads
+from llama_acc.core.model.config import RopeScaling
+from llama_acc.core.model.transformer import Transformer, build_on_meta, pack_small
 from llama_acc.core.model.tuning import METHODS
 from tests.core.model.test_tuning import tuned_model
-from tests.core.tiny import CPU, SMALL, difference
+from tests.core.tiny import CPU, SMALL, difference, random_model
 
 LENGTHS = (20, 1, 9)
 
@@ -28,9 +36,8 @@ def has_triton(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """Without kernels of our own, and with them."""
     if request.param:
         pytest.importorskip("triton")
-        if torch.cuda.is_available():
-            pytest.skip("what has run in the interpreter would stay there")
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip("kernels are compiled here")
     monkeypatch.setattr(kernels, "has_triton", lambda: request.param)
     return request.param
 
@@ -84,3 +91,90 @@ def test_a_matrix_out_of_nf4_is_bitsandbytes_s(shape: tuple[int, int], has_trito
         with as_on_gpu():
             actual = nf4.dequantize(packed, scales, dtype)
         torch.testing.assert_close(actual, expected, rtol=unit, atol=0.0)
+
+
+@pytest.mark.parametrize("variant", [{}, {"sliding_window": 7}, {"nope_layers": (0,)}, {"tuning": METHODS["lora"](4)}])
+def test_tokens_of_several_sequences_are_those_of_the_cpu_s_ways(variant: dict[str, Any], has_triton: bool) -> None:
+    config = replace(SMALL, **variant)
+    generator = torch.Generator().manual_seed(2)
+    documents = [torch.randint(SMALL.vocab_size, (length,), generator=generator) for length in (12, 9, 30)]
+
+    def logits() -> list[Tensor]:
+        model = random_model(config).requires_grad_(False)
+        pack_small(model)
+        caches = [KVCache(config.n_layers)]
+        caches += [caches[0].beside(slot) for slot in (3, 1)]  # slots need not be in order, or all be used
+        found = []
+        for begin, end in ((0, 5), (5, 6), (6, 8), (8, 9)):
+            tokens = torch.cat([document[begin:end] for document in documents])
+            positions = torch.arange(begin, end).repeat(3)
+            found.append(model.logits(model(tokens, positions, [end - begin] * 3, caches=caches)))
+        return found
+
+    with torch.no_grad():
+        expected = logits()
+        with as_on_gpu():
+            actual = logits()
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert difference(ours, theirs) < 1e-5
+
+
+# Not bf16, whose bits the interpreter multiplies as integers.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_attention_of_long_pasts_in_parts_is_torch_s(dtype: torch.dtype, has_triton: bool) -> None:
+    if not has_triton:
+        pytest.skip("it is a kernel of our own")
+    generator = torch.Generator().manual_seed(0)
+    q, keys, values = (
+        torch.randn(shape, generator=generator).to(dtype) for shape in ((3, 6, 20), *[(4, 2, 300, 20)] * 2)
+    )
+    slots, positions = torch.tensor([[2, 0, 3], [299, 0, 130]])
+    for window in (0, 50):
+        found = torch.ops.llama_acc.attend_slots(q, keys, values, slots, positions, window)
+        for queries, slot, position, output in zip(q, slots, positions + 1, found, strict=True):
+            seen = slice(max(0, position - window) if window else 0, position)
+            expected = attend_heads(queries[None].float(), keys[slot, :, seen].float(), values[slot, :, seen].float())
+            assert difference(output[None].float(), expected) < (1e-5 if dtype == torch.float32 else 3e-3)
+
+
+def test_the_step_that_is_captured_gives_the_tokens_of_any_other(has_triton: bool) -> None:
+    if not has_triton:
+        pytest.skip("it is for kernels of our own")
+    config = replace(SMALL, sliding_window=7)
+    answers = []
+    with torch.no_grad(), as_on_gpu():
+        model = random_model(config).requires_grad_(False)
+        decode = DecodeGraph(model)
+        for is_static in (False, True):
+            caches = [KVCache(config.n_layers)]
+            caches += [caches[0].beside(slot) for slot in (3, 1)]
+            model(torch.arange(15), torch.arange(5).repeat(3), [5] * 3, caches=caches)
+            tokens, found = torch.tensor([1, 2, 3]), []
+            for _ in range(6):
+                if is_static:
+                    logits, likeliest = decode(tokens.tolist(), caches)
+                else:
+                    positions = torch.tensor([cache.length for cache in caches])
+                    logits = model.logits(model(tokens, positions, [1] * 3, caches=caches))
+                    likeliest = logits.argmax(-1)
+                tokens = likeliest.clone()
+                found.append(logits.clone())
+            answers.append(torch.stack(found))
+    assert difference(*answers) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "variant", [{}, {"tuning": METHODS["adapter"]().with_num_layers(2)}, {"rope_scaling": RopeScaling("dynamic", 2.0)}]
+)
+def test_a_step_is_captured_only_if_it_depends_on_tokens_and_places_alone(variant: dict[str, Any]) -> None:
+    with standing_for("cuda"):
+        assert DecodeGraph.takes(build_on_meta(replace(SMALL, **variant), torch.float32)) == (not variant)
+
+
+def test_every_kernel_compiles_for_a_gpu() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "tests.core.model.compile_kernels"]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 6

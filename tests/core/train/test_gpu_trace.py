@@ -17,11 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from llama_acc.core.distributed.groups import Parallel
+from llama_acc.core.generate.load import model_for_generation
 from llama_acc.core.memory.simulate import add_fake_images, empty_batch, feed, standing_for
+from llama_acc.core.model import layers
 from llama_acc.core.model.attention import KVCache, has_flash
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.nf4 import prepare
-from llama_acc.core.model.transformer import build_on_meta, describe
+from llama_acc.core.model.transformer import describe, pack_small
 from llama_acc.core.model.tuning import Full
 from llama_acc.core.model.tuning.adapter import Adapter
 from llama_acc.core.model.tuning.bias_norm import BiasNorm
@@ -53,6 +55,12 @@ class Work(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         self.of_two_devices: Counter[str] = Counter()
 
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Stands for a kernel of torch, which would be taken apart where there is no GPU."""
+        self.kernels["_fused_rms_norm"] += 1
+        self.bytes += 2 * x.nbytes
+        return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._overloadpacket.__name__
@@ -73,7 +81,7 @@ class Work(TorchDispatchMode):
         elif len(devices) > 1:
             self.of_two_devices[name] += 1
         if name not in _NO_KERNEL and any(tensor.is_meta for tensor in read + written):
-            self.kernels[name] += 1
+            self.kernels[name] += 2 if name == "attend_slots" else 1
             self.bytes += sum(tensor.nbytes for tensor in read + written)
         return result
 
@@ -96,18 +104,20 @@ def step_work(
             prepare(META)
         with META:
             batch = add_fake_images(empty_batch(lengths), model)
-        with Work() as work:
+        with Work() as work, patch.object(layers, "fused_rms_norm", work.norm):
             train_step(model, optimizer, data_parallel, [batch] * batches, 10, 1e-3, META, (0.0, 1.0))
     return work
 
 
-def decoding_work(config: ModelConfig, past: int) -> Work:
-    """The work of one token more after so many."""
+def decoding_work(config: ModelConfig, past: int, sequences: int = 1) -> Work:
+    """The work of one token more of each of some sequences after so many."""
     with standing_for("cuda"), torch.no_grad():
-        model, cache = build_on_meta(config, torch.bfloat16), KVCache(config.n_layers)
-        feed(model, [cache], range(past), META)
-        with Work() as work:
-            feed(model, [cache], range(past, past + 1), META)
+        model, first = model_for_generation(config, torch.bfloat16, Parallel(), None), KVCache(config.n_layers)
+        pack_small(model)
+        caches = [first.beside(slot) for slot in range(sequences)]
+        feed(model, caches, range(past), META)
+        with Work() as work, patch.object(layers, "fused_rms_norm", work.norm):
+            feed(model, caches, range(past, past + 1), META)
     return work
 
 
@@ -137,14 +147,14 @@ def test_a_step_waits_for_nothing_and_is_all_on_one_device(name: str, checkpoint
 
 
 # What each block takes of 4,096 tokens without recomputation: kernels, and bytes read and written for each token.
-BLOCKS = {"full": (59, 3.5e6), "lora": (92, 2.2e6), "nf4_lora": (106, 2.4e6)}
+BLOCKS = {"full": (46, 3.0e6), "lora": (79, 1.65e6), "nf4_lora": (93, 1.9e6)}
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_takes_so_many_kernels_and_bytes_however_many_documents_there_are(name: str) -> None:
     tuning, nf4 = (Full() if name == "full" else LoRA(16)), name == "nf4_lora"
     # Two models that differ in a block say what one takes.
-    shallow, deep = (replace(LLAMA_7B, n_layers=layers, tuning=tuning) for layers in (1, 2))
+    shallow, deep = (replace(LLAMA_7B, n_layers=depth, tuning=tuning) for depth in (1, 2))
     found = []
     for lengths in ((4096,), (204,) * 20 + (16,)):
         one, two = (step_work(config, lengths, nf4=nf4) for config in (shallow, deep))
@@ -180,20 +190,21 @@ def test_flash_attention_is_for_ampere_and_later(
     has_flash.cache_clear()
 
 
-def test_a_generated_token_takes_so_many_kernels_a_block() -> None:
-    one, two = (decoding_work(replace(LLAMA_7B, n_layers=layers), 600) for layers in (1, 2))
+@pytest.mark.parametrize("sequences", [1, 32])
+def test_a_generated_token_takes_so_many_kernels_a_block(sequences: int) -> None:
+    one, two = (decoding_work(replace(LLAMA_7B, n_layers=depth), 600, sequences) for depth in (1, 2))
     kernels = two.kernels - one.kernels
     assert (one.waits, one.of_two_devices) == ({}, {})
-    assert kernels.total() <= 27, kernels
+    assert kernels.total() <= 10, kernels
 
 
 # A step of the 7B with 4,096 tokens in 21 documents, without recomputation: what a GPU is started for.
-@pytest.mark.parametrize(("name", "most"), [("full", 2000), ("lora", 3050), ("nf4_lora", 3500)])
+@pytest.mark.parametrize(("name", "most"), [("full", 1600), ("lora", 2650), ("nf4_lora", 3100)])
 def test_a_whole_step_takes_so_many_kernels(name: str, most: int) -> None:
     tuning, nf4 = (Full() if name == "full" else LoRA(16)), name == "nf4_lora"
     lengths = (204,) * 20 + (16,)
     one, two = (
-        step_work(replace(LLAMA_7B, n_layers=layers, tuning=tuning), lengths, nf4=nf4).kernels.total()
-        for layers in (1, 2)
+        step_work(replace(LLAMA_7B, n_layers=depth, tuning=tuning), lengths, nf4=nf4).kernels.total()
+        for depth in (1, 2)
     )
     assert one + (LLAMA_7B.n_layers - 1) * (two - one) <= most

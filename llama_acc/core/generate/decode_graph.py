@@ -1,0 +1,89 @@
+"""One token more of some sequences as a step whose shapes and addresses stay, which a GPU repeats as a CUDA graph.
+
+A block's ten kernels take the host longer to launch than a GPU to run; a graph is one launch. What changes from token
+to token is in one tensor, which is copied to the GPU before; the likeliest tokens are found there. **It has not run on
+a GPU yet**; a CPU takes the same step uncaptured in tests.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama_acc.core.model.attention import KVCache
+from llama_acc.core.model.config import RopeScaling
+from llama_acc.core.model.kernels import use_kernels
+from llama_acc.core.model.transformer import Transformer
+
+
+class _Captured(NamedTuple):
+    graph: Any
+    logits: Tensor
+    likeliest: Tensor
+
+
+class DecodeGraph:
+    """The step of a model, captured for each number of sequences, which is rounded up to a power of two."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+        self._inputs: dict[int, Tensor] = {}
+        self._captured: dict[tuple[Any, ...], _Captured] = {}
+        self._can_capture = model.norm.weight.is_cuda
+
+    @staticmethod
+    def takes(model: Transformer) -> bool:
+        """Whether nothing in the model's step depends on more than tokens, positions and slots, and kernels do it."""
+        scaling = model.config.rope_scaling
+        is_dynamic = isinstance(scaling, RopeScaling) and scaling.rope_type == "dynamic"
+        hooks = (model.vision, model.attention_extra, model.before_blocks)
+        is_alone = type(model) is Transformer and model.parallel.world_size == 1
+        return is_alone and use_kernels(model.norm.weight) and not is_dynamic and hooks == (None, None, None)
+
+    def __call__(self, tokens: Sequence[int], caches: Sequence[KVCache]) -> tuple[Tensor, Tensor]:
+        """Logits [B, V] of what follows a token of each sequence, and the likeliest [B]; valid until the next call."""
+        count, device = len(tokens), self.model.norm.weight.device
+        rows = 1 << (count - 1).bit_length()
+        values = [tokens, [cache.length for cache in caches], [cache.slot for cache in caches]]
+        # What is too much does the last row's work again: it writes the same to the same place.
+        padded = torch.tensor([[*row, *[row[-1]] * (rows - count)] for row in values], pin_memory=device.type == "cuda")
+        inputs = self._inputs.setdefault(rows, torch.empty(padded.shape, dtype=padded.dtype, device=device))
+        inputs.copy_(padded, non_blocking=True)
+        logits, likeliest = self._run(inputs, caches[0], self.model.make_room(caches))
+        for cache in caches:
+            cache.length += 1
+        return logits[:count], likeliest[:count]
+
+    def step(self, inputs: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """Logits [rows, V] and the likeliest tokens [rows], for tokens, positions and slots of `cache`, [3, rows]."""
+        tokens, positions, slots = inputs
+        logits = self.model.decode(tokens, positions, slots, cache)
+        return logits, logits.argmax(-1)
+
+    def _run(self, inputs: Tensor, cache: KVCache, addresses: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        if not self._can_capture:
+            return self.step(inputs, cache)
+        key = (inputs.shape[1], addresses)
+        if key not in self._captured:
+            # A cache that has grown is somewhere else.
+            self._captured = {known: one for known, one in self._captured.items() if known[1] == addresses}
+            try:
+                self._captured[key] = self._capture(inputs, cache)
+            except RuntimeError:  # something that the model does cannot be captured here
+                self._can_capture = False
+                return self.step(inputs, cache)
+        captured = self._captured[key]
+        captured.graph.replay()
+        return captured.logits, captured.likeliest
+
+    def _capture(self, inputs: Tensor, cache: KVCache) -> _Captured:
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):  # kernels are compiled, and libraries make what they keep, before the capture
+            self.step(inputs, cache)
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits, likeliest = self.step(inputs, cache)
+        return _Captured(graph, logits, likeliest)
