@@ -1,5 +1,8 @@
 """The layers whose backward pass is written by hand, against torch's own derivatives of their definitions."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +20,8 @@ from llama_acc.core.model.layers import (
     reorder_for_rows,
 )
 from llama_acc.core.model.rotary import rotary_table, rotate
-from tests.core.tiny import difference
+from llama_acc.core.model.transformer import pack_small
+from tests.core.tiny import SMALL, difference, document_logits, random_model
 
 # More rows than the feed-forward layer takes at once on a CPU.
 ROWS, DIM, HIDDEN = 600, 24, 40
@@ -126,3 +130,13 @@ def test_rotation_turns_pairs_by_position_times_frequency() -> None:
     positions = torch.arange(3.0)
     expected = torch.stack((positions.cos(), positions.sin(), (positions / 10).cos(), (positions / 10).sin()), -1)
     torch.testing.assert_close(rotate(x, table), expected.unsqueeze(1))
+
+
+def test_matrices_that_are_packed_keep_their_biases() -> None:
+    model: Any = random_model(replace(SMALL, qkv_bias=True)).requires_grad_(False)
+    tokens = torch.arange(10)
+    for block in model.layers:
+        block.attention.wv.bias.normal_(generator=torch.Generator().manual_seed(0))
+    (expected,) = document_logits(model, [tokens])
+    pack_small(model)
+    assert difference(document_logits(model, [tokens])[0], expected) < 1e-5
