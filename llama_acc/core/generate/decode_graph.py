@@ -24,13 +24,17 @@ class _Captured(NamedTuple):
 
 
 class DecodeGraph:
-    """The step of a model, captured for each number of sequences, which is rounded up to a power of two."""
+    """The step of a model, captured for each number of sequences, which is rounded up to a power of two.
+
+    Attributes:
+        captures: whether it does: on a GPU, unless capturing has failed.
+    """
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
         self._inputs: dict[int, Tensor] = {}
         self._captured: dict[tuple[Any, ...], _Captured] = {}
-        self._can_capture = model.norm.weight.is_cuda
+        self.captures = model.norm.weight.is_cuda
 
     @staticmethod
     def takes(model: Transformer) -> bool:
@@ -48,8 +52,9 @@ class DecodeGraph:
         values = [tokens, [cache.length for cache in caches], [cache.slot for cache in caches]]
         # What is too much does the last row's work again: it writes the same to the same place.
         padded = torch.tensor([[*row, *[row[-1]] * (rows - count)] for row in values], pin_memory=device.type == "cuda")
-        inputs = self._inputs.setdefault(rows, torch.empty(padded.shape, dtype=padded.dtype, device=device))
-        inputs.copy_(padded, non_blocking=True)
+        if rows not in self._inputs:
+            self._inputs[rows] = torch.empty(padded.shape, dtype=padded.dtype, device=device)
+        inputs = self._inputs[rows].copy_(padded, non_blocking=True)
         logits, likeliest = self._run(inputs, caches[0], self.model.make_room(caches))
         for cache in caches:
             cache.length += 1
@@ -62,7 +67,7 @@ class DecodeGraph:
         return logits, logits.argmax(-1)
 
     def _run(self, inputs: Tensor, cache: KVCache, addresses: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        if not self._can_capture:
+        if not self.captures:
             return self.step(inputs, cache)
         key = (inputs.shape[1], addresses)
         if key not in self._captured:
@@ -71,7 +76,7 @@ class DecodeGraph:
             try:
                 self._captured[key] = self._capture(inputs, cache)
             except RuntimeError:  # something that the model does cannot be captured here
-                self._can_capture = False
+                self.captures = False
                 return self.step(inputs, cache)
         captured = self._captured[key]
         captured.graph.replay()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from llama_acc.core.device import prepare_cuda
-from llama_acc.core.model.attention import DocumentAttention, flash_attention
+from llama_acc.core.generate.decode_graph import DecodeGraph
+from llama_acc.core.model.attention import DocumentAttention, KVCache, flash_attention
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.rotary import rotary_table
 from llama_acc.core.model.transformer import Transformer
@@ -97,3 +98,24 @@ def test_documents_in_one_kernel_attend_as_one_by_one(heads: int, shared: int, w
 
     for actual, expected in zip(results(torch.bfloat16), results(torch.float32), strict=True):
         assert difference(actual.float(), expected) < 0.03
+
+
+@pytest.mark.parametrize("in_nf4", [False, True])
+def test_the_captured_step_is_that_of_the_cpu(in_nf4: bool) -> None:
+    config = SHAPES["whole blocks"]
+    exact, model = random_model(config, dtype=torch.float64), random_model(config).requires_grad_(False)
+    documents = [TOKENS[:60], TOKENS[60:120], TOKENS[120:180]]
+    expected = document_logits((rounded(exact) if in_nf4 else exact).double(), documents)
+    prepare_cuda()
+    with torch.inference_mode():
+        model = (quantized(model) if in_nf4 else model).to("cuda")
+        decode, caches = DecodeGraph(model), [KVCache(config.n_layers)]
+        caches += [caches[0].beside(slot) for slot in (1, 2)]
+        beginnings = torch.cat([document[:50] for document in documents]).cuda()
+        model(beginnings, torch.arange(50, device="cuda").repeat(3), [50] * 3, caches=caches)
+        for place in range(50, 60):
+            logits, likeliest = decode([int(document[place]) for document in documents], caches)
+            assert torch.equal(likeliest, logits.argmax(-1))
+            for row, document in zip(logits, expected, strict=True):
+                assert difference(row.cpu(), document[place]) < 1e-4
+    assert decode.captures
