@@ -36,6 +36,9 @@ _PIECE_ROWS = 256
 _AMX_FROM = 400_000
 # Rows that matrices are reordered for; of others the product is right, too.
 _TYPICAL_ROWS = 16
+# oneDNN keeps half a megabyte of code for each shape of a matrix and number of rows that it is multiplied with: there
+# are to be few of these numbers, up to as many as replies are generated together.
+_ROW_STEP, _MOST_ROWS = 4, 32
 Init = Callable[[Tensor, Generator], object]
 """Fills a whole parameter, on the CPU, in place."""
 
@@ -276,27 +279,32 @@ class _QuantizedLinearFunction(torch.autograd.Function):
 
 def _rows(x: Tensor, weight: Tensor) -> Tensor:
     """`F.linear` of several rows [T, in] on a CPU: replies that are generated together."""
-    if torch.compiler.is_compiling():  # the compiler has its own ways to oneDNN
+    rows, reordered = x.shape[0], getattr(weight, "reordered", None)
+    is_faster = reordered is not None or (x.dtype == torch.float32 and _onednn.is_available())
+    if not is_faster or rows > _MOST_ROWS or torch.compiler.is_compiling():  # the compiler has its own ways to oneDNN
         return F.linear(x, weight)
-    reordered: Tensor | None = getattr(weight, "reordered", None)
-    if reordered is not None or (x.dtype == torch.float32 and _onednn.is_available()):
-        # MKL, which torch takes for float32, needs 1.1 to 1.6 times as long as oneDNN for few rows, and many times as
-        # long where threads have to wait for each other (measured on two Zen 4 cores).
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, weight if reordered is None else reordered, None, "none", [], ""
-        )
-        return product
-    return F.linear(x, weight)
+    # MKL, which torch takes for float32, needs 1.1 to 1.6 times as long as oneDNN for few rows, and many times as long
+    # where threads have to wait for each other (measured on two Zen 4 cores).
+    x = F.pad(x, (0, 0, 0, -rows % _ROW_STEP))
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(
+        x, weight if reordered is None else reordered, None, "none", [], ""
+    )
+    return product[:rows]
 
 
 def reorder_for_rows(weights: Iterable[Tensor]) -> None:
     """Keeps these matrices a second time as oneDNN reads them: else it reorders them for each product, which takes a
-    third of the time for 16 rows. They must not change any more."""
+    third of the time for 16 rows. They must not change any more. All memory that this takes is taken now."""
+    known = set[tuple[torch.Size, torch.dtype]]()
     for weight in weights:
         fits = weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu"
         if fits and _onednn.is_available() and not hasattr(weight, "reordered"):
             made = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TYPICAL_ROWS)
             setattr(weight, "reordered", made)  # noqa: B010
+            if (weight.shape, weight.dtype) not in known:
+                known.add((weight.shape, weight.dtype))
+                for rows in range(_ROW_STEP, _MOST_ROWS + 1, _ROW_STEP):
+                    _rows(weight.new_zeros(rows, weight.shape[1]), weight)
 
 
 def _one_row(x: Tensor, weight: Tensor) -> Tensor:
