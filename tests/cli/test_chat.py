@@ -122,18 +122,22 @@ def second(talker: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_another_answer_another_question_and_another_model(talker: Path, second: Path, tmp_path: Path) -> None:
-    saved = tmp_path / "chat.json"
-    typed = ["/retry", "/edit", "hello", "/retry", "/edit", "good day", "/edit bye", f"/compare {second}"]
+def test_another_answer_another_question_and_another_model(
+    talker: Path, second: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a heading has the folder as it was typed, as far as the line is long
+    Path("talker").symlink_to(talker)
+    saved = second.with_name("chat.json")
+    typed = ["/retry", "/edit", "hello", "/retry", "/edit", "good day", "/edit bye", "/compare second"]
     typed += ["and now", "/compare", "alone", "/compare nowhere", f"/save {saved}"]
-    done = chat(talker, template="dialogue", input="\n".join(typed))
+    done = chat(Path("talker"), template="dialogue", input="\n".join(typed))
     other = "the country"
     assert done.stdout.splitlines() == [*[ANSWER] * 4, other, ANSWER, other, ANSWER]
     assert done.stderr.count("there is no question yet") == 2
     assert "the next line takes the place of: hello" in done.stderr
-    assert f"{second} keeps no prompt format: it is asked in dialogue" in done.stderr
+    assert "second keeps no prompt format: it is asked in dialogue" in done.stderr
     headings = [line.split()[0] for line in done.stderr.splitlines() if line.endswith("──")]
-    assert headings == list(map(str, (second, talker, second)))
+    assert headings == ["second", "talker", "second"]
     assert "there is no checkpoint folder nowhere" in done.stderr
     turns = json.loads(saved.read_text())[0]["conversations"]
     assert [turn["value"] for turn in turns] == ["bye", ANSWER, "and now", ANSWER, "alone", ANSWER]

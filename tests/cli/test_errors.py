@@ -86,7 +86,7 @@ def test_all_wrong_keys_and_values_are_listed(tmp_path: Path) -> None:
         "unknown key 'lr': did you mean 'optimizer.lr'?",
         "train.precision: should be 'bf16' or 'fp32', not 'fp16'",
         "optimizer.betas",
-        "train.batch_size: should be greater than or equal to 1, not 0",
+        "train.batch_size: should be greater than or equal to 1 or 'auto', not 0",
         output=output,
     )
     assert not output.exists()
