@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 TEST_WORKERS ?= 2
 
-.PHONY: help quickstart install test lint types unit soak size gpu gpu-pack format clean
+.PHONY: help quickstart install test lint types unit kernels soak size gpu gpu-pack format clean
 
 help:
 	@echo "make quickstart   install, fine-tune a tiny model, print one answer"
@@ -37,7 +37,7 @@ quickstart: $(INSTALLED)
 	@echo "> What is LLaMA?"
 	@$(BIN)/llama-acc chat --ckpt runs/quickstart --temperature 0 --prompt "What is LLaMA?"
 
-test: lint types unit
+test: lint types unit kernels
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff format --check .
@@ -50,6 +50,14 @@ types: $(INSTALLED_DEV)
 # worker from the other.
 unit: $(INSTALLED_DEV)
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not soak"
+
+# A GPU's kernels, in Triton's interpreter. Apart from the rest: where Triton is installed, bitsandbytes imports it, too.
+kernels: $(VENV)/.installed-triton
+	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(VENV)/triton) $(BIN)/python -m pytest -n $(TEST_WORKERS) tests/core/model/test_gpu_ways.py
+
+$(VENV)/.installed-triton: $(INSTALLED_DEV)
+	-$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/triton 'triton>=3.3'
+	@touch $@
 
 soak: $(INSTALLED_DEV)
 	-$(BIN)/python -m pip install --quiet --only-binary :all: 'atheris>=2.3'
