@@ -37,7 +37,7 @@ _AMX_FROM = 400_000
 # Rows that matrices are reordered for; of others the product is right, too.
 _TYPICAL_ROWS = 16
 # oneDNN keeps half a megabyte of code for each shape of a matrix and number of rows that it is multiplied with: there
-# are to be few of these numbers, up to as many as replies are generated together.
+# are to be few of these numbers, most of them up to as many as replies are generated together.
 _ROW_STEP, _MOST_ROWS = 4, 32
 Init = Callable[[Tensor, Generator], object]
 """Fills a whole parameter, on the CPU, in place."""
@@ -280,12 +280,16 @@ class _QuantizedLinearFunction(torch.autograd.Function):
 def _rows(x: Tensor, weight: Tensor) -> Tensor:
     """`F.linear` of several rows [T, in] on a CPU: replies that are generated together."""
     rows, reordered = x.shape[0], getattr(weight, "reordered", None)
-    is_faster = reordered is not None or (x.dtype == torch.float32 and _onednn.is_available())
-    if not is_faster or rows > _MOST_ROWS or torch.compiler.is_compiling():  # the compiler has its own ways to oneDNN
+    is_float32, are_few = x.dtype == torch.float32, rows <= _MOST_ROWS
+    by_onednn = _onednn.is_available() and (x.dtype == torch.bfloat16 or (is_float32 and are_few))
+    if not by_onednn or torch.compiler.is_compiling():  # the compiler has its own ways to oneDNN
         return F.linear(x, weight)
+    step = _ROW_STEP if are_few else 16 if rows <= 128 else 64
+    x = F.pad(x, (0, 0, 0, -rows % step))
+    if not are_few or (reordered is None and not is_float32):
+        return F.linear(x, weight)[:rows]  # in bfloat16 it takes oneDNN itself
     # MKL, which torch takes for float32, needs 1.1 to 1.6 times as long as oneDNN for few rows, and many times as long
     # where threads have to wait for each other (measured on two Zen 4 cores).
-    x = F.pad(x, (0, 0, 0, -rows % _ROW_STEP))
     product: Tensor = torch.ops.mkldnn._linear_pointwise(
         x, weight if reordered is None else reordered, None, "none", [], ""
     )
