@@ -132,11 +132,14 @@ def test_what_cannot_be_served_is_refused_before_a_model_is_loaded(alpaca: Path)
         assert "Address already in use" in refused("--ckpt", alpaca, "--port", taken.getsockname()[1])
 
 
-def test_64_clients_hear_what_each_would_alone_and_memory_stays_flat(tokenizer_path: Path, tmp_path: Path) -> None:
-    """The benchmark's ten minutes in few requests."""
+@pytest.mark.parametrize("length", [("--requests", "500"), pytest.param(("--minutes", "1"), marks=pytest.mark.soak)])
+def test_64_clients_hear_what_each_would_alone_and_memory_stays_flat(
+    length: tuple[str, str], tokenizer_path: Path, tmp_path: Path
+) -> None:
+    """The benchmark's ten minutes in few requests, or in one minute."""
     save_model(random_model(replace(SMALL, max_seq_len=1024)), tmp_path, torch.float32)
     shutil.copy(tokenizer_path, tmp_path)
-    command = [sys.executable, ROOT / "benchmarks" / "serve_load.py", "--ckpt", tmp_path, "--requests", "500"]
+    command = [sys.executable, ROOT / "benchmarks" / "serve_load.py", "--ckpt", tmp_path, *length]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
