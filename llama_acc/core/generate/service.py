@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from llama_acc.core.errors import LlamaAccError, RunError
+from llama_acc.core.errors import LlamaAccError, RunError, UserError
 from llama_acc.core.generate.engine import Engine, Prompt, Reply
 from llama_acc.core.generate.sampling import Sampler, TokenLogprobs
 
@@ -36,7 +36,7 @@ Listener = Callable[[Event], None]
 """Is called in the service's thread, for each event of a reply; it must return at once and raise nothing."""
 
 
-class Request(NamedTuple):
+class Asked(NamedTuple):
     """What a reply is asked for with."""
 
     prompt: Prompt
@@ -81,12 +81,12 @@ class Service:
             self._is_closing = True
             self._changed.notify()
 
-    def submit(self, requests: Sequence[Request]) -> "Future[list[Reply]]":
+    def submit(self, requests: Sequence[Asked]) -> "Future[list[Reply]]":
         """Asks for replies, all of them or none. Between two passes they are taken into the queue.
 
         Errors of the result:
             QueueFull: too many are waiting.
-            UserError: a prompt that the engine refuses (`Engine.add`).
+            UserError: a prompt that the engine refuses (`Engine.add`); more replies than may ever wait.
             RunError: the service has failed or is closing.
         """
         result: Future[list[Reply]] = Future()
@@ -113,7 +113,7 @@ class Service:
         """
         for index, prompt in enumerate(prompts):
             came: queue.SimpleQueue[Event] = queue.SimpleQueue()
-            [reply] = self.submit([Request(prompt, sampler.spawn(), came.put)]).result()
+            [reply] = self.submit([Asked(prompt, sampler.spawn(), came.put)]).result()
             reply.index, event = index, None
             try:
                 while event is None or event.finish_reason is None:
@@ -133,11 +133,13 @@ class Service:
                 return
         call()  # nothing else uses the engine any more
 
-    def _add(self, requests: Sequence[Request]) -> list[Reply]:
+    def _add(self, requests: Sequence[Asked]) -> list[Reply]:
         if self.failure is not None or self._is_closing:
             raise RunError("no more requests are answered: the server is closing")
         engine = self.engine
-        if len(engine.running) + len(engine.waiting) + len(requests) > engine.slots + self.queue:
+        if len(requests) > (most := engine.slots + self.queue):
+            raise UserError(f"{len(requests)} answers are asked for at once, and the server takes {most}", "lower n")
+        if len(engine.running) + len(engine.waiting) + len(requests) > most:
             raise QueueFull(f"{len(engine.waiting)} requests are waiting: try again later")
         replies: list[Reply] = []
         try:

@@ -28,8 +28,7 @@ from llama_acc.core.generate.engine import Prompt, Reply
 from llama_acc.core.generate.grammar import JsonGrammars
 from llama_acc.core.generate.load import LoadedModel
 from llama_acc.core.generate.sampling import Sampler
-from llama_acc.core.generate.service import Event, QueueFull, Service
-from llama_acc.core.generate.service import Request as Asked
+from llama_acc.core.generate.service import Asked, Event, QueueFull, Service
 from llama_acc.core.serve.answers import Answer, ChatAnswer, TextAnswer
 from llama_acc.core.serve.guard import Access, Guard, error_response
 from llama_acc.core.serve.metrics import Metrics

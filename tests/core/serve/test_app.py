@@ -294,6 +294,8 @@ def test_a_queue_has_an_end_and_who_leaves_makes_room(tokenizer_path: Path) -> N
             full = httpx2.post(url, json=ASK)
             assert (full.status_code, full.headers["Retry-After"]) == (429, "1")
             assert full.json()["error"]["type"] == "rate_limit_error"
+            never = httpx2.post(url, json={**ASK, "n": 3})
+            assert (never.status_code, "the server takes 2" in never.text) == (400, True)
         waiting.join()  # the first client has left: the second one got its slot
         with pytest.raises(httpx2.TimeoutException):
             httpx2.post(url, json=ENDLESS, timeout=0.5)
