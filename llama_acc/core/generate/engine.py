@@ -23,7 +23,7 @@ from torch import Tensor
 from llama_acc.core.data.templates import Template
 from llama_acc.core.device import free_memory
 from llama_acc.core.distributed.groups import local_world_size
-from llama_acc.core.errors import UserError
+from llama_acc.core.errors import RunError, UserError
 from llama_acc.core.generate.decode_graph import DecodeGraph
 from llama_acc.core.generate.load import LoadedModel
 from llama_acc.core.generate.sampling import Sampler, TokenLogprobs, logprobs_of
@@ -104,8 +104,8 @@ class Reply:
         text: so far. It ends at the prompt format's first stop string, and the beginning of one is held back.
         logprobs: of these tokens and the end token, where they are asked for.
         end_token: the one that ended it; None: none has.
-        finish_reason: "stop": by an end token or stop string, "length": there is no room for more, "cancelled"; None:
-            it is under way.
+        finish_reason: "stop": by an end token or stop string, "length": there is no room for more, "cancelled",
+            "failed": its grammar cannot go on; None: it is under way.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Reply:
         self.text = ""
         self.logprobs: list[TokenLogprobs] = []
         self.end_token: int | None = None
-        self.finish_reason: Literal["stop", "length", "cancelled"] | None = None
+        self.finish_reason: Literal["stop", "length", "cancelled", "failed"] | None = None
         self._end_ids, self._decoder = tokenizer.end_ids.union(stop_ids), StreamDecoder(tokenizer)
         self._most = max_new_tokens
         stops, end = ([], "") if prompt.raw else (template.text_stops(tokenizer), template.text_end(tokenizer))
@@ -293,7 +293,12 @@ class Engine:
             reply, sampler = slot.reply, slot.sampler
             assert reply is not None
             assert sampler is not None
-            token = first if sampler.is_argmax else sampler(row, reply.prompt.tokens)
+            try:
+                token = first if sampler.is_argmax else sampler(row, reply.prompt.tokens)
+            except RunError:  # its own grammar's: the others go on
+                reply.finish_reason, slot.reply = "failed", None
+                events.append((reply, ""))
+                continue
             if sampler.sampling.logprobs is not None:
                 reply.logprobs.append(logprobs_of(row, token, sampler.sampling.logprobs))
             slot.feed = [token]

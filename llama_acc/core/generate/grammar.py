@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama_acc.core.errors import UserError
+from llama_acc.core.errors import RunError, UserError
 from llama_acc.core.generate.load import LoadedModel
 
 JSON_OBJECT: Mapping[str, Any] = {"type": "object"}
@@ -61,11 +61,13 @@ class JsonGrammar:
         return JsonGrammar(self._beginning, self._rows)
 
     def allowed(self) -> Tensor:
-        """Which tokens may follow, booleans [V]."""
+        """Which tokens may follow, booleans [V]. A RunError where the grammar takes more than llguidance allows."""
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._matcher.is_error():
+            raise RunError(f"the JSON schema cannot be followed any further: {self._matcher.get_error()}")
         return torch.from_numpy(np.unpackbits(mask, count=self._rows, bitorder="little").astype(bool))
 
     def advance(self, token: int) -> None:
         """Takes the next token."""
         if not self._matcher.consume_token(token):
-            raise RuntimeError(self._matcher.get_error())
+            raise RunError(f"the JSON schema cannot be followed any further: {self._matcher.get_error()}")

@@ -279,6 +279,8 @@ class _Replies:
             if came is None:
                 raise _Gone
             number, event = came
+            if event.finish_reason == "failed":
+                raise UserError("the JSON schema is too complex to be followed to the answer's end")
             if event.finish_reason in ("error", "cancelled"):
                 raise _Failed("the server is closing" if event.finish_reason == "cancelled" else "the engine failed")
             if not events[number]:

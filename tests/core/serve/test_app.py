@@ -15,8 +15,10 @@ from pydantic import BaseModel
 from llama_acc.core.data.chat_template import ChatTemplate
 from llama_acc.core.data.templates import Turn, get_template
 from llama_acc.core.data.tools import calls_of
+from llama_acc.core.errors import RunError
 from llama_acc.core.generate.chat import encode_prompt
 from llama_acc.core.generate.engine import Engine, Prompt
+from llama_acc.core.generate.grammar import JsonGrammar
 from llama_acc.core.generate.load import LoadedModel
 from llama_acc.core.generate.sampling import Sampling
 from llama_acc.core.serve.guard import Access
@@ -371,3 +373,16 @@ def test_tools_are_put_to_the_model_and_its_calls_found(tokenizer_path: Path) ->
         assert after.choices[0].message.content == alone(loaded, prompt).text
         without = {**ask, "tool_choice": "none"}
         assert client.chat.completions.create(**without).choices[0].message.tool_calls is None
+
+
+def test_a_schema_that_cannot_be_followed_ends_its_own_answer_alone(
+    client: openai.OpenAI, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: JsonGrammar) -> Any:
+        raise RunError("too complex")
+
+    monkeypatch.setattr(JsonGrammar, "allowed", fail)
+    with pytest.raises(openai.BadRequestError, match="too complex to be followed"):
+        client.chat.completions.create(**ASK, response_format={"type": "json_object"})
+    assert client.chat.completions.create(**ASK).choices[0].finish_reason == "length"
+    assert server.service.failure is None
