@@ -173,15 +173,16 @@ class ChatPage:
             yield from self._streamed(tab, answers)
 
     def _streamed(self, tab: _Tab, answers: Sequence[Iterator[str]]) -> Iterator[list[Any]]:
-        box, texts = gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True), [""] * len(answers)
+        texts = [""] * len(answers)
         try:
+            # The first token may take long: the question is shown, and can be stopped, before.
+            yield [gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True), *_shown(tab, texts)]
             # Engines do not wait for each other, only what is shown of them.
             for pieces in zip_longest(*answers, fillvalue=""):
                 texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
-                yield [box, *_shown(tab, texts)]
+                yield [gr.skip(), *_shown(tab, texts)]
                 if tab.stop.is_set():
                     break
-                box = gr.skip()
         except LlamaAccError as error:
             gr.Warning(_text_of(error), title="The answer has ended")
         finally:
