@@ -25,6 +25,7 @@ _aten, _c10d = torch.ops.aten, torch.ops.c10d
 # What torch's table lacks does the work of what it has.
 _FLOPS = flop_registry | {
     _aten.addmm_: flop_registry[_aten.addmm],
+    torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * x.numel() * len(weight),
     _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         _aten._scaled_dot_product_flash_attention_backward

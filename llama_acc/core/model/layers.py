@@ -30,12 +30,14 @@ from llama_acc.core.model.nf4 import Scales, dense
 
 _onednn: Any = torch.backends.mkldnn
 _ALONE = Parallel()
-# Rows of SwiGLU that are worked on at a time on a CPU.
-_PIECE_ROWS = 256
+# Rows of SwiGLU that are worked on at a time on a CPU: of fewer, a good part of the time is that of laying out weights.
+_PIECE_ROWS = 1024
 # From so many elements on, AMX multiplies a matrix and a vector faster than vector instructions.
 _AMX_FROM = 400_000
 # Rows that matrices are reordered for; of others the product is right, too.
 _TYPICAL_ROWS = 16
+# From so many multiplications on, a product for training pays for the code that oneDNN makes for its shape.
+_ONEDNN_FROM = 1 << 26
 # oneDNN keeps half a megabyte of code for each shape of a matrix and number of rows that it is multiplied with: there
 # are to be few of these numbers, most of them up to as many as replies are generated together.
 _ROW_STEP, _MOST_ROWS = 4, 32
@@ -244,13 +246,31 @@ def scaled(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1.0 else x * factor
 
 
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN multiplies x [T, in] and weight [out, in] in training.
+
+    MKL, which torch takes for float32 on a CPU, has 115 to 190 GFLOP/s for most of these products, oneDNN 195 to 220
+    (measured on two Zen 4 cores); of two transposed matrices, which a weight's gradient is a product of, MKL has more.
+    """
+    is_large = x.dtype == torch.float32 and len(x) * weight.numel() >= _ONEDNN_FROM
+    # The compiler has its own ways to oneDNN.
+    return is_large and device_type(x) == "cpu" and _onednn.is_available() and not torch.compiler.is_compiling()
+
+
+def product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """x [T, in] times weight [out, in] transposed, both of one type: the products of training, without gradients."""
+    if not _by_onednn(x, weight):
+        return F.linear(x, weight) if out is None else torch.mm(x, weight.t(), out=out)
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return y if out is None else out.copy_(y)
+
+
 def linear(x: Tensor, weight: Tensor, scales: Scales | None = None) -> Tensor:
     """x [..., in] times weight [out, in], which may be quantized, transposed; in the type of `x`."""
-    if scales is not None:
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _QuantizedLinearFunction.apply(x, weight, scales)
-        if x.dim() == 2 and x.shape[0] == 1:
-            return nf4.one_row(x, weight, scales)
+    if torch.is_grad_enabled() and (x.requires_grad if scales is not None else x.dim() == 2 and _by_onednn(x, weight)):
+        return _LinearFunction.apply(x, weight, scales)
+    if scales is not None and x.dim() == 2 and x.shape[0] == 1:
+        return nf4.one_row(x, weight, scales)
     weight = dense(weight, scales, x.dtype)
     if x.dim() == 2 and device_type(x) == "cpu" and not torch.is_grad_enabled():
         return _one_row(x, weight) if x.shape[0] == 1 else _rows(x, weight)
@@ -262,19 +282,21 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x.masked_fill(mask, 0)
 
 
-class _QuantizedLinearFunction(torch.autograd.Function):
-    """Keeps the quantized matrix only, which is written out again in the backward pass."""
+class _LinearFunction(torch.autograd.Function):
+    """Keeps the matrix as it is, which is cast or written out again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scales: Scales) -> Tensor:
-        ctx.save_for_backward(weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scales: Scales | None) -> Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
         ctx.scales = scales
-        return F.linear(x, dense(weight, scales, x.dtype))
+        return product(x, dense(weight, scales, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        return d_outputs[0] @ dense(weight, ctx.scales, d_outputs[0].dtype), None, None
+        x, weight = ctx.saved_tensors
+        d_y, needs_x = d_outputs[0], ctx.needs_input_grad[0]
+        d_x = product(d_y, dense(weight, ctx.scales, d_y.dtype).t()) if needs_x else None
+        return d_x, None if x is None else (d_y.t() @ x).to(weight.dtype), None
 
 
 def _rows(x: Tensor, weight: Tensor) -> Tensor:
@@ -398,10 +420,12 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 def _add_masked_product(total: Tensor, a: Tensor, b: Tensor, mask: Tensor | None) -> None:
     """Adds the product a @ b, with 0 in the places of the mask, to `total`, of the same type."""
-    if mask is None:
-        total.addmm_(a, b)
-    else:
+    if mask is not None:
         total.add_((a @ b).masked_fill_(mask, 0))
+    elif _by_onednn(a, b):
+        total.add_(product(a, b.t()))
+    else:
+        total.addmm_(a, b)
 
 
 class RMSNorm(nn.Module):
@@ -523,7 +547,7 @@ class _NormedLinearsFunction(torch.autograd.Function):
         ctx.save_for_backward(x, norm_weight, inverse, *weights[:split], *extra)
         ctx.eps, ctx.group, ctx.scales, ctx.masks = eps, group, scales, masks
         ctx.added = [len(weight) for weight in weights[split:]], weights[-1].dtype
-        outputs = [F.linear(normed, dense(*matrix, x.dtype)) for matrix in zip(weights[:split], scales, strict=True)]
+        outputs = [product(normed, dense(*matrix, x.dtype)) for matrix in zip(weights[:split], scales, strict=True)]
         outputs += [F.linear(_masked(normed, mask), weight) for mask, weight in zip(masks, extra, strict=True)]
         return tuple(outputs)
 
@@ -534,9 +558,9 @@ class _NormedLinearsFunction(torch.autograd.Function):
         split = len(ctx.scales)
         added = list(zip(d_outputs[split:], weights[split:], ctx.masks, strict=True))
         matrices = list(zip(weights[:split], ctx.scales, strict=True))
-        d_normed = d_outputs[0] @ dense(*matrices[0], x.dtype)
+        d_normed = product(d_outputs[0], dense(*matrices[0], x.dtype).t())
         for d_y, matrix in zip(d_outputs[1:split], matrices[1:], strict=True):
-            d_normed.addmm_(d_y, dense(*matrix, x.dtype))
+            _add_masked_product(d_normed, d_y, dense(*matrix, x.dtype), None)
         summing = None if ctx.group is None else dist.all_reduce(d_normed, group=ctx.group, async_op=True)
         d_weights: list[Tensor | None] = [None] * len(needs_weights)
         if any(needs_weights):
@@ -597,12 +621,12 @@ class _GatedLinearFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(gate, up, *weights)
         ctx.scales, ctx.masks = scales, masks
-        compute_weights = [dense(*matrix, gate.dtype).t() for matrix in zip(weights, scales, strict=True)]
+        compute_weights = [dense(*matrix, gate.dtype) for matrix in zip(weights, scales, strict=True)]
         outputs = tuple(gate.new_empty(len(gate), len(weight)) for weight in weights)
         for rows in _row_pieces(gate):
-            product = swiglu(gate[rows], up[rows])
+            activated = swiglu(gate[rows], up[rows])
             for y, weight, mask in zip(outputs, compute_weights, masks, strict=True):
-                torch.mm(_masked(product, None if mask is None else mask[rows]), weight, out=y[rows])
+                product(_masked(activated, None if mask is None else mask[rows]), weight, out=y[rows])
         return outputs
 
     @staticmethod
@@ -616,14 +640,14 @@ class _GatedLinearFunction(torch.autograd.Function):
         ]
         # Their gradients take the place of gate and up; torch refuses a second backward pass over them.
         for rows in pieces:
-            d_product = d_outputs[0][rows] @ compute_weights[0]
+            d_product = product(d_outputs[0][rows], compute_weights[0].t())
             masks = [None if mask is None else mask[rows] for mask in ctx.masks]
             for d_y, weight, mask in zip(d_outputs[1:], compute_weights[1:], masks[1:], strict=True):
                 _add_masked_product(d_product, d_y[rows], weight, mask)
-            product = _swiglu_backward(d_product, gate[rows], up[rows], any(ctx.needs_input_grad[4:]))
+            activated = _swiglu_backward(d_product, gate[rows], up[rows], any(ctx.needs_input_grad[4:]))
             for d_weight, d_y, mask in zip(d_weights, d_outputs, masks, strict=True):
-                if d_weight is not None and product is not None:
-                    add_product(d_weight, d_y[rows].t(), _masked(product, mask), first=not rows.start)
+                if d_weight is not None and activated is not None:
+                    add_product(d_weight, d_y[rows].t(), _masked(activated, mask), first=not rows.start)
         done = (None if d is None else d.to(w.dtype) for d, w in zip(d_weights, weights, strict=True))
         return gate, up, None, None, *done
 

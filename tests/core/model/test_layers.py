@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_acc.core.distributed.groups import Parallel
+from llama_acc.core.model import layers
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.layers import (
     ColumnParallelLinear,
@@ -24,7 +25,7 @@ from llama_acc.core.model.transformer import pack_small
 from tests.core.tiny import SMALL, difference, document_logits, random_model
 
 # More rows than the feed-forward layer takes at once on a CPU.
-ROWS, DIM, HIDDEN = 600, 24, 40
+ROWS, DIM, HIDDEN = 1200, 24, 40
 
 
 def _random(*shape: int, seed: int) -> Tensor:
@@ -122,6 +123,26 @@ def test_rows_times_a_matrix_are_the_product_also_where_it_is_reordered(dtype: t
             with torch.no_grad():
                 assert difference(linear(x, weight), x.double() @ weight.double().t()) < off
         reorder_for_rows([weight])
+
+
+def test_large_products_which_onednn_computes_train_a_model_as_torchs_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.arange(40) % SMALL.vocab_size
+
+    def loss_and_gradients() -> list[Tensor]:
+        model = random_model(SMALL).requires_grad_()
+        loss = model(tokens, torch.arange(20).repeat(2), [20, 20], targets=tokens.roll(-1))
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    expected = loss_and_gradients()
+    calls = []
+    onednn = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: calls.append(args) or onednn(*args))
+    monkeypatch.setattr(layers, "_ONEDNN_FROM", 0)
+    actual = loss_and_gradients()
+    # Seven products of a block and the output's, forward and backward.
+    assert len(calls) == 2 * (7 * SMALL.n_layers + 1)
+    assert all(difference(one, other) < 1e-5 for one, other in zip(actual, expected, strict=True))
 
 
 def test_rotation_turns_pairs_by_position_times_frequency() -> None:
