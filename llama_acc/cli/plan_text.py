@@ -48,7 +48,10 @@ def describe_plan(plan: "Plan") -> list[tuple[str, str]]:
         lines.append(("vision", _vision_text(plan)))
     lines += _data_lines(plan)
     steps = f"{plan.total_steps:,} of {count_text(train.global_batch_size, 'example')}; {plan.steps_per_epoch:,} in "
-    lines.append(("steps", f"{steps}an epoch, {count_text(train.epochs, 'epoch')}, {train.precision}"))
+    precision: str = train.precision
+    if plan.settings.frozen_dtype is not None:
+        precision += ", computed in float32: this CPU has no instructions for bf16"
+    lines.append(("steps", f"{steps}an epoch, {count_text(train.epochs, 'epoch')}, {precision}"))
     if plan.chosen:
         lines.append(("micro-batches", plan.chosen))
     idle = plan.idle_steps()

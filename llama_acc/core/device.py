@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,6 +76,12 @@ def free_memory(device: torch.device) -> int:
         if line.startswith("MemAvailable"):
             return int(line.split()[1]) * 1024
     return 4 * GIB
+
+
+def multiplies_bf16() -> bool:
+    """Whether the CPU has instructions for it; of others than x86 and before torch says, it is taken to have them."""
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return found.get("architecture") != "x86_64" or found.get("avx512_bf16", False) or found.get("amx_bf16", False)
 
 
 def prepare_cuda() -> None:

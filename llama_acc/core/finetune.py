@@ -17,7 +17,7 @@ from llama_acc.core.checkpoint.adapter import BASE_FILE
 from llama_acc.core.checkpoint.layout import latest_checkpoint
 from llama_acc.core.checkpoint.load import Weights, check_tensors
 from llama_acc.core.checkpoint.resume import SavedState, saved_masters
-from llama_acc.core.device import pick_device
+from llama_acc.core.device import multiplies_bf16, pick_device
 from llama_acc.core.distributed.groups import Parallel, init_distributed
 from llama_acc.core.errors import RunError
 from llama_acc.core.interrupt import Interrupted, StopRequest, stop_on_signal
@@ -94,6 +94,8 @@ def finetune(
             parallel.run_on_rank_zero(lambda: check_trackers(recipe.train.trackers))
             parallel.run_rank_zero_first(lambda: folder.open(resume=resume, claim=parallel.is_main, note=callback.note))
             plan = make_plan_together(recipe, callback, parallel, saved=folder.checkpoint)
+            if target.type == "cpu" and not parallel.run_on_rank_zero(multiplies_bf16):
+                plan = plan.without_bf16()
             if plan.recipe.train.has_auto:
                 callback.progress("predicting what fills the memory")
                 choose = partial(fill_memory, plan, parallel.world_size, target, folder.checkpoint)
@@ -150,6 +152,8 @@ def dry_run(
     if output is not None:
         refuse_non_empty(output)
     plan = make_plan(recipe, callback, dry_run=True)
+    if device is not None and device.type == "cpu" and not multiplies_bf16():
+        plan = plan.without_bf16()
     if plan.recipe.train.has_auto:
         callback.progress("predicting what fills the memory")
         plan = plan.with_chosen(*fill_memory(plan, processes, device or torch.device("cpu")))

@@ -371,12 +371,12 @@ def is_within(part: str, name: str) -> bool:
     return f".{part}." in f".{name}."
 
 
-def freeze_untrained(model: Transformer) -> None:
-    """Keeps what does not train in the type of the activations. Call it on meta."""
+def freeze_untrained(model: Transformer, dtype: torch.dtype | None = None) -> None:
+    """Keeps what does not train in `dtype`; None: in the type of the activations. Call it on meta."""
     for name, parameter in list(model.named_parameters()):
         if not parameter.requires_grad:
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(parameter.detach().to(model.dtype), False))
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(parameter.detach().to(dtype or model.dtype), False))
 
 
 def quantize_on_meta(model: Transformer, skip: Sequence[str] = ()) -> None:

@@ -53,7 +53,7 @@ from llama_acc.core.train.step import (
 def model_for_training(config: ModelConfig, settings: StepSettings, parallel: Parallel) -> Transformer:
     """A rank's part of the model, without storage: what trains is float32, and what does not may be quantized."""
     model = build_on_meta(config, settings.dtype, parallel)
-    freeze_untrained(model)
+    freeze_untrained(model, settings.frozen_dtype)
     if settings.quantize_skip is not None:
         quantize_on_meta(model, settings.quantize_skip)
     return model

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+from llama_acc.cli.plan_text import describe_plan
 from llama_acc.core.atomic import check_manifest
 from llama_acc.core.finetune import finetune
 from llama_acc.core.model.transformer import shapes_of
@@ -168,6 +169,21 @@ def test_bf16_saves_rounded_weights_and_keeps_exact_masters(plain: Path, tmp_pat
     assert all(tensor.dtype == torch.float32 for tensor in saved_weights(plain / "epoch1").values())
     assert not any(name.startswith("master.") for name in saved_state(plain / "epoch1"))
     assert losses(tmp_path) == pytest.approx(losses(plain), rel=0.01)
+
+
+def test_where_a_cpu_has_no_instructions_for_bf16_the_same_run_is_computed_in_float32(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama_acc.core.finetune.multiplies_bf16", lambda: False)
+    run(tmp_path / "full", "train.precision=bf16")
+    assert losses(tmp_path / "full") == losses(plain)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in saved_weights(tmp_path / "full" / "epoch1").values())
+    for precision in ("bf16", "fp32"):
+        run(tmp_path / precision, f"train.precision={precision}", "tuning.method=lora", *ONE_STEP)
+    assert losses(tmp_path / "bf16") != losses(tmp_path / "fp32")  # the base is rounded
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=0.001)
+    steps = dict(describe_plan(plan_of("train.precision=bf16").without_bf16()))["steps"]
+    assert steps.endswith("bf16, computed in float32: this CPU has no instructions for bf16")
 
 
 def test_a_run_learns_and_another_goes_on_from_its_weights_and_its_shape(tmp_path: Path) -> None:
