@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 import llama_acc
-from llama_acc.cli.app import app
+from llama_acc.cli.app import app, load_command
 from llama_acc.core.data import keys
 from llama_acc.core.data.items import ROLES
 from llama_acc.core.data.templates import TEMPLATES, Template, Turn
@@ -32,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
 PACKAGE = ROOT / "llama_acc"
 COMMAND: Any = typer.main.get_command(app)
+LISTED = COMMAND.commands
+COMMAND.commands = {name: load_command(name) for name in LISTED}
 
 
 def read(page: str) -> str:
@@ -136,7 +138,7 @@ def words_of(line: str) -> list[str]:
 
 def parse(words: list[str], whole: bool = False) -> None:
     """Parses the words after `llama-acc`; unless they are `whole`, what is required may be missing."""
-    command, context = COMMAND, COMMAND.context_class(COMMAND, info_name="llama-acc")
+    command, context = COMMAND, COMMAND.context_class(COMMAND, info_name="llama-acc", **COMMAND.context_settings)
     while words and hasattr(command, "commands") and re.match("[a-z]", words[0]) and "X" not in words[0]:
         assert words[0] in command.commands, f"there is no command {words[0]}"
         command, words = command.commands[words[0]], words[1:]
@@ -183,6 +185,11 @@ def test_evaluation_page_lists_every_option() -> None:
         options = {parameter.opts[0] for parameter in evaluate.commands[name].params} - {"--help", "-h", "tasks"}
         listed = {code(row[0]).split()[0] for row in rows if row[1] == "all" or name in row[1].split(", ")}
         assert listed | as_in_chat == options
+
+
+def test_the_list_of_commands_says_what_each_says_itself() -> None:
+    said = {name: command.help.split("\n\n")[0].strip() for name, command in COMMAND.commands.items()}
+    assert said == {name: command.help for name, command in LISTED.items()}
 
 
 # Links

@@ -58,6 +58,21 @@ def test_importing_what_needs_nothing_heavy_imports_nothing_heavy(code: str) -> 
     assert heavy_after(code) == [""]
 
 
+def test_help_imports_no_more_than_it_prints_with() -> None:
+    code = """
+sys.argv = ['llama-acc', *WORDS]
+from llama_acc.__main__ import main
+try:
+    main()
+except SystemExit:
+    look(*[name for name in sys.modules if name.split('.')[0] in (
+        'pydantic', 'yaml', 'numpy', 'httpx', 'huggingface_hub', 'markdown_it', 'pygments')])
+    look(*[name for name in sys.modules if name.startswith('llama_acc.cli.')])
+"""
+    assert heavy_after(code.replace("WORDS", "['--help']")) == ["", "llama_acc.cli.stopping llama_acc.cli.app"]
+    assert heavy_after(code.replace("WORDS", "['recipes', '-h']"))[0] == ""
+
+
 def test_the_command_line_answers_without_anything_heavy() -> None:
     code = f"""
 import json

@@ -8,31 +8,17 @@ import logging
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
 from typer import Option
+from typer.core import TyperCommand, TyperGroup
 
 from llama_acc import __version__
-from llama_acc.cli import (
-    benchmark_vram,
-    caption,
-    chat,
-    check_data,
-    console,
-    convert_checkpoint,
-    convert_data,
-    download,
-    evaluate,
-    finetune,
-    push,
-    recipes,
-    runs,
-    serve,
-    stopping,
-)
+from llama_acc.cli import stopping
 from llama_acc.core.distributed import environment
 from llama_acc.core.errors import LlamaAccError
 from llama_acc.core.interrupt import EXIT_CODES
@@ -55,8 +41,62 @@ _IMPOSSIBLE_NAMES = {
 }
 
 
+# Each one's module has its name, and is imported when it is asked for: help needs no more than this.
+_COMMANDS = {
+    "download": "Download models and data: by a name of the catalogue, or by an address.",
+    "finetune": "Fine-tune a model as a recipe says.",
+    "runs": "List runs: what they train, how far they are, and whether they are running; the newest first.",
+    "chat": "Chat with a model. A run's folder means its latest checkpoint.",
+    "caption": "Generate captions for images. A run's folder means its latest checkpoint.",
+    "serve": "Serve a model to programs that speak OpenAI's protocol (extra: serve).",
+    "benchmark-vram": "Predict the memory of a run, part by part, without a GPU; measure it; find what fits.",
+    "convert-checkpoint": "Convert a checkpoint between Meta's layout, LLaMA2-Accessory's (consolidated) and Hugging "
+    "Face's; merge what\nwas tuned, write it for PEFT, or for llama.cpp and Ollama (gguf), or quantize a base.",
+    "push": "Push a model to Hugging Face, with a model card: an adapter as PEFT has it, or a whole model.",
+    "convert-data": "Convert data to what `finetune` takes, and check it.",
+    "evaluate": "Measure a checkpoint: lm-evaluation-harness's tasks, Gorilla's API calls, or perplexity on data of "
+    "yours.",
+    "recipes": "Recipes: everything a run is, in one YAML file.",
+}
+_JOINS = ("finetune", "chat", "caption", "serve", "lm_eval")
+
+
+class Commands(TyperGroup):
+    """The commands, by what is said of them in the list; which of them is run is imported."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = {name: TyperCommand(name, help=text) for name, text in _COMMANDS.items()}
+
+    def get_params(self, context: Any) -> list[Any]:
+        params = super().get_params(context)
+        for flag in params:
+            flag.default = False  # of None, Typer would ask pydantic, which takes long to import, whether it is one
+        return params
+
+    def resolve_command(self, context: Any, words: list[str]) -> tuple[Any, Any, list[str]]:
+        name, command, rest = super().resolve_command(context, words)
+        return name, command and load_command(command.name), rest
+
+
+@functools.cache
+def load_command(name: str) -> Any:
+    """Imports a command, or a group of them."""
+    function = name.replace("-", "_")
+    module = import_module(f"llama_acc.cli.{function}")
+    app = getattr(module, "app", None) or typer.Typer()
+    for word, command in getattr(module, "SUBCOMMANDS", {name: getattr(module, function, None)}).items():
+        app.command(word)(_reported(command))
+    if hasattr(module, "default"):
+        app.callback(invoke_without_command=True)(_reported(module.default))
+    group = typer.main.get_group(app)
+    group.name = name
+    return group if hasattr(module, "app") else group.commands[name]
+
+
 app = typer.Typer(
     name="llama-acc",
+    cls=Commands,
     help=HELP,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -82,11 +122,12 @@ def _global_options(
         os.environ["LLAMA_ACC_DEBUG"] = "1"
 
 
-def _reported(command: Callable[..., Any], joins: bool = False) -> Callable[..., Any]:
+def _reported(command: Callable[..., Any]) -> Callable[..., Any]:
     """Runs a command so that what goes wrong ends in one clear message and the promised exit code.
 
-    Unless it `joins` the processes started with it, it is alone, whatever stands in the environment.
+    Unless it joins the processes started with it, it is alone, whatever stands in the environment.
     """
+    from llama_acc.cli import console
 
     typed = inspect.signature(command).parameters
 
@@ -99,7 +140,7 @@ def _reported(command: Callable[..., Any], joins: bool = False) -> Callable[...,
                 raise typer.BadParameter(problem, param_hint=what)
         try:
             with stopping.command():
-                if not joins:
+                if command.__name__ not in _JOINS:
                     environment.stand_alone()
                 elif environment.world_size() > 1:
                     environment.check_place()
@@ -125,6 +166,8 @@ def _problem_of(name: str, value: Any) -> str | None:
 
 def _exit_of(error: BaseException) -> BaseException:
     """Reports what ended a command; returns what ends the process with the right code."""
+    from llama_acc.cli import console
+
     number = stopping.received(error)
     if number is not None:
         if environment.is_main() and environment.is_stopped_by_user():
@@ -137,6 +180,8 @@ def _exit_of(error: BaseException) -> BaseException:
         console.discard(sys.stdout)
         return typer.Exit(0)
     if os.environ.get("LLAMA_ACC_DEBUG", "0") not in ("", "0"):
+        import traceback
+
         traceback.print_exception(error)
     message, hint, exit_code = _message_of(error)
     if not environment.record_exit(error, message, hint, exit_code) and _is_reported_here(error):
@@ -168,30 +213,6 @@ def _message_of(error: Exception) -> tuple[str, str | None, int]:
     return f"{type(error).__name__}: {error}", "this is a fault of the program: add --debug to see where", 1
 
 
-for format, command in convert_data.COMMANDS.items():
-    convert_data.app.command(format)(_reported(command))
-convert_data.app.command("check")(_reported(check_data.check))
-evaluate.app.command()(_reported(evaluate.gorilla))
-evaluate.app.command()(_reported(evaluate.perplexity))
-evaluate.app.command()(_reported(evaluate.lm_eval, joins=True))
-recipes.app.callback(invoke_without_command=True)(_reported(recipes.default))
-recipes.app.command("list")(_reported(recipes.list_recipes))
-recipes.app.command()(_reported(recipes.show))
-recipes.app.command()(_reported(recipes.copy))
-app.command()(_reported(download.download))
-app.command()(_reported(finetune.finetune, joins=True))
-app.command()(_reported(runs.runs))
-app.command()(_reported(chat.chat, joins=True))
-app.command()(_reported(caption.caption, joins=True))
-app.command()(_reported(serve.serve, joins=True))
-app.add_typer(convert_data.app, name="convert-data")
-app.command()(_reported(benchmark_vram.benchmark_vram))
-app.command()(_reported(convert_checkpoint.convert_checkpoint))
-app.command()(_reported(push.push))
-app.add_typer(evaluate.app, name="evaluate")
-app.add_typer(recipes.app, name="recipes")
-
-
 def main() -> None:
     """The command line; `__main__` is where it is entered."""
     stopping.watch()
@@ -210,7 +231,21 @@ def main() -> None:
     # --debug is understood wherever it stands.
     if "--debug" in sys.argv[1:]:
         sys.argv = [sys.argv[0], "--debug", *(word for word in sys.argv[1:] if word != "--debug")]
+    if {"-h", "--help"}.intersection(sys.argv):
+        _import_formatter()
     app()
+
+
+def _import_formatter() -> None:
+    """Imports what formats help, without two modules of rich that take a third of the time that `--help` takes, and
+    serve settings of Typer that are not ours: help in Markdown, and errors with their source."""
+    unused = "rich.markdown", "rich.traceback"
+    for name in unused:
+        sys.modules[name] = ModuleType(name)
+        sys.modules[name].__getattr__ = lambda _: object  # type: ignore[method-assign]
+    import_module("typer.rich_utils")
+    for name in unused:
+        del sys.modules[name]
 
 
 def _escape(record: logging.LogRecord) -> bool:

@@ -11,6 +11,7 @@ import typer
 from typer import Argument, Option
 
 from llama_acc.cli import console
+from llama_acc.cli.check_data import check
 from llama_acc.core.errors import RunError, UserError, did_you_mean, listed
 from llama_acc.core.text import count_text, size_text
 
@@ -221,7 +222,7 @@ def _convert(
         console.out.print(f"{target}: {counts}, {size_text(target.stat().st_size)}", markup=False)
 
 
-COMMANDS = {format: _command(format) for format in _FORMATS}
+SUBCOMMANDS = {**{format: _command(format) for format in _FORMATS}, "check": check}
 
 
 def _show(conversion: "Conversion", count: int) -> None:

@@ -283,3 +283,6 @@ def _rows(results: dict[str, Any]) -> list[list[str]]:
                 numbers = [f"{number:.4f}" if isinstance(number, float) else str(number) for number in (value, error)]
                 rows.append([task, name, *numbers, str(results["n-shot"].get(task, ""))])
     return rows
+
+
+SUBCOMMANDS = {"gorilla": gorilla, "perplexity": perplexity, "lm-eval": lm_eval}

@@ -1,6 +1,7 @@
 """Flags that several commands share, and their checks. A wrong one is reported as Typer reports any other."""
 
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,25 +14,21 @@ from llama_acc.core.errors import UserError
 of_processes = partial(Option, rich_help_panel="Several processes")
 
 
-def device(value: str | None) -> str | None:
-    """Refuses what no tensor can be computed on; whether the device is there is found out when it is used."""
-    if value is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", value):
-        raise typer.BadParameter(f"{value!r} is not one of: cuda, cuda:1 (another GPU), mps, cpu.")
-    return value
+def matching(pattern: str, problem: str) -> Callable[[str | None], str | None]:
+    """A callback that refuses what is not of a pattern; in `problem`, {} is what was typed."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(pattern, value):
+            raise typer.BadParameter(problem.format(repr(value)))
+        return value
+
+    return check
 
 
-def nproc(value: str | None) -> str | None:
-    """Refuses what is no number of processes."""
-    if value is not None and value != "auto" and not (value.isdecimal() and int(value) > 0):
-        raise typer.BadParameter(f"{value!r} is neither a number of processes nor auto.")
-    return value
-
-
-def endpoint(value: str | None) -> str | None:
-    """Refuses what is no HOST:PORT."""
-    if value is not None and not re.fullmatch(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}", value):
-        raise typer.BadParameter(f"{value!r} is not HOST:PORT.")
-    return value
+# Whether the device is there is found out when it is used.
+device = matching(r"cpu|mps|cuda(:\d+)?", "{} is not one of: cuda, cuda:1 (another GPU), mps, cpu.")
+nproc = matching(r"auto|0*[1-9]\d*", "{} is neither a number of processes nor auto.")
+endpoint = matching(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}", "{} is not HOST:PORT.")
 
 
 def plot(path: Path | None) -> Path | None:

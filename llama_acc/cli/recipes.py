@@ -21,7 +21,7 @@ Examples:
   llama-acc recipes show lima
 
   llama-acc recipes copy lima my.yaml    (then: llama-acc finetune --recipe my.yaml)
-"""
+""",
 )
 
 
@@ -89,3 +89,6 @@ def _text_of(name: str) -> str:
     path = find_recipe(name)
     Recipe.load(path)
     return read_text(path)
+
+
+SUBCOMMANDS = {"list": list_recipes, "show": show, "copy": copy}

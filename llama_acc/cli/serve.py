@@ -2,13 +2,11 @@
 
 import logging
 import os
-import re
 import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from typer import Option
 
 from llama_acc.cli import console, options
@@ -26,12 +24,6 @@ if TYPE_CHECKING:
 
 _KEY = "LLAMA_ACC_API_KEY"
 _OPTIONS = "Who may ask"
-
-
-def _api_key(value: str | None) -> str | None:
-    if value is not None and not re.fullmatch(r"[!-~]+", value):
-        raise typer.BadParameter("a key is of visible ASCII characters, without spaces.")
-    return value
 
 
 def serve(
@@ -60,7 +52,7 @@ def serve(
         Option(
             envvar=_KEY,
             show_envvar=False,
-            callback=_api_key,
+            callback=options.matching("[!-~]+", "a key is of visible ASCII characters, without spaces."),
             help=f"What clients must bring. In a script, set {_KEY}: others may see a command's flags.",
             rich_help_panel=_OPTIONS,
         ),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llama_acc.cli.convert_data import COMMANDS
+from llama_acc.cli.convert_data import SUBCOMMANDS
 from tests.cli.commands import QUICKSTART, invoke, start, wait_until, words
 from tests.cli.terminal import Terminal
 
@@ -169,5 +169,5 @@ def test_a_download_that_finetune_reads_unchanged_gets_no_second_file_beside_it(
 
 
 def test_every_format_has_help_with_an_example() -> None:
-    for format in COMMANDS:
+    for format in SUBCOMMANDS:
         assert f"llama-acc convert-data {format} " in words(invoke("convert-data", format, "--help").stdout)
