@@ -177,19 +177,31 @@ class SentencePieceTokenizer(Tokenizer):
         return encoded
 
     def encode_batch_with_spans(self, texts: list[str], own: Sequence[Own] | None = None) -> list[Spans]:
-        mappings = self._processor.encode(texts, return_type="offset_mapping", num_threads=self._threads)
-        encoded = [self._spans(m["ids"], m["offsets"]) for m in mappings]
+        ids = self._processor.encode(texts, num_threads=self._threads)
+        encoded = list(map(self._spans, ids, texts))
         for i in self._with_special_tokens(texts, own, in_own=False):
             encoded[i] = self._in_json.encode_batch_with_spans([texts[i]], own and [own[i]])[0]
         return encoded
 
-    def _spans(self, ids: list[int], offsets: list[tuple[int, int]]) -> Spans:
-        """SentencePiece gives a character to the last of its byte pieces; here all of them span it."""
-        spans = _spans(ids, offsets)
-        for i in np.flatnonzero(spans.begins == spans.ends)[::-1].tolist():
-            if i + 1 < len(ids) and self._processor.IsByte(ids[i]):
-                spans.ends[i] = spans.ends[i + 1]
-        return spans
+    def _spans(self, ids: list[int], text: str) -> Spans:
+        """Told from the tokens' bytes, where they are the text's; that costs a tenth of what SentencePiece takes."""
+        content, space = text.encode(), self._space_in_front
+        if b"".join([self._surfaces[token] for token in ids]) != b" " * space + content:
+            mapping = self._processor.encode(text, return_type="offset_mapping")
+            spans = _spans(mapping["ids"], mapping["offsets"])
+            # It gives a character to the last of its byte pieces; here all of them span it.
+            for i in np.flatnonzero(spans.begins == spans.ends)[::-1].tolist():
+                if i + 1 < len(ids) and self._processor.IsByte(ids[i]):
+                    spans.ends[i] = spans.ends[i + 1]
+            return spans
+        counts = self._byte_counts[np.array(ids, np.int32)]
+        ends = counts.cumsum() - space
+        begins = np.maximum(ends - counts, 0)
+        if len(content) > len(text):
+            first = (np.frombuffer(content, np.uint8) & 0xC0) != 0x80  # a character's first byte
+            characters = np.concatenate([[0], first.cumsum()])
+            begins, ends = characters[np.minimum(begins + 1, len(content))] - 1, characters[ends]
+        return Spans(ids, begins, ends)
 
     @functools.cached_property
     def _in_json(self) -> "HuggingFaceTokenizer":
@@ -208,10 +220,20 @@ class SentencePieceTokenizer(Tokenizer):
     @functools.cached_property
     def _byte_counts(self) -> NDArray[np.int64]:
         """How many bytes of a text each token stands for; the unknown token: more than any text has."""
-        pieces = (self.piece(token).replace("\u2581", " ") for token in range(self.vocab_size))
-        counts = [1 if self._processor.IsByte(i) else len(piece.encode()) for i, piece in enumerate(pieces)]
+        counts = np.array([len(surface) for surface in self._surfaces])
         counts[self._processor.unk_id()] = 1 << 40
-        return np.array(counts)
+        return counts
+
+    @functools.cached_property
+    def _surfaces(self) -> list[bytes]:
+        """The bytes of a text that each token stands for; the unknown token: those of none."""
+        pieces = [self.piece(token) for token in range(self.vocab_size)]
+        surfaces = [
+            bytes.fromhex(piece[3:5]) if self._processor.IsByte(i) else piece.replace("\u2581", " ").encode()
+            for i, piece in enumerate(pieces)
+        ]
+        surfaces[self._processor.unk_id()] = b"\xff"
+        return surfaces
 
     @functools.cached_property
     def _space_in_front(self) -> int:
@@ -328,7 +350,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def may_change(self, token: int) -> bool:
         # What decode leaves out does not end a run of byte pieces either.
         skipped = token in (self.bos_id, self.eos_id) or not 0 <= token < self.vocab_size
-        return self._bytes_fall_back and (skipped or self._is_byte(token))
+        return self._bytes_fall_back and (skipped or _BYTE_PIECE.fullmatch(self.piece(token)) is not None)
 
     def piece(self, token: int) -> str:
         piece = self._fast.id_to_token(token) if 0 <= token < self.vocab_size else None
@@ -342,9 +364,6 @@ class HuggingFaceTokenizer(Tokenizer):
         values: dict[str, Any] = json.loads(self._fast.to_str())
         is_json = self.path.suffix == ".json"
         return values | {"post_processor": json.loads(self._data).get("post_processor") if is_json else None}
-
-    def _is_byte(self, token: int) -> bool:
-        return _BYTE_PIECE.fullmatch(self.piece(token)) is not None
 
 
 class StreamDecoder:

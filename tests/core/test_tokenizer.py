@@ -89,6 +89,19 @@ def test_spans_cover_every_character_in_order(tokenizer: Tokenizer, text: str) -
         assert end > begin or begin == 0
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.text("ab e\n\t\u2581é日😀#:\0", max_size=16))
+def test_spans_are_those_that_sentencepiece_says(tokenizer_path: Path, text: str) -> None:
+    processor = SentencePieceProcessor(model_file=str(tokenizer_path))
+    [spans] = load_tokenizer(tokenizer_path).encode_batch_with_spans([text])
+    said = processor.encode(text, return_type="offset_mapping")
+    assert spans.ids == said["ids"]
+    stand = zip(spans.begins.tolist(), spans.ends.tolist(), strict=True)
+    for token, span, (begin, end) in zip(spans.ids, stand, said["offsets"], strict=True):
+        # It gives a character to the last of its byte pieces.
+        assert span == (begin, end) or (processor.IsByte(token) and begin == end and span == (begin, begin + 1))
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_streamed_text_is_the_decoded_text(tokenizer: Tokenizer, data: st.DataObject) -> None:
