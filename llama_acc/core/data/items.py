@@ -268,13 +268,12 @@ def _is_blank(value: dict[str, Any]) -> bool:
     if isinstance(output, str) and output and not output.isspace():
         return False
     if isinstance(turns := value.get("conversations"), list):
-        return all(isinstance(turn, dict) and "value" in turn and _says_nothing(turn) for turn in turns)
+        return all(
+            isinstance(turn, dict) and "value" in turn and (is_empty(turn["value"]) or _role(turn) == "system")
+            for turn in turns
+        )
     is_item = ("instruction" in value and "output" in value) or "caption" in value
     return is_item and all(is_empty(value.get(key)) for key in _SAYING)
-
-
-def _says_nothing(turn: dict[str, Any]) -> bool:
-    return is_empty(turn["value"]) or _role(turn) == "system"
 
 
 def _role(turn: dict[str, Any]) -> str:

@@ -156,6 +156,8 @@ def role_of(turn: Row) -> str | None:
 def _turn(value: Any) -> Turn:
     """A turn of `from` and `value`, or of `role` and `content`, which may be in parts."""
     turn = _object(value)
+    if len(turn) == 2 and type(text := turn.get("value")) is str and turn.get("from") in ("human", "gpt"):
+        return Turn(_ROLES[turn["from"]], text)  # most are so, and need no further look
     role, text = ("role", "content") if turn.keys() & {"role", "content"} else ("from", "value")
     said = _text(turn, role)
     if (name := role_of(turn)) is None:
@@ -194,6 +196,9 @@ def _exchanges(
     """
     first = next((place for place, turn in enumerate(turns) if turn.role == "human"), 0)
     own = [_optional(row, "system", SYSTEM, mapping), *(turn.text for turn in turns[:first] if turn.role == "system")]
+    system, pairs = "\n\n".join(text for text in own if text.strip()), ["human", "assistant"] * (len(turns) // 2)
+    if turns and [turn.role for turn in turns] == pairs and all(turn.text.strip() and not turn.more for turn in turns):
+        return system, turns  # as most are
     joined: list[Turn] = []
     waiting: list[str] = []  # system texts for the next question
     for place, turn in enumerate(turns):
@@ -232,7 +237,7 @@ def _exchanges(
             notes["exchanges with nothing on one side were left out"] += 1
     if not kept:
         raise Skipped("no question with a reply")
-    return "\n\n".join(text for text in own if text.strip()), kept
+    return system, kept
 
 
 def _record(row: Row, system: str, turns: list[Turn], part: int | None = None) -> Record:

@@ -225,7 +225,7 @@ class Conversion:
         for place in format.turns_in:
             turns = as_list(row.get(place))
             for turn in turns.values() if isinstance(turns, dict) else turns if isinstance(turns, list) else ():
-                if not isinstance(turn, dict):
+                if not isinstance(turn, dict) or in_turns.issuperset(turn):
                     continue
                 keys, wrong = unused_keys(turn, in_turns.union(MESSAGE_KEYS.get(role_of(turn) or "", ())))
                 unused |= {f"{place}[].{key}" for key in keys}
