@@ -3,6 +3,7 @@
 - `plain`: a LLaMA training loop in plain PyTorch, the way LLaMA2-Accessory does it: batches padded to their longest
   item, logits over every position, cross-entropy with an ignored label, AdamW and gradient clipping from torch.
 - `trainer`: transformers' LlamaForCausalLM under transformers' Trainer, given the same batches.
+- `trl`: LoRA pairs under TRL's SFTTrainer with PEFT, given the same batches (`pip install trl peft`).
 - `generate`: transformers' generate, batch 1, greedy, a prompt of 32 tokens and 128 new ones.
 - `prepare`: makes the random checkpoint, in Meta's layout and in Hugging Face's, and checks that both models agree.
   The others run it, as a process of its own, where the checkpoint is missing.
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,7 @@ from tasks import (
     BETAS,
     CLIP_NORM,
     LEARNING_RATE,
+    LORA_RANK,
     NEW_TOKENS,
     NO_LABEL,
     Item,
@@ -128,49 +131,82 @@ def load_huggingface(checkpoint: Path, dtype: torch.dtype) -> nn.Module:
 
 def run_trainer(args: argparse.Namespace) -> dict:
     """Train one pass with transformers.Trainer, on the batches of `run_plain` in their order."""
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainingArguments
+
+    def make(items: list[Item], options: dict, **others: object) -> Trainer:
+        return Trainer(args=TrainingArguments(**options, remove_unused_columns=False), train_dataset=items, **others)
+
+    return train_with(make, args)
+
+
+def run_trl(args: argparse.Namespace) -> dict:
+    """The same with LoRA pairs, by TRL's SFTTrainer and PEFT."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    def make(items: list[Item], options: dict, **others: object) -> SFTTrainer:
+        return SFTTrainer(
+            args=SFTConfig(
+                **options, remove_unused_columns=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
+            ),
+            train_dataset=Dataset.from_list([{"input_ids": item.tokens, "labels": item.labels} for item in items]),
+            peft_config=LoraConfig(
+                r=LORA_RANK, lora_alpha=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM"
+            ),
+            **others,
+        )
+
+    return train_with(make, args)
+
+
+def train_with(make: Callable[..., Any], args: argparse.Namespace) -> dict:
+    """Trains with a Trainer made of items, options and more, and times its steps alone, without its set-up."""
+    from transformers import LlamaTokenizer, PrinterCallback, TrainerCallback
 
     class Clock(TrainerCallback):
-        """Times the steps alone, without the Trainer's set-up."""
-
         def on_train_begin(self, *_: object, **__: object) -> None:
             self.start = time.perf_counter()
 
         def on_train_end(self, *_: object, **__: object) -> None:
             self.seconds = time.perf_counter() - self.start
 
-    def collate(items: list[Item]) -> dict[str, Tensor]:
+    def collate(items: list) -> dict[str, Tensor]:
+        rows = [item if isinstance(item, Item) else Item(item["input_ids"], item["labels"]) for item in items]
         return {
-            "input_ids": pad([item.tokens for item in items], 0),
-            "attention_mask": pad([[1] * len(item.tokens) for item in items], 0),
-            "labels": pad([item.labels for item in items], NO_LABEL),
+            "input_ids": pad([item.tokens for item in rows], 0),
+            "attention_mask": pad([[1] * len(item.tokens) for item in rows], 0),
+            "labels": pad([item.labels for item in rows], NO_LABEL),
         }
 
     batches = micro_batches(load_items(args), args.batch_size)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
+        options = {
+            "output_dir": folder,
+            "use_cpu": True,
+            "per_device_train_batch_size": args.batch_size,
+            "num_train_epochs": 1,
+            "learning_rate": LEARNING_RATE,
+            "lr_scheduler_type": "constant",
+            "adam_beta1": BETAS[0],
+            "adam_beta2": BETAS[1],
+            "weight_decay": 0.0,
+            "max_grad_norm": CLIP_NORM,
+            "train_sampling_strategy": "sequential",
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+        }
+        trainer = make(
+            [item for batch in batches for item in batch],
+            options,
             model=load_huggingface(checkpoint_folder(args), torch.float32),
-            args=TrainingArguments(
-                output_dir=folder,
-                use_cpu=True,
-                per_device_train_batch_size=args.batch_size,
-                num_train_epochs=1,
-                learning_rate=LEARNING_RATE,
-                lr_scheduler_type="constant",
-                adam_beta1=BETAS[0],
-                adam_beta2=BETAS[1],
-                weight_decay=0.0,
-                max_grad_norm=CLIP_NORM,
-                train_sampling_strategy="sequential",
-                save_strategy="no",
-                logging_steps=1,
-                report_to="none",
-                disable_tqdm=True,
-                remove_unused_columns=False,
-            ),
+            processing_class=LlamaTokenizer(vocab_file=str(args.tokenizer)),
             data_collator=collate,
-            train_dataset=[item for batch in batches for item in batch],
             callbacks=[clock],
         )
         trainer.remove_callback(PrinterCallback)
@@ -222,6 +258,7 @@ def run_prepare(args: argparse.Namespace) -> dict:
 BASELINES: dict[str, Callable[[argparse.Namespace], dict]] = {
     "plain": run_plain,
     "trainer": run_trainer,
+    "trl": run_trl,
     "generate": run_generate,
     "prepare": run_prepare,
 }

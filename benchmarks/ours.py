@@ -1,6 +1,7 @@
 """llama-acc on the baselines' tasks: the same items, order, weights and options; one JSON line.
 
 python benchmarks/ours.py train --shape 15M --data alpaca.json --tokenizer tokenizer.model [--precision bf16]
+python benchmarks/ours.py lora --shape 60M --data ... --tokenizer ... [--precision bf16 --nf4]
 python benchmarks/ours.py generate --shape 15M --data ... --tokenizer ... --dtype bfloat16
 """
 
@@ -9,7 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,6 +21,7 @@ from tasks import (
     BETAS,
     CLIP_NORM,
     LEARNING_RATE,
+    LORA_RANK,
     NEW_TOKENS,
     PROMPT_TOKENS,
     Item,
@@ -30,13 +35,14 @@ from tasks import (
 
 from llama_acc import load_model
 from llama_acc.core.checkpoint.layout import inspect, read_config
-from llama_acc.core.checkpoint.load import fill, read_weights
+from llama_acc.core.checkpoint.load import load_parameters, read_weights
 from llama_acc.core.data.batches import MicroBatch
 from llama_acc.core.device import prepare_cpu
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.generate.engine import Engine, Prompt
 from llama_acc.core.generate.sampling import Sampler, Sampling
-from llama_acc.core.model.transformer import build_on_meta
+from llama_acc.core.model.transformer import build_on_meta, freeze_untrained, initialize, quantize_on_meta
+from llama_acc.core.model.tuning.lora import LoRA
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.optimizer import ClippedAdamW
 from llama_acc.core.train.step import train_step
@@ -55,23 +61,36 @@ def stream(items: list[Item]) -> MicroBatch:
 
 
 def run_train(args: argparse.Namespace) -> dict:
-    """Train one pass with llama-acc's model, loss and optimizer."""
+    """Train one pass with llama-acc's model, loss and optimizer: everything, or LoRA pairs."""
     prepare_cpu()
     batches = micro_batches(load_items(args), args.batch_size)
     layout = inspect(checkpoint_folder(args))
     config = read_config([layout])
     assert config is not None
+    if args.name == "lora":
+        config = replace(config, tuning=LoRA(LORA_RANK))
     model = build_on_meta(config, torch.bfloat16 if args.precision == "bf16" else torch.float32)
-    fill(model, read_weights([layout]), CPU, torch.float32, copy=True)
+    freeze_untrained(model)
+    if args.nf4:
+        quantize_on_meta(model)
+    model.to_empty(device=CPU)
+    weights = read_weights([layout])
+    initialize(model, 0, set(model.specs) - set(weights.tensors))
+    load_parameters(model, weights)
     optimizer = ClippedAdamW(model, model.specs, betas=BETAS, eps=1e-8, weight_decay=0.0, clip_grad_norm=CLIP_NORM)
     alone = DataParallel(model, Parallel(), "ddp", False, "cpu")
     losses = []
+    profile = torch.profiler.profile(with_flops=True, record_shapes=True) if args.profile else nullcontext()
     start = time.perf_counter()
-    for items in batches:
-        batch = stream(items)
-        label_tokens = int((batch.targets != -100).sum())
-        result = train_step(model, optimizer, alone, [batch], label_tokens, LEARNING_RATE, CPU)
-        losses.append(result.loss.item())
+    with profile as profiler:
+        for items in batches:
+            batch = stream(items)
+            label_tokens = int((batch.targets != -100).sum())
+            result = train_step(model, optimizer, alone, [batch], label_tokens, LEARNING_RATE, CPU)
+            losses.append(result.loss.item())
+    if profiler is not None:
+        averages = profiler.key_averages(group_by_input_shape=True)
+        print(averages.table("self_cpu_time_total", row_limit=60), file=sys.stderr)
     return training_result(args, batches, time.perf_counter() - start, losses) | {"precision": args.precision}
 
 
@@ -98,12 +117,14 @@ def run_generate(args: argparse.Namespace) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="llama-acc on a task, one JSON line.")
-    parser.add_argument("name", choices=["train", "generate"])
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="for train only")
+    parser.add_argument("name", choices=["train", "lora", "generate"])
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="for training only")
+    parser.add_argument("--nf4", action="store_true", help="for lora only: the base is quantized")
+    parser.add_argument("--profile", action="store_true", help="for training only: also the time of each operation")
     add_task_arguments(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(json.dumps({"train": run_train, "generate": run_generate}[args.name](args)))
+    print(json.dumps({"train": run_train, "lora": run_train, "generate": run_generate}[args.name](args)))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ PROMPT_WITH_INPUT = (
 NO_LABEL = -100
 LEARNING_RATE, BETAS, CLIP_NORM = 2e-5, (0.9, 0.95), 2.0
 PROMPT_TOKENS, NEW_TOKENS = 32, 128
+LORA_RANK = 16  # of pairs on all seven matrices of a block
 
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
