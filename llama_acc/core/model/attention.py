@@ -517,7 +517,7 @@ class Attention(nn.Module):
             projected = normed_linears(x, norm, (self.wq, self.wk, self.wv))
         else:
             projected = self.packed(norm(x))
-        q, k, v = (values.unflatten(-1, (-1, self.head_size)) for values in projected)
+        q, k, v = (values.view(len(x), -1, self.head_size) for values in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q = scaled(q, self.query_scale)

@@ -12,8 +12,7 @@ its `requires_grad`. `transformer.describe` makes a table of that.
 Shapes: T tokens of the stream; features are those of this rank.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,22 +24,13 @@ from llama_acc.core.device import device_type
 from llama_acc.core.distributed.groups import Group, Parallel, copied, gathered, summed
 from llama_acc.core.model import nf4
 from llama_acc.core.model.copies import cast
+from llama_acc.core.model.cpu_products import by_onednn, one_row, product, several_rows
 from llama_acc.core.model.kernels import use_kernels
 from llama_acc.core.model.nf4 import Scales, dense
 
-_onednn: Any = torch.backends.mkldnn
 _ALONE = Parallel()
 # Rows of SwiGLU that are worked on at a time on a CPU: of fewer, a good part of the time is that of laying out weights.
 _PIECE_ROWS = 1024
-# From so many elements on, AMX multiplies a matrix and a vector faster than vector instructions.
-_AMX_FROM = 400_000
-# Rows that matrices are reordered for; of others the product is right, too.
-_TYPICAL_ROWS = 16
-# From so many multiplications on, a product for training pays for the code that oneDNN makes for its shape.
-_ONEDNN_FROM = 1 << 26
-# oneDNN keeps half a megabyte of code for each shape of a matrix and number of rows that it is multiplied with: there
-# are to be few of these numbers, most of them up to as many as replies are generated together.
-_ROW_STEP, _MOST_ROWS = 4, 32
 Init = Callable[[Tensor, Generator], object]
 """Fills a whole parameter, on the CPU, in place."""
 
@@ -179,7 +169,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out], in the type of `x`; of a dimension that is split, these are this rank's features."""
-        extra = self.extra_products(x)
+        extra = self.extra_products(x) if self.extensions else []
         return self.finish(self.product(x), iter(extra))
 
     def finish(self, y: Tensor, products: Iterator[Tensor]) -> Tensor:
@@ -246,34 +236,15 @@ def scaled(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1.0 else x * factor
 
 
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN multiplies x [T, in] and weight [out, in] in training.
-
-    MKL, which torch takes for float32 on a CPU, has 115 to 190 GFLOP/s for most of these products, oneDNN 195 to 220
-    (measured on two Zen 4 cores); of two transposed matrices, which a weight's gradient is a product of, MKL has more.
-    """
-    is_large = x.dtype == torch.float32 and len(x) * weight.numel() >= _ONEDNN_FROM
-    # The compiler has its own ways to oneDNN.
-    return is_large and device_type(x) == "cpu" and _onednn.is_available() and not torch.compiler.is_compiling()
-
-
-def product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """x [T, in] times weight [out, in] transposed, both of one type: the products of training, without gradients."""
-    if not _by_onednn(x, weight):
-        return F.linear(x, weight) if out is None else torch.mm(x, weight.t(), out=out)
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return y if out is None else out.copy_(y)
-
-
 def linear(x: Tensor, weight: Tensor, scales: Scales | None = None) -> Tensor:
     """x [..., in] times weight [out, in], which may be quantized, transposed; in the type of `x`."""
-    if torch.is_grad_enabled() and (x.requires_grad if scales is not None else x.dim() == 2 and _by_onednn(x, weight)):
+    if torch.is_grad_enabled() and (x.requires_grad if scales is not None else x.dim() == 2 and by_onednn(x, weight)):
         return _LinearFunction.apply(x, weight, scales)
-    if scales is not None and x.dim() == 2 and x.shape[0] == 1:
+    if scales is not None and x.dim() == 2 and x.shape[0] == 1 and device_type(x) != "cpu":
         return nf4.one_row(x, weight, scales)
     weight = dense(weight, scales, x.dtype)
     if x.dim() == 2 and device_type(x) == "cpu" and not torch.is_grad_enabled():
-        return _one_row(x, weight) if x.shape[0] == 1 else _rows(x, weight)
+        return one_row(x, weight) if x.shape[0] == 1 else several_rows(x, weight)
     return F.linear(x, weight)
 
 
@@ -297,68 +268,6 @@ class _LinearFunction(torch.autograd.Function):
         d_y, needs_x = d_outputs[0], ctx.needs_input_grad[0]
         d_x = product(d_y, dense(weight, ctx.scales, d_y.dtype).t()) if needs_x else None
         return d_x, None if x is None else (d_y.t() @ x).to(weight.dtype), None
-
-
-def _rows(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.linear` of several rows [T, in] on a CPU: replies that are generated together."""
-    rows, reordered = x.shape[0], getattr(weight, "reordered", None)
-    is_float32, are_few = x.dtype == torch.float32, rows <= _MOST_ROWS
-    by_onednn = _onednn.is_available() and (x.dtype == torch.bfloat16 or (is_float32 and are_few))
-    if not by_onednn or torch.compiler.is_compiling():  # the compiler has its own ways to oneDNN
-        return F.linear(x, weight)
-    step = _ROW_STEP if are_few else 16 if rows <= 128 else 64
-    x = F.pad(x, (0, 0, 0, -rows % step))
-    if not are_few or (reordered is None and not is_float32):
-        return F.linear(x, weight)[:rows]  # in bfloat16 it takes oneDNN itself
-    # MKL, which torch takes for float32, needs 1.1 to 1.6 times as long as oneDNN for few rows, and many times as long
-    # where threads have to wait for each other (measured on two Zen 4 cores).
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(
-        x, weight if reordered is None else reordered, None, "none", [], ""
-    )
-    return product[:rows]
-
-
-def reorder_for_rows(weights: Iterable[Tensor]) -> None:
-    """Keeps these matrices a second time as oneDNN reads them: else it reorders them for each product, which takes a
-    third of the time for 16 rows. They must not change any more. All memory that this takes is taken now."""
-    known = set[tuple[torch.Size, torch.dtype]]()
-    for weight in weights:
-        fits = weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu"
-        if fits and _onednn.is_available() and not hasattr(weight, "reordered"):
-            made = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TYPICAL_ROWS)
-            setattr(weight, "reordered", made)  # noqa: B010
-            if (weight.shape, weight.dtype) not in known:
-                known.add((weight.shape, weight.dtype))
-                for rows in range(_ROW_STEP, _MOST_ROWS + 1, _ROW_STEP):
-                    _rows(weight.new_zeros(rows, weight.shape[1]), weight)
-
-
-def _one_row(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.linear` of one row [1, in] on a CPU: generation, where the libraries' products of matrices fall short."""
-    rows, columns = weight.shape
-    threads = torch.get_num_threads()
-    if x.dtype == torch.float32 and threads > 1 and rows % threads == 0:
-        # The library reads a matrix with one thread if there is one vector to multiply; as a batch of matrices, one
-        # for each thread, it is read with all.
-        return torch.bmm(x.expand(threads, 1, columns), weight.view(threads, rows // threads, columns).mT).view(1, rows)
-    if x.dtype == torch.bfloat16 and _onednn.enabled:
-        if rows * columns >= _AMX_FROM and _has_amx():
-            return torch.mv(weight, x[0]).unsqueeze(0)
-        # oneDNN takes 1.1 to 4 times as long as torch's own product of a matrix and a vector, at every size (measured
-        # on two Zen 4 cores); with AMX (a Sapphire Rapids core), half to three quarters, but for small matrices.
-        _onednn.enabled = False
-        try:
-            return F.linear(x, weight)
-        finally:
-            _onednn.enabled = True
-    return F.linear(x, weight)
-
-
-@cache
-def _has_amx() -> bool:
-    """Whether the processor has matrix instructions for bf16; before torch says, it is taken to have none."""
-    capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
-    return bool(capabilities().get("amx_bf16"))
 
 
 class ParallelEmbedding(nn.Module):
@@ -422,7 +331,7 @@ def _add_masked_product(total: Tensor, a: Tensor, b: Tensor, mask: Tensor | None
     """Adds the product a @ b, with 0 in the places of the mask, to `total`, of the same type."""
     if mask is not None:
         total.add_((a @ b).masked_fill_(mask, 0))
-    elif _by_onednn(a, b):
+    elif by_onednn(a, b):
         total.add_(product(a, b.t()))
     else:
         total.addmm_(a, b)
@@ -445,12 +354,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """[..., dim] normalized, times weight [dim], in the type of `x`."""
     if torch.is_grad_enabled():
         return _RMSNormFunction.apply(x, weight, eps)
-    if x.dtype in (
-        torch.float32,
-        torch.float64,
-    ):  # fewer calls; of others it rounds once, Meta twice
+    if device_type(x) == "cuda":
+        return fused_rms_norm(x, cast(weight, x.dtype), eps)[0]
+    if x.dtype in (torch.float32, torch.float64):  # fewer calls; of others it rounds once, Meta twice
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
-    return _rms_norm(x, weight, eps)[0]
+    return F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype) * weight.to(x.dtype)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, inverse: Tensor | None = None) -> tuple[Tensor, Tensor]:

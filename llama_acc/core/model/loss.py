@@ -18,7 +18,8 @@ from torch import Tensor
 
 from llama_acc.core.device import device_type
 from llama_acc.core.distributed.groups import Parallel
-from llama_acc.core.model.layers import accumulator, add_product, product
+from llama_acc.core.model.cpu_products import product
+from llama_acc.core.model.layers import accumulator, add_product
 from llama_acc.core.model.nf4 import Scales, dense
 
 IGNORED = -100

@@ -7,11 +7,14 @@ blocks of 256 ("double quantization"). So a value takes 4 + 8/64 + 32/(64*256) b
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llama_acc.core.errors import UserError
@@ -19,8 +22,8 @@ from llama_acc.core.model.copies import cast
 from llama_acc.core.model.kernels import use_kernels
 
 BLOCK, NESTED_BLOCK = 64, 256
-# Values quantized at a time: on a CPU what is made on the way takes 20 bytes for each.
-_PIECE, _PIECE_CPU = 1 << 24, 1 << 20
+# Values quantized at a time; on a CPU what is made on the way takes 9 bytes for each, and stays in a core's cache.
+_PIECE, _PIECE_CPU = 1 << 24, 1 << 18
 
 
 class Scales(NamedTuple):
@@ -102,15 +105,45 @@ def quantize(read: Callable[[int, int], Tensor], shape: tuple[int, ...], device:
     absmax = torch.empty(-(-rows * columns // BLOCK), dtype=torch.float32, device=device)
     piece = _PIECE_CPU if device.type == "cpu" else _PIECE
     step = max(1, piece // columns) if columns % BLOCK == 0 else rows
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        values, state = _library().functional.quantize_4bit(
-            read(start, stop).contiguous(), quant_type="nf4", blocksize=BLOCK
-        )
-        packed[start:stop] = values.view(stop - start, columns // 2)
-        first = start * columns // BLOCK
-        absmax[first : first + len(state.absmax)] = state.absmax
+    with ThreadPoolExecutor(torch.get_num_threads()) as workers:
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            codes, largest = _quantize_piece(read(start, stop).contiguous(), workers)
+            packed[start:stop] = codes.view(stop - start, columns // 2)
+            first = start * columns // BLOCK
+            absmax[first : first + len(largest)] = largest
     return packed, round_absmax(absmax)
+
+
+def _quantize_piece(values: Tensor, workers: Executor) -> tuple[Tensor, Tensor]:
+    """The codes of values, two in a byte, and the largest magnitudes of their blocks."""
+    if values.device.type != "cpu" or values.dtype != torch.float32 or values.numel() % BLOCK:
+        codes, state = _library().functional.quantize_4bit(values, quant_type="nf4", blocksize=BLOCK)
+        return codes, state.absmax
+    # What the library computes on a CPU with a search for every value, which takes 8 times as long (0.50).
+    blocks = values.detach().view(-1, BLOCK)
+    largest = blocks.abs().amax(1)
+    scaled = blocks * (1.0 / largest.clamp(min=1e-38)).view(-1, 1)
+    parts = [part.view(-1).numpy() for part in scaled.chunk(torch.get_num_threads())]
+    return torch.from_numpy(np.concatenate(list(workers.map(_pack_codes, parts)))), largest
+
+
+def _pack_codes(scaled: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The nearest levels of values from -1 to 1, two in a byte."""
+    # numpy's comparisons are vectorized, and let other threads run.
+    codes, is_below = np.full(len(scaled), 15, dtype=np.uint8), np.empty(len(scaled), dtype=np.bool_)
+    for bound in _bounds():
+        np.less_equal(scaled, bound, out=is_below)
+        codes -= is_below.view(np.uint8)
+    pairs = codes.view("<u2")
+    return (pairs << 4 | pairs >> 8).astype(np.uint8)
+
+
+@cache
+def _bounds() -> list[np.float32]:
+    """Half-way between the levels, as the library rounds them."""
+    levels = _codes(torch.device("cpu"))[0]
+    return list(((levels[1:] + levels[:-1]) / 2).numpy())
 
 
 def round_absmax(absmax: Tensor) -> Scales:

@@ -76,7 +76,7 @@ def rotary_table(config: ModelConfig, length: int, device: torch.device) -> Tens
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     """Rotates pairs (x0, x1), (x2, x3)... of [T, H, D] by [T, D/2] complex rotations, at least in float32."""
     wide = x if x.dtype == torch.float64 else x.float()
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(wide.view(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * rotations.unsqueeze(1)).flatten(-2).to(x.dtype)
 
 

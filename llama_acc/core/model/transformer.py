@@ -33,6 +33,7 @@ from llama_acc.core.model.attention import (
     TokensOnGPU,
 )
 from llama_acc.core.model.config import ModelConfig, RopeScaling
+from llama_acc.core.model.cpu_products import reorder_for_rows
 from llama_acc.core.model.layers import (
     ColumnParallelLinear,
     Init,
@@ -46,7 +47,6 @@ from llama_acc.core.model.layers import (
     added,
     gated_linear,
     normed_linears,
-    reorder_for_rows,
     residual,
     scaled,
     swiglu,
