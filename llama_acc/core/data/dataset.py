@@ -42,7 +42,7 @@ FORMAT_VERSION = 1
 """Of data.json."""
 FIX_HINT = "mend them, or leave them out with data.on_error=skip"
 _BATCH = 200  # rows
-_LARGE = 8 << 20  # bytes of a file that is left to worker processes from the beginning
+_LARGE = 8 << 20  # bytes of a file that takes longer than worker processes take to start
 _BATCH_CHARACTERS, _ROW = 1 << 21, 1000  # of plain text, of which a row counts as so many more
 # Each maps some 200 KB, for the system maps the neighbors of a page along with it.
 _READS_BETWEEN_RELEASES = 512
@@ -434,8 +434,8 @@ class _Encoder:
         skipped, unused_inputs, stats = list[Finding](), 0, DatasetStats(KEPT_PLACES)
         numbered = rows()
         pieces = 0
-        alone = 0.7 if spec.path.stat().st_size < _LARGE else 0.0
-        for chunk in encode_batches(_batches(numbered), encoding, self.tokenizer, cores(), alone):
+        workers = cores() if spec.path.stat().st_size >= _LARGE else 1
+        for chunk in encode_batches(_batches(numbered), encoding, self.tokenizer, workers):
             if self.image_positions is None and chunk.table["images"].any():
                 raise UserError(
                     f"{spec.path}: the items have images, and this model has no vision encoder",

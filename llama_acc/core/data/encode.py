@@ -12,9 +12,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, partial
-from itertools import chain
 from pathlib import Path
-from time import process_time
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -126,37 +124,28 @@ def _token_type(vocab_size: int) -> "np.dtype[Any]":
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
 
 
-def encode_batches(
-    batches: Iterable[Batch], encoding: Encoding, tokenizer: Tokenizer, workers: int, alone: float = 0.7
-) -> Iterator[Chunk]:
-    """Encode batches of rows, in their order; here if they are few, else in worker processes.
+def encode_batches(batches: Iterable[Batch], encoding: Encoding, tokenizer: Tokenizer, workers: int) -> Iterator[Chunk]:
+    """Encode batches of rows, in their order.
 
-    Threads would share one interpreter lock, which most of the work holds. Every worker is kept busy, with two batches
-    for each in memory.
+    Threads would share one interpreter lock, which a third of the work holds. Every worker is kept busy, with two
+    batches for each in memory.
 
     Args:
         batches: read as they are needed.
         encoding: what to make of items.
         tokenizer: the model's.
         workers: how many processes; with fewer than two, all is done here.
-        alone: CPU seconds of encoding here, after which workers are started: about what it takes to start them.
 
     Raises:
         RunError: a worker was killed.
     """
-    waiting, spent = iter(batches), 0.0
-    while (spent < alone or workers < 2) and (batch := next(waiting, None)) is not None:
-        begin = process_time()
-        yield encode_batch(batch, encoding, tokenizer)
-        spent += process_time() - begin
-    first = next(waiting, None)
-    if first is None:
-        return
     count = min(workers, _MOST_WORKERS)
+    if count < 2:
+        yield from (encode_batch(batch, encoding, tokenizer) for batch in batches)
+        return
     encode = partial(_encode_in_worker, encoding=encoding, tokenizer=tokenizer.path)
-    groups = ([batch] for batch in chain([first], waiting))
     with WorkerPool(count, "encodes data", "the machine may be short of memory") as pool:
-        for chunks in pool.map_ahead(encode, groups, 2 * count - 1):
+        for chunks in pool.map_ahead(encode, ([batch] for batch in batches), 2 * count - 1):
             yield from chunks
 
 

@@ -186,7 +186,7 @@ def test_workers_give_what_one_process_gives_in_order_and_read_as_they_need(toke
             read.append(batch)
             yield batch
 
-    encoded = encode_batches(reading(), ENCODING, tokenizer, workers=2, alone=0)
+    encoded = encode_batches(reading(), ENCODING, tokenizer, workers=2)
     assert [facts(chunk) for chunk in islice(encoded, 60)] == alone
     assert len(read) <= 60 + 2 * 2 + 1
     os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
