@@ -25,7 +25,7 @@ Epsilon = Annotated[float, Field(strict=True, ge=1e-30, le=1.0)]
 Factor = Annotated[float, Field(strict=True, ge=1e-9, le=1e15)]
 CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)
 _Kind = TypeVar("_Kind")
-_adapter = functools.cache(TypeAdapter)  # making one takes ten times as long as using it
+_adapter: Any = functools.cache(TypeAdapter)  # making one takes ten times as long as using it
 
 
 def checked(kind: type[_Kind], values: Mapping[str, Any], what: str) -> _Kind:
