@@ -5,6 +5,7 @@ to token is in one tensor, which is copied to the GPU before; the likeliest toke
 a GPU yet**; a CPU takes the same step uncaptured in tests.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -75,8 +76,9 @@ class DecodeGraph:
             self._captured = {known: one for known, one in self._captured.items() if known[1] == addresses}
             try:
                 self._captured[key] = self._capture(inputs, cache)
-            except RuntimeError:  # something that the model does cannot be captured here
+            except RuntimeError as error:  # something that the model does cannot be captured here
                 self.captures = False
+                logging.getLogger("llama_acc").warning("tokens come slower than they might: no CUDA graph (%s)", error)
                 return self.step(inputs, cache)
         captured = self._captured[key]
         captured.graph.replay()
