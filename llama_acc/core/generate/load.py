@@ -289,12 +289,12 @@ def _build(
         else:
             setattr(own, leaf, getattr(other, leaf))
     fill(model, opened.weights, device, opened.dtype, copy=False)
-    if shared is None:
-        pack_small(model)
     return model
 
 
 def _loaded(opened: _Opened, model: Transformer, device: torch.device) -> LoadedModel:
+    if not isinstance(model, MultiAdapter):
+        pack_small(model)
     encoder = load_vision_encoder(model, opened.weights, device)
     return LoadedModel(model, opened.tokenizer, *opened.template, device, encoder, opened.notes)
 

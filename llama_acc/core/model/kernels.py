@@ -59,6 +59,11 @@ _define(
     "ScalarType dtype) -> Tensor",
     _dense,
 )
+_define(
+    "add_product_nf4_(Tensor(a!) y, Tensor x, Tensor[] weight, Tensor? a, Tensor? b, float pair_factor, int[] sizes, "
+    "float factor, bool first) -> ()",
+    lambda *_: None,
+)
 _define("swiglu(Tensor gate, Tensor up) -> Tensor", _like_the_first)
 _define("swiglu_backward_(Tensor(a!) d_product, Tensor(b!) gate, Tensor(c!) up) -> ()", lambda *_: None)
 _define(

@@ -89,6 +89,10 @@ class Extension(Protocol):
         trained on; None: nothing more. They are this rank's, as the input is."""
         return [None for _ in self.inputs()]
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and f, if all that it does to the product is to add f * (x A^T) B^T."""
+        return None
+
     def finish(self, y: Tensor, products: Iterator[Tensor]) -> Tensor:
         """The layer's output from what it is without this, y [..., out_features], which may be changed in place;
         the next of `products` [..., n] are those with `inputs`, and to be taken."""
@@ -159,6 +163,12 @@ class Linear(nn.Module):
         """Those of the extensions, one for each of `inputs`."""
         return [mask for extension in self.extensions for mask in extension.masks()]
 
+    def low_ranks(self) -> list[Any]:
+        """What the kernel for a quantized matrix is to add: of one, if it does all that extensions do; else of none."""
+        pairs = [extension.low_rank() for extension in self.extensions] or [None]
+        are_known = not self.extensions or (pairs[0] is not None and pairs[0][1].shape[1] <= nf4.MOST_RANK)
+        return pairs if len(pairs) == 1 and are_known and self.group is None else []
+
     def product(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out], without what the tuning method adds."""
         raise NotImplementedError
@@ -221,14 +231,35 @@ class Packed:
 
     def __init__(self, layers: Sequence[Linear]) -> None:
         self.layers, self.sizes = layers, [layer.weight.shape[0] for layer in layers]
-        self.weight = torch.cat([layer.weight.detach() for layer in layers])
+        self.weight, self.scales = torch.cat([layer.weight.detach() for layer in layers]), None
         for layer, view in zip(layers, self.weight.split(self.sizes), strict=True):
             layer.weight = nn.Parameter(view, requires_grad=False)
+        if layers[0].is_quantized:
+            absmax, nested, offsets = zip(*(layer.scales or () for layer in layers), strict=True)
+            each = [one.expand(len(magnitudes)) for one, magnitudes in zip(offsets, nested, strict=True)]
+            self.scales = Scales(*(torch.cat(parts) for parts in (absmax, nested, each)))
+            a, b, factors = zip(*(layer.low_ranks()[0] or (None,) * 3 for layer in layers), strict=True)
+            self.pairs = None if a[0] is None else (torch.cat(a), torch.cat(b), factors[0])
+
+    @staticmethod
+    def takes(layers: Sequence[Linear]) -> bool:
+        """Whether it does all that the layers do. In NF4, no block of scales or of a kernel may go across matrices."""
+        kinds = {(one.is_quantized, len(one.low_ranks()), len(one.extensions)) for one in layers}
+        fit = (one.weight.numel() % (32 * nf4.NESTED_BLOCK) == 0 == one.weight.shape[0] % 32 for one in layers)
+        in_nf4 = kinds in ({(True, 1, 0)}, {(True, 1, 1)}) and use_kernels(layers[0].weight)
+        return kinds == {(False, 1, 0)} or (in_nf4 and all(fit))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """[T, in] to one [T, out] for each layer."""
-        outputs = linear(x, self.weight).split(self.sizes, -1)
-        return tuple(layer.finish(y, iter(())) for layer, y in zip(self.layers, outputs, strict=True))
+        if self.scales is None:
+            y = linear(x, self.weight)
+        elif nf4.has_kernel(x, self.weight):
+            y = x.new_empty(len(x), len(self.weight))
+            nf4.add_product_(y, x, self.weight, self.scales, self.pairs, first=True, sizes=self.sizes)
+        else:
+            return tuple(layer(x) for layer in self.layers)
+        outputs = zip(self.layers, y.split(self.sizes, -1), strict=True)
+        return tuple(part if one.bias is None else part.add_(cast(one.bias, y.dtype)) for one, part in outputs)
 
 
 def scaled(x: Tensor, factor: float) -> Tensor:
@@ -240,6 +271,8 @@ def linear(x: Tensor, weight: Tensor, scales: Scales | None = None) -> Tensor:
     """x [..., in] times weight [out, in], which may be quantized, transposed; in the type of `x`."""
     if torch.is_grad_enabled() and (x.requires_grad if scales is not None else x.dim() == 2 and by_onednn(x, weight)):
         return _LinearFunction.apply(x, weight, scales)
+    if scales is not None and nf4.has_kernel(x, weight):
+        return nf4.add_product_(x.new_empty(len(x), len(weight)), x, weight, scales, None, first=True)
     if scales is not None and x.dim() == 2 and x.shape[0] == 1 and device_type(x) != "cpu":
         return nf4.one_row(x, weight, scales)
     weight = dense(weight, scales, x.dtype)
@@ -496,9 +529,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def added(x: Tensor, y: Tensor, layer: RowParallelLinear, factor: float) -> Tensor:
     """x [T, out] + factor * layer(y [T, in]); on a GPU, without gradients, in one product, where x was."""
-    if device_type(x) == "cuda" and not torch.is_grad_enabled() and isinstance(layer, RowParallelLinear):
-        is_plain = layer.bias is None and not (layer.is_quantized or layer.extensions)
-        if is_plain and layer.group is None:
+    is_plain = isinstance(layer, RowParallelLinear) and layer.bias is None and layer.group is None
+    if is_plain and device_type(x) == "cuda" and not torch.is_grad_enabled():
+        if layer.scales and layer.low_ranks() and nf4.has_kernel(y, layer.weight):
+            return nf4.add_product_(x, y, layer.weight, layer.scales, layer.low_ranks()[0], factor)
+        if not (layer.is_quantized or layer.extensions):
             return x.addmm_(y, cast(layer.weight, x.dtype).t(), alpha=factor)
     return x + scaled(layer(y), factor)
 

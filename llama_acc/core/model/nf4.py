@@ -6,7 +6,7 @@ blocks of 256 ("double quantization"). So a value takes 4 + 8/64 + 32/(64*256) b
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from llama_acc.core.model.copies import cast
 from llama_acc.core.model.kernels import use_kernels
 
 BLOCK, NESTED_BLOCK = 64, 256
+MOST_RANK = 128  # of pairs that `add_product_` has room for
 # Values quantized at a time; on a CPU what is made on the way takes 9 bytes for each, and stays in a core's cache.
 _PIECE, _PIECE_CPU = 1 << 24, 1 << 18
 
@@ -199,6 +200,23 @@ def dequantize_rows(packed: Tensor, absmax: Tensor, start: int, stop: int, dtype
 def dense(weight: Tensor, scales: Scales | None, dtype: torch.dtype) -> Tensor:
     """A matrix in `dtype`: quantized if it has scales, else of any type."""
     return cast(weight, dtype) if scales is None else dequantize(weight, scales, dtype)
+
+
+def has_kernel(x: Tensor, packed: Tensor) -> bool:
+    """Whether `add_product_` takes x [T, columns]: of more tokens it is faster to write the matrix out."""
+    is_one = use_kernels(x) and not torch.is_grad_enabled() and x.dim() == 2 and x.is_contiguous()
+    return is_one and len(x) <= 32 and packed.shape[1] % (BLOCK // 2) == 0
+
+
+def add_product_(
+    y: Tensor, x: Tensor, packed: Tensor, scales: Scales, pairs: Any, factor: float = 1.0,
+    first: bool = False, sizes: Sequence[int] = (),
+) -> Tensor:  # fmt: skip
+    """Adds factor * (x W^T + f * (x A^T) B^T) to y [T, rows], in place; or is it, if `first`. W [rows, columns] may be
+    up to three, with `sizes` rows; `pairs` are A [matrices * rank, columns], B [rows, rank] and f, or None."""
+    weight = [packed, *scales, *_codes(packed.device)]
+    torch.ops.llama_acc.add_product_nf4_(y, x, weight, *(pairs or (None, None, 1.0)), list(sizes), factor, first)
+    return y
 
 
 def one_row(x: Tensor, packed: Tensor, scales: Scales) -> Tensor:

@@ -54,7 +54,7 @@ from llama_acc.core.model.layers import (
 from llama_acc.core.model.loss import linear_cross_entropy
 from llama_acc.core.model.nf4 import Scales, quantize
 from llama_acc.core.model.rotary import rotary_table
-from llama_acc.core.model.tuning import FULL, METHODS, Tuning
+from llama_acc.core.model.tuning import FULL, METHODS, Tuning, matrices_of
 from llama_acc.core.model.vision import Images, VisionProjector, attach_vision, tower_shapes
 
 _ALONE = Parallel()
@@ -409,16 +409,22 @@ def pack_small(model: Transformer) -> None:
     """Joins the matrices that share an input, for generation with a small model or on a GPU: fewer calls for a token.
 
     In a larger model on a CPU the time is that of reading the weights, and packing would only copy them. On a GPU a
-    block's are copied at a time, and the first ones freed.
+    block's are copied at a time, and the first ones freed; what is added to matrices not quantized is merged into them.
     """
-    is_large = model.config.dim > SMALL_DIM and device_type(model.norm.weight) != "cuda"
-    if is_large or model.config.tuning != FULL or model.is_quantized or model.parallel.model_size > 1:
+    config, on_gpu = model.config, device_type(model.norm.weight) == "cuda"
+    is_known = model.attention_extra is None if on_gpu else config.tuning == FULL and config.dim <= SMALL_DIM
+    if not is_known or model.parallel.model_size > 1:
         return
+    for layer in matrices_of(model) if config.tuning.can_merge else []:
+        if layer.extensions and not layer.is_quantized:
+            added = {name: value.float() for name, value in layer.named_parameters() if name != "weight"}
+            merged = config.tuning.merge(layer.weight.detach().float(), 0, added).to(layer.weight.dtype)
+            layer.weight, layer.extensions = nn.Parameter(merged, requires_grad=False), []
     for block in model.layers:
         assert isinstance(block, TransformerBlock)
         attention, feed_forward = block.attention, block.feed_forward
-        attention.packed = Packed([attention.wq, attention.wk, attention.wv])
-        feed_forward.packed = Packed([feed_forward.w1, feed_forward.w3])
+        groups = [attention.wq, attention.wk, attention.wv], [feed_forward.w1, feed_forward.w3]
+        attention.packed, feed_forward.packed = (Packed(group) if Packed.takes(group) else None for group in groups)
 
 
 def reorder_small(model: Transformer) -> None:

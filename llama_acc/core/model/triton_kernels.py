@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCKS, _COLUMNS, _HEADS = 32, 1024, 8
+_BLOCKS, _COLUMNS, _HEADS, _ROWS = 32, 1024, 8, 32
 
 
 @triton.jit
@@ -41,6 +41,57 @@ def dequantize_nf4(
     tensors = (packed, absmax, nested, offset, levels, magnitudes, values)
     _dequantize_nf4[grid](*tensors, packed.numel(), BLOCKS=_BLOCKS, enable_fp_fusion=False)
     return values
+
+
+@triton.jit
+def _add_product_nf4(
+    y, x, packed, absmax, nested, offset, levels, magnitudes, a, b, tokens, rows, blocks, rank, second, third, factor,
+    pair_factor, OFFSETS: tl.constexpr, RANK: tl.constexpr, FIRST: tl.constexpr, TOKENS: tl.constexpr,
+    ROWS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Some rows of the matrix, out of NF4 on the way, times all tokens."""
+    start, token, narrow = tl.program_id(0) * ROWS, tl.arange(0, TOKENS)[:, None], tl.arange(0, RANK)[:, None]
+    part, row = (start >= second).to(tl.int32) + (start >= third).to(tl.int32), start + tl.arange(0, ROWS).to(tl.int64)
+    is_row, is_token, columns = row < rows, token < tokens, blocks * 64
+    found, low = tl.zeros((TOKENS, ROWS), tl.float32), tl.zeros((TOKENS, RANK), tl.float32)
+    for first in range(0, blocks, WIDE):
+        block = first + tl.arange(0, WIDE)[None, :]
+        exists, block = is_row[:, None] & (block < blocks), row[:, None] * blocks + block
+        largest = tl.load(magnitudes + tl.load(absmax + block, mask=exists, other=0).to(tl.int32))
+        largest *= tl.load(nested + block // 256, mask=exists, other=0.0)
+        largest += tl.load(offset + block // 256 * OFFSETS, mask=exists, other=0.0)
+        place = first * 32 + tl.arange(0, WIDE * 32)[None, :]
+        exists, place = is_row[:, None] & (place < blocks * 32), row[:, None] * blocks * 32 + place
+        both = tl.load(packed + place, mask=exists, other=0).to(tl.int32)
+        values = tl.join(tl.load(levels + (both >> 4)), tl.load(levels + (both & 15)))
+        values = tl.reshape(tl.reshape(values, (ROWS, WIDE, 64)) * largest[:, :, None], (ROWS, WIDE * 64))
+        place = first * 64 + tl.arange(0, WIDE * 64)[None, :]
+        inputs = tl.load(x + token * columns + place, mask=is_token & (place < columns), other=0.0)
+        found += tl.dot(inputs, tl.trans(values.to(inputs.dtype)), input_precision="ieee")
+        if b is not None:
+            exists, place = (narrow < rank) & (place < columns), (part * rank + narrow) * columns + place
+            pair = tl.load(a + place, mask=exists, other=0.0)
+            low += tl.dot(inputs, tl.trans(pair), input_precision="ieee")
+    if b is not None:
+        pair = tl.load(b + row[None, :] * rank + narrow, mask=is_row[None, :] & (narrow < rank), other=0.0)
+        found += tl.dot(low.to(pair.dtype), pair, input_precision="ieee") * pair_factor
+    place, exists, found = y + token * rows + row[None, :], is_token & is_row[None, :], found * factor
+    if not FIRST:
+        found += tl.load(place, mask=exists, other=0.0)
+    tl.store(place, found.to(y.dtype.element_ty), mask=exists)
+
+
+def add_product_nf4_(
+    y: Tensor, x: Tensor, weight: list[Tensor], a: Tensor | None, b: Tensor | None, pair_factor: float,
+    sizes: list[int], factor: float, first: bool,
+) -> None:  # fmt: skip
+    """See `nf4.add_product_`. `weight` is packed values, scales, levels and magnitudes."""
+    (tokens, columns), rows, rank = x.shape, len(weight[0]), 0 if b is None else b.shape[1]
+    numbers = tokens, rows, columns // 64, rank, *(sum(sizes[:n]) or rows for n in (1, 2)), factor, pair_factor
+    _add_product_nf4[(triton.cdiv(rows, _ROWS),)](
+        y, x, *weight, a, b, *numbers, OFFSETS=int(len(weight[3]) > 1), RANK=max(16, triton.next_power_of_2(rank)),
+        FIRST=first, TOKENS=max(16, triton.next_power_of_2(tokens)), ROWS=_ROWS, WIDE=2,
+    )  # fmt: skip
 
 
 @triton.jit

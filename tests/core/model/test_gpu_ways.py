@@ -25,6 +25,7 @@ from llama_acc.core.model.attention import KVCache, attend_heads
 from llama_acc.core.model.config import RopeScaling
 from llama_acc.core.model.transformer import Transformer, build_on_meta, pack_small
 from llama_acc.core.model.tuning import METHODS
+from tests.core.model.test_nf4 import quantized
 from tests.core.model.test_tuning import tuned_model
 from tests.core.tiny import CPU, SMALL, difference, random_model
 
@@ -93,14 +94,48 @@ def test_a_matrix_out_of_nf4_is_bitsandbytes_s(shape: tuple[int, int], has_trito
         torch.testing.assert_close(actual, expected, rtol=unit, atol=0.0)
 
 
-@pytest.mark.parametrize("variant", [{}, {"sliding_window": 7}, {"nope_layers": (0,)}, {"tuning": METHODS["lora"](4)}])
-def test_tokens_of_several_sequences_are_those_of_the_cpu_s_ways(variant: dict[str, Any], has_triton: bool) -> None:
-    config = replace(SMALL, **variant)
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(("tokens", "columns", "sizes"), [(1, 64, (40,)), (5, 192, (64, 32, 64)), (32, 64, (32, 64))])
+def test_a_product_out_of_nf4_is_that_of_the_matrices_and_their_pairs(
+    tokens: int, columns: int, sizes: tuple[int, ...], add: bool, has_triton: bool
+) -> None:
+    if not has_triton:
+        pytest.skip("it is a kernel of our own")
+    generator, rows = torch.Generator().manual_seed(3), sum(sizes)
+    shapes = (tokens, columns), (tokens, rows), (rows, columns), (3 * len(sizes), columns), (rows, 3)
+    x, y, matrix, a, b = (torch.randn(shape, generator=generator) for shape in shapes)
+    packed, scales = nf4.quantize(lambda start, stop: matrix[start:stop], (rows, columns), CPU)
+    for pairs in (None, (a, b, 0.5)):
+        product = x @ nf4.dequantize(packed, scales, torch.float32).T
+        if pairs:
+            low = zip(a.split(3), b.split(sizes), strict=True)
+            product += torch.cat([0.5 * x @ one.T @ two.T for one, two in low], 1)
+        expected = y + 0.1 * product if add else product
+        with as_on_gpu(), torch.no_grad():
+            actual = nf4.add_product_(y.clone(), x, packed, scales, pairs, 0.1 if add else 1.0, not add, sizes)
+        assert difference(actual, expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("variant", "in_nf4"),
+    [
+        *[({}, False), ({"sliding_window": 7}, False), ({"nope_layers": (0,)}, False), ({}, True)],
+        *[({"tuning": METHODS["lora"](4)}, in_nf4) for in_nf4 in (False, True)],
+        *[({"tuning": METHODS["lora_bias_norm"](4)}, in_nf4) for in_nf4 in (False, True)],
+        ({"tuning": METHODS["lora"](4, lora_targets=("wq", "w2"))}, True),
+    ],
+)
+def test_tokens_of_several_sequences_are_those_of_the_cpu_s_ways(
+    variant: dict[str, Any], in_nf4: bool, has_triton: bool
+) -> None:
+    wide = {"dim": 256, "multiple_of": 64, "n_layers": 1, "vocab_size": 70} if in_nf4 else {}
+    config = replace(SMALL, **variant, **wide)
     generator = torch.Generator().manual_seed(2)
-    documents = [torch.randint(SMALL.vocab_size, (length,), generator=generator) for length in (12, 9, 30)]
+    documents = [torch.randint(config.vocab_size, (length,), generator=generator) for length in (12, 9, 30)]
 
     def logits() -> list[Tensor]:
-        model = random_model(config).requires_grad_(False)
+        model = tuned_model(config.tuning, config).requires_grad_(False)
+        model = quantized(model) if in_nf4 else model
         pack_small(model)
         caches = [KVCache(config.n_layers)]
         caches += [caches[0].beside(slot) for slot in (3, 1)]  # slots need not be in order, or all be used
@@ -163,6 +198,24 @@ def test_the_step_that_is_captured_gives_the_tokens_of_any_other(has_triton: boo
     assert difference(*answers) < 1e-5
 
 
+def test_a_step_that_cannot_be_captured_says_so_once_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(DecodeGraph, "_capture", fails)
+    monkeypatch.setattr(DecodeGraph, "step", lambda self, inputs, cache: (inputs[0, :, None], inputs[0]))
+    model = random_model().requires_grad_(False)
+    decode, caches = DecodeGraph(model), [KVCache(SMALL.n_layers)]
+    model(torch.arange(3), torch.arange(3), [3], caches=caches)
+    decode.captures = True
+    assert [decode([token], caches)[1].item() for token in (5, 7)] == [5, 7]
+    assert [record.getMessage() for record in caplog.records] == [
+        "tokens come slower than they might: no CUDA graph (operation not permitted when stream is capturing)"
+    ]
+
+
 @pytest.mark.parametrize(
     "variant", [{}, {"tuning": METHODS["adapter"]().with_num_layers(2)}, {"rope_scaling": RopeScaling("dynamic", 2.0)}]
 )
@@ -177,4 +230,4 @@ def test_every_kernel_compiles_for_a_gpu() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 6
+    assert len(done.stdout.splitlines()) == 7

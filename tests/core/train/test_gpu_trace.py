@@ -24,7 +24,7 @@ from llama_acc.core.model.attention import KVCache, has_flash
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.nf4 import prepare
 from llama_acc.core.model.transformer import describe, pack_small
-from llama_acc.core.model.tuning import Full
+from llama_acc.core.model.tuning import Full, Tuning
 from llama_acc.core.model.tuning.adapter import Adapter
 from llama_acc.core.model.tuning.bias_norm import BiasNorm
 from llama_acc.core.model.tuning.lora import LoRA, LoRABiasNorm
@@ -109,10 +109,14 @@ def step_work(
     return work
 
 
-def decoding_work(config: ModelConfig, past: int, sequences: int = 1) -> Work:
+def decoding_work(config: ModelConfig, past: int, sequences: int, nf4: bool) -> Work:
     """The work of one token more of each of some sequences after so many."""
     with standing_for("cuda"), torch.no_grad():
-        model, first = model_for_generation(config, torch.bfloat16, Parallel(), None), KVCache(config.n_layers)
+        model, first = (
+            model_for_generation(config, torch.bfloat16, Parallel(), () if nf4 else None),
+            KVCache(config.n_layers),
+        )
+        prepare(META)
         pack_small(model)
         caches = [first.beside(slot) for slot in range(sequences)]
         feed(model, caches, range(past), META)
@@ -191,8 +195,11 @@ def test_flash_attention_is_for_ampere_and_later(
 
 
 @pytest.mark.parametrize("sequences", [1, 32])
-def test_a_generated_token_takes_so_many_kernels_a_block(sequences: int) -> None:
-    one, two = (decoding_work(replace(LLAMA_7B, n_layers=depth), 600, sequences) for depth in (1, 2))
+@pytest.mark.parametrize("nf4", [False, True], ids=["bf16", "nf4"])
+@pytest.mark.parametrize("tuning", [Full(), LoRA(16)], ids=["full", "lora"])
+def test_a_generated_token_takes_so_many_kernels_a_block(tuning: Tuning, nf4: bool, sequences: int) -> None:
+    config = replace(LLAMA_7B, tuning=tuning)
+    one, two = (decoding_work(replace(config, n_layers=depth), 600, sequences, nf4) for depth in (1, 2))
     kernels = two.kernels - one.kernels
     assert (one.waits, one.of_two_devices) == ({}, {})
     assert kernels.total() <= 10, kernels

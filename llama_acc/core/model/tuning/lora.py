@@ -220,6 +220,9 @@ class Pair:
     def masks(self) -> "list[Tensor | None]":
         return [self.dropout.mask(*self._where, self.a.weight.device)]
 
+    def low_rank(self) -> "tuple[Tensor, Tensor, float]":
+        return self.a.weight, self.b.weight, self.factor
+
     def finish(self, y: "Tensor", products: "Iterator[Tensor]") -> "Tensor":
         from llama_acc.core.model.copies import cast
 
