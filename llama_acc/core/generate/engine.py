@@ -501,7 +501,7 @@ def slots_for(loaded: LoadedModel, context: int) -> int:
     if device.type != "cuda":
         # Weights are mapped from their file: the system counts their pages as free.
         weights = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
-        copies = 2 if config.dim <= SMALL_DIM else 1  # see `reorder_small`
+        copies = 2 if config.dim <= SMALL_DIM or model.is_quantized else 1  # see `reorder_small`, `nf4.few_rows`
         free = free // local_world_size() - copies * sum(weights.values())
     return max(1, min(_MOST_SLOTS, int(0.8 * free) // (numbers * model.dtype.itemsize)))
 

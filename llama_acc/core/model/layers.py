@@ -273,10 +273,11 @@ def linear(x: Tensor, weight: Tensor, scales: Scales | None = None) -> Tensor:
         return _LinearFunction.apply(x, weight, scales)
     if scales is not None and nf4.has_kernel(x, weight):
         return nf4.add_product_(x.new_empty(len(x), len(weight)), x, weight, scales, None, first=True)
-    if scales is not None and x.dim() == 2 and x.shape[0] == 1 and device_type(x) != "cpu":
-        return nf4.one_row(x, weight, scales)
+    is_generating = x.dim() == 2 and not torch.is_grad_enabled()
+    if scales is not None and is_generating and (y := nf4.few_rows(x, weight, scales)) is not None:
+        return y
     weight = dense(weight, scales, x.dtype)
-    if x.dim() == 2 and device_type(x) == "cpu" and not torch.is_grad_enabled():
+    if is_generating and device_type(x) == "cpu":
         return one_row(x, weight) if x.shape[0] == 1 else several_rows(x, weight)
     return F.linear(x, weight)
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llama_acc.core.device import device_type
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.copies import cast
 from llama_acc.core.model.kernels import use_kernels
@@ -25,6 +25,10 @@ BLOCK, NESTED_BLOCK = 64, 256
 MOST_RANK = 128  # of pairs that `add_product_` has room for
 # Values quantized at a time; on a CPU what is made on the way takes 9 bytes for each, and stays in a core's cache.
 _PIECE, _PIECE_CPU = 1 << 24, 1 << 18
+
+# On a CPU, more rows than these are multiplied faster by a matrix that is written out (measured on a Zen 4 core); the
+# kernel takes so many rows of the matrix at a time.
+_FUSED_ROWS, _FUSED_STEP = 8, 32
 
 
 class Scales(NamedTuple):
@@ -219,13 +223,29 @@ def add_product_(
     return y
 
 
-def one_row(x: Tensor, packed: Tensor, scales: Scales) -> Tensor:
-    """x [1, columns] times a quantized matrix [rows, columns] transposed, without gradients.
+def few_rows(x: Tensor, packed: Tensor, scales: Scales) -> Tensor | None:
+    """x [T, columns] times a quantized matrix [rows, columns] transposed, without gradients and without writing the
+    matrix out; None: the library has no kernel for that.
 
-    Where the library has a kernel for it, the matrix is not written out.
+    On a CPU with products of bf16, the matrix is kept a second time as the kernel reads it, from the first call on.
     """
-    if x.shape[1] % BLOCK:
-        return F.linear(x, dequantize(packed, scales, x.dtype))
-    state = _state(packed, scales.absmax, x.dtype, scales)
-    product: Tensor = _library().matmul_4bit(x, packed.view(-1, 1), state)
+    rows, columns = packed.shape[0], x.shape[1]
+    if columns % BLOCK or device_type(x) != "cpu":
+        is_single = len(x) == 1 and not columns % BLOCK
+        state = _state(packed, scales.absmax, x.dtype, scales) if is_single else None
+        return None if state is None else _library().matmul_4bit(x, packed.view(-1, 1), state)
+    if x.dtype != torch.bfloat16 or len(x) > _FUSED_ROWS or rows % _FUSED_STEP or not _is_fused_on_cpu():
+        return None
+    functional = _library().functional
+    if not hasattr(packed, "fused"):
+        state = _state(packed, scales.absmax, x.dtype, scales)
+        setattr(packed, "fused", functional._convert_weight_packed_for_cpu(packed.detach(), state))  # noqa: B010
+    values, state = packed.fused  # type: ignore[attr-defined]
+    product: Tensor = functional.gemv_4bit(x.contiguous(), values, state=state)
     return product
+
+
+@cache
+def _is_fused_on_cpu() -> bool:
+    functional = _library().functional
+    return hasattr(functional, "_convert_weight_packed_for_cpu") and functional.has_avx512bf16()

@@ -10,6 +10,7 @@ from llama_acc.core.checkpoint.load import Weights, fill, load_parameters
 from llama_acc.core.errors import UserError
 from llama_acc.core.model import nf4
 from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.layers import linear
 from llama_acc.core.model.transformer import (
     Transformer,
     build_on_meta,
@@ -77,6 +78,18 @@ def test_quantizing_in_pieces_is_bitsandbytes_quantizing(shape: tuple[int, int])
     assert packed.nbytes + sum(part.nbytes for part in scales) == nf4.nbytes(*shape)
     for found, room in zip(scales, nf4.empty_scales(*shape), strict=True):
         assert (found.shape, found.dtype) == (room.shape, room.dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 9])
+@pytest.mark.parametrize("shape", [(64, 128), (40, 64), (32, 48)], ids=str)
+def test_few_rows_in_bfloat16_are_multiplied_by_the_dequantized_matrix(shape: tuple[int, int], rows: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    matrix = torch.randn(shape, generator=generator)
+    x = torch.randn(rows, shape[1], generator=generator).bfloat16()
+    packed, scales = nf4.quantize(lambda start, stop: matrix[start:stop], shape, CPU)
+    for _ in range(2):
+        with torch.no_grad():
+            assert difference(linear(x, packed, scales), x.float() @ theirs(matrix).t()) < 1e-2
 
 
 def test_an_odd_number_of_columns_is_refused() -> None:
