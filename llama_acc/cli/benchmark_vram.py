@@ -101,7 +101,7 @@ def benchmark_vram(
         recipe, model, tuning, quantize, batch_size, max_tokens, gpus, size, tuple(overrides or ()), where
     )
     if fit is not None:
-        return _fit(request, memory, as_json)
+        return _fit(request, memory, kind, efficiency, as_json)
     if measure:
         return _measure(request, device, tolerance, as_json)
     if data is not None or (kind is not None and swept is None):
@@ -162,31 +162,53 @@ def _predict(request: "MemoryRequest", swept: tuple[str, list[int]] | None, plot
             ("inference peak", f"{generation}, of {max(setup.lengths)} tokens"),
             ("work", f"{found['flops']:.3g} floating-point operations for a micro-batch on a rank"),
         ]
-        console.pairs(lines, console.out)
+        console.pairs(lines + _streaming(setup), console.out)
     return None
 
 
-def _fit(request: "MemoryRequest", memory: int, as_json: bool) -> None:
+def _streaming(setup: "Setup") -> list[tuple[str, str]]:
+    """What a streamed base takes beside the device's memory, in words."""
+    from llama_acc.core.memory.predict import streaming
+
+    if not setup.settings.stream_base:
+        return []
+    taken = streaming(setup)
+    pinned = f", {_gib(taken.host)} GiB of the host's memory pinned" if setup.device_type == "cuda" else ""
+    moved = f"{_gib(taken.moved)} GiB are read for a micro-batch"
+    return [("streamed", f"{_gib(taken.stays)} GiB stay in files{pinned}; {moved}")]
+
+
+def _fit(request: "MemoryRequest", memory: int, kind: str | None, efficiency: float, as_json: bool) -> None:
     """Shows each method when it is known; as JSON all of them, those that fit first."""
     from llama_acc.core.memory.fit import LARGEST_BATCH, WAYS, fitting
+    from llama_acc.core.memory.predict import gpu_table
 
+    kind = kind or "rtx3090-24gb"
+    rate = _kind(kind)["bf16"] * 1e12 * efficiency
     console.working(f"trying {len(WAYS)} methods, the first of them now" if request.tuning is None else "trying it")
     fits: list[Fit] = []
-    widths = [max(len(method) for method, _ in WAYS), 8, 14, 14, 13]
-    for fit in fitting(request, memory):
+    widths = [max(len(method) for method, _ in WAYS), 13, 14, 14, 13, 6]
+    for fit in fitting(request, memory, rate):
         if not fits and not as_json:
-            header = ["method", "base", f"1 x {fit.length}", f"batch of {fit.length}", "longest alone"]
+            header = ["method", "base", f"1 x {fit.length}", f"batch of {fit.length}", "longest alone", "time"]
             console.row(header, widths, bold=True)
         fits.append(fit)
         if not as_json:
-            base = "NF4" if fit.quantize == "nf4" else "as it is"
+            base = ("NF4" if fit.quantize == "nf4" else "as it is") + (", streamed" if fit.slowdown else "")
             batch = f"{fit.batch_size}" + (" or more" if fit.batch_size == LARGEST_BATCH else "")
             most = [batch, f"{fit.longest:,}"] if fit.batch_size else ["does not fit", ""]
+            most.append(f"x {fit.slowdown:.2f}" if fit.slowdown and fit.batch_size else "")
             console.row([fit.method, base, f"{_gib(fit.least)} GiB", *most], widths)
         console.working(f"trying the next methods, {len(fits)} done")
     if as_json:
         fits.sort(key=lambda fit: not fit.batch_size)
         return _print_json({"memory": memory, "methods": [vars(fit) for fit in fits]})
+    if any(fit.slowdown and fit.batch_size for fit in fits):
+        speed = f"{gpu_table()['streaming']['bandwidth']:g} GB/s"
+        console.note(
+            "streamed (train.stream_base=true): two blocks are on the GPU, the others in their files; time: that of a "
+            f"batch beside one with the base in memory, assumed at {speed} and {efficiency:.0%} of a {kind}"
+        )
     if not any(fit.batch_size for fit in fits):
         needed = _gib(min(fit.least for fit in fits))
         console.note(f"nothing fits in {_gib(memory)} GiB; the least that is needed is {needed} GiB")
@@ -232,17 +254,24 @@ def _measure(request: "MemoryRequest", device: str | None, tolerance: float, as_
         )
 
 
+def _kind(name: str) -> Any:
+    """What gpus.yaml says of a kind of GPU."""
+    from llama_acc.core.memory.predict import gpu_table
+
+    kinds = gpu_table()["kinds"]
+    if name not in kinds:
+        hint = did_you_mean(name, kinds) or f"known kinds: {', '.join(kinds)}"
+        raise UserError(f"unknown kind of GPU '{name}'", hint)
+    return kinds[name]
+
+
 def _hours(request: "MemoryRequest", data: Path | None, kind: str, efficiency: float, as_json: bool) -> None:
     """Whether a run fits on a kind of GPU, and how long it takes there."""
     from llama_acc.core.memory.fit import filled
     from llama_acc.core.memory.measure import Texts, read_texts, work_of
-    from llama_acc.core.memory.predict import gpu_table, predict, recipe_and_config, setup_of
+    from llama_acc.core.memory.predict import gpu_table, predict, recipe_and_config, setup_of, streaming
 
-    table = gpu_table()
-    if kind not in table["kinds"]:
-        hint = did_you_mean(kind, table["kinds"]) or f"known kinds: {', '.join(table['kinds'])}"
-        raise UserError(f"unknown kind of GPU '{kind}'", hint)
-    gpu = table["kinds"][kind]
+    table, gpu = gpu_table(), _kind(kind)
     console.working("predicting what fills it")
     chosen = filled(request, gpu["memory"] * _GIB)
     setup = setup_of(chosen)
@@ -261,7 +290,11 @@ def _hours(request: "MemoryRequest", data: Path | None, kind: str, efficiency: f
         verdict = "it fits" if fits else "it does not fit; try --tuning, --quantize nf4, or --gpus N with fsdp"
         line = f"{_gib(usage.total)} GiB of {gpu['memory']:.2f} on each {kind}: {verdict}"
         auto = [] if chosen is request else [("auto", _title(setup, ""))]
-        console.pairs([*auto, ("memory", line)], console.out, len("GPU-hours"))
+        console.pairs([*auto, ("memory", line), *_streaming(setup)], console.out, len("GPU-hours"))
+        if setup.settings.stream_base:
+            slowdown = streaming(setup).slowdown(usage.flops, gpu["bf16"] * 1e12 * efficiency)
+            share = f"{1 - 1 / slowdown:.0%} of the time is waiting for blocks, assumed: docs/memory.md"
+            console.pairs([("copying", share)], console.out, len("GPU-hours"))
     console.working("counting the work")
     epochs = recipe_and_config(request)[0].train.epochs
     hours = work_of(setup, texts) * epochs / (gpu["bf16"] * 1e12 * efficiency) / 3600
@@ -323,6 +356,8 @@ def _title(setup: "Setup", swept: str) -> str:
     facts = [_model_name(setup), method, _precision(setup)]
     if swept in ("", "gpus"):
         facts.append(f"{len(setup.lengths)} x {max(setup.lengths)} tokens")
+    if settings.stream_base:
+        facts.append("streamed")
     if not settings.activation_checkpointing:
         facts.append("no activation checkpointing")
     if setup.world_size > 1 and swept != "gpus":
@@ -353,6 +388,7 @@ def _setup_json(setup: "Setup") -> dict[str, Any]:
         "precision": _precision(setup),
         "activation_checkpointing": setup.settings.activation_checkpointing,
         "lengths": list(setup.lengths),
+        "stream_base": setup.settings.stream_base,
         "micro_batches": setup.micro_batches,
         "gpus": setup.world_size,
         "model_parallel_size": setup.settings.model_parallel_size,

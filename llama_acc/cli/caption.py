@@ -54,6 +54,7 @@ def caption(
     template: options.Template = "auto",
     tokenizer: options.TokenizerFile = None,
     quantize: options.Quantize = None,
+    stream: options.Stream = False,
     device: options.Device = None,
     verify: options.Verify = False,
     nproc: options.Nproc = None,
@@ -86,7 +87,7 @@ def caption(
     # Standard input is that of the first process.
     named = _named(images) if environment.is_main() else []
     problems: list[str] = []
-    with load_distributed(ModelOptions(ckpt, device, tokenizer, template, verify, quantize)) as loaded:
+    with load_distributed(ModelOptions(ckpt, device, tokenizer, template, verify, quantize, stream=stream)) as loaded:
         if environment.is_main():
             from llama_acc.core.data.image_files import ImageWorkers, default_workers
             from llama_acc.core.generate.caption import caption_page, captions, load_image, stream_caption

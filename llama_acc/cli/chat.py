@@ -65,6 +65,7 @@ def chat(
     seed: Annotated[int | None, Option(help="The same seed gives the same answers.")] = None,
     tokenizer: options.TokenizerFile = None,
     quantize: options.Quantize = None,
+    stream: options.Stream = False,
     device: options.Device = None,
     verify: options.Verify = False,
     nproc: options.Nproc = None,
@@ -100,7 +101,7 @@ def chat(
     if compare:
         check_alone()
     listener = web.listen(host, port) if as_page and environment.is_main() else None
-    model = ModelOptions(ckpt, device, tokenizer, template, verify, quantize, context)
+    model = ModelOptions(ckpt, device, tokenizer, template, verify, quantize, context, stream)
     with load_distributed(model) as loaded:
         if listener is not None:
             models = {ckpt[-1]: loaded}

@@ -62,6 +62,7 @@ def gorilla(
     batch_size: Annotated[int, Option(min=1, help="Questions that are answered at a time; memory grows with it.")] = 16,
     tokenizer: options.TokenizerFile = None,
     quantize: options.Quantize = None,
+    stream: options.Stream = False,
     device: options.Device = None,
     verify: options.Verify = False,
     as_json: options.Json = False,
@@ -98,7 +99,7 @@ def gorilla(
             console.note(f"left out of {questions}: {left_out} without a question, of {len(evaluation):,}")
         responses = Path(f"responses_{hub}.jsonl") if output is None else output
         _check_writable(responses)
-        model = ModelOptions(ckpt, device, tokenizer, template, verify, quantize)
+        model = ModelOptions(ckpt, device, tokenizer, template, verify, quantize, stream=stream)
         with load_distributed(model) as loaded, console.Progress("question") as progress:
             answer_questions(
                 loaded,
@@ -151,6 +152,7 @@ def perplexity(
     batch_size: Annotated[int, Option(min=1, help="Most items in a forward pass; memory grows with it.")] = 8,
     tokenizer: options.TokenizerFile = None,
     quantize: options.Quantize = None,
+    stream: options.Stream = False,
     device: options.Device = None,
     verify: options.Verify = False,
     as_json: options.Json = False,
@@ -170,7 +172,7 @@ def perplexity(
     def encoding(file: str, items: int, fraction: float) -> None:
         console.working(f"encoding {file}: {count_text(items, 'item')}, {fraction:.0%}", key=file)
 
-    with load_distributed(ModelOptions(ckpt, device, tokenizer, template, verify, quantize)) as loaded:
+    with load_distributed(ModelOptions(ckpt, device, tokenizer, template, verify, quantize, stream=stream)) as loaded:
         items = read_data(loaded, data, max_tokens, encoding, fetch_shown)
         with console.Progress("item") as progress:
             measured = measure(loaded, items, batch_size, partial(progress, "measured"))
@@ -211,6 +213,7 @@ def lm_eval(
     template: options.Template = "auto",
     tokenizer: options.TokenizerFile = None,
     quantize: options.Quantize = None,
+    stream: options.Stream = False,
     device: options.Device = None,
     verify: options.Verify = False,
     nproc: options.Nproc = None,
@@ -248,7 +251,7 @@ def lm_eval(
         "fewshot_as_multiturn": fewshot_as_multiturn,
         "gen_kwargs": gen_kwargs,
     }
-    with load_distributed(ModelOptions(ckpt, device, tokenizer, template, verify, quantize)) as loaded:
+    with load_distributed(ModelOptions(ckpt, device, tokenizer, template, verify, quantize, stream=stream)) as loaded:
         if not environment.is_main():
             return
         with console.Progress("request") as progress:

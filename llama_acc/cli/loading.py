@@ -32,6 +32,7 @@ class ModelOptions:
     verify: bool
     quantize: Literal["nf4", "none"] | None
     context: int | None = None
+    stream: bool = False
 
 
 def launch_ranks(how: Launch, device: str | None, check: Callable[[int], None]) -> None:
@@ -90,6 +91,7 @@ def load_models_distributed(
                 quantize=model.quantize,
                 context=model.context,
                 parallel=parallel,
+                stream=model.stream,
             )
         )
         first = next(iter(loaded.values()))
@@ -126,9 +128,11 @@ def load_beside(first: "LoadedModel", ckpt: Sequence[str], model: ModelOptions) 
     from llama_acc.core.generate.load import load_model
 
     console.working("loading the model", after=_QUIET)
-    quantize, context = model.quantize, model.context
+    device, verify, quantize, context = str(first.device), model.verify, model.quantize, model.context
     try:
-        loaded = load_model(*ckpt, device=str(first.device), verify=model.verify, quantize=quantize, context=context)
+        loaded = load_model(
+            *ckpt, device=device, verify=verify, quantize=quantize, context=context, stream=model.stream
+        )
     finally:
         console.working(None)
     for note in loaded.notes:

@@ -91,6 +91,9 @@ Quantize = Annotated[
         help="nf4: keep the matrices in four bits, a quarter of the memory of bf16. Without it: as in training.",
     ),
 ]
+Stream = Annotated[
+    bool, Option("--stream", help="Leave the blocks in their files: two are in memory at a time, for a small machine.")
+]
 Context = Annotated[
     int | None,
     Option("--context", metavar="N", min=2, max=2**27, help="Longest sequence. Without it: the checkpoint's."),

@@ -15,10 +15,13 @@ _MOST_IDLE = 0.05  # part of a run's steps that may have rate 0 without a warnin
 
 def describe_plan(plan: "Plan") -> list[tuple[str, str]]:
     """Pairs of a subject and a text."""
+    from llama_acc.core.checkpoint.streaming import block_sizes
+    from llama_acc.core.distributed.groups import Parallel
     from llama_acc.core.model.config import size_name
     from llama_acc.core.model.nf4 import nbytes
     from llama_acc.core.model.transformer import parameter_count, quantizable, shapes_of
     from llama_acc.core.tokenizer import tokenizer_notes
+    from llama_acc.core.train.trainer import model_for_training
 
     recipe, config, checkpoint = plan.recipe, plan.config, plan.saving
     optimizer, train, skip = recipe.optimizer, recipe.train, plan.settings.quantize_skip
@@ -44,6 +47,10 @@ def describe_plan(plan: "Plan") -> list[tuple[str, str]]:
         number, size = sum(map(math.prod, shapes)), sum(nbytes(*shape) for shape in shapes)
         which = "wq wk wv wo w1 w2 w3 of every block, output" + (f", but not {', '.join(skip)}" if skip else "")
         lines.append(("quantized", f"{number:,} of them in NF4, {size_text(size)}: {which}; nothing else"))
+    if plan.settings.stream_base:
+        sizes = block_sizes(model_for_training(config, plan.settings, Parallel()))
+        text = f"{size_text(sum(sizes))} of the blocks stay in their files, {size_text(2 * max(sizes))} are in memory"
+        lines.append(("streamed", f"{text} at a time: two blocks"))
     if config.vision is not None:
         lines.append(("vision", _vision_text(plan)))
     lines += _data_lines(plan)

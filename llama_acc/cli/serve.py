@@ -72,6 +72,7 @@ def serve(
     template: options.Template = "auto",
     tokenizer: options.TokenizerFile = None,
     quantize: options.Quantize = None,
+    stream: options.Stream = False,
     device: options.Device = None,
     verify: options.Verify = False,
     nproc: options.Nproc = None,
@@ -101,7 +102,7 @@ def serve(
     first = next(iter(checkpoints.values()))
     launch_model(nproc, device, first)
     listener = bound(host, port) if environment.is_main() else None
-    model = ModelOptions(first, device, tokenizer, template, verify, quantize, context)
+    model = ModelOptions(first, device, tokenizer, template, verify, quantize, context, stream)
     with load_models_distributed(model, checkpoints) as models:
         if listener is None:
             return

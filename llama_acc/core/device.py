@@ -74,7 +74,7 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
         if line.startswith("MemAvailable"):
-            return int(line.split()[1]) * 1024
+            return min(int(line.split()[1]) * 1024, _free_in_cgroup())
     return 4 * GIB
 
 
@@ -82,6 +82,26 @@ def multiplies_bf16() -> bool:
     """Whether the CPU has instructions for it; of others than x86 and before torch says, it is taken to have them."""
     found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return found.get("architecture") != "x86_64" or found.get("avx512_bf16", False) or found.get("amx_bf16", False)
+
+
+def _free_in_cgroup() -> int:
+    """Bytes below the limit of this process's control group, version 2 or 1; a container has one. Files that the system
+    keeps in memory do not count."""
+    free = 1 << 62
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers not in ("", "memory"):
+                continue
+            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current", "file")
+            if controllers:
+                root, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
+            # Within a container its own group is the root.
+            folder = next((place for place in (root / path[1:], root) if (place / names[0]).exists()), None)
+            if folder is not None and (limit := (folder / names[0]).read_text().strip()).isdecimal():
+                stat = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+                free = int(limit) - int((folder / names[1]).read_text()) + int(stat[names[2]])
+    return free
 
 
 def prepare_cuda() -> None:

@@ -21,7 +21,7 @@ from llama_acc.core.device import multiplies_bf16, pick_device
 from llama_acc.core.distributed.groups import Parallel, init_distributed
 from llama_acc.core.errors import RunError
 from llama_acc.core.interrupt import Interrupted, StopRequest, stop_on_signal
-from llama_acc.core.memory.guard import check_fits, fill_memory, out_of_memory_error
+from llama_acc.core.memory.guard import check_fits, fill_memory, out_of_memory_error, stream_if_needed
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.base import read_base_weights
 from llama_acc.core.train.callback import Callback
@@ -96,6 +96,7 @@ def finetune(
             plan = make_plan_together(recipe, callback, parallel, saved=folder.checkpoint)
             if target.type == "cpu" and not parallel.run_on_rank_zero(multiplies_bf16):
                 plan = plan.without_bf16()
+            plan = stream_if_needed(plan, parallel.world_size, target)
             if plan.recipe.train.has_auto:
                 callback.progress("predicting what fills the memory")
                 choose = partial(fill_memory, plan, parallel.world_size, target, folder.checkpoint)
@@ -154,6 +155,7 @@ def dry_run(
     plan = make_plan(recipe, callback, dry_run=True)
     if device is not None and device.type == "cpu" and not multiplies_bf16():
         plan = plan.without_bf16()
+    plan = stream_if_needed(plan, processes, device or torch.device("cpu"))
     if plan.recipe.train.has_auto:
         callback.progress("predicting what fills the memory")
         plan = plan.with_chosen(*fill_memory(plan, processes, device or torch.device("cpu")))

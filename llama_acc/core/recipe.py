@@ -200,8 +200,9 @@ class OptimizerSection(Section):
 class TrainSection(Section):
     """How it is learned. `global_batch_size` examples make an optimizer step, whatever the number of processes;
     `batch_size` and `micro_batch_tokens` bound a micro-batch, and with it the memory; "auto", here and of
-    `activation_checkpointing`, is what fills a GPU: see `core.memory.guard`. The sample prompts, a list or a file of
-    them, are answered every N steps (0 = each epoch), at the beginning and at the end."""
+    `activation_checkpointing`, is what fills a GPU: see `core.memory.guard`. With `stream_base` the frozen matrices of
+    the blocks stay in their files; "auto": where they have to. The sample prompts, a list or a file of them, are
+    answered every N steps (0 = each epoch), at the beginning and at the end."""
 
     epochs: float = Field(default=3, gt=0, le=1_000_000)
     warmup_epochs: float = Field(default=0.0, ge=0)
@@ -210,6 +211,7 @@ class TrainSection(Section):
     micro_batch_tokens: _Count | _Auto | None = None
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: bool | _Auto = True
+    stream_base: bool | _Auto = "auto"
     compile: bool = False
     shuffle: bool = True
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -251,7 +253,7 @@ class TrainSection(Section):
         if chosen.micro_batch_tokens == "auto":
             chosen.micro_batch_tokens = tokens
         if chosen.activation_checkpointing == "auto":
-            chosen.activation_checkpointing = recompute
+            chosen.activation_checkpointing = recompute or self.stream_base is True
         chosen.batch_size, _ = chosen.bounds()
         return chosen
 
@@ -300,6 +302,8 @@ class Recipe(Section):
             raise ValueError("method frozen trains only what vision adds: set vision.encoder")
         if method == "frozen" and self.vision.reference_trainables:
             raise ValueError("vision.reference_trainables is for the methods that LLaMA2-Accessory has, not for frozen")
+        if self.train.stream_base is True and (why := self.why_resident()) is not None:
+            raise ValueError(f"train.stream_base=true: {why}")
         if encoder is not None and (encoder == "clip") != (method == "adapter"):
             raise ValueError(f"vision.encoder clip and tuning.method adapter go together, not {encoder} and {method}")
         if self.train.early_stopping_patience is not None:
@@ -315,6 +319,18 @@ class Recipe(Section):
                 "makes another in each epoch: set data.images.transform=pad_to_square"
             )
         return self
+
+    def why_resident(self) -> str | None:
+        """Why the frozen blocks cannot be streamed from their files, whatever lies in these; None: they can."""
+        problems = {
+            "method full trains all: choose another tuning.method": METHODS[self.tuning.method].trains_all,
+            "blocks are recomputed: set train.activation_checkpointing=true": self.train.activation_checkpointing
+            is False,
+            "blocks are not compiled: set train.compile=false": self.train.compile,
+            "only what trains is saved: set checkpoint.trainable_only=true": not self.checkpoint.trainable_only,
+            "it is for a single process: set parallel.model_parallel_size=1": self.parallel.model_parallel_size > 1,
+        }
+        return next((problem for problem, is_there in problems.items() if is_there), None)
 
     @classmethod
     def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> "Recipe":

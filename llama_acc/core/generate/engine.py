@@ -243,11 +243,12 @@ class Engine:
         self._slots: list[_Slot] = []
         self._caches = [KVCache(loaded.model.config.n_layers, self.context)]
         self._taken = 0
-        self._decode = DecodeGraph(loaded.model) if DecodeGraph.takes(loaded.model) else None
+        is_resident = loaded.stream is None
+        self._decode = DecodeGraph(loaded.model) if is_resident and DecodeGraph.takes(loaded.model) else None
         # What inference mode leaves behind, such as the table of rotations, could not be trained with.
         trains = any(parameter.requires_grad for parameter in loaded.model.parameters())
         self._without_gradients = torch.no_grad if trains else torch.inference_mode
-        self._is_fixed, self._is_reordered = not trains, False
+        self._is_fixed, self._is_reordered = not trains and is_resident, False
 
     @property
     def running(self) -> list[Reply]:

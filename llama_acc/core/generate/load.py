@@ -18,6 +18,7 @@ from llama_acc.core.checkpoint.adapter import check_base, fingerprint, read_base
 from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config, without_towers
 from llama_acc.core.checkpoint.load import Weights, check_tensors, fill, main_dtype, read_weights, with_rows
 from llama_acc.core.checkpoint.quantized import read_quantization
+from llama_acc.core.checkpoint.streaming import BlockStream, stream_blocks
 from llama_acc.core.checkpoint.towers import check_tower
 from llama_acc.core.data.chat_template import ChatTemplate, end_note, template_for, template_of_folder
 from llama_acc.core.data.images import normalize
@@ -123,6 +124,7 @@ class LoadedModel:
         notes: where the checkpoint's files disagree and which of them counts, for the user.
         adapter: its number among those that share a base in memory; prompts to it have it, too.
         siblings: all of these by that number; none, if it is alone.
+        stream: what reads the model's blocks from their files; None = they are in memory.
     """
 
     model: Transformer
@@ -134,6 +136,7 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
     adapter: int = 0
     siblings: list["LoadedModel"] = field(default_factory=list, compare=False, repr=False)
+    stream: BlockStream | None = None
 
     @property
     def vision(self) -> Vision | None:
@@ -155,6 +158,7 @@ def load_model(
     quantize: Literal["nf4", "none"] | None = None,
     context: int | None = None,
     parallel: Parallel = _ALONE,
+    stream: bool = False,
 ) -> LoadedModel:
     """Loads a checkpoint, or a rank's share of it, for generation.
 
@@ -169,13 +173,14 @@ def load_model(
             quantized checkpoint are in any case.
         context: most tokens of prompt and answer; None = the checkpoint's.
         parallel: the ranks that share the model, whatever the size it was saved at.
+        stream: leave the matrices of the blocks in their files, of which two are in memory at a time.
 
     Raises:
         UserError: something is missing, damaged or does not fit.
     """
     opened = _open(checkpoints, dtype, tokenizer, template, verify, quantize, context, parallel)
     target = pick_device(device)
-    return _loaded(opened, _build(opened, target, parallel), target)
+    return _loaded(opened, target, *_build(opened, target, parallel, stream=stream))
 
 
 def load_models(
@@ -188,6 +193,7 @@ def load_models(
     quantize: Literal["nf4", "none"] | None = None,
     context: int | None = None,
     parallel: Parallel = _ALONE,
+    stream: bool = False,
 ) -> dict[str, LoadedModel]:
     """Loads checkpoints of one base, which is in memory once, for one engine: `Engine` of any of them serves all.
 
@@ -197,21 +203,23 @@ def load_models(
         checkpoints: by a name each, folders that are laid over each other. The rest: see `load_model`.
 
     Raises:
-        UserError: what `load_model` raises; several bases; one of several that takes images.
+        UserError: what `load_model` raises; several bases; one of several that takes images, or is to be streamed.
     """
+    if stream and len(checkpoints) > 1:
+        raise UserError("a model is streamed alone", "leave out --stream, or the others")
     opened: dict[str, _Opened] = {}
     for name, folders in checkpoints.items():
         opened[name] = _open(folders, dtype, tokenizer, template, verify, quantize, context, parallel)
         dtype = opened[name].dtype
     names = [_shared_parameters(opened, name) for name in opened] if len(opened) > 1 else []
     target, (first, *others) = pick_device(device), opened.values()
-    model = _build(first, target, parallel)
+    model, blocks = _build(first, target, parallel, stream=stream)
     if others:
         rest = zip(others, names[1:], strict=True)
-        model = MultiAdapter([model, *(_build(one, target, parallel, (model, shared)) for one, shared in rest)])
+        model = MultiAdapter([model, *(_build(one, target, parallel, (model, shared))[0] for one, shared in rest)])
     siblings: list[LoadedModel] = []
     siblings += [
-        replace(_loaded(one, model, target), adapter=adapter, siblings=siblings)
+        replace(_loaded(one, target, model, blocks), adapter=adapter, siblings=siblings)
         for adapter, one in enumerate(opened.values())
     ]
     return dict(zip(opened, siblings, strict=True))
@@ -276,9 +284,16 @@ def _open(
 
 
 def _build(
-    opened: _Opened, device: torch.device, parallel: Parallel, shared: tuple[Transformer, Sequence[str]] | None = None
-) -> Transformer:
-    """A rank's part of a checkpoint's model. `shared`: another model, and names of parameters that they share."""
+    opened: _Opened,
+    device: torch.device,
+    parallel: Parallel,
+    shared: tuple[Transformer, Sequence[str]] | None = None,
+    stream: bool = False,
+) -> tuple[Transformer, BlockStream | None]:
+    """A rank's part of a checkpoint's model, and what reads its blocks if it is to `stream`. `shared`: another model,
+    and names of parameters that they share."""
+    if stream and (parallel.world_size > 1 or device.type == "mps"):
+        raise UserError("a model is streamed by a single process, to a GPU of CUDA or a CPU", "leave out --stream")
     model = model_for_generation(opened.config, opened.dtype, parallel, opened.quantize_skip)
     base, names = shared or (model, ())
     for name in names:
@@ -288,15 +303,16 @@ def _build(
             own.take(other.weight, other.scales)
         else:
             setattr(own, leaf, getattr(other, leaf))
+    blocks = stream_blocks(model, opened.weights, device) if stream else None
     fill(model, opened.weights, device, opened.dtype, copy=False)
-    return model
+    return model, blocks
 
 
-def _loaded(opened: _Opened, model: Transformer, device: torch.device) -> LoadedModel:
-    if not isinstance(model, MultiAdapter):
+def _loaded(opened: _Opened, device: torch.device, model: Transformer, stream: BlockStream | None) -> LoadedModel:
+    if not isinstance(model, MultiAdapter) and stream is None:
         pack_small(model)
     encoder = load_vision_encoder(model, opened.weights, device)
-    return LoadedModel(model, opened.tokenizer, *opened.template, device, encoder, opened.notes)
+    return LoadedModel(model, opened.tokenizer, *opened.template, device, encoder, opened.notes, stream=stream)
 
 
 def _shared_parameters(opened: Mapping[str, _Opened], name: str) -> list[str]:

@@ -1,6 +1,7 @@
 """The inverse of a prediction: which methods fit into some memory, with how many tokens at a time, what "auto" in a
 recipe stands for there, and what to change where a run does not fit."""
 
+import math
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from llama_acc.core.errors import UserError
-from llama_acc.core.memory.predict import MemoryRequest, Usage, predict, recipe_and_config, setup_of
+from llama_acc.core.memory.predict import MemoryRequest, Usage, predict, recipe_and_config, setup_of, streaming
 from llama_acc.core.memory.simulate import Setup
 from llama_acc.core.model.transformer import parameter_count
 from llama_acc.core.model.tuning.lora import LoRA
@@ -46,18 +47,19 @@ class Fit:
     batch_size: int  # most examples of that length at a time, up to `LARGEST_BATCH`; 0 = none fits
     longest: int  # most tokens of a single example, not above the model's context
     length: int
+    slowdown: float | None = None  # estimated, with the base streamed, which it is if else nothing fits
 
 
-def fitting(request: MemoryRequest, memory: int) -> Iterator[Fit]:
+def fitting(request: MemoryRequest, memory: int, rate: float = math.inf) -> Iterator[Fit]:
     """Every method in `memory` bytes of each GPU, as soon as it is known; its batch size is not the request's. A method
-    asked for stands alone."""
+    asked for stands alone. `rate`: floating-point operations that the GPU does in a second."""
     ways = [way for way in WAYS if request.tuning in (None, way[0]) and request.quantize in (None, way[1])]
     if not ways:
         raise UserError(f"method {request.tuning} has no base in {request.quantize}", "see docs/peft.md")
     if (request.gpus or 1) > (request.model_parallel_size or 1):
         request = replace(request, overrides=("parallel.data_parallel=fsdp", *request.overrides))
     setups = [setup_of(replace(request, tuning=method, quantize=quantize, batch_size=1)) for method, quantize in ways]
-    fit = partial(_fit, memory=memory)
+    fit = partial(_fit, memory=memory, rate=rate)
     if len(setups) == 1 or parameter_count(setups[0].config) < _LARGE:
         yield from map(fit, setups)
         return
@@ -65,13 +67,24 @@ def fitting(request: MemoryRequest, memory: int) -> Iterator[Fit]:
         yield from pool.map(fit, setups)
 
 
-def _fit(setup: Setup, memory: int) -> Fit:
+def _fit(setup: Setup, memory: int, rate: float) -> Fit:
     length, least = max(setup.lengths), _taken(setup, 1)
+    if least.total > memory and setup.world_size == 1 and not setup.config.tuning.trains_all:
+        setup = streamed(setup)
+        least = _taken(setup, 1)
     count = 0 if least.total > memory else _largest(least, partial(_taken, setup), memory, LARGEST_BATCH)
     # As many tokens in one example take no more than in several: attention keeps nothing for pairs of tokens.
     longest = min(count * length, setup.config.max_seq_len)
     quantize = "nf4" if setup.is_quantized else "none"
-    return Fit(setup.config.tuning.method, quantize, least.total, count, longest, length)
+    slowdown = None
+    if setup.settings.stream_base:
+        slowdown = streaming(setup).slowdown(max(count, 1) * least.flops, rate)
+    return Fit(setup.config.tuning.method, quantize, least.total, count, longest, length, slowdown)
+
+
+def streamed(setup: Setup) -> Setup:
+    """The same with its base streamed."""
+    return replace(setup, settings=replace(setup.settings, stream_base=True, activation_checkpointing=True))
 
 
 def _taken(setup: Setup, count: int) -> Usage:
@@ -212,6 +225,9 @@ def _possible(setup: Setup) -> Iterator[tuple[str, bool, Setup]]:
         yield "train.activation_checkpointing=true", True, with_step(activation_checkpointing=True)
     if setup.world_size > settings.model_parallel_size and settings.data_parallel != "fsdp":
         yield "parallel.data_parallel=fsdp", True, with_step(data_parallel="fsdp")
+    can_stream = setup.world_size == 1 and not setup.config.tuning.trains_all
+    if can_stream and not settings.stream_base:
+        yield "train.stream_base=true checkpoint.trainable_only=true", True, streamed(setup)
     for fewer in sorted({count // 2, 1} - {0, count}, reverse=True):
         lengths = tuple(sorted(setup.lengths, reverse=True)[:fewer])
         # Smaller micro-batches are more of them.

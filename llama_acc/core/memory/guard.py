@@ -18,13 +18,13 @@ from llama_acc.core.distributed.environment import VARIABLES
 from llama_acc.core.distributed.groups import Parallel, local_part, local_world_size
 from llama_acc.core.errors import RunError, UserError, listed
 from llama_acc.core.memory.fit import FILLED, MOST_TOKENS, Change, best_changes, fill
-from llama_acc.core.memory.predict import predict
+from llama_acc.core.memory.predict import predict, streaming
 from llama_acc.core.memory.simulate import Setup
 from llama_acc.core.model.transformer import parameter_count
 from llama_acc.core.recipe import Recipe, TrainSection
 from llama_acc.core.text import count_text, size_text
 from llama_acc.core.train.plan import Plan
-from llama_acc.core.train.trainer import Trainer
+from llama_acc.core.train.trainer import Trainer, check_streams
 
 _Result = TypeVar("_Result")
 _FAR_BELOW = 8
@@ -41,6 +41,37 @@ def setup_of_run(plan: Plan, world_size: int, device_type: str, items: Sequence[
     samples = plan.samples.at_a_time, plan.samples.length
     run = plan.config, plan.settings, tuple(lengths.tolist()), labels, micro_batches, world_size
     return Setup(*run, device_type=device_type, samples=samples)
+
+
+def stream_if_needed(plan: Plan, world_size: int, device: torch.device) -> Plan:
+    """The plan, with its base streamed if the recipe leaves that open, the least run does not fit without, and it can
+    be.
+
+    Raises:
+        UserError: it is to be streamed, and cannot be.
+    """
+    train = plan.recipe.train
+    if train.stream_base is True:
+        if world_size > 1:
+            raise UserError("a base is streamed by a single process", "leave out train.stream_base or --nproc")
+        if device.type == "mps":
+            raise UserError("a base is not streamed on mps", "leave out train.stream_base, or try --device cpu")
+        if plan.layouts or not plan.recipe.model.pretrained_list():  # else it is a dry run
+            check_streams(plan)
+        return plan
+    is_open = train.stream_base == "auto" and plan.recipe.why_resident() is None and plan.layouts
+    if not is_open or world_size > 1 or device.type == "mps":
+        return plan
+    free, least = free_memory(device), setup_of_run(plan.with_chosen(train.without_auto(1024), ""), 1, device.type)
+    if streaming(least).stays * _FAR_BELOW < free or predict(least).allocated <= free:
+        return plan
+    streamed = plan.with_chosen(train.model_copy(update={"stream_base": True}), "")
+    try:
+        check_streams(streamed)
+    except UserError:
+        return plan  # `check_fits` says what to do
+    helps = predict(setup_of_run(streamed.with_chosen(streamed.recipe.train.without_auto(1024), ""), 1, device.type))
+    return streamed if helps.allocated <= free else plan
 
 
 def fill_memory(

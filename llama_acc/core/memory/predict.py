@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from llama_acc.core.distributed.groups import check_world, local_part, simulated
+from llama_acc.core.checkpoint.streaming import block_sizes
+from llama_acc.core.distributed.groups import Parallel, check_world, local_part, simulated
 from llama_acc.core.errors import UserError, did_you_mean
 from llama_acc.core.memory.allocator import MIB, reserved
 from llama_acc.core.memory.simulate import Setup, simulate_generation, simulate_training
@@ -167,6 +168,27 @@ def predict(setup: Setup) -> Usage:
 def predict_generation(setup: Setup, length: int) -> Usage:
     """Predicts a conversation of `length` tokens with the trained model."""
     return _usage(setup, simulate_generation(setup, length))
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """What a base that is streamed takes beside the device's memory, in bytes."""
+
+    host: int  # of pinned memory, into which files are read
+    moved: int  # to the device in a micro-batch, forward and backward
+    stays: int  # in files
+
+    def slowdown(self, flops: float, rate: float) -> float:
+        """How many times as long as in memory a micro-batch of so many operations takes, at so many a second: copying
+        goes on beside computing, and the slower one counts. Its speed is assumed: see gpus.yaml."""
+        return max(1.0, self.moved * rate / (gpu_table()["streaming"]["bandwidth"] * 1e9 * flops))
+
+
+def streaming(setup: Setup) -> Streaming:
+    """What streaming the base of a run takes."""
+    sizes = block_sizes(model_for_training(setup.config, setup.settings, Parallel()))
+    # Where the blocks turn back, at either end, two are there already.
+    return Streaming(2 * max(sizes), 2 * sum(sizes[2:]), sum(sizes))
 
 
 def rank_parameters(setup: Setup) -> int:

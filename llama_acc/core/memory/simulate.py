@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from llama_acc.core.checkpoint.streaming import BlockStream
 from llama_acc.core.data.batches import MicroBatch
 from llama_acc.core.device import simulating
 from llama_acc.core.distributed.groups import Parallel, simulated
@@ -146,17 +147,20 @@ def empty_batch(lengths: Sequence[int], labels: int | None = None) -> MicroBatch
 
 
 def _train(setup: Setup) -> Trace:
-    tracker = _tracker(setup)
+    tracker, slots = _tracker(setup), list[Tensor]()
     with _rank(setup) as parallel, ExitStack() as stack:
 
         def materialize(model: Transformer) -> None:
             stack.enter_context(watched(tracker, setup.device_type))
+            if setup.settings.stream_base:
+                slots.extend(BlockStream(model, CPU, None).slots)
             model.to_empty(device=CPU)
 
         # On a GPU's place, FSDP's streams would be CUDA's.
         parts = assemble(setup.config, setup.settings, parallel, "cpu", materialize)
         parts.optimizer.make_state()
         _label_weights(tracker, parts.model)
+        tracker.label(slots, "weights", -1)  # of all blocks
         for _, name, value in parts.optimizer.state_tensors():
             tracker.label([value], "optimizer", _block(name))
         if parts.optimizer.copies is not None:
@@ -187,9 +191,12 @@ def _generate(setup: Setup, length: int) -> Trace:
     with _rank(setup) as parallel, torch.inference_mode(), ExitStack() as stack:
         model = generating_model(setup, parallel)
         with watched(tracker, setup.device_type):
+            slots = BlockStream(model, CPU, None).slots if setup.settings.stream_base else []
             model.to_empty(device=CPU)
-            pack_small(model)
+            if not slots:
+                pack_small(model)
             _label_weights(tracker, model)
+            tracker.label(slots, "weights", -1)
             stack.enter_context(vision_tower(model, tracker))
             tracker.reset_peak()
             _follow_blocks(tracker, model)

@@ -138,9 +138,12 @@ class Transformer(nn.Module):
         self._rotations: Tensor | None = None
 
     def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> "Transformer":
-        """As torch's, which for a plain tensor on the meta device would import sympy: half a second."""
+        """As torch's, which for a plain tensor on the meta device would import sympy: half a second. A buffer that has
+        storage keeps it."""
 
         def empty(tensor: Tensor) -> Tensor:
+            if not tensor.is_meta:
+                return tensor
             if type(tensor) in (Tensor, nn.Parameter):
                 return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             return torch.empty_like(tensor, device=device)

@@ -46,7 +46,7 @@ class StepSettings:
 
     `dtype` is that of activations and matrix products, `quantize_skip` the matrices not quantized to NF4 (None: nothing
     is), `adamw` the settings of `ClippedAdamW`, `frozen_dtype` the type of what does not train (None: `dtype`); see
-    `DataParallel` for its two.
+    `DataParallel` for its two and `BlockStream` for `stream_base`.
     """
 
     dtype: torch.dtype
@@ -58,6 +58,7 @@ class StepSettings:
     accumulate_unsharded: bool
     adamw: dict[str, Any]
     frozen_dtype: torch.dtype | None = None
+    stream_base: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe) -> "StepSettings":
@@ -72,6 +73,7 @@ class StepSettings:
             parallel.data_parallel,
             parallel.accumulate_unsharded,
             recipe.optimizer.model_dump(include={"betas", "eps", "weight_decay", "clip_grad_norm"}),
+            stream_base=train.stream_base is True,
         )
 
 

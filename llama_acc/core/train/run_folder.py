@@ -32,6 +32,7 @@ _MAY_CHANGE = {
     "train.early_stopping_patience",
     "train.batch_size",
     "train.micro_batch_tokens",
+    "train.stream_base",
     "train.sample_prompts",
     "train.sample_every_steps",
     "train.sample_max_new_tokens",

@@ -16,6 +16,7 @@ from llama_acc.core.checkpoint.adapter import BASE_FILE, Base, TrainedQuantized,
 from llama_acc.core.checkpoint.load import Weights, load_parameters
 from llama_acc.core.checkpoint.resume import FORMAT_VERSION, SavedState, read_progress, restore_rng, rng_state
 from llama_acc.core.checkpoint.save import Rows, Snapshot
+from llama_acc.core.checkpoint.streaming import BlockStream, find_regions, stream_blocks
 from llama_acc.core.data.batches import MicroBatch, build, build_multimodal_batch, draws_of
 from llama_acc.core.data.chat_template import ChatTemplate
 from llama_acc.core.data.dataset import Dataset
@@ -35,6 +36,7 @@ from llama_acc.core.model.transformer import (
 )
 from llama_acc.core.model.vision_config import VISION_FILE
 from llama_acc.core.tokenizer_folder import CHAT_TEMPLATE_FILE
+from llama_acc.core.train.base import read_base_weights
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.image_loader import ImageLoader, MicroBatchIndices
 from llama_acc.core.train.optimizer import ClippedAdamW
@@ -57,6 +59,16 @@ def model_for_training(config: ModelConfig, settings: StepSettings, parallel: Pa
     if settings.quantize_skip is not None:
         quantize_on_meta(model, settings.quantize_skip)
     return model
+
+
+def check_streams(plan: Plan) -> None:
+    """Checks that the base of a plan can be streamed.
+
+    Raises:
+        UserError: it cannot, and what to type instead.
+    """
+    weights = read_base_weights(plan.layouts, plan.config, Parallel()) or Weights()
+    find_regions(model_for_training(plan.config, plan.settings, Parallel()), weights)
 
 
 class Assembled(NamedTuple):
@@ -115,10 +127,13 @@ class Trainer:
             prepare_cpu()
         # What draws without a generator of its own, and what checkpoints keep of it, is the seed's, too.
         torch.manual_seed(plan.seed)
+        self.stream: BlockStream | None = None
 
         def materialize(model: Transformer) -> None:
-            model.to_empty(device=device)
             given = set() if weights is None else set(weights.tensors)
+            if plan.settings.stream_base:
+                self.stream = stream_blocks(model, weights or Weights(), device)
+            model.to_empty(device=device)
             initialize(model, plan.seed, {name for name, _ in model.named_parameters()} - given)
             if weights is not None:
                 load_parameters(model, weights)
@@ -175,7 +190,9 @@ class Trainer:
         return self._images.iter_batches(dataset, indices, crop)
 
     def close(self) -> None:
-        """Ends the processes that decode images."""
+        """Ends the processes that decode images, and the thread that reads blocks."""
+        if self.stream is not None:
+            self.stream.close()
         if self._images is not None:
             self._images.close()
 
@@ -267,6 +284,7 @@ class Trainer:
         """What the model answers to each sample prompt, on rank 0."""
         plan, template = self.plan, self.plan.train.template
         loaded = LoadedModel(self.model, plan.tokenizer, template, "the run", self.device, self.vision_encoder)
+        loaded = replace(loaded, stream=self.stream)
         return answer_prompts(loaded, self.data_parallel, plan.samples, plan.settings.compile)
 
     @property

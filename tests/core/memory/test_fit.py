@@ -220,7 +220,9 @@ def test_changes_that_leave_the_run_what_it_is_come_first_and_save_what_they_say
     (checkpointing,) = (change for change in found if change.keys == "train.activation_checkpointing=true")
     again = setup("train.activation_checkpointing=true", lengths=(256, 256), micro_batches=2)
     assert checkpointing.saves == allocated - predict(again).allocated
-    assert best_changes(setup("tuning.method=lora", *NF4, lengths=(100,)), 0) == []
+    (streamed,) = best_changes(setup("tuning.method=lora", *NF4, lengths=(100,)), 0)
+    assert streamed.keys.startswith("train.stream_base=true")
+    assert best_changes(setup("tuning.method=lora", *NF4, "train.stream_base=true", lengths=(100,)), 0) == []
 
 
 def test_slack_alone_is_no_reason_for_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
