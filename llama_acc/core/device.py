@@ -117,16 +117,17 @@ def prepare_cuda() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def prepare_cpu() -> None:
+def prepare_cpu(keeps_memory: bool = True) -> None:
     """Sets what a process that trains on the CPU should do with memory. Call it before the first computation.
 
     A training step frees and allocates the same large tensors again and again; given back to the system, each would be
     mapped and zeroed anew, which takes one to two microseconds for 4 KiB. So glibc is told to keep all of them in its
     heap (elsewhere nothing happens). oneDNN, which multiplies matrices, keeps compiled code for the last 1024 shapes,
-    up to a megabyte each; in a stream nearly every micro-batch is a new shape, and 128 are as fast.
+    up to a megabyte each; in a stream nearly every micro-batch is a new shape, and 128 are as fast. Where memory is
+    short, as in a streamed run, it is not to be kept: what is free between what is in use is of no use to others.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-    if sys.platform != "linux":
+    if sys.platform != "linux" or not keeps_memory:
         return
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):

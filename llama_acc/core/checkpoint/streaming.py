@@ -216,16 +216,12 @@ def find_regions(model: Transformer, weights: Weights) -> dict[str, Region]:
             share = weights.tensors.get(f"{matrix}.weight")
             stored = _stored(share, layer)
             if isinstance(stored, str):
-                quantize = " --quantize nf4" if layer.is_quantized else ""
-                dtype = (
-                    ""
-                    if layer.is_quantized
-                    else f" --dtype {'fp32' if layer.weight.dtype == torch.float32 else 'bf16'}"
-                )
+                kind = "fp32" if layer.weight.dtype == torch.float32 else "bf16"
+                flags = "--quantize nf4" if layer.is_quantized else f"--dtype {kind}"
                 raise UserError(
                     f"the model cannot be streamed from its files: {matrix} {stored}",
                     "write a base that can be, once, and use that: "
-                    f"llama-acc convert-checkpoint DIR NEW --to consolidated{quantize}{dtype}",
+                    f"llama-acc convert-checkpoint DIR NEW --to consolidated {flags}",
                 )
             for leaf, tensor in stored.items():
                 begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes - 1
