@@ -171,12 +171,13 @@ def main() -> None:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             group = make_group(args.limit if way == "streamed" else args.resident_limit)
             enter = ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "sh"]
-            done = subprocess.run(
-                [*enter, sys.executable, *sys.argv, "--child", way], stdout=subprocess.PIPE, text=True
-            )
-            peak = next(group.glob("memory.max_usage_in_bytes"), group / "memory.peak")
-            most = f", group's peak {int(peak.read_text()) / 1e9:.2f} GB" if peak.exists() else ""
-            group.rmdir()
+            command = [*enter, sys.executable, *sys.argv, "--child", way]
+            try:
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+                peak = next(group.glob("memory.max_usage_in_bytes"), group / "memory.peak")
+                most = f", group's peak {int(peak.read_text()) / 1e9:.2f} GB" if peak.exists() else ""
+            finally:
+                group.rmdir()
             print(f"{way}: {done.stdout.strip() or f'ended with {done.returncode}'}{most}", flush=True)
 
 

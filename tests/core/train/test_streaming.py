@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama_acc.cli.plan_text import describe_plan
 from llama_acc.core.checkpoint.convert import Request, convert
@@ -28,7 +28,6 @@ from llama_acc.core.generate.load import load_model
 from llama_acc.core.memory import guard
 from llama_acc.core.memory.simulate import empty_batch, standing_for
 from llama_acc.core.model import layers
-from llama_acc.core.model.nf4 import prepare
 from llama_acc.core.model.tuning import METHODS
 from llama_acc.core.model.tuning.lora import LoRA
 from llama_acc.core.train.callback import Callback
@@ -38,7 +37,7 @@ from llama_acc.core.train.trainer import assemble
 from tests.core.memory.setups import setup
 from tests.core.tiny import SMALL, random_model, save_model
 from tests.core.train.runs import assert_same_run, plan_of, run
-from tests.core.train.test_gpu_trace import META, Work
+from tests.core.train.test_gpu_trace import META, Work, _norm
 
 TUNED = [name for name in METHODS if name not in ("full", "frozen")]
 # Twenty steps; validation goes through the blocks without gradients: from the last one to the first.
@@ -252,7 +251,8 @@ def test_a_streamed_base_is_predicted_to_take_two_blocks_however_many_there_are(
         sizes = [guard.predict(one).parts["weights"] for one in (resident, streamed)]
         assert sizes[0] - sizes[1] == pytest.approx(guard.streaming(resident).stays * (depth - 2) / depth, rel=1e-3)
         found[depth] = sizes
-    assert found[12][1] == pytest.approx(found[4][1], rel=0.02)  # the norms of eight blocks more
+    # The norms of eight blocks more, and on a GPU what trains in bf16.
+    assert found[12][1] - found[4][1] < 0.2 * (found[12][0] - found[4][0])
 
 
 @pytest.mark.parametrize("kind", ["nf4", "bf16"])
@@ -310,29 +310,25 @@ def test_on_a_gpu_copies_and_blocks_wait_for_each_other_and_the_host_for_neither
     config, streams = replace(config, tuning=LoRA(8)), Streams()
     adamw = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "clip_grad_norm": 1.0}
     settings = StepSettings(torch.bfloat16, None, False, True, 1, "ddp", False, adamw, stream_base=True)
-    held, copies, order = dict[int, str](), list[str](), list[int]()
-    prepare(META)
+    held, copies, order, uses = dict[int, str](), list[str](), list[int](), set[str]()
     copy, found = Tensor.copy_, list[Any]()
 
     def copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-        slots = [slot.data_ptr() if not slot.is_meta else id(slot) for slot in found[0].slots] if found else []
-        if id(target) in slots:
-            slot = slots.index(id(target))
-            # Whatever has used the buffer is done.
-            assert {op for op in order_names if op.endswith(f" {slot}")} <= streams.known[streams.current]
+        slot = next((number for number, slot in enumerate(found[0].slots) if slot is target), -1) if found else -1
+        if slot >= 0:
             assert (streams.current, non_blocking) == ("copy", True)
-            copies.append(f"copy {len(copies)} into {slot}")
-            held[slot] = copies[-1]
-            streams.known["copy"].add(copies[-1])
+            before = {use for use in uses if use.endswith(f"in {slot}")}
+            assert before <= streams.known["copy"], "a block is still computing that is copied over"
+            held[slot] = f"copy {len(copies)}"
+            copies.append(held[slot])
+            streams.known["copy"].add(held[slot])
         return copy(target, source, non_blocking)
-
-    order_names = set[str]()
 
     def used(number: int) -> None:
         assert held[number % 2] in streams.known["compute"], "it computes before its block is there"
         order.append(number)
-        order_names.add(f"block {number} at {len(order)} in {number % 2}")
-        streams.known["compute"] |= order_names
+        uses.add(f"use {len(order)} in {number % 2}")
+        streams.known["compute"] |= uses
 
     fakes = {"Stream": lambda device: streams.stream("copy"), "Event": streams.event, "stream": streams.on}
     with contextlib.ExitStack() as stack:
@@ -342,6 +338,7 @@ def test_on_a_gpu_copies_and_blocks_wait_for_each_other_and_the_host_for_neither
         stack.enter_context(patch.object(torch.cuda, "current_stream", lambda: streams.stream("compute")))
         stack.enter_context(patch.object(Tensor, "pin_memory", lambda self: self))
         stack.enter_context(patch.object(Tensor, "copy_", copied))
+        stack.enter_context(patch.object(nn.utils, "get_total_norm", _norm))
         weights = read_weights([inspect(tmp_path)])
 
         def materialize(model: Any) -> None:
