@@ -1,7 +1,7 @@
 """One token more of some sequences as a step whose shapes and addresses stay, which a GPU repeats as a CUDA graph.
 
 A block's ten kernels take the host longer to launch than a GPU to run; a graph is one launch. What changes from token
-to token is in one tensor, which is copied to the GPU before; the likeliest tokens are found there. **It has not run on
+to token is in one tensor, which is copied to the GPU before; tokens are chosen there. **It has not run on
 a GPU yet**; a CPU takes the same step uncaptured in tests.
 """
 
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llama_acc.core.generate.sampling import draw
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.config import RopeScaling
 from llama_acc.core.model.kernels import use_kernels
@@ -21,7 +22,7 @@ from llama_acc.core.model.transformer import Transformer
 class _Captured(NamedTuple):
     graph: Any
     logits: Tensor
-    likeliest: Tensor
+    chosen: Tensor
 
 
 class DecodeGraph:
@@ -33,7 +34,7 @@ class DecodeGraph:
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
-        self._inputs: dict[int, Tensor] = {}
+        self._inputs: dict[torch.Size, Tensor] = {}
         self._captured: dict[tuple[Any, ...], _Captured] = {}
         self.captures = model.norm.weight.is_cuda
 
@@ -46,31 +47,39 @@ class DecodeGraph:
         is_alone = type(model) is Transformer and model.parallel.world_size == 1
         return is_alone and use_kernels(model.norm.weight) and not is_dynamic and hooks == (None, None, None)
 
-    def __call__(self, tokens: Sequence[int], caches: Sequence[KVCache]) -> tuple[Tensor, Tensor]:
-        """Logits [B, V] of what follows a token of each sequence, and the likeliest [B]; valid until the next call."""
+    def __call__(
+        self, tokens: Sequence[int], caches: Sequence[KVCache], numbers: Sequence[Sequence[float]] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [B, V] of what follows a token of each sequence, and the tokens that are chosen [B]: by `draw` with
+        `numbers`, or the likeliest. Valid until the next call."""
         count, device = len(tokens), self.model.norm.weight.device
         rows = 1 << (count - 1).bit_length()
-        values = [tokens, [cache.length for cache in caches], [cache.slot for cache in caches]]
         # What is too much does the last row's work again: it writes the same to the same place.
-        padded = torch.tensor([[*row, *[row[-1]] * (rows - count)] for row in values], pin_memory=device.type == "cuda")
-        if rows not in self._inputs:
-            self._inputs[rows] = torch.empty(padded.shape, dtype=padded.dtype, device=device)
-        inputs = self._inputs[rows].copy_(padded, non_blocking=True)
-        logits, likeliest = self._run(inputs, caches[0], self.model.make_room(caches))
+        places = [*range(count), *[count - 1] * (rows - count)]
+        padded = torch.tensor([(tokens[i], caches[i].length, caches[i].slot) for i in places]).T.contiguous()
+        if numbers:
+            drawn = torch.tensor([numbers[i] for i in places], dtype=torch.float64).T.contiguous()
+            padded = torch.cat([padded, drawn.view(torch.int64)])  # all in one copy
+        padded = padded.pin_memory() if device.type == "cuda" else padded
+        if padded.shape not in self._inputs:
+            self._inputs[padded.shape] = torch.empty(padded.shape, dtype=padded.dtype, device=device)
+        inputs = self._inputs[padded.shape].copy_(padded, non_blocking=True)
+        logits, chosen = self._run(inputs, caches[0], self.model.make_room(caches))
         for cache in caches:
             cache.length += 1
-        return logits[:count], likeliest[:count]
+        return logits[:count], chosen[:count]
 
     def step(self, inputs: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
-        """Logits [rows, V] and the likeliest tokens [rows], for tokens, positions and slots of `cache`, [3, rows]."""
-        tokens, positions, slots = inputs
+        """Logits [rows, V] and the tokens chosen [rows], for tokens, positions and slots of `cache`, [3, rows]; what
+        `draw` is told may be below them."""
+        tokens, positions, slots = inputs[:3]
         logits = self.model.decode(tokens, positions, slots, cache)
-        return logits, logits.argmax(-1)
+        return logits, draw(logits, inputs[3:].view(torch.float64)) if len(inputs) > 3 else logits.argmax(-1)
 
     def _run(self, inputs: Tensor, cache: KVCache, addresses: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         if not self.captures:
             return self.step(inputs, cache)
-        key = (inputs.shape[1], addresses)
+        key = (inputs.shape, addresses)
         if key not in self._captured:
             # A cache that has grown is somewhere else.
             self._captured = {known: one for known, one in self._captured.items() if known[1] == addresses}
@@ -82,7 +91,7 @@ class DecodeGraph:
                 return self.step(inputs, cache)
         captured = self._captured[key]
         captured.graph.replay()
-        return captured.logits, captured.likeliest
+        return captured.logits, captured.chosen
 
     def _capture(self, inputs: Tensor, cache: KVCache) -> _Captured:
         beside = torch.cuda.Stream()
@@ -92,5 +101,5 @@ class DecodeGraph:
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits, likeliest = self.step(inputs, cache)
-        return _Captured(graph, logits, likeliest)
+            logits, chosen = self.step(inputs, cache)
+        return _Captured(graph, logits, chosen)

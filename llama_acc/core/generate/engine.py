@@ -65,6 +65,8 @@ class _Pass(NamedTuple):
     """[images, 3, S, S] of 0 to 255, empty for ranks that encode none."""
     wanted: int
     """B: of so many sequences, what follows is wanted."""
+    numbers: Sequence[Sequence[float]]
+    """See `DecodeGraph`."""
 
 
 _Message = tuple[Callable[..., Any], Sequence[Any]]
@@ -287,15 +289,16 @@ class Engine:
         planned = self._plan()
         if not planned:
             return []
-        logits, likeliest = self._logits(planned)
+        numbers = self._numbers(planned)
+        logits, chosen = self._logits(planned, numbers)
         events = []
-        for (slot, count), row, first in zip(planned, logits, likeliest.tolist(), strict=False):
+        for (slot, count), row, first in zip(planned, logits, chosen.tolist(), strict=False):
             slot.fed(count)
             reply, sampler = slot.reply, slot.sampler
             assert reply is not None
             assert sampler is not None
             try:
-                token = first if sampler.is_argmax else sampler(row, reply.prompt.tokens)
+                token = first if numbers or sampler.is_argmax else sampler(row, reply.prompt.tokens)
             except RunError:  # its own grammar's: the others go on
                 reply.finish_reason, slot.reply = "failed", None
                 events.append((reply, ""))
@@ -392,8 +395,19 @@ class Engine:
         last.sort(key=lambda planned: (planned[1] > 1, planned[0].adapter, planned[0].cache.slot))
         return last + beginnings
 
-    def _logits(self, planned: Sequence[tuple[_Slot, int]]) -> tuple[Tensor, Tensor]:
-        """[B, V] of what follows the sequences whose feed is taken whole, and the likeliest tokens, [B]."""
+    def _numbers(self, planned: Sequence[tuple[_Slot, int]]) -> Sequence[Sequence[float]]:
+        """By what all tokens of the pass are drawn on a GPU; empty: they are not, or all are the likeliest."""
+        single = [slot for slot, _ in planned if slot.seen and len(slot.feed) == 1]
+        samplers = [slot.sampler for slot in single if slot.sampler is not None and slot.sampler.is_free]
+        if self._decode is None or len(samplers) < len(planned) or all(sampler.is_argmax for sampler in samplers):
+            return ()
+        return [sampler.numbers() for sampler in samplers]
+
+    def _logits(
+        self, planned: Sequence[tuple[_Slot, int]], numbers: Sequence[Sequence[float]]
+    ) -> tuple[Tensor, Tensor]:
+        """[B, V] of what follows the sequences whose feed is taken whole, and the tokens chosen by `numbers`, or the
+        likeliest, [B]."""
         fed = [
             _Fed(slot.cache.slot, len(slot.seen), count, len(slot.new_images), slot.adapter) for slot, count in planned
         ]
@@ -401,7 +415,7 @@ class Engine:
         images = [image for slot, _ in planned for image in slot.new_images]
         pixels = torch.from_numpy(np.stack(images)) if images else _NO_PIXELS
         wanted = sum(count == len(slot.feed) for slot, count in planned)
-        one, vision = _Pass(fed, tokens, pixels, wanted), self.loaded.vision
+        one, vision = _Pass(fed, tokens, pixels, wanted, numbers), self.loaded.vision
         all_encode = vision is not None and vision.trains_encoder
         self._tell((Engine._forward, [one if all_encode else one._replace(pixels=_NO_PIXELS)]))
         return self._forward(one)
@@ -463,7 +477,7 @@ class Engine:
             cache.truncate(part.keep)
         if self._decode is not None and len(one.tokens) == one.wanted and all(cache.length for cache in caches):
             with self._without_gradients():
-                return self._decode(one.tokens, caches)
+                return self._decode(one.tokens, caches, one.numbers)
         positions = [position for part in fed for position in range(part.keep, part.keep + part.length)]
         owners = [document for document, part in enumerate(fed) for _ in range(part.images)]
         stream, seen = torch.tensor(one.tokens, device=device), None

@@ -117,6 +117,19 @@ class Sampler:
         self._random.manual_seed(self._random.seed() if sampling.seed is None else sampling.seed)
         self._counts = Counter[int]()
 
+    @property
+    def is_free(self) -> bool:
+        """Whether its tokens depend on nothing but logits and random numbers, so that `draw` may choose them."""
+        return self.grammar is None and self.sampling.logprobs is None and not self.sampling.changes_logits
+
+    def numbers(self) -> tuple[float, ...]:
+        """What `draw` is told for the next token."""
+        sampling = self.sampling
+        if sampling.temperature < _GREEDY_BELOW:
+            return 1.0, 1.0, 1.0, 0.0, 0.0
+        drawn = float(torch.rand((), generator=self._random, dtype=torch.float64))
+        return sampling.temperature, sampling.top_k or math.inf, sampling.top_p, sampling.min_p, drawn
+
     def spawn(self) -> "Sampler":
         """A sampler for another reply: with the same settings and grammar, and a seed of its own, the next that follows
         from this one's."""
@@ -175,6 +188,27 @@ class Sampler:
         drawn = torch.rand((), generator=self._random, dtype=torch.float64) * reached[-1]
         place = int(torch.searchsorted(reached, drawn, right=True))
         return place if place < len(weights) else int(weights.argmax())  # rounded up to the sum
+
+
+def draw(logits: Tensor, numbers: Tensor) -> Tensor:
+    """The tokens [B] that samplers choose out of logits [B, V], where these are: the host waits for no number of them.
+
+    `numbers` [5, B], float64: temperature, top_k, top_p, min_p, and a random number from 0 to 1.
+    """
+    temperature, top_k, top_p, min_p, drawn = numbers[:, :, None]
+    probabilities = torch.softmax(logits / temperature.float(), -1)
+    places = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape)
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    ordered = ordered.masked_fill(places >= top_k, 0.0)
+    share = ordered / ordered.sum(-1, keepdim=True)
+    kept = (share.cumsum(-1) - share < top_p) & (ordered >= min_p * ordered[:, :1]) | (places == 0)
+    # What nothing is left out of is drawn from in the vocabulary's order, as on a CPU.
+    is_whole = (top_k == math.inf) & (top_p == 1) & (min_p == 0)
+    weights, order = torch.where(is_whole, probabilities, ordered * kept), torch.where(is_whole, places, order)
+    reached = weights.cumsum(-1, dtype=torch.float64)
+    place = torch.searchsorted(reached, drawn * reached[:, -1:], right=True)
+    place = torch.where(place < logits.shape[1], place, weights.argmax(-1, keepdim=True))  # rounded up to the sum
+    return order.gather(-1, place)[:, 0]
 
 
 def logprobs_of(logits: Tensor, token: int, count: int) -> TokenLogprobs:

@@ -7,9 +7,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -17,14 +18,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from llama_acc.core.data.templates import get_template
 from llama_acc.core.device import simulating
 from llama_acc.core.generate.decode_graph import DecodeGraph
+from llama_acc.core.generate.engine import Engine, Prompt
+from llama_acc.core.generate.load import LoadedModel
+from llama_acc.core.generate.sampling import Sampler, Sampling
 from llama_acc.core.memory.simulate import standing_for
 from llama_acc.core.model import kernels, layers, nf4
 from llama_acc.core.model.attention import KVCache, attend_heads
 from llama_acc.core.model.config import RopeScaling
 from llama_acc.core.model.transformer import Transformer, build_on_meta, pack_small
 from llama_acc.core.model.tuning import METHODS
+from llama_acc.core.tokenizer import load_tokenizer
 from tests.core.model.test_nf4 import quantized
 from tests.core.model.test_tuning import tuned_model
 from tests.core.tiny import CPU, SMALL, difference, random_model
@@ -196,6 +202,30 @@ def test_the_step_that_is_captured_gives_the_tokens_of_any_other(has_triton: boo
                 found.append(logits.clone())
             answers.append(torch.stack(found))
     assert difference(*answers) < 1e-5
+
+
+def test_replies_drawn_on_a_gpu_are_those_drawn_on_the_cpu(has_triton: bool, tokenizer_path: Path) -> None:
+    if not has_triton:
+        pytest.skip("it is for kernels of our own")
+    tokenizer = load_tokenizer(tokenizer_path)
+    config = replace(SMALL, vocab_size=tokenizer.vocab_size, n_layers=1)
+    samplings = [Sampling(temperature=0), Sampling(1.3, 0.8, 5), Sampling(1.0, 1.0, 6), Sampling(1.0, 0.9, 7, top_k=9)]
+    # What depends on the tokens before is still drawn on the host.
+    samplings = [*samplings, Sampling(1.0, 0.9, 8, repetition_penalty=1.3)]
+    answers = []
+    for on_gpu in (False, True):
+        with as_on_gpu() if on_gpu else nullcontext():
+            loaded = LoadedModel(
+                random_model(config).requires_grad_(False), tokenizer, get_template("none"), "none", CPU
+            )
+            for several in (samplings[:4], samplings[3:]):
+                engine = Engine(loaded, 4)
+                replies = [engine.add(Prompt([1, 5, 9]), Sampler(replace(one, max_new_tokens=6))) for one in several]
+                while not all(reply.ended for reply in replies):
+                    engine.step()
+                answers.append([reply.tokens for reply in replies])
+    assert answers[:2] == answers[2:]
+    assert len({*map(tuple, answers[0])}) == 4
 
 
 def test_a_step_that_cannot_be_captured_says_so_once_and_goes_on(

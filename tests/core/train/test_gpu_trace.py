@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from llama_acc.core.distributed.groups import Parallel
+from llama_acc.core.generate.decode_graph import DecodeGraph
 from llama_acc.core.generate.load import model_for_generation
 from llama_acc.core.memory.simulate import add_fake_images, empty_batch, feed, standing_for
 from llama_acc.core.model import layers
@@ -215,3 +216,16 @@ def test_a_whole_step_takes_so_many_kernels(name: str, most: int) -> None:
         for depth in (1, 2)
     )
     assert one + (LLAMA_7B.n_layers - 1) * (two - one) <= most
+
+
+@pytest.mark.parametrize("numbers", [(), [(0.7, 50.0, 0.9, 0.0, 0.5)] * 3])
+def test_tokens_are_chosen_without_the_host(numbers: Sequence[Sequence[float]]) -> None:
+    with standing_for("cuda"), torch.no_grad():
+        model, first = model_for_generation(SMALL, torch.bfloat16, Parallel(), None), KVCache(SMALL.n_layers)
+        caches = [first.beside(slot) for slot in range(3)]
+        feed(model, caches, range(20), META)
+        decode = DecodeGraph(model)
+        with Work() as work, patch.object(layers, "fused_rms_norm", work.norm):
+            chosen = decode([1, 2, 3], caches, numbers)[1]
+    assert chosen.shape == (3,)
+    assert (work.waits, work.of_two_devices, work.copies_from_host) == ({}, {}, 1)
