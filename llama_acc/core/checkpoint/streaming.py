@@ -217,7 +217,7 @@ def find_regions(model: Transformer, weights: Weights) -> dict[str, Region]:
             stored = _stored(share, layer)
             if isinstance(stored, str):
                 kind = "fp32" if layer.weight.dtype == torch.float32 else "bf16"
-                flags = "--quantize nf4" if layer.is_quantized else f"--dtype {kind}"
+                flags = "--quantize nf4" if layer.is_quantized else f"--model-parallel-size 1 --dtype {kind}"
                 raise UserError(
                     f"the model cannot be streamed from its files: {matrix} {stored}",
                     "write a base that can be, once, and use that: "
