@@ -30,7 +30,7 @@ from llama_acc.core.generate.sampling import Sampler, TokenLogprobs, logprobs_of
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.loss import CHUNK_ROWS
 from llama_acc.core.model.multi_adapter import MultiAdapter
-from llama_acc.core.model.transformer import SMALL_DIM, reorder_small
+from llama_acc.core.model.transformer import SMALL_DIM, fuse_quantized, reorder_small
 from llama_acc.core.model.vision import Images
 from llama_acc.core.tokenizer import StreamDecoder, Tokenizer
 
@@ -250,7 +250,7 @@ class Engine:
         # What inference mode leaves behind, such as the table of rotations, could not be trained with.
         trains = any(parameter.requires_grad for parameter in loaded.model.parameters())
         self._without_gradients = torch.no_grad if trains else torch.inference_mode
-        self._is_fixed, self._is_reordered = not trains and is_resident, False
+        self._is_fixed, self._is_fused, self._is_reordered = not trains and is_resident, False, False
 
     @property
     def running(self) -> list[Reply]:
@@ -490,6 +490,9 @@ class Engine:
         lengths = [part.length for part in fed]
         if isinstance(model, MultiAdapter):
             model.select([part.adapter for part in fed], lengths)
+        if self._is_fixed and not self._is_fused:
+            fuse_quantized(model, free_memory(device) // local_world_size())
+            self._is_fused = True
         if one.wanted > 1 and self._is_fixed and not self._is_reordered:
             reorder_small(model)
             self._is_reordered = True
@@ -516,7 +519,7 @@ def slots_for(loaded: LoadedModel, context: int) -> int:
     if device.type != "cuda":
         # Weights are mapped from their file: the system counts their pages as free.
         weights = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
-        copies = 2 if config.dim <= SMALL_DIM or model.is_quantized else 1  # see `reorder_small`, `nf4.few_rows`
+        copies = 2 if config.dim <= SMALL_DIM or model.is_quantized else 1  # see `reorder_small`, `fuse_quantized`
         free = free // local_world_size() - copies * sum(weights.values())
     return max(1, min(_MOST_SLOTS, int(0.8 * free) // (numbers * model.dtype.itemsize)))
 

@@ -225,24 +225,23 @@ def add_product_(
 
 def few_rows(x: Tensor, packed: Tensor, scales: Scales) -> Tensor | None:
     """x [T, columns] times a quantized matrix [rows, columns] transposed, without gradients and without writing the
-    matrix out; None: the library has no kernel for that.
+    matrix out; None: the library has no kernel for that, or `fuse` was not called."""
+    fused = getattr(packed, "fused", None)
+    y: Tensor | None = None
+    if fused is not None and x.dtype == torch.bfloat16 and len(x) <= _FUSED_ROWS:
+        y = _library().functional.gemv_4bit(x.contiguous(), fused[0], state=fused[1])
+    elif device_type(x) != "cpu" and len(x) == 1 and x.shape[1] % BLOCK == 0:
+        y = _library().matmul_4bit(x, packed.view(-1, 1), _state(packed, scales.absmax, x.dtype, scales))
+    return y
 
-    On a CPU with products of bf16, the matrix is kept a second time as the kernel reads it, from the first call on.
-    """
-    rows, columns = packed.shape[0], x.shape[1]
-    if columns % BLOCK or device_type(x) != "cpu":
-        is_single = len(x) == 1 and not columns % BLOCK
-        state = _state(packed, scales.absmax, x.dtype, scales) if is_single else None
-        return None if state is None else _library().matmul_4bit(x, packed.view(-1, 1), state)
-    if x.dtype != torch.bfloat16 or len(x) > _FUSED_ROWS or rows % _FUSED_STEP or not _is_fused_on_cpu():
-        return None
-    functional = _library().functional
-    if not hasattr(packed, "fused"):
-        state = _state(packed, scales.absmax, x.dtype, scales)
+
+def fuse(packed: Tensor, scales: Scales) -> None:
+    """Keeps a matrix a second time, as a CPU's kernel for few rows of bf16 reads it, if there is one. It must not
+    change any more."""
+    functional, (rows, half) = _library().functional, packed.shape
+    if _is_fused_on_cpu() and rows % _FUSED_STEP == 0 == half % (BLOCK // 2) and not hasattr(packed, "fused"):
+        state = _state(packed, scales.absmax, torch.bfloat16, scales)
         setattr(packed, "fused", functional._convert_weight_packed_for_cpu(packed.detach(), state))  # noqa: B010
-    values, state = packed.fused  # type: ignore[attr-defined]
-    product: Tensor = functional.gemv_4bit(x.contiguous(), values, state=state)
-    return product
 
 
 @cache

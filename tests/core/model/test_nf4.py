@@ -16,7 +16,9 @@ from llama_acc.core.model.transformer import (
     build_on_meta,
     describe,
     freeze_untrained,
+    fuse_quantized,
     initialize,
+    matrices_of,
     quantizable,
     quantize_on_meta,
     shapes_of,
@@ -87,9 +89,18 @@ def test_few_rows_in_bfloat16_are_multiplied_by_the_dequantized_matrix(shape: tu
     matrix = torch.randn(shape, generator=generator)
     x = torch.randn(rows, shape[1], generator=generator).bfloat16()
     packed, scales = nf4.quantize(lambda start, stop: matrix[start:stop], shape, CPU)
-    for _ in range(2):
+    for prepare in (lambda *matrix: None, nf4.fuse):
+        prepare(packed, scales)
         with torch.no_grad():
             assert difference(linear(x, packed, scales), x.float() @ theirs(matrix).t()) < 1e-2
+
+
+def test_the_second_copy_is_kept_where_it_has_room() -> None:
+    model = quantized(random_model(SHAPES["whole blocks"]), torch.bfloat16)
+    size = 2 * sum(one.weight.nbytes for one in matrices_of(model))
+    for room, kept in ((size, 0), (size + 1, len([*matrices_of(model)]) * nf4._is_fused_on_cpu())):
+        fuse_quantized(model, room)
+        assert sum(hasattr(one.weight, "fused") for one in matrices_of(model)) == kept
 
 
 def test_an_odd_number_of_columns_is_refused() -> None:
