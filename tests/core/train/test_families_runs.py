@@ -69,7 +69,9 @@ def assert_same_curve(output: Path, expected: list[dict[str, float]]) -> None:
     actual = metrics(output)
     assert len(actual) == len(expected) == STEPS
     for key in expected[0]:
-        assert [line[key] for line in actual] == pytest.approx([line[key] for line in expected], rel=1e-4), key
+        for steps, tolerance in ((3, 1e-5), (STEPS, 2e-4)):  # rounding grows at LoRA's rate
+            found, wanted = ([line[key] for line in lines[:steps]] for lines in (actual, expected))
+            assert found == pytest.approx(wanted, rel=tolerance), key
     assert actual[-1]["loss"] < 0.9 * actual[0]["loss"]
     assert max(line["grad_norm"] for line in expected) > CLIP
 
