@@ -79,7 +79,7 @@ def make_base(folder: Path, config: ModelConfig) -> None:
 
 def train(folder: Path, config: ModelConfig, streams: bool, tokens: int, steps: int) -> dict[str, float]:
     """Some optimizer steps of a micro-batch each, after one that is not timed if there are several."""
-    prepare_cpu()
+    prepare_cpu(not streams)
     settings = StepSettings(torch.bfloat16, (), False, True, 1, "ddp", False, ADAMW, stream_base=streams)
     streamed: list[Any] = []
 

@@ -117,14 +117,15 @@ def prepare_cuda() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def prepare_cpu() -> None:
+def prepare_cpu(keeps_memory: bool = True) -> None:
     """Sets what a process that trains on the CPU should do with memory. Call it before the first computation.
 
     A training step frees and allocates the same large tensors again and again; given back to the system, each would be
     mapped and zeroed anew. So glibc is told to keep them, up to 32 MiB each (elsewhere nothing happens): all of them in
-    its heap took 1.4 times the memory of a 7B's blocks, and was not faster. oneDNN, which multiplies matrices, keeps
-    compiled code for the last 1024 shapes, up to a megabyte each; in a stream nearly every micro-batch is a new shape,
-    and 128 are as fast.
+    its heap took 1.4 times the memory of a 7B's blocks, and was not faster. Where memory is short, as in a streamed
+    run, it is not to keep any of more than 4 MiB: what lies free between others nobody can use. oneDNN, which
+    multiplies matrices, keeps compiled code for the last 1024 shapes, up to a megabyte each; in a stream nearly every
+    micro-batch is a new shape, and 128 are as fast.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     if sys.platform != "linux":
@@ -133,5 +134,6 @@ def prepare_cpu() -> None:
     if not hasattr(libc, "mallopt"):
         return
     m_trim_threshold, m_mmap_threshold = -1, -3
-    libc.mallopt(m_mmap_threshold, 32 << 20)  # the largest it takes
-    libc.mallopt(m_trim_threshold, 256 << 20)
+    libc.mallopt(m_mmap_threshold, (32 if keeps_memory else 4) << 20)  # 32 MiB are the most it takes
+    if keeps_memory:
+        libc.mallopt(m_trim_threshold, 256 << 20)

@@ -124,7 +124,7 @@ class Trainer:
     def __init__(self, plan: Plan, device: torch.device, weights: Weights | None, parallel: Parallel) -> None:
         """Builds the model and its optimizer from checked weights; what they lack, or None, is random."""
         if device.type == "cpu":
-            prepare_cpu()
+            prepare_cpu(not plan.settings.stream_base)
         # What draws without a generator of its own, and what checkpoints keep of it, is the seed's, too.
         torch.manual_seed(plan.seed)
         self.stream: BlockStream | None = None
