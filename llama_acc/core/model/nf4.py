@@ -237,11 +237,22 @@ def few_rows(x: Tensor, packed: Tensor, scales: Scales) -> Tensor | None:
 
 def fuse(packed: Tensor, scales: Scales) -> None:
     """Keeps a matrix a second time, as a CPU's kernel for few rows of bf16 reads it, if there is one. It must not
-    change any more."""
-    functional, (rows, half) = _library().functional, packed.shape
-    if _is_fused_on_cpu() and rows % _FUSED_STEP == 0 == half % (BLOCK // 2) and not hasattr(packed, "fused"):
-        state = _state(packed, scales.absmax, torch.bfloat16, scales)
-        setattr(packed, "fused", functional._convert_weight_packed_for_cpu(packed.detach(), state))  # noqa: B010
+    change any more.
+
+    What bitsandbytes' own `_convert_weight_packed_for_cpu` makes, which takes ten times as long (0.50): of 32 rows, a
+    byte has a value of one of the first 16 in its lower half, and that of the row 16 further on in its upper one.
+    """
+    rows, half = packed.shape
+    if not _is_fused_on_cpu() or rows % _FUSED_STEP or half % (BLOCK // 2) or hasattr(packed, "fused"):
+        return
+    low, high = packed.detach().view(rows // 32, 2, 16, half).unbind(1)
+    values = torch.empty(rows // 32, half, 16, 2, dtype=torch.uint8)
+    values[..., 0] = (high & 0xF0).bitwise_or_(low >> 4).transpose(1, 2)
+    values[..., 1] = (high << 4).bitwise_or_(low & 0xF).transpose(1, 2)
+    state = _state(packed, read_absmax(scales), torch.bfloat16)
+    state.absmax = state.absmax.view(rows, 2 * half // BLOCK).t().to(torch.bfloat16).contiguous()
+    state.packing_format_for_cpu = True
+    setattr(packed, "fused", (values.view(rows, half), state))  # noqa: B010
 
 
 @cache

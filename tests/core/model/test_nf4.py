@@ -95,6 +95,20 @@ def test_few_rows_in_bfloat16_are_multiplied_by_the_dequantized_matrix(shape: tu
             assert difference(linear(x, packed, scales), x.float() @ theirs(matrix).t()) < 1e-2
 
 
+@pytest.mark.skipif(not nf4._is_fused_on_cpu(), reason="the CPU or the library has no such kernel")
+def test_the_second_copy_is_what_the_library_makes() -> None:
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+    matrix = torch.randn(96, 192, generator=torch.Generator().manual_seed(2))
+    packed, scales = nf4.quantize(lambda start, stop: matrix[start:stop], (96, 192), CPU)
+    nf4.fuse(packed, scales)
+    values, state = packed.fused  # type: ignore[attr-defined]
+    theirs = nf4._state(packed, scales.absmax, torch.bfloat16, scales)
+    wanted, theirs = _convert_weight_packed_for_cpu(packed.clone(), theirs)
+    assert torch.equal(values, wanted)
+    assert torch.equal(state.absmax, theirs.absmax)
+
+
 def test_the_second_copy_is_kept_where_it_has_room() -> None:
     model = quantized(random_model(SHAPES["whole blocks"]), torch.bfloat16)
     size = 2 * sum(one.weight.nbytes for one in matrices_of(model))
