@@ -547,9 +547,8 @@ class _Conversion:
         """
         if self.request.to == "gguf":
             ((name, entries),) = self.files.items()
-            found = open_gguf(
-                folder / name, {entry.name: TensorSpec(entry.tensor.shape, entry.dtype) for entry in entries}
-            )
+            specs = {entry.name: TensorSpec(entry.tensor.shape, entry.dtype) for entry in entries}
+            found = open_gguf(folder / name, specs)
             is_described = True
         elif self.request.to == "peft":
             ours, is_described = {peft_name(name, self.config.tuning): name for name in self.targets}, True

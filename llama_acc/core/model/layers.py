@@ -24,9 +24,17 @@ from llama_acc.core.device import device_type
 from llama_acc.core.distributed.groups import Group, Parallel, copied, gathered, summed
 from llama_acc.core.model import nf4
 from llama_acc.core.model.copies import cast
-from llama_acc.core.model.cpu_products import by_onednn, one_row, product, several_rows
 from llama_acc.core.model.kernels import use_kernels
 from llama_acc.core.model.nf4 import Scales, dense
+from llama_acc.core.model.products import (
+    accumulator,
+    add_masked_product,
+    add_product,
+    by_onednn,
+    one_row,
+    product,
+    several_rows,
+)
 
 _ALONE = Parallel()
 # Rows of SwiGLU that are worked on at a time on a CPU: of fewer, a good part of the time is that of laying out weights.
@@ -344,33 +352,6 @@ class TiedOutput(nn.Module):
         return linear(copied(x, self.group), self.weight)
 
 
-def accumulator(weight: Tensor, terms: int) -> Tensor:
-    """Where `add_product` sums that many terms of a weight's gradient: in float32 if there is more than one."""
-    if not terms:
-        return torch.zeros_like(weight)
-    return torch.empty_like(weight, dtype=weight.dtype if terms == 1 else torch.float32)
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """Adds the product a @ b to `total`, or writes it there if it is the first. `total` may be of a wider type."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b, beta=0 if first else 1)
-    elif first:
-        total.copy_(a @ b)
-    else:
-        total.add_(a @ b)
-
-
-def _add_masked_product(total: Tensor, a: Tensor, b: Tensor, mask: Tensor | None) -> None:
-    """Adds the product a @ b, with 0 in the places of the mask, to `total`, of the same type."""
-    if mask is not None:
-        total.add_((a @ b).masked_fill_(mask, 0))
-    elif by_onednn(a, b):
-        total.add_(product(a, b.t()))
-    else:
-        total.addmm_(a, b)
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square normalization by weight [dim], computed in float32 as Meta's code does."""
 
@@ -502,7 +483,7 @@ class _NormedLinearsFunction(torch.autograd.Function):
         matrices = list(zip(weights[:split], ctx.scales, strict=True))
         d_normed = product(d_outputs[0], dense(*matrices[0], x.dtype).t())
         for d_y, matrix in zip(d_outputs[1:split], matrices[1:], strict=True):
-            _add_masked_product(d_normed, d_y, dense(*matrix, x.dtype), None)
+            add_masked_product(d_normed, d_y, dense(*matrix, x.dtype), None)
         summing = None if ctx.group is None else dist.all_reduce(d_normed, group=ctx.group, async_op=True)
         d_weights: list[Tensor | None] = [None] * len(needs_weights)
         if any(needs_weights):
@@ -518,7 +499,7 @@ class _NormedLinearsFunction(torch.autograd.Function):
         if summing is not None:
             summing.wait()
         for d_y, weight, mask in added:
-            _add_masked_product(d_normed, d_y, weight, mask)
+            add_masked_product(d_normed, d_y, weight, mask)
         d_x, d_norm_weight = _rms_norm_backward(d_normed, x, norm_weight, inverse, needs_norm)
         return d_x, d_norm_weight, None, None, None, None, *d_weights
 
@@ -587,7 +568,7 @@ class _GatedLinearFunction(torch.autograd.Function):
             d_product = product(d_outputs[0][rows], compute_weights[0].t())
             masks = [None if mask is None else mask[rows] for mask in ctx.masks]
             for d_y, weight, mask in zip(d_outputs[1:], compute_weights[1:], masks[1:], strict=True):
-                _add_masked_product(d_product, d_y[rows], weight, mask)
+                add_masked_product(d_product, d_y[rows], weight, mask)
             activated = _swiglu_backward(d_product, gate[rows], up[rows], any(ctx.needs_input_grad[4:]))
             for d_weight, d_y, mask in zip(d_weights, d_outputs, masks, strict=True):
                 if d_weight is not None and activated is not None:

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from llama_acc.core.device import device_type
 from llama_acc.core.distributed.groups import Parallel
-from llama_acc.core.model.cpu_products import product
-from llama_acc.core.model.layers import accumulator, add_product
 from llama_acc.core.model.nf4 import Scales, dense
+from llama_acc.core.model.products import accumulator, add_product, product
 
 IGNORED = -100
 # Rows of float32 per matrix product on a CPU, twice as many of bfloat16: 31 MiB of logits at a vocabulary of 32000.

@@ -33,7 +33,6 @@ from llama_acc.core.model.attention import (
     TokensOnGPU,
 )
 from llama_acc.core.model.config import ModelConfig, RopeScaling
-from llama_acc.core.model.cpu_products import reorder_for_rows
 from llama_acc.core.model.layers import (
     ColumnParallelLinear,
     Init,
@@ -53,6 +52,7 @@ from llama_acc.core.model.layers import (
 )
 from llama_acc.core.model.loss import linear_cross_entropy
 from llama_acc.core.model.nf4 import Scales, fuse, quantize
+from llama_acc.core.model.products import reorder_for_rows
 from llama_acc.core.model.rotary import rotary_table
 from llama_acc.core.model.tuning import FULL, METHODS, Tuning, matrices_of
 from llama_acc.core.model.vision import Images, VisionProjector, attach_vision, tower_shapes

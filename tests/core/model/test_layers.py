@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_acc.core.distributed.groups import Parallel
-from llama_acc.core.model import cpu_products
+from llama_acc.core.model import products
 from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.cpu_products import reorder_for_rows
 from llama_acc.core.model.layers import (
     ColumnParallelLinear,
     RMSNorm,
@@ -20,6 +19,7 @@ from llama_acc.core.model.layers import (
     linear,
     normed_linears,
 )
+from llama_acc.core.model.products import reorder_for_rows
 from llama_acc.core.model.rotary import rotary_table, rotate
 from llama_acc.core.model.transformer import pack_small
 from tests.core.tiny import SMALL, difference, document_logits, random_model
@@ -138,7 +138,7 @@ def test_large_products_which_onednn_computes_train_a_model_as_torchs_do(monkeyp
     calls = []
     onednn = torch.ops.mkldnn._linear_pointwise
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: calls.append(args) or onednn(*args))
-    monkeypatch.setattr(cpu_products, "_ONEDNN_FROM", 0)
+    monkeypatch.setattr(products, "_ONEDNN_FROM", 0)
     actual = loss_and_gradients()
     # Seven products of a block and the output's, forward and backward.
     assert len(calls) == 2 * (7 * SMALL.n_layers + 1)

@@ -1,4 +1,4 @@
-"""Products of rows with a matrix on a CPU, where torch's own choice of a library is a slow one.
+"""Products of matrices: sums of them for gradients, and a CPU's, where torch's own choice of a library is a slow one.
 
 Shapes: T rows, x [T, in], weight [out, in]; the result is [T, out] in the type of both.
 """
@@ -42,6 +42,33 @@ def product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         return F.linear(x, weight) if out is None else torch.mm(x, weight.t(), out=out)
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return y if out is None else out.copy_(y)
+
+
+def accumulator(weight: Tensor, terms: int) -> Tensor:
+    """Where `add_product` sums that many terms of a weight's gradient: in float32 if there is more than one."""
+    if not terms:
+        return torch.zeros_like(weight)
+    return torch.empty_like(weight, dtype=weight.dtype if terms == 1 else torch.float32)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """Adds the product a @ b to `total`, or writes it there if it is the first. `total` may be of a wider type."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, beta=0 if first else 1)
+    elif first:
+        total.copy_(a @ b)
+    else:
+        total.add_(a @ b)
+
+
+def add_masked_product(total: Tensor, a: Tensor, b: Tensor, mask: Tensor | None) -> None:
+    """Adds the product a @ b, with 0 in the places of the mask, to `total`, of the same type."""
+    if mask is not None:
+        total.add_((a @ b).masked_fill_(mask, 0))
+    elif by_onednn(a, b):
+        total.add_(product(a, b.t()))
+    else:
+        total.addmm_(a, b)
 
 
 def several_rows(x: Tensor, weight: Tensor) -> Tensor:
