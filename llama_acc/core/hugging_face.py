@@ -90,8 +90,12 @@ def _is_internal(host: str) -> bool:
 
 
 def http_client() -> "httpx2.Client":
-    """huggingface_hub's client: proxies, redirects (to other hosts without the Authorization header), time limits."""
-    from huggingface_hub import constants, get_session
+    """huggingface_hub's client: proxies, redirects (to other hosts without the Authorization header), time limits.
+
+    It stays the one it uses. By itself, huggingface_hub closes the client of all threads when a host refuses a
+    connection: files on their way would end with it, and the next client would not have our hook.
+    """
+    from huggingface_hub import constants, get_session, set_client_factory
     from huggingface_hub.utils import logging
 
     logging.set_verbosity(logging.CRITICAL)  # its warnings show signed addresses
@@ -99,6 +103,8 @@ def http_client() -> "httpx2.Client":
     constants.DOWNLOAD_CHUNK_SIZE = 2**18  # with 10 MB, a slow connection shows nothing for minutes
     client = get_session()
     client.event_hooks = {**client.event_hooks, "response": [refuse_redirect_inwards]}
+    client.close = lambda: None  # type: ignore[method-assign]
+    set_client_factory(lambda: client)
     return client
 
 

@@ -3,13 +3,15 @@
 import contextlib
 import hashlib
 import json
+import socket
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import httpx2
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, get_session
+from huggingface_hub.utils import http_backoff
 
 from llama_acc.core.catalogue import DownloadRequest, File
 from llama_acc.core.errors import RunError, UserError
@@ -230,6 +232,16 @@ def test_after_a_refusal_no_more_files_are_asked_for(servers: Servers, tmp_path:
     assert len([request for request in servers.requests if "/resolve/" in request.path]) < 30
 
 
+def test_a_host_that_refuses_leaves_the_connections_to_others(web: str) -> None:
+    """huggingface_hub would close the client of all threads."""
+    with socket.socket() as taken, http_client().stream("GET", web) as on_its_way:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        with pytest.raises(httpx2.ConnectError):
+            http_backoff("GET", f"http://127.0.0.1:{taken.getsockname()[1]}", max_retries=1)
+        assert on_its_way.read() == CONTENT
+    assert get_session() is http_client()
+
+
 # Redirects and the token
 
 
@@ -291,6 +303,7 @@ def test_a_public_host_cannot_send_us_on_to_this_machine_or_its_network(
 
     made = httpx2.Client(transport=httpx2.MockTransport(answer), follow_redirects=True)
     monkeypatch.setattr("huggingface_hub.get_session", lambda: made)
+    monkeypatch.setattr("huggingface_hub.set_client_factory", lambda factory: None)
     with pytest.raises(UserError, match="an address of this machine") if refused else contextlib.nullcontext():
         assert http_client().get(first).status_code == 200
     assert len(asked) == 2 - refused
