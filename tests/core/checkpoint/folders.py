@@ -1,4 +1,5 @@
-"""Checkpoint folders of every layout, written with plain torch, safetensors and transformers: nothing of ours."""
+"""Checkpoint folders of every layout, written with plain torch, safetensors and transformers: nothing of ours. And what
+is read of them."""
 
 import json
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama_acc.core.checkpoint.layout import inspect
+from llama_acc.core.checkpoint.load import Weights, read_weights
 from llama_acc.core.model.config import ModelConfig
 from tests.core.tiny import random_model
 
@@ -79,6 +82,24 @@ def write_huggingface(folder: Path, config: ModelConfig = GROUPED, seed: int = 0
     )
     transformers.LlamaForCausalLM(settings).save_pretrained(folder)
     return folder
+
+
+def tensors_of(*folders: Path) -> dict[str, Tensor]:
+    """What is read of checkpoints over each other."""
+    return values_of(read_weights([inspect(folder) for folder in folders]))
+
+
+def values_of(weights: Weights) -> dict[str, Tensor]:
+    """Tensors in memory."""
+    return {name: part.to(part.dtype) for name, part in weights.tensors.items()}
+
+
+def same_bits(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    """Whether they have the same names, types and bits, NaN and -0 included."""
+    return actual.keys() == expected.keys() and all(
+        actual[name].dtype == tensor.dtype and torch.equal(actual[name].view(torch.uint8), tensor.view(torch.uint8))
+        for name, tensor in expected.items()
+    )
 
 
 def huggingface_logits(folder: Path, tokens: Tensor) -> Tensor:

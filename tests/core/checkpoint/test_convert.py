@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from llama_acc.core.atomic import check_manifest
 from llama_acc.core.checkpoint.convert import Converted, Request, Target, convert
 from llama_acc.core.checkpoint.layout import inspect
-from llama_acc.core.checkpoint.load import read_weights
 from llama_acc.core.checkpoint.save import TensorFile
 from llama_acc.core.data.templates import TEMPLATES
 from llama_acc.core.errors import RunError, UserError
@@ -22,8 +20,10 @@ from llama_acc.core.model.transformer import parameter_count
 from tests.core.checkpoint.folders import (
     GROUPED,
     huggingface_logits,
+    same_bits,
     shard,
     state,
+    tensors_of,
     write_consolidated,
     write_huggingface,
     write_meta,
@@ -31,19 +31,6 @@ from tests.core.checkpoint.folders import (
 from tests.core.tiny import difference, document_logits, loaded_model
 
 TOKENS = torch.arange(1, 60)
-
-
-def values(*folders: Path) -> dict[str, Tensor]:
-    weights = read_weights([inspect(folder) for folder in folders])
-    return {name: part.to(part.dtype) for name, part in weights.tensors.items()}
-
-
-def same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    assert actual.keys() == expected.keys()
-    return all(
-        actual[name].dtype == tensor.dtype and torch.equal(actual[name].view(torch.uint8), tensor.view(torch.uint8))
-        for name, tensor in expected.items()
-    )
 
 
 def converted(source: Path, target: Path, to: Target, **options: Any) -> Path:
@@ -61,7 +48,7 @@ def test_a_round_through_all_layouts_and_sizes_is_bitwise(size: int, dtype: torc
     four = converted(hf, tmp_path / "four", "consolidated", model_parallel_size=4)
     back = converted(four, tmp_path / "back", "meta", model_parallel_size=size)
     for folder in (hf, four, back):
-        assert same_bits(values(folder), expected), folder
+        assert same_bits(tensors_of(folder), expected), folder
         check_manifest(folder, verify=True)
     for rank in range(size):
         name = f"consolidated.{rank:02d}.pth"
@@ -137,9 +124,9 @@ def test_a_diff_added_to_its_base_is_the_source(size: int, tmp_path: Path) -> No
     assert convert(request) == Converted(tmp_path / "diff", len(tuned), size, nbytes, largest_error=0.0)
     layout = inspect(tmp_path / "diff")
     assert (layout.format, len(layout.shards)) == ("consolidated_diff", size)
-    assert same_bits(values(base, tmp_path / "diff"), tuned)
+    assert same_bits(tensors_of(base, tmp_path / "diff"), tuned)
     applied = converted(tmp_path / "diff", tmp_path / "applied", "hf", base=base)
-    assert same_bits(values(applied), tuned)
+    assert same_bits(tensors_of(applied), tuned)
     shutil.copy(source / "config.json", tmp_path)
     with pytest.raises(UserError, match=r"is a diff checkpoint: it is added to its base\ngive that with --base DIR"):
         converted(tmp_path / "diff", tmp_path / "alone", "meta")

@@ -1,23 +1,31 @@
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from llama_acc.core.checkpoint.layout import inspect
+from llama_acc.core.checkpoint.layout import inspect, read_config
+from llama_acc.core.checkpoint.lazy import LazyTensor, concatenate, reorder_heads
 from llama_acc.core.checkpoint.load import check_tensors, fill, open_shard, read_weights
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import Transformer, build_on_meta, shapes_of
-from tests.core.tiny import CPU, SMALL, random_model
+from tests.core.checkpoint.folders import (
+    GROUPED,
+    huggingface_logits,
+    same_bits,
+    shard,
+    state,
+    values_of,
+    write_consolidated,
+    write_huggingface,
+    write_meta,
+)
+from tests.core.tiny import CPU, SMALL, difference, document_logits, loaded_model
 
 NAME = "consolidated.00-of-01.model.pth"
-
-
-def state(config: ModelConfig = SMALL) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in random_model(config).state_dict().items()}
 
 
 def refused(path: Path, content: Any) -> str:
@@ -30,11 +38,11 @@ def refused(path: Path, content: Any) -> str:
 @pytest.mark.parametrize("wrapped", [False, True], ids=["flat", "under model"])
 @pytest.mark.parametrize("prefix", ["", "llma."])
 def test_every_way_of_writing_the_names_is_read(prefix: str, wrapped: bool, tmp_path: Path) -> None:
-    named = {prefix + name: tensor for name, tensor in state().items()} | {f"{prefix}rope.freqs": torch.ones(4)}
+    named = {prefix + name: tensor for name, tensor in state(SMALL).items()} | {f"{prefix}rope.freqs": torch.ones(4)}
     torch.save({"model": named} if wrapped else named, tmp_path / NAME)
     shard = open_shard(tmp_path / NAME)
-    assert shard.keys() == state().keys()
-    assert all(tensor.mapped and torch.equal(tensor.source, state()[name]) for name, tensor in shard.items())
+    assert shard.keys() == state(SMALL).keys()
+    assert all(tensor.mapped and torch.equal(tensor.source, state(SMALL)[name]) for name, tensor in shard.items())
     check_tensors(read_weights([inspect(tmp_path)]), shapes_of(SMALL), tmp_path)
 
 
@@ -43,7 +51,7 @@ def test_a_file_cut_short_is_refused(share: float, tmp_path: Path) -> None:
     path = tmp_path / NAME
     with pytest.raises(UserError, match=f"cannot read {path}"):
         open_shard(path)  # not there
-    torch.save(state(), path)
+    torch.save(state(SMALL), path)
     os.truncate(path, int(path.stat().st_size * share))
     with pytest.raises(UserError, match=f"(?s)cannot read {path}.*copy it again"):
         open_shard(path)
@@ -63,7 +71,7 @@ class Hostile:
 @pytest.mark.parametrize("inside", [True, False], ids=["among tensors", "alone"])
 def test_a_file_with_code_is_refused_and_the_code_never_runs(inside: bool, zipped: bool, tmp_path: Path) -> None:
     path, proof = tmp_path / NAME, tmp_path / "proof"
-    content = {**state(), "extra": Hostile(proof)} if inside else Hostile(proof)
+    content = {**state(SMALL), "extra": Hostile(proof)} if inside else Hostile(proof)
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     said = (
         r"is refused: it holds Python code besides tensors \(.*system\)"
@@ -104,16 +112,16 @@ def filled(path: Path, dtype: torch.dtype, copy: bool) -> tuple[Transformer, dic
 
 @pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_weights_are_put_into_place_in_the_type_asked_for(saved: torch.dtype, tmp_path: Path) -> None:
-    torch.save({name: tensor.to(saved) for name, tensor in state().items()}, tmp_path / NAME)
+    torch.save({name: tensor.to(saved) for name, tensor in state(SMALL).items()}, tmp_path / NAME)
     for dtype in (torch.float32, torch.bfloat16):
         model, _ = filled(tmp_path / NAME, dtype, copy=False)
         for name, parameter in model.named_parameters():
-            assert torch.equal(parameter, state()[name].to(saved).to(dtype)), name
+            assert torch.equal(parameter, state(SMALL)[name].to(saved).to(dtype)), name
 
 
 def test_what_trains_never_lies_in_the_file_nor_changes_it(tmp_path: Path) -> None:
     path = tmp_path / NAME
-    torch.save(state(), path)
+    torch.save(state(SMALL), path)
     before = path.read_bytes()
     model, mapped = filled(path, torch.float32, copy=True)
     assert all(parameter.data_ptr() != mapped[name] for name, parameter in model.named_parameters())
@@ -123,4 +131,160 @@ def test_what_trains_never_lies_in_the_file_nor_changes_it(tmp_path: Path) -> No
         for parameter in model.parameters():
             parameter.fill_(9.0)
     assert path.read_bytes() == before
-    assert torch.equal(open_shard(path)["norm.weight"].source, state()["norm.weight"])
+    assert torch.equal(open_shard(path)["norm.weight"].source, state(SMALL)["norm.weight"])
+
+
+# Every layout, read at every size that fits, gives each rank its own part
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
+    """Random weights in both layouts, at every size."""
+    root = tmp_path_factory.mktemp("layouts")
+    writers = {"meta": write_meta, "consolidated": write_consolidated}
+    return {
+        (name, size): write(root / f"{name}{size}", state(), size)
+        for name, write in writers.items()
+        for size in (1, 2, 4, 8)
+    }
+
+
+@pytest.mark.parametrize(("saved", "wanted"), [(1, 1), (1, 8), (8, 1), (2, 4), (4, 2), (4, 4), (8, 8)])
+@pytest.mark.parametrize("name", ["meta", "consolidated"])
+def test_any_size_is_read_at_any_other(
+    name: str, saved: int, wanted: int, folders: dict[tuple[str, int], Path]
+) -> None:
+    layouts = [inspect(folders[name, saved])]
+    assert layouts[0].model_parallel_size == saved
+    for rank in range(wanted):
+        weights = read_weights(layouts, rank, wanted)
+        check_tensors(weights, shapes_of(GROUPED), "base")
+        assert same_bits(values_of(weights), shard(state(), rank, wanted)), rank
+
+
+def test_sizes_of_which_neither_divides_the_other_are_refused(folders: dict[tuple[str, int], Path]) -> None:
+    with pytest.raises(UserError, match="has model-parallel size 4, which cannot be read at size 3: one of the two"):
+        read_weights([inspect(folders["meta", 4])], 0, 3)
+
+
+def test_heads_are_put_in_metas_order_and_back() -> None:
+    ours = torch.randn(48, 5)
+    theirs = ours.view(3, 8, 2, 5).transpose(1, 2).reshape(48, 5)  # transformers' permute
+    in_shards = concatenate([LazyTensor.of(ours[:11]), LazyTensor.of(ours[11:])], 0)
+    to_meta = reorder_heads(LazyTensor.of(theirs), 3, to_meta=True)
+    for lazy, expected in (
+        (to_meta, ours),
+        (reorder_heads(LazyTensor.of(ours), 3, to_meta=False), theirs),
+        (reorder_heads(to_meta, 3, to_meta=False), theirs),
+        (reorder_heads(in_shards, 3, to_meta=False), theirs),
+        (reorder_heads(LazyTensor.of(theirs[:, 0]), 3, to_meta=True), ours[:, 0]),
+    ):
+        for start, stop in ((0, 48), (1, 6), (7, 33), (15, 17), (3, 3)):
+            assert torch.equal(lazy.rows(start, stop).to(torch.float32), expected[start:stop])
+
+
+def test_shards_that_differ_are_listed_by_file(tmp_path: Path) -> None:
+    folder = write_meta(tmp_path / "base", state(), 2)
+    second = shard(state(), 1, 2)
+    second["layers.0.attention.wq.weight"] = second["layers.0.attention.wq.weight"][:-1].clone()
+    second["output.weight"] = second["output.weight"].half()
+    second["extra.weight"] = torch.zeros(3)
+    del second["layers.1.feed_forward.w2.weight"], second["norm.weight"]
+    torch.save(second, folder / "consolidated.01.pth")
+    with pytest.raises(UserError) as error:
+        check_tensors(read_weights([inspect(folder)], 0, 2), shapes_of(GROUPED), "base")
+    first, other = "consolidated.00.pth", "consolidated.01.pth"
+    assert sorted(error.value.message.splitlines()[1:]) == [
+        f"  shards: extra.weight is missing in {first}, [3] float32 in {other}",
+        f"  shards: layers.0.attention.wq.weight is [32, 64] float32 in {first}, [31, 64] float32 in {other}",
+        f"  shards: layers.1.feed_forward.w2.weight is [64, 96] float32 in {first}, missing in {other}",
+        f"  shards: norm.weight is [64] float32 in {first}, missing in {other}",
+        f"  shards: output.weight is [152, 64] float32 in {first}, [152, 64] float16 in {other}",
+    ]
+
+
+@pytest.mark.parametrize("wanted", [1, 4])
+def test_folders_are_laid_over_each_other_in_order(wanted: int, tmp_path: Path) -> None:
+    base, later = state(), state(seed=1)
+    some = {name: later[name] for name in ("layers.1.attention.wo.weight", "output.weight", "norm.weight")}
+    diff = {name: tensor.bfloat16() for name, tensor in state(seed=2).items() if "layers.0" in name}
+    layouts = [
+        inspect(write_meta(tmp_path / "base", {name: tensor.bfloat16() for name, tensor in base.items()}, 2)),
+        inspect(write_consolidated(tmp_path / "some", some, 4, config=None)),
+        inspect(write_consolidated(tmp_path / "diff", diff, 1, kind="model-diff")),
+    ]
+    assert [layout.format for layout in layouts] == ["meta_ori", "consolidated", "consolidated_diff"]
+    expected = {name: tensor.bfloat16() for name, tensor in base.items()} | some
+    for name, tensor in diff.items():
+        expected[name] = (expected[name].float() + tensor.float()).bfloat16()
+    for rank in range(wanted):
+        weights = read_weights(layouts, rank, wanted)
+        check_tensors(weights, shapes_of(GROUPED), "all")
+        assert same_bits(values_of(weights), shard(expected, rank, wanted))
+
+
+def test_a_diff_of_another_model_is_listed(tmp_path: Path) -> None:
+    base = inspect(write_meta(tmp_path / "base", state()))
+    tensors = {"norm.weight": torch.ones(32), "extra.weight": torch.ones(2)}
+    diff = inspect(write_consolidated(tmp_path / "diff", tensors, kind="model-diff"))
+    with pytest.raises(UserError) as error:
+        check_tensors(read_weights([base, diff]), shapes_of(GROUPED), "both")
+    assert f"shape: norm.weight is [32] in the diff {diff.folder}, [64] before it" in error.value.message
+    assert "unknown: extra.weight [2] is in the diff" in error.value.message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}},
+    ],
+    ids=["grouped", "tied", "linear rope"],
+)
+def test_a_hugging_face_folder_computes_what_transformers_does(options: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_huggingface(tmp_path / "hf", **options)
+    layout = inspect(folder)
+    assert (layout.format, layout.model_parallel_size) == ("huggingface", 1)
+    tokens = torch.arange(1, 60)
+    (ours,) = document_logits(loaded_model(folder), [tokens])
+    assert difference(ours, huggingface_logits(folder, tokens)) < 1e-5
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = write_huggingface(tmp_path / "hf")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = list(tensors)
+    for part, some in enumerate((names[:7], names[6:]), 1):
+        named = {"rotary_emb.inv_freq": torch.ones(2), **{name: tensors[name].clone() for name in some}}
+        save_file(named, folder / f"model-{part:05d}-of-00002.safetensors")
+    with pytest.raises(UserError, match=f"twice: {names[6]} is in model-00001-of-00002.safetensors and in") as refused:
+        check_tensors(read_weights([inspect(folder)]), shapes_of(GROUPED), folder)
+    assert "inv_freq" not in str(refused.value)
+
+
+def test_any_width_is_the_widths_in_our_terms(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    values = {"model_type": "llama", "num_hidden_layers": 1, "vocab_size": 10}
+    widths = (1, 100, 171, 173, 5632, 11008, 14336, 28672, 100003)
+    for dim, heads, some in ((64, 8, widths), (4096, 32, widths), (5120, 40, (13824,)), (8192, 64, widths)):
+        for width in some:
+            own = {"hidden_size": dim, "num_attention_heads": heads, "intermediate_size": width}
+            (tmp_path / "config.json").write_text(json.dumps(values | own))
+            config = read_config([inspect(tmp_path)])
+            assert config is not None
+            assert config.hidden_dim == width
+            if (dim, width) in ((4096, 11008), (5120, 13824)):  # Meta's own terms
+                assert config == ModelConfig(dim, 1, heads, None, 10, multiple_of=256, norm_eps=1e-6)
+
+
+def test_a_cut_safetensors_file_is_refused(tmp_path: Path) -> None:
+    folder = write_huggingface(tmp_path / "hf")
+    content = (folder / "model.safetensors").read_bytes()
+    for cut in (0, 5, 100, len(content) - 1):
+        (folder / "model.safetensors").write_bytes(content[:cut])
+        with pytest.raises(UserError, match=r"cannot read .*model\.safetensors"):
+            read_weights([inspect(folder)])

@@ -16,8 +16,8 @@ from llama_acc.core.generate.load import load_model
 from llama_acc.core.model.transformer import build_on_meta, shapes_of
 from llama_acc.core.model.tuning import Tuning
 from llama_acc.core.model.tuning.lora import LoRA
-from tests.core.checkpoint.folders import GROUPED, state, write_consolidated
-from tests.core.checkpoint.test_tuned import BOTH, LORA, TOKENS, made, peft_logits, tensors_of, write_tuned
+from tests.core.checkpoint.folders import GROUPED, state, tensors_of, write_consolidated
+from tests.core.checkpoint.test_tuned import BOTH, LORA, TOKENS, made, peft_logits, write_tuned
 from tests.core.tiny import CPU, difference, document_logits
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_acc.core.checkpoint.adapter import Base
+from llama_acc.core.checkpoint.adapter import Base, base_fingerprint, read_base
 from llama_acc.core.checkpoint.convert import Converted, Request, convert
 from llama_acc.core.checkpoint.layout import inspect, read_config
 from llama_acc.core.checkpoint.load import read_weights
+from llama_acc.core.checkpoint.quantized import NF4Matrix, read_quantization, to_nf4
 from llama_acc.core.errors import RunError, UserError
 from llama_acc.core.generate.load import load_model
 from llama_acc.core.model import nf4
@@ -22,9 +23,10 @@ from llama_acc.core.model.tuning import FULL, Tuning
 from llama_acc.core.model.tuning.adapter import Adapter
 from llama_acc.core.model.tuning.bias_norm import BiasNorm
 from llama_acc.core.model.tuning.lora import LoRA, LoRABiasNorm
-from tests.core.checkpoint.folders import GROUPED, huggingface_logits, state, write_consolidated
+from tests.core.checkpoint.folders import GROUPED, huggingface_logits, same_bits, state, tensors_of, write_consolidated
 from tests.core.model.test_tuning import tuned_model
-from tests.core.tiny import difference, document_logits, loaded_model
+from tests.core.tiny import CPU, difference, document_logits, loaded_model
+from tests.core.train.runs import run
 
 TOKENS = torch.arange(1, 60)
 LORA = LoRA(4, lora_alpha=1.5, use_rslora=True, lora_targets=("wq", "wv", "w2"))
@@ -48,11 +50,6 @@ def write_tuned(folder: Path, tuning: Tuning, size: int = 1, config: ModelConfig
     return folder
 
 
-def tensors_of(*folders: Path) -> dict[str, Tensor]:
-    weights = read_weights([inspect(folder) for folder in folders])
-    return {name: part.to(part.dtype) for name, part in weights.tensors.items()}
-
-
 def logits(*folders: Path, **options: Any) -> Tensor:
     return document_logits(loaded_model(*folders, **options), [TOKENS])[0]
 
@@ -71,14 +68,12 @@ def test_a_tuned_checkpoint_is_split_and_joined_with_its_method(tuning: Tuning, 
         config = read_config([inspect(folder)])
         assert config is not None
         assert config.tuning == tuning
-        assert tensors_of(folder).keys() == expected.keys()
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_of(folder).items())
+        assert same_bits(tensors_of(folder), expected)
     for name in ("meta.json", "config.json", "consolidated.01-of-02.model.pth"):
         assert (back / name).exists()
     ours = torch.load(back / "consolidated.01-of-02.model.pth", weights_only=True)["model"]
     theirs = torch.load(source / "consolidated.01-of-02.model.pth", weights_only=True)["model"]
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert same_bits(ours, theirs)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -130,8 +125,7 @@ def test_biases_go_to_transformers_and_back(tmp_path: Path) -> None:
     config = read_config([inspect(back)])
     assert config is not None
     assert config.tuning == BIASES
-    expected = tensors_of(source)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_of(back).items())
+    assert same_bits(tensors_of(back), tensors_of(source))
 
 
 def peft_logits(base: Path, adapter: Path) -> Tensor:
@@ -216,9 +210,7 @@ def test_what_was_trained_alone_is_known_without_being_told(tuning: Tuning, tmp_
         assert str(error.value) == said + "give its base: --base DIR"
     # As it is it can be split, and laid on its base.
     two = made(part, tmp_path / "two", "consolidated", model_parallel_size=2).folder
-    expected = tensors_of(part)
-    assert tensors_of(two).keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_of(two).items())
+    assert same_bits(tensors_of(two), tensors_of(part))
 
 
 def test_a_base_of_fewer_layers_is_another_base(tmp_path: Path) -> None:
@@ -278,8 +270,6 @@ def test_a_quantized_base_is_saved_and_read(skip: tuple[str, ...], tmp_path: Pat
     shapes = shapes_of(config)
     fewer = sum(4 * shapes[name][0] * shapes[name][1] - nf4.nbytes(*shapes[name]) for name in quantizable(config, skip))
     assert sizes[0] - sizes[1] == pytest.approx(fewer, rel=0.05)
-    from llama_acc.core.checkpoint.adapter import base_fingerprint
-
     known = {base_fingerprint([inspect(folder)], config) for folder in (source, tmp_path / "small")}
     assert len(known) == 1
     # To a plain checkpoint it goes as what its numbers are.
@@ -293,11 +283,59 @@ def test_a_quantized_base_is_saved_and_read(skip: tuple[str, ...], tmp_path: Pat
 
 
 def test_a_quantized_checkpoint_answers_as_one_quantized_while_it_is_loaded(tmp_path: Path) -> None:
-    from tests.core.train.runs import run
-
     source = run(tmp_path / "run", "model.params.dim=64", "train.max_steps=2").checkpoint
     small = made(source, tmp_path / "small", "consolidated", quantize="nf4").folder
     models = [load_model(source, device="cpu", quantize="nf4"), load_model(small, device="cpu", dtype=torch.float32)]
     assert all(model.model.is_quantized for model in models)
     found = [document_logits(model.model, [TOKENS])[0] for model in models]
     assert torch.equal(*found)
+
+
+# Bases in four bits
+
+
+WIDE = replace(GROUPED, dim=128, multiple_of=64)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_consolidated(tmp_path_factory.mktemp("base") / "source", state(WIDE), 1, WIDE)
+
+
+@pytest.fixture(scope="module")
+def small(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(source, tmp_path_factory.mktemp("small") / "small", "consolidated", quantize="nf4").folder
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_rank_has_its_part_of_the_same_values(size: int, small: Path) -> None:
+    whole = read_weights([inspect(small)]).tensors
+    for rank in range(size):
+        for name, part in read_weights([inspect(small)], rank, size).tensors.items():
+            if not isinstance(part.source, NF4Matrix) or part.shape[1] % 64:
+                continue
+            packed, scales = to_nf4(part, CPU)
+            share = part.to(torch.float32)
+            # The numbers are the same ones, and so but for one part in a hundred are the scales.
+            assert difference(nf4.dequantize(packed, scales, torch.float32), share) < 0.01, name
+            assert whole[name].shape != part.shape
+
+
+def test_a_part_whose_edges_lie_within_blocks_is_refused(small: Path) -> None:
+    part = read_weights([inspect(small)], 0, 4).tensors["layers.0.attention.wo.weight"]
+    with pytest.raises(UserError, match=r"of 128 columns cannot be split into parts of 32: it has blocks of 64"):
+        to_nf4(part, CPU)
+
+
+@pytest.mark.parametrize("told", [{"output": True}, {"skip": [], "values": "cd"}], ids=["format 1", "calibrated"])
+def test_what_an_early_version_quantized_is_refused_with_what_to_do(told: dict[str, object], tmp_path: Path) -> None:
+    values: dict[str, object] = {"format_version": 1, "type": "nf4", "double": True, "fingerprint": "ab"}
+    (tmp_path / "quantization.json").write_text(json.dumps(values | told))
+    with pytest.raises(UserError, match="cannot read") as refusal:
+        read_quantization(tmp_path)
+    assert "--quantize nf4" in str(refusal.value.hint)
+    (tmp_path / "base.json").write_text(
+        json.dumps({"fingerprint": "ab", "pretrained": ["x"], "quantized": {"type": "nf4"} | told})
+    )
+    with pytest.raises(UserError, match="cannot read"):
+        read_base(tmp_path)
