@@ -64,6 +64,10 @@ _define(
     "float factor, bool first) -> ()",
     lambda *_: None,
 )
+_define(
+    "softmax_minus_one_hot_(Tensor(a!) logits, Tensor targets, Tensor? weights) -> Tensor",
+    lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32),
+)
 _define("swiglu(Tensor gate, Tensor up) -> Tensor", _like_the_first)
 _define("swiglu_backward_(Tensor(a!) d_product, Tensor(b!) gate, Tensor(c!) up) -> ()", lambda *_: None)
 _define(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llama_acc.core.device import device_type
 from llama_acc.core.distributed.groups import Parallel
+from llama_acc.core.model.kernels import use_kernels
 from llama_acc.core.model.nf4 import Scales, dense
 from llama_acc.core.model.products import accumulator, add_product, product
 
@@ -91,6 +92,8 @@ def _softmax_minus_one_hot_(logits: Tensor, targets: Tensor, parallel: Parallel,
     """
     if parallel.model_size > 1:
         return _split_softmax_minus_one_hot_(logits, targets, parallel, weights)
+    if use_kernels(logits):
+        return torch.ops.llama_acc.softmax_minus_one_hot_(logits, targets, weights).sum()
     loss = torch.zeros((), dtype=torch.float32, device=logits.device)
     block = _CACHED_ROWS if device_type(logits) == "cpu" else len(logits)
     weights_of_blocks = itertools.repeat(None) if weights is None else weights.split(block)

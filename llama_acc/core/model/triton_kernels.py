@@ -134,6 +134,38 @@ def swiglu_backward_(d_product: Tensor, gate: Tensor, up: Tensor) -> None:
 
 
 @triton.jit
+def _softmax_minus_one_hot(logits, targets, weights, losses, columns, COLUMNS: tl.constexpr):
+    """A row: its largest logit and the sum of exponentials in one pass, its gradient in another."""
+    row, weight = tl.program_id(0).to(tl.int64), 1.0
+    logits += row * columns
+    target, largest, total = tl.load(targets + row), float("-inf"), 0.0
+    if weights is not None:
+        weight = tl.load(weights + row)
+    wanted = tl.load(logits + target).to(tl.float32)
+    for start in range(0, columns, COLUMNS):
+        place = start + tl.arange(0, COLUMNS)
+        x = tl.load(logits + place, mask=place < columns, other=float("-inf")).to(tl.float32)
+        larger = tl.maximum(largest, tl.max(x, 0))
+        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger), 0)
+        largest = larger
+    tl.store(losses + row, (largest + tl.log(total) - wanted) * weight)
+    for start in range(0, columns, COLUMNS):
+        place = start + tl.arange(0, COLUMNS)
+        x = tl.load(logits + place, mask=place < columns, other=float("-inf")).to(tl.float32)
+        gradient = (tl.exp(x - largest) / total - tl.where(place == target, 1.0, 0.0)) * weight
+        tl.store(logits + place, gradient.to(logits.dtype.element_ty), mask=place < columns)
+
+
+def softmax_minus_one_hot_(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    """The cross-entropies [R] of logits [R, V], in whose place it puts their gradient; rows count as `weights` say."""
+    assert logits.is_contiguous()
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    numbers = {"columns": logits.shape[1], "COLUMNS": 4 * _COLUMNS, "num_warps": 8}
+    _softmax_minus_one_hot[(len(logits),)](logits, targets, weights, losses, **numbers)
+    return losses
+
+
+@triton.jit
 def _turn(
     x,
     found,

@@ -7,10 +7,10 @@ from triton.compiler import ASTSource
 from llama_acc.core.model import triton_kernels
 
 _BYTES = {"packed", "absmax"}
-_INTEGERS = {"slots", "positions"}
-_FLOATS = {"nested", "offset", "levels", "magnitudes", "sums", "logs", "rotations"}
+_INTEGERS = {"slots", "positions", "targets"}
+_FLOATS = {"nested", "offset", "levels", "magnitudes", "sums", "logs", "rotations", "weights", "losses"}
 _VALUES = {"gate", "up", "product", "d_product", "values", "keys", "q", "k", "v", "new_q", "outputs"}
-_VALUES |= {"x", "y", "a", "b"}
+_VALUES |= {"x", "y", "a", "b", "logits"}
 _SIZES = {"BLOCKS": 32, "COLUMNS": 1024, "HEADS": 8, "HALF": 64, "PARTS": 8, "GROUP": 16, "SIZE": 128, "PLACES": 64}
 _SIZES |= {"TOKENS": 32, "ROWS": 32, "RANK": 16, "WIDE": 2, "OFFSETS": 1}
 _CONSTANTS = {**_SIZES, "TURNS": True, "STORES": True, "FIRST": False}

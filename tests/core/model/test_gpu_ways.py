@@ -16,10 +16,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llama_acc.core.data.templates import get_template
 from llama_acc.core.device import simulating
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.generate.decode_graph import DecodeGraph
 from llama_acc.core.generate.engine import Engine, Prompt
 from llama_acc.core.generate.load import LoadedModel
@@ -28,6 +30,7 @@ from llama_acc.core.memory.simulate import standing_for
 from llama_acc.core.model import kernels, layers, nf4
 from llama_acc.core.model.attention import KVCache, attend_heads
 from llama_acc.core.model.config import RopeScaling
+from llama_acc.core.model.loss import _softmax_minus_one_hot_
 from llama_acc.core.model.transformer import Transformer, build_on_meta, pack_small
 from llama_acc.core.model.tuning import METHODS
 from llama_acc.core.tokenizer import load_tokenizer
@@ -86,6 +89,25 @@ def test_loss_and_gradients_are_those_of_the_cpu_s_ways(method: str, has_triton:
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert difference(actual[name], value) < 1e-4, name
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_cross_entropy_and_its_gradient_are_those_of_the_definition(
+    dtype: torch.dtype, unit: float, is_weighted: bool, has_triton: bool
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    logits = (30 * torch.randn(5, 4099, generator=generator)).to(dtype)
+    targets, weights = torch.tensor([0, 4098, 4095, 7, 4096]), torch.rand(5, 1, generator=generator)
+    exact = logits.double().requires_grad_()
+    losses = F.cross_entropy(exact, targets, reduction="none")
+    expected = (losses * weights[:, 0] if is_weighted else losses).sum()
+    expected.backward()
+    with as_on_gpu():
+        actual = _softmax_minus_one_hot_(logits, targets, Parallel(), weights if is_weighted else None)
+    assert difference(actual, expected.detach()) < 1e-6
+    assert exact.grad is not None
+    assert difference(logits, exact.grad) < unit
 
 
 @pytest.mark.parametrize("shape", [(8, 64), (3, 128), (70, 4), (1, 2), (300, 352)])
@@ -260,4 +282,4 @@ def test_every_kernel_compiles_for_a_gpu() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 7
+    assert len(done.stdout.splitlines()) == 8

@@ -206,16 +206,18 @@ def test_a_generated_token_takes_so_many_kernels_a_block(tuning: Tuning, nf4: bo
     assert kernels.total() <= 10, kernels
 
 
-# A step of the 7B with 4,096 tokens in 21 documents, without recomputation: what a GPU is started for.
-@pytest.mark.parametrize(("name", "most"), [("full", 1600), ("lora", 2650), ("nf4_lora", 3100)])
-def test_a_whole_step_takes_so_many_kernels(name: str, most: int) -> None:
+# A step of the 7B, 4,096 tokens in 21 documents, no recomputation: what a GPU is started for, and bytes for a token.
+STEP = {"full": (1550, 97e6), "lora": (2600, 52.1e6), "nf4_lora": (3050, 60.1e6)}
+
+
+@pytest.mark.parametrize("name", STEP)
+def test_a_whole_step_takes_so_many_kernels_and_bytes(name: str) -> None:
     tuning, nf4 = (Full() if name == "full" else LoRA(16)), name == "nf4_lora"
     lengths = (204,) * 20 + (16,)
-    one, two = (
-        step_work(replace(LLAMA_7B, n_layers=depth, tuning=tuning), lengths, nf4=nf4).kernels.total()
-        for depth in (1, 2)
-    )
-    assert one + (LLAMA_7B.n_layers - 1) * (two - one) <= most
+    one, two = (step_work(replace(LLAMA_7B, n_layers=depth, tuning=tuning), lengths, nf4=nf4) for depth in (1, 2))
+    more, (most_kernels, most_moved) = LLAMA_7B.n_layers - 1, STEP[name]
+    assert one.kernels.total() + more * (two.kernels - one.kernels).total() <= most_kernels
+    assert (one.bytes + more * (two.bytes - one.bytes)) / 4096 <= most_moved
 
 
 @pytest.mark.parametrize("numbers", [(), [(0.7, 50.0, 0.9, 0.0, 0.5)] * 3])
