@@ -273,7 +273,8 @@ def _hours(request: "MemoryRequest", data: Path | None, kind: str, efficiency: f
 
     table, gpu = gpu_table(), _kind(kind)
     console.working("predicting what fills it")
-    chosen = filled(request, gpu["memory"] * _GIB)
+    rate = gpu["bf16"] * 1e12 * efficiency
+    chosen = filled(request, gpu["memory"] * _GIB, rate)
     setup = setup_of(chosen)
     if data is not None:
         texts = read_texts(data)
@@ -292,12 +293,11 @@ def _hours(request: "MemoryRequest", data: Path | None, kind: str, efficiency: f
         auto = [] if chosen is request else [("auto", _title(setup, ""))]
         console.pairs([*auto, ("memory", line), *_streaming(setup)], console.out, len("GPU-hours"))
         if setup.settings.stream_base:
-            slowdown = streaming(setup).slowdown(usage.flops, gpu["bf16"] * 1e12 * efficiency)
-            share = f"{1 - 1 / slowdown:.0%} of the time is waiting for blocks, assumed: docs/memory.md"
+            share = streaming(setup).waiting(usage.flops, rate, kind)
             console.pairs([("copying", share)], console.out, len("GPU-hours"))
     console.working("counting the work")
     epochs = recipe_and_config(request)[0].train.epochs
-    hours = work_of(setup, texts) * epochs / (gpu["bf16"] * 1e12 * efficiency) / 3600
+    hours = work_of(setup, texts) * epochs / rate / 3600
     if as_json:
         found = {
             "published": table["published"],
@@ -311,12 +311,12 @@ def _hours(request: "MemoryRequest", data: Path | None, kind: str, efficiency: f
             "lengths_from": texts.origin,
         }
         return _print_json({**_setup_json(setup), **found})
-    rate = f"{efficiency:.0%} of {gpu['bf16']:g} TFLOP/s ({kind}; bf16, dense){'' if fits else ', where it fits'}"
+    share = f"{efficiency:.0%} of {gpu['bf16']:g} TFLOP/s ({kind}; bf16, dense){'' if fits else ', where it fits'}"
     said = f"{count_text(texts.items, 'item')}, {texts.tokens:,.0f} tokens, {count_text(float(epochs), 'epoch')}"
     lines = [
         ("data", said),
         ("lengths", texts.origin),
-        ("GPU-hours", f"{hours:.3g} at {rate}"),
+        ("GPU-hours", f"{hours:.3g} at {share}"),
         ("time", f"{console.duration(3600 * hours / setup.world_size)} on {setup.world_size} of them"),
     ]
     console.pairs(lines, console.out)

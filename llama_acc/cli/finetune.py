@@ -227,7 +227,8 @@ def _train(recipe: "Recipe", output: Path, resume_hint: Callable[[], str], **fla
     console.note(f"{loss}the report is {output / 'report.md'}; {what}:")
     # What was trained alone needs what it was trained on.
     folders = [*finished.bases, str(output)]
-    words = ["llama-acc", command, *(word for folder in folders for word in ("--ckpt", folder)), *end]
+    words = ["llama-acc", command, *(word for folder in folders for word in ("--ckpt", folder))]
+    words += [*["--stream"] * finished.streamed, *end]
     console.command(shlex.join(words))
 
 

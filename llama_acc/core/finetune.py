@@ -44,6 +44,7 @@ class Finished:
         loss: per label token, of its last step; None where metrics.jsonl was taken away.
         bases: the checkpoints that go below the last one, an adapter checkpoint; else empty.
         captions: whether it was trained to caption images without being asked.
+        streamed: whether its base stayed in its files, as it may have to for an answer, too.
     """
 
     output: Path
@@ -51,6 +52,7 @@ class Finished:
     loss: float | None
     bases: tuple[str, ...] = ()
     captions: bool = False
+    streamed: bool = False
 
 
 def finetune(
@@ -97,7 +99,7 @@ def finetune(
             if target.type == "cpu" and not parallel.run_on_rank_zero(multiplies_bf16):
                 plan = plan.without_bf16()
             plan = stream_if_needed(plan, parallel.world_size, target)
-            if plan.recipe.train.has_auto:
+            if plan.recipe.train.has_auto or plan.settings.stream_base:
                 callback.progress("predicting what fills the memory")
                 choose = partial(fill_memory, plan, parallel.world_size, target, folder.checkpoint)
                 plan = plan.with_chosen(*parallel.run_on_rank_zero(choose))
@@ -130,7 +132,8 @@ def finetune(
     assert checkpoint is not None
     bases = tuple(plan.recipe.model.pretrained_list()) if (checkpoint / BASE_FILE).exists() else ()
     captions = plan.config.vision is not None and plan.train.template.name == "caption"
-    return Finished(folder.path, checkpoint, losses[-1] if losses else None, bases, captions)
+    streamed = plan.settings.stream_base
+    return Finished(folder.path, checkpoint, losses[-1] if losses else None, bases, captions, streamed)
 
 
 def dry_run(
@@ -156,7 +159,7 @@ def dry_run(
     if device is not None and device.type == "cpu" and not multiplies_bf16():
         plan = plan.without_bf16()
     plan = stream_if_needed(plan, processes, device or torch.device("cpu"))
-    if plan.recipe.train.has_auto:
+    if plan.recipe.train.has_auto or plan.settings.stream_base:
         callback.progress("predicting what fills the memory")
         plan = plan.with_chosen(*fill_memory(plan, processes, device or torch.device("cpu")))
     if plan.layouts:

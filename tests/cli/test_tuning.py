@@ -6,6 +6,8 @@ import pytest
 
 from llama_acc.core.recipe import RECIPES_FOLDER
 from tests.cli.commands import QUICKSTART, invoke, refused, words
+from tests.cli.conftest import ANSWER
+from tests.core.data.pictures import write_pictures
 
 PART = ("tuning.method=lora_bias_norm", "tuning.lora_rank=4", "checkpoint.trainable_only=true", "train.epochs=1")
 ITEMS = RECIPES_FOLDER / "quickstart" / "instructions.json"
@@ -139,3 +141,28 @@ def test_the_part_is_merged_into_what_it_was_trained_on(base: Path, part: Path, 
         "holds only what was trained on top of",
         f"give its base: --base {base}",
     )
+
+
+def test_a_base_stays_in_its_files_while_it_is_tuned_and_asked(trained_once: Path, seer: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    assert invoke("convert-checkpoint", trained_once, base, "--to", "consolidated", "--quantize", "nf4").exit_code == 0
+    keys = (*PART, "tuning.quantize=nf4", "train.activation_checkpointing=true", "train.stream_base=true")
+    dry = invoke(*train(base, tmp_path / "dry"), *keys, "--dry-run")
+    assert dry.exit_code == 0, dry.stderr
+    assert "two blocks" in dry.stdout
+    assert "floating-point operations" in dry.stdout  # no step of what may be very large is timed
+    done = invoke(*train(base, tmp_path / "run"), *keys)
+    assert done.exit_code == 0, done.stderr
+    assert words(done.stdout) == f"llama-acc chat --ckpt {base} --ckpt {tmp_path / 'run'} --stream"
+    ask = ("chat", "--ckpt", base, "--ckpt", tmp_path / "run", *ASK)
+    assert invoke(*ask, "--stream").stdout == invoke(*ask).stdout
+    write_pictures(tmp_path, 1)
+    see = ("caption", "--ckpt", seer, tmp_path / "0000.png", "--device", "cpu")
+    assert (invoke(*see, "--stream").stdout, invoke(*see).stdout) == (f"{ANSWER}\n",) * 2
+    for command in (
+        (*see, "--quantize", "nf4"),
+        ("chat", "--ckpt", trained_once, "--quantize", "nf4", *ASK),
+        ("serve", "--ckpt", trained_once, "--quantize", "nf4", "--device", "cpu", "--port", "0"),
+        ("evaluate", "perplexity", "--data", ITEMS, "--ckpt", trained_once, "--quantize", "nf4", "--device", "cpu"),
+    ):
+        refused(invoke(*command, "--stream"), "cannot be streamed from its files", "--to consolidated --quantize nf4")

@@ -187,8 +187,8 @@ class BlockStream:
     def close(self) -> None:
         """Ends the thread and closes the files."""
         self._thread.shutdown()
-        for descriptor, _ in self._files.values():
-            os.close(descriptor)
+        while self._files:
+            os.close(self._files.popitem()[1][0])
 
 
 def stream_blocks(model: Transformer, weights: Weights, device: torch.device) -> BlockStream:

@@ -119,19 +119,26 @@ def _largest(least: Usage, taken: Callable[[int], Usage], memory: int, limit: in
 
 
 def fill(
-    train: TrainSection, setup_with: Callable[[TrainSection], Setup], memory: int, call: Callable[..., Any]
+    train: TrainSection,
+    setup_with: Callable[[TrainSection], Setup],
+    memory: int,
+    call: Callable[..., Any],
+    rate: float = math.inf,
 ) -> tuple[TrainSection, Usage]:
     """What "auto" in a recipe's section stands for in `memory` bytes of a GPU, and what that takes.
 
     Activation checkpointing is off if 4,096 tokens fit without it. Micro-batches have as many tokens as fit, up to
-    16,384. If nothing fits, it is what takes least.
+    16,384; with a streamed base no more than 4,096, or than it takes until computing is as long as copying: a block is
+    copied once for all of its tokens. If nothing fits, it is what takes least.
 
     Args:
         train: the section.
         setup_with: the run with another section.
         memory: to be filled, with slack and context.
         call: calls `predict`, here or in another process.
+        rate: floating-point operations that the GPU does in a second, for a streamed base; infinite if unknown.
     """
+    streams = train.stream_base is True
 
     def with_most_tokens(recompute: bool, unit: int) -> tuple[TrainSection, Usage]:
         @cache
@@ -140,18 +147,22 @@ def fill(
             return usage
 
         limit = MOST_TOKENS // unit if train.micro_batch_tokens == "auto" else 1
+        if streams and limit > 1:
+            one = setup_with(train.without_auto(unit, recompute))
+            hidden = one.tokens * streaming(one).slowdown(taken(1).flops, rate)
+            limit = math.ceil(min(MOST_TOKENS, max(hidden, _ENOUGH)) / unit)
         count = _largest(taken(1), taken, memory, limit) if taken(1).total <= memory else 1
         return train.without_auto(unit * count, recompute), taken(count)
 
-    if train.activation_checkpointing == "auto":
+    if train.activation_checkpointing == "auto" and not streams:
         chosen, usage = with_most_tokens(False, _ENOUGH)
         if usage.total <= memory:
             return chosen, usage
     return with_most_tokens(train.activation_checkpointing is not False, _STEP)
 
 
-def filled(request: MemoryRequest, memory: int) -> MemoryRequest:
-    """The request with what "auto" in its recipe stands for on GPUs of so many bytes: see `fill`."""
+def filled(request: MemoryRequest, memory: int, rate: float) -> MemoryRequest:
+    """The request with what "auto" in its recipe stands for on GPUs of so many bytes and of this rate: see `fill`."""
 
     def with_section(train: TrainSection) -> MemoryRequest:
         keys = ("batch_size", "micro_batch_tokens", "activation_checkpointing")
@@ -167,6 +178,7 @@ def filled(request: MemoryRequest, memory: int) -> MemoryRequest:
         lambda section: setup_of(with_section(section)),
         int(FILLED * memory),
         lambda function, run: function(run),
+        rate,
     )
     return with_section(chosen)
 

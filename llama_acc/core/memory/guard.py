@@ -18,11 +18,12 @@ from llama_acc.core.distributed.environment import VARIABLES
 from llama_acc.core.distributed.groups import Parallel, local_part, local_world_size
 from llama_acc.core.errors import RunError, UserError, listed
 from llama_acc.core.memory.fit import FILLED, MOST_TOKENS, Change, best_changes, fill
-from llama_acc.core.memory.predict import predict, streaming
+from llama_acc.core.memory.predict import assumed_rate, predict, streaming
 from llama_acc.core.memory.simulate import Setup
 from llama_acc.core.model.transformer import parameter_count
 from llama_acc.core.recipe import Recipe, TrainSection
 from llama_acc.core.text import count_text, size_text
+from llama_acc.core.train.log import device_name
 from llama_acc.core.train.plan import Plan
 from llama_acc.core.train.trainer import Trainer, check_streams
 
@@ -77,29 +78,37 @@ def stream_if_needed(plan: Plan, world_size: int, device: torch.device) -> Plan:
 def fill_memory(
     plan: Plan, world_size: int, device: torch.device, resumed: Path | None = None
 ) -> tuple[TrainSection, str]:
-    """What "auto" in the plan's recipe stands for on this device, as `fill` says, and why.
+    """What "auto" in the plan's recipe stands for on this device, as `fill` says, and why; of a streamed base also the
+    share of copying on a GPU.
 
     A run that is resumed from a checkpoint goes on with what it chose, on whatever device. Elsewhere than on a GPU,
     "auto" is the default of the key.
     """
-    train = plan.recipe.train
-    if resumed is not None:
-        chosen = train.as_in(Recipe.load(resumed / "recipe.yaml").train)
-        return chosen, f"{_chosen_text(chosen)}: what the run chose"
-    if device.type != "cuda":
-        chosen = train.without_auto()
-        return chosen, f"{_chosen_text(chosen)}: what auto is on {device.type}"
+    train, streams = plan.recipe.train, plan.settings.stream_base and device.type == "cuda"
+    if not train.has_auto and not streams:
+        return train, plan.chosen
 
     def setup_with(section: TrainSection) -> Setup:
         return setup_of_run(plan.with_chosen(section, ""), world_size, device.type)
 
-    free = free_memory(device)
-    chosen = train.without_auto(MOST_TOKENS, recompute=False)
-    if _bound(setup_with(chosen)) * _FAR_BELOW < free:
-        return chosen, f"{_chosen_text(chosen)}: auto, far below the {size_text(free)} that are free"
-    with subprocess_calls() as call:
-        chosen, usage = fill(train, setup_with, int(FILLED * free), call)
-    return chosen, f"{_chosen_text(chosen)}: auto, {size_text(usage.total)} predicted of {size_text(free)} free"
+    free, gpu = free_memory(device), device_name(device) if streams else ""
+    most = train.without_auto(MOST_TOKENS, recompute=False)
+    if not train.has_auto:
+        chosen, why = train, "as the recipe says"
+    elif resumed is not None:
+        chosen, why = train.as_in(Recipe.load(resumed / "recipe.yaml").train), "what the run chose"
+    elif device.type != "cuda":
+        chosen, why = train.without_auto(), f"what auto is on {device.type}"
+    elif _bound(setup_with(most)) * _FAR_BELOW < free:
+        chosen, why = most, f"auto, far below the {size_text(free)} that are free"
+    else:
+        with subprocess_calls() as call:
+            chosen, usage = fill(train, setup_with, int(FILLED * free), call, assumed_rate(gpu))
+        why = f"auto, {size_text(usage.total)} predicted of {size_text(free)} free"
+    if streams:
+        setup = setup_with(chosen)
+        why += f"; {streaming(setup).waiting(predict(setup).flops, assumed_rate(gpu), gpu)}"
+    return chosen, f"{_chosen_text(chosen)}: {why}"
 
 
 def _chosen_text(train: TrainSection) -> str:

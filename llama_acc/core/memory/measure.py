@@ -164,10 +164,11 @@ def _mean_square(lengths: Mapping[str, Any]) -> float:
 
 def estimate_time(plan: Plan, processes: int, device: torch.device, memory: Usage) -> tuple[float, str]:
     """Seconds of all steps, and how they were found: from one timed step where that fits in half of the free memory,
-    else from the work. Several processes are taken to share it without loss; `memory` is what one of them takes."""
+    else, and where the base is streamed and so may be very large, from the work. Several processes are taken to share
+    it without loss; `memory` is what one of them takes."""
     plan = replace(plan, settings=replace(plan.settings, model_parallel_size=1))
     room = free_memory(device) / 2
-    fits = memory.allocated <= room  # one process takes no less than one of several
+    fits = memory.allocated <= room and not plan.settings.stream_base  # one process takes no less than one of several
     if fits and processes > 1:
         fits = predict(setup_of_run(plan, 1, device.type)).allocated <= room
     epochs = plan.total_steps / plan.steps_per_epoch * plan.items_per_epoch / len(plan.train)

@@ -1,8 +1,10 @@
 """How much memory a rank takes, in parts: the run that is meant, what is simulated of it, what a GPU takes besides."""
 
 import math
+import re
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,16 @@ def gpu_table() -> Any:
     return yaml.safe_load(Path(__file__).with_name("gpus.yaml").read_text(encoding="utf-8"))
 
 
+def assumed_rate(gpu: str) -> float:
+    """Floating-point operations in a second that a step is assumed to reach on a GPU of this name, such as "NVIDIA
+    A100-SXM4-80GB"; infinite if its kind is not in `gpus.yaml`."""
+    words = re.findall("[a-z0-9]+", gpu.lower())
+    words += [first + second for first, second in pairwise(words)]  # "RTX 4090"
+    table = gpu_table()
+    rates = [values["bf16"] for kind, values in table["kinds"].items() if kind.partition("-")[0] in words]
+    return rates[0] * 1e12 * float(table["streaming"]["efficiency"]) if rates else math.inf
+
+
 def context_bytes(world_size: int) -> int:
     """Bytes that a process takes of a GPU outside of PyTorch's allocator."""
     return _overhead("context") + (_overhead("nccl") if world_size > 1 else 0)
@@ -182,6 +194,13 @@ class Streaming:
         """How many times as long as in memory a micro-batch of so many operations takes, at so many a second: copying
         goes on beside computing, and the slower one counts. Its speed is assumed: see gpus.yaml."""
         return max(1.0, self.moved * rate / (gpu_table()["streaming"]["bandwidth"] * 1e9 * flops))
+
+    def waiting(self, flops: float, rate: float, gpu: str) -> str:
+        """What share of a micro-batch's time is waiting for blocks, in words."""
+        if rate == math.inf:
+            return f"the rate of {gpu} is not known: the share of copying is not estimated"
+        share = 1 - 1 / self.slowdown(flops, rate)
+        return f"{share:.0%} of the time is waiting for blocks on {gpu}, assumed: docs/memory.md"
 
 
 def streaming(setup: Setup) -> Streaming:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -26,17 +27,19 @@ from llama_acc.core.errors import RunError, UserError
 from llama_acc.core.generate.chat import generate
 from llama_acc.core.generate.load import load_model
 from llama_acc.core.memory import guard
-from llama_acc.core.memory.simulate import empty_batch, standing_for
+from llama_acc.core.memory.predict import assumed_rate
+from llama_acc.core.memory.simulate import Setup, empty_batch, standing_for
 from llama_acc.core.model import layers
 from llama_acc.core.model.tuning import METHODS
 from llama_acc.core.model.tuning.lora import LoRA
+from llama_acc.core.recipe import TrainSection
 from llama_acc.core.train.callback import Callback
 from llama_acc.core.train.plan import StepSettings
 from llama_acc.core.train.step import train_step
 from llama_acc.core.train.trainer import assemble
 from tests.core.memory.setups import setup
 from tests.core.tiny import SMALL, random_model, save_model
-from tests.core.train.runs import assert_same_run, plan_of, run
+from tests.core.train.runs import assert_same_run, plan_of, quickstart, run
 from tests.core.train.test_gpu_trace import META, Work, _norm
 
 TUNED = [name for name in METHODS if name not in ("full", "frozen")]
@@ -253,6 +256,64 @@ def test_a_streamed_base_is_predicted_to_take_two_blocks_however_many_there_are(
         found[depth] = sizes
     # The norms of eight blocks more, and on a GPU what trains in bf16.
     assert found[12][1] - found[4][1] < 0.2 * (found[12][0] - found[4][0])
+
+
+def test_auto_takes_as_many_tokens_as_hide_the_copying() -> None:
+    """By operations to bytes; at least 4,096 tokens, which keep a GPU busy, and at most what fits."""
+    train = quickstart(*(f"train.{key}=auto" for key in ("batch_size", "micro_batch_tokens"))).train
+    train.stream_base = True
+    resident = setup("tuning.method=lora", "checkpoint.trainable_only=true", dim=64, device_type="cuda")
+    streamed = replace(resident, settings=replace(resident.settings, stream_base=True))
+
+    def setup_with(section: TrainSection) -> Setup:
+        tokens = section.bounds()[1]
+        assert tokens is not None
+        return replace(streamed, lengths=(512,) * (tokens // 512))
+
+    def tokens_at(rate: float, memory: int = 1 << 40) -> Any:
+        return guard.fill(train, setup_with, memory, lambda predict, run: predict(run), rate)[0].micro_batch_tokens
+
+    some = setup_with(train.without_auto(4096))
+    # At this rate copying is as long as computing 8,000 tokens.
+    rate = 8000 / some.tokens * guard.predict(some).flops * 8e9 / guard.streaming(some).moved
+    assert 7500 < tokens_at(rate) < 9000
+    assert tokens_at(rate / 4) == 4096
+    assert tokens_at(10 * rate) == tokens_at(math.inf) == 16_384
+    assert tokens_at(rate, guard.predict(setup_with(train.without_auto(2048))).total) in (2048, 3072)  # slack has steps
+
+
+def test_the_plan_says_what_share_of_the_time_is_copying(
+    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(*words(bases["nf4"], "nf4"), STREAMED)
+    setup = guard.setup_of_run(plan, 1, "cuda")
+    monkeypatch.setattr(guard, "free_memory", lambda device: 1 << 30)
+    monkeypatch.setattr(guard, "device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    train, said = guard.fill_memory(plan, 1, torch.device("cuda"))
+    slowdown = guard.streaming(setup).slowdown(guard.predict(setup).flops, 0.4 * 312e12)
+    assert slowdown > 1.1
+    assert said == (
+        "at most 8 examples, with activation checkpointing: as the recipe says; "
+        f"{1 - 1 / slowdown:.0%} of the time is waiting for blocks on NVIDIA A100-SXM4-80GB, assumed: docs/memory.md"
+    )
+    assert ("micro-batches", said) in describe_plan(plan.with_chosen(train, said))
+    monkeypatch.setattr(guard, "device_name", lambda device: "another")
+    assert "the rate of another is not known" in guard.fill_memory(plan, 1, torch.device("cuda"))[1]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA H200", 989),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA A10G", None),
+    ],
+)
+def test_the_rate_of_a_gpu_is_known_by_its_name(gpu: str, tflops: float | None) -> None:
+    assert assumed_rate(gpu) == (math.inf if tflops is None else pytest.approx(0.4e12 * tflops))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "bf16"])
