@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from typer.testing import CliRunner
 
 from llama_acc.cli.app import app
+from tests.core.ranks import free_port
 from tests.undrawn import undrawn
 
 COMMAND = [sys.executable, "-m", "llama_acc"]
@@ -39,11 +40,53 @@ def invoke(*arguments: object, input: str | bytes | None = None) -> Result:
         return CliRunner().invoke(app, [str(argument) for argument in arguments], input=input, env={"COLUMNS": "300"})
 
 
-def start(*arguments: object, **options: Any) -> "subprocess.Popen[str]":
-    """Starts the real command. Its streams are pipes unless `options` say otherwise."""
+def start(*arguments: object, launcher: Sequence[str] = (), **options: Any) -> "subprocess.Popen[str]":
+    """Starts the real command, by `python -m LAUNCHER` if one is given. Its streams are pipes unless `options` say
+    otherwise."""
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    command = [*COMMAND, *map(str, arguments)]
+    command = [sys.executable, *(["-m", *launcher] if launcher else []), *COMMAND[1:], *map(str, arguments)]
     return subprocess.Popen(command, **{**streams, "env": environment(), "encoding": "utf-8", **options})
+
+
+def start_slurm_job(*arguments: object, ranks: int, **variables: str) -> "list[subprocess.Popen[str]]":
+    """Starts the real command in that many processes, as `srun` does on one machine."""
+    shared = {
+        "SLURM_STEP_NUM_TASKS": str(ranks),
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_TASKS_PER_NODE": str(ranks),
+        "SLURM_STEP_NODELIST": "localhost",
+        "MASTER_PORT": str(free_port()),
+        **variables,
+    }
+    places = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(ranks)]
+    return [start(*arguments, env=environment(**shared, **place)) for place in places]
+
+
+def workers_of(process: "subprocess.Popen[str]") -> dict[int, int]:
+    """Process ids of a launcher's running workers, by rank."""
+    found = {}
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    for pid in children.read_text().split():
+        words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        ranks = [word.removeprefix(b"RANK=") for word in words if word.startswith(b"RANK=")]
+        if ranks:
+            found[int(ranks[0])] = int(pid)
+    return found
+
+
+def gone(pids: list[int]) -> bool:
+    """Whether all these processes end."""
+    deadline = time.monotonic() + 30
+    while any(map(_is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(_is_running, pids))
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def run(*arguments: object, input: str | None = None, **variables: str) -> "subprocess.CompletedProcess[str]":

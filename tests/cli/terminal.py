@@ -35,6 +35,11 @@ class Terminal:
         """Presses keys; "\\x03" is Ctrl-C, "\\x04" Ctrl-D."""
         os.write(self._terminal, text.encode())
 
+    def ask(self, text: str) -> None:
+        """Types where a line can be edited; an xterm is told then how to mark a paste."""
+        self.expect("\x1b[?2004h")
+        self.type(text)
+
     def terminate(self) -> None:
         """Sends SIGTERM."""
         os.kill(self.pid, signal.SIGTERM)

@@ -13,6 +13,7 @@ from llama_acc.core.tokenizer import load_tokenizer
 from tests.cli.chains import write_chain
 from tests.cli.commands import COMMAND, PATIENCE, Result, environment, invoke, refused, run, start
 from tests.cli.conftest import ANSWER
+from tests.core.tokenizers import END, START, byte_level
 
 # Of the model `talker`: after ":" it answers, after "?" it never ends.
 
@@ -231,23 +232,7 @@ def test_what_the_terminal_cannot_show_is_shown_as_its_code(single_turn: Path) -
 @pytest.fixture(scope="session")
 def instruct_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ChatML tokenizer as Hugging Face lays it out, without a model."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    folder = tmp_path_factory.mktemp("instruct")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    lines = ["You are a helpful assistant", "user and assistant and system", "The capital of France is Paris."]
-    tokenizer.train_from_iterator(lines * 10, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    folder = byte_level(tmp_path_factory.mktemp("instruct"), {"bos_token": START, "eos_token": END}).parent
     (folder / "chat_template.jinja").write_text(
         "{% for message in messages %}"
         "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
@@ -257,31 +242,27 @@ def instruct_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_chat_template_of_a_hugging_face_folder_is_used_and_said(instruct_folder: Path) -> None:
-    write_chain(instruct_folder, answer="The capital of France is Paris.", after="\n")
+    write_chain(instruct_folder, answer=ANSWER, after="\n")
     flags = ["--ckpt", instruct_folder, "--temperature", "0"]
-    result = invoke("chat", *flags, "--prompt", "What is the capital of France?")
-    assert (result.exit_code, result.stdout, result.stderr) == (0, "The capital of France is Paris.\n", "")
+    result = invoke("chat", *flags, "--prompt", "What is it?")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{ANSWER}\n", "")
     spoken = invoke("chat", *flags, input="hello\n/system be brief\nand now?\n")
-    assert (spoken.exit_code, spoken.stdout) == (0, "The capital of France is Paris.\n" * 2)
+    assert (spoken.exit_code, spoken.stdout) == (0, f"{ANSWER}\n" * 2)
     assert spoken.stderr == "system: be brief\n"
 
 
-@pytest.mark.parametrize(("eos", "end"), [("<|endoftext|>", "<|im_end|>"), ("<|im_end|>", "<|endoftext|>")])
+@pytest.mark.parametrize(("eos", "end"), [("<|eot_id|>", END), (END, "<|eot_id|>")])
 def test_special_tokens_never_leak_into_an_answer(instruct_folder: Path, tmp_path: Path, eos: str, end: str) -> None:
-    from tokenizers import Tokenizer
-
     folder = shutil.copytree(instruct_folder, tmp_path / "instruct")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|im_start|>", "eos_token": eos}))
-    write_chain(
-        folder, answer="Paris", after="\n", end=Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(end)
-    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": START, "eos_token": eos}))
+    write_chain(folder, answer=ANSWER, after="\n", end=load_tokenizer(folder).token_id(end))
     result = invoke("chat", "--ckpt", folder, "--prompt", "Where?", "--temperature", "0", "--max-new-tokens", "9")
-    assert (result.exit_code, result.stdout) == (0, "Paris\n")
+    assert (result.exit_code, result.stdout) == (0, f"{ANSWER}\n")
 
 
 def test_a_chat_template_that_fails_is_told_with_its_file(instruct_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(instruct_folder, tmp_path / "broken")
-    write_chain(folder, answer="Paris", after="\n")
+    write_chain(folder, answer=ANSWER, after="\n")
     (folder / "chat_template.jinja").write_text("{{ raise_exception('only cats may ask') }}")
     refused(invoke("chat", "--ckpt", folder, "--prompt", "x"), str(folder / "chat_template.jinja"), "only cats may ask")
     (folder / "chat_template.jinja").write_text("{% for %}")

@@ -2,18 +2,25 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from llama_acc.cli import chat_terminal, console
+from llama_acc.core.data.templates import get_template
+from llama_acc.core.model.vision_config import TinyVision
 from tests.cli.chains import write_chain
-from tests.cli.commands import invoke, refused
+from tests.cli.commands import PATIENCE, gone, invoke, refused, start, workers_of
 from tests.cli.conftest import ANSWER
 from tests.cli.terminal import Terminal
+from tests.core.checkpoint.folders import GROUPED, state, write_consolidated
+from tests.core.data.pictures import write_pictures
 
 
 def test_an_answer_streams_ctrl_c_stops_it_and_at_the_prompt_it_leaves(talker: Path) -> None:
@@ -41,8 +48,7 @@ def test_ctrl_d_leaves_the_template_of_a_run_is_said_and_no_color_is_no_color(tr
         terminal.expect("template: alpaca (alpaca, from template.json).")
         terminal.expect("each one stands alone")
         for typed in ("/system be kind\r", "who\r", "\x04"):
-            terminal.expect("\x1b[?2004h")
-            terminal.type(typed)
+            terminal.ask(typed)
         assert terminal.end() == 0
     assert "system: be kind" in terminal.seen
     assert not re.search(r"\x1b\[[\d;]*(3|4|9|10)\dm", terminal.seen)
@@ -75,11 +81,9 @@ def test_a_pasted_text_is_one_question_and_the_terminal_is_handed_back(talker: P
     kept = tmp_path / "kept.json"
     with Terminal("chat", "--ckpt", talker, "--template", "none", "--temperature", "0", term="xterm") as terminal:
         for typed in (f"\x1b[200~{_PASTED}\x1b[201~\r", f"{_PASTED}\n", _PASTED.replace("\n", "\x1b\r") + "\r"):
-            terminal.expect("\x1b[?2004h")
-            terminal.type(typed)
+            terminal.ask(typed)
             terminal.expect(ANSWER)
-        terminal.expect("\x1b[?2004h")
-        terminal.type(f"/save {kept}\r")
+        terminal.ask(f"/save {kept}\r")
         terminal.expect("wrote 6 turns")
         terminal.expect("\x1b[?2004h")
         terminal.terminate()
@@ -105,13 +109,11 @@ def test_the_last_question_comes_back_to_be_edited_above_a_line_that_says_how_fu
         terminal.expect("hello")
         terminal.type(" there\r")
         terminal.expect(ANSWER)
-        terminal.expect("\x1b[?2004h")
-        terminal.type("not this")
+        terminal.ask("not this")
         terminal.expect("this")
         terminal.type(f"\x03/save {kept}\r")
         terminal.expect("wrote 2 turns")
-        terminal.expect("\x1b[?2004h")
-        terminal.type("\x04")
+        terminal.ask("\x04")
         assert terminal.end() == 0
     assert [turn["value"] for turn in json.loads(kept.read_text())[0]["conversations"]] == ["hello there", ANSWER]
 
@@ -214,3 +216,120 @@ def test_an_answer_is_rendered_as_markdown_with_lines_that_break_between_words(
     if size == 1:
         assert sum("\nis longer than" in frame for frame in frames) > 10, "lines are broken from the first on"
     assert not re.sub(r"\x1b\[[\d?]*[A-Za-z]|\s", "", nothing)
+
+
+# Several processes share a model, and only rank 0 is seen
+
+
+GREEDY = ("--device", "cpu", "--temperature", "0", "--max-new-tokens", "16")
+
+
+@pytest.fixture
+def of_eight(tmp_path: Path, tokenizer_path: Path) -> Path:
+    """A random model, saved at model-parallel size 8."""
+    folder = write_consolidated(tmp_path / "of-eight", state(), 8, replace(GROUPED, max_seq_len=512))
+    shutil.copy(tokenizer_path, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("processes", "number", "code"),
+    [(2, signal.SIGINT, 130), pytest.param(4, signal.SIGKILL, 1, marks=pytest.mark.soak)],
+)
+def test_ranks_say_the_same_from_the_files_of_eight_until_ctrl_c_or_a_dead_rank_ends_all(
+    processes: int, number: signal.Signals, code: int, of_eight: Path
+) -> None:
+    """It comes while the next question is awaited."""
+    talk = "hello\nand then?\n/reset\nhello\n"
+    words = ("chat", "--ckpt", of_eight, "--template", "dialogue", *GREEDY)
+    alone = invoke(*words, input=talk)
+    assert alone.exit_code == 0, alone.stderr
+    assert len(alone.stdout) >= 3 * 8
+    job = start(*words, "--nproc", processes)
+    assert job.stdin is not None
+    assert job.stdout is not None
+    job.stdin.write(talk)
+    job.stdin.flush()
+    assert job.stdout.read(len(alone.stdout)) == alone.stdout
+    workers = workers_of(job)
+    assert sorted(workers) == list(range(processes))
+    if number == signal.SIGINT:
+        job.send_signal(number)
+    else:
+        os.kill(workers[1], number)
+    _, err = job.communicate(timeout=PATIENCE)
+    assert job.returncode == code, err
+    assert gone(list(workers.values()))
+    assert ("rank 1 was killed by SIGKILL" in err) == (number == signal.SIGKILL)
+
+
+def test_on_a_terminal_ctrl_c_stops_the_answer_of_all_ranks_and_they_answer_the_next_question(of_eight: Path) -> None:
+    """And in an empty line it leaves."""
+    flags = ("--template", "dialogue", "--device", "cpu", "--temperature", "0", "--max-new-tokens", "400")
+    with Terminal("chat", "--ckpt", of_eight, *flags, "--nproc", 2, term="xterm") as terminal:
+        for question in ("hello\r", "/retry\r"):
+            terminal.ask(question)
+            terminal.expect("\x1b[?2004l")
+            terminal.expect("tokens/s")
+            assert not terminal.echoes()
+            terminal.type("\x03")
+        terminal.expect("\x1b[?2004h")
+        terminal.expect("tokens/s")
+        terminal.type("\x03")
+        assert terminal.end() == 0
+        assert terminal.echoes()
+    assert "context 512 of" not in terminal.seen, "as far as it would have gone"
+
+
+# What a model writes must not act on a terminal, and a pipe gets it as it is
+
+
+# A terminal's title and clipboard are set so; U+009B is two bytes, and two tokens.
+_WRITTEN = "a\x1b]0;\x07\x9b\x7f\r\tb\n"
+_GREEDY = ("--template", "none", "--temperature", "0")
+_SHOWN = "a␛]0;␇<U+009B>␡␍\tb\n"
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> Path:
+    """A model that sees, and says `_WRITTEN` of every image and after ":"."""
+    folder = tmp_path_factory.mktemp("hostile")
+    shutil.copy(tokenizer_path, folder / "tokenizer.model")
+    sees = TinyVision(image_size=16, patch_size=8, width=8, hidden_dim=8, n_layers=1, n_heads=2)
+    write_chain(folder, answer=_WRITTEN, after=":", sees=sees)
+    (folder / "template.json").write_text(get_template("caption").to_json())
+    return folder
+
+
+def test_a_terminal_is_shown_control_characters_and_a_pipe_gets_them(hostile: Path, tmp_path: Path) -> None:
+    chat, caption = ["chat", "--ckpt", hostile, *_GREEDY, "--prompt", "say:"], ["caption", "--ckpt", hostile]
+    caption += write_pictures(tmp_path, 1)
+    for question in (chat, caption):
+        assert invoke(*question).stdout == f"{_WRITTEN}\n"
+    with Terminal(*caption) as terminal:
+        assert terminal.end() == 0
+    # A slow machine says that it is loading.
+    assert terminal.seen.removeprefix("loading the model\r\n") == f"{_SHOWN}\n".replace("\n", "\r\n")
+
+
+def test_a_conversation_shows_them_too_and_keeps_them_as_they_are(hostile: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.json"
+    with Terminal("chat", "--ckpt", hostile, *_GREEDY) as terminal:
+        terminal.expect("> ")
+        terminal.type("say:\n")
+        terminal.expect(_SHOWN.replace("\n", "\r\n"))
+        terminal.expect("> ")
+        terminal.type(f"/save {kept}\n")
+        terminal.expect("wrote 2 turns")
+        terminal.expect("> ")
+        terminal.type("\x04")
+        assert terminal.end() == 0
+        assert "\x1b" not in terminal.seen.replace("\x1b[?2004", "")  # what readline itself says
+    assert r"a\u001b]0;\u0007" in kept.read_text(encoding="utf-8")
+
+
+def test_what_is_told_on_the_side_does_not_act_either() -> None:
+    with Terminal("convert-data", "auto", "no\x1b[31m\x9bsuch") as terminal:
+        assert terminal.end() == 2
+    assert "no␛[31m<U+009B>such" in terminal.seen
+    assert "\x9b" not in terminal.seen

@@ -1,6 +1,5 @@
 """`llama-acc convert-checkpoint` as it is typed."""
 
-import shutil
 import signal
 from pathlib import Path
 
@@ -9,22 +8,11 @@ import torch
 
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import shapes_of
-from llama_acc.core.tokenizer import load_tokenizer
-from tests.cli.commands import QUICKSTART, invoke, start, wait_until, words
-from tests.core.checkpoint.folders import state, write_consolidated, write_huggingface, write_meta
+from tests.cli.commands import invoke, start, wait_until, words
+from tests.core.checkpoint.folders import state, write_consolidated, write_meta
 
 # Large enough for a command to be caught in the middle.
 LARGE = ModelConfig(dim=1024, n_layers=8, n_heads=8, vocab_size=4000, multiple_of=256)
-
-
-def test_a_run_becomes_a_hugging_face_folder_and_answers_the_same(trained: Path, tmp_path: Path) -> None:
-    result = invoke("convert-checkpoint", trained, tmp_path / "hf", "--to", "hf")
-    assert result.exit_code == 0, result.stderr
-    assert words(result.stdout).endswith("KiB in 1 file, read back and equal")
-    ask = ("--prompt", "What is LLaMA?", "--temperature", "0", "--max-new-tokens", "8", "--device", "cpu")
-    answers = [invoke("chat", "--ckpt", folder, *ask) for folder in (trained, tmp_path / "hf")]
-    assert answers[0].exit_code == answers[1].exit_code == 0, answers[1].stderr
-    assert answers[0].stdout == answers[1].stdout
 
 
 def test_a_run_becomes_a_folder_for_llama_cpp(trained: Path, tmp_path: Path) -> None:
@@ -36,16 +24,6 @@ def test_a_run_becomes_a_folder_for_llama_cpp(trained: Path, tmp_path: Path) -> 
     files = sorted(path.name for path in (tmp_path / "gguf").iterdir())
     assert files == ["Modelfile", "manifest.json", "model-q8_0.gguf"]
     assert "is not empty" in words(invoke(*command).stderr)
-
-
-def test_training_starts_from_a_hugging_face_folder(tokenizer_path: Path, tmp_path: Path) -> None:
-    config = ModelConfig(32, 1, 4, 2, load_tokenizer(tokenizer_path).vocab_size, 16, max_seq_len=256)
-    shutil.copy(tokenizer_path, write_huggingface(tmp_path / "hf", config))
-    quickstart = [word for word in QUICKSTART if not word.startswith("model.params")]
-    command = (*quickstart, "--output", tmp_path / "run", "train.epochs=1", "data.max_tokens=128")
-    result = invoke(*command, "--pretrained", tmp_path / "hf", "--tokenizer", tokenizer_path)
-    assert result.exit_code == 0, result.stderr
-    assert f"from {tmp_path / 'hf'}" in words(result.stderr)
 
 
 def test_a_diff_is_taken_and_applied(tmp_path: Path) -> None:

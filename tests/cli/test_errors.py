@@ -76,22 +76,6 @@ def test_ctrl_c_during_an_import_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> N
 # Recipes
 
 
-def test_all_wrong_keys_and_values_are_listed(tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    wrong = ["train.epohs=3", "lr=1", "train.precision=fp16", "optimizer.betas=[0.9]", "train.batch_size=0"]
-    refused(
-        invoke("finetune", "--recipe", "lima", "--output", output, *wrong),
-        "recipe lima is not valid:",
-        "unknown key 'train.epohs': did you mean 'train.epochs'",
-        "unknown key 'lr': did you mean 'optimizer.lr'?",
-        "train.precision: should be 'bf16' or 'fp32', not 'fp16'",
-        "optimizer.betas",
-        "train.batch_size: should be greater than or equal to 1 or 'auto', not 0",
-        output=output,
-    )
-    assert not output.exists()
-
-
 # Data
 
 

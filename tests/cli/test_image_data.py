@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import PATIENCE, QUICKSTART, invoke, metrics, refused, words
-from tests.cli.jobs import start_job
+from tests.cli.commands import PATIENCE, QUICKSTART, invoke, metrics, refused, start, words
 from tests.cli.test_caption_quickstart import members
 from tests.core.data.pictures import encoded, pattern, plain
 from tests.core.data.test_tar_shards import write_shard
@@ -107,7 +106,7 @@ def test_a_run_on_a_shard_resumes_at_the_sample_and_torchrun_s_ranks_share_it(sh
     weights = [tmp_path / name / "epoch1/consolidated.00-of-01.model.pth" for name in ("whole", "parts")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     torchrun = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
-    two = start_job(*finetune(shard, tmp_path / "two", *settings), launcher=torchrun, folder=tmp_path)
+    two = start(*finetune(shard, tmp_path / "two", *settings), launcher=torchrun)
     out, err = two.communicate(timeout=PATIENCE)
     assert (two.returncode, out) == (0, f"llama-acc caption --ckpt {tmp_path / 'two'} IMAGE\n"), err
     reports = [(tmp_path / name / "data.json").read_text(encoding="utf-8") for name in ("whole", "two")]

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,19 @@ from llama_acc.core.checkpoint.layout import latest_checkpoint
 from llama_acc.core.distributed import Launch
 from llama_acc.core.distributed.environment import first_host, join_slurm, world_size
 from llama_acc.core.errors import RunError, UserError
-from tests.cli.commands import TINY, invoke, refused
-from tests.cli.jobs import PATIENCE, gone, start_job, start_slurm_job, workers_of
+from tests.cli.commands import (
+    PATIENCE,
+    TINY,
+    gone,
+    invoke,
+    lines_of,
+    metrics,
+    refused,
+    start,
+    start_slurm_job,
+    wait_until,
+    workers_of,
+)
 from tests.core.ranks import free_port
 from tests.core.seeing import QFORMER
 from tests.core.train.image_runs import words_for, write_data
@@ -31,52 +42,27 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 class Job:
     """A finetune command in processes of its own."""
 
-    def __init__(self, output: Path, *words: object, launcher: tuple[str, ...] = (), **environment: str) -> None:
-        self.output = output
-        words = ("finetune", "--device", "cpu", "--output", output, *words)
-        self.process = start_job(*words, launcher=launcher, folder=output.parent, **environment)
+    def __init__(self, output: Path, *words: object) -> None:
+        self.output, self.process = output, start("finetune", "--device", "cpu", "--output", output, *words)
 
     def wait(self) -> int:
         """Waits for its end."""
         self.out, self.err = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode
 
-    def workers(self) -> dict[int, int]:
-        """Process ids of the running workers, by rank."""
-        return workers_of(self.process)
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        """Waits for something it does."""
+        wait_until(happened, self.process)
 
-    def check_time(self, deadline: float) -> None:
-        """Fails if it ended, or takes too long."""
-        if self.process.poll() is not None:
-            self.wait()
-            pytest.fail(self.err)
-        assert time.monotonic() < deadline
-
-    def wait_for_checkpoint(self) -> None:
-        """Waits for the first whole one."""
-        deadline = time.monotonic() + PATIENCE
-        while not (self.output / "latest").exists():
-            self.check_time(deadline)
-            time.sleep(0.05)
+    def kill_a_rank(self, choice: random.Random, *others: "Job") -> None:
+        """Kills one of the ranks of all these, and waits until none is left."""
+        workers = [pid for job in (self, *others) for pid in workers_of(job.process).values()]
+        os.kill(choice.choice(workers), signal.SIGKILL)
+        assert gone(workers)
 
 
 def steps(output: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
-
-
-def wait_for_steps(jobs: list[Job], output: Path, number: int) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not (output / "metrics.jsonl").exists() or len(steps(output)) < number:
-        for job in jobs:
-            job.check_time(deadline)
-        time.sleep(0.02)
-
-
-def kill_a_rank(jobs: list[Job], choice: random.Random) -> None:
-    workers = [pid for job in jobs for pid in job.workers().values()]
-    os.kill(choice.choice(workers), signal.SIGKILL)
-    assert gone(workers)
+    return [(line["step"], line["loss"]) for line in metrics(output) if "loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +70,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """A run of two ranks that Ctrl-C stopped; `logs` beside it has what each rank wrote."""
     folder = tmp_path_factory.mktemp("stopped")
     job = Job(folder / "run", *SHORT, "--nproc", 2, "--log-ranks", folder / "logs", "name=$RANK $$ {x}")
-    job.wait_for_checkpoint()
+    job.wait_until((job.output / "latest").exists)
     job.process.send_signal(signal.SIGINT)
     assert job.wait() == 130, job.err
     return job
@@ -112,8 +98,9 @@ def test_two_machines_go_on_with_it_and_meet_again_after_a_rank_of_one_was_kille
     shutil.copytree(stopped.output, output)
     meeting = ("--nproc", 1, "--nnodes", 2, "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--max-restarts", 1)
     jobs = [Job(output, "--resume", *meeting) for _ in range(2)]
-    wait_for_steps(jobs, output, len(steps(output)) + 1)
-    kill_a_rank(jobs, random.Random(1))
+    known = lines_of(output)
+    jobs[0].wait_until(lambda: lines_of(output) > known)
+    jobs[0].kill_a_rank(random.Random(1), jobs[1])
     for job in jobs:
         assert job.wait() == 0, job.err
         assert job.err.count("restarting from the last whole checkpoint") == 1, job.err
@@ -132,9 +119,9 @@ def test_a_job_goes_on_after_many_kills_to_the_bit(seed: int, tmp_path: Path) ->
     assert left.wait() == 0, left.err
     job = Job(tmp_path / "killed", *SHORT, "--nproc", processes, "--max-restarts", 3)
     for _ in range(3):
-        known = len(steps(job.output)) if (job.output / "metrics.jsonl").exists() else 0
-        wait_for_steps([job], job.output, min(known + choice.randrange(1, 9), 36))
-        kill_a_rank([job], choice)
+        number = min(lines_of(job.output) + choice.randrange(1, 9), 36)
+        job.wait_until(lambda number=number: lines_of(job.output) >= number)  # type: ignore[misc]
+        job.kill_a_rank(choice)
     assert job.wait() == 0, job.err
     assert job.err.count("restarting from the last whole checkpoint") == 3, job.err
     assert steps(job.output) == steps(left.output)
@@ -144,11 +131,8 @@ def test_a_job_goes_on_after_many_kills_to_the_bit(seed: int, tmp_path: Path) ->
 
 def test_a_killed_launcher_leaves_nothing(tmp_path: Path) -> None:
     job = Job(tmp_path / "run", *SHORT, "--nproc", 2)
-    deadline = time.monotonic() + PATIENCE
-    while len(job.workers()) < 2:
-        job.check_time(deadline)
-        time.sleep(0.05)
-    workers = list(job.workers().values())
+    job.wait_until(lambda: len(workers_of(job.process)) == 2)
+    workers = list(workers_of(job.process).values())
     job.process.kill()
     assert gone(workers)
     job.wait()
@@ -204,7 +188,7 @@ def test_what_only_one_of_slurm_s_ranks_finds_is_told_once_and_ends_all(tmp_path
     words += ["--recipe", "quickstart", "train.warmup_epochs=0", "parallel.model_parallel_size=2", TINY]
     path = f"{tmp_path}:{Path(__file__).parents[2]}"
     command = ("finetune", "--device", "cpu", "--output", tmp_path / "run", *words)
-    jobs = start_slurm_job(*command, ranks=2, folder=tmp_path, PYTHONPATH=path)
+    jobs = start_slurm_job(*command, ranks=2, PYTHONPATH=path)
     ends = [(job.communicate(timeout=PATIENCE)[1], job.returncode) for job in jobs]
     assert [code for _, code in ends] == [2, 2], ends
     said = "images need the package transformers, which cannot be imported: huggingface-hub<1.0 is required"

@@ -55,6 +55,8 @@ RECIPES = [
     ("finetune", "which recipe? --recipe is missing", "begin with --recipe quickstart"),
     ("recipes show alpacca", "unknown recipe 'alpacca': did you mean 'alpaca' or 'alpaca-lora'?"),
     ("recipes copy alpacca x", "unknown recipe 'alpacca': did you mean 'alpaca' or 'alpaca-lora'?"),
+    ("recipes show zzz", "unknown recipe 'zzz' hint: `llama-acc recipes` lists them all"),
+    (f"{QUICK} train.epohs=3 train.precision=fp16", "unknown key 'train.epohs': did you mean", "not 'fp16'"),
     ("finetune --recipe my/lima.yaml", "recipe file my/lima.yaml does not exist", "llama-acc recipes"),
     ("finetune --recipe deep.yaml", "cannot read deep.yaml: lists or mappings are nested more than 100 deep"),
     (f"{DRY_RUN} train.epochs=1e300", "train.epochs: should be less than or equal to 1000000, not 1e+300"),
@@ -174,6 +176,14 @@ DOWNLOADS = [
     ("download lima --list", "--list shows the whole catalogue: leave the names out"),
     ("download hf:lima", "'hf:lima' is not an address on Hugging Face"),
     ("download ftp://example.org/a", "is not an address that can be fetched"),
+    ("download meta-llama/Llama-2-7b", "of Hugging Face, type: llama-acc download hf:meta-llama/Llama-2-7b"),
+    ("download file:///etc/passwd", "is not an address that can be fetched"),
+    ("download 'hf:owner/name with space'", "is not an address on Hugging Face"),
+    ("download hf:owner/name/../../secret", "leads out of its repository"),
+    ("download https://", "names no host"),
+    ("download https://example.org/", "names no file"),
+    (f"download https://example.org/{LONG}", "longer than"),
+    (f"download hf:owner/name/{LONG}", "longer than"),
     ("download lima --token 'two words'", "the token holds white space"),
     ("download http://[::1/a", "is not an address: Invalid IPv6 URL"),
     ("download http://a:99999999/a", "is not an address: Port out of range"),
@@ -186,12 +196,33 @@ CHECKPOINTS = [
     (f"{CONVERT} --to onnx", "Invalid value for '--to': ", "'onnx' is not one of 'meta', "),
     (f"{CONVERT} --to meta --dtype int8", "Invalid value for '--dtype'"),
     (f"{CONVERT} --to meta --model-parallel-size 3", "size 3 is not one of 1, 2, 4, 8"),
+    (f"{CONVERT} --to meta --model-parallel-size 8", "n_heads (2) is not divisible by the model-parallel size (8)"),
+    (f"{CONVERT} --to hf --model-parallel-size 2", "--model-parallel-size does not go with --to hf"),
+    (f"{CONVERT} --to consolidated --diff", "--diff needs --base DIR"),
+    (f"{CONVERT} --to hf --diff --base x", "--diff does not go with --to hf", "leave it out, or use --to consolidated"),
+    (f"{CONVERT} --to consolidated --merge --diff --base x", "--merge and --diff do not go together"),
+    (f"{CONVERT} --to consolidated --merge --quantize nf4", "--quantize and --merge do not", "with --merge first"),
+    (f"{CONVERT} --to meta --quantize nf4", "--quantize does not go with --to meta", "or use --to consolidated"),
+    (f"{CONVERT} --to peft --merge", "--merge does not go with --to peft", "leave it out, or use --to meta or"),
+    (f"{CONVERT} --to peft", "method full has no LoRA pairs"),
+    (f"{CONVERT} --to meta --merge", "has nothing to merge"),
     ("convert-checkpoint TALKER TALKER --to meta", "is what is to be converted"),
+    ("convert-checkpoint TALKER RUN --to meta", "is not empty"),
+    ("convert-checkpoint TALKER file --to meta", "file is a file"),
+    ("convert-checkpoint . new --to meta", "holds no LLaMA checkpoint", "did you mean deep?"),
     (f"{CONVERT} --to peft --context 64", "--context does not go with --to peft"),
     ("convert-checkpoint nowhere new --to meta", "no checkpoint folder"),
 ]
+SERVE = [
+    ("serve --ckpt RUN --host 0.0.0.0", "set a key"),
+    ("serve --ckpt RUN --api-key 'a b'", "without spaces"),
+    ("serve --ckpt RUN --ckpt a=x --ckpt a=y", "is there twice"),
+    ("serve --ckpt RUN --ckpt run=x", "the name run is that of"),
+    ("serve --ckpt a=x --ckpt b=y", "add --ckpt BASE in front"),
+    ("serve --ckpt a=", "should be NAME=DIR"),
+]
 CASES = [*FLAGS, *NAMES, *RECIPES, *PROCESSES, *NOT_HERE, *CHAT_AND_CAPTION, *BENCHMARK, *EVALUATE]
-CASES += [*DATA, *DOWNLOADS, *CHECKPOINTS]
+CASES += [*DATA, *DOWNLOADS, *CHECKPOINTS, *SERVE]
 
 
 @pytest.fixture(scope="module")

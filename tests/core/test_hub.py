@@ -99,8 +99,6 @@ def test_what_is_not_there_is_answered_with_near_names(
         ("meta-llama/Llama-2-7b", None, "is gated: its owner wants to be asked first, and no token was sent"),
         ("meta-llama/Llama-2-7b", "hf_ofsomeoneelse", "the token's account has no access to it"),
         ("owner/name", "outdated", "does not know the token"),
-        ("owner/name", "hf_two words", "the token holds white space"),
-        ("owner/name", "", "the token holds white space"),
     ],
 )
 def test_a_refusal_says_why_and_what_to_do_and_never_the_token(

@@ -268,13 +268,6 @@ def test_a_recipe_is_found_by_its_shipped_name_or_as_a_file(tmp_path: Path, monk
     Path("lima").write_text("name: other")
     assert find_recipe("lima") == RECIPES_FOLDER / "lima.yaml"
     assert find_recipe("./lima") == Path("lima")
-    for name, said in (
-        ("lma", "unknown recipe 'lma': did you mean 'lima'"),
-        ("zzz", "unknown recipe 'zzz'\n`llama-acc recipes` lists them all"),
-        ("runs/lima.yaml", "recipe file runs/lima.yaml does not exist"),
-        ("lima.yaml", "recipe file lima.yaml does not exist"),
-    ):
-        assert said in refused(name=name)
 
 
 @pytest.mark.parametrize(

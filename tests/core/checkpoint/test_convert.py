@@ -153,42 +153,6 @@ def test_tokenizer_template_and_recipe_come_along(tokenizer_path: Path, tmp_path
     assert {"tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"} <= present
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"to": "consolidated", "diff": True}, "--diff needs --base DIR"),
-        (
-            {"to": "hf", "diff": True, "base": "base"},
-            "--diff does not go with --to hf\nleave it out, or use --to consolidated",
-        ),
-        ({"to": "hf", "model_parallel_size": 2}, "--model-parallel-size does not go with --to hf"),
-        ({"to": "meta", "model_parallel_size": 3}, "model-parallel size 3 is not one of 1, 2, 4, 8"),
-        ({"to": "meta", "model_parallel_size": 8}, r"n_kv_heads (2) is not divisible by the model-parallel size (8)"),
-        ({"to": "meta", "target": "source"}, "is what is to be converted"),
-        ({"to": "meta", "target": "full"}, "is not empty"),
-        ({"to": "meta", "target": "full/file"}, "is a file"),
-        ({"to": "meta", "source": "nothing"}, "there is no checkpoint folder"),
-        ({"to": "meta", "source": "full"}, "holds no LLaMA checkpoint"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_done_is_refused_before_anything_is_written(
-    options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    config = ModelConfig(64, 1, 4, 2, 304, 16, max_seq_len=64)
-    for name in ("source", "base"):
-        write_meta(tmp_path / name, state(config), config=config)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
-    before = sorted(tmp_path.rglob("*"))
-    values = {"source": "source", "target": "target", **options}
-    with pytest.raises(UserError) as error:
-        convert(Request(**{**values, "target": Path(values["target"])}))
-    assert message in str(error.value)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 def test_too_little_disk_is_found_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_meta(tmp_path / "source", state())
     monkeypatch.setattr("llama_acc.core.checkpoint.convert.free_bytes", lambda folder: 1 << 20)

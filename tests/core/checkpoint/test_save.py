@@ -108,13 +108,6 @@ def test_checkpoints_are_in_the_order_of_their_steps_not_of_their_names(tmp_path
     assert [path.name for _, path in checkpoints(tmp_path)] == ["epoch2", "epoch9-iter3", "epoch10"]
 
 
-@pytest.mark.parametrize("keep", [1, 2, 3])
-def test_the_oldest_go_once_the_new_one_is_there(keep: int, tmp_path: Path) -> None:
-    for epoch in range(5):
-        publish(tmp_path / f"epoch{epoch}", epoch + 1, keep)
-    assert {path.name for path in tmp_path.iterdir()} == {"latest", *(f"epoch{epoch}" for epoch in range(5 - keep, 5))}
-
-
 def test_a_write_that_fails_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(tmp_path / "epoch0", 1, keep=1)
 

@@ -233,22 +233,6 @@ def test_a_base_of_fewer_layers_is_another_base(tmp_path: Path) -> None:
         (ADAPTER, "consolidated", {"merge": True}, "zero-init attention cannot be merged"),
         (ADAPTER, "peft", {}, "PEFT has no place for zero-init attention (prefix, prefix_gate)"),
         (BIASES, "peft", {}, "method bias_norm has no LoRA pairs"),
-        (FULL, "peft", {}, "method full has no LoRA pairs"),
-        (FULL, "meta", {"merge": True}, "has nothing to merge"),
-        (LORA, "consolidated", {"merge": True, "diff": True, "base": "x"}, "--merge and --diff do not go together"),
-        (LORA, "peft", {"merge": True}, "--merge does not go with --to peft\nleave it out, or use --to meta or"),
-        (
-            LORA,
-            "consolidated",
-            {"merge": True, "quantize": "nf4"},
-            "--quantize and --merge do not go together\nconvert twice, with --merge first",
-        ),
-        (
-            FULL,
-            "meta",
-            {"quantize": "nf4"},
-            "--quantize does not go with --to meta\nleave it out, or use --to consolidated",
-        ),
     ],
 )
 def test_what_cannot_be_made_is_refused(
