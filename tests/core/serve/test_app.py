@@ -1,15 +1,27 @@
 """What OpenAI's own client gets from the server: each answer is the one that the model gives alone."""
 
 import asyncio
+import base64
+import io
 import json
+import socket
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import httpx2
+import numpy as np
 import openai
 import pytest
+import schemathesis
+import torch
+import uvicorn
+from hypothesis import HealthCheck, given, settings
+from PIL import Image
 from pydantic import BaseModel
 
 from llama_acc.core.data.chat_template import ChatTemplate
@@ -19,13 +31,19 @@ from llama_acc.core.errors import RunError
 from llama_acc.core.generate.chat import encode_prompt
 from llama_acc.core.generate.engine import Engine, Prompt
 from llama_acc.core.generate.grammar import JsonGrammar
-from llama_acc.core.generate.load import LoadedModel
+from llama_acc.core.generate.load import LoadedModel, load_model, load_models
 from llama_acc.core.generate.sampling import Sampling
+from llama_acc.core.generate.service import Service
+from llama_acc.core.model.tuning.bias_norm import BiasNorm
+from llama_acc.core.model.tuning.lora import LoRA
+from llama_acc.core.serve.app import make_app
 from llama_acc.core.serve.guard import Access
 from llama_acc.core.tokenizer import load_tokenizer
 from tests.core.generate.decoding import decode
-from tests.core.serve.running import Running, serving, until
-from tests.core.tiny import CPU, SMALL, random_model
+from tests.core.generate.images_work import GREEDY, pictures
+from tests.core.generate.test_multi_adapter import CONFIG, write_adapter
+from tests.core.seeing import seeing_model
+from tests.core.tiny import CPU, SMALL, random_model, save_model
 
 QUESTION = "what is the name of the capital?"
 ASK: dict[str, Any] = {
@@ -34,6 +52,48 @@ ASK: dict[str, Any] = {
     "temperature": 0,
     "max_tokens": 12,
 }
+
+
+PATIENCE = 60.0  # seconds; only a test that has failed waits so long
+
+
+@dataclass
+class Running:
+    """A server that answers."""
+
+    url: str
+    service: Service
+
+
+@contextmanager
+def serving(
+    models: dict[str, LoadedModel],
+    slots: int = 4,
+    queue: int = 64,
+    access: Access | None = None,
+) -> Iterator[Running]:
+    """Serves models on a free port of loopback."""
+    service = Service(Engine(next(iter(models.values())), slots), queue)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(
+        uvicorn.Config(make_app(models, service, access or Access()), log_level="error", lifespan="off")
+    )
+    thread = threading.Thread(target=server.run, args=([listener],))
+    with service.running():
+        thread.start()
+        try:
+            yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", service)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for something."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -386,3 +446,86 @@ def test_a_schema_that_cannot_be_followed_ends_its_own_answer_alone(
         client.chat.completions.create(**ASK, response_format={"type": "json_object"})
     assert client.chat.completions.create(**ASK).choices[0].finish_reason == "length"
     assert server.service.failure is None
+
+
+# Models that see, several adapters over one base, and any request that the API's own description allows
+
+
+def test_pictures_are_seen_and_no_address_is_fetched(tokenizer_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from llama_acc.core.generate.load import load_vision_encoder
+
+    model = seeing_model("tiny").requires_grad_(False)
+    template = get_template("dialogue")
+    loaded = LoadedModel(
+        model, load_tokenizer(tokenizer_path), template, "asked for", CPU, load_vision_encoder(model, None, CPU)
+    )
+    assert loaded.vision is not None
+    [pixels] = pictures(1, loaded.vision.image_size, 3)
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    expected = encode_prompt(loaded, [Turn("human", "what is it?")], 1)._replace(images=[pixels])
+
+    def body(url: str) -> dict[str, Any]:
+        parts = [{"type": "text", "text": "what is it?"}, {"type": "image_url", "image_url": {"url": url}}]
+        messages = [{"role": "user", "content": parts}]
+        return {"model": "seeing", "messages": messages, "temperature": 0, "max_tokens": GREEDY.max_new_tokens}
+
+    with serving({"seeing": loaded}) as running:
+        url = f"{running.url}/v1/chat/completions"
+        answer = httpx2.post(url, json=body(f"data:image/png;base64,{data}")).json()
+        assert answer["choices"][0]["message"]["content"] == decode(Engine(loaded), [expected], GREEDY)[0].text
+        assert answer["usage"]["prompt_tokens"] == len(expected.tokens)
+        for wrong in (
+            "data:image/png;base64,AAAA",
+            "data:image/png;base64,?",
+            "data:text/plain,a",
+            "file:///etc/hostname",
+        ):
+            response = httpx2.post(url, json=body(wrong))
+            assert (response.status_code, "error" in response.json()) == (400, True), wrong
+
+
+def test_adapters_are_chosen_by_name_over_one_base(tokenizer_path: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    save_model(random_model(CONFIG), base, torch.float32)
+    (base / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+    layers = {"base": [base]}
+    for name, tuning in {"lora": LoRA(4), "norms": BiasNorm()}.items():
+        layers[name] = [base, write_adapter(tmp_path / name, tuning, tokenizer_path)]
+    ask = {"prompt": "once upon", "temperature": 0, "max_tokens": 12}
+    with serving(dict(load_models(layers, device="cpu"))) as running, httpx2.Client(timeout=60) as client:
+
+        def text(name: str) -> str:
+            return str(
+                client.post(f"{running.url}/v1/completions", json={"model": name, **ask}).json()["choices"][0]["text"]
+            )
+
+        found = {name: text(name) for name in layers}
+    assert len(set(found.values())) == 3
+    for name, folders in layers.items():
+        with serving({name: load_model(*folders, device="cpu")}) as running:
+            alone = httpx2.post(f"{running.url}/v1/completions", json={"model": name, **ask}).json()
+        assert found[name] == alone["choices"][0]["text"]
+
+
+def test_no_request_of_the_description_makes_the_server_fail(tokenizer_path: Path) -> None:
+    """Whatever schemathesis makes of /openapi.json, also what that forbids, is answered or refused."""
+    model = random_model(replace(SMALL, max_seq_len=32), seed=5).requires_grad_(False)
+    loaded = LoadedModel(model, load_tokenizer(tokenizer_path), get_template("none"), "asked for", CPU)
+    seen = set[int]()
+
+    def ask(case: Any) -> None:
+        if isinstance(case.body, dict) and "model" in case.body:
+            case.body |= {"model": "small"}
+        seen.add(case.call(timeout=PATIENCE).status_code)
+
+    with serving({"small": loaded}, slots=64, queue=10_000) as running:
+        schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
+        few = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        for operation in schema.get_all_operations():
+            few(given(operation.ok().as_strategy())(ask))()
+    assert max(seen) < 500
+    assert {200, 400} <= seen
