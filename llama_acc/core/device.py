@@ -34,6 +34,23 @@ def simulating(kind: str) -> Iterator[None]:
         _simulated = before
 
 
+class Arriving:
+    """Numbers on their way to the host. Reading them waits for what made them, not for what was begun after it."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        # Of other devices there is no event to wait for: they would hand over what is not there yet.
+        self._numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)
+        self._there = torch.cuda.Event() if numbers.is_cuda else None
+        if self._there is not None:
+            self._there.record()
+
+    def read(self) -> list[Any]:
+        if self._there is not None:
+            self._there.synchronize()
+        found: list[Any] = self._numbers.tolist()
+        return found
+
+
 def pick_device(name: str | None = None) -> torch.device:
     """The device asked for; else CUDA, then MPS, then CPU. Of several processes, each takes the GPU of its number.
 

@@ -1,8 +1,8 @@
 """One token more of some sequences as a step whose shapes and addresses stay, which a GPU repeats as a CUDA graph.
 
 A block's ten kernels take the host longer to launch than a GPU to run; a graph is one launch. What changes from token
-to token is in one tensor, which is copied to the GPU before; tokens are chosen there. **It has not run on
-a GPU yet**; a CPU takes the same step uncaptured in tests.
+to token is in one tensor, which is copied to the GPU before; tokens are chosen there, and may be fed to the next step
+before the host knows them. **It has not run on a GPU yet**; a CPU takes the same step uncaptured in tests.
 """
 
 import logging
@@ -48,10 +48,14 @@ class DecodeGraph:
         return is_alone and use_kernels(model.norm.weight) and not is_dynamic and hooks == (None, None, None)
 
     def __call__(
-        self, tokens: Sequence[int], caches: Sequence[KVCache], numbers: Sequence[Sequence[float]] = ()
+        self,
+        tokens: Sequence[int],
+        caches: Sequence[KVCache],
+        numbers: Sequence[Sequence[float]] = (),
+        chosen_before: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits [B, V] of what follows a token of each sequence, and the tokens that are chosen [B]: by `draw` with
-        `numbers`, or the likeliest. Valid until the next call."""
+        `numbers`, or the likeliest. Valid until the next call. With `chosen_before`, `tokens` are places in it."""
         count, device = len(tokens), self.model.norm.weight.device
         rows = 1 << (count - 1).bit_length()
         # What is too much does the last row's work again: it writes the same to the same place.
@@ -64,6 +68,8 @@ class DecodeGraph:
         if padded.shape not in self._inputs:
             self._inputs[padded.shape] = torch.empty(padded.shape, dtype=padded.dtype, device=device)
         inputs = self._inputs[padded.shape].copy_(padded, non_blocking=True)
+        if chosen_before is not None:
+            inputs[0] = chosen_before[inputs[0]]
         logits, chosen = self._run(inputs, caches[0], self.model.make_room(caches))
         for cache in caches:
             cache.length += 1

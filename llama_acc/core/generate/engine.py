@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llama_acc.core.data.templates import Template
-from llama_acc.core.device import free_memory
+from llama_acc.core.device import Arriving, free_memory
 from llama_acc.core.distributed.groups import local_world_size
 from llama_acc.core.errors import RunError, UserError
 from llama_acc.core.generate.decode_graph import DecodeGraph
@@ -138,6 +138,11 @@ class Reply:
         """Nothing more is to be generated."""
         return self.finish_reason is not None
 
+    @property
+    def left(self) -> int:
+        """So many tokens may still come."""
+        return self._most - len(self.tokens)
+
     def push(self, token: int) -> str:
         """Takes the next token. Returns what comes to `text`."""
         if token in self._end_ids:
@@ -219,6 +224,24 @@ class _Slot:
         self.feed, self.new_images = self.feed[count:], ()
 
 
+class _Begun(NamedTuple):
+    """A pass whose tokens may be on their way."""
+
+    planned: Sequence[tuple[_Slot, int]]
+    replies: Sequence[Reply | None]
+    """Those of the slots."""
+    are_drawn: bool
+    """The device has chosen all its tokens by `DecodeGraph`'s numbers, not only the likeliest."""
+    logits: Tensor
+    chosen: Tensor
+    arriving: Arriving
+
+    def alive(self) -> list[tuple[int, _Slot]]:
+        """The slots that get a token, with their places, but for replies that have ended since."""
+        places = enumerate(zip(self.planned[: len(self.chosen)], self.replies, strict=False))
+        return [(place, slot) for place, ((slot, _), reply) in places if slot.reply is reply]
+
+
 class Engine:
     """Generates replies: `add` them, `step` until they have ended. It has no threads; all calls come from one.
 
@@ -245,6 +268,7 @@ class Engine:
         self._slots: list[_Slot] = []
         self._caches = [KVCache(loaded.model.config.n_layers, self.context)]
         self._taken = 0
+        self._ahead: _Begun | None = None
         is_resident = loaded.stream is None
         self._decode = DecodeGraph(loaded.model) if is_resident and DecodeGraph.takes(loaded.model) else None
         # What inference mode leaves behind, such as the table of rotations, could not be trained with.
@@ -284,34 +308,68 @@ class Engine:
         reply.finish_reason = reply.finish_reason or "cancelled"
 
     def step(self) -> list[tuple[Reply, str]]:
-        """Makes one pass. Returns the replies that got a token, each with what came to its text; see `Reply`."""
-        self._give_slots()
-        planned = self._plan()
-        if not planned:
+        """Makes one pass. Returns the replies that got a token, each with what came to its text; see `Reply`.
+
+        Where a GPU chooses the tokens, it has the next pass to do before the host reads them. What that computes for a
+        reply that turns out to have ended is left out.
+        """
+        begun = self._ahead if self._ahead is not None and self._ahead.alive() else self._begin()
+        if begun is None:
             return []
-        numbers = self._numbers(planned)
-        logits, chosen = self._logits(planned, numbers)
-        events = []
-        for (slot, count), row, first in zip(planned, logits, chosen.tolist(), strict=False):
-            slot.fed(count)
+        self._ahead = self._follow(begun)
+        tokens, events = begun.arriving.read(), []
+        for place, slot in begun.alive():
             reply, sampler = slot.reply, slot.sampler
             assert reply is not None
             assert sampler is not None
+            slot.fed(begun.planned[place][1])
             try:
-                token = first if numbers or sampler.is_argmax else sampler(row, reply.prompt.tokens)
+                is_chosen = begun.are_drawn or sampler.is_argmax
+                token = tokens[place] if is_chosen else sampler(begun.logits[place], reply.prompt.tokens)
             except RunError:  # its own grammar's: the others go on
                 reply.finish_reason, slot.reply = "failed", None
                 events.append((reply, ""))
                 continue
             if sampler.sampling.logprobs is not None:
-                reply.logprobs.append(logprobs_of(row, token, sampler.sampling.logprobs))
+                reply.logprobs.append(logprobs_of(begun.logits[place], token, sampler.sampling.logprobs))
             slot.feed = [token]
             events.append((reply, reply.push(token)))
             if reply.ended:
                 slot.reply = None
-        for slot, count in planned[len(events) :]:
+        for slot, count in begun.planned[len(tokens) :]:
             slot.fed(count)
         return events
+
+    def _begin(self) -> _Begun | None:
+        """Begins the next pass, if there is something to be computed."""
+        self._give_slots()
+        planned = self._plan()
+        if not planned:
+            return None
+        slots = [slot for slot, _ in planned]
+        are_single = self._decode is not None and all(slot.seen and len(slot.feed) == 1 for slot in slots)
+        numbers = self._numbers(slots) if are_single else ()
+        logits, chosen = self._logits(planned, numbers)
+        return _Begun(planned, [slot.reply for slot in slots], bool(numbers), logits, chosen, Arriving(chosen))
+
+    def _follow(self, begun: _Begun) -> _Begun | None:
+        """Begins the pass after one whose tokens only a GPU knows; None: they, or what else is to be done, have to be
+        known before."""
+        alive = begun.alive()
+        samplers = [slot.sampler for _, slot in alive if slot.sampler is not None]
+        are_known = all(sampler.is_free and (begun.are_drawn or sampler.is_argmax) for sampler in samplers)
+        is_due = self.waiting and len(alive) < self.slots
+        if self._decode is None or not are_known or is_due or len(alive) < len(self.running):
+            return None
+        going_on = [(place, slot) for place, slot in alive if slot.reply is not None and slot.reply.left > 1]
+        if not going_on:
+            return None
+        places, slots = zip(*going_on, strict=True)
+        numbers = self._numbers(slots)
+        with self._without_gradients():
+            logits, chosen = self._decode(places, [slot.cache for slot in slots], numbers, begun.chosen)
+        planned, replies = [(slot, 1) for slot in slots], [slot.reply for slot in slots]
+        return _Begun(planned, replies, bool(numbers), logits, chosen, Arriving(chosen))
 
     def generate(self, prompts: Iterable[Prompt], sampler: Sampler, batch_size: int = 1) -> Iterator[tuple[Reply, str]]:
         """Replies token by token: a pair of the reply and what came to its text; its last pair has it `ended`.
@@ -395,13 +453,11 @@ class Engine:
         last.sort(key=lambda planned: (planned[1] > 1, planned[0].adapter, planned[0].cache.slot))
         return last + beginnings
 
-    def _numbers(self, planned: Sequence[tuple[_Slot, int]]) -> Sequence[Sequence[float]]:
-        """By what all tokens of the pass are drawn on a GPU; empty: they are not, or all are the likeliest."""
-        single = [slot for slot, _ in planned if slot.seen and len(slot.feed) == 1]
-        samplers = [slot.sampler for slot in single if slot.sampler is not None and slot.sampler.is_free]
-        if self._decode is None or len(samplers) < len(planned) or all(sampler.is_argmax for sampler in samplers):
-            return ()
-        return [sampler.numbers() for sampler in samplers]
+    def _numbers(self, slots: Sequence[_Slot]) -> Sequence[Sequence[float]]:
+        """By what a GPU draws the tokens of a pass; empty: it cannot, or all are the likeliest."""
+        samplers = [slot.sampler for slot in slots if slot.sampler is not None]
+        are_free = all(sampler.is_free for sampler in samplers)
+        return [one.numbers() for one in samplers] if are_free and not all(one.is_argmax for one in samplers) else ()
 
     def _logits(
         self, planned: Sequence[tuple[_Slot, int]], numbers: Sequence[Sequence[float]]

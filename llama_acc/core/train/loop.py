@@ -9,33 +9,14 @@ import numpy as np
 import torch
 
 from llama_acc.core.checkpoint.save import Saver, Snapshot, write_checkpoint
-from llama_acc.core.device import free_memory, peak_memory_gib
+from llama_acc.core.device import Arriving, free_memory, peak_memory_gib
 from llama_acc.core.distributed.groups import local_world_size
 from llama_acc.core.errors import RunError, listed
 from llama_acc.core.interrupt import Interrupted, StopRequest
 from llama_acc.core.train.callback import Callback
 from llama_acc.core.train.log import MetricsLog
 from llama_acc.core.train.run_folder import RunFolder
-from llama_acc.core.train.step import StepResult
 from llama_acc.core.train.trainer import Trainer
-
-
-class _Arriving:
-    """A step's numbers on their way to the host. Reading them waits for that step, not for what was begun after it."""
-
-    def __init__(self, result: StepResult) -> None:
-        numbers = torch.cat((result.loss.view(1), result.grad_norm.view(1), result.extra_sums))
-        # Of other devices there is no event to wait for: they would hand over what is not there yet.
-        self._numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)
-        self._there = torch.cuda.Event() if numbers.is_cuda else None
-        if self._there is not None:
-            self._there.record()
-
-    def read(self) -> list[float]:
-        if self._there is not None:
-            self._there.synchronize()
-        found: list[float] = self._numbers.tolist()
-        return found
 
 
 class Loop:
@@ -46,7 +27,7 @@ class Loop:
     ) -> None:
         self.trainer, self.folder, self.log, self.callback, self.stop = trainer, folder, log, callback, stop
         self._saver = Saver()
-        self._pending: tuple[_Arriving, dict[str, Any]] | None = None
+        self._pending: tuple[Arriving, dict[str, Any]] | None = None
         self._stop_of_any_rank: signal.Signals | None = None
         self._since = 0.0  # when the step before the pending one was done
 
@@ -72,7 +53,8 @@ class Loop:
         self._since = time.perf_counter()
         while trainer.step < plan.total_steps and not trainer.stops_early:
             result, known = trainer.advance(self._saver.wait_for_copy, self._rank_stats())
-            current = _Arriving(result), known
+            numbers = torch.cat((result.loss.view(1), result.grad_norm.view(1), result.extra_sums))
+            current = Arriving(numbers), known
             # A device works on this step while the host looks at the one before; a CPU has finished it by now.
             self._log_pending_step()
             self._pending = current

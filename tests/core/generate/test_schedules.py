@@ -2,19 +2,26 @@
 
 import random
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor
 
 from llama_acc.core.data.templates import get_template
 from llama_acc.core.errors import UserError
+from llama_acc.core.generate.decode_graph import DecodeGraph
 from llama_acc.core.generate.engine import Engine, Prompt, Reply
 from llama_acc.core.generate.load import LoadedModel
 from llama_acc.core.generate.sampling import Sampler, Sampling
+from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.transformer import Transformer
 from llama_acc.core.model.tuning.adapter import Adapter
 from llama_acc.core.model.tuning.lora import LoRABiasNorm
 from llama_acc.core.tokenizer import load_tokenizer
@@ -56,6 +63,31 @@ def run(engine: Engine, reply: Reply) -> list[int]:
     return reply.tokens
 
 
+def decode_on_cpu(model: Transformer, tokens: Tensor, positions: Tensor, slots: Tensor, cache: KVCache) -> Tensor:
+    """`Transformer.decode` by a CPU's ways."""
+    count = len(slots.unique())  # behind them, the last one is repeated
+    caches = [cache.beside(slot) for slot in slots[:count].tolist()]
+    for past, length in zip(caches, positions.tolist(), strict=False):
+        past.length = length
+    logits = model.logits(model(tokens[:count], positions[:count], [1] * count, caches=caches))
+    return logits[torch.arange(len(slots)).clamp(max=count - 1)]
+
+
+@contextmanager
+def ahead_as_on_gpu() -> Iterator[list[Tensor]]:
+    """Lets passes begin before the tokens of those before are read; gives the tokens that such passes were fed."""
+    fed: list[Tensor] = []
+    call = DecodeGraph.__call__
+
+    def recorded(self: DecodeGraph, tokens: Sequence[int], caches: Any, numbers: Any, before: Any = None) -> Any:
+        fed.extend([] if before is None else before[list(tokens)])
+        return call(self, tokens, caches, numbers, before)
+
+    takes = patch.object(DecodeGraph, "takes", lambda _: True)
+    with takes, patch.object(DecodeGraph, "__call__", recorded), patch.object(Transformer, "decode", decode_on_cpu):
+        yield fed
+
+
 def requests_of(loaded: LoadedModel) -> list[Request]:
     """Greedy ones, compared with passes without a cache, and drawn ones; many begin alike."""
     draw = random.Random(0)
@@ -76,16 +108,25 @@ def requests_of(loaded: LoadedModel) -> list[Request]:
             made.append(Request(prompt, greedy, alone(prompt)))
     for seed, known in enumerate(made[:4]):
         sampling = Sampling(1.5, 0.9, seed, MOST, top_k=50, repetition_penalty=1.1, frequency_penalty=0.2)
-        drawn = run(engine := Engine(loaded), engine.add(Prompt(known.prompt), Sampler(sampling)))
-        made.append(Request(known.prompt, sampling, drawn))
+        for one in (sampling, replace(sampling, repetition_penalty=1.0, frequency_penalty=0.0)):
+            drawn = run(engine := Engine(loaded), engine.add(Prompt(known.prompt), Sampler(one)))
+            made.append(Request(known.prompt, one, drawn))
     return made
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_each_reply_of_a_random_schedule_is_the_one_it_would_be_alone(name: str, tokenizer_path: Path) -> None:
+@pytest.mark.parametrize(("name", "is_ahead"), [*((name, False) for name in FAMILIES), ("llama", True)])
+def test_each_reply_of_a_random_schedule_is_the_one_it_would_be_alone(
+    name: str, is_ahead: bool, tokenizer_path: Path
+) -> None:
     """Eight schedules for each of eight families: joining and cancelled at random steps, of random lengths."""
     loaded = load(FAMILIES[name], tokenizer_path)
     requests = requests_of(loaded)
+    with ahead_as_on_gpu() if is_ahead else nullcontext([]) as fed:
+        run_schedules(name, loaded, requests)
+    assert len(fed) > 200 or not is_ahead
+
+
+def run_schedules(name: str, loaded: LoadedModel, requests: Sequence[Request]) -> None:
     cancelled = waited = 0
     for seed in range(8):
         draw = random.Random(f"{name} {seed}")
@@ -115,6 +156,29 @@ def test_each_reply_of_a_random_schedule_is_the_one_it_would_be_alone(name: str,
             cancelled += reply.finish_reason == "cancelled"
     assert cancelled > 3
     assert waited > 20
+
+
+def test_what_was_begun_for_a_reply_that_has_ended_is_left_out(tokenizer_path: Path) -> None:
+    loaded = load(SMALL, tokenizer_path)
+    greedy = Sampling(temperature=0, max_new_tokens=MOST)
+    known = run(engine := Engine(loaded), engine.add(Prompt([1, 40]), Sampler(greedy)))
+    longer = [1, 40, *known[:5], 50, 51]
+    expected = run(engine := Engine(loaded), engine.add(Prompt(longer), Sampler(greedy)))
+    with ahead_as_on_gpu() as fed:
+        engine = Engine(loaded)
+        assert run(engine, engine.add(Prompt([1, 40]), Sampler(greedy))) == known
+        assert len(fed) == MOST - 1, "none is begun behind the last token"
+        by_id = engine.add(Prompt([1, 40]), Sampler(replace(greedy, stop_ids=[known[5]])))
+        assert run(engine, by_id) == known[: known.index(known[5])]
+        assert by_id.finish_reason == "stop"
+        assert fed[-1] == known[5], "it was noticed a pass later"
+        cancelled = engine.add(Prompt([1, 40]), Sampler(greedy))
+        for _ in range(3):
+            engine.step()
+        engine.cancel(cancelled)
+        reply = engine.add(Prompt(longer), Sampler(greedy))
+        assert [one for one, _ in engine.step()] == [reply], "its slot is free at once"
+        assert run(engine, reply) == expected
 
 
 def test_a_long_prompt_comes_in_pieces_and_the_others_get_a_token_in_each_pass(tokenizer_path: Path) -> None:

@@ -7,6 +7,7 @@ benchmarks.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from llama_acc.core.data.templates import get_template
 from llama_acc.core.distributed.groups import Parallel
-from llama_acc.core.generate.decode_graph import DecodeGraph
-from llama_acc.core.generate.load import model_for_generation
+from llama_acc.core.generate.engine import Engine, Prompt
+from llama_acc.core.generate.load import LoadedModel, model_for_generation
+from llama_acc.core.generate.sampling import Sampler, Sampling
 from llama_acc.core.memory.simulate import add_fake_images, empty_batch, feed, standing_for
 from llama_acc.core.model import layers
 from llama_acc.core.model.attention import KVCache, has_flash
@@ -29,6 +32,7 @@ from llama_acc.core.model.tuning import Full, Tuning
 from llama_acc.core.model.tuning.adapter import Adapter
 from llama_acc.core.model.tuning.bias_norm import BiasNorm
 from llama_acc.core.model.tuning.lora import LoRA, LoRABiasNorm
+from llama_acc.core.tokenizer import load_tokenizer
 from llama_acc.core.train.plan import StepSettings
 from llama_acc.core.train.step import train_step
 from llama_acc.core.train.trainer import assemble
@@ -67,7 +71,7 @@ class Work(TorchDispatchMode):
         name = func._overloadpacket.__name__
         if func.namespace == "prim":
             return func(*args, **kwargs)
-        if name in ("nonzero", "_local_scalar_dense"):
+        if name in ("nonzero", "_local_scalar_dense") and args[0].is_meta:
             self.waits[name] += 1
             return 1.0 if name == "_local_scalar_dense" else args[0].new_empty((len(args[0]), 1), dtype=torch.int64)
         read = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
@@ -220,14 +224,32 @@ def test_a_whole_step_takes_so_many_kernels_and_bytes(name: str) -> None:
     assert (one.bytes + more * (two.bytes - one.bytes)) / 4096 <= most_moved
 
 
-@pytest.mark.parametrize("numbers", [(), [(0.7, 50.0, 0.9, 0.0, 0.5)] * 3])
-def test_tokens_are_chosen_without_the_host(numbers: Sequence[Sequence[float]]) -> None:
-    with standing_for("cuda"), torch.no_grad():
-        model, first = model_for_generation(SMALL, torch.bfloat16, Parallel(), None), KVCache(SMALL.n_layers)
-        caches = [first.beside(slot) for slot in range(3)]
-        feed(model, caches, range(20), META)
-        decode = DecodeGraph(model)
-        with Work() as work, patch.object(layers, "fused_rms_norm", work.norm):
-            chosen = decode([1, 2, 3], caches, numbers)[1]
-    assert chosen.shape == (3,)
-    assert (work.waits, work.of_two_devices, work.copies_from_host) == ({}, {}, 1)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_the_next_tokens_are_begun_before_the_last_ones_are_read(temperature: float, tokenizer_path: Path) -> None:
+    """Between two steps, the host waits for nothing but the tokens of the step before, which come through an event."""
+    order: list[str] = []
+
+    class Arriving:
+        def __init__(self, tokens: Tensor) -> None:
+            self.count = len(tokens)
+            order.append("begun")
+
+        def read(self) -> list[int]:
+            order.append("read")
+            return [5] * self.count
+
+    with standing_for("cuda"), patch("llama_acc.core.generate.engine.Arriving", Arriving):
+        model = model_for_generation(SMALL, torch.bfloat16, Parallel(), None).requires_grad_(False)
+        loaded = LoadedModel(model, load_tokenizer(tokenizer_path), get_template("none"), "no values", META)
+        engine, sampling = Engine(loaded, 2), Sampling(temperature, max_new_tokens=6)
+        with patch.object(Sampler, "__call__", lambda *_: 5):  # the first ones are drawn on the host
+            replies = [engine.add(Prompt([1, 40 + number]), Sampler(sampling)) for number in range(2)]
+            engine.step()
+        order.clear()
+        with Work() as work:
+            while not all(reply.ended for reply in replies):
+                engine.step()
+    ahead = ["begun"] if temperature else []  # else by the step of the prompts
+    assert order == [*ahead, *["begun", "read"] * 4, "read"]
+    assert (work.waits, work.of_two_devices, work.copies_from_host) == ({}, {}, order.count("begun"))
+    assert [reply.tokens for reply in replies] == [[5] * 6] * 2
