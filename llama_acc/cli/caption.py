@@ -81,8 +81,8 @@ def caption(
             "--prompt begins a caption (stage one), --instruction asks a question (stage two)",
         )
     html = None if html is None else html.expanduser()
-    if html is not None and not html.parent.is_dir():
-        raise UserError(f"cannot write {html}: there is no folder {html.parent}", f"mkdir -p {html.parent}")
+    if html is not None:
+        options.check_writable(html)
     launch_model(nproc, device, ckpt)
     # Standard input is that of the first process.
     named = _named(images) if environment.is_main() else []

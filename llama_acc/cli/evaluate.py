@@ -98,7 +98,7 @@ def gorilla(
             left_out = count_text(len(evaluation) - len(asked), "line")
             console.note(f"left out of {questions}: {left_out} without a question, of {len(evaluation):,}")
         responses = Path(f"responses_{hub}.jsonl") if output is None else output
-        _check_writable(responses)
+        options.check_writable(responses)
         model = ModelOptions(ckpt, device, tokenizer, template, verify, quantize, stream=stream)
         with load_distributed(model) as loaded, console.Progress("question") as progress:
             answer_questions(
@@ -119,11 +119,6 @@ def gorilla(
     else:
         figures = [*(f"{share:.2f}" for share in shares.values()), f"{found.responses:,}"]
         console.table([["hub", *shares, "responses"], [hub, *figures]])
-
-
-def _check_writable(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: there is no folder {path.parent}", f"mkdir -p {path.parent}")
 
 
 def _check_who_answers(context: typer.Context, ckpt: list[str] | None, responses: Path | None) -> None:
@@ -232,7 +227,7 @@ def lm_eval(
     if log_samples and output is None:
         raise UserError("--log-samples writes into the --output", "give --output FILE")
     if output is not None:
-        _check_writable(output)
+        options.check_writable(output)
     if include_path is not None and not include_path.is_dir():
         raise UserError(f"there is no folder {include_path}", "--include-path takes one with YAML files of tasks")
     launch_model(nproc, device, ckpt)

@@ -55,6 +55,12 @@ def known_template(name: str) -> str:
     return name
 
 
+def check_writable(path: Path) -> None:
+    """Refuses, with a UserError, a file in a folder that is not there."""
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}", f"mkdir -p {path.parent}")
+
+
 Checkpoints = Annotated[
     list[str], Option("--ckpt", metavar="DIR", help="Checkpoint or run folder; may repeat: a later one overrides.")
 ]

@@ -43,12 +43,8 @@ def write_whole(path: Path, content: bytes) -> None:
 @contextlib.contextmanager
 def whole_file(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
     """A file to write that takes the name `path` on a normal exit; until then, and after an exception, `path` is what
-    it was. Several processes may do so at once: one of them has the last word.
-
-    Args:
-        path: its name.
-        durable: wait until it is on the disk, so that it is also whole after a loss of power.
-    """
+    it was. Several processes may do so at once: one of them has the last word. `durable`: it is on the disk first, so
+    that it is also whole after a loss of power."""
     begin = f"{_ASIDE}{path.name}-"
     for left in path.parent.glob(f"{glob.escape(begin)}*"):
         with contextlib.suppress(OSError):

@@ -131,19 +131,12 @@ def find_entry(name: str) -> Entry:
 
 @dataclass(frozen=True)
 class HubAddress:
-    """Something on Hugging Face: a repository, a folder or a file of it, or a glob of files.
+    """Something on Hugging Face: a repository, a folder or a file of it, or a glob of files."""
 
-    Attributes:
-        repo: "owner/name".
-        kind: model or data set; None = found out.
-        revision: branch, tag or commit; None = the main branch.
-        path: file, folder or glob; "" = all of it.
-    """
-
-    repo: str
-    kind: Kind | None = None
-    revision: str | None = None
-    path: str = ""
+    repo: str  # "owner/name"
+    kind: Kind | None = None  # None = found out
+    revision: str | None = None  # branch, tag or commit; None = the main branch
+    path: str = ""  # file, folder or glob; "" = all of it
 
     @property
     def folder(self) -> str:
@@ -262,19 +255,12 @@ def _checked(address: HubAddress) -> HubAddress:
 
 @dataclass(frozen=True)
 class DownloadRequest:
-    """One thing to download.
+    """One thing to download."""
 
-    Attributes:
-        name: as it was typed, without what may be secret.
-        entry: of the catalogue; None for an address.
-        files: what to fetch.
-        to: the folder the user wants it in.
-    """
-
-    name: str
-    entry: Entry | None
+    name: str  # as it was typed, without what may be secret
+    entry: Entry | None  # None: it is an address
     files: tuple[File, ...]
-    to: Path | None
+    to: Path | None  # the folder the user wants it in
 
 
 def resolve(names: Sequence[str], to: Path | None) -> list[DownloadRequest]:

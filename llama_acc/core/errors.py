@@ -73,12 +73,8 @@ def listed(problems: Sequence[str], most: int = 20) -> str:
 
 
 def schema_problems(error: "ValidationError", suggest: Callable[[str], str] = lambda key: "") -> list[str]:
-    """What pydantic finds wrong with a file's values, one problem a line, with the dotted key it is at.
-
-    Args:
-        error: what pydantic found.
-        suggest: what an unknown key may have been meant to be, as a question; empty where nobody knows.
-    """
+    """What pydantic finds wrong with a file's values, one problem a line, with the dotted key it is at. `suggest` asks
+    what an unknown key may have been meant to be; empty where nobody knows."""
     problems: list[str] = []
     values: dict[tuple[str, str], list[str]] = {}  # by key and value: what it should be; a union names more than one
     for item in error.errors():

@@ -46,13 +46,9 @@ def home() -> Path:
     return (data if data.is_absolute() else Path.home() / ".local" / "share") / "llama-acc"
 
 
-def open_input(path: Path, *, pipes: bool = True, buffered: bool = False) -> io.FileIO | io.BufferedReader:
-    """Opens a regular file, or a pipe, for reading. A pipe may keep silent for a limited time only.
-
-    Args:
-        path: the file.
-        pipes: whether a pipe will do; not where a file is read twice or out of order.
-        buffered: read in blocks.
+def open_input(path: Path, *, pipes: bool = True) -> io.FileIO | io.BufferedReader:
+    """Opens a regular file, or a pipe, for reading. A pipe may keep silent for a limited time only; where a file is
+    read twice or out of order, pipes will not do.
 
     Raises:
         OSError: it is missing, cannot be read, or is a folder, socket or device; TimeoutError from a silent pipe.
@@ -68,8 +64,7 @@ def open_input(path: Path, *, pipes: bool = True, buffered: bool = False) -> io.
     if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
         return io.BufferedReader(_Pipe(descriptor, path))
     os.set_blocking(descriptor, True)
-    file = io.FileIO(descriptor)
-    return io.BufferedReader(file) if buffered else file
+    return io.FileIO(descriptor)
 
 
 class _Pipe(io.RawIOBase):
@@ -133,9 +128,10 @@ def read_json(path: Path) -> Any:
         raise UserError(f"cannot read {path}: it is not JSON: {place}: {error.msg}") from error
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The mapping in a small JSON file; UserErrors as `read_json`, or if it holds something else."""
-    value = read_json(path)
+def read_object(path: Path, optional: bool = False) -> dict[str, Any]:
+    """The mapping in a small JSON file, `optional`: empty where there is no file; UserErrors as `read_json`, or if it
+    holds something else."""
+    value = {} if optional and not path.exists() else read_json(path)
     if not isinstance(value, dict):
         raise UserError(f'cannot read {path}: it must hold a JSON object such as {{"key": value, ...}}')
     return value

@@ -39,11 +39,8 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signal(note: Callable[[str], None]) -> Iterator[StopRequest]:
-    """Collects SIGINT and SIGTERM while the block runs; a second signal ends the process at once.
-
-    Args:
-        note: shows a line to the user when the first one comes in.
-    """
+    """Collects SIGINT and SIGTERM while the block runs; a second signal ends the process at once. `note` shows a line
+    to the user when the first one comes in."""
     request = StopRequest()
 
     def handle(number: int, frame: FrameType | None) -> None:

@@ -33,17 +33,10 @@ def write_card(
     bases: Sequence[str],
     results: Sequence[Path],
 ) -> str:
-    """README.md of a repository.
+    """README.md of a repository, OWNER/NAME, for what is pushed in the form `kind`: a checkpoint in `folder`.
 
-    Args:
-        repo: OWNER/NAME.
-        kind: the form of what is pushed.
-        folder: the checkpoint.
-        run: its run's folder, if it has one, of which is told what is there.
-        recipe: the run's, if it is known.
-        origin: the base's name on Hugging Face, if it is known.
-        bases: what the run started from, as it was given.
-        results: JSON files of evaluations.
+    Of its run's folder is told what is there. `origin` is the base's name on Hugging Face, `bases` what the run started
+    from, as it was given; `results` are JSON files of evaluations.
 
     Raises:
         UserError: a file cannot be read.

@@ -65,16 +65,9 @@ def checkpoint_to_push(folder: str) -> Path:
 def make_package(
     source: Path, repo: str, aside: Path, base: str | None, merge: bool, results: Sequence[Path], progress: Progress
 ) -> Package:
-    """What of a checkpoint is pushed, with its card.
-
-    Args:
-        source: its folder; one that PEFT or transformers loads goes as it is.
-        repo: OWNER/NAME.
-        aside: where it may be converted to.
-        base: a checkpoint, or hf:OWNER/NAME, that what was trained goes on; None = what the run says.
-        merge: push a whole model with LoRA pairs merged into it.
-        results: JSON files for the card.
-        progress: of a conversion.
+    """What of a checkpoint is pushed, with its card. One that PEFT or transformers loads goes as it is, another is
+    converted into `aside`, LoRA pairs merged if asked for. `base` is a checkpoint or hf:OWNER/NAME that what was
+    trained goes on, None: what the run says; `results` are JSON files for the card.
 
     Raises:
         UserError: it cannot be written in that form.

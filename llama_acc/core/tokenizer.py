@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_acc.core.errors import UserError
-from llama_acc.core.input_files import read_bytes
+from llama_acc.core.input_files import read_bytes, read_object
 from llama_acc.core.tokenizer_folder import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -32,7 +32,6 @@ from llama_acc.core.tokenizer_folder import (
     add_tokens,
     parse_json_tokenizer,
     read_folder,
-    read_json,
     sentencepiece_to_json,
 )
 
@@ -487,7 +486,7 @@ def _tokenizer_in(folder: Path) -> Path | None:
 def _vocabulary(path: Path) -> dict[str, int]:
     """The tokens of a tokenizer.json that the model beside has room for."""
     try:
-        values, rows = read_json(path), read_folder(path.parent).rows
+        values, rows = read_object(path, optional=True), read_folder(path.parent).rows
         vocabulary = values["model"]["vocab"]
         if isinstance(vocabulary, list):  # a Unigram model's pieces with their scores
             vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
@@ -504,7 +503,7 @@ def _with_prefix_rule(path: Path, settings: Settings, processor: Any) -> Setting
     beside = path.parent / HUGGING_FACE_FILE
     if not beside.is_file() or not _vocabulary(beside).keys() <= set(map(processor.IdToPiece, range(len(processor)))):
         return settings
-    values = read_json(beside)
+    values = read_object(beside)
     steps = json.dumps([values.get("normalizer"), values.get("pre_tokenizer")])
     first_only = settings.first_only if '"Prepend"' not in steps else False
     first_only = True if '"prepend_scheme": "first"' in steps else first_only

@@ -62,8 +62,8 @@ def read_folder(folder: Path) -> Settings:
     Raises:
         UserError: a file cannot be read, or two of them call one token by different names.
     """
-    config, special, added = (read_json(folder / name) for name in (CONFIG_FILE, _SPECIAL_FILE, _ADDED_FILE))
-    model, generation = read_json(folder / "config.json"), read_json(folder / GENERATION_FILE)
+    config, special, added = (read_object(folder / name, True) for name in (CONFIG_FILE, _SPECIAL_FILE, _ADDED_FILE))
+    model, generation = (read_object(folder / name, True) for name in ("config.json", GENERATION_FILE))
     settings = special | {key: value for key, value in config.items() if value is not None}
     texts = {role: token_text(settings.get(role)) for role in TOKEN_NAMES}
     roles = {role: text for role, text in texts.items() if text is not None}
@@ -122,15 +122,6 @@ def token_text(setting: Any) -> str | None:
     """A special token in these files is a string, or an object with its `content`."""
     content = setting.get("content") if isinstance(setting, dict) else setting
     return content if isinstance(content, str) else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file's object; empty where there is no file.
-
-    Raises:
-        UserError: it cannot be read, or holds no object.
-    """
-    return read_object(path) if path.exists() else {}
 
 
 # As the library `tokenizers` has it

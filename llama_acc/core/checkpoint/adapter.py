@@ -5,21 +5,18 @@ LLaMA2-Accessory have none: they are known by what is in them.
 """
 
 import hashlib
-import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
-from pydantic import ConfigDict
 from torch import Tensor
 
 from llama_acc.core.checkpoint.layout import Layout, read_config
 from llama_acc.core.checkpoint.lazy import LazyTensor
 from llama_acc.core.checkpoint.load import Weights, open_checkpoint, read_weights
-from llama_acc.core.checkpoint.quantized import read_dataclass, read_quantization
+from llama_acc.core.checkpoint.quantized import JsonFile, read_dataclass, read_quantization
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import describe, is_matrix, shapes_of
@@ -38,7 +35,7 @@ class TrainedQuantized:
 
 
 @dataclass(frozen=True)
-class Base:
+class Base(JsonFile):
     """What an adapter checkpoint says of its base.
 
     Attributes:
@@ -50,16 +47,11 @@ class Base:
     fingerprint: str
     pretrained: tuple[str, ...]
     quantized: TrainedQuantized | None = None
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     @property
     def names(self) -> str:
         """The base, as the user knows it."""
         return " and ".join(self.pretrained) or "a model of random weights"
-
-    def to_json(self) -> bytes:
-        """The file."""
-        return (json.dumps(asdict(self), indent=1) + "\n").encode()
 
 
 def read_base(folder: Path) -> Base | None:

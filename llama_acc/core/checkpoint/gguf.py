@@ -23,7 +23,7 @@ from llama_acc.core.checkpoint.lazy import LazyTensor, reorder_heads, rounded
 from llama_acc.core.checkpoint.save import Specs, stored_sizes, tensor_offsets
 from llama_acc.core.data.chat_template import ChatTemplate, own_template
 from llama_acc.core.errors import UserError, listed
-from llama_acc.core.input_files import read_text
+from llama_acc.core.input_files import read_object, read_text
 from llama_acc.core.model.config import ModelConfig, RopeScaling
 from llama_acc.core.model.rotary import frequencies
 from llama_acc.core.model.tuning import FULL
@@ -33,7 +33,6 @@ from llama_acc.core.tokenizer_folder import (
     CONFIG_FILE,
     GENERATION_FILE,
     HUGGING_FACE_FILE,
-    read_json,
 )
 
 if TYPE_CHECKING:
@@ -209,7 +208,7 @@ def _add_tokenizer(writer: "GGUFWriter", rows: int, tokenizer: Tokenizer, export
     Raises:
         UserError: it has no such tokenizer.
     """
-    values, config = read_json(exported / HUGGING_FACE_FILE), read_json(exported / CONFIG_FILE)
+    values, config = (read_object(exported / name) for name in (HUGGING_FACE_FILE, CONFIG_FILE))
     kind, pre = _kind_of(values, tokenizer.path)
     model, (normalizer, cuts) = values["model"], (json.dumps(values[key]) for key in ("normalizer", "pre_tokenizer"))
     writer.add_tokenizer_model(kind)
@@ -300,7 +299,7 @@ def _scores(model: Mapping[str, Any], rows: int, path: Path) -> list[float]:
 
 def _ends(tokenizer: Tokenizer, exported: Path) -> list[int]:
     """The tokens that end an answer, EOS first."""
-    ends = read_json(exported / GENERATION_FILE)["eos_token_id"]
+    ends = read_object(exported / GENERATION_FILE)["eos_token_id"]
     return list(dict.fromkeys([tokenizer.eos_id, *(ends if isinstance(ends, list) else [ends])]))
 
 

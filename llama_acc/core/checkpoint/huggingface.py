@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
@@ -66,22 +67,6 @@ _CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "granite": "GraniteForCausalLM",
-}
-# What others are near to, for those who look for a way.
-_NEAREST = {
-    "mistral3": "mistral",
-    "ministral": "mistral",
-    "mixtral": "mistral",
-    "qwen": "qwen2",
-    "qwen2_moe": "qwen2",
-    "qwen2_vl": "qwen2",
-    "qwen2_5_vl": "qwen2",
-    "qwen3_moe": "qwen3",
-    "qwen3_next": "qwen3",
-    "qwen3_vl": "qwen3",
-    "mllama": "llama",
-    "llama4": "llama",
-    "granitemoe": "granite",
 }
 
 
@@ -165,8 +150,9 @@ def _unknown_family(family: Any) -> str:
     known = f"known are {', '.join(FAMILIES)}"
     if not family:
         return f"missing key 'model_type' ({known})"
-    near = f"; nearest is {_NEAREST[family]}, whose layers it does not share" if family in _NEAREST else ""
-    return f"model_type: {_shown(family)} ({known}{near})"
+    near = get_close_matches(str(family), FAMILIES, n=1)  # relatives are named after each other
+    hint = f"; nearest is {near[0]}, whose layers it does not share" if near else ""
+    return f"model_type: {_shown(family)} ({known}{hint})"
 
 
 def _layer_kinds(values: Mapping[str, Any], layers: range, path: Path) -> dict[str, Any]:
@@ -239,13 +225,8 @@ def _rotation(values: Mapping[str, Any], key: str, problems: list[str]) -> tuple
 
 
 def huggingface_config(config: ModelConfig, dtype: str, special_ids: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a shape.
-
-    Args:
-        config: the shape.
-        dtype: type of the weights, by torch's name: bfloat16.
-        special_ids: `bos_token_id` and `eos_token_id`; those that are not given are transformers' own, 1 and 2.
-    """
+    """The config.json of a shape. `dtype` is torch's name: bfloat16; what `special_ids` lacks of `bos_token_id` and
+    `eos_token_id` is transformers' own, 1 and 2."""
     family, layers = _exported_family(config), range(config.n_layers)
     scaling: dict[str, Any] | None = None
     if isinstance(config.rope_scaling, RopeScaling):

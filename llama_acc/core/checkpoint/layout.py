@@ -11,7 +11,7 @@ from llama_acc.core.catalogue import how_to_get, named_model
 from llama_acc.core.checkpoint.huggingface import read_huggingface
 from llama_acc.core.checkpoint.towers import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, open_clip_tower, tower_of
 from llama_acc.core.errors import UserError, listed
-from llama_acc.core.input_files import home, read_json, read_text
+from llama_acc.core.input_files import home, read_object, read_text
 from llama_acc.core.model.config import ModelConfig, config_from_params, read_params
 from llama_acc.core.model.tuning import FULL, Tuning, tuning_of
 from llama_acc.core.model.vision_config import VISION_FILE, ClipVision, QFormerVision, Vision, read_vision
@@ -195,7 +195,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     Raises:
         UserError: it is not what an index is, or names a file of another folder.
     """
-    places = _read_json(index).get("weight_map")
+    places = read_object(index).get("weight_map")
     if not isinstance(places, Mapping) or not places or not all(isinstance(name, str) for name in places.values()):
         raise UserError(f'{index} must hold {{"weight_map": {{TENSOR: FILE, ...}}}}', "copy it again, or remove it")
     if outside := sorted({name for name in places.values() if Path(name).name != name or name in ("", "..")}):
@@ -224,7 +224,7 @@ def check_order(layouts: Sequence[Layout]) -> None:
         UserError: naming it.
     """
     if layouts and layouts[0].format == "peft":
-        folder, base = layouts[0].folder, _read_json(layouts[0].folder / PEFT_CONFIG).get("base_model_name_or_path")
+        folder, base = layouts[0].folder, read_object(layouts[0].folder / PEFT_CONFIG).get("base_model_name_or_path")
         hint = f"give its base first: {shlex.join(['--ckpt', str(base or 'DIR'), '--ckpt', str(folder)])}"
         raise UserError(f"{folder} is an adapter of PEFT: it goes on its base", f"{hint} (finetune: --pretrained)")
     if layouts and layouts[0].is_diff:
@@ -271,7 +271,7 @@ def _own_shape(layout: Layout) -> tuple[Tuning, dict[str, Any], Vision | None]:
     Raises:
         UserError: unusable values, an unknown method, two files that disagree.
     """
-    path, kind = layout.params_path, str(_read_json(layout.folder / "meta.json").get("llama_type", "llama"))
+    path, kind = layout.params_path, str(read_object(layout.folder / "meta.json", True).get("llama_type", "llama"))
     if layout.format == "peft":
         from llama_acc.core.checkpoint.peft import read_peft  # needs torch
 
@@ -281,7 +281,7 @@ def _own_shape(layout: Layout) -> tuple[Tuning, dict[str, Any], Vision | None]:
         return config.tuning, config.base().to_params(), None
     arguments = {} if path is None else read_params([path])
     for other in (layout.folder / "params.json", layout.folder / "config.json"):
-        values = _read_json(other) if path is not None and other != path else {}
+        values = read_object(other, optional=True) if path is not None and other != path else {}
         keys = [key for key in arguments if key in values and values[key] != arguments[key]]
         if keys and "model_type" not in values:
             what = ", ".join(f"{key} {arguments[key]!r:.40} and {values[key]!r:.40}" for key in keys)
@@ -327,8 +327,3 @@ def shape_notes(layouts: Sequence[Layout]) -> list[str]:
                 notes.append(f"{key} is {before[0]} in {before[1]}, and {value} in {layout.params_path}, which counts")
             said[key] = value, layout.params_path
     return notes
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    values = read_json(path) if path.exists() else {}
-    return values if isinstance(values, dict) else {}

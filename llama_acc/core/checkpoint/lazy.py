@@ -211,10 +211,10 @@ def same_values(one: LazyTensor, other: LazyTensor, dtype: torch.dtype) -> bool:
     )
 
 
-def blocks_of(shape: tuple[int, ...], most_bytes: int = _BLOCK_BYTES) -> list[tuple[int, int]]:
-    """Ranges of rows that hold at most `most_bytes` in float32, but at least a row each."""
+def blocks_of(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Ranges of rows that hold at most `_BLOCK_BYTES` in float32, but at least a row each."""
     row_bytes = 4 * torch.Size(shape[1:]).numel()
-    count = max(1, most_bytes // max(1, row_bytes))
+    count = max(1, _BLOCK_BYTES // max(1, row_bytes))
     return [(start, min(start + count, shape[0])) for start in range(0, shape[0], count)]
 
 

@@ -293,12 +293,8 @@ def _open_huggingface(layout: Layout) -> Weights:
 
 
 def _huggingface_shards(layout: Layout, notes: list[str]) -> Iterator[tuple[str, Shard]]:
-    """Each of Hugging Face's files by its name, without the tensors that the index has in another one.
-
-    Args:
-        layout: the files.
-        notes: added to, where the index decides between two files, or does not name a tensor.
-    """
+    """Each of Hugging Face's files by its name, without the tensors that the index has in another one; where it decides
+    between two files, or does not name a tensor, that is added to the notes."""
     places = layout.weight_map or {}
     unnamed, passed_over = list[str](), list[str]()
     for path in layout.shards:
@@ -351,12 +347,7 @@ def with_rows(config: ModelConfig, weights: Weights) -> ModelConfig:
 def main_dtype(
     tensors: Mapping[str, LazyTensor], dtypes: Mapping[str, torch.dtype] | None = None
 ) -> tuple[torch.dtype, list[str]]:
-    """The type of most values of a model, and a note where others lose digits in it.
-
-    Args:
-        tensors: its parameters.
-        dtypes: the type of each; None = its own.
-    """
+    """The type of most values of a model, and a note where others lose digits in it; `dtypes` in place of its own."""
     dtypes = dtypes or {name: tensor.dtype for name, tensor in tensors.items()}
     sizes: dict[torch.dtype, int] = {}
     for name, tensor in tensors.items():

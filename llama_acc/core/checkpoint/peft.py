@@ -120,12 +120,7 @@ def _meta_name(theirs: str) -> str:
 
 
 def peft_config(tuning: Tuning, base: str | None) -> dict[str, Any]:
-    """adapter_config.json.
-
-    Args:
-        tuning: a method that PEFT has.
-        base: the Hugging Face model it goes on; None = not known.
-    """
+    """adapter_config.json of a method that PEFT has, on a base of Hugging Face; None = not known."""
     return {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,

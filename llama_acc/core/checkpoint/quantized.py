@@ -7,7 +7,7 @@ quantization.json says so, and has the fingerprint of the weights they were made
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -28,8 +28,18 @@ FORMAT_VERSION = 2
 _File = TypeVar("_File")
 
 
+class JsonFile:
+    """A dataclass that is a small file beside a checkpoint's weights; keys that are not known are refused."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    def to_json(self) -> bytes:
+        """The file."""
+        return (json.dumps(vars(self), indent=1, default=vars) + "\n").encode()
+
+
 @dataclass(frozen=True)
-class Quantization:
+class Quantization(JsonFile):
     """quantization.json.
 
     Attributes:
@@ -45,11 +55,6 @@ class Quantization:
     format_version: int = FORMAT_VERSION
     type: str = "nf4"
     double: bool = True
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-
-    def to_json(self) -> bytes:
-        """The file."""
-        return (json.dumps(asdict(self), indent=1) + "\n").encode()
 
 
 def read_quantization(folder: Path) -> Quantization | None:

@@ -46,12 +46,8 @@ class SavedState:
         self._shards = [open_safetensors(path) for path in sorted(self.folder.glob("training*.safetensors"))]
 
     def read(self, name: str, parameter: Tensor) -> Tensor | None:
-        """A tensor kept for a parameter: a number, or the rows of it that are stored here, on the parameter's device.
-
-        Args:
-            name: such as `exp_avg.layers.0.attention.wq.weight`.
-            parameter: the one it is kept for.
-        """
+        """A tensor kept for a parameter, such as `exp_avg.layers.0.attention.wq.weight`: a number, or the rows of it
+        that are stored here, on the parameter's device."""
         value, local = self._shards[0].get(name), local_part(parameter)
         if value is None:
             return None

@@ -344,11 +344,8 @@ class Saver:
             self._copied.wait()
 
     def finished(self, wait: bool) -> Path | None:
-        """The checkpoint that became whole since it was last asked, if any; its error is raised here.
-
-        Args:
-            wait: for the one under way.
-        """
+        """The checkpoint that became whole since it was last asked, if any; its error is raised here. `wait`: for the
+        one under way."""
         if self._saving is None or not (wait or self._saving.done()):
             return None
         saving, self._saving = self._saving, None
@@ -385,11 +382,8 @@ def free_bytes(folder: Path) -> int:
 def needed_bytes(saved: int, trained: int, tensors: int, dtype: torch.dtype) -> int:
     """Size of one checkpoint without its tokenizer, a little more than it will be.
 
-    Args:
-        saved: parameters whose weights are saved.
-        trained: those that train: for each there are AdamW's two moments, and a master where the weights are rounded.
-        tensors: how many there are, whose names take room as well.
-        dtype: type of the saved weights.
+    Of each parameter that trains there are AdamW's two moments, and a master where the saved weights, of type `dtype`,
+    are rounded; names of tensors take room as well.
     """
     masters = 0 if dtype == torch.float32 else 4
     return saved * dtype.itemsize + trained * (8 + masters) + tensors * (1 << 10) + (1 << 15)

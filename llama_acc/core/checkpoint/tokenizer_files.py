@@ -24,7 +24,6 @@ from llama_acc.core.tokenizer_folder import (
     HUGGING_FACE_FILE,
     MISTRAL_FILE,
     SENTENCEPIECE_FILE,
-    read_json,
 )
 
 _TOKENIZER_FILES = (
@@ -140,7 +139,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, ids: Mapping[str, Any]) 
     Returns:
         What the user should know.
     """
-    config = read_json(folder / CONFIG_FILE)
+    config = read_object(folder / CONFIG_FILE, optional=True)
     try:
         values = tokenizer.to_json() | {"truncation": None, "padding": None}
     except UserError as error:
@@ -158,7 +157,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, ids: Mapping[str, Any]) 
     for name in _OLDER:
         (folder / name).unlink(missing_ok=True)
     notes: list[str] = []
-    generation = read_json(folder / GENERATION_FILE) | dict(ids)
+    generation = read_object(folder / GENERATION_FILE, optional=True) | dict(ids)
     if (folder / TEMPLATE_FILE).is_file():
         template, ends = Template.load(folder / TEMPLATE_FILE), ids["eos_token_id"]
         ends = ends if isinstance(ends, list) else [ends]

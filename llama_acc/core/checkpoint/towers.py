@@ -124,16 +124,7 @@ def tower_name(vision: Vision, theirs: str) -> str | None:
 
 
 def check_tower(vision: Vision | None, names: Iterable[str], where: object) -> None:
-    """Refuses a multimodal checkpoint without a vision tower.
-
-    Args:
-        vision: its vision encoder.
-        names: of its tensors.
-        where: it is.
-
-    Raises:
-        UserError: saying what to give.
-    """
+    """Refuses, with a UserError, a multimodal checkpoint without a vision tower."""
     if vision is None or vision.trains_encoder or any(name.startswith(vision.tower_prefix) for name in names):
         return
     raise UserError(
@@ -146,11 +137,7 @@ def from_open_clip(tensors: "Mapping[str, LazyTensor]", prefix: str = "") -> "di
     """Tensors of open_clip by transformers' names, without its text side; anything else unchanged.
 
     open_clip keeps q, k and v of a block in one matrix and the projection transposed. Views are given, but of the
-    projection, which is small and has to be turned.
-
-    Args:
-        tensors: named by open_clip where some are of its vision transformer, `visual.*`.
-        prefix: of both kinds of names.
+    projection, which is small and has to be turned. `prefix` is that of both kinds of names.
     """
     if not any(name.startswith(f"{prefix}visual.") for name in tensors):
         return dict(tensors)

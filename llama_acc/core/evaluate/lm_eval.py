@@ -30,7 +30,8 @@ from llama_acc.core.errors import RunError, UserError, did_you_mean
 from llama_acc.core.generate.engine import Engine, Prompt
 from llama_acc.core.generate.load import LoadedModel
 from llama_acc.core.generate.sampling import Sampler, Sampling
-from llama_acc.core.tokenizer_folder import CONFIG_FILE, read_json
+from llama_acc.core.input_files import read_object
+from llama_acc.core.tokenizer_folder import CONFIG_FILE
 
 try:
     from datasets import disable_progress_bars
@@ -95,7 +96,7 @@ class EngineLM(TemplateLM):
     def _begins_with_bos(self) -> bool:
         """Whether an exported folder's tokenizer begins texts with BOS."""
         tokenizer = self.loaded.tokenizer
-        adds = adds_bos_to_texts(tokenizer, read_json(tokenizer.path.parent / CONFIG_FILE))
+        adds = adds_bos_to_texts(tokenizer, read_object(tokenizer.path.parent / CONFIG_FILE, optional=True))
         if adds is None:
             from tokenizers import Tokenizer as Fast
 

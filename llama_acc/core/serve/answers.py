@@ -3,6 +3,7 @@
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from llama_acc.core.data.tools import CallsInReply
@@ -31,7 +32,7 @@ class Answer:
     def __init__(
         self, body: ChatRequest | CompletionRequest, loaded: LoadedModel, asked: Sequence[tuple[Prompt, Sampler]]
     ) -> None:
-        self.asked = asked
+        self.asked, self._body = asked, body
         self.events: list[list[Event]] = [[] for _ in asked]
         self._loaded, self._anchor = loaded, loaded.tokenizer.encode("a")[-1:]
         self._about = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
@@ -74,12 +75,10 @@ class ChatAnswer(Answer):
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(
-        self, body: ChatRequest | CompletionRequest, loaded: LoadedModel, asked: Sequence[tuple[Prompt, Sampler]]
-    ) -> None:
-        super().__init__(body, loaded, asked)
-        has_tools = isinstance(body, ChatRequest) and bool(body.tools_to_call())
-        self._calls = [CallsInReply() for _ in asked] if has_tools else None
+    @cached_property
+    def _calls(self) -> list[CallsInReply] | None:
+        has_tools = isinstance(self._body, ChatRequest) and bool(self._body.tools_to_call())
+        return [CallsInReply() for _ in self.asked] if has_tools else None
 
     def opening(self) -> Sequence[Mapping[str, Any]]:
         delta = {"role": "assistant", "content": "", "refusal": None}
@@ -145,11 +144,10 @@ class TextAnswer(Answer):
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(
-        self, body: ChatRequest | CompletionRequest, loaded: LoadedModel, asked: Sequence[tuple[Prompt, Sampler]]
-    ) -> None:
-        super().__init__(body, loaded, asked)
-        self._lengths: dict[int, int] = {}  # of the text of each reply that logprobs were told of
+    @cached_property
+    def _lengths(self) -> dict[int, int]:
+        """Of the text of each reply that logprobs were told of."""
+        return {}
 
     def choice(self, number: int, events: Sequence[Event]) -> dict[str, Any]:
         text, reason = "".join(event.text for event in events), events[-1].finish_reason

@@ -12,7 +12,7 @@ import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from numpy.typing import NDArray
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -31,13 +31,14 @@ from llama_acc.core.generate.sampling import Sampler
 from llama_acc.core.generate.service import Asked, Event, QueueFull, Service
 from llama_acc.core.serve.answers import Answer, ChatAnswer, TextAnswer
 from llama_acc.core.serve.guard import Access, Guard, error_response
-from llama_acc.core.serve.metrics import Metrics
 from llama_acc.core.serve.protocol import ChatRequest, CompletionRequest, dumps
 
 _MOST_PIXELS = 25_000_000
 """Of a picture: 75 MB when it is unpacked, several times at once."""
 _COMPLETION_TOKENS = 16
 """OpenAI's API continues a text by so many, where nothing else is asked for."""
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class _Gone(Exception):
@@ -49,13 +50,7 @@ class _Failed(LlamaAccError):
 
 
 def make_app(models: Mapping[str, LoadedModel], service: Service, access: Access) -> FastAPI:
-    """A server's application.
-
-    Args:
-        models: by the names that clients ask for; one engine serves them all.
-        service: of that engine.
-        access: who may ask.
-    """
+    """A server's application: models by the names that clients ask for, which one engine serves, and who may ask."""
     started, metrics = int(time.time()), Metrics(service)
     # The pages of documentation that FastAPI has would load scripts from elsewhere.
     app = FastAPI(title="llama-acc", version=__version__, docs_url=None, redoc_url=None)
@@ -146,6 +141,38 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def fault(_: Request, error: Exception) -> Response:
         return error_response(500, f"{type(error).__name__}: this is a fault of the server")
+
+
+class Metrics:
+    """The numbers of one server, which /metrics shows in Prometheus's form."""
+
+    def __init__(self, service: Service) -> None:
+        self.registry = registry = CollectorRegistry()
+        engine = service.engine
+        self._requests = Counter(
+            "llama_acc_requests", "HTTP requests that have been answered", ["path", "status"], registry=registry
+        )
+        self.prompt_tokens = Counter("llama_acc_prompt_tokens", "Tokens of prompts", registry=registry)
+        self.generated_tokens = Counter("llama_acc_generated_tokens", "Tokens generated", registry=registry)
+        self.first_token = Histogram(
+            "llama_acc_first_token_seconds",
+            "From a request to the first token of a reply",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.seconds = Histogram(
+            "llama_acc_request_seconds", "From a request to the end of its answer", buckets=_SECONDS, registry=registry
+        )
+        for name, about, value in (
+            ("slots", "Replies that can be under way at a time", lambda: engine.slots),
+            ("running", "Replies under way", lambda: len(engine.running)),
+            ("waiting", "Requests that wait for a slot", lambda: len(engine.waiting)),
+        ):
+            Gauge(f"llama_acc_{name}", about, registry=registry).set_function(value)
+
+    def answered(self, path: str, status: int) -> None:
+        """Counts a request."""
+        self._requests.labels(path, status).inc()
 
 
 class _Front:

@@ -2,7 +2,6 @@
 
 import html
 import os
-from collections.abc import Sequence
 
 from llama_acc.core.input_files import home
 
@@ -23,6 +22,7 @@ _POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
     "frame-ancestors 'none'; form-action 'self'; base-uri 'self'"
 )
+_LARGEST_UPLOAD = 64 << 20  # bytes
 _FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 _CSS = """
 .tokens { font-family: var(--font-mono); font-size: var(--text-sm); line-height: 1.7; white-space: pre-wrap;
@@ -41,21 +41,15 @@ _CSS = """
 """
 
 
-def make_app(page: gr.Blocks, hosts: Sequence[str] = ("localhost",), largest_upload: int = 64 << 20) -> FastAPI:
-    """A page as an application.
-
-    Args:
-        page: made with `analytics_enabled=False`.
-        hosts: names by which a browser may call it, in small letters.
-        largest_upload: in bytes.
-    """
+def make_app(page: gr.Blocks) -> FastAPI:
+    """A page, made with `analytics_enabled=False`, as an application that a browser may call localhost."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     theme = gr.themes.Default(primary_hue="teal", secondary_hue="teal", neutral_hue="slate", **_FONTS)
     off = {"run_history": False, "ssr_mode": False, "pwa": False, "mcp_server": False, "enable_monitoring": False}
     app = gr.mount_gradio_app(
-        app, page, "/", footer_links=[], theme=theme, css=_CSS, max_file_size=largest_upload, **off
+        app, page, "/", footer_links=[], theme=theme, css=_CSS, max_file_size=_LARGEST_UPLOAD, **off
     )
-    access = Access(hosts=hosts, media_types=("application/json", "multipart/form-data"))
+    access = Access(media_types=("application/json", "multipart/form-data"))
     app.add_middleware(Guard, access=access, done=lambda path, status: None)
     app.add_middleware(_WithPolicy)
     return app
