@@ -29,7 +29,6 @@ class Fault:
 
     Attributes:
         status: answered in place of 200, without bytes.
-        headers: added to the answer.
         cut: the connection is cut after so many bytes.
         stall: nothing more comes after so many bytes.
         delay: seconds before each piece of 64 KiB.
@@ -37,7 +36,6 @@ class Fault:
     """
 
     status: int | None = None
-    headers: tuple[tuple[str, str], ...] = ()
     cut: int | None = None
     stall: int | None = None
     delay: float = 0.0
@@ -376,7 +374,7 @@ class _Handler(BaseHTTPRequestHandler):
         waiting = self.servers.faults[name]
         fault = waiting.popleft() if waiting and self.command == "GET" else Fault()
         if fault.status is not None:
-            self._empty(fault.status, dict(fault.headers))
+            self._empty(fault.status)
             return
         content = content if fault.content is None else fault.content
         begin = self._first_byte(headers)
@@ -384,7 +382,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._empty(416, {"Content-Range": f"bytes */{len(content)}"})
             return
         self.send_response(200 if begin is None else 206)
-        for key, value in {"Accept-Ranges": "bytes", **headers, **dict(fault.headers)}.items():
+        for key, value in {"Accept-Ranges": "bytes", **headers}.items():
             self.send_header(key, value)
         if begin is not None:
             self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")

@@ -40,6 +40,13 @@ def invoke(*arguments: object, input: str | bytes | None = None) -> Result:
         return CliRunner().invoke(app, [str(argument) for argument in arguments], input=input, env={"COLUMNS": "300"})
 
 
+def complete(*arguments: object, input: str | bytes | None = None) -> Result:
+    """Runs `llama-acc` in this process, which ends it with 0."""
+    result = invoke(*arguments, input=input)
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
 def start(*arguments: object, launcher: Sequence[str] = (), **options: Any) -> "subprocess.Popen[str]":
     """Starts the real command, by `python -m LAUNCHER` if one is given. Its streams are pipes unless `options` say
     otherwise."""

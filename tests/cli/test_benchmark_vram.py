@@ -7,7 +7,7 @@ import pytest
 
 from llama_acc.core.memory import fit
 from llama_acc.core.memory.predict import PARTS
-from tests.cli.commands import invoke
+from tests.cli.commands import complete, invoke
 
 TINY = "model.params={dim: 64, n_layers: 1, n_heads: 4, multiple_of: 16, vocab_size: 300, max_seq_len: 512}"
 RUN = ("benchmark-vram", "--recipe", "alpaca", TINY, "model.max_seq_len=512", "--batch-size", 1, "--max-tokens", 64)
@@ -21,8 +21,7 @@ def table(text: str) -> dict[str, list[str]]:
 
 def test_the_parts_of_a_run_and_its_fullest_moments() -> None:
     flags = (*RUN, "--tuning", "lora", "--quantize", "nf4")
-    result = invoke(*flags)
-    assert result.exit_code == 0, result.stderr
+    result = complete(*flags)
     rows = table(result.stdout)
     assert rows["MiB"] == ["training", "inference"]
     assert rows["training peak"][0].split(", ")[1].split(" of ")[0] in ("forward", "loss", "backward", "optimizer step")
@@ -38,8 +37,7 @@ def test_the_parts_of_a_run_and_its_fullest_moments() -> None:
 
 def test_a_measurement_agrees_on_a_cpu_and_an_error_above_the_tolerance_ends_with_1() -> None:
     flags = (*RUN, "--device", "cpu", "--measure")
-    result = invoke(*flags)
-    assert result.exit_code == 0, result.stderr
+    result = complete(*flags)
     assert abs(float(table(result.stdout)["allocated"][2].rstrip("%"))) < 5
     result = invoke(*flags, "--tolerance", "0", "--json")
     assert result.exit_code == 1
@@ -49,8 +47,7 @@ def test_a_measurement_agrees_on_a_cpu_and_an_error_above_the_tolerance_ends_wit
 
 
 def test_a_sweep_is_drawn(tmp_path: Path) -> None:
-    result = invoke(*RUN, "--sweep", "max_tokens=32,64", "--plot", tmp_path / "memory.png")
-    assert result.exit_code == 0, result.stderr
+    result = complete(*RUN, "--sweep", "max_tokens=32,64", "--plot", tmp_path / "memory.png")
     assert table(result.stdout)["max_tokens, MiB"] == ["32", "64"]
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
@@ -64,8 +61,7 @@ def test_what_fits_is_listed_best_first_and_a_batch_above_the_largest_one_tried_
     assert (plain["quantize"], nf4["quantize"]) == ("none", "nf4")
     assert nf4["batch_size"] >= plain["batch_size"] > 0
     assert 64 <= plain["longest"] <= 512
-    result = invoke(*flags, "900GB", "--quantize", "none")
-    assert result.exit_code == 0, result.stderr
+    result = complete(*flags, "900GB", "--quantize", "none")
     assert "3 or more" in result.stdout
 
 

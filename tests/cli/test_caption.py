@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import invoke, run
+from tests.cli.commands import complete, invoke, run
 from tests.cli.conftest import ANSWER
 from tests.cli.terminal import Terminal
 from tests.core.data.pictures import encoded, plain, write_pictures
@@ -53,8 +53,7 @@ def test_on_a_terminal_a_caption_stands_plain_beside_a_bold_name(seer: Path, pho
 def test_folders_globs_and_lists_name_images(seer: Path, photos: Path, kind: str) -> None:
     words = {"folder": photos, "glob": photos / "*.p?g", "list": "-"}[kind]
     listed = f"{photos / '0000.png'}\n\n{photos / '0001.png'}\n{photos / '0002.png'}\n"
-    result = invoke("caption", "--ckpt", seer, words, "--json", input=listed if kind == "list" else None)
-    assert result.exit_code == 0, result.stderr
+    result = complete("caption", "--ckpt", seer, words, "--json", input=listed if kind == "list" else None)
     assert [json.loads(line) for line in result.stdout.splitlines()] == [
         {"image": str(photos / f"000{i}.png"), "caption": ANSWER} for i in range(3)
     ]
@@ -158,8 +157,7 @@ def test_chat_takes_an_image(seer: Path, photos: Path, tmp_path: Path) -> None:
     saved = tmp_path / "talk.json"
     talk = f"/image\n/image {tmp_path}/no.png\n/image {photos}/0000.png\nwhat is it?\n/save {saved}\n"
     talk += f"/image {photos}/0001.png\nand this?\n/reset\nand now?\n"
-    result = invoke("chat", "--ckpt", seer, "--template", "alpaca", "--temperature", "0", input=talk)
-    assert result.exit_code == 0, result.stderr
+    result = complete("chat", "--ckpt", seer, "--template", "alpaca", "--temperature", "0", input=talk)
     assert result.stdout == f"{ANSWER}\n" * 3
     assert "which picture? /image FILE" in result.stderr
     assert "no.png: was not found" in result.stderr

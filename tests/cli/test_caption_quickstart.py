@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llama_acc.core.data.sources import resolve_data_path
-from tests.cli.commands import invoke, metrics
+from tests.cli.commands import complete, invoke, metrics
 from tests.core.data.test_tar_shards import write_shard
 
 SHIPPED = "shipped:caption-quickstart"
@@ -27,8 +27,7 @@ def members(split: str) -> Iterator[tuple[str, bytes]]:
 
 def exact(run: Path, shard: str | Path) -> float:
     """Which part of a shard's captions a run gets right to the letter."""
-    result = invoke("caption", "--ckpt", run, shard, "--json", "--device", "cpu", "--batch-size", 64)
-    assert result.exit_code == 0, result.stderr
+    result = complete("caption", "--ckpt", run, shard, "--json", "--device", "cpu", "--batch-size", 64)
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     return sum(line["caption"] == line["expected"] for line in lines) / len(lines)
 

@@ -16,7 +16,7 @@ from llama_acc.cli import chat_terminal, console
 from llama_acc.core.data.templates import get_template
 from llama_acc.core.model.vision_config import TinyVision
 from tests.cli.chains import write_chain
-from tests.cli.commands import PATIENCE, gone, invoke, refused, start, workers_of
+from tests.cli.commands import PATIENCE, complete, gone, invoke, refused, start, workers_of
 from tests.cli.conftest import ANSWER
 from tests.cli.terminal import Terminal
 from tests.core.checkpoint.folders import GROUPED, state, write_consolidated
@@ -242,8 +242,7 @@ def test_ranks_say_the_same_from_the_files_of_eight_until_ctrl_c_or_a_dead_rank_
     """It comes while the next question is awaited."""
     talk = "hello\nand then?\n/reset\nhello\n"
     words = ("chat", "--ckpt", of_eight, "--template", "dialogue", *GREEDY)
-    alone = invoke(*words, input=talk)
-    assert alone.exit_code == 0, alone.stderr
+    alone = complete(*words, input=talk)
     assert len(alone.stdout) >= 3 * 8
     job = start(*words, "--nproc", processes)
     assert job.stdin is not None
@@ -326,10 +325,3 @@ def test_a_conversation_shows_them_too_and_keeps_them_as_they_are(hostile: Path,
         assert terminal.end() == 0
         assert "\x1b" not in terminal.seen.replace("\x1b[?2004", "")  # what readline itself says
     assert r"a\u001b]0;\u0007" in kept.read_text(encoding="utf-8")
-
-
-def test_what_is_told_on_the_side_does_not_act_either() -> None:
-    with Terminal("convert-data", "auto", "no\x1b[31m\x9bsuch") as terminal:
-        assert terminal.end() == 2
-    assert "no␛[31m<U+009B>such" in terminal.seen
-    assert "\x9b" not in terminal.seen

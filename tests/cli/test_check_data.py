@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from llama_acc.cli import console
-from tests.cli.commands import QUICKSTART, environment, invoke, refused, words
+from tests.cli.commands import QUICKSTART, complete, environment, invoke, refused, words
 
 GOOD = {"instruction": "Name a town.", "output": "It is the town in which all of the people of the country live."}
 CHECK = ("convert-data", "check")
@@ -72,8 +72,7 @@ def test_lengths_cuts_and_drops_with_a_tokenizer_and_a_picture_of_them(tmp_path:
         "--plot",
         tmp_path / "p.png",
     )
-    result = invoke(*CHECK, write(tmp_path / "a.json", data), *flags)
-    assert result.exit_code == 0, result.stderr
+    result = complete(*CHECK, write(tmp_path / "a.json", data), *flags)
     said = words(result.stdout)
     assert "items that are cut: 1 item 2, instruction: " in said
     assert "dropped 1 the prompt alone fills 60 tokens" in said
@@ -135,13 +134,6 @@ def test_all_of_a_folder_is_checked_without_torch(tmp_path: Path) -> None:
     assert result.endswith("False\n")
 
 
-def test_real_files(shared: Path) -> None:
-    """WizardLM's questions to test with, which have no answers."""
-    result = invoke(*CHECK, shared / "assets" / "data" / "WizardLM_testset.jsonl", "--json", "--preview", 2)
-    [file] = json.loads(result.stdout)["files"]
-    assert (file["rows"], file["items"], result.exit_code) == (218, 0, 2)
-
-
 def test_a_run_finds_the_same_before_the_model_is_touched(tmp_path: Path) -> None:
     rows: list[Any] = [{"instruction": f"Name town {i}.", "output": f"Town {i}."} for i in range(8)]
     rows += [{"instruction": "x"}, rows[0], {**rows[1], "output": ""}, 7]
@@ -154,8 +146,7 @@ def test_a_run_finds_the_same_before_the_model_is_touched(tmp_path: Path) -> Non
     refused(invoke(*flags, "data.on_error=ignore"), "data.on_error", "'stop' or 'skip'")
     missing = invoke(*flags, "data.on_error=skip", "data.validation.path=nowhere.json")
     refused(missing, "there is no data 'nowhere.json'", "give it with data.validation.path=FILE", output=output)
-    result = invoke(*flags, "data.on_error=skip")
-    assert result.exit_code == 0, result.stderr
+    result = complete(*flags, "data.on_error=skip")
     said = words(result.stderr)
     assert "10 items" in said
     assert ", 2 skipped" in said
@@ -167,8 +158,7 @@ def test_a_run_finds_the_same_before_the_model_is_touched(tmp_path: Path) -> Non
     checked = json.loads(invoke(*CHECK, path, "--json").stdout)["files"][0]["findings"]
     found = checked["missing_field"]["places"] + checked["no_item"]["places"]
     assert found == report["files"][0]["skipped_items"]
-    resumed = invoke("finetune", "--output", output, "--resume", "--device", "cpu", "train.epochs=2")
-    assert resumed.exit_code == 0, resumed.stderr
+    complete("finetune", "--output", output, "--resume", "--device", "cpu", "train.epochs=2")
 
 
 def test_dialogues_for_a_single_turn_recipe_get_a_hint(dialogues: Path, tmp_path: Path) -> None:
@@ -178,8 +168,7 @@ def test_dialogues_for_a_single_turn_recipe_get_a_hint(dialogues: Path, tmp_path
     assert f"llama-acc convert-data llava {dialogues}" in wrong.stderr
     assert "10 dialogues" in invoke(*CHECK, dialogues, "--format", "dialogue", "--template", "dialogue").stdout
     assert "10 single-turn items" in invoke(*CHECK, dialogues, "--format", "single_turn_llava").stdout
-    made = invoke("convert-data", "llava", dialogues, "--output", tmp_path / "all.json")
-    assert made.exit_code == 0, made.stderr
+    complete("convert-data", "llava", dialogues, "--output", tmp_path / "all.json")
     assert invoke(*CHECK, tmp_path / "all.json", "--format", "single_turn").exit_code == 0
 
 

@@ -8,7 +8,7 @@ import torch
 
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import shapes_of
-from tests.cli.commands import invoke, start, wait_until, words
+from tests.cli.commands import complete, invoke, start, wait_until, words
 from tests.core.checkpoint.folders import state, write_consolidated, write_meta
 
 # Large enough for a command to be caught in the middle.
@@ -18,8 +18,7 @@ LARGE = ModelConfig(dim=1024, n_layers=8, n_heads=8, vocab_size=4000, multiple_o
 def test_a_run_becomes_a_folder_for_llama_cpp(trained: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     command = ("convert-checkpoint", trained, tmp_path / "gguf", "--to", "gguf", "--gguf-type", "q8_0")
-    result = invoke(*command)
-    assert result.exit_code == 0, result.stderr
+    result = complete(*command)
     assert words(result.stdout).endswith("KiB in 1 file, read back and equal")
     files = sorted(path.name for path in (tmp_path / "gguf").iterdir())
     assert files == ["Modelfile", "manifest.json", "model-q8_0.gguf"]
@@ -30,12 +29,10 @@ def test_a_diff_is_taken_and_applied(tmp_path: Path) -> None:
     base = write_meta(tmp_path / "base", state(dtype=torch.bfloat16), 2)
     tuned = write_consolidated(tmp_path / "tuned", state(dtype=torch.bfloat16, seed=1))
     diff = ("--to", "consolidated", "--base", base, "--diff", "--dtype", "fp32")
-    result = invoke("convert-checkpoint", tuned, tmp_path / "diff", *diff)
-    assert result.exit_code == 0, result.stderr
+    result = complete("convert-checkpoint", tuned, tmp_path / "diff", *diff)
     assert "read back and equal; base + diff " in words(result.stdout)
     assert (tmp_path / "diff" / "consolidated.00-of-01.model-diff.pth").exists()
-    applied = invoke("convert-checkpoint", tmp_path / "diff", tmp_path / "applied", "--to", "meta", "--base", base)
-    assert applied.exit_code == 0, applied.stderr
+    complete("convert-checkpoint", tmp_path / "diff", tmp_path / "applied", "--to", "meta", "--base", base)
     loaded = torch.load(tmp_path / "applied" / "consolidated.00.pth", weights_only=True)
     for name, tensor in state(dtype=torch.bfloat16, seed=1).items():
         assert torch.allclose(loaded[name].float(), tensor.float(), atol=1e-6), name

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llama_acc.cli.convert_data import SUBCOMMANDS
-from tests.cli.commands import QUICKSTART, invoke, start, wait_until, words
+from tests.cli.commands import QUICKSTART, complete, invoke, start, wait_until, words
 from tests.cli.terminal import Terminal
 
 ROW = {"instruction": "name a town", "output": "a town", "extra": 1}
@@ -34,16 +34,14 @@ def test_a_file_is_converted_and_counted_and_finetune_takes_it(tmp_path: Path) -
     assert (result.exit_code, result.stderr) == (0, "not used: extra (3 items)\n")
     assert result.stdout == f"{output}: 3 items of 3 rows, {len(json.dumps(ITEM)) * 3 - 12} bytes\n"
     assert read(output) == [ITEM] * 3
-    result = invoke(*QUICKSTART, "--data", output, "--output", tmp_path / "run", "--dry-run")
-    assert result.exit_code == 0, result.stderr
+    complete(*QUICKSTART, "--data", output, "--output", tmp_path / "run", "--dry-run")
     assert json.loads((tmp_path / "run/data.json").read_text(encoding="utf-8"))["items"] == 3
 
 
 def test_what_became_of_rows_is_reported(tmp_path: Path) -> None:
     odd = {"conversations": [{"from": "gpt", "value": "a"}]}
     source = write(tmp_path / "in.jsonl", TALK, odd, {"conversations": 1})
-    result = invoke("convert-data", "sharegpt", source, "--output", tmp_path / "o.jsonl", "--on-error", "skip")
-    assert result.exit_code == 0
+    result = complete("convert-data", "sharegpt", source, "--output", tmp_path / "o.jsonl", "--on-error", "skip")
     said = words(result.stderr)
     assert "skipped 1 row: no question with a reply" in said
     assert "turns had HTML or marks of the web page, which were cleaned: 1" in said
@@ -54,8 +52,7 @@ def test_what_became_of_rows_is_reported(tmp_path: Path) -> None:
 
 def test_apibench_of_which_the_rule_knows_nothing(tmp_path: Path) -> None:
     source = write(tmp_path / "in.json", *[{"code": "{'Instruction': a, 'Output': b}"}] * 2)
-    result = invoke("convert-data", "gorilla", source, "--output", tmp_path / "out.json")
-    assert result.exit_code == 0
+    result = complete("convert-data", "gorilla", source, "--output", tmp_path / "out.json")
     for said in ("skipped 2 rows", "--all-forms", "there are no items"):
         assert said in result.stderr
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8")) == []
@@ -135,8 +132,7 @@ def test_a_terminal_gets_a_bar_of_bytes(tmp_path: Path) -> None:
 
 def test_a_preview_shows_items_as_the_model_will_see_them(tmp_path: Path, tokenizer_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", TALK, TALK, TALK)
-    result = invoke("convert-data", "sharegpt", source, "--preview", 2, "--output", tmp_path / "out.jsonl")
-    assert result.exit_code == 0
+    result = complete("convert-data", "sharegpt", source, "--preview", 2, "--output", tmp_path / "out.jsonl")
     assert result.stdout.count("### Assistant:⟦ a **town**") == 2
     assert f"{tmp_path / 'out.jsonl'} is not written" in words(result.stderr)
     assert os.listdir(tmp_path) == ["in.jsonl"]
@@ -150,8 +146,7 @@ def test_a_download_is_converted_to_where_finetune_finds_it(llama_acc_home: Path
     write(raw / "train.json", *[{"code": "###Instruction: name a town\n###Output: a town"}] * 3)
     output = llama_acc_home / "data/gorilla/gorilla.jsonl"
     for arguments in ((), ("gorilla",)):
-        result = invoke("convert-data", "gorilla", *arguments)
-        assert result.exit_code == 0, result.stderr
+        result = complete("convert-data", "gorilla", *arguments)
         assert result.stdout == f"{output}: 3 items of 3 rows, {output.stat().st_size} bytes\n"
         assert len(read(output)) == 3
         output.rename(raw.parent / "before.txt")

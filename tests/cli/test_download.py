@@ -15,7 +15,7 @@ from llama_acc.core.data.sources import resolve_data_path
 from llama_acc.core.errors import UserError
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.base import find_model
-from tests.cli.commands import invoke, refused, run, start, wait_until
+from tests.cli.commands import complete, invoke, refused, run, start, wait_until
 from tests.cli.conftest import DIALOGUE
 from tests.cli.terminal import Terminal
 from tests.hub import TOKEN, Fault, Servers
@@ -131,8 +131,7 @@ def test_things_of_one_last_name_have_a_folder_each_too(lima: Servers, tmp_path:
         lima.plain[f"/{owner}/plain.jsonl"] = owner.encode()
     addresses = [f"hf:datasets/{owner}/chats/a.jsonl" for owner in ("one", "two")]
     addresses += [f"{lima.url}/{owner}/plain.jsonl" for owner in ("one", "two")]
-    result = invoke("download", *addresses, "hf:datasets/one/chats/b.jsonl", "lima", "--to", tmp_path)
-    assert result.exit_code == 0, result.stderr
+    complete("download", *addresses, "hf:datasets/one/chats/b.jsonl", "lima", "--to", tmp_path)
     host = lima.url.partition("//")[2].replace(":", "--")
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/[!.]*")) == [
         f"{host}--one--plain.jsonl/plain.jsonl",
@@ -183,8 +182,7 @@ def test_a_download_that_was_stopped_comes_whole_the_next_time(
         assert process.wait(30) == code
     assert not (tmp_path / "to/big.bin").exists()
     had = _arrived(tmp_path / "to")
-    done = invoke(*command)
-    assert done.exit_code == 0, done.stderr
+    complete(*command)
     assert (tmp_path / "to/big.bin").read_bytes() == BIG
     assert sorted(path.name for path in (tmp_path / "to").iterdir() if "lock" not in path.name) == [
         ".llama-acc-download", "big.bin",
@@ -244,13 +242,11 @@ def test_no_secret_of_an_address_is_shown_or_written(servers: Servers, tmp_path:
 def test_finetune_and_chat_find_what_was_downloaded(lima: Servers, talker: Path, llama_acc_home: Path) -> None:
     files = {path.name: path.read_bytes() for path in talker.iterdir()}
     lima.model("meta-llama/Llama-2-7b", files, gated=True)
-    result = invoke("download", "lima", "llama2-7b", "--token", TOKEN)
-    assert result.exit_code == 0, result.stderr
+    result = complete("download", "lima", "llama2-7b", "--token", TOKEN)
     first, second = map(shlex.split, result.stdout.splitlines())
     assert second == ["llama-acc", "finetune", "--recipe", "alpaca", "--pretrained", "llama2-7b"]
     small = ("--dry-run", "--no-timing", "--device", "cpu", "model.max_seq_len=512", "data.max_tokens=512")
-    dry = invoke(*first[1:], *small)
-    assert dry.exit_code == 0, dry.stderr
+    dry = complete(*first[1:], *small)
     assert re.search(r"weights +from \S+/models/llama2-7b", dry.stdout)
     layouts, _, _ = find_model(Recipe.load("lima", ["parallel.model_parallel_size=1"]))
     assert layouts[0].folder == llama_acc_home / "models/llama2-7b"
@@ -309,8 +305,7 @@ EVOLVED = {"idx": "a1", **DIALOGUE}
 def test_data_that_finetune_cannot_read_as_it_is_is_converted_at_once(servers: Servers, llama_acc_home: Path) -> None:
     raw = json.dumps([EVOLVED] * 5).encode()
     servers.dataset(WIZARDLM, {"WizardLM_evol_instruct_V2_143k.json": raw})
-    result = invoke("download", "wizardlm")
-    assert result.exit_code == 0, result.stderr
+    result = complete("download", "wizardlm")
     converted = llama_acc_home / "data/wizardlm/wizardlm.jsonl"
     assert f"converted to 5 items: {converted}" in result.stderr
     assert result.stdout == "llama-acc finetune --recipe wizardlm --pretrained llama2-7b --data wizardlm\n"
@@ -335,8 +330,7 @@ def test_large_data_is_converted_by_a_command_of_its_own(
 
 def test_data_that_turns_out_to_be_something_else_is_kept_and_told(servers: Servers, llama_acc_home: Path) -> None:
     servers.dataset(WIZARDLM, {"WizardLM_evol_instruct_V2_143k.json": b'[{"what": "is this"}]'})
-    result = invoke("download", "wizardlm")
-    assert result.exit_code == 0
+    result = complete("download", "wizardlm")
     assert "wizardlm could not be converted" in result.stderr
     assert result.stdout == "llama-acc convert-data wizardlm wizardlm\n"
     assert len(raw_files("wizardlm")) == 1
@@ -347,8 +341,7 @@ def test_a_checkpoint_of_llama2_accessory_comes_with_what_it_needs(servers: Serv
     files = {f"{folder}/consolidated.0{i}-of-02.model.pth": b"weights" for i in range(2)}
     files |= {"config/13B_params.json": b'{"dim": 5120}', "config/tokenizer.model": b"pieces", "README.md": b""}
     servers.model("Alpha-VLLM/LLaMA2-Accessory", files)
-    result = invoke("download", "accessory-caption_llamaQformerv2_13b")
-    assert result.exit_code == 0, result.stderr
+    result = complete("download", "accessory-caption_llamaQformerv2_13b")
     place = llama_acc_home / "models/accessory-caption_llamaQformerv2_13b"
     assert sorted(path.name for path in place.iterdir() if not path.name.startswith(".")) == [
         "consolidated.00-of-02.model.pth", "consolidated.01-of-02.model.pth", "meta.json", "params.json",

@@ -16,7 +16,7 @@ from llama_acc.core.recipe import Recipe, recipe_names
 from llama_acc.core.text import size_text
 from llama_acc.core.train.callback import Callback
 from llama_acc.core.train.plan import Plan, make_plan
-from tests.cli.commands import QUICKSTART, invoke
+from tests.cli.commands import QUICKSTART, complete, invoke
 from tests.cli.conftest import DIALOGUE
 from tests.core.tokenizers import llama3_style
 
@@ -68,8 +68,7 @@ def test_a_shipped_recipe_of_every_kind_dry_runs_on_a_tiny_model(
     tiny = [shape, "model.max_seq_len=4096", "train.warmup_epochs=0"]
     if recipe.tuning.prefix_layers:
         tiny.append("tuning.prefix_layers=1")
-    result = invoke("finetune", "--recipe", name, "--dry-run", "--no-timing", *flags, *tiny)
-    assert result.exit_code == 0, result.stderr
+    result = complete("finetune", "--recipe", name, "--dry-run", "--no-timing", *flags, *tiny)
     assert shown(result.stdout)["recipe"] == name
     assert shown(result.stdout)["data"].startswith("2 items, ")
     assert result.stdout.count("⟦") == result.stdout.count("⟧") >= 2
@@ -84,8 +83,7 @@ def test_a_shipped_recipe_of_every_kind_dry_runs_on_a_tiny_model(
 
 
 def test_it_shows_plan_data_time_disk_and_two_examples(tmp_path: Path) -> None:
-    result = invoke(*QUICKSTART, "--dry-run")
-    assert result.exit_code == 0
+    result = complete(*QUICKSTART, "--dry-run")
     assert result.stderr == ""
     lines = shown(result.stdout)
     assert lines["model"] == "2 layers, width 32, 4 heads (2 for keys and values), vocabulary 640"
@@ -123,8 +121,7 @@ def test_work_is_counted_in_the_programs_own_step(monkeypatch: pytest.MonkeyPatc
 
 
 def test_it_says_what_each_of_many_processes_keeps(tmp_path: Path) -> None:
-    result = invoke(*QUICKSTART, "--dry-run", "--nproc", "4", "--nnodes", "2", "parallel.model_parallel_size=2")
-    assert result.exit_code == 0, result.stderr
+    result = complete(*QUICKSTART, "--dry-run", "--nproc", "4", "--nnodes", "2", "parallel.model_parallel_size=2")
     lines = shown(result.stdout)
     assert lines["processes"] == "8: 4 data parallel (sdp) x 2 model parallel, 8,232 parameters on each"
     assert lines["of which"].startswith(f"trainable masters {8232 * 4 / 2**10:.1f} KiB, optimizer ")
@@ -143,8 +140,7 @@ def test_it_may_be_repeated_and_the_real_run_follows_into_its_folder(tmp_path: P
         assert invoke(*QUICKSTART, "--dry-run", "--output", output, "train.epochs=1").exit_code == 0
         assert files(output) == {"recipe.yaml", "data.json"}
     planned = [(output / name).read_bytes() for name in ("recipe.yaml", "data.json")]
-    result = invoke(*QUICKSTART, "--output", output, "train.epochs=1")
-    assert result.exit_code == 0, result.stderr
+    complete(*QUICKSTART, "--output", output, "train.epochs=1")
     assert (output / "latest").read_text() == "epoch0\n"
     assert [(output / name).read_bytes() for name in ("recipe.yaml", "data.json")] == planned
 
@@ -158,11 +154,9 @@ def test_data_is_found_from_any_folder(tmp_path: Path, single_turn: Path, monkey
     shutil.copy(single_turn, tmp_path / "here" / "data.json")
     dry = ("finetune", "--device", "cpu", "--dry-run", "--no-timing", "--recipe")
     monkeypatch.chdir(tmp_path / "here")
-    written = invoke(*dry, "../recipes/my.yaml", "--data", "data.json", "--output", "run")
-    assert written.exit_code == 0, written.stderr
+    written = complete(*dry, "../recipes/my.yaml", "--data", "data.json", "--output", "run")
     monkeypatch.chdir(tmp_path / "there")
-    again = invoke(*dry, "../here/run/recipe.yaml")
-    assert again.exit_code == 0, again.stderr
+    again = complete(*dry, "../here/run/recipe.yaml")
     assert shown(again.stdout)["data"] == shown(written.stdout)["data"]
     assert shown(again.stdout)["data"].startswith("10 items")
     assert files(tmp_path / "there") == set()
@@ -182,8 +176,7 @@ def test_only_the_shape_of_a_model_that_is_not_there_is_needed(
     tokenizer = shared / "assets" / "tokenizer" / "tokenizer.model"
     data = shared / "assets" / "data" / "sharegpt_example.json"
     flags = ["--tokenizer", tokenizer, "--data", data, "--output", tmp_path / "run", "--device", "cpu"]
-    result = invoke("finetune", "--recipe", "lima", "--dry-run", *flags)
-    assert result.exit_code == 0, result.stderr
+    result = complete("finetune", "--recipe", "lima", "--dry-run", *flags)
     lines = shown(result.stdout)
     assert lines["weights"] == "from llama2-7b (not found)"
     assert lines["parameters"].startswith("6,738,415,616, of which 6,738,415,616 train")
@@ -199,8 +192,7 @@ def test_data_on_the_command_line_is_taken_whole(single_turn: Path) -> None:
 
 def test_the_tokenizer_beside_the_checkpoint_is_taken_not_the_recipes(talker: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    result = invoke("finetune", "--recipe", "quickstart", "--pretrained", talker, "--dry-run", "--output", output)
-    assert result.exit_code == 0, result.stderr
+    complete("finetune", "--recipe", "quickstart", "--pretrained", talker, "--dry-run", "--output", output)
     assert yaml.safe_load((output / "recipe.yaml").read_text())["model"]["tokenizer"] == str(talker / "tokenizer.model")
 
 
@@ -211,8 +203,9 @@ def test_what_is_cut_or_not_used_is_counted_in_the_plan_and_in_the_report(tmp_pa
     for name in ("a.json", "b.json"):
         (tmp_path / name).write_text(json.dumps(rows), encoding="utf-8")
         data += ["--data", tmp_path / name]
-    result = invoke(*QUICKSTART, "--dry-run", "--no-timing", "data.max_tokens=30", "--output", tmp_path / "run", *data)
-    assert result.exit_code == 0, result.stderr
+    result = complete(
+        *QUICKSTART, "--dry-run", "--no-timing", "data.max_tokens=30", "--output", tmp_path / "run", *data
+    )
     report, lines = json.loads((tmp_path / "run" / "data.json").read_text()), shown(result.stdout)
     assert report["truncated"] > 0
     assert lines["truncated"] == f"{report['truncated']} items longer than 30 tokens"
@@ -224,8 +217,7 @@ def test_what_is_cut_or_not_used_is_counted_in_the_plan_and_in_the_report(tmp_pa
 
 
 def test_a_plan_of_very_many_steps_is_made_at_once() -> None:
-    result = invoke(
+    result = complete(
         *QUICKSTART, "--dry-run", "--no-timing", "train.epochs=1e6", "checkpoint.every_epochs=7", "checkpoint.keep=2"
     )
-    assert result.exit_code == 0
     assert shown(result.stdout)["checkpoints"] == "142858 of 832.8 KiB, the newest 2 kept"

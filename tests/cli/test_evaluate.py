@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import Result, invoke, refused
+from tests.cli.commands import Result, complete, invoke, refused
 from tests.core.evaluate.apibench import (
     TORCH_HUB,
     TOWNS,
@@ -95,8 +95,7 @@ def test_prompts_are_asked_in_place_of_the_evaluation_files(
 
 def test_perplexity_is_printed_with_what_it_was_measured_on(trained_once: Path, single_turn: Path) -> None:
     def facts(*flags: object) -> dict[str, float]:
-        result = invoke("evaluate", "perplexity", "--ckpt", trained_once, "--data", single_turn, *flags, "--json")
-        assert result.exit_code == 0, result.stderr
+        result = complete("evaluate", "perplexity", "--ckpt", trained_once, "--data", single_turn, *flags, "--json")
         found: dict[str, float] = json.loads(result.stdout)
         return found
 
@@ -106,7 +105,9 @@ def test_perplexity_is_printed_with_what_it_was_measured_on(trained_once: Path, 
     assert (shown.pop("items"), shown.pop("template")) == ("10", "alpaca")
     assert shown.keys() == {"perplexity", "loss", "tokens", "label_tokens", "truncated", "dropped"}
     cut, twice = facts("--max-tokens", 30), facts("--data", single_turn, "--batch-size", 3)
+    assert (shown["truncated"], shown["dropped"], cut["items"]) == ("0", "0", 10)
     assert cut["truncated"] + cut["dropped"] > 0
+    assert cut["tokens"] < int(shown["tokens"])
     assert cut["label_tokens"] < int(shown["label_tokens"])
     assert twice["items"] == 20
     assert twice["loss"] == pytest.approx(float(shown["loss"]), abs=1e-4)

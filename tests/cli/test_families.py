@@ -15,9 +15,9 @@ from llama_acc.core.generate.engine import Engine
 from llama_acc.core.generate.load import load_model
 from llama_acc.core.generate.sampling import Sampler, Sampling
 from llama_acc.core.tokenizer import load_tokenizer
-from tests.cli.commands import invoke
+from tests.cli.commands import complete, invoke
 from tests.core.model.test_families import FAMILIES, write_family
-from tests.core.tokenizers import CORPUS, byte_fallback
+from tests.core.tokenizers import CORPUS, byte_fallback, cut_by_words
 from tests.hub import Servers
 
 QUESTION = "what is the answer to 10 + 32?"
@@ -38,15 +38,11 @@ def _template(head: str, end: str, gap: str, prompt: str, begin: str = "") -> st
 
 
 CHATML = ("'<|im_start|>' + message.role + '\\n'", "'<|im_end|>'", "'\\n'", "'<|im_start|>assistant\\n'")
-# As the one that LLaMA 3.2 is published with: the day in a system turn of its own, tools there or with the first
-# question, calls of tools and their results.
+# As the one that LLaMA 3.2 is published with: the day in a system turn of its own; of its tools, whether there are any.
 HEADERS = """\
 {{- bos_token }}
 {%- macro turn(role) %}{{ "<|start_header_id|>" ~ role ~ "<|end_header_id|>\\n\\n" }}{% endmacro %}
-{%- macro described(tools) %}{% for one in tools %}{{ one | tojson(indent=4) ~ "\\n\\n" }}{% endfor %}{% endmacro %}
-{%- if custom_tools is defined %}{% set tools = custom_tools %}{% endif %}
 {%- set tools = tools if tools is defined else none %}
-{%- set with_question = tools_in_user_message if tools_in_user_message is defined else true %}
 {%- if date_string is not defined %}
     {%- set date_string = strftime_now("%d %b %Y") if strftime_now is defined else "26 Jul 2024" %}
 {%- endif %}
@@ -55,27 +51,10 @@ HEADERS = """\
     {%- set system, rest = messages[0]["content"] | trim, messages[1:] %}
 {%- endif %}
 {{- turn("system") }}
-{%- if tools is not none %}{{ "Environment: ipython\\n" }}{% endif %}
-{{- "Cutting Knowledge Date: December 2023\\nToday Date: " ~ date_string ~ "\\n\\n" }}
-{%- if tools is not none and not with_question %}{{ "Call one of these:\\n\\n" ~ described(tools) }}{% endif %}
-{{- system ~ "<|eot_id|>" }}
-{%- if with_question and tools is not none %}
-    {%- if not rest %}{{ raise_exception("there is no question to put the tools into") }}{% endif %}
-    {{- turn("user") ~ "Call one of these:\\n\\n" ~ described(tools) ~ rest[0]["content"] | trim ~ "<|eot_id|>" }}
-    {%- set rest = rest[1:] %}
-{%- endif %}
+{%- if tools is not none %}{{ raise_exception("no tools here") }}{% endif %}
+{{- "Cutting Knowledge Date: December 2023\\nToday Date: " ~ date_string ~ "\\n\\n" ~ system ~ "<|eot_id|>" }}
 {%- for message in rest %}
-    {%- if message.role in ("tool", "ipython") %}
-        {{- turn("ipython") }}
-        {{- (message.content if message.content is string else message.content | tojson) ~ "<|eot_id|>" }}
-    {%- elif "tool_calls" in message %}
-        {%- if message.tool_calls | length != 1 %}{{ raise_exception("one call at a time") }}{% endif %}
-        {%- set call = message.tool_calls[0].function %}
-        {{- turn("assistant") ~ '{"name": "' ~ call.name ~ '", ' }}
-        {{- '"parameters": ' ~ call.arguments | tojson ~ "}<|eot_id|>" }}
-    {%- else %}
-        {{- turn(message["role"]) ~ message["content"] | trim ~ "<|eot_id|>" }}
-    {%- endif %}
+    {{- turn(message["role"]) ~ message["content"] | trim ~ "<|eot_id|>" }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ turn("assistant") }}{% endif %}
 """
@@ -184,29 +163,17 @@ FOLDERS = {
 
 def write_tokenizer_files(folder: Path, published: Published) -> int:
     """A small tokenizer.json of a family's kind with its settings and template. Returns the number of its tokens."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Tokenizer, normalizers
     from tokenizers.processors import TemplateProcessing
 
     bos = published.settings["bos_token"]
     if published.special:
-        pattern = (
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,DIGITS}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-            r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-        ).replace("DIGITS", str(published.digits))
-        fast = Tokenizer(models.BPE(ignore_merges=published.digits == 3))
+        fast = cut_by_words(published.special, published.digits, 300, CORPUS)
         fast.normalizer = normalizers.NFC()
-        pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        fast.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), pieces])
-        fast.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        fast.train_from_iterator(
-            CORPUS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-        )
     else:
         fast = Tokenizer.from_file(str(byte_fallback(folder)))
-    fast.add_special_tokens(
-        [AddedToken(text, special=True) for text in published.special or ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")]
-    )
+        special = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")
+        fast.add_special_tokens([AddedToken(text, special=True) for text in special])
     if bos in ("<s>", "<|begin_of_text|>"):
         fast.post_processor = TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, fast.token_to_id(bos))]
@@ -239,13 +206,12 @@ def test_a_published_folder_is_tuned_talked_to_and_answers_the_same_in_transform
     turns = [("human", "what is the question?"), ("gpt", "10 + 32 é"), ("human", QUESTION), ("gpt", "a town")]
     item = {"conversations": [{"from": role, "value": text} for role, text in turns]}
     (tmp_path / "data.jsonl").write_text((json.dumps(item) + "\n") * 6)
-    done = invoke(
+    done = complete(
         *("finetune", "--recipe", "quickstart", "--device", "cpu", "--pretrained", base, "--output", run),
         *("--data", tmp_path / "data.jsonl", "data.sources.0.template=auto", "data.sources.0.format=auto"),
         *("model.params=null", "model.tokenizer=null", "tuning.method=lora", "checkpoint.trainable_only=true"),
         *("train.max_steps=3", "train.warmup_epochs=0", "train.global_batch_size=2", "train.epochs=1"),
     )
-    assert done.exit_code == 0, done.stderr
     family = json.loads((base / "config.json").read_text())["model_type"]
     assert f"{family}, 4 layers, width 64" in done.stderr or family == "llama"
     assert re.search(rf"template +the chat template in {base}/tokenizer_config\.json\n", done.stderr)
@@ -253,10 +219,8 @@ def test_a_published_folder_is_tuned_talked_to_and_answers_the_same_in_transform
     (said,) = re.findall("answers end +at (.*)", done.stderr)
     assert set(said.split(", ")) >= {*ends, FOLDERS[name].settings["eos_token"]}
     checkpoints = ("--ckpt", base, "--ckpt", run)
-    said = invoke("chat", *checkpoints, "--prompt", QUESTION, "--temperature", 0, "--max-new-tokens", 24)
-    assert said.exit_code == 0, said.stderr
-    made = invoke("convert-checkpoint", run, hf, "--base", base, "--merge", "--to", "hf")
-    assert made.exit_code == 0, made.stderr
+    said = complete("chat", *checkpoints, "--prompt", QUESTION, "--temperature", 0, "--max-new-tokens", 24)
+    complete("convert-checkpoint", run, hf, "--base", base, "--merge", "--to", "hf")
 
     loaded = load_model(str(base), str(run), device="cpu")
     prompt = encode_question(loaded, QUESTION)
@@ -284,8 +248,7 @@ def test_an_entry_of_the_catalogue_without_files_is_the_whole_folder_and_answers
     files = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
     others = {"README.md": b"# SmolLM2", "onnx/model.onnx": b"graph", "pytorch_model.bin": b"the same once more"}
     servers.model("HuggingFaceTB/SmolLM2-135M-Instruct", {**files, **others})
-    done = invoke("download", "smollm2-135m-instruct")
-    assert done.exit_code == 0, done.stderr
+    done = complete("download", "smollm2-135m-instruct")
     folder = llama_acc_home / "models" / "smollm2-135m-instruct"
     assert {path.name for path in folder.iterdir() if path.name[0] != "."} == {*files, "README.md"}
     assert all((folder / name).read_bytes() == content for name, content in files.items())

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from llama_acc.core.atomic import check_manifest
-from tests.cli.commands import PATIENCE, QUICKSTART, environment, invoke, lines_of, metrics, start, wait_until
+from tests.cli.commands import PATIENCE, QUICKSTART, complete, environment, invoke, lines_of, metrics, start, wait_until
 
 # 48 steps of a few milliseconds, saved every 4.
 LONG = (*QUICKSTART, "train.epochs=12", "checkpoint.every_epochs=1", "checkpoint.keep=2")
@@ -71,8 +71,7 @@ def test_a_run_stopped_and_killed_goes_on_as_if_nothing_had_been(tmp_path: Path)
             assert "SIGTERM" in (output / "report.md").read_text()
         # The run's own recipe says how to go on.
         command = ("finetune", "--device", "cpu", "--output", output, "--resume")
-    done = invoke(*command)
-    assert done.exit_code == 0, done.stderr
+    done = complete(*command)
     assert f"resuming from {output}/epoch" in done.stderr
     assert f", {saved} of 48 steps done" in done.stderr
     uninterrupted = tmp_path / "uninterrupted"
@@ -129,8 +128,7 @@ def test_what_ends_a_run_before_its_first_step_leaves_nothing(
 @pytest.mark.parametrize("keep", [1, 2, 0])
 def test_keep_counts_the_newest_checkpoints(tmp_path: Path, keep: int) -> None:
     saving = ("train.epochs=3", "checkpoint.every_epochs=1", f"checkpoint.keep={keep}")
-    result = invoke(*QUICKSTART, "--output", tmp_path / "run", *saving)
-    assert result.exit_code == 0, result.stderr
+    complete(*QUICKSTART, "--output", tmp_path / "run", *saving)
     assert sorted(path.name for path in (tmp_path / "run").glob("epoch*")) == ["epoch0", "epoch1", "epoch2"][-keep:]
 
 

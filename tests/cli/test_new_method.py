@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llama_acc.core.model.tuning import METHODS
-from tests.cli.commands import invoke
+from tests.cli.commands import complete
 from tests.cli.test_tuning import answer, train
 from tests.core.model.scaling import Scaling
 
@@ -22,9 +22,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def done(*arguments: object) -> str:
-    result = invoke(*arguments)
-    assert result.exit_code == 0, result.stderr
-    return result.stdout
+    return complete(*arguments).stdout
 
 
 def weights_of(run: Path) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llama_acc.cli import console, run_console
-from tests.cli.commands import DRY, QUICKSTART, environment, invoke, metrics, start
+from tests.cli.commands import DRY, QUICKSTART, complete, environment, invoke, metrics, start
 from tests.cli.terminal import Terminal
 
 SHORT = (*QUICKSTART, "train.epochs=3", "checkpoint.every_epochs=1", "checkpoint.keep=2")
@@ -19,8 +19,7 @@ SHORT = (*QUICKSTART, "train.epochs=3", "checkpoint.every_epochs=1", "checkpoint
 
 def test_the_first_lines_say_what_will_be_done_and_the_last_ones_what_was(tmp_path: Path) -> None:
     output = tmp_path / "run"
-    result = invoke(*SHORT, "--output", output)
-    assert result.exit_code == 0
+    result = complete(*SHORT, "--output", output)
     lines = [line for line in result.stderr.splitlines() if line != "loading PyTorch"]
     subjects = ["recipe", "model", "weights", "parameters", "data", "template"]
     subjects += ["answers end", "steps", "warning", "learning rate", "checkpoints"]
@@ -35,8 +34,7 @@ def test_the_first_lines_say_what_will_be_done_and_the_last_ones_what_was(tmp_pa
 
 
 def test_validation_is_told_and_logged(tmp_path: Path) -> None:
-    result = invoke(*SHORT, "--output", tmp_path, "data.validation.fraction=0.25", "data.validation.every_steps=4")
-    assert result.exit_code == 0, result.stderr
+    result = complete(*SHORT, "--output", tmp_path, "data.validation.fraction=0.25", "data.validation.every_steps=4")
     assert "validation" in [line.split("  ")[0] for line in result.stderr.splitlines()]
     validations = [line for line in metrics(tmp_path) if "validation_loss" in line]
     assert [line["step"] for line in validations] == [0, 4, 8, 9]

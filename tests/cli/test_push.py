@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from tests.cli.commands import QUICKSTART, invoke, refused, start, wait_until
+from tests.cli.commands import QUICKSTART, complete, invoke, refused, start, wait_until
 from tests.hub import READ_TOKEN, TOKEN, Servers
 
 
@@ -45,10 +45,8 @@ def test_a_run_is_pushed_as_a_whole_model_that_the_hub_gives_back(hub: Servers, 
     assert card.count("e-0") >= 3  # the curve's learning rates
     assert TOKEN not in card + result.stderr
     assert not any(str(place).encode() in content for content in repo.files.values() for place in (trained, tmp_path))
-    fetched = invoke("download", "hf:me/towns", "--to", tmp_path / "back")
-    assert fetched.exit_code == 0, fetched.stderr
-    chat = invoke("chat", "--ckpt", tmp_path / "back", "--device", "cpu", "--prompt", "x", "--max-new-tokens", "1")
-    assert chat.exit_code == 0, chat.stderr
+    complete("download", "hf:me/towns", "--to", tmp_path / "back")
+    complete("chat", "--ckpt", tmp_path / "back", "--device", "cpu", "--prompt", "x", "--max-new-tokens", "1")
     assert not list(trained.glob(".*"))
 
 
@@ -99,16 +97,14 @@ def test_an_adapter_names_its_base_on_the_hub(
     assert invoke("download", "hf:owner/base").exit_code == 0
     lora = ("tuning.method=lora", "tuning.lora_rank=2", "checkpoint.trainable_only=true", "train.epochs=1")
     run = (*QUICKSTART[:-2], "--pretrained", "owner/base", "--output", tmp_path / "run", *lora, "train.warmup_epochs=0")
-    trained_run = invoke(*run, "--push", "hf:team/lora")
-    assert trained_run.exit_code == 0, trained_run.stderr
+    complete(*run, "--push", "hf:team/lora")
     repo = hub.repos["model", "team/lora"]
     assert json.loads(repo.files["adapter_config.json"])["base_model_name_or_path"] == "owner/base"
     header = header_of(repo.files["README.md"])
     assert header == header | {"base_model": "owner/base", "license_name": "towns-1", "library_name": "peft"}
     adapter = tmp_path / "adapter"
     assert invoke("download", "hf:team/lora", "--to", adapter).exit_code == 0
-    pushed = invoke("push", tmp_path / "run", "hf:team/merged", "--merge", "--base", "owner/base")
-    assert pushed.exit_code == 0, pushed.stderr
+    complete("push", tmp_path / "run", "hf:team/merged", "--merge", "--base", "owner/base")
     whole = tmp_path / "whole"
     invoke("download", "hf:team/merged", "--to", whole)
     # huggingface_hub reads once where the hub is.
@@ -125,8 +121,7 @@ def test_dry_run_shows_files_and_card_and_asks_nobody(hub: Servers, trained: Pat
     (tmp_path / "ppl.json").write_text('{"perplexity": 3.25, "data": {"items": 10}}')
     (tmp_path / "tasks.json").write_text('{"results": {"towns": {"acc": 0.5}}, "config": {"seed": 7}}')
     results = ("--evaluation", tmp_path / "ppl.json", "--evaluation", tmp_path / "tasks.json")
-    result = invoke("push", trained, "hf:me/towns", "--dry-run", *results)
-    assert result.exit_code == 0
+    result = complete("push", trained, "hf:me/towns", "--dry-run", *results)
     assert "model.safetensors" in result.stdout
     assert "| ppl, perplexity | 3.25 |" in result.stdout
     assert "| tasks, towns, acc | 0.5 |" in result.stdout

@@ -7,13 +7,12 @@ import pytest
 
 from llama_acc import __version__
 from llama_acc.core.recipe import Recipe, recipe_names
-from tests.cli.commands import invoke, refused, run, words
+from tests.cli.commands import complete, invoke, refused, run, words
 
 
 @pytest.mark.parametrize("arguments", [["recipes"], ["recipes", "list"]])
 def test_recipes_lists_every_shipped_recipe_with_what_it_is(arguments: list[str]) -> None:
-    result = invoke(*arguments)
-    assert result.exit_code == 0
+    result = complete(*arguments)
     assert result.stderr == ""
     listed = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
     assert listed == {name: Recipe.load(name).description for name in recipe_names()}
@@ -34,8 +33,7 @@ def test_show_prints_a_recipe_that_works_as_a_file(tmp_path: Path) -> None:
 
 def test_copy_writes_a_recipe_once_and_says_how_to_use_it(tmp_path: Path) -> None:
     path = tmp_path / "my.yaml"
-    result = invoke("recipes", "copy", "alpaca", path)
-    assert result.exit_code == 0
+    result = complete("recipes", "copy", "alpaca", path)
     assert f"llama-acc finetune --recipe {path}" in result.stderr
     assert Recipe.load(path).model_dump() == Recipe.load("alpaca").model_dump()
     path.write_text("mine")

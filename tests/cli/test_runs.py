@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llama_acc.core.train.run_folder import RunFolder
-from tests.cli.commands import DRY, QUICKSTART, invoke, metrics, refused
+from tests.cli.commands import DRY, QUICKSTART, complete, invoke, metrics, refused
 
 RUN = (
     *QUICKSTART,
@@ -23,8 +23,7 @@ RUN = (
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of eight steps that was stopped after six."""
     folder = tmp_path_factory.mktemp("runs") / "deep" / "first"
-    done = invoke(*RUN, "--output", folder, "train.max_steps=6")
-    assert done.exit_code == 0, done.output
+    complete(*RUN, "--output", folder, "train.max_steps=6")
     return folder
 
 
@@ -34,8 +33,7 @@ def folder(trained: Path, tmp_path: Path) -> Path:
 
 
 def listed(folder: Path) -> list[dict[str, Any]]:
-    result = invoke("runs", folder, "--json")
-    assert result.exit_code == 0, result.output
+    result = complete("runs", folder, "--json")
     found: list[dict[str, Any]] = json.loads(result.stdout)
     return found
 
@@ -56,8 +54,7 @@ def test_a_run_is_listed_with_how_far_it_is(folder: Path, tmp_path: Path) -> Non
     assert found["validation_loss"] == lines[-1]["validation_loss"]
     assert found["tokens_per_second"] > 0
     assert found["problem"] is None
-    shown = invoke("runs", tmp_path)
-    assert shown.exit_code == 0
+    shown = complete("runs", tmp_path)
     assert shown.stderr == ""
     head, row = shown.stdout.splitlines()
     assert head.split() == [
@@ -133,8 +130,7 @@ def test_damaged_folders_are_told_and_the_newest_comes_first(folder: Path, tmp_p
         "first": "done",
     }
     assert [one["seen"] for one in found] == sorted((one["seen"] for one in found), reverse=True)
-    result = invoke("runs", tmp_path)
-    assert result.exit_code == 0
+    result = complete("runs", tmp_path)
     assert len(result.stdout.splitlines()) == 6
     assert f"{tmp_path / 'keys'} is damaged: KeyError: 'model'" in result.stderr
     assert len(result.stderr.splitlines()) == 3

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llama_acc.core.recipe import RECIPES_FOLDER
-from tests.cli.commands import QUICKSTART, invoke, refused, words
+from tests.cli.commands import QUICKSTART, complete, invoke, refused, words
 from tests.cli.conftest import ANSWER
 from tests.core.data.pictures import write_pictures
 
@@ -20,15 +20,13 @@ def train(base: Path, output: Path) -> list[object]:
 
 
 def tune(base: Path, output: Path, *more: object) -> None:
-    result = invoke(*train(base, output), *PART, *more)
-    assert result.exit_code == 0, result.stderr
+    result = complete(*train(base, output), *PART, *more)
     assert f"--ckpt {base} --ckpt {output}" in words(result.stdout)
 
 
 def answer(*checkpoints: Path, quantize: str | None = None) -> str:
     flags = [word for checkpoint in checkpoints for word in ("--ckpt", checkpoint)]
-    result = invoke("chat", *flags, *ASK, *(("--quantize", quantize) if quantize else ()))
-    assert result.exit_code == 0, result.stderr
+    result = complete("chat", *flags, *ASK, *(("--quantize", quantize) if quantize else ()))
     return result.stdout
 
 
@@ -81,8 +79,7 @@ def test_a_part_on_no_base_on_another_one_or_for_another_method_is_one_clear_lin
 
 def test_a_base_quantized_beforehand_is_the_same(base: Path, part: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
-    made = invoke("convert-checkpoint", base, small, "--to", "consolidated", "--quantize", "nf4")
-    assert made.exit_code == 0, made.stderr
+    complete("convert-checkpoint", base, small, "--to", "consolidated", "--quantize", "nf4")
     assert answer(small, part) == answer(base, part)
     tune(small, tmp_path / "run", "tuning.quantize=nf4")
     for name in ("loss", "grad_norm"):
@@ -127,14 +124,10 @@ def column(run: Path, name: str) -> list[float]:
 
 def test_the_part_is_merged_into_what_it_was_trained_on(base: Path, part: Path, tmp_path: Path) -> None:
     merge = ("--to", "hf", "--merge", "--dtype", "fp32")
-    result = invoke("convert-checkpoint", part, tmp_path / "merged", *merge, "--base", base)
-    assert result.exit_code == 0, result.stderr
+    result = complete("convert-checkpoint", part, tmp_path / "merged", *merge, "--base", base)
     assert "logits are off those before merging by" in words(result.stdout)
     assert answer(tmp_path / "merged") == answer(base, part)
-    original = invoke(
-        "convert-checkpoint", part, tmp_path / "original", *merge, "--base", base, "--merge-into", "original"
-    )
-    assert original.exit_code == 0, original.stderr
+    complete("convert-checkpoint", part, tmp_path / "original", *merge, "--base", base, "--merge-into", "original")
     assert answer(tmp_path / "original") == answer(base, part, quantize="none")
     refused(
         invoke("convert-checkpoint", part, tmp_path / "none", *merge),
@@ -147,12 +140,10 @@ def test_a_base_stays_in_its_files_while_it_is_tuned_and_asked(trained_once: Pat
     base = tmp_path / "base"
     assert invoke("convert-checkpoint", trained_once, base, "--to", "consolidated", "--quantize", "nf4").exit_code == 0
     keys = (*PART, "tuning.quantize=nf4", "train.activation_checkpointing=true", "train.stream_base=true")
-    dry = invoke(*train(base, tmp_path / "dry"), *keys, "--dry-run")
-    assert dry.exit_code == 0, dry.stderr
+    dry = complete(*train(base, tmp_path / "dry"), *keys, "--dry-run")
     assert "two blocks" in dry.stdout
     assert "floating-point operations" in dry.stdout  # no step of what may be very large is timed
-    done = invoke(*train(base, tmp_path / "run"), *keys)
-    assert done.exit_code == 0, done.stderr
+    done = complete(*train(base, tmp_path / "run"), *keys)
     assert words(done.stdout) == f"llama-acc chat --ckpt {base} --ckpt {tmp_path / 'run'} --stream"
     ask = ("chat", "--ckpt", base, "--ckpt", tmp_path / "run", *ASK)
     assert invoke(*ask, "--stream").stdout == invoke(*ask).stdout

@@ -22,7 +22,7 @@ from llama_acc.core.generate.load import load_model
 from llama_acc.core.generate.sampling import Sampling
 from llama_acc.core.generate.service import Service
 from tests.cli.chains import write_chain
-from tests.cli.commands import PATIENCE, invoke, refused, start
+from tests.cli.commands import PATIENCE, complete, invoke, refused, start
 from tests.cli.conftest import ANSWER
 
 pytest.importorskip("gradio", reason="the extra web brings it")
@@ -295,8 +295,7 @@ def test_a_question_is_edited_an_answer_retried_and_the_conversation_saved_as_da
     expect(tab.locator(".user.message")).to_have_text(["another <b>one</b>"])
     turns = [{"from": "human", "value": "another <b>one</b>"}, {"from": "gpt", "value": ANSWER}]
     assert saved(tab, tmp_path) == [{"system": "Be brief.", "conversations": turns}]
-    checked = invoke("convert-data", "check", tmp_path / "data.json")
-    assert checked.exit_code == 0, checked.output
+    complete("convert-data", "check", tmp_path / "data.json")
     tab.get_by_role("button", name="New conversation").click()
     expect(tab.locator(".message")).to_have_count(0)
     tab.close()

@@ -1,6 +1,7 @@
 """Tokenizers of the other kind than the fixture `tokenizer_path`: two tokenizer.json as they are published."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,24 +53,31 @@ def byte_fallback(folder: Path) -> Path:
     return folder / "tokenizer.json"
 
 
-def llama3_style(folder: Path) -> Path:
-    """A tokenizer.json like Llama 3's: its pattern, digits by threes, line ends with what stands before them."""
+def cut_by_words(special: Sequence[str], digits: int, vocab_size: int, texts: Sequence[str]) -> Any:
+    """What LLaMA 3 and many since have: pieces of bytes, of texts cut by a pattern; a word has so many digits."""
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Fast
 
     pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r"|\s+(?!\S)|\s+"
-    )
-    fast = Fast(models.BPE(ignore_merges=True))
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,DIGITS}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ).replace("DIGITS", str(digits))
+    fast = Fast(models.BPE(ignore_merges=digits == 3))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     fast.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level])
     fast.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    fast.train_from_iterator(texts, trainer)
+    fast.add_special_tokens([AddedToken(name, special=True) for name in special])
+    return fast
+
+
+def llama3_style(folder: Path) -> Path:
+    """A tokenizer.json like Llama 3's: its pattern, digits by threes, line ends with what stands before them."""
     texts = [*CORPUS, "Response:\n\nHuman:\n ### ::\n\n((  \n\n"] * 3
-    fast.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=340, initial_alphabet=alphabet, show_progress=False))
     names = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    fast.add_special_tokens([AddedToken(name, special=True) for name in names])
+    fast = cut_by_words(names, 3, 340, texts)
     folder.mkdir(parents=True, exist_ok=True)
     fast.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names[0], "eos_token": names[-1]}

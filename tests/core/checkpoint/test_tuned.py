@@ -26,7 +26,6 @@ from llama_acc.core.model.tuning.lora import LoRA, LoRABiasNorm
 from tests.core.checkpoint.folders import GROUPED, huggingface_logits, same_bits, state, tensors_of, write_consolidated
 from tests.core.model.test_tuning import tuned_model
 from tests.core.tiny import CPU, difference, document_logits, loaded_model
-from tests.core.train.runs import run
 
 TOKENS = torch.arange(1, 60)
 LORA = LoRA(4, lora_alpha=1.5, use_rslora=True, lora_targets=("wq", "wv", "w2"))
@@ -264,15 +263,6 @@ def test_a_quantized_base_is_saved_and_read(skip: tuple[str, ...], tmp_path: Pat
             assert 0.01 < difference(tensor, expected[name]) < 0.2
         else:
             assert torch.equal(tensor, expected[name])
-
-
-def test_a_quantized_checkpoint_answers_as_one_quantized_while_it_is_loaded(tmp_path: Path) -> None:
-    source = run(tmp_path / "run", "model.params.dim=64", "train.max_steps=2").checkpoint
-    small = made(source, tmp_path / "small", "consolidated", quantize="nf4").folder
-    models = [load_model(source, device="cpu", quantize="nf4"), load_model(small, device="cpu", dtype=torch.float32)]
-    assert all(model.model.is_quantized for model in models)
-    found = [document_logits(model.model, [TOKENS])[0] for model in models]
-    assert torch.equal(*found)
 
 
 # Bases in four bits

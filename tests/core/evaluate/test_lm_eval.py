@@ -16,7 +16,7 @@ from llama_acc.core.generate.load import LoadedModel, load_model
 from llama_acc.core.model.tuning.adapter import Adapter
 from llama_acc.core.model.tuning.lora import LoRABiasNorm
 from llama_acc.core.tokenizer import load_tokenizer
-from tests.cli.commands import invoke, refused
+from tests.cli.commands import complete, invoke, refused
 from tests.core.ranks import run_ranks
 from tests.core.tiny import CPU, SMALL, random_model
 
@@ -54,8 +54,7 @@ def folders(
     """A checkpoint, and the same one for transformers."""
     folder = tmp_path_factory.mktemp(request.param)
     own = write_model(folder / "own", tokenizer_path if request.param == "sentencepiece" else None)
-    result = invoke("convert-checkpoint", own, folder / "hf", "--to", "hf")
-    assert result.exit_code == 0, result.stderr
+    complete("convert-checkpoint", own, folder / "hf", "--to", "hf")
     return own, folder / "hf"
 
 
@@ -170,8 +169,7 @@ def test_unknown_tasks_and_settings_are_refused(
 def test_the_command_prints_a_table_and_writes_all_of_it(tokenizer_path: Path, tasks: Path, tmp_path: Path) -> None:
     folder, output = write_model(tmp_path / "model", tokenizer_path), tmp_path / "results.json"
     flags = ("--ckpt", folder, "--include-path", tasks, "--device", "cpu", "--num-fewshot", 1, "--limit", 2)
-    result = invoke("evaluate", "lm-eval", "choices", "endings", *flags, "--output", output, "--log-samples")
-    assert result.exit_code == 0, result.stderr
+    result = complete("evaluate", "lm-eval", "choices", "endings", *flags, "--output", output, "--log-samples")
     written = json.loads(output.read_text())
     figures = written["results"]
     cells = [line.split() for line in result.stdout.splitlines()]

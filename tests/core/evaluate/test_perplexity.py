@@ -76,25 +76,6 @@ def test_it_is_the_mean_over_the_labelled_tokens(loaded: LoadedModel, data: Path
     assert found.loss == pytest.approx(float(sum(losses)) / found.label_tokens, abs=1e-5)
 
 
-def test_what_is_cut_and_dropped_is_counted(loaded: LoadedModel, data: Path) -> None:
-    whole, cut = measured(loaded, data), measured(loaded, data, 45)
-    assert (whole.items, whole.truncated, whole.dropped) == (7, 0, 0)
-    assert whole.tokens > whole.label_tokens > 0
-    assert cut.items == 7
-    assert cut.truncated > 0
-    assert cut.tokens < whole.tokens
-    assert measured(loaded, data, 24).dropped > 0
-
-
-def test_several_files_are_measured_together_and_progress_counts_the_items(loaded: LoadedModel, data: Path) -> None:
-    counts: list[tuple[int, int]] = []
-    both = read_data(loaded, [str(data)] * 2, None, quiet)
-    found, once = measure(loaded, both, 5, lambda *done: counts.append(done)), measured(loaded, data)
-    assert found.label_tokens == 2 * once.label_tokens
-    assert found.loss == pytest.approx(once.loss, abs=1e-5)
-    assert (len(counts), counts[-1]) == (3, (14, 14))
-
-
 def test_a_format_that_cannot_say_what_is_predicted_is_refused(trained: Path, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     shutil.copytree(trained / (trained / "latest").read_text().strip(), folder)
