@@ -33,8 +33,8 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def _define(schema: str, shape: Callable[..., Any]) -> None:
-    """Makes an operator; `shape` gives what it gives, without values."""
+def _define(schema: str, shape: Callable[..., Any], by_torch: Callable[..., Any] | None = None) -> None:
+    """Makes an operator; `shape` gives what it gives, without values. `by_torch` does it, else a kernel of its name."""
     name = schema.partition("(")[0]
 
     def launch(*args: Any) -> Any:
@@ -43,7 +43,16 @@ def _define(schema: str, shape: Callable[..., Any]) -> None:
     _OPERATORS.define(schema)
     _OPERATORS.impl(name, shape, "Meta")
     for device in ("CUDA", "CPU"):
-        _OPERATORS.impl(name, launch, device)
+        _OPERATORS.impl(name, by_torch or launch, device)
+
+
+def _add_wide_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    if not total.is_cuda:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=0 if first else 1)
+    elif first:
+        torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
+    else:
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
 
 
 def _dense(packed: Tensor, *rest: Any) -> Tensor:
@@ -68,6 +77,8 @@ _define(
     "softmax_minus_one_hot_(Tensor(a!) logits, Tensor targets, Tensor? weights) -> Tensor",
     lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32),
 )
+# Not a kernel of our own, but torch's operator (2.11) does not say what it gives without values.
+_define("add_wide_product_(Tensor(a!) total, Tensor a, Tensor b, bool first) -> ()", lambda *_: None, _add_wide_product)
 _define("swiglu(Tensor gate, Tensor up) -> Tensor", _like_the_first)
 _define("swiglu_backward_(Tensor(a!) d_product, Tensor(b!) gate, Tensor(c!) up) -> ()", lambda *_: None)
 _define(

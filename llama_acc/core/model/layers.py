@@ -27,13 +27,14 @@ from llama_acc.core.model.copies import cast
 from llama_acc.core.model.kernels import use_kernels
 from llama_acc.core.model.nf4 import Scales, dense
 from llama_acc.core.model.products import (
-    accumulator,
     add_masked_product,
     add_product,
     by_onednn,
+    gradient_sum,
     one_row,
     product,
     several_rows,
+    weight_gradient,
 )
 
 _ALONE = Parallel()
@@ -277,8 +278,10 @@ def scaled(x: Tensor, factor: float) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, scales: Scales | None = None) -> Tensor:
     """x [..., in] times weight [out, in], which may be quantized, transposed; in the type of `x`."""
-    if torch.is_grad_enabled() and (x.requires_grad if scales is not None else x.dim() == 2 and by_onednn(x, weight)):
-        return _LinearFunction.apply(x, weight, scales)
+    if torch.is_grad_enabled():
+        is_wide = device_type(x) == "cuda" and x.dtype != weight.dtype and not torch.compiler.is_compiling()
+        if x.requires_grad if scales is not None else x.dim() == 2 and (is_wide or by_onednn(x, weight)):
+            return _LinearFunction.apply(x, weight, scales)
     if scales is not None and nf4.has_kernel(x, weight):
         return nf4.add_product_(x.new_empty(len(x), len(weight)), x, weight, scales, None, first=True)
     is_generating = x.dim() == 2 and not torch.is_grad_enabled()
@@ -301,7 +304,7 @@ class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scales: Scales | None) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        ctx.scales = scales
+        ctx.scales, ctx.weight = scales, weight
         return product(x, dense(weight, scales, x.dtype))
 
     @staticmethod
@@ -309,7 +312,7 @@ class _LinearFunction(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         d_y, needs_x = d_outputs[0], ctx.needs_input_grad[0]
         d_x = product(d_y, dense(weight, ctx.scales, d_y.dtype).t()) if needs_x else None
-        return d_x, None if x is None else (d_y.t() @ x).to(weight.dtype), None
+        return d_x, None if x is None else weight_gradient(ctx.weight, d_y, x), None
 
 
 class ParallelEmbedding(nn.Module):
@@ -468,7 +471,7 @@ class _NormedLinearsFunction(torch.autograd.Function):
         if len(extra) > 1 and device_type(x) == "cuda" and all(mask is None for mask in masks):
             extra, masks = [torch.cat(extra)], [None]
         ctx.save_for_backward(x, norm_weight, inverse, *weights[:split], *extra)
-        ctx.eps, ctx.group, ctx.scales, ctx.masks = eps, group, scales, masks
+        ctx.eps, ctx.group, ctx.scales, ctx.masks, ctx.weights = eps, group, scales, masks, weights
         ctx.added = [len(weight) for weight in weights[split:]], weights[-1].dtype
         outputs = [product(normed, dense(*matrix, x.dtype)) for matrix in zip(weights[:split], scales, strict=True)]
         outputs += [F.linear(_masked(normed, mask), weight) for mask, weight in zip(masks, extra, strict=True)]
@@ -488,9 +491,9 @@ class _NormedLinearsFunction(torch.autograd.Function):
         d_weights: list[Tensor | None] = [None] * len(needs_weights)
         if any(needs_weights):
             normed = _rms_norm(x, norm_weight, ctx.eps, inverse)[0]
-            for i, (d_y, weight) in enumerate(zip(d_outputs[:split], weights[:split], strict=True)):
+            for i, (d_y, weight) in enumerate(zip(d_outputs[:split], ctx.weights[:split], strict=True)):
                 if needs_weights[i]:
-                    d_weights[i] = (d_y.t() @ normed).to(weight.dtype)
+                    d_weights[i] = weight_gradient(weight, d_y, normed)
             if any(needs_weights[split:]):
                 sizes, dtype = ctx.added
                 products = [(d_y.t() @ _masked(normed, mask)).to(dtype) for d_y, _, mask in added]
@@ -545,7 +548,7 @@ class _GatedLinearFunction(torch.autograd.Function):
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(gate, up, *weights)
-        ctx.scales, ctx.masks = scales, masks
+        ctx.scales, ctx.masks, ctx.weights = scales, masks, weights
         compute_weights = [dense(*matrix, gate.dtype) for matrix in zip(weights, scales, strict=True)]
         outputs = tuple(gate.new_empty(len(gate), len(weight)) for weight in weights)
         for rows in _row_pieces(gate):
@@ -559,9 +562,9 @@ class _GatedLinearFunction(torch.autograd.Function):
         gate, up, *weights = ctx.saved_tensors
         compute_weights = [dense(*matrix, gate.dtype) for matrix in zip(weights, ctx.scales, strict=True)]
         pieces = _row_pieces(gate)
-        d_weights = [
-            accumulator(weight, len(pieces)) if needed else None
-            for weight, needed in zip(weights, ctx.needs_input_grad[4:], strict=True)
+        sums = [
+            gradient_sum(weight, len(pieces)) if needed else None
+            for weight, needed in zip(ctx.weights, ctx.needs_input_grad[4:], strict=True)
         ]
         # Their gradients take the place of gate and up; torch refuses a second backward pass over them.
         for rows in pieces:
@@ -570,10 +573,10 @@ class _GatedLinearFunction(torch.autograd.Function):
             for d_y, weight, mask in zip(d_outputs[1:], compute_weights[1:], masks[1:], strict=True):
                 add_masked_product(d_product, d_y[rows], weight, mask)
             activated = _swiglu_backward(d_product, gate[rows], up[rows], any(ctx.needs_input_grad[4:]))
-            for d_weight, d_y, mask in zip(d_weights, d_outputs, masks, strict=True):
-                if d_weight is not None and activated is not None:
-                    add_product(d_weight, d_y[rows].t(), _masked(activated, mask), first=not rows.start)
-        done = (None if d is None else d.to(w.dtype) for d, w in zip(d_weights, weights, strict=True))
+            for one, d_y, mask in zip(sums, d_outputs, masks, strict=True):
+                if one is not None and activated is not None:
+                    add_product(one[0], d_y[rows].t(), _masked(activated, mask), first=not (rows.start or one[1]))
+        done = (None if one is None or one[1] else one[0].to(w.dtype) for one, w in zip(sums, weights, strict=True))
         return gate, up, None, None, *done
 
 

@@ -55,10 +55,28 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """Adds the product a @ b to `total`, or writes it there if it is the first. `total` may be of a wider type."""
     if total.dtype == a.dtype:
         total.addmm_(a, b, beta=0 if first else 1)
+    elif device_type(total) == "cuda":  # the product itself is of the wider type
+        torch.ops.llama_acc.add_wide_product_(total, a, b, first)
     elif first:
         total.copy_(a @ b)
     else:
         total.add_(a @ b)
+
+
+def gradient_sum(weight: Tensor, terms: int = 1) -> tuple[Tensor, bool]:
+    """Where a backward pass sums that many terms of a weight's gradient. True: it is the one that the micro-batches
+    before have left there, which a GPU adds to, so that nothing is to be added up afterwards."""
+    is_kept = device_type(weight) == "cuda" and not torch.compiler.is_compiling() and weight.is_leaf
+    if is_kept and weight.grad is not None:
+        return weight.grad, True
+    return accumulator(weight, terms), False
+
+
+def weight_gradient(weight: Tensor, d_y: Tensor, x: Tensor) -> Tensor | None:
+    """The gradient of a weight for its product with x, out of that of the product; None: it was added where it is."""
+    total, is_begun = gradient_sum(weight)
+    add_product(total, d_y.t(), x, first=not is_begun)
+    return None if is_begun else total
 
 
 def add_masked_product(total: Tensor, a: Tensor, b: Tensor, mask: Tensor | None) -> None:

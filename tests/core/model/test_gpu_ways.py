@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from llama_acc.core.data.templates import get_template
 from llama_acc.core.device import simulating
@@ -89,6 +90,30 @@ def test_loss_and_gradients_are_those_of_the_cpu_s_ways(method: str, has_triton:
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert difference(actual[name], value) < 1e-4, name
+
+
+@pytest.mark.parametrize("is_recomputed", [False, True])
+def test_weight_gradients_of_bf16_are_summed_in_float32_over_micro_batches(is_recomputed: bool) -> None:
+    block: Any = random_model().layers[0]
+    generator = torch.Generator().manual_seed(5)
+    inputs, d_outputs = torch.randn(2, 2, 20, SMALL.dim, generator=generator).bfloat16()
+
+    def gradients(compute: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        block.zero_grad()
+        for x, d_y in zip(inputs, d_outputs, strict=True):
+            x = x.clone().requires_grad_()
+            (checkpoint(compute, x, use_reentrant=False) if is_recomputed else compute(x)).backward(d_y)
+        return [one.grad for one in block.parameters() if one.grad is not None]
+
+    def feed_forward(x: Tensor) -> Tensor:
+        return block.feed_forward(x, block.ffn_norm)
+
+    expected = gradients(feed_forward)
+    with as_on_gpu():
+        actual, [of_wo] = gradients(feed_forward), gradients(block.attention.wo)
+    assert len(actual) == len(expected) == 4
+    assert max(map(difference, actual, expected)) < 2e-2
+    assert difference(of_wo, (d_outputs.double().mT @ inputs.double()).sum(0)) < 1e-6
 
 
 @pytest.mark.parametrize("is_weighted", [False, True])

@@ -77,6 +77,10 @@ class Work(TorchDispatchMode):
         read = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
         result = None if name == "_fused_adamw_" else func(*args, **kwargs)
         written = [value for value in tree_iter(result) if isinstance(value, Tensor)]
+        if func.namespace == "llama_acc":  # what is changed and not given; `first`: it is not read
+            named = list(zip(func._schema.arguments, args, strict=False))
+            if not any(one.name == "first" and value for one, value in named):
+                written += [value for one, value in named if one.alias_info is not None and one.alias_info.is_write]
         devices = {tensor.device.type for tensor in read}
         is_copy = name in ("_to_copy", "copy_")
         if is_copy and "cpu" in devices and any(tensor.is_meta for tensor in written):
@@ -156,7 +160,7 @@ def test_a_step_waits_for_nothing_and_is_all_on_one_device(name: str, checkpoint
 
 
 # What each block takes of 4,096 tokens without recomputation: kernels, and bytes read and written for each token.
-BLOCKS = {"full": (46, 3.0e6), "lora": (79, 1.65e6), "nf4_lora": (93, 1.9e6)}
+BLOCKS = {"full": (39, 2.8e6), "lora": (77, 1.7e6), "nf4_lora": (91, 1.95e6)}
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -210,18 +214,26 @@ def test_a_generated_token_takes_so_many_kernels_a_block(tuning: Tuning, nf4: bo
     assert kernels.total() <= 10, kernels
 
 
-# A step of the 7B, 4,096 tokens in 21 documents, no recomputation: what a GPU is started for, and bytes for a token.
-STEP = {"full": (1550, 97e6), "lora": (2600, 52.1e6), "nf4_lora": (3050, 60.1e6)}
+# A step of the 7B, micro-batches of 4,096 tokens, no recomputation: what a GPU is started for, and bytes for a token.
+STEP = {
+    ("full", 1): (1330, 91.1e6),
+    ("full", 2): (2670, 73.4e6),
+    ("lora", 1): (2530, 54.3e6),
+    ("nf4_lora", 1): (2980, 62.3e6),
+}
 
 
-@pytest.mark.parametrize("name", STEP)
-def test_a_whole_step_takes_so_many_kernels_and_bytes(name: str) -> None:
+@pytest.mark.parametrize(("name", "batches"), STEP)
+def test_a_whole_step_takes_so_many_kernels_and_bytes(name: str, batches: int) -> None:
     tuning, nf4 = (Full() if name == "full" else LoRA(16)), name == "nf4_lora"
     lengths = (204,) * 20 + (16,)
-    one, two = (step_work(replace(LLAMA_7B, n_layers=depth, tuning=tuning), lengths, nf4=nf4) for depth in (1, 2))
-    more, (most_kernels, most_moved) = LLAMA_7B.n_layers - 1, STEP[name]
+    one, two = (
+        step_work(replace(LLAMA_7B, n_layers=depth, tuning=tuning), lengths, nf4=nf4, batches=batches)
+        for depth in (1, 2)
+    )
+    more, (most_kernels, most_moved) = LLAMA_7B.n_layers - 1, STEP[name, batches]
     assert one.kernels.total() + more * (two.kernels - one.kernels).total() <= most_kernels
-    assert (one.bytes + more * (two.bytes - one.bytes)) / 4096 <= most_moved
+    assert (one.bytes + more * (two.bytes - one.bytes)) / 4096 / batches <= most_moved
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
