@@ -45,10 +45,8 @@ def of(folder: Path) -> dict[str, Any]:
 
 def test_a_run_is_listed_with_how_far_it_is(folder: Path, tmp_path: Path) -> None:
     found, lines = of(tmp_path), metrics(folder)
-    assert (found["folder"], found["recipe"], found["base"], found["method"]) == (
-        *(str(folder), "quickstart"),
-        *("random", "full"),
-    )
+    facts = {"folder": str(folder), "recipe": "quickstart", "base": "random", "method": "full"}
+    assert found == found | facts
     assert (found["state"], found["step"], found["total_steps"]) == ("done", 6, 6)
     assert found["loss"] == [line["loss"] for line in lines if "loss" in line][-1]
     assert found["validation_loss"] == lines[-1]["validation_loss"]
@@ -57,18 +55,8 @@ def test_a_run_is_listed_with_how_far_it_is(folder: Path, tmp_path: Path) -> Non
     shown = complete("runs", tmp_path)
     assert shown.stderr == ""
     head, row = shown.stdout.splitlines()
-    assert head.split() == [
-        "run",
-        "recipe",
-        "base",
-        "method",
-        "state",
-        "wrote",
-        "step",
-        "loss",
-        "validation",
-        "tokens/s",
-    ]
+    columns = ("run", "recipe", "base", "method", "state", "wrote", "step", "loss", "validation", "tokens/s")
+    assert tuple(head.split()) == columns
     assert f"{folder}  quickstart  random  full    done" in row
     assert f"6/6  {found['loss']:.4f}      {found['validation_loss']:.4f}" in row
 

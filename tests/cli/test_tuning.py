@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llama_acc.core.recipe import RECIPES_FOLDER
-from tests.cli.commands import QUICKSTART, complete, invoke, refused, words
+from tests.cli.commands import QUICKSTART, complete, invoke, metrics, refused, words
 from tests.cli.conftest import ANSWER
 from tests.core.data.pictures import write_pictures
 
@@ -116,10 +116,7 @@ def test_matrices_that_are_not_quantized_are_the_same_ones_everywhere(base: Path
 
 
 def column(run: Path, name: str) -> list[float]:
-    import json
-
-    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
-    return [line[name] for line in lines if name in line]
+    return [line[name] for line in metrics(run) if name in line]
 
 
 def test_the_part_is_merged_into_what_it_was_trained_on(base: Path, part: Path, tmp_path: Path) -> None:

@@ -16,30 +16,9 @@ from llama_acc.core.model.vision import Images, Tower, make_tower
 from llama_acc.core.model.vision_config import ClipVision, QFormerVision, TinyVision, Vision
 from tests.core.tiny import SMALL, random_model
 
-QFORMER = QFormerVision(
-    image_size=28,
-    patch_size=14,
-    width=32,
-    hidden_dim=48,
-    n_layers=2,
-    n_heads=4,
-    query_width=24,
-    query_hidden=40,
-    query_layers=3,
-    query_heads=4,
-)
-CLIP = ClipVision(
-    image_size=28,
-    patch_size=14,
-    width=32,
-    hidden_dim=48,
-    n_layers=2,
-    n_heads=4,
-    projection=20,
-    block_width=24,
-    block_heads=2,
-    blocks=2,
-)
+SIZES: dict[str, Any] = {"image_size": 28, "patch_size": 14, "width": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
+QFORMER = QFormerVision(**SIZES, query_width=24, query_hidden=40, query_layers=3, query_heads=4)
+CLIP = ClipVision(**SIZES, projection=20, block_width=24, block_heads=2, blocks=2)
 TINY = TinyVision(image_size=16, patch_size=8, width=24, hidden_dim=32, n_layers=2, n_heads=2)
 ADAPTER = Adapter(lora_rank=3, prefix_layers=1, prefix_len=5, prefix_new_gate=True)
 SEEING: dict[str, ModelConfig] = {

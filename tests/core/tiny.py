@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_acc.core.checkpoint.layout import Layout, inspect, read_config
+from llama_acc.core.checkpoint.layout import inspect, read_config
 from llama_acc.core.checkpoint.load import fill, read_weights, with_rows
 from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.config import ModelConfig
@@ -41,12 +41,11 @@ def save_model(model: Transformer, folder: Path, dtype: torch.dtype) -> None:
     (folder / "meta.json").write_text(json.dumps({"llama_type": "llama"}), encoding="utf-8")
 
 
-def loaded_model(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
-    """The model of a checkpoint folder, with float32 parameters of its own."""
-    layout: Layout = inspect(folder)
-    config = read_config([layout])
+def loaded_model(*folders: Path, dtype: torch.dtype = torch.float32) -> Transformer:
+    """The model of checkpoints over each other, with float32 parameters of its own."""
+    layouts = [inspect(folder) for folder in folders]
+    config, weights = read_config(layouts), read_weights(layouts)
     assert config is not None
-    weights = read_weights([layout])
     model = build_on_meta(with_rows(config, weights), dtype)
     fill(model, weights, CPU, torch.float32, copy=True)
     return model

@@ -7,18 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from llama_acc.core.checkpoint.layout import inspect, read_config
-from llama_acc.core.checkpoint.load import fill, read_weights, with_rows
+from llama_acc.core.checkpoint.load import read_weights
 from llama_acc.core.errors import UserError
 from llama_acc.core.generate.load import load_model
-from llama_acc.core.model.transformer import build_on_meta, shapes_of
+from llama_acc.core.model.transformer import shapes_of
 from llama_acc.core.model.tuning import Tuning
 from llama_acc.core.model.tuning.lora import LoRA
 from tests.core.checkpoint.folders import GROUPED, state, tensors_of, write_consolidated
-from tests.core.checkpoint.test_tuned import BOTH, LORA, TOKENS, made, peft_logits, write_tuned
-from tests.core.tiny import CPU, difference, document_logits
+from tests.core.checkpoint.test_tuned import BOTH, LORA, TOKENS, logits, made, peft_logits, write_tuned
+from tests.core.tiny import difference, document_logits
 
 
 @pytest.fixture
@@ -41,16 +40,6 @@ def saved_by_peft(base: Path, folder: Path, **settings: Any) -> Path:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     tuned.save_pretrained(folder)
     return folder
-
-
-def logits(*folders: Path) -> Tensor:
-    """What is computed here of checkpoints over each other."""
-    layouts = [inspect(folder) for folder in folders]
-    config, weights = read_config(layouts), read_weights(layouts)
-    assert config is not None
-    model = build_on_meta(with_rows(config, weights), torch.float32)
-    fill(model, weights, CPU, torch.float32, copy=True)
-    return document_logits(model, [TOKENS])[0]
 
 
 def tuning_of(*folders: Path) -> Tuning:

@@ -108,23 +108,10 @@ def bin_beside(folder: Path) -> None:
     save(folder, {HEAD: torch.randn(80, 64)}, "pytorch_model.bin")
 
 
-def both_ropes(folder: Path) -> None:
-    say(folder, rope_scaling={"type": "linear", "factor": 2.0}, rope_parameters={"rope_type": "default"})
-
-
-def legacy_without_theta(folder: Path) -> None:
-    say(folder, rope_scaling={"rope_type": "default"}, rope_parameters={"rope_type": "default", "rope_theta": 5e3})
-
-
-def two_thetas(folder: Path) -> None:
-    say(folder, rope_theta=3e3, rope_parameters={"rope_type": "default", "rope_theta": 5e3})
-
-
-def said_in_half(folder: Path) -> None:
-    say(folder, dtype="float16")
-
-
 TIED = {"tie_word_embeddings": True}
+PLAIN = {"rope_type": "default"}
+THETA = PLAIN | {"rope_theta": 5e3}
+ROPES_DISAGREE = "rope_scaling and rope_parameters disagree; rope_scaling counts"
 
 
 @pytest.mark.parametrize(
@@ -139,19 +126,23 @@ TIED = {"tie_word_embeddings": True}
         ({}, two_in_bin, None),
         (TIED, tied_in_bin, None),
         ({}, bin_beside, "not read, beside model.safetensors: pytorch_model.bin"),
-        ({}, both_ropes, "rope_scaling and rope_parameters disagree; rope_scaling counts"),
-        ({}, legacy_without_theta, "rope_scaling and rope_parameters disagree; rope_scaling counts"),
-        ({}, two_thetas, "rope_theta is 3000.0, and 5000.0 in rope_parameters, which counts"),
-        ({}, said_in_half, "says 'float16', most tensors are float32, which counts"),
+        ({}, {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": PLAIN}, ROPES_DISAGREE),
+        ({}, {"rope_scaling": PLAIN, "rope_parameters": THETA}, ROPES_DISAGREE),
+        (
+            {},
+            {"rope_theta": 3e3, "rope_parameters": THETA},
+            "rope_theta is 3000.0, and 5000.0 in rope_parameters",
+        ),
+        ({}, {"dtype": "float16"}, "says 'float16', most tensors are float32, which counts"),
     ],
-    ids=lambda value: getattr(value, "__name__", None),
+    ids=lambda value: value.__name__ if callable(value) else None,
 )
 def test_what_counts_is_what_transformers_takes_and_is_reported(
-    options: dict[str, Any], change: Callable[[Path], None], note: str | None, tmp_path: Path
+    options: dict[str, Any], change: Callable[[Path], None] | dict[str, Any], note: str | None, tmp_path: Path
 ) -> None:
     folder = write_huggingface(tmp_path / "hf", SMALL, **options)
     expected = huggingface_logits(folder, TOKENS) if change is whole_beside_an_index else None
-    change(folder)
+    say(folder, **change) if isinstance(change, dict) else change(folder)
     (ours,) = document_logits(loaded_model(folder), [TOKENS])
     expected = (
         huggingface_logits(folder, TOKENS) if expected is None else expected

@@ -49,8 +49,9 @@ def write_tuned(folder: Path, tuning: Tuning, size: int = 1, config: ModelConfig
     return folder
 
 
-def logits(*folders: Path, **options: Any) -> Tensor:
-    return document_logits(loaded_model(*folders, **options), [TOKENS])[0]
+def logits(*folders: Path) -> Tensor:
+    """What is computed here of checkpoints over each other."""
+    return document_logits(loaded_model(*folders), [TOKENS])[0]
 
 
 def made(source: Path, target: Path, to: Any, **options: Any) -> Converted:

@@ -133,7 +133,7 @@ def test_validation_is_the_loss_over_the_held_out_items_and_in_the_curves(precis
     assert all(set(line) == {"step", "validation_loss"} for line in lines)
     held_out = plan_of(*overrides).validation
     assert held_out is not None
-    model = loaded_model(tmp_path / "epoch1-iter2", torch.float32 if precision == "fp32" else torch.bfloat16)
+    model = loaded_model(tmp_path / "epoch1-iter2", dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
     total = 0.0
     for tokens, labelled in map(held_out.document, range(len(held_out))):
         (logits,) = document_logits(model, [torch.from_numpy(tokens).long()])
