@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 
 from llama_acc.cli import console
-from llama_acc.core.data.templates import get_template
-from llama_acc.core.model.vision_config import TinyVision
 from tests.cli.chains import write_chain
 from tests.cli.commands import QUICKSTART, invoke
 from tests.hub import Servers
@@ -82,21 +80,15 @@ def base(trained: Path) -> Path:
 @pytest.fixture(scope="session")
 def talker(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> Path:
     """A model in Meta's layout: after ":" it says ANSWER and ends, after "?" it says "the the the ..." for ever."""
-    folder = tmp_path_factory.mktemp("talker")
-    shutil.copy(tokenizer_path, folder / "tokenizer.model")
-    write_chain(folder, answer=f" {ANSWER}", after=":", endless=" the", endless_after="?", max_seq_len=4096)
-    return folder
+    folder, endless = tmp_path_factory.mktemp("talker"), {"endless": " the", "endless_after": "?"}
+    return write_chain(folder, tokenizer_path, answer=f" {ANSWER}", after=":", **endless, max_seq_len=4096)
 
 
 @pytest.fixture(scope="session")
 def seer(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> Path:
     """A model that was trained to caption: of every image it says ANSWER, and likewise after ":"."""
-    folder = tmp_path_factory.mktemp("seer")
-    shutil.copy(tokenizer_path, folder / "tokenizer.model")
-    sees = TinyVision(image_size=16, patch_size=8, width=8, hidden_dim=8, n_layers=1, n_heads=2)
-    write_chain(folder, answer=f" {ANSWER}", after=":", endless=" the", endless_after="?", sees=sees)
-    (folder / "template.json").write_text(get_template("caption").to_json())
-    return folder
+    folder, endless = tmp_path_factory.mktemp("seer"), {"endless": " the", "endless_after": "?"}
+    return write_chain(folder, tokenizer_path, answer=f" {ANSWER}", after=":", **endless, captions=True)
 
 
 @pytest.fixture

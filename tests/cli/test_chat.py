@@ -116,11 +116,8 @@ def test_a_piped_conversation_puts_nothing_but_answers_on_standard_output(talker
 @pytest.fixture
 def second(talker: Path, tmp_path: Path) -> Path:
     """A model that answers otherwise, without a prompt format."""
-    folder = tmp_path / "second"
-    folder.mkdir()
-    shutil.copy(talker / "tokenizer.model", folder)
-    write_chain(folder, answer=" the country", after=":", max_seq_len=4096)
-    return folder
+    tokenizer = talker / "tokenizer.model"
+    return write_chain(tmp_path / "second", tokenizer, answer=" the country", after=":", max_seq_len=4096)
 
 
 def test_another_answer_another_question_and_another_model(

@@ -13,8 +13,6 @@ import pytest
 from rich.console import Console
 
 from llama_acc.cli import chat_terminal, console
-from llama_acc.core.data.templates import get_template
-from llama_acc.core.model.vision_config import TinyVision
 from tests.cli.chains import write_chain
 from tests.cli.commands import PATIENCE, complete, gone, invoke, refused, start, workers_of
 from tests.cli.conftest import ANSWER
@@ -57,8 +55,8 @@ def test_ctrl_d_leaves_the_template_of_a_run_is_said_and_no_color_is_no_color(tr
 def test_ctrl_c_stops_an_answer_that_is_drawn_and_what_was_typed_meanwhile_is_not_drawn_into_it(
     talker: Path, tmp_path: Path
 ) -> None:
-    shutil.copy(talker / "tokenizer.model", tmp_path)
-    write_chain(tmp_path, answer=" a town", after="?", endless=" the", endless_after=":", max_seq_len=4096)
+    endless = {"endless": " the", "endless_after": ":", "max_seq_len": 4096}
+    write_chain(tmp_path, talker / "tokenizer.model", answer=" a town", after="?", **endless)
     flags = ["--template", "dialogue", "--temperature", "0", "--max-new-tokens", "4000"]
     with Terminal("chat", "--ckpt", tmp_path, *flags, term="xterm") as terminal:
         for _ in range(2):
@@ -292,12 +290,7 @@ _SHOWN = "a␛]0;␇<U+009B>␡␍\tb\n"
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> Path:
     """A model that sees, and says `_WRITTEN` of every image and after ":"."""
-    folder = tmp_path_factory.mktemp("hostile")
-    shutil.copy(tokenizer_path, folder / "tokenizer.model")
-    sees = TinyVision(image_size=16, patch_size=8, width=8, hidden_dim=8, n_layers=1, n_heads=2)
-    write_chain(folder, answer=_WRITTEN, after=":", sees=sees)
-    (folder / "template.json").write_text(get_template("caption").to_json())
-    return folder
+    return write_chain(tmp_path_factory.mktemp("hostile"), tokenizer_path, answer=_WRITTEN, after=":", captions=True)
 
 
 def test_a_terminal_is_shown_control_characters_and_a_pipe_gets_them(hostile: Path, tmp_path: Path) -> None:

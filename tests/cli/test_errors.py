@@ -8,7 +8,6 @@ import fcntl
 import json
 import os
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,22 +79,6 @@ def test_ctrl_c_during_an_import_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> N
 # Data
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("lines.jsonl", b'{"instruction": "a", "output": "b"}\nx\n', "item 2 (line 2), column 1: not JSON"),
-        ("other.yaml", b"a: 1\n", "it should have one key, META"),
-        ("a.json", b'[{"image": "a.png", "instruction": "a", "output": "b"}]', "this model has no vision encoder"),
-    ],
-)
-def test_data_that_cannot_be_used_is_refused_with_its_place(
-    tmp_path: Path, name: str, content: bytes, said: str
-) -> None:
-    path = tmp_path / name
-    path.write_bytes(content)
-    refused(invoke(*QUICKSTART, "--data", path, "--output", tmp_path / "run"), str(path), said, output=tmp_path / "run")
-
-
 def test_no_name_and_no_text_of_a_file_acts_on_the_terminal(tmp_path: Path) -> None:
     acts = "\x1b[31m\x9b5n\u202e"
     rows = [
@@ -135,30 +118,9 @@ def on_base(base: Path, *more: object) -> Any:
     return invoke("finetune", "--recipe", "quickstart", "--pretrained", base, "--output", output, *more)
 
 
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (
-            lambda base: torch.save({"model": Path("x")}, base / WEIGHTS),
-            [f"{WEIGHTS} is refused: it holds Python code besides tensors"],
-        ),
-        (lambda base: (base / "tokenizer.model").unlink(), ["there is no tokenizer in", "--tokenizer FILE"]),
-        (lambda base: (base / "tokenizer.model").write_bytes(b"no"), ["tokenizer.model", "is not a SentencePiece"]),
-    ],
-    ids=["code", "no tokenizer", "broken tokenizer"],
-)
-def test_a_checkpoint_that_cannot_be_used_is_refused(
-    base: Path, damage: Callable[[Path], object], said: list[str]
-) -> None:
-    damage(base)
-    refused(on_base(base), str(base), *said, output=base.parent.parent / "run")
-
-
-def test_a_tokenizer_that_does_not_fit_is_named(talker: Path, trained_once: Path, tmp_path: Path) -> None:
-    tokenizer = trained_once / "epoch0" / "tokenizer.model"
-    command = ("finetune", "--recipe", "quickstart", "--output", tmp_path / "run", "--pretrained", talker)
-    said = f"tokenizer and model do not fit: {tokenizer} has 640 pieces, the model's vocabulary is 300"
-    refused(invoke(*command, "--tokenizer", tokenizer), said, "--tokenizer FILE", output=tmp_path / "run")
+def test_a_checkpoint_without_a_tokenizer_is_refused(base: Path) -> None:
+    (base / "tokenizer.model").unlink()
+    refused(on_base(base), "there is no tokenizer in", "--tokenizer FILE", output=base.parent.parent / "run")
 
 
 def test_all_tensors_that_do_not_fit_are_listed_before_the_data_is_read(base: Path) -> None:
@@ -192,10 +154,6 @@ def test_what_a_manifest_does_not_say_is_refused(trained: Path) -> None:
     refused(invoke("chat", "--ckpt", trained), f"{checkpoint} is damaged:", f"{WEIGHTS} has 1000 bytes")
 
 
-def test_verify_without_a_manifest_is_refused(base: Path) -> None:
-    refused(invoke("chat", "--ckpt", base, "--prompt", "hi", "--verify"), "epoch0 has no manifest.json", "--verify")
-
-
 # A run's folder is refused where it is another's, and resumed only as the run that it holds
 
 
@@ -219,13 +177,6 @@ def test_what_is_no_empty_folder_is_refused_and_left_alone(tmp_path: Path) -> No
     for output in (thesis, thesis / "run"):
         refused(invoke(*QUICKSTART, "--output", output), f"cannot use {output} as output folder", "another --output")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "..", '""'])
-def test_a_recipes_name_never_leads_out_of_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    refused(invoke(*QUICKSTART, f"name={name}"), "is no name for a folder", "give --output DIR")
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

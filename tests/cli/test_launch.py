@@ -198,14 +198,6 @@ def test_what_only_one_of_slurm_s_ranks_finds_is_told_once_and_ends_all(tmp_path
     assert lines[0].endswith(said)
 
 
-def test_several_processes_do_not_start_several_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
-    result = invoke("finetune", "--recipe", "quickstart", "--output", tmp_path / "run", "--nproc", "2")
-    assert result.exit_code == 2
-    assert "started by torchrun or Slurm" in result.stderr
-
-
 @pytest.fixture
 def no_place(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """An environment that says nothing of other processes, and is restored."""
@@ -294,29 +286,28 @@ def test_a_process_whose_others_never_come_says_who_and_how_to_run_alone_and_hea
     assert not (tmp_path / "run").exists()
 
 
+PLACE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+ALONE = "to run alone, put this before the command: env -u RANK -u WORLD_SIZE"
+
+
 @pytest.mark.parametrize(
-    ("environment", "said"),
+    ("environment", "words", "said"),
     [
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT not set"),
-        ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK is 'first'"),
-        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=2 is none of the 2 processes"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "70000"}, "MASTER_PORT=70000 is no port"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "chat --ckpt x", ["MASTER_ADDR and MASTER_PORT not set", ALONE]),
+        ({"RANK": "first", "WORLD_SIZE": "2"}, "chat --ckpt x", ["RANK is 'first'", ALONE]),
+        (PLACE | {"RANK": "2"}, "chat --ckpt x", ["RANK=2 is none of the 2 processes", ALONE]),
+        (PLACE | {"MASTER_PORT": "70000"}, "chat --ckpt x", ["MASTER_PORT=70000 is no port", ALONE]),
+        (PLACE, "finetune --recipe quickstart --nproc 2", ["started by torchrun or Slurm"]),
+        # A command of one process tells its errors whatever rank the shell has.
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, "recipes show x", ["error: unknown recipe 'x'"]),
     ],
 )
-def test_an_environment_that_names_no_place_is_refused(
-    environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+def test_what_the_environment_says_wrongly_is_refused(
+    environment: dict[str, str], words: str, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    result = invoke("chat", "--ckpt", "nowhere")
-    refused(result, said, "to run alone, put this before the command: env -u RANK -u WORLD_SIZE")
-
-
-def test_a_command_of_one_process_tells_its_errors_whatever_rank_the_shell_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(invoke("recipes", "show", "nothing"), "error: unknown recipe 'nothing'")
+    refused(invoke(*words.split()), *said)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import DRY, invoke, refused
+from tests.cli.commands import QUICKSTART, invoke, refused
 from tests.core.data.pictures import encoded, plain
 from tests.core.evaluate.apibench import TORCH_HUB, write_database, write_evaluation, write_responses
 
 LONG = "n" * 256  # bytes in a file's name; file systems take 255
 QUICK = "finetune --recipe quickstart --output run"
-DRY_RUN = shlex.join(DRY)
+TRAIN = shlex.join(QUICKSTART)
+DRY_RUN = f"{TRAIN} --dry-run"
+OUTSIDE = ("../elsewhere", "/tmp/elsewhere", "..", "'\"\"'")
 ASK = "chat --ckpt RUN --prompt hi"
 CAPTION = "caption --ckpt SEER a.png"
 MEMORY = "benchmark-vram --model llama2-7b"
@@ -65,6 +67,10 @@ RECIPES = [
     (f"{DRY_RUN} train.seed={'[' * 3000}", "cannot read the value: "),
     (f"{QUICK} data.sources.0.template=alpacca", "did you mean 'alpaca'?"),
     (f"{QUICK} --data nowhere.json", "there is no data 'nowhere.json'"),
+    (f"{DRY_RUN} --data lines.jsonl", "lines.jsonl: item 2 (line 2), column 1: not JSON"),
+    (f"{DRY_RUN} --data deep.yaml", "nested more than 100 deep"),
+    (f"{DRY_RUN} --data images.json", "images.json", "this model has no vision encoder"),
+    *((f"{TRAIN} name={name}", "is no name for a folder", "give --output DIR") for name in OUTSIDE),
     (f"{DRY_RUN} --resume", "--dry-run and --resume cannot be combined"),
 ]
 PROCESSES = [
@@ -83,6 +89,8 @@ NOT_HERE = [
     ("finetune --recipe lima --output run", "type: llama-acc download llama2-7b", "the folder that holds consolidated"),
     (f"{QUICK} --data ./inn.jsonl", "there is no data './inn.jsonl'", "did you mean 'in.jsonl'"),
     (f"{QUICK} --tokenizer no.model", "cannot read no.model: No such file"),
+    (f"{QUICK} --pretrained TALKER --tokenizer TOKENIZER", "tokenizer and model do not fit: ", "--tokenizer FILE"),
+    ("chat --ckpt TALKER --prompt hi --verify", "has no manifest.json", "--verify"),
     ("chat --ckpt llama2-7b", "type: llama-acc download llama2-7b"),
     ("chat --ckpt lama2-7b", "did you mean 'llama2-7b'"),
     ("chat --ckpt meta-llama/Llama-2-7b", "type: llama-acc download llama2-7b, and give that name"),
@@ -236,6 +244,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "deep" / "params.json").write_text(nested)
     (folder / "deep" / "consolidated.00.pth").write_text("")
     (folder / "in.jsonl").write_text(json.dumps({"instruction": "name a town", "output": "a town", "extra": 1}))
+    (folder / "lines.jsonl").write_text('{"instruction": "a", "output": "b"}\nx\n')
+    (folder / "images.json").write_text('[{"image": "a.png", "instruction": "a", "output": "b"}]')
     (folder / "faq.jsonl").write_text(json.dumps({"question": "Why?", "answer": "So."}))
     (folder / "a.png").write_bytes(encoded(plain(0)))
     write_database(folder / "api.jsonl", TORCH_HUB)
@@ -258,6 +268,7 @@ def test_what_cannot_be_meant_is_refused(
 ) -> None:
     monkeypatch.chdir(place)
     places = {"RUN": trained_once, "TALKER": talker, "SEER": seer, "DATA": single_turn, "DIALOGUES": dialogues}
+    places["TOKENIZER"] = trained_once / "epoch0" / "tokenizer.model"
     line, *said = case
     before = sorted(path.name for path in place.iterdir())
     result = invoke(*(places.get(word, word) for word in shlex.split(line)))

@@ -101,9 +101,7 @@ class _Gated(Engine):
 def other(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that says OTHER where the talker says ANSWER."""
     folder = tmp_path_factory.mktemp("other")
-    shutil.copy(talker / "tokenizer.model", folder)
-    write_chain(folder, answer=f" {OTHER}", after=":")
-    return folder
+    return write_chain(folder, talker / "tokenizer.model", answer=f" {OTHER}", after=":")
 
 
 @pytest.fixture

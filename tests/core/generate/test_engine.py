@@ -1,6 +1,5 @@
 """The decoding engine: what it says is what the model computes, whatever else is in the batch or in its past."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,8 +98,9 @@ def test_replies_of_a_batch_end_before_a_stop_string_as_in_a_conversation(name: 
 
 def test_a_reply_that_has_ended_gives_its_place_to_the_next_prompt(tokenizer_path: Path, tmp_path: Path) -> None:
     """After ":" the model says "a town" and ends, after "?" it says "the the the ..." for ever."""
-    shutil.copy(tokenizer_path, tmp_path / "tokenizer.model")
-    write_chain(tmp_path, answer=" a town", after=":", endless=" the", endless_after="?", max_seq_len=512)
+    write_chain(
+        tmp_path, tokenizer_path, answer=" a town", after=":", endless=" the", endless_after="?", max_seq_len=512
+    )
     talker, passes = load_model(tmp_path, device="cpu"), list[list[int]]()
     talker.model.register_forward_pre_hook(lambda _, arguments: passes.append(arguments[2]))
     prompts = [encode_question(talker, question) for question in ("long?", "short:", "short:", "short:")]

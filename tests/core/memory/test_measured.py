@@ -89,7 +89,7 @@ KINDS = {"SSE41": "default", "AVX2": "avx2", "AVX512_CORE": "avx512", "AVX512_CO
 )
 def test_what_a_large_product_takes_is_found_with_a_part_of_it_on_any_cpu(kind: str, threads: int) -> None:
     variables = {"ONEDNN_MAX_CPU_ISA": kind, "ATEN_CPU_CAPABILITY": KINDS[kind], "OMP_NUM_THREADS": str(threads)}
-    (found,) = run_ranks(1, "tests.core.memory.rank_work:of_operations", variables=variables)
+    (found,) = run_ranks(1, "tests.core.memory.setups:of_operations", variables=variables)
     for name, (whole, of_part, operands) in found.items():
         assert of_part == pytest.approx(whole, abs=0.05 * operands), name
 
@@ -109,7 +109,7 @@ RUNS: dict[str, dict[str, Any]] = {
 @pytest.mark.soak
 @pytest.mark.parametrize("count", [2, 4])
 def test_prediction_is_what_ranks_joined_by_gloo_take(count: int) -> None:
-    measured = run_ranks(count, "tests.core.memory.rank_work:peaks", runs=list(RUNS.values()), world_size=count)
+    measured = run_ranks(count, "tests.core.memory.setups:peaks", runs=list(RUNS.values()), world_size=count)
     for number, (name, run) in enumerate(RUNS.items()):
         one = setup(*run["overrides"], world_size=count, micro_batches=run["micro_batches"])
         peaks = [of_rank[number] for of_rank in measured]
