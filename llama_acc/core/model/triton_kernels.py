@@ -27,14 +27,9 @@ def _dequantize_nf4(packed, absmax, nested, offset, levels, magnitudes, values, 
 
 
 def dequantize_nf4(
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Tensor,
-    offset: Tensor,
-    levels: Tensor,
-    magnitudes: Tensor,
+    packed: Tensor, absmax: Tensor, nested: Tensor, offset: Tensor, levels: Tensor, magnitudes: Tensor,
     dtype: torch.dtype,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The matrix [rows, columns] in `dtype`; see `nf4.Scales`, and `nf4._codes` for levels and magnitudes."""
     values = packed.new_empty(packed.shape[0], 2 * packed.shape[1], dtype=dtype)
     grid = (triton.cdiv(packed.numel(), 32 * _BLOCKS),)
@@ -167,18 +162,9 @@ def softmax_minus_one_hot_(logits: Tensor, targets: Tensor, weights: Tensor | No
 
 @triton.jit
 def _turn(
-    x,
-    found,
-    head_stride,
-    rotations,
-    heads,
-    half,
-    tile,
-    sign,
-    TURNS: tl.constexpr,
-    HEADS: tl.constexpr,
+    x, found, head_stride, rotations, heads, half, tile, sign, TURNS: tl.constexpr, HEADS: tl.constexpr,
     HALF: tl.constexpr,
-):
+):  # fmt: skip
     """Some heads of a token, D side by side, turned and written to where heads are `head_stride` apart."""
     head, pair = tile * HEADS + tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (pair < half)
@@ -196,31 +182,10 @@ def _turn(
 
 @triton.jit
 def _rotate(
-    q,
-    k,
-    v,
-    new_q,
-    keys,
-    values,
-    rotations,
-    slots,
-    positions,
-    heads,
-    shared,
-    half,
-    q_stride,
-    k_stride,
-    v_stride,
-    slot_stride,
-    head_stride,
-    q_tiles,
-    k_tiles,
-    sign,
-    TURNS: tl.constexpr,
-    STORES: tl.constexpr,
-    HEADS: tl.constexpr,
+    q, k, v, new_q, keys, values, rotations, slots, positions, heads, shared, half, q_stride, k_stride, v_stride,
+    slot_stride, head_stride, q_tiles, k_tiles, sign, TURNS: tl.constexpr, STORES: tl.constexpr, HEADS: tl.constexpr,
     HALF: tl.constexpr,
-):
+):  # fmt: skip
     token, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     kept = token * slot_stride
     if STORES:
@@ -244,30 +209,17 @@ def rotate_heads(q: Tensor, k: Tensor, rotations: Tensor, back: bool) -> tuple[T
 
 
 def rotate_and_store(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rotations: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
-    slots: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, rotations: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor,
     positions: Tensor,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Queries [T, H, D] rotated; keys and values [T, K, D] go into a cache [slots, K, S, D], each to its place."""
     return _rotated(q, k, v, rotations, keys, values, slots, positions, 1.0)
 
 
 def _rotated(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    rotations: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
-    slots: Tensor | None,
-    positions: Tensor | None,
-    sign: float,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor | None, rotations: Tensor | None, keys: Tensor, values: Tensor,
+    slots: Tensor | None, positions: Tensor | None, sign: float,
+) -> Tensor:  # fmt: skip
     # Tokens may be apart, but neither their heads nor their features.
     q, k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, k, k if v is None else v))
     new_q, (tokens, heads, size), shared = q.new_empty(q.shape), q.shape, k.shape[1]
@@ -285,25 +237,9 @@ def _rotated(
 
 @triton.jit
 def _attend(
-    q,
-    keys,
-    values,
-    slots,
-    positions,
-    sums,
-    logs,
-    shared,
-    group,
-    size,
-    slot_stride,
-    head_stride,
-    window,
-    scale,
-    PARTS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SIZE: tl.constexpr,
-    PLACES: tl.constexpr,
-):
+    q, keys, values, slots, positions, sums, logs, shared, group, size, slot_stride, head_stride, window, scale,
+    PARTS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
     """A part of the positions that the query heads of a key-value head see: the sum of the values, not divided."""
     token, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, feature = tl.arange(0, GROUP), tl.arange(0, SIZE)
