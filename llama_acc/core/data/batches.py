@@ -181,6 +181,8 @@ class MicroBatch:
     """In training, a random number for each document; see `draws_of`."""
     example_sizes: list[int] = field(default_factory=list)
     """How many of the documents each example has: one, but of plain text."""
+    packed: "tuple[Tensor, list[int]] | None" = None
+    """What `train.step.pack` makes of it, if that was done ahead."""
 
     @property
     def labeled(self) -> NDArray[np.int64]:

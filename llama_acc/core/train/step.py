@@ -1,6 +1,8 @@
 """One optimizer step: micro-batches forward and backward, then the update. Everything a run does in its hot loop."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -32,17 +34,33 @@ class StepResult(NamedTuple):
     extra_sums: Tensor
 
 
+def pack(batch: MicroBatch, device: torch.device) -> tuple[Tensor, list[int]]:
+    """All of a micro-batch that goes to the device, end to end and to be copied at once, and the lengths of the parts.
+    For CUDA it is in memory from which the copy is made while the host goes on."""
+    weights = np.zeros(0, np.float32) if batch.label_weights is None else batch.label_weights
+    parts = (batch.tokens, batch.positions, batch.targets, batch.labeled, batch.bounds, batch.image_places)
+    numbers = torch.from_numpy(np.concatenate([*parts, weights.view(np.int32)]))
+    sizes = [*map(len, parts), len(weights)]
+    return numbers.pin_memory() if device.type == "cuda" else numbers, sizes
+
+
+def packed_ahead(batches: Iterable[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
+    """Micro-batches, each made and packed by a thread while the one before is computed."""
+    remaining = (replace(batch, packed=pack(batch, device)) for batch in batches)
+    # A thread begins with the first GPU.
+    begin = None if device.index is None else torch.cuda.set_device
+    with ThreadPoolExecutor(1, "batches", begin, (device,)) as thread:
+        coming = thread.submit(next, remaining, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, remaining, None)
+            yield batch
+
+
 def forward(model: Transformer, batch: MicroBatch, loss_scale: float, device: torch.device) -> Tensor:
     """The summed cross-entropy of a micro-batch times `loss_scale`, a scalar."""
-    # Everything goes over in one copy, from memory that lets the host go on at once.
-    parts = (batch.tokens, batch.positions, batch.targets, batch.labeled, batch.bounds, batch.image_places)
-    numbers = torch.from_numpy(np.concatenate(parts))
-    if device.type == "cuda":
-        numbers = numbers.pin_memory()
-    tokens, positions, targets, labeled, bounds, places = numbers.to(device, non_blocking=True).split(
-        [len(part) for part in parts]
-    )
-    weights = batch.label_weights
+    numbers, sizes = batch.packed or pack(batch, device)
+    parts = numbers.to(device, non_blocking=True).split(sizes)
+    tokens, positions, targets, labeled, bounds, places, weights = parts
     loss: Tensor = model(
         tokens,
         positions,
@@ -53,7 +71,7 @@ def forward(model: Transformer, batch: MicroBatch, loss_scale: float, device: to
         draws=batch.draws,
         bounds=bounds.to(torch.int32),
         labeled=labeled,
-        label_weights=None if weights is None else torch.from_numpy(weights).to(device, non_blocking=True),
+        label_weights=weights.to(torch.int32).view(torch.float32) if sizes[-1] else None,
     )
     return loss
 

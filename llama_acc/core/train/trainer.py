@@ -48,6 +48,7 @@ from llama_acc.core.train.step import (
     apply_compile,
     evaluate,
     forward,
+    packed_ahead,
     train_step,
 )
 
@@ -185,7 +186,7 @@ class Trainer:
         Held-out images are padded to a square, as those in generation are.
         """
         if self._images is None:
-            return (build(dataset, items) for items, _ in indices)
+            return packed_ahead((build(dataset, items) for items, _ in indices), self.device)
         crop = self.plan.images.transform if dataset is self.plan.train else "pad_to_square"
         return self._images.iter_batches(dataset, indices, crop)
 

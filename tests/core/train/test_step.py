@@ -1,6 +1,7 @@
 import json
 import shutil
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partialmethod
 
@@ -8,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llama_acc.core.data.batches import MicroBatch
 from llama_acc.core.model.copies import ComputeCopies
 from llama_acc.core.model.transformer import Transformer
 from llama_acc.core.model.tuning import METHODS
 from llama_acc.core.train.optimizer import learning_rate
-from llama_acc.core.train.step import StepResult, apply_compile
-from tests.core.tiny import GOLDEN, SMALL, document_logits, loaded_model, random_model
+from llama_acc.core.train.step import StepResult, apply_compile, packed_ahead
+from tests.core.tiny import CPU, GOLDEN, SMALL, document_logits, loaded_model, random_model
 from tests.core.train.documents import Labelled, adamw, loss_of, random_documents, step, weights_of
 
 DOCUMENTS = random_documents(8, SMALL.vocab_size)
@@ -99,6 +101,24 @@ def test_a_weighted_loss_is_divided_by_the_sum_of_weights_however_documents_are_
     assert loss_of(random_model(), halved.dealt(*sizes), DOCUMENTS.label_tokens() / 2) == pytest.approx(
         loss_of(random_model(), DOCUMENTS.dealt(*sizes), DOCUMENTS.label_tokens()), rel=1e-6
     )
+
+
+def test_a_thread_makes_the_next_micro_batch_while_one_is_computed() -> None:
+    batches, is_made, threads = DOCUMENTS.dealt(5, 3), threading.Event(), set[str]()
+
+    def made() -> Iterator[MicroBatch]:
+        for batch in batches:
+            threads.add(threading.current_thread().name)
+            yield batch
+        is_made.set()
+
+    ahead = packed_ahead(made(), CPU)
+    results = [next(ahead), next(ahead)]
+    assert is_made.wait(60), "it goes on by itself"
+    assert next(ahead, None) is None
+    assert threads == {"batches_0"}
+    assert all(batch.packed is not None for batch in results)
+    assert loss_of(random_model(), results, 1) == loss_of(random_model(), batches, 1)
 
 
 HAS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
