@@ -98,6 +98,8 @@ class Published(NamedTuple):
     seed: int = 0
 
 
+_OF_QWEN = {"add_bos_token": False, "bos_token": None, "eos_token": "<|im_end|>"}
+_OF_QWEN |= {"pad_token": "<|endoftext|>", "tokenizer_class": "Qwen2Tokenizer"}
 FOLDERS = {
     "llama3.2": Published(
         "llama3.2, tied",
@@ -111,13 +113,7 @@ FOLDERS = {
     "qwen2.5": Published(
         "qwen2",
         ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>"),
-        {
-            "add_bos_token": False,
-            "bos_token": None,
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
-            "tokenizer_class": "Qwen2Tokenizer",
-        },
+        _OF_QWEN,
         _template(*CHATML, begin=_system("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")),
         multiple=64,
         ends=("<|im_end|>", "<|endoftext|>"),
@@ -125,13 +121,7 @@ FOLDERS = {
     "qwen3": Published(
         "qwen3, tied, window on some",
         ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"),
-        {
-            "add_bos_token": False,
-            "bos_token": None,
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
-            "tokenizer_class": "Qwen2Tokenizer",
-        },
+        _OF_QWEN,
         _template(*CHATML),
         multiple=64,
         ends=("<|im_end|>", "<|endoftext|>"),

@@ -14,7 +14,6 @@ from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import Transformer, build_on_meta, shapes_of
 from tests.core.checkpoint.folders import (
     GROUPED,
-    huggingface_logits,
     same_bits,
     shard,
     state,
@@ -23,7 +22,7 @@ from tests.core.checkpoint.folders import (
     write_huggingface,
     write_meta,
 )
-from tests.core.tiny import CPU, SMALL, difference, document_logits, loaded_model
+from tests.core.tiny import CPU, SMALL
 
 NAME = "consolidated.00-of-01.model.pth"
 
@@ -231,24 +230,6 @@ def test_a_diff_of_another_model_is_listed(tmp_path: Path) -> None:
         check_tensors(read_weights([base, diff]), shapes_of(GROUPED), "both")
     assert f"shape: norm.weight is [32] in the diff {diff.folder}, [64] before it" in error.value.message
     assert "unknown: extra.weight [2] is in the diff" in error.value.message
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"tie_word_embeddings": True},
-        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}},
-    ],
-    ids=["grouped", "tied", "linear rope"],
-)
-def test_a_hugging_face_folder_computes_what_transformers_does(options: dict[str, Any], tmp_path: Path) -> None:
-    folder = write_huggingface(tmp_path / "hf", **options)
-    layout = inspect(folder)
-    assert (layout.format, layout.model_parallel_size) == ("huggingface", 1)
-    tokens = torch.arange(1, 60)
-    (ours,) = document_logits(loaded_model(folder), [tokens])
-    assert difference(ours, huggingface_logits(folder, tokens)) < 1e-5
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:

@@ -83,8 +83,16 @@ def test_there_and_back_through_peft_nothing_is_lost(tuning: Tuning, tmp_path: P
 
     source = write_tuned(tmp_path / "source", tuning)
     plain = {name: tensor for name, tensor in tensors_of(source).items() if name in shapes_of(GROUPED)}
-    base = made(write_consolidated(tmp_path / "plain", plain), tmp_path / "base", "hf").folder
-    adapter = made(source, tmp_path / "adapter", "peft", base=base).folder
+    consolidated = write_consolidated(tmp_path / "plain", plain)
+    base = made(consolidated, tmp_path / "base", "hf").folder
+    # PEFT can load Hugging Face's base only: another one is not named, and the note says what to type.
+    for given, named in ((consolidated, None), (base, str(base.resolve()))):
+        converted = made(source, tmp_path / f"on-{given.name}", "peft", base=str(given))
+        adapter = converted.folder
+        assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == named
+        hints = [note for note in converted.notes if f"convert-checkpoint {consolidated} NEW --to hf" in note]
+        assert bool(hints) == (named is None)
+    assert difference(peft_logits(base, adapter), logits(source)) < 1e-5
     theirs = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32)
     assert isinstance(theirs.get_base_model(), transformers.LlamaForCausalLM)
     theirs.save_pretrained(tmp_path / "again")

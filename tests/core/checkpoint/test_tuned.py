@@ -141,22 +141,6 @@ def peft_logits(base: Path, adapter: Path) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("tuning", [LORA, BOTH], ids=["lora", "lora_bias_norm"])
-def test_peft_loads_the_adapter_and_computes_the_same(tuning: Tuning, tmp_path: Path) -> None:
-    source = write_tuned(tmp_path / "source", tuning)
-    plain = {name: tensor for name, tensor in tensors_of(source).items() if name in shapes_of(GROUPED)}
-    base = write_consolidated(tmp_path / "base", plain)
-    hf = made(base, tmp_path / "hf", "hf").folder
-    # PEFT can load Hugging Face's base only: another one is not named, and the note says what to type.
-    for given, named in ((base, None), (hf, str(hf.resolve()))):
-        converted = made(source, tmp_path / f"on-{given.name}", "peft", base=str(given))
-        adapter = converted.folder
-        assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == named
-        hints = [note for note in converted.notes if f"convert-checkpoint {base} NEW --to hf" in note]
-        assert bool(hints) == (named is None)
-    assert difference(peft_logits(hf, adapter), logits(source)) < 1e-5
-
-
 def test_biases_that_the_base_has_are_not_written_for_peft(tmp_path: Path) -> None:
     source = write_tuned(tmp_path / "source", BOTH, config=replace(GROUPED, qkv_bias=True, family="qwen2"))
     with pytest.raises(UserError, match="has trained biases that its base has, too, and PEFT would add both"):
