@@ -214,6 +214,9 @@ def find_regions(model: Transformer, weights: Weights) -> dict[str, Region]:
         for name, layer in _frozen(block):
             matrix = f"layers.{number}.{name}"
             share = weights.tensors.get(f"{matrix}.weight")
+            if share is None:
+                hint = "give its files (--pretrained DIR), or leave streaming out"
+                raise UserError(f"a base is streamed from its files, and {matrix} is in none: it is random", hint)
             stored = _stored(share, layer)
             if isinstance(stored, str):
                 kind = "fp32" if layer.weight.dtype == torch.float32 else "bf16"
@@ -233,10 +236,8 @@ def find_regions(model: Transformer, weights: Weights) -> dict[str, Region]:
     return found
 
 
-def _stored(share: LazyTensor | None, layer: Linear) -> dict[str, Tensor] | str:
+def _stored(share: LazyTensor, layer: Linear) -> dict[str, Tensor] | str:
     """The tensors in files that are those of a layer, or why there are none."""
-    if share is None:
-        return "has random values, and is in no file"
     source = share.source
     if layer.is_quantized:
         if not isinstance(source, NF4Matrix):

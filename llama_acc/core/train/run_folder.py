@@ -131,6 +131,7 @@ class RunFolder:
                 place.rmdir()
         if self._lock >= 0:
             os.close(self._lock)
+            self._lock = -1
 
     def write_plan(self, plan: Plan) -> None:
         """Writes recipe.yaml and data.json."""

@@ -239,6 +239,8 @@ def test_auto_streams_what_does_not_fit_and_what_cannot_be_streamed_is_refused_w
     convert(Request(str(bases["bf16"]), tmp_path / "hf", "hf"))
     with pytest.raises(UserError, match="is put together or reordered"):
         load_model(tmp_path / "hf", device="cpu", stream=True)
+    with pytest.raises(UserError, match=r"wq is in none: it is random(.|\n)*--pretrained"):
+        run(tmp_path / "run", *words(bases["bf16"], "bf16"), STREAMED, "model.pretrained=null")
     for key, said in (("tuning.method=full", "trains all"), ("checkpoint.trainable_only=false", "only what trains")):
         with pytest.raises(UserError, match=said):
             plan_of(*words(bases["bf16"], "bf16"), STREAMED, key)
