@@ -162,7 +162,8 @@ def fill(
 
 
 def filled(request: MemoryRequest, memory: int, rate: float) -> MemoryRequest:
-    """The request with what "auto" in its recipe stands for on GPUs of so many bytes and of this rate: see `fill`."""
+    """The request with what "auto" in its recipe stands for on GPUs of so many bytes and of this rate: see `fill`. One
+    that does not fit otherwise is streamed, if that is left open."""
 
     def with_section(train: TrainSection) -> MemoryRequest:
         keys = ("batch_size", "micro_batch_tokens", "activation_checkpointing")
@@ -170,7 +171,13 @@ def filled(request: MemoryRequest, memory: int, rate: float) -> MemoryRequest:
         changes = [f"train.{key}={'null' if value is None else value}" for key, value in values.items()]
         return replace(request, batch_size=None, overrides=(*request.overrides, *changes))
 
-    train = recipe_and_config(request)[0].train
+    recipe = recipe_and_config(request)[0]
+    train = recipe.train
+    if train.stream_base == "auto" and recipe.why_resident() is None and (request.gpus or 1) == 1:
+        least = predict(setup_of(with_section(train.without_auto(1024))))
+        if least.total > FILLED * memory:
+            request = replace(request, overrides=(*request.overrides, "train.stream_base=true"))
+            train = recipe_and_config(request)[0].train
     if not train.has_auto:
         return request
     chosen, _ = fill(

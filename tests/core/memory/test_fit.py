@@ -1,5 +1,6 @@
 """What fits and what would; a run that cannot fit is refused before anything is loaded."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from llama_acc.core import finetune
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
 from llama_acc.core.memory import fit, guard
-from llama_acc.core.memory.fit import FILLED, WAYS, _largest, best_changes, fill, fitting
+from llama_acc.core.memory.fit import FILLED, WAYS, _largest, best_changes, fill, filled, fitting
 from llama_acc.core.memory.guard import _bound, check_fits, fill_memory, run_in_subprocess, setup_of_run
-from llama_acc.core.memory.predict import PARTS, MemoryRequest, Usage, predict, setup_of
+from llama_acc.core.memory.predict import PARTS, MemoryRequest, Usage, predict, recipe_and_config, setup_of
 from llama_acc.core.memory.simulate import Setup
 from llama_acc.core.recipe import Recipe, TrainSection
 from llama_acc.core.train.plan import Plan
@@ -59,6 +60,7 @@ def test_methods_come_best_first_with_what_an_example_takes_in_each() -> None:
 
 
 AUTO = tuple(f"train.{key}=auto" for key in ("batch_size", "micro_batch_tokens", "activation_checkpointing"))
+RECOMPUTED = ("train.activation_checkpointing=true", "train.micro_batch_tokens=1024")
 # An optimizer step of many tokens.
 LARGE = (*AUTO, "train.precision=bf16", "data.sources.0.weight=100", "train.global_batch_size=640")
 
@@ -98,6 +100,20 @@ def test_auto_is_off_and_on_as_it_fits_then_has_as_many_tokens_as_fit(
     assert chosen.batch_size == (2 if "train.batch_size=2" in left_open else train.global_batch_size)
     assert found == taken(chosen)
     assert len(asked) <= 8, "a prediction of a large model takes seconds"
+
+
+def test_on_a_kind_of_gpu_a_base_is_streamed_where_it_does_not_fit_otherwise() -> None:
+    shape = "model.params={dim: 256, n_layers: 12, n_heads: 4, vocab_size: 300, max_seq_len: 512}"
+    request = MemoryRequest(recipe="alpaca-lora-nf4", max_tokens=64, batch_size=1, overrides=(shape,))
+    assert recipe_and_config(request)[0].train.stream_base == "auto"
+    least = int(predict(setup_of(replace(request, overrides=(shape, *RECOMPUTED)))).total / FILLED)
+    for memory, gpus, is_streamed in ((least + 2, None, False), (least - 2, None, True), (least - 2, 2, False)):
+        found = setup_of(filled(replace(request, gpus=gpus), memory, math.inf))
+        assert found.settings.stream_base is is_streamed
+        if is_streamed:
+            assert predict(found).total <= FILLED * memory
+    kept = replace(request, overrides=(shape, "train.stream_base=false"))
+    assert not setup_of(filled(kept, least - 2, math.inf)).settings.stream_base
 
 
 def test_a_run_fills_the_gpu_it_finds_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
