@@ -319,11 +319,8 @@ def _status(conversation: "Conversation") -> str:
 
 
 def _read_line(draft: str) -> str:
-    """A line of standard input, after a prompt where a person types it. A draft cannot be edited here, and is said.
-
-    Raises:
-        EOFError: there are no more.
-    """
+    """A line of standard input, after a prompt where a person types it; EOFError at the end. A draft cannot be edited
+    here, and is said."""
     if draft:
         console.note(f"the next line takes the place of: {draft}")
     shown = "> " if sys.stdin.isatty() else ""

@@ -36,23 +36,14 @@ from llama_acc.core.train.trainer import Trainer
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run leaves.
-
-    Attributes:
-        output: its folder.
-        checkpoint: its last checkpoint.
-        loss: per label token, of its last step; None where metrics.jsonl was taken away.
-        bases: the checkpoints that go below the last one, an adapter checkpoint; else empty.
-        captions: whether it was trained to caption images without being asked.
-        streamed: whether its base stayed in its files, as it may have to for an answer, too.
-    """
+    """What a run leaves."""
 
     output: Path
     checkpoint: Path
-    loss: float | None
-    bases: tuple[str, ...] = ()
-    captions: bool = False
-    streamed: bool = False
+    loss: float | None  # per label token, of its last step; None where metrics.jsonl was taken away
+    bases: tuple[str, ...] = ()  # the checkpoints that go below the last one, an adapter checkpoint; else empty
+    captions: bool = False  # whether it was trained to caption images without being asked
+    streamed: bool = False  # whether its base stayed in its files, as it may have to for an answer, too
 
 
 def finetune(

@@ -167,11 +167,8 @@ class Downloader:
         return kind == "model", files
 
     def _missing(self, remote: Sequence[_RemoteFile], folder: Path) -> list[_RemoteFile]:
-        """The files that are not here; one that is the right one is taken as it is, whoever put it there.
-
-        Raises:
-            UserError: other files are in the way.
-        """
+        """The files that are not here; one that is the right one is taken as it is, whoever put it there. Others in the
+        way are a UserError."""
         recorded = {name for names in read_record(folder).values() for name in names}
         missing, in_the_way = [], []
         for file in remote:
@@ -292,12 +289,7 @@ def locked(folder: Path, note: Note) -> contextlib.AbstractContextManager[None]:
 
 
 def _ask(address: WebAddress) -> tuple[int | None, str]:
-    """The size that a host gives of a file, and its mark of the content (ETag or date); None and "" if it does not say.
-
-    Raises:
-        UserError: it is a web page.
-        RunError: the network.
-    """
+    """The size that a host gives of a file, and its mark of the content (ETag or date); None and "" if it says none."""
     with explained(address, address.host, functools.partial(_refusal, address)):
         ask = functools.partial(http_client().head, address.url, headers=_AS_IT_IS, timeout=REACH_SECONDS - 1)
         response = within(REACH_SECONDS, address.host, ask)
@@ -317,10 +309,6 @@ def _fetch_web(
     """Fetch a file, from the byte on that is missing if what is there of it is known to be of the same content.
 
     `.NAME.from` beside the part says what it is a part of: the address and the server's mark.
-
-    Raises:
-        UserError: the server refuses.
-        RunError: the network fails again and again.
     """
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError

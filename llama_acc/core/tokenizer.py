@@ -458,11 +458,8 @@ def tokenizer_notes(tokenizer: Tokenizer, rows: int) -> list[str]:
 
 
 def _tokenizer_in(folder: Path) -> Path | None:
-    """The main file. Of two, tokenizer.json where it has a token that tokenizer.model has not.
-
-    Raises:
-        UserError: they give one token different ids.
-    """
+    """The main file. Of two, tokenizer.json where it has a token that tokenizer.model has not; a UserError if they give
+    one token different ids."""
     model, fast = (folder / name for name in (SENTENCEPIECE_FILE, HUGGING_FACE_FILE))
     if not (model.is_file() and fast.is_file()):
         return next((path for path in (model, fast, folder / MISTRAL_FILE) if path.is_file()), None)

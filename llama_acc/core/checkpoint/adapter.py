@@ -36,17 +36,11 @@ class TrainedQuantized:
 
 @dataclass(frozen=True)
 class Base(JsonFile):
-    """What an adapter checkpoint says of its base.
+    """What an adapter checkpoint says of its base."""
 
-    Attributes:
-        fingerprint: of its weights, as they were before quantizing.
-        pretrained: the base as the user gave it; empty = random weights.
-        quantized: how it was quantized; None = it was not.
-    """
-
-    fingerprint: str
-    pretrained: tuple[str, ...]
-    quantized: TrainedQuantized | None = None
+    fingerprint: str  # of its weights, as they were before quantizing
+    pretrained: tuple[str, ...]  # the base as the user gave it; empty = random weights
+    quantized: TrainedQuantized | None = None  # how it was quantized; None = it was not
 
     @property
     def names(self) -> str:

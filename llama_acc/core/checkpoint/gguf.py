@@ -67,11 +67,7 @@ _PRE_TOKENIZERS = {
 
 
 def _architecture(config: ModelConfig) -> str:
-    """llama.cpp's name of the architecture that computes the same.
-
-    Raises:
-        UserError: it has none; every reason listed.
-    """
+    """llama.cpp's name of the architecture that computes the same; a UserError with every reason if it has none."""
     scaling, has_new_biases = config.rope_scaling, config.tuning != FULL
     yarn = scaling if isinstance(scaling, RopeScaling) and scaling.rope_type == "yarn" else None
     name, factors = "qwen3" if config.qk_norm else "smollm3" if config.nope_layers else "llama", _rope_factors(config)
@@ -203,11 +199,7 @@ def _in_q8_0(tensor: LazyTensor) -> LazyTensor:
 
 
 def _add_tokenizer(writer: "GGUFWriter", rows: int, tokenizer: Tokenizer, exported: Path) -> list[str]:
-    """The keys that llama-vocab.cpp reads; returns what the user should know.
-
-    Raises:
-        UserError: it has no such tokenizer.
-    """
+    """The keys that llama-vocab.cpp reads; returns what the user should know. A UserError if there is no such kind."""
     values, config = (read_object(exported / name) for name in (HUGGING_FACE_FILE, CONFIG_FILE))
     kind, pre = _kind_of(values, tokenizer.path)
     model, (normalizer, cuts) = values["model"], (json.dumps(values[key]) for key in ("normalizer", "pre_tokenizer"))
@@ -248,11 +240,7 @@ def _add_tokenizer(writer: "GGUFWriter", rows: int, tokenizer: Tokenizer, export
 
 
 def _kind_of(values: Mapping[str, Any], path: Path) -> tuple[str, str]:
-    """llama.cpp's names of a tokenizer.json's kind and of how it cuts a text.
-
-    Raises:
-        UserError: it has no such kind, or would cut otherwise.
-    """
+    """llama.cpp's names of a tokenizer.json's kind and of how it cuts a text; a UserError if it would not cut so."""
     model, outer, cuts = values.get("model", {}), values.get("pre_tokenizer") or {}, list[str]()
     steps = outer.get("pretokenizers", [outer] if outer else [])
     for step in steps:

@@ -273,11 +273,7 @@ def huggingface_config(config: ModelConfig, dtype: str, special_ids: Mapping[str
 
 
 def _exported_family(config: ModelConfig) -> str:
-    """The model_type to export as: the family, or where that has no place for a bias of every matrix, llama.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The model_type to export as: the family, or where that has no place for a bias of every matrix, llama."""
     if not isinstance(config.tuning, BiasNorm) or config.family in ("llama", "smollm3", "granite"):
         return config.family
     if config.qk_norm or config.sliding_window is not None:

@@ -30,26 +30,18 @@ _HUGGINGFACE = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 
 @dataclass(frozen=True)
 class Layout:
-    """A checkpoint folder.
-
-    Attributes:
-        folder: where it is.
-        format: `meta_ori` (Meta's release, or Mistral's), `consolidated` (saved by this toolkit or LLaMA2-Accessory),
-            `consolidated_diff` (the same, to be added to what comes before it), `huggingface` or `peft` (an adapter).
-        shards: the files with weights, in order.
-        params_path: params.json or config.json, if there is one.
-        tower: it is no LLaMA, but a vision tower of this kind.
-        weight_map: of Hugging Face's index, the file in which each tensor is; None = there is no index.
-        notes: what in the folder is not read, for the user.
-    """
+    """A checkpoint folder."""
 
     folder: Path
+    # `meta_ori` (Meta's release, or Mistral's), `consolidated` (saved by this toolkit or LLaMA2-Accessory),
+    # `consolidated_diff` (the same, to be added to what comes before it), `huggingface` or `peft` (an adapter)
     format: Format
-    shards: tuple[Path, ...]
-    params_path: Path | None
-    tower: Vision | None = None
+    shards: tuple[Path, ...]  # the files with weights, in order
+    params_path: Path | None  # params.json or config.json, if there is one
+    tower: Vision | None = None  # it is no LLaMA, but a vision tower of this kind
+    # Of Hugging Face's index, the file in which each tensor is; None = there is no index
     weight_map: Mapping[str, str] | None = None
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what in the folder is not read, for the user
 
     @property
     def model_parallel_size(self) -> int:
@@ -156,11 +148,7 @@ def _numbered(folder: Path, names: Sequence[str], form: str, first: int = 0) -> 
 
 
 def _inspect_huggingface(folder: Path, names: Sequence[str]) -> Layout | None:
-    """Hugging Face's files in a folder; None = there are none. An index decides which they are.
-
-    Raises:
-        UserError: see `inspect`.
-    """
+    """Hugging Face's files in a folder; None = there are none. An index decides which they are."""
     for stem, suffix in _HUGGINGFACE:
         index = folder / f"{stem}{suffix}.index.json"
         weight_map = _weight_map(index) if index.is_file() else None
@@ -190,11 +178,7 @@ def _inspect_huggingface(folder: Path, names: Sequence[str]) -> Layout | None:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """The file of each tensor that Hugging Face's index names.
-
-    Raises:
-        UserError: it is not what an index is, or names a file of another folder.
-    """
+    """The file of each tensor that Hugging Face's index names; a UserError if one is of another folder."""
     places = read_object(index).get("weight_map")
     if not isinstance(places, Mapping) or not places or not all(isinstance(name, str) for name in places.values()):
         raise UserError(f'{index} must hold {{"weight_map": {{TENSOR: FILE, ...}}}}', "copy it again, or remove it")
@@ -266,11 +250,7 @@ def read_config(layouts: Sequence[Layout]) -> ModelConfig | None:
 
 
 def _own_shape(layout: Layout) -> tuple[Tuning, dict[str, Any], Vision | None]:
-    """A checkpoint's method, the shape in its file by params.json's names, and what LLaMA2-Accessory's may see with.
-
-    Raises:
-        UserError: unusable values, an unknown method, two files that disagree.
-    """
+    """A checkpoint's method, the shape in its file by params.json's names, and what LLaMA2-Accessory's may see with."""
     path, kind = layout.params_path, str(read_object(layout.folder / "meta.json", True).get("llama_type", "llama"))
     if layout.format == "peft":
         from llama_acc.core.checkpoint.peft import read_peft  # needs torch

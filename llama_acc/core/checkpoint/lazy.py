@@ -25,24 +25,16 @@ Read = Callable[[slice, slice], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class LazyTensor:
-    """A parameter of a checkpoint, or some rows and columns of it.
-
-    Attributes:
-        shape: its shape.
-        dtype: its type in the file; that of the base where a diff is added.
-        read: gives rows and columns of it, which may be a view of a file; columns count for matrices only.
-        mapped: the memory-mapped tensors it is read from. (Releasing the pages of anything else would destroy it.)
-        source: the tensor it is, or the `NF4Matrix` it is a part of.
-        offset: its first row and column in that matrix.
-        cut: gives what lies from a start to a stop in a dimension in a better way than by reading from the whole.
-    """
+    """A parameter of a checkpoint, or some rows and columns of it."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Read
+    dtype: torch.dtype  # its type in the file; that of the base where a diff is added
+    read: Read  # gives rows and columns of it, which may be a view of a file; columns count for matrices only
+    # The memory-mapped tensors it is read from. (Releasing the pages of anything else would destroy it.)
     mapped: tuple[Tensor, ...] = ()
-    source: Any = None
-    offset: tuple[int, int] = (0, 0)
+    source: Any = None  # the tensor it is, or the `NF4Matrix` it is a part of
+    offset: tuple[int, int] = (0, 0)  # its first row and column in that matrix
+    # Gives what lies from a start to a stop in a dimension in a better way than by reading from the whole
     cut: "Callable[[int, int, int], LazyTensor | None] | None" = None
 
     @staticmethod

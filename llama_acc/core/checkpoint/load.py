@@ -29,19 +29,13 @@ Shard = dict[str, LazyTensor]
 
 @dataclass
 class Weights:
-    """A rank's share of every parameter, by Meta's names.
-
-    Attributes:
-        tensors: the shares.
-        shapes: the shapes of the whole parameters.
-        problems: what does not fit together among the files, by parameter; see `check_tensors`.
-        notes: where the files disagree and which of them counts, for the user.
-    """
+    """A rank's share of every parameter, by Meta's names."""
 
     tensors: Shard = field(default_factory=dict)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # the shapes of the whole parameters
+    # what does not fit together among the files, by parameter; see `check_tensors`
     problems: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # where the files disagree and which of them counts, for the user
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor]) -> "Weights":

@@ -40,21 +40,13 @@ class JsonFile:
 
 @dataclass(frozen=True)
 class Quantization(JsonFile):
-    """quantization.json.
+    """quantization.json."""
 
-    Attributes:
-        skip: matrices that are not quantized; see `transformer.quantizable`.
-        fingerprint: of the weights before.
-        format_version: of the file.
-        type: nf4.
-        double: the scales are quantized, too.
-    """
-
-    skip: tuple[str, ...]
-    fingerprint: str
-    format_version: int = FORMAT_VERSION
+    skip: tuple[str, ...]  # matrices that are not quantized; see `transformer.quantizable`
+    fingerprint: str  # of the weights before
+    format_version: int = FORMAT_VERSION  # of the file
     type: str = "nf4"
-    double: bool = True
+    double: bool = True  # the scales are quantized, too
 
 
 def read_quantization(folder: Path) -> Quantization | None:

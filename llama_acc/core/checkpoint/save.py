@@ -174,40 +174,24 @@ class TensorFile:
 
 
 class Rows(NamedTuple):
-    """Some rows of a tensor, as a rank holds them.
-
-    Attributes:
-        tensor: the rows.
-        first: number of the first one.
-        shape: of all rows together, which is what this model-parallel rank has of the tensor.
-        shared: whether every data-parallel rank has the same rows, rather than others.
-    """
+    """Some rows of a tensor, as a rank holds them."""
 
     tensor: Tensor
-    first: int
-    shape: tuple[int, ...]
-    shared: bool
+    first: int  # number of the first one
+    shape: tuple[int, ...]  # of all rows together, which is what this model-parallel rank has of the tensor
+    shared: bool  # whether every data-parallel rank has the same rows, rather than others
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint is to hold, as one rank has it.
+    """What a checkpoint is to hold, as one rank has it."""
 
-    Attributes:
-        weights: the trained parameters, by Meta's names.
-        state: what else a resume needs, by its own names.
-        rng: this rank's random number generators.
-        dtype: type of the saved weights.
-        files: small files by name, written as they are.
-        parallel: the ranks that write together.
-    """
-
-    weights: Mapping[str, Rows]
-    state: Mapping[str, Rows]
-    rng: Mapping[str, Tensor]
+    weights: Mapping[str, Rows]  # the trained parameters, by Meta's names
+    state: Mapping[str, Rows]  # what else a resume needs, by its own names
+    rng: Mapping[str, Tensor]  # this rank's random number generators
     dtype: torch.dtype
-    files: Mapping[str, bytes]
-    parallel: Parallel
+    files: Mapping[str, bytes]  # small files by name, written as they are
+    parallel: Parallel  # the ranks that write together
 
     def copied(self) -> "Snapshot":
         """The same with tensors of its own, in the host's memory; a tensor that is there twice is copied once."""

@@ -353,11 +353,7 @@ def answer_questions(
 
 
 def _answered(output: Path, stamps: Mapping[int, dict[str, Any]]) -> set[int]:
-    """The questions that have an answer in the file, which afterwards ends with a whole line.
-
-    Raises:
-        UserError: the file holds something else.
-    """
+    """The questions that have an answer in the file, which afterwards ends with a whole line."""
     data = read_bytes(output) if output.exists() else b""
     kept, last = data, data[data.rfind(b"\n") + 1 :]
     try:

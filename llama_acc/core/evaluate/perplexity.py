@@ -19,23 +19,14 @@ from llama_acc.core.train.step import forward
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What a model thinks of data, and how much that is; counts are those of the data report.
+    """What a model thinks of data, and how much that is; counts are those of the data report."""
 
-    Attributes:
-        loss: mean cross-entropy per label token, in nats; a run's validation_loss.
-        items: of all files; those measured, and the dropped ones.
-        tokens: of the items measured.
-        label_tokens: those of them that are to be predicted.
-        truncated: items that were longer than the most tokens allowed, and were cut.
-        dropped: items that have nothing to predict within these.
-    """
-
-    loss: float
-    items: int
-    tokens: int
-    label_tokens: int
-    truncated: int
-    dropped: int
+    loss: float  # mean cross-entropy per label token, in nats; a run's validation_loss
+    items: int  # of all files; those measured, and the dropped ones
+    tokens: int  # of the items measured
+    label_tokens: int  # those of them that are to be predicted
+    truncated: int  # items that were longer than the most tokens allowed, and were cut
+    dropped: int  # items that have nothing to predict within these
 
     @property
     def perplexity(self) -> float:

@@ -17,19 +17,14 @@ _TOO_LARGE = f"a request has at most {MOST_BYTES} bytes"
 
 
 class Access(NamedTuple):
-    """Who may ask.
+    """Who may ask."""
 
-    Attributes:
-        key: what requests have to bring, "Authorization: Bearer KEY"; None: nothing.
-        hosts: names by which the server may be called, in small letters. Addresses may be in any case: no name that
-            somebody else has made lead here (DNS rebinding).
-        origins: of pages that may ask (CORS), such as https://chat.example.org.
-        media_types: that a body may have. A page elsewhere can send some others without asking first.
-    """
-
-    key: str | None = None
+    key: str | None = None  # what requests have to bring, "Authorization: Bearer KEY"; None: nothing
+    # Names by which the server may be called, in small letters. Addresses may be in any case: no name that somebody
+    # else has made lead here (DNS rebinding)
     hosts: Sequence[str] = ("localhost",)
-    origins: Sequence[str] = ()
+    origins: Sequence[str] = ()  # of pages that may ask (CORS), such as https://chat.example.org
+    # That a body may have. A page elsewhere can send some others without asking first
     media_types: Sequence[str] = ("application/json",)
 
 
