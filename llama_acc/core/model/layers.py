@@ -243,6 +243,8 @@ class Packed:
         self.weight, self.scales = torch.cat([layer.weight.detach() for layer in layers]), None
         for layer, view in zip(layers, self.weight.split(self.sizes), strict=True):
             layer.weight = nn.Parameter(view, requires_grad=False)
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
         if layers[0].is_quantized:
             absmax, nested, offsets = zip(*(layer.scales or () for layer in layers), strict=True)
             each = [one.expand(len(magnitudes)) for one, magnitudes in zip(offsets, nested, strict=True)]
@@ -256,7 +258,8 @@ class Packed:
         kinds = {(one.is_quantized, len(one.low_ranks()), len(one.extensions)) for one in layers}
         fit = (one.weight.numel() % (32 * nf4.NESTED_BLOCK) == 0 == one.weight.shape[0] % 32 for one in layers)
         in_nf4 = kinds in ({(True, 1, 0)}, {(True, 1, 1)}) and use_kernels(layers[0].weight)
-        return kinds == {(False, 1, 0)} or (in_nf4 and all(fit))
+        have_biases = {one.bias is not None for one in layers}
+        return len(have_biases) == 1 and (kinds == {(False, 1, 0)} or (in_nf4 and all(fit)))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """[T, in] to one [T, out] for each layer."""
@@ -267,8 +270,7 @@ class Packed:
             nf4.add_product_(y, x, self.weight, self.scales, self.pairs, first=True, sizes=self.sizes)
         else:
             return tuple(layer(x) for layer in self.layers)
-        outputs = zip(self.layers, y.split(self.sizes, -1), strict=True)
-        return tuple(part if one.bias is None else part.add_(cast(one.bias, y.dtype)) for one, part in outputs)
+        return (y if self.bias is None else y.add_(cast(self.bias, y.dtype))).split(self.sizes, -1)
 
 
 def scaled(x: Tensor, factor: float) -> Tensor:
@@ -514,12 +516,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def added(x: Tensor, y: Tensor, layer: RowParallelLinear, factor: float) -> Tensor:
     """x [T, out] + factor * layer(y [T, in]); on a GPU, without gradients, in one product, where x was."""
-    is_plain = isinstance(layer, RowParallelLinear) and layer.bias is None and layer.group is None
-    if is_plain and device_type(x) == "cuda" and not torch.is_grad_enabled():
+    is_whole = isinstance(layer, RowParallelLinear) and layer.group is None
+    if is_whole and device_type(x) == "cuda" and not torch.is_grad_enabled():
+        total = None
         if layer.scales and layer.low_ranks() and nf4.has_kernel(y, layer.weight):
-            return nf4.add_product_(x, y, layer.weight, layer.scales, layer.low_ranks()[0], factor)
-        if not (layer.is_quantized or layer.extensions):
-            return x.addmm_(y, cast(layer.weight, x.dtype).t(), alpha=factor)
+            total = nf4.add_product_(x, y, layer.weight, layer.scales, layer.low_ranks()[0], factor)
+        elif not (layer.is_quantized or layer.extensions):
+            total = x.addmm_(y, cast(layer.weight, x.dtype).t(), alpha=factor)
+        if total is not None:
+            return total if layer.bias is None else total.add_(cast(layer.bias, x.dtype), alpha=factor)
     return x + scaled(layer(y), factor)
 
 

@@ -209,7 +209,7 @@ def dense(weight: Tensor, scales: Scales | None, dtype: torch.dtype) -> Tensor:
 def has_kernel(x: Tensor, packed: Tensor) -> bool:
     """Whether `add_product_` takes x [T, columns]: of more tokens it is faster to write the matrix out."""
     is_one = use_kernels(x) and not torch.is_grad_enabled() and x.dim() == 2 and x.is_contiguous()
-    return is_one and len(x) <= 32 and packed.shape[1] % (BLOCK // 2) == 0
+    return is_one and len(x) * x.element_size() <= 128 and packed.shape[1] % (BLOCK // 2) == 0
 
 
 def add_product_(

@@ -148,7 +148,7 @@ def test_a_matrix_out_of_nf4_is_bitsandbytes_s(shape: tuple[int, int], has_trito
 
 
 @pytest.mark.parametrize("add", [False, True])
-@pytest.mark.parametrize(("tokens", "columns", "sizes"), [(1, 64, (40,)), (5, 192, (64, 32, 64)), (32, 64, (32, 64))])
+@pytest.mark.parametrize(("tokens", "columns", "sizes"), [(1, 64, (40,)), (5, 192, (64, 32, 64)), (50, 64, (32, 64))])
 def test_a_product_out_of_nf4_is_that_of_the_matrices_and_their_pairs(
     tokens: int, columns: int, sizes: tuple[int, ...], add: bool, has_triton: bool
 ) -> None:
@@ -172,7 +172,8 @@ def test_a_product_out_of_nf4_is_that_of_the_matrices_and_their_pairs(
 @pytest.mark.parametrize(
     ("variant", "in_nf4"),
     [
-        *[({}, False), ({"sliding_window": 7}, False), ({"nope_layers": (0,)}, False), ({}, True)],
+        *[({}, False), ({"sliding_window": 7}, False), ({"nope_layers": (0,)}, False), ({"qkv_bias": True}, False)],
+        ({}, True),
         *[({"tuning": METHODS["lora"](4)}, in_nf4) for in_nf4 in (False, True)],
         *[({"tuning": METHODS["lora_bias_norm"](4)}, in_nf4) for in_nf4 in (False, True)],
         ({"tuning": METHODS["lora"](4, lora_targets=("wq", "w2"))}, True),
