@@ -139,11 +139,8 @@ def _blocks(text: str) -> list[str]:
 def question_reader(status: Callable[[], str], history: Path | None) -> Callable[[str], str]:
     """What asks for a question: Enter sends it, a paste keeps its lines, the arrow keys edit and recall.
 
-    It is given a text that the question begins as, and raises EOFError for Ctrl-D.
-
-    Args:
-        status: the line below the question.
-        history: where questions are kept for the next time, readable to the user alone; None: nowhere.
+    It is given a text that the question begins as, and raises EOFError for Ctrl-D. `status` is the line below the
+    question, `history` where questions are kept for the next time, readable to the user alone; None: nowhere.
 
     Raises:
         UserError: the file cannot be written.

@@ -18,10 +18,8 @@ if TYPE_CHECKING:
     from llama_acc.core.data.check import FileReport
 
 
-_SHOWN = 5
-"""Findings of a kind that are shown without --all."""
-_BAR = 40
-"""Width of the longest bar."""
+_SHOWN = 5  # findings of a kind that are shown without --all
+_BAR = 40  # width of the longest bar
 
 
 def check(

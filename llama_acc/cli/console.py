@@ -117,13 +117,8 @@ _activity = _Activity()
 
 
 def working(text: str | None, key: str | None = None, after: float | None = None) -> None:
-    """Says what is being done from now on; None: nothing that takes long.
-
-    Args:
-        text: such as "loading the model".
-        key: tells stages apart whose text changes as they go on.
-        after: seconds until it is said where there is no terminal; None: one.
-    """
+    """Says what is being done from now on; None: nothing that takes long. `key` tells stages apart whose text changes
+    as they go on; after so many seconds (`after`; None: one) it is said where there is no terminal."""
     if environment.is_main():
         _activity.show(None if text is None else key or text, text or "", _SIGN_AFTER if after is None else after)
 

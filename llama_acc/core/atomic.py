@@ -220,12 +220,8 @@ def write_manifest(folder: Path, digests: Mapping[str, str] = MappingProxyType({
 
 
 def check_manifest(folder: Path, verify: bool = False, contents: str | None = None) -> None:
-    """Compares a folder with its manifest, if it has one: which files, their sizes, and of some their SHA-256.
-
-    Args:
-        folder: a checkpoint.
-        verify: compare the SHA-256 of all of them.
-        contents: compare that of those whose name begins so, such as "state/".
+    """Compares a checkpoint's folder with its manifest, if it has one: which files, their sizes, and the SHA-256 of
+    all of them (`verify`), or of those whose name begins with `contents`, such as "state/".
 
     Raises:
         UserError: a newer format, or files that are missing or not what was written; all of them listed. Or `verify`

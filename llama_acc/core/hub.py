@@ -48,8 +48,7 @@ from llama_acc.core.text import size_text
 
 RETRY_WAITS = (2.0, 8.0, 32.0)
 """Seconds before a plain address is asked again where huggingface_hub's own client gave up."""
-_AS_IT_IS = {"accept-encoding": "identity"}
-"""Not compressed on the way: sizes and ranges are those of the file itself."""
+_AS_IT_IS = {"accept-encoding": "identity"}  # not compressed on the way: sizes and ranges are those of the file itself
 _PARALLEL = 4
 _LOCK = f"{RECORD}.lock"
 
@@ -97,11 +96,7 @@ class Downloader:
     """Downloads one thing after the other; a token is looked for once."""
 
     def __init__(self, progress: Progress, note: Note, token: str | None = None) -> None:
-        """Args:
-        progress: is called as bytes arrive or are checked.
-        note: is given lines for the user.
-        token: for Hugging Face, from the command line.
-        """
+        """`progress` is called as bytes arrive or are checked; `token` is for Hugging Face, from the command line."""
         self._progress, self._note, self._token = progress, note, token
 
     @functools.cached_property

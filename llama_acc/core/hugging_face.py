@@ -112,14 +112,8 @@ def http_client() -> "httpx2.Client":
 def explained(
     source: object, host: str, refusal: Callable[[Any], LlamaAccError], resume: str = RESUME_HINT
 ) -> Iterator[None]:
-    """Turn the errors of huggingface_hub and its client into ours.
-
-    Args:
-        source: what is asked for.
-        host: who is asked.
-        refusal: our error for an answer of 4xx or 5xx.
-        resume: what to do after the network failed.
-    """
+    """Turn the errors of huggingface_hub and its client, asked for a source, into ours. `refusal` makes the one for an
+    answer of 4xx or 5xx; `resume` says what to do after the network failed."""
     import httpx2
     from huggingface_hub import errors
 

@@ -34,11 +34,8 @@ class WorkerPool:
     """A pool of worker processes, started as there is work. Use it in a `with` block: they end with it."""
 
     def __init__(self, count: int, work: str, hint: str) -> None:
-        """Args:
-        count: the most processes.
-        work: what they do, such as "encodes data", for the error where one is killed.
-        hint: what to do about that.
-        """
+        """At most `count` processes, of which `work` says what each does, such as "encodes data", and `hint` what to do
+        about it where one is killed."""
         self._count, self._killed = count, (f"a process that {work} was killed", hint)
         self._pool: ProcessPoolExecutor | None = None
 

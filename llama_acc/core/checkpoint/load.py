@@ -33,7 +33,7 @@ class Weights:
 
     tensors: Shard = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # the shapes of the whole parameters
-    # what does not fit together among the files, by parameter; see `check_tensors`
+    # What does not fit together among the files, by parameter; see `check_tensors`.
     problems: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # where the files disagree and which of them counts, for the user
 
@@ -396,14 +396,10 @@ def fill(
     """Puts weights into a model, or a vision tower, made on the meta device, one tensor at a time; what is no longer
     on it is kept.
 
-    Args:
-        model: its parameters are replaced. They have the shapes of the weights' shares, or are to be quantized.
-        weights: checked; tensors are removed as they are used, so their memory is free again.
-        device: where the parameters go.
-        dtype: their type.
-        copy: give every parameter storage of its own. Otherwise a tensor that is already of this type and on this
-            device stays mapped to its file: loading costs nothing, but the parameters must not be trained.
-        prefix: of the weights' names.
+    The parameters, which have the shapes of the weights' shares or are to be quantized, are replaced. The weights were
+    checked, and their names begin with `prefix`; they are removed as they are used, so their memory is free again.
+    With `copy` every parameter has storage of its own. Otherwise a tensor that is already of this type and on this
+    device stays mapped to its file: loading costs nothing, but the parameters must not be trained.
     """
     for name, parameter in list(model.named_parameters()):
         if not parameter.is_meta:

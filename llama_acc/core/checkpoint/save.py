@@ -76,13 +76,8 @@ Specs = Mapping[str, TensorSpec]
 
 
 def lay_out(path: Path, specs: Specs, flat: bool = False) -> None:
-    """Writes a file of tensors with a hole in the place of each one's bytes.
-
-    Args:
-        path: the file to make; its ending says whether it is a .pth or safetensors.
-        specs: its tensors, in the order they will lie.
-        flat: a .pth is a mapping from names to tensors (Meta's); otherwise `{"model": mapping}`.
-    """
+    """Writes a file of tensors, a .pth or safetensors by its ending, with a hole in the place of each one's bytes; they
+    lie in the order of `specs`. `flat`: a .pth maps names to tensors (Meta's); otherwise it is `{"model": mapping}`."""
     if path.suffix == ".pth":
         # Memory that is never touched is never taken.
         tensors = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}

@@ -129,15 +129,10 @@ def special_ids(layouts: Sequence[Layout], tokenizer: Tokenizer | None) -> dict[
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, ids: Mapping[str, Any]) -> list[str]:
-    """Writes a folder's tokenizer, its chat template, and which tokens end an answer.
+    """Writes the tokenizer of the training, its chat template, and which tokens end an answer.
 
-    Args:
-        tokenizer: the one of the training.
-        folder: holds what lay beside the checkpoint, such as template.json.
-        ids: `bos_token_id` and `eos_token_id`.
-
-    Returns:
-        What the user should know.
+    The folder holds what lay beside the checkpoint, such as template.json; `ids` are `bos_token_id` and `eos_token_id`.
+    Returns what the user should know.
     """
     config = read_object(folder / CONFIG_FILE, optional=True)
     try:

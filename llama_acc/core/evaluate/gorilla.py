@@ -299,16 +299,9 @@ def answer_questions(
     """Appends the greedy answer to every question that has none in `output` yet, each as soon as it has ended.
 
     A line is {"question_id", "text", "model_id", "metadata"}, as in Gorilla's own responses. `metadata` says what the
-    answer was made from, so that it is never taken for another's when a stopped evaluation is resumed.
-
-    Args:
-        loaded: the model of these checkpoints.
-        checkpoints: as `load_model` took them.
-        questions: by question_id.
-        output: the file of responses; it may not exist yet.
-        max_new_tokens: most tokens of an answer.
-        batch_size: most answers under way at a time.
-        progress: called with (answered, in all) at first and after each answer.
+    answer was made from, so that it is never taken for another's when a stopped evaluation is resumed. `loaded` is the
+    model of these checkpoints, `batch_size` how many answers are under way at a time; `progress` is called with
+    (answered, in all) at first and after each answer.
 
     Raises:
         DataError: questions that do not fit in the model's context.

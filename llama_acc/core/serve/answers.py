@@ -13,8 +13,7 @@ from llama_acc.core.generate.sampling import Sampler, TokenLogprobs
 from llama_acc.core.generate.service import Event
 from llama_acc.core.serve.protocol import ChatRequest, CompletionRequest, dumps
 
-_LEAST_LOGPROB = -9999.0
-"""In place of minus infinity, which JSON does not have; as OpenAI's API and vLLM have it."""
+_LEAST_LOGPROB = -9999.0  # in place of minus infinity, which JSON does not have; as OpenAI's API and vLLM have it
 
 
 class Answer:

@@ -33,10 +33,8 @@ from llama_acc.core.serve.answers import Answer, ChatAnswer, TextAnswer
 from llama_acc.core.serve.guard import Access, Guard, error_response
 from llama_acc.core.serve.protocol import ChatRequest, CompletionRequest, dumps
 
-_MOST_PIXELS = 25_000_000
-"""Of a picture: 75 MB when it is unpacked, several times at once."""
-_COMPLETION_TOKENS = 16
-"""OpenAI's API continues a text by so many, where nothing else is asked for."""
+_MOST_PIXELS = 25_000_000  # of a picture: 75 MB when it is unpacked, several times at once
+_COMPLETION_TOKENS = 16  # OpenAI's API continues a text by so many, where nothing else is asked for
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 

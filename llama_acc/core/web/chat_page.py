@@ -22,8 +22,7 @@ from llama_acc.core.generate.service import Service
 from llama_acc.core.text import count_text, escape_control_chars
 from llama_acc.core.web.site import in_html
 
-_ALTERNATIVES = 5
-"""Of each token of an answer, so many of the likeliest are shown."""
+_ALTERNATIVES = 5  # of each token of an answer, so many of the likeliest are shown
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
 _DOWNLOAD = """items => {
     const text = JSON.stringify(items, null, 1) + "\\n", link = document.createElement("a");

@@ -24,12 +24,9 @@ _CURVES = {
     "tokens_per_second": "Tokens per second",
     "peak_memory_gib": "Peak memory in GiB",
 }
-_POINTS = 400
-"""Of a curve; each is the mean of its part of the steps."""
-_SAMPLED = 20
-"""So many different answers to a prompt are shown, the last ones."""
-_FIRST = 6
-"""So many runs are shown at first, those that wrote last."""
+_POINTS = 400  # of a curve; each is the mean of its part of the steps
+_SAMPLED = 20  # so many different answers to a prompt are shown, the last ones
+_FIRST = 6  # so many runs are shown at first, those that wrote last
 _EVERY = 2.0  # seconds
 
 
