@@ -76,15 +76,14 @@ def decode_on_cpu(model: Transformer, tokens: Tensor, positions: Tensor, slots: 
 @contextmanager
 def ahead_as_on_gpu() -> Iterator[list[Tensor]]:
     """Lets passes begin before the tokens of those before are read; gives the tokens that such passes were fed."""
-    fed: list[Tensor] = []
-    call = DecodeGraph.__call__
+    fed, call = list[Tensor](), DecodeGraph.__call__
 
     def recorded(self: DecodeGraph, tokens: Sequence[int], caches: Any, numbers: Any, before: Any = None) -> Any:
         fed.extend([] if before is None else before[list(tokens)])
         return call(self, tokens, caches, numbers, before)
 
-    takes = patch.object(DecodeGraph, "takes", lambda _: True)
-    with takes, patch.object(DecodeGraph, "__call__", recorded), patch.object(Transformer, "decode", decode_on_cpu):
+    ways = patch.multiple(DecodeGraph, takes=lambda _: True, __call__=recorded)
+    with ways, patch.object(Transformer, "decode", decode_on_cpu):
         yield fed
 
 
@@ -159,26 +158,21 @@ def run_schedules(name: str, loaded: LoadedModel, requests: Sequence[Request]) -
 
 
 def test_what_was_begun_for_a_reply_that_has_ended_is_left_out(tokenizer_path: Path) -> None:
-    loaded = load(SMALL, tokenizer_path)
-    greedy = Sampling(temperature=0, max_new_tokens=MOST)
-    known = run(engine := Engine(loaded), engine.add(Prompt([1, 40]), Sampler(greedy)))
-    longer = [1, 40, *known[:5], 50, 51]
-    expected = run(engine := Engine(loaded), engine.add(Prompt(longer), Sampler(greedy)))
+    loaded, greedy = load(SMALL, tokenizer_path), Sampling(temperature=0, max_new_tokens=MOST)
     with ahead_as_on_gpu() as fed:
         engine = Engine(loaded)
-        assert run(engine, engine.add(Prompt([1, 40]), Sampler(greedy))) == known
+        known = run(engine, engine.add(Prompt([1, 40]), Sampler(greedy)))
+        assert known == uncached_greedy(loaded.model, [1, 40], MOST, loaded.tokenizer.end_ids)
         assert len(fed) == MOST - 1, "none is begun behind the last token"
         by_id = engine.add(Prompt([1, 40]), Sampler(replace(greedy, stop_ids=[known[5]])))
         assert run(engine, by_id) == known[: known.index(known[5])]
-        assert by_id.finish_reason == "stop"
-        assert fed[-1] == known[5], "it was noticed a pass later"
-        cancelled = engine.add(Prompt([1, 40]), Sampler(greedy))
-        for _ in range(3):
-            engine.step()
+        assert (by_id.finish_reason, fed[-1]) == ("stop", known[5]), "it was noticed a pass later"
+        cancelled, longer = engine.add(Prompt([1, 40]), Sampler(greedy)), [1, 40, *known[:5], 50, 51]
+        engine.step()
         engine.cancel(cancelled)
         reply = engine.add(Prompt(longer), Sampler(greedy))
         assert [one for one, _ in engine.step()] == [reply], "its slot is free at once"
-        assert run(engine, reply) == expected
+        assert run(engine, reply) == uncached_greedy(loaded.model, longer, MOST, loaded.tokenizer.end_ids)
 
 
 def test_a_long_prompt_comes_in_pieces_and_the_others_get_a_token_in_each_pass(tokenizer_path: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,7 @@ def test_weight_gradients_of_bf16_are_summed_in_float32_over_micro_batches(is_re
             (checkpoint(compute, x, use_reentrant=False) if is_recomputed else compute(x)).backward(d_y)
         return [one.grad for one in block.parameters() if one.grad is not None]
 
-    def feed_forward(x: Tensor) -> Tensor:
-        return block.feed_forward(x, block.ffn_norm)
-
+    feed_forward = partial(block.feed_forward, norm=block.ffn_norm)
     expected = gradients(feed_forward)
     with as_on_gpu():
         actual, [of_wo] = gradients(feed_forward), gradients(block.attention.wo)
@@ -131,7 +130,6 @@ def test_cross_entropy_and_its_gradient_are_those_of_the_definition(
     with as_on_gpu():
         actual = _softmax_minus_one_hot_(logits, targets, Parallel(), weights if is_weighted else None)
     assert difference(actual, expected.detach()) < 1e-6
-    assert exact.grad is not None
     assert difference(logits, exact.grad) < unit
 
 
@@ -226,37 +224,11 @@ def test_attention_of_long_pasts_in_parts_is_torch_s(dtype: torch.dtype, has_tri
             assert difference(output[None].float(), expected) < (1e-5 if dtype == torch.float32 else 3e-3)
 
 
-def test_the_step_that_is_captured_gives_the_tokens_of_any_other(has_triton: bool) -> None:
-    if not has_triton:
-        pytest.skip("it is for kernels of our own")
-    config = replace(SMALL, sliding_window=7)
-    answers = []
-    with torch.no_grad(), as_on_gpu():
-        model = random_model(config).requires_grad_(False)
-        decode = DecodeGraph(model)
-        for is_static in (False, True):
-            caches = [KVCache(config.n_layers)]
-            caches += [caches[0].beside(slot) for slot in (3, 1)]
-            model(torch.arange(15), torch.arange(5).repeat(3), [5] * 3, caches=caches)
-            tokens, found = torch.tensor([1, 2, 3]), []
-            for _ in range(6):
-                if is_static:
-                    logits, likeliest = decode(tokens.tolist(), caches)
-                else:
-                    positions = torch.tensor([cache.length for cache in caches])
-                    logits = model.logits(model(tokens, positions, [1] * 3, caches=caches))
-                    likeliest = logits.argmax(-1)
-                tokens = likeliest.clone()
-                found.append(logits.clone())
-            answers.append(torch.stack(found))
-    assert difference(*answers) < 1e-5
-
-
 def test_replies_drawn_on_a_gpu_are_those_drawn_on_the_cpu(has_triton: bool, tokenizer_path: Path) -> None:
     if not has_triton:
         pytest.skip("it is for kernels of our own")
     tokenizer = load_tokenizer(tokenizer_path)
-    config = replace(SMALL, vocab_size=tokenizer.vocab_size, n_layers=1)
+    config = replace(SMALL, vocab_size=tokenizer.vocab_size, n_layers=1, sliding_window=7)
     samplings = [Sampling(temperature=0), Sampling(1.3, 0.8, 5), Sampling(1.0, 1.0, 6), Sampling(1.0, 0.9, 7, top_k=9)]
     # What depends on the tokens before is still drawn on the host.
     samplings = [*samplings, Sampling(1.0, 0.9, 8, repetition_penalty=1.3)]
@@ -268,7 +240,9 @@ def test_replies_drawn_on_a_gpu_are_those_drawn_on_the_cpu(has_triton: bool, tok
             )
             for several in (samplings[:4], samplings[3:]):
                 engine = Engine(loaded, 4)
-                replies = [engine.add(Prompt([1, 5, 9]), Sampler(replace(one, max_new_tokens=6))) for one in several]
+                # The first ones have done, and their slots are left out.
+                limits = [replace(one, max_new_tokens=6 + place) for place, one in enumerate(several)]
+                replies = [engine.add(Prompt([1, 5, 9]), Sampler(one)) for one in limits]
                 while not all(reply.ended for reply in replies):
                     engine.step()
                 answers.append([reply.tokens for reply in replies])

@@ -69,8 +69,8 @@ def test_a_step_over_nf4_is_that_over_its_values(shape: str) -> None:
 
 @pytest.mark.parametrize("first", [False, True])
 def test_products_of_bf16_are_summed_in_float32(first: bool) -> None:
-    total, a, b = (torch.randn(shape, device="cuda") for shape in ((40, 24), (70, 40), (70, 24)))
-    a, b = a.bfloat16(), b.bfloat16()
+    total, *wide = (torch.randn(shape, device="cuda") for shape in ((40, 24), (70, 40), (70, 24)))
+    a, b = (one.bfloat16() for one in wide)
     expected = a.double().T @ b.double() + (0 if first else total)
     torch.ops.llama_acc.add_wide_product_(total, a.t(), b, first)
     assert difference(total, expected) < 1e-5

@@ -1,15 +1,15 @@
 import json
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partialmethod
+from queue import SimpleQueue
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from llama_acc.core.data.batches import MicroBatch
 from llama_acc.core.model.copies import ComputeCopies
 from llama_acc.core.model.transformer import Transformer
 from llama_acc.core.model.tuning import METHODS
@@ -104,19 +104,11 @@ def test_a_weighted_loss_is_divided_by_the_sum_of_weights_however_documents_are_
 
 
 def test_a_thread_makes_the_next_micro_batch_while_one_is_computed() -> None:
-    batches, is_made, threads = DOCUMENTS.dealt(5, 3), threading.Event(), set[str]()
-
-    def made() -> Iterator[MicroBatch]:
-        for batch in batches:
-            threads.add(threading.current_thread().name)
-            yield batch
-        is_made.set()
-
-    ahead = packed_ahead(made(), CPU)
-    results = [next(ahead), next(ahead)]
-    assert is_made.wait(60), "it goes on by itself"
-    assert next(ahead, None) is None
-    assert threads == {"batches_0"}
+    batches, made_by = DOCUMENTS.dealt(5, 3), SimpleQueue[int]()
+    ahead = packed_ahead((made_by.put(threading.get_ident()) or batch for batch in batches), CPU)
+    first = next(ahead)
+    assert made_by.get() == made_by.get(timeout=60) != threading.get_ident(), "it makes the second one by itself"
+    results = [first, *ahead]
     assert all(batch.packed is not None for batch in results)
     assert loss_of(random_model(), results, 1) == loss_of(random_model(), batches, 1)
 
