@@ -207,7 +207,10 @@ def normalize(pixels: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
     They are computed in float32, and rounded to `dtype` once.
     """
     wide = pixels.float()
-    mean, std = (wide.new_tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    mean, std = wide.new_empty(2, 3, 1, 1)
+    for tensor, values in ((mean, CLIP_MEAN), (std, CLIP_STD)):
+        for channel, value in zip(tensor, values, strict=True):
+            channel.fill_(value)  # for a copy to a GPU, the host would wait
     return ((wide / 255 - mean) / std).to(dtype)
 
 

@@ -23,7 +23,7 @@ from llama_acc.core.checkpoint.towers import check_tower
 from llama_acc.core.data.chat_template import ChatTemplate, end_note, template_for, template_of_folder
 from llama_acc.core.data.images import normalize
 from llama_acc.core.data.templates import KINDS, Template
-from llama_acc.core.device import pick_device
+from llama_acc.core.device import pick_device, to_device
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig, check_divides
@@ -71,7 +71,7 @@ class VisionEncoder:
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [I, 3, S, S] of 0 to 255 to [I, *input_shape], on the device; for a rank that `is_leader`."""
-        normalized = normalize(pixels.to(self.device, non_blocking=True), self.dtype)
+        normalized = normalize(to_device(pixels, self.device), self.dtype)
         if self.vision.trains_encoder:
             return normalized
         assert self.tower is not None

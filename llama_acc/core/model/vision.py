@@ -31,8 +31,8 @@ class Images(NamedTuple):
     """[I, *input_shape] of the kind of vision: a tower's features, or pixels."""
     places: Tensor
     """[I * positions], where they stand in the stream, in order."""
-    documents: Sequence[int]
-    """Which document of the stream each belongs to."""
+    documents: Sequence[int] | Tensor
+    """[I], which document of the stream each belongs to."""
 
 
 class VisionOutput(NamedTuple):
@@ -200,7 +200,7 @@ class _InPrefix(VisionProjector):
         for block in self._blocks:
             hidden = block(hidden)
         added = self._write(hidden[:, : len(query)])
-        owners = torch.tensor(list(images.documents), dtype=torch.int64, device=x.device)
+        owners = torch.as_tensor(images.documents, dtype=torch.int64, device=x.device)
         return VisionOutput(x, added.new_zeros((documents, *added.shape[1:])).index_copy(0, owners, added))
 
 

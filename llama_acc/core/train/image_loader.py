@@ -24,6 +24,7 @@ from llama_acc.core.data.batches import MicroBatch, build_multimodal_batch
 from llama_acc.core.data.dataset import Dataset
 from llama_acc.core.data.image_files import ImageWorkers, default_workers
 from llama_acc.core.data.images import Crop, ImageJob, Transform, digest, pixels_or_problem, shown_reference
+from llama_acc.core.device import to_device
 from llama_acc.core.distributed.groups import local_world_size
 from llama_acc.core.errors import RunError
 from llama_acc.core.generate.load import VisionEncoder
@@ -183,7 +184,8 @@ class ImageLoader:
         for i, features in made.items():
             cache.store(references[i], features)
         device = self._encoder.device
-        return torch.stack([made[i] if i in made else cache.load(path).to(device) for i, path in enumerate(references)])
+        found = (made[i] if i in made else to_device(cache.load(path), device) for i, path in enumerate(references))
+        return torch.stack(list(found))
 
 
 def _never() -> Tensor:

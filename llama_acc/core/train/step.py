@@ -38,9 +38,9 @@ def pack(batch: MicroBatch, device: torch.device) -> tuple[Tensor, list[int]]:
     """All of a micro-batch that goes to the device, end to end and to be copied at once, and the lengths of the parts.
     For CUDA it is in memory from which the copy is made while the host goes on."""
     weights = np.zeros(0, np.float32) if batch.label_weights is None else batch.label_weights
-    parts = (batch.tokens, batch.positions, batch.targets, batch.labeled, batch.bounds, batch.image_places)
-    numbers = torch.from_numpy(np.concatenate([*parts, weights.view(np.int32)]))
-    sizes = [*map(len, parts), len(weights)]
+    images = (batch.image_places, np.asarray(batch.image_documents, np.int64))
+    parts = (batch.tokens, batch.positions, batch.targets, batch.labeled, batch.bounds, *images, weights.view(np.int32))
+    numbers, sizes = torch.from_numpy(np.concatenate(parts)), [len(part) for part in parts]
     return numbers.pin_memory() if device.type == "cuda" else numbers, sizes
 
 
@@ -60,14 +60,14 @@ def forward(model: Transformer, batch: MicroBatch, loss_scale: float, device: to
     """The summed cross-entropy of a micro-batch times `loss_scale`, a scalar."""
     numbers, sizes = batch.packed or pack(batch, device)
     parts = numbers.to(device, non_blocking=True).split(sizes)
-    tokens, positions, targets, labeled, bounds, places, weights = parts
+    tokens, positions, targets, labeled, bounds, places, owners, weights = parts
     loss: Tensor = model(
         tokens,
         positions,
         batch.lengths,
         targets=targets,
         loss_scale=loss_scale,
-        images=None if batch.inputs is None else Images(batch.inputs, places, batch.image_documents),
+        images=None if batch.inputs is None else Images(batch.inputs, places, owners),
         draws=batch.draws,
         bounds=bounds.to(torch.int32),
         labeled=labeled,

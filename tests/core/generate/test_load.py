@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_acc.core.errors import UserError
 from llama_acc.core.generate.load import load_model
 from tests.core.tiny import difference, document_logits, loaded_model, random_model, save_model
 
@@ -28,14 +27,6 @@ def test_a_loaded_model_is_the_one_that_was_saved_whatever_its_layout_in_memory(
     kept = loaded_model(folder).state_dict()
     assert loaded.model.state_dict().keys() == kept.keys()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in loaded.model.state_dict().items())
-
-
-def test_the_template_asked_for_wins(folder: Path) -> None:
-    assert load_model(folder, device="cpu").template.name == "none"
-    chosen = load_model(folder, device="cpu", template="chatml")
-    assert (chosen.template.name, chosen.template_from) == ("chatml", "asked for")
-    with pytest.raises(UserError, match="unknown template 'chatlm'"):
-        load_model(folder, device="cpu", template="chatlm")
 
 
 @pytest.mark.parametrize(

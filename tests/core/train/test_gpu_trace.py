@@ -40,7 +40,7 @@ from llama_acc.core.train.trainer import assemble
 from tests.core.seeing import SEEING
 from tests.core.tiny import SMALL
 
-META = torch.device("meta")
+META, _tensor = torch.device("meta"), torch.tensor
 LLAMA_7B = ModelConfig(dim=4096, n_layers=32, n_heads=32, vocab_size=32000, multiple_of=256)
 # What makes another view of a tensor, or room without values.
 _NO_KERNEL = {
@@ -66,6 +66,11 @@ class Work(TorchDispatchMode):
         self.kernels["_fused_rms_norm"] += 1
         self.bytes += 2 * x.nbytes
         return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+    def tensor(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Stands for `torch.tensor`, of whose copy to a device no operation tells."""
+        self.waits.update(["tensor"] if kwargs.get("device") == META else [])
+        return _tensor(*args, **kwargs)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -114,7 +119,11 @@ def step_work(
             prepare(META)
         with META:
             batch = add_fake_images(empty_batch(lengths), model)
-        with Work() as work, patch.object(layers, "fused_rms_norm", work.norm):
+        with (
+            Work() as work,
+            patch.object(layers, "fused_rms_norm", work.norm),
+            patch.object(torch, "tensor", work.tensor),
+        ):
             train_step(model, optimizer, data_parallel, [batch] * batches, 10, 1e-3, META, (0.0, 1.0))
     return work
 
