@@ -116,15 +116,7 @@ def chat(
 
 
 class _Chat:
-    """A conversation with a loaded model, of one question or of as many as are typed.
-
-    Attributes:
-        second: what answers beside it.
-        files: the pictures in view.
-        waiting: those that the next question brings.
-        draft: the text that the next question begins as, which then takes the place of the last one.
-        stops_by_key: Ctrl-C at an answer is read as a key: as a signal it would end all processes that share the model.
-    """
+    """A conversation with a loaded model, of one question or of as many as are typed."""
 
     def __init__(
         self, loaded: "LoadedModel", model: ModelOptions, sampling: "Sampling", system: str | None, plain: bool
@@ -134,11 +126,12 @@ class _Chat:
         self.loaded, self.model, self.sampling = loaded, model, sampling
         self.conversation = Conversation(loaded, sampling)
         self.conversation.system = system
-        self.second: Conversation | None = None
+        self.second: Conversation | None = None  # what answers beside it
         self.second_name = ""
-        self.files: list[str] = []
-        self.waiting: list[tuple[str, NDArray[np.uint8]]] = []
-        self.draft = ""
+        self.files: list[str] = []  # the pictures in view
+        self.waiting: list[tuple[str, NDArray[np.uint8]]] = []  # those that the next question brings
+        self.draft = ""  # the text that the next question begins as, which then takes the place of the last one
+        # Ctrl-C at an answer is read as a key: as a signal it would end all processes that share the model.
         self.stops_by_key = False
         # As Markdown on a terminal, unless a model without a prompt format continues a text.
         self.plain = plain or loaded.template.name == "none" or console.out.is_dumb_terminal or not sys.stdout.isatty()

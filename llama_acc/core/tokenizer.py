@@ -60,34 +60,25 @@ class Spans(NamedTuple):
 
 
 class Tokenizer(ABC):
-    """What encodes and decodes text.
-
-    Attributes:
-        path: its main file.
-        settings: what stands beside it.
-        end_ids: tokens that end an answer: EOS, and what else has no place in a text.
-        named: ids that stand for a token.
-    """
+    """What encodes and decodes text."""
 
     vocab_size: int
     bos_id: int
     eos_id: int
-    end_ids: frozenset[int]
-    named: Collection[int]
+    end_ids: frozenset[int]  # tokens that end an answer: EOS, and what else has no place in a text
+    named: Collection[int]  # ids that stand for a token
     _special: re.Pattern[str]
 
     def __init__(self, path: Path, settings: Settings, data: bytes) -> None:
-        """`data` is the content of the main file."""
+        """`data` is the content of the main file, `settings` what stands beside it."""
         self.path, self.settings, self._data = path, settings, data
 
     @abstractmethod
     def encode_batch(self, texts: list[str], own: Sequence[Own] | None = None) -> list[list[int]]:
         """The tokens of every text, without BOS or EOS; uses all cores.
 
-        Args:
-            texts: the texts.
-            own: for each text the spans of it, in ascending order, that somebody wrote who is not to write special
-                tokens, such as the user: what overlaps them is encoded as text. None: there are none.
+        Of each text `own` are the spans of it, in ascending order, that somebody wrote who is not to write special
+        tokens, such as the user: what overlaps them is encoded as text.
         """
 
     @abstractmethod

@@ -202,13 +202,10 @@ class _Piece(NamedTuple):
 def sentencepiece_to_json(data: bytes, path: Path, settings: Settings) -> Any:
     """A SentencePiece model with the tokens that are named beside it.
 
-    Args:
-        data: the content of the model file.
-        path: where it is from, for messages.
-        settings: other texts for some of its pieces; more tokens; and whether the space in front of a text comes at its
-            beginning only (transformers: `legacy: false`), and not also behind each special token. Where there are
-            user-defined pieces, it does in any case: the library cuts a text at them, too, and SentencePiece puts no
-            space behind them.
+    `data` is the content of the model file. `settings` give other texts for some of its pieces; more tokens; and
+    whether the space in front of a text comes at its beginning only (transformers: `legacy: false`), and not also
+    behind each special token. Where there are user-defined pieces, it does in any case: the library cuts a text at
+    them, too, and SentencePiece puts no space behind them.
 
     Raises:
         UserError: it is of a kind that cannot be said there, or a piece that is text is to be renamed.

@@ -138,12 +138,8 @@ def _begins(path: object, mark: bytes) -> bool:
 def read_weights(layouts: Sequence[Layout], rank: int = 0, size: int = 1) -> Weights:
     """A rank's share of all tensors of the checkpoints, from left to right; nothing is read until it is used.
 
-    A later checkpoint overrides the tensors it has, a diff is added to them.
-
-    Args:
-        layouts: the checkpoints; of any model-parallel size that divides `size` or is divided by it.
-        rank: which share.
-        size: the model-parallel size to read at.
+    A later checkpoint overrides the tensors it has, a diff is added to them. `size` is the model-parallel size to read
+    at; that of the checkpoints is any that divides it or is divided by it.
 
     Raises:
         UserError: an unreadable file, a size that does not fit, a diff that comes first.

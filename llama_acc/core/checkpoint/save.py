@@ -210,12 +210,8 @@ class Snapshot:
 def write_checkpoint(snapshot: Snapshot, folder: Path, keep: int) -> None:
     """Writes a checkpoint, together with all other ranks, points `latest` at it and removes old ones.
 
-    A kill at any moment leaves the run's folder with a whole newest checkpoint.
-
-    Args:
-        snapshot: what to write.
-        folder: the checkpoint's name in the run's folder.
-        keep: how many checkpoints stay, the newest, and what progress.json says is the best; 0 = all.
+    A kill at any moment leaves the run's folder with a whole newest checkpoint. As many as `keep` stay there (0 = all),
+    the newest, and what progress.json says is the best.
     """
     parallel, aside = snapshot.parallel, aside_of(folder)
     try:

@@ -56,19 +56,14 @@ Progress = Callable[[str, int, int], None]
 
 
 class EngineLM(TemplateLM):
-    """A loaded model as the harness takes it.
-
-    Attributes:
-        max_length: the model's context.
-        truncated: how many requests lost their beginning, as they were longer.
-        without_system: how many prompts lost their system text, as the chat template refuses one.
-    """
+    """A loaded model as the harness takes it."""
 
     def __init__(self, loaded: LoadedModel, batch_tokens: int, progress: Progress) -> None:
         super().__init__()
         self.loaded, self.batch_tokens, self.progress = loaded, batch_tokens, progress
         self.max_length = loaded.model.config.max_seq_len
-        self.truncated = self.without_system = 0
+        self.truncated = 0  # so many requests lost their beginning, as they were longer than the context
+        self.without_system = 0  # so many prompts lost their system text, as the chat template refuses one
 
     @property
     def eot_token_id(self) -> int:

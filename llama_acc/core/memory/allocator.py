@@ -30,19 +30,13 @@ class Block:
 
 
 class CachingAllocator:
-    """Reserves memory and hands it out.
-
-    Attributes:
-        reserved: bytes of all segments; none is given back.
-        allocated: bytes handed out, with what was too little to be cut off.
-    """
+    """Reserves memory and hands it out."""
 
     def __init__(self) -> None:
-        self.reserved = self.allocated = 0
-        self._free: dict[bool, list[tuple[int, int, Block]]] = {
-            True: [],
-            False: [],
-        }  # small or not, by size and address
+        self.reserved = 0  # bytes of all segments; none is given back
+        self.allocated = 0  # bytes handed out, with what was too little to be cut off
+        # Small or not, by size and address.
+        self._free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}
 
     def allocate(self, nbytes: int) -> Block:
         """The smallest free block that holds `nbytes`, cut to size, or a part of a new segment."""
@@ -97,11 +91,8 @@ class CachingAllocator:
 def reserved(allocations: Sequence[Allocation], since: int = 0, step: int | None = None) -> int:
     """Bytes that are reserved in the end for allocations, of which number n is made at time n.
 
-    Args:
-        allocations: in the order they are made.
-        since: what was made before this time is somewhere else.
-        step: what was made from this time on is freed in the end and made once more, as another step does: it may not
-            find the same places.
+    What was made before `since` is somewhere else. What was made from `step` on is freed in the end and made once
+    more, as another step does: it may not find the same places.
     """
     allocator = CachingAllocator()
     blocks: dict[int, Block] = {}

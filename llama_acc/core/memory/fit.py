@@ -33,6 +33,7 @@ _ENOUGH = 4096
 _STEP = 1024  # in tokens
 _PROCESSES = 2
 _LARGE = 10**10  # parameters: of a smaller model, a process starts for longer than it works
+_MOST_CHANGES = 3  # are proposed
 _LEAST = 0.001  # a change that saves no more than this share of the run helps nobody
 _NF4 = "tuning.quantize=nf4 checkpoint.trainable_only=true"
 
@@ -131,12 +132,8 @@ def fill(
     16,384; with a streamed base no more than 4,096, or than it takes until computing is as long as copying: a block is
     copied once for all of its tokens. If nothing fits, it is what takes least.
 
-    Args:
-        train: the section.
-        setup_with: the run with another section.
-        memory: to be filled, with slack and context.
-        call: calls `predict`, here or in another process.
-        rate: floating-point operations that the GPU does in a second, for a streamed base; infinite if unknown.
+    `setup_with` gives the run with another section, `call` calls `predict`, here or in another process, and `rate` is
+    how many floating-point operations the GPU does in a second, for a streamed base; infinite if unknown.
     """
     streams = train.stream_base is True
 
@@ -200,16 +197,11 @@ class Change:
     saves: int  # bytes allocated less than without it
 
 
-def best_changes(setup: Setup, free: int, with_slack: bool = False, most: int = 3) -> list[Change]:
+def best_changes(setup: Setup, free: int, with_slack: bool = False) -> list[Change]:
     """The changes that help most: first those that make it fit, of these first those that leave the run what it is.
 
-    Slack goes up and down in steps, so no change is proposed, nor said to save, for what it does to slack.
-
-    Args:
-        setup: the run, which takes too much.
-        free: bytes there are.
-        with_slack: they have to hold slack and context, too; else what is allocated.
-        most: how many to give.
+    Slack goes up and down in steps, so no change is proposed, nor said to save, for what it does to slack. The bytes
+    that are free have to hold what is allocated; `with_slack`: slack and context, too.
     """
 
     def taken(usage: Usage) -> int:
@@ -223,10 +215,10 @@ def best_changes(setup: Setup, free: int, with_slack: bool = False, most: int = 
         if saves > _LEAST * now.allocated and taken(after) < taken(now):
             found.append(Change(keys, keeps, taken(after) <= free, saves))
         # Those to be preferred come first, and a prediction of a large model takes seconds.
-        if sum(change.fits for change in found) == most:
+        if sum(change.fits for change in found) == _MOST_CHANGES:
             break
     found.sort(key=lambda change: (not change.fits, not change.keeps_the_run, -change.saves))
-    return found[:most]
+    return found[:_MOST_CHANGES]
 
 
 def _possible(setup: Setup) -> Iterator[tuple[str, bool, Setup]]:

@@ -17,12 +17,7 @@ _LEAST_LOGPROB = -9999.0  # in place of minus infinity, which JSON does not have
 
 
 class Answer:
-    """The form of an answer.
-
-    Attributes:
-        asked: what each of its replies was asked for with.
-        events: of each reply so far.
-    """
+    """The form of an answer."""
 
     prefix = ""
     whole_object = ""
@@ -31,8 +26,8 @@ class Answer:
     def __init__(
         self, body: ChatRequest | CompletionRequest, loaded: LoadedModel, asked: Sequence[tuple[Prompt, Sampler]]
     ) -> None:
-        self.asked, self._body = asked, body
-        self.events: list[list[Event]] = [[] for _ in asked]
+        self.asked, self._body = asked, body  # of each reply what it was asked for with
+        self.events: list[list[Event]] = [[] for _ in asked]  # of each reply so far
         self._loaded, self._anchor = loaded, loaded.tokenizer.encode("a")[-1:]
         self._about = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
 

@@ -196,7 +196,8 @@ class _Front:
         prompt = encode_prompt(loaded, turns, len(files), system, body.tools_to_call())
         if files:
             prompt = prompt._replace(images=[_pixels(loaded, file) for file in files])
-        sampling = body.sampling(body.most_tokens() or self._service.engine.context, body.logprobs_of())
+        most = body.max_completion_tokens or body.max_tokens or self._service.engine.context
+        sampling = body.sampling(most, body.logprobs_of())
         schema = body.schema_of_answer()
         grammar = None if schema is None else self._grammars_of(loaded).of_schema(schema)
         return [(prompt, sampler) for sampler in _samplers(Sampler(sampling, grammar), body.n or 1)]

@@ -160,10 +160,6 @@ class ChatRequest(_Asked):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
-    def most_tokens(self) -> int | None:
-        """So many are asked for; None: as many as have room."""
-        return self.max_completion_tokens or self.max_tokens
-
     def logprobs_of(self) -> int | None:
         """Of so many of the likeliest tokens the probabilities are asked for; None: of none at all."""
         if self.top_logprobs is not None and not self.logprobs:
