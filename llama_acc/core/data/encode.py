@@ -150,11 +150,12 @@ def encode_batches(batches: Iterable[Batch], encoding: Encoding, tokenizer: Toke
 
 
 def _encode_in_worker(batch: Batch, encoding: Encoding, tokenizer: Path) -> Chunk:
-    return encode_batch(batch, encoding, _tokenizer_of_worker(tokenizer))
+    return encode_batch(batch, encoding, tokenizer_of_worker(tokenizer))
 
 
 @cache
-def _tokenizer_of_worker(path: Path) -> Tokenizer:
+def tokenizer_of_worker(path: Path) -> Tokenizer:
+    """In a worker process: the tokenizer, with one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this process is one of many
     gc.freeze()  # what was imported stays: to look through it again and again takes a tenth of the time
     return load_tokenizer(path, threads=1)

@@ -54,6 +54,8 @@ BLOCK = 1 << 19
 """Bytes or characters read at a time."""
 
 _AS_IT_IS = Adapt()
+_ARRAY = re.compile(rb'[ \t\r\n]*\[[ \t\r\n]*(\{[ \t\r\n]*"[^"\\]*")')  # of objects, and how the first begins
+_LONGEST_BLOCK = 1 << 24  # bytes
 _ROWS_BETWEEN_REPORTS = 100
 _SHOWN = 200  # characters kept of a line that is not JSON
 _LOOKED_AT = 1000  # rows that may say which kind of items a file has
@@ -415,6 +417,48 @@ def _json_rows(text: io.TextIOWrapper, name: str) -> Iterator[Row]:
         message = f"{name} should hold an array of items, or an object in each line, but line {len(ahead)} is {found}"
         raise UserError(message)
     yield from _jsonl_rows(chain(ahead, lines), name)
+
+
+def json_blocks(path: Path, progress: BytesRead | None = None) -> Iterator[tuple[str, bytes]]:
+    """A JSON file in blocks for `rows_in_block`.
+
+    Nothing is parsed. An array is cut where an object begins as its first one does. If that object was within an item,
+    no JSON is on either side of the cut: the block is wrong.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        with _opened(path, pipes=False) as (stream, file):
+            content, report = _unpacked(stream), _reporting(progress, file)
+            buffer = content.read(BLOCK).removeprefix(codecs.BOM_UTF8)
+            array = _ARRAY.match(buffer) if data_suffix(path) == ".json" else None
+            buffer = buffer[array.start(1) :] if array else buffer
+            while more := content.read(BLOCK):
+                report()
+                buffer += more
+                cut = buffer.rfind(array[1] if array else b"\n")
+                block = buffer[:cut].rstrip(b" \t\r\n")
+                if cut > 0 and (not array or block.endswith(b",")):
+                    yield (".json", b"[%b]" % block[:-1]) if array else (".jsonl", block)
+                    buffer = buffer[cut:]
+                elif len(buffer) > _LONGEST_BLOCK:
+                    yield ".jsonl", b""  # wrong: to be read row by row
+                    return
+            if buffer.strip():
+                yield (".json", b"[%b" % buffer) if array else (".jsonl", buffer)
+    except (OSError, *_DAMAGED) as error:
+        raise _damaged(str(path), error) from error
+
+
+def rows_in_block(suffix: str, block: bytes) -> Iterable[Row]:
+    """The rows of a block, without their places in the file; raises UserError where it is wrong."""
+    if suffix == ".json":
+        try:
+            return [Row("", value) for value in _decode(block)]
+        except (msgspec.DecodeError, RecursionError):
+            pass
+    return stream_rows_from(io.BytesIO(block), "", suffix)
 
 
 def _jsonl_rows(lines: Iterator[str], name: str) -> Iterator[Row]:

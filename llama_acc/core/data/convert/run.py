@@ -6,10 +6,11 @@ import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -43,12 +44,23 @@ from llama_acc.core.data.keys import (
     unusable,
     unused_keys,
 )
-from llama_acc.core.data.read import SUFFIXES, Row, data_suffix, looked_ahead, stream_rows, stream_rows_from, unreadable
+from llama_acc.core.data.read import (
+    SUFFIXES,
+    Row,
+    data_suffix,
+    json_blocks,
+    looked_ahead,
+    rows_in_block,
+    stream_rows,
+    stream_rows_from,
+    unreadable,
+)
 from llama_acc.core.data.sources import data_files
 from llama_acc.core.data.tools import MESSAGE_KEYS
 from llama_acc.core.errors import DataError, RunError, UserError, listed
 from llama_acc.core.input_files import open_input
 from llama_acc.core.text import count_text
+from llama_acc.core.workers import WorkerPool, cores
 
 if sys.version_info >= (3, 14):
     from compression.zstd import CompressionParameter, ZstdFile
@@ -58,6 +70,8 @@ else:
 STDIN = Path("-")
 _LOOKED_AT = 100
 """How many of the first rows may be unreadable before a file's format is found."""
+_LARGE = 32 << 20
+"""Bytes of a file that is converted in worker processes, which take half a second to start."""
 _GZIP_LEVEL = 5  # 6, the default, takes twice the time for 1 % less
 _encode = msgspec.json.Encoder().encode
 
@@ -169,27 +183,73 @@ class Conversion:
             UserError: a file cannot be read, not to its end, or its format is unknown.
             DataError: rows are wrong; all of them, once everything has been read.
         """
-        stop = not self.skip_problems
-        try:
+        with self._all_problems():
             for path in self.inputs:
-                name = _name(path)
-                format, options, rows = self._format(name, self._opened(path, name))
-                self._may_be_empty |= format.may_be_empty
-                used = frozenset(("id", *format.keys, *IMAGES, *SYSTEM)), frozenset((*format.turn_keys, *TRAINED))
-                for row in rows:
-                    if stop and self.wrong >= MOST_PROBLEMS:
-                        break
-                    self.rows += 1
-                    for record, line in self._of_row(row, name, format, options, used):
-                        self.items += 1
-                        yield ConvertedItem(f"{name}: {row.where}", record, line)
+                yield from self._of_rows(_name(path), *self._opened(path))
+
+    def lines(self) -> Iterator[bytes]:
+        """The items' JSON in order, of large files made by worker processes; raises as iterating does."""
+        with self._all_problems(), WorkerPool(cores(), "converts data", "the machine may be short of memory") as pool:
+            for path in self.inputs:
+                format, options, rows = self._opened(path)
+                before, is_json = self.rows, path.is_file() and data_suffix(path) in (".json", ".jsonl")
+                if is_json and path.stat().st_size >= _LARGE and cores() > 1:
+                    if (yield from self._lines_by_workers(pool, path, format, options)):
+                        continue
+                    rows = islice(rows, self.rows - before, None)
+                yield from (item.line for item in self._of_rows(_name(path), format, options, rows))
+
+    def _lines_by_workers(
+        self, pool: WorkerPool, path: Path, format: str, options: Options
+    ) -> Generator[bytes, None, bool]:
+        """The items of a file, or of its first rows, up to where something is wrong: workers do not know the places."""
+        tokenizer = None if options.tokenizer is None else options.tokenizer.path
+        convert = partial(_in_worker, format=format, options=replace(options, tokenizer=None), tokenizer=tokenizer)
+        blocks = ([block] for block in json_blocks(path, self._reporting(path)))
+        with suppress(UserError):  # which comes again when the rest is read
+            for [(part, lines)] in pool.map_ahead(convert, blocks, 2 * cores() - 1):
+                if part.wrong or (self._dialogues is not None and part._dialogues is (not self._dialogues)):
+                    return False
+                self._add(part)
+                yield from lines
+            return True
+        return False
+
+    def _add(self, part: "Conversion") -> None:
+        """Count what became of rows that were converted elsewhere."""
+        self.rows += part.rows
+        self.items += part.items
+        self.skipped.update(part.skipped)
+        self.notes.update(part.notes)
+        count_unused(self.unused, part.unused.elements())
+        self._first_unusable = self._first_unusable or part._first_unusable
+        self._dialogues = part._dialogues if self._dialogues is None else self._dialogues
+        self._may_be_empty |= part._may_be_empty
+
+    @contextmanager
+    def _all_problems(self) -> Iterator[None]:
+        """Raises at the end for rows that are wrong, unless they may be left out; together with what ends it before."""
+        try:
+            yield
         except UserError as error:
-            if not self.problems or not stop:
+            if not self.problems or self.skip_problems:
                 raise
             more = error.problems if isinstance(error, DataError) else [error.message]
             raise DataError([*self.problems, *more], error.hint) from error
-        if self.problems and stop:
+        if self.problems and not self.skip_problems:
             raise DataError(self.problems, self._hint())
+
+    def _of_rows(self, name: str, format: str, options: Options, rows: Iterable[Row]) -> Iterator[ConvertedItem]:
+        about = format_of(format, options.mapping)
+        self._may_be_empty |= about.may_be_empty
+        used = frozenset(("id", *about.keys, *IMAGES, *SYSTEM)), frozenset((*about.turn_keys, *TRAINED))
+        for row in rows:
+            if self.wrong >= MOST_PROBLEMS and not self.skip_problems:
+                break
+            self.rows += 1
+            for record, line in self._of_row(row, name, about, options, used):
+                self.items += 1
+                yield ConvertedItem(f"{name}: {row.where}", record, line)
 
     def _of_row(
         self, row: Row, name: str, format: Format, options: Options, used: tuple[frozenset[str], frozenset[str]]
@@ -275,9 +335,10 @@ class Conversion:
         hint = "mend them, or leave these rows out with --on-error skip"
         return hint if self.wrong < MOST_PROBLEMS else f"reading ended after {MOST_PROBLEMS:,} problems; {hint}"
 
-    def _format(self, name: str, rows: Iterator[Row]) -> tuple[Format, Options, Iterator[Row]]:
+    def _opened(self, path: Path) -> tuple[str, Options, Iterator[Row]]:
         """A file's format, what is asked of it, and its rows."""
-        options, format = self.options, self.format
+        name = _name(path)
+        options, format, rows = self.options, self.format, self._rows(path, name)
         if format == AUTO:
             first, rows = looked_ahead(rows, _LOOKED_AT)
             objects = [row.value for row in first if isinstance(row.value, dict)]
@@ -292,15 +353,14 @@ class Conversion:
             options = replace(options, mapping=mapping)
             if self.note is not None:
                 self.note(f"{name}: {format}, as {why}")
-        return format_of(format, options.mapping), options, rows
+        return format, options, rows
 
-    def _opened(self, path: Path, name: str) -> Iterator[Row]:
+    def _reporting(self, path: Path) -> Callable[[int], None]:
         size = path.stat().st_size if path != STDIN else 0
+        return lambda read: None if self.progress is None else self.progress(_name(path), read, size)
 
-        def progress(read: int) -> None:
-            if self.progress is not None:
-                self.progress(name, read, size)
-
+    def _rows(self, path: Path, name: str) -> Iterator[Row]:
+        progress = self._reporting(path)
         suffix = ".csv" if self.format == "csv" else None
         required = required_columns(self.options.mapping) if suffix else ()
         if path != STDIN and data_suffix(path) in SUFFIXES:
@@ -312,6 +372,22 @@ class Conversion:
             raise unreadable(path, error) from error
         with nullcontext() if path == STDIN else file:
             yield from stream_rows_from(file, name, suffix, required=required, progress=progress)
+
+
+def _in_worker(
+    block: tuple[str, bytes], format: str, options: Options, tokenizer: Path | None
+) -> tuple[Conversion, list[bytes]]:
+    """What becomes of a block of rows by itself: counts, and the items' JSON."""
+    if tokenizer is not None:
+        from llama_acc.core.data.encode import tokenizer_of_worker
+
+        options = replace(options, tokenizer=tokenizer_of_worker(tokenizer))
+    part, lines = Conversion(format, ()), []
+    try:
+        lines = [item.line for item in part._of_rows("", format, options, rows_in_block(*block))]
+    except UserError:
+        part.wrong += 1
+    return part, lines
 
 
 def _name(path: Path) -> str:
@@ -387,8 +463,8 @@ def convert(conversion: Conversion, output: Path) -> None:
 def write_items(conversion: Conversion, file: IO[bytes], layout: Framing = _LINES) -> None:
     """Convert everything into an open file; raises as `convert`."""
     count = 0
-    for count, converted in enumerate(conversion, start=1):
-        file.write((layout.between if count > 1 else layout.begin) + converted.line + layout.behind)
+    for count, line in enumerate(conversion.lines(), start=1):
+        file.write((layout.between if count > 1 else layout.begin) + line + layout.behind)
     conversion.require_items()
     file.write(layout.end if count else layout.empty)
     file.flush()

@@ -13,11 +13,14 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_acc.core.data import read
+from llama_acc.core.data.convert import run
 from llama_acc.core.data.convert.formats import FORMATS, Options
 from llama_acc.core.data.convert.run import Conversion, convert
 from llama_acc.core.data.findings import MOST_PROBLEMS
 from llama_acc.core.data.items import SingleTurn
 from llama_acc.core.errors import DataError, RunError, UserError
+from tests.core.data.convert.conversions import talk
 from tests.core.data.reading import read_file
 
 ITEM = {"instruction": 'a\u2028é\U0001f600"\\\n', "input": "", "output": "b"}
@@ -232,3 +235,72 @@ def test_whatever_a_file_is_it_is_told_or_converted(
     with pytest.raises(UserError) as caught:
         list(Conversion("auto", [path]))
     assert str(path) in caught.value.message
+
+
+def talks(count: int, **others: Any) -> list[dict[str, Any]]:
+    """Rows in ShareGPT's format, each of which counts as HTML and has a key that is not used."""
+    return [
+        {
+            "id": f"{number}",
+            "extra": 1,
+            **talk(("human", f"é{number}"), ("gpt", "<p>a</p>" * (number % 9 + 1))),
+            **others,
+        }
+        for number in range(count)
+    ]
+
+
+def outcome(paths: list[Path], output: Path, skip: bool = False) -> Any:
+    """The bytes that are written, or the error; and what is counted."""
+    conversion = Conversion("sharegpt", paths, skip_problems=skip)
+    try:
+        convert(conversion, output)
+        result: Any = output.read_bytes()
+    except UserError as error:
+        result = (error.message, error.hint)
+    kinds = (conversion.skipped, conversion.notes, conversion.unused, conversion.problems)
+    return result, conversion.rows, conversion.items, conversion.wrong, *kinds
+
+
+def test_worker_processes_write_what_one_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = talks(100)
+    rows[40] = {"score": float("nan"), **rows[40]}  # which the fast reader refuses, and a first key of its own
+    rows[50]["conversations"] = []
+    as_lines = "".join(json.dumps(row) + "\n\n" for row in rows)
+    contents = {
+        "a.json": json.dumps(rows).encode(),
+        "b.json": b"\xef\xbb\xbf" + json.dumps(rows, indent=2, ensure_ascii=False).encode() + b"\n",
+        "c.jsonl": as_lines.encode(),
+        "d.json": as_lines.removesuffix("\n\n").encode(),
+        "e.json.gz": gzip.compress(json.dumps(rows).encode()),
+    }
+    paths = [tmp_path / name for name in contents]
+    for path, content in zip(paths, contents.values(), strict=True):
+        path.write_bytes(content)
+    monkeypatch.setattr(read, "BLOCK", 1000)
+    alone = outcome(paths, tmp_path / "alone.json")
+    assert alone[1:4] == (500, 495, 0)
+    monkeypatch.setattr(run, "_LARGE", 1)
+    monkeypatch.setattr(run, "cores", lambda: 2)
+    monkeypatch.setattr(Conversion, "_of_rows", None)  # of this process
+    assert outcome(paths, tmp_path / "together.json") == alone
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_worker_processes_leave_what_is_wrong_to_one_that_knows_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skip: bool
+) -> None:
+    nested, wrong, broken, deep = talks(100), talks(100), talks(100), talks(100)
+    nested[50]["more"] = [7, {"id": 1}]  # which looks as a row's beginning
+    wrong[60]["conversations"] = 7
+    deep[30]["more"] = "\ud800"
+    paths = [tmp_path / f"{number}.json" for number in range(4)]
+    for path, rows in zip(paths, (nested, wrong, deep, broken), strict=True):
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    paths[3].write_text(json.dumps(broken)[:-100], encoding="utf-8")
+    monkeypatch.setattr(read, "BLOCK", 1000)
+    alone = [outcome(some, tmp_path / "alone.jsonl", skip) for some in (paths, paths[:3])]
+    monkeypatch.setattr(run, "_LARGE", 1)
+    monkeypatch.setattr(run, "cores", lambda: 2)
+    assert [outcome(some, tmp_path / "together.jsonl", skip) for some in (paths, paths[:3])] == alone
+    assert "1.json: item 61: 'conversations' should be a list" in alone[1][-1][0]
