@@ -25,7 +25,7 @@ from llama_acc.core.input_files import read_object
 
 FORMAT_VERSION = 1
 _ASIDE = ".writing-"
-_HASHED_AT_ONCE = 16 << 20
+_HASHED_AT_ONCE = 128 << 20
 _LEFT_SECONDS = 24 * 3600.0  # a file aside that nobody has written to for so long is a killed writer's
 
 
@@ -193,18 +193,26 @@ def digest_of(path: Path, kind: str = "sha256", progress: Callable[[int], None] 
 def digests_of_written(parts: Iterable[tuple[Path, int]]) -> dict[str, str]:
     """SHA-256 of files by name that are written meanwhile: each part is a file, and how many bytes are as they stay.
 
-    They are mapped, as reading takes a third of the time of hashing, in large pieces, as a thread waits between two.
+    They are mapped, as reading takes a third of the time of hashing, in large pieces: between two the thread waits for
+    what is done in Python meanwhile, several times and 5 ms each.
     """
-    digests, done = defaultdict[Path, Any](hashlib.sha256), Counter[Path]()
-    for path, end in parts:
-        digest = digests[path]
+    digests, done, ends = defaultdict[Path, Any](hashlib.sha256), Counter[Path](), Counter[Path]()
+
+    def take(path: Path) -> None:
         with path.open("rb") as file:
-            for start in range(done[path], end, _HASHED_AT_ONCE):
-                begin, stop = start - start % mmap.ALLOCATIONGRANULARITY, min(start + _HASHED_AT_ONCE, end)
+            for start in range(done[path], ends[path], _HASHED_AT_ONCE):
+                begin, stop = start - start % mmap.ALLOCATIONGRANULARITY, min(start + _HASHED_AT_ONCE, ends[path])
                 with mmap.mmap(file.fileno(), stop - begin, access=mmap.ACCESS_READ, offset=begin) as mapped:
-                    digest.update(memoryview(mapped)[start - begin :])
-        done[path] = max(done[path], end)
-    return {path.name: digest.hexdigest() for path, digest in digests.items()}
+                    digests[path].update(memoryview(mapped)[start - begin :])
+        done[path] = ends[path]
+
+    for path, end in parts:
+        ends[path] = max(ends[path], end)
+        if ends[path] - done[path] >= _HASHED_AT_ONCE:
+            take(path)
+    for path in ends:
+        take(path)
+    return {path.name: digests[path].hexdigest() for path in ends}
 
 
 def write_manifest(folder: Path, digests: Mapping[str, str] = MappingProxyType({})) -> None:

@@ -55,6 +55,9 @@ _SAFETENSORS_TYPES = {
 _ALIGNMENT, _GGUF_ALIGNMENT = 64, 32
 _LOCAL_HEADER, _CENTRAL_HEADER = 30, 46  # bytes before the record's name (APPNOTE.TXT 4.3.7, 4.3.12)
 _BLOCK = 1 << 22
+# Of larger ones, newer kernels make as large pages of their cache, and looking for free ones can take eight times as
+# long as the rest (Linux 6.18, ext4, a virtual machine: 2.2 GB in 5 s by 2 MB, in 0.6 s by 256 KB, 1.2 to 1.9 by 64).
+_WRITTEN_AT_ONCE = 1 << 18
 
 
 # Files
@@ -141,7 +144,7 @@ class TensorFile:
         offset = self._offsets[name] + first * (rows.nbytes // max(1, len(rows)) if rows.dim() else 0)
         data = rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
         while len(data):
-            written = os.pwrite(self._file.fileno(), data, offset)
+            written = os.pwrite(self._file.fileno(), data[:_WRITTEN_AT_ONCE], offset)
             data, offset = data[written:], offset + written
 
     def seal(self) -> None:
