@@ -47,12 +47,21 @@ def complete(*arguments: object, input: str | bytes | None = None) -> Result:
     return result
 
 
+class Started(subprocess.Popen[str]):
+    """A process that does not outlive a test that fails: leaving its `with` would wait for it."""
+
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: Any) -> None:
+        if kind is not None:
+            self.kill()
+        super().__exit__(kind, *exc_info)
+
+
 def start(*arguments: object, launcher: Sequence[str] = (), **options: Any) -> "subprocess.Popen[str]":
     """Starts the real command, by `python -m LAUNCHER` if one is given. Its streams are pipes unless `options` say
     otherwise."""
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     command = [sys.executable, *(["-m", *launcher] if launcher else []), *COMMAND[1:], *map(str, arguments)]
-    return subprocess.Popen(command, **{**streams, "env": environment(), "encoding": "utf-8", **options})
+    return Started(command, **{**streams, "env": environment(), "encoding": "utf-8", **options})
 
 
 def start_slurm_job(*arguments: object, ranks: int, **variables: str) -> "list[subprocess.Popen[str]]":
