@@ -31,7 +31,7 @@ OTHER = "the name"
 
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
-BROWSER_PATIENCE = 15_000  # milliseconds; only a test that has failed waits so long
+BROWSER_PATIENCE = 60_000  # milliseconds; only a test that has failed waits so long
 
 
 @contextmanager
