@@ -71,15 +71,10 @@ def micro_batches(
     max_tokens: int | None = None,
     multiple_of: int = 1,
 ) -> list[list[int]]:
-    """Split documents into few micro-batches of about equally many tokens.
+    """Split a step's documents into few micro-batches of about equally many tokens.
 
-    Args:
-        items: the step's documents.
-        lengths: tokens of every document of the dataset.
-        batch_size: the most documents in a micro-batch.
-        max_tokens: the most tokens in one; a longer document gets one of its own.
-        multiple_of: the number of micro-batches is a multiple of this; where there are too few documents, some are
-            empty.
+    A micro-batch has at most `batch_size` documents and `max_tokens` tokens; a longer document gets one of its own.
+    Their number is a multiple of `multiple_of`: where there are too few documents, some are empty.
     """
     longest_first = sorted((int(item) for item in items), key=lambda item: (-int(lengths[item]), item))
     bound = np.inf if max_tokens is None else max_tokens
@@ -147,36 +142,27 @@ def _split_tightly(
 class ImageAt(NamedTuple):
     """An image of a micro-batch."""
 
-    reference: str
-    """What it is, see `images`."""
-    document: int
-    """Of the data set, the one it belongs to."""
-    nth: int
-    """Which of that document's images it is, from 0."""
+    reference: str  # what it is, see `images`
+    document: int  # of the data set, the one it belongs to
+    nth: int  # which of that document's images it is, from 0
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Documents end to end, without padding. T is the sum of `lengths`; I the number of their images."""
 
-    tokens: NDArray[np.int64]
-    """[T]"""
+    tokens: NDArray[np.int64]  # [T]
     targets: NDArray[np.int64]
     """[T]: the next token of the same document where that one is labeled, else -100."""
-    positions: NDArray[np.int64]
-    """[T]: from 0 in each document."""
-    lengths: list[int]
-    """Tokens of each document."""
+    positions: NDArray[np.int64]  # [T]: from 0 in each document
+    lengths: list[int]  # tokens of each document
     label_weights: NDArray[np.float32] | None = None
     """[T]: how much a target counts in the loss; None: all count in full."""
-    images: tuple[ImageAt, ...] = ()
-    """[I]: in the order of the stream."""
-    image_documents: tuple[int, ...] = ()
-    """[I]: which document of this micro-batch each belongs to."""
+    images: tuple[ImageAt, ...] = ()  # [I]: in the order of the stream
+    image_documents: tuple[int, ...] = ()  # [I]: which document of this micro-batch each belongs to
     image_places: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """[I * positions]: where they stand in the stream; what `tokens` has there does not matter."""
-    inputs: "Tensor | None" = None
-    """[I, ...]: what a model takes of them; see `generate.load`."""
+    inputs: "Tensor | None" = None  # [I, ...]: what a model takes of them; see `generate.load`
     draws: list[int] = field(default_factory=list)
     """In training, a random number for each document; see `draws_of`."""
     example_sizes: list[int] = field(default_factory=list)

@@ -56,12 +56,9 @@ _logger = logging.getLogger("llama_acc")
 class About(NamedTuple):
     """What is known of a file when all of its documents are encoded."""
 
-    items: int
-    """How many items it has, besides the rows that were skipped."""
-    kind: str
-    """ "single_turn", "dialogue" or "text"."""
-    skipped_rows: NDArray[np.int64]
-    """[S]: the numbers of the rows that were skipped, from 0."""
+    items: int  # how many items it has, besides the rows that were skipped
+    kind: str  # "single_turn", "dialogue" or "text"
+    skipped_rows: NDArray[np.int64]  # [S]: the numbers of the rows that were skipped, from 0
     notes: dict[str, Any]
     """What else was found out, as JSON: `skipped`, what is wrong with rows that were skipped, as the fields of
     `Finding`s, the first of it; `skipped_kinds`, how much of each kind; `warnings`, what else was found in the items,
@@ -77,12 +74,10 @@ Encode = Callable[[Callable[[Chunk], None]], About]
 class Encoded:
     """The documents of one file; read-only arrays, mapped."""
 
-    path: Path
-    """Where it is mapped from."""
+    path: Path  # where it is mapped from
     mapped: mmap.mmap = field(repr=False)
     vocab_size: int
-    table: NDArray[np.void]
-    """[D] of `DOCUMENT`"""
+    table: NDArray[np.void]  # [D] of `DOCUMENT`
     about: About
 
     def __len__(self) -> int:
@@ -146,11 +141,8 @@ def write_entry(path: Path, encode: Encode, vocab_size: int) -> None:
 
 
 def map_entry(path: Path, *, verify: bool = False) -> Encoded:
-    """Map an entry; nothing of it is read before it is used, and it stays whole if the file is deleted.
-
-    Args:
-        path: where it is.
-        verify: read all of its bytes, and compare their checksum.
+    """Map an entry; nothing of it is read before it is used, and it stays whole if the file is deleted. To
+    `verify` it, all of its bytes are read, and their checksum compared.
 
     Raises:
         OSError: it cannot be opened.
@@ -245,13 +237,8 @@ class EntryStore(contextlib.ExitStack):
             self._limit = 0
 
     def get(self, key: str, encode: Encode, vocab_size: int, waiting: Callable[[], None] = lambda: None) -> Encoded:
-        """The entry of that key, written if it is not there. Of several processes that want one, only one writes.
-
-        Args:
-            key: what `cache_key` gave.
-            encode: makes its content.
-            vocab_size: of the tokenizer.
-            waiting: called if another process is writing it.
+        """The entry of that `cache_key`, written if it is not there. Of several processes that want one, one writes;
+        the others call `waiting` first.
 
         Raises:
             UserError: there is no room for it anywhere.

@@ -26,12 +26,9 @@ from llama_acc.core.errors import UserError
 class Limits(NamedTuple):
     """What rendering one list of conversations may take."""
 
-    seconds: int = 20
-    """Of processor time."""
-    characters: int = 20_000_000
-    """Of each text: a long dialogue is written once for every reply."""
-    memory: int = 2 << 30
-    """Bytes of address space."""
+    seconds: int = 20  # of processor time
+    characters: int = 20_000_000  # of each text: a long dialogue is written once for every reply
+    memory: int = 2 << 30  # bytes of address space
 
 
 class Chat(NamedTuple):
@@ -39,17 +36,14 @@ class Chat(NamedTuple):
 
     messages: Sequence[Mapping[str, Any]]
     """Each with a role and content; perhaps with `tool_calls` and the like."""
-    tools: Sequence[Mapping[str, Any]] = ()
-    """Functions that may be called, as JSON schemas."""
+    tools: Sequence[Mapping[str, Any]] = ()  # functions that may be called, as JSON schemas
 
 
 class Replies(NamedTuple):
     """What is to be trained of conversations."""
 
-    wanted: Sequence[Sequence[int]]
-    """Of each conversation, the numbers of messages."""
-    special: Sequence[str]
-    """The texts of the tokenizer's special tokens."""
+    wanted: Sequence[Sequence[int]]  # of each conversation, the numbers of messages
+    special: Sequence[str]  # the texts of the tokenizer's special tokens
     ends: Sequence[Sequence[str]]
     """Those of them that end an answer: EOS and its like, which are looked for first, and others."""
 
@@ -76,14 +70,8 @@ def render(
 ) -> list[list[RenderedChat] | str]:
     """Render conversations with a chat template, as `apply_chat_template(tokenize=False)` does.
 
-    Args:
-        source: the Jinja text.
-        chats: the conversations.
-        variables: the special tokens by name, such as bos_token.
-        replies: what is to be trained; None: each conversation is a prompt, and ends with what stands in front of an
-            answer.
-        path: where it came from, for messages.
-        limits: what it may take.
+    `source` is the Jinja text, from `path`; `variables` are the special tokens by name, such as bos_token. Without
+    `replies`, what is to be trained, each conversation is a prompt, and ends with what stands in front of an answer.
 
     Returns:
         Each conversation as one text; or, where a template writes earlier turns otherwise than it did while they were

@@ -58,14 +58,10 @@ class ChatTemplate(Template):
     _ends: list[list[str]] = PrivateAttr()
 
     def __init__(self, source: str, tokenizer: Tokenizer, path: Path, limits: Limits = Limits()) -> None:  # noqa: B008
-        """Args:
-            source: the jinja text.
-            tokenizer: whose special tokens it writes; its settings are beside it.
-            path: where it came from, for messages.
-            limits: of what rendering may take.
+        """Of the Jinja text `source`, from `path`; it writes the tokenizer's special tokens.
 
         Raises:
-            UserError: it is not jinja.
+            UserError: it is not Jinja.
         """
         stop = tuple(mark for mark in TURN_ENDS if mark in source)
         name = path.stem if path in CHAT_TEMPLATES.values() else CHAT_TEMPLATE
@@ -216,14 +212,11 @@ def template_of_folder(folder: Path, tokenizer: Tokenizer) -> tuple[Template, st
 
 
 def template_for(name: str, kind: str, tokenizer: Tokenizer | None = None) -> Template:
-    """A prompt format for items of a kind.
+    """A prompt format for items of a kind: "single_turn", "dialogue" or "text", which is written in no format.
 
-    Args:
-        name: of a shipped one; `chat_template`, the one beside the tokenizer; a file (`is_template_file`); or "auto":
-            the checkpoint's own, which are the chat template beside the tokenizer and what it was trained in before, if
-            that was for such items; else the usual one.
-        kind: "single_turn", "dialogue" or "text", which is written in no format.
-        tokenizer: the model's.
+    `name` is that of a shipped one; `chat_template`, the one beside the tokenizer; a file (`is_template_file`); or
+    "auto": the checkpoint's own, which are the chat template beside the tokenizer and what it was trained in before, if
+    that was for such items; else the usual one.
 
     Raises:
         UserError: there is none of that name, or it cannot write items of that kind.

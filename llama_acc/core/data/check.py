@@ -56,8 +56,7 @@ class FileReport:
     error: str | None = None  # why it could not be read, or not to its end
     hint: str | None = None  # what to do about that
     findings: Findings = field(default_factory=Findings)
-    characters: "array[int]" = field(default_factory=lambda: array("q"))
-    """How many each item has."""
+    characters: "array[int]" = field(default_factory=lambda: array("q"))  # how many each item has
     tokens: "array[int]" = field(default_factory=lambda: array("q"))
     """How many each item has, uncut; with a tokenizer."""
     counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys((*_COUNTS, *_DROPPED), 0)))
@@ -139,12 +138,9 @@ def check_files(
 ) -> list[FileReport]:
     """Read every item of every file.
 
-    Args:
-        specs: the files, and in which prompt format.
-        tokenizer: the model's; None: nothing is said of tokens.
-        max_tokens: where items would be cut, counting `image_positions` for each image; None: nowhere.
-        max_pixels: images are opened, and larger ones refused; None: images are not looked at.
-        most: how many findings of a kind are kept of a file; None: all. All are counted.
+    Without a tokenizer nothing is said of tokens; with one, items would be cut at `max_tokens`, counting
+    `image_positions` for each image. Images are opened, and those of more than `max_pixels` refused; None: they are not
+    looked at. Of a file, `most` findings of a kind are kept (None: all); all are counted.
     """
     reports = [FileReport(spec.path, DatasetStats(most), tokenizer, max_tokens) for spec in specs]
     with ImageWorkers(default_workers()) as workers:

@@ -64,18 +64,14 @@ class DataFile:
     template: Template
     items: int
     dropped: int
-    image_root: Path
-    """Where relative references to images begin."""
-    left_out: int = 0
-    """Items that were left out after they had been encoded."""
+    image_root: Path  # where relative references to images begin
+    left_out: int = 0  # items that were left out after they had been encoded
     problems: Findings = field(default_factory=Findings)
     """What is wrong with them: the first `MOST_PROBLEMS` of a kind."""
     split: int = 0
     """Items that became one document for each reply, as the template writes earlier turns otherwise."""
-    weight: float = 1.0
-    """How often each is used in an epoch."""
-    documents: int = 0
-    """Of plain text: how many the whole file has; its items are pieces of them."""
+    weight: float = 1.0  # how often each is used in an epoch
+    documents: int = 0  # of plain text: how many the whole file has; its items are pieces of them
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +79,7 @@ class Dataset:
     """Documents of several files. Nothing of them is copied: what is chosen is an array of numbers."""
 
     files: tuple[DataFile, ...]
-    parts: tuple[Encoded, ...]
-    """For every file its documents."""
+    parts: tuple[Encoded, ...]  # for every file its documents
     rows: Rows | None = None
     """[D]: which of the parts' documents, in which order; None: all of them as they are."""
 
@@ -329,17 +324,9 @@ def load_dataset(
 ) -> Dataset:
     """Read, check and encode all sources; files encoded before come from the token cache.
 
-    Args:
-        sources: a recipe's `data.sources`.
-        tokenizer: the model's.
-        max_tokens: longer examples are cut, and counted.
-        seed: with `ratio`, decides which items are used.
-        on_error: "skip": rows that cannot be trained on are left out, and reported.
-        image_positions: how many places the model takes for an image; None: it takes none.
-        progress: called with how far the encoding of a file is.
-        store: where encoded files are kept; None: one for this call.
-        fetch: gets data that has an address.
-        missing_hint: what to do about a source that is not found.
+    Examples longer than `max_tokens` are cut, and counted. `seed` decides which items a `ratio` takes. With `on_error`
+    "skip", rows that cannot be trained on are left out, and reported. The model takes `image_positions` places for an
+    image; None: it takes none. Encoded files are kept in `store`, or in one for this call; of the rest see `expand`.
 
     Raises:
         UserError: data is missing or wrong: all problems of all files together.

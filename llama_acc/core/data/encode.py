@@ -62,10 +62,8 @@ Labels = NDArray[np.bool_] | NDArray[np.float32]
 class Document(NamedTuple):
     """An item in tokens, uncut."""
 
-    tokens: NDArray[np.int32]
-    """[N]; what is at the images' places does not matter."""
-    labeled: Labels
-    """[N]. The first is no target, as nothing predicts it."""
+    tokens: NDArray[np.int32]  # [N]; what is at the images' places does not matter
+    labeled: Labels  # [N]. The first is no target, as nothing predicts it.
     merged: bool = False
     """The prompt's end and the answer's beginning are one token, so it is not the prompt's tokens and then others."""
 
@@ -74,25 +72,18 @@ class Encoding(NamedTuple):
     """What is made of items."""
 
     template: Template
-    max_tokens: int
-    """Only so many first tokens of a document are kept."""
-    image_positions: int = 0
-    """How many places an image takes, right behind BOS."""
+    max_tokens: int  # only so many first tokens of a document are kept
+    image_positions: int = 0  # how many places an image takes, right behind BOS
 
 
 class Chunk(NamedTuple):
     """What some rows became: D documents, end to end. An item is kept whole, cut, or dropped for want of a label."""
 
-    table: NDArray[np.void]
-    """[D] of `DOCUMENT`"""
-    content: bytes
-    """Of all documents."""
-    stats: DatasetStats
-    """What was found in the rows."""
-    skipped: list[Finding]
-    """What is wrong with rows that cannot be trained on."""
-    unused_inputs: int
-    """Items with an input that the template does not show."""
+    table: NDArray[np.void]  # [D] of `DOCUMENT`
+    content: bytes  # of all documents
+    stats: DatasetStats  # what was found in the rows
+    skipped: list[Finding]  # what is wrong with rows that cannot be trained on
+    unused_inputs: int  # items with an input that the template does not show
 
 
 def stored_tokens(row: np.void, content: Any, vocab_size: int) -> tuple[NDArray[np.int32], Labels]:
@@ -127,14 +118,8 @@ def _token_type(vocab_size: int) -> "np.dtype[Any]":
 def encode_batches(batches: Iterable[Batch], encoding: Encoding, tokenizer: Tokenizer, workers: int) -> Iterator[Chunk]:
     """Encode batches of rows, in their order.
 
-    Threads would share one interpreter lock, which a third of the work holds. Every worker is kept busy, with two
-    batches for each in memory.
-
-    Args:
-        batches: read as they are needed.
-        encoding: what to make of items.
-        tokenizer: the model's.
-        workers: how many processes; with fewer than two, all is done here.
+    With fewer than two workers, all is done here. Threads would share one interpreter lock, which a third of the work
+    holds. Every worker is kept busy, with two batches for each in memory, which are read as they are needed.
 
     Raises:
         RunError: a worker was killed.

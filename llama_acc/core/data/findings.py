@@ -17,10 +17,8 @@ EXAMPLES = 100
 class Kind(NamedTuple):
     """One kind of finding."""
 
-    title: str
-    """What is counted, in the plural."""
-    fatal: bool = False
-    """The item cannot be trained on: it stops a run, or is left out (`data.on_error`)."""
+    title: str  # what is counted, in the plural
+    fatal: bool = False  # the item cannot be trained on: it stops a run, or is left out (`data.on_error`)
 
 
 KINDS: dict[str, Kind] = {
@@ -54,15 +52,11 @@ KINDS: dict[str, Kind] = {
 class Finding(NamedTuple):
     """One thing found in one item."""
 
-    kind: str
-    """A key of `KINDS`."""
-    where: str
-    """Such as "item 3 (line 7)"."""
-    field: str
-    """Such as "output", or "turn 2, value"; empty: the item itself."""
+    kind: str  # a key of `KINDS`
+    where: str  # such as "item 3 (line 7)"
+    field: str  # such as "output", or "turn 2, value"; empty: the item itself
     message: str
-    value: str = ""
-    """How the value there begins, as JSON."""
+    value: str = ""  # how the value there begins, as JSON
 
     def __str__(self) -> str:
         # The message of an error names the field itself.
@@ -79,8 +73,7 @@ class Finding(NamedTuple):
 class Findings:
     """Findings counted by kind, and the first ones of each kind."""
 
-    most: int | None = EXAMPLES
-    """How many of a kind are kept; None: all."""
+    most: int | None = EXAMPLES  # how many of a kind are kept; None: all
     counts: Counter[str] = field(default_factory=Counter)
     places: dict[str, list[Finding]] = field(default_factory=dict)
 

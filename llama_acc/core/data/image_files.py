@@ -73,11 +73,7 @@ def with_usable_images(
 ) -> list["Dataset"]:
     """Opens all images of the data; with `on_error` "skip", items with one that cannot be used are left out.
 
-    Args:
-        datasets: what is trained and what is held out.
-        max_pixels: larger images are refused.
-        workers: processes that open them; None = as many as suit this machine.
-        one_each: the model takes one image of an item.
+    So many workers open them, or as many as suit this machine. `one_each`: the model takes one image of an item.
 
     Raises:
         UserError: there are items of more images than the model takes, or none is left.
@@ -127,10 +123,8 @@ class Named(NamedTuple):
 
     name: str
     reference: str = ""
-    problem: str | None = None
-    """Why there is none; the reference is then empty."""
-    caption: str | None = None
-    """What a shard says of it."""
+    problem: str | None = None  # why there is none; the reference is then empty
+    caption: str | None = None  # what a shard says of it
 
 
 def find_images(names: Iterable[str]) -> Iterator[Named]:

@@ -72,8 +72,7 @@ class SingleTurn(NamedTuple):
     output: str
     images: tuple[str, ...] = ()
     """References as they are written: relative paths begin at the data's image root."""
-    system: str | None = None
-    """A system text of its own, in place of the prompt format's."""
+    system: str | None = None  # a system text of its own, in place of the prompt format's
 
 
 class Dialogue(NamedTuple):
@@ -97,10 +96,8 @@ Item = SingleTurn | Dialogue | Text
 class Adapt(NamedTuple):
     """What a source's items are used without."""
 
-    last_only: bool = False
-    """Only the last reply of a dialogue is trained."""
-    drop_reasoning: bool = False
-    """Replies lose their reasoning."""
+    last_only: bool = False  # only the last reply of a dialogue is trained
+    drop_reasoning: bool = False  # replies lose their reasoning
 
 
 def kind_of(value: Any) -> str | None:
@@ -120,14 +117,8 @@ def item_of(
 ) -> tuple[Item | None, list[Finding]]:
     """A row's value as an item, or all that keeps it from being one.
 
-    Args:
-        value: what was read.
-        kind: "single_turn", "dialogue" or "text".
-        where: its place in the file, for the findings.
-        unused: counts the keys that are not used.
-
-    Returns:
-        The item, and no findings; or None, and some.
+    `kind` is "single_turn", "dialogue" or "text", `where` the row's place in the file, for the findings. `unused`
+    counts keys that are not used.
     """
     problems = _Problems(where)
     item = _item(value, kind, problems)

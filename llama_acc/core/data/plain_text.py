@@ -28,8 +28,7 @@ class Text(NamedTuple):
     text: str
     begins: bool = True
     ends: bool = True
-    before: str = ""
-    """What stands before a section; none of it is the section's."""
+    before: str = ""  # what stands before a section; none of it is the section's
     after: str = ""
     images: tuple[str, ...] = ()
     system: str | None = None

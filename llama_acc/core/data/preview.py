@@ -22,8 +22,7 @@ class Piece(NamedTuple):
 
     text: str
     trained: bool
-    special: bool = False
-    """BOS, EOS or the like: one token, written by its name."""
+    special: bool = False  # BOS, EOS or the like: one token, written by its name
 
 
 class Shown(NamedTuple):
@@ -33,8 +32,7 @@ class Shown(NamedTuple):
     pieces: list[Piece]
     tokens: int | None = None
     label_tokens: int | None = None
-    cut: int = 0
-    """How many tokens more it had before it was cut."""
+    cut: int = 0  # how many tokens more it had before it was cut
 
 
 def shown_items(
@@ -44,15 +42,8 @@ def shown_items(
     max_tokens: int | None,
     image_positions: int = 0,
 ) -> Iterator[Shown]:
-    """Items as a model will see them.
-
-    Args:
-        items: (origin, item).
-        template: the prompt format.
-        tokenizer: the model's; None: their text, BOS and EOS called `<s>` and `</s>`, uncut.
-        max_tokens: where they are cut; None: nowhere.
-        image_positions: how many positions an image takes.
-    """
+    """Items, given with their origins, as a model will see them; without a tokenizer their text, uncut, with BOS and
+    EOS called `<s>` and `</s>`."""
     bos = int(template.bos)
     if tokenizer is None:
         for origin, item in items:

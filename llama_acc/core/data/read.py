@@ -76,8 +76,7 @@ BytesRead = Callable[[int], None]
 class Row(NamedTuple):
     """One row of a file."""
 
-    where: str
-    """Its place: "item 17", or "item 17 (line 230)"."""
+    where: str  # its place: "item 17", or "item 17 (line 230)"
     value: Any
     problem: str | None = None
     """Why this row alone cannot be read; its value is then what stands there, or the beginning of it."""
@@ -87,8 +86,7 @@ class Checked(NamedTuple):
     """A row as it was found: an item, or what is wrong with it."""
 
     where: str
-    item: Item | None
-    """None: it cannot be trained on, or is blank."""
+    item: Item | None  # None: it cannot be trained on, or is blank
     problems: list[Finding]
 
 
@@ -133,12 +131,8 @@ def stream_items(
 ) -> ItemStream:
     """The items of one data file in constant memory.
 
-    Args:
-        path: the file, which is no pipe.
-        format: "single_turn", "dialogue", "single_turn_llava" (a dialogue's first exchange as a single-turn item),
-            "text" (see `plain_text`), or "auto": by the keys of its items.
-        adapt: what is left out of each item.
-        progress: see `BytesRead`.
+    `format` is "single_turn", "dialogue", "single_turn_llava" (a dialogue's first exchange as a single-turn item),
+    "text" (see `plain_text`), or "auto": by the keys of its items. The file is no pipe.
 
     Raises:
         UserError: it cannot be read, or holds no items.
@@ -197,13 +191,9 @@ def looked_ahead(
 def stream_rows(
     path: Path, *, required: Sequence[str] = (), progress: BytesRead | None = None, pipes: bool = True
 ) -> Iterator[Row]:
-    """The rows of a file.
+    """The rows of a file, whose suffix says what it holds.
 
-    Args:
-        path: what it holds is found by its suffix.
-        required: columns that a .csv or .tsv file must have.
-        progress: see `BytesRead`.
-        pipes: whether a pipe will do, which can be read only once.
+    A .csv or .tsv file must have the columns `required`. `pipes`: a pipe will do, which can be read only once.
 
     Raises:
         UserError: it cannot be read, or not further: it is damaged, not UTF-8, not JSON, not CSV.

@@ -42,8 +42,7 @@ class Source:
     root: str | None = None
     train_on: str = "all"
     reasoning: str = "keep"
-    folder: Path | None = None
-    """Where relative paths are looked for first."""
+    folder: Path | None = None  # where relative paths are looked for first
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,8 @@ def expand(
 ) -> list[FileSpec]:
     """All files of all sources.
 
-    Args:
-        sources: a recipe's.
-        fetch: gets what has an address; None: nothing is fetched, only what is wrong is found.
-        missing_hint: what to do about one that is not found.
+    `fetch` gets what has an address; None: nothing is fetched, only what is wrong is found. `missing_hint`: what to do
+    about a source that is not found.
 
     Raises:
         RunError: the network failed.

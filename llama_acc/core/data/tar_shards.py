@@ -38,10 +38,8 @@ class _Sample:
     """The members of one name."""
 
     name: str
-    image: tuple[int, int] | None = None
-    """Its place: offset and size."""
-    texts: dict[str, bytes] = field(default_factory=dict)
-    """By suffix."""
+    image: tuple[int, int] | None = None  # its place: offset and size
+    texts: dict[str, bytes] = field(default_factory=dict)  # by suffix
     problem: str | None = None
 
 

@@ -24,13 +24,10 @@ FORMAT_VERSION = 1
 class Turn(NamedTuple):
     """One turn of a dialogue."""
 
-    role: str
-    """"human" or "assistant"; "tool": what came of a call."""
+    role: str  # "human" or "assistant"; "tool": what came of a call
     text: str
-    weight: float = 1.0
-    """Of a reply's tokens in the loss, from 0 to 1; 0: it is context only, not labeled."""
-    more: Mapping[str, Any] = {}
-    """What its message has besides (`tools.message_fields`)."""
+    weight: float = 1.0  # of a reply's tokens in the loss, from 0 to 1; 0: it is context only, not labeled
+    more: Mapping[str, Any] = {}  # what its message has besides (`tools.message_fields`)
 
     @property
     def is_label(self) -> bool:
@@ -61,10 +58,8 @@ class Rendered(NamedTuple):
     own: list[Span]
     """What of it is the item's or the user's own text, in which no special token is recognized."""
     trained: list[Span] = []
-    eos_trained: bool = False
-    """EOS behind the text is a label."""
-    weights: Sequence[float] = ()
-    """How much each of `trained` counts in the loss; empty: all in full."""
+    eos_trained: bool = False  # EOS behind the text is a label
+    weights: Sequence[float] = ()  # how much each of `trained` counts in the loss; empty: all in full
 
 
 _ALPACA = (
@@ -156,10 +151,8 @@ class Template(BaseModel):
         Where a reply holds a stop string, what follows a reply's end mark is trained too (the next role, or EOS), as
         only that tells the end from what looks like it. LLaMA2-Accessory trains it nowhere.
 
-        Args:
-            turns: of the dialogue.
-            system: its system text; None: the format's own.
-            stops: the stop strings that are text for the tokenizer (`text_stops`); None: all.
+        Without a system text, the format's own is used. `stops` are the stop strings that are text for the tokenizer
+        (`text_stops`); None: all.
         """
         stops = self.stop if stops is None else stops
         trains_end = any(_held(self.clean(turn.whole_text), stops) for turn in turns if turn.is_label)

@@ -82,9 +82,7 @@ Progress = Callable[[str, int, int], None]
 def find_inputs(words: Sequence[str], format: str) -> tuple[list[Path], Path | None]:
     """The files to convert, and where `--data NAME` finds what one download becomes (None: it is something else).
 
-    Args:
-        words: files, folders, globs, names of downloads, or `-`; none: the download of the format's name.
-        format: of them.
+    Words are files, folders, globs, names of downloads, or `-`; without any, it is the download of the format's name.
 
     Raises:
         UserError: something is not found.
