@@ -6,6 +6,7 @@ blocks of 256 ("double quantization"). So a value takes 4 + 8/64 + 32/(64*256) b
 """
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import cache
@@ -48,10 +49,21 @@ def _library() -> Any:
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)
+    # torch's compiler takes two seconds to import. The library imports it to compile functions that nothing here calls,
+    # and torch with an operator's first call, to keep the compiler out of it: that can wait until it is there.
+    torch_: Any = torch
+    torch_compile, keep_out = torch_.compile, torch_._disable_dynamo
+
+    def keep_out_later(function: Any) -> Any:
+        kept_out = keep_out(function)
+        return lambda *args: (kept_out if "torch._dynamo" in sys.modules else function)(*args)
+
+    torch_.compile, torch_._disable_dynamo = lambda model=None, **_: model or (lambda made: made), keep_out_later
     try:
         import bitsandbytes
     finally:
         logger.setLevel(level)
+        torch_.compile, torch_._disable_dynamo = torch_compile, keep_out
     return bitsandbytes
 
 

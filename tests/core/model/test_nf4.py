@@ -1,5 +1,7 @@
 """Quantized models: the numbers are those of the dequantized matrices, as bitsandbytes itself makes them."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -115,6 +117,20 @@ def test_the_second_copy_is_kept_where_it_has_room() -> None:
     for room, kept in ((size, 0), (size + 1, len([*matrices_of(model)]) * nf4._is_fused_on_cpu())):
         fuse_quantized(model, room)
         assert sum(hasattr(one.weight, "fused") for one in matrices_of(model)) == kept
+
+
+def test_torchs_compiler_is_not_imported_to_compute_in_nf4() -> None:
+    code = """
+import sys, torch
+from llama_acc.core.model import nf4
+packed, scales = nf4.quantize(lambda start, stop: torch.ones(64, 64)[start:stop], (64, 64), torch.device("cpu"))
+nf4.dequantize(packed, scales, torch.float32)
+assert "bitsandbytes" in sys.modules and "torch._dynamo" not in sys.modules
+torch.compile(lambda x: x, backend="eager")(torch.ones(1))
+assert "torch._dynamo" in sys.modules
+assert nf4.dequantize(packed, scales, torch.float32).eq(1).all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_an_odd_number_of_columns_is_refused() -> None:
