@@ -61,7 +61,9 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
 
     from llama_acc import load_model
     from llama_acc.core.device import prepare_cpu
+    from llama_acc.core.generate.decode_cpu import DecodeOnCPU
     from llama_acc.core.model.attention import KVCache
+    from llama_acc.core.model.transformer import fuse_quantized
 
     prepare_cpu()
     torch.set_num_threads(args.threads)
@@ -69,9 +71,13 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
         args.ckpt, device="cpu", dtype=getattr(torch, args.dtype), quantize=args.quantize, context=2048
     ).model
     cache = KVCache(model.config.n_layers, 2048)
+    fuse_quantized(model, 1 << 62)
+    step = DecodeOnCPU(model)
 
     @torch.inference_mode()
     def evaluate(tokens: list[int]) -> int:
+        if len(tokens) == 1 and cache.length:  # as `Engine` does
+            return int(step(tokens, [cache])[1])
         positions = torch.arange(cache.length, cache.length + len(tokens))
         hidden = model(torch.tensor(tokens), positions, [len(tokens)], caches=[cache])
         return int(model.logits(hidden[-1:]).argmax())

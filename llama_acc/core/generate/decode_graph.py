@@ -40,12 +40,17 @@ class DecodeGraph:
 
     @staticmethod
     def takes(model: Transformer) -> bool:
-        """Whether nothing in the model's step depends on more than tokens, positions and slots, and kernels do it."""
+        """Whether it takes the model's step: kernels do it."""
+        return DecodeGraph.takes_step_of(model) and use_kernels(model.norm.weight)
+
+    @staticmethod
+    def takes_step_of(model: Transformer) -> bool:
+        """Whether nothing in the model's step depends on more than tokens, positions and slots."""
         scaling = model.config.rope_scaling
         is_dynamic = isinstance(scaling, RopeScaling) and scaling.rope_type == "dynamic"
         hooks = (model.vision, model.attention_extra, model.before_blocks)
         is_alone = type(model) is Transformer and model.parallel.world_size == 1
-        return is_alone and use_kernels(model.norm.weight) and not is_dynamic and hooks == (None, None, None)
+        return is_alone and not is_dynamic and hooks == (None, None, None)
 
     def __call__(
         self,

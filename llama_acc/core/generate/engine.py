@@ -24,6 +24,7 @@ from llama_acc.core.data.templates import Template
 from llama_acc.core.device import Arriving, free_memory
 from llama_acc.core.distributed.groups import local_world_size
 from llama_acc.core.errors import RunError, UserError
+from llama_acc.core.generate.decode_cpu import DecodeOnCPU
 from llama_acc.core.generate.decode_graph import DecodeGraph
 from llama_acc.core.generate.load import LoadedModel
 from llama_acc.core.generate.sampling import Sampler, TokenLogprobs, logprobs_of
@@ -275,6 +276,8 @@ class Engine:
         trains = any(parameter.requires_grad for parameter in loaded.model.parameters())
         self._without_gradients = torch.no_grad if trains else torch.inference_mode
         self._is_fixed, self._is_fused, self._is_reordered = not trains and is_resident, False, False
+        takes = self._is_fixed and loaded.device.type == "cpu" and DecodeGraph.takes_step_of(loaded.model)
+        self._decode_one = DecodeOnCPU(loaded.model) if takes else None
 
     @property
     def running(self) -> list[Reply]:
@@ -531,9 +534,10 @@ class Engine:
         caches = [self._cache(part.slot) for part in fed]
         for cache, part in zip(caches, fed, strict=True):
             cache.truncate(part.keep)
-        if self._decode is not None and len(one.tokens) == one.wanted and all(cache.length for cache in caches):
+        decode = self._decode or (self._decode_one if len(one.tokens) == 1 else None)
+        if decode is not None and len(one.tokens) == one.wanted and all(cache.length for cache in caches):
             with self._without_gradients():
-                return self._decode(one.tokens, caches, one.numbers)
+                return decode(one.tokens, caches, one.numbers)
         positions = [position for part in fed for position in range(part.keep, part.keep + part.length)]
         owners = [document for document, part in enumerate(fed) for _ in range(part.images)]
         stream, seen = torch.tensor(one.tokens, device=device), None

@@ -5,11 +5,12 @@ of each value, divided by that, the nearest of 16 levels. The magnitudes, less t
 blocks of 256 ("double quantization"). So a value takes 4 + 8/64 + 32/(64*256) bits, 4.127.
 """
 
+import ctypes
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -238,13 +239,25 @@ def add_product_(
 def few_rows(x: Tensor, packed: Tensor, scales: Scales) -> Tensor | None:
     """x [T, columns] times a quantized matrix [rows, columns] transposed, without gradients and without writing the
     matrix out; None: the library has no kernel for that, or `fuse` was not called."""
-    fused = getattr(packed, "fused", None)
-    y: Tensor | None = None
-    if fused is not None and x.dtype == torch.bfloat16 and len(x) <= _FUSED_ROWS:
-        y = _library().functional.gemv_4bit(x.contiguous(), fused[0], state=fused[1])
-    elif device_type(x) != "cpu" and len(x) == 1 and x.shape[1] % BLOCK == 0:
-        y = _library().matmul_4bit(x, packed.view(-1, 1), _state(packed, scales.absmax, x.dtype, scales))
-    return y
+    if x.dtype == torch.bfloat16 and len(x) <= _FUSED_ROWS and hasattr(packed, "fused"):
+        y = x.new_empty(len(x), len(packed))
+        fused_product(x.contiguous(), packed, y)()
+        return y
+    if device_type(x) != "cpu" and len(x) == 1 and x.shape[1] % BLOCK == 0:
+        return _library().matmul_4bit(x, packed.view(-1, 1), _state(packed, scales.absmax, x.dtype, scales))
+    return None
+
+
+def fused_product(x: Tensor, packed: Tensor, y: Tensor) -> Callable[[], object]:
+    """What writes x [T, columns] times a matrix that `fuse` has had, transposed, to y [T, rows] when it is called."""
+    values, state = packed.fused  # type: ignore[attr-defined]
+    if not _library().__version__.startswith("0.50."):  # in which the kernel has these arguments
+        return lambda: y.copy_(_library().functional.gemv_4bit(x, values, state=state))
+    # What the library's operator calls, which takes three times as long as the kernel does for a small matrix.
+    kernel, int64 = _library().cextension.lib.gemv_4bit_inference_cpu_nf4_bf16, ctypes.c_int64
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, values, state.absmax, y)]
+    rows, columns = map(int64, state.shape)
+    return partial(kernel, int64(len(x)), rows, columns, *pointers, int64(BLOCK), columns, rows)
 
 
 def fuse(packed: Tensor, scales: Scales) -> None:

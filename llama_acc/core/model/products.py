@@ -4,7 +4,7 @@ Shapes: T rows, x [T, in], weight [out, in]; the result is [T, out] in the type 
 """
 
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -122,24 +122,36 @@ def reorder_for_rows(weights: Iterable[Tensor]) -> None:
 
 
 def one_row(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.linear` of one row [1, in] on a CPU: generation, where the libraries' products of matrices fall short."""
+    """`F.linear` of one row [1, in] on a CPU."""
+    y = x.new_empty(1, len(weight))
+    row_product(x, weight, y)()
+    return y
+
+
+def row_product(x: Tensor, weight: Tensor, y: Tensor) -> Callable[[], object]:
+    """What writes `F.linear` of one row x [1, in] to y [1, out] when it is called, on a CPU: generation, where the
+    libraries' products of matrices fall short."""
     rows, columns = weight.shape
     threads = torch.get_num_threads()
     if x.dtype == torch.float32 and threads > 1 and rows % threads == 0:
         # The library reads a matrix with one thread if there is one vector to multiply; as a batch of matrices, one
         # for each thread, it is read with all.
-        return torch.bmm(x.expand(threads, 1, columns), weight.view(threads, rows // threads, columns).mT).view(1, rows)
-    if x.dtype == torch.bfloat16 and _onednn.enabled:
-        if rows * columns >= _AMX_FROM and _has_amx():
-            return torch.mv(weight, x[0]).unsqueeze(0)
-        # oneDNN takes 1.1 to 4 times as long as torch's own product of a matrix and a vector, at every size (measured
-        # on two Zen 4 cores); with AMX (a Sapphire Rapids core), half to three quarters, but for small matrices.
-        _onednn.enabled = False
-        try:
-            return F.linear(x, weight)
-        finally:
-            _onednn.enabled = True
-    return F.linear(x, weight)
+        parts = weight.view(threads, rows // threads, columns).mT
+        return partial(torch.bmm, x.expand(threads, 1, columns), parts, out=y.view(threads, 1, rows // threads))
+    by_vector = partial(torch.mv, weight, x[0], out=y[0])
+    if x.dtype != torch.bfloat16 or not _onednn.enabled or (rows * columns >= _AMX_FROM and _has_amx()):
+        return by_vector
+    # oneDNN takes 1.1 to 4 times as long as torch's own product of a matrix and a vector, at every size (measured
+    # on two Zen 4 cores); with AMX (a Sapphire Rapids core), half to three quarters, but for small matrices.
+    return partial(_without_onednn, by_vector)
+
+
+def _without_onednn(compute: Callable[[], object]) -> None:
+    torch._C._set_mkldnn_enabled(False)  # what `_onednn.enabled` calls, in a quarter of its time
+    try:
+        compute()
+    finally:
+        torch._C._set_mkldnn_enabled(True)
 
 
 @cache

@@ -222,7 +222,7 @@ class Transformer(nn.Module):
         slots, positions = max(cache.slot for cache in caches) + 1, max(cache.length for cache in caches) + 1
         for layer in caches[0].layers:
             layer.make_room(layer.keys[0, :, :1].transpose(0, 1), slots, positions)
-        table = self._table(positions, self.norm.weight.device)
+        table = self.rotation_table(positions, self.norm.weight.device)
         return *(layer.keys.data_ptr() for layer in caches[0].layers), table.data_ptr()
 
     def decode(self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: KVCache) -> Tensor:
@@ -246,9 +246,9 @@ class Transformer(nn.Module):
             # As in transformers, what a cache keeps stays rotated as it was when the text was shorter.
             places = zip(positions.split(list(lengths)), ends, strict=True)
             return torch.cat([rotary_table(config, end, positions.device)[own] for own, end in places])
-        return self._table(length, positions.device)[positions]
+        return self.rotation_table(length, positions.device)[positions]
 
-    def _table(self, length: int, device: torch.device) -> Tensor:
+    def rotation_table(self, length: int, device: torch.device) -> Tensor:
         """Rotations of the first positions, at least so many."""
         table = self._rotations
         if table is None or table.shape[0] < length or table.device != device:
@@ -447,7 +447,9 @@ def reorder_small(model: Transformer) -> None:
 def fuse_quantized(model: Transformer, room: int) -> None:
     """Keeps the quantized matrices a second time as a CPU multiplies few rows of bf16 with them without writing them
     out, three times as fast, if both have room in so many bytes. They must not change any more."""
-    layers = [layer for layer in matrices_of(model) if layer.is_quantized]
+    layers = [
+        layer for layer in (*matrices_of(model), model.output) if isinstance(layer, Linear) and layer.is_quantized
+    ]
     on_cpu = model.dtype == torch.bfloat16 and device_type(model.norm.weight) == "cpu"
     if on_cpu and 2 * sum(layer.weight.nbytes for layer in layers) < room:
         for layer in layers:

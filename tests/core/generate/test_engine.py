@@ -96,13 +96,15 @@ def test_replies_of_a_batch_end_before_a_stop_string_as_in_a_conversation(name: 
     assert {reply.index: reply.text for reply in replies} == expected
 
 
-def test_a_reply_that_has_ended_gives_its_place_to_the_next_prompt(tokenizer_path: Path, tmp_path: Path) -> None:
+def test_a_reply_that_has_ended_gives_its_place_to_the_next_prompt(
+    tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After ":" the model says "a town" and ends, after "?" it says "the the the ..." for ever."""
     write_chain(
         tmp_path, tokenizer_path, answer=" a town", after=":", endless=" the", endless_after="?", max_seq_len=512
     )
-    talker, passes = load_model(tmp_path, device="cpu"), list[list[int]]()
-    talker.model.register_forward_pre_hook(lambda _, arguments: passes.append(arguments[2]))
+    talker, passes, forward = load_model(tmp_path, device="cpu"), list[Any](), Engine._forward
+    monkeypatch.setattr(Engine, "_forward", lambda engine, one: passes.append(one.fed) or forward(engine, one))
     prompts = [encode_question(talker, question) for question in ("long?", "short:", "short:", "short:")]
     replies = decode(Engine(talker), prompts, Sampling(temperature=0, max_new_tokens=30), 2)
     assert [reply.index for reply in replies] == [1, 2, 3, 0], "each is given as soon as it has ended"

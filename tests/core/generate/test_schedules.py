@@ -207,8 +207,8 @@ def test_what_prompts_share_is_computed_once_and_a_past_that_may_go_on_is_kept(t
     turns = [*system, *questions[0], *replies[0].tokens, 41, 42]
     run(engine, engine.add(Prompt(turns), Sampler(one)))
     run(engine, engine.add(Prompt([*system, *questions[3]]), Sampler(one)))
-    run(engine, engine.add(Prompt([*turns, 43]), Sampler(one)))
-    assert fed == [3, 20, 1]
+    run(engine, engine.add(Prompt([*turns, 43, 44]), Sampler(one)))
+    assert fed == [3, 20, 2]
 
 
 def test_ranks_that_share_a_model_copy_and_feed_the_same(tokenizer_path: Path, tmp_path: Path) -> None:
