@@ -45,7 +45,7 @@ def test_values_are_no_placeholders_and_a_blank_input_counts_as_none(blank: str 
          "<|im_start|>assistant\nHello!<|im_end|>\n", ["Hello!<|im_end|>"]),
     ],
 )  # fmt: skip
-def test_the_text_of_a_dialogue_and_what_of_it_weight_of(
+def test_the_text_of_a_dialogue_and_what_of_it_is_trained(
     name: str, turns: list[tuple[str, str]], system: str | None, text: str, trained: list[str]
 ) -> None:
     rendered = get_template(name).dialogue_text([Turn(*turn) for turn in turns], system)
@@ -189,7 +189,7 @@ def test_a_chat_template_renders_as_in_transformers(name: str, tokenizer_path: P
     assert template.to_json() != chat_template(SOURCES[name], tokenizer_path).to_json(), "it has other special tokens"
 
 
-def test_what_a_chat_template_generates_weight_of(tokenizer_path: Path) -> None:
+def test_what_a_chat_template_generates_is_trained(tokenizer_path: Path) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = chat_template(GENERATION_JINJA, tokenizer_path)
@@ -234,7 +234,7 @@ HELLO, SO = "Hello!<|im_end|>", "So <|im_end|> it is.<|im_end|>"
         (TURNS.replace("m.content", "m.content | upper") + ASKED, "changes the text of a reply"),
     ],
 )  # fmt: skip
-def test_what_the_model_has_to_write_weight_of_where_a_chat_template_does_not_say_it(
+def test_what_the_model_has_to_write_is_trained_where_a_chat_template_does_not_say_it(
     source: str, trained: list[list[str]] | str, tmp_path: Path
 ) -> None:
     path = byte_level(tmp_path, {"bos_token": None, "eos_token": "<|im_end|>"})
@@ -424,7 +424,8 @@ def test_the_limit_is_that_of_each_text_as_a_long_dialogue_is_written_for_every_
     [[found]] = template.dialogue_texts([Talk(TWO * 10)])
     assert (len(found.trained), len(found.text) * 10 > 2000) == (20, True)
 
-    source = "{% if messages[0].content == 'loop' %}{% for _ in range(900) %}{% for _ in range(99999) %}{% endfor %}"
+
+def test_a_child_renders_again_and_again_and_one_that_was_ended_is_replaced(tmp_path: Path) -> None:
     chat = [Chat([{"role": "user", "content": "hello"}])]
     source = "{% if messages[0].content == 'loop' %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
     source += "{% endfor %}{% endif %}{{ messages[0].content }}"

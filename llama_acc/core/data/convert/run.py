@@ -190,8 +190,9 @@ class Conversion:
         with self._all_problems(), WorkerPool(cores(), "converts data", "the machine may be short of memory") as pool:
             for path in self.inputs:
                 format, options, rows = self._opened(path)
-                before, is_json = self.rows, path.is_file() and data_suffix(path) in (".json", ".jsonl")
-                if is_json and path.stat().st_size >= _LARGE and cores() > 1:
+                before, is_file = self.rows, path != STDIN and path.is_file()
+                is_large = is_file and path.stat().st_size >= _LARGE
+                if is_large and data_suffix(path) in (".json", ".jsonl") and cores() > 1:
                     if (yield from self._lines_by_workers(pool, path, format, options)):
                         continue
                     rows = islice(rows, self.rows - before, None)

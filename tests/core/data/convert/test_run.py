@@ -20,6 +20,7 @@ from llama_acc.core.data.convert.run import Conversion, convert
 from llama_acc.core.data.findings import MOST_PROBLEMS
 from llama_acc.core.data.items import SingleTurn
 from llama_acc.core.errors import DataError, RunError, UserError
+from llama_acc.core.tokenizer import Tokenizer
 from tests.core.data.convert.conversions import talk
 from tests.core.data.reading import read_file
 
@@ -250,9 +251,9 @@ def talks(count: int, **others: Any) -> list[dict[str, Any]]:
     ]
 
 
-def outcome(paths: list[Path], output: Path, skip: bool = False) -> Any:
+def outcome(paths: list[Path], output: Path, skip: bool = False, **options: Any) -> Any:
     """The bytes that are written, or the error; and what is counted."""
-    conversion = Conversion("sharegpt", paths, skip_problems=skip)
+    conversion = Conversion("sharegpt", paths, Options(**options), skip_problems=skip)
     try:
         convert(conversion, output)
         result: Any = output.read_bytes()
@@ -262,7 +263,9 @@ def outcome(paths: list[Path], output: Path, skip: bool = False) -> Any:
     return result, conversion.rows, conversion.items, conversion.wrong, *kinds
 
 
-def test_worker_processes_write_what_one_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_processes_write_what_one_process_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
+) -> None:
     rows = talks(100)
     rows[40] = {"score": float("nan"), **rows[40]}  # which the fast reader refuses, and a first key of its own
     rows[50]["conversations"] = []
@@ -278,12 +281,16 @@ def test_worker_processes_write_what_one_process_does(tmp_path: Path, monkeypatc
     for path, content in zip(paths, contents.values(), strict=True):
         path.write_bytes(content)
     monkeypatch.setattr(read, "BLOCK", 1000)
+    asked = {"tokenizer": tokenizer, "max_tokens": 100}
     alone = outcome(paths, tmp_path / "alone.json")
+    split = outcome(paths[:1], tmp_path / "split.json", **asked)
     assert alone[1:4] == (500, 495, 0)
+    assert split[5]["single exchanges have more than 100 tokens, and would be cut"] == 99
     monkeypatch.setattr(run, "_LARGE", 1)
     monkeypatch.setattr(run, "cores", lambda: 2)
     monkeypatch.setattr(Conversion, "_of_rows", None)  # of this process
     assert outcome(paths, tmp_path / "together.json") == alone
+    assert outcome(paths[:1], tmp_path / "together.json", **asked) == split
 
 
 @pytest.mark.parametrize("skip", [False, True])
