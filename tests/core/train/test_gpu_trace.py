@@ -119,11 +119,8 @@ def step_work(
             prepare(META)
         with META:
             batch = add_fake_images(empty_batch(lengths), model)
-        with (
-            Work() as work,
-            patch.object(layers, "fused_rms_norm", work.norm),
-            patch.object(torch, "tensor", work.tensor),
-        ):
+        work = Work()
+        with work, patch.object(layers, "fused_rms_norm", work.norm), patch.object(torch, "tensor", work.tensor):
             train_step(model, optimizer, data_parallel, [batch] * batches, 10, 1e-3, META, (0.0, 1.0))
     return work
 
