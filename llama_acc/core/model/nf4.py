@@ -240,8 +240,8 @@ def few_rows(x: Tensor, packed: Tensor, scales: Scales) -> Tensor | None:
     """x [T, columns] times a quantized matrix [rows, columns] transposed, without gradients and without writing the
     matrix out; None: the library has no kernel for that, or `fuse` was not called."""
     if x.dtype == torch.bfloat16 and len(x) <= _FUSED_ROWS and hasattr(packed, "fused"):
-        y = x.new_empty(len(x), len(packed))
-        fused_product(x.contiguous(), packed, y)()
+        x, y = x.contiguous(), x.new_empty(len(x), len(packed))
+        fused_product(x, packed, y)()
         return y
     if device_type(x) != "cpu" and len(x) == 1 and x.shape[1] % BLOCK == 0:
         return _library().matmul_4bit(x, packed.view(-1, 1), _state(packed, scales.absmax, x.dtype, scales))
@@ -249,7 +249,8 @@ def few_rows(x: Tensor, packed: Tensor, scales: Scales) -> Tensor | None:
 
 
 def fused_product(x: Tensor, packed: Tensor, y: Tensor) -> Callable[[], object]:
-    """What writes x [T, columns] times a matrix that `fuse` has had, transposed, to y [T, rows] when it is called."""
+    """What writes x [T, columns] times a matrix that `fuse` has had, transposed, to y [T, rows] when it is called, which
+    all three have to live to see: it knows their addresses."""
     values, state = packed.fused  # type: ignore[attr-defined]
     if not _library().__version__.startswith("0.50."):  # in which the kernel has these arguments
         return lambda: y.copy_(_library().functional.gemv_4bit(x, values, state=state))
