@@ -358,11 +358,13 @@ class Engine:
     def _follow(self, begun: _Begun) -> _Begun | None:
         """Begins the pass after one whose tokens only a GPU knows; None: they, or what else is to be done, have to be
         known before."""
+        if self._decode is None:
+            return None
         alive = begun.alive()
         samplers = [slot.sampler for _, slot in alive if slot.sampler is not None]
         are_known = all(sampler.is_free and (begun.are_drawn or sampler.is_argmax) for sampler in samplers)
         is_due = self.waiting and len(alive) < self.slots
-        if self._decode is None or not are_known or is_due or len(alive) < len(self.running):
+        if not are_known or is_due or len(alive) < len(self.running):
             return None
         going_on = [(place, slot) for place, slot in alive if slot.reply is not None and slot.reply.left > 1]
         if not going_on:
