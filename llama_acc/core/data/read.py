@@ -50,12 +50,12 @@ else:
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", PARQUET_SUFFIX, TAR_SUFFIX, *PLAIN_SUFFIXES)
 COMPRESSIONS = (".gz", ".gzip", ".zst", ".zip")
 FORMATS = ("auto", "single_turn", "dialogue", "single_turn_llava", "text")
-BLOCK = 1 << 19
-"""Bytes or characters read at a time."""
+BLOCK = 1 << 17
+"""Bytes or characters read at a time: rows that are parsed from it are still in a core's cache."""
 
 _AS_IT_IS = Adapt()
 _ARRAY = re.compile(rb'[ \t\r\n]*\[[ \t\r\n]*(\{[ \t\r\n]*"[^"\\]*")')  # of objects, and how the first begins
-_LONGEST_BLOCK = 1 << 24  # bytes
+_WORKERS_BLOCK, _LONGEST_BLOCK = 1 << 19, 1 << 24  # bytes
 _ROWS_BETWEEN_REPORTS = 100
 _SHOWN = 200  # characters kept of a line that is not JSON
 _LOOKED_AT = 1000  # rows that may say which kind of items a file has
@@ -421,10 +421,10 @@ def json_blocks(path: Path, progress: BytesRead | None = None) -> Iterator[tuple
     try:
         with _opened(path, pipes=False) as (stream, file):
             content, report = _unpacked(stream), _reporting(progress, file)
-            buffer = content.read(BLOCK).removeprefix(codecs.BOM_UTF8)
+            buffer = content.read(_WORKERS_BLOCK).removeprefix(codecs.BOM_UTF8)
             array = _ARRAY.match(buffer) if data_suffix(path) == ".json" else None
             buffer = buffer[array.start(1) :] if array else buffer
-            while more := content.read(BLOCK):
+            while more := content.read(_WORKERS_BLOCK):
                 report()
                 buffer += more
                 cut = buffer.rfind(array[1] if array else b"\n")

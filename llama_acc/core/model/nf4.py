@@ -249,8 +249,8 @@ def few_rows(x: Tensor, packed: Tensor, scales: Scales) -> Tensor | None:
 
 
 def fused_product(x: Tensor, packed: Tensor, y: Tensor) -> Callable[[], object]:
-    """What writes x [T, columns] times a matrix that `fuse` has had, transposed, to y [T, rows] when it is called, which
-    all three have to live to see: it knows their addresses."""
+    """What writes x [T, columns] times a matrix that `fuse` has had, transposed, to y [T, rows] when it is called: all
+    three have to be there then, as it knows their addresses."""
     values, state = packed.fused  # type: ignore[attr-defined]
     if not _library().__version__.startswith("0.50."):  # in which the kernel has these arguments
         return lambda: y.copy_(_library().functional.gemv_4bit(x, values, state=state))

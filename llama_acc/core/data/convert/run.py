@@ -70,8 +70,8 @@ else:
 STDIN = Path("-")
 _LOOKED_AT = 100
 """How many of the first rows may be unreadable before a file's format is found."""
-_LARGE = 32 << 20
-"""Bytes of a file that is converted in worker processes, which take half a second to start."""
+_LARGE = 128 << 20
+"""Bytes of a file that is converted in worker processes: below, what they take to start is more than they gain."""
 _GZIP_LEVEL = 5  # 6, the default, takes twice the time for 1 % less
 _encode = msgspec.json.Encoder().encode
 
