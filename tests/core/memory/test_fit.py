@@ -60,7 +60,6 @@ def test_methods_come_best_first_with_what_an_example_takes_in_each() -> None:
 
 
 AUTO = tuple(f"train.{key}=auto" for key in ("batch_size", "micro_batch_tokens", "activation_checkpointing"))
-RECOMPUTED = ("train.activation_checkpointing=true", "train.micro_batch_tokens=1024")
 # An optimizer step of many tokens.
 LARGE = (*AUTO, "train.precision=bf16", "data.sources.0.weight=100", "train.global_batch_size=640")
 
@@ -104,15 +103,16 @@ def test_auto_is_off_and_on_as_it_fits_then_has_as_many_tokens_as_fit(
 
 def test_on_a_kind_of_gpu_a_base_is_streamed_where_it_does_not_fit_otherwise() -> None:
     shape = "model.params={dim: 256, n_layers: 12, n_heads: 4, vocab_size: 300, max_seq_len: 512}"
-    request = MemoryRequest(recipe="alpaca-lora-nf4", max_tokens=64, batch_size=1, overrides=(shape,))
+    keys = (shape, "train.activation_checkpointing=true", "train.micro_batch_tokens=128")
+    request = MemoryRequest(recipe="alpaca-lora-nf4", max_tokens=64, overrides=keys)
     assert recipe_and_config(request)[0].train.stream_base == "auto"
-    least = int(predict(setup_of(replace(request, overrides=(shape, *RECOMPUTED)))).total / FILLED)
+    least = int(predict(setup_of(request)).total / FILLED)
     for memory, gpus, is_streamed in ((least + 2, None, False), (least - 2, None, True), (least - 2, 2, False)):
         found = setup_of(filled(replace(request, gpus=gpus), memory, math.inf))
         assert found.settings.stream_base is is_streamed
         if is_streamed:
             assert predict(found).total <= FILLED * memory
-    kept = replace(request, overrides=(shape, "train.stream_base=false"))
+    kept = replace(request, overrides=(*keys, "train.stream_base=false"))
     assert not setup_of(filled(kept, least - 2, math.inf)).settings.stream_base
 
 
