@@ -51,7 +51,7 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", PARQUET_SUFFIX, TAR_SUFFIX, *PLAI
 COMPRESSIONS = (".gz", ".gzip", ".zst", ".zip")
 FORMATS = ("auto", "single_turn", "dialogue", "single_turn_llava", "text")
 BLOCK = 1 << 17
-"""Bytes or characters read at a time: rows that are parsed from it are still in a core's cache."""
+"""Bytes or characters read at a time; with four times as many, reading an array takes a quarter longer."""
 
 _AS_IT_IS = Adapt()
 _ARRAY = re.compile(rb'[ \t\r\n]*\[[ \t\r\n]*(\{[ \t\r\n]*"[^"\\]*")')  # of objects, and how the first begins

@@ -47,14 +47,10 @@ Init = Callable[[Tensor, Generator], object]
 class Spec(NamedTuple):
     """What a layer says of a parameter that it creates."""
 
-    shape: tuple[int, ...]
-    """Of the whole parameter."""
-    split: int | None
-    """The dimension in which model parallelism splits it; None = every rank has all of it."""
-    init: Init
-    """Its values at the start."""
-    decays: bool
-    """Weight decay acts on it."""
+    shape: tuple[int, ...]  # of the whole parameter
+    split: int | None  # the dimension in which model parallelism splits it; None = every rank has all of it
+    init: Init  # its values at the start
+    decays: bool  # weight decay acts on it
 
 
 def ones(values: Tensor, generator: Generator) -> None:

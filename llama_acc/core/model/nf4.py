@@ -55,9 +55,11 @@ def _library() -> Any:
     torch_: Any = torch
     torch_compile, keep_out = torch_.compile, torch_._disable_dynamo
 
-    def keep_out_later(function: Any) -> Any:
-        kept_out = keep_out(function)
-        return lambda *args: (kept_out if "torch._dynamo" in sys.modules else function)(*args)
+    def keep_out_later(function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return keep_out(**options)
+        kept_out = keep_out(function, **options)
+        return lambda *args, **named: (kept_out if "torch._dynamo" in sys.modules else function)(*args, **named)
 
     torch_.compile, torch_._disable_dynamo = lambda model=None, **_: model or (lambda made: made), keep_out_later
     try:

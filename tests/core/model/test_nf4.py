@@ -1,8 +1,10 @@
 """Quantized models: the numbers are those of the dequantized matrices, as bitsandbytes itself makes them."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,6 +134,27 @@ assert "torch._dynamo" in sys.modules
 assert nf4.dequantize(packed, scales, torch.float32).eq(1).all()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_operators_of_the_library_take_what_is_named_too(tmp_path: Path) -> None:
+    """As those that are given where to write their result, which only GPUs have, are called."""
+    (tmp_path / "bitsandbytes.py").write_text("""
+import torch
+torch.library.define("stand_in::double", "(Tensor x, *, Tensor(a!) out) -> ()")
+@torch.library.register_kernel("stand_in::double", "cpu")
+def double(x, *, out):
+    out.copy_(2 * x)
+""")
+    code = """
+import torch
+from llama_acc.core.model import nf4
+nf4._library()
+x, y = torch.ones(2), torch.zeros(2)
+torch.ops.stand_in.double(x, out=y)
+assert y.tolist() == [2, 2]
+"""
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": path})
 
 
 def test_an_odd_number_of_columns_is_refused() -> None:
