@@ -25,7 +25,7 @@ from llama_acc.core.input_files import read_object
 
 FORMAT_VERSION = 1
 _ASIDE = ".writing-"
-_HASHED_AT_ONCE = 128 << 20
+_HASHED_AT_ONCE = 16 << 20
 _LEFT_SECONDS = 24 * 3600.0  # a file aside that nobody has written to for so long is a killed writer's
 
 
