@@ -165,6 +165,7 @@ def test_dialogues_for_a_single_turn_recipe_get_a_hint(dialogues: Path, tmp_path
     wrong = invoke(*CHECK, dialogues, "--format", "single_turn")
     assert wrong.exit_code == 2
     assert "hint: they are dialogues: data.sources.0.format=dialogue data.sources.0.template=dialogue" in wrong.stderr
+    assert "(the format alone where the template is auto or a chat template)" in wrong.stderr
     assert f"llama-acc convert-data llava {dialogues}" in wrong.stderr
     assert "10 dialogues" in invoke(*CHECK, dialogues, "--format", "dialogue", "--template", "dialogue").stdout
     assert "10 single-turn items" in invoke(*CHECK, dialogues, "--format", "single_turn_llava").stdout

@@ -107,11 +107,14 @@ class Findings:
 
 def other_form(kinds: Collection[str], file: str) -> str:
     """What to try with a file, named as it is typed, of which no row is an item; by the kinds of all findings in it."""
-    whole = "data.sources.0.format=dialogue data.sources.0.template=dialogue"
+    whole = (
+        "data.sources.0.format=dialogue data.sources.0.template=dialogue trains on them (the format alone where the "
+        "template is auto or a chat template)"
+    )
     first = "data.sources.0.format=single_turn_llava takes the first question and answer of each"
     every = f"llama-acc convert-data llava {file} --output NEW.jsonl makes an item of each"
     hints = {
-        "mixed_kinds": f"they are dialogues: {whole} trains on them; {first}; {every}",
+        "mixed_kinds": f"they are dialogues: {whole}; {first}; {every}",
         "preference": f"llama-acc convert-data auto {file} --preview 1 says how to take the preferred reply of each",
         "template": "take another prompt format: --template NAME or FILE.jinja; in a run, data.sources.0.template=NAME",
         "unsupported": "leave such items out: data.on_error=skip",
