@@ -71,12 +71,7 @@ def block_sizes(model: Transformer) -> list[int]:
 
 
 class BlockStream:
-    """The frozen matrices of a model's blocks, of which two are in memory at a time.
-
-    Attributes:
-        slots: the buffers of the device.
-        bytes_read: from files so far.
-    """
+    """The frozen matrices of a model's blocks, of which two are in memory at a time."""
 
     def __init__(self, model: Transformer, device: torch.device, regions: Mapping[str, Region] | None) -> None:
         """Gives the matrices of the model, which is on the meta device, their place in the buffers; they are buffers of
@@ -90,6 +85,7 @@ class BlockStream:
         blocks = list(model.layers)
         self._layouts = [_layout(number, block) for number, block in enumerate(blocks)]
         size = max(map(_size, self._layouts))
+        # The buffers of the device.
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in blocks[:2]]
         for number, places in enumerate(self._layouts):
             for name, offset, like in places:
@@ -97,7 +93,7 @@ class BlockStream:
                 layer, view = model.get_submodule(owner), self.slots[number % 2][offset : offset + like.nbytes]
                 delattr(layer, leaf)  # whoever goes through the parameters finds what is in memory
                 layer.register_buffer(leaf, view.view(like.dtype).view(like.shape), persistent=False)
-        self.bytes_read = 0
+        self.bytes_read = 0  # from files so far
         self._last, self._holds = 0, list[int | None]([None] * len(self.slots))
         if regions is None:
             return

@@ -9,21 +9,15 @@ from llama_acc.core.errors import UserError
 
 @dataclass(frozen=True)
 class Launch:
-    """How many processes, and where: the flags as they were typed.
+    """How many processes, and where: the flags as they were typed."""
 
-    Attributes:
-        nproc: on this machine: a number, or "auto": one for each GPU. None = not said: one.
-        nnodes: number of machines; the same command is started on each.
-        rdzv_endpoint: HOST:PORT where machines meet; it is served by the one whose name or address this is.
-        max_restarts: how often all processes are started anew after one died.
-        log_ranks: a folder for every rank's output; None = only rank 0's output is shown, the others' is not kept.
-    """
-
-    nproc: str | None = None
-    nnodes: int = 1
+    nproc: str | None = None  # on this machine: a number, or "auto": one for each GPU. None = not said: one
+    nnodes: int = 1  # number of machines; the same command is started on each
     rdzv_endpoint: str | None = None
-    max_restarts: int = 0
+    """HOST:PORT where machines meet; it is served by the one whose name or address this is."""
+    max_restarts: int = 0  # how often all processes are started anew after one died
     log_ranks: str | None = None
+    """A folder for every rank's output; None = only rank 0's output is shown, the others' is not kept."""
 
     def world_size(self) -> int | None:
         """Number of processes in all, be there a device for each or not; None if it was left open."""

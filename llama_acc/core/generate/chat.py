@@ -105,29 +105,20 @@ class ShownToken(NamedTuple):
 
 
 class Conversation:
-    """Questions and answers with the whole history in view.
-
-    Attributes:
-        sampler: of its answers.
-        turns: so far.
-        images: those in view.
-        system: the system text; None = the template's own.
-        dropped_turns: how many of the oldest turns the last question had no room for.
-        reply: the last answer with the prompt it was given to, as far as it came; None: there is none.
-        tokens_per_second: of that answer, behind its first token; None: it has no more.
-    """
+    """Questions and answers with the whole history in view."""
 
     def __init__(self, loaded: LoadedModel, sampling: Sampling, engine: Engine | Service | None = None) -> None:
         """`engine` is one that conversations with the same model share, a service where they are in several threads;
         None: it has its own."""
         self.loaded, self.engine = loaded, engine or Engine(loaded)
-        self.turns: list[Turn] = []
-        self.images: list[NDArray[np.uint8]] = []
-        self.system: str | None = None
-        self.dropped_turns = 0
+        self.turns: list[Turn] = []  # so far
+        self.images: list[NDArray[np.uint8]] = []  # those in view
+        self.system: str | None = None  # the system text; None = the template's own
+        self.dropped_turns = 0  # how many of the oldest turns the last question had no room for
+        # The last answer with the prompt it was given to, as far as it came; None: there is none.
         self.reply: Reply | None = None
-        self.tokens_per_second: float | None = None
-        self.sampler = Sampler(sampling)
+        self.tokens_per_second: float | None = None  # of that answer, behind its first token; None: it has no more
+        self.sampler = Sampler(sampling)  # of its answers
 
     def reset(self) -> None:
         """Forgets all turns and images."""

@@ -79,37 +79,19 @@ Pixels = Sequence[NDArray[np.uint8]]
 
 
 class Prompt(NamedTuple):
-    """A sequence to continue.
+    """A sequence to continue."""
 
-    Attributes:
-        tokens: fewer than the model's context; -1 where one of the images stands.
-        prefill: tokens at its end that the reply's text begins with.
-        spaces: so many at the beginning of the reply's text belong to the prompt (`Template.spaces_left`).
-        strip: the reply's text has no white space at its ends.
-        raw: it is in no prompt format, so a reply does not end at the format's stop strings.
-        adapter: whose it is to be, of several models over one base: `LoadedModel.adapter`.
-    """
-
-    tokens: Sequence[int]
+    tokens: Sequence[int]  # fewer than the model's context; -1 where one of the images stands
     images: Pixels = ()
-    prefill: Sequence[int] = ()
-    spaces: int = 0
-    strip: bool = False
-    raw: bool = False
-    adapter: int = 0
+    prefill: Sequence[int] = ()  # tokens at its end that the reply's text begins with
+    spaces: int = 0  # so many at the beginning of the reply's text belong to the prompt (`Template.spaces_left`)
+    strip: bool = False  # the reply's text has no white space at its ends
+    raw: bool = False  # it is in no prompt format, so a reply does not end at the format's stop strings
+    adapter: int = 0  # whose it is to be, of several models over one base: `LoadedModel.adapter`
 
 
 class Reply:
-    """A reply as it is generated, to the prompt of this index.
-
-    Attributes:
-        tokens: so far, without the one that ends it.
-        text: so far. It ends at the prompt format's first stop string, and the beginning of one is held back.
-        logprobs: of these tokens and the end token, where they are asked for.
-        end_token: the one that ended it; None: none has.
-        finish_reason: "stop": by an end token or stop string, "length": there is no room for more, "cancelled",
-            "failed": its grammar cannot go on; None: it is under way.
-    """
+    """A reply as it is generated, to the prompt of this index."""
 
     def __init__(
         self,
@@ -122,10 +104,12 @@ class Reply:
         stop_ids: Sequence[int] = (),
     ) -> None:
         self.index, self.prompt = index, prompt
-        self.tokens: list[int] = []
-        self.text = ""
-        self.logprobs: list[TokenLogprobs] = []
-        self.end_token: int | None = None
+        self.tokens: list[int] = []  # so far, without the one that ends it
+        self.text = ""  # so far. It ends at the format's first stop string, and the beginning of one is held back
+        self.logprobs: list[TokenLogprobs] = []  # of these tokens and the end token, where they are asked for
+        self.end_token: int | None = None  # the one that ended it; None: none has
+        # "stop": by an end token or stop string, "length": there is no room for more, "failed": its grammar cannot go
+        # on; None: it is under way.
         self.finish_reason: Literal["stop", "length", "cancelled", "failed"] | None = None
         self._end_ids, self._decoder = tokenizer.end_ids.union(stop_ids), StreamDecoder(tokenizer)
         self._most = max_new_tokens

@@ -115,28 +115,19 @@ def load_vision_encoder(
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its tokenizer and the prompt format it was trained with.
+    """A model with its tokenizer and the prompt format it was trained with."""
 
-    Attributes:
-        model: its parameters may lie in the checkpoint's file; they must not be trained.
-        template_from: where the prompt format came from, for the user.
-        vision_encoder: encodes images; None = the model takes none.
-        notes: where the checkpoint's files disagree and which of them counts, for the user.
-        adapter: its number among those that share a base in memory; prompts to it have it, too.
-        siblings: all of these by that number; none, if it is alone.
-        stream: what reads the model's blocks from their files; None = they are in memory.
-    """
-
-    model: Transformer
+    model: Transformer  # its parameters may lie in the checkpoint's file; they must not be trained
     tokenizer: Tokenizer
     template: Template
-    template_from: str
+    template_from: str  # where the prompt format came from, for the user
     device: torch.device
-    vision_encoder: VisionEncoder | None = None
-    notes: tuple[str, ...] = ()
-    adapter: int = 0
+    vision_encoder: VisionEncoder | None = None  # encodes images; None = the model takes none
+    notes: tuple[str, ...] = ()  # where the checkpoint's files disagree and which of them counts, for the user
+    adapter: int = 0  # its number among those that share a base in memory; prompts to it have it, too
     siblings: list["LoadedModel"] = field(default_factory=list, compare=False, repr=False)
-    stream: BlockStream | None = None
+    """All of these by that number; none, if it is alone."""
+    stream: BlockStream | None = None  # what reads the model's blocks from their files; None = they are in memory
 
     @property
     def vision(self) -> Vision | None:

@@ -28,36 +28,24 @@ class Sampling:
 
     Of the tokens in the order of their probability, softmax(logits / temperature), `top_k`, then `top_p` and `min_p`
     say how many are drawn from. Penalties, biases and `logprobs` are those of vLLM and OpenAI's API.
-
-    Attributes:
-        temperature: 0 takes the likeliest token.
-        top_p: only the likeliest tokens that together reach this probability are drawn from.
-        seed: of the generator; None = a new one each time.
-        top_k: only so many of the likeliest are drawn from; 0 = all.
-        min_p: only tokens of at least this part of the likeliest one's probability are drawn from.
-        repetition_penalty: logits of tokens in prompt or reply are divided by it, or multiplied where negative.
-        presence_penalty: is subtracted from the logits of tokens in the reply.
-        frequency_penalty: is subtracted as often as a token is in the reply.
-        logit_bias: is added to the logits of these tokens.
-        stop: strings before which a reply ends, besides the prompt format's.
-        stop_ids: tokens that end a reply, besides the tokenizer's.
-        logprobs: of each token so many of the likeliest are kept, with the logarithms of their probabilities and its
-            own, by the model's logits alone; None = nothing is kept.
     """
 
-    temperature: float = 0.7
-    top_p: float = 0.9
-    seed: int | None = None
+    temperature: float = 0.7  # 0 takes the likeliest token
+    top_p: float = 0.9  # only the likeliest tokens that together reach this probability are drawn from
+    seed: int | None = None  # of the generator; None = a new one each time
     max_new_tokens: int = 512
-    top_k: int = 0
-    min_p: float = 0.0
+    top_k: int = 0  # only so many of the likeliest are drawn from; 0 = all
+    min_p: float = 0.0  # only tokens of at least this part of the likeliest one's probability are drawn from
     repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    stop: Sequence[str] = ()
-    stop_ids: Sequence[int] = ()
+    """Logits of tokens in prompt or reply are divided by it, or multiplied where negative."""
+    presence_penalty: float = 0.0  # is subtracted from the logits of tokens in the reply
+    frequency_penalty: float = 0.0  # is subtracted as often as a token is in the reply
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # is added to the logits of these tokens
+    stop: Sequence[str] = ()  # strings before which a reply ends, besides the prompt format's
+    stop_ids: Sequence[int] = ()  # tokens that end a reply, besides the tokenizer's
     logprobs: int | None = None
+    """Of each token so many of the likeliest are kept, with the logarithms of their probabilities and its own, by the
+    model's logits alone; None = nothing is kept."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:

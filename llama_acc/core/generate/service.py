@@ -17,19 +17,13 @@ class QueueFull(LlamaAccError):
 
 
 class Event(NamedTuple):
-    """What a pass brought for a reply.
+    """What a pass brought for a reply."""
 
-    Attributes:
-        text: what came to its text; it may come later than its tokens, as a stop string is never shown in part.
-        tokens: the next ones of its tokens: one, or none where it has ended without one more.
-        logprobs: of these tokens, where they are asked for.
-        finish_reason: None while the reply is under way; otherwise see `Reply`; "error": the service has failed.
-    """
-
-    text: str
-    tokens: Sequence[int] = ()
-    logprobs: Sequence[TokenLogprobs] = ()
+    text: str  # what came to its text; it may come later than its tokens, as a stop string is never shown in part
+    tokens: Sequence[int] = ()  # the next ones of its tokens: one, or none where it has ended without one more
+    logprobs: Sequence[TokenLogprobs] = ()  # of these tokens, where they are asked for
     finish_reason: str | None = None
+    """None while the reply is under way; otherwise see `Reply`; "error": the service has failed."""
 
 
 Listener = Callable[[Event], None]
@@ -50,14 +44,12 @@ class Service:
     Attributes:
         engine: only for reading, as its own thread changes it at any time.
         queue: so many requests may wait for a slot.
-        failure: what ended its thread; None as long as it runs.
-        on_failure: is called in its thread then.
     """
 
     def __init__(self, engine: Engine, queue: int = 64) -> None:
         self.engine, self.queue = engine, queue
-        self.failure: BaseException | None = None
-        self.on_failure: Callable[[], None] = lambda: None
+        self.failure: BaseException | None = None  # what ended its thread; None as long as it runs
+        self.on_failure: Callable[[], None] = lambda: None  # is called in its thread then
         self._calls: list[Callable[[], None]] = []
         self._changed = threading.Condition()
         self._listeners: dict[Reply, Listener] = {}

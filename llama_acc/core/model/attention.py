@@ -45,16 +45,12 @@ class LayerCache:
     """Keys and values of one layer's past of some documents, [slots, K, S, D] each, a document to a slot.
 
     There is room for the slots that have been used; S is doubled when it runs out, up to `most`. It never shrinks.
-
-    Attributes:
-        most: positions of the longest document there will be; None: that is not known.
-        prefixes: those of the layer's prefix, by slot, once they are made.
     """
 
     def __init__(self, most: int | None = None) -> None:
-        self.most = most
+        self.most = most  # positions of the longest document there will be; None: that is not known
         self.keys = self.values = torch.empty(0, 0, 0, 0)
-        self.prefixes: dict[int, PrefixHeads] = {}
+        self.prefixes: dict[int, PrefixHeads] = {}  # those of the layer's prefix, by slot, once they are made
         self._slots: list[tuple[Tensor, Tensor]] = []
 
     def append(self, k: Tensor, v: Tensor, start: int, slot: int = 0) -> tuple[Tensor, Tensor]:
@@ -334,11 +330,7 @@ def _attend_cached(q: Tensor, keys: Tensor, values: Tensor, window: int | None) 
 
 
 class CachedAttention:
-    """The new positions of each document attend to its past and to themselves; they are added to its cache.
-
-    Attributes:
-        layer: the number of the block that computes.
-    """
+    """The new positions of each document attend to its past and to themselves; they are added to its cache."""
 
     def __init__(
         self,
@@ -348,7 +340,7 @@ class CachedAttention:
         on_gpu: "TokensOnGPU | None" = None,
     ) -> None:
         """`caches` go with `lengths`, and are beside each other; with `on_gpu`, which says more, one stands for all."""
-        self.layer = 0
+        self.layer = 0  # the number of the block that computes
         self.lengths, self.rotations = lengths, rotations
         self._layers = caches[0].layers
         self._slots = [cache.slot for cache in caches]
@@ -483,11 +475,7 @@ class AttentionExtra(Protocol):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions.
-
-    Attributes:
-        packed: wq, wk and wv in one, or None; see `transformer.pack_small`.
-    """
+    """Grouped-query attention with rotary positions."""
 
     def __init__(self, config: ModelConfig, parallel: Parallel, layer: int) -> None:
         super().__init__()
@@ -509,7 +497,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (
             HeadNorm(config.head_size, config.norm_eps, self.wq.group) if config.qk_norm else None for _ in range(2)
         )
-        self.packed: Packed | None = None
+        self.packed: Packed | None = None  # wq, wk and wv in one, or None; see `transformer.pack_small`
 
     def forward(self, x: Tensor, norm: RMSNorm, attend: Attend, extra: AttentionExtra | None = None) -> Tensor:
         """x [T, dim] and what attention adds to it; `norm` is applied to x first."""

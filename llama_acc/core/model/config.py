@@ -73,59 +73,36 @@ _Scaling = Annotated[
 @dataclass(frozen=True)
 class Params:
     """What params.json says, under its names; those that Meta's and LLaMA2-Accessory's files do not have are as in
-    Hugging Face's config.json, and in Mistral's params.json where that has them.
-
-    Attributes:
-        dim: width of the residual stream.
-        n_layers: number of transformer blocks.
-        n_heads: query heads.
-        n_kv_heads: key and value heads (grouped-query attention); None means n_heads.
-        vocab_size: rows of the embedding; -1 (Meta's files) means the tokenizer's.
-        multiple_of: the SwiGLU width is rounded up to a multiple of this.
-        ffn_dim_multiplier: factor on the SwiGLU width, or None.
-        norm_eps: epsilon of RMSNorm.
-        rope_theta: base of the rotary frequencies.
-        max_seq_len: longest sequence meant to be used.
-        rope_scaling: factor the positions are multiplied by, or how the frequencies are changed; or None.
-        head_dim: width of one attention head; None means dim / n_heads.
-        qkv_bias: the projections to queries, keys and values have a bias.
-        qk_norm: queries and keys are normalized (RMSNorm), head by head, before they are rotated.
-        tie_word_embeddings: the output matrix is the embedding.
-        sliding_window: a position sees only so many last ones, itself among them; None means all before it.
-        window_layers: the layers of which this is so, from 0; None means all.
-        nope_layers: the layers that do not rotate queries and keys, from 0.
-        embedding_multiplier: factor on the embeddings.
-        residual_multiplier: factor on what a block's halves add to the residual stream.
-        attention_multiplier: factor on attention's scores; None means 1 / sqrt(head_dim).
-        logits_scaling: what the logits are divided by.
-        family: whose variations these are, by the model_type of Hugging Face, as which the model is exported.
-    """
+    Hugging Face's config.json, and in Mistral's params.json where that has them."""
 
     __pydantic_config__: ClassVar[ConfigDict] = CHECKED
 
-    dim: Annotated[Width, Field(le=2**18)]
-    n_layers: Depth
-    n_heads: Heads
-    n_kv_heads: Heads | None = None
-    vocab_size: _Vocabulary = -1
-    multiple_of: Width = 256
-    ffn_dim_multiplier: Factor | None = None
-    norm_eps: Epsilon = 1e-5
-    rope_theta: Factor = 10000.0
-    max_seq_len: _Context = 2048
+    dim: Annotated[Width, Field(le=2**18)]  # width of the residual stream
+    n_layers: Depth  # number of transformer blocks
+    n_heads: Heads  # query heads
+    n_kv_heads: Heads | None = None  # key and value heads (grouped-query attention); None means n_heads
+    vocab_size: _Vocabulary = -1  # rows of the embedding; -1 (Meta's files) means the tokenizer's
+    multiple_of: Width = 256  # the SwiGLU width is rounded up to a multiple of this
+    ffn_dim_multiplier: Factor | None = None  # factor on the SwiGLU width, or None
+    norm_eps: Epsilon = 1e-5  # epsilon of RMSNorm
+    rope_theta: Factor = 10000.0  # base of the rotary frequencies
+    max_seq_len: _Context = 2048  # longest sequence meant to be used
     rope_scaling: _Scaling | None = None
-    head_dim: Width | None = None
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    tie_word_embeddings: bool = False
+    """Factor the positions are multiplied by, or how the frequencies are changed; or None."""
+    head_dim: Width | None = None  # width of one attention head; None means dim / n_heads
+    qkv_bias: bool = False  # the projections to queries, keys and values have a bias
+    qk_norm: bool = False  # queries and keys are normalized (RMSNorm), head by head, before they are rotated
+    tie_word_embeddings: bool = False  # the output matrix is the embedding
     sliding_window: _Context | None = None
-    window_layers: _Layers | None = None
-    nope_layers: _Layers = ()
-    embedding_multiplier: Factor = 1.0
-    residual_multiplier: Factor = 1.0
-    attention_multiplier: Factor | None = None
-    logits_scaling: Factor = 1.0
+    """A position sees only so many last ones, itself among them; None means all before it."""
+    window_layers: _Layers | None = None  # the layers of which this is so, from 0; None means all
+    nope_layers: _Layers = ()  # the layers that do not rotate queries and keys, from 0
+    embedding_multiplier: Factor = 1.0  # factor on the embeddings
+    residual_multiplier: Factor = 1.0  # factor on what a block's halves add to the residual stream
+    attention_multiplier: Factor | None = None  # factor on attention's scores; None means 1 / sqrt(head_dim)
+    logits_scaling: Factor = 1.0  # what the logits are divided by
     family: Family = "llama"
+    """Whose variations these are, by the model_type of Hugging Face, as which the model is exported."""
 
     def __post_init__(self) -> None:
         dim, heads, kv_heads, hidden = self.dim, self.n_heads, self.kv_heads, self.hidden_dim
@@ -174,17 +151,11 @@ _NOT_ACCESSORYS = (
 
 @dataclass(frozen=True)
 class ModelConfig(Params):
-    """The shape of a LLaMA with what a tuning method and vision add to it.
+    """The shape of a LLaMA with what a tuning method and vision add to it."""
 
-    Attributes:
-        tuning: the method.
-        vision: what lets it see, or None.
-        vision_training: what trains of that.
-    """
-
-    tuning: Tuning = FULL
-    vision: Vision | None = None
-    vision_training: VisionTraining = SECOND_STAGE
+    tuning: Tuning = FULL  # the method
+    vision: Vision | None = None  # what lets it see, or None
+    vision_training: VisionTraining = SECOND_STAGE  # what trains of that
 
     @property
     def llama_type(self) -> str:

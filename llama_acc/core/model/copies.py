@@ -36,15 +36,11 @@ class _Copy(torch.autograd.Function):
 
 
 class ComputeCopies:
-    """The copies of some parameters; each is an attribute of its parameter, by which `cast` finds it.
-
-    Attributes:
-        tensors: the copies, by the parameters' names.
-    """
+    """The copies of some parameters; each is an attribute of its parameter, by which `cast` finds it."""
 
     def __init__(self, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self._originals = {name: original for name, original in parameters.items() if original.dtype != dtype}
-        self.tensors: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}  # the copies, by the parameters' names
         for name, original in self._originals.items():
             self.tensors[name] = torch.empty_like(original, dtype=dtype, requires_grad=False)
             original.compute_copy = self.tensors[name]  # type: ignore[attr-defined]

@@ -118,15 +118,12 @@ class Linear(nn.Module):
     Attributes:
         weight: [out_features, in_features]; or quantized, [out_features, in_features / 2] bytes.
         scales: of a quantized matrix; else None.
-        bias: [out_features], or None.
-        extensions: what else is done to the product, in this order, after the bias.
         in_features: of the whole layer.
         out_features: of the whole layer.
-        split: the dimension of the matrix in which it is split; None = it is not.
         group: the ranks that it is split over; None = it is not.
     """
 
-    split: int | None = None
+    split: int | None = None  # the dimension of the matrix in which it is split; None = it is not
 
     def __init__(self, in_features: int, out_features: int, parallel: Parallel, init: Init | None = None) -> None:
         super().__init__()
@@ -134,8 +131,8 @@ class Linear(nn.Module):
         self.group = parallel.model_group if parallel.model_size > 1 else None
         self.weight = parameter(out_features, in_features, init=init or normal(), split=self.split, parallel=parallel)
         self.is_quantized = False
-        self.bias: nn.Parameter | None = None
-        self.extensions: list[Extension] = []
+        self.bias: nn.Parameter | None = None  # [out_features], or None
+        self.extensions: list[Extension] = []  # what else is done to the product, in this order, after the bias
 
     def add_bias(self) -> None:
         """Gives the layer a bias, zero at the start; it is split with the rows of the matrix."""

@@ -65,18 +65,14 @@ SMALL_DIM = 1024
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x).
-
-    Attributes:
-        packed: w1 and w3 in one, or None; see `pack_small`.
-    """
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
 
     def __init__(self, config: ModelConfig, parallel: Parallel) -> None:
         super().__init__()
         self.w1 = ColumnParallelLinear(config.dim, config.hidden_dim, parallel)
         self.w2 = RowParallelLinear(config.hidden_dim, config.dim, parallel, residual(config.n_layers))
         self.w3 = ColumnParallelLinear(config.dim, config.hidden_dim, parallel)
-        self.packed: Packed | None = None
+        self.packed: Packed | None = None  # w1 and w3 in one, or None; see `pack_small`
         self.multiplier = config.residual_multiplier
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
@@ -106,22 +102,17 @@ class Transformer(nn.Module):
     """A LLaMA, without what a tuning method or vision adds: `build_on_meta` adds these.
 
     Attributes:
-        config: its shape, that of the whole model.
-        parallel: which part of it is here.
-        dtype: type of the activations; parameters may be kept in another.
-        vision: how images come into the stream, or None.
-        specs: what is known of each parameter.
         run_block: calls a block on its arguments; activation checkpointing puts itself here.
-        attention_extra: gives what a tuning method adds to the attention of the block of that number, if it does;
-            from what images give for each document, [documents, vectors, dim], or None.
+        attention_extra: gives what a tuning method adds to the attention of the block of that number, if it does; from
+            what images give for each document, [documents, vectors, dim], or None.
         before_blocks: tells a tuning method the stream's documents: the length of each and, in training, its draw.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, parallel: Parallel) -> None:
         super().__init__()
-        self.config = config
-        self.parallel = parallel
-        self.dtype = dtype
+        self.config = config  # its shape, that of the whole model
+        self.parallel = parallel  # which part of it is here
+        self.dtype = dtype  # type of the activations; parameters may be kept in another
         self.tok_embeddings = ParallelEmbedding(config.vocab_size, config.dim, parallel)
         self.layers = nn.ModuleList(TransformerBlock(config, parallel, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -130,8 +121,8 @@ class Transformer(nn.Module):
             if config.tie_word_embeddings
             else ColumnParallelLinear(config.dim, config.vocab_size, parallel)
         )
-        self.vision: VisionProjector | None = None
-        self.specs: Mapping[str, Spec] = {}
+        self.vision: VisionProjector | None = None  # how images come into the stream, or None
+        self.specs: Mapping[str, Spec] = {}  # what is known of each parameter
         self.run_block: Callable[[nn.Module, Tensor, Attend, AttentionExtra | None], Tensor] = nn.Module.__call__
         self.attention_extra: Callable[[int, Tensor | None], AttentionExtra | None] | None = None
         self.before_blocks: Callable[[Sequence[int], Sequence[int]], None] | None = None

@@ -33,29 +33,19 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Vision:
-    """What all kinds of vision have.
-
-    Attributes:
-        encoder: the kind's name.
-        tower_prefix: of the names of the tower's parameters; empty: its encoder is a part, and trains with the rest.
-        image_size: width and height of the images it takes.
-        patch_size: of the squares they are cut into.
-        width: of the vision transformer.
-        hidden_dim: of its feed-forward layers.
-        n_layers: its blocks.
-        n_heads: its attention heads.
-    """
+    """What all kinds of vision have."""
 
     __pydantic_config__: ClassVar[ConfigDict] = CHECKED
-    encoder: ClassVar[str]
+    encoder: ClassVar[str]  # the kind's name
     tower_prefix: ClassVar[str]
+    """Of the names of the tower's parameters; empty: its encoder is a part, and trains with the rest."""
 
-    image_size: Width = 224
-    patch_size: Width = 14
-    width: Width = 1024
-    hidden_dim: Width = 4096
-    n_layers: Depth = 24
-    n_heads: Heads = 16
+    image_size: Width = 224  # width and height of the images it takes
+    patch_size: Width = 14  # of the squares they are cut into
+    width: Width = 1024  # of the vision transformer
+    hidden_dim: Width = 4096  # of its feed-forward layers
+    n_layers: Depth = 24  # its blocks
+    n_heads: Heads = 16  # its attention heads
 
     def __post_init__(self) -> None:
         image, patch, width, heads = self.image_size, self.patch_size, self.width, self.n_heads
@@ -94,17 +84,7 @@ class Vision:
 
 @dataclass(frozen=True)
 class QFormerVision(Vision):
-    """BLIP-2's frozen vision transformer and Q-Former; as they stand, those of blip2-opt-2.7b.
-
-    Attributes:
-        queries: vectors the Q-Former makes of an image.
-        query_width: their width.
-        query_hidden: of its feed-forward layers.
-        query_layers: its blocks, of which every second looks at the image.
-        query_heads: its attention heads.
-        layer_norm_eps: what the vision transformer adds to variances: as BLIP-2 was trained. transformers before 4.32
-            has 1e-5, and so have folders that it saved.
-    """
+    """BLIP-2's frozen vision transformer and Q-Former; as they stand, those of blip2-opt-2.7b."""
 
     encoder = "qformer"
     tower_prefix = "qformer."
@@ -112,12 +92,14 @@ class QFormerVision(Vision):
     width: Width = 1408
     hidden_dim: Width = 6144
     n_layers: Depth = 39
-    queries: Width = 32
-    query_width: Width = 768
-    query_hidden: Width = 3072
-    query_layers: Depth = 12
-    query_heads: Heads = 12
+    queries: Width = 32  # vectors the Q-Former makes of an image
+    query_width: Width = 768  # their width
+    query_hidden: Width = 3072  # of its feed-forward layers
+    query_layers: Depth = 12  # its blocks, of which every second looks at the image
+    query_heads: Heads = 12  # its attention heads
     layer_norm_eps: Epsilon = 1e-6
+    """What the vision transformer adds to variances: as BLIP-2 was trained. transformers before 4.32 has 1e-5, and so
+    have folders that it saved."""
 
     @property
     def positions(self) -> int:
@@ -133,22 +115,15 @@ class QFormerVision(Vision):
 
 @dataclass(frozen=True)
 class ClipVision(Vision):
-    """CLIP's frozen vision transformer, and blocks that read its features; as they stand, CLIP ViT-L/14.
-
-    Attributes:
-        projection: width of its features.
-        block_width: of the blocks.
-        block_heads: their attention heads.
-        blocks: how many there are.
-    """
+    """CLIP's frozen vision transformer, and blocks that read its features; as they stand, CLIP ViT-L/14."""
 
     encoder = "clip"
     tower_prefix = "clip."
 
-    projection: Width = 768
-    block_width: Width = 768
-    block_heads: Heads = 16
-    blocks: Depth = 8
+    projection: Width = 768  # width of its features
+    block_width: Width = 768  # of the blocks
+    block_heads: Heads = 16  # their attention heads
+    blocks: Depth = 8  # how many there are
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -225,15 +200,10 @@ def read_vision(path: Path) -> Vision:
 
 
 class VisionTraining(NamedTuple):
-    """How vision is trained.
+    """How vision is trained."""
 
-    Attributes:
-        stage: 1 brings vision and language together, 2 teaches to follow instructions.
-        as_reference: train only those parts that LLaMA2-Accessory trains.
-    """
-
-    stage: Literal[1, 2] = 2
-    as_reference: bool = False
+    stage: Literal[1, 2] = 2  # 1 brings vision and language together, 2 teaches to follow instructions
+    as_reference: bool = False  # train only those parts that LLaMA2-Accessory trains
 
 
 SECOND_STAGE = VisionTraining()

@@ -70,11 +70,7 @@ class MetricsLog:
 
 class _LinesFile:
     """A file of JSON lines, cut back to a step and continued. Lines that cannot be read are left out, and the file they
-    are in is kept beside the new one.
-
-    Attributes:
-        kept: the lines that were there and are.
-    """
+    are in is kept beside the new one."""
 
     def __init__(self, path: Path, step: int, is_whole: Callable[[Metrics], bool], note: Callable[[str], None]) -> None:
         lines, damaged = read_lines(path, is_whole)
@@ -87,7 +83,7 @@ class _LinesFile:
                 f"has lines that cannot be read, left out: {len(damaged):,} ({shown})" if damaged else "is not a file"
             )
             note(f"{path} {what}; the unchanged file is {aside}")
-        self.kept = [line for line in lines if 0 < step >= line["step"]]
+        self.kept = [line for line in lines if 0 < step >= line["step"]]  # the lines that were there and are
         write_text_whole(path, _json_lines(self.kept))
         self.file = path.open("a", encoding="utf-8")
 

@@ -83,40 +83,28 @@ PlannedData = tuple[Dataset, Dataset | None, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that was checked: all that it does.
+    """A run that was checked: all that it does."""
 
-    Attributes:
-        recipe: with every path absolute, to be kept, compared and shown; the methods here read its keys.
-        layouts: checkpoints the weights come from, left to right; empty = random weights.
-        report: what data.json holds, held-out items included.
-        steps_per_epoch: optimizer steps in a whole epoch; the last one may be smaller.
-        total_steps: optimizer steps in the run.
-        has_frozen: whether there are weights that do not train.
-        saving: when and what to save, and how many checkpoints to keep.
-        save_dtype: type of the saved weights.
-        chosen: what "auto" in the recipe has become and why, in words; empty: there was none.
-    """
-
-    recipe: Recipe
+    recipe: Recipe  # with every path absolute, to be kept, compared and shown; the methods here read its keys
     config: ModelConfig
     settings: StepSettings
     tokenizer: Tokenizer
-    layouts: list[Layout]
+    layouts: list[Layout]  # checkpoints the weights come from, left to right; empty = random weights
     train: Dataset
     validation: Dataset | None
-    report: dict[str, Any]
-    steps_per_epoch: int
-    total_steps: int
-    has_frozen: bool
+    report: dict[str, Any]  # what data.json holds, held-out items included
+    steps_per_epoch: int  # optimizer steps in a whole epoch; the last one may be smaller
+    total_steps: int  # optimizer steps in the run
+    has_frozen: bool  # whether there are weights that do not train
     name: str
     seed: int
     images: ImagesSection
     cache_features: bool
-    saving: CheckpointSection
-    save_dtype: torch.dtype
+    saving: CheckpointSection  # when and what to save, and how many checkpoints to keep
+    save_dtype: torch.dtype  # type of the saved weights
     samples: Samples
     trackers: list[Tracker]
-    chosen: str = ""
+    chosen: str = ""  # what "auto" in the recipe has become and why, in words; empty: there was none
 
     def with_chosen(self, train: TrainSection, chosen: str) -> "Plan":
         """The plan with another section `train`, which has no "auto"."""

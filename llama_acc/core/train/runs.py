@@ -22,29 +22,20 @@ _TAIL = 1 << 16  # bytes of a log, hundreds of its lines
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder. None: its files do not say it, or not yet.
-
-    Attributes:
-        base: the checkpoints it starts from, or the size of a model of random weights.
-        step: optimizer steps done.
-        loss: per label token, of the last step.
-        tokens_per_second: over the last steps.
-        seen: when it last wrote, in seconds since 1970.
-        problem: what is damaged.
-    """
+    """A run's folder. None: its files do not say it, or not yet."""
 
     folder: str
     state: State
-    seen: float
+    seen: float  # when it last wrote, in seconds since 1970
     recipe: str | None = None
-    base: str | None = None
+    base: str | None = None  # the checkpoints it starts from, or the size of a model of random weights
     method: str | None = None
-    step: int | None = None
+    step: int | None = None  # optimizer steps done
     total_steps: int | None = None
-    loss: float | None = None
+    loss: float | None = None  # per label token, of the last step
     validation_loss: float | None = None
-    tokens_per_second: float | None = None
-    problem: str | None = None
+    tokens_per_second: float | None = None  # over the last steps
+    problem: str | None = None  # what is damaged
 
 
 def find_runs(*folders: Path) -> list[Run]:

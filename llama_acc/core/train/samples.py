@@ -25,17 +25,11 @@ _AT_A_TIME = 8
 
 
 class Samples(NamedTuple):
-    """What is answered while a run trains.
+    """What is answered while a run trains."""
 
-    Attributes:
-        prompts: all different.
-        max_new_tokens: of an answer.
-        length: most positions of an answer, with its prompt.
-    """
-
-    prompts: list[str]
-    max_new_tokens: int
-    length: int
+    prompts: list[str]  # all different
+    max_new_tokens: int  # of an answer
+    length: int  # most positions of an answer, with its prompt
 
     @property
     def at_a_time(self) -> int:

@@ -116,8 +116,6 @@ class Trainer:
     Attributes:
         step: optimizer steps done.
         current_items: those of the micro-batch that is computed, to report where memory ran out.
-        has_started: whether a step was begun.
-        best_step: where the validation loss was least so far; None: there was none.
         best_loss: that loss.
         since_best: validations after it.
     """
@@ -159,8 +157,8 @@ class Trainer:
             )
         self._batches: Iterator[MicroBatch] | None = None
         self.current_items: list[int] | None = None
-        self.has_started = False
-        self.best_step: int | None = None
+        self.has_started = False  # whether a step was begun
+        self.best_step: int | None = None  # where the validation loss was least so far; None: there was none
         self.best_loss, self.since_best = math.inf, 0
         # Of a model of random weights there is no base to belong to.
         self._base: Base | None = None

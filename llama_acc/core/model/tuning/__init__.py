@@ -31,25 +31,18 @@ METHODS: "dict[str, type[Tuning]]" = {}
 
 @dataclass(frozen=True)
 class Tuning:
-    """What all methods have; what is not overridden is that of a method which adds nothing.
+    """What all methods have; what is not overridden is that of a method which adds nothing."""
 
-    Attributes:
-        method: its name in a recipe.
-        trains_all: it trains every parameter of the LLaMA.
-        llama_type: LLaMA2-Accessory's name of the kind of model, for meta.json.
-        can_merge: what it adds can be merged into the LLaMA's matrices, or is a bias.
-        peft_names: what comes after a matrix's name in its parameters' names, here and in PEFT's files.
-        peft_bias_factor: PEFT multiplies biases by this.
-    """
-
-    method: ClassVar[str]
-    trains_all: ClassVar[bool] = False
-    llama_type: ClassVar[str] = "llama"
-    can_merge: ClassVar[bool] = True
+    method: ClassVar[str]  # its name in a recipe
+    trains_all: ClassVar[bool] = False  # it trains every parameter of the LLaMA
+    llama_type: ClassVar[str] = "llama"  # LLaMA2-Accessory's name of the kind of model, for meta.json
+    can_merge: ClassVar[bool] = True  # what it adds can be merged into the LLaMA's matrices, or is a bias
     peft_names: ClassVar[Mapping[str, str]] = {}
+    """What comes after a matrix's name in its parameters' names, here and in PEFT's files."""
 
     @property
     def peft_bias_factor(self) -> float:
+        """PEFT multiplies biases by this."""
         return 1.0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -32,23 +32,16 @@ _Count = Annotated[int, Field(ge=1, le=2**16)]
 
 @dataclass(frozen=True)
 class Adapter(Pairs):
-    """Zero-init attention.
-
-    Attributes:
-        lora_rank: rank of the LoRA pairs; 0 = there are none.
-        prefix_layers: how many blocks, the last ones, have it; 0 = all.
-        prefix_len: how many vectors their queries attend to besides.
-        prefix_new_gate: whether there is the second gate.
-    """
+    """Zero-init attention."""
 
     method = "adapter"
     llama_type = "llama_adapter"
     can_merge = False
 
-    lora_rank: Rank = 0
-    prefix_layers: _Count = 0
-    prefix_len: _Count = 10
-    prefix_new_gate: bool = False
+    lora_rank: Rank = 0  # rank of the LoRA pairs; 0 = there are none
+    prefix_layers: _Count = 0  # how many blocks, the last ones, have it; 0 = all
+    prefix_len: _Count = 10  # how many vectors their queries attend to besides
+    prefix_new_gate: bool = False  # whether there is the second gate
 
     def with_num_layers(self, n_layers: int) -> "Adapter":
         return replace(self, prefix_layers=self.prefix_layers or n_layers)

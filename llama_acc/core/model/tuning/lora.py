@@ -40,19 +40,15 @@ _Pairs = TypeVar("_Pairs", bound="Pairs")
 
 @dataclass(frozen=True)
 class Pairs(Tuning):
-    """What is said of LoRA pairs, by every method that has them.
+    """What is said of LoRA pairs, by every method that has them."""
 
-    Attributes:
-        lora_rank: their rank.
-        lora_alpha: the factor on what they add is lora_alpha / lora_rank; None: 1.
-        lora_targets: which matrices of every block have one.
-        use_rslora: the factor is lora_alpha / sqrt(lora_rank) (rsLoRA, arXiv:2312.03732).
-    """
-
-    lora_rank: Rank = 16
+    lora_rank: Rank = 16  # their rank
     lora_alpha: Annotated[float, Field(gt=0, le=2**20)] | None = field(default=None, kw_only=True)
+    """The factor on what they add is lora_alpha / lora_rank; None: 1."""
     lora_targets: Annotated[tuple[MatrixName, ...], Field(min_length=1)] = field(default=MATRICES, kw_only=True)
+    """Which matrices of every block have one."""
     use_rslora: bool = field(default=False, kw_only=True)
+    """The factor is lora_alpha / sqrt(lora_rank) (rsLoRA, arXiv:2312.03732)."""
 
     def __post_init__(self) -> None:
         # What is said in two ways is kept in one: methods are compared.
@@ -94,11 +90,7 @@ class Pairs(Tuning):
 
 @dataclass(frozen=True)
 class LoRA(Pairs):
-    """LoRA pairs.
-
-    Attributes:
-        lora_dropout: which part of the input of lora_a is dropped in training. It is no part of what the model is.
-    """
+    """LoRA pairs."""
 
     method = "lora"
     llama_type = "llama_peft"
@@ -106,6 +98,7 @@ class LoRA(Pairs):
     has_bias_norm: ClassVar[bool] = False
 
     lora_dropout: Annotated[float, Field(ge=0, le=0.99)] = field(default=0.0, kw_only=True, compare=False)
+    """Which part of the input of lora_a is dropped in training. It is no part of what the model is."""
 
     def attach(self, model: "Transformer") -> None:
         if self.has_bias_norm:
