@@ -270,7 +270,7 @@ def _dry_run(
 
 
 def _dry_run_lines(plan: "Plan", parameters: int, processes: int) -> list[tuple[str, str]]:
-    from llama_acc.cli.plan_text import describe_plan
+    from llama_acc.cli.run_console import describe_plan
 
     report, parallel, saves = plan.report, plan.recipe.parallel, plan.save_count()
     truncated, size = count_text(report["truncated"], "item"), parallel.model_parallel_size

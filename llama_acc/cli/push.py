@@ -41,8 +41,7 @@ def push(
       llama-acc push runs/alpaca-lora hf:me/alpaca --merge --base Llama-2-7b-hf --public
     """
     console.working("loading PyTorch")
-    from llama_acc.core.model_card import CARD_FILE
-    from llama_acc.core.push import checkpoint_to_push, make_package, parse_repo
+    from llama_acc.core.push import CARD_FILE, checkpoint_to_push, make_package, parse_repo
 
     repo, source = parse_repo(name), checkpoint_to_push(folder)
     found = None if dry_run else check_destination(name)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from llama_acc.cli.plan_text import describe_plan
+from llama_acc.cli.run_console import describe_plan
 from llama_acc.core import finetune
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError

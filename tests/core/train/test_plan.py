@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llama_acc.cli.plan_text import describe_plan
+from llama_acc.cli.run_console import describe_plan
 from llama_acc.core.checkpoint.save import write_checkpoint
 from llama_acc.core.data.batches import build
 from llama_acc.core.distributed.groups import Parallel

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from llama_acc.cli.plan_text import describe_plan
+from llama_acc.cli.run_console import describe_plan
 from llama_acc.core.atomic import check_manifest
 from llama_acc.core.finetune import finetune
 from llama_acc.core.model.transformer import shapes_of

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llama_acc.cli.plan_text import describe_plan
+from llama_acc.cli.run_console import describe_plan
 from llama_acc.core.checkpoint.convert import Request, convert
 from llama_acc.core.checkpoint.layout import inspect
 from llama_acc.core.checkpoint.load import read_weights

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_acc.cli.plan_text import describe_plan
+from llama_acc.cli.run_console import describe_plan
 from llama_acc.core.checkpoint.adapter import base_fingerprint
 from llama_acc.core.checkpoint.convert import Request, convert
 from llama_acc.core.checkpoint.layout import inspect
