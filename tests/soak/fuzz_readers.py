@@ -217,8 +217,8 @@ def _target(reader: str, folder: Path) -> Callable[[bytes], None]:
     from llama_acc.core.data.checks import DatasetStats
     from llama_acc.core.data.convert.formats import FORMATS, Options
     from llama_acc.core.data.convert.run import Conversion
-    from llama_acc.core.data.items import item_of
-    from llama_acc.core.data.read import Checked, stream_items, stream_rows_from
+    from llama_acc.core.data.items import Checked, item_of, stream_items
+    from llama_acc.core.data.read import stream_rows_from
     from llama_acc.core.data.sources import Source, expand
     from llama_acc.core.errors import UserError
 

@@ -25,9 +25,8 @@ from llama_acc.core.data.encode import Document, encode_rows
 from llama_acc.core.data.findings import EXAMPLES, KINDS, Finding, Findings, beginning
 from llama_acc.core.data.image_files import ImageWorkers, default_workers, image_problems
 from llama_acc.core.data.images import resolved
-from llama_acc.core.data.items import Item
+from llama_acc.core.data.items import Checked, Item, stream_items
 from llama_acc.core.data.plain_text import Text, continues
-from llama_acc.core.data.read import Checked, stream_items
 from llama_acc.core.data.sources import FileSpec
 from llama_acc.core.data.templates import Template
 from llama_acc.core.errors import UserError

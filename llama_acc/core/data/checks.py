@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llama_acc.core.data.findings import EXAMPLES, Finding, Findings, beginning
-from llama_acc.core.data.items import Dialogue, Item
+from llama_acc.core.data.items import Checked, Dialogue, Item
 from llama_acc.core.data.plain_text import Text, continues
-from llama_acc.core.data.read import Checked
 from llama_acc.core.data.templates import Template
 
 if TYPE_CHECKING:

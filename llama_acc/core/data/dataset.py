@@ -28,8 +28,9 @@ from llama_acc.core.data.encode import KEPT_PLACES, Chunk, Encoding, Labels, enc
 from llama_acc.core.data.findings import KINDS as FINDINGS
 from llama_acc.core.data.findings import MOST_PROBLEMS, Finding, Findings, other_form
 from llama_acc.core.data.images import resolved
+from llama_acc.core.data.items import Checked, stream_items
 from llama_acc.core.data.plain_text import Text
-from llama_acc.core.data.read import Checked, data_suffix, stream_items
+from llama_acc.core.data.read import data_suffix
 from llama_acc.core.data.sources import MISSING_HINT, Fetch, FileSpec, Source, expand
 from llama_acc.core.data.templates import KINDS, Template
 from llama_acc.core.errors import DataError, UserError, raise_all

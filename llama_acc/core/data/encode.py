@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from llama_acc.core.data.chat_template import ChatTemplate, Talk
 from llama_acc.core.data.checks import DatasetStats, merged_finding
 from llama_acc.core.data.findings import Finding
-from llama_acc.core.data.items import Dialogue, Item, SingleTurn
+from llama_acc.core.data.items import Checked, Dialogue, Item, SingleTurn
 from llama_acc.core.data.plain_text import Text, text_tokens
-from llama_acc.core.data.read import Checked
 from llama_acc.core.data.templates import Rendered, Span, Template, Turn, as_dialogue
 from llama_acc.core.tokenizer import Spans, Tokenizer, load_tokenizer
 from llama_acc.core.workers import WorkerPool

@@ -1,4 +1,4 @@
-"""Items: what one row of a data file has to be, everything that may be wrong with it, and what its keys mean.
+"""Items: what one row of a data file has to be, everything that may be wrong with it, and a file of them as a stream.
 
 Two kinds: single-turn (`instruction`, `input`, `output`; or `caption` alone, an output without an instruction) and
 dialogue (`conversations: [{from, value}, ...]`; or a single-turn item with a `history`). Each may have images and a
@@ -10,7 +10,8 @@ import difflib
 import re
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -31,7 +32,8 @@ from llama_acc.core.data.keys import (
     unused_keys,
     weight_of,
 )
-from llama_acc.core.data.plain_text import TEXT_KEYS, Text
+from llama_acc.core.data.plain_text import PLAIN_SUFFIXES, TEXT_KEYS, Text, sections
+from llama_acc.core.data.read import BytesRead, Row, data_suffix, looked_ahead, stream_rows
 from llama_acc.core.data.templates import Turn, as_dialogue
 from llama_acc.core.data.tools import (
     CALL_ROLES,
@@ -43,7 +45,9 @@ from llama_acc.core.data.tools import (
     tools_of,
     without_thoughts,
 )
+from llama_acc.core.errors import UserError
 
+FORMATS = ("auto", "single_turn", "dialogue", "single_turn_llava", "text")
 ROLES = {
     "human": "human",
     "user": "human",
@@ -61,6 +65,7 @@ _CAPTION_KEYS = frozenset(("caption", "url", *IMAGES, *SYSTEM))
 _TURN_KEYS = frozenset(("from", "value", *TRAINED))
 _SAYING = ("output", "caption", "instruction", "history", *INPUT, *IMAGES)
 """What a single-turn item may say."""
+_LOOKED_AT = 1000  # rows that may say which kind of items a file has
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
@@ -98,6 +103,86 @@ class Adapt(NamedTuple):
 
     last_only: bool = False  # only the last reply of a dialogue is trained
     drop_reasoning: bool = False  # replies lose their reasoning
+
+
+_AS_IT_IS = Adapt()
+
+
+class Checked(NamedTuple):
+    """A row as it was found: an item, or what is wrong with it."""
+
+    where: str
+    item: Item | None  # None: it cannot be trained on, or is blank
+    problems: list[Finding]
+
+
+class ItemStream:
+    """The checked items of a file, in order; to be iterated once."""
+
+    def __init__(self, kind: str, rows: Iterator[Row], adapt: Adapt, is_document: bool = False) -> None:
+        """`is_document`: the rows are blocks of one text."""
+        self.kind, self._rows, self._adapt, self._is_document = kind, rows, adapt, is_document
+        self.unused: Counter[str] = Counter()
+        """Keys and parts that are not used, and in how many of the items so far."""
+
+    def __iter__(self) -> Iterator[Checked]:
+        """Raises UserError where the file cannot be read further, if need be after items."""
+        if self._is_document:
+            yield from _sections("item 1", (row.value["text"] for row in self._rows))
+            return
+        for where, value, problem in self._rows:
+            if problem is not None:
+                yield Checked(where, None, [Finding("unreadable", where, "", problem, beginning(value))])
+                continue
+            item, problems = item_of(value, self.kind, where, self.unused)
+            if isinstance(item, Text):
+                yield from _sections(where, [item.text])
+                continue
+            if item is not None and any(self._adapt):
+                item, unused = adapted(item, *self._adapt)
+                count_unused(self.unused, unused)
+            yield Checked(where, item, problems)
+
+
+def _sections(where: str, blocks: Iterable[str]) -> Iterator[Checked]:
+    for item in sections(blocks):
+        if item.begins and item.ends and not item.text.strip():
+            yield Checked(where, None, [Finding("blank", where, "", "a document without a word", beginning(item.text))])
+        else:
+            yield Checked(where, item, [])
+
+
+def stream_items(
+    path: Path, format: str = "auto", adapt: Adapt = _AS_IT_IS, *, progress: BytesRead | None = None
+) -> ItemStream:
+    """The items of one data file in constant memory.
+
+    `format` is "single_turn", "dialogue", "single_turn_llava" (a dialogue's first exchange as a single-turn item),
+    "text" (see `plain_text`), or "auto": by the keys of its items. The file is no pipe.
+
+    Raises:
+        UserError: it cannot be read, or holds no items.
+    """
+    assert format in FORMATS
+    is_document = data_suffix(path) in PLAIN_SUFFIXES
+    format = "text" if is_document else format
+    required = () if format == "text" else ("instruction", "output")
+    rows = stream_rows(path, required=required, progress=progress, pipes=False)
+    # Up to one that tells the kind of items: a broken first row does not make all others wrong, and single-turn items
+    # with a `history` are dialogues if any of them has something in it.
+    first, rows = looked_ahead(rows, _LOOKED_AT, _tells_kind)
+    if not first:
+        raise UserError(f"{path} holds no items")
+    if format == "single_turn_llava":
+        return ItemStream("single_turn", (row._replace(value=first_exchange(row.value)) for row in rows), adapt)
+    kinds = (kind_of(row.value) for row in reversed(first))
+    kind = format if format != "auto" else next(filter(None, kinds), "single_turn")
+    return ItemStream(kind, rows, adapt, is_document)
+
+
+def _tells_kind(row: Row) -> bool:
+    kind = kind_of(row.value)
+    return kind == "dialogue" or (kind is not None and "history" not in row.value)
 
 
 def kind_of(value: Any) -> str | None:

@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 from llama_acc.core.data.chat_template import template_for
 from llama_acc.core.data.encode import Labels, documents, refusal, render_item
-from llama_acc.core.data.items import Item
-from llama_acc.core.data.read import stream_items
+from llama_acc.core.data.items import Item, stream_items
 from llama_acc.core.data.sources import FileSpec
 from llama_acc.core.data.templates import Template
 from llama_acc.core.errors import UserError

@@ -1,4 +1,4 @@
-"""Data files as streams of rows and of checked items, in memory for one of them.
+"""Data files as streams of rows, in memory for one of them.
 
 `.json` (an array; or JSON lines under that name, as APIBench has it), `.jsonl`, `.csv`, `.tsv`, `.parquet`, and `.txt`
 and `.md`, a document each, all of them perhaps packed with gzip, Zstandard or zip; and `.tar`, shards of pictures with
@@ -19,7 +19,7 @@ import shutil
 import sys
 import zipfile
 import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain, count, islice
@@ -31,12 +31,10 @@ from typing import IO, Any, NamedTuple
 
 import msgspec
 
-from llama_acc.core.data.findings import Finding, beginning
-from llama_acc.core.data.items import Adapt, Item, adapted, first_exchange, item_of, kind_of
 from llama_acc.core.data.json_array import JSON, MAX_ITEM, array_items
-from llama_acc.core.data.keys import count_unused, mapping_of, mapping_words, type_name
+from llama_acc.core.data.keys import mapping_of, mapping_words, type_name
 from llama_acc.core.data.parquet import PARQUET_SUFFIX, parquet_rows
-from llama_acc.core.data.plain_text import PLAIN_SUFFIXES, Text, sections
+from llama_acc.core.data.plain_text import PLAIN_SUFFIXES
 from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_rows
 from llama_acc.core.errors import DataError, UserError, did_you_mean
 from llama_acc.core.input_files import open_input
@@ -49,16 +47,13 @@ else:
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", PARQUET_SUFFIX, TAR_SUFFIX, *PLAIN_SUFFIXES)
 COMPRESSIONS = (".gz", ".gzip", ".zst", ".zip")
-FORMATS = ("auto", "single_turn", "dialogue", "single_turn_llava", "text")
 BLOCK = 1 << 17
 """Bytes or characters read at a time; with four times as many, reading an array takes a quarter longer."""
 
-_AS_IT_IS = Adapt()
 _ARRAY = re.compile(rb'[ \t\r\n]*\[[ \t\r\n]*(\{[ \t\r\n]*"[^"\\]*")')  # of objects, and how the first begins
 _WORKERS_BLOCK, _LONGEST_BLOCK = 1 << 19, 1 << 24  # bytes
 _ROWS_BETWEEN_REPORTS = 100
 _SHOWN = 200  # characters kept of a line that is not JSON
-_LOOKED_AT = 1000  # rows that may say which kind of items a file has
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 # First bytes that no UTF-8 text can have. pzstd begins with a skippable frame (RFC 8878, 3.1.2).
 _GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
@@ -80,83 +75,6 @@ class Row(NamedTuple):
     value: Any
     problem: str | None = None
     """Why this row alone cannot be read; its value is then what stands there, or the beginning of it."""
-
-
-class Checked(NamedTuple):
-    """A row as it was found: an item, or what is wrong with it."""
-
-    where: str
-    item: Item | None  # None: it cannot be trained on, or is blank
-    problems: list[Finding]
-
-
-class ItemStream:
-    """The checked items of a file, in order; to be iterated once."""
-
-    def __init__(self, kind: str, rows: Iterator[Row], adapt: Adapt, is_document: bool = False) -> None:
-        """`is_document`: the rows are blocks of one text."""
-        self.kind, self._rows, self._adapt, self._is_document = kind, rows, adapt, is_document
-        self.unused: Counter[str] = Counter()
-        """Keys and parts that are not used, and in how many of the items so far."""
-
-    def __iter__(self) -> Iterator[Checked]:
-        """Raises UserError where the file cannot be read further, if need be after items."""
-        if self._is_document:
-            yield from _sections("item 1", (row.value["text"] for row in self._rows))
-            return
-        for where, value, problem in self._rows:
-            if problem is not None:
-                yield Checked(where, None, [Finding("unreadable", where, "", problem, beginning(value))])
-                continue
-            item, problems = item_of(value, self.kind, where, self.unused)
-            if isinstance(item, Text):
-                yield from _sections(where, [item.text])
-                continue
-            if item is not None and any(self._adapt):
-                item, unused = adapted(item, *self._adapt)
-                count_unused(self.unused, unused)
-            yield Checked(where, item, problems)
-
-
-def _sections(where: str, blocks: Iterable[str]) -> Iterator[Checked]:
-    for item in sections(blocks):
-        if item.begins and item.ends and not item.text.strip():
-            yield Checked(where, None, [Finding("blank", where, "", "a document without a word", beginning(item.text))])
-        else:
-            yield Checked(where, item, [])
-
-
-def stream_items(
-    path: Path, format: str = "auto", adapt: Adapt = _AS_IT_IS, *, progress: BytesRead | None = None
-) -> ItemStream:
-    """The items of one data file in constant memory.
-
-    `format` is "single_turn", "dialogue", "single_turn_llava" (a dialogue's first exchange as a single-turn item),
-    "text" (see `plain_text`), or "auto": by the keys of its items. The file is no pipe.
-
-    Raises:
-        UserError: it cannot be read, or holds no items.
-    """
-    assert format in FORMATS
-    is_document = data_suffix(path) in PLAIN_SUFFIXES
-    format = "text" if is_document else format
-    required = () if format == "text" else ("instruction", "output")
-    rows = stream_rows(path, required=required, progress=progress, pipes=False)
-    # Up to one that tells the kind of items: a broken first row does not make all others wrong, and single-turn items
-    # with a `history` are dialogues if any of them has something in it.
-    first, rows = looked_ahead(rows, _LOOKED_AT, _tells_kind)
-    if not first:
-        raise UserError(f"{path} holds no items")
-    if format == "single_turn_llava":
-        return ItemStream("single_turn", (row._replace(value=first_exchange(row.value)) for row in rows), adapt)
-    kinds = (kind_of(row.value) for row in reversed(first))
-    kind = format if format != "auto" else next(filter(None, kinds), "single_turn")
-    return ItemStream(kind, rows, adapt, is_document)
-
-
-def _tells_kind(row: Row) -> bool:
-    kind = kind_of(row.value)
-    return kind == "dialogue" or (kind is not None and "history" not in row.value)
 
 
 def looked_ahead(

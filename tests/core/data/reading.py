@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from llama_acc.core.data.items import Item
-from llama_acc.core.data.read import stream_items
+from llama_acc.core.data.items import Item, stream_items
 from llama_acc.core.data.sources import data_files
 from llama_acc.core.errors import DataError, UserError, raise_all
 

@@ -12,8 +12,7 @@ import pytest
 from llama_acc.core.data import cache
 from llama_acc.core.data.cache import About, Encoded, EntryStore, cache_key
 from llama_acc.core.data.encode import Chunk, Encoding, encode_batch, stored_tokens
-from llama_acc.core.data.items import SingleTurn
-from llama_acc.core.data.read import Checked
+from llama_acc.core.data.items import Checked, SingleTurn
 from llama_acc.core.data.templates import get_template
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from llama_acc.core.data.checks import DatasetStats, check_item, duplicates, item_hash, language_of
 from llama_acc.core.data.findings import KINDS
-from llama_acc.core.data.items import Dialogue, Item, SingleTurn
-from llama_acc.core.data.read import Checked
+from llama_acc.core.data.items import Checked, Dialogue, Item, SingleTurn
 from llama_acc.core.data.templates import Turn
 
 QUESTION = "What is the capital of France, please?"

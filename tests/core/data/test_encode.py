@@ -10,8 +10,7 @@ import pytest
 
 from llama_acc.core.data.checks import replies_of
 from llama_acc.core.data.encode import Batch, Chunk, Encoding, encode_batch, encode_batches, stored_tokens
-from llama_acc.core.data.items import Dialogue, Item, SingleTurn
-from llama_acc.core.data.read import Checked
+from llama_acc.core.data.items import Checked, Dialogue, Item, SingleTurn
 from llama_acc.core.data.templates import Template, Turn, get_template
 from llama_acc.core.errors import RunError
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer

@@ -16,7 +16,7 @@ from llama_acc.core.data import dataset as dataset_module
 from llama_acc.core.data import plain_text
 from llama_acc.core.data.batches import build, draws_of
 from llama_acc.core.data.dataset import Dataset, load_dataset, load_published, publish
-from llama_acc.core.data.read import stream_items
+from llama_acc.core.data.items import stream_items
 from llama_acc.core.data.sources import Source, expand
 from llama_acc.core.errors import UserError
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer

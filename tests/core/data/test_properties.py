@@ -14,8 +14,7 @@ from llama_acc.core.data.check import FileReport
 from llama_acc.core.data.checks import DatasetStats
 from llama_acc.core.data.encode import documents
 from llama_acc.core.data.findings import KINDS
-from llama_acc.core.data.items import Dialogue, SingleTurn, item_of
-from llama_acc.core.data.read import stream_items
+from llama_acc.core.data.items import Dialogue, SingleTurn, item_of, stream_items
 from llama_acc.core.data.templates import TEMPLATES, Turn, get_template
 from llama_acc.core.errors import DataError, UserError
 from llama_acc.core.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
