@@ -109,11 +109,7 @@ def catalogue() -> dict[str, Entry]:
 
 
 def find_entry(name: str) -> Entry:
-    """The entry of a name.
-
-    Raises:
-        UserError: there is none; near names are suggested.
-    """
+    """The entry of a name."""
     found = catalogue().get(name)
     if found is None:
         near = did_you_mean(name.lower(), catalogue())
@@ -202,11 +198,7 @@ def without_secrets(text: str) -> str:
 
 
 def parse_address(text: str) -> Address:
-    """Parse an address.
-
-    Raises:
-        UserError: it cannot be one, or its file name is longer than file systems take.
-    """
+    """Parse an address."""
     shown = without_secrets(text)
     if text.startswith("hf:"):
         match = _HUB.fullmatch(text.rstrip("/"))
@@ -326,11 +318,7 @@ def named_data(name: str) -> Path | None:
 
 
 def raw_files(name: str) -> list[Path]:
-    """The downloaded files of an entry that is to be converted.
-
-    Raises:
-        UserError: no such entry, or it is not downloaded yet.
-    """
+    """The downloaded files of an entry that is to be converted."""
     folder = find_entry(name).raw_folder
     found = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     if not found or (folder / INCOMING).is_dir():

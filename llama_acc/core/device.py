@@ -57,11 +57,7 @@ class Arriving:
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device asked for; else CUDA, then MPS, then CPU. Of several processes, each takes the GPU of its number.
-
-    Raises:
-        UserError: a device that does not exist here.
-    """
+    """The device asked for; else CUDA, then MPS, then CPU. Of several processes, each takes the GPU of its number."""
     several = world_size() > 1
     prepare_cuda()
     if name is None:

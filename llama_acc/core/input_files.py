@@ -93,11 +93,7 @@ class _Pipe(io.RawIOBase):
 
 
 def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
-    """The content of a small file.
-
-    Raises:
-        UserError: it is missing, unreadable, or longer than `most` bytes.
-    """
+    """The content of a file of at most `most` bytes."""
     data = bytearray()
     try:
         with open_input(path) as file:

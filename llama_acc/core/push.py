@@ -49,11 +49,7 @@ class Package(NamedTuple):
 
 
 def parse_repo(text: str) -> str:
-    """OWNER/NAME of `hf:OWNER/NAME`.
-
-    Raises:
-        UserError: it is no model's repository.
-    """
+    """OWNER/NAME of `hf:OWNER/NAME`."""
     address = parse_address(text if text.startswith("hf:") else f"hf:{text}")
     if not isinstance(address, HubAddress) or address.kind == "dataset" or address.revision or address.path:
         raise UserError(f"{text!r} is not the name of a model's repository", "write hf:OWNER/NAME")
@@ -156,9 +152,6 @@ def write_card(
 
     Of its run's folder is told what is there. `origin` is the base's name on Hugging Face, `bases` what the run started
     from, as it was given; `results` are JSON files of evaluations.
-
-    Raises:
-        UserError: a file cannot be read.
     """
     import jinja2
 
@@ -256,11 +249,7 @@ class Destination:
     """A model's repository on Hugging Face, there or to be made."""
 
     def __init__(self, repo: str, note: Note) -> None:
-        """Looks for the token; asks nothing yet.
-
-        Raises:
-            UserError: there is none.
-        """
+        """Looks for the token; asks nothing yet."""
         self._repo, self._hub = repo, HuggingFace(None, note)
         self._settings = f"{self._hub.endpoint}/settings/tokens"
         if self._hub.token is None:

@@ -354,11 +354,7 @@ class Recipe(Section):
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> "Recipe":
-        """Checks a mapping, after applying `key=value` overrides to it.
-
-        Raises:
-            UserError: as `load`.
-        """
+        """Checks a mapping, after applying `key=value` overrides to it."""
         try:
             return cls.model_validate(_overridden(values, overrides))
         except ValidationError as error:
@@ -376,11 +372,7 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(source: str | Path) -> Path:
-    """The file of a shipped recipe's name, or of a path.
-
-    Raises:
-        UserError: neither.
-    """
+    """The file of a shipped recipe's name, or of a path."""
     shipped = RECIPES_FOLDER / f"{source}.yaml"
     if shipped.is_file() and re.fullmatch(r"[\w.-]+", str(source)):
         return shipped

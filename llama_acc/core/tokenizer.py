@@ -390,9 +390,6 @@ class StreamDecoder:
 def load_tokenizer(path: str | Path, threads: int | None = None) -> Tokenizer:
     """The tokenizer of a file, or of a folder that holds one. SentencePiece encodes batches with so many `threads`;
     None: one for each core. (The other library obeys TOKENIZERS_PARALLELISM.)
-
-    Raises:
-        UserError: there is none, or it cannot be read.
     """
     path = Path(path).expanduser()
     if path.is_dir():

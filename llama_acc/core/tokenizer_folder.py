@@ -134,11 +134,7 @@ class _OfJson(msgspec.Struct):
 
 
 def parse_json_tokenizer(path: Path, data: bytes, rows: int | None) -> tuple[Any, tuple[str, ...]]:
-    """A tokenizer.json, and those of its added tokens that a model of so many rows has no row for, which it lacks.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """A tokenizer.json, and those of its added tokens that a model of so many rows has no row for, which it lacks."""
     from tokenizers import Tokenizer as Fast
 
     try:

@@ -49,11 +49,7 @@ class Base(JsonFile):
 
 
 def read_base(folder: Path) -> Base | None:
-    """What a checkpoint's base.json says; None = it has none.
-
-    Raises:
-        UserError: an unreadable file.
-    """
+    """What a checkpoint's base.json says; None = it has none."""
     path = folder / BASE_FILE
     return read_dataclass(path, Base) if path.is_file() else None
 
@@ -83,11 +79,7 @@ def missing_base_error(layout: Layout, option: str | None = None) -> UserError:
 
 
 def check_base(layouts: Sequence[Layout], config: ModelConfig) -> None:
-    """Refuses an adapter checkpoint on another base than it was trained on, or on none.
-
-    Raises:
-        UserError: naming both.
-    """
+    """Refuses an adapter checkpoint on another base than it was trained on, or on none."""
     if layouts and is_adapter_only(layouts[0]):
         raise missing_base_error(layouts[0])
     for place, layout in enumerate(layouts):

@@ -58,11 +58,7 @@ class Layout:
 
 
 def locate(name: str) -> Path:
-    """The checkpoint folder the user means: a folder, a run's folder (its latest checkpoint) or a downloaded name.
-
-    Raises:
-        UserError: nothing is there.
-    """
+    """The checkpoint folder the user means: a folder, a run's folder (its latest checkpoint) or a downloaded name."""
     folder = Path(name).expanduser()
     if not folder.exists():
         folder = named_model(name) or folder
@@ -202,11 +198,7 @@ def without_towers(layouts: Sequence[Layout]) -> list[Layout]:
 
 
 def check_order(layouts: Sequence[Layout]) -> None:
-    """Refuses a diff, or an adapter of PEFT, that has nothing before it.
-
-    Raises:
-        UserError: naming it.
-    """
+    """Refuses a diff, or an adapter of PEFT, that has nothing before it."""
     if layouts and layouts[0].format == "peft":
         folder, base = layouts[0].folder, read_object(layouts[0].folder / PEFT_CONFIG).get("base_model_name_or_path")
         hint = f"give its base first: {shlex.join(['--ckpt', str(base or 'DIR'), '--ckpt', str(folder)])}"

@@ -98,11 +98,7 @@ def open_shard(path: object) -> Shard:
 
 
 def open_safetensors(path: object) -> Shard:
-    """The tensors of a safetensors file by the names they have in it, memory-mapped.
-
-    Raises:
-        UserError: unreadable or cut short.
-    """
+    """The tensors of a safetensors file by the names they have in it, memory-mapped."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -190,11 +186,7 @@ def share_of(name: str, tensor: LazyTensor, rank: int, size: int) -> LazyTensor:
 
 
 def open_checkpoint(layout: Layout) -> Weights:
-    """The whole parameters of one checkpoint, whatever its format and model-parallel size; a diff's are differences.
-
-    Raises:
-        UserError: an unreadable file.
-    """
+    """The whole parameters of one checkpoint, whatever its format and model-parallel size; a diff's are differences."""
     if layout.format == "peft":
         from llama_acc.core.checkpoint.peft import read_peft
 
@@ -320,9 +312,6 @@ def _tie(weights: Weights, layout: Layout) -> None:
 def with_rows(config: ModelConfig, weights: Weights) -> ModelConfig:
     """The shape with a vocabulary of -1 (Meta's files) replaced by the embedding's number of rows, if that is there; an
     output matrix that is there is not tied to the embedding, whatever the file says.
-
-    Raises:
-        UserError: it has none.
     """
     if "output.weight" in weights.tensors:
         config = replace(config, tie_word_embeddings=False)

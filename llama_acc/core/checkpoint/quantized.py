@@ -50,11 +50,7 @@ class Quantization(JsonFile):
 
 
 def read_quantization(folder: Path) -> Quantization | None:
-    """What a checkpoint folder says of itself; None = it is not quantized.
-
-    Raises:
-        UserError: an unreadable file, or one of another version.
-    """
+    """What a checkpoint folder says of itself; None = it is not quantized."""
     path = folder / QUANTIZATION_FILE
     if not path.is_file():
         return None
@@ -65,11 +61,7 @@ def read_quantization(folder: Path) -> Quantization | None:
 
 
 def read_dataclass(path: Path, kind: type[_File]) -> _File:
-    """The dataclass that quantization.json or base.json holds.
-
-    Raises:
-        UserError: unreadable, or with keys that are not known, such as those of early versions.
-    """
+    """The dataclass that quantization.json or base.json holds."""
     try:
         return TypeAdapter(kind).validate_python(read_object(path))
     except ValidationError as error:

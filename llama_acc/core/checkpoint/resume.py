@@ -20,11 +20,7 @@ _MASTER = "master."
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
-    """Where a checkpoint stands: epoch, steps, what the run was. Its state is checked against the manifest.
-
-    Raises:
-        UserError: no state, or a damaged one.
-    """
+    """Where a checkpoint stands: epoch, steps, what the run was. Its state is checked against the manifest."""
     path = checkpoint / "state" / "progress.json"
     if not path.is_file():
         raise UserError(

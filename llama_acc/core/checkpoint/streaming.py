@@ -188,11 +188,7 @@ class BlockStream:
 
 
 def stream_blocks(model: Transformer, weights: Weights, device: torch.device) -> BlockStream:
-    """Streams a model's frozen matrices, which are taken out of the weights; the model is on the meta device.
-
-    Raises:
-        UserError: see `find_regions`.
-    """
+    """Streams a model's frozen matrices, which are taken out of the weights; the model is on the meta device."""
     regions = find_regions(model, weights)
     for name in regions:
         weights.tensors.pop(name, None)

@@ -58,11 +58,7 @@ class ChatTemplate(Template):
     _ends: list[list[str]] = PrivateAttr()
 
     def __init__(self, source: str, tokenizer: Tokenizer, path: Path, limits: Limits = Limits()) -> None:  # noqa: B008
-        """Of the Jinja text `source`, from `path`; it writes the tokenizer's special tokens.
-
-        Raises:
-            UserError: it is not Jinja.
-        """
+        """Of the Jinja text `source`, from `path`; it writes the tokenizer's special tokens."""
         stop = tuple(mark for mark in TURN_ENDS if mark in source)
         name = path.stem if path in CHAT_TEMPLATES.values() else CHAT_TEMPLATE
         super().__init__(name=name, kind="dialogue", bos=False, eos=False, stop=stop)
@@ -187,22 +183,14 @@ def _special_tokens(config: Path, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def own_template(folder: Path, tokenizer: Tokenizer) -> Template | None:
-    """The format a checkpoint has of its own: `template.json`, in which it was trained, else its chat template.
-
-    Raises:
-        UserError: one is there but cannot be used.
-    """
+    """The format a checkpoint has of its own: `template.json`, in which it was trained, else its chat template."""
     if (folder / TEMPLATE_FILE).is_file():
         return Template.load(folder / TEMPLATE_FILE)
     return _chat_template_of(folder, tokenizer)
 
 
 def template_of_folder(folder: Path, tokenizer: Tokenizer) -> tuple[Template, str]:
-    """A checkpoint's own format, else the bare instruction; and where that is known from, for showing.
-
-    Raises:
-        UserError: one is there but cannot be used.
-    """
+    """A checkpoint's own format, else the bare instruction; and where that is known from, for showing."""
     own = own_template(folder, tokenizer)
     if own is None:
         return get_template("none", tokenizer), f"none, as the folder has no {TEMPLATE_FILE} and no chat template"
@@ -266,11 +254,7 @@ def _checked_kind(template: Template, kind: str) -> Template:
 
 
 def template_from(path: Path, tokenizer: Tokenizer | None) -> Template:
-    """The prompt format of a file: a template.json, a chat template in jinja, or a tokenizer_config.json that has one.
-
-    Raises:
-        UserError: it cannot be read or used.
-    """
+    """The prompt format of a file: a template.json, a chat template in jinja or a tokenizer_config.json with one."""
     if path.suffix == ".json" and path.name != CONFIG_FILE:
         return Template.load(path)
     if tokenizer is None:

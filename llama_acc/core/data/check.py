@@ -233,11 +233,7 @@ def histogram(lengths: Sequence[int]) -> list[tuple[str, int, int]]:
 
 
 def plot_lengths(reports: Sequence[FileReport], max_tokens: int | None, path: Path) -> None:
-    """Draw a histogram of the lengths as a PNG, a few files apart, many together; `max_tokens` is a line in it.
-
-    Raises:
-        UserError: there are none, or it cannot be written.
-    """
+    """Draw a histogram of the lengths as a PNG, a few files apart, many together; `max_tokens` is a line in it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -159,9 +159,6 @@ def stream_items(
 
     `format` is "single_turn", "dialogue", "single_turn_llava" (a dialogue's first exchange as a single-turn item),
     "text" (see `plain_text`), or "auto": by the keys of its items. The file is no pipe.
-
-    Raises:
-        UserError: it cannot be read, or holds no items.
     """
     assert format in FORMATS
     is_document = data_suffix(path) in PLAIN_SUFFIXES

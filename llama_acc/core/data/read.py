@@ -332,9 +332,6 @@ def json_blocks(path: Path, progress: BytesRead | None = None) -> Iterator[tuple
 
     Nothing is parsed. An array is cut where an object begins as its first one does. If that object was within an item,
     no JSON is on either side of the cut: the block is wrong.
-
-    Raises:
-        UserError: the file cannot be read.
     """
     try:
         with _opened(path, pipes=False) as (stream, file):

@@ -94,11 +94,7 @@ def expand(
 
 
 def data_files(path: str | Path) -> list[Path]:
-    """The data files that a file name, folder or glob stands for, sorted.
-
-    Raises:
-        UserError: there are none.
-    """
+    """The data files that a file name, folder or glob stands for, sorted."""
     path = Path(path).expanduser()
     if path.is_dir():
         inside = _data_among(sorted(path.iterdir()))
@@ -162,11 +158,7 @@ def resolve_image_root(root: str, folder: Path | None) -> Path:
 
 
 def _template_of(source: Source) -> str | None:
-    """The prompt format that is given as a file, which is looked for as data is; None: it is given by name.
-
-    Raises:
-        UserError: it is not found.
-    """
+    """The prompt format that is given as a file, which is looked for as data is; None: it is given by name."""
     if not is_template_file(source.template):
         return None
     places = _places(source.template, source.folder)

@@ -239,11 +239,7 @@ class Template(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> "Template":
-        """Read a template.json.
-
-        Raises:
-            UserError: it cannot be read, or a newer llama-acc wrote it.
-        """
+        """Read a template.json."""
         settings = read_object(path)
         version = settings.get("format_version")
         if isinstance(version, int) and version > FORMAT_VERSION:
@@ -394,11 +390,7 @@ KINDS = tuple(USUAL)
 
 
 def check_template(name: str) -> None:
-    """Refuses a name that no shipped format has.
-
-    Raises:
-        UserError: with the near ones.
-    """
+    """Refuses a name that no shipped format has."""
     known = (*TEMPLATES, *CHAT_TEMPLATES)
     if name not in known:
         hint = did_you_mean(name, known) or f"there are: {', '.join(known)}"
@@ -406,11 +398,7 @@ def check_template(name: str) -> None:
 
 
 def get_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
-    """The shipped format of that name; without BOS where a tokenizer says that texts begin without.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The shipped format of that name; without BOS where a tokenizer says that texts begin without."""
     check_template(name)
     if name in CHAT_TEMPLATES:
         raise UserError(f"template {name} needs a tokenizer, as its special tokens are part of it", "give --tokenizer")

@@ -27,11 +27,7 @@ _THOUGHTS = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 
 def tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The functions that an item's assistant may call, each as `{"type": "function", "function": {"name", ...}}`.
-
-    Raises:
-        Malformed: they are no list of such functions.
-    """
+    """The functions that an item's assistant may call, each as `{"type": "function", "function": {"name", ...}}`."""
     name = key_of(row, TOOLS)
     if name is None or is_empty(found := _decoded(row[name], name)):
         return []
@@ -58,9 +54,6 @@ def _named(value: Any, what: str) -> dict[str, Any]:
 def calls_of(value: Any, name: str = "tool_calls") -> list[dict[str, Any]]:
     """A reply's calls, or its only one, each as `{"type": "function", "function": {"name", "arguments"}}`, perhaps
     with an `id`; they and their arguments may be JSON text.
-
-    Raises:
-        Malformed: they are no such calls.
     """
     found = _decoded(value, name)
     found = [found] if isinstance(found, dict) else [] if is_empty(found) else found
@@ -84,9 +77,6 @@ def calls_of(value: Any, name: str = "tool_calls") -> list[dict[str, Any]]:
 def message_fields(turn: Mapping[str, Any], role: str) -> dict[str, Any]:
     """What the message of a turn has besides role and text: a reply's `tool_calls` and `reasoning_content`, a result's
     `name` and `tool_call_id`.
-
-    Raises:
-        Malformed: they are not what they have to be.
     """
     keys = MESSAGE_KEYS.get(role, ())
     if turn.keys().isdisjoint(keys):
@@ -104,11 +94,7 @@ def message_fields(turn: Mapping[str, Any], role: str) -> dict[str, Any]:
 
 
 def called_in(text: str) -> dict[str, Any]:
-    """The fields of a turn whose text is its calls, perhaps behind thoughts; see `message_fields`.
-
-    Raises:
-        Malformed: it is something else.
-    """
+    """The fields of a turn whose text is its calls, perhaps behind thoughts; see `message_fields`."""
     thoughts = _THOUGHTS.match(text)
     calls = {"tool_calls": calls_of(text[thoughts.end() if thoughts else 0 :], "function_call")}
     return calls | ({"reasoning_content": thoughts[1].strip()} if thoughts and thoughts[1].strip() else {})

@@ -34,9 +34,6 @@ def launch_if_asked(
     """Runs `llama-acc ARGUMENTS` in several processes, if that is asked for and was not done yet.
 
     Args:
-        how: the flags.
-        device: the flag.
-        arguments: the words after `llama-acc`.
         check: is given the number of processes in all before any is started, and raises what would end each of them.
         tell: is given a line for the user.
 

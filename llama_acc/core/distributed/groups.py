@@ -121,11 +121,7 @@ def local_world_size() -> int:
 
 
 def check_world(model_parallel_size: int, processes: int) -> None:
-    """Refuses a number of processes that model-parallel groups cannot share out.
-
-    Raises:
-        UserError: naming both numbers.
-    """
+    """Refuses a number of processes that model-parallel groups cannot share out."""
     if processes % model_parallel_size:
         raise UserError(
             f"parallel.model_parallel_size is {model_parallel_size}, which does not divide the number of processes "
@@ -241,11 +237,7 @@ def _groups(model_parallel_size: int, timeout: timedelta | None) -> Parallel:
 
 @contextlib.contextmanager
 def simulated(rank: int, processes: int, model_parallel_size: int) -> Iterator[Parallel]:
-    """Makes this process one of many that are not there, for a while; what they would tell each other is not true.
-
-    Raises:
-        UserError: their number is not a multiple of `model_parallel_size`.
-    """
+    """Makes this process one of many that are not there, for a while; what they would tell each other is not true."""
     from fairscale.nn.model_parallel import initialize
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

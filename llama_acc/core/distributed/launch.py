@@ -42,14 +42,9 @@ _STOPPED = {*EXIT_CODES.values(), *(-number for number in EXIT_CODES)}
 
 
 def processes_here(wanted: str, on_gpu: bool | None) -> int:
-    """Number of processes `--nproc` asks for.
+    """Number of processes `--nproc` asks for: a number, or "auto", which is one for each GPU, or one.
 
-    Args:
-        wanted: a number, or "auto": one for each GPU, or one.
-        on_gpu: whether each needs a GPU of its own; None = if there is one.
-
-    Raises:
-        UserError: more than there are GPUs.
+    `on_gpu`: whether each needs a GPU of its own; None = if there is one.
     """
     gpus = torch.cuda.device_count() if on_gpu is not False else 0
     if wanted == "auto":
@@ -63,11 +58,7 @@ def processes_here(wanted: str, on_gpu: bool | None) -> int:
 def launch(how: Launch, processes: int, arguments: Sequence[str], tell: Callable[[str], None]) -> int:
     """Runs `llama-acc ARGUMENTS` in so many processes on this machine, until all have ended.
 
-    Args:
-        how: the flags.
-        processes: on this machine.
-        arguments: the words after `llama-acc`.
-        tell: is given a line for the user where other machines are waited for, and at a restart.
+    `tell` is given a line for the user where other machines are waited for, and at a restart.
 
     Returns:
         0, or 130 or 143 if Ctrl-C or SIGTERM, which all processes were told of, ended it.

@@ -74,11 +74,7 @@ def evaluation_transform(loaded: LoadedModel) -> Transform:
 
 
 def load_image(loaded: LoadedModel, reference: str, name: str, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """A picture as the model takes it.
-
-    Raises:
-        UserError: it cannot be used, or the model takes none.
-    """
+    """A picture as the model takes it."""
     pixels = pixels_or_problem(ImageJob(reference, evaluation_transform(loaded), max_pixels=max_pixels))
     if isinstance(pixels, str):
         raise UserError(f"{name}: {pixels}")

@@ -126,11 +126,7 @@ class Conversation:
 
     @property
     def last_question(self) -> str:
-        """The text of the last question.
-
-        Raises:
-            UserError: there is none.
-        """
+        """The text of the last question."""
         return self._to_last_question()[-1].text
 
     def ask(self, question: str, images: Pixels = (), replace_last: bool = False) -> Generator[str, None, None]:

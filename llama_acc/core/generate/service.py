@@ -99,9 +99,6 @@ class Service:
     def generate(self, prompts: Iterable[Prompt], sampler: Sampler) -> Iterator[tuple[Reply, str]]:
         """As `Engine.generate`, one reply after the other, for a thread that waits. The engine does not wait for it: a
         reply may have more tokens than what has come of its text.
-
-        Raises:
-            see `submit`.
         """
         for index, prompt in enumerate(prompts):
             came: queue.SimpleQueue[Event] = queue.SimpleQueue()

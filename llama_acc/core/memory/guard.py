@@ -47,9 +47,6 @@ def setup_of_run(plan: Plan, world_size: int, device_type: str, items: Sequence[
 def stream_if_needed(plan: Plan, world_size: int, device: torch.device) -> Plan:
     """The plan, with its base streamed if the recipe leaves that open, the least run does not fit without, and it can
     be.
-
-    Raises:
-        UserError: it is to be streamed, and cannot be.
     """
     train = plan.recipe.train
     if train.stream_base is True:
@@ -121,11 +118,7 @@ def _chosen_text(train: TrainSection) -> str:
 
 
 def check_fits(plan: Plan, parallel: Parallel, device: torch.device) -> None:
-    """Refuses a run that cannot fit into the memory that is free.
-
-    Raises:
-        UserError: what it takes, part by part, what there is, and what to change.
-    """
+    """Refuses a run that cannot fit into the memory that is free."""
     free = free_memory(device) // (local_world_size() if device.type == "cpu" else 1)
     setup = setup_of_run(plan, parallel.world_size, device.type)
     if device.type == "mps" or _bound(setup) * _FAR_BELOW < free:

@@ -132,11 +132,7 @@ def work_of(setup: Setup, texts: Texts) -> float:
 
 
 def read_texts(path: Path) -> Texts:
-    """The numbers of a run's data.json.
-
-    Raises:
-        UserError: it is no such file.
-    """
+    """The numbers of a run's data.json."""
     try:
         report = read_object(path)
         squares = report["items"] * _mean_square(report["lengths"])

@@ -63,11 +63,7 @@ class MemoryRequest:
 
 
 def setup_of(request: MemoryRequest) -> Setup:
-    """The run a request means, on examples that are all as long as they may be.
-
-    Raises:
-        UserError: there is no such recipe or model, or the values do not go together.
-    """
+    """The run a request means, on examples that are all as long as they may be."""
     recipe, config = recipe_and_config(request)
     size, gpus = recipe.parallel.model_parallel_size, request.gpus or recipe.parallel.model_parallel_size
     check_divides(config, size)

@@ -128,12 +128,8 @@ class Attend(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotates: bool = True, window: int | None = None) -> Tensor:
         """[T, H, D], [T, K, D], [T, K, D] to the heads' outputs side by side, [T, H*D].
 
-        Args:
-            q: queries.
-            k: keys.
-            v: values.
-            rotates: queries and keys are rotated to their positions.
-            window: a position sees only so many last ones, itself among them; None: all before it.
+        If it `rotates`, queries and keys are rotated to their positions. With a `window`, a position sees only so many
+        last ones, itself among them.
         """
 
     def prefix_heads(self, common: bool, make: Callable[[], list[PrefixHeads]]) -> list[PrefixHeads]:

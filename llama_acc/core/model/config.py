@@ -194,9 +194,6 @@ class ModelConfig(Params):
 
         A vocabulary padded to a round size is usual: rows without a piece are accepted up to the next multiple of 64,
         or one for 64 pieces, at most 511 (Qwen2.5-7B has 152,064 rows, 297 times 512, for 151,665 pieces).
-
-        Raises:
-            UserError: naming both sizes.
         """
         spare = self.vocab_size - pieces
         if 0 <= spare <= min(pieces // 64, 511) or spare == -pieces % 64:
@@ -265,11 +262,7 @@ def _known_context(config: ModelConfig) -> int:
 
 
 def read_params(paths: Sequence[Path]) -> dict[str, Any]:
-    """The union of several params.json files; the last one wins.
-
-    Raises:
-        UserError: a file that is missing, unreadable or not a JSON object.
-    """
+    """The union of several params.json files; the last one wins."""
     union: dict[str, Any] = {}
     for path in paths:
         union |= read_object(path)
@@ -284,11 +277,7 @@ def named_sizes() -> dict[str, ModelConfig]:
 
 
 def named_size(name: str) -> ModelConfig:
-    """The shape of a size known by name.
-
-    Raises:
-        UserError: an unknown name, with the near ones.
-    """
+    """The shape of a size known by name."""
     sizes = named_sizes()
     if name not in sizes:
         raise UserError(f"unknown model size '{name}'", did_you_mean(name, sizes) or f"known sizes: {', '.join(sizes)}")
@@ -309,11 +298,7 @@ SIZES = (1, 2, 4, 8)
 
 
 def check_divides(config: ModelConfig, size: int) -> None:
-    """Refuses a model-parallel size that does not divide the model.
-
-    Raises:
-        UserError: every number it does not divide, with the size.
-    """
+    """Refuses a model-parallel size that does not divide the model."""
     if size not in SIZES:
         raise UserError(f"model-parallel size {size} is not one of {', '.join(map(str, SIZES))}")
     numbers = {

@@ -112,13 +112,8 @@ def nbytes(rows: int, columns: int) -> int:
 def quantize(read: Callable[[int, int], Tensor], shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Scales]:
     """Quantizes a matrix that is never held as a whole, unless its rows do not consist of whole blocks.
 
-    Args:
-        read: gives the rows from start to stop, float, on `device`.
-        shape: [rows, columns].
-        device: where the result is to be.
-
-    Returns:
-        The packed values, [rows, columns / 2] bytes, and the scales.
+    `read` gives the rows from start to stop, float, on `device`. Returns the packed values, [rows, columns / 2] bytes,
+    and the scales.
     """
     rows, columns = shape
     packed = torch.empty(packed_shape(rows, columns), dtype=torch.uint8, device=device)

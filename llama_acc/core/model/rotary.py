@@ -18,12 +18,7 @@ def frequencies(config: ModelConfig, length: int, device: torch.device) -> tuple
 
     Frequency i is theta^(-2i / D), changed as `rope_scaling` says, by the formulas of transformers: `linear` (positions
     are interpolated, arXiv:2306.15595), `dynamic` (theta grows with the length of the text), `llama3` (long waves are
-    interpolated) and `yarn` (arXiv:2309.00071).
-
-    Args:
-        config: of the model.
-        length: of the text, in tokens: `dynamic` depends on it.
-        device: where the result goes.
+    interpolated) and `yarn` (arXiv:2309.00071). `length` is the text's, in tokens: `dynamic` depends on it.
     """
     size, theta, scaling = config.head_size, config.rope_theta, config.rope_scaling
     powers = torch.arange(0, size, 2, device=device, dtype=torch.float32) / size

@@ -343,12 +343,7 @@ def is_matrix(name: str) -> bool:
 def quantizable(config: ModelConfig, skip: Sequence[str] = ()) -> list[str]:
     """Names of the matrices that NF4 is for: those of the blocks and the output matrix, less those to skip.
 
-    Args:
-        config: the model's shape.
-        skip: names, or parts of names between dots: `output`, `wv`, `layers.31`, `layers.31.feed_forward.w2`.
-
-    Raises:
-        UserError: one that is no matrix's.
+    `skip` has names, or parts of names between dots: `output`, `wv`, `layers.31`, `layers.31.feed_forward.w2`.
     """
     names = [name.removesuffix(".weight") for name, one in describe(config.base()).items() if one.is_matrix]
     for wanted in skip:
@@ -374,11 +369,7 @@ def freeze_untrained(model: Transformer, dtype: torch.dtype | None = None) -> No
 
 
 def quantize_on_meta(model: Transformer, skip: Sequence[str] = ()) -> None:
-    """Makes room for matrices in NF4 in place of what they are, but for those to `skip`; call it on meta.
-
-    Raises:
-        UserError: a matrix that cannot be quantized; see also `quantizable`.
-    """
+    """Makes room for matrices in NF4 in place of what they are, but for those to `skip`; call it on meta."""
     for name in quantizable(model.config, skip):
         module = model.get_submodule(name.removesuffix(".weight"))
         assert isinstance(module, Linear)

@@ -293,11 +293,7 @@ class ClipTower(Tower):
 
 
 def check_towers_can_be_made(vision: Vision | None) -> None:
-    """Refuses to go on without what a frozen encoder needs.
-
-    Raises:
-        UserError: transformers is not there.
-    """
+    """Refuses to go on without what a frozen encoder needs."""
     is_needed = vision is not None and not vision.trains_encoder
     if is_needed and importlib.util.find_spec("transformers") is None:
         raise UserError(
@@ -334,11 +330,7 @@ def make_tower(vision: Vision, dtype: torch.dtype, seed: int | None = None) -> T
 
 @lru_cache(8)
 def tower_shapes(vision: Vision | None) -> Mapping[str, tuple[int, ...]]:
-    """Names and shapes of the frozen tower's parameters; none where there is no tower.
-
-    Raises:
-        UserError: see `make_tower`.
-    """
+    """Names and shapes of the frozen tower's parameters; none where there is no tower."""
     if vision is None or vision.trains_encoder:
         return {}
     tower = make_tower(vision, torch.float32)

@@ -184,11 +184,7 @@ def vision_of(encoder: str, sizes: Mapping[str, Any] | None = None, where: objec
 
 
 def read_vision(path: Path) -> Vision:
-    """What a checkpoint's vision.json says.
-
-    Raises:
-        UserError: unreadable, unusable, or written by a newer version.
-    """
+    """What a checkpoint's vision.json says."""
     try:
         values = read_object(path)
         version, encoder = values.pop("format_version"), values.pop("encoder")

@@ -138,13 +138,8 @@ def write_report(
 ) -> None:
     """Writes loss.png and report.md from metrics.jsonl.
 
-    Args:
-        run: the run's folder.
-        plan: what was to be done.
-        device: where it was computed.
-        seconds: time this process took, data and saving included.
-        state: how it ended, a sentence.
-        done: what was done, as pairs of a subject and a text.
+    `seconds` is what this process took, data and saving included; `state`, how it ended, a sentence; `done`, what was
+    done, as pairs of a subject and a text.
     """
     metrics, _ = read_metrics(run / METRICS)
     steps = [line for line in metrics if "loss" in line]

@@ -62,12 +62,8 @@ class ClippedAdamW:
 
     @torch.no_grad()
     def step(self, lr: float, norm: Tensor, loss: Tensor) -> None:
-        """One update from the parameters' gradients, which are then dropped.
-
-        Args:
-            lr: learning rate.
-            norm: scalar, the L2 norm of the gradients of all ranks together.
-            loss: scalar; where it or the norm is not finite, nothing changes.
+        """One update from the parameters' gradients, which are then dropped; none where the loss or `norm`, the L2 norm
+        of the gradients of all ranks together, is not finite.
         """
         finite = torch.isfinite(norm) & torch.isfinite(loss)
         gradients = {name: _local(p.grad) for name, p in self.named.items() if p.grad is not None}

@@ -150,11 +150,7 @@ def refuse_non_empty(path: Path) -> None:
 
 
 def check_disk(plan: Plan, output: Path, done: int = 0) -> None:
-    """Compares the space that checkpoints will take, besides those in `output`, with what is free.
-
-    Raises:
-        UserError: too little, naming both.
-    """
+    """Compares the space that checkpoints will take, besides those in `output`, with what is free."""
     existing = len(checkpoints(output))
     needed, free, one = plan.disk_bytes(existing, done), free_bytes(output), plan.checkpoint_bytes()
     if needed > free:

@@ -39,11 +39,7 @@ class Run:
 
 
 def find_runs(*folders: Path) -> list[Run]:
-    """The runs in and below folders, the one that wrote last first. Links are not followed.
-
-    Raises:
-        UserError: there is no such folder.
-    """
+    """The runs in and below folders, the one that wrote last first. Links are not followed."""
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}", "give the folder that runs are in: llama-acc runs FOLDER")

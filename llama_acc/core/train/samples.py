@@ -38,11 +38,7 @@ class Samples(NamedTuple):
 
 
 def read_prompts(given: list[str] | str | None, folder: Path | None) -> list[str]:
-    """The sample prompts of a recipe in `folder`: its list, or the lines of its text file.
-
-    Raises:
-        UserError: the file is missing, or holds none.
-    """
+    """The sample prompts of a recipe in `folder`: its list, or the lines of its text file."""
     prompts = given or []
     if isinstance(prompts, str):
         path = beside(prompts, folder)
@@ -58,11 +54,7 @@ def read_prompts(given: list[str] | str | None, folder: Path | None) -> list[str
 def plan_samples(
     prompts: list[str], max_new_tokens: int, template: Template, tokenizer: Tokenizer, context: int
 ) -> Samples:
-    """What answering the prompts takes.
-
-    Raises:
-        UserError: one leaves no room for an answer.
-    """
+    """What answering the prompts takes."""
     longest = 0
     for prompt in prompts:
         length = len(template.prompt_ids(tokenizer, [Turn("human", prompt)]))

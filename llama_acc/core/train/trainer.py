@@ -63,11 +63,7 @@ def model_for_training(config: ModelConfig, settings: StepSettings, parallel: Pa
 
 
 def check_streams(plan: Plan) -> None:
-    """Checks that the base of a plan can be streamed.
-
-    Raises:
-        UserError: it cannot, and what to type instead.
-    """
+    """Checks that the base of a plan can be streamed."""
     weights = read_base_weights(plan.layouts, plan.config, Parallel()) or Weights()
     find_regions(model_for_training(plan.config, plan.settings, Parallel()), weights)
 

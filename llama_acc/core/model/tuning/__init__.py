@@ -55,11 +55,7 @@ class Tuning:
         return self
 
     def check(self, widths: Mapping[str, int], n_layers: int) -> None:
-        """Refuses settings that do not go with a model of these widths, by what they are called, and so many blocks.
-
-        Raises:
-            UserError: naming both.
-        """
+        """Refuses settings that do not go with a model of these widths, by what they are called, and so many blocks."""
 
     def attach(self, model: "Transformer") -> None:
         """Adds the method's parameters to a LLaMA on the meta device. Those of the LLaMA are frozen, if the method
@@ -97,11 +93,7 @@ class Tuning:
         return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
 
     def peft_config(self) -> dict[str, Any]:
-        """What it adds to PEFT's adapter_config.json.
-
-        Raises:
-            UserError: PEFT has no such method.
-        """
+        """What it adds to PEFT's adapter_config.json."""
         raise UserError(f"method {self.method} has no LoRA pairs, which is what a PEFT adapter is", "use --to hf")
 
     def to_keys(self, beside: "Tuning") -> str:
@@ -151,11 +143,7 @@ def tuning_of(llama_type: str, arguments: Mapping[str, Any]) -> tuple[Tuning, di
 
 
 def whole_number(arguments: Mapping[str, Any], key: str, default: int) -> int:
-    """A number among LLaMA2-Accessory's arguments, in which what is absent has its default.
-
-    Raises:
-        UserError: it is none, or too large for any model.
-    """
+    """A number among LLaMA2-Accessory's arguments, in which what is absent has its default."""
     value = arguments.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value > 2**20:
@@ -164,11 +152,7 @@ def whole_number(arguments: Mapping[str, Any], key: str, default: int) -> int:
 
 
 def switches(arguments: Mapping[str, Any]) -> tuple[bool, bool, int]:
-    """Whether LLaMA2-Accessory's kind `llama_peft` has biases, trains norms, and the rank of its LoRA pairs (0: none).
-
-    Raises:
-        UserError: a rank that is no number.
-    """
+    """Whether LLaMA2-Accessory's kind `llama_peft` has biases and trains norms, and its LoRA pairs' rank (0: none)."""
     rank = max(whole_number(arguments, "lora_rank", -1), 0)
     return bool(arguments.get("bias_tuning", True)), bool(arguments.get("norm_tuning", True)), rank
 
