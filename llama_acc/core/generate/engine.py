@@ -161,8 +161,11 @@ class Reply:
             return self._held[: min(found)]
         if self.ended:
             return self._held.removesuffix(self._end)
-        begun = [n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])]
-        at = len(self._held) - max(begun, default=0)
+        length = len(self._held)
+        begun = [
+            n for stop in self._stops for n in range(1, min(len(stop), length + 1)) if self._held.endswith(stop[:n])
+        ]
+        at = length - max(begun, default=0)
         released, self._held = self._held[:at], self._held[at:]
         return released
 

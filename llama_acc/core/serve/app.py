@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from llama_acc.core.data.images import decode
 from llama_acc.core.data.keys import Malformed
 from llama_acc.core.errors import LlamaAccError, UserError
 from llama_acc.core.generate.caption import evaluation_transform
-from llama_acc.core.generate.chat import checked_text, encode_prompt
+from llama_acc.core.generate.chat import encode_prompt
 from llama_acc.core.generate.engine import Prompt, Reply
 from llama_acc.core.generate.grammar import JsonGrammars
 from llama_acc.core.generate.load import LoadedModel
@@ -35,6 +36,7 @@ from llama_acc.core.serve.protocol import ChatRequest, CompletionRequest, dumps
 
 _MOST_PIXELS = 25_000_000  # of a picture: 75 MB when it is unpacked, several times at once
 _COMPLETION_TOKENS = 16  # OpenAI's API continues a text by so many, where nothing else is asked for
+_TOKEN_CHARACTERS = 128  # no token of LLaMA's tokenizers has more
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -104,13 +106,16 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
+        # Of a union, what lies deepest is wrong with the branch that fits best.
+        errors = sorted(error.errors(), key=lambda one: -len(one["loc"]))
+        first, places = errors[0], [_place(one["loc"]) for one in errors]
         if first["type"] == "json_invalid":
             return error_response(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-        place = ".".join(str(part) for part in first["loc"][1:])
         unknown = first["type"] == "extra_forbidden"
-        message = "it is not known here" if unknown else first["msg"]
-        return error_response(400, f"{place or 'the body'}: {message}", "unknown_parameter" if unknown else None, place)
+        messages = dict.fromkeys(one["msg"] for one, at in zip(errors, places, strict=True) if at == places[0])
+        message = "it is not known here" if unknown else "; or: ".join(messages)
+        code = "unknown_parameter" if unknown else None
+        return error_response(400, f"{places[0] or 'the body'}: {message}", code, places[0])
 
     @app.exception_handler(Malformed)
     @app.exception_handler(UserError)
@@ -139,6 +144,12 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def fault(_: Request, error: Exception) -> Response:
         return error_response(500, f"{type(error).__name__}: this is a fault of the server")
+
+
+def _place(location: Sequence[int | str]) -> str:
+    """The key that pydantic means; what it calls a union's branch is no part of it."""
+    parts = map(str, location[1:])
+    return ".".join(part for part in parts if not re.search(r"\[|^(constrained-)?(str|int)$", part))
 
 
 class Metrics:
@@ -191,12 +202,12 @@ class _Front:
         """What is to be generated for a conversation, `n` times. It takes a while."""
         loaded = self.model(body.model)
         system, turns, files = body.conversation()
-        for turn in turns:
-            checked_text(turn.text)
+        context = self._service.engine.context
+        _check_length(dumps([system, [(turn.text, turn.more) for turn in turns], body.tools]), context)
         prompt = encode_prompt(loaded, turns, len(files), system, body.tools_to_call())
-        if files:
+        if len(prompt.tokens) < context:  # else it is refused, before pictures are unpacked
             prompt = prompt._replace(images=[_pixels(loaded, file) for file in files])
-        most = body.max_completion_tokens or body.max_tokens or self._service.engine.context
+        most = body.max_completion_tokens or body.max_tokens or context
         sampling = body.sampling(most, body.logprobs_of())
         schema = body.schema_of_answer()
         grammar = None if schema is None else self._grammars_of(loaded).of_schema(schema)
@@ -206,7 +217,7 @@ class _Front:
         """What is to be generated for texts, `n` times each."""
         loaded = self.model(body.model)
         sampling = body.sampling(body.max_tokens or _COMPLETION_TOKENS, body.logprobs)
-        prompts = [_continued(loaded, prompt) for prompt in body.prompts()]
+        prompts = [_continued(loaded, prompt, self._service.engine.context) for prompt in body.prompts()]
         count = body.n or 1
         samplers = _samplers(Sampler(sampling), count * len(prompts))
         return [(prompts[number // count], sampler) for number, sampler in enumerate(samplers)]
@@ -246,11 +257,18 @@ def _samplers(first: Sampler, count: int) -> list[Sampler]:
     return [first.spawn() for _ in range(count)]
 
 
-def _continued(loaded: LoadedModel, prompt: str | list[int]) -> Prompt:
+def _check_length(text: str, context: int) -> None:
+    """Refuses what cannot fit into the context before it is encoded, which takes a minute for 30 MB."""
+    if len(text) > _TOKEN_CHARACTERS * context:
+        raise UserError(f"the prompt has {len(text):,} characters, the context is {context} tokens")
+
+
+def _continued(loaded: LoadedModel, prompt: str | list[int], context: int) -> Prompt:
     """A prompt that is no conversation. Special tokens in it are meant: it may be one rendered elsewhere."""
     rows = loaded.model.config.vocab_size
     if isinstance(prompt, str):
-        tokens = loaded.tokenizer.encode(checked_text(prompt))
+        _check_length(prompt, context)
+        tokens = loaded.tokenizer.encode(prompt)
         if loaded.tokenizer.settings.add_bos is not False and tokens[:1] != [loaded.tokenizer.bos_id]:
             tokens.insert(0, loaded.tokenizer.bos_id)
         prompt = tokens or [loaded.tokenizer.bos_id]

@@ -3,6 +3,7 @@
 import ipaddress
 import secrets
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -78,7 +79,7 @@ class Guard:
         if not _may_be_called(headers.get("host", ""), access.hosts):
             return error_response(403, "the Host header names another machine than this", "host_not_allowed")
         origin = headers.get("origin")
-        if origin is not None and origin not in access.origins and urlsplit(origin).netloc != headers.get("host"):
+        if origin is not None and origin not in access.origins and origin.partition("://")[2] != headers.get("host"):
             return error_response(403, f"pages from {origin} may not ask", "origin_not_allowed")
         if access.key is not None and path != "/health":
             given = headers.get("authorization", "").encode()
@@ -96,9 +97,8 @@ def _may_be_called(host: str, names: Sequence[str]) -> bool:
     """Whether a Host header, NAME or NAME:PORT, names this server."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
-        ipaddress.ip_address(name)
     except ValueError:
-        pass
-    else:
-        return True
+        return False
+    with suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
     return name in names

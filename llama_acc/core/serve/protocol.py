@@ -10,16 +10,19 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llama_acc.core.data.templates import Turn
 from llama_acc.core.data.tools import message_fields, tools_of
 from llama_acc.core.errors import UserError
+from llama_acc.core.generate.chat import checked_text
 from llama_acc.core.generate.grammar import JSON_OBJECT
 from llama_acc.core.generate.sampling import Sampling
 
 _Token = Annotated[int, Field(ge=0, lt=2**31)]
+_Stop = Annotated[str, Field(max_length=1000)]  # each token is compared with all its beginnings
 _MOST_CHOICES = 128
+_DEEPEST = 100  # objects and lists within each other: a schema that goes deeper is none that llguidance reads
 
 
 class _Given(BaseModel):
@@ -104,7 +107,7 @@ class _Asked(_Given):
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=_MOST_CHOICES)
-    stop: str | Annotated[list[str], Field(max_length=64)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=64)] | None = None
     max_tokens: int | None = Field(None, ge=1, le=2**31)
     presence_penalty: float | None = Field(None, ge=-100, le=100)
     frequency_penalty: float | None = Field(None, ge=-100, le=100)
@@ -117,6 +120,12 @@ class _Asked(_Given):
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     stop_token_ids: Annotated[list[_Token], Field(max_length=64)] | None = None
     user: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _checked(cls, body: Any) -> Any:
+        _check(body)
+        return body
 
     def sampling(self, most: int, logprobs: int | None) -> Sampling:
         """How tokens are chosen, of which there are `most` where nothing else is asked for.
@@ -231,6 +240,18 @@ class CompletionRequest(_Asked):
         if isinstance(self.prompt[0], int):
             return [self.prompt]
         return self.prompt
+
+
+def _check(value: Any, depth: int = 0) -> None:
+    """A UserError for what JSON may hold and nothing else takes: half a surrogate pair, nesting without end."""
+    if depth > _DEEPEST:
+        raise UserError(f"the body is nested more than {_DEEPEST} deep")
+    if isinstance(value, str):
+        checked_text(value)
+    elif isinstance(value, (dict, list)):
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
+            if isinstance(part, (str, dict, list)):
+                _check(part, depth + 1)
 
 
 def _file_of(address: str) -> bytes:

@@ -1,6 +1,7 @@
 """What OpenAI's own client gets from the server: each answer is the one that the model gives alone."""
 
 import base64
+import functools
 import io
 import json
 import socket
@@ -239,6 +240,7 @@ def test_models_are_listed_and_others_are_not_found(client: openai.OpenAI) -> No
 
 
 SYSTEM, USER = {"role": "system", "content": "a"}, {"role": "user", "content": "a"}
+NESTED = {"name": "a", "schema": functools.reduce(lambda inner, _: {"items": inner}, range(100), dict[str, Any]())}
 PICTURE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}]}
 
 
@@ -260,10 +262,18 @@ PICTURE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url"
         ({"logit_bias": {"300": 1}}, "tokens of the vocabulary, 0 to 299"),
         ({"response_format": {"type": "json_schema"}}, "needs a json_schema"),
         ({"stop": ""}, "a stop string has no characters"),
+        ({"stop": "a" * 1001}, "stop: String should have at most 1000 characters"),
+        ({"stop": ["a"] * 65}, "stop: Input should be a valid string; or: List should have at most 64 items"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "messages.0.content.0: Input tag 'audio'"),
+        ({"messages": [{"role": "user", "content": "a" * 128 * 256}]}, "characters, the context is 256"),
+        ({"messages": [{"role": "system", "content": "\ud800"}, USER]}, "not valid Unicode"),
+        ({"response_format": {"type": "json_schema", "json_schema": NESTED}}, "nested more than 100 deep"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": NESTED}}]}, "nested more than 100"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(change: dict[str, Any], words: str, server: Running) -> None:
-    response = httpx2.post(f"{server.url}/v1/chat/completions", json={**ASK, **change})
+    body, json_only = json.dumps({**ASK, **change}), {"Content-Type": "application/json"}
+    response = httpx2.post(f"{server.url}/v1/chat/completions", content=body, headers=json_only)
     assert response.status_code == 400
     error = response.json()["error"]
     assert words in error["message"]
@@ -294,11 +304,16 @@ def test_who_may_not_ask_is_refused(small: LoadedModel) -> None:
 
         assert ask().status_code == 200
         assert ask(Host="myhost:80").status_code == ask(Host="[::1]:80").status_code == 200
-        assert ask(Host="rebound.example.org").status_code == ask(Host="").status_code == 403
+        assert (
+            ask(Host="rebound.example.org").status_code
+            == ask(Host="").status_code
+            == ask(Host="[::").status_code
+            == 403
+        )
         assert ask(Authorization="Bearer another").status_code == ask(Authorization="").status_code == 401
         assert ask("/health", Authorization="").json() == {"status": "ok"}
         assert ask("/metrics", Authorization="").status_code == 401
-        assert ask(Origin="https://elsewhere.example.org").status_code == 403
+        assert ask(Origin="https://elsewhere.example.org").status_code == ask(Origin="http://[::").status_code == 403
         assert ask(Origin=running.url).status_code == 200
         allowed = ask(Origin="https://chat.example.org").headers
         assert allowed["access-control-allow-origin"] == "https://chat.example.org"
