@@ -5,6 +5,7 @@ import io
 import itertools
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from tests.hub import Servers, running
 if shutil.which("nvidia-smi") is None:
     # Without a GPU Triton's kernels run in its interpreter, which has to be said before Triton is imported.
     os.environ["TRITON_INTERPRET"] = "1"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As a shell's `&` begins the tests: the commands that they start would ignore Ctrl-C, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _ROOT = Path(__file__).resolve().parents[1]
 _SHARED = _ROOT.parent / "shared"

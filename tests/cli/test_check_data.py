@@ -84,7 +84,12 @@ def test_lengths_cuts_and_drops_with_a_tokenizer_and_a_picture_of_them(tmp_path:
     report = json.loads(invoke(*CHECK, tmp_path / "a.json", *flags, "--json", "--preview", 1).stdout)
     [file], [shown] = report["files"], report["preview"]
     assert (report["fatal"], file["dropped"], file["truncated"], file["max_tokens"]) == (0, 1, 1, 60)
-    assert file["findings"]["cut"]["places"][0]["where"] == "item 2"
+    [cut], [gone] = (file["findings"][kind]["places"] for kind in ("cut", "no_label"))
+    lost = file["truncated_tokens"]
+    assert cut["where"] == "item 2"
+    assert cut["message"] == f"{60 + lost} tokens: the last {lost} are cut, {lost} of them trained"
+    assert "the first trained token is number " in gone["message"]
+    assert ", and only 60 are kept" in gone["message"]
     assert shown["pieces"][0] == {"text": "<s>", "trained": False, "special": True}
 
 
@@ -112,11 +117,21 @@ def test_a_preview_marks_what_is_trained_and_what_only_looks_like_a_special_toke
     assert "⟦" not in shown
 
 
-def test_a_file_that_cannot_be_read_does_not_hide_the_others(tmp_path: Path) -> None:
-    result = invoke(*CHECK, write(tmp_path / "b.json", "["), write(tmp_path / "c.json", [GOOD]))
+def test_a_file_that_cannot_be_read_hides_neither_what_stands_before_nor_the_others(tmp_path: Path) -> None:
+    """Of items that are there more than once both places are named, in another file, too."""
+    rows = [{**GOOD, "instruction": f"{i}?"} for i in range(3)]
+    broken = write(tmp_path / "a.json", json.dumps([rows[0], {**GOOD, "output": ""}])[:-1] + ', {"x": }]')
+    table, same = write(tmp_path / "b.csv", "question,answer\na,b\n"), write(tmp_path / "c.json", [*rows, rows[1]])
+    result = invoke(*CHECK, broken, table, same, write(tmp_path / "d.json", []), "--json")
     assert result.exit_code == 2
-    assert "cannot be read: " in result.stdout
-    assert "1 of 2 files cannot be read to the end" in result.stderr
+    assert "3 of 4 files cannot be read to the end" in result.stderr
+    first, second, third, fourth = json.loads(result.stdout)["files"]
+    assert [file["error"] is not None for file in (first, second, third, fourth)] == [True, True, False, True]
+    assert "line 1" in first["error"]
+    assert (first["items"], list(first["findings"])) == (2, ["empty_reply"])
+    assert "found: question, answer" in second["hint"]
+    found = [(place["where"], place["message"]) for place in third["findings"]["duplicate"]["places"]]
+    assert found == [("item 1", "the same as item 1 of a.json"), ("item 4", "the same as item 2")]
 
 
 def test_all_of_a_folder_is_checked_without_torch(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_acc.core.data.batches import assign_to_ranks, build, epoch_length, epoch_order, micro_batches, step_items
+from llama_acc.core.data.batches import assign_to_ranks, build, epoch_length, epoch_order, micro_batches
 
 
 def test_an_epochs_order_is_a_permutation_by_seed_and_epoch_that_never_changes() -> None:
@@ -24,13 +24,6 @@ def test_an_item_is_used_as_often_as_its_source_weighs_and_a_fraction_is_drawn_f
     assert abs(mean[:100] - 2.3).max() < 0.35
     assert abs(mean[100:150] - 0.5).max() < 0.4
     assert epoch_order(uses, 0, 1, shuffle=False).tolist()[:101] == [*range(100), 0]
-
-
-def test_the_last_step_of_an_epoch_takes_what_is_left() -> None:
-    order = epoch_order(((10, 1.0),), seed=0, epoch=0)
-    steps = [step_items(order, step, 4) for step in range(3)]
-    assert [len(step) for step in steps] == [4, 4, 2]
-    assert np.concatenate(steps).tolist() == order.tolist()
 
 
 @given(

@@ -41,20 +41,6 @@ def talk(*texts: str) -> Dialogue:
     return Dialogue([Turn(("human", "assistant")[i % 2], text) for i, text in enumerate(texts)])
 
 
-def test_an_empty_reply_trains_the_end(tokenizer: Tokenizer) -> None:
-    tokens, labels = document(encode([SingleTurn("go", None, "")], "alpaca", tokenizer))
-    assert [tokens[label] for label in labels] == [tokenizer.eos_id]
-    encoded = encode([talk("hi", " ")], "dialogue", tokenizer)
-    assert labeled_text(encoded, tokenizer).replace("▁", "") == "<0x0A>###"
-
-
-def test_a_reply_that_echoes_the_human_turn_is_labeled_where_it_stands(tokenizer: Tokenizer) -> None:
-    tokens, labels = document(encode([talk("the answer", "the answer")], "dialogue", tokenizer))
-    reply = tokenizer.encode("the answer\n###")
-    assert labels == list(range(len(tokens) - 1 - len(reply), len(tokens) - 1))
-    assert [tokens[label] for label in labels] == reply
-
-
 @pytest.mark.parametrize("name", ["dialogue", "chatml"])
 def test_a_reply_that_is_context_only_is_seen_and_not_trained(name: str, tokenizer: Tokenizer) -> None:
     turns = [*talk("hi", "wrong", "sure?", "ok").turns]

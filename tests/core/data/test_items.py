@@ -11,15 +11,6 @@ from llama_acc.core.data.keys import unused_text
 from llama_acc.core.data.templates import Turn
 
 
-def test_an_item_has_no_findings_and_what_has_findings_is_no_item() -> None:
-    assert item_of({"instruction": "a", "output": "b"}, "single_turn") == (SingleTurn("a", None, "b"), [])
-    item, found = item_of({"instruction": 1, "output": "b"}, "single_turn", "item 4 (line 9)")
-    assert item is None
-    assert [str(f) for f in found] == ["item 4 (line 9): 'instruction' should be text, but is a number: 1"]
-    talk = {"conversations": [{"from": "User", "value": "a"}, {"from": "gpt", "value": ""}]}
-    assert item_of(talk, "dialogue") == (Dialogue([Turn("human", "a"), Turn("assistant", "")]), [])
-
-
 def test_a_finding_says_kind_place_field_and_how_the_value_begins() -> None:
     turns = [{"from": "human", "value": "a"}, {"from": "bard", "value": "x" * 100}, {"from": "gpt", "value": ["y"]}]
     _, (role, value) = item_of({"conversations": turns}, "dialogue", "item 2")

@@ -173,13 +173,6 @@ def test_each_place_is_named() -> None:
     ]
 
 
-def test_rows_before_what_cannot_be_read_arrive() -> None:
-    rows = stream_rows_from(io.BytesIO(b"[1, 2,\n x]" + b" " * 100), "a", ".json")
-    assert [next(rows).value, next(rows).value] == [1, 2]
-    with pytest.raises(UserError, match="a is not JSON: line 2, column 2: Expecting value"):
-        next(rows)
-
-
 @pytest.mark.parametrize("suffix", [".json.gz", ".jsonl.zst", ".csv"])
 def test_memory_does_not_grow_with_the_file_and_progress_is_in_its_bytes(tmp_path: Path, suffix: str) -> None:
     row = {"instruction": "name it " * 20, "output": "a reply of some length, with \u20ac\n" * 30}
