@@ -48,9 +48,11 @@ class DecodeGraph:
         """Whether nothing in the model's step depends on more than tokens, positions and slots."""
         scaling = model.config.rope_scaling
         is_dynamic = isinstance(scaling, RopeScaling) and scaling.rope_type == "dynamic"
-        hooks = (model.vision, model.attention_extra, model.before_blocks)
         is_alone = type(model) is Transformer and model.parallel.world_size == 1
-        return is_alone and not is_dynamic and hooks == (None, None, None)
+        if not is_alone or is_dynamic or model.before_blocks is not None:
+            return False
+        extra, blocks = model.attention_extra, enumerate[Any](model.layers)
+        return extra is None or all(block.attention.prefix or extra(i, None) is None for i, block in blocks)
 
     def __call__(
         self,
@@ -111,6 +113,7 @@ class DecodeGraph:
             self.step(inputs, cache)
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # What other threads ask of CUDA, such as pinned memory for the next micro-batch, does not disturb it.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits, chosen = self.step(inputs, cache)
         return _Captured(graph, logits, chosen)

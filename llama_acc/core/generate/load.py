@@ -344,6 +344,7 @@ def model_for_generation(
 ) -> Transformer:
     """A rank's part of a model for generation, without storage, its matrices but these in NF4; None = none is."""
     model = build_on_meta(config, dtype, parallel).requires_grad_(False)
+    model.before_blocks = None  # nothing is random
     if quantize_skip is not None:
         quantize_on_meta(model, quantize_skip)
     for parameter in model.parameters():

@@ -24,6 +24,7 @@ from llama_acc.core.model.layers import (
     RMSNorm,
     RowParallelLinear,
     added,
+    normed_and_biased,
     normed_linears,
     residual,
     rms_norm,
@@ -337,6 +338,7 @@ class CachedAttention:
     ) -> None:
         """`caches` go with `lengths`, and are beside each other; with `on_gpu`, which says more, one stands for all."""
         self.layer = 0  # the number of the block that computes
+        self.prefix: Sequence[Tensor] = ()  # its `Attention.prefix`, if that is to be attended to as well
         self.lengths, self.rotations = lengths, rotations
         self._layers = caches[0].layers
         self._slots = [cache.slot for cache in caches]
@@ -355,7 +357,11 @@ class CachedAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotates: bool = True, window: int | None = None) -> Tensor:
         layer = self._layers[self.layer]
         if self._on_gpu is not None:
-            return self._on_gpu.attend(layer, q, k, v, self.rotations if rotates else None, window)
+            places, longest = self._on_gpu[:2], self._on_gpu[2:]
+            layer.make_room(k, *longest)
+            kept = layer.keys, layer.values
+            q = torch.ops.llama_acc.rotate_and_store(q, k, v, self.rotations if rotates else None, *kept, *places)
+            return torch.ops.llama_acc.attend_slots(q, *kept, *places, window or 0, list(self.prefix)).flatten(1)
         if rotates:
             # Queries and keys are rotated together: for a single token the calls cost more than their work.
             q, k = rotate(torch.cat((q, k), 1), self.rotations).split((q.shape[1], k.shape[1]), 1)
@@ -398,15 +404,6 @@ class TokensOnGPU(NamedTuple):
     """So many slots are needed, 0: there is room,"""
     longest: int = 0
     """and so many positions in them."""
-
-    def attend(
-        self, layer: LayerCache, q: Tensor, k: Tensor, v: Tensor, rotations: Tensor | None, window: int | None
-    ) -> Tensor:
-        """The outputs [T, H*D] for queries [T, H, D], and keys and values [T, K, D], which are stored."""
-        layer.make_room(k, self.end, self.longest)
-        kept = layer.keys, layer.values
-        q = torch.ops.llama_acc.rotate_and_store(q, k, v, rotations, *kept, self.slots, self.positions)
-        return torch.ops.llama_acc.attend_slots(q, *kept, self.slots, self.positions, window or 0).flatten(1)
 
 
 class _SingleTokens:
@@ -469,6 +466,9 @@ class AttentionExtra(Protocol):
     def output(self, attention: "Attention", q: Tensor, attend: Attend) -> Tensor:
         """What is added to the heads' outputs, [T, H*D], for the queries q [T, H, D], not rotated."""
 
+    def kept(self, attention: "Attention") -> Sequence[Tensor]:
+        """`Attention.prefix`, while the model does not change; none: what it adds is no such thing."""
+
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
@@ -494,19 +494,23 @@ class Attention(nn.Module):
             HeadNorm(config.head_size, config.norm_eps, self.wq.group) if config.qk_norm else None for _ in range(2)
         )
         self.packed: Packed | None = None  # wq, wk and wv in one, or None; see `transformer.pack_small`
+        # All that is extra, where a GPU's kernel for single tokens can make it: keys and values [K, P, D] without a
+        # position, and float32 factors [H] on what each head gets from them.
+        self.prefix: Sequence[Tensor] = ()
 
     def forward(self, x: Tensor, norm: RMSNorm, attend: Attend, extra: AttentionExtra | None = None) -> Tensor:
         """x [T, dim] and what attention adds to it; `norm` is applied to x first."""
         if self.packed is None:
             projected = normed_linears(x, norm, (self.wq, self.wk, self.wv))
         else:
-            projected = self.packed(norm(x))
+            projected = self.packed(normed_and_biased(x, norm, self.wo, self.multiplier))
         q, k, v = (values.view(len(x), -1, self.head_size) for values in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q = scaled(q, self.query_scale)
         heads = attend(q, k, v, self.rotates, self.window)
-        return added(x, heads if extra is None else heads + extra.output(self, q, attend), self.wo, self.multiplier)
+        heads = heads if extra is None else heads + extra.output(self, q, attend)
+        return added(x, heads, self.wo, self.multiplier, is_packed=self.packed is not None)
 
 
 class HeadNorm(RMSNorm):

@@ -69,8 +69,8 @@ _define(
     _dense,
 )
 _define(
-    "add_product_nf4_(Tensor(a!) y, Tensor x, Tensor[] weight, Tensor? a, Tensor? b, float pair_factor, int[] sizes, "
-    "float factor, bool first) -> ()",
+    "add_product_nf4_(Tensor(a!) y, Tensor x, Tensor[] weight, Tensor? a, Tensor? b, float pair_factor, Tensor? bias, "
+    "int[] sizes, float factor, bool first) -> ()",
     lambda *_: None,
 )
 _define(
@@ -79,6 +79,7 @@ _define(
 )
 # Not a kernel of our own, but torch's operator (2.11) does not say what it gives without values.
 _define("add_wide_product_(Tensor(a!) total, Tensor a, Tensor b, bool first) -> ()", lambda *_: None, _add_wide_product)
+_define("norm_and_add_(Tensor(a!) x, Tensor weight, float eps, Tensor bias, float factor) -> Tensor", _like_the_first)
 _define("swiglu(Tensor gate, Tensor up) -> Tensor", _like_the_first)
 _define("swiglu_backward_(Tensor(a!) d_product, Tensor(b!) gate, Tensor(c!) up) -> ()", lambda *_: None)
 _define(
@@ -91,6 +92,7 @@ _define(
     _like_the_first,
 )
 _define(
-    "attend_slots(Tensor q, Tensor keys, Tensor values, Tensor slots, Tensor positions, int window) -> Tensor",
+    "attend_slots(Tensor q, Tensor keys, Tensor values, Tensor slots, Tensor positions, int window, Tensor[] prefix) "
+    "-> Tensor",
     _like_the_first,
 )

@@ -236,8 +236,10 @@ class Packed:
         self.weight, self.scales = torch.cat([layer.weight.detach() for layer in layers]), None
         for layer, view in zip(layers, self.weight.split(self.sizes), strict=True):
             layer.weight = nn.Parameter(view, requires_grad=False)
-        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-        self.bias = torch.cat(biases) if biases else None
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        none = [biases[0].new_zeros(rows) for rows in self.sizes] if biases else []
+        parts = zip(layers, none, strict=False)
+        self.bias = torch.cat([no if one.bias is None else one.bias.detach() for one, no in parts]) if biases else None
         if layers[0].is_quantized:
             absmax, nested, offsets = zip(*(layer.scales or () for layer in layers), strict=True)
             each = [one.expand(len(magnitudes)) for one, magnitudes in zip(offsets, nested, strict=True)]
@@ -251,19 +253,21 @@ class Packed:
         kinds = {(one.is_quantized, len(one.low_ranks()), len(one.extensions)) for one in layers}
         fit = (one.weight.numel() % (32 * nf4.NESTED_BLOCK) == 0 == one.weight.shape[0] % 32 for one in layers)
         in_nf4 = kinds in ({(True, 1, 0)}, {(True, 1, 1)}) and use_kernels(layers[0].weight)
-        have_biases = {one.bias is not None for one in layers}
-        return len(have_biases) == 1 and (kinds == {(False, 1, 0)} or (in_nf4 and all(fit)))
+        return kinds == {(False, 1, 0)} or (in_nf4 and all(fit))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """[T, in] to one [T, out] for each layer."""
+        bias = None if self.bias is None else cast(self.bias, x.dtype)
         if self.scales is None:
+            if bias is not None and device_type(x) == "cuda":
+                return F.linear(x, self.weight, bias).split(self.sizes, -1)
             y = linear(x, self.weight)
-        elif nf4.has_kernel(x, self.weight):
-            y = x.new_empty(len(x), len(self.weight))
-            nf4.add_product_(y, x, self.weight, self.scales, self.pairs, first=True, sizes=self.sizes)
-        else:
+            return (y if bias is None else y.add_(bias)).split(self.sizes, -1)
+        if not nf4.has_kernel(x, self.weight):
             return tuple(layer(x) for layer in self.layers)
-        return (y if self.bias is None else y.add_(cast(self.bias, y.dtype))).split(self.sizes, -1)
+        y = x.new_empty(len(x), len(self.weight))
+        nf4.add_product_(y, x, self.weight, self.scales, self.pairs, first=True, sizes=self.sizes, bias=bias)
+        return y.split(self.sizes, -1)
 
 
 def scaled(x: Tensor, factor: float) -> Tensor:
@@ -507,17 +511,30 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return torch.ops.llama_acc.swiglu(gate, up) if use_kernels(gate) else F.silu(gate).mul_(up)
 
 
-def added(x: Tensor, y: Tensor, layer: RowParallelLinear, factor: float) -> Tensor:
-    """x [T, out] + factor * layer(y [T, in]); on a GPU, without gradients, in one product, where x was."""
-    is_whole = isinstance(layer, RowParallelLinear) and layer.group is None
-    if is_whole and device_type(x) == "cuda" and not torch.is_grad_enabled():
-        total = None
-        if layer.scales and layer.low_ranks() and nf4.has_kernel(y, layer.weight):
-            total = nf4.add_product_(x, y, layer.weight, layer.scales, layer.low_ranks()[0], factor)
-        elif not (layer.is_quantized or layer.extensions):
-            total = x.addmm_(y, cast(layer.weight, x.dtype).t(), alpha=factor)
-        if total is not None:
-            return total if layer.bias is None else total.add_(cast(layer.bias, x.dtype), alpha=factor)
+def normed_and_biased(x: Tensor, norm: RMSNorm, layer: RowParallelLinear, factor: float) -> Tensor:
+    """norm(x) in a packed half of a block that ends with `added`, whose bias a GPU's kernel adds to x already."""
+    if layer.bias is None or not (_adds_in_place(x, layer) and use_kernels(x)):
+        return norm(x)
+    weight, bias = cast(norm.weight, x.dtype), cast(layer.bias, x.dtype)
+    return torch.ops.llama_acc.norm_and_add_(x, weight, norm.eps, bias, factor)
+
+
+def _adds_in_place(x: Tensor, layer: RowParallelLinear) -> bool:
+    """Whether torch's product adds what the layer makes to x: on a GPU, without gradients."""
+    is_plain = isinstance(layer, RowParallelLinear) and not (layer.group or layer.is_quantized or layer.extensions)
+    return is_plain and device_type(x) == "cuda" and not torch.is_grad_enabled()
+
+
+def added(x: Tensor, y: Tensor, layer: RowParallelLinear, factor: float, is_packed: bool) -> Tensor:
+    """x [T, out] + factor * layer(y [T, in]); on a GPU, without gradients, in one product, where x was. `is_packed`: it
+    comes after `normed_and_biased`."""
+    own = getattr(layer, "bias", None)  # the layers of several adapters are no `RowParallelLinear`
+    bias = None if own is None else cast(own, x.dtype)
+    if _adds_in_place(x, layer):
+        total = x.addmm_(y, cast(layer.weight, x.dtype).t(), alpha=factor)
+        return total if bias is None or (is_packed and use_kernels(x)) else total.add_(bias, alpha=factor)
+    if isinstance(layer, RowParallelLinear) and layer.scales and layer.low_ranks() and nf4.has_kernel(y, layer.weight):
+        return nf4.add_product_(x, y, layer.weight, layer.scales, layer.low_ranks()[0], factor, bias=bias)
     return x + scaled(layer(y), factor)
 
 

@@ -106,7 +106,7 @@ class _ByRows(nn.Module):
         return torch.cat(outputs)
 
 
-def _extra_of(model: MultiAdapter, layer: int, added: Tensor | None) -> AttentionExtra | None:
+def _extra_of(model: MultiAdapter, layer: int, added: Tensor | None) -> Any:
     """What the adapters of this pass add to a block's attention."""
     models: list[Any] = [model.models[part.adapter] for part in model.parts]
     extras = [None if own.attention_extra is None else own.attention_extra(layer, added) for own in models]

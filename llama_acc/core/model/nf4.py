@@ -224,12 +224,12 @@ def has_kernel(x: Tensor, packed: Tensor) -> bool:
 
 def add_product_(
     y: Tensor, x: Tensor, packed: Tensor, scales: Scales, pairs: Any, factor: float = 1.0,
-    first: bool = False, sizes: Sequence[int] = (),
+    first: bool = False, sizes: Sequence[int] = (), bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Adds factor * (x W^T + f * (x A^T) B^T) to y [T, rows], in place; or is it, if `first`. W [rows, columns] may be
-    up to three, with `sizes` rows; `pairs` are A [matrices * rank, columns], B [rows, rank] and f, or None."""
-    weight = [packed, *scales, *_codes(packed.device)]
-    torch.ops.llama_acc.add_product_nf4_(y, x, weight, *(pairs or (None, None, 1.0)), list(sizes), factor, first)
+    """Adds factor * (x W^T + f * (x A^T) B^T + bias) to y [T, rows], in place; or is it, if `first`. W [rows, columns]
+    may be up to three, with `sizes` rows; `pairs` are A [matrices * rank, columns], B [rows, rank] and f, or None."""
+    weight, pairs = [packed, *scales, *_codes(packed.device)], pairs or (None, None, 1.0)
+    torch.ops.llama_acc.add_product_nf4_(y, x, weight, *pairs, bias, list(sizes), factor, first)
     return y
 
 

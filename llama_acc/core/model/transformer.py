@@ -45,6 +45,7 @@ from llama_acc.core.model.layers import (
     TiedOutput,
     added,
     gated_linear,
+    normed_and_biased,
     normed_linears,
     residual,
     scaled,
@@ -56,6 +57,7 @@ from llama_acc.core.model.products import reorder_for_rows
 from llama_acc.core.model.rotary import rotary_table
 from llama_acc.core.model.tuning import FULL, METHODS, Tuning, matrices_of
 from llama_acc.core.model.vision import Images, VisionProjector, attach_vision, tower_shapes
+from llama_acc.core.model.vision_config import ClipVision
 
 _ALONE = Parallel()
 _ADDED = 1 << 24  # no model has so many parameters of its own
@@ -77,10 +79,13 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """x [T, dim] and what is added to it; `norm` is applied to x first."""
-        gate, up = normed_linears(x, norm, (self.w1, self.w3)) if self.packed is None else self.packed(norm(x))
+        if self.packed is None:
+            gate, up = normed_linears(x, norm, (self.w1, self.w3))
+        else:
+            gate, up = self.packed(normed_and_biased(x, norm, self.w2, self.multiplier))
         if torch.is_grad_enabled():
             return x + scaled(gated_linear(gate, up, self.w2), self.multiplier)
-        return added(x, swiglu(gate, up), self.w2, self.multiplier)
+        return added(x, swiglu(gate, up), self.w2, self.multiplier, is_packed=self.packed is not None)
 
 
 class TransformerBlock(nn.Module):
@@ -220,13 +225,14 @@ class Transformer(nn.Module):
         """Logits [T, V] of what follows single tokens [T] at positions of slots of the cache.
 
         It reads nothing from the host, so that it can be captured as a CUDA graph, and advances no cache. `make_room`
-        comes before. What a tuning method or vision adds is left out.
+        comes before. What a tuning method adds to attention is in `Attention.prefix`, and images came before.
         """
         assert self._rotations is not None
         x = scaled(self.tok_embeddings(tokens, self.dtype), self.config.embedding_multiplier)
         attend = CachedAttention([cache], [1], self._rotations[positions], TokensOnGPU(slots, positions))
-        for i, layer in enumerate(self.layers):
-            attend.layer = i
+        blocks: Any = self.layers
+        for i, layer in enumerate(blocks):
+            attend.layer, attend.prefix = i, layer.attention.prefix
             x = self.run_block(layer, x, attend, None)
         return self.logits(scaled(self.norm(x), 1.0 / self.config.logits_scaling))
 
@@ -394,20 +400,24 @@ def pack_small(model: Transformer) -> None:
     """Joins the matrices that share an input, for generation with a small model or on a GPU: fewer calls for a token.
 
     In a larger model on a CPU the time is that of reading the weights, and packing would only copy them. On a GPU a
-    block's are copied at a time, and the first ones freed; what is added to matrices not quantized is merged into them.
+    block's are copied at a time, and the first ones freed; pairs of matrices not quantized are merged into them.
     """
     config, on_gpu = model.config, device_type(model.norm.weight) == "cuda"
-    is_known = model.attention_extra is None if on_gpu else config.tuning == FULL and config.dim <= SMALL_DIM
+    is_known = on_gpu or (config.tuning == FULL and config.dim <= SMALL_DIM)
     if not is_known or model.parallel.model_size > 1:
         return
-    for layer in matrices_of(model) if config.tuning.can_merge else []:
-        if layer.extensions and not layer.is_quantized:
-            added = {name: value.float() for name, value in layer.named_parameters() if name != "weight"}
-            merged = config.tuning.merge(layer.weight.detach().float(), 0, added).to(layer.weight.dtype)
-            layer.weight, layer.extensions = nn.Parameter(merged, requires_grad=False), []
-    for block in model.layers:
+    for layer in matrices_of(model) if on_gpu else []:
+        pair = layer.extensions[0].low_rank() if len(layer.extensions) == 1 and not layer.is_quantized else None
+        if pair is not None:
+            merged = layer.weight.float().addmm(pair[1].float(), pair[0].float(), alpha=pair[2]).to(layer.weight.dtype)
+            layer.weight, layer.extensions = nn.Parameter(merged.detach(), requires_grad=False), []
+    for i, block in enumerate(model.layers):
         assert isinstance(block, TransformerBlock)
         attention, feed_forward = block.attention, block.feed_forward
+        # Images add to the prefix of each document.
+        if on_gpu and model.attention_extra is not None and not isinstance(config.vision, ClipVision):
+            extra = model.attention_extra(i, None)
+            attention.prefix = () if extra is None else extra.kept(attention)
         groups = [attention.wq, attention.wk, attention.wv], [feed_forward.w1, feed_forward.w3]
         attention.packed, feed_forward.packed = (Packed(group) if Packed.takes(group) else None for group in groups)
 

@@ -40,8 +40,8 @@ def dequantize_nf4(
 
 @triton.jit
 def _add_product_nf4(
-    y, x, packed, absmax, nested, offset, levels, magnitudes, a, b, tokens, rows, blocks, rank, second, third, factor,
-    pair_factor, OFFSETS: tl.constexpr, RANK: tl.constexpr, FIRST: tl.constexpr, TOKENS: tl.constexpr,
+    y, x, packed, absmax, nested, offset, levels, magnitudes, a, b, bias, tokens, rows, blocks, rank, second, third,
+    factor, pair_factor, OFFSETS: tl.constexpr, RANK: tl.constexpr, FIRST: tl.constexpr, TOKENS: tl.constexpr,
     ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Some rows of the matrix, out of NF4 on the way, times all tokens."""
@@ -70,6 +70,8 @@ def _add_product_nf4(
     if b is not None:
         pair = tl.load(b + row[None, :] * rank + narrow, mask=is_row[None, :] & (narrow < rank), other=0.0)
         found += tl.dot(low.to(pair.dtype), pair, input_precision="ieee") * pair_factor
+    if bias is not None:
+        found += tl.load(bias + row, mask=is_row, other=0.0).to(tl.float32)[None, :]
     place, exists, found = y + token * rows + row[None, :], is_token & is_row[None, :], found * factor
     if not FIRST:
         found += tl.load(place, mask=exists, other=0.0)
@@ -78,15 +80,36 @@ def _add_product_nf4(
 
 def add_product_nf4_(
     y: Tensor, x: Tensor, weight: list[Tensor], a: Tensor | None, b: Tensor | None, pair_factor: float,
-    sizes: list[int], factor: float, first: bool,
+    bias: Tensor | None, sizes: list[int], factor: float, first: bool,
 ) -> None:  # fmt: skip
     """See `nf4.add_product_`. `weight` is packed values, scales, levels and magnitudes."""
     (tokens, columns), rows, rank = x.shape, len(weight[0]), 0 if b is None else b.shape[1]
     numbers = tokens, rows, columns // 64, rank, *(sum(sizes[:n]) or rows for n in (1, 2)), factor, pair_factor
     _add_product_nf4[(triton.cdiv(rows, _ROWS),)](
-        y, x, *weight, a, b, *numbers, OFFSETS=int(len(weight[3]) > 1), RANK=max(16, triton.next_power_of_2(rank)),
-        FIRST=first, TOKENS=max(16, triton.next_power_of_2(tokens)), ROWS=_ROWS, WIDE=2,
+        y, x, *weight, a, b, bias, *numbers, OFFSETS=int(len(weight[3]) > 1), FIRST=first,
+        RANK=max(16, triton.next_power_of_2(rank)), TOKENS=max(16, triton.next_power_of_2(tokens)), ROWS=_ROWS, WIDE=2,
     )  # fmt: skip
+
+
+@triton.jit
+def _norm_and_add(x, weight, bias, normed, columns, eps, factor, COLUMNS: tl.constexpr):
+    row, place = tl.program_id(0).to(tl.int64) * columns, tl.arange(0, COLUMNS)
+    inside = place < columns
+    values = tl.load(x + row + place, mask=inside, other=0.0).to(tl.float32)
+    found = values / tl.sqrt(tl.sum(values * values, 0) / columns + eps)
+    found *= tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+    values += factor * tl.load(bias + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + row + place, found.to(x.dtype.element_ty), mask=inside)
+    tl.store(x + row + place, values.to(x.dtype.element_ty), mask=inside)
+
+
+def norm_and_add_(x: Tensor, weight: Tensor, eps: float, bias: Tensor, factor: float) -> Tensor:
+    """RMSNorm of x [T, columns], to which factor * bias is added then."""
+    assert x.is_contiguous()
+    normed, columns = torch.empty_like(x), x.shape[1]
+    sizes = {"COLUMNS": triton.next_power_of_2(columns), "num_warps": 8}
+    _norm_and_add[(len(x),)](x, weight, bias, normed, columns, eps, factor, **sizes)
+    return normed
 
 
 @triton.jit
@@ -274,8 +297,11 @@ def _attend(
 
 
 @triton.jit
-def _join(sums, logs, outputs, size, PARTS: tl.constexpr, SIZE: tl.constexpr):
-    """The parts of a head's output, each as if it were all, in one."""
+def _join(
+    sums, logs, outputs, size, q, prefix_keys, prefix_values, factors, heads, group, length, scale,
+    PARTS: tl.constexpr, SIZE: tl.constexpr, PREFIX: tl.constexpr,
+):  # fmt: skip
+    """The parts of a head's output, each as if it were all, in one; and what a prefix has for it, times a factor."""
     head, part, feature = tl.program_id(0), tl.arange(0, PARTS), tl.arange(0, SIZE)
     out = head * PARTS + part
     largest = tl.load(logs + 2 * out)
@@ -283,12 +309,25 @@ def _join(sums, logs, outputs, size, PARTS: tl.constexpr, SIZE: tl.constexpr):
     inside = (part[:, None] < PARTS) & (feature[None, :] < size)
     total = tl.sum(tl.load(sums + out[:, None] * size + feature[None, :], mask=inside) * faded[:, None], 0)
     found = total / tl.sum(tl.load(logs + 2 * out + 1) * faded, 0)
+    if factors is not None:
+        row, own = tl.arange(0, PREFIX), head % heads
+        there = (own // group * length + row[:, None]) * size + feature[None, :]
+        exists = (row[:, None] < length) & (feature[None, :] < size)
+        query = tl.load(q + head * size + feature, mask=feature < size, other=0.0).to(tl.float32)
+        key = tl.load(prefix_keys + there, mask=exists, other=0.0).to(tl.float32)
+        scores = tl.where(row < length, tl.sum(key * query[None, :], 1) * scale, float("-inf"))
+        weights = tl.exp2(scores - tl.max(scores, 0))
+        value = tl.load(prefix_values + there, mask=exists, other=0.0).to(tl.float32)
+        found += tl.sum(value * weights[:, None], 0) / tl.sum(weights, 0) * tl.load(factors + own)
     tl.store(outputs + head * size + feature, found.to(outputs.dtype.element_ty), mask=feature < size)
 
 
-def attend_slots(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, window: int) -> Tensor:
+def attend_slots(
+    q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, window: int, prefix: list[Tensor]
+) -> Tensor:
     """Each of the queries [T, H, D] attends to the cache [slots, K, S, D] of its slot up to its position, or to the
-    last `window` of these, if that is not 0. Two kernels: a long past is worked on in parts at a time."""
+    last `window` of these, if that is not 0; and to a prefix, if there is one, see `attention.Attention`. Two kernels:
+    a long past is worked on in parts at a time."""
     tokens, heads, size = q.shape
     shared = keys.shape[1]
     group = heads // shared
@@ -302,5 +341,10 @@ def attend_slots(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positio
         scale, PARTS=parts, GROUP=max(16, triton.next_power_of_2(group)), SIZE=max(16, wide), PLACES=places,
         num_stages=2,
     )  # fmt: skip
-    _join[(tokens * heads,)](sums, logs, outputs, size, PARTS=parts, SIZE=wide)
+    length = prefix[0].shape[1] if prefix else 1
+    numbers, sizes = (
+        (heads, group, length, scale),
+        {"PARTS": parts, "SIZE": wide, "PREFIX": 1 << (length - 1).bit_length()},
+    )
+    _join[(tokens * heads,)](sums, logs, outputs, size, q, *(prefix or (None,) * 3), *numbers, **sizes)
     return outputs

@@ -8,11 +8,11 @@ from llama_acc.core.model import triton_kernels
 
 _BYTES = {"packed", "absmax"}
 _INTEGERS = {"slots", "positions", "targets"}
-_FLOATS = {"nested", "offset", "levels", "magnitudes", "sums", "logs", "rotations", "weights", "losses"}
+_FLOATS = {"nested", "offset", "levels", "magnitudes", "sums", "logs", "rotations", "weights", "losses", "factors"}
 _VALUES = {"gate", "up", "product", "d_product", "values", "keys", "q", "k", "v", "new_q", "outputs"}
-_VALUES |= {"x", "y", "a", "b", "logits"}
+_VALUES |= {"x", "y", "a", "b", "logits", "bias", "weight", "normed", "prefix_keys", "prefix_values"}
 _SIZES = {"BLOCKS": 32, "COLUMNS": 1024, "HEADS": 8, "HALF": 64, "PARTS": 8, "GROUP": 16, "SIZE": 128, "PLACES": 64}
-_SIZES |= {"TOKENS": 32, "ROWS": 32, "RANK": 16, "WIDE": 2, "OFFSETS": 1}
+_SIZES |= {"TOKENS": 32, "ROWS": 32, "RANK": 16, "WIDE": 2, "OFFSETS": 1, "PREFIX": 16}
 _CONSTANTS = {**_SIZES, "TURNS": True, "STORES": True, "FIRST": False}
 
 
@@ -22,7 +22,7 @@ def kind(name: str) -> str:
         return "constexpr"
     pointers = ((_BYTES, "*u8"), (_INTEGERS, "*i64"), (_FLOATS, "*fp32"), (_VALUES, "*bf16"))
     found = [written for names, written in pointers if name in names]
-    return found[0] if found else "fp32" if name in ("sign", "scale", "factor", "pair_factor") else "i32"
+    return found[0] if found else "fp32" if name in ("sign", "scale", "eps", "factor", "pair_factor") else "i32"
 
 
 if __name__ == "__main__":

@@ -26,18 +26,19 @@ from llama_acc.core.device import simulating
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.generate.decode_graph import DecodeGraph
 from llama_acc.core.generate.engine import Engine, Prompt
-from llama_acc.core.generate.load import LoadedModel
+from llama_acc.core.generate.load import LoadedModel, model_for_generation
 from llama_acc.core.generate.sampling import Sampler, Sampling
 from llama_acc.core.memory.simulate import standing_for
 from llama_acc.core.model import kernels, layers, nf4
 from llama_acc.core.model.attention import KVCache, attend_heads
 from llama_acc.core.model.config import RopeScaling
 from llama_acc.core.model.loss import _softmax_minus_one_hot_
-from llama_acc.core.model.transformer import Transformer, build_on_meta, pack_small
+from llama_acc.core.model.transformer import Transformer, pack_small
 from llama_acc.core.model.tuning import METHODS
 from llama_acc.core.tokenizer import load_tokenizer
 from tests.core.model.test_nf4 import quantized
 from tests.core.model.test_tuning import tuned_model
+from tests.core.seeing import SEEING
 from tests.core.tiny import CPU, SMALL, difference, random_model
 
 LENGTHS = (20, 1, 9)
@@ -153,8 +154,8 @@ def test_a_product_out_of_nf4_is_that_of_the_matrices_and_their_pairs(
     if not has_triton:
         pytest.skip("it is a kernel of our own")
     generator, rows = torch.Generator().manual_seed(3), sum(sizes)
-    shapes = (tokens, columns), (tokens, rows), (rows, columns), (3 * len(sizes), columns), (rows, 3)
-    x, y, matrix, a, b = (torch.randn(shape, generator=generator) for shape in shapes)
+    shapes = (tokens, columns), (tokens, rows), (rows, columns), (3 * len(sizes), columns), (rows, 3), (rows,)
+    x, y, matrix, a, b, bias = (torch.randn(shape, generator=generator) for shape in shapes)
     packed, scales = nf4.quantize(lambda start, stop: matrix[start:stop], (rows, columns), CPU)
     for pairs in (None, (a, b, 0.5)):
         product = x @ nf4.dequantize(packed, scales, torch.float32).T
@@ -164,7 +165,9 @@ def test_a_product_out_of_nf4_is_that_of_the_matrices_and_their_pairs(
         expected = y + 0.1 * product if add else product
         with as_on_gpu(), torch.no_grad():
             actual = nf4.add_product_(y.clone(), x, packed, scales, pairs, 0.1 if add else 1.0, not add, sizes)
+            biased = nf4.add_product_(y.clone(), x, packed, scales, pairs, 2.0, True, sizes, bias)
         assert difference(actual, expected) < 1e-6
+        assert difference(biased, 2 * (product + bias)) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -175,6 +178,7 @@ def test_a_product_out_of_nf4_is_that_of_the_matrices_and_their_pairs(
         *[({"tuning": METHODS["lora"](4)}, in_nf4) for in_nf4 in (False, True)],
         *[({"tuning": METHODS["lora_bias_norm"](4)}, in_nf4) for in_nf4 in (False, True)],
         ({"tuning": METHODS["lora"](4, lora_targets=("wq", "w2"))}, True),
+        *[({"tuning": METHODS["adapter"](4, 1, 5, True)}, in_nf4) for in_nf4 in (False, True)],
     ],
 )
 def test_tokens_of_several_sequences_are_those_of_the_cpu_s_ways(
@@ -195,13 +199,19 @@ def test_tokens_of_several_sequences_are_those_of_the_cpu_s_ways(
         for begin, end in ((0, 5), (5, 6), (6, 8), (8, 9)):
             tokens = torch.cat([document[begin:end] for document in documents])
             positions = torch.arange(begin, end).repeat(3)
-            found.append(model.logits(model(tokens, positions, [end - begin] * 3, caches=caches)))
+            if begin == 8 and DecodeGraph.takes(model):
+                found.append(DecodeGraph(model)(tokens.tolist(), caches)[0])
+            else:
+                found.append(model.logits(model(tokens, positions, [end - begin] * 3, caches=caches)))
+            taken.add(DecodeGraph.takes(model))
         return found
 
+    taken = set[bool]()
     with torch.no_grad():
         expected = logits()
         with as_on_gpu():
             actual = logits()
+    assert taken == {False, has_triton}
     for ours, theirs in zip(actual, expected, strict=True):
         assert difference(ours, theirs) < 1e-5
 
@@ -217,7 +227,7 @@ def test_attention_of_long_pasts_in_parts_is_torch_s(dtype: torch.dtype, has_tri
     )
     slots, positions = torch.tensor([[2, 0, 3], [299, 0, 130]])
     for window in (0, 50):
-        found = torch.ops.llama_acc.attend_slots(q, keys, values, slots, positions, window)
+        found = torch.ops.llama_acc.attend_slots(q, keys, values, slots, positions, window, [])
         for queries, slot, position, output in zip(q, slots, positions + 1, found, strict=True):
             seen = slice(max(0, position - window) if window else 0, position)
             expected = attend_heads(queries[None].float(), keys[slot, :, seen].float(), values[slot, :, seen].float())
@@ -269,11 +279,26 @@ def test_a_step_that_cannot_be_captured_says_so_once_and_goes_on(
 
 
 @pytest.mark.parametrize(
-    "variant", [{}, {"tuning": METHODS["adapter"]().with_num_layers(2)}, {"rope_scaling": RopeScaling("dynamic", 2.0)}]
+    ("variant", "is_packed", "is_taken"),
+    [
+        ({}, False, True),
+        ({"tuning": METHODS["adapter"]().with_num_layers(2)}, False, False),
+        ({"tuning": METHODS["adapter"]().with_num_layers(2)}, True, True),
+        ({"tuning": METHODS["adapter"](prefix_len=300).with_num_layers(2)}, True, False),
+        ({"tuning": METHODS["lora"](4, lora_dropout=0.1)}, True, True),
+        (vars(SEEING["qformer"]), True, True),
+        (vars(SEEING["clip"]), True, False),  # an image adds to the prefixes of its document
+        ({"rope_scaling": RopeScaling("dynamic", 2.0)}, True, False),
+    ],
 )
-def test_a_step_is_captured_only_if_it_depends_on_tokens_and_places_alone(variant: dict[str, Any]) -> None:
+def test_a_step_is_captured_only_if_it_depends_on_tokens_and_places_alone(
+    variant: dict[str, Any], is_packed: bool, is_taken: bool
+) -> None:
     with standing_for("cuda"):
-        assert DecodeGraph.takes(build_on_meta(replace(SMALL, **variant), torch.float32)) == (not variant)
+        model = model_for_generation(replace(SMALL, **variant), torch.bfloat16, Parallel(), None)
+        if is_packed:
+            pack_small(model)
+        assert DecodeGraph.takes(model) == is_taken
 
 
 def test_every_kernel_compiles_for_a_gpu() -> None:
@@ -282,4 +307,4 @@ def test_every_kernel_compiles_for_a_gpu() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 8
+    assert len(done.stdout.splitlines()) == 9

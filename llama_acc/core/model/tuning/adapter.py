@@ -7,7 +7,7 @@ The model gets, for its last `prefix_layers` blocks,
     prefix_new_gate  [prefix_layers], one at the start: a second factor, if there is one
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # Keys and values are also made of the prefix, where LLaMA2-Accessory has no biases.
 _BIASES = ("wq", "wo", "w1", "w2", "w3")
+_MOST_KEPT = 128  # vectors that the kernel for a GPU's single tokens has room for
 _Count = Annotated[int, Field(ge=1, le=2**16)]
 
 
@@ -124,7 +125,6 @@ class Prefix(NamedTuple):
         """What the queries [T, H, D] get from the prefix, times its gates, [T, H*D]."""
         import torch
 
-        from llama_acc.core.distributed.groups import copied
         from llama_acc.core.model.attention import attend_heads, document_slices
         from llama_acc.core.model.rotary import rotate
 
@@ -136,11 +136,22 @@ class Prefix(NamedTuple):
         documents = zip(places, prefixes, strict=True)
         outputs = [attend_heads(q[document], own.keys, own.values) for document, own in documents]
         output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return (output * self._factors(attention).to(q.dtype).unsqueeze(-1)).flatten(1)
+
+    def kept(self, attention: "Attention") -> "Sequence[Tensor]":
+        """See `attention.AttentionExtra`."""
+        if self.vectors.dim() > 2 or len(self.vectors) > _MOST_KEPT:
+            return ()
+        keys, values, _ = self._heads(attention, self.vectors.dtype)[0]
+        return keys.contiguous(), values.contiguous(), self._factors(attention).float()
+
+    def _factors(self, attention: "Attention") -> "Tensor":
+        """[H], on what each head gets from the prefix."""
+        from llama_acc.core.distributed.groups import copied
+
         gate = self.gate.tanh()
-        if self.new_gate is not None:
-            # On every rank it is the same, and of its gradient each has a part.
-            gate = gate * copied(self.new_gate, attention.wk.group)
-        return (output * gate.to(q.dtype).unsqueeze(-1)).flatten(1)
+        # On every rank the second one is the same, and of its gradient each has a part.
+        return gate if self.new_gate is None else gate * copied(self.new_gate, attention.wk.group)
 
     def _heads(self, attention: "Attention", dtype: Any) -> "list[PrefixHeads]":
         """Keys and values [K, prefix_len, D] of the prefix, or of that of each document."""
