@@ -30,6 +30,7 @@ from llama_acc.core.errors import RunError
 from llama_acc.core.generate.load import VisionEncoder
 from llama_acc.core.input_files import home
 from llama_acc.core.text import size_text
+from llama_acc.core.train.step import packed_ahead
 
 _AHEAD = 4  # micro-batches whose images are being decoded while one is computed
 
@@ -126,10 +127,14 @@ class ImageLoader:
 
     def iter_batches(self, dataset: Dataset, indices: Iterable[MicroBatchIndices], crop: Crop) -> Iterator[MicroBatch]:
         """The micro-batches of a dataset with their `inputs`; the images of some are decoded ahead of time."""
-        encoder = self._encoder
-        batches = (
-            (build_multimodal_batch(dataset, items, encoder.vision.positions), epoch) for items, epoch in indices
-        )
+        encoder, epochs = self._encoder, deque[int]()
+
+        def built() -> Iterator[MicroBatch]:
+            for items, epoch in indices:
+                epochs.append(epoch)
+                yield build_multimodal_batch(dataset, items, encoder.vision.positions)
+
+        batches = ((batch, epochs.popleft()) for batch in packed_ahead(built(), encoder.device))
         if dataset.image_counts.any() and encoder.is_leader:
             return self._decoded(batches, Transform(crop, encoder.vision.image_size))
         return (replace(batch, inputs=encoder.inputs(len(batch.images), _never)) for batch, _ in batches)

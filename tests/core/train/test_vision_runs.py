@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from llama_acc.core.model.transformer import (
     shapes_of,
 )
 from llama_acc.core.model.vision import Tower, tower_shapes
+from llama_acc.core.train import step
 from llama_acc.core.train.callback import Callback
 from tests.core.seeing import QFORMER, SEEING, blip2, random_tower
 from tests.core.tiny import save_model
@@ -82,9 +84,15 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("name", TUNED)
-def test_micro_batches_of_any_size_train_the_same(name: str, alone: Path, tmp_path: Path) -> None:
+def test_micro_batches_of_any_size_train_the_same(
+    name: str, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack, packed_by = step.pack, list[str]()
+    monkeypatch.setattr(step, "pack", lambda *args: packed_by.append(threading.current_thread().name) or pack(*args))
     run(tmp_path, *overrides_of(name, alone), "train.micro_batch_tokens=70")
     assert_same_curve(tmp_path, alone / name)
+    # The largest is tried first, twice; the thread that makes the next ones packs them.
+    assert packed_by == ["MainThread"] * 2 + ["batches_0"] * (len(packed_by) - 2)
 
 
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one_with_its_random_crops(alone: Path, tmp_path: Path) -> None:
