@@ -203,7 +203,15 @@ def test_a_picture_is_uploaded_and_asked_about(person: Any, chats: Any, seer: Pa
     answered(tab, ANSWER)
     shown = tab.locator(".user-row img")
     expect(shown).to_have_js_property("naturalWidth", 20)
+    expect(tab.get_by_label("Share")).not_to_be_visible()
+    tab.get_by_label("Edit").click()
+    tab.locator("textarea.edit-textarea").fill("say:")
+    tab.get_by_label("Submit").first.click()
+    expect(tab.locator(".user-row .message-content")).to_have_text("say:")
+    answered(tab, ANSWER)
+    expect(shown).to_have_count(1)
     [item] = saved(tab, tmp_path)
+    assert item["conversations"][0]["value"] == "say:"
     [kept] = item["image"]
     assert Path(kept).read_bytes() == (tmp_path / "red.png").read_bytes()
     tab.close()

@@ -20,7 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from llama_acc import __version__
-from llama_acc.core.data.images import decode
+from llama_acc.core.data.images import ImageError, decode
 from llama_acc.core.data.keys import Malformed
 from llama_acc.core.errors import LlamaAccError, UserError
 from llama_acc.core.generate.caption import evaluation_transform
@@ -279,7 +279,11 @@ def _continued(loaded: LoadedModel, prompt: str | list[int], context: int) -> Pr
 
 def _pixels(loaded: LoadedModel, file: bytes) -> NDArray[np.uint8]:
     """A picture as the model takes it. A UserError if it takes none."""
-    square = evaluation_transform(loaded)(decode(file, _MOST_PIXELS), np.random.default_rng(0))
+    transform = evaluation_transform(loaded)
+    try:
+        square = transform(decode(file, _MOST_PIXELS), np.random.default_rng(0))
+    except ImageError as error:
+        raise UserError(f"an image {error}") from error
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 

@@ -241,6 +241,7 @@ def _chat(served: Served) -> gr.Chatbot:
         min_height="18rem",
         min_width=280,
         editable="user",
+        group_consecutive_messages=False,  # a question is not edited together with its pictures
         buttons=["copy"],
         feedback_options=None,
         render_markdown=loaded.template.name != "none",

@@ -38,6 +38,8 @@ _CSS = """
 .sheet.sheet :is(td, th) { border: 0; border-bottom: 1px solid var(--border-color-primary); padding: .4rem .6rem;
   text-align: left; vertical-align: top; white-space: pre-wrap; overflow-wrap: break-word; }
 .scrolled { overflow-x: auto; }
+/* Pictures have a button that shares them with everybody, where Gradio runs on Hugging Face's machines. */
+.message-buttons-right .icon-button-wrapper > .download-link + button { display: none; }
 """
 
 
