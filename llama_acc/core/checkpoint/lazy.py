@@ -107,7 +107,8 @@ class LazyTensor:
     def copy_into(self, target: Tensor) -> None:
         """Reads it into `target`, which has its shape, on any device and of any type."""
         for start, stop in blocks_of(self.shape):
-            target[start:stop].copy_(self.block(slice(start, stop)))
+            # A GPU gets what is in the file and casts it: cast here, bf16 would be twice as much to send.
+            target[start:stop].copy_(self.block(slice(start, stop)).to(target.device))
             for tensor in self.mapped:
                 release_pages(tensor)
 

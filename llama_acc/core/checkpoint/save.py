@@ -39,6 +39,7 @@ from llama_acc.core.atomic import (
     remove_folder,
     write_text_whole,
 )
+from llama_acc.core.device import device_type
 from llama_acc.core.distributed.environment import in_background
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
@@ -294,7 +295,8 @@ def _publish(folder: Path, digests: Mapping[str, str], keep: int) -> None:
 class Saver:
     """Writes checkpoints while training goes on, one at a time.
 
-    A copy is taken while the next step's forward and backward passes run; only its update has to wait for that.
+    A copy is taken while the next step's forward and backward passes run, on a GPU in a stream of its own; only its
+    update has to wait for that.
     """
 
     def __init__(self) -> None:
@@ -305,10 +307,15 @@ class Saver:
         """Begins to write; `wait_for_copy` before anything in `snapshot` changes. No other one may be under way."""
         assert self._saving is None
         self._copied.clear()
+        stream: Any = None
+        if any(device_type(rows.tensor) == "cuda" for rows in snapshot.weights.values()):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())  # for the update, and for nothing that comes after it
 
         def work() -> Path:
             try:
-                copy = snapshot.copied()
+                with torch.cuda.stream(stream):
+                    copy = snapshot.copied()
             finally:
                 self._copied.set()
             write_checkpoint(copy, folder, keep)

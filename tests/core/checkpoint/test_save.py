@@ -1,7 +1,9 @@
 import contextlib
 import json
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from llama_acc.core.checkpoint.save import (
     needed_bytes,
     write_checkpoint,
 )
+from llama_acc.core.device import simulating
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
 from tests.core.tiny import CPU
@@ -87,6 +90,28 @@ def test_a_copy_is_taken_before_an_update_and_the_checkpoint_is_of_that_moment(t
     assert saver.finished(wait=True) is None
     saved = torch.load(tmp_path / "epoch0" / "consolidated.00-of-01.model.pth", weights_only=True)["model"]
     assert not saved["llma.x"].any()
+
+
+def test_a_gpu_copies_in_a_stream_that_waits_for_the_update_and_not_for_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    @contextlib.contextmanager
+    def entered(stream: object) -> Iterator[None]:
+        order.append(f"in {stream}")
+        yield
+
+    beside = SimpleNamespace(wait_stream=lambda other: order.append(f"after {other}"))
+    fakes = {"Stream": lambda: beside, "current_stream": lambda: "training", "stream": entered}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    x, saver = torch.zeros(4, 2), Saver()
+    with simulating("cuda"):
+        saver.start(Snapshot({"x": Rows(x, 0, (4, 2), True)}, {}, {}, torch.float32, {}, Parallel()), tmp_path / "a", 0)
+        saver.wait_for_copy()
+    assert order == ["after training", f"in {beside}"]
+    saver.finished(wait=True)
 
 
 def test_an_error_of_the_writing_thread_is_raised_where_the_result_is_asked_for(tmp_path: Path) -> None:
