@@ -127,8 +127,11 @@ def prepare_cuda() -> None:
 
     cuDNN's attention, which torch prefers on Hopper, plans for every length anew (0.1 to 1 s each); FlashAttention does
     not. Deterministic runs need a workspace of cuBLAS of a fixed size, and no memory filled before it is written. Of
-    float32, convolutions are as exact as matrix products, not in TF32.
+    float32, convolutions are as exact as matrix products, not in TF32. Every micro-batch has another length: what is
+    freed would lie in pieces that the next one does not fit, if segments of memory could not grow.
     """
+    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cudnn.allow_tf32 = False

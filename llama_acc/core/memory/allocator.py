@@ -1,7 +1,8 @@
 """What PyTorch reserves on a GPU for a sequence of allocations: its caching allocator, replayed.
 
-What is freed stays in segments and is cut up for what comes next; what is reserved and not in use did not fit. The
-rules are those of CUDACachingAllocator.cpp with its default settings, for one stream and unlimited memory.
+What is freed stays in a segment and is cut up for what comes next; what is reserved and not in use did not fit. The
+rules are those of CUDACachingAllocator.cpp with expandable segments (see `device.prepare_cuda`), for one stream and
+unlimited memory: there are two, one for small allocations, and each grows at its end.
 """
 
 from bisect import bisect_left, insort
@@ -14,7 +15,8 @@ from llama_acc.core.memory.tracker import Allocation
 MIB = 2**20
 ROUNDING = 512
 """An allocation takes a multiple of so many bytes."""
-_SMALL = MIB  # up to here it is cut from a segment for small ones
+_SMALL = MIB  # up to here it is cut from the segment for small ones
+_STEPS = {True: 2 * MIB, False: 20 * MIB}  # by which the segments for small ones and for others grow
 
 
 @dataclass(eq=False, slots=True)
@@ -33,24 +35,28 @@ class CachingAllocator:
     """Reserves memory and hands it out."""
 
     def __init__(self) -> None:
-        self.reserved = 0  # bytes of all segments; none is given back
-        self.allocated = 0  # bytes handed out, with what was too little to be cut off
+        self.reserved = 0  # bytes of both segments; none is given back
+        self.allocated = 0  # bytes handed out
         # Small or not, by size and address.
         self._free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}
+        self._last = {small: Block(0, 0, small) for small in (True, False)}
 
     def allocate(self, nbytes: int) -> Block:
-        """The smallest free block that holds `nbytes`, cut to size, or a part of a new segment."""
+        """The smallest free block that holds `nbytes`, cut to size; the last one, which can grow, if no other does."""
         size = max(1, -(-nbytes // ROUNDING)) * ROUNDING
         small = size <= _SMALL
         free = self._free[small]
         at = bisect_left(free, (size, 0))
-        block = free.pop(at)[2] if at < len(free) else self._segment(size, small)
+        at += at < len(free) and free[at][2].after is None
+        block = free.pop(at)[2] if at < len(free) else self._grown(size, small)
         block.free = False
         rest = block.size - size
-        if rest >= ROUNDING if small else rest > _SMALL:
+        if rest:
             after = Block(block.address + size, rest, small, block, block.after)
             if block.after:
                 block.after.before = after
+            else:
+                self._last[small] = after
             block.size, block.after = size, after
             self._keep(after)
         self.allocated += block.size
@@ -65,11 +71,18 @@ class CachingAllocator:
             block = self._joined(block, self._taken(block.after))
         self._keep(block)
 
-    def _segment(self, size: int, small: bool) -> Block:
-        large = -(-size // (2 * MIB)) * 2 * MIB if size >= 10 * MIB else 20 * MIB
-        segment = Block(self.reserved, 2 * MIB if small else large, small)
-        self.reserved += segment.size
-        return segment
+    def _grown(self, size: int, small: bool) -> Block:
+        """A block at the end of a segment, which has grown to hold so much."""
+        block, step = self._last[small], _STEPS[small]
+        if block.free:
+            self._taken(block)
+        else:
+            block.after = self._last[small] = Block(block.address + block.size, 0, small, block)
+            block = block.after
+        more = max(0, -(-(size - block.size) // step) * step)
+        block.size += more
+        self.reserved += more
+        return block
 
     def _keep(self, block: Block) -> None:
         block.free = True
@@ -85,6 +98,8 @@ class CachingAllocator:
         first.after = second.after
         if second.after:
             second.after.before = first
+        else:
+            self._last[first.small] = first
         return first
 
 

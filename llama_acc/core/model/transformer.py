@@ -420,6 +420,8 @@ def pack_small(model: Transformer) -> None:
             attention.prefix = () if extra is None else extra.kept(attention)
         groups = [attention.wq, attention.wk, attention.wv], [feed_forward.w1, feed_forward.w3]
         attention.packed, feed_forward.packed = (Packed(group) if Packed.takes(group) else None for group in groups)
+    if model.norm.weight.is_cuda:
+        torch.cuda.empty_cache()  # where the matrices were, there are pieces too small for joined ones
 
 
 def reorder_small(model: Transformer) -> None:

@@ -18,34 +18,36 @@ def made(*sizes_and_deaths: tuple[float, int]) -> list[Allocation]:
 @pytest.mark.parametrize(
     ("sizes", "allocated", "reserved_mib"),
     [
-        ([1 / MIB] * 4096, 2, 2),  # small ones share segments of 2 MiB, each at least 512 bytes
+        ([1 / MIB] * 4096, 2, 2),  # the segment for small ones grows by 2 MiB, each is at least 512 bytes
         ([1 / MIB] * 4096 + [1 / 2048], 2 + 1 / 2048, 4),
-        ([3] * 6, 18, 20),  # middling ones share segments of 20
-        ([3] * 7, 21, 40),  # 2 are left, and are too little
-        ([11], 12, 12),  # large ones have segments of even MiB, and up to one is not cut off
-        ([10 + 1 / MIB], 10 + 1 / 2048, 12),
+        ([3] * 6, 18, 20),  # that for others by 20
+        ([3] * 7, 21, 40),
+        ([11, 1], 12, 22),
+        ([10 + 1 / MIB], 10 + 1 / 2048, 20),
     ],
 )
-def test_segments_are_of_certain_sizes(sizes: list[float], allocated: float, reserved_mib: int) -> None:
+def test_segments_grow_in_steps(sizes: list[float], allocated: float, reserved_mib: int) -> None:
     allocator = CachingAllocator()
     for size in sizes:
         allocator.allocate(round(size * MIB))
     assert (allocator.allocated / MIB, allocator.reserved / MIB) == (allocated, reserved_mib)
 
 
-def test_the_smallest_free_block_that_is_large_enough_is_taken() -> None:
+def test_the_smallest_free_block_that_is_large_enough_is_taken_and_the_last_only_if_no_other_is() -> None:
     allocator = CachingAllocator()
-    large, kept, small = (allocator.allocate(size * MIB) for size in (100, 30, 40))
-    allocator.free(large)
-    allocator.free(small)
+    large, kept, small, last = (allocator.allocate(size * MIB) for size in (100, 30, 40, 50))
+    for block in (large, small):
+        allocator.free(block)
     assert allocator.allocate(36 * MIB).address == small.address
-    assert allocator.allocate(36 * MIB).address == large.address
-    assert (allocator.reserved, allocator.allocated) == (170 * MIB, (30 + 36 + 36) * MIB)
+    allocator.free(last)
+    assert allocator.allocate(45 * MIB).address == large.address
+    assert allocator.allocate(60 * MIB).address == last.address - 4 * MIB
+    assert (allocator.reserved, allocator.allocated) == (240 * MIB, (30 + 36 + 45 + 60) * MIB)
     assert not kept.free
 
 
 @pytest.mark.parametrize("order", itertools.permutations(range(3)))
-def test_what_is_free_side_by_side_is_one_block_again_but_never_across_segments(order: tuple[int, ...]) -> None:
+def test_what_is_free_side_by_side_is_one_block_again(order: tuple[int, ...]) -> None:
     allocator = CachingAllocator()
     whole = allocator.allocate(60 * MIB)
     allocator.allocate(60 * MIB)
@@ -59,25 +61,26 @@ def test_what_is_free_side_by_side_is_one_block_again_but_never_across_segments(
     for block in alone:
         allocator.free(block)
     allocator.allocate(40 * MIB)
-    assert allocator.reserved == 200 * MIB
+    assert allocator.reserved == 160 * MIB
 
 
 @pytest.mark.parametrize(
     ("sizes_and_deaths", "since", "step", "expected"),
     [
-        # 100 come and go; 10 stay where they were; the next 100 do not fit beside them.
-        (((100, 1), (10, FOREVER), (100, FOREVER)), 0, None, 200),
-        (((100, 2), (10, FOREVER), (100, FOREVER)), 0, None, 110),
+        # 100 come and go; 10 stay where they were, or behind; the next 100 do, 110 do not fit before them.
+        (((100, 1), (10, FOREVER), (100, FOREVER)), 0, None, 120),
+        (((100, 2), (10, FOREVER), (100, FOREVER)), 0, None, 120),
+        (((100, 2), (10, FOREVER), (110, FOREVER)), 0, None, 220),
         (((100, 1), (10, 2), (100, FOREVER)), 0, None, 100),
         (((100, 1), (0, FOREVER)), 0, None, 100),
-        (((100, 2), (30, FOREVER), (80, FOREVER)), 1, None, 110),
+        (((100, 2), (30, FOREVER), (80, FOREVER)), 1, None, 120),
         # A step makes a gradient of 10 while 100 come and go; then it is done again.
         (((50, FOREVER), (10, FOREVER), (100, 3)), 0, None, 160),
         (((50, FOREVER), (10, FOREVER), (100, 3)), 0, 1, 160),
-        (((50, FOREVER), (100, 2), (10, FOREVER), (95, 4)), 0, 1, 50 + 100 + 96),
+        (((50, FOREVER), (100, 2), (10, FOREVER), (95, 4)), 0, 1, 160),
     ],
 )
-def test_what_stays_in_a_cut_block_makes_the_next_large_one_reserve_anew(
+def test_what_stays_makes_the_next_larger_one_reserve_anew(
     sizes_and_deaths: tuple[tuple[float, int], ...], since: int, step: int | None, expected: int
 ) -> None:
     assert reserved(made(*sizes_and_deaths), since, step) == expected * MIB
