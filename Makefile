@@ -37,7 +37,10 @@ quickstart: $(INSTALLED)
 	@echo "> What is LLaMA?"
 	@$(BIN)/llama-acc chat --ckpt runs/quickstart --temperature 0 --prompt "What is LLaMA?"
 
-test: lint types unit kernels
+# mypy has one core, and the kernels' tests the other.
+test: lint
+	$(MAKE) -j2 types kernels
+	$(MAKE) unit
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff format --check .

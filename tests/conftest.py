@@ -34,7 +34,10 @@ what is the name of the capital of the country? it is the name of a town
 """
 
 _HOMES = itertools.count()
-_LONGEST = ("test_parallel.py", "test_caption_quickstart.py", "test_launch.py", "test_vision_runs.py")
+_LONGEST = (
+    *("test_parallel.py", "test_caption_quickstart.py", "test_launch.py", "test_vision_runs.py", "test_fit.py"),
+    *("test_measured.py", "test_streaming.py", "test_web.py", "test_serve.py", "test_gpu_benchmark.py", "test_docs.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

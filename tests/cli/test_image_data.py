@@ -93,7 +93,7 @@ def test_a_run_on_a_shard_resumes_at_the_sample_and_torchrun_s_ranks_share_it(sh
     others = write_data(tmp_path / "data", items=8)
     (others.parent / "images/1-0.png").unlink()
     sources = f"data.sources=[{{path: {shard}, template: caption}}, {{path: {others}}}]"
-    settings = (sources, "data.on_error=skip", "train.global_batch_size=5", "checkpoint.every_steps=1")
+    settings = (sources, "data.on_error=skip", "train.global_batch_size=5")
     complete(*finetune(shard, tmp_path / "whole", *settings))
     assert invoke(*finetune(shard, tmp_path / "parts", *settings, "train.max_steps=2")).exit_code == 0
     again = complete("finetune", "--output", tmp_path / "parts", "--resume", "--device", "cpu", "train.max_steps=null")

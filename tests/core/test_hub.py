@@ -17,7 +17,7 @@ from huggingface_hub.utils import http_backoff
 
 from llama_acc.core.catalogue import DownloadRequest, File, resolve
 from llama_acc.core.errors import RunError, UserError
-from llama_acc.core.hub import Downloaded, Downloader, fetch_data
+from llama_acc.core.hub import Downloaded, Downloader
 from llama_acc.core.hugging_face import http_client
 from tests.hub import TOKEN, Fault, Servers
 
@@ -234,17 +234,6 @@ def test_where_chunk_storage_cannot_be_reached_what_to_set_is_said(chunked: Serv
     with pytest.raises(RunError) as failed:
         download("hf:owner/name", tmp_path / "to", token=TOKEN)
     assert "set HF_HUB_DISABLE_XET=1" in (failed.value.hint or "")
-
-
-def test_remote_data_is_fetched_once_and_found_off_line(servers: Servers, llama_acc_home: Path) -> None:
-    servers.dataset("owner/shards", {f"train-{i}.jsonl": b"%d\n" % i for i in range(3)})
-    address = "hf:datasets/owner/shards/train-*.jsonl"
-    paths = fetch_data(address)
-    assert [path.read_bytes() for path in paths] == [b"0\n", b"1\n", b"2\n"]
-    assert paths[0] == llama_acc_home / "data/owner/shards/train-0.jsonl"
-    asked = len(servers.requests)
-    assert fetch_data(address) == paths
-    assert len(servers.requests) == asked
 
 
 # Off-line

@@ -319,32 +319,24 @@ def test_every_question_is_answered_as_it_would_be_alone(
 
 
 @pytest.mark.parametrize(
-    ("stopped_at", "torn"), [(0, b""), (1, b'{"question_id": 9, "te'), (3, b""), (5, b'{"question_id": 9')]
+    ("stopped_at", "torn"), [(0, b""), (1, b'{"question_id": 9, "te'), (2, None), (3, b""), (5, b'{"question_id": 9')]
 )
 def test_answers_go_on_where_they_were_stopped(
-    stopped_at: int, torn: bytes, answer: Callable[..., None], tmp_path: Path
+    stopped_at: int, torn: bytes | None, answer: Callable[..., None], tmp_path: Path
 ) -> None:
+    """`torn` is behind the last whole line; None: that lacks its line end."""
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
     answer(whole)
     with pytest.raises(Stop):
         answer(parts, progress=stop_at(stopped_at))
     kept = parts.read_bytes() if parts.exists() else b""
     assert kept.count(b"\n") == stopped_at
-    parts.write_bytes(kept + torn)
+    parts.write_bytes(kept[:-1] if torn is None else kept + torn)
     told = []
     answer(parts, progress=lambda done, _: told.append(done))
     assert told == list(range(stopped_at, 6)), "none is answered twice"
     assert parts.read_bytes().startswith(kept)
     assert texts(parts) == texts(whole)
-
-
-def test_a_file_that_lacks_its_last_line_end_is_gone_on_with(answer: Callable[..., None], tmp_path: Path) -> None:
-    output = tmp_path / "r.jsonl"
-    with pytest.raises(Stop):
-        answer(output, progress=stop_at(2))
-    output.write_bytes(output.read_bytes().rstrip(b"\n"))
-    answer(output)
-    assert texts(output).keys() == QUESTIONS.keys()
 
 
 def test_answers_of_something_else_are_refused_and_left_as_they_are(

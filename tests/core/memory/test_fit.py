@@ -51,7 +51,8 @@ def test_the_largest_count_below_the_memory_is_found_where_slack_goes_in_steps(s
 
 def test_methods_come_best_first_with_what_an_example_takes_in_each() -> None:
     shape = "model.params={dim: 64, n_layers: 2, n_heads: 4, multiple_of: 16, vocab_size: 300, max_seq_len: 512}"
-    request = MemoryRequest(recipe="alpaca", batch_size=1, max_tokens=64, overrides=(shape, "model.max_seq_len=512"))
+    keys = (shape, "model.max_seq_len=512", "train.global_batch_size=1")
+    request = MemoryRequest(recipe="alpaca", batch_size=1, max_tokens=64, overrides=keys)
     fits = list(fitting(request, memory=1 << 20))
     assert [(fit.method, fit.quantize) for fit in fits] == WAYS
     assert all(fit.batch_size == fit.longest == 0 for fit in fits)
@@ -103,7 +104,7 @@ def test_auto_is_off_and_on_as_it_fits_then_has_as_many_tokens_as_fit(
 
 def test_on_a_kind_of_gpu_a_base_is_streamed_where_it_does_not_fit_otherwise() -> None:
     shape = "model.params={dim: 256, n_layers: 12, n_heads: 4, vocab_size: 300, max_seq_len: 512}"
-    keys = (shape, "train.activation_checkpointing=true", "train.micro_batch_tokens=128")
+    keys = (shape, "train.activation_checkpointing=true", "train.micro_batch_tokens=128", "train.global_batch_size=2")
     request = MemoryRequest(recipe="alpaca-lora-nf4", max_tokens=64, overrides=keys)
     assert recipe_and_config(request)[0].train.stream_base == "auto"
     least = int(predict(setup_of(request)).total / FILLED)

@@ -49,7 +49,8 @@ def test_what_lasts_is_what_is_counted_by_hand() -> None:
 
 
 def test_the_weights_of_a_recipe_for_qwen3_are_those_of_its_published_shape() -> None:
-    run = setup_of(MemoryRequest(recipe="sft-qwen3-4b-lora-nf4", device_type="cpu"))
+    short = {"batch_size": 1, "max_tokens": 64, "overrides": ("train.global_batch_size=1",)}
+    run = setup_of(MemoryRequest(recipe="sft-qwen3-4b-lora-nf4", device_type="cpu", **short))
     dim, heads, head, hidden, layers = 2560, 32, 128, 9728, 36
     matrices = layers * (2 * dim * heads * head + 2 * dim * 8 * head + 3 * dim * hidden)
     rest = 151936 * dim + layers * (2 * dim + 2 * head) + dim  # the output matrix is the embedding

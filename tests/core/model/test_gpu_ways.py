@@ -184,7 +184,7 @@ def test_a_product_out_of_nf4_is_that_of_the_matrices_and_their_pairs(
 def test_tokens_of_several_sequences_are_those_of_the_cpu_s_ways(
     variant: dict[str, Any], in_nf4: bool, has_triton: bool
 ) -> None:
-    wide = {"dim": 256, "multiple_of": 64, "n_layers": 1, "vocab_size": 70} if in_nf4 else {}
+    wide = {"dim": 128, "multiple_of": 64, "n_layers": 1, "vocab_size": 70} if in_nf4 else {}
     config = replace(SMALL, **variant, **wide)
     generator = torch.Generator().manual_seed(2)
     documents = [torch.randint(config.vocab_size, (length,), generator=generator) for length in (12, 9, 30)]

@@ -43,12 +43,12 @@ from tests.core.train.runs import assert_same_run, plan_of, quickstart, run
 from tests.core.train.test_gpu_trace import META, Work, _norm
 
 TUNED = [name for name in METHODS if name not in ("full", "frozen")]
-# Twenty steps; validation goes through the blocks without gradients: from the last one to the first.
+# Ten steps; validation goes through the blocks without gradients: from the last one to the first.
 LONG = (
-    *("train.epochs=2", "train.max_steps=20", "train.global_batch_size=2", "optimizer.lr=5e-3"),
-    *("data.validation.fraction=0.1", "data.validation.every_steps=6"),
+    *("train.epochs=1", "train.max_steps=10", "train.global_batch_size=2", "optimizer.lr=5e-3"),
+    *("data.validation.fraction=0.1", "data.validation.every_steps=3"),
 )
-LAST = "epoch1-iter5"
+LAST = "epoch0-iter10"
 SHAPE = "n_heads: 4, n_kv_heads: 2, multiple_of: 16, max_seq_len: 256"
 DEEP = f"model.params={{dim: 32, n_layers: 5, {SHAPE}}}"
 STREAMED, RESIDENT = "train.stream_base=true", "train.stream_base=false"
@@ -83,10 +83,10 @@ def test_a_streamed_run_is_bitwise_the_resident_one(
 def test_a_run_goes_on_streamed_or_not(kind: str, bases: dict[str, Path], tmp_path: Path) -> None:
     common = words(bases[kind], kind)
     run(tmp_path / "whole", *common)
-    for number, (stop, how) in enumerate(((6, RESIDENT), (12, STREAMED), (20, RESIDENT))):
+    for number, (stop, how) in enumerate(((3, RESIDENT), (6, STREAMED), (10, RESIDENT))):
         run(tmp_path / "resumed", *common, how, f"train.max_steps={stop}", resume=number > 0)
     lines = [json.loads(line) for line in (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 21))
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))
     assert_same_run(tmp_path / "resumed", tmp_path / "whole", LAST)
 
 
