@@ -106,9 +106,8 @@ def _norm_and_add(x, weight, bias, normed, columns, eps, factor, COLUMNS: tl.con
 def norm_and_add_(x: Tensor, weight: Tensor, eps: float, bias: Tensor, factor: float) -> Tensor:
     """RMSNorm of x [T, columns], to which factor * bias is added then."""
     assert x.is_contiguous()
-    normed, columns = torch.empty_like(x), x.shape[1]
-    sizes = {"COLUMNS": triton.next_power_of_2(columns), "num_warps": 8}
-    _norm_and_add[(len(x),)](x, weight, bias, normed, columns, eps, factor, **sizes)
+    normed, sizes = torch.empty_like(x), {"COLUMNS": triton.next_power_of_2(x.shape[1]), "num_warps": 8}
+    _norm_and_add[(len(x),)](x, weight, bias, normed, x.shape[1], eps, factor, **sizes)
     return normed
 
 
@@ -341,10 +340,8 @@ def attend_slots(
         scale, PARTS=parts, GROUP=max(16, triton.next_power_of_2(group)), SIZE=max(16, wide), PLACES=places,
         num_stages=2,
     )  # fmt: skip
-    length = prefix[0].shape[1] if prefix else 1
-    numbers, sizes = (
-        (heads, group, length, scale),
-        {"PARTS": parts, "SIZE": wide, "PREFIX": 1 << (length - 1).bit_length()},
-    )
-    _join[(tokens * heads,)](sums, logs, outputs, size, q, *(prefix or (None,) * 3), *numbers, **sizes)
+    length, sizes = prefix[0].shape[1] if prefix else 1, {"PARTS": parts, "SIZE": wide}
+    tensors, numbers = prefix or (None,) * 3, (heads, group, length, scale)
+    sizes["PREFIX"] = triton.next_power_of_2(length)
+    _join[(tokens * heads,)](sums, logs, outputs, size, q, *tensors, *numbers, **sizes)
     return outputs

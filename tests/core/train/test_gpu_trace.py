@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_iter
 
 from llama_acc.core.data.templates import get_template
 from llama_acc.core.distributed.groups import Parallel
-from llama_acc.core.generate.decode_graph import DecodeGraph
+from llama_acc.core.generate.decode_graph import DecodeGraph, _Captured
 from llama_acc.core.generate.engine import Engine, Prompt
 from llama_acc.core.generate.load import LoadedModel, model_for_generation
 from llama_acc.core.generate.sampling import Sampler, Sampling
@@ -238,6 +238,29 @@ def test_a_generated_token_takes_ten_kernels_a_block(name: str, nf4: bool, seque
     kernels = two.kernels - one.kernels
     assert (one.waits, one.of_two_devices, one.copies_from_host) == ({}, {}, 1)
     assert kernels.total() <= 10, kernels
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["bf16", "nf4"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_token_is_one_copy_and_one_launch_of_what_was_captured(name: str, nf4: bool) -> None:
+    launches: list[int] = []
+    logits, chosen = torch.empty(2, 8, device=META), torch.empty(2, dtype=torch.int64, device=META)
+    captured = _Captured(SimpleNamespace(replay=lambda: launches.append(1)), logits, chosen)
+    with standing_for("cuda"), torch.no_grad(), patch.object(DecodeGraph, "_capture", lambda *_: captured):
+        config = replace(LLAMA_7B, n_layers=1, tuning=METHODS[name].with_num_layers(1))
+        model = model_for_generation(config, torch.bfloat16, Parallel(), () if nf4 else None)
+        prepare(META)
+        pack_small(model)
+        caches = [KVCache(1)]
+        caches.append(caches[0].beside(1))
+        feed(model, caches, range(9), META)
+        assert DecodeGraph.takes(model)
+        decode = DecodeGraph(model)
+        decode.captures = True
+        with Work() as work:
+            for _ in range(3):
+                decode([5, 7], caches)
+    assert (len(launches), work.kernels, work.waits, work.copies_from_host) == (3, {"copy_": 3}, {}, 3)
 
 
 @pytest.mark.parametrize("kind", SEEING)
