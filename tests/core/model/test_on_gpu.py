@@ -13,7 +13,7 @@ from llama_acc.core.generate.decode_graph import DecodeGraph
 from llama_acc.core.model.attention import DocumentAttention, KVCache, flash_attention
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.rotary import rotary_table
-from llama_acc.core.model.transformer import Transformer
+from llama_acc.core.model.transformer import Transformer, pack_small
 from llama_acc.core.model.tuning import METHODS
 from tests.core.model.test_nf4 import LORA, SHAPES, for_training, quantized, rounded
 from tests.core.tiny import SMALL, cached_logits, difference, document_logits, random_model
@@ -110,14 +110,17 @@ def test_documents_in_one_kernel_attend_as_one_by_one(heads: int, shared: int, w
 
 
 @pytest.mark.parametrize("in_nf4", [False, True])
-def test_the_captured_step_is_that_of_the_cpu(in_nf4: bool) -> None:
-    config = SHAPES["whole blocks"]
-    exact, model = random_model(config, dtype=torch.float64), random_model(config).requires_grad_(False)
+@pytest.mark.parametrize("method", ["full", "lora_bias_norm", "adapter"])
+def test_the_captured_step_is_that_of_the_cpu(method: str, in_nf4: bool) -> None:
+    shape = SHAPES["whole blocks"]
+    config = replace(shape, tuning=METHODS[method]().with_num_layers(shape.n_layers))
+    exact, model = trained_model(config, torch.float64), trained_model(config).requires_grad_(False)
     documents = [TOKENS[:60], TOKENS[60:120], TOKENS[120:180]]
     expected = document_logits((rounded(exact) if in_nf4 else exact).double(), documents)
     prepare_cuda()
     with torch.inference_mode():
         model = (quantized(model) if in_nf4 else model).to("cuda")
+        pack_small(model)
         decode, caches = DecodeGraph(model), [KVCache(config.n_layers)]
         caches += [caches[0].beside(slot) for slot in (1, 2)]
         beginnings = torch.cat([document[:50] for document in documents]).cuda()
