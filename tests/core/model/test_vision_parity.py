@@ -8,16 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_acc.core.model.transformer import shapes_of
-from tests.core.seeing import (
-    CLIP,
-    QFORMER,
-    blip2,
-    documents_of,
-    logits_of,
-    random_pixels,
-    random_tower,
-    seeing_model,
-)
+from tests.core.seeing import CLIP, QFORMER, blip2, documents_of, logits_of, random_pixels, random_tower, seeing_model
 from tests.core.tiny import SMALL, difference
 
 pytest.importorskip("transformers")

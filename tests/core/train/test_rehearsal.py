@@ -16,13 +16,7 @@ from llama_acc.core.model.transformer import Transformer
 from llama_acc.core.train import step
 from llama_acc.core.train.trainer import Trainer
 from tests.core.tiny import CPU
-from tests.core.train.runs import (
-    Notes,
-    assert_bitwise_equal,
-    assert_same_run,
-    plan_of,
-    run,
-)
+from tests.core.train.runs import Notes, assert_bitwise_equal, assert_same_run, plan_of, run
 
 SAVING = ("checkpoint.every_steps=2", "train.batch_size=3")
 

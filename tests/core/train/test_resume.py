@@ -12,16 +12,7 @@ from llama_acc.core.atomic import write_manifest
 from llama_acc.core.errors import UserError
 from llama_acc.core.train.log import MetricsLog
 from llama_acc.core.train.runs import read_metrics
-from tests.core.train.runs import (
-    Notes,
-    assert_bitwise_equal,
-    losses,
-    metrics,
-    names,
-    run,
-    saved_state,
-    saved_weights,
-)
+from tests.core.train.runs import Notes, assert_bitwise_equal, losses, metrics, names, run, saved_state, saved_weights
 
 LONG = ("train.epochs=3", "checkpoint.every_epochs=1", "checkpoint.keep=0")  # 12 steps
 

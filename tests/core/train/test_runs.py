@@ -15,16 +15,7 @@ from llama_acc.core.model.transformer import shapes_of
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.callback import Callback
 from tests.core.tiny import document_logits, loaded_model
-from tests.core.train.runs import (
-    TIMED,
-    losses,
-    metrics,
-    names,
-    plan_of,
-    run,
-    saved_state,
-    saved_weights,
-)
+from tests.core.train.runs import TIMED, losses, metrics, names, plan_of, run, saved_state, saved_weights
 
 CHECKPOINT_FILES = {
     "consolidated.00-of-01.model.pth",

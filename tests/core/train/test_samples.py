@@ -12,14 +12,7 @@ from llama_acc.core.generate.load import load_model
 from llama_acc.core.memory.guard import setup_of_run
 from llama_acc.core.memory.predict import predict
 from tests.core.ranks import run_ranks
-from tests.core.train.runs import (
-    assert_same_run,
-    metrics,
-    names,
-    plan_of,
-    quickstart,
-    run,
-)
+from tests.core.train.runs import assert_same_run, metrics, names, plan_of, quickstart, run
 
 PROMPTS = ["What is LLaMA?", "Who are you?"]
 SAMPLED = (f"train.sample_prompts={PROMPTS}", "train.sample_every_steps=3", "train.sample_max_new_tokens=9")

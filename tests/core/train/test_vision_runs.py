@@ -26,12 +26,7 @@ from llama_acc.core.generate.chat import generate
 from llama_acc.core.generate.load import load_model
 from llama_acc.core.memory.guard import setup_of_run
 from llama_acc.core.memory.predict import rank_parameters
-from llama_acc.core.model.transformer import (
-    build_on_meta,
-    initialize,
-    parameter_count,
-    shapes_of,
-)
+from llama_acc.core.model.transformer import build_on_meta, initialize, parameter_count, shapes_of
 from llama_acc.core.model.vision import Tower, tower_shapes
 from llama_acc.core.train import step
 from llama_acc.core.train.callback import Callback
