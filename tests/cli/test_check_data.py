@@ -12,14 +12,10 @@ from rich.console import Console
 
 from llama_acc.cli import console
 from tests.cli.commands import QUICKSTART, complete, environment, invoke, refused, words
+from tests.core.data.datasets import write
 
 GOOD = {"instruction": "Name a town.", "output": "It is the town in which all of the people of the country live."}
 CHECK = ("convert-data", "check")
-
-
-def write(path: Path, content: Any) -> Path:
-    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    return path
 
 
 def test_errors_end_with_2_after_all_was_reported_and_warnings_do_not(tmp_path: Path) -> None:

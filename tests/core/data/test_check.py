@@ -1,6 +1,5 @@
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +11,7 @@ from llama_acc.core.data.checks import quantiles
 from llama_acc.core.data.dataset import load_dataset
 from llama_acc.core.data.sources import Source, expand
 from llama_acc.core.tokenizer import Tokenizer
-
-
-def write(path: Path, content: Any) -> Path:
-    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    return path
+from tests.core.data.datasets import write
 
 
 def check(*paths: Path, tokenizer: Tokenizer | None = None, max_tokens: int | None = None) -> list[FileReport]:

@@ -24,6 +24,7 @@ from llama_acc.core.data.read import Row, stream_rows, stream_rows_from
 from llama_acc.core.data.sources import data_files
 from llama_acc.core.data.templates import Turn
 from llama_acc.core.errors import UserError
+from tests.core.data.datasets import write
 from tests.core.data.reading import read_file, read_items
 
 GOOD = {"instruction": "Add.", "input": "1 2", "output": "3"}
@@ -49,11 +50,6 @@ CUTTABLE = [
 ]
 # As `json.loads`, but for the NaN that pandas writes for an empty cell.
 AS_READ = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" else float(name)).decode
-
-
-def write(path: Path, content: Any) -> Path:
-    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    return path
 
 
 def rows_of(content: bytes, suffix: str) -> list[Row]:
