@@ -68,7 +68,7 @@ def test_a_caption_stands_where_training_has_it_and_comes_as_it_is_written(seein
     with pytest.raises(UserError, match="takes no instruction"):
         instruction_prompt(seeing, "what?")
     computed: list[int] = []
-    handle = seeing.model.register_forward_hook(lambda *_: computed.append(len(computed)))
+    handle = seeing.model.output.register_forward_hook(lambda *_: computed.append(len(computed)))
     (reference,) = write_pictures(tmp_path, 1)
     square = pixels(ImageJob(reference, Transform("pad_to_square", TINY.image_size)))
     pieces = stream_caption(seeing, square, caption_prompt(seeing), NEW_TOKENS)
