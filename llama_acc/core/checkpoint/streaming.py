@@ -75,12 +75,9 @@ class BlockStream:
 
     def __init__(self, model: Transformer, device: torch.device, regions: Mapping[str, Region] | None) -> None:
         """Gives the matrices of the model, which is on the meta device, their place in the buffers; they are buffers of
-        their layers then, and no parameters.
+        their layers then, and no parameters; its other parameters are left on the meta device.
 
-        Args:
-            model: its other parameters are left on the meta device.
-            device: where it computes.
-            regions: where the matrices lie, as `find_regions` gives it; None: nothing is read, as in a simulation.
+        `regions` says where they lie, as `find_regions` gives it; None: nothing is read, as in a simulation.
         """
         blocks = list(model.layers)
         self._layouts = [_layout(number, block) for number, block in enumerate(blocks)]

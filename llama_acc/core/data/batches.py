@@ -152,8 +152,7 @@ class MicroBatch:
     """Documents end to end, without padding. T is the sum of `lengths`; I the number of their images."""
 
     tokens: NDArray[np.int64]  # [T]
-    targets: NDArray[np.int64]
-    """[T]: the next token of the same document where that one is labeled, else -100."""
+    targets: NDArray[np.int64]  # [T]: the next token of the same document where that one is labeled, else -100
     positions: NDArray[np.int64]  # [T]: from 0 in each document
     lengths: list[int]  # tokens of each document
     label_weights: NDArray[np.float32] | None = None
@@ -163,12 +162,10 @@ class MicroBatch:
     image_places: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """[I * positions]: where they stand in the stream; what `tokens` has there does not matter."""
     inputs: "Tensor | None" = None  # [I, ...]: what a model takes of them; see `generate.load`
-    draws: list[int] = field(default_factory=list)
-    """In training, a random number for each document; see `draws_of`."""
+    draws: list[int] = field(default_factory=list)  # in training, a random number for each document; see `draws_of`
     example_sizes: list[int] = field(default_factory=list)
     """How many of the documents each example has: one, but of plain text."""
-    packed: "tuple[Tensor, list[int]] | None" = None
-    """What `train.step.pack` makes of it, if that was done ahead."""
+    packed: "tuple[Tensor, list[int]] | None" = None  # what `train.step.pack` makes of it, if that was done ahead
 
     @property
     def labeled(self) -> NDArray[np.int64]:

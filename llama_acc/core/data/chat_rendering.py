@@ -34,8 +34,7 @@ class Limits(NamedTuple):
 class Chat(NamedTuple):
     """A conversation as transformers has it."""
 
-    messages: Sequence[Mapping[str, Any]]
-    """Each with a role and content; perhaps with `tool_calls` and the like."""
+    messages: Sequence[Mapping[str, Any]]  # each with a role and content; perhaps with `tool_calls` and the like
     tools: Sequence[Mapping[str, Any]] = ()  # functions that may be called, as JSON schemas
 
 

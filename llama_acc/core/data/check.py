@@ -56,8 +56,7 @@ class FileReport:
     hint: str | None = None  # what to do about that
     findings: Findings = field(default_factory=Findings)
     characters: "array[int]" = field(default_factory=lambda: array("q"))  # how many each item has
-    tokens: "array[int]" = field(default_factory=lambda: array("q"))
-    """How many each item has, uncut; with a tokenizer."""
+    tokens: "array[int]" = field(default_factory=lambda: array("q"))  # how many each item has, uncut; with a tokenizer
     counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys((*_COUNTS, *_DROPPED), 0)))
     """With a tokenizer: tokens and label_tokens of what is left of the items; truncated...: items that are cut, and
     what they lose; dropped...: items without a label, and why."""

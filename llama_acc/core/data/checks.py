@@ -72,8 +72,7 @@ class DatasetStats:
     def __init__(self, most: int | None = EXAMPLES) -> None:
         self.findings = Findings(most)
         self.rows = 0
-        self.items = 0
-        """Rows that can be trained on."""
+        self.items = 0  # rows that can be trained on
         self._languages = Findings(most)  # which of them is that of the rest is known at the end only
         self._hashes = array("Q")
 

@@ -67,10 +67,8 @@ class DataFile:
     dropped: int
     image_root: Path  # where relative references to images begin
     left_out: int = 0  # items that were left out after they had been encoded
-    problems: Findings = field(default_factory=Findings)
-    """What is wrong with them: the first `MOST_PROBLEMS` of a kind."""
-    split: int = 0
-    """Items that became one document for each reply, as the template writes earlier turns otherwise."""
+    problems: Findings = field(default_factory=Findings)  # what is wrong with them: the first `MOST_PROBLEMS` of a kind
+    split: int = 0  # items that became one document for each reply, as the template writes earlier turns otherwise
     weight: float = 1.0  # how often each is used in an epoch
     documents: int = 0  # of plain text: how many the whole file has; its items are pieces of them
 
@@ -81,8 +79,7 @@ class Dataset:
 
     files: tuple[DataFile, ...]
     parts: tuple[Encoded, ...]  # for every file its documents
-    rows: Rows | None = None
-    """[D]: which of the parts' documents, in which order; None: all of them as they are."""
+    rows: Rows | None = None  # [D]: which of the parts' documents, in which order; None: all of them as they are
 
     def __len__(self) -> int:
         return self._starts[-1] if self.rows is None else len(self.rows)

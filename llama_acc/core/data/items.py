@@ -75,8 +75,7 @@ class SingleTurn(NamedTuple):
     instruction: str
     input: str | None
     output: str
-    images: tuple[str, ...] = ()
-    """References as they are written: relative paths begin at the data's image root."""
+    images: tuple[str, ...] = ()  # references as they are written: relative paths begin at the data's image root
     system: str | None = None  # a system text of its own, in place of the prompt format's
 
 
@@ -86,8 +85,7 @@ class Dialogue(NamedTuple):
     turns: list[Turn]
     images: tuple[str, ...] = ()
     system: str | None = None
-    tools: tuple[dict[str, Any], ...] = ()
-    """The functions that the assistant may call, as chat templates take them."""
+    tools: tuple[dict[str, Any], ...] = ()  # the functions that the assistant may call, as chat templates take them
 
     @property
     def uses_tools(self) -> bool:
@@ -122,8 +120,7 @@ class ItemStream:
     def __init__(self, kind: str, rows: Iterator[Row], adapt: Adapt, is_document: bool = False) -> None:
         """`is_document`: the rows are blocks of one text."""
         self.kind, self._rows, self._adapt, self._is_document = kind, rows, adapt, is_document
-        self.unused: Counter[str] = Counter()
-        """Keys and parts that are not used, and in how many of the items so far."""
+        self.unused: Counter[str] = Counter()  # keys and parts that are not used, and in how many of the items so far
 
     def __iter__(self) -> Iterator[Checked]:
         """Raises UserError where the file cannot be read further, if need be after items."""
@@ -237,10 +234,8 @@ class _Problems:
     def __init__(self, where: str) -> None:
         self._where = where
         self.found: list[Finding] = []
-        self.turn = ""
-        """The turn being looked at, such as "turn 2"."""
-        self.unused: set[str] = set()
-        """Keys that are not used, those of turns as `conversations[].key`."""
+        self.turn = ""  # the turn being looked at, such as "turn 2"
+        self.unused: set[str] = set()  # keys that are not used, those of turns as `conversations[].key`
 
     def add(self, kind: str, field: str, message: str, value: Any) -> None:
         inside = f"{self.turn}: " if self.turn else ""

@@ -55,8 +55,7 @@ class Rendered(NamedTuple):
     """An item or a prompt as text."""
 
     text: str
-    own: list[Span]
-    """What of it is the item's or the user's own text, in which no special token is recognized."""
+    own: list[Span]  # what of it is the item's or the user's own text, in which no special token is recognized
     trained: list[Span] = []
     eos_trained: bool = False  # EOS behind the text is a label
     weights: Sequence[float] = ()  # how much each of `trained` counts in the loss; empty: all in full

@@ -35,18 +35,14 @@ _TIMEOUT = timedelta(hours=2)
 class Parallel:
     """This process's place. `Parallel()` is that of a process on its own."""
 
-    model_rank: int = 0
-    """Place among those who share one copy of the model."""
+    model_rank: int = 0  # place among those who share one copy of the model
     model_size: int = 1
-    data_rank: int = 0
-    """Place among those who hold the same part of the model and see other data."""
+    data_rank: int = 0  # place among those who hold the same part of the model and see other data
     data_size: int = 1
     model_group: Group | None = None
     data_group: Group | None = None
-    control: Group | None = None
-    """All ranks on gloo, for what the hosts tell each other."""
-    background: Group | None = None
-    """The same, for a thread that saves while training goes on."""
+    control: Group | None = None  # all ranks on gloo, for what the hosts tell each other
+    background: Group | None = None  # the same, for a thread that saves while training goes on
 
     @property
     def rank(self) -> int:

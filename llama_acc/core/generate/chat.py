@@ -90,18 +90,12 @@ def encode_question(loaded: LoadedModel, question: str, images: int = 0) -> Prom
 class ShownToken(NamedTuple):
     """A token that the model was fed or wrote, for display."""
 
-    token: int
-    """Its id; -1: the positions of all images."""
-    piece: str
-    """As the vocabulary writes it."""
-    text: str
-    """What it adds to the text; empty for a part of a character, BOS or EOS."""
-    special: bool
-    """BOS, or one that ends an answer."""
-    is_reply: bool
-    """The model wrote it."""
-    logprobs: TokenLogprobs | None
-    """Of a reply's token, where `Sampling.logprobs` asks for them."""
+    token: int  # its id; -1: the positions of all images
+    piece: str  # as the vocabulary writes it
+    text: str  # what it adds to the text; empty for a part of a character, BOS or EOS
+    special: bool  # BOS, or one that ends an answer
+    is_reply: bool  # the model wrote it
+    logprobs: TokenLogprobs | None  # of a reply's token, where `Sampling.logprobs` asks for them
 
 
 class Conversation:

@@ -58,16 +58,11 @@ class _Fed(NamedTuple):
 class _Pass(NamedTuple):
     """What the model computes at once."""
 
-    fed: Sequence[_Fed]
-    """Those that get a token come first."""
-    tokens: Sequence[int]
-    """[T] of all, end to end, -1 where an image stands."""
-    pixels: Tensor
-    """[images, 3, S, S] of 0 to 255, empty for ranks that encode none."""
-    wanted: int
-    """B: of so many sequences, what follows is wanted."""
-    numbers: Sequence[Sequence[float]]
-    """See `DecodeGraph`."""
+    fed: Sequence[_Fed]  # those that get a token come first
+    tokens: Sequence[int]  # [T] of all, end to end, -1 where an image stands
+    pixels: Tensor  # [images, 3, S, S] of 0 to 255, empty for ranks that encode none
+    wanted: int  # B: of so many sequences, what follows is wanted
+    numbers: Sequence[Sequence[float]]  # see `DecodeGraph`
 
 
 _Message = tuple[Callable[..., Any], Sequence[Any]]
@@ -216,10 +211,8 @@ class _Begun(NamedTuple):
     """A pass whose tokens may be on their way."""
 
     planned: Sequence[tuple[_Slot, int]]
-    replies: Sequence[Reply | None]
-    """Those of the slots."""
-    are_drawn: bool
-    """The device has chosen all its tokens by `DecodeGraph`'s numbers, not only the likeliest."""
+    replies: Sequence[Reply | None]  # those of the slots
+    are_drawn: bool  # the device has chosen all its tokens by `DecodeGraph`'s numbers, not only the likeliest
     logits: Tensor
     chosen: Tensor
     arriving: Arriving

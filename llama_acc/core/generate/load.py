@@ -47,18 +47,14 @@ _ALONE = Parallel()
 class VisionEncoder:
     """From pixels to a multimodal model's inputs. A frozen tower runs once, on the first rank of a model-parallel
     group; the others get its features from there.
-
-    Attributes:
-        vision: the kind.
-        tower: its frozen tower, on the ranks that have it; else None.
-        is_leader: whether this rank needs images' pixels: where the encoder trains, every rank does.
     """
 
     def __init__(
         self, vision: Vision, tower: Tower | None, dtype: torch.dtype, device: torch.device, parallel: Parallel
     ) -> None:
-        self.vision, self.tower = vision, tower
+        self.vision, self.tower = vision, tower  # the kind, and its frozen tower on the ranks that have it
         self.dtype, self.device, self.parallel = dtype, device, parallel
+        # Whether this rank needs images' pixels: where the encoder trains, every rank does.
         self.is_leader = vision.trains_encoder or parallel.model_rank == 0
 
     def fingerprint(self) -> str:

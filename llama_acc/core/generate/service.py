@@ -39,15 +39,10 @@ class Asked(NamedTuple):
 
 
 class Service:
-    """Runs an engine, which nothing else may use.
-
-    Attributes:
-        engine: only for reading, as its own thread changes it at any time.
-        queue: so many requests may wait for a slot.
-    """
+    """Runs an engine, which nothing else may use: its own thread changes it at any time."""
 
     def __init__(self, engine: Engine, queue: int = 64) -> None:
-        self.engine, self.queue = engine, queue
+        self.engine, self.queue = engine, queue  # so many requests may wait for a slot
         self.failure: BaseException | None = None  # what ended its thread; None as long as it runs
         self.on_failure: Callable[[], None] = lambda: None  # is called in its thread then
         self._calls: list[Callable[[], None]] = []

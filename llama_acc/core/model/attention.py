@@ -38,8 +38,7 @@ class PrefixHeads(NamedTuple):
 
     keys: Tensor
     values: Tensor
-    common: bool
-    """Every document has it that has none of its own."""
+    common: bool  # every document has it that has none of its own
 
 
 class LayerCache:
@@ -121,10 +120,8 @@ class KVCache:
 class Attend(Protocol):
     """How projected queries, keys and values meet: what a block needs to know of the batch it computes on."""
 
-    rotations: Tensor
-    """[T, D/2], of the positions of the queries."""
-    lengths: Sequence[int]
-    """Tokens of each document."""
+    rotations: Tensor  # [T, D/2], of the positions of the queries
+    lengths: Sequence[int]  # tokens of each document
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotates: bool = True, window: int | None = None) -> Tensor:
         """[T, H, D], [T, K, D], [T, K, D] to the heads' outputs side by side, [T, H*D].
@@ -400,10 +397,8 @@ class TokensOnGPU(NamedTuple):
 
     slots: Tensor
     positions: Tensor
-    end: int = 0
-    """So many slots are needed, 0: there is room,"""
-    longest: int = 0
-    """and so many positions in them."""
+    end: int = 0  # so many slots are needed, 0: there is room,
+    longest: int = 0  # and so many positions in them
 
 
 class _SingleTokens:

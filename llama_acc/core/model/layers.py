@@ -113,22 +113,15 @@ class Matrix(nn.Module):
 
 
 class Linear(nn.Module):
-    """A matrix product; its matrix may be quantized, and a tuning method may add a bias or extensions.
-
-    Attributes:
-        weight: [out_features, in_features]; or quantized, [out_features, in_features / 2] bytes.
-        scales: of a quantized matrix; else None.
-        in_features: of the whole layer.
-        out_features: of the whole layer.
-        group: the ranks that it is split over; None = it is not.
-    """
+    """A matrix product; its matrix may be quantized, and a tuning method may add a bias or extensions."""
 
     split: int | None = None  # the dimension of the matrix in which it is split; None = it is not
 
     def __init__(self, in_features: int, out_features: int, parallel: Parallel, init: Init | None = None) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.parallel = in_features, out_features, parallel
-        self.group = parallel.model_group if parallel.model_size > 1 else None
+        self.in_features, self.out_features, self.parallel = in_features, out_features, parallel  # of the whole layer
+        self.group = parallel.model_group if parallel.model_size > 1 else None  # it is split over these ranks, if any
+        # [out_features, in_features]; or quantized, [out_features, in_features / 2] bytes.
         self.weight = parameter(out_features, in_features, init=init or normal(), split=self.split, parallel=parallel)
         self.is_quantized = False
         self.bias: nn.Parameter | None = None  # [out_features], or None
@@ -155,6 +148,7 @@ class Linear(nn.Module):
 
     @property
     def scales(self) -> Scales | None:
+        """Of a quantized matrix; else None."""
         return Scales(*(self.get_buffer(name) for name in Scales._fields)) if self.is_quantized else None
 
     def inputs(self) -> list[Tensor]:

@@ -34,9 +34,6 @@ class MultiAdapter(Transformer):
     """Models of one base as one, for generation. Their parameters are kept, where they share storage it stays shared.
 
     Which documents are whose is said before each pass, by `select`; by itself all are the first one's.
-
-    Attributes:
-        models: each whole, by the number of its adapter.
     """
 
     def __init__(self, models: Sequence[Transformer]) -> None:
@@ -50,7 +47,7 @@ class MultiAdapter(Transformer):
             super().__init__(
                 replace(first.config.base(), max_seq_len=first.config.max_seq_len), first.dtype, first.parallel
             )
-        self.models, self.parts = nn.ModuleList(models), list[_Part]()
+        self.models, self.parts = nn.ModuleList(models), list[_Part]()  # each model whole, by its adapter's number
         for name, module in list(self.named_modules()):
             is_layer = any(True for _ in module.parameters(recurse=False)) or name == "output"
             if name.startswith("models.") or not is_layer:

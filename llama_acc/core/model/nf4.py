@@ -36,12 +36,9 @@ _FUSED_ROWS, _FUSED_STEP = 8, 32
 class Scales(NamedTuple):
     """What belongs to a matrix's packed values, for n blocks."""
 
-    absmax: Tensor
-    """[n] uint8, the blocks' largest magnitudes."""
-    nested: Tensor
-    """[n / 256] float32, the largest ones of these, less the mean."""
-    offset: Tensor
-    """[1] float32, their mean."""
+    absmax: Tensor  # [n] uint8, the blocks' largest magnitudes
+    nested: Tensor  # [n / 256] float32, the largest ones of these, less the mean
+    offset: Tensor  # [1] float32, their mean
 
 
 @cache

@@ -104,14 +104,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A LLaMA, without what a tuning method or vision adds: `build_on_meta` adds these.
-
-    Attributes:
-        run_block: calls a block on its arguments; activation checkpointing puts itself here.
-        attention_extra: gives what a tuning method adds to the attention of the block of that number, if it does; from
-            what images give for each document, [documents, vectors, dim], or None.
-        before_blocks: tells a tuning method the stream's documents: the length of each and, in training, its draw.
-    """
+    """A LLaMA, without what a tuning method or vision adds: `build_on_meta` adds these."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, parallel: Parallel) -> None:
         super().__init__()
@@ -128,8 +121,12 @@ class Transformer(nn.Module):
         )
         self.vision: VisionProjector | None = None  # how images come into the stream, or None
         self.specs: Mapping[str, Spec] = {}  # what is known of each parameter
+        # Calls a block on its arguments; activation checkpointing puts itself here.
         self.run_block: Callable[[nn.Module, Tensor, Attend, AttentionExtra | None], Tensor] = nn.Module.__call__
+        # Gives what a tuning method adds to the attention of the block of that number, if it does; from what images
+        # give for each document, [documents, vectors, dim], or None.
         self.attention_extra: Callable[[int, Tensor | None], AttentionExtra | None] | None = None
+        # Tells a tuning method the stream's documents: the length of each and, in training, its draw.
         self.before_blocks: Callable[[Sequence[int], Sequence[int]], None] | None = None
         self._rotations: Tensor | None = None
 
@@ -273,13 +270,10 @@ class Description(NamedTuple):
 
     shape: tuple[int, ...]
     split: int | None
-    init: Init | None
-    """None = it always comes from a checkpoint."""
+    init: Init | None  # None = it always comes from a checkpoint
     trains: bool
-    part: Part
-    """Who adds it: the LLaMA itself, the tuning method, vision, or it is of the frozen vision tower."""
-    is_matrix: bool
-    """It is the matrix of a linear layer of the LLaMA, which NF4 is for."""
+    part: Part  # who adds it: the LLaMA itself, the tuning method, vision, or it is of the frozen vision tower
+    is_matrix: bool  # it is the matrix of a linear layer of the LLaMA, which NF4 is for
 
 
 @lru_cache(64)

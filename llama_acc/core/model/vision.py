@@ -27,21 +27,16 @@ from llama_acc.core.model.vision_config import ClipVision, QFormerVision, TinyVi
 class Images(NamedTuple):
     """The images of a stream."""
 
-    inputs: Tensor
-    """[I, *input_shape] of the kind of vision: a tower's features, or pixels."""
-    places: Tensor
-    """[I * positions], where they stand in the stream, in order."""
-    documents: Sequence[int] | Tensor
-    """[I], which document of the stream each belongs to."""
+    inputs: Tensor  # [I, *input_shape] of the kind of vision: a tower's features, or pixels
+    places: Tensor  # [I * positions], where they stand in the stream, in order
+    documents: Sequence[int] | Tensor  # [I], which document of the stream each belongs to
 
 
 class VisionOutput(NamedTuple):
     """What comes of them."""
 
-    x: Tensor
-    """[T, dim], the stream with the images in it."""
-    prefixes: Tensor | None
-    """[documents, P, dim], to be added to the prefix of each; None: nothing."""
+    x: Tensor  # [T, dim], the stream with the images in it
+    prefixes: Tensor | None  # [documents, P, dim], to be added to the prefix of each; None: nothing
 
 
 def _uniform(values: Tensor, generator: Generator) -> None:

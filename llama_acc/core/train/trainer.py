@@ -107,14 +107,7 @@ def _cast_whole(model: Transformer) -> dict[str, Tensor]:
 
 
 class Trainer:
-    """A model, its optimizer and how far they are.
-
-    Attributes:
-        step: optimizer steps done.
-        current_items: those of the micro-batch that is computed, to report where memory ran out.
-        best_loss: that loss.
-        since_best: validations after it.
-    """
+    """A model, its optimizer and how far they are: `step` optimizer steps are done."""
 
     def __init__(self, plan: Plan, device: torch.device, weights: Weights | None, parallel: Parallel) -> None:
         """Builds the model and its optimizer from checked weights; what they lack, or None, is random."""
@@ -152,10 +145,10 @@ class Trainer:
                 reserve=plan.disk_bytes(),
             )
         self._batches: Iterator[MicroBatch] | None = None
-        self.current_items: list[int] | None = None
+        self.current_items: list[int] | None = None  # of the micro-batch that is computed, to report out of memory
         self.has_started = False  # whether a step was begun
         self.best_step: int | None = None  # where the validation loss was least so far; None: there was none
-        self.best_loss, self.since_best = math.inf, 0
+        self.best_loss, self.since_best = math.inf, 0  # that loss, and how many validations came after it
         # Of a model of random weights there is no base to belong to.
         self._base: Base | None = None
         if plan.layouts and parallel.is_main:

@@ -114,12 +114,9 @@ class Prefix(NamedTuple):
     Shapes: T tokens of the stream, H query heads of this rank, K its key-value heads, D head dimension.
     """
 
-    vectors: "Tensor"
-    """[prefix_len, dim], or of each document its own, [documents, prefix_len, dim]."""
-    gate: "Tensor"
-    """[H]."""
-    new_gate: "Tensor | None"
-    """A number."""
+    vectors: "Tensor"  # [prefix_len, dim], or of each document its own, [documents, prefix_len, dim]
+    gate: "Tensor"  # [H]
+    new_gate: "Tensor | None"  # a number
 
     def output(self, attention: "Attention", q: "Tensor", attend: "Attend") -> "Tensor":
         """What the queries [T, H, D] get from the prefix, times its gates, [T, H*D]."""
