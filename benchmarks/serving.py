@@ -4,7 +4,7 @@ memory's bandwidth would allow.
     python benchmarks/serving.py --ckpt smollm2 --huggingface smollm2-hf [--dtype float32] [--clients 1 4 16]
 
 Both folders hold the same weights (`llama-acc convert-checkpoint smollm2 smollm2-hf --to hf`). Each client asks for one
-story by a prompt of about 100 tokens of its own, greedy, of at most 128 new tokens, and all ask at once; what counts is
+story by a prompt of its own, greedy, of at most 128 new tokens, and all ask at once; what counts is
 the tokens that the servers say they made, from the first question to the last answer. Each turn starts each server
 anew, and asks it once before. `--only llama-acc` leaves transformers out (extra `serving` of transformers).
 """
@@ -30,10 +30,10 @@ _WORDS = ["river", "clock", "garden", "letter", "winter", "lantern", "village", 
 _START = 300.0  # seconds a server may take to start
 
 
-def prompt(number: int) -> str:
-    """About 100 tokens, which differ from the others' from the first word on."""
+def prompt(number: int, length: int) -> str:
+    """A request for a story of so many words, which differs from the others' from the first word on."""
     words = [_WORDS[(number * 7 + place * (number + 3)) % len(_WORDS)] for place in range(70)]
-    return f"{words[0]} number {number}: write a very long story with these words: {', '.join(words[:42])}."
+    return f"{words[0]} number {number}: write a very long story with these words: {', '.join(words[:length])}."
 
 
 def bandwidth() -> float:
@@ -103,7 +103,8 @@ def turn(name: str, args: argparse.Namespace) -> dict[int, float]:
             with ThreadPoolExecutor(clients) as pool:
                 start = time.perf_counter()
                 # Other prompts for each number of clients: what was computed before would be reused.
-                asked = [pool.submit(post, port, model, prompt(100 * clients + n), NEW_TOKENS) for n in range(clients)]
+                texts = [prompt(100 * clients + n, args.words) for n in range(clients)]
+                asked = [pool.submit(post, port, model, text, NEW_TOKENS) for text in texts]
                 tokens = sum(one.result() for one in asked)
             found[clients] = tokens / (time.perf_counter() - start)
     return found
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("--huggingface", type=Path, help="the same weights, for transformers")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--words", type=int, default=42, help="in each prompt: with 42 it has 131 tokens, with 2 it has 51")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", choices=["llama-acc", "transformers"])
