@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--huggingface", type=Path, help="the same weights, for transformers")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--words", type=int, default=42, help="in each prompt: with 42 it has 131 tokens, with 2 it has 51")
+    parser.add_argument("--words", type=int, default=42, help="in each prompt: 131 tokens with 42, 51 with 2")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", choices=["llama-acc", "transformers"])
