@@ -115,6 +115,12 @@ def test_ranks_serve_together(alpaca: Path) -> None:
     assert gone(list(workers.values()))
 
 
+def test_a_model_is_served_in_four_bits(alpaca: Path) -> None:
+    with serving("--ckpt", alpaca, "--template", "dialogue", "--quantize", "nf4") as (url, _):
+        answer = httpx2.post(f"{url}/v1/chat/completions", json=ASK, timeout=PATIENCE).json()
+        assert answer["choices"][0]["message"]["content"] == "a town"
+
+
 def test_a_port_that_is_taken_is_refused_before_a_model_is_loaded(alpaca: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         refused(invoke("serve", "--ckpt", alpaca, "--port", taken.getsockname()[1]), "Address already in use")
