@@ -159,6 +159,8 @@ def add_tokens(fast: Any, path: Path, settings: Settings) -> Any:
     Raises:
         UserError: an id or a text is taken, or there is no way to leave ids out.
     """
+    if not settings.tokens:
+        return fast
     from tokenizers import AddedToken
 
     vocabulary: dict[str, int] = fast.get_vocab(with_added_tokens=True)
@@ -260,13 +262,13 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     and in a run of one character what is left over stands at the run's end.
     """
     ways = [
-        (-score, -at, piece)
+        (-score, -at, left, right)
         for piece, score in scores.items()
         for at in range(1, len(piece))
-        if piece[:at] in scores and piece[at:] in scores
+        if (left := piece[:at]) in scores and (right := piece[at:]) in scores
     ]
     ways.sort(key=lambda way: way[:2])
-    return [(piece[:-at], piece[-at:]) for _, at, piece in ways]
+    return [way[2:] for way in ways]
 
 
 def _read_model(data: bytes) -> tuple[list[_Piece], dict[int, Any], dict[int, Any]]:
@@ -290,12 +292,15 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """The fields of a protobuf message: (number, integer or bytes)."""
     at = 0
     while at < len(data):
-        key, at = _integer(data, at)
+        key, at = (data[at], at + 1) if data[at] < 128 else _integer(data, at)
         if key & 7 == 0:
             value, at = _integer(data, at)
             yield key >> 3, value
             continue
-        length, at = _integer(data, at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
+        if key & 7 == 2:
+            length, at = (data[at], at + 1) if data[at] < 128 else _integer(data, at)
+        else:
+            length = {1: 8, 5: 4}[key & 7]
         yield key >> 3, data[at : at + length]
         at += length
 

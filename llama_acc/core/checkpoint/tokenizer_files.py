@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from llama_acc.core.checkpoint.layout import Layout, without_towers
 from llama_acc.core.data.templates import TEMPLATE_FILE, Template, Turn
 from llama_acc.core.errors import UserError
@@ -143,8 +145,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, ids: Mapping[str, Any]) 
     if adds_bos is not None:
         values["post_processor"] = _framing(tokenizer, adds_bos, adds_eos)
         config |= {"add_bos_token": adds_bos, "add_eos_token": adds_eos}
-    # Without line ends, which take Python ten times as long.
-    (folder / HUGGING_FACE_FILE).write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+    (folder / HUGGING_FACE_FILE).write_bytes(msgspec.json.encode(values))
     roles = {"unk_token": values["model"].get("unk_token"), **tokenizer.settings.roles}
     roles |= {"bos_token": tokenizer.piece(tokenizer.bos_id), "eos_token": tokenizer.piece(tokenizer.eos_id)}
     for key in _OF_OTHER_CLASSES:
