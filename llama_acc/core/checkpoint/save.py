@@ -42,7 +42,7 @@ from llama_acc.core.atomic import (
 from llama_acc.core.device import device_type
 from llama_acc.core.distributed.environment import in_background
 from llama_acc.core.distributed.groups import Parallel
-from llama_acc.core.errors import UserError
+from llama_acc.core.errors import RunError, UserError
 from llama_acc.core.input_files import read_object
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -140,13 +140,23 @@ class TensorFile:
     def _read(self, size: int, offset: int) -> bytes:
         return os.pread(self._file.fileno(), size, offset)
 
-    def write(self, name: str, rows: Tensor, first: int = 0) -> None:
-        """Writes some rows of a tensor, the first of which has number `first`."""
-        offset = self._offsets[name] + first * (rows.nbytes // max(1, len(rows)) if rows.dim() else 0)
+    def write(self, name: str, rows: Tensor, first: int = 0, verified: bool = False) -> None:
+        """Writes some rows of a tensor, the first of which has number `first`; `verified`: and reads them back.
+
+        Raises:
+            RunError: what is read back is something else.
+        """
+        begin = self._offsets[name] + first * (rows.nbytes // max(1, len(rows)) if rows.dim() else 0)
         data = rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-        while len(data):
-            written = os.pwrite(self._file.fileno(), data[:_WRITTEN_AT_ONCE], offset)
-            data, offset = data[written:], offset + written
+        for start in range(0, len(data), _WRITTEN_AT_ONCE):
+            piece, done = data[start : start + _WRITTEN_AT_ONCE], 0
+            while done < len(piece):
+                done += os.pwrite(self._file.fileno(), piece[done:], begin + start + done)
+            if verified:  # at once, while it lies in the core's cache
+                found = bytearray(len(piece))
+                os.preadv(self._file.fileno(), [found], begin + start)
+                if found != piece:
+                    raise RunError(f"read back from the disk: {name} is not what was written")
 
     def seal(self) -> None:
         """Puts a .pth's checksums in, once all is written: torch ignores them, other readers of zip archives do not."""

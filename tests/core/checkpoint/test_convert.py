@@ -1,6 +1,7 @@
 """Conversions are bitwise, whatever the way; and what transformers computes from the result is what we compute."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -162,14 +163,29 @@ def test_too_little_disk_is_found_first(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_damaged_result_never_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, write, calls = write_meta(tmp_path / "source", state()), TensorFile.write, list[str]()
+    source, write, calls = write_meta(tmp_path / "source", state()), os.pwrite, list[int]()
 
-    def forgetful(file: TensorFile, name: str, rows: torch.Tensor, first: int = 0) -> None:
-        calls.append(name)
-        write(file, name, torch.zeros_like(rows) if len(calls) == 3 else rows, first)
+    def forgetful(file: int, data: bytes, offset: int) -> int:
+        calls.append(offset)
+        return write(file, bytes(len(data)) if len(calls) == 3 else data, offset)
 
-    monkeypatch.setattr(TensorFile, "write", forgetful)
-    with pytest.raises(RunError, match=r"read back from the disk:\n  layers\.0\.attention\.wk\.weight is not what"):
+    monkeypatch.setattr(os, "pwrite", forgetful)
+    with pytest.raises(
+        RunError, match=r"read back from the disk: layers\.0\.attention\.wk\.weight is not what was written"
+    ):
+        converted(source, tmp_path / "target", "meta")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_tensor_under_anothers_name_never_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, write = write_meta(tmp_path / "source", state()), TensorFile.write
+
+    def confused(file: TensorFile, name: str, rows: torch.Tensor, first: int = 0, verified: bool = False) -> None:
+        other = {"wk": "wv", "wv": "wk"}
+        write(file, ".".join(other.get(part, part) for part in name.split(".")), rows, first, verified)
+
+    monkeypatch.setattr(TensorFile, "write", confused)
+    with pytest.raises(RunError, match=r"layers\.0\.attention\.wk\.weight is not what was meant"):
         converted(source, tmp_path / "target", "meta")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
