@@ -26,7 +26,8 @@ def convert_checkpoint(
         Literal["bf16", "fp16", "fp32"] | None, Option(help="Type of the weights in DST. Without it: that of SRC.")
     ] = None,
     gguf_type: Annotated[
-        Literal["f16", "bf16", "q8_0", "f32"] | None, Option(help="Type of the matrices in GGUF. Without it: f16.")
+        Literal["f16", "bf16", "q8_0", "f32"] | None,
+        Option(help="Type of the matrices in GGUF. Without it: bf16 if SRC is, else f16."),
     ] = None,
     base: Annotated[
         str | None,

@@ -95,7 +95,7 @@ class Request:
         quantize_skip: with `quantize`, matrices to leave unchanged; see `transformer.quantizable`.
         context: longest sequence that the description of what is made says; None = the source's.
         file_bytes: most bytes of tensors in one safetensors file of Hugging Face's layout.
-        gguf_type: of the matrices in GGUF; None = f16.
+        gguf_type: of the matrices in GGUF; None = bf16 for a checkpoint in bf16, else f16.
     """
 
     source: str | Path
@@ -319,6 +319,7 @@ class _Conversion:
         self.notes = weights.notes + ([] if self.subtracted is None else self.subtracted.notes)
         self.dtype, more = main_dtype(self.targets, self.dtypes)
         self.notes += more if request.to == "hf" else []
+        self.gguf_type: GGUFType = request.gguf_type or ("bf16" if self.dtype == torch.bfloat16 else "f16")
         if request.to != "peft" and request.context is None and not says_context(self.layouts):
             context = self.config.max_seq_len
             self.notes.append(f"{self.source.folder} does not say its context: {context} is written (--context N)")
@@ -338,7 +339,7 @@ class _Conversion:
         self.parameters = self.targets  # by Meta's names, and their values in the files:
         self.saved = {name: rounded(tensor, self.dtypes[name]) for name, tensor in self.targets.items()}
         if request.to == "gguf":
-            kind = request.gguf_type or "f16"
+            kind = self.gguf_type
             self.saved = {name: gguf_values(tensor, kind) for name, tensor in self.targets.items()}
             self.targets, self.dtypes = gguf_tensors(self.config, self.targets, kind)
         self.files = dict(self._shards() if request.to in ("meta", "consolidated") else self._single_files())
@@ -411,7 +412,7 @@ class _Conversion:
         """Hugging Face's, of which each is kept small, or GGUF or PEFT's, of which there is one whatever its size."""
         if self.request.to == "gguf":
             entries = [_Entry(name, name, tensor, self.dtypes[name]) for name, tensor in self.targets.items()]
-            yield f"model-{self.request.gguf_type or 'f16'}.gguf", entries
+            yield f"model-{self.gguf_type}.gguf", entries
             return
         is_peft, size = self.request.to == "peft", 0
         files: list[list[_Entry]] = [[]]
@@ -506,8 +507,8 @@ class _Conversion:
             if tokenizer is None:
                 message = f"{self.source.folder} has no tokenizer that is read here, and GGUF has it in the file"
                 raise UserError(message, "copy it there, or use --to hf")
-            kind, name = self.request.gguf_type or "f16", self.request.target.name
-            self.notes += lay_out_gguf(path, specs, self.config, kind, name, tokenizer, Path(exported))
+            name = self.request.target.name
+            self.notes += lay_out_gguf(path, specs, self.config, self.gguf_type, name, tokenizer, Path(exported))
 
     def _peft_base(self) -> str | None:
         """The base by its name on Hugging Face or its folder, if PEFT can load it: it is Hugging Face's; else None, and

@@ -16,6 +16,7 @@ from sentencepiece import SentencePieceProcessor
 from llama_acc.core.checkpoint.convert import Converted, Request, convert
 from llama_acc.core.data.templates import TEMPLATES
 from llama_acc.core.errors import RunError, UserError
+from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.tuning import FULL, Tuning
 from llama_acc.core.model.tuning.bias_norm import BiasNorm
 from llama_acc.core.model.tuning.lora import LoRA, LoRABiasNorm
@@ -155,6 +156,14 @@ def test_a_sentencepiece_tokenizer_with_added_tokens(tokenizer_path: Path, tmp_p
     assert values["tokenizer.chat_template"] == (tmp_path / "hf" / "chat_template.jinja").read_text()
     modelfile = f'FROM ./model-f16.gguf\nPARAMETER stop "{END}"\n'
     assert (tmp_path / "gguf" / "Modelfile").read_text() == modelfile
+
+
+def test_a_checkpoint_in_bf16_stays_so(tokenizer_path: Path, tmp_path: Path) -> None:
+    config = ModelConfig(64, 1, 4, 2, 304, 16, max_seq_len=64)
+    source = write_meta(tmp_path / "meta", state(config, dtype=torch.bfloat16), config=config)
+    shutil.copy(tokenizer_path, source)
+    convert(Request(source, tmp_path / "gguf", "gguf"))
+    assert (tmp_path / "gguf" / "model-bf16.gguf").is_file()
 
 
 def test_a_byte_level_tokenizer(tmp_path: Path) -> None:
