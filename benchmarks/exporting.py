@@ -6,8 +6,9 @@ A round is a copy, then an export, each in a process of its own; which goes firs
 is `shutil.copyfile` of every file, and fsync of what was written; the export is all of `convert`: written, synced, read
 back, compared and hashed. Importing torch is not counted. The source is in the page cache, what was written is deleted
 between the turns. Memory is the largest anonymous resident memory of the process during the export over that before:
-pages of mapped files, which the system takes back when it wants to, are not counted. Memory is touched before a turn,
-as a virtual machine may have to ask its host for it, which takes several times as long as writing to it.
+pages of mapped files, which the system takes back when it wants to, are not counted. Just before its turn each process
+makes a copy and removes it: a virtual machine may have to ask its host for memory, which takes several times as long as
+writing to it, and gives what is free for some seconds back.
 """
 
 from __future__ import annotations
@@ -25,8 +26,6 @@ import time
 from pathlib import Path
 
 from loading import make_checkpoint
-
-_TOUCHED_BYTES = 6 * 10**9
 
 
 def own_memory() -> int:
@@ -51,6 +50,8 @@ def measure(name: str, source: Path, target: Path, to: str) -> dict:
     """One copy or export."""
     from llama_acc.core.checkpoint.convert import Request, convert
 
+    copy(source, target)
+    shutil.rmtree(target)
     before, peak, done = own_memory(), 0, threading.Event()
 
     def watch() -> None:
@@ -95,7 +96,6 @@ def main() -> None:
                         pass
             shutil.rmtree(target, ignore_errors=True)
             os.sync()
-            bytearray(b"x") * _TOUCHED_BYTES
             command = [sys.executable, __file__, "--tokenizer", str(args.tokenizer), "--folder", str(args.folder)]
             command += ["--to", args.to, "--one", name]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
