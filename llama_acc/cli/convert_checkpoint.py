@@ -59,7 +59,7 @@ def convert_checkpoint(
     """Convert a checkpoint between Meta's layout, LLaMA2-Accessory's (consolidated) and Hugging Face's; merge what
     was tuned, write it for PEFT, or for llama.cpp and Ollama (gguf), or quantize a base.
 
-    What SRC is, is found out. The result is read back and compared to the bit before it appears as DST.
+    What SRC is, is found out. Every byte is read back and compared before it appears as DST.
 
     Examples:
 
