@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from llama_acc.core.device import rest_threads
 from llama_acc.core.errors import LlamaAccError, RunError, UserError
 from llama_acc.core.generate.engine import Engine, Prompt, Reply
 from llama_acc.core.generate.sampling import Sampler, TokenLogprobs
@@ -55,6 +56,7 @@ class Service:
     @contextmanager
     def running(self) -> Iterator["Service"]:
         """It answers within; see `close`."""
+        rest_threads()
         self._thread.start()
         try:
             yield self

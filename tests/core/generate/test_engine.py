@@ -1,5 +1,8 @@
 """The decoding engine: what it says is what the model computes, whatever else is in the batch or in its past."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +71,24 @@ def test_an_engine_replies_from_its_past_as_from_scratch_and_computes_what_is_ne
     for tokens in ([1, 60, 60, 70], [1, 60, 60, 80, 90]):
         greedy(engine, tokens, replace(GREEDY, max_new_tokens=1))
     assert fed == [3, 2]
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.cpu_count() == 1, reason="counts threads of libgomp")
+def test_an_engine_in_a_thread_of_its_own_has_the_cores_for_itself() -> None:
+    program = """
+import os, time, types, torch
+from llama_acc.core.generate.service import Service
+torch.ones(512, 512) @ torch.ones(512, 512)
+before = len(os.listdir("/proc/self/task"))
+with Service(types.SimpleNamespace(running=[], waiting=[])).running():
+    pass
+deadline = time.monotonic() + 10  # an ended thread is listed a moment longer
+while len(os.listdir("/proc/self/task")) >= before and time.monotonic() < deadline:
+    time.sleep(0.01)
+assert len(os.listdir("/proc/self/task")) == before - 1, before
+"""
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", program], env=env, timeout=60, check=True)
 
 
 def test_replies_end_at_the_end_of_the_context(tokenizer_path: Path) -> None:
