@@ -11,6 +11,7 @@ from llama_acc.core.device import rest_threads
 from llama_acc.core.errors import LlamaAccError, RunError, UserError
 from llama_acc.core.generate.engine import Engine, Prompt, Reply
 from llama_acc.core.generate.sampling import Sampler, TokenLogprobs
+from llama_acc.core.text import count_text
 
 
 class QueueFull(LlamaAccError):
@@ -126,7 +127,7 @@ class Service:
         if len(requests) > (most := engine.slots + self.queue):
             raise UserError(f"{len(requests)} answers are asked for at once, and the server takes {most}", "lower n")
         if len(engine.running) + len(engine.waiting) + len(requests) > most:
-            raise QueueFull(f"{len(engine.waiting)} requests are waiting: try again later")
+            raise QueueFull(f"{count_text(len(engine.waiting), 'request')} in front: try again later")
         replies: list[Reply] = []
         try:
             for prompt, sampler, listen in requests:
