@@ -78,40 +78,23 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be converted.
+    """What is to be converted."""
 
-    Attributes:
-        source: a checkpoint folder.
-        target: the folder to make; absent, or empty.
-        to: its layout.
-        model_parallel_size: number of shards; None = as many as the source has, 1 from Hugging Face.
-        dtype: bf16, fp16 or fp32; None = each tensor keeps its type.
-        base: a checkpoint that goes below the source (a diff, or an adapter checkpoint).
-        diff: write the difference of source and base instead.
-        merge: merge LoRA pairs into their matrices.
-        merge_into: of a source that was trained on a quantized base: the matrices as they were trained on, or the
-            original ones.
-        quantize: write the matrices in NF4.
-        quantize_skip: with `quantize`, matrices to leave unchanged; see `transformer.quantizable`.
-        context: longest sequence that the description of what is made says; None = the source's.
-        file_bytes: most bytes of tensors in one safetensors file of Hugging Face's layout.
-        gguf_type: of the matrices in GGUF; None = bf16 for a checkpoint in bf16, else f16.
-    """
-
-    source: str | Path
-    target: Path
-    to: Target
-    model_parallel_size: int | None = None
-    dtype: str | None = None
-    base: str | Path | None = None
-    diff: bool = False
-    merge: bool = False
+    source: str | Path  # a checkpoint folder
+    target: Path  # the folder to make; absent, or empty
+    to: Target  # its layout
+    model_parallel_size: int | None = None  # number of shards; None = as many as the source has, 1 from Hugging Face
+    dtype: str | None = None  # bf16, fp16 or fp32; None = each tensor keeps its type
+    base: str | Path | None = None  # a checkpoint that goes below the source (a diff, or an adapter checkpoint)
+    diff: bool = False  # write the difference of source and base instead
+    merge: bool = False  # merge LoRA pairs into their matrices
     merge_into: Literal["trained", "original"] = "trained"
-    quantize: Literal["nf4"] | None = None
-    quantize_skip: Sequence[str] = ()
-    context: int | None = None
-    file_bytes: int = 5 * 10**9
-    gguf_type: GGUFType | None = None
+    """Of a source that was trained on a quantized base: the matrices as they were trained on, or the original ones."""
+    quantize: Literal["nf4"] | None = None  # write the matrices in NF4
+    quantize_skip: Sequence[str] = ()  # with `quantize`, matrices to leave unchanged; see `transformer.quantizable`
+    context: int | None = None  # longest sequence that the description of what is made says; None = the source's
+    file_bytes: int = 5 * 10**9  # most bytes of tensors in one safetensors file of Hugging Face's layout
+    gguf_type: GGUFType | None = None  # of the matrices in GGUF; None = bf16 for a checkpoint in bf16, else f16
 
 
 class Converted(NamedTuple):
