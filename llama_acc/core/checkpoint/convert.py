@@ -368,6 +368,9 @@ class _Conversion:
             names = [name for name in names if name in self.weights.tensors]
         if self.request.to == "peft":
             names = [name for name in names if describe(self.config)[name].trains]
+            if self.source.format == "peft" and (lost := open_checkpoint(self.source).tensors.keys() - set(names)):
+                message = f"{self.source.folder} has whole modules, which would be lost:\n{listed(sorted(lost))}"
+                raise UserError(message, "it is an adapter of PEFT already; as a whole model: --to hf --merge")
             return {name: peft_tensor(name, self.sources[name], self.config.tuning) for name in names}
         if subtracted is not None:
             return {name: subtract(self.sources[name], subtracted.tensors[name]) for name in names}

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from llama_acc.core.checkpoint.huggingface import meta_name, read_huggingface, rotated_heads
-from llama_acc.core.checkpoint.layout import Layout, check_order, read_config, shape_notes
+from llama_acc.core.checkpoint.layout import PEFT_CONFIG, Layout, check_order, read_config, shape_notes
 from llama_acc.core.checkpoint.lazy import LazyTensor, add, concatenate, reorder_heads, same_values
 from llama_acc.core.checkpoint.quantized import NF4Matrix, read_quantization, take_quantized, to_nf4
 from llama_acc.core.checkpoint.towers import from_open_clip, tower_name
 from llama_acc.core.distributed.groups import local_part
 from llama_acc.core.errors import UserError, listed
+from llama_acc.core.input_files import read_object
 from llama_acc.core.model.config import ModelConfig, config_from_params, read_params
 from llama_acc.core.model.layers import Linear
 from llama_acc.core.model.transformer import Transformer, split_dimension, store_quantized
@@ -205,15 +206,23 @@ def open_checkpoint(layout: Layout) -> Weights:
 
 
 def _on_base(adapter: Weights, layout: Layout, bases: Sequence[Layout]) -> None:
-    """Reorders what an adapter of PEFT has of queries and keys: how many heads there are its base says."""
+    """Makes of an adapter of PEFT what it is on its base: rows of queries and keys in Meta's order, biases of `lora_B`
+    added to the base's, and an output matrix that stays as it was where a tied embedding was trained alone."""
     from llama_acc.core.checkpoint.peft import peft_notes
 
     config = read_config(bases)
     if config is None:
         raise UserError(f"{layout.folder} goes on a base, the shape of which is not known", "give config.json with it")
+    said, below = read_object(layout.folder / PEFT_CONFIG), read_weights(bases).tensors
     for name, tensor in adapter.tensors.items():
         if (heads := rotated_heads(name, config)) and tensor.shape[0] % (2 * heads) == 0:
-            adapter.tensors[name] = reorder_heads(tensor, heads, to_meta=True)
+            adapter.tensors[name] = tensor = reorder_heads(tensor, heads, to_meta=True)
+        if said.get("lora_bias") and name.endswith(".bias") and name in below:
+            adapter.tensors[name] = add(below[name], tensor)
+    embedding, head = "tok_embeddings.weight", "output.weight"
+    is_apart = embedding in adapter.tensors and not said.get("ensure_weight_tying")
+    if is_apart and head not in adapter.tensors and head not in below and embedding in below:
+        adapter.tensors[head] = below[embedding]
     adapter.notes += peft_notes(layout, bases)
 
 

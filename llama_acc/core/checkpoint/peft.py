@@ -35,7 +35,7 @@ _KNOWN = frozenset(
     "base_model_name_or_path revision task_type inference_mode auto_mapping peft_version loftq_config eva_config "
     "megatron_core qalora_group_size layers_pattern exclude_modules ensure_weight_tying runtime_config".split()
 )
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_STARTS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")  # of the pairs, that leave the base as it was
 _PREFIX = "base_model.model."
 MERGE_TOLERANCE = 1e-5
 """How far logits may be off, as a fraction of the largest: rounding, which grows with depth, stays far below."""
@@ -80,8 +80,8 @@ def read_peft(layout: Layout) -> tuple[Tuning, dict[str, LazyTensor]]:
     problems = [f"{key}: {json.dumps(value)}" for key, value in config.items() if value and key not in _KNOWN]
     kind, bias, start = config.get("peft_type"), config.get("bias", "none"), str(config.get("init_lora_weights", True))
     problems += [f"peft_type: {kind}"] * (kind != "LORA") + [f"bias: {bias}"] * (bias != "none")
-    if start.lower().startswith(_CHANGE_THE_BASE):
-        problems.append(f"init_lora_weights: {start}, which changes the base")
+    if start.lower() not in _STARTS:
+        problems.append(f"init_lora_weights: {start}, which changes the base, or may")
     tensors = {_meta_name(name): tensor for name, tensor in open_shard(layout.shards[0]).items()}
     paired = [name.removesuffix(".lora_a.weight") for name in tensors if name.endswith(".lora_a.weight")]
     targets = {name.rpartition(".")[2] for name in paired}
@@ -94,7 +94,8 @@ def read_peft(layout: Layout) -> tuple[Tuning, dict[str, LazyTensor]]:
             "merge it with PEFT: AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW)"
         )
         raise UserError(f"{layout.folder} is an adapter of PEFT that cannot be read; it has{found}", hint)
-    settings = {key: config[key] for key in ("lora_alpha", "use_rslora", "lora_dropout") if config.get(key) is not None}
+    said = {"lora_alpha": 8, **config}  # PEFT's own, where the file does not say
+    settings = {key: said[key] for key in ("lora_alpha", "use_rslora", "lora_dropout") if said.get(key) is not None}
     method = LoRABiasNorm if config.get("lora_bias") else LoRA
     tuning = method(whole_number(config, "r", 8)).with_said({**settings, "lora_targets": sorted(targets)})
     return tuning, {name: _scaled(name, tensor, tuning.peft_bias_factor) for name, tensor in tensors.items()}

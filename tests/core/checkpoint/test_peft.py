@@ -14,9 +14,10 @@ from llama_acc.core.errors import UserError
 from llama_acc.core.generate.load import load_model
 from llama_acc.core.model.transformer import shapes_of
 from llama_acc.core.model.tuning import Tuning
-from llama_acc.core.model.tuning.lora import LoRA
+from llama_acc.core.model.tuning.lora import LoRA, LoRABiasNorm
 from tests.core.checkpoint.folders import GROUPED, state, tensors_of, write_consolidated
 from tests.core.checkpoint.test_tuned import BOTH, LORA, TOKENS, logits, made, peft_logits, write_tuned
+from tests.core.model.test_families import FAMILIES, write_family
 from tests.core.tiny import difference, document_logits
 
 
@@ -42,6 +43,13 @@ def saved_by_peft(base: Path, folder: Path, **settings: Any) -> Path:
     return folder
 
 
+def with_keys(adapter: Path, **changed: Any) -> None:
+    """Changes keys of adapter_config.json; None removes one."""
+    path = adapter / "adapter_config.json"
+    values = json.loads(path.read_text()) | changed
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
 def tuning_of(*folders: Path) -> Tuning:
     config = read_config([inspect(folder) for folder in folders])
     assert config is not None
@@ -49,26 +57,43 @@ def tuning_of(*folders: Path) -> Tuning:
 
 
 @pytest.mark.parametrize(
-    ("settings", "tuning"),
+    ("family", "settings", "tuning"),
     [
         (
+            None,
             {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
             LoRA(4, lora_alpha=8, lora_targets=("wq", "wv")),
         ),
         (
+            None,
             {"r": 4, "lora_alpha": 6, "use_rslora": True, "lora_dropout": 0.1, "target_modules": "all-linear"},
             LoRA(4, lora_alpha=6, use_rslora=True),
         ),
         (
+            None,
             {"r": 8, "target_modules": r".*\.(k_proj|down_proj)", "modules_to_save": ["embed_tokens", "lm_head"]},
             LoRA(8, lora_targets=("wk", "w2")),
         ),
+        (
+            "llama3.2, tied",
+            {"r": 8, "target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"]},
+            LoRA(8, lora_alpha=8, lora_targets=("wv",)),
+        ),
+        (
+            "llama3.2, tied",
+            {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+            LoRA(8, lora_alpha=8, lora_targets=("wv",)),
+        ),
+        ("qwen2", {"r": 4, "target_modules": "all-linear", "lora_bias": True}, LoRABiasNorm(4, lora_alpha=8)),
     ],
-    ids=["list", "all-linear", "regex"],
+    ids=["list", "all-linear", "regex", "embedding alone", "embedding and output", "biases beside the base's"],
 )
 def test_an_adapter_of_peft_computes_the_same_here(
-    settings: dict[str, Any], tuning: Tuning, base: Path, tmp_path: Path
+    family: str | None, settings: dict[str, Any], tuning: Tuning, base: Path, tmp_path: Path
 ) -> None:
+    if family is not None:
+        shutil.rmtree(base)
+        write_family(base, FAMILIES[family])
     adapter = saved_by_peft(base, tmp_path / "adapter", **settings)
     assert tuning_of(base, adapter) == tuning
     assert difference(logits(base, adapter), peft_logits(base, adapter)) < 1e-5
@@ -116,6 +141,14 @@ def test_chat_takes_tokenizer_and_format_of_the_base_where_the_adapter_has_none(
     assert difference(found, peft_logits(base, adapter)) < 1e-5
 
 
+def test_what_is_not_said_is_as_in_peft_and_nothing_is_lost_on_the_way_back(base: Path, tmp_path: Path) -> None:
+    adapter = saved_by_peft(base, tmp_path / "adapter", r=4, target_modules=["o_proj"], modules_to_save=["norm"])
+    with_keys(adapter, lora_alpha=None)
+    assert difference(logits(base, adapter), peft_logits(base, adapter)) < 1e-5
+    with pytest.raises(UserError, match="whole modules, which would be lost"):
+        made(adapter, tmp_path / "again", "peft", base=base)
+
+
 def test_its_shares_are_those_of_the_whole(base: Path, tmp_path: Path) -> None:
     layouts = [inspect(base), inspect(saved_by_peft(base, tmp_path / "adapter", r=4, target_modules="all-linear"))]
     whole = read_weights(layouts)
@@ -152,6 +185,7 @@ def test_another_base_is_noted_and_none_is_refused(base: Path, tmp_path: Path) -
         ({"bias": "all"}, "bias: all"),
         ({"peft_type": "IA3"}, "peft_type: IA3"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa, which changes the base"),
+        ({"init_lora_weights": "newest"}, "init_lora_weights: newest, which changes the base"),
         ({"layers_to_transform": [0]}, "layers_to_transform: [0]"),
         ({"lora_bias": True}, "lora_bias on some of the matrices only"),
     ],
@@ -160,8 +194,7 @@ def test_what_is_not_computed_here_is_refused_by_name(
     change: dict[str, Any], said: str, base: Path, tmp_path: Path
 ) -> None:
     adapter = saved_by_peft(base, tmp_path / "adapter", r=2, target_modules=["o_proj"])
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with_keys(adapter, **change)
     with pytest.raises(UserError) as caught:
         read_weights([inspect(base), inspect(adapter)])
     assert said in caught.value.message
