@@ -6,6 +6,7 @@ manifest.json: `{"format_version": 1, "files": {name: {"bytes": n, "sha256": hex
 """
 
 import contextlib
+import ctypes
 import glob
 import hashlib
 import json
@@ -26,6 +27,7 @@ from llama_acc.core.input_files import read_object
 FORMAT_VERSION = 1
 _ASIDE = ".writing-"
 _HASHED_AT_ONCE = 16 << 20
+_SYNC_FILE_RANGE_WRITE = 2
 _LEFT_SECONDS = 24 * 3600.0  # a file aside that nobody has written to for so long is a killed writer's
 
 
@@ -194,14 +196,18 @@ def digests_of_written(parts: Iterable[tuple[Path, int]]) -> dict[str, str]:
     """SHA-256 of files by name that are written meanwhile: each part is a file, and how many bytes are as they stay.
 
     They are mapped, as reading takes a third of the time of hashing, in large pieces: between two the thread waits for
-    what is done in Python meanwhile, several times and 5 ms each.
+    what is done in Python meanwhile, several times and 5 ms each. The disk gets each at once: else `sync` would have to
+    wait for all of them at the end.
     """
     digests, done, ends = defaultdict[Path, Any](hashlib.sha256), Counter[Path](), Counter[Path]()
+    library = ctypes.CDLL(None)
 
     def take(path: Path) -> None:
         with path.open("rb") as file:
             for start in range(done[path], ends[path], _HASHED_AT_ONCE):
                 begin, stop = start - start % mmap.ALLOCATIONGRANULARITY, min(start + _HASHED_AT_ONCE, ends[path])
+                if begin_sync := getattr(library, "sync_file_range", None):  # Linux
+                    begin_sync(file.fileno(), *map(ctypes.c_int64, (begin, stop - begin)), _SYNC_FILE_RANGE_WRITE)
                 with mmap.mmap(file.fileno(), stop - begin, access=mmap.ACCESS_READ, offset=begin) as mapped:
                     digests[path].update(memoryview(mapped)[start - begin :])
         done[path] = ends[path]

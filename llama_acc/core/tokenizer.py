@@ -98,8 +98,9 @@ class Tokenizer(ABC):
         """The token that the vocabulary writes so; None: there is none."""
 
     @abstractmethod
-    def to_json(self) -> dict[str, Any]:
-        """The same tokenizer as a tokenizer.json."""
+    def to_json(self, merges: bool = True) -> dict[str, Any]:
+        """The same tokenizer as a tokenizer.json; a SentencePiece model's, if asked so, without `merges`, which take
+        most of the time."""
 
     def encode(self, text: str, bos: bool = False, eos: bool = False, own: Own = ()) -> list[int]:
         """The tokens of a text, between BOS and EOS if asked for. Of `own` see `encode_batch`."""
@@ -241,8 +242,12 @@ class SentencePieceTokenizer(Tokenizer):
         token: int = self._processor.PieceToId(text)
         return token if self.piece(token) == text else None
 
-    def to_json(self) -> dict[str, Any]:
-        return self._in_json.to_json()
+    def to_json(self, merges: bool = True) -> dict[str, Any]:
+        if merges:
+            return self._in_json.to_json()
+        fast = sentencepiece_to_json(self._data, self.path, self.settings, merges)
+        values: dict[str, Any] = json.loads(fast.to_str())
+        return values
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -350,7 +355,7 @@ class HuggingFaceTokenizer(Tokenizer):
         token: int | None = self._fast.token_to_id(text)
         return token
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, merges: bool = True) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(self._fast.to_str())
         is_json = self.path.suffix == ".json"
         return values | {"post_processor": json.loads(self._data).get("post_processor") if is_json else None}

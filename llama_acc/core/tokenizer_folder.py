@@ -197,13 +197,13 @@ class _Piece(NamedTuple):
     kind: int
 
 
-def sentencepiece_to_json(data: bytes, path: Path, settings: Settings) -> Any:
+def sentencepiece_to_json(data: bytes, path: Path, settings: Settings, merges: bool = True) -> Any:
     """A SentencePiece model with the tokens that are named beside it.
 
     `data` is the content of the model file. `settings` give other texts for some of its pieces; more tokens; and
     whether the space in front of a text comes at its beginning only (transformers: `legacy: false`), and not also
     behind each special token. Where there are user-defined pieces, it does in any case: the library cuts a text at
-    them, too, and SentencePiece puts no space behind them.
+    them, too, and SentencePiece puts no space behind them. Without `merges` it has pieces only, and encodes nothing.
 
     Raises:
         UserError: it is of a kind that cannot be said there, or a piece that is text is to be renamed.
@@ -228,7 +228,7 @@ def sentencepiece_to_json(data: bytes, path: Path, settings: Settings) -> Any:
     if kind == _BPE:
         model = models.BPE(
             vocab={piece.text: i for i, piece in enumerate(pieces)},
-            merges=_merges({piece.text: piece.score for piece in pieces if piece.kind == _NORMAL}),
+            merges=_merges({piece.text: piece.score for piece in pieces if piece.kind == _NORMAL}) if merges else [],
             unk_token=pieces[unknown].text,
             fuse_unk=True,
             byte_fallback=has_bytes,

@@ -484,7 +484,8 @@ class _Conversion:
             (folder / name).write_bytes(data)
         ids = special_ids(self.layouts, tokenizer)
         if self.request.to in ("hf", "peft", "gguf") and tokenizer is not None:
-            self.notes.extend(write_tokenizer(tokenizer, folder, ids))
+            # llama.cpp merges a SentencePiece model's by their scores.
+            self.notes.extend(write_tokenizer(tokenizer, folder, ids, merges=self.request.to != "gguf"))
         return tokenizer, ids
 
     def _lay_out_gguf(self, path: Path, specs: Specs) -> None:

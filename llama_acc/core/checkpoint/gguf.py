@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 import numpy as np
 import torch
 from sentencepiece import SentencePieceProcessor
@@ -200,7 +201,8 @@ def _in_q8_0(tensor: LazyTensor) -> LazyTensor:
 
 def _add_tokenizer(writer: "GGUFWriter", rows: int, tokenizer: Tokenizer, exported: Path) -> list[str]:
     """The keys that llama-vocab.cpp reads; returns what the user should know. A UserError if there is no such kind."""
-    values, config = (read_object(exported / name) for name in (HUGGING_FACE_FILE, CONFIG_FILE))
+    values = msgspec.json.decode((exported / HUGGING_FACE_FILE).read_bytes())
+    config = read_object(exported / CONFIG_FILE)
     kind, pre = _kind_of(values, tokenizer.path)
     model, (normalizer, cuts) = values["model"], (json.dumps(values[key]) for key in ("normalizer", "pre_tokenizer"))
     writer.add_tokenizer_model(kind)

@@ -130,15 +130,16 @@ def special_ids(layouts: Sequence[Layout], tokenizer: Tokenizer | None) -> dict[
     return {}
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, ids: Mapping[str, Any]) -> list[str]:
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, ids: Mapping[str, Any], merges: bool = True) -> list[str]:
     """Writes the tokenizer of the training, its chat template, and which tokens end an answer.
 
-    The folder holds what lay beside the checkpoint, such as template.json; `ids` are `bos_token_id` and `eos_token_id`.
+    The folder holds what lay beside the checkpoint, such as template.json; `ids` are `bos_token_id` and `eos_token_id`;
+    of `merges` see `Tokenizer.to_json`.
     Returns what the user should know.
     """
     config = read_object(folder / CONFIG_FILE, optional=True)
     try:
-        values = tokenizer.to_json() | {"truncation": None, "padding": None}
+        values = tokenizer.to_json(merges) | {"truncation": None, "padding": None}
     except UserError as error:
         return [f"the tokenizer goes along as it is: {error.message}"]
     adds_bos, adds_eos = adds_bos_to_texts(tokenizer, config), bool(tokenizer.settings.add_eos)

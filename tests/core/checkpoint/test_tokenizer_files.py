@@ -59,6 +59,9 @@ def test_transformers_gives_the_ids_of_the_training(tokenizer: Tokenizer, tmp_pa
     assert theirs("a").keys() == {"input_ids", "attention_mask"}
     assert theirs.decode(tokenizer.encode(CODE)) == tokenizer.decode(tokenizer.encode(CODE))
     assert notes == []
+    whole, short = tokenizer.to_json(), tokenizer.to_json(merges=False)
+    assert whole | {"model": 0} == short | {"model": 0}
+    assert whole["model"] == short["model"] | {"merges": whole["model"]["merges"]}
     # The same tokenizer is found there by llama-acc.
     assert load_tokenizer(tmp_path / "hf").encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
 
