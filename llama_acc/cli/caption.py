@@ -12,7 +12,7 @@ from rich.text import Text
 from typer import Argument, Option
 
 from llama_acc.cli import console, options
-from llama_acc.cli.loading import ModelOptions, launch_model, load_distributed
+from llama_acc.cli.options import ModelOptions, launch_model, load_distributed
 from llama_acc.core.atomic import whole_file
 from llama_acc.core.distributed import environment
 from llama_acc.core.errors import UserError

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from llama_acc.cli import console, options, stopping, web
-from llama_acc.cli.loading import ModelOptions, check_alone, launch_model, load_beside, load_distributed
-from llama_acc.cli.preview import show_tokens
+from llama_acc.cli.options import ModelOptions, check_alone, launch_model, load_beside, load_distributed
 from llama_acc.core.atomic import write_text_whole
 from llama_acc.core.distributed import environment
 from llama_acc.core.errors import UserError
@@ -278,7 +277,7 @@ class _Chat:
         for name, conversation in answered:
             console.heading(name)
             console.note(_status(conversation))
-            show_tokens(conversation.token_view())
+            console.show_tokens(conversation.token_view())
 
     def _show_picture(self, path: str) -> None:
         if not path:

@@ -141,9 +141,6 @@ def question_reader(status: Callable[[], str], history: Path | None) -> Callable
 
     It is given a text that the question begins as, and raises EOFError for Ctrl-D. `status` is the line below the
     question, `history` where questions are kept for the next time, readable to the user alone; None: nowhere.
-
-    Raises:
-        UserError: the file cannot be written.
     """
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import FileHistory

@@ -10,7 +10,6 @@ from rich.text import Text
 from typer import Argument, Option
 
 from llama_acc.cli import console, options
-from llama_acc.cli.preview import show_items
 from llama_acc.core.errors import UserError
 from llama_acc.core.text import count_text
 
@@ -100,7 +99,7 @@ def check(
             _print_report(report, None if all_findings else _SHOWN)
         if shown:
             console.out.print()
-        show_items(shown)
+        console.show_items(shown)
     _end(reports)
 
 

@@ -4,12 +4,13 @@ Nothing printed here acts on a terminal, wherever it comes from: a file's name, 
 """
 
 import itertools
+import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
-from typing import IO, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import IO, TYPE_CHECKING, Any
 
 import rich.progress
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -29,6 +30,10 @@ from rich.text import Text
 
 from llama_acc.core.distributed import environment
 from llama_acc.core.text import count_text, escape_control_chars, size_text
+
+if TYPE_CHECKING:
+    from llama_acc.core.data.preview import Piece, Shown
+    from llama_acc.core.generate.chat import ShownToken
 
 _SIGN_AFTER, SECONDS_BETWEEN_LINES = 1.0, 5.0
 _ALL = 1e9  # seconds: of work whose parts take longer than half a minute, rich would forget the last one
@@ -229,3 +234,58 @@ def duration(seconds: float) -> str:
     first = next(i for i, (size, _) in enumerate(units) if whole >= size)
     (size, name), (next_size, next_name) = units[first], units[first + 1]
     return f"{whole // size} {name} {whole % size // next_size} {next_name}"
+
+
+# Text as a model sees it: what is trained or written, and what is special, stands out
+
+
+def show_items(items: "Iterable[Shown]") -> None:
+    """Prints items on standard output. Where color cannot be seen, marks say what is trained."""
+    color = out.is_terminal and not out.no_color
+    legend = "trained tokens in green, special ones in magenta" if color else "trained tokens between ⟦ and ⟧"
+    items = list(items)
+    # Of BOS and EOS also where none is shown: a text in which they stand may be cut before its end.
+    names = {"<s>", "</s>", *(piece.text for shown in items for piece in shown.pieces if piece.special)}
+    for number, shown in enumerate(items, start=1):
+        if number > 1:
+            out.print()
+        out.print(Text.assemble((f"example {number}: {shown.origin} ", "bold"), f"({legend})"))
+        out.print(Text.assemble(*map(_colored, shown.pieces)) if color else _marked(shown.pieces, names))
+        if shown.cut:
+            out.print(Text(f"[cut: {count_text(shown.cut, 'token')} more]", style="yellow"))
+
+
+def _colored(piece: "Piece") -> tuple[str, str]:
+    if piece.special:
+        return piece.text, "bold magenta" + " underline" * piece.trained
+    return piece.text, "green" if piece.trained else "dim"
+
+
+def _marked(pieces: "Iterable[Piece]", names: set[str]) -> Text:
+    text, inside = "", False
+    for piece in pieces:
+        if piece.trained != inside:
+            text += "⟦" if piece.trained else "⟧"
+        inside, shown = piece.trained, piece.text
+        # The name of a special token that only stands in the text is marked to differ from the token.
+        for name in () if piece.special else names:
+            shown = shown.replace(name, f"\\{name}")
+        text += shown
+    return Text(text + "⟧" * inside)
+
+
+def show_tokens(tokens: "Sequence[ShownToken]") -> None:
+    """Prints tokens on standard error, each with its id and, where it is known, its probability."""
+    pictures = str.maketrans({" ": "\u00b7", "\t": "\u21e5", "\n": "\u21b5"})
+    for heading, is_reply in (("the model was fed, with ids:", False), ("it wrote, with ids and probabilities:", True)):
+        note(heading)
+        text = Text()
+        for token in tokens:
+            if token.is_reply == is_reply:
+                style = "bold magenta" if token.special else "green" if is_reply else ""
+                likely = "" if token.logprobs is None else f"{math.exp(token.logprobs.own):.0%}"
+                behind = "\n" if "\n" in token.text else "  "
+                text.append(token.text.translate(pictures) or token.piece, style)
+                text.append(f"({token.token}){likely}{behind}", "dim")
+        text.rstrip()
+        err.print(text, soft_wrap=False)

@@ -228,7 +228,6 @@ SUBCOMMANDS = {**{format: _command(format) for format in _FORMATS}, "check": che
 def _show(conversion: "Conversion", count: int) -> None:
     from itertools import islice
 
-    from llama_acc.cli.preview import show_items
     from llama_acc.core.data.chat_template import template_for
     from llama_acc.core.data.items import item_of, kind_of
     from llama_acc.core.data.preview import shown_items
@@ -246,7 +245,7 @@ def _show(conversion: "Conversion", count: int) -> None:
     conversion.require_items()
     _report(conversion)
     tokenizer, most = conversion.options.tokenizer, conversion.options.max_tokens
-    show_items(shown_items(items, template_for("auto", kind, tokenizer), tokenizer, most))
+    console.show_items(shown_items(items, template_for("auto", kind, tokenizer), tokenizer, most))
 
 
 def _report(conversion: "Conversion") -> None:

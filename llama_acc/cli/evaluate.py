@@ -10,7 +10,7 @@ import typer
 from typer import Argument, Option
 
 from llama_acc.cli import console, options
-from llama_acc.cli.loading import ModelOptions, launch_model, load_distributed
+from llama_acc.cli.options import ModelOptions, launch_model, load_distributed
 from llama_acc.core.atomic import write_text_whole
 from llama_acc.core.distributed import environment
 from llama_acc.core.errors import UserError

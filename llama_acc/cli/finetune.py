@@ -11,8 +11,7 @@ import typer
 from typer import Argument, Option
 
 from llama_acc.cli import console, options
-from llama_acc.cli.loading import launch_ranks
-from llama_acc.cli.preview import show_items
+from llama_acc.cli.options import launch_ranks
 from llama_acc.cli.push import check_destination, push_run
 from llama_acc.core.distributed import Launch, environment
 from llama_acc.core.errors import LlamaAccError, RunError, UserError
@@ -254,7 +253,7 @@ def _dry_run(
         width = max(len(subject) for subject, _ in lines)
         console.pairs(lines, console.out)
         console.out.print()
-        show_items(_examples(plan))
+        console.show_items(_examples(plan))
         watcher.progress("predicting the memory")
         memory = predict(setup)
         console.out.print()
@@ -275,7 +274,7 @@ def _dry_run_lines(plan: "Plan", parameters: int, processes: int) -> list[tuple[
     report, parallel, saves = plan.report, plan.recipe.parallel, plan.save_count()
     truncated, size = count_text(report["truncated"], "item"), parallel.model_parallel_size
     layout = f"{processes // size} data parallel ({parallel.data_parallel}) x {size} model parallel"
-    disk = min(saves, plan.recipe.checkpoint.keep or saves) * plan.checkpoint_bytes()
+    disk = min(saves, plan.saving.keep or saves) * plan.checkpoint_bytes()
     return [
         *describe_plan(plan),
         ("lengths", ", ".join(f"{name} {value}" for name, value in report["lengths"].items()) + " tokens"),

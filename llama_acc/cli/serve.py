@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from llama_acc.cli import console, options
-from llama_acc.cli.loading import ModelOptions, launch_model, load_models_distributed
+from llama_acc.cli.options import ModelOptions, launch_model, load_models_distributed
 from llama_acc.cli.web import bound, is_loopback
 from llama_acc.core.distributed import environment
 from llama_acc.core.errors import RunError, UserError

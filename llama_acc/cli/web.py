@@ -82,11 +82,7 @@ def is_loopback(host: str) -> bool:
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket with that address, which does not listen yet.
-
-    Raises:
-        UserError: it cannot be had.
-    """
+    """A socket with that address, which does not listen yet."""
     try:
         [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         listener = socket.socket(family, kind, protocol)
