@@ -26,13 +26,11 @@ from llama_acc.core.errors import LlamaAccError, UserError
 from llama_acc.core.generate.caption import evaluation_transform
 from llama_acc.core.generate.chat import encode_prompt
 from llama_acc.core.generate.engine import Prompt, Reply
-from llama_acc.core.generate.grammar import JsonGrammars
 from llama_acc.core.generate.load import LoadedModel
-from llama_acc.core.generate.sampling import Sampler
+from llama_acc.core.generate.sampling import JsonGrammars, Sampler
 from llama_acc.core.generate.service import Asked, Event, QueueFull, Service
-from llama_acc.core.serve.answers import Answer, ChatAnswer, TextAnswer
 from llama_acc.core.serve.guard import Access, Guard, error_response
-from llama_acc.core.serve.protocol import ChatRequest, CompletionRequest, dumps
+from llama_acc.core.serve.protocol import Answer, ChatAnswer, ChatRequest, CompletionRequest, TextAnswer, dumps
 
 _MOST_PIXELS = 25_000_000  # of a picture: 75 MB when it is unpacked, several times at once
 _COMPLETION_TOKENS = 16  # OpenAI's API continues a text by so many, where nothing else is asked for

@@ -28,7 +28,7 @@ SCHEMA: dict[str, Any] = {
 
 
 def test_answers_of_a_random_model_are_json_of_the_schema_beside_others_that_are_not(tokenizer_path: Path) -> None:
-    from llama_acc.core.generate.grammar import JsonGrammars
+    from llama_acc.core.generate.sampling import JsonGrammars
 
     loaded = load(replace(SMALL, max_seq_len=1024), tokenizer_path)
     grammars, engine = JsonGrammars(loaded), Engine(loaded, 4)
@@ -53,7 +53,7 @@ def test_answers_of_a_random_model_are_json_of_the_schema_beside_others_that_are
 
 
 def test_several_answers_of_one_grammar_are_each_at_a_place_of_their_own(tokenizer_path: Path) -> None:
-    from llama_acc.core.generate.grammar import JsonGrammars
+    from llama_acc.core.generate.sampling import JsonGrammars
 
     loaded = load(replace(SMALL, max_seq_len=1024), tokenizer_path)
     engine = Engine(loaded, 3)
@@ -69,7 +69,7 @@ def test_several_answers_of_one_grammar_are_each_at_a_place_of_their_own(tokeniz
 
 
 def test_a_schema_that_cannot_be_used_is_refused(tokenizer_path: Path) -> None:
-    from llama_acc.core.generate.grammar import JsonGrammars
+    from llama_acc.core.generate.sampling import JsonGrammars
 
     grammars = JsonGrammars(load(SMALL, tokenizer_path))
     for schema in ({"type": "nonsense"}, {"$ref": "#/nowhere"}):

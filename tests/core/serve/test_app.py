@@ -30,9 +30,8 @@ from llama_acc.core.data.tools import calls_of
 from llama_acc.core.errors import RunError
 from llama_acc.core.generate.chat import encode_prompt
 from llama_acc.core.generate.engine import Engine, Prompt
-from llama_acc.core.generate.grammar import JsonGrammar
 from llama_acc.core.generate.load import LoadedModel, load_model, load_models
-from llama_acc.core.generate.sampling import Sampling
+from llama_acc.core.generate.sampling import JsonGrammar, Sampling
 from llama_acc.core.generate.service import Service
 from llama_acc.core.model.tuning.bias_norm import BiasNorm
 from llama_acc.core.model.tuning.lora import LoRA
