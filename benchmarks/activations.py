@@ -29,8 +29,8 @@ from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.memory.workspaces import garbage_kept, peak_cpu_bytes
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.base import read_base_weights
-from llama_acc.core.train.callback import Callback
 from llama_acc.core.train.plan import make_plan
+from llama_acc.core.train.runs import Callback
 from llama_acc.core.train.step import apply_activation_checkpointing, forward
 from llama_acc.core.train.trainer import Trainer
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from llama_acc.cli import console
 from llama_acc.core.input_files import home
 from llama_acc.core.text import count_text, escape_control_chars, size_text
-from llama_acc.core.train.callback import Callback
+from llama_acc.core.train.runs import Callback
 
 if TYPE_CHECKING:
     from llama_acc.core.train.plan import Plan
@@ -146,7 +146,7 @@ def describe_plan(plan: "Plan") -> list[tuple[str, str]]:
         shape = f"{known}, {shape}"
     method = recipe.tuning.method
     lines = [
-        ("recipe", plan.name),
+        ("recipe", plan.recipe.name),
         ("model", f"{shape}, vocabulary {config.vocab_size}"),
         *(("tokenizer", note) for note in tokenizer_notes(plan.tokenizer, config.vocab_size)),
         ("weights", weights),
@@ -235,7 +235,7 @@ def _vision_text(plan: "Plan") -> str:
     text = f"encoder {vision.encoder}, stage {plan.config.vision_training.stage}; "
     text += f"{tower:,} of the parameters are its tower, which is frozen; " if tower else "it trains; "
     text += f"{count_text(images, 'image')} of {count_text(vision.positions, 'position')} each, {plan.images.transform}"
-    if plan.cache_features:
+    if plan.recipe.vision.cache_features:
         size = images * math.prod(vision.input_shape) * plan.settings.dtype.itemsize
         text += f"; features are kept, up to {size_text(size)} ({size_text(free_bytes(home()))} are free)"
     return text

@@ -7,7 +7,6 @@ import errno
 import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,12 +23,11 @@ from llama_acc.core.interrupt import Interrupted, StopRequest, stop_on_signal
 from llama_acc.core.memory.guard import check_fits, fill_memory, out_of_memory_error, stream_if_needed
 from llama_acc.core.recipe import Recipe
 from llama_acc.core.train.base import read_base_weights
-from llama_acc.core.train.callback import Callback
 from llama_acc.core.train.log import MetricsLog, write_report
 from llama_acc.core.train.loop import Loop
 from llama_acc.core.train.plan import Plan, make_plan, make_plan_together
 from llama_acc.core.train.run_folder import RunFolder, check_disk, check_same_run, refuse_non_empty
-from llama_acc.core.train.runs import read_metrics
+from llama_acc.core.train.runs import Callback, read_metrics
 from llama_acc.core.train.trackers import check_trackers
 from llama_acc.core.train.trainer import Trainer
 
@@ -87,13 +85,7 @@ def finetune(
             parallel.run_on_rank_zero(lambda: check_trackers(recipe.train.trackers))
             parallel.run_rank_zero_first(lambda: folder.open(resume=resume, claim=parallel.is_main, note=callback.note))
             plan = make_plan_together(recipe, callback, parallel, saved=folder.checkpoint)
-            if target.type == "cpu" and not parallel.run_on_rank_zero(multiplies_bf16):
-                plan = plan.without_bf16()
-            plan = stream_if_needed(plan, parallel.world_size, target)
-            if plan.recipe.train.has_auto or plan.settings.stream_base:
-                callback.progress("predicting what fills the memory")
-                choose = partial(fill_memory, plan, parallel.world_size, target, folder.checkpoint)
-                plan = plan.with_chosen(*parallel.run_on_rank_zero(choose))
+            plan = _settled(plan, parallel.world_size, target, callback, parallel, folder.checkpoint)
             callback.progress("checking the weights, the disk and the memory")
 
             def check() -> int:
@@ -132,13 +124,13 @@ def dry_run(
     output: Path | None,
     *,
     callback: Callback,
+    device: torch.device,
     verify: bool = False,
-    device: torch.device | None = None,
     processes: int = 1,
 ) -> Plan:
     """Checks what would stop the real run; writes recipe.yaml and data.json into `output`, if there is one, alone.
 
-    What the recipe leaves to be chosen is what so many processes would choose on this device; None: a CPU.
+    What the recipe leaves to be chosen is what so many processes would choose on this device.
 
     Raises:
         UserError: whatever would stop the real run before its first step.
@@ -147,12 +139,7 @@ def dry_run(
     if output is not None:
         refuse_non_empty(output)
     plan = make_plan(recipe, callback, dry_run=True)
-    if device is not None and device.type == "cpu" and not multiplies_bf16():
-        plan = plan.without_bf16()
-    plan = stream_if_needed(plan, processes, device or torch.device("cpu"))
-    if plan.recipe.train.has_auto or plan.settings.stream_base:
-        callback.progress("predicting what fills the memory")
-        plan = plan.with_chosen(*fill_memory(plan, processes, device or torch.device("cpu")))
+    plan = _settled(plan, processes, device, callback, Parallel())
     if plan.layouts:
         callback.progress("checking the weights")
     for layout in plan.layouts:
@@ -169,6 +156,24 @@ def dry_run(
     return plan
 
 
+def _settled(
+    plan: Plan,
+    processes: int,
+    device: torch.device,
+    callback: Callback,
+    parallel: Parallel,
+    resumed: Path | None = None,
+) -> Plan:
+    """The plan with what depends on the machine: the type to compute in, whether to stream, what is "auto"."""
+    if device.type == "cpu" and not parallel.run_on_rank_zero(multiplies_bf16):
+        plan = plan.without_bf16()
+    plan = stream_if_needed(plan, processes, device)
+    if not (plan.recipe.train.has_auto or plan.settings.stream_base):
+        return plan
+    callback.progress("predicting what fills the memory")
+    return plan.with_chosen(*parallel.run_on_rank_zero(lambda: fill_memory(plan, processes, device, resumed)))
+
+
 def _weights(plan: Plan, folder: RunFolder, parallel: Parallel) -> Weights | None:
     """What a rank starts from: the base, or what was trained of it so far over what does not train."""
     if folder.checkpoint is None:
@@ -176,7 +181,7 @@ def _weights(plan: Plan, folder: RunFolder, parallel: Parallel) -> Weights | Non
     trained = saved_masters(folder.checkpoint, parallel)
     trained.filter_names(plan.trained_shapes())
     check_tensors(trained, plan.trained_shapes(), folder.checkpoint)
-    base = read_base_weights(plan.layouts, plan.config, parallel) if plan.has_frozen else None
+    base = read_base_weights(plan.layouts, plan.config, parallel) if plan.recipe.has_frozen else None
     return trained if base is None else base.overlay(trained)
 
 
@@ -214,8 +219,8 @@ def _train(
                 return
             folder.write_plan(plan)  # not before memory was found to suffice: a run that is refused leaves nothing
             recipe = plan.recipe.model_dump(mode="json")
-            logged = folder.path, trainer.step, callback.note, plan.trackers, recipe, bool(plan.samples.prompts)
-            with MetricsLog(*logged) as log:
+            trackers, samples = plan.recipe.train.trackers, bool(plan.samples.prompts)
+            with MetricsLog(folder.path, trainer.step, callback.note, trackers, recipe, samples) as log:
                 try:
                     Loop(trainer, folder, log, callback, stop).run()
                 except BaseException as failure:

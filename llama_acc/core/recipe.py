@@ -320,6 +320,12 @@ class Recipe(Section):
             )
         return self
 
+    @property
+    def has_frozen(self) -> bool:
+        """Whether a run has weights that do not train."""
+        vision = self.vision.resolved()
+        return self.tuning.method != "full" or (vision is not None and not vision.trains_encoder)
+
     def why_resident(self) -> str | None:
         """Why the frozen blocks cannot be streamed from their files, whatever lies in these; None: they can."""
         problems = {
@@ -334,11 +340,7 @@ class Recipe(Section):
 
     @classmethod
     def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
-        """Reads a shipped recipe by name, or a YAML file, and applies `key=value` overrides.
-
-        Raises:
-            UserError: an unknown recipe or key, a value of the wrong kind; all of them listed.
-        """
+        """Reads a shipped recipe by name, or a YAML file, and applies `key=value` overrides."""
         path = find_recipe(source)
         values = read_yaml(path, _Loader)
         if not isinstance(values, dict):

@@ -14,8 +14,8 @@ from llama_acc.core.memory.predict import predict
 from llama_acc.core.model.transformer import parameter_count
 from llama_acc.core.recipe import Recipe, recipe_names
 from llama_acc.core.text import size_text
-from llama_acc.core.train.callback import Callback
 from llama_acc.core.train.plan import Plan, make_plan
+from llama_acc.core.train.runs import Callback
 from tests.cli.commands import QUICKSTART, complete, invoke
 from tests.cli.conftest import DIALOGUE
 from tests.core.tokenizers import llama3_style

@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llama_acc.core.catalogue import how_to_get, named_model
-from llama_acc.core.checkpoint.huggingface import read_huggingface
-from llama_acc.core.checkpoint.towers import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, open_clip_tower, tower_of
+from llama_acc.core.checkpoint.huggingface import (
+    OPEN_CLIP_CONFIG,
+    OPEN_CLIP_WEIGHTS,
+    open_clip_tower,
+    read_huggingface,
+    tower_of,
+)
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.input_files import home, read_object, read_text
 from llama_acc.core.model.config import ModelConfig, config_from_params, read_params
@@ -88,11 +93,7 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def inspect(folder: Path) -> Layout:
-    """Finds out a checkpoint's format and shards.
-
-    Raises:
-        UserError: no checkpoint, two formats, a missing shard, a format that cannot be read.
-    """
+    """Finds out a checkpoint's format and shards."""
     names = sorted(path.name for path in folder.iterdir())
     found: dict[Format, Layout] = {}
     for kind, name in _NAMES.items():
@@ -214,11 +215,7 @@ def check_order(layouts: Sequence[Layout]) -> None:
 
 
 def read_config(layouts: Sequence[Layout]) -> ModelConfig | None:
-    """The shape the checkpoints say they have (union of their files, the last wins), or None if they say nothing.
-
-    Raises:
-        UserError: unusable values, an unknown tuning method, or a diff without its base.
-    """
+    """The shape the checkpoints say they have (union of their files, the last wins), or None if they say nothing."""
     check_order(layouts)
     union: dict[str, Any] = {}
     tuning, vision, implied = FULL, None, None

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from llama_acc.core.checkpoint.huggingface import meta_name, read_huggingface, rotated_heads
+from llama_acc.core.checkpoint.huggingface import from_open_clip, meta_name, read_huggingface, rotated_heads, tower_name
 from llama_acc.core.checkpoint.layout import PEFT_CONFIG, Layout, check_order, read_config, shape_notes
 from llama_acc.core.checkpoint.lazy import LazyTensor, add, concatenate, reorder_heads, same_values
 from llama_acc.core.checkpoint.quantized import NF4Matrix, read_quantization, take_quantized, to_nf4
-from llama_acc.core.checkpoint.towers import from_open_clip, tower_name
 from llama_acc.core.distributed.groups import local_part
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.input_files import read_object
@@ -68,9 +67,6 @@ def open_shard(path: object) -> Shard:
 
     Accepts safetensors; of a .pth file a flat mapping (Meta) or `{"model": mapping}` with or without the prefix `llma.`
     (consolidated).
-
-    Raises:
-        UserError: unreadable, cut short, or holding anything but tensors.
     """
     if str(path).endswith(".safetensors"):
         return open_safetensors(path)
@@ -137,9 +133,6 @@ def read_weights(layouts: Sequence[Layout], rank: int = 0, size: int = 1) -> Wei
 
     A later checkpoint overrides the tensors it has, a diff is added to them. `size` is the model-parallel size to read
     at; that of the checkpoints is any that divides it or is divided by it.
-
-    Raises:
-        UserError: an unreadable file, a size that does not fit, a diff that comes first.
     """
     check_order(layouts)
     for layout in layouts:
@@ -357,11 +350,7 @@ def _type_name(kind: torch.dtype | torch.layout) -> str:
 
 
 def check_tensors(weights: Weights, shapes: Mapping[str, tuple[int, ...]], where: object) -> None:
-    """Compares names, shapes and types of the whole parameters, over all shards, with what the model needs.
-
-    Raises:
-        UserError: unknown, missing, misshapen or non-float tensors, and shards that differ, all of them listed.
-    """
+    """Compares names, shapes and types of the whole parameters, over all shards, with what the model needs."""
     problems = [f"missing: {name} {list(shape)}" for name, shape in shapes.items() if name not in weights.tensors]
     problems += weights.problems.values()
     for name, tensor in weights.tensors.items():

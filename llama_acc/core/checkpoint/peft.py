@@ -72,9 +72,6 @@ def read_peft(layout: Layout) -> tuple[Tuning, dict[str, LazyTensor]]:
     """The method of an adapter of PEFT, and its tensors by Meta's names; rows of queries and keys are in its order.
 
     Which matrices have a pair is told from the tensors, so `target_modules` may be said in any way.
-
-    Raises:
-        UserError: it holds what no method here computes, all of it listed.
     """
     config = read_object(layout.folder / PEFT_CONFIG)
     problems = [f"{key}: {json.dumps(value)}" for key, value in config.items() if value and key not in _KNOWN]

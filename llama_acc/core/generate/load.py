@@ -15,11 +15,11 @@ from torch import Tensor
 
 from llama_acc.core.atomic import check_manifest
 from llama_acc.core.checkpoint.adapter import check_base, fingerprint, read_base
+from llama_acc.core.checkpoint.huggingface import check_tower
 from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config, without_towers
 from llama_acc.core.checkpoint.load import Weights, check_tensors, fill, main_dtype, read_weights, with_rows
 from llama_acc.core.checkpoint.quantized import read_quantization
 from llama_acc.core.checkpoint.streaming import BlockStream, stream_blocks
-from llama_acc.core.checkpoint.towers import check_tower
 from llama_acc.core.data.chat_template import ChatTemplate, end_note, template_for, template_of_folder
 from llama_acc.core.data.images import normalize
 from llama_acc.core.data.templates import KINDS, Template
@@ -303,11 +303,7 @@ def _loaded(opened: _Opened, device: torch.device, model: Transformer, stream: B
 
 
 def _shared_parameters(opened: Mapping[str, _Opened], name: str) -> list[str]:
-    """Names of what a checkpoint has in common with the first: what did not train in either, and is the same.
-
-    Raises:
-        UserError: it is not the same, or one takes images.
-    """
+    """Names of what a checkpoint has in common with the first: what did not train in either, and is the same."""
     (first_name, first), own = next(iter(opened.items())), opened[name]
     if own.config.vision is not None:
         raise UserError(f"{name} takes images", "a model that does is served in a process of its own")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from llama_acc.core.catalogue import is_address
 from llama_acc.core.checkpoint.adapter import check_base
+from llama_acc.core.checkpoint.huggingface import check_tower
 from llama_acc.core.checkpoint.layout import Layout, inspect, locate, read_config, without_towers
 from llama_acc.core.checkpoint.load import Weights, check_tensors, read_weights, with_rows
 from llama_acc.core.checkpoint.quantized import read_quantization
-from llama_acc.core.checkpoint.towers import check_tower
 from llama_acc.core.data.sources import resolve_data_path, resolve_image_root
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
@@ -23,12 +23,6 @@ from llama_acc.core.recipe import RECIPES_FOLDER, Recipe
 from llama_acc.core.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
 
-def has_frozen(recipe: Recipe) -> bool:
-    """Whether a run has weights that do not train."""
-    vision = recipe.vision.resolved()
-    return recipe.tuning.method != "full" or (vision is not None and not vision.trains_encoder)
-
-
 def find_model(
     recipe: Recipe, *, weights_may_be_absent: bool = False, saved: Path | None = None
 ) -> tuple[list[Layout], ModelConfig, Tokenizer]:
@@ -36,9 +30,6 @@ def find_model(
 
     `saved` is the run's own checkpoint, to resume from: it has
     a shape and a tokenizer, and weights of all that trains.
-
-    Raises:
-        UserError: one of them is missing or damaged, or they do not go together.
     """
     layouts, config = find_shape(recipe, weights_may_be_absent=weights_may_be_absent, saved=saved)
     tokenizer = load_tokenizer(_tokenizer_path(recipe, layouts, saved))
@@ -55,7 +46,7 @@ def find_shape(
 ) -> tuple[list[Layout], ModelConfig]:
     """The checkpoints and the model's shape with what is tuned; its vocabulary may be open (-1). See `find_model`."""
     # A resumed run has weights of its own; of what does not train it may have none.
-    may_be_absent = weights_may_be_absent or (saved is not None and not has_frozen(recipe))
+    may_be_absent = weights_may_be_absent or (saved is not None and not recipe.has_frozen)
     layouts = []
     for name in recipe.model.pretrained_list():
         try:
@@ -163,11 +154,7 @@ def _tokenizer_path(recipe: Recipe, layouts: list[Layout], saved: Path | None) -
 
 
 def read_base_weights(layouts: Sequence[Layout], config: ModelConfig, parallel: Parallel) -> Weights | None:
-    """Maps a rank's share of the weights a run starts from, all of them checked; None = random weights.
-
-    Raises:
-        UserError: damaged files, or tensors that do not fit, all of them listed.
-    """
+    """Maps a rank's share of the weights a run starts from, all of them checked; None = random weights."""
     if not layouts:
         return None
     weights = read_weights(layouts, parallel.model_rank, parallel.model_size)
@@ -177,11 +164,7 @@ def read_base_weights(layouts: Sequence[Layout], config: ModelConfig, parallel: 
 
 
 def _needed(config: ModelConfig, weights: Weights, where: str) -> Mapping[str, tuple[int, ...]]:
-    """What a run's base must hold: nothing or all of what the method adds, and so with vision.
-
-    Raises:
-        UserError: it has no vision tower, or in stage two nothing of what stage one trains.
-    """
+    """What a run's base must hold: nothing or all of what the method adds, and so with vision."""
     check_tower(config.vision, weights.tensors, where)
     needed, added, parts = shapes_of(config, "llama", "tower"), shapes_of(config, "tuning"), shapes_of(config, "vision")
     if any(name in weights.tensors for name in added):

@@ -145,7 +145,7 @@ def write_report(
     steps = [line for line in metrics if "loss" in line]
     if not steps:
         return
-    draw_loss(metrics, run / "loss.png", plan.name)
+    draw_loss(metrics, run / "loss.png", plan.recipe.name)
 
     def first_and_last(lines: list[Metrics], key: str) -> str:
         return f"{lines[0][key]:.4f} at step {lines[0]['step']}, {lines[-1][key]:.4f} at the end"
@@ -170,7 +170,7 @@ def write_report(
         ("written", datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")),
     ]
     table = "\n".join(f"| {name} | {text.replace('|', '&#124;')} |" for name, text in rows)
-    text = f"# {plan.name}\n\n{state}\n\n| | |\n|---|---|\n{table}\n\n![loss](loss.png)\n"
+    text = f"# {plan.recipe.name}\n\n{state}\n\n| | |\n|---|---|\n{table}\n\n![loss](loss.png)\n"
     answers: dict[str, list[Metrics]] = {}
     for line in read_lines(run / SAMPLES, is_sample)[0]:
         answers.setdefault(line["prompt"], []).append(line)

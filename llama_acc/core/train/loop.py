@@ -13,9 +13,9 @@ from llama_acc.core.device import Arriving, free_memory, peak_memory_gib
 from llama_acc.core.distributed.groups import local_world_size
 from llama_acc.core.errors import RunError, listed
 from llama_acc.core.interrupt import Interrupted, StopRequest
-from llama_acc.core.train.callback import Callback
 from llama_acc.core.train.log import MetricsLog
 from llama_acc.core.train.run_folder import RunFolder
+from llama_acc.core.train.runs import Callback
 from llama_acc.core.train.trainer import Trainer
 
 

@@ -26,12 +26,12 @@ from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError, raise_all
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import describe, parameter_count, shapes_of
-from llama_acc.core.recipe import CheckpointSection, ImagesSection, Recipe, Tracker, TrainSection
+from llama_acc.core.recipe import CheckpointSection, ImagesSection, Recipe, TrainSection
 from llama_acc.core.tokenizer import Tokenizer
-from llama_acc.core.train.base import find_model, has_frozen, read_base_weights, with_absolute_paths
-from llama_acc.core.train.callback import Callback
+from llama_acc.core.train.base import find_model, read_base_weights, with_absolute_paths
 from llama_acc.core.train.data_parallel import Mode
 from llama_acc.core.train.optimizer import learning_rate
+from llama_acc.core.train.runs import Callback
 from llama_acc.core.train.samples import Samples, plan_samples, read_prompts
 
 # The largest micro-batch is looked for in so many steps, of so many epochs and documents.
@@ -85,7 +85,7 @@ PlannedData = tuple[Dataset, Dataset | None, dict[str, Any]]
 class Plan:
     """A run that was checked: all that it does."""
 
-    recipe: Recipe  # with every path absolute, to be kept, compared and shown; the methods here read its keys
+    recipe: Recipe  # with every path absolute, to be kept, compared and shown
     config: ModelConfig
     settings: StepSettings
     tokenizer: Tokenizer
@@ -95,15 +95,11 @@ class Plan:
     report: dict[str, Any]  # what data.json holds, held-out items included
     steps_per_epoch: int  # optimizer steps in a whole epoch; the last one may be smaller
     total_steps: int  # optimizer steps in the run
-    has_frozen: bool  # whether there are weights that do not train
-    name: str
     seed: int
     images: ImagesSection
-    cache_features: bool
     saving: CheckpointSection  # when and what to save, and how many checkpoints to keep
     save_dtype: torch.dtype  # type of the saved weights
     samples: Samples
-    trackers: list[Tracker]
     chosen: str = ""  # what "auto" in the recipe has become and why, in words; empty: there was none
 
     def with_chosen(self, train: TrainSection, chosen: str) -> "Plan":
@@ -283,7 +279,7 @@ def make_plan(
             f"data.max_tokens ({recipe.data.max_tokens}) is more than the model's max_seq_len ({config.max_seq_len})",
             "lower data.max_tokens, or raise model.max_seq_len",
         )
-    if published is None and (saved is None or has_frozen(recipe)):
+    if published is None and (saved is None or recipe.has_frozen):
         read_base_weights(layouts, config, Parallel())  # what does not fit is reported before hours of encoding
     callback.progress("reading the data")
     if published is None:
@@ -304,15 +300,11 @@ def make_plan(
         report=report,
         steps_per_epoch=steps_per_epoch,
         total_steps=min(total, recipe.train.max_steps or total),
-        has_frozen=has_frozen(recipe),
-        name=recipe.name,
         seed=recipe.train.seed,
         images=recipe.data.images,
-        cache_features=recipe.vision.cache_features,
         saving=checkpoint,
         save_dtype=DTYPES[recipe.train.precision if checkpoint.dtype == "auto" else checkpoint.dtype],
         samples=plan_samples(prompts, most_new, train.template, tokenizer, config.max_seq_len),
-        trackers=recipe.train.trackers,
     )
     if prompts:  # a resumed run does without the file
         plan.recipe.train.sample_prompts = prompts
@@ -374,11 +366,7 @@ def _read_data(
     callback: Callback,
     store: EntryStore | None,
 ) -> PlannedData:
-    """Everything a run learns from and is measured on.
-
-    Raises:
-        UserError: what is wrong with the data, all of it together; images after the rest.
-    """
+    """Everything a run learns from and is measured on."""
     data, seed = recipe.data, recipe.train.seed
 
     def load(sources: Sequence[Source], missing_hint: str) -> Dataset:

@@ -21,6 +21,7 @@ from llama_acc.core.recipe import Recipe
 from llama_acc.core.text import count_text, size_text
 from llama_acc.core.tokenizer import find_tokenizer, load_tokenizer
 from llama_acc.core.train.plan import Plan
+from llama_acc.core.train.runs import flat
 
 _DRY_RUN_FILES = {"recipe.yaml", "data.json"}
 # A resumed run may be prolonged, logged, saved or spread over processes otherwise; it must not be another run.
@@ -233,22 +234,9 @@ def _changed_keys(plan: Plan, checkpoint: Path, progress: dict[str, Any]) -> dic
         same = saved is not None and load_tokenizer(saved).fingerprint() == plan.tokenizer.fingerprint()
         compare("model.tokenizer", same, plan.tokenizer.path, "another tokenizer")
     # A base of which nothing is used any more may be any, where it was.
-    if progress.get("base") is not None and plan.layouts and (moved or plan.has_frozen):
+    if progress.get("base") is not None and plan.layouts and (moved or plan.recipe.has_frozen):
         same = base_fingerprint(plan.layouts, plan.config) == progress["base"]
         compare(
             "model.pretrained", same, " and ".join(str(layout.folder) for layout in plan.layouts), "with other weights"
         )
     return changed
-
-
-def flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted keys, such as `data.sources.0.path`."""
-    if isinstance(values, dict) and values:
-        pairs: list[tuple[str, Any]] = [(str(key), value) for key, value in values.items()]
-    elif isinstance(values, list) and values and isinstance(values[0], dict):
-        pairs = [(str(i), value) for i, value in enumerate(values)]
-    else:
-        return {prefix: values}
-    return {
-        name: leaf for key, value in pairs for name, leaf in flat(value, f"{prefix}.{key}" if prefix else key).items()
-    }

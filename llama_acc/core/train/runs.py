@@ -1,23 +1,57 @@
-"""The runs below a folder, and their logs, from the files they leave. Imports no torch."""
+"""Runs as who watches them sees them: what they report as they go on, and what their files say. Imports no torch."""
 
 import contextlib
 import fcntl
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llama_acc.core.errors import UserError
+from llama_acc.core.hub import fetch_data
 from llama_acc.core.input_files import read_object, read_yaml
+
+if TYPE_CHECKING:
+    from llama_acc.core.train.plan import Plan
 
 State = Literal["running", "done", "stopped", "not started", "damaged"]
 Metrics = dict[str, Any]
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 _OF_A_STEP = ("loss", "lr", "tokens", "tokens_per_second", "peak_memory_gib")
 _TAIL = 1 << 16  # bytes of a log, hundreds of its lines
+
+
+class Callback:
+    """Watches a run and shows nothing; a subclass shows what it overrides."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+    def fetch(self, address: str) -> list[Path]:
+        """The files that an address of data means; missing ones are downloaded, and that may be shown."""
+        return fetch_data(address)
+
+    def progress(self, label: str, done: int = 0, total: int = 0) -> None:
+        """What is being done, such as "loading the model", and how far it is; `total` 0: that is not known."""
+
+    def plan(self, plan: "Plan") -> list[tuple[str, str]]:
+        """What will be done, before it starts. Returns what report.md says of it: subjects and texts."""
+        return []
+
+    def step(self, metrics: Metrics, plan: "Plan") -> None:
+        """An optimizer step, as in metrics.jsonl."""
+
+    def validation(self, metrics: Metrics) -> None:
+        """A validation line, as in metrics.jsonl."""
+
+    def samples(self, step: int, answers: Mapping[str, str]) -> None:
+        """What the model answers to each sample prompt after so many steps."""
+
+    def saved(self, checkpoint: Path) -> None:
+        """A checkpoint is whole on disk."""
 
 
 @dataclass(frozen=True)
@@ -173,3 +207,16 @@ def is_metrics(line: Metrics) -> bool:
 def is_sample(line: Metrics) -> bool:
     """Whether it is an answer to a sample prompt."""
     return all(type(line.get(key)) is str for key in ("prompt", "answer"))
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted keys, such as `data.sources.0.path`."""
+    if isinstance(values, dict) and values:
+        pairs: list[tuple[str, Any]] = [(str(key), value) for key, value in values.items()]
+    elif isinstance(values, list) and values and isinstance(values[0], dict):
+        pairs = [(str(i), value) for i, value in enumerate(values)]
+    else:
+        return {prefix: values}
+    return {
+        name: leaf for key, value in pairs for name, leaf in flat(value, f"{prefix}.{key}" if prefix else key).items()
+    }

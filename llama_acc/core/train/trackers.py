@@ -21,7 +21,7 @@ from llama_acc.core.atomic import remove, write_text_whole
 from llama_acc.core.catalogue import without_secrets
 from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import read_object
-from llama_acc.core.train.run_folder import flat
+from llama_acc.core.train.runs import flat
 
 FILE = "trackers.json"
 _PROJECT = "llama-acc"

@@ -141,7 +141,7 @@ class Trainer:
                 seed=plan.seed,
                 max_pixels=plan.images.max_pixels,
                 workers=plan.images.workers,
-                cache_features=plan.cache_features,
+                cache_features=plan.recipe.vision.cache_features,
                 reserve=plan.disk_bytes(),
             )
         self._batches: Iterator[MicroBatch] | None = None
@@ -319,7 +319,7 @@ class Trainer:
             files[TEMPLATE_FILE] = plan.train.template.to_json().encode()
         if plan.config.vision is not None:
             files[VISION_FILE] = plan.config.vision.to_json()
-        if self._base is not None and plan.saving.trainable_only and plan.has_frozen:
+        if self._base is not None and plan.saving.trainable_only and plan.recipe.has_frozen:
             files[BASE_FILE] = self._base.to_json()
         weights = {name: _rows(p, local_part(p).tensor) for name, p in self.model.named_parameters()}
         named = self.optimizer.named

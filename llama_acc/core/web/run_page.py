@@ -13,7 +13,7 @@ import pandas as pd
 
 from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import read_yaml
-from llama_acc.core.train.runs import METRICS, SAMPLES, Run, find_runs, is_sample, read_lines, read_metrics
+from llama_acc.core.train.runs import METRICS, SAMPLES, Run, find_runs, flat, is_sample, read_lines, read_metrics
 from llama_acc.core.web.site import in_html
 
 _CURVES = {
@@ -132,20 +132,14 @@ def recipe_table(runs: Mapping[str, Path]) -> str:
     recipes = []
     for folder in runs.values():
         try:
-            recipes.append(dict(_flat(read_yaml(folder / "recipe.yaml"))))
+            values = flat(read_yaml(folder / "recipe.yaml"))
+            recipes.append({key: str(value) for key, value in values.items()})
         except UserError as error:
             recipes.append({"damaged": error.message})
     keys = dict.fromkeys(key for recipe in recipes for key in recipe)
     rows = [[key, *(recipe.get(key, "-") for recipe in recipes)] for key in keys]
     rows = [row for row in rows if len(runs) == 1 or len({*row[1:]}) > 1]
     return _table([["key", *runs], *rows]) if rows else _table([["The recipes are the same."]])
-
-
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """The values of a recipe, each with its dotted key."""
-    inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    found = [pair for name, one in inner for pair in _flat(one, f"{key}.{name}" if key else str(name))]
-    yield from found or [(key, str(value))]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llama_acc.core.checkpoint.adapter import fingerprint
+from llama_acc.core.checkpoint.huggingface import tower_of
 from llama_acc.core.checkpoint.layout import inspect, read_config, without_towers
 from llama_acc.core.checkpoint.load import check_tensors, open_shard, read_weights
-from llama_acc.core.checkpoint.towers import tower_of
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.vision import tower_shapes
 from llama_acc.core.model.vision_config import ClipVision, QFormerVision, Vision

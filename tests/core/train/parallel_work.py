@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llama_acc.core.distributed.groups import Parallel, init_distributed, local_part
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.transformer import build_on_meta
-from llama_acc.core.train.callback import Callback
 from llama_acc.core.train.data_parallel import DataParallel
 from llama_acc.core.train.plan import make_plan_together
+from llama_acc.core.train.runs import Callback
 from llama_acc.core.train.trainer import Trainer
 from tests.core.ranks import next_port
 from tests.core.tiny import CPU, SMALL

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from llama_acc.core.finetune import Finished, finetune
 from llama_acc.core.recipe import Recipe
-from llama_acc.core.train.callback import Callback
 from llama_acc.core.train.plan import Plan, make_plan
+from llama_acc.core.train.runs import Callback
 from tests.undrawn import undrawn
 
 _SMALL = (

@@ -13,7 +13,7 @@ from llama_acc.core.atomic import check_manifest
 from llama_acc.core.finetune import finetune
 from llama_acc.core.model.transformer import shapes_of
 from llama_acc.core.recipe import Recipe
-from llama_acc.core.train.callback import Callback
+from llama_acc.core.train.runs import Callback
 from tests.core.tiny import document_logits, loaded_model
 from tests.core.train.runs import TIMED, losses, metrics, names, plan_of, run, saved_state, saved_weights
 

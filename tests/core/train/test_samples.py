@@ -146,8 +146,8 @@ def test_a_recipe_keeps_its_prompts_beside_it(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("Who are you?\n")
     (tmp_path / "my.yaml").write_text(quickstart("train.sample_prompts=prompts.txt").to_yaml())
     from llama_acc.core.recipe import Recipe
-    from llama_acc.core.train.callback import Callback
     from llama_acc.core.train.plan import make_plan
+    from llama_acc.core.train.runs import Callback
 
     plan = make_plan(Recipe.load(tmp_path / "my.yaml"), Callback())
     assert plan.samples.prompts == plan.recipe.train.sample_prompts == ["Who are you?"]

@@ -33,8 +33,8 @@ from llama_acc.core.model import layers
 from llama_acc.core.model.tuning import METHODS
 from llama_acc.core.model.tuning.lora import LoRA
 from llama_acc.core.recipe import TrainSection
-from llama_acc.core.train.callback import Callback
 from llama_acc.core.train.plan import StepSettings
+from llama_acc.core.train.runs import Callback
 from llama_acc.core.train.step import train_step
 from llama_acc.core.train.trainer import assemble
 from tests.core.memory.setups import setup

@@ -29,7 +29,7 @@ from llama_acc.core.memory.predict import rank_parameters
 from llama_acc.core.model.transformer import build_on_meta, initialize, parameter_count, shapes_of
 from llama_acc.core.model.vision import Tower, tower_shapes
 from llama_acc.core.train import step
-from llama_acc.core.train.callback import Callback
+from llama_acc.core.train.runs import Callback
 from tests.core.seeing import QFORMER, SEEING, blip2, random_tower
 from tests.core.tiny import save_model
 from tests.core.train.image_runs import TUNED, overrides_of, words_for, write_data
@@ -286,7 +286,7 @@ def test_without_a_usable_transformers_a_run_says_what_to_install(
 
 
 def test_a_dry_run_counts_the_tower_and_the_images(alone: Path) -> None:
-    plan = dry_run(quickstart(*overrides_of("qformer", alone)), None, callback=Callback())
+    plan = dry_run(quickstart(*overrides_of("qformer", alone)), None, callback=Callback(), device=torch.device("cpu"))
     tower = sum(torch.Size(shape).numel() for shape in tower_shapes(QFORMER).values())
     text = dict(describe_plan(plan))["vision"]
     assert f"encoder qformer, stage 1; {tower:,} of the parameters are its tower, which is frozen" in text
