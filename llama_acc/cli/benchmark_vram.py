@@ -269,13 +269,12 @@ def _hours(request: "MemoryRequest", data: Path | None, kind: str, efficiency: f
     """Whether a run fits on a kind of GPU, and how long it takes there."""
     from llama_acc.core.memory.fit import filled
     from llama_acc.core.memory.measure import Texts, read_texts, work_of
-    from llama_acc.core.memory.predict import gpu_table, predict, recipe_and_config, setup_of, streaming
+    from llama_acc.core.memory.predict import gpu_table, predict, recipe_and_config, streaming
 
     table, gpu = gpu_table(), _kind(kind)
     console.working("predicting what fills it")
     rate = gpu["bf16"] * 1e12 * efficiency
-    chosen = filled(request, gpu["memory"] * _GIB, rate)
-    setup = setup_of(chosen)
+    train, setup = recipe_and_config(request)[0].train, filled(request, gpu["memory"] * _GIB, rate)
     if data is not None:
         texts = read_texts(data)
     else:
@@ -290,14 +289,14 @@ def _hours(request: "MemoryRequest", data: Path | None, kind: str, efficiency: f
     if not as_json:
         verdict = "it fits" if fits else "it does not fit; try --tuning, --quantize nf4, or --gpus N with fsdp"
         line = f"{_gib(usage.total)} GiB of {gpu['memory']:.2f} on each {kind}: {verdict}"
-        auto = [] if chosen is request else [("auto", _title(setup, ""))]
+        is_auto = train.has_auto or setup.settings.stream_base is not (train.stream_base is True)
+        auto = [("auto", _title(setup, ""))] if is_auto else []
         console.pairs([*auto, ("memory", line), *_streaming(setup)], console.out, len("GPU-hours"))
         if setup.settings.stream_base:
             share = streaming(setup).waiting(usage.flops, rate, kind)
             console.pairs([("copying", share)], console.out, len("GPU-hours"))
     console.working("counting the work")
-    epochs = recipe_and_config(request)[0].train.epochs
-    hours = work_of(setup, texts) * epochs / rate / 3600
+    hours = work_of(setup, texts) * train.epochs / rate / 3600
     if as_json:
         found = {
             "published": table["published"],
@@ -306,13 +305,13 @@ def _hours(request: "MemoryRequest", data: Path | None, kind: str, efficiency: f
             "gpu_hours": hours,
             "kind": kind,
             "efficiency": efficiency,
-            "epochs": epochs,
+            "epochs": train.epochs,
             "items": texts.items,
             "lengths_from": texts.origin,
         }
         return _print_json({**_setup_json(setup), **found})
     share = f"{efficiency:.0%} of {gpu['bf16']:g} TFLOP/s ({kind}; bf16, dense){'' if fits else ', where it fits'}"
-    said = f"{count_text(texts.items, 'item')}, {texts.tokens:,.0f} tokens, {count_text(float(epochs), 'epoch')}"
+    said = f"{count_text(texts.items, 'item')}, {texts.tokens:,.0f} tokens, {count_text(float(train.epochs), 'epoch')}"
     lines = [
         ("data", said),
         ("lengths", texts.origin),

@@ -2,11 +2,10 @@
 recipe stands for there, and what to change where a run does not fit."""
 
 import math
-import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from llama_acc.core.memory.simulate import Setup
 from llama_acc.core.model.transformer import parameter_count
 from llama_acc.core.model.tuning.lora import LoRA
 from llama_acc.core.recipe import TrainSection
+from llama_acc.core.workers import WorkerPool
 
 # From what reaches most to what needs least: see docs/peft.md.
 _METHODS = ("full", "lora_bias_norm", "lora", "adapter", "bias_norm")
@@ -64,8 +64,8 @@ def fitting(request: MemoryRequest, memory: int, rate: float = math.inf) -> Iter
     if len(setups) == 1 or parameter_count(setups[0].config) < _LARGE:
         yield from map(fit, setups)
         return
-    with ProcessPoolExecutor(_PROCESSES, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(fit, setups)
+    with WorkerPool(_PROCESSES, "predicts the memory", "is the machine short of memory?") as pool:
+        yield from chain.from_iterable(pool.map_ahead(fit, ([one] for one in setups), len(setups)))
 
 
 def _fit(setup: Setup, memory: int, rate: float) -> Fit:
@@ -158,33 +158,18 @@ def fill(
     return with_most_tokens(train.activation_checkpointing is not False, _STEP)
 
 
-def filled(request: MemoryRequest, memory: int, rate: float) -> MemoryRequest:
-    """The request with what "auto" in its recipe stands for on GPUs of so many bytes and of this rate: see `fill`. One
-    that does not fit otherwise is streamed, if that is left open."""
-
-    def with_section(train: TrainSection) -> MemoryRequest:
-        keys = ("batch_size", "micro_batch_tokens", "activation_checkpointing")
-        values = {key: getattr(train, key) for key in keys}
-        changes = [f"train.{key}={'null' if value is None else value}" for key, value in values.items()]
-        return replace(request, batch_size=None, overrides=(*request.overrides, *changes))
-
-    recipe = recipe_and_config(request)[0]
+def filled(request: MemoryRequest, memory: int, rate: float) -> Setup:
+    """The run of a request with what "auto" in its recipe stands for on GPUs of so many bytes and of this rate: see
+    `fill`. One that does not fit otherwise is streamed, if that is left open."""
+    recipe, with_section = recipe_and_config(request)[0], partial(setup_of, request)
     train = recipe.train
     if train.stream_base == "auto" and recipe.why_resident() is None and (request.gpus or 1) == 1:
-        least = predict(setup_of(with_section(train.without_auto(1024))))
+        least = predict(with_section(train.without_auto(1024)))
         if least.total > FILLED * memory:
-            request = replace(request, overrides=(*request.overrides, "train.stream_base=true"))
-            train = recipe_and_config(request)[0].train
-    if not train.has_auto:
-        return request
-    chosen, _ = fill(
-        train,
-        lambda section: setup_of(with_section(section)),
-        int(FILLED * memory),
-        lambda function, run: function(run),
-        rate,
-    )
-    return with_section(chosen)
+            train = train.model_copy(update={"stream_base": True})
+    if train.has_auto:
+        train, _ = fill(train, with_section, int(FILLED * memory), lambda function, run: function(run), rate)
+    return with_section(train)
 
 
 @dataclass(frozen=True)

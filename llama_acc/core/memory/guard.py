@@ -2,11 +2,7 @@
 
 import contextlib
 import math
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from llama_acc.core.device import free_memory, peak_memory_gib
-from llama_acc.core.distributed.environment import VARIABLES
+from llama_acc.core.distributed import environment
 from llama_acc.core.distributed.groups import Parallel, local_part, local_world_size
 from llama_acc.core.errors import RunError, UserError, listed
 from llama_acc.core.memory.fit import FILLED, MOST_TOKENS, Change, best_changes, fill
@@ -26,6 +22,7 @@ from llama_acc.core.text import count_text, size_text
 from llama_acc.core.train.log import device_name
 from llama_acc.core.train.plan import Plan
 from llama_acc.core.train.trainer import Trainer, check_streams
+from llama_acc.core.workers import WorkerPool
 
 _Result = TypeVar("_Result")
 _FAR_BELOW = 8
@@ -203,11 +200,8 @@ def subprocess_calls() -> Iterator[Callable[..., Any]]:
     if not dist.is_initialized():
         yield lambda function, *arguments: function(*arguments)
         return
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_leave_job) as pool:
-        try:
-            yield lambda function, *arguments: pool.submit(function, *arguments).result()
-        except BrokenProcessPool as error:
-            raise RunError("the memory could not be predicted: its process was ended") from error
+    with WorkerPool(1, "predicts the memory", "is the machine short of memory?") as pool:
+        yield lambda *call: next(pool.map_ahead(_call_alone, [[call]], 0))[0]
 
 
 def run_in_subprocess(function: Callable[..., _Result], *arguments: Any) -> _Result:
@@ -217,6 +211,8 @@ def run_in_subprocess(function: Callable[..., _Result], *arguments: Any) -> _Res
         return result
 
 
-def _leave_job() -> None:
-    for name in VARIABLES:
-        os.environ.pop(name, None)
+def _call_alone(call: Sequence[Any]) -> Any:
+    """Calls a function with what follows it, in a process that has joined no others."""
+    environment.stand_alone()
+    function, *arguments = call
+    return function(*arguments)

@@ -18,7 +18,7 @@ from llama_acc.core.memory.simulate import Setup, simulate_generation, simulate_
 from llama_acc.core.memory.tracker import Trace
 from llama_acc.core.model.config import ModelConfig, check_divides, named_sizes
 from llama_acc.core.model.vision import tower_shapes
-from llama_acc.core.recipe import Recipe
+from llama_acc.core.recipe import Recipe, TrainSection
 from llama_acc.core.tokenizer import find_tokenizer, load_tokenizer
 from llama_acc.core.train.base import find_shape
 from llama_acc.core.train.data_parallel import DataParallel
@@ -62,9 +62,10 @@ class MemoryRequest:
     device_type: str = "cuda"  # or "cpu"
 
 
-def setup_of(request: MemoryRequest) -> Setup:
-    """The run a request means, on examples that are all as long as they may be."""
+def setup_of(request: MemoryRequest, train: TrainSection | None = None) -> Setup:
+    """The run a request means, on examples that are all as long as they may be; `train`: in place of its recipe's."""
     recipe, config = recipe_and_config(request)
+    recipe = recipe if train is None else recipe.model_copy(update={"train": train})
     size, gpus = recipe.parallel.model_parallel_size, request.gpus or recipe.parallel.model_parallel_size
     check_divides(config, size)
     check_world(size, gpus)

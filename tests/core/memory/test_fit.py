@@ -109,12 +109,12 @@ def test_on_a_kind_of_gpu_a_base_is_streamed_where_it_does_not_fit_otherwise() -
     assert recipe_and_config(request)[0].train.stream_base == "auto"
     least = int(predict(setup_of(request)).total / FILLED)
     for memory, gpus, is_streamed in ((least + 2, None, False), (least - 2, None, True), (least - 2, 2, False)):
-        found = setup_of(filled(replace(request, gpus=gpus), memory, math.inf))
+        found = filled(replace(request, gpus=gpus), memory, math.inf)
         assert found.settings.stream_base is is_streamed
         if is_streamed:
             assert predict(found).total <= FILLED * memory
     kept = replace(request, overrides=(*keys, "train.stream_base=false"))
-    assert not setup_of(filled(kept, least - 2, math.inf)).settings.stream_base
+    assert not filled(kept, least - 2, math.inf).settings.stream_base
 
 
 def test_a_run_fills_the_gpu_it_finds_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
