@@ -283,11 +283,7 @@ def resolve(names: Sequence[str], to: Path | None) -> list[DownloadRequest]:
 
 
 def named_model(name: str) -> Path | None:
-    """The folder of a downloaded model, by its name or its `hf:` address; None if it is not there.
-
-    Raises:
-        UserError: its download is incomplete.
-    """
+    """The folder of a downloaded model, by its name or its `hf:` address; None if it is not there."""
     return _complete(home() / "models" / _local_name(name), name)
 
 
@@ -302,11 +298,7 @@ def hub_name(name: str) -> str | None:
 
 
 def named_data(name: str) -> Path | None:
-    """The folder or file of downloaded data, by its name or address; None if it is not there.
-
-    Raises:
-        UserError: its download is incomplete, or it is still to be converted.
-    """
+    """The folder or file of downloaded data, by its name or address; None if it is not there."""
     place, entry = home() / "data" / _local_name(name), catalogue().get(name)
     is_raw = entry is not None and entry.convert and place.is_dir()
     if is_raw and not any(path.is_file() for path in place.iterdir() if path.name[0] != "."):

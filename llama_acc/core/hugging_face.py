@@ -64,11 +64,7 @@ def _unreachable(host: str, why: object) -> RunError:
 
 
 def refuse_redirect_inwards(response: "httpx2.Response") -> None:
-    """An event hook of httpx: a public host may not send us on to this machine or its network.
-
-    Raises:
-        UserError: it does.
-    """
+    """An event hook of httpx: a public host may not send us on to this machine or its network."""
     if not response.has_redirect_location:
         return
     here = response.request.url

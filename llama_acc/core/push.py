@@ -57,11 +57,7 @@ def parse_repo(text: str) -> str:
 
 
 def checkpoint_to_push(folder: str) -> Path:
-    """The checkpoint that is meant by a run's folder or its own.
-
-    Raises:
-        UserError: there is none, it is a run without a whole checkpoint, or files are missing or damaged.
-    """
+    """The checkpoint that is meant by a run's folder or its own."""
     source = locate(folder)
     if (source / "metrics.jsonl").is_file() and latest_checkpoint(source) is None:
         hint = f"let it end, or go on with: llama-acc finetune --output {source} --resume"

@@ -16,9 +16,6 @@ JSON = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" else f
 def array_items(pieces: Iterator[str], name: str) -> Iterator[Any]:
     """The elements of the array that a JSON text is, which comes in pieces from the file `name`; what `json` refuses is
     refused at the same place, in its words.
-
-    Raises:
-        UserError: it is not JSON, or an element is too long.
     """
     array = _Array(pieces, name)
     array.next_character()

@@ -24,9 +24,6 @@ def parquet_rows(
     """The rows of a file: (its place, the cells by their columns, why this row cannot be read).
 
     `path` is what it is called, `content` what it holds.
-
-    Raises:
-        UserError: it is damaged, or pyarrow is not installed.
     """
     try:
         from pyarrow import ArrowException

@@ -126,9 +126,6 @@ def resolve_data_path(path: str, folder: Path | None = None, missing_hint: str =
 
     `shipped:NAME` comes with the package. Else it is looked for in `folder`, beside the recipe; in the current one;
     and among the downloads.
-
-    Raises:
-        UserError: it is not found, or a download that is not finished or still to be converted.
     """
     kind, _, name = path.partition(":")
     if kind == "shipped":

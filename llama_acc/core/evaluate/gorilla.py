@@ -68,12 +68,7 @@ class Score:
 
 
 def read_objects(path: Path, data: bytes | None = None) -> Objects:
-    """The objects of a file, or of `data` from it.
-
-    Raises:
-        UserError: it cannot be read, or holds none.
-        DataError: lines that are no JSON objects.
-    """
+    """The objects of a file, or of `data` from it."""
     if data is None and not path.exists():
         raise UserError(f"there is no data file {path}", nearest_names(path))
     data = read_bytes(path) if data is None else data
@@ -105,12 +100,7 @@ def read_objects(path: Path, data: bytes | None = None) -> Objects:
 
 
 def read_database(path: Path, hub: Hub) -> list[Api]:
-    """The entries of an API database (`api_call` and `domain`) that have arguments, in its order.
-
-    Raises:
-        UserError: it cannot be read.
-        DataError: entries that lack something or hold no call.
-    """
+    """The entries of an API database (`api_call` and `domain`) that have arguments, in its order."""
     entries: list[Api] = []
     problems: list[str] = []
     for number, entry in read_objects(path).items():
@@ -132,11 +122,7 @@ def read_database(path: Path, hub: Hub) -> list[Api]:
 
 
 def read_domains(path: Path, evaluation: Objects) -> dict[int, str]:
-    """The domain that each question of an evaluation file asks for: `api_data.domain`.
-
-    Raises:
-        DataError: lines that have none.
-    """
+    """The domain that each question of an evaluation file asks for: `api_data.domain`."""
     domains: dict[int, str] = {}
     problems: list[str] = []
     for number, entry in evaluation.items():
@@ -183,12 +169,7 @@ def _unescaped(text: str) -> str:
 
 
 def read_responses(path: Path, questions: Collection[int]) -> list[tuple[int, str]]:
-    """Stored responses: the `question_id` and `text` of each line.
-
-    Raises:
-        UserError: it cannot be read.
-        DataError: responses that lack something, or to none of the `questions`.
-    """
+    """Stored responses: the `question_id` and `text` of each line."""
     responses: list[tuple[int, str]] = []
     problems: list[str] = []
     for number, entry in read_objects(path).items():

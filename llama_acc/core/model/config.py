@@ -211,9 +211,6 @@ def config_from_params(params: Mapping[str, Any], source: object = "model.params
 
     Where the context (max_seq_len) is not said, as in Meta's files, it is the one of the known model of that shape.
     Mistral's files are those that give the SwiGLU width, as `hidden_dim`.
-
-    Raises:
-        UserError: unknown, missing or impossible values, all of them listed.
     """
     known = {key: value for key, value in params.items() if value is not None and key not in _IGNORED}
     is_scaled, width = known.pop("use_scaled_rope", False), known.pop("hidden_dim", None)
@@ -232,11 +229,7 @@ def config_from_params(params: Mapping[str, Any], source: object = "model.params
 
 
 def with_hidden_dim(config: ModelConfig, width: Any, source: object) -> ModelConfig:
-    """The shape with a SwiGLU width of exactly `width`, in params.json's terms; as Meta writes it where that fits.
-
-    Raises:
-        UserError: no width of a model.
-    """
+    """The shape with a SwiGLU width of exactly `width`, in params.json's terms; as Meta writes it where that fits."""
     if not isinstance(width, int) or isinstance(width, bool) or not 0 < width <= WIDEST:
         problem = f"the SwiGLU width must be a whole number from 1 to {WIDEST:,}, not {json.dumps(width):.60}"
         raise UserError(f"the model's shape in {source} is not usable:\n  {problem}")

@@ -29,11 +29,7 @@ _adapter: Any = functools.cache(TypeAdapter)  # making one takes ten times as lo
 
 
 def checked(kind: type[_Kind], values: Mapping[str, Any], what: str) -> _Kind:
-    """The dataclass of `kind` that has these values.
-
-    Raises:
-        UserError: unknown, missing or impossible values, all of them listed.
-    """
+    """The dataclass of `kind` that has these values."""
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     try:
         return _adapter(kind).validate_python(dict(values))

@@ -172,11 +172,7 @@ ENCODERS: dict[str, type[Vision]] = {kind.encoder: kind for kind in (QFormerVisi
 
 
 def vision_of(encoder: str, sizes: Mapping[str, Any] | None = None, where: object = "vision.params") -> Vision:
-    """A kind of vision, with some sizes other than the usual ones.
-
-    Raises:
-        UserError: an unknown kind, unknown or impossible sizes; all of them listed.
-    """
+    """A kind of vision, with some sizes other than the usual ones."""
     if encoder not in ENCODERS:
         hint = did_you_mean(encoder, ENCODERS) or f"known are {', '.join(ENCODERS)}"
         raise UserError(f"unknown vision encoder '{encoder}'", hint)

@@ -117,11 +117,7 @@ FULL: Tuning = Full()
 
 
 def tuning_of(llama_type: str, arguments: Mapping[str, Any]) -> tuple[Tuning, dict[str, Any]]:
-    """The tuning that a checkpoint's meta.json and config.json describe, and the arguments that are not about it.
-
-    Raises:
-        UserError: a kind, a value or a combination that is not known.
-    """
+    """The tuning that a checkpoint's meta.json and config.json describe, and the arguments that are not about it."""
     kind = llama_type.replace("llama_qformerv2", "llama")
     if kind == FULL.llama_type:
         return FULL, dict(arguments)

@@ -73,11 +73,7 @@ class Pairs(Tuning):
         return {key: getattr(self, key) for key in _SETTINGS if getattr(self, key, None) != getattr(usual, key, None)}
 
     def with_said(self: _Pairs, arguments: Mapping[str, Any]) -> _Pairs:
-        """The same with what `said` has put into config.json.
-
-        Raises:
-            UserError: values that are not possible, all of them listed.
-        """
+        """The same with what `said` has put into config.json."""
         said = {key: arguments[key] for key in _SETTINGS if key in arguments and key in vars(self)}
         if not said:
             return self
