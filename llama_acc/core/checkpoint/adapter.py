@@ -16,9 +16,11 @@ from torch import Tensor
 from llama_acc.core.checkpoint.layout import Layout, read_config
 from llama_acc.core.checkpoint.lazy import LazyTensor
 from llama_acc.core.checkpoint.load import Weights, open_checkpoint, read_weights
-from llama_acc.core.checkpoint.quantized import JsonFile, read_dataclass, read_quantization
+from llama_acc.core.checkpoint.quantized import EARLY_HINT, JsonFile, read_quantization
 from llama_acc.core.errors import UserError
+from llama_acc.core.input_files import read_object
 from llama_acc.core.model.config import ModelConfig
+from llama_acc.core.model.schema import checked
 from llama_acc.core.model.transformer import describe, is_matrix, shapes_of
 from llama_acc.core.model.tuning import FULL
 
@@ -51,7 +53,7 @@ class Base(JsonFile):
 def read_base(folder: Path) -> Base | None:
     """What a checkpoint's base.json says; None = it has none."""
     path = folder / BASE_FILE
-    return read_dataclass(path, Base) if path.is_file() else None
+    return checked(Base, read_object(path), str(path), EARLY_HINT) if path.is_file() else None
 
 
 def is_adapter_only(layout: Layout) -> bool:

@@ -10,10 +10,10 @@ import json
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 from torch import Tensor
 
 from llama_acc.core.checkpoint.lazy import LazyTensor, Read
@@ -21,17 +21,21 @@ from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import read_object
 from llama_acc.core.model import nf4
 from llama_acc.core.model.nf4 import BLOCK, Scales
+from llama_acc.core.model.schema import CHECKED, checked
 from llama_acc.core.model.transformer import is_matrix, is_within
 
 QUANTIZATION_FILE = "quantization.json"
 FORMAT_VERSION = 2
-_File = TypeVar("_File")
+EARLY_HINT = (
+    "of an early version of llama-acc? Quantize the original anew (llama-acc convert-checkpoint DIR NEW "
+    "--to consolidated --quantize nf4), and train on that"
+)
 
 
 class JsonFile:
     """A dataclass that is a small file beside a checkpoint's weights; keys that are not known are refused."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = CHECKED
 
     def to_json(self) -> bytes:
         """The file."""
@@ -54,23 +58,10 @@ def read_quantization(folder: Path) -> Quantization | None:
     path = folder / QUANTIZATION_FILE
     if not path.is_file():
         return None
-    found = read_dataclass(path, Quantization)
+    found = checked(Quantization, read_object(path), str(path), EARLY_HINT)
     if found.format_version > FORMAT_VERSION or found.type != "nf4":
         raise UserError(f"{path} was written by a newer version", "update llama-acc")
     return found
-
-
-def read_dataclass(path: Path, kind: type[_File]) -> _File:
-    """The dataclass that quantization.json or base.json holds."""
-    try:
-        return TypeAdapter(kind).validate_python(read_object(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(
-            f"cannot read {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}",
-            "of an early version of llama-acc? Quantize the original anew (llama-acc convert-checkpoint DIR NEW "
-            "--to consolidated --quantize nf4), and train on that",
-        ) from None
 
 
 class NF4Matrix:

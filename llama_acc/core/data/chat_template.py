@@ -49,10 +49,10 @@ class Talk(NamedTuple):
 class ChatTemplate(Template):
     """A Hugging Face chat template: a format that its jinja text renders, with the special tokens in it."""
 
-    _path: Path = PrivateAttr()
-    _source: str = PrivateAttr()
+    path: Path  # where it came from
+    source: str  # the jinja text
+    variables: dict[str, str]  # the special tokens that it is given, by name
     _limits: Limits = PrivateAttr()
-    _variables: dict[str, str] = PrivateAttr()
     _special_texts: list[str] = PrivateAttr()
     _special: re.Pattern[str] = PrivateAttr()
     _ends: list[list[str]] = PrivateAttr()
@@ -61,9 +61,10 @@ class ChatTemplate(Template):
         """Of the Jinja text `source`, from `path`; it writes the tokenizer's special tokens."""
         stop = tuple(mark for mark in TURN_ENDS if mark in source)
         name = path.stem if path in CHAT_TEMPLATES.values() else CHAT_TEMPLATE
-        super().__init__(name=name, kind="dialogue", bos=False, eos=False, stop=stop)
-        self._path, self._source, self._limits = path, source, limits
-        self._variables = _special_tokens(tokenizer.path.parent / CONFIG_FILE, tokenizer)
+        variables = _special_tokens(tokenizer.path.parent / CONFIG_FILE, tokenizer)
+        own: dict[str, Any] = {"path": path, "source": source, "variables": variables}
+        super().__init__(name=name, kind="dialogue", bos=False, eos=False, stop=stop, **own)
+        self._limits = limits
         self._special_texts = special_texts(tokenizer)
         self._special = re.compile("|".join(map(re.escape, self._special_texts)))
         first = {tokenizer.eos_id, *tokenizer.settings.end_ids}
@@ -85,27 +86,12 @@ class ChatTemplate(Template):
         return self.text_stops(tokenizer)
 
     @property
-    def path(self) -> Path:
-        """Where it came from."""
-        return self._path
-
-    @property
     def shown(self) -> str:
-        return f"the chat template in {self._path}" if self.name == CHAT_TEMPLATE else self.name
-
-    @property
-    def source(self) -> str:
-        """The jinja text."""
-        return self._source
-
-    @property
-    def variables(self) -> dict[str, str]:
-        """The special tokens that it is given, by name."""
-        return self._variables
+        return f"the chat template in {self.path}" if self.name == CHAT_TEMPLATE else self.name
 
     def to_json(self) -> str:
         """All that decides what it renders."""
-        return json.dumps([self._source, self._variables])
+        return json.dumps([self.source, self.variables])
 
     def dialogue_texts(self, dialogues: Sequence[Talk]) -> list[list[Rendered] | str]:
         """Render whole dialogues; trained is what the model has to write: see `chat_rendering.render`.
@@ -128,7 +114,7 @@ class ChatTemplate(Template):
         texts = json.dumps(chats, ensure_ascii=False)
         begin, end, *_ = [mark for mark in _MARKS if mark not in texts]
         chats = _with_texts(chats, lambda text: self._special.sub(rf"{begin}\g<0>{end}", text))
-        found = render(self._source, chats, self._variables, replies, self._path, self._limits)
+        found = render(self.source, chats, self.variables, replies, self.path, self._limits)
         return [
             texts if isinstance(texts, str) else [_unmarked(text, begin, end, talk) for text in texts]
             for texts, talk in zip(found, dialogues, strict=True)
@@ -136,7 +122,7 @@ class ChatTemplate(Template):
 
     def _messages(self, talk: Talk) -> list[dict[str, Any]]:
         """A dialogue as transformers has it; reasoning that the template does not look for stands in the text."""
-        field = next((field for field in REASONING_FIELDS if field in self._source), None)
+        field = next((field for field in REASONING_FIELDS if field in self.source), None)
         messages = [] if talk.system is None else [{"role": "system", "content": talk.system}]
         for turn in talk.turns:
             message = {"role": _ROLES.get(turn.role, turn.role), "content": turn.text, **turn.more}

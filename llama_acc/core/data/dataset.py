@@ -231,8 +231,6 @@ class Dataset:
         Raises:
             UserError: there are too few documents for one in each.
         """
-        if not 0 < fraction < 1:
-            raise UserError(f"data.validation.fraction should be above 0 and below 1, but is {fraction}")
         # What was one item stays on one side.
         item = np.concatenate([part.table["item"] + np.int64(place << 32) for place, part in enumerate(self.parts)])
         _, owner = np.unique(item if self.rows is None else item[self.rows], return_inverse=True)
@@ -330,11 +328,7 @@ def load_dataset(
         UserError: data is missing or wrong: all problems of all files together.
         RunError: the network failed.
     """
-    if max_tokens < 2:
-        raise UserError(f"data.max_tokens should be at least 2, but is {max_tokens}")
     specs = expand(sources, fetch, missing_hint)
-    if not specs:
-        raise UserError("no data: the recipe has no data.sources", "give some with --data FILE")
     parts: list[Encoded] = []
     errors: list[UserError] = []
     stopped = threading.Event()

@@ -175,7 +175,11 @@ def _expand_one(
     source: Source, fetch: Fetch | None, missing_hint: str, *, is_entry: bool = False
 ) -> list[tuple[Path, Source]]:
     """The files of a source, and how to read each."""
-    _check(source)
+    if source.format not in FORMATS:
+        hint = did_you_mean(source.format, FORMATS) or f"it is one of: {', '.join(FORMATS)}"
+        raise UserError(f"{source.path}: unknown format {source.format!r}", hint)
+    if source.template not in ("auto", CHAT_TEMPLATE) and not is_template_file(source.template):
+        check_template(source.template)
     if is_address(source.path):
         files = [] if fetch is None else fetch(source.path)
         found = _data_among(files)
@@ -189,15 +193,6 @@ def _expand_one(
     if not entries:
         return [(file, source) for file in data_files(path)]
     return [file for entry in entries for file in _expand_one(entry, fetch, missing_hint, is_entry=True)]
-
-
-def _check(source: Source) -> None:
-    if source.format not in FORMATS:
-        hint = did_you_mean(source.format, FORMATS) or f"it is one of: {', '.join(FORMATS)}"
-        raise UserError(f"{source.path}: unknown format {source.format!r}", hint)
-    if source.template not in ("auto", CHAT_TEMPLATE) and not is_template_file(source.template):
-        check_template(source.template)
-    assert 0 < source.ratio <= 1
 
 
 class _MetaEntry(BaseModel):

@@ -11,10 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from llama_acc.core.errors import UserError, did_you_mean, listed, schema_problems
+from llama_acc.core.errors import UserError, did_you_mean
 from llama_acc.core.input_files import read_object
+from llama_acc.core.model.schema import checked
 from llama_acc.core.tokenizer import Tokenizer
 
 TEMPLATE_FILE = "template.json"
@@ -246,10 +247,7 @@ class Template(BaseModel):
                 f"{path} has format_version {version}; this llama-acc reads up to {FORMAT_VERSION}",
                 "update llama-acc",
             )
-        try:
-            return cls.model_validate(settings)
-        except ValidationError as error:
-            raise UserError(f"{path} is not a prompt template:\n{listed(schema_problems(error))}") from error
+        return checked(cls, settings, f"the prompt template {path}")
 
     def _question(self, history: Sequence[Turn], system: str | None = None) -> Rendered:
         """The whole prompt of a single-turn format."""

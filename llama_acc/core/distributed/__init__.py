@@ -33,12 +33,9 @@ def launch_if_asked(
 ) -> int | None:
     """Runs `llama-acc ARGUMENTS` in several processes, if that is asked for and was not done yet.
 
-    Args:
-        check: is given the number of processes in all before any is started, and raises what would end each of them.
-        tell: is given a line for the user.
-
-    Returns:
-        None if this process does the work itself; else the exit code: 0, or 130 or 143 after Ctrl-C or SIGTERM.
+    `check` is given their number in all before any is started, and raises what would end each of them; `tell`, a line
+    for the user. Returns None if this process does the work itself; else the exit code: 0, or 130 or 143 after Ctrl-C
+    or SIGTERM.
 
     Raises:
         UserError: flags that do not go together.

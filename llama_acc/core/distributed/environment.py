@@ -114,17 +114,8 @@ def wait_until(
     tell: Callable[[str], None],
     timeout: float = JOIN_TIMEOUT,
 ) -> bool:
-    """Waits for other processes, and says so after five seconds and then every minute. Signals are seen at once.
-
-    Args:
-        happened: is asked whether they have come.
-        describe: returns who is waited for, and where.
-        tell: is given a line for the user.
-        timeout: in seconds.
-
-    Returns:
-        Whether it happened in time.
-    """
+    """Waits for other processes, of whom `describe` says who and where, and tells the user so after five seconds and
+    then every minute. Signals are seen at once. Returns whether it happened within `timeout` seconds."""
     start = time.monotonic()
     next_line = _SAY_AFTER
     while not happened():

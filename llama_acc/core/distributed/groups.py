@@ -135,11 +135,8 @@ def init_distributed(
 ) -> Iterator[Parallel]:
     """Joins the processes started with this one for a while: env://, that is RANK, WORLD_SIZE, MASTER_ADDR and _PORT.
 
-    Args:
-        device: where this one computes.
-        model_parallel_size: how many share one copy of the model.
-        tell: is given a line for the user where the others are long in coming.
-        timeout: how long a rank may wait for another once all have come.
+    `model_parallel_size` of them share one copy of the model. `tell` is given a line for the user where the others are
+    long in coming; once all have come, a rank may wait for another up to `timeout`.
 
     Raises:
         UserError: their number is not a multiple of `model_parallel_size`.

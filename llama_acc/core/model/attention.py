@@ -117,23 +117,6 @@ class KVCache:
         self.length = length
 
 
-class Attend(Protocol):
-    """How projected queries, keys and values meet: what a block needs to know of the batch it computes on."""
-
-    rotations: Tensor  # [T, D/2], of the positions of the queries
-    lengths: Sequence[int]  # tokens of each document
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotates: bool = True, window: int | None = None) -> Tensor:
-        """[T, H, D], [T, K, D], [T, K, D] to the heads' outputs side by side, [T, H*D].
-
-        If it `rotates`, queries and keys are rotated to their positions. With a `window`, a position sees only so many
-        last ones, itself among them.
-        """
-
-    def prefix_heads(self, common: bool, make: Callable[[], list[PrefixHeads]]) -> list[PrefixHeads]:
-        """What `make` gives, or has given before: one for all documents if it is `common`, else one for each."""
-
-
 class DocumentAttention:
     """Causal attention within the documents of a stream, whose lengths sum to T; rotations are [T, D/2].
 
@@ -146,6 +129,11 @@ class DocumentAttention:
         self._bounds = bounds
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotates: bool = True, window: int | None = None) -> Tensor:
+        """[T, H, D], [T, K, D], [T, K, D] to the heads' outputs side by side, [T, H*D].
+
+        If it `rotates`, queries and keys are rotated to their positions. With a `window`, a position sees only so many
+        last ones, itself among them.
+        """
         rotations = self.rotations if rotates else None
         if device_type(q) == "cpu" and torch.is_grad_enabled():
             return _DocumentsOnCPU.apply(q, k, v, rotations, self.lengths, window)
@@ -163,6 +151,7 @@ class DocumentAttention:
         return torch.cat(outputs).flatten(1)
 
     def prefix_heads(self, common: bool, make: Callable[[], list[PrefixHeads]]) -> list[PrefixHeads]:
+        """What `make` gives, or has given before: one for all documents if it is `common`, else one for each."""
         return make()
 
 
@@ -324,7 +313,8 @@ def _attend_cached(q: Tensor, keys: Tensor, values: Tensor, window: int | None) 
 
 
 class CachedAttention:
-    """The new positions of each document attend to its past and to themselves; they are added to its cache."""
+    """The new positions of each document attend to its past and to themselves; they are added to its cache. Otherwise
+    as `DocumentAttention`."""
 
     def __init__(
         self,
@@ -453,6 +443,10 @@ def keep_out_of_graphs() -> None:
     kinds: tuple[Any, ...] = (DocumentAttention, CachedAttention)
     for kind in kinds:
         kind.__call__ = torch.compiler.disable(kind.__call__)
+
+
+Attend = DocumentAttention | CachedAttention
+"""How projected queries, keys and values meet: what a block needs to know of the batch it computes on."""
 
 
 class AttentionExtra(Protocol):

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from dataclasses import fields
+from inspect import signature
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -28,14 +28,14 @@ _Kind = TypeVar("_Kind")
 _adapter: Any = functools.cache(TypeAdapter)  # making one takes ten times as long as using it
 
 
-def checked(kind: type[_Kind], values: Mapping[str, Any], what: str) -> _Kind:
-    """The dataclass of `kind` that has these values."""
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+def checked(kind: type[_Kind], values: Mapping[str, Any], what: str, hint: str | None = None) -> _Kind:
+    """The dataclass, or pydantic's model, of `kind` that has these values, those of `what`; or all that is wrong."""
+    names = signature(kind).parameters
     try:
         return _adapter(kind).validate_python(dict(values))
     except ValidationError as error:
         problems = schema_problems(error, lambda key: did_you_mean(key, names) or f"known are {', '.join(names)}")
-        raise UserError(f"{what} is not usable:\n{listed(problems)}") from None
+        raise UserError(f"{what} is not usable:\n{listed(problems)}", hint) from None
 
 
 def refuse(problems: Mapping[str, bool]) -> None:

@@ -29,6 +29,7 @@ from llama_acc.core.distributed.groups import local_world_size
 from llama_acc.core.errors import RunError
 from llama_acc.core.generate.load import VisionEncoder
 from llama_acc.core.input_files import home
+from llama_acc.core.recipe import ImagesSection
 from llama_acc.core.text import size_text
 from llama_acc.core.train.step import packed_ahead
 
@@ -54,12 +55,8 @@ class FeatureCache:
     def __init__(
         self, encoder: str, transform: Transform, shape: tuple[int, ...], dtype: torch.dtype, reserve: int = 0
     ) -> None:
-        """Args:
-        encoder: its fingerprint.
-        transform: what was done to the images; not a random one.
-        shape: of an image's features, of type `dtype`.
-        reserve: bytes of the disk that are not taken: the run's checkpoints may need them.
-        """
+        """Of an encoder with this fingerprint, a transform that is not random, and features of this shape and type. So
+        many bytes of the disk are left in `reserve`: the run's checkpoints may need them."""
         assert transform.crop != "random_resized_crop"
         name = hashlib.sha256(f"{encoder} {transform.crop}-{transform.size}".encode()).hexdigest()[:32]
         self.folder = home() / "features" / name
@@ -104,25 +101,13 @@ class ImageLoader:
     """Gives micro-batches what the model takes of their images."""
 
     def __init__(
-        self,
-        encoder: VisionEncoder,
-        *,
-        seed: int,
-        max_pixels: int,
-        workers: int | None,
-        cache_features: bool,
-        reserve: int,
+        self, encoder: VisionEncoder, images: ImagesSection, *, seed: int, cache_features: bool, reserve: int
     ) -> None:
-        """Args:
-        encoder: the model's.
-        seed: of random crops, with the epoch and the image's place in the data.
-        max_pixels: larger images are refused.
-        workers: processes that decode; None = as many as suit this machine.
-        cache_features: keep the features on disk, but for `reserve` bytes of it; no transform is random then.
-        """
-        self._encoder, self._seed, self._max_pixels = encoder, seed, max_pixels
+        """Random crops follow from `seed`, the epoch and the image's place in the data. With `cache_features`, where
+        none are random, features are kept on disk, but for `reserve` bytes of it."""
+        self._encoder, self._seed, self._max_pixels = encoder, seed, images.max_pixels
         self._cache_features, self._reserve = cache_features, reserve
-        self._workers = ImageWorkers(workers or default_workers(local_world_size()))
+        self._workers = ImageWorkers(images.workers or default_workers(local_world_size()))
         self._caches: dict[Transform, FeatureCache] = {}
 
     def iter_batches(self, dataset: Dataset, indices: Iterable[MicroBatchIndices], crop: Crop) -> Iterator[MicroBatch]:

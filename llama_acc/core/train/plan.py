@@ -258,15 +258,11 @@ def make_plan(
     store: EntryStore | None = None,
     published: Path | None = None,
 ) -> Plan:
-    """Finds and checks everything a run needs, except its output folder and its weights.
+    """Finds and checks everything a run needs, except its output folder and its weights, which may be absent in a
+    `dry_run`.
 
-    Args:
-        recipe: what the user wants.
-        callback: receives notes and progress.
-        dry_run: weights may be absent.
-        saved: the run's own checkpoint, to resume from.
-        store: where encoded data is kept; None: in the cache.
-        published: a folder in which another process of this machine has left its data.
+    `saved` is the run's own checkpoint, to resume from. Encoded data is kept in `store` (None: in the cache), or it was
+    left in the folder `published` by another process of this machine.
 
     Raises:
         UserError: the first group of problems found.

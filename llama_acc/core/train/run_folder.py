@@ -67,12 +67,9 @@ class RunFolder:
         self._lock = -1
 
     def open(self, *, resume: bool, claim: bool = True, note: Callable[[str], None] = lambda text: None) -> None:
-        """Makes and locks the folder, and finds what it holds.
+        """Makes and locks the folder, and finds what it holds; without `claim` another process has locked it.
 
-        Args:
-            resume: continue from what it holds.
-            note: receives a line for each thing in it that is damaged, and that a resume does without.
-            claim: False for a process that works under another one's lock, after that has it.
+        `note` receives a line for each thing in it that is damaged, and that a resume does without.
 
         Raises:
             UserError: it is a file, cannot be written, is in use, or holds something and `resume` was not asked for.

@@ -138,9 +138,8 @@ class Trainer:
         if self.vision_encoder is not None:
             self._images = ImageLoader(
                 self.vision_encoder,
+                plan.images,
                 seed=plan.seed,
-                max_pixels=plan.images.max_pixels,
-                workers=plan.images.workers,
                 cache_features=plan.recipe.vision.cache_features,
                 reserve=plan.disk_bytes(),
             )

@@ -290,11 +290,11 @@ def test_a_part_whose_edges_lie_within_blocks_is_refused(small: Path) -> None:
 def test_what_an_early_version_quantized_is_refused_with_what_to_do(told: dict[str, object], tmp_path: Path) -> None:
     values: dict[str, object] = {"format_version": 1, "type": "nf4", "double": True, "fingerprint": "ab"}
     (tmp_path / "quantization.json").write_text(json.dumps(values | told))
-    with pytest.raises(UserError, match="cannot read") as refusal:
+    with pytest.raises(UserError, match=r"quantization.json is not usable") as refusal:
         read_quantization(tmp_path)
     assert "--quantize nf4" in str(refusal.value.hint)
     (tmp_path / "base.json").write_text(
         json.dumps({"fingerprint": "ab", "pretrained": ["x"], "quantized": {"type": "nf4"} | told})
     )
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match=r"base.json is not usable"):
         read_base(tmp_path)

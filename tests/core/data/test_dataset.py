@@ -140,8 +140,6 @@ def test_a_wrong_source_is_an_error(source: Source, words: str, tmp_path: Path, 
 
 
 def test_nothing_to_train_on_says_why(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    assert "no data" in refused(tokenizer).message
-    assert "max_tokens" in refused(tokenizer, max_tokens=1).message
     silent = write(tmp_path / "a.json", [{"conversations": [{"from": "human", "value": "hello?"}]}])
     assert refused(tokenizer, silent).message == "nothing to train on: of 1 item none has a label within 512 tokens"
     report = load(tokenizer, silent, write(tmp_path / "b.json", singles(2))).report()

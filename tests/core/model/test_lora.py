@@ -82,7 +82,7 @@ def test_what_llama2_accessory_has_is_all_that_its_files_say() -> None:
     assert read.lora_dropout == 0.1
     adapter = Adapter(4, 2, 5, lora_targets=("wv", "wq"))
     assert tuning_of("llama_adapter", adapter.to_arguments()) == (adapter, {})
-    with pytest.raises(UserError, match=r"LoRA pairs that are not known:\n.*lora_targets.0: should be 'wq', "):
+    with pytest.raises(UserError, match=r"LoRA pairs is not usable:\n.*lora_targets.0: should be 'wq', "):
         tuning_of("llama_peft", {**LoRA(4).to_arguments(), "lora_targets": ["wx"]})
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 from zlib import crc32
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
-from llama_acc.core.errors import UserError, listed, schema_problems
+from llama_acc.core.errors import UserError
+from llama_acc.core.model.schema import checked
 from llama_acc.core.model.tuning import FULL, MATRICES, MatrixName, Tuning, matrices_of, switches
 from llama_acc.core.model.tuning.bias_norm import BiasNorm, add_biases_and_train_norms
 
@@ -77,11 +78,8 @@ class Pairs(Tuning):
         said = {key: arguments[key] for key in _SETTINGS if key in arguments and key in vars(self)}
         if not said:
             return self
-        try:
-            checked = TypeAdapter(LoRA).validate_python({"lora_rank": self.lora_rank, **said})
-        except ValidationError as error:
-            raise UserError(f"it has LoRA pairs that are not known:\n{listed(schema_problems(error))}") from None
-        return replace(self, **{key: getattr(checked, key) for key in said})
+        found = checked(LoRA, {"lora_rank": self.lora_rank, **said}, "what it says of LoRA pairs")
+        return replace(self, **{key: getattr(found, key) for key in said})
 
 
 @dataclass(frozen=True)
