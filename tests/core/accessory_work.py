@@ -51,8 +51,8 @@ class Loaded(NamedTuple):
         assert sight is not None
         stream = torch.zeros(2 * positions, self.model.config.dim)
         with torch.no_grad():
-            seen = sight(stream, Images(self.features(), torch.arange(2 * positions), [0, 1]), 2)
-        return seen.prefixes if seen.prefixes is not None else seen.x.unflatten(0, (2, positions))[:, 1:-1]
+            x, prefixes = sight(stream, Images(self.features(), torch.arange(2 * positions), [0, 1]), 2)
+        return prefixes if prefixes is not None else x.unflatten(0, (2, positions))[:, 1:-1]
 
     def documents(self, images: list[int | None], features: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
         """The prompts, each with one of the images or none; `features` of both, if they are kept somewhere."""

@@ -59,11 +59,6 @@ def epoch_order(uses: Uses, seed: int, epoch: int, shuffle: bool = True) -> NDAr
     return order[generator.permutation(len(order))]
 
 
-def step_items(order: NDArray[np.int64], step: int, global_batch_size: int) -> NDArray[np.int64]:
-    """The documents of optimizer step `step` of the epoch, from 0. The last step takes what is left."""
-    return order[step * global_batch_size : (step + 1) * global_batch_size]
-
-
 def micro_batches(
     items: Sequence[int] | NDArray[np.int64],
     lengths: Lengths,

@@ -520,20 +520,13 @@ def publish(dataset: Dataset, folder: Path) -> None:
             np.save(folder / name, values)
     if dataset.label_weights is not dataset.label_counts:
         np.save(folder / "label_weights", dataset.label_weights)
-    files = [
-        (
-            *(str(part.path), str(file.path), str(file.image_root)),
-            *(file.items, file.dropped, file.weight, file.documents),
-            *_published(file.template),
-        )
-        for file, part in zip(dataset.files, dataset.parts, strict=True)
-    ]
+    files = []
+    for file, part in zip(dataset.files, dataset.parts, strict=True):
+        paths, form = map(str, (part.path, file.path, file.image_root)), file.template
+        # A format as a text, and where it came from if that is a chat template.
+        chat = (str(form.path), form.source) if isinstance(form, ChatTemplate) else ("", form.to_json())
+        files.append((*paths, file.items, file.dropped, file.weight, file.documents, *chat))
     (folder / "files.json").write_text(json.dumps([dataset.fingerprint(), files]), encoding="utf-8")
-
-
-def _published(template: Template) -> tuple[str, str]:
-    """A format as a text, and where it came from if that is a chat template."""
-    return (str(template.path), template.source) if isinstance(template, ChatTemplate) else ("", template.to_json())
 
 
 def load_published(folder: Path, tokenizer: Tokenizer) -> Dataset:

@@ -156,7 +156,9 @@ class Template(BaseModel):
         """
         stops = self.stop if stops is None else stops
         trains_end = any(_held(self.clean(turn.whole_text), stops) for turn in turns if turn.is_label)
-        parts = self._system_parts(system)
+        parts: _Parts = []
+        if (line := self.system if system is None else system) is not None:
+            parts = [(self.system_begin, False), (line, system is not None), (self.system_end, False)]
         length = sum(len(part) for part, _ in parts)
         trained: list[Span] = []
         for number, turn in enumerate(turns):
@@ -262,12 +264,6 @@ class Template(BaseModel):
             text, values = self.prompt_with_input, {"{instruction}": instruction, "{input}": input}
         pieces = _split(text)
         return parts + [(values.get(piece, piece), piece in values) for piece in pieces]
-
-    def _system_parts(self, system: str | None) -> "_Parts":
-        line = self.system if system is None else system
-        if line is None:
-            return []
-        return [(self.system_begin, False), (line, system is not None), (self.system_end, False)]
 
     @property
     def _ends_alike(self) -> bool:

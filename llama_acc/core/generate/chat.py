@@ -6,6 +6,7 @@ print(generate(model, "Name three colors.", temperature=0))
 
 import time
 from collections.abc import Generator, Sequence
+from functools import partial
 from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
@@ -179,15 +180,13 @@ class Conversation:
         context = self.loaded.model.config.max_seq_len
         room = context - min(self.sampler.sampling.max_new_tokens, context // 4)
         dropped = 0  # of the oldest turns, until an answer has room
-        while len((prompt := self._prompt(turns[dropped:], images)).tokens) > room and dropped < len(turns) - 1:
+        encode = partial(encode_prompt, self.loaded, images=len(images), system=self.system)
+        while len((prompt := encode(turns[dropped:])).tokens) > room and dropped < len(turns) - 1:
             # A question goes with its answer.
             dropped += 2 if turns[dropped + 1].role == "assistant" else 1
         check_length(self.loaded, prompt.tokens)
         self.turns, self.images, self.dropped_turns = turns[dropped:], images, dropped
-        return self._stream(prompt)
-
-    def _prompt(self, turns: Sequence[Turn], images: Pixels) -> Prompt:
-        return encode_prompt(self.loaded, turns, len(images), self.system)._replace(images=images)
+        return self._stream(prompt._replace(images=images))
 
     def _stream(self, prompt: Prompt) -> Generator[str, None, None]:
         answer, first, later = "", 0.0, 0

@@ -385,7 +385,8 @@ class Engine:
         for place, (reply, sampler) in enumerate(self.waiting):
             free = [slot for slot in self._slots if slot.reply is None]
             if len(self._slots) < self.slots:
-                free.append(self._new_slot())
+                free.append(_Slot(self._cache(len(self._slots))))
+                self._slots.append(free[-1])
             if not free:
                 left += self.waiting[place:]
                 break
@@ -409,10 +410,6 @@ class Engine:
             slot.reply, slot.sampler, slot.used = reply, sampler, self._taken
             slot.take(reply.prompt, shared)
         self.waiting = left
-
-    def _new_slot(self) -> _Slot:
-        self._slots.append(_Slot(self._cache(len(self._slots))))
-        return self._slots[-1]
 
     def _cache(self, slot: int) -> KVCache:
         while slot >= len(self._caches):

@@ -32,13 +32,6 @@ class Images(NamedTuple):
     documents: Sequence[int] | Tensor  # [I], which document of the stream each belongs to
 
 
-class VisionOutput(NamedTuple):
-    """What comes of them."""
-
-    x: Tensor  # [T, dim], the stream with the images in it
-    prefixes: Tensor | None  # [documents, P, dim], to be added to the prefix of each; None: nothing
-
-
 def _uniform(values: Tensor, generator: Generator) -> None:
     """torch's own rule for linear layers and convolutions."""
     bound = math.prod(values.shape[1:]) ** -0.5
@@ -132,17 +125,18 @@ class VisionProjector:
     def __init__(self, vision: Vision, model: nn.Module) -> None:
         self.vision, self.model = vision, model
 
-    def __call__(self, x: Tensor, images: Images | None, documents: int) -> VisionOutput:
-        """Puts its images into a stream x [T, dim] of so many documents."""
+    def __call__(self, x: Tensor, images: Images | None, documents: int) -> tuple[Tensor, Tensor | None]:
+        """Puts its images into a stream x [T, dim] of so many documents. Returns that, and what is to be added to the
+        prefix of each document, [documents, P, dim]; None: nothing."""
         if images is None:
             if not torch.is_grad_enabled():
-                return VisionOutput(x, None)
+                return x, None
             # Ranks wait for the gradients of each other: those of no images are zero, not absent.
             none = x.new_empty((0, *self.vision.input_shape))
             images = Images(none, torch.empty(0, dtype=torch.int64, device=x.device), ())
         return self.forward(x, images, documents)
 
-    def forward(self, x: Tensor, images: Images, documents: int) -> VisionOutput:
+    def forward(self, x: Tensor, images: Images, documents: int) -> tuple[Tensor, Tensor | None]:
         raise NotImplementedError
 
 
@@ -162,7 +156,7 @@ class _InStream(VisionProjector):
                 name, parameter(1, 1, dim, init=lambda values, own: values.uniform_(generator=own))
             )
 
-    def forward(self, x: Tensor, images: Images, documents: int) -> VisionOutput:
+    def forward(self, x: Tensor, images: Images, documents: int) -> tuple[Tensor, Tensor | None]:
         features = images.inputs.to(x.dtype)
         if self._encoder is not None:
             features = self._encoder(features)
@@ -170,7 +164,7 @@ class _InStream(VisionProjector):
         start, end = (self.model.get_parameter(name).to(x.dtype) for name in ("start_img", "end_img"))
         count, dim = len(projected), x.shape[-1]
         vectors = torch.cat((start.expand(count, 1, dim), projected, end.expand(count, 1, dim)), 1)
-        return VisionOutput(x.index_copy(0, images.places, vectors.flatten(0, 1)), None)
+        return x.index_copy(0, images.places, vectors.flatten(0, 1)), None
 
 
 class _InPrefix(VisionProjector):
@@ -188,7 +182,7 @@ class _InPrefix(VisionProjector):
         prefix_len = model.get_parameter("prefix").shape[2]
         model.register_parameter("visual_query", parameter(prefix_len, width, init=normal(1.0)))
 
-    def forward(self, x: Tensor, images: Images, documents: int) -> VisionOutput:
+    def forward(self, x: Tensor, images: Images, documents: int) -> tuple[Tensor, Tensor | None]:
         read = self._read(images.inputs.to(x.dtype))
         query = self.model.get_parameter("visual_query").to(x.dtype)
         hidden = torch.cat((query.expand(len(read), *query.shape), read), 1)
@@ -196,7 +190,7 @@ class _InPrefix(VisionProjector):
             hidden = block(hidden)
         added = self._write(hidden[:, : len(query)])
         owners = torch.as_tensor(images.documents, dtype=torch.int64, device=x.device)
-        return VisionOutput(x, added.new_zeros((documents, *added.shape[1:])).index_copy(0, owners, added))
+        return x, added.new_zeros((documents, *added.shape[1:])).index_copy(0, owners, added)
 
 
 def attach_vision(model: nn.Module, config: ModelConfig) -> VisionProjector | None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from llama_acc.core.checkpoint.layout import Layout
 from llama_acc.core.checkpoint.save import DTYPES, needed_bytes
-from llama_acc.core.data.batches import assign_to_ranks, epoch_length, epoch_order, micro_batches, step_items
+from llama_acc.core.data.batches import assign_to_ranks, epoch_length, epoch_order, micro_batches
 from llama_acc.core.data.cache import EntryStore
 from llama_acc.core.data.dataset import Dataset, load_dataset, load_published, publish
 from llama_acc.core.data.image_files import with_usable_images
@@ -130,11 +130,11 @@ class Plan:
         return epoch_length(self.train.uses)
 
     def items(self, step: int) -> NDArray[np.int64]:
-        """The training items of optimizer step `step`, counted from 0: a function of data, seed and batch size."""
-        train = self.recipe.train
-        epoch, within = divmod(step, self.steps_per_epoch)
-        order = _epoch_order(self.train.uses, train.seed, epoch, train.shuffle)
-        return step_items(order, within, train.global_batch_size)
+        """The training items of optimizer step `step`, counted from 0: a function of data, seed and batch size. An
+        epoch's last step takes what is left."""
+        train, (epoch, within) = self.recipe.train, divmod(step, self.steps_per_epoch)
+        order, size = _epoch_order(self.train.uses, train.seed, epoch, train.shuffle), train.global_batch_size
+        return order[within * size : (within + 1) * size]
 
     def micro_batches(self, dataset: Dataset, items: NDArray[np.int64], ranks: int) -> list[list[list[int]]]:
         """Splits items into micro-batches, equally many for each of so many data-parallel ranks."""
