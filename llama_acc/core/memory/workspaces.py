@@ -76,7 +76,6 @@ def cpu_workspace(operation: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
         operation, args = (_aten.mm.default, product) if bias is None else (_aten.addmm.default, (bias, *product))
         packet = operation._overloadpacket
     likes = [_like(argument) for argument in args]
-    named = {name: _like(value) for name, value in sorted(kwargs.items())}
     # Other products are MKL's, whose memory is not torch's.
     if (first := _PRODUCTS.get(packet)) is not None and likes[first].dtype == torch.bfloat16:
         (rows, width), columns = likes[first].shape, likes[first + 1].shape[1]
@@ -84,8 +83,9 @@ def cpu_workspace(operation: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
         if rows * width * columns > _WORK:
             part = (min(rows, _BLOCKS), min(columns, _BLOCKS))
         shapes = {first: (part[0], width), first + 1: (width, part[1])}
-        likes = [_cut(like, shapes.get(place, part)) for place, like in enumerate(likes)]
-        taken = _asked(operation, likes, {name: _cut(like, part) for name, like in named.items()})
+        operands = tuple(_cut(like, shapes.get(place, part)) for place, like in enumerate(likes))
+        options = tuple((name, _cut(_like(value), part)) for name, value in sorted(kwargs.items()))
+        taken = _asked(operation, operands, options, torch.get_num_threads())
         sums = 4 * part[0] * part[1]  # of the whole result in float32, where the CPU does not multiply bf16
         return taken if taken < sums else taken - sums + 4 * rows * columns
     return 0
@@ -105,12 +105,8 @@ def _cut(like: Any, shape: tuple[int, int]) -> Any:
     return like._replace(shape=sizes[::-1])
 
 
-def _asked(operation: Any, likes: list[Any], named: dict[str, Any]) -> int:
-    return _asked_once(operation, tuple(likes), tuple(named.items()), torch.get_num_threads())
-
-
 @lru_cache(maxsize=4096)
-def _asked_once(operation: Any, likes: tuple[Any, ...], named: tuple[tuple[str, Any], ...], threads: int) -> int:
+def _asked(operation: Any, likes: tuple[Any, ...], named: tuple[tuple[str, Any], ...], threads: int) -> int:
     results: list[Any] = []
     with _disable_current_modes(), torch.no_grad(), garbage_kept():
         args, kwargs = tree_map(
