@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -67,7 +67,7 @@ class Tokenizer(ABC):
     eos_id: int
     end_ids: frozenset[int]  # tokens that end an answer: EOS, and what else has no place in a text
     named: Collection[int]  # ids that stand for a token
-    _special: re.Pattern[str]
+    special_texts: frozenset[str]  # of the special tokens
 
     def __init__(self, path: Path, settings: Settings, data: bytes) -> None:
         """`data` is the content of the main file, `settings` what stands beside it."""
@@ -116,7 +116,12 @@ class Tokenizer(ABC):
 
     def is_special(self, text: str) -> bool:
         """Whether a text is that of a special token."""
-        return self._special.fullmatch(text) is not None
+        return text in self.special_texts
+
+    @functools.cached_property
+    def _special(self) -> re.Pattern[str]:
+        """Finds the longest of them."""
+        return re.compile("|".join(map(re.escape, sorted(self.special_texts, key=len, reverse=True))) or r"(?!)")
 
     def _with_special_tokens(self, texts: list[str], own: Sequence[Own] | None, in_own: bool) -> list[int]:
         """Which texts hold a special token that overlaps `own`, or one that does not."""
@@ -159,7 +164,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id, self.eos_id = _bos_eos(path, settings, self.token_id, processor.bos_id(), processor.eos_id())
         self.end_ids = frozenset({self.eos_id, *settings.end_ids})
         controls = (i for i in self.named if processor.IsControl(i) or processor.IsUnknown(i))
-        self._special = _any_of(self.piece(i) for i in {*controls, self.bos_id, self.eos_id})
+        self.special_texts = frozenset(self.piece(i) for i in {*controls, self.bos_id, self.eos_id})
 
     def encode_batch(self, texts: list[str], own: Sequence[Own] | None = None) -> list[list[int]]:
         encoded: list[list[int]] = self._processor.encode(texts, num_threads=self._threads)
@@ -286,7 +291,7 @@ class HuggingFaceTokenizer(Tokenizer):
         fast.add_special_tokens([self.piece(self.bos_id), self.piece(self.eos_id)])
         added = fast.get_added_tokens_decoder()
         self._special_tokens = {token: entry for token, entry in added.items() if entry.special}
-        self._special = _any_of(entry.content for entry in self._special_tokens.values())
+        self.special_texts = frozenset(entry.content for entry in self._special_tokens.values())
         self.end_ids = frozenset({self.eos_id, *self._special_tokens, *settings.end_ids})
         self._with_marks = functools.lru_cache(maxsize=1)(self._make_marked)
         # A run of byte pieces is decoded as a whole by this decoder: one wrong byte spoils all of it.
@@ -534,11 +539,6 @@ def _bos_eos(
     if begin is None or end is None:
         raise UserError(f"cannot tell BOS and EOS of {path}", f"name them in {CONFIG_FILE}: bos_token and eos_token")
     return begin, end
-
-
-def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Finds the longest of some texts."""
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
 
 def _overlaps(span: tuple[int, int], own: Own) -> bool:

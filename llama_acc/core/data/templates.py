@@ -320,8 +320,7 @@ def answer_ends(template: Template, tokenizer: Tokenizer) -> list[str]:
 
 def special_texts(tokenizer: Tokenizer) -> list[str]:
     """The texts of the special tokens, longest first."""
-    texts = {tokenizer.piece(token) for token in (tokenizer.bos_id, *tokenizer.end_ids)}
-    texts |= {text for text in ("<unk>", *tokenizer.settings.roles.values()) if tokenizer.is_special(text)}
+    texts = tokenizer.special_texts.union(map(tokenizer.piece, tokenizer.end_ids))
     return sorted(texts, key=lambda text: (-len(text), text))
 
 
