@@ -163,8 +163,12 @@ def _load_recipe(
     """The recipe with what the command line changes."""
     from llama_acc.core.recipe import Recipe
 
-    if name is None and resumed is not None and (resumed / "recipe.yaml").is_file():
+    if name is None and resumed is not None:
         name = str(resumed / "recipe.yaml")
+        if not Path(name).is_file():
+            raise UserError(
+                f"no run to resume in {resumed}: there is no recipe.yaml", "give --recipe, or another --output"
+            )
     if name is None:
         raise UserError(
             "which recipe? --recipe is missing", "`llama-acc recipes` lists them; begin with --recipe quickstart"

@@ -85,9 +85,13 @@ def schema_problems(error: "ValidationError", suggest: Callable[[str], str] = la
         elif item["type"] == "missing":
             problems.append(f"missing key '{key}'")
         elif message.startswith("Input should be "):
-            given = item["input"]
+            given, kind = item["input"], _PYTHONS.sub("", message.removeprefix("Input should be "))
             shown = repr(given) if isinstance(given, str) else json.dumps(given, default=str, skipkeys=True)
-            values.setdefault((key, shown), []).append(_PYTHONS.sub("", message.removeprefix("Input should be ")))
+            if item["type"] in ("list_type", "tuple_type"):
+                kind = f"a list, written [{given}]" if isinstance(given, str) else "a valid list"
+            values.setdefault((key, shown), []).append(kind)
+        elif item["type"] == "too_short" and len(item["input"]) >= item["ctx"]["min_length"]:
+            continue  # of which some are wrong, and named
         else:
             problems.append(f"{key}: {message.removeprefix('Value error, ')}".removeprefix(": "))
     wrong = [f"{key}: should be {' or '.join(kinds)}, not {value}" for (key, value), kinds in values.items()]

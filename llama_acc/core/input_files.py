@@ -145,7 +145,8 @@ def parse_yaml(text: str, name: str, loader: "type[SafeLoader] | None" = None) -
     try:
         return _bounded(lambda: yaml.load(text, loader or yaml.SafeLoader), name)
     except yaml.YAMLError as error:
-        raise UserError(f"cannot read {name}: it is not YAML: {error}") from error
+        problem = str(error).replace("<unicode string>", name)
+        raise UserError(f"cannot read {name}: it is not YAML: {problem}") from error
 
 
 def _bounded(parse: Callable[[], Any], name: str) -> Any:

@@ -407,7 +407,16 @@ def _suggestion(key: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-5 as a number, as YAML 1.2 and everybody does; PyYAML alone wants 1.0e-5."""
+    """Reads 1e-5 as a number, as YAML 1.2 and everybody does; PyYAML alone wants 1.0e-5. Of a key that is there twice
+    PyYAML takes the last; YAML has no such mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' is there twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):

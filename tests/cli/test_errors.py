@@ -189,6 +189,10 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 # --resume
 
 
+def test_resume_where_nothing_was_trained_says_so(tmp_path: Path) -> None:
+    refused(invoke("finetune", "--output", tmp_path, "--resume"), f"no run to resume in {tmp_path}", "recipe.yaml")
+
+
 def test_resume_without_a_checkpoint_starts_at_step_0_and_says_so(tmp_path: Path) -> None:
     result = complete(*QUICKSTART, "--output", tmp_path / "run", "--resume", "train.epochs=1")
     assert "no whole checkpoint" in result.stderr

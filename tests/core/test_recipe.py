@@ -225,6 +225,7 @@ def test_the_yaml_holds_every_key() -> None:
         ("train.warmup_epochs=60", "train: warmup_epochs (60) must be below epochs (60)"),
         ("optimizer.min_lr=1", "optimizer: min_lr (1.0) must not be above lr (0.002)"),
         ("data.validation={fraction: 0.5, path: x}", "give validation.fraction or validation.path, not both"),
+        ("tuning.lora_targets=wq,wv", "tuning.lora_targets: should be a list, written [wq,wv], not 'wq,wv'"),
         ("data.sources=[]", "data.sources: List should have at least 1 item after validation, not 0"),
         (
             "tuning.method=magic",
@@ -275,7 +276,8 @@ def test_a_recipe_is_found_by_its_shipped_name_or_as_a_file(tmp_path: Path, monk
     [
         ("- a\n- b\n", "must be a mapping with keys such as model, data and train"),
         ("", "must be a mapping"),
-        ("model: [", "it is not YAML"),
+        ("model: [", 'own.yaml", line 1'),
+        ("name: a\ntrain:\n  epochs: 1\ntrain: {}\n", "the key 'train' is there twice"),
         ("model: !!python/object/apply:os.system [touch proof]", "it is not YAML"),
     ],
 )

@@ -33,7 +33,7 @@ def find_model(
     """
     layouts, config = find_shape(recipe, weights_may_be_absent=weights_may_be_absent, saved=saved)
     tokenizer = load_tokenizer(_tokenizer_path(recipe, layouts, saved))
-    if config.vocab_size < 0 and layouts:
+    if layouts and (config.vocab_size < 0 or config.tie_word_embeddings):
         config = with_rows(config, read_weights(layouts))
     config = config.with_vocabulary(tokenizer.vocab_size)
     config.check_tokenizer(tokenizer.vocab_size, tokenizer.path)

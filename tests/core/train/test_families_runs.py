@@ -1,11 +1,13 @@
 """Runs of each family through `finetune`, step by step what a plain loop around transformers' own model does."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llama_acc.core.checkpoint.convert import Request, convert
@@ -111,3 +113,16 @@ def test_a_run_with_lora_learns_step_by_step_what_peft_does(
     convert(Request(tmp_path / "start" / "epoch0-iter1", tmp_path / "adapter", "peft", base=folders[name]))
     theirs = PeftModel.from_pretrained(their_model(folders[name]), str(tmp_path / "adapter"), is_trainable=True)
     assert_same_curve(tmp_path / "run", plain_loop(theirs, words, 2e-2))
+
+
+def test_two_matrices_that_differ_are_trained_as_two_whatever_the_file_says(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["llama3.2, tied"], tmp_path / "two")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, folder / "model.safetensors")
+    words = words_for(folder, "train.max_steps=3")
+    run(tmp_path / "run", *words)
+    expected = plain_loop(their_model(folder), words)
+    assert metrics(tmp_path / "run")[2]["loss"] == pytest.approx(expected[2]["loss"], rel=1e-5)
