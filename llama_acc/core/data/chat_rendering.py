@@ -234,7 +234,9 @@ def _answer(
             try:
                 found.append(_trained(write, chat, numbers, special, ends))
             except refusals as error:
-                found.append(f"{wrong}: {error}")
+                begins = next((message["role"] for message in chat.messages if message["role"] != "system"), "")
+                note = " (they begin with a reply, which `llama-acc convert-data` leaves out)"
+                found.append(f"{wrong}: {error}{note if begins == 'assistant' else ''}")
         return found
     except MemoryError:
         return f"takes more than {limits.memory >> 20} MiB of memory on these turns"

@@ -113,14 +113,15 @@ def other_form(kinds: Collection[str], file: str) -> str:
     )
     first = "data.sources.0.format=single_turn_llava takes the first question and answer of each"
     every = f"llama-acc convert-data llava {file} --output NEW.jsonl makes an item of each"
+    other = f"if it is in a form of its own: llama-acc convert-data auto {file} --output NEW.jsonl"
     hints = {
         "mixed_kinds": f"they are dialogues: {whole}; {first}; {every}",
         "preference": f"llama-acc convert-data auto {file} --preview 1 says how to take the preferred reply of each",
         "template": "take another prompt format: --template NAME or FILE.jinja; in a run, data.sources.0.template=NAME",
-        "unsupported": "leave such items out: data.on_error=skip",
+        "unsupported": f"leave such items out: data.on_error=skip; or, {other}",
     }
-    other = f"if it is in a form of its own: llama-acc convert-data auto {file} --output NEW.jsonl"
-    return hints.get(next(iter(kinds), ""), other) if len(set(kinds)) == 1 else other
+    fatal = {kind for kind in kinds if KINDS[kind].fatal}
+    return hints.get(fatal.pop(), other) if len(fatal) == 1 else other
 
 
 def beginning(value: Any) -> str:

@@ -437,8 +437,11 @@ def _split_system(system: str | None, turns: list[Turn], problems: _Problems) ->
         place = f"turn {late + 1}"
         message = f"{place} is a system text behind the first turn (`llama-acc convert-data sharegpt` moves it)"
         problems.add("unsupported", place, message, turns[late].text)
-    texts = [system, *(turn.text for turn in turns[:begin])]
-    return "\n\n".join(text for text in texts if text and not text.isspace()) or None, turns[begin:]
+    # Some collections have the same text in a column and in a turn.
+    texts = dict.fromkeys(text for text in (system, *(turn.text for turn in turns[:begin])) if not is_empty(text))
+    if begin and not texts:
+        problems.unused.add("empty system text")
+    return "\n\n".join(filter(None, texts)) or None, turns[begin:]
 
 
 def _turn(turn: Any, problems: _Problems) -> Turn:
@@ -452,7 +455,9 @@ def _turn(turn: Any, problems: _Problems) -> Turn:
     said = problems.text(turn, "from")
     role = ROLES.get(said.lower(), "")
     if not role and len(problems.found) == before:
-        message = f"unknown role {said!r} in 'from': it is one of {', '.join(ROLES)}"
+        message = (
+            f"unknown role {said!r} in 'from': it is one of {', '.join(ROLES)} (`llama-acc convert-data` has more)"
+        )
         problems.add("unknown_role", "from", message, turn.get("value"))
     may_be_silent = turn.get("value") is None and not is_empty(turn.get("tool_calls") or turn.get("function_call"))
     text, weight, more = "" if may_be_silent else problems.text(turn, "value"), 1.0, dict[str, Any]()

@@ -242,6 +242,9 @@ def test_what_the_model_has_to_write_is_trained_where_a_chat_template_does_not_s
     if isinstance(trained, str):
         [why] = template.dialogue_texts([Talk(CONVERSATION, "S")])
         assert f"it {trained}" in str(why)
+        assert "begin with a reply" not in str(why)
+        [why] = template.dialogue_texts([Talk(CONVERSATION[1:], "S")])
+        assert "begin with a reply, which `llama-acc convert-data`" in str(why)
         return
     [found] = template.dialogue_texts([Talk(CONVERSATION, "S")])
     assert [[text.text[begin:end] for begin, end in text.trained] for text in found] == trained

@@ -196,7 +196,10 @@ def _exchanges(
     """
     first = next((place for place, turn in enumerate(turns) if turn.role == "human"), 0)
     own = [_optional(row, "system", SYSTEM, mapping), *(turn.text for turn in turns[:first] if turn.role == "system")]
-    system, pairs = "\n\n".join(text for text in own if text.strip()), ["human", "assistant"] * (len(turns) // 2)
+    # Some collections have the same text in a column and in a turn.
+    system, pairs = "\n\n".join(dict.fromkeys(filter(str.strip, own))), ["human", "assistant"] * (len(turns) // 2)
+    if len(own) > 1 and not system:
+        notes["empty system texts were left out"] += 1
     if turns and [turn.role for turn in turns] == pairs and all(turn.text.strip() and not turn.more for turn in turns):
         return system, turns  # as most are
     joined: list[Turn] = []

@@ -110,6 +110,7 @@ SYSTEMS = [
     ("openai", messages(("system", "S"), ("developer", "T"), ("user", "a"), ("assistant", "b")), "S\n\nT"),
     ("openai", messages(("user", "a"), ("assistant", "b"), system="S"), "S"),
     ("sharegpt", talk(("system", "T"), *AB, system="S", tools="[]"), "S\n\nT"),
+    ("sharegpt", talk(("system", "S"), *AB, system_prompt="S"), "S"),
     ("lima", {"conversations": ["a", "b"], "system": "S"}, "S"),
     ("wizardlm", talk(*AB, system="S", idx=1), "S"),
     ("wizardlm", {**ONE, "system_prompt": "S"}, "S"),
@@ -154,6 +155,7 @@ def test_a_reply_that_is_context_only_stays_so_in_every_format(tmp_path: Path, f
         ([("human", "a"), ("gpt", " \n"), ("human", "c"), ("gpt", "d")], ["c", "d"], "nothing on one side"),
         ([*AB, ("system", "s"), *AB], ["a", "b", "s\n\na", "b"], "system texts were put in front"),
         ([*AB, ("system", "s")], ["a", "b"], "system texts without a question"),
+        ([("system", " "), *AB], ["a", "b"], "empty system texts"),
     ],
 )
 def test_dialogues_are_questions_and_replies_in_turn(
