@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
 # transformers 5: Trainer's eval_loss of the same model and data changes with per_device_eval_batch_size.
 #
-# Expected: eval_loss is the mean loss of a token, as the training's loss has been since 4.46: the sum over all labels,
-#   divided by their number, however rows are put into batches.
+# Expected: eval_loss is the mean loss of a token, as the training's loss is: the sum over all labels, divided by their
+#   number, however rows are put into batches.
 # Seen: each batch's mean over its tokens is taken, and the mean of those over the rows. A short answer weighs as much as a
-#   long one with a batch size of 1, and nearly nothing in a batch beside a long one: on these rows,
-#   4.02 and 0.28.
-#   The training's loss, at a rate of 0, is the mean over tokens for every batch size.
+#   long one with a batch size of 1, and nearly nothing in a batch beside a long one: on these rows, 4.02 and 0.28. The
+#   loss of the training is 0.28 for each batch size.
 # What follows: runs that differ in their batch size for evaluation cannot be compared, nor eval_loss with the training's,
 #   and exp(eval_loss) is no perplexity; of two checkpoints, the better one depends on it. Sum up by hand.
 set -euo pipefail
