@@ -2,9 +2,8 @@
 # torchtune 0.6.1: an answer that is cut at max_seq_len is trained to end there, in the middle of a sentence.
 #
 # Expected: of a dialogue longer than max_seq_len, what fits is trained, and the end token only where an answer ends.
-# Seen: the last token that fits is replaced by the end token, and in the tokenizers of Llama 2, Mistral, Gemma and Phi-3
-#   it has a label where an answer is cut: the model learns to stop after "Four it". Llama 3's and Qwen's replace it, too,
-#   but without a label.
+# Seen: the last token that fits is replaced by the end token, and in the tokenizer of Llama 2 it has a label where an
+#   answer is cut: the model learns to stop after "Four it".
 # What follows: the more examples are longer than max_seq_len, the more the model breaks off, and always at that length.
 #   Leave out what does not fit before the tokenizer sees it.
 set -euo pipefail
