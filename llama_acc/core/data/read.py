@@ -57,6 +57,8 @@ _SHOWN = 200  # characters kept of a line that is not JSON
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 # First bytes that no UTF-8 text can have. pzstd begins with a skippable frame (RFC 8878, 3.1.2).
 _GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
+# What may have come in place of a file.
+_POINTER, _PAGE = b"version https://git-lfs", re.compile(rb"\s*<(!doctype )?html", re.IGNORECASE)
 _ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
 _DAMAGED = (EOFError, zlib.error, LZMAError, gzip.BadGzipFile, zipfile.BadZipFile, ZstdError)
 # What zipfile raises where an archive is damaged (or, RuntimeError, wants a password).
@@ -119,7 +121,9 @@ def stream_rows(
     """
     suffix = data_suffix(path)
     if suffix not in SUFFIXES:
-        raise UserError(f"{path}: {suffix or 'no suffix'} is not a kind of data file", f"use {', '.join(SUFFIXES)}")
+        found = suffix or f"no suffix{f' before {path.suffix}' if path.suffix else ''}"
+        hint = f"use {', '.join(SUFFIXES)}, perhaps with {', '.join(COMPRESSIONS)} behind"
+        raise UserError(f"{path}: {found} is not a kind of data file", hint)
     if suffix == TAR_SUFFIX:
         with _opened(path, pipes=False):  # that it is there, and no pipe
             yield from map(Row._make, tar_rows(path))
@@ -180,12 +184,16 @@ def _opened(path: Path, pipes: bool = True) -> Iterator[tuple[IO[bytes], IO[byte
     with ExitStack() as stack:
         try:
             file: Any = stack.enter_context(open_input(path, pipes=pipes))
-            is_zip = file.seekable() and file.read(len(_ZIP)) == _ZIP
+            begin = file.read(50) if file.seekable() else b""
             if file.seekable():
                 file.seek(0)
         except OSError as error:
             raise unreadable(path, error) from error
-        yield _only_member(file, path, stack) if is_zip else file, file
+        if begin.startswith(_POINTER):
+            raise UserError(f"{path} is a Git LFS pointer, not the file itself", "run git lfs pull, or download it")
+        if _PAGE.match(begin) and data_suffix(path) not in PLAIN_SUFFIXES:
+            raise UserError(f"{path} is a web page, not data", "download the file that the page shows")
+        yield _only_member(file, path, stack) if begin.startswith(_ZIP) else file, file
 
 
 def _only_member(file: Any, path: Path, stack: ExitStack) -> IO[bytes]:
@@ -206,9 +214,10 @@ def _rows(
     content: Any = None
     try:
         content = _unpacked(stream)
-        if suffix is None:
+        if suffix in (None, ".jsonl"):
             begin = content.peek(BLOCK).removeprefix(codecs.BOM_UTF8).lstrip()
-            suffix = ".json" if begin.startswith((b"[", b"{")) else ".csv"
+            is_json = _ARRAY.match(begin) if suffix else begin.startswith((b"[", b"{"))
+            suffix = ".json" if is_json else suffix or ".csv"
         text = _text(content, suffix)
         if suffix == ".json":
             rows = _json_rows(text, name)
@@ -337,7 +346,7 @@ def json_blocks(path: Path, progress: BytesRead | None = None) -> Iterator[tuple
         with _opened(path, pipes=False) as (stream, file):
             content, report = _unpacked(stream), _reporting(progress, file)
             buffer = content.read(_WORKERS_BLOCK).removeprefix(codecs.BOM_UTF8)
-            array = _ARRAY.match(buffer) if data_suffix(path) == ".json" else None
+            array = _ARRAY.match(buffer)
             buffer = buffer[array.start(1) :] if array else buffer
             while more := content.read(_WORKERS_BLOCK):
                 report()
@@ -377,8 +386,7 @@ def _jsonl_rows(lines: Iterator[str], name: str) -> Iterator[Row]:
         try:
             yield Row(where, _value_of(line))
         except json.JSONDecodeError as error:
-            hint = " (an array over several lines is .json)" if number == 1 and line.lstrip().startswith("[") else ""
-            yield Row(f"{where}, column {error.colno}", line[:_SHOWN], f"not JSON: {error.msg}{hint}")
+            yield Row(f"{where}, column {error.colno}", line[:_SHOWN], f"not JSON: {error.msg}")
         except (RecursionError, ValueError) as error:
             yield Row(where, line[:_SHOWN], f"not JSON that can be read: {error}")
     if not number:

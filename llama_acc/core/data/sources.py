@@ -1,7 +1,9 @@
 """From what a recipe's `data.sources` says to the files to read: names, folders, globs, LLaMA2-Accessory's YAML."""
 
 import glob
+import json
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +24,8 @@ from llama_acc.core.input_files import home, open_input, read_json, read_yaml
 SHIPPED = Path(__file__).parents[2] / "recipes"
 MISSING_HINT = "give it with --data FILE"
 """What to do about training data that is not found."""
+# What a folder holds about data: our manifest, and what the Hub and the library datasets put there.
+_NO_DATA = re.compile(r"(manifest|dataset_infos?|dataset_dict)\.json$|readme|license", re.IGNORECASE)
 _YAML_SUFFIXES = (".yaml", ".yml")
 # Of what LLaMA2-Accessory calls preprocess, the format here; captions are known by their keys.
 _PREPROCESS = {"caption": "single_turn", "single_turn_llava": "single_turn_llava"}
@@ -98,8 +102,17 @@ def data_files(path: str | Path) -> list[Path]:
     path = Path(path).expanduser()
     if path.is_dir():
         inside = _data_among(sorted(path.iterdir()))
+        for file in [*path.glob("data-*.arrow"), *(() if inside else path.glob("*/data-*.arrow"))]:
+            folder = json.dumps(str(file.parent))
+            program = f'from datasets import load_from_disk as load; load({folder}).to_parquet("NEW.parquet")'
+            hint = f"write it as Parquet: python -c {shlex.quote(program)}"
+            raise UserError(f"{path} is in Arrow's form, in which datasets' save_to_disk writes", hint)
         if not inside:
-            raise UserError(f"no data files in {path}", f"it should hold {', '.join(SUFFIXES)} files")
+            folders = [
+                str(folder) for folder in sorted(path.iterdir()) if folder.is_dir() and _data_among([*folder.iterdir()])
+            ]
+            hint = f"give {' or '.join(folders)}" if folders else f"it should hold {', '.join(SUFFIXES)} files"
+            raise UserError(f"no data files in {path}", hint)
         return inside
     if path.exists():
         if not path.is_file() and not path.is_fifo():
@@ -114,10 +127,10 @@ def data_files(path: str | Path) -> list[Path]:
 
 
 def _data_among(files: Sequence[Path]) -> list[Path]:
-    """The files that are data, of those nobody named, going by their names; a manifest is ours. Plain texts beside
-    others are about the data, as what is called README or LICENSE always is."""
+    """The files that are data, of those nobody named, going by their names. Plain texts beside others are about the
+    data."""
     found = [file for file in files if data_suffix(file) in SUFFIXES and not file.name.startswith(".")]
-    found = [file for file in found if not re.match("manifest.json|readme|license", file.name, re.I) and file.is_file()]
+    found = [file for file in found if not _NO_DATA.match(file.name) and file.is_file()]
     return [file for file in found if data_suffix(file) not in PLAIN_SUFFIXES] or found
 
 

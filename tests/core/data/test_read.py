@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import re
 import threading
 import tracemalloc
 import zipfile
@@ -95,6 +96,7 @@ def test_what_is_not_json_is_refused_where_json_refuses_it(inside: str, size: in
         (".json", b'[{"a": 1}, {"a": 2}]'),
         (".json", b'\n{"a": 1}\n\n{"a": 2}'),
         (".jsonl", b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2}\n'),
+        (".jsonl", b'[\n{"a": 1},\n{"a": 2}\n]'),
     ],
 )
 def test_rows_of_json_packed_or_not_whatever_the_name_says(
@@ -308,6 +310,23 @@ def test_a_folder_or_a_glob_stands_for_its_data_files_in_order(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["README.md", "dataset_infos.json", "data/train-0.parquet", "x/y"], r"give \S*/hub/data$"),
+        (["dataset_info.json", "state.json", "data-00000-of-00001.arrow"], r'load\("\S*/hub"\)\.to_parquet\('),
+        (["dataset_dict.json", "train/state.json", "train/data-0.arrow"], r'load\("\S*/hub/train"\)'),
+        (["x"], "it should hold .json"),
+    ],
+)
+def test_a_folder_of_another_form_is_told_what_to_give(tmp_path: Path, names: list[str], words: str) -> None:
+    for name in names:
+        write(tmp_path / "hub" / name, "x")
+    with pytest.raises(UserError) as caught:
+        data_files(tmp_path / "hub")
+    assert re.search(words, caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
     ("name", "content", "words"),
     [
         ("a.json", "", "is empty"),
@@ -321,8 +340,10 @@ def test_a_folder_or_a_glob_stands_for_its_data_files_in_order(tmp_path: Path) -
         ("a.json", "[" * 100_000, "not JSON"),
         ("a.json", "[" + "9" * 5000 + "]", "not JSON"),
         ("a.jsonl", '{"a": 1}\n\n{"a"', "item 2 (line 3), column"),
-        ("a.jsonl", "[\n{}\n]", "is .json"),
+        ("a.jsonl", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a Git LFS pointer"),
+        ("a.csv", "\n<!DOCTYPE html>\n<html></html>", "is a web page"),
         ("a.docx", "x", ".docx is not a kind of data file"),
+        ("a.zip", "x", "no suffix before .zip is not a kind of data file"),
         ("a", "x", "no suffix is not a kind of data file"),
         ("a.csv", "instuction\toutput\nx\ty\n", "line 1: no column 'instruction' ('instuction'?)"),
         ("a.csv", "instruction\toutput\toutput\nx\ty\tz\n", "column 'output' twice"),

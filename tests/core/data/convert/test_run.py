@@ -208,7 +208,8 @@ def test_whatever_a_row_is_it_gives_items_or_is_named(
     tmp_path_factory: pytest.TempPathFactory, format: str, rows: list[Any], flag: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
-    source, output = write(folder / "in.jsonl", rows), folder / "out.jsonl"
+    source, output = folder / "in.json", folder / "out.jsonl"
+    source.write_text(json.dumps(rows))
     options = Options(all_forms=flag, dialogues=flag, reference=flag, keep_html=flag)
     conversion = Conversion(format, [source], options, skip_problems=True)
     count = len(list(conversion))
