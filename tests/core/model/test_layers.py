@@ -10,17 +10,12 @@ from torch import Tensor
 
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.model import products
-from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.layers import (
-    ColumnParallelLinear,
-    RMSNorm,
     RowParallelLinear,
     gated_linear,
     linear,
-    normed_linears,
 )
 from llama_acc.core.model.products import reorder_for_rows
-from llama_acc.core.model.rotary import rotary_table, rotate
 from llama_acc.core.model.transformer import pack_small
 from tests.core.tiny import SMALL, difference, document_logits, random_model
 
@@ -41,36 +36,6 @@ def _gradients(outputs: tuple[Tensor, ...], leaves: list[Tensor]) -> list[Tensor
     loss = sum((y * _random(*y.shape, seed=90 + i).to(y.dtype)).sum() for i, y in enumerate(outputs))
     assert isinstance(loss, Tensor)
     return list(torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad]))
-
-
-def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-
-
-@pytest.mark.parametrize("frozen", [(), (1,), (2,), (2, 3), (1, 2, 3)], ids=str)
-def test_normed_linears_and_their_gradients(frozen: tuple[int, ...]) -> None:
-    values = [_random(ROWS, DIM, seed=0), _random(DIM, seed=1)]
-    values += [_random(HIDDEN, DIM, seed=2), _random(DIM, DIM, seed=3)]
-
-    leaves = [_leaf(v, torch.float32, i not in frozen) for i, v in enumerate(values)]
-    norm = RMSNorm(DIM, 1e-5)
-    norm.weight = torch.nn.Parameter(leaves[1], leaves[1].requires_grad)
-    layers = [ColumnParallelLinear(DIM, HIDDEN, Parallel()), ColumnParallelLinear(DIM, DIM, Parallel())]
-    for layer, leaf in zip(layers, leaves[2:], strict=True):
-        layer.weight = torch.nn.Parameter(leaf, leaf.requires_grad)
-    outputs = normed_linears(leaves[0], norm, layers)
-    mine = _gradients(outputs, [leaves[0], norm.weight, *(layer.weight for layer in layers)])
-
-    wide = [_leaf(v, torch.float64, i not in frozen) for i, v in enumerate(values)]
-    normed = _normed(wide[0], wide[1], 1e-5)
-    expected_outputs = (normed @ wide[2].t(), normed @ wide[3].t())
-    expected = _gradients(expected_outputs, wide)
-
-    for got, wanted in zip((*outputs, *mine), (*expected_outputs, *expected), strict=True):
-        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
-    with torch.no_grad():
-        for got, kept in zip(normed_linears(leaves[0], norm, layers), outputs, strict=True):
-            torch.testing.assert_close(got, kept)
 
 
 def _w2(weight: Tensor) -> RowParallelLinear:
@@ -134,14 +99,6 @@ def test_large_products_which_onednn_computes_train_a_model_as_torchs_do(monkeyp
     # Seven products of a block and the output's, forward and backward.
     assert len(calls) == 2 * (7 * SMALL.n_layers + 1)
     assert all(difference(one, other) < 1e-5 for one, other in zip(actual, expected, strict=True))
-
-
-def test_rotation_turns_pairs_by_position_times_frequency() -> None:
-    table = rotary_table(ModelConfig(4, 1, 1, rope_theta=100.0), 3, torch.device("cpu"))
-    x = torch.tensor([1.0, 0.0, 1.0, 0.0]).expand(3, 1, 4)
-    positions = torch.arange(3.0)
-    expected = torch.stack((positions.cos(), positions.sin(), (positions / 10).cos(), (positions / 10).sin()), -1)
-    torch.testing.assert_close(rotate(x, table), expected.unsqueeze(1))
 
 
 def test_matrices_that_are_packed_keep_their_biases() -> None:

@@ -86,23 +86,6 @@ def test_what_llama2_accessory_has_is_all_that_its_files_say() -> None:
         tuning_of("llama_peft", {**LoRA(4).to_arguments(), "lora_targets": ["wx"]})
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (["tuning.lora_targets=[wx]"], "tuning.lora_targets.0: should be 'wq', 'wk'"),
-        (["tuning.lora_targets=[]"], "tuning.lora_targets"),
-        (["tuning.lora_alpha=0"], "tuning.lora_alpha"),
-        (["tuning.lora_dropout=1"], "tuning.lora_dropout"),
-        (["tuning.method=adapter", "tuning.lora_dropout=0.1"], "method adapter has no lora_dropout"),
-        (["tuning.method=bias_norm", "tuning.use_rslora=true"], "method bias_norm has no use_rslora"),
-    ],
-)
-def test_a_recipe_s_settings_are_checked(overrides: list[str], said: str) -> None:
-    with pytest.raises(UserError) as error:
-        Recipe.load("alpaca", ["tuning.method=lora", *overrides])
-    assert said in str(error.value)
-
-
 def test_what_has_no_pairs_or_no_place_in_peft_is_refused() -> None:
     with pytest.raises(UserError, match=r"tuning\.lora_alpha is about LoRA pairs\nset tuning.lora_rank besides"):
         Adapter(0, 2, 5, lora_alpha=2.0).check({"dim": 8}, 2)

@@ -11,7 +11,6 @@ from llama_acc.core.model.transformer import (
     freeze_untrained,
     initialize,
     shapes_of,
-    split_dimension,
 )
 from llama_acc.core.model.tuning import FULL, METHODS, Tuning, tuning_of
 from llama_acc.core.model.tuning.adapter import Adapter
@@ -50,68 +49,6 @@ def test_what_a_method_adds_is_described_and_changes_nothing_at_the_start(method
         model.to_empty(device="cpu")
         initialize(model, 3)
     assert torch.equal(document_logits(plain, [tokens])[0], document_logits(tuned, [tokens])[0])
-
-
-@pytest.mark.parametrize("method", TUNED)
-def test_gradients_do_not_change_the_loss_and_documents_do_not_see_each_other(method: str) -> None:
-    model, tokens = tuned_model(TUNINGS[method]), torch.arange(24)
-    where = (tokens, tokens, [24], tokens.roll(-1))
-    with torch.no_grad():
-        expected = model(*where).item()
-    assert model(*where).item() == pytest.approx(expected, rel=1e-6)
-    documents = [torch.arange(7), torch.arange(9, 30), torch.arange(1)]
-    for one, document in zip(document_logits(model, documents), documents, strict=True):
-        assert difference(one, document_logits(model, [document])[0]) < 1e-5
-
-
-def merged(tuned: Transformer) -> Transformer:
-    """The plain model that a LoRA model computes."""
-    model = random_model()
-    matrices, named = dict(model.named_parameters()), dict(tuned.named_parameters())
-    with torch.no_grad():
-        for name in [name for name in named if name.endswith(".lora_a.weight")]:
-            matrix = name.removesuffix(".lora_a.weight")
-            product = named[f"{matrix}.lora_b.weight"] @ named[name]
-            matrices[f"{matrix}.weight"].copy_(named[f"{matrix}.weight"] + product)
-    return model
-
-
-def test_lora_is_the_sum_of_the_matrix_and_the_product_of_the_pair() -> None:
-    tuned, tokens = tuned_model(TUNINGS["lora"]), torch.arange(24)
-    whole = merged(tuned)
-    expected = document_logits(whole, [tokens])[0]
-    assert difference(document_logits(tuned, [tokens])[0], expected) < 1e-5
-    assert difference(cached_logits(tuned, tokens, [10, *[1] * 14]), expected) < 1e-5
-    for model in (tuned, whole):
-        model(tokens, tokens, [24], tokens.roll(-1)).backward()
-    found = {name: parameter.grad for name, parameter in tuned.named_parameters()}
-    pairs = [name.removesuffix(".lora_a.weight") for name in found if name.endswith(".lora_a.weight")]
-    assert len(pairs) == 7 * SMALL.n_layers
-    for name in pairs:
-        first, second = (tuned.get_parameter(f"{name}.lora_{one}.weight") for one in "ab")
-        gradient = whole.get_parameter(f"{name}.weight").grad
-        assert difference(found[f"{name}.lora_a.weight"], second.T @ gradient) < 1e-4, name
-        assert difference(found[f"{name}.lora_b.weight"], gradient @ first.T) < 1e-4, name
-
-
-@pytest.mark.parametrize(
-    ("name", "dimension"),
-    [
-        ("layers.0.attention.wq.bias", 0),
-        ("layers.0.feed_forward.w2.bias", None),
-        ("layers.0.attention.wk.lora_a.weight", None),
-        ("layers.0.attention.wk.lora_b.weight", 0),
-        ("layers.0.attention.wo.lora_a.weight", 1),
-        ("layers.0.attention.wo.lora_b.weight", None),
-        ("exp_avg.layers.0.feed_forward.w1.lora_b.weight", 0),
-        ("prefix", None),
-        ("prefix_gate", 1),
-        ("exp_avg.prefix_gate", 1),
-        ("prefix_new_gate", None),
-    ],
-)
-def test_what_is_added_is_split_with_its_matrix(name: str, dimension: int | None) -> None:
-    assert split_dimension(name) == dimension
 
 
 @pytest.mark.parametrize("mine", [FULL, *TUNINGS.values()], ids=["full", *TUNINGS])
@@ -157,10 +94,6 @@ def test_what_no_method_is_is_refused() -> None:
         tuning_of("llama_ens", {})
     with pytest.raises(UserError, match="no tuning method has"):
         tuning_of("llama_peft", {"norm_tuning": False})
-    with pytest.raises(UserError, match=r"tuning.lora_rank \(65\) is larger than the keys' width \(64\)"):
-        LoRA(65).check({"dim": 128, "the keys' width": 64}, 2)
-    with pytest.raises(UserError, match=r"tuning.prefix_layers \(3\) is more than the model's layers \(2\)"):
-        Adapter(0, 3, 5).check({"dim": 128}, 2)
 
 
 def kept_bytes(model: Transformer, tokens: torch.Tensor) -> int:

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from llama_acc.core.errors import UserError
-from llama_acc.core.model.attention import KVCache
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import build_on_meta, describe, initialize, shapes_of
 from llama_acc.core.model.tuning import METHODS, Frozen, tuning_of
@@ -42,33 +41,6 @@ def test_in_a_stream_a_document_is_what_it_is_alone(name: str) -> None:
     others = [(words, inputs.flip(-1)) for words, inputs in documents]
     for count, old, new in zip(counts, logits_of(model, documents), logits_of(model, others), strict=True):
         assert torch.equal(old, new) if not count else difference(old, new) > 1e-3
-
-
-@pytest.mark.parametrize("name", SEEING)
-def test_cached_and_chunked_the_logits_are_the_same(name: str) -> None:
-    model, vision = seeing_model(name), SEEING[name].vision
-    assert vision is not None
-    tower = None if vision.trains_encoder else random_tower(vision)
-    documents = documents_of(tower, vision, [1, 0, 1])
-    expected = logits_of(model, documents)
-    tokens, positions, lengths, images = stream_of(documents, vision)
-    first_cache = KVCache(SMALL.n_layers)
-    caches = [first_cache.beside(slot) for slot in range(len(documents))]
-    # All but the last three tokens of each at first, then one at a time.
-    with torch.no_grad():
-        starts = [sum(lengths[:i]) for i in range(3)]
-        first = torch.cat([torch.arange(s, s + n - 3) for s, n in zip(starts, lengths, strict=True)])
-        places = torch.cat([(first == place).nonzero()[0] for place in images.places] or [images.places])
-        moved = images._replace(places=places)
-        fed = [n - 3 for n in lengths]
-        parts = model.logits(model(tokens[first], positions[first], fed, caches=caches, images=moved)).split(fed)
-        found = [[part] for part in parts]
-        for k in range(3, 0, -1):
-            at = torch.tensor([s + n - k for s, n in zip(starts, lengths, strict=True)])
-            for document, row in enumerate(model.logits(model(tokens[at], positions[at], [1, 1, 1], caches=caches))):
-                found[document].append(row[None])
-    for ours, whole in zip(found, expected, strict=True):
-        assert difference(torch.cat(ours), whole) < TOLERANCE
 
 
 def test_vision_does_not_change_what_a_seed_gives_the_llama() -> None:
