@@ -60,34 +60,21 @@ def test_a_round_through_all_layouts_and_sizes_is_bitwise(size: int, dtype: torc
     assert json.loads((four / "meta.json").read_text()) == {"llama_type": "llama"}
 
 
-@pytest.mark.parametrize(
-    ("config", "file_bytes"),
-    [
-        (GROUPED, 100_000),
-        (ModelConfig(64, 1, 4, None, 304, 16, max_seq_len=64, norm_eps=1e-6), 5 * 10**9),
-        (ModelConfig(64, 1, 4, 2, 304, 16, max_seq_len=64, rope_theta=5e5, rope_scaling=1 / 3), 5 * 10**9),
-    ],
-    ids=["grouped, several files", "multi-head", "stretched"],
-)
-def test_transformers_computes_the_same_from_a_converted_folder(
-    config: ModelConfig, file_bytes: int, tmp_path: Path
-) -> None:
-    source = write_consolidated(tmp_path / "source", state(config), config=config)
-    hf = converted(source, tmp_path / "hf", "hf", file_bytes=file_bytes)
+def test_transformers_computes_the_same_from_a_folder_of_several_files(tmp_path: Path) -> None:
+    """Of other shapes and families: tests/core/model/test_parity.py and test_families.py."""
+    source = write_consolidated(tmp_path / "source", state())
+    hf = converted(source, tmp_path / "hf", "hf", file_bytes=100_000)
     (ours,) = document_logits(loaded_model(source), [TOKENS])
     assert difference(huggingface_logits(hf, TOKENS), ours) < 1e-5
     (direct,) = document_logits(loaded_model(hf), [TOKENS])
     assert torch.equal(direct, ours)
     files = sorted(path.name for path in hf.glob("*.safetensors"))
-    if file_bytes > 10**9:
-        assert files == ["model.safetensors"]
-        return
     count = len(files)
     assert count > 3
     assert files == [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     index = json.loads((hf / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == 4 * parameter_count(config)
-    assert len(index["weight_map"]) == len(state(config))
+    assert index["metadata"]["total_size"] == 4 * parameter_count(GROUPED)
+    assert len(index["weight_map"]) == len(state())
 
 
 def test_a_tied_model_stays_tied_and_an_untied_one_untied(tmp_path: Path) -> None:

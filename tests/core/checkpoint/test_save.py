@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llama_acc.core.atomic import check_manifest
-from llama_acc.core.checkpoint import save
 from llama_acc.core.checkpoint.layout import latest_checkpoint
 from llama_acc.core.checkpoint.resume import read_progress, rng_state
 from llama_acc.core.checkpoint.save import (
@@ -24,7 +23,6 @@ from llama_acc.core.checkpoint.save import (
     TensorSpec,
     checkpoints,
     lay_out,
-    needed_bytes,
     write_checkpoint,
 )
 from llama_acc.core.device import simulating
@@ -46,36 +44,6 @@ def publish(folder: Path, step: int, keep: int, dtype: torch.dtype = torch.float
         Parallel(),
     )
     write_checkpoint(snapshot, folder, keep)
-
-
-def test_weights_are_rounded_to_the_type_asked_for_and_state_is_not(tmp_path: Path) -> None:
-    x = torch.randn(5, 3)
-    publish(tmp_path / "epoch0", 4, 0, torch.bfloat16, x=x)
-    saved = torch.load(tmp_path / "epoch0" / "consolidated.00-of-01.model.pth", weights_only=True)["model"]
-    assert torch.equal(saved["llma.x"], x.bfloat16())
-    assert torch.equal(load_file(tmp_path / "epoch0/state/training-00-of-01.safetensors")["exp_avg.x"], x)
-    assert read_progress(tmp_path / "epoch0") == {"format_version": 1, "step": 4, "data": "v2:0"}
-
-
-def test_rows_that_several_ranks_hold_make_one_file_of_each_kind(tmp_path: Path) -> None:
-    x, y, step = torch.randn(7, 5), torch.randn(4), torch.tensor(3.0)
-    (tmp_path / "state").mkdir()
-    snapshots = []
-    for rank, (first, last) in enumerate([(0, 4), (4, 7)]):
-        weights = {"x": Rows(x[first:last], first, (7, 5), False), "y": Rows(y, 0, (4,), True)}
-        state = {"exp_avg.x": Rows(2 * x[first:last], first, (7, 5), False), "step": Rows(step, 0, (), True)}
-        parallel = Parallel(data_rank=rank, data_size=2)
-        snapshots.append(Snapshot(weights, state, rng_state(CPU), torch.bfloat16, {}, parallel))
-    for stage in (save._lay_out, save._write_rows, save._seal):
-        for snapshot in snapshots:
-            stage(snapshot, tmp_path)
-    saved = torch.load(tmp_path / "consolidated.00-of-01.model.pth", weights_only=True)["model"]
-    assert torch.equal(saved["llma.x"], x.bfloat16())
-    assert torch.equal(saved["llma.y"], y.bfloat16())
-    state = load_file(tmp_path / "state" / "training-00-of-01.safetensors")
-    assert torch.equal(state["exp_avg.x"], 2 * x)
-    assert state["step"] == 3
-    assert len(list(tmp_path.glob("state/rng-*-of-00002.safetensors"))) == 2
 
 
 def test_a_copy_is_taken_before_an_update_and_the_checkpoint_is_of_that_moment(tmp_path: Path) -> None:
@@ -144,13 +112,6 @@ def test_a_write_that_fails_removes_nothing(tmp_path: Path, monkeypatch: pytest.
         publish(tmp_path / "epoch1", 2, keep=1, x=torch.ones(3))
     assert {path.name for path in tmp_path.iterdir()} == {"latest", "epoch0"}
     assert latest_checkpoint(tmp_path) == tmp_path / "epoch0"
-
-
-def test_the_space_a_checkpoint_needs_is_its_weights_moments_and_masters() -> None:
-    million = 1_000_000
-    names = 3 * (1 << 10) + (1 << 15)
-    assert needed_bytes(million, million, 3, torch.float32) == 12 * million + names
-    assert needed_bytes(million, million, 3, torch.bfloat16) == 14 * million + names
 
 
 # The files

@@ -195,18 +195,14 @@ def test_params_and_config_that_disagree_are_refused_and_layers_that_disagree_ar
 @pytest.mark.parametrize(
     ("size", "context"),
     [
-        # LLaMA 1, LLaMA 2, Code Llama, LLaMA 3: https://github.com/meta-llama, params.json and model cards.
+        # LLaMA 1, LLaMA 2: https://github.com/meta-llama, params.json and model cards. Others: model/test_config.py.
         ({"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "norm_eps": 1e-6, "vocab_size": -1}, 2048),
-        ({"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": -1}, 4096),
         ({"dim": 5120, "n_layers": 40, "n_heads": 40, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": -1}, 4096),
-        ({"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "ffn_dim_multiplier": 1.3}, 4096),
         ({"dim": 8192, "n_layers": 80, "n_heads": 64, "norm_eps": 1e-5}, 2048),
-        ({"dim": 8192, "n_layers": 48, "n_heads": 64, "n_kv_heads": 8, "rope_theta": 1e6}, 16384),
-        ({"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "rope_theta": 500000.0}, 8192),
         ({"dim": 64, "n_layers": 2, "n_heads": 4}, 2048),
         ({"dim": 4096, "n_layers": 32, "n_heads": 32, "max_seq_len": 512}, 512),
     ],
-    ids=["1 7B", "2 7B", "2 13B", "2 70B", "1 65B", "Code 34B", "3 8B", "unknown", "said"],
+    ids=["1 7B", "2 13B", "1 65B", "unknown", "said"],
 )
 def test_a_known_size_knows_its_context(size: dict[str, Any], context: int) -> None:
     assert config_from_params(size).max_seq_len == context
@@ -319,10 +315,3 @@ def test_what_cannot_be_computed_is_refused_by_name(change: dict[str, Any], said
     with pytest.raises(UserError) as refused:
         read_config([inspect(tmp_path)])
     assert said in refused.value.message
-
-
-def test_a_key_that_changes_nothing_is_accepted_and_one_that_does_is_refused_by_name() -> None:
-    params = {"dim": 64, "n_layers": 2, "n_heads": 4}
-    assert config_from_params({**params, "use_scaled_rope": False}) == config_from_params(params)
-    with pytest.raises(UserError, match=r"unknown key 'use_ssmax'"):
-        config_from_params({**params, "use_ssmax": True})
