@@ -17,14 +17,6 @@ def cache(reserve: int = 0) -> FeatureCache:
     return FeatureCache("encoder", Transform("pad_to_square", 8), SHAPE, torch.bfloat16, reserve)
 
 
-def test_features_come_back_to_the_bit(tmp_path: Path, llama_acc_home: Path) -> None:
-    first, second = write_pictures(tmp_path, 2)
-    features = torch.rand(SHAPE).to(torch.bfloat16)
-    cache().store(first, features)
-    assert (cache().has(first), cache().has(second)) == (True, False)
-    assert torch.equal(cache().load(first), features)
-
-
 @pytest.mark.parametrize("is_full", [True, False])
 def test_a_disk_that_takes_no_more_is_reported_once(
     tmp_path: Path, llama_acc_home: Path, is_full: bool, caplog: pytest.LogCaptureFixture

@@ -19,10 +19,8 @@ from llama_acc.cli.run_console import describe_plan
 from llama_acc.core.checkpoint.convert import Request, convert
 from llama_acc.core.checkpoint.layout import inspect
 from llama_acc.core.checkpoint.load import read_weights
-from llama_acc.core.data.images import ImageJob, Transform, pixels
 from llama_acc.core.errors import UserError
 from llama_acc.core.finetune import dry_run
-from llama_acc.core.generate.chat import generate
 from llama_acc.core.generate.load import load_model
 from llama_acc.core.memory.guard import setup_of_run
 from llama_acc.core.memory.predict import rank_parameters
@@ -162,16 +160,6 @@ def test_kept_features_leave_the_checkpoints_their_room_on_the_disk(
     assert counts["images"] == 30  # nothing was kept of the first epoch, and all checkpoints were written
 
 
-@pytest.mark.parametrize("name", TUNED)
-def test_a_trained_checkpoint_answers_about_an_image(name: str, alone: Path) -> None:
-    loaded = load_model(alone / name, device="cpu")
-    assert loaded.vision == TUNED[name][0]
-    picture = alone / f"data-{name}" / "images" / "1-0.png"
-    image = pixels(ImageJob(str(picture), Transform("pad_to_square", loaded.vision.image_size)))
-    answers = {generate(loaded, "What?", images=[one], temperature=0, max_new_tokens=8) for one in (image, image + 0)}
-    assert len(answers) == 1
-
-
 def test_stages_train_alone_and_go_on_top_of_each_other(bases: tuple[Path, Path], tmp_path: Path) -> None:
     llama, tower = bases
     data, first = write_data(tmp_path / "data"), tmp_path / "first"
@@ -205,15 +193,10 @@ def test_stages_train_alone_and_go_on_top_of_each_other(bases: tuple[Path, Path]
     assert curve(tmp_path / "stopped") == curve(tmp_path / "second")
 
 
-def test_all_of_a_llama_trains_beside_a_frozen_tower_and_goes_on_bitwise(
-    bases: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_all_of_a_llama_trains_beside_a_frozen_tower(bases: tuple[Path, Path], tmp_path: Path) -> None:
     llama, tower = bases
     words = words_for(QFORMER, write_data(tmp_path / "data"), f"model.pretrained=[{llama}, {tower}]")
     run(tmp_path / "whole", *words)
-    run(tmp_path / "stopped", *words, "train.max_steps=3")
-    run(tmp_path / "stopped", *words, resume=True)
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
     saved = saved_weights(tmp_path / "whole" / "epoch1")
     before = read_weights([inspect(tower)]).tensors
     assert all(torch.equal(saved[f"llma.{key}"], part.to(part.dtype)) for key, part in before.items())
