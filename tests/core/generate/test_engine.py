@@ -19,39 +19,16 @@ from llama_acc.core.generate.engine import Engine, Prompt, Reply, slots_for
 from llama_acc.core.generate.load import LoadedModel, load_model
 from llama_acc.core.generate.sampling import Sampler, Sampling
 from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.tuning import FULL, Tuning
-from llama_acc.core.model.tuning.adapter import Adapter
-from llama_acc.core.model.tuning.lora import LoRABiasNorm
 from llama_acc.core.tokenizer import Tokenizer, load_tokenizer
 from tests.cli.chains import write_chain
 from tests.core.generate.decoding import GREEDY, decode, greedy, uncached_greedy
 from tests.core.tiny import CPU, SMALL, random_model
-
-# From nothing but BOS to nearly the whole context; some begin alike.
-PROMPTS = [[1], list(range(3, 230)), [1, 40, 41], list(range(3, 120)), [1, 7], [1, 40, 98, 97]]
-LORA, ADAPTER = LoRABiasNorm(4), Adapter(0, 2, 5)
 
 
 def loaded(tokenizer_path: Path, config: ModelConfig = SMALL, template: Template | None = None) -> LoadedModel:
     """A model of random weights."""
     model = random_model(config, seed=5).requires_grad_(False)
     return LoadedModel(model, load_tokenizer(tokenizer_path), template or get_template("none"), "asked for", CPU)
-
-
-@pytest.mark.parametrize("tuning", [FULL, LORA, ADAPTER], ids=lambda tuning: tuning.method)
-def test_greedy_replies_are_the_argmax_of_uncached_passes_at_every_batch_size(
-    tuning: Tuning, tokenizer_path: Path
-) -> None:
-    model = loaded(tokenizer_path, replace(SMALL, tuning=tuning))
-    if tuning == ADAPTER:
-        torch.nn.init.ones_(model.model.prefix_gate)
-    expected = [
-        uncached_greedy(model.model, prompt, GREEDY.max_new_tokens, model.tokenizer.end_ids) for prompt in PROMPTS
-    ]
-    for batch_size in (1, 2, 100):
-        replies = decode(Engine(model), [Prompt(prompt) for prompt in PROMPTS], GREEDY, batch_size)
-        assert {reply.index: reply.tokens for reply in replies} == dict(enumerate(expected)), batch_size
-        assert all(reply.text == model.tokenizer.decode(reply.tokens) for reply in replies)
 
 
 def test_an_engine_replies_from_its_past_as_from_scratch_and_computes_what_is_new(tokenizer_path: Path) -> None:
@@ -207,17 +184,6 @@ def test_the_beginning_a_reply_is_given_is_shown_with_it_and_spaces_of_the_promp
     for spaces in (0, 1, leading, leading + 1):
         reply = Reply(Prompt([1], spaces=spaces), get_template("none"), tokenizer, len(tokens))
         assert "".join(reply.push(token) for token in tokens) == reply.text == whole[min(spaces, leading) :]
-
-
-@pytest.mark.parametrize(
-    ("top_p", "possible"), [(0.4, {0}), (0.5, {0}), (0.51, {0, 1}), (0.8, {0, 1}), (1.0, {0, 1, 2})]
-)
-def test_top_p_draws_from_the_likeliest_tokens_that_reach_it(top_p: float, possible: set[int]) -> None:
-    sampler = Sampler(Sampling(temperature=1.0, top_p=top_p, seed=0))
-    drawn = [sampler(torch.log(torch.tensor([0.5, 0.3, 0.2]))) for _ in range(400)]
-    assert set(drawn) == possible
-    if len(possible) == 3:
-        assert drawn.count(0) / 400 == pytest.approx(0.5, abs=0.08)
 
 
 @pytest.mark.parametrize(

@@ -97,21 +97,21 @@ def alone(folders: dict[str, list[Path]], prompts: list[Prompt], **options: obje
 def test_each_adapter_answers_in_a_mixed_batch_as_alone(folders: dict[str, list[Path]]) -> None:
     models = load_models(folders, device="cpu")
     assert [loaded.adapter for loaded in models.values()] == list(range(8))
-    prompts = prompts_for(models, 32)
+    prompts = prompts_for(models, 16)
     expected = alone(folders, prompts)
-    assert len({tuple(tokens) for tokens in expected}) > 24
-    for seed in range(8):
+    assert len({tuple(tokens) for tokens in expected}) > 12
+    for seed in range(4):
         draw = random.Random(seed)
         engine = Engine(draw.choice([*models.values()]), draw.choice([1, 3, 8, 16]), chunk=draw.choice([7, 64, 512]))
-        joins = [(draw.randrange(30), number) for number in range(32)]
+        joins = [(draw.randrange(16), number) for number in range(16)]
         step, replies = 0, {}
-        while len(replies) < 32 or engine.waiting or engine.running:
+        while len(replies) < 16 or engine.waiting or engine.running:
             for when, number in joins:
                 if when == step:
                     replies[number] = engine.add(prompts[number], Sampler(GREEDY))
             engine.step()
             step += 1
-        assert [replies[number].tokens for number in range(32)] == expected, seed
+        assert [replies[number].tokens for number in range(16)] == expected, seed
 
 
 def test_the_base_is_in_memory_once(folders: dict[str, list[Path]]) -> None:
