@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from llama_acc.cli import chat_terminal, console
+from llama_acc.core.errors import UserError
 from tests.cli.chains import write_chain
 from tests.cli.commands import PATIENCE, complete, gone, invoke, refused, start, workers_of
 from tests.cli.conftest import ANSWER
@@ -39,17 +40,6 @@ def test_an_answer_streams_ctrl_c_stops_it_and_at_the_prompt_it_leaves(talker: P
         assert terminal.end() == 130
         assert "Traceback" not in terminal.seen
         assert "\x1b" not in terminal.seen.replace("\x1b[?2004", ""), "but what readline itself says"
-
-
-def test_ctrl_d_leaves_the_template_of_a_run_is_said_and_no_color_is_no_color(trained_once: Path) -> None:
-    with Terminal("chat", "--ckpt", trained_once, "--max-new-tokens", 5, term="xterm", NO_COLOR="1") as terminal:
-        terminal.expect("template: alpaca (alpaca, from template.json).")
-        terminal.expect("each one stands alone")
-        for typed in ("/system be kind\r", "who\r", "\x04"):
-            terminal.ask(typed)
-        assert terminal.end() == 0
-    assert "system: be kind" in terminal.seen
-    assert not re.search(r"\x1b\[[\d;]*(3|4|9|10)\dm", terminal.seen)
 
 
 def test_ctrl_c_stops_an_answer_that_is_drawn_and_what_was_typed_meanwhile_is_not_drawn_into_it(
@@ -117,23 +107,32 @@ def test_the_last_question_comes_back_to_be_edited_above_a_line_that_says_how_fu
 
 
 def test_questions_are_kept_for_the_next_time_only_where_it_is_said_and_for_the_user_alone(
-    talker: Path, tmp_path: Path
+    trained_once: Path, talker: Path, tmp_path: Path
 ) -> None:
-    history, flags = tmp_path / "history", ["--template", "none", "--temperature", "0"]
-    for typed in ("say:\r", "\x1b[A\r"):  # the second time: the arrow up
-        with Terminal("chat", "--ckpt", talker, *flags, "--history", history, term="xterm") as terminal:
-            terminal.expect("context 0 of")
-            terminal.type(typed)
-            terminal.expect(ANSWER)
-            terminal.expect("tokens/s")
-            terminal.type("\x04")
-            assert terminal.end() == 0
+    """The template of a run is said, Ctrl-D leaves, and no color is no color."""
+    history = tmp_path / "history"
+    kept = ("--history", history)
+    with Terminal("chat", "--ckpt", trained_once, "--max-new-tokens", 5, *kept, term="xterm", NO_COLOR="1") as terminal:
+        terminal.expect("template: alpaca (alpaca, from template.json).")
+        terminal.expect("each one stands alone")
+        for typed in ("/system be kind\r", "say:\r", "\x04"):
+            terminal.ask(typed)
+        assert terminal.end() == 0
+    assert "system: be kind" in terminal.seen
+    assert not re.search(r"\x1b\[[\d;]*(3|4|9|10)\dm", terminal.seen)
+    flags = ("--template", "none", "--temperature", "0")
+    with Terminal("chat", "--ckpt", talker, *flags, *kept, term="xterm") as terminal:
+        terminal.expect("context 0 of")
+        terminal.type("\x1b[A\r")  # the arrow up
+        terminal.expect(ANSWER)
+        terminal.expect("tokens/s")
+        terminal.type("\x04")
+        assert terminal.end() == 0
     assert history.stat().st_mode & 0o777 == 0o600
     assert history.read_text().count("+say:") == 1
     refused(invoke("chat", "--ckpt", talker, "--history", history, "--prompt", "x"), "--history keeps what is typed")
-    with Terminal("chat", "--ckpt", talker, "--history", tmp_path, term="xterm") as terminal:
-        terminal.expect(f"cannot write {tmp_path}: Is a directory")
-        assert terminal.end() == 2
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}: Is a directory"):
+        chat_terminal.question_reader(str, tmp_path)
 
 
 _MARKDOWN = """\

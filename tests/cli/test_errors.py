@@ -73,12 +73,6 @@ def test_ctrl_c_during_an_import_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> N
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "stopped by Ctrl-C\n")
 
 
-# Recipes
-
-
-# Data
-
-
 def test_no_name_and_no_text_of_a_file_acts_on_the_terminal(tmp_path: Path) -> None:
     acts = "\x1b[31m\x9b5n\u202e"
     rows = [

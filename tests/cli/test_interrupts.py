@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from llama_acc.core.atomic import check_manifest
-from tests.cli.commands import PATIENCE, QUICKSTART, complete, environment, invoke, lines_of, metrics, start, wait_until
+from tests.cli.commands import PATIENCE, QUICKSTART, complete, environment, invoke, lines_of, start, wait_until
+from tests.core.train.runs import assert_same_run
 
 # 48 steps of a few milliseconds, saved every 4.
 LONG = (*QUICKSTART, "train.epochs=12", "checkpoint.every_epochs=1", "checkpoint.keep=2")
@@ -39,13 +39,7 @@ def latest_step(output: Path) -> int:
 
 
 def same_run(output: Path, other: Path) -> None:
-    assert metrics(output) == metrics(other)
-    ends = [load_file(folder / "epoch11" / "state" / "training-00-of-01.safetensors") for folder in (output, other)]
-    assert ends[0].keys() == ends[1].keys()
-    for name in ends[0]:
-        assert torch.equal(ends[0][name], ends[1][name]), name
-    weights = [(folder / "epoch11" / "consolidated.00-of-01.model.pth").read_bytes() for folder in (output, other)]
-    assert weights[0] == weights[1]
+    assert_same_run(output, other, "epoch11")
     assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in other.iterdir())
 
 
@@ -123,13 +117,6 @@ def test_what_ends_a_run_before_its_first_step_leaves_nothing(
         monkeypatch.setattr(tempfile, "tempdir", None)
         assert invoke(*QUICKSTART, "--dry-run", "--no-timing").exit_code == 0
     assert [path.name for path in temporary.iterdir() if path.name.startswith(".llama-acc")] == []
-
-
-@pytest.mark.parametrize("keep", [1, 2, 0])
-def test_keep_counts_the_newest_checkpoints(tmp_path: Path, keep: int) -> None:
-    saving = ("train.epochs=3", "checkpoint.every_epochs=1", f"checkpoint.keep={keep}")
-    complete(*QUICKSTART, "--output", tmp_path / "run", *saving)
-    assert sorted(path.name for path in (tmp_path / "run").glob("epoch*")) == ["epoch0", "epoch1", "epoch2"][-keep:]
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="what a process reads is told by Linux")

@@ -80,8 +80,9 @@ def test_the_examples_of_the_page_run(alpaca: Path) -> None:
         )
 
 
-def test_it_answers_with_a_key_and_finishes_answers_before_it_ends(alpaca: Path) -> None:
-    with serving("--ckpt", alpaca, "--template", "dialogue", "--api-key", "secret", code=143) as (url, process):
+def test_a_model_in_four_bits_answers_with_a_key_and_finishes_answers_before_it_ends(alpaca: Path) -> None:
+    flags = ("--template", "dialogue", "--api-key", "secret", "--quantize", "nf4")
+    with serving("--ckpt", alpaca, *flags, code=143) as (url, process):
         assert httpx2.post(f"{url}/v1/chat/completions", json=ASK).status_code == 401
         key = {"Authorization": "Bearer secret"}
         answer = httpx2.post(f"{url}/v1/chat/completions", json=ASK, headers=key).json()
@@ -113,12 +114,6 @@ def test_ranks_serve_together(alpaca: Path) -> None:
         answer = httpx2.post(f"{url}/v1/chat/completions", json=ASK, timeout=PATIENCE).json()
         assert answer["choices"][0]["message"]["content"] == "a town"
     assert gone(list(workers.values()))
-
-
-def test_a_model_is_served_in_four_bits(alpaca: Path) -> None:
-    with serving("--ckpt", alpaca, "--template", "dialogue", "--quantize", "nf4") as (url, _):
-        answer = httpx2.post(f"{url}/v1/chat/completions", json=ASK, timeout=PATIENCE).json()
-        assert answer["choices"][0]["message"]["content"] == "a town"
 
 
 def test_a_port_that_is_taken_is_refused_before_a_model_is_loaded(alpaca: Path) -> None:
