@@ -22,7 +22,7 @@ def lines_of(results: Path) -> list[dict[str, Any]]:
 
 
 def test_every_measurement_is_made_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WARM_UP", "STEPS"):
+    for name in ("WARM_UP", "STEPS", "ROUNDS"):
         monkeypatch.setattr(gpu_work, name, 1)
     once = {name: work for name, work in gpu.WORK.items() if name != "tests" and not name.endswith("-2")}
     monkeypatch.setattr(gpu, "WORK", once)

@@ -50,7 +50,7 @@ def test_the_largest_count_below_the_memory_is_found_where_slack_goes_in_steps(s
 
 
 def test_methods_come_best_first_with_what_an_example_takes_in_each() -> None:
-    shape = "model.params={dim: 64, n_layers: 2, n_heads: 4, multiple_of: 16, vocab_size: 300, max_seq_len: 512}"
+    shape = "model.params={dim: 64, n_layers: 1, n_heads: 4, multiple_of: 16, vocab_size: 300, max_seq_len: 512}"
     keys = (shape, "model.max_seq_len=512", "train.global_batch_size=1")
     request = MemoryRequest(recipe="alpaca", batch_size=1, max_tokens=64, overrides=keys)
     fits = list(fitting(request, memory=1 << 20))
@@ -229,13 +229,13 @@ def test_what_is_not_simulated_is_never_more_than_what_is_free(method: str, worl
 
 
 def test_changes_that_leave_the_run_what_it_is_come_first_and_save_what_they_say() -> None:
-    run = setup("train.activation_checkpointing=false", lengths=(256, 256), micro_batches=2)
+    run = setup("train.activation_checkpointing=false", lengths=(256, 256), micro_batches=2, n_layers=2)
     allocated = predict(run).allocated
     found = best_changes(run, allocated - 1)
     assert found[0].keeps_the_run
     assert all(change.fits for change in found)
     (checkpointing,) = (change for change in found if change.keys == "train.activation_checkpointing=true")
-    again = setup("train.activation_checkpointing=true", lengths=(256, 256), micro_batches=2)
+    again = setup("train.activation_checkpointing=true", lengths=(256, 256), micro_batches=2, n_layers=2)
     assert checkpointing.saves == allocated - predict(again).allocated
     (streamed,) = best_changes(setup("tuning.method=lora", *NF4, lengths=(100,)), 0)
     assert streamed.keys.startswith("train.stream_base=true")
@@ -269,7 +269,7 @@ def test_slack_alone_is_no_reason_for_a_change(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_answer_of_another_process_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = setup("parallel.data_parallel=fsdp", world_size=2)
+    run = setup("parallel.data_parallel=fsdp", world_size=2, n_layers=1)
     here = run_in_subprocess(predict, run)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     assert run_in_subprocess(predict, run) == here

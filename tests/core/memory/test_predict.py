@@ -80,7 +80,6 @@ def test_every_byte_of_the_peak_belongs_to_a_part_and_the_peak_is_at_a_moment() 
 THIRDS = {"nope_layers": [2, 5, 8, 11], "sliding_window": 30, "window_layers": [1, 4, 7, 10]}
 DEEP: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "LoRA in NF4": (("tuning.method=lora", *NF4), {"micro_batches": 2}),
-    "fsdp": (("parallel.data_parallel=fsdp",), {"micro_batches": 2, "world_size": 4}),
     "a prefix, without checkpointing": (("tuning.method=adapter", "train.activation_checkpointing=false"), {}),
     "a prefix of half the blocks": (
         ("tuning.method=adapter", "tuning.prefix_layers=7", "parallel.data_parallel=fsdp"),
