@@ -53,22 +53,6 @@ def test_a_reply_that_is_context_only_is_seen_and_not_trained(name: str, tokeniz
     assert ("ok" in text, "wrong" in text) == (True, False)
 
 
-@pytest.mark.parametrize(
-    ("name", "begins"),
-    [
-        ("dialogue", "Be terse.\n\n### Human: go"),
-        ("chatml", "<|im_start|>system\nBe terse.<|im_end|>\n<|im_start|>user\ngo"),
-        ("none", "Be terse.\n\ngo"),
-    ],
-)
-def test_a_system_text_of_an_item_stands_where_the_format_has_one(name: str, begins: str, tokenizer: Tokenizer) -> None:
-    items: list[Item] = [SingleTurn("go", None, "ok", system="Be terse.")]
-    if name != "none":
-        items.append(Dialogue(talk("go", "ok").turns, system="Be terse."))
-    for item in items:
-        assert tokenizer.decode(document(encode([item], name, tokenizer))[0]).startswith(begins)
-
-
 def test_single_turn_items_become_dialogues_of_one_exchange(tokenizer: Tokenizer) -> None:
     singles = encode([SingleTurn("go", " ", "ok"), SingleTurn("go", "there", "ok")], "chatml", tokenizer)
     dialogues = encode([talk("go", "ok"), talk("go\n\nthere", "ok")], "chatml", tokenizer)
@@ -79,19 +63,6 @@ def test_inputs_that_a_template_does_not_show_are_counted(tokenizer: Tokenizer) 
     items = [SingleTurn("go", context, "ok") for context in (None, " ", "there", "here")]
     unused = [encode(items, template, tokenizer).unused_inputs for template in ("alpaca", "chatml", "none")]
     assert unused == [0, 0, 2]
-
-
-def test_what_is_too_long_is_cut_and_what_has_no_label_left_is_dropped(tokenizer: Tokenizer) -> None:
-    short, long = SingleTurn("go", None, "ok"), SingleTurn("go", None, "ok " * 50)
-    hopeless, silent = SingleTurn("go " * 80, None, "ok"), talk("hi")
-    limit = len(tokenizer.encode("go" + "ok", bos=True, eos=True))
-    encoded = encode([hopeless, short, hopeless, long], "none", tokenizer, limit)
-    assert encoded.stats.items == 4
-    assert encoded.table["item"].tolist() == [1, 3]
-    assert encoded.table["cut"].tolist() == [False, True]
-    assert encoded.table["length"].tolist() == [limit, limit]
-    assert document(encoded, 1)[0] == tokenizer.encode("go" + "ok " * 50, bos=True)[:limit]
-    assert len(encode([silent], "dialogue", tokenizer).table) == 0
 
 
 def test_the_first_token_is_never_a_target(tokenizer: Tokenizer) -> None:
