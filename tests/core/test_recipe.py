@@ -252,6 +252,27 @@ def test_a_wrong_override_is_refused_saying_what_was_meant(override: str, messag
     assert not any(word in told for word in ("Value error", "Input should", "instance of", "unable to"))
 
 
+CACHE, HELD_OUT = "vision.cache_features=true", "data.validation.fraction=0.25"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["vision.encoder=qfromer"], "did you mean 'qformer'"),
+        (["vision.encoder=clip"], "vision.encoder clip and tuning.method adapter go together, not clip and full"),
+        (["tuning.method=frozen"], "method frozen trains only what vision adds: set vision.encoder"),
+        (["vision.encoder=tiny", CACHE], "cache_features is for encoders that are frozen"),
+        ([CACHE], "without vision.encoder there is nothing else to say of vision"),
+        (["vision.encoder=tiny", "vision.params={widht: 3}"], "did you mean 'width'"),
+        (["train.early_stopping_patience=2"], "counts validations: set data.validation.fraction or .path"),
+        (["train.early_stopping_patience=2", HELD_OUT, "checkpoint.keep=1"], "set checkpoint.keep=2"),
+        (["train.early_stopping_patience=0", HELD_OUT], "train.early_stopping_patience"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(overrides: list[str], message: str) -> None:
+    assert message in refused(*overrides)
+
+
 def test_all_problems_of_a_recipe_are_reported_together() -> None:
     for first, *overrides in (
         ("recipe quickstart is not valid:", "train.epochs=-1", "optimizer.lr=fast", "train.precison=bf16"),

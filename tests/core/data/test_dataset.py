@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -124,19 +123,6 @@ def test_a_ratio_takes_a_fixed_part_of_the_items(tmp_path: Path, tokenizer: Toke
     without = plain(tokenizer, write(tmp_path / "d.json", [row for row in mixed(40) if row in good(40)]), ratio=0.5)
     assert texts(with_bad, tokenizer) == texts(without, tokenizer)
     assert (with_bad.report()["items"], len(with_bad), with_bad.report()["skipped"]) == (15, 15, 10)
-
-
-@pytest.mark.parametrize(
-    ("source", "words"),
-    [
-        (Source("a.json", format="dialog"), "did you mean 'dialogue'"),
-        (Source("a.json", template="alpacca"), "did you mean 'alpaca'"),
-        (Source("b.json"), "did you mean 'a.json'"),
-    ],
-)
-def test_a_wrong_source_is_an_error(source: Source, words: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    write(tmp_path / "a.json", singles(1))
-    assert words in str(refused(tokenizer, replace(source, folder=tmp_path)))
 
 
 def test_nothing_to_train_on_says_why(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -3,10 +3,7 @@
 import json
 from pathlib import Path
 
-import pytest
-
-from llama_acc.core.errors import UserError
-from tests.core.train.runs import Notes, assert_bitwise_equal, metrics, names, plan_of, quickstart, run, saved_weights
+from tests.core.train.runs import Notes, assert_bitwise_equal, metrics, names, plan_of, run, saved_weights
 
 HELD_OUT = "data.validation.fraction=0.25"
 # A rate that is too high after some steps.
@@ -52,17 +49,3 @@ def test_a_run_ends_after_so_many_validations_without_a_better_one_and_keeps_the
     assert validations(stopped)[:-1] == found
     # A last validation that is not due does not count.
     assert validations(stopped)[-1][::2] == (last[0] + 1, 3)
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["train.early_stopping_patience=2"], "counts validations: set data.validation.fraction or .path"),
-        (["train.early_stopping_patience=2", HELD_OUT, "checkpoint.keep=1"], "set checkpoint.keep=2"),
-        (["train.early_stopping_patience=0", HELD_OUT], "train.early_stopping_patience"),
-    ],
-)
-def test_early_stopping_without_what_it_needs_is_refused(words: list[str], said: str) -> None:
-    with pytest.raises(UserError) as error:
-        quickstart(*words)
-    assert said in str(error.value)

@@ -227,23 +227,6 @@ def test_words_alone_train_a_multimodal_model(tmp_path: Path) -> None:
     assert len(losses(tmp_path / "run")) == 6
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["vision.encoder=qfromer"], "did you mean 'qformer'"),
-        (["vision.encoder=clip"], "vision.encoder clip and tuning.method adapter go together, not clip and full"),
-        (["tuning.method=frozen"], "method frozen trains only what vision adds: set vision.encoder"),
-        (["vision.encoder=tiny", CACHE], "cache_features is for encoders that are frozen"),
-        ([CACHE], "without vision.encoder there is nothing else to say of vision"),
-        (["vision.encoder=tiny", "vision.params={widht: 3}"], "did you mean 'width'"),
-    ],
-)
-def test_recipes_whose_vision_cannot_be_are_refused(words: list[str], message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        quickstart(*words)
-    assert message in str(caught.value)
-
-
 def test_without_a_usable_transformers_a_run_says_what_to_install(
     alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
