@@ -147,6 +147,9 @@ def mapping_of(row: Mapping[str, Any]) -> dict[str, str]:
     if dialogues:
         return {"conversations": dialogues[0]}
     texts = [key for key in texts if not key.lower().endswith("id")]
+    replies = [key for key, value in row.items() if isinstance(value, list) and all(isinstance(v, str) for v in value)]
+    if replies and not texts:
+        return {"conversations": replies[0]}
     if len(texts) == 1 or "text" in texts:
         return {"output": "text" if "text" in texts else texts[0]}
     return {"instruction": "COLUMN", "output": "COLUMN"} if texts else {}
@@ -154,8 +157,10 @@ def mapping_of(row: Mapping[str, Any]) -> dict[str, str]:
 
 def _is_dialogue(value: Any) -> bool:
     turns = as_list(value)
-    is_long = isinstance(turns, list) and len(turns) > 1
-    return is_long and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns)
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        return False
+    is_long = len(turns) > 1 and all("role" in turn or "from" in turn for turn in turns)
+    return is_long or all({"input", "output"} <= turn.keys() for turn in turns)
 
 
 def mapping_words(mapping: Mapping[str, str]) -> str:

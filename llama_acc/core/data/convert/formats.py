@@ -172,6 +172,18 @@ def _turn(value: Any) -> Turn:
     return Turn(name, joined, weight, more)
 
 
+def _turns(values: list[Any]) -> list[Turn]:
+    """Turns of objects; of texts, question and reply in turn; or of pairs of `input` and `output`, as Capybara's."""
+    if values and all(isinstance(value, dict) and {"input", "output"} <= value.keys() for value in values):
+        values = [pair[side] for pair in values for side in ("input", "output")]
+    if not values or not isinstance(values[0], str):
+        return _each(values, _turn)
+    for number, text in enumerate(values, start=1):
+        if not isinstance(text, str):
+            raise Malformed(f"turn {number}: should be text, but is {type_name(text)}")
+    return [Turn(("human", "assistant")[i % 2], text) for i, text in enumerate(values)]
+
+
 def _part(value: Any) -> str:
     kind = _object(value).get("type")
     if kind in ("image_url", "input_audio", "file", "image", "audio"):
@@ -383,12 +395,7 @@ def _lima(row: Row, options: Options, notes: Counter[str]) -> Iterable[Record]:
     values = _list(row, "conversations")
     if len(values) == 1:
         raise Skipped("a question without a reply, to test with")
-    if not values or not isinstance(values[0], str):
-        return _dialogue(row, _each(values, _turn), notes)
-    for number, text in enumerate(values, start=1):
-        if not isinstance(text, str):
-            raise Malformed(f"turn {number}: should be text, but is {type_name(text)}")
-    return _dialogue(row, [Turn(("human", "assistant")[i % 2], text) for i, text in enumerate(values)], notes)
+    return _dialogue(row, _turns(values), notes)
 
 
 def _openai(row: Row, options: Options, notes: Counter[str]) -> Iterable[Record]:
@@ -426,7 +433,11 @@ def _mapped(row: Row, options: Options, notes: Counter[str]) -> Iterable[Record]
     """Columns by our names, or by those of `--map`."""
     mapping = options.mapping
     if (field := mapping.get("conversations")) is not None:
-        return _dialogue(row, _each(_list(row, field), _turn), notes, mapping)
+        return _dialogue(row, _turns(_list(row, field)), notes, mapping)
+    prompt, completion = (as_list(row.get(mapping.get(field, field))) for field in ("instruction", "output"))
+    if isinstance(prompt, list) and isinstance(completion, list):  # messages, of which TRL trains the completion's
+        asked = [turn._replace(weight=float(turn.role != "assistant")) for turn in _each(prompt, _turn)]
+        return _dialogue(row, [*asked, *_each(completion, _turn)], notes, mapping)
     if "output" in mapping and "instruction" not in mapping and "instruction" not in row:
         if not is_empty(row.get(mapping["output"])):
             notes["rows without an instruction became plain text, to be trained with template: none"] += 1
@@ -460,7 +471,8 @@ def format_of(name: str, mapping: Mapping[str, str]) -> Format:
         return format
     if "conversations" in mapping:
         field = (mapping["conversations"],)
-        return format._replace(keys=(*field, *TOOLS), turns_in=field, is_choice=True)
+        turn_keys = (*format.turn_keys, "input", "output")
+        return format._replace(keys=(*field, *TOOLS), turn_keys=turn_keys, turns_in=field, is_choice=True)
     unmapped = [key for key in ("instruction", "output", "history") if key not in mapping]
     keys = (*unmapped, *mapping.values(), *(() if "input" in mapping else INPUT))
     return format._replace(keys=keys, is_choice="output" in mapping)

@@ -90,6 +90,9 @@ CONVERTED = [
     ("auto", {}, {"system_prompt": "S", "question": "a", "response": "b"}, [{"system": "S", **ONE}]),
     ("auto", {}, {**ONE, "system": "", "history": [["x", "y"]], "images": ["a.jpg"]},
      [{"images": ["a.jpg"], **ONE, "history": [["x", "y"]]}]),
+    ("auto", {}, {"prompt": [*TURNS, TURNS[0]], "completion": TURNS[1:]},
+     [talk(*AB, *AB) | {"conversations": [ONE_AB["conversations"][0], {"from": "gpt", "value": "b", "train": False},
+                                          *ONE_AB["conversations"]]}]),
     # A column of text may hold a list as its JSON.
     ("auto", {}, talk(*AB) | {"conversations": json.dumps(ONE_AB["conversations"])}, [ONE_AB]),
     ("auto", {}, {"messages": json.dumps(TURNS)}, [ONE_AB]),
@@ -280,7 +283,11 @@ RECOGNIZED = {
     "alpaca": [ONE, {"instruction": "a", "output": "b"}],
     "openai": [messages(("user", "a"), ("assistant", "b")), {"conversations": TURNS}],
     "moss": [moss(("a", "b"))],
-    "jsonl": [{"question": "a", "answer": "b"}, {"prompt": "a", "completion": "b"}],
+    "jsonl": [
+        {"question": "a", "answer": "b"},
+        {"prompt": "a", "completion": "b"},
+        {"prompt": TURNS[:1], "completion": TURNS[1:]},
+    ],
 }
 
 
@@ -317,6 +324,8 @@ def test_auto_looks_at_each_file_and_says_so(tmp_path: Path) -> None:
         ({"prompt": "a", "chosen": TURNS, "rejected": TURNS}, "--map conversations=chosen", ONE_AB),
         ({"messages": TURNS, "chosen": TURNS, "rejected": TURNS}, "--map conversations=chosen", ONE_AB),
         ({"conversation_id": "x", "conversation": TURNS}, "--map conversations=conversation", ONE_AB),
+        ({"source": "x", "conversation": [{"input": "a", "output": "b"}]}, "--map conversations=conversation", ONE_AB),
+        ({"id": "0", "data": ["a", "b"]}, "--map conversations=data", {"id": "0", **ONE_AB}),
         ({"text": "b", "url": "x"}, "--map output=text, for text without questions", {**ONE, "instruction": ""}),
         ({"body": "b", "n": 3}, "--map output=body, for text without questions", {**ONE, "instruction": ""}),
         ({"chosen": "Human: a", "rejected": "Human: b"}, None, None),
@@ -339,7 +348,9 @@ def test_what_is_no_known_format_is_told_a_mapping_that_works_or_none(
     assert words in str(caught.value.hint)
     mapping = dict(word.split("=") for word in re.findall(r"--map ([^, ]+)", str(caught.value.hint)))
     if becomes is not None:
-        assert convert_rows("jsonl", [row], tmp_path, mapping=mapping)[0] == [becomes]
+        records, conversion = convert_rows("jsonl", [row], tmp_path, mapping=mapping)
+        assert records == [becomes]
+        assert not any("[]." in key for key in conversion.unused)
 
 
 @pytest.mark.parametrize(
