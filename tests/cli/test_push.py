@@ -126,6 +126,11 @@ def test_dry_run_shows_files_and_card_and_asks_nobody(hub: Servers, trained: Pat
     assert "| ppl, perplexity | 3.25 |" in result.stdout
     assert "| tasks, towns, acc | 0.5 |" in result.stdout
     assert "seed | 7" not in result.stdout
+    assert "Trained from random weights." in result.stdout
+    complete("convert-checkpoint", trained, tmp_path / "hf", "--to", "hf")
+    for name in ("recipe.yaml", "manifest.json"):
+        (tmp_path / "hf" / name).unlink()
+    assert "random weights" not in complete("push", tmp_path / "hf", "hf:me/towns", "--dry-run").stdout
     assert header_of(result.stdout[result.stdout.index("---\n") :])["library_name"] == "transformers"
     assert not hub.requests
 
