@@ -212,10 +212,10 @@ def _on_base(adapter: Weights, layout: Layout, bases: Sequence[Layout]) -> None:
             adapter.tensors[name] = tensor = reorder_heads(tensor, heads, to_meta=True)
         if said.get("lora_bias") and name.endswith(".bias") and name in below:
             adapter.tensors[name] = add(below[name], tensor)
-    embedding, head = "tok_embeddings.weight", "output.weight"
-    is_apart = embedding in adapter.tensors and not said.get("ensure_weight_tying")
-    if is_apart and head not in adapter.tensors and head not in below and embedding in below:
-        adapter.tensors[head] = below[embedding]
+    copied = {str(name).rpartition(".")[2] for name in said.get("modules_to_save") or ()}
+    is_apart = "embed_tokens" in copied and not said.get("ensure_weight_tying")
+    if is_apart and "output.weight" not in {**adapter.tensors, **below} and "tok_embeddings.weight" in below:
+        adapter.tensors["output.weight"] = below["tok_embeddings.weight"]
     adapter.notes += peft_notes(layout, bases)
 
 

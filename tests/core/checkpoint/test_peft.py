@@ -147,6 +147,13 @@ def test_what_is_not_said_is_as_in_peft_and_nothing_is_lost_on_the_way_back(base
     assert difference(logits(base, adapter), peft_logits(base, adapter)) < 1e-5
     with pytest.raises(UserError, match="whole modules, which would be lost"):
         made(adapter, tmp_path / "again", "peft", base=base)
+    # An embedding that is saved along, as save_embedding_layers does, stays the output matrix of a tied base.
+    write_family(tmp_path / "tied", FAMILIES["llama3.2, tied"])
+    adapter = saved_by_peft(
+        tmp_path / "tied", tmp_path / "e", target_modules=["q_proj"], modules_to_save=["embed_tokens"]
+    )
+    with_keys(adapter, modules_to_save=None)
+    assert difference(logits(tmp_path / "tied", adapter), peft_logits(tmp_path / "tied", adapter)) < 1e-5
 
 
 def test_its_shares_are_those_of_the_whole(base: Path, tmp_path: Path) -> None:
