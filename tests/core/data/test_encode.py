@@ -41,18 +41,6 @@ def talk(*texts: str) -> Dialogue:
     return Dialogue([Turn(("human", "assistant")[i % 2], text) for i, text in enumerate(texts)])
 
 
-@pytest.mark.parametrize("name", ["dialogue", "chatml"])
-def test_a_reply_that_is_context_only_is_seen_and_not_trained(name: str, tokenizer: Tokenizer) -> None:
-    turns = [*talk("hi", "wrong", "sure?", "ok").turns]
-    turns[1] = turns[1]._replace(weight=0)
-    tokens, labels = document(encode([Dialogue(turns)], name, tokenizer))
-    everything, both = document(encode([talk("hi", "wrong", "sure?", "ok")], name, tokenizer))
-    assert tokens == everything
-    assert set(labels) < set(both)
-    text = tokenizer.decode([tokens[label] for label in labels])
-    assert ("ok" in text, "wrong" in text) == (True, False)
-
-
 def test_single_turn_items_become_dialogues_of_one_exchange(tokenizer: Tokenizer) -> None:
     singles = encode([SingleTurn("go", " ", "ok"), SingleTurn("go", "there", "ok")], "chatml", tokenizer)
     dialogues = encode([talk("go", "ok"), talk("go\n\nthere", "ok")], "chatml", tokenizer)

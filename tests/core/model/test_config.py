@@ -19,7 +19,7 @@ from llama_acc.core.model.config import (
     read_params,
     size_name,
 )
-from llama_acc.core.model.transformer import parameter_count, quantizable, shapes_of, split_dimension
+from llama_acc.core.model.transformer import parameter_count, quantizable
 
 PARAMS: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 4}
 
@@ -220,24 +220,6 @@ def test_matrices_are_left_out_of_nf4_by_any_part_of_their_name() -> None:
     for wrong in ("wx", "layers.32", "tok_embeddings", ""):
         with pytest.raises(UserError, match=f"there is no matrix '{wrong}' to be left out of NF4"):
             quantizable(config, [wrong])
-
-
-def test_tensors_are_split_as_in_llama2_accessory() -> None:
-    split = {name: split_dimension(name) for name in shapes_of(ModelConfig(8, 1, 2, vocab_size=8, multiple_of=8))}
-    assert split == {
-        "tok_embeddings.weight": 1,
-        "layers.0.attention_norm.weight": None,
-        "layers.0.attention.wq.weight": 0,
-        "layers.0.attention.wk.weight": 0,
-        "layers.0.attention.wv.weight": 0,
-        "layers.0.attention.wo.weight": 1,
-        "layers.0.ffn_norm.weight": None,
-        "layers.0.feed_forward.w1.weight": 0,
-        "layers.0.feed_forward.w2.weight": 1,
-        "layers.0.feed_forward.w3.weight": 0,
-        "norm.weight": None,
-        "output.weight": 0,
-    }
 
 
 def test_what_does_not_divide_is_named_with_both_numbers() -> None:

@@ -1,7 +1,6 @@
 """Models that see: streams with any mixture of images, shapes, and what of them trains."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -9,9 +8,9 @@ import torch
 from llama_acc.core.errors import UserError
 from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import build_on_meta, describe, initialize, shapes_of
-from llama_acc.core.model.tuning import METHODS, Frozen, tuning_of
+from llama_acc.core.model.tuning import METHODS, Frozen
 from llama_acc.core.model.vision import tower_shapes
-from llama_acc.core.model.vision_config import ClipVision, VisionTraining, read_vision, vision_of
+from llama_acc.core.model.vision_config import ClipVision, VisionTraining, vision_of
 from tests.core.seeing import (
     QFORMER,
     SEEING,
@@ -110,15 +109,6 @@ def test_gradients_reach_every_part_and_without_images_they_are_zero(name: str) 
         gradient = model.get_parameter(part).grad
         assert gradient is not None, part
         assert not gradient.any(), part
-
-
-@pytest.mark.parametrize("config", SEEING.values(), ids=SEEING)
-def test_a_checkpoint_s_files_say_what_it_sees_with(config: ModelConfig, tmp_path: Any) -> None:
-    assert config.vision is not None
-    (tmp_path / "vision.json").write_bytes(config.vision.to_json())
-    assert read_vision(tmp_path / "vision.json") == config.vision
-    tuning, _ = tuning_of(config.llama_type, config.to_params())
-    assert tuning == config.tuning
 
 
 def test_an_impossible_encoder_is_refused_with_every_reason() -> None:

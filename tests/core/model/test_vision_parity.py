@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_acc.core.model.transformer import shapes_of
-from tests.core.seeing import CLIP, QFORMER, blip2, documents_of, logits_of, random_pixels, random_tower, seeing_model
+from tests.core.seeing import QFORMER, blip2, documents_of, logits_of, random_pixels, random_tower, seeing_model
 from tests.core.tiny import SMALL, difference
 
 pytest.importorskip("transformers")
@@ -82,14 +82,3 @@ def test_logits_are_transformers_own_with_any_number_of_images(
         expected = their_logits(their_llama, model, words, features)
         assert ours.shape == expected.shape == (len(words) + 34 * count, SMALL.vocab_size)
         assert difference(ours, expected) < TOLERANCE
-
-
-def test_clip_s_features_are_all_its_vectors_normed_and_projected() -> None:
-    tower, pixels = random_tower(CLIP), random_pixels(2, CLIP)
-    with torch.no_grad():
-        features = tower(pixels)
-        whole = tower.vision_model(pixel_values=pixels)  # type: ignore[operator]
-    assert features.shape == (2, 5, CLIP.projection)
-    # transformers itself projects the first vector only.
-    expected = whole.pooler_output @ tower.visual_projection.weight.T  # type: ignore[operator, union-attr]
-    assert difference(features[:, 0], expected) < TOLERANCE

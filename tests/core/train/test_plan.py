@@ -157,6 +157,9 @@ def test_a_plan_in_words() -> None:
     assert lines["model"] == "2 layers, width 32, 4 heads (2 for keys and values), vocabulary 640"
     assert lines["steps"] == "6 of 8 examples; 3 in an epoch, 2 epochs, fp32"
     assert (lines["weights"], lines["validation"]) == ("random (seed 0)", "8 items")
+    nf4 = plan_of("tuning.method=bias_norm", "tuning.quantize=nf4", "checkpoint.trainable_only=true")
+    whole = ": wq wk wv wo w1 w2 w3 of every block, output; nothing else"
+    assert dict(describe_plan(nf4))["quantized"].endswith(whole)
     never = dict(describe_plan(plan_of("checkpoint.every_steps=4")))["checkpoints"]
     assert never.endswith(" kept; checkpoint.every_steps=4 saves none, as an epoch has 4 steps")
     assert "every_steps" not in dict(describe_plan(plan_of("checkpoint.every_steps=3")))["checkpoints"]

@@ -10,8 +10,6 @@ from safetensors.torch import load_file
 
 from llama_acc.core.atomic import write_manifest
 from llama_acc.core.errors import UserError
-from llama_acc.core.train.log import MetricsLog
-from llama_acc.core.train.runs import read_metrics
 from tests.core.train.runs import Notes, assert_bitwise_equal, losses, metrics, names, run, saved_state, saved_weights
 
 LONG = ("train.epochs=3", "checkpoint.every_epochs=1", "checkpoint.keep=0")  # 12 steps
@@ -133,24 +131,6 @@ def test_a_damaged_state_is_never_resumed_from(
     with pytest.raises(UserError) as refused:
         run(begun, resume=True)
     assert said in refused.value.message
-
-
-def test_the_log_is_cut_back_to_the_step_a_run_goes_on_from(tmp_path: Path) -> None:
-    def line(step: int, loss: float = 1.0) -> dict[str, float]:
-        return {"step": step, "loss": loss, "lr": 0.1, "tokens": 9, "tokens_per_second": 9.0, "peak_memory_gib": 0.5}
-
-    path = tmp_path / "metrics.jsonl"
-    assert read_metrics(path) == ([], [])
-    with MetricsLog(tmp_path, 0, print) as log:
-        for step in (1, 2, 3):
-            log.write(line(step))
-        log.write({"step": 3, "validation_loss": 0.5})
-    path.write_text(path.read_text() + '{"ste')  # cut short by a kill
-    with MetricsLog(tmp_path, 2, print) as log:
-        log.write(line(3, 30.0))
-    assert read_metrics(path) == ([line(1), line(2), line(3, 30.0)], [])
-    assert names(tmp_path) == {"metrics.jsonl", "tensorboard"}
-    assert len(names(tmp_path / "tensorboard")) == 1
 
 
 def test_newest_means_written_last_whatever_an_abandoned_run_left(tmp_path: Path) -> None:
