@@ -118,6 +118,10 @@ class Tokenizer(ABC):
         """Whether a text is that of a special token."""
         return text in self.special_texts
 
+    def find_special(self, text: str) -> str | None:
+        """The first special token that is written in a text."""
+        return found.group() if (found := self._special.search(text)) else None
+
     @functools.cached_property
     def _special(self) -> re.Pattern[str]:
         """Finds the longest of them."""

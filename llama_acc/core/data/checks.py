@@ -20,7 +20,7 @@ from llama_acc.core.data.templates import Template
 if TYPE_CHECKING:
     from llama_acc.core.data.cache import Encoded
 
-CHECKS_VERSION = 8
+CHECKS_VERSION = 9
 """Part of the cache's key: raise it whenever the same item may lead to other findings."""
 
 Hashes = NDArray[np.uint64]

@@ -193,8 +193,11 @@ def encode_rows(
         found = [] if row.item is None else next(encoded)
         if isinstance(found, str):
             yield row._replace(item=None, problems=[*row.problems, Finding("template", row.where, "", found)]), []
-        else:
-            yield row, found
+            continue
+        if tokenizer and isinstance(row.item, Text) and (special := tokenizer.find_special(row.item.text)):
+            message = f"{special!r} is text here, and no special token: a dialogue is to be given as messages"
+            row = row._replace(problems=[*row.problems, Finding("special_text", row.where, "text", message)])
+        yield row, found
 
 
 def _packed(

@@ -43,6 +43,7 @@ KINDS: dict[str, Kind] = {
     "language": Kind("items in another language than the rest"),
     "stop_in_reply": Kind("replies that hold the format's stop string"),
     "format_mark": Kind("texts that hold a mark of the format"),
+    "special_text": Kind("plain texts that hold what a special token is written like"),
     "merged": Kind("answers whose first token begins in the prompt"),
     "no_label": Kind("items without a trained token: dropped"),
     "cut": Kind("items that are cut"),

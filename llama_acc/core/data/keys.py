@@ -178,7 +178,7 @@ def count_unused(unused: Counter[str], names: Iterable[str]) -> None:
 
 def unused_text(unused: Mapping[str, int]) -> str:
     """Keys that are not used, most frequent first: "source (1,000 items), id (12 items)"."""
-    ordered = sorted(unused.items(), key=lambda pair: (-pair[1], pair[0]))
+    ordered = sorted(((key or "''", count) for key, count in unused.items()), key=lambda pair: (-pair[1], pair[0]))
     # A lone surrogate cannot be written anywhere.
     names = [escape_control_chars(key[:60].encode("utf-8", "backslashreplace").decode("utf-8")) for key, _ in ordered]
     return ", ".join(f"{name} ({count_text(count, 'item')})" for name, (_, count) in zip(names, ordered, strict=True))

@@ -193,6 +193,7 @@ def test_all_other_keys_are_counted_with_those_of_turns() -> None:
     for value in values:
         item_of(value, kind_of(value) or "dialogue", "", unused)
     assert unused == {"id": 2, "conversations[].markdown": 1, "source": 1}
+    assert unused_text({"": 1}) == "'' (1 item)"  # pandas' index
     assert unused_text(unused) == "id (2 items), conversations[].markdown (1 item), source (1 item)"
     for number in range(1000):
         item_of({"instruction": "a", "output": "b", f"key {number}": 1}, "single_turn", "", unused)

@@ -76,10 +76,12 @@ def test_pieces_are_the_documents_as_tokenizers_encodes_them_cut_by_hand(
         report = dataset.report()
         assert (report["items"], report["truncated"], report["dropped"]) == (len(found), 0, 0)
         assert report["files"][0]["documents"] == len(documents)
+        assert "special_text" not in report["warnings"]
 
 
 def test_a_document_sees_itself_alone_and_counts_from_zero(tmp_path: Path, tokenizer: Tokenizer) -> None:
     dataset = load(tokenizer, lines(tmp_path, DOCUMENTS))
+    assert dataset.report()["warnings"]["special_text"] == 1
     batch = build(dataset, range(len(dataset)))
     begins = np.cumsum([0, *batch.lengths[:-1]])
     assert sum(batch.lengths) == dataset.tokens

@@ -515,7 +515,7 @@ def _kind_of_dialogue(row: Row, field: str, turns: list[Any]) -> tuple[str, str]
         return "llava", f"it has an 'image' and {field!r}"
     if str(row.get("id", "")).startswith("lima"):
         return "lima", "its 'id' begins with 'lima'"
-    if "idx" in row:
+    if row.get("idx") is not None:
         return "wizardlm", f"it has 'idx' and {field!r}"
     if field == "messages":
         return "openai", "it has 'messages'"

@@ -277,7 +277,7 @@ def test_keys_that_are_not_used_are_counted_with_those_of_turns(tmp_path: Path) 
 RECOGNIZED = {
     "gorilla": [code("###Instruction: a###Output: b"), {**code("{'Instruction': a, 'Output': b}"), "api_call": "x"}],
     "llava": [talk(*AB, image="a.jpg")],
-    "sharegpt": [talk(*AB, id="x"), {"items": talk(*AB)["conversations"]}],
+    "sharegpt": [talk(*AB, id="x", idx=None), {"items": talk(*AB)["conversations"]}],
     "wizardlm": [talk(*AB, idx="x"), {"idx": 1, "Skill": "Math", "Instruction": "a"}],
     "lima": [{"conversations": ["a", "b"]}, talk(*AB, id="lima_7")],
     "alpaca": [ONE, {"instruction": "a", "output": "b"}],
