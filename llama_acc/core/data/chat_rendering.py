@@ -225,8 +225,8 @@ def _answer(
         wrong = "fails on these turns"
         if replies is None:
             prompts = [write(chat, True)[0] for chat in chats]
-            for lost in map(_lost_of_tools, chats, prompts):
-                if lost is not None:
+            for chat, prompt in zip(chats, prompts, strict=True):
+                if lost := _lost_of_tools(write, chat, prompt, True):
                     raise TemplateError(f"it leaves out {lost}")
             return [[(text, [])] for text in prompts]
         wanted, special, ends = replies
@@ -255,7 +255,7 @@ def _trained(
         return chat._replace(messages=chat.messages[:number])
 
     whole, blocks = write(chat, False)
-    if lost := _lost_of_tools(chat, whole):
+    if lost := _lost_of_tools(write, chat, whole, False):
         raise TemplateError(f"it leaves out {lost}")
     replies = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
     if blocks and len(blocks) == len(replies):
@@ -293,9 +293,10 @@ def _span(asked: str, text: str, special: list[str], ends: list[list[str]]) -> _
     return len(asked), next(chosen, closing[-1]).end()
 
 
-def _lost_of_tools(chat: Chat, whole: str) -> str | None:
+def _lost_of_tools(write: _Write, chat: Chat, whole: str, ask: bool) -> str | None:
     """What a template did not write of a conversation's tools, and of what came of their calls."""
-    if not _holds(whole, [tool["function"]["name"] for tool in chat.tools]):
+    names = [tool["function"]["name"] for tool in chat.tools]
+    if not _holds(whole, names) or (names and write(chat._replace(tools=()), ask)[0] == whole):
         return "the tools"
     results = [message["content"] for message in chat.messages if message["role"] == "tool"]
     return None if _holds(whole, results) else "what came of a call"

@@ -127,7 +127,8 @@ def test_a_format_that_would_lose_a_part_is_refused_with_the_item(template: str,
         other = "'\\n' + message.content if not message.tool_calls" if name == "three" else "''"
         assert part in qwen.source
         (tmp_path / f"{name}.jinja").write_text(qwen.source.replace(part, other))
-    item = {"conversations": [OURS[0], {**OURS[1], "value": "I look."}, *OURS[2:]], "tools": TOOLS}
+    asked = {**OURS[0], "value": "get_weather in São?"}
+    item = {"conversations": [asked, {**OURS[1], "value": "I look."}, *OURS[2:]], "tools": TOOLS}
     plain = {"conversations": OURS[4:]}
     source = {"template": str(tmp_path / template) if "." in template else template}
     with pytest.raises(UserError, match=f"item 1: .*{words}"):
