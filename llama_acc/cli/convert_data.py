@@ -176,12 +176,13 @@ def _convert(
 ) -> None:
     from llama_acc.core.data.convert.formats import Options
     from llama_acc.core.data.convert.run import Conversion, convert, find_inputs, write_items
-    from llama_acc.core.tokenizer import load_tokenizer
 
     if dialogues and reference:
         raise UserError("--dialogues and --reference do not go together", "the reference makes pairs only")
     if (tokenizer is None) != (max_tokens is None):
         raise UserError("--tokenizer and --max-tokens go together", "dialogues are split by the model's tokens")
+    if tokenizer is not None:
+        from llama_acc.core.tokenizer import load_tokenizer
     asked = Options(
         all_forms=all_forms,
         dialogues=dialogues,

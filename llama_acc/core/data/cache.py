@@ -35,8 +35,8 @@ from numpy.typing import NDArray
 from llama_acc.core.atomic import locked
 from llama_acc.core.data.checks import CHECKS_VERSION
 from llama_acc.core.data.encode import DOCUMENT, ENCODER_VERSION, Chunk, Labels, stored_images, stored_tokens
-from llama_acc.core.data.read import unreadable
-from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_digest
+from llama_acc.core.data.read import TAR_SUFFIX, unreadable
+from llama_acc.core.data.tar_shards import tar_digest
 from llama_acc.core.data.templates import Template
 from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import home, open_input

@@ -16,9 +16,8 @@ from llama_acc.core.catalogue import is_address
 from llama_acc.core.data.findings import MOST_PROBLEMS, Finding
 from llama_acc.core.data.images import IMAGE_SUFFIXES, header_problems, resolved, shown_reference
 from llama_acc.core.data.items import SingleTurn, item_of
-from llama_acc.core.data.read import stream_rows
+from llama_acc.core.data.read import TAR_SUFFIX, stream_rows
 from llama_acc.core.data.sources import resolve_data_path
-from llama_acc.core.data.tar_shards import TAR_SUFFIX
 from llama_acc.core.errors import DataError, UserError, listed
 from llama_acc.core.workers import WorkerPool, cores
 

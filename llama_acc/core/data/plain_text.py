@@ -6,11 +6,11 @@ lost.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from itertools import compress
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
-from llama_acc.core.tokenizer import Tokenizer
+if TYPE_CHECKING:
+    from llama_acc.core.tokenizer import Tokenizer
 
 PLAIN_SUFFIXES = (".txt", ".md")
 """Of files that are one document each."""
@@ -50,7 +50,7 @@ def continues(item: object) -> bool:
     return isinstance(item, Text) and not item.begins
 
 
-def text_tokens(texts: Sequence[Text], tokenizer: Tokenizer) -> Iterator[list[int]]:
+def text_tokens(texts: Sequence[Text], tokenizer: "Tokenizer") -> Iterator[list[int]]:
     """Every text's tokens, without BOS and EOS. The text of a special token is not that token."""
     whole = [item.text for item in texts if item.begins and item.ends]
     encoded = iter(tokenizer.encode_batch(whole, [[(0, len(text))] for text in whole]))
@@ -61,4 +61,4 @@ def text_tokens(texts: Sequence[Text], tokenizer: Tokenizer) -> Iterator[list[in
         joined = before + text + after
         [spans] = tokenizer.encode_batch_with_spans([joined], [[(0, len(joined))]])
         own = (spans.begins >= len(before)) & (spans.begins < len(before) + len(text))
-        yield np.array(spans.ids, np.int64)[own].tolist()
+        yield list(compress(spans.ids, own))

@@ -27,7 +27,7 @@ from lzma import LZMAError
 from pathlib import Path
 from struct import error as StructError
 from tempfile import TemporaryFile
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import msgspec
 
@@ -35,7 +35,6 @@ from llama_acc.core.data.json_array import JSON, MAX_ITEM, array_items
 from llama_acc.core.data.keys import mapping_of, mapping_words, type_name
 from llama_acc.core.data.parquet import PARQUET_SUFFIX, parquet_rows
 from llama_acc.core.data.plain_text import PLAIN_SUFFIXES
-from llama_acc.core.data.tar_shards import TAR_SUFFIX, tar_rows
 from llama_acc.core.errors import DataError, UserError, did_you_mean
 from llama_acc.core.input_files import open_input
 from llama_acc.core.text import count_text
@@ -45,13 +44,14 @@ if sys.version_info >= (3, 14):
 else:
     from backports.zstd import ZstdError, ZstdFile
 
+TAR_SUFFIX = ".tar"
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", PARQUET_SUFFIX, TAR_SUFFIX, *PLAIN_SUFFIXES)
 COMPRESSIONS = (".gz", ".gzip", ".zst", ".zip")
 BLOCK = 1 << 17
 """Bytes or characters read at a time; with four times as many, reading an array takes a quarter longer."""
 
 _ARRAY = re.compile(rb'[ \t\r\n]*\[[ \t\r\n]*(\{[ \t\r\n]*"[^"\\]*")')  # of objects, and how the first begins
-_WORKERS_BLOCK, _LONGEST_BLOCK = 1 << 19, 1 << 24  # bytes
+_BLOCK_OF_ROWS, _LONGEST_BLOCK = 1 << 20, 1 << 24  # bytes
 _ROWS_BETWEEN_REPORTS = 100
 _SHOWN = 200  # characters kept of a line that is not JSON
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -125,6 +125,8 @@ def stream_rows(
         hint = f"use {', '.join(SUFFIXES)}, perhaps with {', '.join(COMPRESSIONS)} behind"
         raise UserError(f"{path}: {found} is not a kind of data file", hint)
     if suffix == TAR_SUFFIX:
+        from llama_acc.core.data.tar_shards import tar_rows  # imports Pillow
+
         with _opened(path, pipes=False):  # that it is there, and no pipe
             yield from map(Row._make, tar_rows(path))
     elif suffix == PARQUET_SUFFIX:
@@ -336,7 +338,12 @@ def _json_rows(text: io.TextIOWrapper, name: str) -> Iterator[Row]:
     yield from _jsonl_rows(chain(ahead, lines), name)
 
 
-def json_blocks(path: Path, progress: BytesRead | None = None) -> Iterator[tuple[str, bytes]]:
+Block = tuple[bytes, bytes | range]
+"""Some rows of a JSON file, and what stands around them in `%`: which bytes of the file they are, or, of one that is
+packed, the bytes themselves."""
+
+
+def json_blocks(path: Path, progress: BytesRead | None = None) -> Iterator[Block]:
     """A JSON file in blocks for `rows_in_block`.
 
     Nothing is parsed. An array is cut where an object begins as its first one does. If that object was within an item,
@@ -345,34 +352,44 @@ def json_blocks(path: Path, progress: BytesRead | None = None) -> Iterator[tuple
     try:
         with _opened(path, pipes=False) as (stream, file):
             content, report = _unpacked(stream), _reporting(progress, file)
-            buffer = content.read(_WORKERS_BLOCK).removeprefix(codecs.BOM_UTF8)
+            is_packed = stream is not file or not isinstance(content, io.BufferedReader)
+            buffer = content.read(_BLOCK_OF_ROWS).removeprefix(codecs.BOM_UTF8)
             array = _ARRAY.match(buffer)
             buffer = buffer[array.start(1) :] if array else buffer
-            while more := content.read(_WORKERS_BLOCK):
+            begin, cut = 0 if is_packed else content.tell() - len(buffer), 0
+            while more := content.read(_BLOCK_OF_ROWS):
                 report()
                 buffer += more
                 cut = buffer.rfind(array[1] if array else b"\n")
                 block = buffer[:cut].rstrip(b" \t\r\n")
                 if cut > 0 and (not array or block.endswith(b",")):
-                    yield (".json", b"[%b]" % block[:-1]) if array else (".jsonl", block)
-                    buffer = buffer[cut:]
+                    block = block[:-1] if array else block
+                    rows = block if is_packed else range(begin, begin + len(block))
+                    buffer, block, begin = buffer[cut:], b"", begin + cut  # in memory once
+                    yield b"[%b]" if array else b"%b", rows
                 elif len(buffer) > _LONGEST_BLOCK:
-                    yield ".jsonl", b""  # wrong: to be read row by row
+                    yield b"%b", b""  # wrong: to be read row by row
                     return
-            if buffer.strip():
-                yield (".json", b"[%b" % buffer) if array else (".jsonl", buffer)
+            report()
+            if buffer.strip() or not cut:  # of an empty file, too, which is wrong
+                yield b"[%b" if array else b"%b", buffer if is_packed else range(begin, begin + len(buffer))
     except (OSError, *_DAMAGED) as error:
         raise _damaged(str(path), error) from error
 
 
-def rows_in_block(suffix: str, block: bytes) -> Iterable[Row]:
+def rows_in_block(path: Path, around: bytes, block: bytes | range) -> Iterable[Row]:
     """The rows of a block, without their places in the file; raises UserError where it is wrong."""
-    if suffix == ".json":
+    if isinstance(block, range):
+        with _opened(path) as (_, file), io.BufferedReader(cast(io.FileIO, file)) as content:
+            content.seek(block.start)
+            block = content.read(len(block))
+    text = around % block
+    if around != b"%b":
         try:
-            return [Row("", value) for value in _decode(block)]
+            return [Row("", value) for value in _decode(text)]
         except (msgspec.DecodeError, RecursionError):
             pass
-    return stream_rows_from(io.BytesIO(block), "", suffix)
+    return stream_rows_from(io.BytesIO(text), "", ".jsonl" if around == b"%b" else ".json")
 
 
 def _jsonl_rows(lines: Iterator[str], name: str) -> Iterator[Row]:

@@ -14,8 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from llama_acc.core.catalogue import how_to_get, is_address, named_data
 from llama_acc.core.data.items import FORMATS, Adapt
 from llama_acc.core.data.plain_text import PLAIN_SUFFIXES
-from llama_acc.core.data.read import SUFFIXES, data_suffix, nearest_names
-from llama_acc.core.data.tar_shards import TAR_SUFFIX
+from llama_acc.core.data.read import SUFFIXES, TAR_SUFFIX, data_suffix, nearest_names
 from llama_acc.core.data.templates import CHAT_TEMPLATE, TEMPLATES, check_template, is_template_file
 from llama_acc.core.errors import DataError, UserError, did_you_mean, raise_all, schema_problems
 from llama_acc.core.hub import fetch_data

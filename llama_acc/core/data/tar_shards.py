@@ -22,7 +22,6 @@ from llama_acc.core.data.images import IMAGE_SUFFIXES, member_reference
 from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import home
 
-TAR_SUFFIX = ".tar"
 VERSION = 1
 """Raise it whenever the same shard may give other rows."""
 

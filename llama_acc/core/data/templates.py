@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from llama_acc.core.data.tools import Turn as Turn  # there, as it needs none of what is imported here
 from llama_acc.core.errors import UserError, did_you_mean
 from llama_acc.core.input_files import read_object
 from llama_acc.core.model.schema import checked
@@ -20,27 +21,6 @@ from llama_acc.core.tokenizer import Tokenizer
 
 TEMPLATE_FILE = "template.json"
 FORMAT_VERSION = 1
-
-
-class Turn(NamedTuple):
-    """One turn of a dialogue."""
-
-    role: str  # "human" or "assistant"; "tool": what came of a call
-    text: str
-    weight: float = 1.0  # of a reply's tokens in the loss, from 0 to 1; 0: it is context only, not labeled
-    more: Mapping[str, Any] = {}  # what its message has besides (`tools.message_fields`)
-
-    @property
-    def is_label(self) -> bool:
-        """Whether it is trained."""
-        return self.role == "assistant" and self.weight > 0
-
-    @property
-    def whole_text(self) -> str:
-        """Its text behind its thoughts, as Qwen3 and DeepSeek-R1 write them."""
-        thoughts = self.more.get("reasoning_content")
-        return f"<think>\n{thoughts}\n</think>\n\n{self.text}" if thoughts else self.text
-
 
 Tools = Sequence[Mapping[str, Any]]
 """Functions that the assistant may call; see `tools.tools_of`."""

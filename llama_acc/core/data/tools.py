@@ -7,7 +7,7 @@ They become what transformers passes to a template: functions as JSON schemas, a
 
 import re
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import msgspec
 
@@ -24,6 +24,26 @@ CALL_ROLES = ("function_call", "tool_call")
 """Of an assistant's turn whose text is its calls."""
 RESULT_ROLES = ("tool", "function", "observation")
 _THOUGHTS = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+
+
+class Turn(NamedTuple):
+    """One turn of a dialogue."""
+
+    role: str  # "human" or "assistant"; "tool": what came of a call
+    text: str
+    weight: float = 1.0  # of a reply's tokens in the loss, from 0 to 1; 0: it is context only, not labeled
+    more: Mapping[str, Any] = {}  # what its message has besides (`message_fields`)
+
+    @property
+    def is_label(self) -> bool:
+        """Whether it is trained."""
+        return self.role == "assistant" and self.weight > 0
+
+    @property
+    def whole_text(self) -> str:
+        """Its text behind its thoughts, as Qwen3 and DeepSeek-R1 write them."""
+        thoughts = self.more.get("reasoning_content")
+        return f"<think>\n{thoughts}\n</think>\n\n{self.text}" if thoughts else self.text
 
 
 def tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from llama_acc.core.data.convert.markdown import html_to_markdown
 from llama_acc.core.data.keys import (
@@ -22,9 +22,10 @@ from llama_acc.core.data.keys import (
     type_name,
     weight_of,
 )
-from llama_acc.core.data.templates import TEMPLATES, Turn
-from llama_acc.core.data.tools import CALL_ROLES, RESULT_ROLES, TOOLS, called_in, message_fields, tools_of
-from llama_acc.core.tokenizer import Tokenizer
+from llama_acc.core.data.tools import CALL_ROLES, RESULT_ROLES, TOOLS, Turn, called_in, message_fields, tools_of
+
+if TYPE_CHECKING:
+    from llama_acc.core.tokenizer import Tokenizer
 
 AUTO = "auto"
 MAPPED = ("instruction", "input", "output", "system", "conversations")
@@ -48,7 +49,7 @@ class Options:
     dialogues: bool = False  # llava: whole dialogues, not one item for each question and answer
     reference: bool = False  # llava: exactly what LLaMA2-Accessory's tool gives
     keep_html: bool = False  # sharegpt: leave HTML unchanged
-    tokenizer: Tokenizer | None = None
+    tokenizer: "Tokenizer | None" = None
     max_tokens: int | None = None  # sharegpt: dialogues are split so that each has at most so many tokens
     languages: tuple[str, ...] = ()  # sharegpt: only dialogues in these languages, by their ISO 639-1 codes
     mapping: dict[str, str] = field(default_factory=dict)  # csv, jsonl: our field to the row's
@@ -360,9 +361,11 @@ def _sharegpt(row: Row, options: Options, notes: Counter[str]) -> Iterable[Recor
 
 
 def _parts(
-    system: str, turns: list[Turn], tokenizer: Tokenizer, most: int, notes: Counter[str]
+    system: str, turns: list[Turn], tokenizer: "Tokenizer", most: int, notes: Counter[str]
 ) -> Iterator[list[Turn]]:
     """A dialogue cut before questions, into parts of as many exchanges as fit into so many tokens, or of one."""
+    from llama_acc.core.data.templates import TEMPLATES
+
     template = TEMPLATES["dialogue"]
 
     def tokens(begin: int, end: int) -> int:

@@ -17,7 +17,6 @@ from typing import IO, Any, NamedTuple
 import msgspec
 
 from llama_acc.core.atomic import whole_file
-from llama_acc.core.catalogue import catalogue, converted_file, raw_files
 from llama_acc.core.data.convert.formats import (
     AUTO,
     Format,
@@ -46,6 +45,7 @@ from llama_acc.core.data.keys import (
 )
 from llama_acc.core.data.read import (
     SUFFIXES,
+    Block,
     Row,
     data_suffix,
     json_blocks,
@@ -55,7 +55,6 @@ from llama_acc.core.data.read import (
     stream_rows_from,
     unreadable,
 )
-from llama_acc.core.data.sources import data_files
 from llama_acc.core.data.tools import MESSAGE_KEYS
 from llama_acc.core.errors import DataError, RunError, UserError, listed
 from llama_acc.core.input_files import open_input
@@ -70,8 +69,8 @@ else:
 STDIN = Path("-")
 _LOOKED_AT = 100
 """How many of the first rows may be unreadable before a file's format is found."""
-_LARGE = 128 << 20
-"""Bytes of a file that is converted in worker processes: below, what they take to start is more than they gain."""
+_LARGE = 32 << 20
+"""Bytes of a file that is converted in worker processes: below, they take longer to start than they save."""
 _GZIP_LEVEL = 5  # 6, the default, takes twice the time for 1 % less
 _encode = msgspec.json.Encoder().encode
 
@@ -90,6 +89,8 @@ def find_inputs(words: Sequence[str], format: str) -> tuple[list[Path], Path | N
     name = words[0] if len(words) == 1 and _is_download(words[0]) else None
     name = name if words else _download_for(format)
     if name is not None:
+        from llama_acc.core.catalogue import converted_file, raw_files
+
         inputs, output = raw_files(name), converted_file(name)
         # Beside its source it would be read a second time.
         return inputs, None if any(path.parent == output.parent for path in inputs) else output
@@ -102,15 +103,24 @@ def _files(word: str) -> list[Path]:
     path = Path(word).expanduser()
     if word == "-" or (path.exists() and not path.is_dir()):
         return [path]  # whatever its name ends in
+    from llama_acc.core.catalogue import raw_files
+    from llama_acc.core.data.sources import data_files
+
     return raw_files(word) if _is_download(word) else data_files(path)
 
 
 def _is_download(word: str) -> bool:
-    return word in catalogue() and not Path(word).exists()
+    if word == "-" or Path(word).exists():
+        return False
+    from llama_acc.core.catalogue import catalogue  # most words are files, and need none of what it imports
+
+    return word in catalogue()
 
 
 def _download_for(format: str) -> str:
     """The download of a format: the one of its name, or the only one there is in it."""
+    from llama_acc.core.catalogue import catalogue
+
     entries = catalogue()
     if format in entries:
         return format
@@ -185,32 +195,37 @@ class Conversion:
             for path in self.inputs:
                 yield from self._of_rows(_name(path), *self._opened(path))
 
-    def lines(self) -> Iterator[bytes]:
-        """The items' JSON in order, of large files made by worker processes; raises as iterating does."""
+    def pieces(self, layout: Framing) -> Iterator[bytes]:
+        """The items' JSON in order, one or many in a layout, of large files made by worker processes; raises as
+        iterating does."""
         with self._all_problems(), WorkerPool(cores(), "converts data", "the machine may be short of memory") as pool:
             for path in self.inputs:
                 format, options, rows = self._opened(path)
                 before, is_file = self.rows, path != STDIN and path.is_file()
-                is_large = is_file and path.stat().st_size >= _LARGE
-                if is_large and data_suffix(path) in (".json", ".jsonl") and cores() > 1:
-                    if (yield from self._lines_by_workers(pool, path, format, options)):
+                if is_file and data_suffix(path) in (".json", ".jsonl"):
+                    if (yield from self._by_blocks(pool, path, format, options, layout)):
                         continue
                     rows = islice(rows, self.rows - before, None)
-                yield from (item.line for item in self._of_rows(_name(path), format, options, rows))
+                items = self._of_rows(_name(path), format, options, rows)
+                yield from (item.line + layout.behind for item in items)
 
-    def _lines_by_workers(
-        self, pool: WorkerPool, path: Path, format: str, options: Options
+    def _by_blocks(
+        self, pool: WorkerPool, path: Path, format: str, options: Options, layout: Framing
     ) -> Generator[bytes, None, bool]:
-        """The items of a file, or of its first rows, up to where something is wrong: workers do not know the places."""
-        tokenizer = None if options.tokenizer is None else options.tokenizer.path
-        convert = partial(_in_worker, format=format, options=replace(options, tokenizer=None), tokenizer=tokenizer)
-        blocks = ([block] for block in json_blocks(path, self._reporting(path)))
+        """The items of a file, or of its first rows, up to where something is wrong: blocks do not know the places."""
+        is_large = path.stat().st_size >= _LARGE and cores() > 1
+        tokenizer = options.tokenizer.path if is_large and options.tokenizer else None
+        options = replace(options, tokenizer=None) if tokenizer else options
+        convert = partial(_of_block, path, layout, format, options, tokenizer)
+        blocks = json_blocks(path, self._reporting(path))
         with suppress(UserError):  # which comes again when the rest is read
-            for [(part, lines)] in pool.map_ahead(convert, blocks, 2 * cores() - 1):
+            ahead = pool.map_ahead(convert, ([block] for block in blocks), 2 * cores() - 1)
+            for part, piece in chain.from_iterable(ahead) if is_large else map(convert, blocks):
                 if part.wrong or (self._dialogues is not None and part._dialogues is (not self._dialogues)):
                     return False
                 self._add(part)
-                yield from lines
+                if piece:
+                    yield piece
             return True
         return False
 
@@ -373,20 +388,21 @@ class Conversion:
             yield from stream_rows_from(file, name, suffix, required=required, progress=progress)
 
 
-def _in_worker(
-    block: tuple[str, bytes], format: str, options: Options, tokenizer: Path | None
-) -> tuple[Conversion, list[bytes]]:
-    """What becomes of a block of rows by itself: counts, and the items' JSON."""
+def _of_block(
+    path: Path, layout: Framing, format: str, options: Options, tokenizer: Path | None, block: Block
+) -> tuple[Conversion, bytes]:
+    """What becomes of a block of rows by itself: counts, and the items' JSON. `tokenizer`: in a worker process."""
     if tokenizer is not None:
         from llama_acc.core.data.encode import tokenizer_of_worker
 
         options = replace(options, tokenizer=tokenizer_of_worker(tokenizer))
     part, lines = Conversion(format, ()), []
     try:
-        lines = [item.line for item in part._of_rows("", format, options, rows_in_block(*block))]
-    except UserError:
+        rows = rows_in_block(path, *block)
+        lines = [item.line + layout.behind for item in part._of_rows("", format, options, rows)]
+    except (UserError, OSError):
         part.wrong += 1
-    return part, lines
+    return part, layout.between.join(lines)
 
 
 def _name(path: Path) -> str:
@@ -462,8 +478,9 @@ def convert(conversion: Conversion, output: Path) -> None:
 def write_items(conversion: Conversion, file: IO[bytes], layout: Framing = _LINES) -> None:
     """Convert everything into an open file; raises as `convert`."""
     count = 0
-    for count, line in enumerate(conversion.lines(), start=1):
-        file.write((layout.between if count > 1 else layout.begin) + line + layout.behind)
+    for count, piece in enumerate(conversion.pieces(layout), start=1):
+        file.write(layout.between if count > 1 else layout.begin)
+        file.write(piece)
     conversion.require_items()
     file.write(layout.end if count else layout.empty)
     file.flush()

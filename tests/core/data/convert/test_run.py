@@ -167,7 +167,7 @@ def test_progress_is_in_the_bytes_of_each_file(tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     convert(Conversion("alpaca", paths, progress=lambda *progress: told.append(progress)), tmp_path / "out.jsonl")
     size = paths[0].stat().st_size
-    assert [(name, total) for name, _, total in told] == [(str(path), size) for path in paths for _ in range(2)]
+    assert [(name, total) for name, _, total in told] == [(str(path), size) for path in paths]
     assert told[-1][1] == size
 
 
@@ -281,11 +281,12 @@ def test_worker_processes_write_what_one_process_does(
     paths = [tmp_path / name for name in contents]
     for path, content in zip(paths, contents.values(), strict=True):
         path.write_bytes(content)
-    monkeypatch.setattr(read, "BLOCK", 1000)
+    by_rows = [item.line for item in Conversion("sharegpt", paths)]
+    monkeypatch.setattr(read, "_BLOCK_OF_ROWS", 1000)
     asked = {"tokenizer": tokenizer, "max_tokens": 100}
     alone = outcome(paths, tmp_path / "alone.json")
     split = outcome(paths[:1], tmp_path / "split.json", **asked)
-    assert alone[1:4] == (500, 495, 0)
+    assert alone[:4] == (b"[\n" + b",\n".join(by_rows) + b"\n]\n", 500, 495, 0)
     assert split[5]["single exchanges have more than 100 tokens, and would be cut"] == 99
     monkeypatch.setattr(run, "_LARGE", 1)
     monkeypatch.setattr(run, "cores", lambda: 2)
@@ -306,7 +307,7 @@ def test_worker_processes_leave_what_is_wrong_to_one_that_knows_its_place(
     for path, rows in zip(paths, (nested, wrong, deep, broken), strict=True):
         path.write_text(json.dumps(rows), encoding="utf-8")
     paths[3].write_text(json.dumps(broken)[:-100], encoding="utf-8")
-    monkeypatch.setattr(read, "BLOCK", 1000)
+    monkeypatch.setattr(read, "_BLOCK_OF_ROWS", 1000)
     alone = [outcome(some, tmp_path / "alone.jsonl", skip) for some in (paths, paths[:3])]
     monkeypatch.setattr(run, "_LARGE", 1)
     monkeypatch.setattr(run, "cores", lambda: 2)
