@@ -53,7 +53,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("method", ["full", "nf4"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prediction_of_each_family_is_what_is_measured(name: str, method: str) -> None:
-    run = setup(*METHODS[method], lengths=(300, 56), n_layers=2, params=FAMILIES[name])
+    run = setup(*METHODS[method], lengths=(300, 56), n_layers=2 if name == "smollm3" else 1, params=FAMILIES[name])
     assert predict(run).total == pytest.approx(measure(run, CPU).allocated, rel=0.01)
     if method == "nf4":
         predicted, measured = predict_generation(run, 70).total, measure_generation(run, 70, CPU).allocated

@@ -1,8 +1,5 @@
 """The layers whose backward pass is written by hand, against torch's own derivatives of their definitions."""
 
-from dataclasses import replace
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,8 +13,7 @@ from llama_acc.core.model.layers import (
     linear,
 )
 from llama_acc.core.model.products import reorder_for_rows
-from llama_acc.core.model.transformer import pack_small
-from tests.core.tiny import SMALL, difference, document_logits, random_model
+from tests.core.tiny import SMALL, difference, random_model
 
 # More rows than the feed-forward layer takes at once on a CPU.
 ROWS, DIM, HIDDEN = 1200, 24, 40
@@ -99,13 +95,3 @@ def test_large_products_which_onednn_computes_train_a_model_as_torchs_do(monkeyp
     # Seven products of a block and the output's, forward and backward.
     assert len(calls) == 2 * (7 * SMALL.n_layers + 1)
     assert all(difference(one, other) < 1e-5 for one, other in zip(actual, expected, strict=True))
-
-
-def test_matrices_that_are_packed_keep_their_biases() -> None:
-    model: Any = random_model(replace(SMALL, qkv_bias=True)).requires_grad_(False)
-    tokens = torch.arange(10)
-    for block in model.layers:
-        block.attention.wv.bias.normal_(generator=torch.Generator().manual_seed(0))
-    (expected,) = document_logits(model, [tokens])
-    pack_small(model)
-    assert difference(document_logits(model, [tokens])[0], expected) < 1e-5
