@@ -58,8 +58,8 @@ def read_base(folder: Path) -> Base | None:
 
 def is_adapter_only(layout: Layout) -> bool:
     """Whether a checkpoint holds only what was trained, to be laid over its base."""
-    if layout.is_diff or layout.tower is not None:
-        return False
+    if layout.is_diff or layout.tower is not None or read_quantization(layout.folder) is not None:
+        return False  # what is quantized is a base
     if layout.format == "peft" or (layout.folder / BASE_FILE).is_file():
         return True
     names = open_checkpoint(layout).tensors

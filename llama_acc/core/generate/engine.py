@@ -513,6 +513,8 @@ class Engine:
         caches = [self._cache(part.slot) for part in fed]
         for cache, part in zip(caches, fed, strict=True):
             cache.truncate(part.keep)
+        if self._is_fixed and not self._is_fused:
+            self._is_fused = fuse_quantized(model, free_memory(device) // local_world_size(), len(one.tokens))
         decode = self._decode or (self._decode_one if len(one.tokens) == 1 else None)
         if decode is not None and len(one.tokens) == one.wanted and all(cache.length for cache in caches):
             with self._without_gradients():
@@ -529,9 +531,6 @@ class Engine:
         lengths = [part.length for part in fed]
         if isinstance(model, MultiAdapter):
             model.select([part.adapter for part in fed], lengths)
-        if self._is_fixed and not self._is_fused:
-            fuse_quantized(model, free_memory(device) // local_world_size())
-            self._is_fused = True
         if one.wanted > 1 and self._is_fixed and not self._is_reordered:
             reorder_small(model)
             self._is_reordered = True

@@ -30,7 +30,7 @@ _PIECE, _PIECE_CPU = 1 << 24, 1 << 18
 
 # On a CPU, more rows than these are multiplied faster by a matrix that is written out (measured on a Zen 4 core); the
 # kernel takes so many rows of the matrix at a time.
-_FUSED_ROWS, _FUSED_STEP = 8, 32
+FUSED_ROWS, _FUSED_STEP = 8, 32
 
 
 class Scales(NamedTuple):
@@ -233,7 +233,7 @@ def add_product_(
 def few_rows(x: Tensor, packed: Tensor, scales: Scales) -> Tensor | None:
     """x [T, columns] times a quantized matrix [rows, columns] transposed, without gradients and without writing the
     matrix out; None: the library has no kernel for that, or `fuse` was not called."""
-    if x.dtype == torch.bfloat16 and len(x) <= _FUSED_ROWS and hasattr(packed, "fused"):
+    if x.dtype == torch.bfloat16 and len(x) <= FUSED_ROWS and hasattr(packed, "fused"):
         x, y = x.contiguous(), x.new_empty(len(x), len(packed))
         fused_product(x, packed, y)()
         return y

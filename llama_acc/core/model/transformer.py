@@ -52,7 +52,7 @@ from llama_acc.core.model.layers import (
     swiglu,
 )
 from llama_acc.core.model.loss import linear_cross_entropy
-from llama_acc.core.model.nf4 import Scales, fuse, quantize
+from llama_acc.core.model.nf4 import FUSED_ROWS, Scales, fuse, quantize
 from llama_acc.core.model.products import reorder_for_rows
 from llama_acc.core.model.rotary import rotary_table
 from llama_acc.core.model.tuning import FULL, METHODS, Tuning, matrices_of
@@ -432,17 +432,26 @@ def reorder_small(model: Transformer) -> None:
     reorder_for_rows({weight.data_ptr(): weight for weight in weights}.values())
 
 
-def fuse_quantized(model: Transformer, room: int) -> None:
+def fuse_quantized(model: Transformer, room: int, rows: int = 1) -> bool:
     """Keeps the quantized matrices a second time as a CPU multiplies few rows of bf16 with them without writing them
-    out, three times as fast, if both have room in so many bytes. They must not change any more."""
+    out, three times as fast, if both have room in so many bytes. They must not change any more.
+
+    For a pass of more rows, that of the output matrix alone, which gets few in any case; then it returns False: the
+    others are left for a later pass, so that the first token need not wait for them.
+    """
     layers = [
-        layer for layer in (*matrices_of(model), model.output) if isinstance(layer, Linear) and layer.is_quantized
+        layer for layer in (model.output, *matrices_of(model)) if isinstance(layer, Linear) and layer.is_quantized
     ]
     on_cpu = model.dtype == torch.bfloat16 and device_type(model.norm.weight) == "cpu"
-    if on_cpu and 2 * sum(layer.weight.nbytes for layer in layers) < room:
-        for layer in layers:
-            assert layer.scales is not None
-            fuse(layer.weight, layer.scales)
+    if not on_cpu or 2 * sum(layer.weight.nbytes for layer in layers) >= room:
+        return True
+    # Of a longer pass, several adapters have rows of their own, and what is added to attention may have few.
+    is_plain = type(model) is Transformer and model.attention_extra is None
+    needs_all = rows <= FUSED_ROWS or not is_plain
+    for layer in layers if needs_all else [layer for layer in layers if layer is model.output]:
+        assert layer.scales is not None
+        fuse(layer.weight, layer.scales)
+    return needs_all
 
 
 def initialize(model: Transformer, seed: int, only: Container[str] | None = None) -> None:

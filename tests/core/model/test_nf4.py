@@ -122,6 +122,14 @@ def test_the_second_copy_is_kept_where_it_has_room() -> None:
         assert sum(hasattr(one.weight, "fused") for one in matrices) == kept
 
 
+def test_a_long_prompt_waits_for_no_second_copy_but_that_of_the_output() -> None:
+    model = quantized(random_model(replace(SHAPES["whole blocks"], vocab_size=320)), torch.bfloat16)
+    matrices = [*matrices_of(model), model.output]
+    for rows, kept in ((nf4.FUSED_ROWS + 1, 1), (nf4.FUSED_ROWS, len(matrices))):
+        assert fuse_quantized(model, 1 << 40, rows) == (rows <= nf4.FUSED_ROWS)
+        assert sum(hasattr(one.weight, "fused") for one in matrices) == kept * nf4._is_fused_on_cpu()
+
+
 def test_torchs_compiler_is_not_imported_to_compute_in_nf4() -> None:
     code = """
 import sys, torch
