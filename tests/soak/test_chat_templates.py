@@ -90,7 +90,7 @@ _WITH_CALLS = [
 ]
 _MARK = re.compile(r"<\|[a-zA-Z_]+\|?>|<[a-z_]+\|>|<end_of_turn>|<｜[^<>]*?｜>|</?s>")
 _WRITE_CALLS = {"qwen2_5", "qwen3", "qwen3_6", "llama3_1", "llama3_2", "gptoss", "gemma4_v5", "glm4moe_training",
-                "lfm2_2_5", "nemotron_3_nano_training", "qwen3_training", "deepseekv3_training"}  # fmt: skip
+                "lfm2_2_5", "nemotron_3_nano_training", "qwen3_training"}  # fmt: skip
 _WRITE_REASONING = {"qwen3", "qwen3_5_think", "gptoss_training", "gemma4_v5", "glm4moe_training", "nemotron_3_nano"}
 
 
@@ -151,6 +151,7 @@ def test_the_trained_spans_joined_are_the_replies_their_calls_and_their_reasonin
     assert {"llama3", "llama3_1", "llama3_2", "qwen2_5", "qwen3", "gemma", "phi3", "lfm2", "cohere"} <= written["plain"]
     assert "qwen3" in written["split"], "it writes no thought in earlier turns"
     assert written["calls"] >= {*_WRITE_CALLS, "qwen"}
+    assert "deepseekv3_training" not in written["calls"], "it writes calls, and leaves out the tools"
     assert written["reasoning"] >= _WRITE_REASONING
     least = {"plain": 50, "calls": 35, "reasoning": 40, "split": 10}
     assert {kind: len(names) >= least[kind] for kind, names in written.items()} == dict.fromkeys(least, True)
