@@ -35,7 +35,7 @@ from tests.core.seeing import QFORMER
 from tests.core.train.image_runs import words_for, write_data
 
 # 32 items, four optimizer steps an epoch.
-SHORT = ("--recipe", "quickstart", TINY, "train.epochs=12", "checkpoint.every_steps=2", "checkpoint.keep=2")
+SHORT = ("--recipe", "quickstart", TINY, "train.epochs=6", "checkpoint.every_steps=2", "checkpoint.keep=2")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -88,7 +88,7 @@ def test_ctrl_c_saves_on_all_ranks_and_what_each_wrote_is_kept_where_it_is_asked
     logs = stopped.output.parent / "logs"
     kept = {tuple(path.parts[-2:]): path.read_text() for path in logs.rglob("*.log") if path.parent.name in "01"}
     assert sorted(kept) == [(rank, f"{name}.log") for rank in "01" for name in ("stderr", "stdout")]
-    assert "step 1/48" in kept["0", "stderr.log"]
+    assert "step 1/24" in kept["0", "stderr.log"]
     assert kept["1", "stdout.log"] == ""
 
 
@@ -107,7 +107,7 @@ def test_two_machines_go_on_with_it_and_meet_again_after_a_rank_of_one_was_kille
     assert "".join(job.out for job in jobs) == f"llama-acc chat --ckpt {output}\n"
     assert invoke("finetune", *SHORT, "--output", tmp_path / "alone", "--device", "cpu").exit_code == 0
     (numbers, losses), (expected, alone) = (zip(*steps(tmp_path / name), strict=True) for name in ("run", "alone"))
-    assert numbers == expected == tuple(range(1, 49))
+    assert numbers == expected == tuple(range(1, 25))
     assert losses == pytest.approx(alone, rel=1e-4)
 
 
@@ -115,9 +115,10 @@ def test_two_machines_go_on_with_it_and_meet_again_after_a_rank_of_one_was_kille
 @pytest.mark.parametrize("seed", range(4))
 def test_a_job_goes_on_after_many_kills_to_the_bit(seed: int, tmp_path: Path) -> None:
     processes, choice = 2 + 2 * (seed % 2), random.Random(seed)
-    left = Job(tmp_path / "left", *SHORT, "--nproc", processes)
+    longer = (*SHORT, "train.epochs=12", "--nproc", processes)
+    left = Job(tmp_path / "left", *longer)
     assert left.wait() == 0, left.err
-    job = Job(tmp_path / "killed", *SHORT, "--nproc", processes, "--max-restarts", 3)
+    job = Job(tmp_path / "killed", *longer, "--max-restarts", 3)
     for _ in range(3):
         number = min(lines_of(job.output) + choice.randrange(1, 9), 36)
         job.wait_until(lambda number=number: lines_of(job.output) >= number)  # type: ignore[misc]
