@@ -171,7 +171,7 @@ def test_a_saved_conversation_is_data_to_train_on(talker: Path, tmp_path: Path) 
     assert invoke(*talk, input=f"hello\nand again\n/save {saved}\n").exit_code == 0
     kind = ["data.sources.0.format=dialogue", "data.sources.0.template=dialogue"]
     trained = complete(
-        "finetune", "--recipe", "quickstart", "--pretrained", talker, "--data", saved, "--dry-run", *kind
+        "finetune", "--recipe", "quickstart", "--pretrained", talker, "--data", saved, "--dry-run", "--no-timing", *kind
     )
     assert f"{ANSWER}\n###" in trained.stdout
 

@@ -34,7 +34,7 @@ def test_a_file_is_converted_and_counted_and_finetune_takes_it(tmp_path: Path) -
     assert (result.exit_code, result.stderr) == (0, "not used: extra (3 items)\n")
     assert result.stdout == f"{output}: 3 items of 3 rows, {len(json.dumps(ITEM)) * 3 - 12} bytes\n"
     assert read(output) == [ITEM] * 3
-    complete(*QUICKSTART, "--data", output, "--output", tmp_path / "run", "--dry-run")
+    complete(*QUICKSTART, "--data", output, "--output", tmp_path / "run", "--dry-run", "--no-timing")
     assert json.loads((tmp_path / "run/data.json").read_text(encoding="utf-8"))["items"] == 3
 
 
@@ -151,7 +151,7 @@ def test_a_download_is_converted_to_where_finetune_finds_it(llama_acc_home: Path
         assert len(read(output)) == 3
         output.rename(raw.parent / "before.txt")
     (raw.parent / "before.txt").rename(output)
-    assert invoke(*QUICKSTART, "--data", "gorilla", "--dry-run").exit_code == 0
+    assert invoke(*QUICKSTART, "--data", "gorilla", "--dry-run", "--no-timing").exit_code == 0
 
 
 def test_a_download_that_finetune_reads_unchanged_gets_no_second_file_beside_it(llama_acc_home: Path) -> None:

@@ -137,7 +137,7 @@ def test_it_says_what_each_of_many_processes_keeps(tmp_path: Path) -> None:
 def test_it_may_be_repeated_and_the_real_run_follows_into_its_folder(tmp_path: Path) -> None:
     output = tmp_path / "run"
     for _ in range(2):
-        assert invoke(*QUICKSTART, "--dry-run", "--output", output, "train.epochs=1").exit_code == 0
+        assert invoke(*QUICKSTART, "--dry-run", "--no-timing", "--output", output, "train.epochs=1").exit_code == 0
         assert files(output) == {"recipe.yaml", "data.json"}
     planned = [(output / name).read_bytes() for name in ("recipe.yaml", "data.json")]
     complete(*QUICKSTART, "--output", output, "train.epochs=1")
@@ -192,7 +192,9 @@ def test_data_on_the_command_line_is_taken_whole(single_turn: Path) -> None:
 
 def test_the_tokenizer_beside_the_checkpoint_is_taken_not_the_recipes(talker: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    complete("finetune", "--recipe", "quickstart", "--pretrained", talker, "--dry-run", "--output", output)
+    complete(
+        "finetune", "--recipe", "quickstart", "--pretrained", talker, "--dry-run", "--no-timing", "--output", output
+    )
     assert yaml.safe_load((output / "recipe.yaml").read_text())["model"]["tokenizer"] == str(talker / "tokenizer.model")
 
 

@@ -82,7 +82,7 @@ def test_images_may_lie_elsewhere(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     moved = (tmp_path / "moved").mkdir() or data.rename(tmp_path / "moved" / data.name)
     refused(invoke(*finetune(moved, tmp_path / "run")), f"{tmp_path / 'moved/images/1-0.png'} was not found")
-    complete(*finetune(moved, tmp_path / "run", f"data.sources.0.root={tmp_path / 'data'}"), "--dry-run")
+    complete(*finetune(moved, tmp_path / "run", f"data.sources.0.root={tmp_path / 'data'}"), "--dry-run", "--no-timing")
 
 
 def test_a_run_on_a_shard_resumes_at_the_sample_and_torchrun_s_ranks_share_it(shard: Path, tmp_path: Path) -> None:
