@@ -455,7 +455,7 @@ class _Conversion:
             return  # all of it is in the file
         _, ids = self._write_tokenizer(folder)
         if to == "peft":
-            _write_json(folder / "adapter_config.json", peft_config(self.config.tuning, self._peft_base()))
+            _write_json(folder / "adapter_config.json", peft_config(self.config, self._peft_base()))
         elif to == "hf":
             dtype = str(self.dtype).removeprefix("torch.")
             _write_json(folder / "config.json", huggingface_config(self.config, dtype, ids))

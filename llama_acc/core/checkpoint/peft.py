@@ -117,14 +117,17 @@ def _meta_name(theirs: str) -> str:
     return meta_name(name) or name
 
 
-def peft_config(tuning: Tuning, base: str | None) -> dict[str, Any]:
+def peft_config(config: ModelConfig, base: str | None) -> dict[str, Any]:
     """adapter_config.json of a method that PEFT has, on a base of Hugging Face; None = not known."""
-    return {
+    values = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
-        **tuning.peft_config(),
+        **config.tuning.peft_config(),
     }
+    if config.qk_norm and values["modules_to_save"]:
+        values["modules_to_save"] += ["q_norm", "k_norm"]
+    return values
 
 
 class MergeError(NamedTuple):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from llama_acc.core.checkpoint.layout import inspect, read_config
 from llama_acc.core.checkpoint.load import read_weights
 from llama_acc.core.errors import UserError
 from llama_acc.core.generate.load import load_model
+from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import shapes_of
 from llama_acc.core.model.tuning import Tuning
 from llama_acc.core.model.tuning.lora import LoRA, LoRABiasNorm
@@ -101,14 +103,19 @@ def test_an_adapter_of_peft_computes_the_same_here(
     assert difference(logits(merged), peft_logits(base, adapter)) < 1e-5
 
 
-@pytest.mark.parametrize("tuning", [LORA, BOTH], ids=["lora", "lora_bias_norm"])
-def test_there_and_back_through_peft_nothing_is_lost(tuning: Tuning, tmp_path: Path) -> None:
-    import transformers
+@pytest.mark.parametrize(
+    ("tuning", "config"),
+    [(LORA, GROUPED), (BOTH, GROUPED), (BOTH, replace(GROUPED, qk_norm=True, family="qwen3"))],
+    ids=["lora", "lora_bias_norm", "norms of queries and keys"],
+)
+def test_there_and_back_through_peft_nothing_is_lost(tuning: Tuning, config: ModelConfig, tmp_path: Path) -> None:
     from peft import AutoPeftModelForCausalLM
 
-    source = write_tuned(tmp_path / "source", tuning)
-    plain = {name: tensor for name, tensor in tensors_of(source).items() if name in shapes_of(GROUPED)}
-    consolidated = write_consolidated(tmp_path / "plain", plain)
+    source = write_tuned(tmp_path / "source", tuning, config=config)
+    plain = {name: tensor for name, tensor in tensors_of(source).items() if name in shapes_of(config)}
+    if tuning == BOTH:  # whose norms train
+        plain |= {name: tensor / 2 for name, tensor in plain.items() if "norm" in name}
+    consolidated = write_consolidated(tmp_path / "plain", plain, config=config)
     base = made(consolidated, tmp_path / "base", "hf").folder
     # PEFT can load Hugging Face's base only: another one is not named, and the note says what to type.
     for given, named in ((consolidated, None), (base, str(base.resolve()))):
@@ -119,7 +126,7 @@ def test_there_and_back_through_peft_nothing_is_lost(tuning: Tuning, tmp_path: P
         assert bool(hints) == (named is None)
     assert difference(peft_logits(base, adapter), logits(source)) < 1e-5
     theirs = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32)
-    assert isinstance(theirs.get_base_model(), transformers.LlamaForCausalLM)
+    assert theirs.get_base_model().config.model_type == config.family
     theirs.save_pretrained(tmp_path / "again")
     for folder in (adapter, tmp_path / "again"):
         assert tuning_of(base, folder) == tuning
