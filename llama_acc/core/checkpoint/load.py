@@ -3,6 +3,7 @@
 import pickle
 import re
 import warnings
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -201,11 +202,15 @@ def open_checkpoint(layout: Layout) -> Weights:
 def _on_base(adapter: Weights, layout: Layout, bases: Sequence[Layout]) -> None:
     """Makes of an adapter of PEFT what it is on its base: rows of queries and keys in Meta's order, biases of `lora_B`
     added to the base's, and an output matrix that stays as it was where a tied embedding was trained alone."""
-    from llama_acc.core.checkpoint.peft import peft_notes
+    from llama_acc.core.checkpoint.peft import peft_notes, refusal
 
     config = read_config(bases)
     if config is None:
         raise UserError(f"{layout.folder} goes on a base, the shape of which is not known", "give config.json with it")
+    layers = config.n_layers
+    pairs = Counter(name.split(".")[-3] for name in adapter.tensors if name.endswith(".lora_a.weight"))
+    if some := [f"LoRA pairs of {pair} in {n} of {layers} layers" for pair, n in pairs.items() if n < layers]:
+        raise refusal(layout, some)
     said, below = read_object(layout.folder / PEFT_CONFIG), read_weights(bases).tensors
     for name, tensor in adapter.tensors.items():
         if (heads := rotated_heads(name, config)) and tensor.shape[0] % (2 * heads) == 0:

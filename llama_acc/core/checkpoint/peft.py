@@ -86,16 +86,20 @@ def read_peft(layout: Layout) -> tuple[Tuning, dict[str, LazyTensor]]:
     if config.get("lora_bias") and targets != set(MATRICES):
         problems.append("lora_bias on some of the matrices only")
     if problems or not targets:
-        found = "\n" + listed(problems) if problems else " no LoRA pairs"
-        hint = (
-            "merge it with PEFT: AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW)"
-        )
-        raise UserError(f"{layout.folder} is an adapter of PEFT that cannot be read; it has{found}", hint)
+        raise refusal(layout, problems or ["no LoRA pairs"])
     said = {"lora_alpha": 8, **config}  # PEFT's own, where the file does not say
     settings = {key: said[key] for key in ("lora_alpha", "use_rslora", "lora_dropout") if said.get(key) is not None}
     method = LoRABiasNorm if config.get("lora_bias") else LoRA
     tuning = method(whole_number(config, "r", 8)).with_said({**settings, "lora_targets": sorted(targets)})
     return tuning, {name: _scaled(name, tensor, tuning.peft_bias_factor) for name, tensor in tensors.items()}
+
+
+def refusal(layout: Layout, problems: Sequence[str]) -> UserError:
+    """That an adapter of PEFT has what is not computed here."""
+    return UserError(
+        f"{layout.folder} is an adapter of PEFT that cannot be read; it has\n{listed(problems)}",
+        "merge it with PEFT: AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW)",
+    )
 
 
 def peft_notes(layout: Layout, bases: Sequence[Layout]) -> list[str]:

@@ -215,7 +215,14 @@ def test_what_is_not_computed_here_is_refused_by_name(
     assert "merge_and_unload" in str(caught.value.hint)
 
 
-def test_pairs_of_other_modules_are_refused(base: Path, tmp_path: Path) -> None:
-    adapter = saved_by_peft(base, tmp_path / "adapter", r=2, target_modules=["o_proj", "lm_head"])
-    with pytest.raises(UserError, match="a LoRA pair of output"):
-        tuning_of(base, adapter)
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (["o_proj", "lm_head"], "a LoRA pair of output"),
+        (r".*(layers\.0\.self_attn\.(q|o)|layers\.1\.self_attn\.q)_proj", "LoRA pairs of wo in 1 of 2 layers"),
+    ],
+)
+def test_pairs_of_other_modules_are_refused(targets: list[str] | str, said: str, base: Path, tmp_path: Path) -> None:
+    adapter = saved_by_peft(base, tmp_path / "adapter", r=2, target_modules=targets)
+    with pytest.raises(UserError, match=said):
+        read_weights([inspect(base), inspect(adapter)])
