@@ -227,11 +227,10 @@ class SentencePieceTokenizer(Tokenizer):
     @functools.cached_property
     def _surfaces(self) -> list[bytes]:
         """The bytes of a text that each token stands for; the unknown token: those of none."""
-        pieces = [self.piece(token) for token in range(self.vocab_size)]
-        surfaces = [
-            bytes.fromhex(piece[3:5]) if self._processor.IsByte(i) else piece.replace("\u2581", " ").encode()
-            for i, piece in enumerate(pieces)
-        ]
+        surfaces = [piece.replace("\u2581", " ").encode() for piece in map(self._processor.IdToPiece, self.named)]
+        for token in (token for token, surface in enumerate(surfaces) if surface.startswith(b"<0x")):
+            if self._processor.IsByte(token):
+                surfaces[token] = bytes.fromhex(surfaces[token][3:5].decode())
         surfaces[self._processor.unk_id()] = b"\xff"
         return surfaces
 

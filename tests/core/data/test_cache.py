@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -216,11 +217,11 @@ def test_a_home_that_cannot_be_written_does_not_stop_a_run(
 def fill_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk that a folder is on is full from now on."""
 
-    def full(descriptor: int) -> None:
-        if Path(f"/proc/self/fd/{descriptor}").resolve().is_relative_to(folder):
+    def full(file: IO[bytes]) -> None:
+        if file.writable() and Path(file.name).is_relative_to(folder):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache.os, "fsync", full)
+    monkeypatch.setattr(cache, "_share", full)
 
 
 def test_a_full_disk_leaves_nothing_behind_and_does_not_stop_a_run(
