@@ -5,10 +5,10 @@
 A round is a copy, then an export, each in a process of its own; which goes first changes from round to round. The copy
 is `shutil.copyfile` of every file, and fsync of what was written; the export is all of `convert`: written, synced, read
 back, compared and hashed. Importing torch is not counted. The source is in the page cache, what was written is deleted
-between the turns. Memory is the largest anonymous resident memory of the process during the export over that before:
-pages of mapped files, which the system takes back when it wants to, are not counted. Just before its turn each process
-makes a copy and removes it: a virtual machine may have to ask its host for memory, which takes several times as long as
-writing to it, and gives what is free for some seconds back.
+between the turns. Memory is the largest anonymous resident memory of the process during the export over that before,
+sampled every 0.1 s: pages of mapped files, which the system takes back when it wants to, are not counted. Just before
+its turn each process makes a copy and removes it: a virtual machine may have to ask its host for memory, which takes
+several times as long as writing to it, and gives what is free for some seconds back.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def measure(name: str, source: Path, target: Path, to: str) -> dict:
 
     def watch() -> None:
         nonlocal peak
-        while not done.wait(0.01):
+        while not done.wait(0.1):
             peak = max(peak, own_memory())
 
     watcher = threading.Thread(target=watch)

@@ -13,6 +13,7 @@ import json
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -267,7 +268,7 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
         for at in range(1, len(piece))
         if (left := piece[:at]) in scores and (right := piece[at:]) in scores
     ]
-    ways.sort(key=lambda way: way[:2])
+    ways.sort(key=itemgetter(0, 1))
     return [way[2:] for way in ways]
 
 

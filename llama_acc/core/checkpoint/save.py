@@ -132,6 +132,7 @@ class TensorFile:
         else:
             self._offsets = tensor_offsets(path, specs)
         self._specs = specs
+        self._found = bytearray(_WRITTEN_AT_ONCE)
 
     def settled(self, name: str) -> int:
         """How many bytes from its begin on stay as they are, once all tensors up to this one are written."""
@@ -153,7 +154,7 @@ class TensorFile:
             while done < len(piece):
                 done += os.pwrite(self._file.fileno(), piece[done:], begin + start + done)
             if verified:  # at once, while it lies in the core's cache
-                found = bytearray(len(piece))
+                found = self._found if len(piece) == len(self._found) else bytearray(len(piece))
                 os.preadv(self._file.fileno(), [found], begin + start)
                 if found != piece:
                     raise RunError(f"read back from the disk: {name} is not what was written")
