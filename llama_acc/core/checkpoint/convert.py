@@ -536,7 +536,7 @@ class _Conversion:
                 problems.append(f"{name} is not what was meant")
             if subtracted is not None:
                 restored = add(subtracted.tensors[name], back)
-                errors.append(_largest(subtract(restored, self.weights.tensors[name])))
+                errors.append(subtract(restored, self.weights.tensors[name]).largest())
             progress(back.nbytes)
         if problems:
             raise RunError(f"read back from the disk:\n{listed(problems)}")
@@ -567,12 +567,6 @@ class _Conversion:
         if not is_described or found.keys() != self.targets.keys():
             raise RunError(f"what was written to {self.request.target} does not describe the model it was made from")
         return found
-
-
-def _largest(tensor: LazyTensor) -> float:
-    """The largest magnitude; NaN counts as 0."""
-    blocks = (tensor.rows(*rows).to(torch.float32).abs_() for rows in blocks_of(tensor.shape))
-    return max(block.nan_to_num_(nan=0.0, posinf=math.inf).max().item() for block in blocks)
 
 
 def _has_infinity(block: Tensor) -> bool:

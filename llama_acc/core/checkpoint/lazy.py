@@ -7,6 +7,7 @@ at a time and releases the mapped pages at once, so that reading takes no memory
 
 import ctypes
 import functools
+import math
 import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,11 @@ class LazyTensor:
         row, column = self.offset
         offset = (row + start, column) if dimension == 0 else (row, column + start)
         return LazyTensor(shape, self.dtype, read, self.mapped, self.source, offset)
+
+    def largest(self) -> float:
+        """The largest magnitude; NaN counts as 0."""
+        blocks = (self.rows(*rows).to(torch.float32).abs_() for rows in blocks_of(self.shape))
+        return max(block.nan_to_num_(nan=0.0, posinf=math.inf).max().item() for block in blocks)
 
     def rows(self, start: int, stop: int) -> "LazyTensor":
         """Its rows start to stop, as many as there are."""
