@@ -53,6 +53,7 @@ def serve_page(listener: socket.socket, make_page: "Callable[[], Blocks]") -> No
     # What is open when the signal comes: each tab's connection, which would not end by itself.
     config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1, server_header=False)
     address, port = listener.getsockname()[:2]
+    listener.listen(128)  # who opens it from here on waits until the server is ready
     console.note(f"open http://{f'[{address}]' if ':' in address else address}:{port} in a browser; Ctrl-C ends it")
     uvicorn.Server(config).run([listener])
 

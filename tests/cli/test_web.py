@@ -17,6 +17,7 @@ import httpx2
 import pytest
 from PIL import Image
 
+from llama_acc.cli import web
 from llama_acc.core.generate.engine import Engine
 from llama_acc.core.generate.load import load_model
 from llama_acc.core.generate.sampling import Sampling
@@ -305,6 +306,22 @@ def test_a_question_is_edited_an_answer_retried_and_the_conversation_saved_as_da
     tab.get_by_role("button", name="New conversation").click()
     expect(tab.locator(".message")).to_have_count(0)
     tab.close()
+
+
+def test_the_address_is_told_when_it_can_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gradio
+    import uvicorn
+
+    listener, told = web.listen("127.0.0.1", 0), list[str]()
+
+    def note(text: str) -> None:
+        socket.create_connection(listener.getsockname(), timeout=PATIENCE).close()  # is refused by who does not listen
+        told.append(text)
+
+    monkeypatch.setattr(web.console, "note", note)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: sockets[0].close())
+    web.serve_page(listener, lambda: gradio.Blocks(analytics_enabled=False))
+    assert "in a browser" in told[0]
 
 
 @contextmanager
