@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llama_acc.core.checkpoint.huggingface import from_open_clip, meta_name, read_huggingface, rotated_heads, tower_name
 from llama_acc.core.checkpoint.layout import PEFT_CONFIG, Layout, check_order, read_config, shape_notes
 from llama_acc.core.checkpoint.lazy import LazyTensor, add, concatenate, reorder_heads, same_values
-from llama_acc.core.checkpoint.quantized import NF4Matrix, read_quantization, take_quantized, to_nf4
+from llama_acc.core.checkpoint.quantized import NF4Matrix, each_on_all_cores, read_quantization, take_quantized, to_nf4
 from llama_acc.core.distributed.groups import local_part
 from llama_acc.core.errors import UserError, listed
 from llama_acc.core.input_files import read_object
@@ -389,27 +389,32 @@ def fill(
     With `copy` every parameter has storage of its own. Otherwise a tensor that is already of this type and on this
     device stays mapped to its file: loading costs nothing, but the parameters must not be trained.
     """
-    for name, parameter in list(model.named_parameters()):
-        if not parameter.is_meta:
+    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.is_meta]
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in parameters}
+    matrices = {
+        name: owner
+        for name, parameter in parameters
+        if isinstance(owner := owners[name], Linear) and owner.is_quantized and parameter is owner.weight
+    }
+    quantize = lambda name: matrices[name].take(*to_nf4(weights.tensors.pop(prefix + name), device))  # noqa: E731
+    each_on_all_cores(quantize, matrices, device)
+    for name, parameter in parameters:
+        if name in matrices:
             continue
         share = weights.tensors.pop(prefix + name)
-        owner_name, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(owner_name)
-        if isinstance(owner, Linear) and owner.is_quantized and parameter is owner.weight:
-            owner.take(*to_nf4(share, device))
-            continue
         value = None if copy else share.in_place(dtype, device)
         value = share.to(dtype, device) if value is None else value
-        setattr(owner, leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
+        setattr(owners[name], name.rpartition(".")[2], nn.Parameter(value, requires_grad=parameter.requires_grad))
 
 
 def load_parameters(model: Transformer, weights: Weights) -> None:
     """Puts weights into the storage a model has, as far as they are there; `weights`, of its rank, are used up."""
-    for name, parameter in model.named_parameters():
-        if name not in weights.tensors:
-            continue
-        share, local = weights.tensors.pop(name), local_part(parameter)
-        if local.tensor.is_floating_point():
-            share.rows(local.rows.start, local.rows.stop).copy_into(local.tensor)
-        else:
-            store_quantized(model, name, *to_nf4(share, local.tensor.device))
+    there = {name: local_part(one) for name, one in model.named_parameters() if name in weights.tensors}
+    matrices = [name for name, local in there.items() if not local.tensor.is_floating_point()]
+    for name, local in there.items():
+        if name not in matrices:
+            weights.tensors.pop(name).rows(local.rows.start, local.rows.stop).copy_into(local.tensor)
+    if matrices:
+        device = there[matrices[0]].tensor.device
+        quantize = lambda name: store_quantized(model, name, *to_nf4(weights.tensors.pop(name), device))  # noqa: E731
+        each_on_all_cores(quantize, matrices, device)

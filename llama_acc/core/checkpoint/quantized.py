@@ -7,6 +7,8 @@ quantization.json says so, and has the fingerprint of the weights they were made
 """
 
 import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -120,7 +122,7 @@ def to_nf4(tensor: LazyTensor, device: torch.device) -> tuple[Tensor, Scales]:
         UserError: a part of a quantized matrix whose edges lie within blocks.
     """
     if not isinstance(tensor.source, NF4Matrix):
-        read = lambda start, stop: tensor.rows(start, stop).to(torch.float32, device)  # noqa: E731
+        read = lambda start, rows: tensor.rows(start, start + len(rows)).copy_into(rows)  # noqa: E731
         return nf4.quantize(read, tensor.shape, device)
     matrix, (rows, columns), (row, column) = tensor.source, tensor.shape, tensor.offset
     whole, values, scales = 2 * matrix.values.shape[1], matrix.values, matrix.scales
@@ -136,6 +138,21 @@ def to_nf4(tensor: LazyTensor, device: torch.device) -> tuple[Tensor, Scales]:
         values = values[row : row + rows, column // 2 : (column + columns) // 2].contiguous()
         scales = nf4.round_absmax(absmax.flatten().clone())
     return values.to(device), Scales(*(scale.to(device) for scale in scales))
+
+
+def each_on_all_cores(quantize: Callable[[str], object], names: Iterable[str], device: torch.device) -> None:
+    """Calls `quantize` for each matrix; on a CPU, for as many at a time as torch has threads."""
+    if device.type != "cpu":
+        for name in names:
+            quantize(name)
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's own would wait busily while numpy computes
+    try:
+        with ThreadPoolExecutor(threads) as workers:
+            list(workers.map(quantize, names))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @lru_cache(maxsize=1)

@@ -9,7 +9,6 @@ import ctypes
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -25,8 +24,9 @@ from llama_acc.core.model.kernels import use_kernels
 
 BLOCK, NESTED_BLOCK = 64, 256
 MOST_RANK = 128  # of pairs that `add_product_` has room for
-# Values quantized at a time; on a CPU what is made on the way takes 9 bytes for each, and stays in a core's cache.
-_PIECE, _PIECE_CPU = 1 << 24, 1 << 18
+# Values quantized at a time; on a CPU, where threads wait for each other before each operation, and compared at a time,
+# so that the results stay in a core's cache.
+_PIECE, _PIECE_CPU, _COMPARED = 1 << 24, 1 << 19, 1 << 17
 
 # On a CPU, more rows than these are multiplied faster by a matrix that is written out (measured on a Zen 4 core); the
 # kernel takes so many rows of the matrix at a time.
@@ -106,56 +106,68 @@ def nbytes(rows: int, columns: int) -> int:
     return rows * columns // 2 + sum(tensor.nbytes for tensor in scales)
 
 
-def quantize(read: Callable[[int, int], Tensor], shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Scales]:
+@torch.no_grad()
+def quantize(
+    read: Callable[[int, Tensor], object], shape: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Scales]:
     """Quantizes a matrix that is never held as a whole, unless its rows do not consist of whole blocks.
 
-    `read` gives the rows from start to stop, float, on `device`. Returns the packed values, [rows, columns / 2] bytes,
-    and the scales.
+    `read` writes the rows from one on to a tensor, [n, columns] float32 on `device`. Returns the packed values,
+    [rows, columns / 2] bytes, and the scales.
     """
     rows, columns = shape
     packed = torch.empty(packed_shape(rows, columns), dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-rows * columns // BLOCK), dtype=torch.float32, device=device)
-    piece = _PIECE_CPU if device.type == "cpu" else _PIECE
-    step = max(1, piece // columns) if columns % BLOCK == 0 else rows
-    with ThreadPoolExecutor(torch.get_num_threads()) as workers:
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            codes, largest = _quantize_piece(read(start, stop).contiguous(), workers)
-            packed[start:stop] = codes.view(stop - start, columns // 2)
-            first = start * columns // BLOCK
-            absmax[first : first + len(largest)] = largest
+    on_cpu = device.type == "cpu" and rows * columns % BLOCK == 0
+    step = min(rows, max(1, (_PIECE_CPU if on_cpu else _PIECE) // columns)) if columns % BLOCK == 0 else rows
+    piece = torch.empty(step, columns, dtype=torch.float32, device=device)
+    room = _Room(piece.numel()) if on_cpu else None
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        read(start, values := piece[: stop - start])
+        codes, largest = packed[start:stop].view(-1), absmax[start * columns // BLOCK : -(-stop * columns // BLOCK)]
+        if room is not None:
+            _quantize_into(values, codes, largest, room)
+        else:
+            made, state = _library().functional.quantize_4bit(values, quant_type="nf4", blocksize=BLOCK)
+            codes.copy_(made.view(-1))
+            largest.copy_(state.absmax)
     return packed, round_absmax(absmax)
 
 
-def _quantize_piece(values: Tensor, workers: Executor) -> tuple[Tensor, Tensor]:
-    """The codes of values, two in a byte, and the largest magnitudes of their blocks."""
-    if values.device.type != "cpu" or values.dtype != torch.float32 or values.numel() % BLOCK:
-        codes, state = _library().functional.quantize_4bit(values, quant_type="nf4", blocksize=BLOCK)
-        return codes, state.absmax
-    # What the library computes on a CPU with a search for every value, which takes 8 times as long (0.50).
-    blocks = values.detach().view(-1, BLOCK)
-    largest = blocks.abs().amax(1)
-    scaled = blocks * (1.0 / largest.clamp(min=1e-38)).view(-1, 1)
-    parts = [part.view(-1).numpy() for part in scaled.chunk(torch.get_num_threads())]
-    return torch.from_numpy(np.concatenate(list(workers.map(_pack_codes, parts)))), largest
+class _Room:
+    """For what is made of n values on the way: the system takes longer to give new memory than numpy to fill it."""
+
+    def __init__(self, n: int) -> None:
+        self.scaled, self.codes = np.empty(n, dtype=np.float32), np.empty(n, dtype=np.uint8)
+        self.is_below = np.empty((15, min(n, _COMPARED)), dtype=np.bool_)
 
 
-def _pack_codes(scaled: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The nearest levels of values from -1 to 1, two in a byte."""
-    # numpy's comparisons are vectorized, and let other threads run.
-    codes, is_below = np.full(len(scaled), 15, dtype=np.uint8), np.empty(len(scaled), dtype=np.bool_)
-    for bound in _bounds():
-        np.less_equal(scaled, bound, out=is_below)
-        codes -= is_below.view(np.uint8)
-    pairs = codes.view("<u2")
-    return (pairs << 4 | pairs >> 8).astype(np.uint8)
+def _quantize_into(values: Tensor, packed: Tensor, largest: Tensor, room: _Room) -> None:
+    """Writes the codes of n float32 values, two in a byte, and the largest magnitudes of their blocks.
+
+    What the library computes on a CPU with a search for every value, which takes ten times as long (0.50). numpy's
+    comparisons are vectorized, and let other threads run.
+    """
+    n, blocks = values.numel(), values.view(-1, BLOCK)
+    scaled, codes = room.scaled[:n], room.codes[:n]
+    as_blocks = torch.from_numpy(scaled).view(-1, BLOCK)
+    torch.amax(torch.abs(blocks, out=as_blocks), 1, out=largest)
+    torch.mul(blocks, (1.0 / largest.clamp(min=1e-38)).view(-1, 1), out=as_blocks)
+    for start in range(0, n, _COMPARED):
+        part = slice(start, min(start + _COMPARED, n))
+        is_below = room.is_below[:, : part.stop - start]
+        np.less_equal(scaled[part], _bounds(), out=is_below)
+        np.add.reduce(is_below.view(np.uint8), axis=0, dtype=np.uint8, out=codes[part])
+    pairs = np.subtract(15, codes, out=codes).view("<u2")
+    packed.numpy()[:] = pairs << 4 | pairs >> 8
 
 
 @cache
-def _bounds() -> list[np.float32]:
-    """Half-way between the levels, as the library rounds them."""
+def _bounds() -> NDArray[np.float32]:
+    """Half-way between the levels, as the library rounds them, [15, 1]."""
     levels = _codes(torch.device("cpu"))[0]
-    return list(((levels[1:] + levels[:-1]) / 2).numpy())
+    return ((levels[1:] + levels[:-1]) / 2).view(-1, 1).numpy()
 
 
 def round_absmax(absmax: Tensor) -> Scales:

@@ -477,5 +477,5 @@ def initialize(model: Transformer, seed: int, only: Container[str] | None = None
                 local.tensor.copy_(own[local.rows])
             else:
                 device = local.tensor.device
-                packed = quantize(lambda start, stop: own[start:stop].to(device), tuple(own.shape), device)  # noqa: B023
+                packed = quantize(lambda start, rows: rows.copy_(own[start:][: len(rows)]), tuple(own.shape), device)  # noqa: B023
                 store_quantized(model, name, *packed)

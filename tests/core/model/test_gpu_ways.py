@@ -138,7 +138,7 @@ def test_cross_entropy_and_its_gradient_are_those_of_the_definition(
 def test_a_matrix_out_of_nf4_is_bitsandbytes_s(shape: tuple[int, int], has_triton: bool) -> None:
     """Bit by bit; but the interpreter cuts to bf16 what a GPU rounds."""
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    packed, scales = nf4.quantize(lambda start, stop: matrix[start:stop], shape, CPU)
+    packed, scales = nf4.quantize(lambda start, rows: rows.copy_(matrix[start:][: len(rows)]), shape, CPU)
     for dtype, unit in ((torch.float32, 0.0), (torch.float16, 0.0), (torch.bfloat16, 2**-7)):
         expected = nf4.dequantize(packed, scales, dtype)
         with as_on_gpu():
@@ -156,7 +156,7 @@ def test_a_product_out_of_nf4_is_that_of_the_matrices_and_their_pairs(
     generator, rows = torch.Generator().manual_seed(3), sum(sizes)
     shapes = (tokens, columns), (tokens, rows), (rows, columns), (3 * len(sizes), columns), (rows, 3), (rows,)
     x, y, matrix, a, b, bias = (torch.randn(shape, generator=generator) for shape in shapes)
-    packed, scales = nf4.quantize(lambda start, stop: matrix[start:stop], (rows, columns), CPU)
+    packed, scales = nf4.quantize(lambda start, rows: rows.copy_(matrix[start:][: len(rows)]), (rows, columns), CPU)
     for pairs in (None, (a, b, 0.5)):
         product = x @ nf4.dequantize(packed, scales, torch.float32).T
         if pairs:
