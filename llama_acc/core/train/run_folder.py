@@ -166,7 +166,7 @@ def check_same_run(plan: Plan, checkpoint: Path) -> int:
     Data, base and tokenizer are compared by content, so they may lie elsewhere, and under other names.
 
     Raises:
-        UserError: a damaged state, or all that makes it another run.
+        UserError: a damaged state, all that makes it another run, or fewer steps than are done.
     """
     progress = read_progress(checkpoint)
     if progress["format_version"] > FORMAT_VERSION:
@@ -189,6 +189,11 @@ def check_same_run(plan: Plan, checkpoint: Path) -> int:
             f"resume with the same files; --data FILE says where they are now; {_OTHER_RUN}",
         )
     step: int = progress["step"]
+    if step > plan.total_steps:
+        raise UserError(
+            f"{checkpoint} has done {count_text(step, 'step')}, the recipe asks for {plan.total_steps}",
+            f"raise train.epochs or train.max_steps, or leave them as they were; {_OTHER_RUN}",
+        )
     return step
 
 

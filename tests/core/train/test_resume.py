@@ -133,6 +133,14 @@ def test_a_damaged_state_is_never_resumed_from(
     assert said in refused.value.message
 
 
+def test_a_run_is_not_made_shorter_than_it_is(tmp_path: Path) -> None:
+    run(tmp_path, "train.max_steps=3")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="has done 3 steps, the recipe asks for 2"):
+        run(tmp_path, "train.max_steps=2", "checkpoint.keep=1", resume=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_newest_means_written_last_whatever_an_abandoned_run_left(tmp_path: Path) -> None:
     """A kill after a checkpoint took its name and before `latest` named it leaves one from the future."""
     run(tmp_path, *LONG, "train.max_steps=8")
