@@ -289,6 +289,7 @@ def test_a_checkpoint_sees_only_if_it_has_tensors_for_that(with_tensors: bool, t
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "llama3 needs low_freq_factor and high_freq"),
         ({"rope_parameters": None, "rope_scaling": {"type": "longrope"}}, 'rope_scaling: "longrope" (only default,'),
         ({"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["chunked"]}, "layer_types: chunked"),
+        ({"model_type": "smollm3", "layer_types": ["sliding_attention"]}, "but use_sliding_window is not true"),
         ({"intermediate_size": None}, "missing key 'intermediate_size'"),
         ({"num_attention_heads": None}, "missing key 'num_attention_heads'"),
         ({"num_hidden_layers": "two"}, "n_layers: should be a valid integer"),
