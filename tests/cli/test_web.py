@@ -286,11 +286,11 @@ def test_a_question_is_edited_an_answer_retried_and_the_conversation_saved_as_da
     address, [engine] = chats(talker, engine=_Gated)
     tab = open_page(person, address)
     tab.get_by_role("button", name="Settings").click()
-    tab.get_by_label("System text").fill("Be brief.")
     for question in ("first", "second"):
         with answering(tab, engine):
             ask(tab, question)
         expect(tab.locator("#question .submit-button")).to_be_visible()
+    tab.get_by_label("System text").fill("Be brief.")  # once the page has settled
     with answering(tab, engine):
         tab.get_by_label("Retry").click()
     answered(tab, ANSWER, ANSWER)
