@@ -28,7 +28,7 @@ from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.transformer import describe, parameter_count, shapes_of
 from llama_acc.core.recipe import CheckpointSection, ImagesSection, Recipe, TrainSection
 from llama_acc.core.tokenizer import Tokenizer
-from llama_acc.core.train.base import find_model, read_base_weights, with_absolute_paths
+from llama_acc.core.train.base import find_model, quantization_notes, read_base_weights, with_absolute_paths
 from llama_acc.core.train.data_parallel import Mode
 from llama_acc.core.train.optimizer import learning_rate
 from llama_acc.core.train.runs import Callback
@@ -270,6 +270,8 @@ def make_plan(
     prompts, most_new = read_prompts(recipe.train.sample_prompts, recipe.folder), recipe.train.sample_max_new_tokens
     callback.progress("reading the model's shape and tokenizer")
     layouts, config, tokenizer = find_model(recipe, weights_may_be_absent=dry_run, saved=saved)
+    for note in quantization_notes(recipe, config):
+        callback.note(note)
     if recipe.data.max_tokens > config.max_seq_len:
         raise UserError(
             f"data.max_tokens ({recipe.data.max_tokens}) is more than the model's max_seq_len ({config.max_seq_len})",

@@ -11,9 +11,10 @@ from llama_acc.core.checkpoint.save import write_checkpoint
 from llama_acc.core.data.batches import build
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
+from llama_acc.core.train.plan import make_plan
 from llama_acc.core.train.trainer import Trainer
 from tests.core.tiny import CPU
-from tests.core.train.runs import plan_of
+from tests.core.train.runs import Notes, plan_of, quickstart
 
 
 @pytest.mark.parametrize(
@@ -192,3 +193,23 @@ def test_a_checkpoint_has_the_type_and_takes_the_disk_space_that_was_foretold(
     assert plan.save_dtype == dtype
     written = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     assert 0.95 * plan.checkpoint_bytes() < written < plan.checkpoint_bytes()
+
+
+@pytest.mark.parametrize(
+    ("dim", "width", "size", "said"),
+    [
+        (96, 256, 1, ""),
+        (128, 256, 2, ""),
+        # Whole rows of 96 values stay whole blocks where a part has an even number of them.
+        (96, 256, 2, "wo (96 x 48)"),
+        (128, 192, 2, "w2 (128 x 96)"),
+        (128, 256, 4, "wo (128 x 32)"),
+    ],
+)
+def test_parts_in_nf4_that_are_other_blocks_are_named(dim: int, width: int, size: int, said: str) -> None:
+    keys = ("tuning.method=bias_norm", "tuning.quantize=nf4", "checkpoint.trainable_only=true")
+    params = f"{{dim: {dim}, n_layers: 1, n_heads: 4, multiple_of: {width}, ffn_dim_multiplier: 0.1, max_seq_len: 256}}"
+    notes = Notes()
+    make_plan(quickstart(*keys, f"model.params={params}", f"parallel.model_parallel_size={size}"), notes)
+    parts = f"size {size}: parts of {said} are not the whole matrix's blocks of 64 values"
+    assert [parts in text for text in notes.texts] == [True] * bool(said)
