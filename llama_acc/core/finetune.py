@@ -217,7 +217,9 @@ def _train(
             if not parallel.is_main:
                 Loop(trainer, folder, None, callback, stop).run()
                 return
-            folder.write_plan(plan)  # not before memory was found to suffice: a run that is refused leaves nothing
+            # Not before memory was found to suffice, and not where nothing is left to do: what was changed did nothing.
+            if trainer.step < plan.total_steps and not trainer.stops_early:
+                folder.write_plan(plan)
             recipe = plan.recipe.model_dump(mode="json")
             trackers, samples = plan.recipe.train.trackers, bool(plan.samples.prompts)
             with MetricsLog(folder.path, trainer.step, callback.note, trackers, recipe, samples) as log:

@@ -82,7 +82,9 @@ def test_what_a_killed_run_did_after_its_last_checkpoint_is_done_again(whole: Pa
 
 def test_a_resume_with_nothing_left_to_do_changes_nothing(begun: Path) -> None:
     before = metrics(begun), saved_weights(begun / "epoch0-iter2"), names(begun)
-    finished = run(begun, "train.max_steps=2", resume=True)
+    recipe = (begun / "recipe.yaml").read_text()
+    finished = run(begun, "train.max_steps=2", "parallel.data_parallel=fsdp", resume=True)
+    assert (begun / "recipe.yaml").read_text() == recipe
     assert (finished.checkpoint, finished.loss) == (begun / "epoch0-iter2", before[0][-1]["loss"])
     assert (metrics(begun), names(begun)) == (before[0], before[2])
     assert_bitwise_equal(saved_weights(begun / "epoch0-iter2"), before[1])
