@@ -169,9 +169,7 @@ def _layer_kinds(values: Mapping[str, Any], layers: range, path: Path) -> dict[s
         found["nope_layers"] = [layer for layer, does in zip(layers, rotates, strict=False) if not does]
     is_off = family not in ("llama", "mistral", "granite") and not values.get("use_sliding_window")
     if is_off and "sliding_attention" in (values.get("layer_types") or ()):
-        text = (
-            "layer_types: sliding_attention, but use_sliding_window is not true (transformers: an error, or a window)"
-        )
+        text = "layer_types: sliding_attention, but use_sliding_window is not true (transformers fails or has windows)"
         raise _not_computed(path, [text])
     window = values.get("sliding_window") if family == "mistral" or values.get("use_sliding_window") else None
     if window is None or family == "llama":

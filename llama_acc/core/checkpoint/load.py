@@ -412,7 +412,7 @@ def load_parameters(model: Transformer, weights: Weights) -> None:
     there = {name: local_part(one) for name, one in model.named_parameters() if name in weights.tensors}
     matrices = [name for name, local in there.items() if not local.tensor.is_floating_point()]
     for name, local in there.items():
-        if name not in matrices:
+        if local.tensor.is_floating_point():
             weights.tensors.pop(name).rows(local.rows.start, local.rows.stop).copy_into(local.tensor)
     if matrices:
         device = there[matrices[0]].tensor.device

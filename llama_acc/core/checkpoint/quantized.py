@@ -28,6 +28,7 @@ from llama_acc.core.model.transformer import is_matrix, is_within
 
 QUANTIZATION_FILE = "quantization.json"
 FORMAT_VERSION = 2
+_MOST_THREADS = 8
 EARLY_HINT = (
     "of an early version of llama-acc? Quantize the original anew (llama-acc convert-checkpoint DIR NEW "
     "--to consolidated --quantize nf4), and train on that"
@@ -141,7 +142,7 @@ def to_nf4(tensor: LazyTensor, device: torch.device) -> tuple[Tensor, Scales]:
 
 
 def each_on_all_cores(quantize: Callable[[str], object], names: Iterable[str], device: torch.device) -> None:
-    """Calls `quantize` for each matrix; on a CPU, for as many at a time as torch has threads."""
+    """Calls `quantize` for each matrix; on a CPU, for as many at a time as torch has threads, at most 8."""
     if device.type != "cpu":
         for name in names:
             quantize(name)
@@ -149,7 +150,8 @@ def each_on_all_cores(quantize: Callable[[str], object], names: Iterable[str], d
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's own would wait busily while numpy computes
     try:
-        with ThreadPoolExecutor(threads) as workers:
+        # Not many more: each holds some rows in float32, or, where these are no whole blocks, its matrix.
+        with ThreadPoolExecutor(min(threads, _MOST_THREADS)) as workers:
             list(workers.map(quantize, names))
     finally:
         torch.set_num_threads(threads)

@@ -24,8 +24,8 @@ from llama_acc.core.model.kernels import use_kernels
 
 BLOCK, NESTED_BLOCK = 64, 256
 MOST_RANK = 128  # of pairs that `add_product_` has room for
-# Values quantized at a time; on a CPU, where threads wait for each other before each operation, and compared at a time,
-# so that the results stay in a core's cache.
+# Values quantized at a time: on a CPU, fewer make more calls, for each of which threads wait for Python's lock. Of
+# these, so many are compared at a time that the results stay in a core's cache.
 _PIECE, _PIECE_CPU, _COMPARED = 1 << 24, 1 << 19, 1 << 17
 
 # On a CPU, more rows than these are multiplied faster by a matrix that is written out (measured on a Zen 4 core); the
@@ -112,8 +112,8 @@ def quantize(
 ) -> tuple[Tensor, Scales]:
     """Quantizes a matrix that is never held as a whole, unless its rows do not consist of whole blocks.
 
-    `read` writes the rows from one on to a tensor, [n, columns] float32 on `device`. Returns the packed values,
-    [rows, columns / 2] bytes, and the scales.
+    `read` is given a row's number and a tensor, [n, columns] float32 on `device`, and writes n rows to it. Returns the
+    packed values, [rows, columns / 2] bytes, and the scales.
     """
     rows, columns = shape
     packed = torch.empty(packed_shape(rows, columns), dtype=torch.uint8, device=device)
