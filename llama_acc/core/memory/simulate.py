@@ -37,7 +37,7 @@ from llama_acc.core.train.trainer import assemble
 
 CPU = torch.device("cpu")
 _aten = torch.ops.aten
-_ENDS = 3  # blocks at the ends of equal ones that may take something else: the first two and the last
+_ENDS = 4  # blocks at the ends of equal ones that may take something else: the first two and the last two
 
 
 @dataclass(frozen=True)

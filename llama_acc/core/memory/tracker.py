@@ -127,8 +127,8 @@ def deepened(trace: Trace, last: int, extra: int, period: int) -> Trace | None:
     """The trace of a model with `extra` more blocks before block `last`, a multiple of the period in which they repeat;
     None = it does not follow from this one.
 
-    Two periods and three blocks before `last` have to repeat. The last block may differ from the others, and so may
-    the first two: a sharded model gathers the next one early.
+    Two periods and three blocks before `last` have to repeat. The last block may differ from the others, as may the one
+    before, whose things are freed in there, and the first two: a sharded model gathers the next one early.
     """
     found = (_repeated(trace, last - 2 * period - ends, extra, period) for ends in (2, 1))
     return next((trace for trace in found if trace is not None), None)

@@ -487,8 +487,10 @@ class Attention(nn.Module):
         # position, and float32 factors [H] on what each head gets from them.
         self.prefix: Sequence[Tensor] = ()
 
-    def forward(self, x: Tensor, norm: RMSNorm, attend: Attend, extra: AttentionExtra | None = None) -> Tensor:
-        """x [T, dim] and what attention adds to it; `norm` is applied to x first."""
+    def forward(
+        self, x: Tensor, norm: RMSNorm, attend: Attend, extra: AttentionExtra | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """x [T, dim] and what attention adds to it, or the rows [N] of that; `norm` is applied to x first."""
         if self.packed is None:
             projected = normed_linears(x, norm, (self.wq, self.wk, self.wv))
         else:
@@ -499,6 +501,8 @@ class Attention(nn.Module):
         q = scaled(q, self.query_scale)
         heads = attend(q, k, v, self.rotates, self.window)
         heads = heads if extra is None else heads + extra.output(self, q, attend)
+        if rows is not None:
+            x, heads = x.index_select(0, rows), heads.index_select(0, rows)
         return added(x, heads, self.wo, self.multiplier, is_packed=self.packed is not None)
 
 

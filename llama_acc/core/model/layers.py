@@ -38,7 +38,7 @@ from llama_acc.core.model.products import (
 )
 
 _ALONE = Parallel()
-# Rows of SwiGLU that are worked on at a time on a CPU: of fewer, a good part of the time is that of laying out weights.
+# Rows of SwiGLU that are worked on at a time on a CPU, at most: of few, a good part of the time is laying out weights.
 _PIECE_ROWS = 1024
 Init = Callable[[Tensor, Generator], object]
 """Fills a whole parameter, on the CPU, in place."""
@@ -473,14 +473,17 @@ class _NormedLinearsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, inverse, *weights = ctx.saved_tensors
-        needs_norm, needs_weights = ctx.needs_input_grad[1], ctx.needs_input_grad[6:]
+        (needs_x, needs_norm), needs_weights = ctx.needs_input_grad[:2], ctx.needs_input_grad[6:]
         split = len(ctx.scales)
         added = list(zip(d_outputs[split:], weights[split:], ctx.masks, strict=True))
-        matrices = list(zip(weights[:split], ctx.scales, strict=True))
-        d_normed = product(d_outputs[0], dense(*matrices[0], x.dtype).t())
-        for d_y, matrix in zip(d_outputs[1:split], matrices[1:], strict=True):
-            add_masked_product(d_normed, d_y, dense(*matrix, x.dtype), None)
-        summing = None if ctx.group is None else dist.all_reduce(d_normed, group=ctx.group, async_op=True)
+        d_normed = summing = None
+        if needs_x or needs_norm:  # not so in the first block, where only matrices train
+            matrices = list(zip(weights[:split], ctx.scales, strict=True))
+            d_normed = product(d_outputs[0], dense(*matrices[0], x.dtype).t())
+            for d_y, matrix in zip(d_outputs[1:split], matrices[1:], strict=True):
+                add_masked_product(d_normed, d_y, dense(*matrix, x.dtype), None)
+            if ctx.group is not None:
+                summing = dist.all_reduce(d_normed, group=ctx.group, async_op=True)
         d_weights: list[Tensor | None] = [None] * len(needs_weights)
         if any(needs_weights):
             normed = _rms_norm(x, norm_weight, ctx.eps, inverse)[0]
@@ -492,6 +495,8 @@ class _NormedLinearsFunction(torch.autograd.Function):
                 products = [(d_y.t() @ _masked(normed, mask)).to(dtype) for d_y, _, mask in added]
                 d_weights[split:] = products[0].split(sizes) if len(products) < len(sizes) else products
             del normed
+        if d_normed is None:
+            return *[None] * 6, *d_weights
         if summing is not None:
             summing.wait()
         for d_y, weight, mask in added:
@@ -605,4 +610,6 @@ def _swiglu_backward(d_product: Tensor, gate: Tensor, up: Tensor, needs_product:
 def _row_pieces(x: Tensor) -> list[slice]:
     if device_type(x) != "cpu" or torch.compiler.is_compiling():
         return [slice(None)]
-    return [slice(start, start + _PIECE_ROWS) for start in range(0, len(x), _PIECE_ROWS)]
+    count = -(-len(x) // _PIECE_ROWS)
+    size = -(-len(x) // max(count, 1))
+    return [slice(i * size, (i + 1) * size) for i in range(count)]

@@ -1,9 +1,8 @@
 """The output head and the cross-entropy in one, without ever holding the logits of more than a chunk of tokens.
 
 With a vocabulary of 32000 the logits, their softmax and their gradient are the largest tensors of a training step, and
-their memory traffic most of its time. Here rows without a label are never projected, the rest is done in chunks, and
-the gradient of a chunk is made at once, while its logits are at hand (the idea of Liger Kernel's fused linear
-cross-entropy, arXiv:2410.10989).
+their memory traffic most of its time. Here they are made in chunks of rows, and the gradient of a chunk is made at
+once, while its logits are at hand (the idea of Liger Kernel's fused linear cross-entropy, arXiv:2410.10989).
 
 Under model parallelism each rank has the logits of a part of the vocabulary. Ranks tell each other only the
 log-sum-exp of a row and the logit of its target, and sum the gradient of the hidden states.
@@ -22,7 +21,6 @@ from llama_acc.core.model.kernels import use_kernels
 from llama_acc.core.model.nf4 import Scales, dense
 from llama_acc.core.model.products import accumulator, add_product, product
 
-IGNORED = -100
 # Rows of float32 per matrix product on a CPU, twice as many of bfloat16: 31 MiB of logits at a vocabulary of 32000.
 # Fewer make it slower, more cost memory.
 CHUNK_ROWS = 256
@@ -44,35 +42,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale: float,
         parallel: Parallel,
         scales: Scales | None,
-        labeled: Tensor | None,
         label_weights: Tensor | None,
     ) -> Tensor:
-        rows = (targets != IGNORED).nonzero().squeeze(1) if labeled is None else labeled
-        picked, picked_targets = hidden.detach()[rows], targets[rows]
-        picked_weights = None if label_weights is None else label_weights[rows].unsqueeze(1)
+        label_weights = None if label_weights is None else label_weights.unsqueeze(1)
         compute_weight = dense(weight, scales, hidden.dtype)
         size = max(CHUNK_ROWS, _GPU_LOGITS // len(weight))
         if device_type(hidden) == "cpu":
             size = CHUNK_ROWS * 4 // min(hidden.element_size(), 4)
-        d_picked = torch.empty_like(picked) if hidden.requires_grad else None
-        d_weight = accumulator(weight, -(-len(rows) // size)) if weight.requires_grad else None
+        d_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
+        d_weight = accumulator(weight, -(-len(hidden) // size)) if weight.requires_grad else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(rows), size):
+        for start in range(0, len(hidden), size):
             chunk = slice(start, start + size)
-            x = picked[chunk]
+            x = hidden[chunk]
             d_logits = product(x, compute_weight)
-            weights = None if picked_weights is None else picked_weights[chunk]
-            loss += _softmax_minus_one_hot_(d_logits, picked_targets[chunk], parallel, weights)
-            if d_picked is not None:
-                product(d_logits, compute_weight.t(), out=d_picked[chunk])
+            weights = None if label_weights is None else label_weights[chunk]
+            loss += _softmax_minus_one_hot_(d_logits, targets[chunk], parallel, weights)
+            if d_hidden is not None:
+                product(d_logits, compute_weight.t(), out=d_hidden[chunk])
             if d_weight is not None:
                 add_product(d_weight, d_logits.t(), x * scale, first=start == 0)
             del d_logits  # before there are those of the next chunk
-        d_hidden = None
-        if d_picked is not None:
-            if parallel.model_size > 1 and len(rows):
-                dist.all_reduce(d_picked, group=parallel.model_group)
-            d_hidden = torch.zeros_like(hidden).index_copy_(0, rows, d_picked.mul_(scale))
+        if d_hidden is not None:
+            if parallel.model_size > 1 and len(hidden):
+                dist.all_reduce(d_hidden, group=parallel.model_group)
+            d_hidden.mul_(scale)
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
         return loss * scale
 
@@ -80,9 +74,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor | None, ...]:
         (factor,) = d_loss
         if device_type(factor) == "cpu" and factor.item() == 1.0:
-            return *ctx.saved_tensors, *[None] * 6  # the weight's is too large to be multiplied by 1
+            return *ctx.saved_tensors, *[None] * 5  # the weight's is too large to be multiplied by 1
         gradients = [None if d is None else d * factor.to(d.dtype) for d in ctx.saved_tensors]
-        return *gradients, *[None] * 6
+        return *gradients, *[None] * 5
 
 
 def _softmax_minus_one_hot_(logits: Tensor, targets: Tensor, parallel: Parallel, weights: Tensor | None) -> Tensor:
@@ -143,23 +137,21 @@ def linear_cross_entropy(
     scale: float = 1.0,
     parallel: Parallel = _ALONE,
     scales: Scales | None = None,
-    labeled: Tensor | None = None,
     label_weights: Tensor | None = None,
 ) -> Tensor:
-    """Sum over labeled rows of the cross-entropy of `hidden @ weight.T`, times `scale`.
+    """Sum over rows of the cross-entropy of `hidden @ weight.T`, times `scale`.
 
     Args:
-        hidden: [T, dim].
+        hidden: [N, dim], what has a label.
         weight: [vocab_size / model_size, dim], this rank's rows; cast to the type of `hidden` for compute.
-        targets: [T] token to predict at each row; -100 = no label.
+        targets: [N] token to predict at each row.
         scale: factor on the loss, such as 1 / (what all label tokens of the optimizer step count).
         parallel: who has the other rows.
         scales: of a quantized weight.
-        labeled: [N] the rows that have a label, ascending; None: they are looked for, for which a GPU's host waits.
-        label_weights: [T] how much each row counts, in float32; None: all count in full.
+        label_weights: [N] how much each row counts, in float32; None: all count in full.
 
     Returns:
-        float32 scalar; zero, with zero gradients, where nothing is labeled.
+        float32 scalar; zero, with zero gradients, where there is no row.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, scale, parallel, scales, labeled, label_weights)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, scale, parallel, scales, label_weights)
     return loss

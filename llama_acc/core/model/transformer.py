@@ -60,6 +60,7 @@ from llama_acc.core.model.vision import Images, VisionProjector, attach_vision, 
 from llama_acc.core.model.vision_config import ClipVision
 
 _ALONE = Parallel()
+_NO_LABEL = -100
 _ADDED = 1 << 24  # no model has so many parameters of its own
 _TABLE_ROWS = 16384
 SMALL_DIM = 1024
@@ -98,9 +99,12 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, attend: Attend, extra: AttentionExtra | None = None) -> Tensor:
-        """[T, dim] to [T, dim]; `extra`: what a tuning method adds to its attention."""
-        return self.feed_forward(self.attention(x, self.attention_norm, attend, extra), self.ffn_norm)
+    def forward(
+        self, x: Tensor, attend: Attend, extra: AttentionExtra | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """[T, dim] to [T, dim], or to [N, dim] if only the rows [N] of it are needed; `extra`: what a tuning method
+        adds to its attention."""
+        return self.feed_forward(self.attention(x, self.attention_norm, attend, extra, rows), self.ffn_norm)
 
 
 class Transformer(nn.Module):
@@ -122,7 +126,7 @@ class Transformer(nn.Module):
         self.vision: VisionProjector | None = None  # how images come into the stream, or None
         self.specs: Mapping[str, Spec] = {}  # what is known of each parameter
         # Calls a block on its arguments; activation checkpointing puts itself here.
-        self.run_block: Callable[[nn.Module, Tensor, Attend, AttentionExtra | None], Tensor] = nn.Module.__call__
+        self.run_block: Callable[..., Tensor] = nn.Module.__call__
         # Gives what a tuning method adds to the attention of the block of that number, if it does; from what images
         # give for each document, [documents, vectors, dim], or None.
         self.attention_extra: Callable[[int, Tensor | None], AttentionExtra | None] | None = None
@@ -185,19 +189,26 @@ class Transformer(nn.Module):
         rotations = self._rotations_at(positions, lengths, list(map(add, starts, lengths)))
         cached = None if caches is None else CachedAttention(caches, lengths, rotations)
         attend: Attend = cached or DocumentAttention(lengths, rotations, bounds)
+        if targets is not None and labeled is None:
+            labeled = (targets != _NO_LABEL).nonzero().squeeze(1)
+        # After the last attention, only what has a label is computed. LoRA's dropout is drawn for all of the stream.
+        picks_in_block = targets is not None and self.before_blocks is None
         for i, layer in enumerate(self.layers):
             if cached is not None:
                 cached.layer = i
             extra = None if self.attention_extra is None else self.attention_extra(i, added)
-            x = self.run_block(layer, x, attend, extra)
+            rows = labeled if picks_in_block and i == len(self.layers) - 1 else None
+            x = self.run_block(layer, x, attend, extra, rows)
         for past, length in zip(caches or (), lengths, strict=False):
             past.length += length
+        if targets is None or labeled is None:
+            return scaled(self.norm(x), 1.0 / self.config.logits_scaling)
+        x = x if picks_in_block else x.index_select(0, labeled)
         x = scaled(self.norm(x), 1.0 / self.config.logits_scaling)
-        if targets is None:
-            return x
+        weights = None if label_weights is None else label_weights[labeled]
         output = self.output
         return linear_cross_entropy(
-            x, output.weight, targets, loss_scale, self.parallel, output.scales, labeled, label_weights
+            x, output.weight, targets[labeled], loss_scale, self.parallel, output.scales, weights
         )
 
     @property
@@ -230,7 +241,7 @@ class Transformer(nn.Module):
         blocks: Any = self.layers
         for i, layer in enumerate(blocks):
             attend.layer, attend.prefix = i, layer.attention.prefix
-            x = self.run_block(layer, x, attend, None)
+            x = self.run_block(layer, x, attend)
         return self.logits(scaled(self.norm(x), 1.0 / self.config.logits_scaling))
 
     def _rotations_at(self, positions: Tensor, lengths: Sequence[int], ends: Sequence[int]) -> Tensor:

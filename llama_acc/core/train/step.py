@@ -140,9 +140,7 @@ def evaluate(
 def apply_activation_checkpointing(model: Transformer) -> None:
     """Makes the backward pass recompute each block instead of keeping its activations."""
     # Nothing in a block is random, so there is no generator state to keep.
-    model.run_block = lambda block, x, attend, prefix: checkpoint(
-        block, x, attend, prefix, use_reentrant=False, preserve_rng_state=False
-    )
+    model.run_block = lambda block, *args: checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def apply_compile(model: Transformer) -> None:

@@ -124,7 +124,7 @@ def test_a_run_fills_the_gpu_it_finds_and_says_so(monkeypatch: pytest.MonkeyPatc
         section = plan.recipe.train.without_auto(tokens, recompute)
         return predict(setup_of_run(plan.with_chosen(section, ""), 1, "cuda")).total
 
-    for tokens, recompute in ((8192, False), (2048, True)):
+    for tokens, recompute in ((4096, False), (2048, True)):
         free = int(total(tokens, recompute) / FILLED) + 2
         monkeypatch.setattr(guard, "free_memory", lambda device, free=free: free)
         chosen, said = fill_memory(plan, 1, GPU)

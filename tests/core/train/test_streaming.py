@@ -151,6 +151,7 @@ def in_child(work: Callable[..., None], *arguments: object) -> int | None:
 
 
 def _with(environment: dict[str, str], work: Callable[..., None], *arguments: object) -> None:
+    os.environ.clear()  # it may be that of a rank of another test, which the process was forked for first
     os.environ.update(environment)
     work(*arguments)
 
