@@ -77,7 +77,7 @@ def _generated(kind: str, seed: str, without: Sequence[str] = ()) -> list[Item]:
 
     def dialogue() -> Dialogue:
         turns = [Turn(("human", "assistant")[i % 2], text()) for i in range(draw.choice((2, 4, 6)))]
-        return Dialogue(turns, (), draw.choice((None, text())))
+        return Dialogue(turns, (), draw.choice((None, "", text())))
 
     def single() -> SingleTurn:
         return SingleTurn(text(), None, text(), (), draw.choice((None, text())))

@@ -430,7 +430,10 @@ def _dialogue(value: dict[str, Any], problems: _Problems) -> Dialogue | None:
 
 
 def _split_system(system: str | None, turns: list[Turn], problems: _Problems) -> tuple[str | None, list[Turn]]:
-    """The system text of a row together with that of its first turns, and the turns behind those."""
+    """The system text of a row together with that of its first turns, and the turns behind those.
+
+    A blank column says nothing, but a blank turn is a system text: the prompt format's own does not take its place.
+    """
     begin = next((place for place, turn in enumerate(turns) if turn.role != "system"), len(turns))
     late = next((place for place, turn in enumerate(turns) if place > begin and turn.role == "system"), None)
     if late is not None:
@@ -439,9 +442,8 @@ def _split_system(system: str | None, turns: list[Turn], problems: _Problems) ->
         problems.add("unsupported", place, message, turns[late].text)
     # Some collections have the same text in a column and in a turn.
     texts = dict.fromkeys(text for text in (system, *(turn.text for turn in turns[:begin])) if not is_empty(text))
-    if begin and not texts:
-        problems.unused.add("empty system text")
-    return "\n\n".join(filter(None, texts)) or None, turns[begin:]
+    blank = turns[0].text if begin else None
+    return "\n\n".join(filter(None, texts)) if texts else blank, turns[begin:]
 
 
 def _turn(turn: Any, problems: _Problems) -> Turn:

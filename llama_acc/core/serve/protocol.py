@@ -205,6 +205,8 @@ class ChatRequest(_Asked):
             raise UserError("only the first message can be the system's")
         if not others or others[-1].role not in ("user", "tool"):
             raise UserError("the last message must be the user's, or what came of a tool")
+        if any(message.content is None for message in self.messages if message.role != "assistant"):
+            raise UserError("only a message of the assistant's can be without content")
         if any(message.images for message in self.messages if message.role != "user"):
             raise UserError("only the user's messages can have images")
         turns = [

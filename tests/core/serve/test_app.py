@@ -254,6 +254,7 @@ PICTURE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url"
         ({"messages": []}, "messages: "),
         ({"messages": [USER, SYSTEM]}, "only the first message can be the system's"),
         ({"messages": [SYSTEM]}, "the last message must be the user's"),
+        ({"messages": [{"role": "user", "content": None}]}, "only a message of the assistant's can be without content"),
         ({"messages": [USER, {"role": "assistant", "content": "a"}]}, "the last message must be the user's"),
         ({"messages": [PICTURE]}, "no other address is fetched"),
         ({"messages": [{"role": "user", "content": "a " * 500}]}, "the context is 256"),
