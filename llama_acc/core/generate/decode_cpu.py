@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_acc.core.model.attention import KVCache
-from llama_acc.core.model.layers import Linear, Packed, RMSNorm, scaled
+from llama_acc.core.model.layers import Linear, RMSNorm, scaled
 from llama_acc.core.model.nf4 import fused_product
+from llama_acc.core.model.packed import Packed
 from llama_acc.core.model.products import row_product
 from llama_acc.core.model.transformer import Transformer
 

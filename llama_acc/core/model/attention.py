@@ -20,7 +20,6 @@ from llama_acc.core.model.config import ModelConfig
 from llama_acc.core.model.kernels import use_kernels
 from llama_acc.core.model.layers import (
     ColumnParallelLinear,
-    Packed,
     RMSNorm,
     RowParallelLinear,
     added,
@@ -30,6 +29,7 @@ from llama_acc.core.model.layers import (
     rms_norm,
     scaled,
 )
+from llama_acc.core.model.packed import Packed
 from llama_acc.core.model.rotary import rotate, rotate_both
 
 

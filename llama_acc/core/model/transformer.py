@@ -37,7 +37,6 @@ from llama_acc.core.model.layers import (
     ColumnParallelLinear,
     Init,
     Linear,
-    Packed,
     ParallelEmbedding,
     RMSNorm,
     RowParallelLinear,
@@ -53,6 +52,7 @@ from llama_acc.core.model.layers import (
 )
 from llama_acc.core.model.loss import linear_cross_entropy
 from llama_acc.core.model.nf4 import FUSED_ROWS, Scales, fuse, quantize
+from llama_acc.core.model.packed import Packed
 from llama_acc.core.model.products import reorder_for_rows
 from llama_acc.core.model.rotary import rotary_table
 from llama_acc.core.model.tuning import FULL, METHODS, Tuning, matrices_of
