@@ -34,6 +34,7 @@ from llama_acc.core.model.transformer import (
     build_on_meta,
     describe,
     pack_small,
+    quantization_notes,
     quantize_on_meta,
     shapes_of,
 )
@@ -267,7 +268,9 @@ def _open(
         tower = shapes_of(config, "tower")
         dtype, rounded = main_dtype({name: part for name, part in weights.tensors.items() if name not in tower})
         dtype, notes = (dtype, notes + rounded) if dtype == torch.bfloat16 else (torch.float32, notes)
-    return _Opened(config, weights, words, chosen, dtype, _quantize_skip(layouts, quantize), tuple(notes))
+    skip = _quantize_skip(layouts, quantize)
+    notes = [*notes, *quantization_notes(config, skip, parallel.model_size)]
+    return _Opened(config, weights, words, chosen, dtype, skip, tuple(notes))
 
 
 def _build(

@@ -51,7 +51,7 @@ from llama_acc.core.model.layers import (
     swiglu,
 )
 from llama_acc.core.model.loss import linear_cross_entropy
-from llama_acc.core.model.nf4 import FUSED_ROWS, Scales, fuse, quantize
+from llama_acc.core.model.nf4 import BLOCK, FUSED_ROWS, Scales, fuse, quantize
 from llama_acc.core.model.packed import Packed
 from llama_acc.core.model.products import reorder_for_rows
 from llama_acc.core.model.rotary import rotary_table
@@ -377,6 +377,28 @@ def freeze_untrained(model: Transformer, dtype: torch.dtype | None = None) -> No
         if not parameter.requires_grad:
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, nn.Parameter(parameter.detach().to(dtype or model.dtype), False))
+
+
+def quantization_notes(config: ModelConfig, skip: Sequence[str] | None, size: int) -> list[str]:
+    """What to know of NF4 at a model-parallel size: matrices whose parts are not cut into the blocks of the whole one.
+
+    `skip`: matrices that are not quantized; None: none is.
+    """
+    cut = {}
+    if size == 1 or skip is None:
+        return []
+    for name in quantizable(config, skip):
+        (rows, columns), split = describe(config)[name][:2]
+        # A part is whole rows, or of each row this many values.
+        if split is not None and (columns // size if split else rows // size * columns) % BLOCK:
+            cut[name.split(".")[-2]] = f"{rows // (1 if split else size)} x {columns // (size if split else 1)}"
+    if not cut:
+        return []
+    parts = ", ".join(f"{name} ({part})" for name, part in cut.items())
+    return [
+        f"NF4 at model-parallel size {size}: parts of {parts} are not the whole matrix's blocks of {BLOCK} values: "
+        "logits and losses differ from those at size 1 more than by rounding"
+    ]
 
 
 def quantize_on_meta(model: Transformer, skip: Sequence[str] = ()) -> None:

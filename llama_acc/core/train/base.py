@@ -15,8 +15,8 @@ from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError
 from llama_acc.core.input_files import home
 from llama_acc.core.model.config import ModelConfig, check_divides, config_from_params, named_size, read_params
-from llama_acc.core.model.nf4 import BLOCK, packed_shape
-from llama_acc.core.model.transformer import describe, quantizable, shapes_of
+from llama_acc.core.model.nf4 import packed_shape
+from llama_acc.core.model.transformer import quantizable, shapes_of
 from llama_acc.core.model.tuning import FULL
 from llama_acc.core.model.vision import check_towers_can_be_made
 from llama_acc.core.recipe import RECIPES_FOLDER, Recipe
@@ -113,25 +113,6 @@ def _with_tuning(recipe: Recipe, config: ModelConfig) -> ModelConfig:
         for width in {config.dim, config.hidden_dim}:
             packed_shape(1, width // recipe.parallel.model_parallel_size)
     return replace(config, tuning=tuning)
-
-
-def quantization_notes(recipe: Recipe, config: ModelConfig) -> list[str]:
-    """What to know of NF4 with model parallelism: matrices whose parts are not cut into the blocks of the whole one."""
-    size, cut = recipe.parallel.model_parallel_size, {}
-    if size == 1 or recipe.tuning.quantize != "nf4":
-        return []
-    for name in quantizable(config, recipe.tuning.quantize_skip):
-        (rows, columns), split = describe(config)[name][:2]
-        # A part is whole rows, or of each row this many values.
-        if split is not None and (columns // size if split else rows // size * columns) % BLOCK:
-            cut[name.split(".")[-2]] = f"{rows // (1 if split else size)} x {columns // (size if split else 1)}"
-    if not cut:
-        return []
-    parts = ", ".join(f"{name} ({part})" for name, part in cut.items())
-    return [
-        f"NF4 at model-parallel size {size}: parts of {parts} are not the whole matrix's blocks of {BLOCK} values: "
-        "losses differ from those at size 1 more than by rounding"
-    ]
 
 
 def _with_vision(recipe: Recipe, config: ModelConfig) -> ModelConfig:

@@ -25,10 +25,10 @@ from llama_acc.core.data.sources import MISSING_HINT, Source
 from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.errors import UserError, raise_all
 from llama_acc.core.model.config import ModelConfig
-from llama_acc.core.model.transformer import describe, parameter_count, shapes_of
+from llama_acc.core.model.transformer import describe, parameter_count, quantization_notes, shapes_of
 from llama_acc.core.recipe import CheckpointSection, ImagesSection, Recipe, TrainSection
 from llama_acc.core.tokenizer import Tokenizer
-from llama_acc.core.train.base import find_model, quantization_notes, read_base_weights, with_absolute_paths
+from llama_acc.core.train.base import find_model, read_base_weights, with_absolute_paths
 from llama_acc.core.train.data_parallel import Mode
 from llama_acc.core.train.optimizer import learning_rate
 from llama_acc.core.train.runs import Callback
@@ -270,7 +270,8 @@ def make_plan(
     prompts, most_new = read_prompts(recipe.train.sample_prompts, recipe.folder), recipe.train.sample_max_new_tokens
     callback.progress("reading the model's shape and tokenizer")
     layouts, config, tokenizer = find_model(recipe, weights_may_be_absent=dry_run, saved=saved)
-    for note in quantization_notes(recipe, config):
+    skip = recipe.tuning.quantize_skip if recipe.tuning.quantize == "nf4" else None
+    for note in quantization_notes(config, skip, recipe.parallel.model_parallel_size):
         callback.note(note)
     if recipe.data.max_tokens > config.max_seq_len:
         raise UserError(

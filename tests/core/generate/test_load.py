@@ -2,10 +2,12 @@
 
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
+from llama_acc.core.distributed.groups import Parallel
 from llama_acc.core.generate.load import load_model
 from tests.core.tiny import difference, document_logits, loaded_model, random_model, save_model
 
@@ -46,3 +48,10 @@ def test_a_model_computes_in_its_checkpoints_type_unless_told(
     shutil.copy(folder / "tokenizer.model", tmp_path)
     model = load_model(tmp_path, device="cpu", dtype=dtype).model
     assert {model.dtype, *(parameter.dtype for parameter in model.parameters())} == {expected}
+
+
+@pytest.mark.parametrize(("quantize", "size"), [(None, 2), ("nf4", 1), ("nf4", 2)])
+def test_parts_in_nf4_that_are_other_blocks_are_named(quantize: Literal["nf4"] | None, size: int, folder: Path) -> None:
+    notes = load_model(folder, device="cpu", quantize=quantize, parallel=Parallel(0, size)).notes
+    told = [note for note in notes if "not the whole matrix's blocks of 64 values" in note]
+    assert len(told) == (quantize == "nf4" and size == 2)
