@@ -44,10 +44,12 @@ def test_every_image_that_cannot_be_used_is_named_before_the_first_step(tmp_path
     )
 
 
-def test_a_picture_that_breaks_off_ends_the_run_by_name_when_its_turn_comes(tmp_path: Path) -> None:
+def test_a_picture_broken_inside_ends_the_run_by_name_when_its_turn_comes(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
-    picture = data.parent / "images" / "1-0.png"
-    picture.write_bytes(encoded(pattern(40, 30))[:-900])
+    picture, content = data.parent / "images" / "1-0.png", encoded(pattern(40, 30))
+    picture.write_bytes(content[:-900])
+    refused(invoke(*finetune(data, tmp_path / "cut")), f"the image {picture} is broken: image file is truncated")
+    picture.write_bytes(content[:-900] + content[-12:])
     result = invoke(*finetune(data, tmp_path / "run"))
     assert result.exit_code == 1
     assert f"the image {picture} is broken: " in words(result.stderr)

@@ -60,7 +60,9 @@ _PADDING = (122, 116, 104)  # CLIP_MEAN in whole steps, as LLaMA2-Accessory has 
 _MOST_PADDED = 2**27  # pixels; a long strip must not need far more memory than itself
 _GRAY_STEPS = {"L;2": 85, "L;4": 17}
 """From one gray of 2 or 4 bits to the next, in 8 bits."""
-_HEADER_BYTES, _MOST_BYTES = 2**15, 2**30
+_HEADER_BYTES, _END_BYTES, _MOST_BYTES = 2**15, 2**6, 2**30
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+"""With what the files of most pictures end, whole ones."""
 _pillow_limit = threading.Lock()
 
 
@@ -84,14 +86,14 @@ def shown_reference(reference: str) -> str:
     return reference if member is None else f"{member['shard']} at byte {int(member['offset']):,}"
 
 
-def read_reference(reference: str, most: int = -1) -> bytes:
-    """The bytes of a picture, or the first of them."""
+def read_reference(reference: str, most: int = -1, of_end: bool = False) -> bytes:
+    """The bytes of a picture, or the first or last of them."""
     member = _MEMBER.fullmatch(reference)
     try:
         with open_input(Path(reference if member is None else member["shard"]), pipes=False) as file:
-            if member is not None:
-                file.seek(int(member["offset"]))
-                most = int(member["size"]) if most < 0 else min(most, int(member["size"]))
+            begin, size = (0, file.seek(0, 2)) if member is None else (int(member["offset"]), int(member["size"]))
+            most = size if most < 0 else min(most, size)
+            file.seek(begin + size - most if of_end else begin)
             return file.read(most)
     except FileNotFoundError as error:
         raise ImageError("was not found") from error
@@ -106,13 +108,16 @@ def digest(reference: str) -> str:
 
 
 def check_header(reference: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Width and height of a picture as its header has them; the pixels are not decoded."""
+    """Width and height of a picture as its header has them. Its pixels are decoded only if its end is missing."""
     try:
         with _open_image(read_reference(reference, _HEADER_BYTES), max_pixels) as image:
-            return image.size
+            size, end = image.size, _ENDS.get(image.format or "", b"")
     except ImageError:  # a few have it behind a long profile, or at the end
         with _open_image(read_reference(reference, _MOST_BYTES), max_pixels) as image:
             return image.size
+    if end not in read_reference(reference, _END_BYTES, of_end=True):
+        decode(read_reference(reference, _MOST_BYTES), max_pixels)
+    return size
 
 
 def header_problems(references: Sequence[str], max_pixels: int) -> list[str | None]:

@@ -261,10 +261,17 @@ def test_a_member_of_a_tar_is_read_by_its_place(tmp_path: Path) -> None:
     assert shown_reference(reference) == f"{shard} at byte 700"
 
 
-def test_a_header_is_checked_without_the_pixels(tmp_path: Path) -> None:
-    path = tmp_path / "cut.png"
-    path.write_bytes(encoded(pattern(90, 90))[:200])
-    assert check_header(str(path)) == (90, 90)
+def test_a_header_is_checked_without_the_pixels_unless_the_end_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "picture"
+    for kind, end in (("PNG", 12), ("JPEG", 2)):
+        picture = encoded(pattern(90, 90), kind)
+        broken_inside = picture[: len(picture) // 2] + picture[-end:]
+        for whole in (picture, picture + bytes(100), broken_inside, *([picture[:-end]] if kind == "PNG" else [])):
+            path.write_bytes(whole)
+            assert check_header(str(path)) == (90, 90)
+        path.write_bytes(picture[: len(picture) // 2])
+        with pytest.raises(ImageError, match="is broken: image file is truncated"):
+            check_header(str(path))
     for reference, said in [
         (str(tmp_path / "no.png"), "was not found"),
         (str(tmp_path), "cannot be read: it is a folder"),
