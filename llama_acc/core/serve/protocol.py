@@ -7,6 +7,7 @@ served, and what nobody knows, is refused. What says nothing about the answer (`
 import base64
 import binascii
 import json
+import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,10 @@ _Token = Annotated[int, Field(ge=0, lt=2**31)]
 _Stop = Annotated[str, Field(max_length=1000)]  # each token is compared with all its beginnings
 _MOST_CHOICES = 128
 _LEAST_LOGPROB = -9999.0  # in place of minus infinity, which JSON does not have; as OpenAI's API and vLLM have it
+_BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
+_PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
+_BYTE_OF = {chr(byte): byte for byte in _PRINTED}  # as GPT-2's and most later tokenizers write bytes
+_BYTE_OF |= {chr(256 + place): byte for place, byte in enumerate(sorted({*range(256)}.difference(_PRINTED)))}
 _DEEPEST = 100  # objects and lists within each other: a schema that goes deeper is none that llguidance reads
 
 
@@ -269,6 +274,13 @@ def _file_of(address: str) -> bytes:
         raise UserError("the data URI of an image is not base64") from None
 
 
+def part_bytes(piece: str) -> list[int] | None:
+    """The bytes that a token stands for, by its piece in the vocabulary; None, if that is not written in bytes."""
+    if byte := _BYTE_PIECE.fullmatch(piece):
+        return [int(byte[1], 16)]
+    return [_BYTE_OF[character] for character in piece] if _BYTE_OF.keys() >= set(piece) else None
+
+
 def dumps(value: Any) -> str:
     """As JSON in one line."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
@@ -384,8 +396,9 @@ class ChatAnswer(Answer):
 
         def entry(token: int, value: float) -> dict[str, Any]:
             text = self.token_text(token)
-            whole = None if "\ufffd" in text else list(text.encode())
-            return {"token": text, "bytes": whole, "logprob": max(value, _LEAST_LOGPROB)}
+            part = "\ufffd" in text  # of a character, which clients put together of bytes
+            own = part_bytes(self._loaded.tokenizer.piece(token)) if part else list(text.encode())
+            return {"token": text, "bytes": own, "logprob": max(value, _LEAST_LOGPROB)}
 
         def told(token: int, values: TokenLogprobs) -> dict[str, Any]:
             return {**entry(token, values.own), "top_logprobs": [entry(*top) for top in values.top]}

@@ -23,6 +23,7 @@ import uvicorn
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from pydantic import BaseModel
+from tokenizers.pre_tokenizers import ByteLevel
 
 from llama_acc.core.data.chat_template import ChatTemplate
 from llama_acc.core.data.templates import Turn, get_template
@@ -37,6 +38,7 @@ from llama_acc.core.model.tuning.bias_norm import BiasNorm
 from llama_acc.core.model.tuning.lora import LoRA
 from llama_acc.core.serve.app import make_app
 from llama_acc.core.serve.guard import Access
+from llama_acc.core.serve.protocol import part_bytes
 from llama_acc.core.tokenizer import load_tokenizer
 from tests.core.generate.decoding import decode
 from tests.core.generate.images_work import GREEDY, pictures
@@ -211,6 +213,17 @@ def test_probabilities_of_tokens(small: LoadedModel, client: openai.OpenAI) -> N
     assert logprobs is not None
     assert [len(logprobs.tokens or []), len(logprobs.token_logprobs or []), len(logprobs.top_logprobs or [])] == [4] * 3
     assert logprobs.text_offset == [0, *(len("".join((logprobs.tokens or [])[:n])) for n in (1, 2, 3))]
+
+
+def test_parts_of_a_character_have_their_bytes(small: LoadedModel, client: openai.OpenAI) -> None:
+    byte = small.tokenizer.token_id("<0xF0>")
+    answer = client.chat.completions.create(**ASK, logprobs=True, logit_bias={str(byte): 10_000})
+    assert answer.choices[0].logprobs is not None
+    assert [entry.bytes for entry in answer.choices[0].logprobs.content or []] == [[0xF0]] * 12
+    every = bytes(range(256)).decode("latin-1").encode()
+    [(piece, _)] = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(every.decode())
+    assert part_bytes(piece) == list(every)
+    assert part_bytes("\ufffd") is None
 
 
 def test_structured_answers_are_parsed(client: openai.OpenAI) -> None:
