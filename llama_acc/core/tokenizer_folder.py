@@ -249,8 +249,9 @@ def sentencepiece_to_json(data: bytes, path: Path, settings: Settings, merges: b
     fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     special = [piece.text for piece in pieces if piece.kind in (_UNKNOWN, _CONTROL)]
     fast.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
-    defined = [piece.text for piece in pieces if piece.kind == _USER_DEFINED]
-    fast.add_tokens([AddedToken(text, normalized=False) for text in defined])
+    # One with a space SentencePiece never finds: by then a text has "▁" for it, which other pieces are written with.
+    defined = [piece.text for piece in pieces if piece.kind == _USER_DEFINED and " " not in piece.text]
+    fast.add_tokens([AddedToken(text, normalized="▁" in text) for text in defined])
     # Matched in the text unchanged: normalized, a token would have the space in front that a text gets.
     entries = {token: entry | {"normalized": False} for token, entry in settings.tokens.items()}
     return add_tokens(fast, path, replace(settings, tokens=entries))

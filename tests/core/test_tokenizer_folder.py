@@ -231,6 +231,7 @@ def test_mistrals_own_file_encodes_a_chat_part_by_part_and_stays_so_in_a_checkpo
         (LLAMAS | {"byte_fallback": False}, False),
         (LLAMAS | {"add_dummy_prefix": False}, False),
         (LLAMAS | {"user_defined_symbols": ["pars", "--"]}, False),
+        (LLAMAS | {"user_defined_symbols": ["the text", "y▁▁"]}, False),
         ({"model_type": "bpe"}, False),
         (LLAMAS | {"model_type": "unigram"}, False),
         ({"model_type": "unigram"}, False),

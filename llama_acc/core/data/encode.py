@@ -27,7 +27,7 @@ from llama_acc.core.data.templates import Rendered, Span, Template, Turn, as_dia
 from llama_acc.core.tokenizer import Spans, Tokenizer, load_tokenizer
 from llama_acc.core.workers import WorkerPool
 
-ENCODER_VERSION = 5
+ENCODER_VERSION = 6
 """Part of the cache's key: raise it whenever the same item may give other tokens or labels."""
 KEPT_PLACES = 20
 """Of what is found in a file, for each kind."""
