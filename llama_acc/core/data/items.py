@@ -1,9 +1,9 @@
 """Items: what one row of a data file has to be, everything that may be wrong with it, and a file of them as a stream.
 
 Two kinds: single-turn (`instruction`, `input`, `output`; or `caption` alone, an output without an instruction) and
-dialogue (`conversations: [{from, value}, ...]`; or a single-turn item with a `history`). Each may have images and a
-`system` text of its own, and a turn may say that it is not to be trained on. Other keys are counted, or refused where
-they change the meaning of the item (`keys.py`).
+dialogue (`conversations: [{from, value}, ...]`, or OpenAI's `messages: [{role, content}, ...]`; or a single-turn item
+with a `history`). Each may have images and a `system` text of its own, and a turn may say that it is not to be trained
+on. Other keys are counted, or refused where they change the meaning of the item (`keys.py`).
 """
 
 import difflib
@@ -58,11 +58,11 @@ ROLES = {
     **dict.fromkeys(CALL_ROLES, "assistant"),
     **dict.fromkeys(RESULT_ROLES, "tool"),
 }
-_DIALOGUE_KEYS = frozenset(("conversations", *TOOLS, *IMAGES, *SYSTEM))
+_DIALOGUE_KEYS = frozenset((*TOOLS, *IMAGES, *SYSTEM))
 _SINGLE_TURN_KEYS = frozenset(("instruction", "output", "history", *INPUT, *IMAGES, *SYSTEM))
 _IMAGE_KEYS = frozenset((*IMAGES, "url"))
 _CAPTION_KEYS = frozenset(("caption", "url", *IMAGES, *SYSTEM))
-_TURN_KEYS = frozenset(("from", "value", *TRAINED))
+_TEXT_PARTS = ("text", "input_text", "output_text")
 _SAYING = ("output", "caption", "instruction", "history", *INPUT, *IMAGES)
 """What a single-turn item may say."""
 _LOOKED_AT = 1000  # rows that may say which kind of items a file has
@@ -94,6 +94,27 @@ class Dialogue(NamedTuple):
 
 
 Item = SingleTurn | Dialogue | Text
+
+
+class _Names(NamedTuple):
+    """By which keys a row has its turns, and a turn its role and its text."""
+
+    turns: str
+    role: str
+    text: str
+
+    def role_of(self, turn: dict[str, Any]) -> str:
+        """The role of a turn by our name; none: it is not known."""
+        return ROLES.get(str(turn.get(self.role)).lower(), "")
+
+
+def _names_in(row: dict[str, Any]) -> _Names:
+    """ShareGPT's names or OpenAI's. Some collections have the turns of one in the field of the other."""
+    field = "messages" if "messages" in row and row.keys().isdisjoint(("conversations", "output")) else "conversations"
+    turns = as_list(row.get(field))
+    first = turns[0] if isinstance(turns, list) and turns else None
+    is_openais = isinstance(first, dict) and not first.keys().isdisjoint(("role", "content"))
+    return _Names(field, "role", "content") if is_openais else _Names(field, "from", "value")
 
 
 class Adapt(NamedTuple):
@@ -184,7 +205,7 @@ def kind_of(value: Any) -> str | None:
     if not isinstance(value, dict):
         return None
     history = as_list(value.get("history"))
-    if "conversations" in value or (isinstance(history, list) and history):
+    if _names_in(value).turns in value or (isinstance(history, list) and history):
         return "dialogue"
     if any(key in value for key in ("instruction", "output", "caption")):
         return "single_turn"
@@ -213,19 +234,22 @@ def first_exchange(value: Any) -> Any:
 
     (LLaMA2-Accessory's preprocess `single_turn_llava`.)
     """
-    turns = as_list(value.get("conversations")) if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        return value
+    names = _names_in(value)
+    turns = as_list(value.get(names.turns))
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns[:3]):
         return value
-    has_system = bool(turns) and _role(turns[0]) == "system" and turns[0].get("value") is not None
+    has_system = bool(turns) and names.role_of(turns[0]) == "system" and turns[0].get(names.text) is not None
     system, exchange = turns[:has_system], turns[has_system : has_system + 2]
     if len(exchange) < 2:
         return value
-    rest = {key: item for key, item in value.items() if key != "conversations"}
+    rest = {key: item for key, item in value.items() if key != names.turns}
     if system:
-        rest["system"] = system[0]["value"]
+        rest["system"] = system[0][names.text]
     if any(exchange[1].get(key) not in (None, True, 1) for key in TRAINED):
         rest["train"] = False
-    return {**rest, "instruction": exchange[0].get("value"), "output": exchange[1].get("value")}
+    return {**rest, "instruction": exchange[0].get(names.text), "output": exchange[1].get(names.text)}
 
 
 class _Problems:
@@ -290,24 +314,26 @@ def _item(value: Any, kind: str, problems: _Problems) -> Item | None:
         return None
     if kind == "text":
         return _plain_text(value, problems)
-    for field in ("conversations", "history"):
+    names = _names_in(value)
+    for field in (names.turns, "history"):
         if isinstance(value.get(field), str):
             value = {**value, field: as_list(value[field])}
-    if _is_blank(value):
+    if _is_blank(value, names):
         problems.add("blank", "", "no question and no answer", value)
         return None
-    is_dialogue = kind == "dialogue" and ("conversations" in value or "output" not in value)
+    is_dialogue = kind == "dialogue" and (names.turns in value or "output" not in value)
     is_caption = not is_dialogue and "caption" in value and "output" not in value
+    dialogue_keys = _DIALOGUE_KEYS | {names.turns}
     problems.look_for_unused(
-        value, _DIALOGUE_KEYS if is_dialogue else _CAPTION_KEYS if is_caption else _SINGLE_TURN_KEYS
+        value, dialogue_keys if is_dialogue else _CAPTION_KEYS if is_caption else _SINGLE_TURN_KEYS
     )
     if problems.found:
         return None
     if is_dialogue:
-        return _dialogue(value, problems)
-    if "conversations" in value and "output" not in value:
-        message = "a dialogue (it has 'conversations') among single-turn items"
-        problems.add("mixed_kinds", "conversations", message, value["conversations"])
+        return _dialogue(value, names, problems)
+    if names.turns in value and "output" not in value:
+        message = f"a dialogue (it has {names.turns!r}) among single-turn items"
+        problems.add("mixed_kinds", names.turns, message, value[names.turns])
         return None
     system, images = _system(value, problems), _images(value, problems)
     if is_caption:
@@ -330,22 +356,20 @@ def _plain_text(value: dict[str, Any], problems: _Problems) -> Text:
     return Text(problems.text(value, field))
 
 
-def _is_blank(value: dict[str, Any]) -> bool:
+def _is_blank(value: dict[str, Any], names: _Names) -> bool:
     """Whether a row has the keys of an item, and nothing in them."""
     output = value.get("output")
     if isinstance(output, str) and output and not output.isspace():
         return False
-    if isinstance(turns := value.get("conversations"), list):
+    if isinstance(turns := value.get(names.turns), list):
         return all(
-            isinstance(turn, dict) and "value" in turn and (is_empty(turn["value"]) or _role(turn) == "system")
+            isinstance(turn, dict)
+            and names.text in turn
+            and (is_empty(turn[names.text]) or names.role_of(turn) == "system")
             for turn in turns
         )
     is_item = ("instruction" in value and "output" in value) or "caption" in value
     return is_item and all(is_empty(value.get(key)) for key in _SAYING)
-
-
-def _role(turn: dict[str, Any]) -> str:
-    return ROLES.get(str(turn.get("from")).lower(), "")
 
 
 def _history(value: dict[str, Any], problems: _Problems) -> list[Turn]:
@@ -400,18 +424,18 @@ def _images(value: dict[str, Any], problems: _Problems) -> tuple[str, ...]:
     return tuple(references)
 
 
-def _dialogue(value: dict[str, Any], problems: _Problems) -> Dialogue | None:
-    turns = value.get("conversations")
+def _dialogue(value: dict[str, Any], names: _Names, problems: _Problems) -> Dialogue | None:
+    turns = value.get(names.turns)
     if turns is None:
-        problems.missing(value, "conversations")
+        problems.missing(value, names.turns)
         return None
     if not isinstance(turns, list):
-        problems.add("wrong_type", "conversations", "'conversations' should be a list of turns", turns)
+        problems.add("wrong_type", names.turns, f"{names.turns!r} should be a list of turns", turns)
         return None
-    checked = []
+    images, checked = _images(value, problems), []
     for number, turn in enumerate(turns, start=1):
         problems.turn = f"turn {number}"
-        checked.append(_turn(turn, problems))
+        checked.append(_turn(turn, names, bool(images), problems))
     problems.turn = ""
     system = _system(value, problems)
     if any(turn.role == "system" for turn in checked):
@@ -426,7 +450,7 @@ def _dialogue(value: dict[str, Any], problems: _Problems) -> Dialogue | None:
     except UnicodeEncodeError as error:
         message = f"tools or their calls have a lone surrogate (U+{ord(str(error.object)[error.start]):04X})"
         problems.add("surrogate", "tools", message, value.get("tools"))
-    return Dialogue(checked, _images(value, problems), system, tuple(tools))
+    return Dialogue(checked, images, system, tuple(tools))
 
 
 def _split_system(system: str | None, turns: list[Turn], problems: _Problems) -> tuple[str | None, list[Turn]]:
@@ -446,23 +470,25 @@ def _split_system(system: str | None, turns: list[Turn], problems: _Problems) ->
     return "\n\n".join(filter(None, texts)) if texts else blank, turns[begin:]
 
 
-def _turn(turn: Any, problems: _Problems) -> Turn:
+def _turn(turn: Any, names: _Names, has_images: bool, problems: _Problems) -> Turn:
+    field, role_key, text_key = names
     if not isinstance(turn, dict):
-        message = f"should be an object with 'from' and 'value', but is {type_name(turn)}"
+        message = f"should be an object with {role_key!r} and {text_key!r}, but is {type_name(turn)}"
         problems.add("no_item", "", message, turn)
         return Turn("", "")
-    keys = _TURN_KEYS.union(MESSAGE_KEYS.get(_role(turn), ()))
-    problems.look_for_unused(turn, keys, "conversations[].")
+    keys = frozenset((role_key, text_key, *TRAINED, *MESSAGE_KEYS.get(names.role_of(turn), ())))
+    problems.look_for_unused(turn, keys, f"{field}[].")
     before = len(problems.found)
-    said = problems.text(turn, "from")
+    said = problems.text(turn, role_key)
     role = ROLES.get(said.lower(), "")
     if not role and len(problems.found) == before:
-        message = (
-            f"unknown role {said!r} in 'from': it is one of {', '.join(ROLES)} (`llama-acc convert-data` has more)"
-        )
-        problems.add("unknown_role", "from", message, turn.get("value"))
-    may_be_silent = turn.get("value") is None and not is_empty(turn.get("tool_calls") or turn.get("function_call"))
-    text, weight, more = "" if may_be_silent else problems.text(turn, "value"), 1.0, dict[str, Any]()
+        known = f"it is one of {', '.join(ROLES)} (`llama-acc convert-data` has more)"
+        message = f"unknown role {said!r} in {role_key!r}: {known}"
+        problems.add("unknown_role", role_key, message, turn.get(text_key))
+    if isinstance(parts := turn.get(text_key), list) and all(isinstance(part, dict) for part in parts):
+        turn = {**turn, text_key: _joined(parts, text_key, has_images, problems)}
+    may_be_silent = turn.get(text_key) is None and not is_empty(turn.get("tool_calls") or turn.get("function_call"))
+    text, weight, more = "" if may_be_silent else problems.text(turn, text_key), 1.0, dict[str, Any]()
     try:
         weight, more = weight_of(turn, role == "assistant"), message_fields(turn, role)
         if said.lower() in CALL_ROLES:
@@ -470,6 +496,17 @@ def _turn(turn: Any, problems: _Problems) -> Turn:
     except Malformed as error:
         problems.add("unsupported", "", str(error), turn)
     return Turn(role, text, weight, more)
+
+
+def _joined(parts: list[dict[str, Any]], field: str, has_images: bool, problems: _Problems) -> str:
+    """The text of a message in parts, some of which may say where the item's images are."""
+    texts = []
+    for part in parts:
+        if (kind := part.get("type")) in _TEXT_PARTS:
+            texts.append(problems.text(part, "text"))
+        elif kind != "image" or not has_images:
+            problems.add("unsupported", field, f"{field!r} has a part that is no text", part)
+    return "\n\n".join(texts)
 
 
 def adapted(item: Item, last_only: bool, drop_reasoning: bool) -> tuple[Item, list[str]]:

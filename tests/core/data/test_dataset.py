@@ -169,7 +169,7 @@ def test_the_same_problems_stop_a_run_whether_they_were_cached_or_not(
     assert {problem.split(": item")[0] for problem in both.problems} == {str(path), str(other)}
     hint = f"if it is in a form of its own: llama-acc convert-data auto {other} --output NEW.jsonl"
     assert refused(tokenizer, other).hint == hint
-    tools = write(tmp_path / "tools.json", [{"messages": [], "tools": [{"name": "f"}]}])
+    tools = write(tmp_path / "tools.json", [{"turns": [], "tools": [{"name": "f"}]}])
     assert f"llama-acc convert-data auto {tools}" in str(refused(tokenizer, tools).hint)
     dialogues = Source(str(write(tmp_path / "c.json", [*talks(1), {"conversations": []}])), "single_turn")
     assert "they are dialogues: data.sources.0.format=dialogue" in str(refused(tokenizer, dialogues).hint)

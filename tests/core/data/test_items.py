@@ -124,6 +124,34 @@ def test_keys_that_change_an_item_are_used() -> None:
         assert item_of(talk, "dialogue") == (Dialogue([Turn("human", "q"), Turn("assistant", "a")], (), system), [])
 
 
+def test_openais_messages_are_dialogues() -> None:
+    turns = [Turn("human", "q"), Turn("assistant", "a")]
+    asked, answered = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    parts = {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]}
+    seen = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]}
+    for value, item in [
+        ({"messages": [asked, answered]}, Dialogue(turns)),
+        ({"messages": json.dumps([asked, answered])}, Dialogue(turns)),
+        ({"conversations": [asked, answered]}, Dialogue(turns)),
+        ({"messages": [{"role": "developer", "content": "S"}, asked, answered]}, Dialogue(turns, system="S")),
+        ({"messages": [asked, {**answered, "weight": 0}]}, Dialogue([turns[0], turns[1]._replace(weight=0.0)])),
+        ({"messages": [parts, answered]}, Dialogue([Turn("human", "q\n\nr"), turns[1]])),
+        ({"messages": [seen, answered], "images": ["x.png"]}, Dialogue(turns, ("x.png",))),
+    ]:
+        assert kind_of(value) == "dialogue"
+        assert item_of(value, "dialogue") == (item, []), value
+    assert first_exchange({"messages": [asked, answered]}) == {"instruction": "q", "output": "a"}
+    for message, said_of_it in [
+        (seen, "'content' has a part that is no text"),
+        ({"role": "bard", "content": "q"}, "unknown role 'bard' in 'role'"),
+        ({"role": "user"}, "no 'content' (its keys: 'role')"),
+    ]:
+        _, [finding] = item_of({"messages": [message, answered]}, "dialogue")
+        assert finding.message.startswith(f"turn 1: {said_of_it}")
+    both = {"instruction": "q", "output": "a", "messages": []}
+    assert kind_of(both) == "single_turn"
+
+
 @pytest.mark.parametrize("key", ["train", "training", "trainable", "loss", "weight"])
 @pytest.mark.parametrize("no", [False, 0, 0.0])
 def test_a_reply_that_says_so_is_context_only(key: str, no: Any) -> None:
