@@ -110,7 +110,8 @@ class _Names(NamedTuple):
 
 def _names_in(row: dict[str, Any]) -> _Names:
     """ShareGPT's names or OpenAI's. Some collections have the turns of one in the field of the other."""
-    field = "messages" if "messages" in row and row.keys().isdisjoint(("conversations", "output")) else "conversations"
+    has_messages = row.get("messages") is not None and row.keys().isdisjoint(("conversations", "output"))
+    field = "messages" if has_messages else "conversations"
     turns = as_list(row.get(field))
     first = turns[0] if isinstance(turns, list) and turns else None
     is_openais = isinstance(first, dict) and not first.keys().isdisjoint(("role", "content"))

@@ -150,6 +150,7 @@ def test_openais_messages_are_dialogues() -> None:
         assert finding.message.startswith(f"turn 1: {said_of_it}")
     both = {"instruction": "q", "output": "a", "messages": []}
     assert kind_of(both) == "single_turn"
+    assert kind_of({"messages": None, "text": "a"}) == "text"
 
 
 @pytest.mark.parametrize("key", ["train", "training", "trainable", "loss", "weight"])
