@@ -61,7 +61,7 @@ _MOST_PADDED = 2**27  # pixels; a long strip must not need far more memory than 
 _GRAY_STEPS = {"L;2": 85, "L;4": 17}
 """From one gray of 2 or 4 bits to the next, in 8 bits."""
 _HEADER_BYTES, _END_BYTES, _MOST_BYTES = 2**15, 2**6, 2**30
-_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+_ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 """With what the files of most pictures end, whole ones."""
 _pillow_limit = threading.Lock()
 
@@ -110,11 +110,11 @@ def digest(reference: str) -> str:
 def check_header(reference: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Width and height of a picture as its header has them. Its pixels are decoded only if its end is missing."""
     try:
-        with _open_image(read_reference(reference, _HEADER_BYTES), max_pixels) as image:
-            size, end = image.size, _ENDS.get(image.format or "", b"")
+        image = _open_image(read_reference(reference, _HEADER_BYTES), max_pixels)
     except ImageError:  # a few have it behind a long profile, or at the end
-        with _open_image(read_reference(reference, _MOST_BYTES), max_pixels) as image:
-            return image.size
+        image = _open_image(read_reference(reference, _MOST_BYTES), max_pixels)
+    with image:
+        size, end = image.size, _ENDS.get(image.format or "", b"")
     if end not in read_reference(reference, _END_BYTES, of_end=True):
         decode(read_reference(reference, _MOST_BYTES), max_pixels)
     return size

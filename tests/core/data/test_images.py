@@ -263,13 +263,14 @@ def test_a_member_of_a_tar_is_read_by_its_place(tmp_path: Path) -> None:
 
 def test_a_header_is_checked_without_the_pixels_unless_the_end_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "picture"
-    for kind, end in (("PNG", 12), ("JPEG", 2)):
-        picture = encoded(pattern(90, 90), kind)
-        broken_inside = picture[: len(picture) // 2] + picture[-end:]
+    profile = {"icc_profile": bytes(40_000)}  # the header stands behind it
+    for kind, end, more in (("PNG", 12, {}), ("JPEG", 2, {}), ("JPEG", 2, profile)):
+        picture = encoded(pattern(90, 90), kind, quality=95, **more)
+        broken_inside = picture[:-500] + picture[-end:]
         for whole in (picture, picture + bytes(100), broken_inside, *([picture[:-end]] if kind == "PNG" else [])):
             path.write_bytes(whole)
             assert check_header(str(path)) == (90, 90)
-        path.write_bytes(picture[: len(picture) // 2])
+        path.write_bytes(picture[:-500])
         with pytest.raises(ImageError, match="is broken: image file is truncated"):
             check_header(str(path))
     for reference, said in [
