@@ -315,10 +315,10 @@ def _item(value: Any, kind: str, problems: _Problems) -> Item | None:
         return None
     if kind == "text":
         return _plain_text(value, problems)
-    names = _names_in(value)
-    for field in (names.turns, "history"):
+    for field in ("conversations", "messages", "history"):
         if isinstance(value.get(field), str):
             value = {**value, field: as_list(value[field])}
+    names = _names_in(value)
     if _is_blank(value, names):
         problems.add("blank", "", "no question and no answer", value)
         return None
@@ -506,7 +506,8 @@ def _joined(parts: list[dict[str, Any]], field: str, has_images: bool, problems:
         if (kind := part.get("type")) in _TEXT_PARTS:
             texts.append(problems.text(part, "text"))
         elif kind != "image" or not has_images:
-            problems.add("unsupported", field, f"{field!r} has a part that is no text", part)
+            message = f"{field!r} has a part that is no text: pictures are named in the item's 'images'"
+            problems.add("unsupported", field, message, part)
     return "\n\n".join(texts)
 
 
